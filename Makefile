@@ -1,0 +1,102 @@
+# Everything sets itself up: an environment in .venv, brought up to date when pyproject.toml or the constraints change.
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+OLDEST := .venv-oldest
+PROTOC := .venv-protoc
+TORCH := torch==2.13.0
+
+# The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
+NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	    $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+# The floors have wheels for these two only.
+OLDEST_PYTHON ?= $(shell for p in python3.11 python3.12 $(PYTHON); do \
+	    $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+
+# $(call environment,folder,python)
+define environment
+	@$(2) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	  echo "Python 3.11 or newer with its venv module is needed; name it with: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up $(1) with $$($(2) --version); the first time this takes a few minutes."
+	@$(2) -m venv $(1) && : > $(1)/install.log
+endef
+
+# $(call install,folder,arguments): pip, with a line for each large download, and its last lines where it fails.
+define install
+	@echo "  pip install $(2)"
+	@set -o pipefail; $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off $(2) 2>&1 \
+	  | tee -a $(1)/install.log \
+	  | awk '/Downloading .*\.whl \([0-9.]+ [MG]B\)/ { sub(/^ +/, ""); print "    " $$0; fflush() } \
+	         /^Installing collected packages/ { print "    installing " NF - 3 " packages"; fflush() }' \
+	  || { echo "pip failed; the end of $(1)/install.log:"; tail -n 20 $(1)/install.log; exit 1; }
+endef
+
+# $(call tests,folder): pytest, importing the built wheel (what users get) rather than the source tree.
+define tests
+	@rm -rf build
+	@$(1)/bin/python -m pip wheel -qqq --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@$(1)/bin/python -m pip install -qqq --no-deps --target build/installed build/wheel/*.whl
+	@PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest $(ARGS)
+endef
+
+.PHONY: help
+help:  ## this list
+	@echo "make TARGET [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(VENV)/.stamp  ## three sites fine-tune a transformer together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/hf/text_classification/demo.py $(ARGS)
+
+.PHONY: test
+test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)
+	$(call tests,$(VENV))
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST)/.stamp  ## the tests with the oldest supported version of every dependency
+	$(call tests,$(OLDEST))
+
+.PHONY: lint
+lint: $(VENV)/.stamp  ## ruff (rules and format) and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+.PHONY: bench
+bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the other
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script $(ARGS); done
+
+.PHONY: proto
+proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py and .pyi from the .proto
+	@$(PROTOC)/bin/python -m grpc_tools.protoc -I fl_runtime/wire --python_out=fl_runtime/wire \
+	  --pyi_out=fl_runtime/wire fl/v1/federation.proto
+
+.PHONY: clean
+clean:  ## remove what building and testing left (not the environments, not runs/)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean  ## also remove the environments
+	@rm -rf $(VENV) $(OLDEST) $(PROTOC)
+
+$(VENV)/.stamp: pyproject.toml constraints/newest.txt
+	$(call environment,$(VENV),$(PYTHON))
+	$(call install,$(VENV),-c constraints/newest.txt $(TORCH))
+	$(call install,$(VENV),-c constraints/newest.txt -e '.[hf,examples,dev]')
+	@touch $@
+
+$(OLDEST)/.stamp: pyproject.toml constraints/oldest.txt
+	$(call environment,$(OLDEST),$(OLDEST_PYTHON))
+	$(call install,$(OLDEST),-c constraints/oldest.txt $(TORCH))
+	$(call install,$(OLDEST),-c constraints/oldest.txt -e '.[hf,examples,dev]')
+	@touch $@
+
+# protoc 25.1: what it generates loads under every protobuf from 4.25 to 7.
+$(PROTOC)/.stamp:
+	$(call environment,$(PROTOC),$(OLDEST_PYTHON))
+	$(call install,$(PROTOC),grpcio-tools==1.62.3 'setuptools<80')
+	@touch $@

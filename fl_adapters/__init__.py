@@ -1,0 +1,85 @@
+"""fl-adapters: a training script becomes a participant in a federation with one added line.
+
+`from fl_adapters.hf import FederatedCallback` for a framework; `connect()` for a loop of your own. Everything here
+is loaded on first use: importing the package costs little and brings no framework.
+"""
+
+from __future__ import annotations
+
+import os as _os
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
+
+from fl_runtime.errors import (
+    AbortedError,
+    ConfigError,
+    ConnectionLostError,
+    FederationError,
+    HandshakeError,
+    PermissionDeniedError,
+    ProtocolError,
+    QuorumError,
+    SiteFailedError,
+    StateMismatchError,
+    StoreError,
+    TransferDamagedError,
+    UpdateRefusedError,
+)
+from fl_runtime.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from fl_adapters.connect import ConnectedSite, SiteTask, connect
+    from fl_adapters.environments.simulation import Simulation
+    from fl_adapters.job import Job
+    from fl_adapters.where import Site, site
+
+__all__ = [
+    "AbortedError",
+    "ConfigError",
+    "ConnectedSite",
+    "ConnectionLostError",
+    "FederationError",
+    "HandshakeError",
+    "Job",
+    "PermissionDeniedError",
+    "ProtocolError",
+    "QuorumError",
+    "Simulation",
+    "Site",
+    "SiteFailedError",
+    "SiteTask",
+    "StateMismatchError",
+    "StoreError",
+    "TransferDamagedError",
+    "UpdateRefusedError",
+    "__version__",
+    "connect",
+    "site",
+]
+
+_LAZY = {
+    "ConnectedSite": "fl_adapters.connect",
+    "Job": "fl_adapters.job",
+    "Simulation": "fl_adapters.environments.simulation",
+    "Site": "fl_adapters.where",
+    "SiteTask": "fl_adapters.connect",
+    "connect": "fl_adapters.connect",
+    "site": "fl_adapters.where",
+}
+
+# In a source checkout the integrations lie beside this package; in a wheel they are inside it.
+_beside = _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))), "integrations")
+if _os.path.isdir(_beside):
+    __path__.append(_beside)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fl_adapters' has no attribute {name!r}")
+    value = getattr(_import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

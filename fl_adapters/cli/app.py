@@ -1,0 +1,123 @@
+"""The commands and their options. What they do is in modules of their own, imported when needed."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fl_adapters.cli.script_command import ScriptCommand
+
+app = typer.Typer(
+    name="fl-adapters",
+    help="Federated learning for training scripts that work.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """What the `fl-adapters` command calls. Exits with status 0 on success, 1 on a failure, 2 on wrong usage."""
+    app(prog_name="fl-adapters")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fl-adapters {package_version()}")
+        raise typer.Exit
+
+
+def package_version() -> str:
+    try:
+        return metadata.version("fl-adapters")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+_Script = Annotated[str, typer.Argument(help="The training script (with -m: the module). Left out: the job's app.")]
+_Args = Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+
+
+@app.command(
+    cls=ScriptCommand,
+    options_metavar="[OPTIONS]",
+    epilog="Examples:  fl-adapters simulate train.py --sites 3 --rounds 5 | "
+    "fl-adapters simulate train.py --lr 0.1 --sites 3 (--lr is the script's) | "
+    "fl-adapters simulate --sites 3 train.py -- --name mine (everything after -- is the script's)",
+)
+def simulate(
+    script: _Script = "",
+    args: _Args = None,
+    sites: Annotated[str | None, typer.Option(help="How many sites, or their names: a,b,c. [default: 3]")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Without it the trainer's own budget decides.")] = None,
+    strategy: Annotated[str | None, typer.Option(help='Such as "fedavg". [default: fedavg]')] = None,
+    job: Annotated[Path | None, typer.Option(help="A job file (YAML); options given here win over it.")] = None,
+    gpus: Annotated[str, typer.Option(help="Devices to deal out to the sites in turn: 0,1")] = "",
+    every: Annotated[str | None, typer.Option(help='Between exchanges: "epoch", "2 epochs", or steps.')] = None,
+    min_sites: Annotated[int | None, typer.Option(help="Updates a round needs. [default: every site's]")] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="A round's deadline. [default: a day]")] = None,
+    optimizer_state: Annotated[str | None, typer.Option(help="keep, reset or average.")] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name. [default: from the script and the time]")] = None,
+    folder: Annotated[Path, typer.Option(help="Where the run's folder goes.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="The server's port; 0 takes a free one.", min=0, max=65535)] = 0,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run SCRIPT once per site on this machine, federated.
+
+    The options below are recognised anywhere before "--". Any other option after SCRIPT, and all that follows
+    "--", goes to the script. Each site's output is in runs/JOB/sites/SITE/log.txt, the results are in runs/JOB.
+    Ctrl-C ends all sites. Exit status 0 only if every round finished.
+    """
+    from fl_adapters.cli import simulate as command
+
+    settings = {
+        "sites": sites,
+        "rounds": rounds,
+        "strategy": strategy,
+        "every": every,
+        "min_sites": min_sites,
+        "deadline_s": deadline_s,
+        "optimizer_state": optimizer_state,
+        "name": name,
+    }
+    wanted = command.Wanted(
+        app=script,
+        job_file=job,
+        settings={field: value for field, value in settings.items() if value is not None},
+        args=tuple(args or ()),
+        module=module,
+        gpus=tuple(filter(None, gpus.split(","))),
+        folder=folder,
+        port=port,
+    )
+    sys.exit(command.run(wanted, as_json))
+
+
+@app.command(epilog="Examples:  fl-adapters doctor | fl-adapters doctor --port 8765 --json")
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where runs go.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Is this port free? 0: any.", min=0, max=65535)] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Check versions, ports, disk and the startup kit, and say what to do about what is wrong.
+
+    Exit status 1 if something is wrong that keeps a run from working.
+    """
+    from fl_adapters.cli import doctor as command
+
+    sys.exit(command.run(folder, port, as_json))

@@ -1,0 +1,102 @@
+"""The live table of a simulation, and the table of its rounds at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fl_adapters.environments.progress import RunView, SiteView, metrics_text, size_text
+from fl_runtime.types import Event
+
+if TYPE_CHECKING:
+    from fl_adapters.environments.simulation import SimulationResult
+
+_ROUNDS_SHOWN = 30
+_COLUMNS = ("site", "state", "round", "loss", "examples", "up", "down", "seconds")
+
+
+class _LiveView:
+    """A listener: keeps the view, and prints what must not scroll away with the table."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.view = RunView()
+
+    def __call__(self, event: Event) -> None:
+        self.view(event)
+        if event.kind == "exited" and event.data["tail"]:
+            lines = [f"{event.site}: {event.data['status']}; {event.data['log']} ends with", *event.data["tail"]]
+            self._console.print(Text("\n    | ".join(lines), style="yellow"))
+
+
+@contextmanager
+def live_table(console: Console) -> Iterator[_LiveView]:
+    """Shows a table that follows the events given to the listener that this yields."""
+    listener = _LiveView(console)
+    with Live(console=console, get_renderable=lambda: _table(listener.view), refresh_per_second=5) as live:
+        yield listener
+        live.refresh()
+
+
+def _table(view: RunView) -> RenderableType:
+    table = Table(title=_title(view), title_justify="left", title_style="bold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name in ("site", "state") else "right", no_wrap=True)
+    for name, site in list(view.sites.items()):
+        table.add_row(name, *_cells(site))
+    lines = [f"{time.monotonic() - view.began:.0f} s"]
+    if view.folder:
+        lines.append(f"results in {view.folder}")
+    finished = max(list(view.metrics), default=None)
+    if finished is not None:
+        lines.insert(0, f"round {finished}: {metrics_text(view.metrics[finished])}")
+    return Group(table, Text("   ".join(lines), style="dim"))
+
+
+def _title(view: RunView) -> str:
+    if not view.round:
+        return f"{view.job}  waiting for the sites" if view.job else "starting"
+    return f"{view.job}  round {view.round}/{view.rounds}"
+
+
+def _cells(site: SiteView) -> list[str]:
+    def shown(value: float | None, text: str) -> str:
+        return "" if value is None else text.format(value)
+
+    return [
+        site.state,
+        str(site.round or ""),
+        shown(site.loss, "{:.4g}"),
+        shown(site.examples, "{:,}"),
+        size_text(site.bytes_up),
+        size_text(site.bytes_down),
+        shown(site.seconds, "{:.2f}"),
+    ]
+
+
+def rounds_table(result: SimulationResult) -> Table:
+    """A row per round; of many rounds the last ones."""
+    shown = result.rounds[-_ROUNDS_SHOWN:]
+    metrics = list(dict.fromkeys(name for item in shown for name in item.metrics))
+    left_out = len(result.rounds) - len(shown)
+    table = Table(title=f"{result.job}", caption=f"{left_out} rounds before these" if left_out else None)
+    table.add_column("round", justify="right")
+    for name in (*metrics, "sites", "up", "down", "seconds"):
+        table.add_column(name, justify="right")
+    for item in shown:
+        table.add_row(
+            f"{item.round}{' best' if item.round == result.best_round else ''}",
+            *(f"{item.metrics[name]:.4g}" if name in item.metrics else "" for name in metrics),
+            str(len(item.sites)),
+            size_text(item.bytes_up),
+            size_text(item.bytes_down),
+            f"{item.seconds:.2f}",
+        )
+    return table

@@ -1,0 +1,127 @@
+"""`fl-adapters simulate`: builds the job, shows the run while it goes on, and sums it up."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from fl_adapters.cli.live import live_table, rounds_table
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.environments.progress import ProgressLines
+from fl_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fl_adapters.environments.simulation import Simulation, SimulationResult
+    from fl_adapters.job import Job
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The command line. settings: fields of the job that were given as options, as they were typed."""
+
+    app: str
+    job_file: Path | None
+    settings: Mapping[str, Any]
+    args: tuple[str, ...]
+    module: bool
+    gpus: tuple[str, ...]
+    folder: Path
+    port: int
+
+
+def run(wanted: Wanted, as_json: bool) -> int:
+    """Exit status 0: every round finished. Human output goes to stderr where stdout is for JSON."""
+    console = Console(stderr=as_json)
+    console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    with reported(as_json):
+        job = _job(wanted)
+        result = _simulated(wanted, job, console)
+        if as_json:
+            show_json(_json(result))
+        else:
+            _sum_up(result, console)
+    return 0
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _job(wanted: Wanted) -> Job:
+    from fl_adapters.job import Job
+
+    given = dict(wanted.settings)
+    if "sites" in given:
+        given["sites"] = _sites(given["sites"])
+    if str(given.get("every", "")).isdigit():
+        given["every"] = int(given["every"])
+    if wanted.app:
+        given["app"] = wanted.app
+    if wanted.job_file is not None:
+        given = {**Job.from_file(wanted.job_file).model_dump(exclude_unset=True), **given}
+    if "app" not in given:
+        raise ConfigError("there is nothing to run", where="SCRIPT", fix="name the training script, or give --job FILE")
+    return Job(**given)
+
+
+def _sites(text: str) -> int | tuple[str, ...]:
+    """3, or names: north,south."""
+    return int(text) if text.lstrip("-").isdigit() else tuple(name.strip() for name in text.split(","))
+
+
+def _simulated(wanted: Wanted, job: Job, console: Console) -> SimulationResult:
+    from fl_adapters.environments.simulation import Simulation
+
+    def simulation(listener: Any) -> Simulation:
+        return Simulation(
+            args=wanted.args,
+            module=wanted.module,
+            gpus=wanted.gpus,
+            folder=wanted.folder,
+            port=wanted.port,
+            listeners=(listener,),
+            quiet=True,
+        )
+
+    if not console.is_terminal:
+        return job.run(simulation(ProgressLines(console.file)))
+    with live_table(console) as view:
+        return job.run(simulation(view))
+
+
+def _sum_up(result: SimulationResult, console: Console) -> None:
+    console.print(rounds_table(result))
+    shown = {"model": result.model, "best": result.best, "history": result.folder / "history.csv"}
+    for name, path in {**shown, "logs": result.folder / "sites"}.items():
+        if path is not None:
+            best = f" (round {result.best_round})" if name == "best" else ""
+            console.print(f"{name:8} {_short(path)}{best}", highlight=False, soft_wrap=True)
+    console.print(f"{len(result.rounds)} rounds in {result.wall_s:.1f} s", highlight=False)
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _json(result: SimulationResult) -> dict[str, Any]:
+    return {
+        "job": result.job,
+        "rounds": len(result.rounds),
+        "sites": len(result.sites),
+        "wall_s": round(result.wall_s, 4),
+        "startup_s": round(result.startup_s, 4),
+        "round_s": [round(item.seconds, 5) for item in result.rounds],
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "metrics": [dict(item.metrics) for item in result.rounds],
+        "model": None if result.model is None else str(result.model),
+        "best_round": result.best_round,
+        "folder": str(result.folder),
+    }

@@ -1,0 +1,146 @@
+"""For any other loop: `with fl.connect() as site: for task in site.tasks(initial=arrays): ... task.submit(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from fl_adapters.exchange import selected
+from fl_adapters.options import Options, SiteSettings
+from fl_adapters.session import Session, open_session
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays, Metrics, Settings, Task
+
+
+def connect(**options: Any) -> ConnectedSite:
+    """This process as a participant; without a startup kit, one that runs alone for one round.
+
+    Takes the arguments that all adapters share (kit, keep_local, exchange, num_examples, required, ...), as
+    keywords. Raises ConfigError for a bad argument and ConnectionLostError if the server cannot be reached.
+    """
+    checked = Options(**options)
+    return ConnectedSite(open_session(checked, framework="this loop", fresh=True), checked)
+
+
+class ConnectedSite:
+    """A participant driven by a loop of the user's own. Leave the `with` block to leave the run.
+
+    arrays: the newest global model; after the loop, the final one. Owned by the caller from then on.
+    """
+
+    def __init__(self, session: Session | None, options: Options) -> None:
+        self._session, self._options = session, options
+        self.arrays: Arrays = {}
+        self.name = session.name if session else "local"
+        self.index = session.index if session else 0
+        self.count = session.count if session else 1
+        self.job = session.job if session else ""
+
+    def __enter__(self) -> ConnectedSite:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        if self._session is not None:
+            self._session.leave(f"{kind.__name__}: {error}" if kind else "its loop ended before the last round")
+        return False
+
+    def tasks(
+        self, *, initial: Arrays, rounds: int | None = None, agreement: dict[str, str] | None = None
+    ) -> Iterator[SiteTask]:
+        """One task per round. initial: this site's weights (all sites must have the same names, shapes, dtypes);
+        they start the model where the job gives no file and this is the first site. Borrowed until the first task.
+
+        rounds: how many, where the job does not say; alone, 1 by default. agreement: further facts that must be
+        equal at all sites. Raises StateMismatchError or HandshakeError when the sites do not fit together.
+        """
+        if self._session is None:
+            yield from self._alone(initial, rounds or 1)
+            return
+        session, mine = self._session, dict(self._travelling(initial, self._session.settings))
+        rounds = session.register(mine, agreement=agreement or {}, rounds=rounds, evaluates=False)
+        task = session.start(lambda: mine)
+        while task.kind == "train":
+            current = SiteTask(task, rounds, session, self._options)
+            yield current
+            current.check_submitted()
+            task = session.next_task()
+        self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}
+        session.finish()
+
+    def report(self, metrics: Metrics, num_examples: int) -> None:
+        """The score of the newest global model on this site's own validation data; alone it does nothing."""
+        if self._session is not None and not self._session.closed:
+            self._session.report(metrics, num_examples)
+
+    def _travelling(self, initial: Arrays, settings: SiteSettings) -> Iterator[tuple[str, Any]]:
+        if not initial:
+            raise ConfigError("tasks(initial=...) got no arrays", fix="pass a dict of name -> NumPy array")
+        for name in selected(initial, settings.exchange, settings.keep_local):
+            yield name, np.asarray(initial[name])
+
+    def _alone(self, initial: Arrays, rounds: int) -> Iterator[SiteTask]:
+        self.arrays = {name: np.array(array) for name, array in initial.items()}
+        for number in range(1, rounds + 1):
+            current = SiteTask(Task("", number, "", "train", number - 1, self.arrays), rounds, None, self._options)
+            yield current
+            current.check_submitted()
+            self.arrays = current.submitted
+
+
+class SiteTask:
+    """One round's work. round, rounds: which of how many. arrays: the global model, valid until the next task and
+    free to be changed in place. config: what the strategy says to the sites."""
+
+    def __init__(self, task: Task, rounds: int, session: Session | None, options: Options) -> None:
+        self._session, self._options = session, options
+        self.round, self.rounds = task.round, rounds
+        self.arrays: Arrays = task.arrays
+        self.config: Settings = task.config
+        self.submitted: Arrays = {}
+
+    def submit(
+        self,
+        arrays: Arrays,
+        *,
+        num_examples: int,
+        metrics: Metrics | None = None,
+        local_steps: int = 0,
+        extras: Arrays | None = None,
+    ) -> None:
+        """Send this round's result, once. num_examples: its weight in the average, > 0 (an argument of connect()
+        overrides it). Arrays are borrowed for the call. Raises UpdateRefusedError for what the server would not
+        take: no examples, NaN or infinite values; StateMismatchError for other tensors than agreed."""
+        if self.submitted:
+            raise ConfigError(f"round {self.round} was submitted already", fix="call task.submit(...) once per task")
+        if self._session is not None:
+            sent = {name: np.asarray(arrays[name]) for name in self.arrays if name in arrays}
+            self._session.submit(
+                sent | {name: np.asarray(a) for name, a in arrays.items() if name not in sent and self._foreign(name)},
+                num_examples=self._options.num_examples or num_examples,
+                local_steps=local_steps,
+                metrics=metrics or {},
+                extras=extras,
+            )
+        self.submitted = arrays
+
+    def report(self, metrics: Metrics, num_examples: int) -> None:
+        """The score of `arrays`, as they arrived, on this site's own validation data; alone it does nothing."""
+        if self._session is not None:
+            self._session.report(metrics, num_examples)
+
+    def check_submitted(self) -> None:
+        if not self.submitted:
+            raise ConfigError(
+                f"round {self.round} ended without a result", fix="call task.submit(arrays, num_examples=...) in the loop"
+            )
+
+    def _foreign(self, name: str) -> bool:
+        """Whether a submitted tensor is one that nobody asked for, rather than one that stays at the site."""
+        assert self._session is not None
+        settings = self._session.settings
+        return settings.exchange in ("auto", "trainable", "all") and not settings.keep_local

@@ -1,0 +1,187 @@
+"""The site processes of a simulation: how each is started, watched and ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fl_adapters.environments import watchdog
+from fl_adapters.kit import KIT_VARIABLE
+
+_POSIX = os.name == "posix"
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+@dataclass
+class SiteProcess:
+    """One site's process. log: where its stdout and stderr go."""
+
+    site: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+class SiteProcesses:
+    """Starts site processes, each in a process group of its own, and sees to it that none outlives this process.
+
+    Used from one thread. On POSIX a small watchdog process ends them if this process is killed outright.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, SiteProcess] = {}
+        self._watchdog = _start_watchdog()
+
+    def start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Run `command` in the current directory with nothing on stdin. Raises OSError if it cannot be started."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=_POSIX,
+                creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
+            )
+        self._running[site] = SiteProcess(site, log, process)
+        self._tell("+", process.pid)
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Sites whose process has not been seen to end."""
+        return tuple(self._running)
+
+    def ended(self) -> list[tuple[str, int]]:
+        """(site, exit status) of the processes that ended since the last call; status -N is death by signal N."""
+        over = [item for item in self._running.values() if item.process.poll() is not None]
+        for item in over:
+            del self._running[item.site]
+            _signal_group(item.process, kill=True)  # whatever it left behind, such as data loader workers
+            self._tell("-", item.process.pid)
+        return [(item.site, item.process.returncode) for item in over]
+
+    def stop(self, grace_s: float) -> None:
+        """End all of them: a polite request, and after `grace_s` seconds no more waiting.
+
+        A KeyboardInterrupt meanwhile kills them at once. Returns when they are gone.
+        """
+        processes = [item.process for item in self._running.values()]
+        family = watchdog.descendants(process.pid for process in processes)
+        try:
+            for process in processes:
+                _signal_group(process, kill=False)
+            end = time.monotonic() + grace_s
+            for process in processes:
+                process.wait(max(0.0, end - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass
+        for process in processes:
+            _signal_group(process, kill=True)
+        if family:
+            watchdog.send(family, signal.SIGKILL, single=True)
+        for process in processes:
+            process.wait()
+        self.ended()
+
+    def close(self) -> None:
+        """Kill what still runs and let the watchdog go."""
+        self.stop(grace_s=0.0)
+        if self._watchdog is not None and self._watchdog.stdin is not None:
+            self._watchdog.stdin.close()
+            self._watchdog.wait()
+
+    def _tell(self, sign: str, process_id: int) -> None:
+        if self._watchdog is not None and self._watchdog.stdin is not None:
+            self._watchdog.stdin.write(f"{sign}{process_id}\n".encode())
+            self._watchdog.stdin.flush()
+
+
+def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[str, str]:
+    """This process's environment with what a simulated site needs. Whatever the user has set stays.
+
+    port: a free one for the site's own process group (DDP). gpu: the only device it sees, None leaves that alone.
+    """
+    threads = str(max(1, available_cores() // sites))
+    defaults = {
+        **dict.fromkeys(_THREADS, threads),
+        "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
+    # PET_MASTER_PORT is what torchrun reads where it is the site's own command
+    own = {KIT_VARIABLE: str(kit), "MASTER_PORT": str(port), "PET_MASTER_PORT": str(port)}
+    if gpu is not None:
+        own["CUDA_VISIBLE_DEVICES"] = gpu
+    return {**defaults, **os.environ, **own}
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports of the loopback that nobody listens on now."""
+    sockets = []
+    try:
+        for _ in range(count):
+            sockets.append(socket.socket())
+            sockets[-1].bind(("127.0.0.1", 0))
+        return [int(item.getsockname()[1]) for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+def tail(log: Path, lines: int = 20, chunk_bytes: int = 16_384) -> list[str]:
+    """The last lines of a log, without blank ones at the end."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - chunk_bytes))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rstrip().splitlines()[-lines:]
+
+
+def describe_status(status: int) -> str:
+    """Such as: exit status 1, killed by SIGKILL."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = ": out of memory?" if name == "SIGKILL" else ""
+    return f"killed by {name}{hint}"
+
+
+def _start_watchdog() -> subprocess.Popen[bytes] | None:
+    if not _POSIX:
+        return None
+    command = [sys.executable, "-I", "-S", watchdog.__file__]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _signal_group(process: subprocess.Popen[bytes], *, kill: bool) -> None:
+    """To the process and all that it started and that stayed in its group."""
+    if _POSIX:
+        watchdog.send([process.pid], signal.SIGKILL if kill else signal.SIGTERM)
+    else:
+        process.terminate()  # on Windows there is no politer way

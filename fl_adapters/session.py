@@ -1,0 +1,278 @@
+"""One site's life in a federation, as every callback uses it: join, agree, exchange round by round, leave.
+
+The session belongs to the process, not to the callback object: frameworks pickle, copy and replace callbacks, while
+connections and threads cannot follow. Calls are synchronous, made by one thread at a time, and may block for as
+long as the slowest site trains.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fl_adapters.kit import Kit, current_kit
+from fl_adapters.options import Options, SiteSettings
+from fl_adapters.outputs import claimed_path
+from fl_runtime.client import SiteClient
+from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.transport.base import Transport
+from fl_runtime.types import Arrays, Metrics, Report, Task, Update
+from fl_runtime.version import VERSION
+from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class RoundStats:
+    """The exchange that ended last. seconds: from submitting to having the next task, waiting included."""
+
+    round: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+
+
+class Session:
+    """One attempt of this site. Task arrays are views of a buffer that the next task overwrites.
+
+    name, index, count, job: this site's place. attempt: 1, or more after a restart. settings: what holds here.
+    rounds: of the run, known after `register`. stats: of the last exchange.
+    """
+
+    def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
+        self._kit, self._framework = kit, framework
+        self._client = SiteClient(transport, kit.patience_s)
+        welcome = self._client.join(kit.job)
+        self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
+        self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt
+        self.settings = SiteSettings.resolve(options, welcome.settings)
+        self.rounds = 0
+        self.stats = RoundStats()
+        self.pid = os.getpid()
+        self.registered = False
+        self.closed = False
+        self._task: Task | None = None
+
+    def output_dir(self, path: str) -> str:
+        """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
+
+        Raises ConfigError for an absolute path that another site of the simulation writes to.
+        """
+        return claimed_path(Path(self._kit.run), self.name, path) if self._kit.simulated else path
+
+    def register(
+        self,
+        state: Arrays,
+        *,
+        agreement: Mapping[str, str],
+        rounds: int | None,
+        evaluates: bool,
+        capabilities: frozenset[str] = frozenset(),
+    ) -> int:
+        """The handshake: names, shapes and dtypes of `state`, and `agreement`, must be equal at all sites.
+
+        rounds: what the trainer's own budget amounts to; it decides where the job does not. Waits for the other
+        sites and returns the run's rounds. Raises StateMismatchError or HandshakeError, at every site alike, and
+        UpdateRefusedError if `state` holds values that are not finite.
+        """
+        check_finite(state, where=f"the model of {self.name}, before round 1")
+        shared = {
+            **agreement,
+            "every": str(self.settings.every),
+            "optimizer_state": self.settings.optimizer_state,
+        }
+        info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
+        self.rounds = self._client.register(
+            Manifest.of(state),
+            agreement=shared,
+            info=info,
+            capabilities=capabilities,
+            rounds=0 if self.settings.rounds else rounds or 0,
+            evaluates=evaluates,
+        )
+        self.registered = True
+        return self.rounds
+
+    def start(self, state: Callable[[], Arrays]) -> Task:
+        """The first task: kind "train", or "final" when the run is over already (a site that comes late).
+
+        state() is called only where this site's own weights become the initial model.
+        """
+        task = self._client.next_task()
+        if task.kind == "initial":
+            arrays = state()
+            self._client.submit(self._update(task, arrays, 1, 0, {}, {}))
+            task = self._client.next_task()
+        return self._received(task)
+
+    def submit(
+        self,
+        arrays: Arrays,
+        *,
+        num_examples: int,
+        local_steps: int,
+        metrics: Metrics,
+        extras: Arrays | None = None,
+    ) -> str:
+        """Send this round's result; returns what it counted as: used, late, carried or duplicate.
+
+        Arrays are borrowed for the call. Raises UpdateRefusedError, before anything is sent, for values that are
+        not finite or num_examples below 1.
+        """
+        task = self._current()
+        check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
+        self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
+        return self._client.submit(self._update(task, arrays, num_examples, local_steps, metrics, extras or {}))
+
+    def next_task(self) -> Task:
+        """Wait for the round to close; the next task is of kind "train" or "final"."""
+        done = self._current().round
+        task = self._received(self._client.next_task())
+        up, down = self._client.bytes_up - self._up, self._client.bytes_down - self._down
+        self.stats = RoundStats(done, up, down, time.monotonic() - self._began)
+        return task
+
+    def exchange(
+        self,
+        arrays: Arrays,
+        *,
+        num_examples: int,
+        local_steps: int,
+        metrics: Metrics,
+        extras: Arrays | None = None,
+    ) -> Task:
+        """`submit`, then `next_task`."""
+        self.submit(arrays, num_examples=num_examples, local_steps=local_steps, metrics=metrics, extras=extras)
+        return self.next_task()
+
+    def report(self, metrics: Metrics, num_examples: int) -> None:
+        """The score of the global model that arrived last, on this site's own validation data."""
+        self._client.report(Report(self.job, self._current().version, self.name, metrics, num_examples))
+
+    def best(self) -> Task:
+        """After the "final" task: the best round's model, once all sites have reported on the last one."""
+        return self._client.next_task(best=True)
+
+    def finish(
+        self,
+        export: Callable[[str], None] | None = None,
+        load: Callable[[Arrays], None] | None = None,
+    ) -> None:
+        """The normal end, after a "final" task. Leaves the run.
+
+        One site of a simulation also writes the results: export(folder) is called for runs/<job>/model with the
+        model as it is, and, given `load`, for runs/<job>/best with the best round's weights loaded; the final
+        weights are loaded back afterwards.
+        """
+        final = self._current()
+        if export is not None and self._kit.simulated and final.config.get("export"):
+            export(str(Path(self._kit.run, "model")))
+            if load is not None:
+                kept = {name: np.copy(array) for name, array in final.arrays.items()}
+                best = self.best()
+                load(best.arrays)
+                export(str(Path(self._kit.run, "best")))
+                load(kept)
+        self._end("all rounds are done", early=False)
+
+    def leave(self, reason: str) -> None:
+        """An early end (a local early stop, an error): the quorum decides whether the run goes on."""
+        self._end(reason, early=True)
+
+    def _end(self, reason: str, *, early: bool) -> None:
+        if not self.closed:
+            self.closed = True
+            self._client.leave(reason, early=early)
+            self._client.close()
+
+    def _current(self) -> Task:
+        if self._task is None or self.closed:
+            raise ConfigError("this session has no task: it has not started, or it has ended", where=self.name)
+        return self._task
+
+    def _received(self, task: Task) -> Task:
+        self._task = task
+        return task
+
+    def _update(
+        self, task: Task, arrays: Arrays, num_examples: int, local_steps: int, metrics: Metrics, extras: Arrays
+    ) -> Update:
+        return Update(
+            job=self.job,
+            round=task.round,
+            stage=task.stage,
+            site=self.name,
+            attempt=self.attempt,
+            base_version=task.version,
+            arrays=arrays,
+            num_examples=num_examples,
+            local_steps=local_steps,
+            metrics=metrics,
+            extras=extras,
+        )
+
+
+_sessions: dict[str, Session] = {}
+_said_alone = False
+
+
+def open_session(options: Options, *, framework: str, fresh: bool = False) -> Session | None:
+    """This process's session for the kit of `options`; joins the federation on first use.
+
+    None without a kit, after one line on stderr that says so (ConfigError with `required`), and in a process
+    forked from the one that joined. fresh: a new trainer begins; a session that is past its handshake is left
+    and joined again under a new attempt (a notebook cell that is run twice).
+    """
+    kit = current_kit(options.kit)
+    if kit is None:
+        _alone(options, framework)
+        return None
+    key = f"{kit.server}/{kit.job}/{kit.site}"
+    session = _sessions.get(key)
+    if session is not None and session.pid != os.getpid():
+        return None
+    if session is not None and fresh and session.registered and not session.closed:
+        session.leave("its script began again")
+    if session is None or session.closed:
+        session = _sessions[key] = _joined(kit, options, framework)
+    return session
+
+
+def close_sessions(reason: str) -> None:
+    """Leave every run of this process that has not ended. Runs by itself when the interpreter exits."""
+    for session in _sessions.values():
+        if session.pid == os.getpid() and not session.closed:
+            session.leave(reason)
+
+
+def _joined(kit: Kit, options: Options, framework: str) -> Session:
+    from fl_runtime.transport.grpc import GrpcTransport
+
+    transport = GrpcTransport(kit.server, kit.token)
+    try:
+        session = Session(kit, options, framework, transport)
+    except FederationError:
+        transport.close()
+        raise
+    atexit.register(close_sessions, "its script ended before the last round")
+    return session
+
+
+def _alone(options: Options, framework: str) -> None:
+    global _said_alone
+    if options.required:
+        raise ConfigError(
+            "this script must run in a federation (required=True), but there is no startup kit",
+            fix="start it with `fl-adapters simulate`, set FL_ADAPTERS_KIT, or pass kit=",
+        )
+    if not _said_alone:
+        _said_alone = True
+        print(f"fl-adapters: no startup kit, so {framework} trains alone on this machine's data", file=sys.stderr)

@@ -1,0 +1,32 @@
+"""Where am I? For splitting data in a simulation and for logging; `fl_adapters.site()` is this `site`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fl_adapters.kit import current_kit
+
+
+@dataclass(frozen=True)
+class Site:
+    """This process's place in the federation.
+
+    index, count: its number among the sites of the job, 0 <= index < count. job: the job's name, "" standalone.
+    """
+
+    name: str
+    index: int
+    count: int
+    job: str
+
+
+def site(kit: str | None = None) -> Site:
+    """The site that this process is: from the kit in folder `kit`, else in `$FL_ADAPTERS_KIT`.
+
+    Without a kit the script runs alone: `Site(name="local", index=0, count=1, job="")`.
+    Raises ConfigError when the kit cannot be read.
+    """
+    found = current_kit(kit)
+    if found is None:
+        return Site(name="local", index=0, count=1, job="")
+    return Site(name=found.site, index=found.index, count=found.count, job=found.job)

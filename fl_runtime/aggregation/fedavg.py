@@ -1,0 +1,119 @@
+"""Federated averaging (McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fl_runtime.errors import UpdateRefusedError
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Update
+from fl_runtime.wire.dtypes import is_floating
+
+_BLOCK = 2**15
+"""Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
+
+
+class FedAvg:
+    """mean_k = mean_{k-1} + (n_k / N_k) (x_k - mean_{k-1}),  N_k = n_1 + ... + n_k, over sites in fixed order.
+
+    This running form (West 1979, "Updating mean and variance estimates") equals sum(n_i x_i) / sum(n_i), needs one
+    accumulator whatever the number of sites, and returns exactly x when all sites send the same x, so frozen
+    tensors do not drift. Subtraction, product and sum are separate operations, never fused, in float32 (float64
+    for float64 tensors, complex64 for complex ones), so the bits depend on the set of updates alone.
+
+    Integer and boolean tensors are not averaged: each element becomes the maximum over the sites (a counter such as
+    `num_batches_tracked` stays an integer and never runs backwards). Extras follow the same two rules.
+    """
+
+    requires: frozenset[str] = frozenset()
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {}
+
+    def aggregator(self, base: Arrays, allocate: Allocate) -> Aggregator:
+        return WeightedMean(allocate)
+
+
+class WeightedMean:
+    """The running weighted mean of updates of content "weights"; the first update decides which extras there are."""
+
+    def __init__(self, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._examples = 0
+        self._extra_names: tuple[str, ...] = ()
+        self._out: dict[tuple[bool, str], Array] = {}
+        self._sums: dict[tuple[bool, str], Array] = {}
+
+    def add(self, update: Update) -> None:
+        if update.content != "weights":
+            raise UpdateRefusedError(
+                f"FedAvg averages weights, but this update holds {update.content}", where=f"site {update.site}"
+            )
+        first = not self._out
+        if first:
+            self._begin(update)
+        if tuple(update.extras) != self._extra_names:
+            raise UpdateRefusedError(
+                f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(self._extra_names)[:4]}",
+                where=f"site {update.site}, round {update.round}",
+                fix="use the same optimizer and optimizer_state setting at every site",
+            )
+        self._examples += update.num_examples
+        share = update.num_examples / self._examples
+        for (extra, name), mean in self._sums.items():
+            value = (update.extras if extra else update.arrays)[name]
+            _fold(mean.reshape(-1), value.reshape(-1), share, first=first)
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        for key, mean in self._sums.items():
+            if mean is not self._out[key]:
+                for block in _blocks(mean.size):
+                    self._out[key].reshape(-1)[block] = mean.reshape(-1)[block]
+        arrays = {name: array for (extra, name), array in self._out.items() if not extra}
+        extras = {name: array for (extra, name), array in self._out.items() if extra}
+        return arrays, extras
+
+    def _begin(self, update: Update) -> None:
+        arrays, extras = self._allocate(update.arrays, update.extras)
+        self._extra_names = tuple(update.extras)
+        self._out = {(False, n): a for n, a in arrays.items()} | {(True, n): a for n, a in extras.items()}
+        self._sums = {key: _accumulator(out) for key, out in self._out.items()}
+
+
+def accumulator_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What a tensor is summed in: float32 or wider; integers and booleans as they are."""
+    if not is_floating(dtype) or dtype.itemsize >= 4 and dtype.kind in "fc":
+        return dtype
+    return np.dtype(np.float32)
+
+
+def _accumulator(out: Array) -> Array:
+    """The output itself where its dtype is wide enough to sum in, else a wider array."""
+    wide = accumulator_dtype(out.dtype)
+    return out if wide == out.dtype else np.empty(out.shape, wide)
+
+
+def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
+    """One site's tensor into the running mean, block by block; both flat."""
+    averaged = is_floating(mean.dtype)
+    scratch = np.empty(min(_BLOCK, mean.size), mean.dtype)
+    factor = mean.dtype.type(share) if averaged else None
+    for block in _blocks(mean.size):
+        target = mean[block]
+        if first:
+            target[...] = value[block]
+        elif averaged:
+            step = scratch[: target.size]
+            np.subtract(value[block], target, out=step, dtype=mean.dtype, casting="unsafe")
+            np.multiply(step, factor, out=step)
+            np.add(target, step, out=target)
+        else:
+            np.maximum(target, value[block], out=target)
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, _BLOCK):
+        yield slice(start, start + _BLOCK)

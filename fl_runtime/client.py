@@ -1,0 +1,339 @@
+"""The site's side of the protocol: join, register, wait for tasks, submit, report, leave.
+
+Calls block and are made by one thread at a time. A call that meets a broken connection is repeated, resuming
+transfers where they stopped, until the server has been out of reach for `patience_s`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
+from fl_runtime.transport.base import Transport
+from fl_runtime.types import Array, Arrays, Metrics, Report, Task, Update
+from fl_runtime.version import FEATURES, PROTOCOL, VERSION
+from fl_runtime.wire import frames
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The server's answer to a join. settings: the job's, as in RunSettings. started: rounds have begun already."""
+
+    site: str
+    index: int
+    count: int
+    attempt: int
+    settings: Mapping[str, Any]
+    started: bool
+
+
+class SiteClient:
+    """One attempt of one site.
+
+    Task arrays are views of one buffer that this object owns and reuses: they are valid until the next task.
+    bytes_up, bytes_down: message bytes of tasks and updates so far.
+    """
+
+    def __init__(self, transport: Transport, patience_s: float) -> None:
+        self._transport, self._patience_s = transport, patience_s
+        self._session = pb.Session()
+        self._manifests: dict[bytes, Manifest] = {}
+        self._sent_layouts: set[bytes] = set()
+        self._buffer: Array = np.empty(0, np.uint8)
+        self._incoming: _Incoming | None = None
+        self._presence: _Presence | None = None
+        self.bytes_up = 0
+        self.bytes_down = 0
+
+    def join(self, job: str = "") -> Welcome:
+        """Begin an attempt; the server fences off earlier ones."""
+        request = pb.JoinRequest(
+            protocol_min=PROTOCOL, protocol_max=PROTOCOL, features=FEATURES, version=VERSION, job=job
+        )
+        reply = self._unary("Join", request, pb.JoinReply)
+        settings = json.loads(reply.settings_json)
+        self._session = pb.Session(job=settings["name"], attempt=reply.attempt)
+        self._presence = _Presence(self._transport, pb.SessionRequest(session=self._session), self._patience_s)
+        return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
+
+    def register(
+        self,
+        manifest: Manifest,
+        *,
+        agreement: Mapping[str, str],
+        info: Mapping[str, str],
+        capabilities: frozenset[str],
+        rounds: int,
+        evaluates: bool,
+    ) -> int:
+        """The handshake. Waits for all sites; returns the run's rounds. Raises what the comparison found."""
+        request = pb.RegisterRequest(
+            session=self._session,
+            manifest=manifest.to_proto(),
+            agreement=dict(agreement),
+            info=dict(info),
+            capabilities=sorted(capabilities),
+            rounds=rounds,
+            evaluates=evaluates,
+        )
+        reply = self._unary("Register", request, pb.RegisterReply)
+        self._manifests[manifest.layout] = manifest
+        self._sent_layouts.add(manifest.layout)
+        return reply.rounds
+
+    def next_task(self, *, best: bool = False) -> Task:
+        """Wait for a task and receive its arrays. best: after the last round, the best round's model."""
+        return self._patiently(lambda: self._next_task(best))
+
+    def submit(self, update: Update) -> str:
+        """Send an update; returns what it counted as: used, late, carried or duplicate. Arrays are borrowed."""
+        manifest = Manifest.of(update.arrays, update.extras)
+        digests = manifest.digests(update.arrays, update.extras)
+        pieces = manifest.pieces(update.arrays, update.extras)
+        payload = frames.describe(manifest, digests, known=manifest.layout in self._sent_layouts)
+        small = frames.inline(payload, pieces)
+        header = pb.UpdateHeader(
+            session=self._session,
+            round=update.round,
+            stage=update.stage,
+            base_version=update.base_version,
+            content=update.content,
+            encoding=update.encoding,
+            num_examples=max(update.num_examples, 0),
+            local_steps=update.local_steps,
+            metrics_json=json.dumps(dict(update.metrics)),
+            payload=payload,
+        )
+        message = pb.UpdatePart(update=header).SerializeToString()
+        status = self._patiently(lambda: self._send(message, [] if small else pieces))
+        self._sent_layouts.add(manifest.layout)
+        return status
+
+    def report(self, report: Report) -> None:
+        request = pb.ScoreRequest(
+            session=self._session,
+            version=report.version,
+            metrics_json=json.dumps(dict(report.metrics)),
+            num_examples=report.num_examples,
+        )
+        self._unary("Score", request, pb.Done)
+
+    def leave(self, reason: str, *, early: bool) -> None:
+        """End the attempt. Errors are logged and not raised: there is nothing left to do about them."""
+        try:
+            request = pb.LeaveRequest(session=self._session, reason=reason, early=early)
+            for _ in self._transport.call("Leave", request.SerializeToString()):
+                pass
+        except FederationError as error:
+            log.info("leaving without the server's word: %s", error)
+
+    def close(self) -> None:
+        if self._presence is not None:
+            self._presence.close()
+        self._transport.close()
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    def _unary(self, method: str, request: Message, reply: type[M]) -> M:
+        def call() -> M:
+            return _parsed(reply, next(iter(self._transport.call(method, request.SerializeToString())), b""))
+
+        return self._patiently(call)
+
+    def _patiently(self, attempt: Callable[[], R]) -> R:
+        """Repeat a call over broken connections, with pauses that grow and vary, while patience lasts."""
+        given_up_at: float | None = None
+        pause_s = _FIRST_PAUSE_S
+        progress = self._progress()
+        while True:
+            try:
+                return attempt()
+            except ConnectionLostError as error:
+                now = time.monotonic()
+                if given_up_at is None or self._progress() != progress:
+                    given_up_at, pause_s, progress = now + self._patience_s, _FIRST_PAUSE_S, self._progress()
+                if now > given_up_at:
+                    raise ConnectionLostError(
+                        f"{error.what}; gave up after {self._patience_s:g} s", where=error.where, fix=error.fix
+                    ) from None
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    def _progress(self) -> tuple[int, int]:
+        return self.bytes_up, self.bytes_down
+
+    def _next_task(self, best: bool) -> Task:
+        request = pb.NextRequest(session=self._session, layouts=list(self._manifests), best=best)
+        if self._incoming is not None:
+            request.resume_digest = self._incoming.digest
+            request.resume_from = self._incoming.receiver.arrived
+        header: pb.TaskHeader | None = None
+        for message in self._transport.call("Next", request.SerializeToString()):
+            if frames.is_frame(message):
+                if self._incoming is None:
+                    raise ProtocolError("a frame came before its header")
+                self._incoming.receiver.take(frames.frame_data(message))
+            else:
+                part = _parsed(pb.TaskPart, message)
+                if part.HasField("waiting"):
+                    continue
+                header = part.task
+                self._incoming = self._expect(header)
+            self.bytes_down += len(message)
+        if header is None:
+            raise ConnectionLostError("the server ended the call without a task")
+        return self._task(header)
+
+    def _expect(self, header: pb.TaskHeader) -> _Incoming:
+        """Make the buffer ready for a payload, or go on with the one that broke off."""
+        payload = header.payload
+        digest = frames.payload_digest(payload)
+        if self._incoming and self._incoming.digest == digest and self._incoming.receiver.arrived == header.offset:
+            return self._incoming
+        if payload.HasField("manifest"):
+            manifest = Manifest.from_proto(payload.manifest)
+            self._manifests[manifest.layout] = manifest
+            self._sent_layouts.add(manifest.layout)
+        if header.kind == "initial":
+            manifest = Manifest(())
+        elif payload.layout in self._manifests:
+            manifest = self._manifests[payload.layout]
+        else:
+            raise ProtocolError("a task refers to a layout that this site has not seen")
+        if len(self._buffer) != manifest.nbytes:
+            self._buffer = np.empty(manifest.nbytes, np.uint8)
+        receiver = frames.Receiver(manifest, payload.digests, self._buffer)
+        if payload.inline:
+            receiver.take(payload.inline)
+        return _Incoming(digest, receiver)
+
+    def _task(self, header: pb.TaskHeader) -> Task:
+        assert self._incoming is not None
+        incoming, self._incoming = self._incoming, None
+        if incoming.receiver.arrived < incoming.receiver.manifest.nbytes:
+            self._incoming = incoming
+            raise ConnectionLostError("the server ended the call within a transfer")
+        arrays, extras = incoming.receiver.finish()
+        return Task(
+            job=header.job,
+            round=header.round,
+            stage=header.stage,
+            kind=header.kind,  # type: ignore[arg-type]
+            version=header.version,
+            arrays=arrays,
+            extras=extras,
+            config=json.loads(header.config_json or "{}"),
+        )
+
+    def _send(self, header: bytes, pieces: list[Array]) -> str:
+        """One try at an upload: all in the header, or frames from the offset that the server names."""
+        if not pieces:
+            replies = self._transport.call("Submit", header)
+            self.bytes_up += len(header)
+        else:
+            offset = _Offset()
+            replies = self._transport.call("Submit", self._upload(header, pieces, offset))
+            try:
+                first = _parsed(pb.SubmitReply, next(iter(replies), b""))
+                if first.HasField("accepted"):
+                    return first.accepted.status
+                offset.give(first.send_from)
+            finally:
+                offset.give(None)  # whatever happened: nobody waits for an offset for ever
+        last = _parsed(pb.SubmitReply, next(iter(replies), b""))
+        if not last.HasField("accepted"):
+            raise ConnectionLostError("the server ended the call without an acknowledgement")
+        return last.accepted.status
+
+    def _upload(self, header: bytes, pieces: list[Array], offset: _Offset) -> Iterator[bytes]:
+        self.bytes_up += len(header)
+        yield header
+        start = offset.wait()
+        if start is None:
+            return
+        for message in frames.frames(pieces, start):
+            self.bytes_up += len(message)
+            yield message
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """A payload that is arriving."""
+
+    digest: bytes
+    receiver: frames.Receiver
+
+
+class _Offset:
+    """Where an upload begins: known once the server has answered the header. None: do not send."""
+
+    def __init__(self) -> None:
+        self._known = threading.Event()
+        self._value: int | None = None
+
+    def give(self, value: int | None) -> None:
+        if not self._known.is_set():
+            self._value = value
+            self._known.set()
+
+    def wait(self) -> int | None:
+        self._known.wait()
+        return self._value
+
+
+class _Presence:
+    """Holds the Attend call open, so that the server sees at once when this process is gone."""
+
+    def __init__(self, transport: Transport, request: pb.SessionRequest, patience_s: float) -> None:
+        self._transport, self._message, self._patience_s = transport, request.SerializeToString(), patience_s
+        self._closed = threading.Event()
+        self._call = transport.call("Attend", self._message)
+        self._thread = threading.Thread(target=self._hold, name="fl-presence", daemon=True)
+        self._thread.start()
+
+    def _hold(self) -> None:
+        """Open again after every break; the calls of the site's own thread decide when to give up."""
+        pause_s = _FIRST_PAUSE_S
+        while not self._closed.is_set():
+            try:
+                for _ in self._call:
+                    pause_s = _FIRST_PAUSE_S
+            except ConnectionLostError:
+                log.debug("presence lost; opening it again")
+            except FederationError as error:  # fenced off, or the run has failed: the next call will say so
+                log.debug("presence ended: %s", error)
+                return
+            if self._closed.wait(pause_s):
+                return
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            self._call = self._transport.call("Attend", self._message)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._call.cancel()
+
+
+def _parsed(kind: type[M], message: bytes) -> M:
+    try:
+        return kind.FromString(message)
+    except DecodeError:
+        raise ProtocolError(f"the server's answer is no {kind.__name__}") from None

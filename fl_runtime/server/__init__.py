@@ -1,0 +1,8 @@
+"""The server of one job: round loop, journal, gRPC service. Runs no user code and imports no training framework."""
+
+from __future__ import annotations
+
+from fl_runtime.server.results import RoundResult, RunResult
+from fl_runtime.server.server import Server
+
+__all__ = ["RoundResult", "RunResult", "Server"]

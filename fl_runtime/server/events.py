@@ -1,0 +1,40 @@
+"""Events of a run, given to its listeners one at a time and in order, by a thread of their own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fl_runtime.types import Event, Listener
+
+log = logging.getLogger(__name__)
+
+
+class Events:
+    """`emit` never blocks and may be called under any lock; a slow listener delays nobody but itself."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = listeners
+        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._deliver, name="fl-events", daemon=True)
+        self._thread.start()
+
+    def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        self._queue.put(Event(kind, time.time(), round, site, data))
+
+    def close(self) -> None:
+        """Returns once everything emitted so far has been delivered."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _deliver(self) -> None:
+        while (event := self._queue.get()) is not None:
+            for listener in self._listeners:
+                try:
+                    listener(event)
+                except Exception:  # a listener is a bystander: the run must not die of it
+                    log.exception("a listener failed at event %s", event.kind)

@@ -1,0 +1,119 @@
+"""The sites of a run, as the server sees them: who has joined, what they registered, who is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fl_runtime.errors import HandshakeError, StateMismatchError
+from fl_runtime.wire.manifest import Manifest, differences
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a site said at the handshake. `agreement` must be equal everywhere, `info` is only shown."""
+
+    layout: bytes
+    agreement: Mapping[str, str]
+    info: Mapping[str, str]
+    capabilities: frozenset[str]
+    rounds: int
+    evaluates: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout.hex(),
+            "agreement": dict(self.agreement),
+            "info": dict(self.info),
+            "capabilities": sorted(self.capabilities),
+            "rounds": self.rounds,
+            "evaluates": self.evaluates,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Registration:
+        return cls(
+            bytes.fromhex(fields["layout"]),
+            fields["agreement"],
+            fields["info"],
+            frozenset(fields["capabilities"]),
+            fields["rounds"],
+            fields["evaluates"],
+        )
+
+
+@dataclass
+class Member:
+    """One site. Changed only under the run's lock.
+
+    attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
+    streams. absent_since: monotonic seconds, None while present or before the first join. gone: why it no longer
+    counts; it may come back.
+    """
+
+    name: str
+    index: int
+    attempt: int = 0
+    attending: int = 0
+    absent_since: float | None = None
+    gone: str = ""
+    registration: Registration | None = None
+    layouts: set[bytes] = field(default_factory=set)
+
+    @property
+    def active(self) -> bool:
+        return self.registration is not None and not self.gone
+
+
+def check_agreement(registrations: Mapping[str, Registration], manifests: Mapping[bytes, Manifest]) -> None:
+    """All sites must exchange the same tensors and agree on what they declared; the first site is the measure.
+
+    Raises StateMismatchError or HandshakeError, naming sites, tensors and values.
+    """
+    names = list(registrations)
+    first = registrations[names[0]]
+    for name in names[1:]:
+        other = registrations[name]
+        _check_declared(names[0], first, name, other)
+        lines = differences(manifests[first.layout], manifests[other.layout])
+        if lines:
+            more = f"\n    ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+            raise StateMismatchError(
+                f"the models of {names[0]} and {name} differ in {len(lines)} tensors ({names[0]} != {name}):\n    "
+                + "\n    ".join(lines[:_SHOWN])
+                + more,
+                where=f"handshake of {names[0]} and {name}, before round 1",
+                fix="build the same model at every site, or leave what may differ at home with keep_local",
+            )
+
+
+def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
+    """Raises HandshakeError naming the first site whose adapter lacks what the strategy needs."""
+    for name, registration in registrations.items():
+        missing = requires - registration.capabilities
+        if missing:
+            raise HandshakeError(
+                f"the strategy {strategy} needs {', '.join(sorted(missing))}, which the adapter of {name} does not have",
+                where=f"handshake of {name}, before round 1",
+                fix="choose another strategy, or an adapter and version that support it",
+            )
+
+
+def _check_declared(first_name: str, first: Registration, name: str, other: Registration) -> None:
+    keys = sorted(first.agreement.keys() | other.agreement.keys())
+    lines = [
+        f"{key}: {first.agreement.get(key, 'missing')} != {other.agreement.get(key, 'missing')}"
+        for key in keys
+        if first.agreement.get(key) != other.agreement.get(key)
+    ]
+    if first.rounds and other.rounds and first.rounds != other.rounds:
+        lines.append(f"rounds: {first.rounds} != {other.rounds}")
+    if lines:
+        raise HandshakeError(
+            f"{first_name} and {name} do not agree ({first_name} != {name}):\n    " + "\n    ".join(lines),
+            where=f"handshake of {first_name} and {name}, before round 1",
+            fix="give both the same settings; the number of rounds can be fixed for all with --rounds or Job(rounds=)",
+        )

@@ -1,0 +1,73 @@
+"""Bringing a run back from its journal after the server was killed."""
+
+from __future__ import annotations
+
+import time
+
+from fl_runtime.server.members import Registration
+from fl_runtime.server.results import RoundResult
+from fl_runtime.server.run import Accepted, Model, OpenRound, Run
+from fl_runtime.store.journal import ModelEntry, UpdateEntry
+from fl_runtime.types import Update
+
+
+def recover(run: Run) -> None:
+    """Set a fresh Run to where its journal stands. A journal without entries changes nothing."""
+    for name, attempt, registration in run.journal.sites():
+        member = run.members[name]
+        member.attempt = attempt
+        member.absent_since = time.monotonic()
+        if registration:
+            member.registration = Registration.from_json(registration)
+            manifest = run.journal.manifest(member.registration.layout)
+            run.manifests[manifest.layout] = manifest
+    run.rounds = run.journal.rounds()
+    for version, site, metrics, num_examples in run.journal.scores():
+        run.scores.report(version, site, metrics, num_examples)
+    _models_and_rounds(run)
+    keep = {m.blob.name for m in (run.model, run.best) if m}
+    if run.open:
+        keep |= {a.blob.name for a in run.open.accepted.values()}
+    run.blobs.sweep(keep)
+
+
+def _models_and_rounds(run: Run) -> None:
+    for entry in run.journal.round_entries():
+        if entry.result is not None:
+            result = RoundResult.from_json(entry.result)
+            run.results.append(result)
+            run.scores.trained(result.round, result.metrics)
+            run.scores.settle(result.round)
+        else:
+            config = dict(run.strategy.configure(entry.round, entry.participants))
+            run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic())
+            for update in run.journal.updates(entry.round):
+                run.open.accepted[update.site] = _accepted(run, update)
+    models = run.journal.models()
+    if models:
+        run.model = _model(run, models[-1])
+        _best_of(run, models[:-1])
+
+
+def _best_of(run: Run, older: list[ModelEntry]) -> None:
+    """Normally one older model is there, the best; a kill between commit and recycling leaves two."""
+    for entry in older:
+        if entry.version > 0 and run.scores.better(entry.version, run.best.version if run.best else None):
+            if run.best:
+                run.journal.forget_model(run.best.version)
+            run.best = _model(run, entry)
+        else:
+            run.journal.forget_model(entry.version)
+
+
+def _model(run: Run, entry: ModelEntry) -> Model:
+    manifest = run.journal.manifest(entry.layout)
+    run.manifests[manifest.layout] = manifest
+    return Model(entry, run.blobs.open(entry.blob, manifest))
+
+
+def _accepted(run: Run, entry: UpdateEntry) -> Accepted:
+    blob = run.blobs.open(entry.blob, run.journal.manifest(entry.layout))
+    arrays, extras = blob.views()
+    update = Update(job=run.settings.name, site=entry.site, arrays=arrays, extras=extras, **entry.header)
+    return Accepted(update, blob, entry.digest)

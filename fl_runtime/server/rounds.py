@@ -1,0 +1,305 @@
+"""The round loop: handshake, initial model, rounds, the last scores. One thread drives one run through it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
+from fl_runtime.server.members import check_agreement, check_capabilities
+from fl_runtime.server.results import RoundResult
+from fl_runtime.server.run import Accepted, Model, OpenRound, Run
+from fl_runtime.server.scores import weighted_means
+from fl_runtime.store.blobs import Blob
+from fl_runtime.store.journal import ModelEntry
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.types import Arrays
+from fl_runtime.wire.manifest import Manifest, differences
+
+log = logging.getLogger(__name__)
+
+
+def drive(run: Run) -> None:
+    """From where the run stands to its end. Errors end the run; every waiting site gets them."""
+    try:
+        _handshake(run)
+        _initial_model(run)
+        assert run.model is not None and run.rounds is not None
+        for number in range(run.model.version + 1, run.rounds + 1):
+            _round(run, number)
+        _last_scores(run)
+        _farewell(run)
+    except FederationError as error:
+        run.fail(error)
+    except Exception as error:
+        log.exception("the round loop failed")
+        run.fail(FederationError(f"the server failed: {error!r}", fix="see its log; the run can be continued"))
+    finally:
+        run.ended.set()
+
+
+def _handshake(run: Run) -> None:
+    """Wait until all sites that are not gone have registered, then compare what they registered."""
+    settings = run.settings
+    with run.lock:
+        if run.rounds is not None:  # a continued run: the sites come back in their own time
+            return
+
+        def settled() -> bool:
+            _check_quorum(run, [m.name for m in run.members.values() if not m.gone], "before round 1")
+            return all(m.active for m in run.members.values() if not m.gone)
+
+        if not run.wait_until(settled, settings.deadline_s):
+            _check_quorum(run, [m.name for m in run.members.values() if m.active], "at the start's deadline")
+        registrations = {m.name: m.registration for m in run.members.values() if m.active and m.registration}
+        check_agreement(registrations, run.manifests)
+        check_capabilities(registrations, settings.strategy, run.strategy.requires)
+        rounds = settings.rounds or max(r.rounds for r in registrations.values())
+        if not rounds:
+            raise ConfigError(
+                "nobody says how many rounds to run: neither the job nor the training loop has a budget",
+                fix="give --rounds R or Job(rounds=R)",
+            )
+        run.journal.agreed(rounds)
+        run.rounds = rounds
+        first = next(iter(registrations.values()))
+        manifest = run.manifests[first.layout]
+        run.events.emit(
+            "started", rounds=rounds, sites=list(registrations), tensors=len(manifest.tensors), bytes=manifest.nbytes
+        )
+        run.phase = "initial"
+        run.published.notify_all()
+
+
+def _initial_model(run: Run) -> None:
+    with run.lock:
+        if run.model is not None:
+            return
+        run.phase = "initial"
+        if run.settings.initial:
+            _initial_from_file(run, Path(run.settings.initial))
+            return
+
+        def ready() -> bool:
+            _check_quorum(run, _present(run), "waiting for the initial model")
+            run.published.notify_all()  # the source may have changed: another site is asked
+            return run.model is not None
+
+        if not run.wait_until(ready, run.settings.deadline_s):
+            raise QuorumError(
+                f"{run.initial_source()} did not send the initial model within {run.settings.deadline_s:g} s",
+                fix="raise deadline_s, or give the initial weights as a file with Job(initial=)",
+            )
+
+
+def _initial_from_file(run: Run, path: Path) -> None:
+    arrays = read_tensors(path)
+    registration = next(m.registration for m in run.members.values() if m.active)
+    assert registration is not None
+    expected = run.manifests[registration.layout]
+    lines = differences(expected, Manifest.of(arrays))
+    if lines:
+        raise StateMismatchError(
+            f"the initial model differs from the sites' in {len(lines)} tensors (site != file):\n    "
+            + "\n    ".join(lines[:8]),
+            where=str(path),
+            fix="give a file with exactly the tensors that the sites exchange",
+        )
+    blob = run.blobs.create("model-0", Manifest(tuple(t for t in expected.tensors if not t.extra)))
+    for name, target in blob.views()[0].items():
+        target[...] = arrays[name]
+    run.commit_initial(blob)
+
+
+def _round(run: Run, number: int) -> None:
+    """One round: open, collect in any order, sum in fixed order, commit, tell."""
+    with run.lock:
+        current = _open(run, number)
+        summing = _Summing(run, current)
+    while not _collected(run, current, summing):
+        pass
+    blob = summing.finish()
+    digests = blob.manifest.digests_of_payload(blob.buffer)
+    with run.lock:
+        _commit(run, current, blob, digests)
+
+
+def _open(run: Run, number: int) -> OpenRound:
+    """The round that the journal knows as open, or a new one for all present sites."""
+    run.phase = "training"
+    if run.open is None:
+        enough = run.settings.min_sites
+        run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
+        participants = _present(run)
+        _check_quorum(run, participants, f"at the start of round {number}")
+        config = dict(run.strategy.configure(number, participants))
+        run.open = OpenRound(number, participants, config, time.monotonic())
+        run.journal.round_opened(number, tuple(participants), time.time())
+    run.events.emit("round_started", number, sites=list(run.open.participants))
+    run.published.notify_all()
+    return run.open
+
+
+class _Summing:
+    """Sums updates as soon as the fixed order (that of the job's sites) allows; finish() takes the rest."""
+
+    def __init__(self, run: Run, current: OpenRound) -> None:
+        self._run, self._current = run, current
+        self._blob: Blob | None = None
+        self._order = list(run.members)
+        assert run.model is not None
+        self._aggregator = run.strategy.aggregator(run.model.blob.views()[0], self._allocate)
+
+    def next_in_order(self) -> Accepted | None:
+        """The update that can be summed now (call under the lock). An absent site holds back those after it."""
+        if self._order and self._order[0] not in self._current.participants:
+            self._order.pop(0)
+            return self.next_in_order()
+        return self._current.accepted.get(self._order[0]) if self._order else None
+
+    def add(self, accepted: Accepted) -> None:
+        self._order.remove(accepted.update.site)
+        self._aggregator.add(accepted.update)
+
+    def finish(self) -> Blob:
+        for name in list(self._order):
+            if name in self._current.accepted:
+                self.add(self._current.accepted[name])
+        self._aggregator.result()
+        assert self._blob is not None
+        return self._blob
+
+    def _allocate(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
+        manifest = Manifest.of(arrays, extras)
+        with self._run.lock:
+            self._run.add_layout(manifest)
+            self._blob = self._run.blobs.create(f"model-{self._current.round}", manifest)
+        return self._blob.views()
+
+
+def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
+    """Wait for something to sum, and sum it without the lock; True when the round can close."""
+    due = None
+
+    def something() -> bool:
+        nonlocal due
+        due = summing.next_in_order()
+        return due is not None or _complete(run, current)
+
+    with run.lock:
+        left = current.began + run.settings.deadline_s - time.monotonic()
+        in_time = run.wait_until(something, left)
+        if due is None:
+            if not in_time:
+                _check_deadline(run, current)
+            return True
+    summing.add(due)
+    return False
+
+
+def _complete(run: Run, current: OpenRound) -> bool:
+    """Every participant has answered or is gone, and the answers make a quorum."""
+    pending = [n for n in current.participants if n not in current.accepted and not run.members[n].gone]
+    _check_quorum(run, [*current.accepted, *pending], f"in round {current.round}")
+    return not pending
+
+
+def _check_deadline(run: Run, current: OpenRound) -> None:
+    if len(current.accepted) < run.settings.min_sites:
+        late = [n for n in current.participants if n not in current.accepted]
+        raise QuorumError(
+            f"round {current.round} has {len(current.accepted)} of {run.settings.min_sites} updates after "
+            f"{run.settings.deadline_s:g} s; none came from {', '.join(late)}",
+            fix="raise deadline_s, lower min_sites, or look at the logs of these sites",
+        )
+
+
+def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
+    """The result becomes the global model, first in the journal, then for everybody. Called under the lock."""
+    updates = [a.update for a in current.accepted.values()]
+    metrics = weighted_means((u.metrics, u.num_examples) for u in sorted(updates, key=lambda u: u.site))
+    result = RoundResult(
+        round=current.round,
+        seconds=time.monotonic() - current.began,
+        metrics=metrics,
+        sites=tuple(n for n in run.members if n in current.accepted),
+        missing=tuple(n for n in current.participants if n not in current.accepted),
+        bytes_up=sum(current.bytes_up.values()),
+        bytes_down=sum(current.bytes_down.values()),
+    )
+    entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
+    run.journal.committed(entry, current.round, result.to_json())
+    previous, run.model, run.open = run.model, Model(entry, blob), None
+    run.results.append(result)
+    run.scores.trained(current.round, metrics)
+    run.events.emit("round_finished", current.round, **_without_round(result))
+    run.published.notify_all()
+    for accepted in current.accepted.values():
+        run.blobs.free(accepted.blob)
+    assert previous is not None
+    _keep_better(run, previous)
+
+
+def _keep_better(run: Run, model: Model) -> None:
+    """A model that has been replaced as the newest: the best so far is kept, the other recycled."""
+    if model.version == 0:
+        run.retire(model)
+        return
+    _settle(run, model.version)
+    if run.scores.better(model.version, run.best.version if run.best else None):
+        model, run.best = run.best or model, model
+    if model is not run.best:
+        run.retire(model)
+
+
+def _settle(run: Run, version: int) -> None:
+    if run.scores.settle(version):
+        best = run.best.version if run.best else None
+        leading = version if run.scores.better(version, best) else best
+        run.events.emit("scored", version, metrics=run.scores.of(version), best_round=leading)
+
+
+def _last_scores(run: Run) -> None:
+    """Hand out the final model, wait for its scores, and decide which round was the best."""
+    with run.lock:
+        run.phase = "final"
+        run.published.notify_all()
+        assert run.model is not None
+        last = run.model.version
+        run.wait_until(lambda: run.evaluators() <= run.scores.reported(last), run.settings.deadline_s)
+        _settle(run, last)
+        if run.best is None or run.scores.better(last, run.best.version):
+            run.best = run.model
+        run.journal.ended(None)
+        run.phase = "done"
+        run.events.emit("finished", rounds=run.rounds, best_round=run.best.version)
+        run.published.notify_all()
+
+
+def _farewell(run: Run) -> None:
+    """Serve until every site has taken what it wants and left."""
+    with run.lock:
+        run.wait_until(lambda: all(m.gone or not m.attempt for m in run.members.values()), run.settings.deadline_s)
+
+
+def _present(run: Run) -> list[str]:
+    return [m.name for m in run.members.values() if m.active]
+
+
+def _none_can_come(run: Run) -> bool:
+    return all(m.active or m.gone for m in run.members.values())
+
+
+def _check_quorum(run: Run, counted: list[str], when: str) -> None:
+    if len(counted) < max(run.settings.min_sites, 1):
+        reasons = [f"{m.name}: {m.gone}" for m in run.members.values() if m.gone]
+        raise QuorumError(
+            f"{len(counted)} of at least {run.settings.min_sites} sites are left {when}",
+            where="; ".join(reasons),
+            fix="look at the log of the site that left; lower min_sites to go on without it",
+        )
+
+
+def _without_round(result: RoundResult) -> dict[str, object]:
+    return {k: v for k, v in result.to_json().items() if k != "round"}

@@ -1,0 +1,413 @@
+"""The state of one run, and what sites may do to it. The round loop in rounds.py drives it.
+
+One lock guards everything. `changed` wakes the round loop, `published` wakes the sites that wait for a task.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.server.events import Events
+from fl_runtime.server.members import Member, Registration, check_agreement
+from fl_runtime.server.results import RoundResult
+from fl_runtime.server.scores import Scores
+from fl_runtime.server.spool import Spool
+from fl_runtime.store.blobs import Blob, Blobs
+from fl_runtime.store.journal import Journal, ModelEntry, UpdateEntry
+from fl_runtime.types import Report, RunSettings, Settings, Strategy, TaskKind, Update
+from fl_runtime.wire.manifest import Manifest, differences
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["joining", "initial", "training", "final", "done", "failed"]
+Status = Literal["used", "late", "carried", "duplicate"]
+
+
+@dataclass
+class Model:
+    """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last."""
+
+    entry: ModelEntry
+    blob: Blob
+    leases: int = 0
+    retired: bool = False
+
+    @property
+    def version(self) -> int:
+        return self.entry.version
+
+
+@dataclass(frozen=True)
+class Accepted:
+    update: Update
+    blob: Blob
+    digest: bytes
+
+
+@dataclass
+class OpenRound:
+    """The round under way. bytes_down, bytes_up: per site, as counted by the service."""
+
+    round: int
+    participants: list[str]
+    config: Settings
+    began: float
+    accepted: dict[str, Accepted] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A task for one site. `model` is leased: whoever takes the offer calls Run.release(model)."""
+
+    kind: TaskKind
+    round: int
+    config: Settings
+    model: Model | None
+    layout_known: bool
+
+
+class Run:
+    """Everything the server knows of a run. Public methods take the lock themselves and may be called by any thread."""
+
+    def __init__(self, settings: RunSettings, folder: Path, strategy: Strategy, events: Events) -> None:
+        self.settings, self.strategy, self.events = settings, strategy, events
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.published = threading.Condition(self.lock)
+        self.journal = Journal(folder / "journal.sqlite")
+        self.journal.begin(settings)
+        self.blobs = Blobs(folder / "blobs")
+        self.spool = Spool(self.blobs, self.lock)
+        self.members = {name: Member(name, i) for i, name in enumerate(settings.sites)}
+        self.manifests: dict[bytes, Manifest] = {}
+        self.scores = Scores(settings.best_metric, settings.best_mode)
+        self.phase: Phase = "joining"
+        self.error: FederationError | None = None
+        self.rounds: int | None = None
+        self.open: OpenRound | None = None
+        self.model: Model | None = None
+        self.best: Model | None = None
+        self.results: list[RoundResult] = []
+        self.ended = threading.Event()
+
+    # -- joining ---------------------------------------------------------------------------------------------
+
+    def join(self, name: str, version: str) -> Member:
+        """A new attempt of a site; older ones are fenced off."""
+        with self.lock:
+            self._raise_if_failed()
+            member = self.members.get(name)
+            if member is None:
+                raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
+            member.attempt += 1
+            member.gone, member.registration = "", None
+            member.layouts.clear()
+            member.absent_since = time.monotonic()
+            self.journal.joined(name, member.attempt)
+            self.events.emit("joined", site=name, attempt=member.attempt, version=version)
+            self.changed.notify_all()
+            return member
+
+    def register(self, name: str, attempt: int, manifest: Manifest, registration: Registration) -> int:
+        """The handshake; waits for the other sites and returns the number of rounds."""
+        with self.lock:
+            member = self._member(name, attempt)
+            self.add_layout(manifest)
+            member.layouts.add(manifest.layout)
+            if self.rounds is not None:
+                self._check_latecomer(name, registration)
+            member.registration = registration
+            self.journal.registered(name, registration.to_json())
+            self.events.emit(
+                "registered",
+                site=name,
+                tensors=len(manifest.tensors),
+                bytes=manifest.nbytes,
+                evaluates=registration.evaluates,
+                info=dict(registration.info),
+            )
+            self.changed.notify_all()
+            while self.rounds is None:
+                self._member(name, attempt)
+                self.published.wait()
+            self._member(name, attempt)
+            return self.rounds
+
+    def _check_latecomer(self, name: str, registration: Registration) -> None:
+        others = {m.name: m.registration for m in self.members.values() if m.registration and m.name != name}
+        if others:
+            first = next(iter(others.items()))
+            check_agreement(dict([first, (name, registration)]), self.manifests)
+
+    def attend(self, name: str, attempt: int) -> Member:
+        with self.lock:
+            member = self._member(name, attempt)
+            member.attending += 1
+            member.absent_since = None
+            self.changed.notify_all()
+            return member
+
+    def absent(self, name: str, attempt: int) -> None:
+        """A presence stream has ended; the site has `rejoin_s` to come back."""
+        with self.lock:
+            member = self.members[name]
+            member.attending -= 1
+            if member.attending == 0 and not member.gone:
+                member.absent_since = time.monotonic()
+                self.changed.notify_all()
+
+    def gone(self, name: str, reason: str, *, early: bool) -> None:
+        """A site no longer counts: it left, or its process is known to be dead."""
+        with self.lock:
+            member = self.members[name]
+            if member.gone:
+                return
+            member.gone = reason or "it left"
+            self.events.emit("left", site=name, reason=member.gone, early=early)
+            self.changed.notify_all()
+
+    def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
+        with self.lock:
+            self._member(name, attempt)
+            self.gone(name, reason, early=early)
+
+    # -- tasks -----------------------------------------------------------------------------------------------
+
+    def wait_for_task(self, name: str, attempt: int, best: bool, beat_s: float) -> Iterator[Offer | None]:
+        """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
+        while True:
+            with self.lock:
+                member = self._member(name, attempt)
+                offer = self._offer(member, best)
+                if offer is None:
+                    self.published.wait(beat_s)
+                    self._member(name, attempt)
+                    offer = self._offer(member, best)
+            yield offer
+            if offer is not None:
+                return
+
+    def release(self, model: Model) -> None:
+        with self.lock:
+            model.leases -= 1
+            if model.retired and model.leases == 0:
+                self.blobs.free(model.blob)
+
+    def retire(self, model: Model) -> None:
+        """A model that no later task will carry."""
+        with self.lock:
+            self.journal.forget_model(model.version)
+            model.retired = True
+            if model.leases == 0:
+                self.blobs.free(model.blob)
+
+    def initial_source(self) -> str | None:
+        """The site whose own weights become the initial model: the first registered one, in order."""
+        return next((m.name for m in self.members.values() if m.active), None)
+
+    def _offer(self, member: Member, best: bool) -> Offer | None:
+        if not member.active:
+            return None
+        if self.phase == "initial" and member.name == self.initial_source() and self.model is None:
+            return Offer("initial", 0, {}, None, True)
+        if self.phase == "training" and self.open and member.name not in self.open.accepted:
+            if member.name not in self.open.participants:  # it came back while the round is open
+                self.open.participants.append(member.name)
+            return self._leased("train", self.open.round, self.open.config, self.model, member)
+        if self.phase == "done" and best:
+            return self._leased("best", self.rounds or 0, {}, self.best, member)
+        if self.phase in ("final", "done") and not best:
+            exporter = self.initial_source() == member.name
+            return self._leased("final", self.rounds or 0, {"export": exporter}, self.model, member)
+        return None
+
+    def _leased(self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member) -> Offer:
+        assert model is not None
+        model.leases += 1
+        layout = model.blob.manifest.layout
+        known = layout in member.layouts
+        member.layouts.add(layout)
+        return Offer(kind, round, config, model, known)
+
+    # -- updates and reports ---------------------------------------------------------------------------------
+
+    def admit(self, name: str, attempt: int, round: int, digest: bytes, num_examples: int) -> Status | None:
+        """Before the bytes of an update: None to send them, or what it counts as without them."""
+        with self.lock:
+            self._member(name, attempt)
+            if num_examples <= 0:
+                raise UpdateRefusedError(
+                    f"num_examples is {num_examples}; the weight of an update must be above zero",
+                    where=f"{name}, round {round}",
+                    fix="check that the site's training set is not empty, or pass num_examples=",
+                )
+            if round == 0:
+                return None if self._wants_initial(name) else "duplicate"
+            while self.open is None and self.phase == "training":
+                self.published.wait()
+                self._member(name, attempt)
+            if self.open is None or round < self.open.round and self.settings.late == "drop":
+                return "late"
+            if round > self.open.round:
+                raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")
+            return "duplicate" if name in self.open.accepted else None
+
+    def accept(self, update: Update, blob: Blob, digest: bytes, header: Mapping[str, Any], bytes_up: int) -> Status:
+        """An update whose bytes have been verified: journaled, then counted. Takes over the blob unless it is
+        refused, late or a duplicate, in which case the blob is freed."""
+        with self.lock:
+            try:
+                status = self.admit(update.site, update.attempt, update.round, digest, update.num_examples)
+            except FederationError:
+                self.blobs.free(blob)
+                raise
+            if status is not None:
+                self.blobs.free(blob)
+                return status
+            if update.round == 0:
+                self.commit_initial(blob)
+                return "used"
+            assert self.open is not None
+            if update.site not in self.open.participants:  # carried in by a site that missed the opening
+                self.open.participants.append(update.site)
+            self.open.bytes_up[update.site] = bytes_up
+            self.blobs.rename(blob, f"update-{self.open.round}-{self.members[update.site].index}")
+            layout = blob.manifest.layout
+            self.journal.accepted(UpdateEntry(self.open.round, update.site, digest, blob.name, layout, header))
+            self.open.accepted[update.site] = Accepted(update, blob, digest)
+            status = "used" if update.round == self.open.round else "carried"
+            self.events.emit(
+                "update",
+                self.open.round,
+                update.site,
+                status=status,
+                num_examples=update.num_examples,
+                local_steps=update.local_steps,
+                metrics=dict(update.metrics),
+                bytes_up=bytes_up,
+                bytes_down=self.open.bytes_down.get(update.site, 0),
+                seconds=time.monotonic() - self.open.began,
+            )
+            self.changed.notify_all()
+            return status
+
+    def late(self, update_round: int, name: str, bytes_up: int) -> None:
+        self.events.emit("update", update_round, name, status="late", bytes_up=bytes_up)
+
+    def commit_initial(self, blob: Blob) -> None:
+        """Version 0, from the first site or from a file."""
+        with self.lock:
+            self.blobs.rename(blob, "model-0")
+            self.add_layout(blob.manifest)
+            digests = blob.manifest.digests_of_payload(blob.buffer)
+            entry = ModelEntry(0, blob.name, blob.manifest.layout, digests)
+            self.journal.committed(entry, 0, {})
+            self.model = Model(entry, blob)
+            self.changed.notify_all()
+
+    def _wants_initial(self, name: str) -> bool:
+        return self.phase == "initial" and self.model is None and self.initial_source() == name
+
+    def score(self, report: Report, attempt: int) -> None:
+        with self.lock:
+            self._member(report.site, attempt)
+            self.journal.scored(report.version, report.site, report.metrics, report.num_examples)
+            self.scores.report(report.version, report.site, report.metrics, report.num_examples)
+            self.events.emit(
+                "report",
+                report.version,
+                report.site,
+                metrics=dict(report.metrics),
+                num_examples=report.num_examples,
+            )
+            self.changed.notify_all()
+
+    def evaluators(self) -> set[str]:
+        """Active sites that have promised to score each global model."""
+        return {m.name for m in self.members.values() if m.active and m.registration and m.registration.evaluates}
+
+    # -- common ----------------------------------------------------------------------------------------------
+
+    def add_layout(self, manifest: Manifest) -> None:
+        if manifest.layout not in self.manifests:
+            self.manifests[manifest.layout] = manifest
+            self.journal.layout(manifest)
+
+    def check_weights(self, manifest: Manifest) -> None:
+        """StateMismatchError if a manifest does not hold the weights that the sites agreed on."""
+        agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
+        lines = differences(self.manifests[agreed], manifest) if agreed else []
+        if lines:
+            raise StateMismatchError(
+                f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
+                + "\n    ".join(lines[:8]),
+                fix="the model must not change its parameters during a run",
+            )
+
+    def count_bytes(self, round: int, name: str, bytes_down: int) -> None:
+        with self.lock:
+            if self.open and self.open.round == round:
+                self.open.bytes_down[name] = self.open.bytes_down.get(name, 0) + bytes_down
+            self.events.emit("task_sent", round, name, bytes=bytes_down)
+
+    def fail(self, error: FederationError) -> None:
+        """End the run with an error that every site gets too."""
+        with self.lock:
+            if self.phase in ("failed", "done"):
+                return
+            self.phase, self.error = "failed", error
+            self.events.emit("failed", error=error.to_wire())
+            try:
+                self.journal.ended(error)
+            finally:
+                self.published.notify_all()
+                self.changed.notify_all()
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait (under the lock) for a condition of the run; False after `timeout_s`. Raises when the run failed."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._raise_if_failed()
+            self._expire_absent()
+            if ready():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self.changed.wait(min([left, *self._absences()]))
+
+    def _absences(self) -> list[float]:
+        now, limit = time.monotonic(), self.settings.rejoin_s
+        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and not m.gone]
+        return [max(w, 0.0) + 0.01 for w in waits]
+
+    def _expire_absent(self) -> None:
+        limit = self.settings.rejoin_s
+        for m in self.members.values():
+            if not m.gone and m.absent_since and time.monotonic() - m.absent_since > limit:
+                self.gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
+
+    def _member(self, name: str, attempt: int) -> Member:
+        """The member a call speaks for; raises when the run failed, or the caller is an outlived attempt."""
+        self._raise_if_failed()
+        member = self.members[name]
+        if attempt != member.attempt:
+            raise AbortedError(
+                f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",
+                where=name,
+                fix="run one process per site; this one can be stopped",
+            )
+        return member
+
+    def _raise_if_failed(self) -> None:
+        if self.error is not None:
+            raise self.error

@@ -1,0 +1,122 @@
+"""A job's server as one object: what `fl-adapters simulate` embeds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from fl_runtime.aggregation import make_strategy
+from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.server.events import Events
+from fl_runtime.server.recovery import recover
+from fl_runtime.server.results import RunResult
+from fl_runtime.server.rounds import drive
+from fl_runtime.server.run import Run
+from fl_runtime.server.service import FederationService
+from fl_runtime.store.tensorfile import write_tensors
+from fl_runtime.transport.base import Service
+from fl_runtime.types import Listener, RunSettings
+
+_THREADS_PER_SITE = 3  # presence, a waiting Next, and the call of an attempt that takes over
+_SPARE_THREADS = 8
+_GRACE_S = 0.5
+
+
+class Server:
+    """Runs one job in `folder`/server, continuing what its journal holds. `tokens`: site name -> secret.
+
+    Threads of its own do all the work; the methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        folder: Path,
+        tokens: Mapping[str, str],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        _check(settings)
+        strategy = make_strategy(settings.strategy)
+        self._host, self._port, self._tokens = host, port, dict(tokens)
+        self._events = Events(listeners)
+        self._run = Run(settings, folder / "server", strategy, self._events)
+        recover(self._run)
+        self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
+        self._stop_serving: Callable[[float], None] | None = None
+
+    @property
+    def service(self) -> Service:
+        """What a transport serves; tests put it behind the memory transport."""
+        return FederationService(self._run)
+
+    def start(self) -> str:
+        """Serve over gRPC and begin the run; returns "host:port". ConfigError when the port is in use."""
+        from fl_runtime.transport.grpc import GrpcServer, tokens_to_names
+
+        threads = _THREADS_PER_SITE * len(self._tokens) + _SPARE_THREADS
+        server = GrpcServer(self.service, tokens_to_names(self._tokens), threads)
+        address = server.start(self._host, self._port)
+        self._stop_serving = server.stop
+        self.begin()
+        return address
+
+    def begin(self) -> None:
+        """Start the round loop alone, for a service that is not served over gRPC."""
+        self._loop.start()
+
+    def site_left(self, name: str, reason: str) -> None:
+        """The site's process is known to be dead."""
+        self._run.gone(name, reason, early=True)
+
+    def abort(self, reason: str) -> None:
+        self._run.fail(AbortedError(reason))
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """True once the run has ended, one way or the other."""
+        return self._run.ended.wait(timeout_s)
+
+    def result(self) -> RunResult:
+        """What there is so far."""
+        run = self._run
+        with run.lock:
+            rounds = tuple(replace(r, metrics=run.scores.of(r.round)) for r in run.results)
+            return RunResult(
+                rounds=rounds,
+                best_round=run.best.version if run.best else None,
+                error=run.error,
+                bytes_up=sum(r.bytes_up for r in rounds),
+                bytes_down=sum(r.bytes_down for r in rounds),
+            )
+
+    def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
+        """Write the global model as folder/model.safetensors; None if there is no such model yet."""
+        with self._run.lock:
+            model = self._run.model if which == "final" else self._run.best
+            if model is None:
+                return None
+            path = folder / "model.safetensors"
+            metadata = {"format": "pt", "job": self._run.settings.name, "round": str(model.version)}
+            write_tensors(path, model.blob.views()[0], metadata)
+            return path
+
+    def close(self) -> None:
+        """Stop serving and deliver the last events. A run that has not ended can be continued later."""
+        if self._stop_serving:
+            self._stop_serving(_GRACE_S)
+        self._events.close()
+
+
+def _check(settings: RunSettings) -> None:
+    if not settings.sites or len(set(settings.sites)) != len(settings.sites):
+        raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")
+    if settings.min_sites > len(settings.sites):
+        raise ConfigError(
+            f"min_sites is {settings.min_sites}, but the job has {len(settings.sites)} sites",
+            fix="lower min_sites or add sites",
+        )

@@ -1,0 +1,220 @@
+"""The journal: what has happened in a run, so that a killed server goes on where it stopped (SQLite, WAL).
+
+An entry is written after the bytes it speaks of are in place and before anyone is told. Commits are not synced to
+the device: the promise is against the death of processes, not of machines.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_runtime.errors import ConfigError, FederationError, StoreError
+from fl_runtime.types import RunSettings
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE layout (layout BLOB PRIMARY KEY, manifest BLOB NOT NULL);
+CREATE TABLE site (name TEXT PRIMARY KEY, attempt INTEGER NOT NULL, registration TEXT);
+CREATE TABLE model (version INTEGER PRIMARY KEY, blob TEXT NOT NULL, layout BLOB NOT NULL, digests BLOB NOT NULL);
+CREATE TABLE round (round INTEGER PRIMARY KEY, participants TEXT NOT NULL, opened_at REAL NOT NULL, result TEXT);
+CREATE TABLE update_ (round INTEGER, site TEXT, digest BLOB NOT NULL, blob TEXT NOT NULL, layout BLOB NOT NULL,
+    header TEXT NOT NULL, PRIMARY KEY (round, site));
+CREATE TABLE score (version INTEGER, site TEXT, metrics TEXT NOT NULL, num_examples INTEGER NOT NULL,
+    PRIMARY KEY (version, site));
+"""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A committed global model: its version, blob name, layout and per-tensor digests."""
+
+    version: int
+    blob: str
+    layout: bytes
+    digests: bytes
+
+
+@dataclass(frozen=True)
+class UpdateEntry:
+    """An accepted update: where its tensors lie, and its header (JSON values)."""
+
+    round: int
+    site: str
+    digest: bytes
+    blob: str
+    layout: bytes
+    header: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RoundEntry:
+    """A round that was opened; `result` is None while it is not closed."""
+
+    round: int
+    participants: tuple[str, ...]
+    opened_at: float
+    result: Mapping[str, Any] | None
+
+
+class Journal:
+    """One run's journal. Not thread-safe: callers hold the run's lock."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create. StoreError if the file is damaged, unwritable or of a newer version."""
+        self._path = path
+        with self._mapped_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=OFF")
+            with self._transaction():
+                if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
+                    for statement in _SCHEMA.split(";"):
+                        self._db.execute(statement)
+                    self._put("schema_version", str(SCHEMA_VERSION))
+        found = int(self._get("schema_version") or 0)
+        if found != SCHEMA_VERSION:
+            raise StoreError(
+                f"the journal has schema version {found}; this version of fl-adapters reads {SCHEMA_VERSION}",
+                where=str(path),
+                fix="continue the run with the version that began it, or upgrade fl-adapters",
+            )
+
+    def begin(self, settings: RunSettings) -> None:
+        """Record the job; ConfigError if the journal holds another one."""
+        mine = json.dumps(asdict(settings), sort_keys=True)
+        found = self._get("job")
+        if found is None:
+            with self._mapped_errors(), self._transaction():
+                self._put("job", mine)
+        elif found != mine:
+            raise ConfigError(
+                f"this folder holds another run ({json.loads(found)['name']!r}, or the same one with other settings)",
+                where=str(self._path),
+                fix="use a new name for the job, or start it with the settings it began with",
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def joined(self, site: str, attempt: int) -> None:
+        self._run("INSERT INTO site VALUES (?, ?, NULL) ON CONFLICT (name) DO UPDATE SET attempt=excluded.attempt",
+                  site, attempt)  # fmt: skip
+
+    def registered(self, site: str, registration: Mapping[str, Any]) -> None:
+        self._run("UPDATE site SET registration=? WHERE name=?", json.dumps(registration), site)
+
+    def agreed(self, rounds: int) -> None:
+        with self._mapped_errors(), self._transaction():
+            self._put("rounds", str(rounds))
+
+    def layout(self, manifest: Manifest) -> None:
+        message = manifest.to_proto().SerializeToString(deterministic=True)
+        self._run("INSERT OR IGNORE INTO layout VALUES (?, ?)", manifest.layout, message)
+
+    def round_opened(self, round: int, participants: tuple[str, ...], at: float) -> None:
+        self._run("INSERT OR REPLACE INTO round VALUES (?, ?, ?, NULL)", round, json.dumps(participants), at)
+
+    def accepted(self, entry: UpdateEntry) -> None:
+        self._run("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", entry.round, entry.site, entry.digest,
+                  entry.blob, entry.layout, json.dumps(entry.header))  # fmt: skip
+
+    def committed(self, model: ModelEntry, round: int, result: Mapping[str, Any]) -> None:
+        """A round is closed and its result is the global model: one transaction. Round 0 is the initial model."""
+        with self._mapped_errors(), self._transaction():
+            self._db.execute("INSERT INTO model VALUES (?, ?, ?, ?)",
+                             (model.version, model.blob, model.layout, model.digests))  # fmt: skip
+            self._db.execute("UPDATE round SET result=? WHERE round=?", (json.dumps(result), round))
+            self._db.execute("DELETE FROM update_ WHERE round=?", (round,))
+
+    def forget_model(self, version: int) -> None:
+        self._run("DELETE FROM model WHERE version=?", version)
+
+    def scored(self, version: int, site: str, metrics: Mapping[str, float], num_examples: int) -> None:
+        self._run("INSERT OR REPLACE INTO score VALUES (?, ?, ?, ?)", version, site, json.dumps(metrics), num_examples)
+
+    def ended(self, error: FederationError | None) -> None:
+        with self._mapped_errors(), self._transaction():
+            self._put("ended", json.dumps(error.to_wire() if error else None))
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def rounds(self) -> int | None:
+        value = self._get("rounds")
+        return int(value) if value else None
+
+    def sites(self) -> Iterator[tuple[str, int, dict[str, Any] | None]]:
+        """(name, attempt, registration) of every site that has ever joined."""
+        for name, attempt, registration in self._all("SELECT name, attempt, registration FROM site"):
+            yield name, attempt, json.loads(registration) if registration else None
+
+    def manifest(self, layout: bytes) -> Manifest:
+        rows = self._all("SELECT manifest FROM layout WHERE layout=?", layout)
+        if not rows:
+            raise StoreError("the journal names a layout that it does not hold", where=str(self._path))
+        return Manifest.from_proto(pb.Manifest.FromString(rows[0][0]))
+
+    def models(self) -> list[ModelEntry]:
+        return [ModelEntry(*row) for row in self._all("SELECT * FROM model ORDER BY version")]
+
+    def round_entries(self) -> list[RoundEntry]:
+        rows = self._all("SELECT round, participants, opened_at, result FROM round ORDER BY round")
+        return [RoundEntry(r, tuple(json.loads(p)), at, json.loads(x) if x else None) for r, p, at, x in rows]
+
+    def updates(self, round: int) -> list[UpdateEntry]:
+        rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_ WHERE round=?", round)
+        return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
+
+    def scores(self) -> Iterator[tuple[int, str, dict[str, float], int]]:
+        for version, site, metrics, n in self._all("SELECT version, site, metrics, num_examples FROM score"):
+            yield version, site, json.loads(metrics), n
+
+    # -- plumbing --------------------------------------------------------------------------------------------
+
+    def _get(self, key: str) -> str | None:
+        rows = self._all("SELECT value FROM meta WHERE key=?", key)
+        return rows[0][0] if rows else None
+
+    def _put(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def _run(self, statement: str, *values: Any) -> None:
+        with self._mapped_errors():
+            self._db.execute(statement, values)
+
+    def _all(self, statement: str, *values: Any) -> list[Any]:
+        with self._mapped_errors():
+            return self._db.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    @contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(
+                f"the journal failed: {error}",
+                where=str(self._path),
+                fix="free disk space, or check that the file is writable and not damaged",
+            ) from error

@@ -1,0 +1,187 @@
+"""gRPC: the only place that imports it. Messages pass through as bytes; errors travel as trailing metadata."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, ProtocolError
+from fl_runtime.transport.base import METHODS, Call, Peer, Service
+
+log = logging.getLogger(__name__)
+
+_SERVICE = "fl.v1.Federation"
+_ERROR_KEY = "fl-error-bin"
+_ERROR_CHARS = 6_000  # metadata of 8 KiB is what every HTTP/2 stack lets through
+_MESSAGE_BYTES = 8 * 2**20
+_COMMON: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+_CLIENT = [
+    *_COMMON,
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.enable_retries", 0),  # ours resume a transfer where it stopped; gRPC's would begin again
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+_SERVER = [
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # else a second server takes half of the first one's sites
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 20_000),
+]
+_TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
+class GrpcTransport:
+    """A site's channel to the server. One HTTP/2 connection, opened by the first call.
+
+    address: host:port. token: proves who we are (simulation on the loopback; certificates elsewhere).
+    """
+
+    def __init__(self, address: str, token: str) -> None:
+        self._address = address
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._channel = grpc.insecure_channel(address, options=_CLIENT)
+        self._single = {m: self._channel.unary_stream(_path(m)) for m in METHODS}
+        self._streamed = {m: self._channel.stream_stream(_path(m)) for m in METHODS}
+
+    def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
+        if isinstance(requests, bytes):
+            started = self._single[method](requests, metadata=self._metadata)
+        else:
+            started = self._streamed[method](iter(requests), metadata=self._metadata)
+        return _GrpcCall(started, self._address)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+@dataclass(frozen=True)
+class _GrpcCall:
+    """Replies of a gRPC call, with gRPC's errors mapped to ours in this one place."""
+
+    started: Any
+    address: str
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            message: bytes = next(self.started)
+            return message
+        except StopIteration:
+            raise
+        except grpc.RpcError as error:
+            raise _our_error(error, self.address) from None
+
+    def cancel(self) -> None:
+        self.started.cancel()
+
+
+class GrpcServer:
+    """Serves one service on one port. `port` 0 takes a free one; `address` is known after `start`."""
+
+    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str], threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fl-server")
+        self._server = grpc.server(self._pool, options=_SERVER)
+        self._server.add_generic_rpc_handlers((_Handlers(service, authenticate),))
+
+    def start(self, host: str, port: int) -> str:
+        """Bind and serve; returns "host:port". ConfigError when the port cannot be had."""
+        _check_port(host, port)
+        bound = self._server.add_insecure_port(f"{host}:{port}")
+        self._server.start()
+        return f"{host}:{bound}"
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give running ones `grace_s` seconds, then end them."""
+        self._server.stop(grace_s).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tokens_to_names(tokens: Mapping[str, str]) -> Callable[[Mapping[str, str]], str]:
+    """Authentication for simulations: a secret per site (name -> token), valid for one run."""
+
+    def authenticate(metadata: Mapping[str, str]) -> str:
+        offered = metadata.get("authorization", "").removeprefix("Bearer ")
+        for name, token in tokens.items():
+            if hmac.compare_digest(offered.encode(), token.encode()):
+                return name
+        raise PermissionDeniedError("the caller is not a site of this run", fix="use the startup kit of this run")
+
+    return authenticate
+
+
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str]) -> None:
+        self._authenticate = authenticate
+        self._service = service
+        self._methods = {_path(m): grpc.stream_stream_rpc_method_handler(self._answer(m)) for m in METHODS}
+
+    def service(self, handler_call_details: Any) -> Any:
+        return self._methods.get(handler_call_details.method)
+
+    def _answer(self, method: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
+        def answer(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+            try:
+                name = self._authenticate(dict(context.invocation_metadata()))
+                yield from self._service.handle(method, Peer(name, context.add_callback), requests)
+            except FederationError as error:
+                _abort(context, error)
+            except grpc.RpcError:  # the caller went away while we read from it
+                return
+            except Exception as error:
+                log.exception("call %s failed", method)
+                _abort(context, FederationError(f"the server failed in {method}: {error!r}", fix="see its log"))
+
+        return answer
+
+
+def _check_port(host: str, port: int) -> None:
+    """Try the port with a plain socket first: gRPC would write its own lines to stderr and name no cause."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for us
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} on {host} cannot be used: {error.strerror or error}",
+            fix="stop the program that has it, choose another port, or port 0 for any free one",
+        ) from None
+
+
+def _path(method: str) -> str:
+    return f"/{_SERVICE}/{method}"
+
+
+def _abort(context: Any, error: FederationError) -> None:
+    fields = {key: text[:_ERROR_CHARS] for key, text in error.to_wire().items()}
+    room = _ERROR_CHARS - len(fields["fix"]) - len(fields["where"])
+    fields["what"] = fields["what"][: max(room, 1_000)]
+    context.set_trailing_metadata(((_ERROR_KEY, json.dumps(fields).encode()),))
+    context.abort(grpc.StatusCode.FAILED_PRECONDITION, fields["code"])
+
+
+def _our_error(error: Any, address: str) -> FederationError:
+    for key, value in error.trailing_metadata() or ():
+        if key == _ERROR_KEY:
+            return FederationError.from_wire(json.loads(value))
+    if error.code() in _TRANSIENT:
+        return ConnectionLostError(
+            f"the server at {address} does not answer ({error.details() or error.code().name})",
+            fix="check that the server runs and that this machine can reach it",
+        )
+    return ProtocolError(f"the server at {address} answered {error.code().name}: {error.details()}")

@@ -1,0 +1,155 @@
+"""The few types that everything speaks. All frozen; arrays inside are borrowed unless a docstring says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Arrays: TypeAlias = Mapping[str, Array]
+"""Tensor name -> host array, in a fixed order. bfloat16 and float8 are the `ml_dtypes` dtypes."""
+
+Metrics: TypeAlias = Mapping[str, float]
+Settings: TypeAlias = Mapping[str, Any]
+"""JSON values: what may travel beside tensors."""
+
+Content = Literal["weights", "delta", "encoded"]
+TaskKind = Literal["initial", "train", "final", "best"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a site.
+
+    kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
+    "final" (`arrays` is the global model after the last round), "best" (the best round's model).
+    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one.
+    arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
+    config: settings of this task (strategy parameters, what to export); JSON values.
+    """
+
+    job: str
+    round: int
+    stage: str
+    kind: TaskKind
+    version: int
+    arrays: Arrays
+    extras: Arrays = field(default_factory=dict)
+    config: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a site sends back: its arrays after local work on a task.
+
+    content: what `arrays` holds: the new weights, their difference to the base version, or content that only
+    `encoding` explains. extras: arrays that travel beside the weights (optimizer moments, control variates).
+    num_examples: the weight of this update in an average, > 0. local_steps: optimizer steps of this round.
+    """
+
+    job: str
+    round: int
+    stage: str
+    site: str
+    attempt: int
+    base_version: int
+    arrays: Arrays
+    num_examples: int
+    local_steps: int = 0
+    metrics: Metrics = field(default_factory=dict)
+    content: Content = "weights"
+    encoding: str = ""
+    extras: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Metrics of a global model on a site's own validation data. version: which global model was scored."""
+
+    job: str
+    version: int
+    site: str
+    metrics: Metrics
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means."""
+
+    name: str
+    sites: tuple[str, ...]
+    min_sites: int
+    rounds: int | None = None
+    strategy: str = "fedavg"
+    deadline_s: float = 86_400.0
+    late: Literal["drop", "carry"] = "drop"
+    every: str | int | None = None
+    exchange: str | tuple[str, ...] | None = None
+    keep_local: tuple[str, ...] = ()
+    optimizer_state: str | None = None
+    filters: tuple[Settings, ...] = ()
+    initial: str | None = None
+    best_metric: str = "loss"
+    best_mode: Literal["min", "max"] = "min"
+    seed: int | None = None
+    exact_restart: bool = False
+    rejoin_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
+
+    kind: joined, registered, left, round_started, update, round_finished, report, failed, finished, note.
+    time: seconds since the epoch. round, site: 0 and "" where they do not apply.
+    """
+
+    kind: str
+    time: float
+    round: int = 0
+    site: str = ""
+    data: Settings = field(default_factory=dict)
+
+
+Listener: TypeAlias = Callable[[Event], None]
+
+
+class Filter(Protocol):
+    """Changes an update (or the arrays of a task) on its way; may work in place on the arrays it is given."""
+
+    def __call__(self, update: Update, task: Task) -> Update: ...
+
+
+class Aggregator(Protocol):
+    """One round's sum. Updates come in a fixed order, whatever the order of arrival."""
+
+    def add(self, update: Update) -> None:
+        """Take one update into the sum. The arrays are borrowed for the call."""
+        ...
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        """(arrays, extras) of the next global model, in the buffers that the strategy was given."""
+        ...
+
+
+Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
+"""allocate(arrays, extras) -> writable arrays of the same names, shapes and dtypes: the next model's own buffer."""
+
+
+class Strategy(Protocol):
+    """How a round's updates become the next global model. Runs at the server, in NumPy alone."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Capabilities that every site's adapter must have declared."""
+        ...
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        """Settings that travel with the tasks of this round."""
+        ...
+
+    def aggregator(self, base: Arrays, allocate: Allocate) -> Aggregator: ...

@@ -1,0 +1,40 @@
+"""The check that nothing which is not a number enters an average; run by the site before it sends, and by the server."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fl_runtime.errors import UpdateRefusedError
+from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.dtypes import is_floating
+
+_BLOCK = 2**16
+
+
+def check_finite(arrays: Arrays, where: str) -> None:
+    """UpdateRefusedError naming the tensors that hold NaN or infinite values."""
+    bad = [name for name, array in arrays.items() if not _finite(array)]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise UpdateRefusedError(
+            f"NaN or infinite values in {shown}",
+            where=where,
+            fix="lower the learning rate or clip gradients; keep tensors that are infinite on purpose at the site "
+            "with keep_local",
+        )
+
+
+def _finite(array: Array) -> bool:
+    if not is_floating(array.dtype) or array.size == 0:
+        return True
+    flat = array.reshape(-1)
+    if flat.dtype.kind == "c":
+        flat = flat.view(np.float32)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        if block.dtype.kind == "V" or block.dtype.itemsize < 4:
+            block = block.astype(np.float32)
+        # min and max carry NaN and infinities along, and need no array of booleans
+        if not (np.isfinite(block.max()) and np.isfinite(block.min())):
+            return False
+    return True

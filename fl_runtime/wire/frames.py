@@ -1,0 +1,135 @@
+"""Raw frames: cutting a payload into messages, and putting it together again.
+
+A frame on the wire is the protobuf encoding of a message whose single field is `bytes data = 15`: the tag byte
+0x7a, the length as a varint, the bytes. Writing that by hand costs one copy (the one that gRPC forces, since it
+takes neither memoryview nor bytearray) where a protobuf object would cost three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xxhash
+
+from fl_runtime.errors import ProtocolError, TransferDamagedError
+from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest
+
+FRAME_BYTES = 2 * 2**20
+INLINE_BYTES = 2**20
+"""Payloads up to this size travel inside their header: one message each way is what makes small rounds quick."""
+_TAG = 0x7A
+
+
+def frame(pieces: Sequence[Array | memoryview]) -> bytes:
+    """One frame holding the pieces back to back."""
+    return b"".join((bytes([_TAG]), _varint(sum(len(p) for p in pieces)), *pieces))
+
+
+def is_frame(message: bytes) -> bool:
+    return bool(message) and message[0] == _TAG
+
+
+def frame_data(message: bytes) -> memoryview:
+    """The bytes of a frame, without a copy; valid as long as `message`."""
+    length, shift, at = 0, 0, 1
+    while True:
+        if at >= len(message) or shift > 35:
+            raise ProtocolError("a frame ends within its length")
+        byte = message[at]
+        at += 1
+        length |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+    if length != len(message) - at:
+        raise ProtocolError(f"a frame says it holds {length} bytes but holds {len(message) - at}")
+    return memoryview(message)[at:]
+
+
+def frames(pieces: Sequence[Array], start: int = 0, frame_bytes: int = FRAME_BYTES) -> Iterator[bytes]:
+    """Cut flat uint8 pieces, taken back to back, into frames from byte `start` on. Small tensors share a frame."""
+    batch: list[Array] = []
+    room = frame_bytes
+    for piece in pieces:
+        if start >= len(piece):
+            start -= len(piece)
+            continue
+        rest, start = piece[start:], 0
+        while len(rest):
+            batch.append(rest[:room])
+            room -= len(batch[-1])
+            rest = rest[len(batch[-1]) :]
+            if room == 0:
+                yield frame(batch)
+                batch, room = [], frame_bytes
+    if batch:
+        yield frame(batch)
+
+
+def describe(manifest: Manifest, digests: bytes, *, known: bool) -> pb.Payload:
+    """The header of a payload; `known`: the receiver has seen this layout, so names need not travel again."""
+    return pb.Payload(
+        layout=manifest.layout,
+        manifest=None if known else manifest.to_proto(),
+        total_bytes=manifest.nbytes,
+        digests=digests,
+    )
+
+
+def inline(payload: pb.Payload, pieces: Sequence[Array]) -> bool:
+    """Put a small payload into its own header. False when it is too large and has to follow in frames."""
+    if payload.total_bytes > INLINE_BYTES:
+        return False
+    payload.inline = b"".join(pieces)
+    return True
+
+
+class Receiver:
+    """Fills a uint8 buffer of `manifest.nbytes` bytes from frames, and checks it against the digests.
+
+    The buffer belongs to the caller. `arrived` may start above 0 when a transfer resumes.
+    """
+
+    def __init__(self, manifest: Manifest, digests: bytes, buffer: Array, arrived: int = 0) -> None:
+        if len(digests) != 8 * len(manifest.tensors):
+            raise ProtocolError(f"{len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
+        self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, arrived
+
+    def take(self, data: bytes | memoryview) -> None:
+        end = self.arrived + len(data)
+        if end > self.manifest.nbytes:
+            raise ProtocolError(f"more bytes than the manifest announces ({end} > {self.manifest.nbytes})")
+        self._buffer[self.arrived : end] = np.frombuffer(data, np.uint8)
+        self.arrived = end
+
+    def finish(self) -> tuple[Arrays, Arrays]:
+        """(arrays, extras), views of the buffer; ProtocolError if bytes are missing, TransferDamagedError if a
+        digest is wrong."""
+        if self.arrived != self.manifest.nbytes:
+            raise ProtocolError(f"a transfer ended after {self.arrived} of {self.manifest.nbytes} bytes")
+        found = self.manifest.digests_of_payload(self._buffer)
+        if found != self._digests:
+            wrong = [
+                t.name
+                for i, t in enumerate(self.manifest.tensors)
+                if found[8 * i : 8 * i + 8] != self._digests[8 * i : 8 * i + 8]
+            ]
+            raise TransferDamagedError(f"tensors were damaged on the way: {', '.join(wrong[:5])}")
+        return self.manifest.views(self._buffer)
+
+
+def payload_digest(payload: pb.Payload) -> bytes:
+    """16 bytes that identify layout and contents: what makes resending idempotent."""
+    return xxhash.xxh3_128_digest(payload.layout + payload.digests)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
