@@ -7,6 +7,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
+PROJECT := -e '.[hf,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -36,9 +37,10 @@ endef
 
 # $(call tests,folder): pytest, importing the built wheel (what users get) rather than the source tree.
 define tests
-	@rm -rf build
-	@$(1)/bin/python -m pip wheel -qqq --no-deps --no-build-isolation --wheel-dir build/wheel .
-	@$(1)/bin/python -m pip install -qqq --no-deps --target build/installed build/wheel/*.whl
+	@rm -rf build && mkdir build
+	@{ $(1)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel . && \
+	   $(1)/bin/python -m pip install --no-deps --target build/installed build/wheel/*.whl; } > build/log.txt 2>&1 \
+	  || { tail -n 20 build/log.txt; exit 1; }
 	@PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest $(ARGS)
 endef
 
@@ -86,13 +88,13 @@ distclean: clean  ## also remove the environments
 $(VENV)/.stamp: pyproject.toml constraints/newest.txt
 	$(call environment,$(VENV),$(PYTHON))
 	$(call install,$(VENV),-c constraints/newest.txt $(TORCH))
-	$(call install,$(VENV),-c constraints/newest.txt -e '.[hf,examples,dev]')
+	$(call install,$(VENV),-c constraints/newest.txt $(PROJECT))
 	@touch $@
 
 $(OLDEST)/.stamp: pyproject.toml constraints/oldest.txt
 	$(call environment,$(OLDEST),$(OLDEST_PYTHON))
 	$(call install,$(OLDEST),-c constraints/oldest.txt $(TORCH))
-	$(call install,$(OLDEST),-c constraints/oldest.txt -e '.[hf,examples,dev]')
+	$(call install,$(OLDEST),-c constraints/oldest.txt $(PROJECT))
 	@touch $@
 
 # protoc 25.1: what it generates loads under every protobuf from 4.25 to 7.

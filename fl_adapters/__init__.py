@@ -25,7 +25,7 @@ from fl_runtime.errors import (
     TransferDamagedError,
     UpdateRefusedError,
 )
-from fl_runtime.version import VERSION as __version__
+from fl_runtime.version import VERSION as _VERSION
 
 if TYPE_CHECKING:
     from fl_adapters.connect import ConnectedSite, SiteTask, connect
@@ -56,6 +56,8 @@ __all__ = [
     "connect",
     "site",
 ]
+
+__version__ = _VERSION
 
 _LAZY = {
     "ConnectedSite": "fl_adapters.connect",

@@ -136,7 +136,8 @@ class SiteTask:
     def check_submitted(self) -> None:
         if not self.submitted:
             raise ConfigError(
-                f"round {self.round} ended without a result", fix="call task.submit(arrays, num_examples=...) in the loop"
+                f"round {self.round} ended without a result",
+                fix="call task.submit(arrays, num_examples=...) in the loop",
             )
 
     def _foreign(self, name: str) -> bool:

@@ -25,13 +25,14 @@ class Every:
 
     @classmethod
     def parse(cls, value: str | int) -> Every:
-        """"epoch", "2 epochs", "50 steps" or 50 (optimizer steps); ConfigError for anything else."""
+        """ "epoch", "2 epochs", "50 steps" or 50 (optimizer steps); ConfigError for anything else."""
         match = re.fullmatch(r"\s*(\d+)?\s*(epochs?|steps?)?\s*", str(value))
         number, unit = match.groups() if match else (None, None)
         count = int(number) if number else 1
         if isinstance(value, bool) or match is None or not (number or unit == "epoch") or count < 1:
             raise ConfigError(
-                f"every={value!r} is no budget", fix='give "epoch", "2 epochs", or a number of optimizer steps such as 50'
+                f"every={value!r} is no budget",
+                fix='give "epoch", "2 epochs", or a number of optimizer steps such as 50',
             )
         return cls(epochs=count) if unit and unit.startswith("epoch") else cls(steps=count)
 

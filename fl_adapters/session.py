@@ -23,8 +23,9 @@ from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.filters import apply
 from fl_runtime.transport.base import Transport
-from fl_runtime.types import Arrays, Metrics, Report, Task, Update
+from fl_runtime.types import Arrays, Filter, Metrics, Report, Task, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
@@ -60,6 +61,7 @@ class Session:
         self.registered = False
         self.closed = False
         self._task: Task | None = None
+        self._filters: tuple[Filter, ...] = ()
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -130,7 +132,8 @@ class Session:
         task = self._current()
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
-        return self._client.submit(self._update(task, arrays, num_examples, local_steps, metrics, extras or {}))
+        update = self._update(task, arrays, num_examples, local_steps, metrics, extras or {})
+        return self._client.submit(apply(self._filters, update, task))
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fl_adapters.torch_state import Specs, as_tensor, specs_of
 from fl_runtime.errors import FederationError
 from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.dtypes import dtype_of
 
 T = TypeVar("T")
 _WAITING, _DONE, _FAILED = 0, 1, 2
@@ -77,19 +78,13 @@ def share_arrays(arrays: Arrays | None) -> tuple[Specs, Iterator[tuple[str, Arra
 
 def _arrays_one_by_one(specs: Specs, arrays: Arrays | None) -> Iterator[tuple[str, Array]]:
     for name, (shape, dtype) in specs.items():
-        array = arrays[name] if arrays is not None and is_rank_zero() else np.empty(shape, dtype=_numpy_dtype(dtype))
+        array = arrays[name] if arrays is not None and is_rank_zero() else np.empty(shape, dtype=dtype_of(dtype))
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if flat.size:
             received = _broadcast(as_tensor(flat))
             if not is_rank_zero():
                 array = received.cpu().numpy().view(array.dtype).reshape(shape)
         yield name, array
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
 def _run_and_tell(work: Callable[[], T]) -> T:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,13 @@ from fl_adapters.exchange import matches, selected
 from fl_adapters.options import Exchange
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.dtypes import DTYPES
 
 Specs = Mapping[str, tuple[tuple[int, ...], str]]
 """Tensor name -> (shape, dtype name): what two states must have in common."""
 
-_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
-    getattr(torch, name): np.dtype(getattr(ml_dtypes if hasattr(ml_dtypes, name) else np, name))
-    for name in (
-        "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz "
-        "int64 int32 int16 int8 uint64 uint32 uint16 uint8"
-    ).split()
-    if hasattr(torch, name)
-} | {torch.bool: np.dtype(np.bool_)}
+_DTYPES: dict[torch.dtype, np.dtype[Any]] = {getattr(torch, n): d for n, d in DTYPES.items() if hasattr(torch, n)}
+_TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in _DTYPES.items()}
 _BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16)}  # how types that torch and NumPy do not share travel
 _SHOWN_DIFFERENCES = 20
 
@@ -134,10 +128,6 @@ class TorchState:
             if name not in self._host:
                 self._host[name] = torch.empty(source.shape, dtype=source.dtype)
             self._host[name].copy_(source)
-        return self.last()
-
-    def last(self) -> dict[str, Array]:
-        """The arrays of the last `get_state`, without copying again."""
         return {name: as_array(buffer) for name, buffer in self._host.items()}
 
     def set_state(self, arrays: Arrays) -> None:
@@ -195,7 +185,7 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 def as_array(tensor: Tensor) -> Array:
     """A NumPy view of a host tensor, bit for bit; bfloat16 and float8 as their `ml_dtypes` twins."""
     dtype = _DTYPES[tensor.dtype]
-    if dtype.kind in "fiub" and hasattr(np, dtype.name):
+    if hasattr(np, dtype.name):
         return tensor.numpy()
     return tensor.view(_BITS[dtype.itemsize][0]).numpy().view(dtype)
 
@@ -204,7 +194,7 @@ def as_tensor(array: Array) -> Tensor:
     """A host tensor over the bytes of `array` (of a copy where the array is read-only)."""
     if not array.flags.writeable:
         array = array.copy()
-    dtype = next((t for t, n in _DTYPES.items() if n == array.dtype), None)
+    dtype = _TORCH_DTYPES.get(array.dtype)
     if dtype is None:
         raise StateMismatchError(f"torch has no dtype for {array.dtype.name}", fix="send a dtype that torch knows")
     if hasattr(np, array.dtype.name):

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
 from fl_runtime.transport.base import Transport
-from fl_runtime.types import Array, Arrays, Metrics, Report, Task, Update
+from fl_runtime.types import Array, Report, Task, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -244,7 +244,7 @@ class SiteClient:
             config=json.loads(header.config_json or "{}"),
         )
 
-    def _send(self, header: bytes, pieces: list[Array]) -> str:
+    def _send(self, header: bytes, pieces: list[memoryview]) -> str:
         """One try at an upload: all in the header, or frames from the offset that the server names."""
         if not pieces:
             replies = self._transport.call("Submit", header)
@@ -264,7 +264,7 @@ class SiteClient:
             raise ConnectionLostError("the server ended the call without an acknowledgement")
         return last.accepted.status
 
-    def _upload(self, header: bytes, pieces: list[Array], offset: _Offset) -> Iterator[bytes]:
+    def _upload(self, header: bytes, pieces: list[memoryview], offset: _Offset) -> Iterator[bytes]:
         self.bytes_up += len(header)
         yield header
         start = offset.wait()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fl_adapters.cli.script_command import ScriptCommand
+from fl_runtime.version import VERSION
 
 app = typer.Typer(
     name="fl-adapters",
@@ -17,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: the examples keep their lines
 )
 
 
@@ -27,15 +28,8 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fl-adapters {package_version()}")
+        typer.echo(f"fl-adapters {VERSION}")
         raise typer.Exit
-
-
-def package_version() -> str:
-    try:
-        return metadata.version("fl-adapters")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 @app.callback()
@@ -47,31 +41,35 @@ def _options(
     pass
 
 
-_Script = Annotated[str, typer.Argument(help="The training script (with -m: the module). Left out: the job's app.")]
-_Args = Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")]
+_Script = Annotated[
+    str, typer.Argument(metavar="SCRIPT", help="The training script (with -m: the module). Left out: the job's app.")
+]
+_Args = Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 
 
 @app.command(
     cls=ScriptCommand,
-    options_metavar="[OPTIONS]",
-    epilog="Examples:  fl-adapters simulate train.py --sites 3 --rounds 5 | "
-    "fl-adapters simulate train.py --lr 0.1 --sites 3 (--lr is the script's) | "
-    "fl-adapters simulate --sites 3 train.py -- --name mine (everything after -- is the script's)",
+    epilog="""\b
+Examples:
+  fl-adapters simulate train.py --sites 3 --rounds 5
+  fl-adapters simulate train.py --lr 0.1 --sites 3        --lr goes to the script
+  fl-adapters simulate train.py --sites 3 -- --name mine  --name goes to the script
+  fl-adapters simulate -m package.train --job job.yml --json""",
 )
 def simulate(
     script: _Script = "",
     args: _Args = None,
-    sites: Annotated[str | None, typer.Option(help="How many sites, or their names: a,b,c. [default: 3]")] = None,
+    sites: Annotated[str | None, typer.Option(help="How many sites, or their names: a,b,c. Default: 3.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Without it the trainer's own budget decides.")] = None,
-    strategy: Annotated[str | None, typer.Option(help='Such as "fedavg". [default: fedavg]')] = None,
+    strategy: Annotated[str | None, typer.Option(help='Such as "fedavg". Default: fedavg.')] = None,
     job: Annotated[Path | None, typer.Option(help="A job file (YAML); options given here win over it.")] = None,
     gpus: Annotated[str, typer.Option(help="Devices to deal out to the sites in turn: 0,1")] = "",
     every: Annotated[str | None, typer.Option(help='Between exchanges: "epoch", "2 epochs", or steps.')] = None,
-    min_sites: Annotated[int | None, typer.Option(help="Updates a round needs. [default: every site's]")] = None,
-    deadline_s: Annotated[float | None, typer.Option(help="A round's deadline. [default: a day]")] = None,
+    min_sites: Annotated[int | None, typer.Option(help="Updates a round needs. Default: every site's.")] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="A round's deadline. Default: a day.")] = None,
     optimizer_state: Annotated[str | None, typer.Option(help="keep, reset or average.")] = None,
-    name: Annotated[str | None, typer.Option(help="The job's name. [default: from the script and the time]")] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name. Default: from the script and the time.")] = None,
     folder: Annotated[Path, typer.Option(help="Where the run's folder goes.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="The server's port; 0 takes a free one.", min=0, max=65535)] = 0,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
@@ -108,7 +106,12 @@ def simulate(
     sys.exit(command.run(wanted, as_json))
 
 
-@app.command(epilog="Examples:  fl-adapters doctor | fl-adapters doctor --port 8765 --json")
+@app.command(
+    epilog="""\b
+Examples:
+  fl-adapters doctor
+  fl-adapters doctor --port 8765 --json"""
+)
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where runs go.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="Is this port free? 0: any.", min=0, max=65535)] = 0,

@@ -37,7 +37,10 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> Split:
         if name in takes_value:
             ours.append(word)
             if takes_value[name] and "=" not in word:
-                ours.extend(value for value in [next(queue, None)] if value is not None)
+                value = next(queue, None)
+                if value is None:
+                    return Split([word], None, [], [])  # an error, which the parser words
+                ours.append(value)
         elif word.startswith("-") and not words:
             ours.append(word)
         else:

@@ -10,6 +10,7 @@ from fl_adapters.environments.processes import describe_status
 from fl_runtime.errors import AbortedError, ConfigError, FederationError, QuorumError, SiteFailedError
 from fl_runtime.types import RunSettings
 
+AFTER_THE_LAST_ROUND = "after the last round"
 _CONSEQUENCES = (QuorumError, AbortedError, SiteFailedError)
 
 
@@ -18,8 +19,8 @@ class SiteExit:
     """How a site's process ended.
 
     status: as subprocess has it, negative for a signal. joined: it reached the server. clean: status 0, and it left
-    the run by itself. first: no other site had dropped out before. round: the round under way then, 0 before the
-    first. tail: last lines of its log, empty if clean.
+    the run by itself. first: no other site had dropped out before. when: such as "in round 3".
+    tail: last lines of its log, empty if clean.
     """
 
     site: str
@@ -27,7 +28,7 @@ class SiteExit:
     joined: bool
     clean: bool
     first: bool
-    round: int
+    when: str
     log: Path
     tail: tuple[str, ...]
 
@@ -56,16 +57,14 @@ def _explained(item: SiteExit, settings: RunSettings) -> FederationError:
             fix="add callbacks=[FederatedCallback()] to the Trainer and let it train, "
             "or use fl_adapters.connect() in a loop of your own",
         )
-    when = f"in round {item.round}" if item.round else "before round 1"
-    if not item.joined:
-        when = "before it joined"
-    fix = "correct the script; the log says what failed"
-    if 1 < settings.min_sites == len(settings.sites):
-        fix += f", or set min_sites below {settings.min_sites} to go on without a site"
     if item.status == 0:
-        fix = "let the script take part until the rounds are over, or lower min_sites"
+        fix = "let the script take part until the rounds are over"
+    else:
+        fix = "correct what the log says"
+    if 1 < settings.min_sites == len(settings.sites) and item.when != AFTER_THE_LAST_ROUND:
+        fix += f", or set min_sites below {settings.min_sites} to go on without a site"
     return SiteFailedError(
-        f"{item.site}'s process ended {when} with {describe_status(item.status)}", where=_log_and_tail(item), fix=fix
+        f"{item.site}'s process ended {item.when}: {describe_status(item.status)}", where=_log_and_tail(item), fix=fix
     )
 
 

@@ -168,7 +168,7 @@ def describe_status(status: int) -> str:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
-    hint = ": out of memory?" if name == "SIGKILL" else ""
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"killed by {name}{hint}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import IO[str]
+from typing import IO
 
 from fl_runtime.types import Event
 
@@ -49,7 +49,7 @@ class RunView:
             case "round_started":
                 self.round = event.round
             case "task_sent":
-                site.state, site.round = "training", event.round
+                site.state, site.round = "final" if event.round in self.metrics else "training", event.round
                 site.bytes_down += data["bytes"]
             case "update":
                 self._update(site, event)
@@ -79,6 +79,7 @@ class ProgressLines:
         self._out = out
         self._view = RunView()
         self._evaluates = False
+        self._failed = False  # what the other sites do then is no news
         self._pending: dict[int, Event] = {}  # finished rounds whose scores are still on their way
 
     def __call__(self, event: Event) -> None:
@@ -100,12 +101,13 @@ class ProgressLines:
                 self._settle(event.round - 2 if self._evaluates else event.round)
             case "scored":
                 self._settle(event.round)
-            case "left" if data["early"]:
+            case "left" if data["early"] and not self._failed:
                 self._say(f"{event.site} is out: {data['reason']}")
             case "exited" if data["tail"]:
                 self._say("\n    | ".join([f"{event.site}: {data['status']}; {data['log']} ends with", *data["tail"]]))
             case "finished" | "failed":
-                self._settle(event.round or self._view.round)
+                self._failed = event.kind == "failed"
+                self._settle(self._view.round)
 
     def _settle(self, until: int) -> None:
         for number in [number for number in self._pending if number <= until]:

@@ -6,7 +6,6 @@ import itertools
 import secrets
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, Literal
 from fl_adapters.environments.outcome import SiteExit, verdict
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment, tail
 from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.watch import FanOut, Watch
 from fl_adapters.job import site_names
 from fl_adapters.kit import Kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult, Server
+from fl_runtime.server.history import History
 from fl_runtime.types import Event, Listener, RunSettings
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class Simulation:
         job = job.model_copy(update={"name": folder.name})
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
         shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
-        watch = _Watch()
-        run = _Run(job.settings(sites), folder, watch, _FanOut((watch, *self.listeners, *shown)))
-        with _server(run, self.port) as (server, tokens, address), _processes(server) as processes:
+        watch = Watch()
+        run = _Run(job.settings(sites), folder, watch, FanOut((watch, *self.listeners, *shown)))
+        with _server(run, self.port) as (server, tokens, address), _processes(server, run) as processes:
             run.tell(_starting(run, command))
             self._start_sites(processes, command, run, tokens, address)
             exits = _follow(server, processes, run)
@@ -136,67 +137,15 @@ class Simulation:
             processes.start(site, command, environment, run.log(site))
 
 
-class _Watch:
-    """A listener that remembers what the simulation itself needs to know.
-
-    joined: sites that reached the server. first_out: the first site that dropped out early, "" if none has.
-    round: the one under way. started: when round 1 began, monotonic seconds.
-    """
-
-    def __init__(self) -> None:
-        self.joined: set[str] = set()
-        self.first_out = ""
-        self.round = 0
-        self.started: float | None = None
-        self._left: dict[str, bool] = {}
-        self._changed = threading.Condition()
-
-    def __call__(self, event: Event) -> None:
-        with self._changed:
-            if event.kind == "joined":
-                self.joined.add(event.site)
-            elif event.kind == "round_started":
-                self.round = event.round
-                self.started = self.started or time.monotonic()
-            elif event.kind == "left":
-                self._left[event.site] = event.data["early"]
-                if event.data["early"] and not self.first_out:
-                    self.first_out = event.site
-                self._changed.notify_all()
-
-    def left_early(self, site: str, timeout_s: float = 2.0) -> bool:
-        """Whether a site that is known to have left did so early; waits for the event that says so."""
-        with self._changed:
-            self._changed.wait_for(lambda: site in self._left, timeout_s)
-            return self._left.get(site, True)
-
-
 @dataclass(frozen=True)
 class _Run:
     settings: RunSettings
     folder: Path
-    watch: _Watch
+    watch: Watch
     tell: Listener
 
     def log(self, site: str) -> Path:
         return self.folder / "sites" / site / "log.txt"
-
-
-class _FanOut:
-    """One listener made of several, called by the server's threads and by the simulation, one event at a time."""
-
-    def __init__(self, listeners: Sequence[Listener]) -> None:
-        self._listeners = list(listeners)
-        self._lock = threading.Lock()
-
-    def __call__(self, event: Event) -> None:
-        with self._lock:
-            for listener in tuple(self._listeners):
-                try:
-                    listener(event)
-                except Exception as error:  # somebody's listener must not end the run
-                    self._listeners.remove(listener)
-                    print(f"fl-adapters: a listener failed and is left out from now on: {error!r}", file=sys.stderr)
 
 
 def _starting(run: _Run, command: Sequence[str]) -> Event:
@@ -208,15 +157,17 @@ def _starting(run: _Run, command: Sequence[str]) -> Event:
 @contextmanager
 def _server(run: _Run, port: int) -> Iterator[tuple[Server, dict[str, str], str]]:
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
-    server = Server(run.settings, run.folder, tokens, port=port, listeners=[run.tell])
+    history = History(run.folder)
+    server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell])
     try:
         yield server, tokens, server.start()
     finally:
-        server.close()
+        server.close()  # delivers the last events
+        history.close()
 
 
 @contextmanager
-def _processes(server: Server) -> Iterator[SiteProcesses]:
+def _processes(server: Server, run: _Run) -> Iterator[SiteProcesses]:
     """The site processes; none is left when this is over. Ctrl-C asks them to end, a second one kills them."""
     processes = SiteProcesses()
     try:
@@ -224,6 +175,7 @@ def _processes(server: Server) -> Iterator[SiteProcesses]:
     except KeyboardInterrupt:
         server.abort("stopped by Ctrl-C")
         processes.stop(_STOP_GRACE_S)
+        _exported(server, run.folder / "model", "final")
         raise
     finally:
         processes.close()
@@ -236,7 +188,8 @@ def _follow(server: Server, processes: SiteProcesses, run: _Run) -> list[SiteExi
     while processes.running:
         over = server.wait(_POLL_S)
         for site, status in processes.ended():
-            exits.append(_exited(server, run, site, status, alive=len(processes.running)))
+            well = len(processes.running) + sum(item.clean for item in exits)
+            exits.append(_exited(server, run, site, status, goes_on=well >= run.settings.min_sites))
         if over:
             failed_at = failed_at or (time.monotonic() if server.result().error else None)
             if failed_at and time.monotonic() > failed_at + _FAILED_GRACE_S:
@@ -247,8 +200,8 @@ def _follow(server: Server, processes: SiteProcesses, run: _Run) -> list[SiteExi
     return exits
 
 
-def _exited(server: Server, run: _Run, site: str, status: int, *, alive: int) -> SiteExit:
-    server.site_left(site, f"its process ended with {describe_status(status)}")  # nothing new if it has left itself
+def _exited(server: Server, run: _Run, site: str, status: int, *, goes_on: bool) -> SiteExit:
+    server.site_left(site, f"its process ended: {describe_status(status)}")  # nothing new if it has left itself
     clean = not run.watch.left_early(site) and status == 0
     log = run.log(site)
     found = SiteExit(
@@ -257,12 +210,12 @@ def _exited(server: Server, run: _Run, site: str, status: int, *, alive: int) ->
         joined=site in run.watch.joined,
         clean=clean,
         first=site == run.watch.first_out,
-        round=run.watch.round,
+        when=run.watch.stage(site),
         log=log,
         tail=() if clean else tuple(tail(log)),
     )
     # where the run ends because of it, the error shows the log; where it goes on, nobody else would
-    shown = list(found.tail) if alive >= run.settings.min_sites else []
+    shown = list(found.tail) if goes_on else []
     data = {"clean": clean, "status": describe_status(status), "log": str(log), "tail": shown}
     run.tell(Event("exited", time.time(), site=site, data=data))
     return found
@@ -270,14 +223,15 @@ def _exited(server: Server, run: _Run, site: str, status: int, *, alive: int) ->
 
 def _exported(server: Server, folder: Path, which: Literal["final", "best"]) -> Path | None:
     """What the first site's process has written in its framework's format, else plain safetensors."""
+    if not server.result().rounds:  # there is nothing but the initial model
+        return None
     return folder if folder.exists() or server.export(folder, which) is not None else None
 
 
 def _result(server: Server, run: _Run, exits: list[SiteExit], began: float) -> SimulationResult:
     """The result of a run that finished. Raises the error of one that did not."""
     result = server.result()
-    model = _exported(server, run.folder / "model", "final")
-    best = _exported(server, run.folder / "best", "best") if result.best_round is not None else None
+    model, best = _exported(server, run.folder / "model", "final"), _exported(server, run.folder / "best", "best")
     error = verdict(result.error, exits, run.settings)
     if error is not None:
         raise error

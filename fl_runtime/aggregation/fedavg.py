@@ -85,7 +85,7 @@ class WeightedMean:
 
 def accumulator_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What a tensor is summed in: float32 or wider; integers and booleans as they are."""
-    if not is_floating(dtype) or dtype.itemsize >= 4 and dtype.kind in "fc":
+    if not is_floating(dtype) or (dtype.itemsize >= 4 and dtype.kind in "fc"):
         return dtype
     return np.dtype(np.float32)
 
@@ -100,7 +100,7 @@ def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
     """One site's tensor into the running mean, block by block; both flat."""
     averaged = is_floating(mean.dtype)
     scratch = np.empty(min(_BLOCK, mean.size), mean.dtype)
-    factor = mean.dtype.type(share) if averaged else None
+    factor = np.asarray(share, mean.dtype)
     for block in _blocks(mean.size):
         target = mean[block]
         if first:

@@ -91,8 +91,8 @@ class _Table:
             case "round_started":
                 for site in data["sites"]:
                     self._row(event.round, site)
-            case "task_sent":
-                self._row(event.round, event.site)["bytes_down"] = data["bytes"]
+            case "task_sent" if event.round > 0:
+                self._row(event.round, event.site).setdefault("bytes_down", data["bytes"])
             case "update":
                 self._update(event)
             case "report":

@@ -96,7 +96,7 @@ def check_capabilities(registrations: Mapping[str, Registration], strategy: str,
         missing = requires - registration.capabilities
         if missing:
             raise HandshakeError(
-                f"the strategy {strategy} needs {', '.join(sorted(missing))}, which the adapter of {name} does not have",
+                f"the strategy {strategy} needs {', '.join(sorted(missing))}; the adapter of {name} does not have it",
                 where=f"handshake of {name}, before round 1",
                 fix="choose another strategy, or an adapter and version that support it",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
 from fl_runtime.server.members import check_agreement, check_capabilities
@@ -25,7 +26,8 @@ def drive(run: Run) -> None:
     try:
         _handshake(run)
         _initial_model(run)
-        assert run.model is not None and run.rounds is not None
+        assert run.model is not None
+        assert run.rounds is not None
         for number in range(run.model.version + 1, run.rounds + 1):
             _round(run, number)
         _last_scores(run)
@@ -301,5 +303,5 @@ def _check_quorum(run: Run, counted: list[str], when: str) -> None:
         )
 
 
-def _without_round(result: RoundResult) -> dict[str, object]:
+def _without_round(result: RoundResult) -> dict[str, Any]:
     return {k: v for k, v in result.to_json().items() if k != "round"}

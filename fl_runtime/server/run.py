@@ -255,7 +255,7 @@ class Run:
             while self.open is None and self.phase == "training":
                 self.published.wait()
                 self._member(name, attempt)
-            if self.open is None or round < self.open.round and self.settings.late == "drop":
+            if self.open is None or (round < self.open.round and self.settings.late == "drop"):
                 return "late"
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")

@@ -17,7 +17,7 @@ from fl_runtime.server.run import Offer, Run
 from fl_runtime.server.spool import Transfer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Report, Update
-from fl_runtime.version import FEATURES, PROTOCOL, VERSION, choose_protocol
+from fl_runtime.version import FEATURES, VERSION, choose_protocol
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -131,7 +131,7 @@ class FederationService:
         header.version = entry.version
         known = offer.layout_known and entry.layout in request.layouts
         header.payload.CopyFrom(frames.describe(blob.manifest, entry.digests, known=known))
-        pieces = [blob.buffer]
+        pieces = [blob.buffer.data]
         if frames.inline(header.payload, pieces):
             yield pb.TaskPart(task=header).SerializeToString()
             return

@@ -49,7 +49,7 @@ def write_tensors(path: Path, arrays: Arrays, metadata: Mapping[str, str] | None
         with open(partial, "wb") as file:
             file.write(header_of(manifest, metadata))
             for piece in manifest.pieces(arrays, {}):
-                file.write(piece.data)
+                file.write(piece)
         os.replace(partial, path)
     except OSError as error:
         raise disk_error(error, path) from error

@@ -53,8 +53,8 @@ class GrpcTransport:
         self._address = address
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._channel = grpc.insecure_channel(address, options=_CLIENT)
-        self._single = {m: self._channel.unary_stream(_path(m)) for m in METHODS}
-        self._streamed = {m: self._channel.stream_stream(_path(m)) for m in METHODS}
+        self._single = {m: self._channel.unary_stream(_path(m), None, None) for m in METHODS}
+        self._streamed = {m: self._channel.stream_stream(_path(m), None, None) for m in METHODS}
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
         if isinstance(requests, bytes):
@@ -124,7 +124,7 @@ def tokens_to_names(tokens: Mapping[str, str]) -> Callable[[Mapping[str, str]], 
     return authenticate
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str]) -> None:
         self._authenticate = authenticate
         self._service = service

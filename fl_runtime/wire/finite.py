@@ -1,4 +1,4 @@
-"""The check that nothing which is not a number enters an average; run by the site before it sends, and by the server."""
+"""Nothing that is not a finite number may enter an average: checked by the site before it sends, and by the server."""
 
 from __future__ import annotations
 

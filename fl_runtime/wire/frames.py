@@ -23,7 +23,7 @@ INLINE_BYTES = 2**20
 _TAG = 0x7A
 
 
-def frame(pieces: Sequence[Array | memoryview]) -> bytes:
+def frame(pieces: Sequence[memoryview]) -> bytes:
     """One frame holding the pieces back to back."""
     return b"".join((bytes([_TAG]), _varint(sum(len(p) for p in pieces)), *pieces))
 
@@ -49,9 +49,9 @@ def frame_data(message: bytes) -> memoryview:
     return memoryview(message)[at:]
 
 
-def frames(pieces: Sequence[Array], start: int = 0, frame_bytes: int = FRAME_BYTES) -> Iterator[bytes]:
-    """Cut flat uint8 pieces, taken back to back, into frames from byte `start` on. Small tensors share a frame."""
-    batch: list[Array] = []
+def frames(pieces: Sequence[memoryview], start: int = 0, frame_bytes: int = FRAME_BYTES) -> Iterator[bytes]:
+    """Cut flat pieces of bytes, taken back to back, into frames from byte `start` on. Small tensors share a frame."""
+    batch: list[memoryview] = []
     room = frame_bytes
     for piece in pieces:
         if start >= len(piece):
@@ -79,7 +79,7 @@ def describe(manifest: Manifest, digests: bytes, *, known: bool) -> pb.Payload:
     )
 
 
-def inline(payload: pb.Payload, pieces: Sequence[Array]) -> bool:
+def inline(payload: pb.Payload, pieces: Sequence[memoryview]) -> bool:
     """Put a small payload into its own header. False when it is too large and has to follow in frames."""
     if payload.total_bytes > INLINE_BYTES:
         return False

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 import xxhash
@@ -24,8 +23,6 @@ MAX_TENSORS = 200_000
 MAX_NAME_CHARS = 1_024
 MAX_DIMENSIONS = 32
 MAX_TENSOR_BYTES = 2**46
-
-Buffer: TypeAlias = bytes | bytearray | memoryview | Array
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,8 @@ class Manifest:
             (extras if spec.extra else arrays)[spec.name] = flat.reshape(spec.shape)
         return arrays, extras
 
-    def pieces(self, arrays: Arrays, extras: Arrays) -> list[Array]:
-        """The tensors as flat uint8 views in payload order; copies only what is not contiguous little endian."""
+    def pieces(self, arrays: Arrays, extras: Arrays) -> list[memoryview]:
+        """The tensors as flat views of bytes, in payload order; copies only what is not contiguous little endian."""
         return [self._bytes_of(self.tensors[i], arrays, extras) for i in self.payload_order]
 
     def digests(self, arrays: Arrays, extras: Arrays) -> bytes:
@@ -116,15 +113,15 @@ class Manifest:
 
     def digests_of_payload(self, buffer: Array) -> bytes:
         return b"".join(
-            xxhash.xxh3_64_digest(buffer[start : start + spec.nbytes])
+            xxhash.xxh3_64_digest(buffer[start : start + spec.nbytes].data)
             for spec, start in zip(self.tensors, self.offsets, strict=True)
         )
 
     @staticmethod
-    def _bytes_of(spec: TensorSpec, arrays: Arrays, extras: Arrays) -> Array:
+    def _bytes_of(spec: TensorSpec, arrays: Arrays, extras: Arrays) -> memoryview:
         array = (extras if spec.extra else arrays)[spec.name]
         little = np.ascontiguousarray(array, dtype=dtype_of(spec.dtype))
-        return little.reshape(-1).view(np.uint8)
+        return little.reshape(-1).view(np.uint8).data
 
 
 def differences(ours: Manifest, theirs: Manifest) -> list[str]:

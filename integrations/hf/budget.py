@@ -1,0 +1,129 @@
+"""Rounds in the trainer's own terms: how long it must run, and where in its loop a round ends."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from fl_adapters.options import Every
+from fl_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`rounds` times `every`; rounds is None where the trainer's own budget decides."""
+
+    every: Every
+    rounds: int | None
+
+    def apply(self, args: TrainingArguments) -> None:
+        """Make the trainer run exactly the federation's budget. Only before HF has read it: in `on_init_end`."""
+        if self.rounds is None:
+            return
+        if self.every.steps is not None:
+            args.max_steps = self.rounds * self.every.steps
+        else:
+            args.num_train_epochs = self.rounds * self._epochs
+            args.max_steps = -1
+
+    def check(self, state: TrainerState, steps_per_epoch: int | None) -> None:
+        """Raise ConfigError, before the first step, where the trainer would run more or less than the budget."""
+        if self.every.epochs is not None and steps_per_epoch is None:
+            raise ConfigError(
+                f"every={str(self.every)!r} needs a training set with a length",
+                where="train_dataset",
+                fix="count the round in optimizer steps: FederatedCallback(every=50)",
+            )
+        expected = self.total_steps(steps_per_epoch)
+        if expected is None or expected == state.max_steps:
+            return
+        value = f"max_steps={expected}" if self.every.steps else f"num_train_epochs={self.rounds * self._epochs}"  # type: ignore[operator]
+        raise ConfigError(
+            f"the job asks for {self.rounds} rounds of {self.every} each, {expected} optimizer steps, "
+            f"but the trainer is about to run {state.max_steps}",
+            where="trainer.add_callback() comes after the Trainer has read its arguments",
+            fix=f"give the callback to the constructor, Trainer(..., callbacks=[...]), or set TrainingArguments({value})",
+        )
+
+    def steps_per_round(self, steps_per_epoch: int | None) -> int:
+        return self.every.steps or self._epochs * (steps_per_epoch or 1)
+
+    def total_steps(self, steps_per_epoch: int | None) -> int | None:
+        """Optimizer steps of the whole run; None where the trainer decides."""
+        return None if self.rounds is None else self.rounds * self.steps_per_round(steps_per_epoch)
+
+    def trainer_rounds(self, state: TrainerState) -> int:
+        """The rounds that the trainer's own budget amounts to; the last may be shorter."""
+        if self.every.steps is not None:
+            return math.ceil(state.max_steps / self.every.steps)
+        return math.ceil(state.num_train_epochs / self._epochs)
+
+    def reached(self, state: TrainerState) -> bool:
+        """Whether the optimizer step that has just been made ends a round."""
+        if state.global_step >= state.max_steps:
+            return True
+        if self.every.steps is not None:
+            return state.global_step % self.every.steps == 0
+        # HF sets epoch to n + k/k after the last step of an epoch, exactly
+        return float(state.epoch).is_integer() and round(state.epoch) % self._epochs == 0
+
+    def reached_by_epoch(self, state: TrainerState) -> bool:
+        """Whether the epoch that has just ended ends a round, also where it ended before its last step."""
+        return self.every.epochs is not None and math.ceil(state.epoch) % self.every.epochs == 0
+
+    def rounds_done(self, state: TrainerState) -> int:
+        """Full rounds behind a trainer that stands at `state` (after a resume)."""
+        if self.every.steps is not None:
+            return state.global_step // self.every.steps
+        return int(state.epoch) // self._epochs
+
+    @property
+    def _epochs(self) -> int:
+        return self.every.epochs or 1
+
+
+def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Optimizer steps of an epoch, as the Trainer counts them; None for data without a length."""
+    if not has_length(dataloader):
+        return None
+    return max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1)
+
+
+def warn_if_schedule_ends_early(scheduler: Any, max_steps: int) -> None:
+    """A learning-rate schedule that the user made is left alone; say so where it ends before the run does."""
+    horizon = _horizon(getattr(scheduler, "scheduler", scheduler))
+    if horizon is not None and horizon < max_steps:
+        warnings.warn(
+            f"the learning-rate schedule ends after {horizon} of the {max_steps} optimizer steps of this federated run; "
+            "size it for the whole run, or let the Trainer make it",
+            stacklevel=2,
+        )
+
+
+def advance_schedule(scheduler: Any, steps: int) -> None:
+    """Move the schedule `steps` on, to where the other sites are. One that follows a metric stays where it is."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(inner, LRScheduler) or isinstance(inner, ReduceLROnPlateau):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects an optimizer step before each
+        for _ in range(steps):
+            inner.step()
+
+
+def _horizon(scheduler: Any) -> int | None:
+    """After how many steps a schedule of torch or transformers ends; None where it does not say."""
+    for name in ("total_steps", "T_max", "total_iters"):
+        if isinstance(value := getattr(scheduler, name, None), int):
+            return value
+    for function in getattr(scheduler, "lr_lambdas", None) or ():
+        value = getattr(function, "keywords", {}).get("num_training_steps")
+        if isinstance(value, int):
+            return value
+    return None

@@ -1,0 +1,137 @@
+"""What a callback is not told: facts of the Trainer whose hook is running, and what cannot be federated."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from fl_adapters.options import SiteSettings
+from fl_runtime.errors import ConfigError
+
+
+def calling_trainer() -> Trainer:
+    """The Trainer whose hook is running. HF gives a callback no reference to it, but it is on the call stack."""
+    return _trainer_frame()[0]
+
+
+def has_validation_data(trainer: Trainer) -> bool:
+    return trainer.eval_dataset is not None
+
+
+def training_examples(args: TrainingArguments, dataloader: Any, steps: int) -> int:
+    """Size of the training set over all ranks; without a length, the examples seen in `steps` optimizer steps."""
+    dataset = getattr(dataloader, "dataset", None)
+    if dataset is not None and has_length(dataset):
+        return len(dataset)
+    # args.train_batch_size is that of one rank: per device, times the devices that the rank drives
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * steps
+
+
+def validation_examples(dataloader: Any) -> int:
+    """Size of the validation set whose evaluation has just ended."""
+    dataset = getattr(dataloader, "dataset", None)
+    if dataset is not None and has_length(dataset):
+        return max(len(dataset), 1)
+    return 1
+
+
+def loss_sum() -> float | None:
+    """The sum of HF's own training loss over the optimizer steps of this `train()` so far; None if out of reach.
+
+    HF adds the losses up on the device; this is read once a round, so that no step waits for it.
+    """
+    trainer, frame = _trainer_frame()
+    running = getattr(trainer, "_tr_loss", None)  # transformers 5
+    if running is None:
+        running = frame.f_locals.get("tr_loss")  # transformers 4
+    if not isinstance(running, torch.Tensor):
+        return None
+    return float(running.item()) + float(getattr(trainer, "_total_loss_scalar", 0.0))
+
+
+def log_round(state: TrainerState, control: TrainerControl, row: Mapping[str, float], job: str) -> None:
+    """Write `row` to HF's own log: log_history and every logger. `job` is noted in log_history beside it.
+
+    A subclass's `log` is left out on purpose: SFTTrainer's would take the metrics of the user's own next row.
+    """
+    should_log = control.should_log
+    Trainer.log(calling_trainer(), dict(row))
+    control.should_log = should_log  # logging clears the user's own wish to log at this step
+    state.log_history[-1]["federation_job"] = job  # type: ignore[assignment]
+
+
+def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
+    """Raise ConfigError for what cannot work in a federation, with the reason. Before the first step."""
+    if trainer.is_deepspeed_enabled:
+        raise _refused(
+            "DeepSpeed keeps master copies of the weights that new global weights would not reach",
+            fix="use DDP or FSDP2 (fsdp_version: 2)",
+        )
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise _refused("FSDP 1 flattens parameters, so that they lose their names", fix="use FSDP2 (fsdp_version: 2)")
+    if trainer.is_fsdp_enabled and settings.optimizer_state == "average":
+        raise _refused("the moments are sharded by FSDP: optimizer_state='average'", fix="use 'keep' or 'reset'")
+    if args.auto_find_batch_size:
+        raise _refused(
+            "auto_find_batch_size starts training over in the middle of a round", fix="set per_device_train_batch_size"
+        )
+    if settings.evaluate_global and not has_validation_data(trainer):
+        raise ConfigError(
+            "evaluate_global=True needs validation data", where="Trainer", fix="pass eval_dataset= to the Trainer"
+        )
+    if args.load_best_model_at_end:
+        _refuse_other_best(trainer, args, settings)
+
+
+def refuse_search(state: TrainerState) -> None:
+    if state.is_hyper_param_search:
+        raise _refused("a hyperparameter search trains many models", fix="search first, then train in the federation")
+
+
+def _refuse_other_best(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
+    """`load_best_model_at_end` means the best global round: both must mean the same by best."""
+    if settings.evaluate_global is False or not has_validation_data(trainer):
+        raise _refused(
+            "load_best_model_at_end means the best global round, which nobody scores with evaluate_global=False",
+            fix="leave evaluate_global on, or set load_best_model_at_end=False",
+        )
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    mode = "max" if args.greater_is_better else "min"
+    if (metric, mode) != (settings.best_metric, settings.best_mode):
+        raise _refused(
+            f"load_best_model_at_end asks for the {mode} of {metric!r}, while the job picks the best round by the "
+            f"{settings.best_mode} of {settings.best_metric!r}",
+            fix=f"set best_metric: {metric} and best_mode: {mode} in the job, or change metric_for_best_model",
+        )
+
+
+def _refused(reason: str, *, fix: str) -> ConfigError:
+    return ConfigError(f"this cannot be federated: {reason}", where="TrainingArguments", fix=fix)
+
+
+def _trainer_frame() -> tuple[Trainer, FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner, frame
+        frame = frame.f_back
+    raise ConfigError(
+        "FederatedCallback works within a transformers.Trainer only",
+        where="a hook called from elsewhere",
+        fix="for a loop of your own use fl_adapters.connect()",
+    )
+
+
+def mean(total: float | None, before: float | None, steps: int) -> dict[str, float]:
+    """{"train_loss": mean over the round}; empty where it is not known or not finite."""
+    if total is None or before is None or steps < 1 or not math.isfinite(total - before):
+        return {}
+    return {"train_loss": (total - before) / steps}

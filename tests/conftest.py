@@ -1,0 +1,19 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data sets: $FL_ADAPTERS_DATA, else ../shared/data beside the project; skips where there is none."""
+    folder = Path(os.environ.get("FL_ADAPTERS_DATA", _ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets in {folder}; name their folder in FL_ADAPTERS_DATA")
+    return folder

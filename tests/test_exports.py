@@ -1,0 +1,74 @@
+"""The public names: a list to change on purpose, each name importable on its own and documented."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+PUBLIC = {
+    "fl_adapters": """
+        AbortedError ConfigError ConnectedSite ConnectionLostError FederationError HandshakeError Job
+        PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
+        StoreError TransferDamagedError UpdateRefusedError __version__ connect site
+    """,
+    "fl_adapters.hf": "FederatedCallback",
+}
+NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_these(module: str) -> None:
+    assert sorted(import_module(module).__all__) == sorted(PUBLIC[module].split())
+
+
+@pytest.mark.parametrize("module", ["fl_adapters", "fl_adapters.hf"])
+def test_dir_and_star_import_give_them(module: str) -> None:
+    found: dict[str, Any] = {}
+    exec(f"from {module} import *", found)
+    assert set(PUBLIC[module].split()) <= set(found)
+    assert set(PUBLIC[module].split()) <= set(dir(import_module(module)))
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = import_module("fl_adapters").no_such_name
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_public_thing_is_documented(module: str, name: str) -> None:
+    thing = getattr(import_module(module), name)
+    if not isinstance(thing, str):
+        assert list(undocumented(thing, name)) == []
+
+
+def undocumented(thing: Any, name: str) -> Iterator[str]:
+    """The names of `thing` and of its public methods that have no docstring of their own."""
+    written = (thing.__doc__ or "").strip()
+    if not written or written.startswith(f"{thing.__name__}("):  # what @dataclass makes up
+        yield name
+    if inspect.isclass(thing):
+        for part, value in vars(thing).items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if not part.startswith("_") and inspect.isfunction(function) and not function.__doc__:
+                yield f"{name}.{part}"
+
+
+def test_each_name_can_come_first() -> None:
+    """Whatever is imported first works: no order of imports is needed (a cycle would show here)."""
+    modules = {f"from {module} import {name}" for module, name in NAMES if module == "fl_adapters"}
+    for statement in sorted(modules):
+        done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True)
+        assert done.returncode == 0, f"{statement}\n{done.stderr}"
+
+
+def test_integrations_come_in_their_own_right() -> None:
+    """`fl_adapters.hf` is there after `import fl_adapters` only once imported: no framework comes unasked."""
+    code = "import fl_adapters, sys; print('fl_adapters.hf' in sys.modules, hasattr(fl_adapters, 'hf'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

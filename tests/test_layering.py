@@ -1,0 +1,179 @@
+"""Who may import whom, and what no source file may do; read from the source, nothing is imported here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 500
+
+# Part of fl_runtime -> the parts that it may import besides itself. A new part must be given its place here.
+GROUND = {"types", "errors", "version"}
+RUNTIME = {
+    "types": set[str](),
+    "errors": set[str](),
+    "version": {"errors"},
+    "wire": GROUND,
+    "filters": GROUND,
+    "aggregation": GROUND,
+    "trust": GROUND,
+    "transport": GROUND | {"wire"},
+    "store": GROUND | {"wire"},
+    "server": GROUND | {"wire", "filters", "aggregation", "trust", "transport", "store"},
+    "client": GROUND | {"wire", "filters", "aggregation", "trust", "transport", "store"},
+}
+
+# Third-party module -> the start of the names of those who may import it. `*` stands for any integration.
+FRAMEWORKS = ("torch", "peft", "transformers", "accelerate", "trl", "datasets", "tensorflow", "keras", "jax", "flax")
+FRAMEWORKS += ("lightning", "pytorch_lightning", "monai", "ignite", "xgboost", "sklearn")
+OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
+    "torch": ("fl_adapters.torch_", "*"),
+    "peft": ("fl_adapters.torch_", "*"),
+    "grpc": ("fl_runtime.transport",),
+    "cryptography": ("fl_runtime.trust",),
+}
+
+# Modules and calls that run or unpickle what they are given.
+FORBIDDEN_MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
+FORBIDDEN_CALLS = {"eval", "exec", "builtins.eval", "builtins.exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+
+INTEGRATIONS = {path.name for path in (ROOT / "integrations").iterdir() if (path / "__init__.py").exists()}
+
+
+def module_name(path: Path) -> str:
+    """The name a file is imported by: integrations/hf/x.py is fl_adapters.hf.x."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "integrations" and len(parts) > 2:
+        parts[0] = "fl_adapters"
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for package in ("fl_runtime", "fl_adapters", "integrations")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if not path.stem.endswith("_pb2")
+}
+
+
+def imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of all imports, those in functions and under TYPE_CHECKING included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = module.split(".")[: -node.level + is_package or None]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def integration_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] in ("fl_adapters", "integrations") and parts[1:2] and parts[1] in INTEGRATIONS else None
+
+
+def import_fault(importer: str, target: str) -> str | None:
+    """Why `importer` may not import `target`, or None where it may."""
+    top, _, rest = target.partition(".")
+    if top in FORBIDDEN_MODULES:
+        return "runs or unpickles what it is given"
+    if top in OWNERS:
+        mine = integration_of(importer)
+        allowed = any(importer.startswith(owner) or (owner == "*" and mine) for owner in OWNERS[top])
+        return None if allowed else f"belongs to {' and '.join(OWNERS[top]).replace('*', 'the integrations')}"
+    if importer.startswith("fl_runtime"):
+        if top in ("fl_adapters", "integrations"):
+            return "runs back up"
+        part, other = importer.split(".")[1:2], rest.split(".")[0]
+        if top != "fl_runtime" or [other] == part:
+            return None
+        if not part:
+            return "fl_runtime/__init__.py imports nothing"
+        return None if other in RUNTIME.get(part[0], ()) else f"fl_runtime.{part[0]} does not stand on {other}"
+    if top == "integrations":
+        return "has the name fl_adapters.<integration>"
+    mine, theirs = integration_of(importer), integration_of(target)
+    return "is an integration" if theirs is not None and theirs != mine else None
+
+
+def call_faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if name in FORBIDDEN_CALLS:
+            yield node.lineno, f"{name}() runs what it is given"
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            yield node.lineno, "torch.load() without weights_only=True unpickles"
+        if keywords.get("allow_pickle", "False") != "False":
+            yield node.lineno, f"{name}(allow_pickle=...) unpickles"
+
+
+def faults(source: str, module: str, *, is_package: bool = False) -> list[str]:
+    tree = ast.parse(source)
+    found = [
+        f"{module}:{line} imports {target}, which {reason}"
+        for line, target in imports(tree, module, is_package=is_package)
+        if (reason := import_fault(module, target))
+    ]
+    return found + [f"{module}:{line} {reason}" for line, reason in call_faults(tree)]
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_source_keeps_to_its_floor(module: str) -> None:
+    path = SOURCES[module]
+    assert faults(path.read_text("utf-8"), module, is_package=path.name == "__init__.py") == []
+
+
+def test_every_part_of_the_runtime_has_a_place() -> None:
+    assert {name.split(".")[1] for name in SOURCES if name.startswith("fl_runtime.")} <= set(RUNTIME)
+
+
+def test_no_file_is_longer_than_a_subject() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in SOURCES.values()}
+    assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fl_runtime.types", "from fl_runtime.errors import FederationError"),
+        ("fl_runtime.wire.manifest", "from ..store import blobs"),
+        ("fl_runtime.store.journal", "import fl_runtime.transport.base"),
+        ("fl_runtime.client", "from fl_runtime import server"),
+        ("fl_runtime.server.run", "def f():\n    from fl_adapters.job import Job"),
+        ("fl_runtime.server.run", "import grpc"),
+        ("fl_runtime.aggregation.fedavg", "import torch"),
+        ("fl_adapters.session", "import torch.distributed"),
+        ("fl_adapters.session", "from fl_adapters.hf import FederatedCallback"),
+        ("fl_adapters.session", "from integrations.hf import FederatedCallback"),
+        ("fl_adapters.session", "import pickle"),
+        ("fl_adapters.torch_state", "torch.load(path)"),
+        ("fl_adapters.torch_state", "np.load(path, allow_pickle=True)"),
+        ("fl_adapters.job", "eval('1')"),
+        ("fl_adapters.job", "yaml.load(text)"),
+    ],
+)
+def test_breaking_a_rule_is_noticed(module: str, source: str) -> None:
+    assert faults(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fl_runtime.transport.grpc", "import grpc"),
+        ("fl_runtime.server.run", "from fl_runtime.store import journal"),
+        ("fl_adapters.torch_state", "import torch; torch.load(path, weights_only=True)"),
+        ("fl_adapters.hf.callback", "import torch\nfrom ..session import open_session\nfrom . import state"),
+        ("fl_adapters.session", "from fl_runtime.client import Client\nimport re\nre.compile('x'); model.eval()"),
+    ],
+)
+def test_keeping_the_rules_is_not(module: str, source: str) -> None:
+    assert faults(source, module) == []

@@ -1,0 +1,172 @@
+"""What users get: the wheel built from this tree, its files, its metadata, and what importing it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.message import Message
+from email.parser import HeaderParser
+from pathlib import Path
+from statistics import median
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("fl_runtime", "fl_adapters", "integrations")
+HEAVY = (
+    "grpc",
+    "google.protobuf",
+    "pydantic",
+    "typer",
+    "rich",
+    "sqlite3",
+    "torch",
+    "transformers",
+    "tensorflow",
+    "keras",
+    "lightning",
+    "jax",
+    "xgboost",
+    "monai",
+)
+
+
+def in_wheel(path: Path) -> str:
+    """Where a source file belongs in the wheel."""
+    return path.relative_to(ROOT).as_posix().replace("integrations/", "fl_adapters/", 1)
+
+
+def shipped_sources() -> set[str]:
+    found = [path for top in SOURCES for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
+    return {in_wheel(path) for path in found if path.suffix in (".py", ".pyi", ".proto") or path.name == "py.typed"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, built from a copy of the tree: nothing left of earlier builds gets in."""
+    tree = tmp_path_factory.mktemp("tree")
+    for top in SOURCES:
+        shutil.copytree(ROOT / top, tree / top, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"], cwd=tree, capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stdout + build.stderr
+    return next((tree / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, wheel]
+    subprocess.run(pip, check=True, capture_output=True)
+    return target
+
+
+def python(code: str, *, path: Path, cwd: Path) -> str:
+    """stdout of `code` in a fresh interpreter that finds our packages in `path`."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return HeaderParser().parsestr(archive.read(name).decode())
+
+
+def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert files == shipped_sources()
+
+
+def test_every_package_is_listed_and_typed(wheel: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    inits = [path for top in SOURCES for path in (ROOT / top).rglob("__init__.py")]
+    in_tree = {in_wheel(path.parent).replace("/", ".") for path in inits if path.parent != ROOT / "integrations"}
+    assert set(project["packages"]) == in_tree
+
+    integrations = sorted(path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py"))
+    assert project["package-dir"] == {f"fl_adapters.{name}": f"integrations/{name}" for name in integrations}
+    with zipfile.ZipFile(wheel) as archive:
+        typed = {name for name in archive.namelist() if name.endswith("/py.typed")}
+    expected = ["fl_runtime", "fl_adapters", *(f"fl_adapters/{name}" for name in integrations)]
+    assert typed == {f"{package}/py.typed" for package in expected}
+
+
+def test_metadata(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    found = metadata(wheel)
+    version = python("import fl_adapters; print(fl_adapters.__version__)", path=installed, cwd=tmp_path)
+    assert (found["Name"], found["Version"], found["License-Expression"]) == ("fl-adapters", version, "Apache-2.0")
+    assert found["Requires-Python"] == ">=3.11"
+    integrations = {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")}
+    assert integrations <= set(found.get_all("Provides-Extra"))
+
+
+def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
+    lines = (ROOT / "constraints" / "oldest.txt").read_text("utf-8").splitlines()
+    pins = {r.name: Version(next(iter(r.specifier)).version) for r in map(Requirement, filter(is_pin, lines))}
+    floors = {}
+    for requirement in map(Requirement, metadata(wheel).get_all("Requires-Dist")):
+        in_dev_alone = requirement.marker is not None and 'extra == "dev"' in str(requirement.marker)
+        for part in requirement.specifier:
+            if part.operator == ">=" and requirement.name != "torch" and not in_dev_alone:
+                floors[requirement.name] = Version(part.version)
+    del pins["torch"]  # held at one release everywhere; see constraints/newest.txt
+    assert pins == floors
+
+
+def is_pin(line: str) -> bool:
+    return bool(line.strip()) and not line.startswith("#")
+
+
+def test_installed_wheel_imports(installed: Path, tmp_path: Path) -> None:
+    code = "import fl_adapters, fl_adapters.hf as hf; print(fl_adapters.__file__, hf.__file__)"
+    package = installed / "fl_adapters"
+    expected = f"{package / '__init__.py'} {package / 'hf' / '__init__.py'}"
+    assert python(code, path=installed, cwd=tmp_path) == expected
+
+
+def test_source_checkout_imports(tmp_path: Path) -> None:
+    code = "import fl_adapters.hf as hf; print(hf.__name__, hf.__file__)"
+    expected = f"fl_adapters.hf {ROOT / 'integrations' / 'hf' / '__init__.py'}"
+    assert python(code, path=ROOT, cwd=tmp_path) == expected
+
+
+def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, installed / "bin" / "fl-adapters", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "simulate" in done.stdout
+
+
+def test_import_is_light(installed: Path, tmp_path: Path) -> None:
+    code = f"import sys, json, fl_adapters; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    assert json.loads(python(code, path=installed, cwd=tmp_path)) == []
+
+
+def test_import_takes_at_most_twice_as_long_as_numpy(installed: Path, tmp_path: Path) -> None:
+    def seconds(module: str) -> float:
+        code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+        return float(python(code, path=installed, cwd=tmp_path))
+
+    pairs = [(seconds("numpy"), seconds("fl_adapters")) for _ in range(9)]
+    numpy_s, ours_s = median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+    assert ours_s <= 2 * numpy_s
