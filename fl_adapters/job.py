@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_adapters.options import Options
 from fl_runtime.aggregation import make_strategy
@@ -66,7 +66,7 @@ class Job(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _checked(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _checked(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
         if isinstance(data, cls):
             return data
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -24,6 +24,7 @@ from fl_adapters.outputs import claimed_path
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.filters import apply
+from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 from fl_runtime.types import Arrays, Filter, Metrics, Report, Task, Update
 from fl_runtime.version import VERSION
@@ -190,6 +191,11 @@ class Session:
         """An early end (a local early stop, an error): the quorum decides whether the run goes on."""
         self._end(reason, early=True)
 
+    def hand_over(self) -> None:
+        """End this attempt without leaving the run: another attempt of this site goes on in its place."""
+        self.closed = True
+        self._client.close()
+
     def _end(self, reason: str, *, early: bool) -> None:
         if not self.closed:
             self.closed = True
@@ -231,35 +237,38 @@ def open_session(options: Options, *, framework: str, fresh: bool = False) -> Se
     """This process's session for the kit of `options`; joins the federation on first use.
 
     None without a kit, after one line on stderr that says so (ConfigError with `required`), and in a process
-    forked from the one that joined. fresh: a new trainer begins; a session that is past its handshake is left
-    and joined again under a new attempt (a notebook cell that is run twice).
+    forked from the one that joined. fresh: a new trainer begins; a session that is past its handshake hands over to
+    a new attempt (a notebook cell that is run twice).
     """
     kit = current_kit(options.kit)
     if kit is None:
         _alone(options, framework)
         return None
-    key = f"{kit.server}/{kit.job}/{kit.site}"
-    session = _sessions.get(key)
+    session = _sessions.get(_key(kit))
     if session is not None and session.pid != os.getpid():
         return None
     if session is not None and fresh and session.registered and not session.closed:
-        session.leave("its script began again")
+        session.hand_over()  # leaving, even for a moment, could end a run that needs every site
     if session is None or session.closed:
-        session = _sessions[key] = _joined(kit, options, framework)
+        session = _sessions[_key(kit)] = _joined(kit, options, framework)
     return session
 
 
-def close_sessions(reason: str) -> None:
-    """Leave every run of this process that has not ended. Runs by itself when the interpreter exits."""
-    for session in _sessions.values():
-        if session.pid == os.getpid() and not session.closed:
+def close_sessions(reason: str, kit: Kit | None = None) -> None:
+    """Leave the runs of this process that have not ended: that of `kit`, else all of them. Runs by itself when the
+    interpreter exits."""
+    for key in list(_sessions) if kit is None else [_key(kit)]:
+        session = _sessions.pop(key, None)
+        if session is not None and session.pid == os.getpid() and not session.closed:
             session.leave(reason)
 
 
-def _joined(kit: Kit, options: Options, framework: str) -> Session:
-    from fl_runtime.transport.grpc import GrpcTransport
+def _key(kit: Kit) -> str:
+    return f"{kit.server}/{kit.job}/{kit.site}"
 
-    transport = GrpcTransport(kit.server, kit.token)
+
+def _joined(kit: Kit, options: Options, framework: str) -> Session:
+    transport = _transport(kit)
     try:
         session = Session(kit, options, framework, transport)
     except FederationError:
@@ -267,6 +276,14 @@ def _joined(kit: Kit, options: Options, framework: str) -> Session:
         raise
     atexit.register(close_sessions, "its script ended before the last round")
     return session
+
+
+def _transport(kit: Kit) -> Transport:
+    if kit.server.startswith(memory.SCHEME):
+        return memory.connect(kit.server, kit.site)
+    from fl_runtime.transport.grpc import GrpcTransport  # here, so that nobody pays for it before connecting
+
+    return GrpcTransport(kit.server, kit.token)
 
 
 def _alone(options: Options, framework: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,8 +40,7 @@ def run(wanted: Wanted, as_json: bool) -> int:
     """Exit status 0: every round finished. Human output goes to stderr where stdout is for JSON."""
     console = Console(stderr=as_json)
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
-    with reported(as_json):
+    with reported(as_json), _sigterm_as_ctrl_c():
         job = _job(wanted)
         result = _simulated(wanted, job, console)
         if as_json:
@@ -50,8 +50,18 @@ def run(wanted: Wanted, as_json: bool) -> int:
     return 0
 
 
-def _as_ctrl_c(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Job schedulers and CI end a command with SIGTERM: the sites are to end in the same orderly way."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _job(wanted: Wanted) -> Job:

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,23 +46,30 @@ class History:
         self._scalars = ScalarWriter(folder / "tensorboard")
 
     def __call__(self, event: Event) -> None:
-        if self._failed:
-            return
-        try:
-            self._events.write(_line(event))
-            self._events.flush()
-            self._table.record(event)
-            self._draw(event)
-        except OSError as error:
-            self._failed = True
-            print(f"fl-adapters: the history is no longer written: {error}", file=sys.stderr)
+        if not self._failed:
+            with self._disk_may_fail():
+                self._events.write(_line(event))
+                self._events.flush()
+                self._table.record(event)
+                self._draw(event)
 
     def close(self) -> None:
         """Write what is still open and close the files. Call it once, after the last event."""
         if not self._failed:
-            self._table.flush()
-        self._events.close()
-        self._scalars.close()
+            with self._disk_may_fail():
+                self._table.flush()
+        for file in (self._events, self._scalars):
+            with self._disk_may_fail():
+                file.close()
+
+    @contextmanager
+    def _disk_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"fl-adapters: the history is no longer written: {error}", file=sys.stderr)
+            self._failed = True
 
     def _draw(self, event: Event) -> None:
         if event.kind not in ("update", "report", "round_finished", "scored"):

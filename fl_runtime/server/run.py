@@ -32,12 +32,16 @@ Status = Literal["used", "late", "carried", "duplicate"]
 
 @dataclass
 class Model:
-    """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last."""
+    """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
+
+    messages: whole task messages of a small model, so that it is encoded once for all sites.
+    """
 
     entry: ModelEntry
     blob: Blob
     leases: int = 0
     retired: bool = False
+    messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
 
     @property
     def version(self) -> int:

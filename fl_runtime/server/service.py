@@ -127,13 +127,18 @@ class FederationService:
         if offer.model is None:
             yield pb.TaskPart(task=header).SerializeToString()
             return
-        blob, entry = offer.model.blob, offer.model.entry
-        header.version = entry.version
+        blob, entry, ready = offer.model.blob, offer.model.entry, offer.model.messages
         known = offer.layout_known and entry.layout in request.layouts
+        key = (offer.kind, header.config_json, known)
+        if key in ready:
+            yield ready[key]
+            return
+        header.version = entry.version
         header.payload.CopyFrom(frames.describe(blob.manifest, entry.digests, known=known))
         pieces = [blob.buffer.data]
         if frames.inline(header.payload, pieces):
-            yield pb.TaskPart(task=header).SerializeToString()
+            ready[key] = pb.TaskPart(task=header).SerializeToString()
+            yield ready[key]
             return
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)

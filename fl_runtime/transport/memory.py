@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from fl_runtime.errors import ConnectionLostError
 from fl_runtime.transport.base import Call, Peer, Service
+
+SCHEME = "memory:"
+_services: dict[str, Service] = {}
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[str]:
+    """Makes a service reachable by others in this process, under the address that is yielded ("memory:1")."""
+    address = f"{SCHEME}{next(_numbers)}"
+    _services[address] = service
+    try:
+        yield address
+    finally:
+        del _services[address]
+
+
+def connect(address: str, name: str) -> MemoryTransport:
+    """The site `name`'s side of what serves at `address`. ConnectionLostError if nothing does."""
+    try:
+        return MemoryTransport(_services[address], name)
+    except KeyError:
+        raise ConnectionLostError(f"nothing serves at {address} in this process (any more)") from None
 
 
 class MemoryTransport:

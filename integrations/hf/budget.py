@@ -22,8 +22,10 @@ class Budget:
     every: Every
     rounds: int | None
 
-    def apply(self, args: TrainingArguments) -> None:
+    def apply(self, args: TrainingArguments, train_dataset: Any) -> None:
         """Make the trainer run exactly the federation's budget. Only before HF has read it: in `on_init_end`."""
+        if train_dataset is not None:
+            self._check_length(train_dataset)
         if self.rounds is None:
             return
         if self.every.steps is not None:
@@ -32,15 +34,10 @@ class Budget:
             args.num_train_epochs = self.rounds * self._epochs
             args.max_steps = -1
 
-    def check(self, state: TrainerState, steps_per_epoch: int | None) -> None:
+    def check(self, state: TrainerState, args: TrainingArguments, dataloader: Any) -> None:
         """Raise ConfigError, before the first step, where the trainer would run more or less than the budget."""
-        if self.every.epochs is not None and steps_per_epoch is None:
-            raise ConfigError(
-                f"every={str(self.every)!r} needs a training set with a length",
-                where="train_dataset",
-                fix="count the round in optimizer steps: FederatedCallback(every=50)",
-            )
-        expected = self.total_steps(steps_per_epoch)
+        self._check_length(dataloader)
+        expected = None if self.rounds is None else self.rounds * self.steps_per_round(args, dataloader)
         if expected is None or expected == state.max_steps:
             return
         value = f"max_steps={expected}" if self.every.steps else f"num_train_epochs={self.rounds * self._epochs}"  # type: ignore[operator]
@@ -51,12 +48,11 @@ class Budget:
             fix=f"give the callback to the constructor, Trainer(..., callbacks=[...]), or set TrainingArguments({value})",
         )
 
-    def steps_per_round(self, steps_per_epoch: int | None) -> int:
-        return self.every.steps or self._epochs * (steps_per_epoch or 1)
-
-    def total_steps(self, steps_per_epoch: int | None) -> int | None:
-        """Optimizer steps of the whole run; None where the trainer decides."""
-        return None if self.rounds is None else self.rounds * self.steps_per_round(steps_per_epoch)
+    def steps_per_round(self, args: TrainingArguments, dataloader: Any) -> int:
+        """Optimizer steps of a full round, as the Trainer counts them."""
+        if self.every.steps is not None:
+            return self.every.steps
+        return self._epochs * max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1)
 
     def trainer_rounds(self, state: TrainerState) -> int:
         """The rounds that the trainer's own budget amounts to; the last may be shorter."""
@@ -83,16 +79,17 @@ class Budget:
             return state.global_step // self.every.steps
         return int(state.epoch) // self._epochs
 
+    def _check_length(self, data: Any) -> None:
+        if self.every.epochs is not None and not has_length(data):
+            raise ConfigError(
+                f"every={str(self.every)!r} needs a training set with a length",
+                where="train_dataset",
+                fix="count the round in optimizer steps: FederatedCallback(every=50)",
+            )
+
     @property
     def _epochs(self) -> int:
         return self.every.epochs or 1
-
-
-def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Optimizer steps of an epoch, as the Trainer counts them; None for data without a length."""
-    if not has_length(dataloader):
-        return None
-    return max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1)
 
 
 def warn_if_schedule_ends_early(scheduler: Any, max_steps: int) -> None:

@@ -135,3 +135,26 @@ def mean(total: float | None, before: float | None, steps: int) -> dict[str, flo
     if total is None or before is None or steps < 1 or not math.isfinite(total - before):
         return {}
     return {"train_loss": (total - before) / steps}
+
+
+def mark_run(state: TrainerState, job: str) -> None:
+    """Note in log_history, and so in every checkpoint from here on, which run this trainer is a part of."""
+    state.log_history.append({"federation_job": job, "step": state.global_step})  # type: ignore[dict-item]
+
+
+def check_checkpoint(state: TrainerState, job: str, rounds_done: int, current_round: int) -> None:
+    """Raise ConfigError where `resume_from_checkpoint` does not lead into the run as it stands."""
+    of = next((row["federation_job"] for row in reversed(state.log_history) if "federation_job" in row), None)
+    where = f"checkpoint at step {state.global_step}"
+    if of != job:
+        raise ConfigError(
+            f"the checkpoint is {f'of the run {of!r}' if of else 'of no federated run'}, and this is {job!r}",
+            where=where,
+            fix="begin a new run from its weights: load them with from_pretrained, without resume_from_checkpoint",
+        )
+    if rounds_done >= current_round:
+        raise ConfigError(
+            f"the checkpoint has {rounds_done} rounds behind it, but the federation is in round {current_round}",
+            where=where,
+            fix="resume from an earlier checkpoint, or without one",
+        )

@@ -1,0 +1,262 @@
+"""A whole federation inside one process, for tests of adapters and of training loops; public in testing.py."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+from fl_adapters.kit import Kit, read_kit
+from fl_adapters.session import close_sessions
+from fl_runtime.errors import FederationError
+from fl_runtime.server import RunResult, Server
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.transport import memory
+from fl_runtime.transport.base import Peer, Service
+from fl_runtime.types import Arrays, Event, RunSettings
+
+T = TypeVar("T")
+
+State = tuple[Callable[[], Any], Callable[[Any], None]]
+"""(get, set) of something that belongs to the process, such as `(torch.get_rng_state, torch.set_rng_state)`."""
+
+_ENDING_S = 5.0
+_PYTHON: State = (random.getstate, random.setstate)
+_NUMPY: State = (np.random.get_state, np.random.set_state)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One site's place in a federation. kit: its startup kit, for `kit=` or `$FL_ADAPTERS_KIT`."""
+
+    name: str
+    index: int
+    count: int
+    kit: str
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a site's work came to: its value, or the error that ended it."""
+
+    value: T | None = None
+    error: BaseException | None = None
+
+
+class LocalFederation:
+    """A server in this process and startup kits for its sites: a simulation without processes or sockets.
+
+    sites: how many, or their names. sockets: serve over gRPC on the loopback, so that other processes can take part.
+    states: what a site must have for itself although it belongs to the process, such as a framework's random
+    state; with it (an empty list will do) the sites run one at a time, and each goes on with its own states, those
+    of Python and NumPy included. folder: of the run, as `runs/<job>` would be; a temporary one by default, deleted
+    at the end. settings: further fields of RunSettings; min_sites is the number of sites by default.
+
+    events: what has happened so far, complete after the `with` block.
+    """
+
+    def __init__(
+        self,
+        *,
+        sites: int | Sequence[str] = 2,
+        sockets: bool = False,
+        states: Sequence[State] | None = None,
+        folder: Path | str | None = None,
+        name: str = "test",
+        **settings: Any,
+    ) -> None:
+        names = tuple(f"site-{n}" for n in range(1, sites + 1)) if isinstance(sites, int) else tuple(sites)
+        self._settings = RunSettings(**{"name": name, "sites": names, "min_sites": len(names), **settings})
+        self._sockets = sockets
+        self._turns = None if states is None else _Turns([_PYTHON, _NUMPY, *states])
+        self._temporary = folder is None
+        self.folder = Path(tempfile.mkdtemp(prefix="fl-adapters-")) if folder is None else Path(folder)
+        self.events: list[Event] = []
+        self.tokens = {name: secrets.token_urlsafe(8) for name in names}
+        self.server = Server(self._settings, self.folder, self.tokens, listeners=[self.events.append])
+        self._serving = ExitStack()
+        self.places: tuple[Place, ...] = ()
+
+    def __enter__(self) -> LocalFederation:
+        if self._sockets:
+            address = self.server.start()
+        else:
+            service = self.server.service
+            address = self._serving.enter_context(memory.serving(_TurnService(service, self._turns)))
+            self.server.begin()
+        self.places = tuple(self._place(name, index, address) for index, name in enumerate(self._settings.sites))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self.server.abort("the test is over")  # changes nothing for a run that has ended
+        for place in self.places:
+            close_sessions("the test is over", read_kit(place.kit))
+        self.server.wait(_ENDING_S)
+        self._serving.close()
+        self.server.close()
+        if self._temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return False
+
+    def run(self, work: Callable[[Place], T], *, timeout_s: float = 120.0) -> dict[str, T]:
+        """work(place) for every site at once, in a thread each; its values by site.
+
+        When work returns, its session is closed, as the end of a script would do. Raises the first error of any
+        site, after all have ended.
+        """
+        outcomes = self.outcomes({place.name: work for place in self.places}, timeout_s=timeout_s)
+        return {name: outcome.value for name, outcome in outcomes.items()}  # type: ignore[misc]
+
+    def outcomes(
+        self, work: Mapping[str, Callable[[Place], T]], *, timeout_s: float = 120.0, check: bool = True
+    ) -> dict[str, Outcome[T]]:
+        """Like `run`, with work of its own for every site. check=False: errors are given back, and not raised."""
+        outcomes: dict[str, Outcome[T]] = {}
+        first: list[BaseException] = []
+
+        def site(place: Place) -> None:
+            try:
+                outcomes[place.name] = Outcome(work[place.name](place))
+            except BaseException as error:
+                first.append(error)
+                outcomes[place.name] = Outcome(error=error)
+                close_sessions(f"{type(error).__name__}: {error}", read_kit(place.kit))
+            else:
+                close_sessions("its script ended before the last round", read_kit(place.kit))
+
+        places = [place for place in self.places if place.name in work]
+        self._in_threads(site, places, timeout_s)
+        if check and first:
+            raise first[0]
+        return {place.name: outcomes[place.name] for place in places}
+
+    def result(self, timeout_s: float = 10.0) -> RunResult:
+        """What the run came to, once it has ended. Raises its error."""
+        if not self.server.wait(timeout_s):
+            raise TimeoutError(f"the run has not ended within {timeout_s:g} s: a site has not left")
+        result = self.server.result()
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def model(self, which: Literal["final", "best"] = "final") -> Arrays:
+        """The global model, as the server would export it; the caller's own."""
+        path = self.server.export(self.folder / which, which)
+        if path is None:
+            raise FederationError("there is no global model yet")
+        return {name: np.copy(array) for name, array in read_tensors(path).items()}
+
+    def _place(self, name: str, index: int, address: str) -> Place:
+        kit = Kit(
+            job=self._settings.name,
+            site=name,
+            index=index,
+            count=len(self._settings.sites),
+            server=address,
+            token=self.tokens[name],
+            run=str(self.folder),
+            simulated=True,
+        )
+        return Place(name, index, kit.count, str(kit.save(self.folder / "sites" / name / "kit")))
+
+    def _in_threads(self, site: Callable[[Place], None], places: Sequence[Place], timeout_s: float) -> None:
+        before = None if self._turns is None else self._turns.get()
+
+        def in_turn(place: Place) -> None:
+            if self._turns is None:
+                site(place)
+                return
+            with self._turns.taken():
+                self._turns.set(before)  # every site begins as a process of its own would
+                site(place)
+
+        threads = [threading.Thread(target=in_turn, args=(p,), name=p.name, daemon=True) for p in places]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        if self._turns is not None:
+            self._turns.set(before)
+        hanging = [thread.name for thread in threads if thread.is_alive()]
+        if hanging:
+            self.server.abort("the test has timed out")
+            raise TimeoutError(f"{', '.join(hanging)} did not end within {timeout_s:g} s")
+
+
+class _Turns:
+    """Lets one site's thread run at a time, each with its own states. A thread that waits for the server gives way."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        self._states = states
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Others may run within this block. Threads that have no turn pass through."""
+        if self._owner != threading.get_ident():
+            yield
+            return
+        mine = self.get()
+        self._owner = None
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+            self._owner = threading.get_ident()
+            self.set(mine)
+
+    def get(self) -> list[Any]:
+        return [get() for get, _ in self._states]
+
+    def set(self, values: Any) -> None:
+        for (_, set_state), value in zip(self._states, values, strict=True):
+            set_state(value)
+
+
+@dataclass(frozen=True)
+class _TurnService:
+    """A service whose callers give up their turn while they wait for its replies.
+
+    The memory transport runs a call in the caller's own thread, so this is where that thread waits.
+    """
+
+    service: Service
+    turns: _Turns | None
+
+    def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        replies = self.service.handle(method, peer, requests)
+        return replies if self.turns is None else self._given_up(self.turns, replies)
+
+    def _given_up(self, turns: _Turns, replies: Iterator[bytes]) -> Iterator[bytes]:
+        end = object()
+        while True:
+            with turns.given_up():
+                message: Any = next(replies, end)
+            if message is end:
+                return
+            yield message

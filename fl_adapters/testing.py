@@ -1,0 +1,36 @@
+"""For those who write adapters and training loops: a whole federation inside one process, and the conformance suite.
+
+    with LocalFederation(sites=2, rounds=3) as federation:
+        weights = federation.run(lambda place: train(kit=place.kit))
+
+`check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
+their cases one by one, for a test each. None of this needs pytest, sockets or a framework.
+"""
+
+from __future__ import annotations
+
+from fl_adapters.conformance import AdapterExample, adapter_cases, check_adapter
+from fl_adapters.conformance_training import (
+    PlainLoop,
+    Trained,
+    TrainingExample,
+    check_training,
+    failing,
+    training_cases,
+)
+from fl_adapters.local_federation import LocalFederation, Outcome, Place
+
+__all__ = [
+    "AdapterExample",
+    "LocalFederation",
+    "Outcome",
+    "Place",
+    "PlainLoop",
+    "Trained",
+    "TrainingExample",
+    "adapter_cases",
+    "check_adapter",
+    "check_training",
+    "failing",
+    "training_cases",
+]

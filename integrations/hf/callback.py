@@ -1,0 +1,306 @@
+"""`FederatedCallback`: the hooks of `transformers.Trainer`, translated into a federation's session."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fl_adapters import torch_ranks
+from fl_adapters.options import Options, SiteSettings
+from fl_adapters.session import Session, open_session
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays, Task
+
+from . import trainer as hf
+from .budget import Budget, advance_schedule, warn_if_schedule_ends_early
+from .live import LiveModel
+from .scores import plain_metrics, pooled
+
+_FRAMEWORK = "transformers"
+
+
+@dataclass
+class _Run:
+    """Where this trainer stands in its run. Plain values, so that a copy of the callback carries them along."""
+
+    job: str
+    settings: SiteSettings
+    budget: Budget
+    evaluates: bool = False
+    round: int = 0
+    began: int = 0  # global_step at which the round began
+    loss_before: float | None = None  # hf.loss_sum() at that step
+    over: bool = False  # the final weights have arrived
+    evaluated: int = -1  # global_step at which the global model was last evaluated
+    awaits_score: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+    scored_sizes: list[int] = field(default_factory=list)
+
+
+class FederatedCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes a `transformers.Trainer` a site of a federation: `Trainer(..., callbacks=[FederatedCallback()])`.
+
+    One `trainer.train()` spans all rounds; afterwards the model holds the final global weights, or the best round's
+    with `load_best_model_at_end`. Give it to the constructor, so that the trainer's length and learning-rate
+    schedule can be set to rounds x `every`; after `trainer.add_callback` they must fit already. Without a startup
+    kit it stays out of the way. The arguments are those of every adapter; see the README.
+
+    Holds no connection, lock or thread: the session belongs to the process. May be pickled and copied.
+    Raises ConfigError, before the first step, for arguments and trainer features that cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        kit: str | None = None,
+        every: str | int | None = None,
+        exchange: str | Sequence[str] | None = None,
+        keep_local: Sequence[str] = (),
+        optimizer_state: str | None = None,
+        evaluate_global: bool | None = None,
+        num_examples: int | None = None,
+        required: bool = False,
+    ) -> None:
+        self.options = Options(
+            kit=kit,
+            every=every,
+            exchange=exchange,
+            keep_local=keep_local,
+            optimizer_state=optimizer_state,
+            evaluate_global=evaluate_global,
+            num_examples=num_examples,
+            required=required,
+        )
+        self._run: _Run | None = None
+        self._live: LiveModel | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None}  # live tensors stay with the trainer
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        with self._leaving_on_error():
+            self._run = self._join(args)
+            if self._run is not None:
+                trainer = hf.calling_trainer()
+                hf.refuse_unsupported(trainer, args, self._run.settings)
+                self._run.budget.apply(args, trainer.train_dataset)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
+    ) -> None:
+        with self._leaving_on_error():
+            trainer = hf.calling_trainer()
+            run = self._run = self._run or self._join(args)
+            if run is None:
+                return
+            hf.refuse_search(state)
+            hf.refuse_unsupported(trainer, args, run.settings)
+            run.budget.check(state, args, trained["train_dataloader"])
+            wanted = run.settings.evaluate_global
+            run.evaluates = hf.has_validation_data(trainer) if wanted is None else wanted
+            live = self._live = LiveModel(trained["model"], trained["optimizer"], run.settings)
+            task = self._first_task(run, live, run.budget.trainer_rounds(state))
+            warn_if_schedule_ends_early(trained["lr_scheduler"], state.max_steps)
+            steps_per_round = run.budget.steps_per_round(args, trained["train_dataloader"])
+            self._begin(run, live, task, state, control, trained["lr_scheduler"], steps_per_round)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
+    ) -> None:
+        run = self._run
+        if run is not None and not run.over and run.budget.reached(state):
+            self._exchange(run, args, state, control, trained["train_dataloader"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
+    ) -> None:
+        run = self._run
+        if run is None:
+            return
+        if run.evaluated == state.global_step:
+            control.should_evaluate = False  # done at this step, right after the exchange
+        unfinished = not run.over and state.global_step > run.began and not control.should_training_stop
+        if unfinished and run.budget.reached_by_epoch(state):
+            self._exchange(run, args, state, control, trained["train_dataloader"])
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **evaluated: Any
+    ) -> None:
+        run = self._run
+        if run is None or not run.awaits_score:
+            return
+        sets = hf.calling_trainer().eval_dataset
+        names = list(sets) if isinstance(sets, dict) else []
+        run.scores |= plain_metrics(evaluated["metrics"])
+        run.scored_sizes.append(hf.validation_examples(evaluated["eval_dataloader"]))
+        if len(run.scored_sizes) < len(names):
+            return  # HF evaluates the next set now
+        scores, sizes = pooled(run.scores, names, run.scored_sizes) if names else run.scores, run.scored_sizes
+        run.awaits_score, run.evaluated, run.scores, run.scored_sizes = False, state.global_step, {}, []
+        with self._leaving_on_error():
+            torch_ranks.on_rank_zero(lambda: self._session().report(scores, sum(sizes)))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
+    ) -> None:
+        run, live, self._run, self._live = self._run, self._live, None, None
+        if run is None or live is None:
+            return
+        if not run.over:
+            reason = f"the trainer stopped at step {state.global_step} of {state.max_steps}, in round {run.round}"
+            torch_ranks.on_rank_zero(lambda: self._session().leave(reason))
+            return
+        live.restore_final()
+        best = self._best() if args.load_best_model_at_end else None
+        exporter = live.exporter(trained["processing_class"])
+        load = exporter.load if run.evaluates else None
+        torch_ranks.on_rank_zero(lambda: self._session().finish(export=exporter.export, load=load))
+        if args.load_best_model_at_end:
+            _point_to_best(args, state, torch_ranks.share(best[0] if best else None))
+            live.load(best[1] if best else None)
+
+    def _join(self, args: TrainingArguments) -> _Run | None:
+        """Open the session and move the trainer's output folders; None outside a federation. Same on every rank."""
+
+        def opened() -> dict[str, Any] | None:
+            session = open_session(self.options, framework=_FRAMEWORK, fresh=True)
+            if session is None:
+                return None
+            folders = {name: session.output_dir(path) for name in _FOLDERS if (path := getattr(args, name, None))}
+            return {"job": session.job, "settings": session.settings.to_json(), "folders": folders}
+
+        told = torch_ranks.share(torch_ranks.on_rank_zero(opened))
+        if told is None:
+            return None
+        for name, path in told["folders"].items():
+            setattr(args, name, path)
+        settings = SiteSettings.from_json(told["settings"])
+        return _Run(told["job"], settings, Budget(settings.every, settings.rounds))
+
+    def _first_task(self, run: _Run, live: LiveModel, rounds: int) -> Task | None:
+        """The handshake, then rank 0's first task."""
+        arrays, facts = live.arrays(), live.agreement(_FRAMEWORK)
+
+        def registered() -> Task:
+            session = self._session()
+            session.register(
+                arrays, agreement=facts, rounds=rounds, evaluates=run.evaluates, capabilities=live.capabilities
+            )
+            return session.start(lambda: arrays)
+
+        return torch_ranks.on_rank_zero(registered)
+
+    def _begin(
+        self,
+        run: _Run,
+        live: LiveModel,
+        task: Task | None,
+        state: TrainerState,
+        control: TrainerControl,
+        scheduler: Any,
+        steps_per_round: int,
+    ) -> None:
+        """Take the first task in, wherever the trainer and the run stand after a restart."""
+        kind, number = torch_ranks.share([task.kind, task.round] if task else None)
+        run.round, run.began, run.loss_before = number, state.global_step, hf.loss_sum()
+        if kind == "final":
+            live.receive_final(task)
+            run.over = control.should_training_stop = True
+            return
+        if state.global_step > 0:
+            hf.check_checkpoint(state, run.job, run.budget.rounds_done(state), number)
+        missing = (number - 1) * steps_per_round - state.global_step
+        if missing >= 0:  # at the start of the round, or behind it; else in its middle, with the weights of that moment
+            live.receive(task)
+        if missing > 0:
+            warnings.warn(
+                f"this site comes back {missing} steps behind round {number}: it goes on with the round, and with the "
+                "learning rate of the round",
+                stacklevel=2,
+            )
+            advance_schedule(scheduler, missing)
+        hf.mark_run(state, run.job)
+
+    def _exchange(
+        self, run: _Run, args: TrainingArguments, state: TrainerState, control: TrainerControl, dataloader: Any
+    ) -> None:
+        """The end of a round: this site's weights out, the new global ones in, on every rank."""
+        live = self._live
+        assert live is not None
+        with self._leaving_on_error():
+            steps, loss = state.global_step - run.began, hf.loss_sum()
+            arrays, moments, metrics = live.arrays(), live.moments(), hf.mean(loss, run.loss_before, steps)
+            examples = self.options.num_examples or hf.training_examples(args, dataloader, steps)
+            task = torch_ranks.on_rank_zero(
+                lambda: self._session().exchange(
+                    arrays, num_examples=examples, local_steps=steps, metrics=metrics, extras=moments
+                )
+            )
+            kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
+            if kind == "final":
+                live.receive_final(task)
+                run.over = control.should_training_stop = True
+            else:
+                live.receive(task)
+            hf.log_round(state, control, row, run.job)
+            run.round, run.began, run.loss_before = number, state.global_step, loss
+            if run.evaluates:
+                run.awaits_score = control.should_evaluate = True
+
+    def _row(self) -> dict[str, float]:
+        stats = self._session().stats
+        return {
+            "federation_round": stats.round,
+            "federation_bytes_up": stats.bytes_up,
+            "federation_bytes_down": stats.bytes_down,
+            "federation_seconds": round(stats.seconds, 6),
+        }
+
+    def _best(self) -> tuple[int, Arrays] | None:
+        """The best round and its weights, on rank 0."""
+
+        def fetched() -> tuple[int, Arrays]:
+            task = self._session().best()
+            return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
+
+        return torch_ranks.on_rank_zero(fetched)
+
+    def _session(self) -> Session:
+        """Rank 0's session; it belongs to the process, not to this object."""
+        session = open_session(self.options, framework=_FRAMEWORK)
+        if session is None:
+            raise ConfigError("the startup kit is gone", where=f"{_FRAMEWORK}, in the middle of a run")
+        return session
+
+    @contextmanager
+    def _leaving_on_error(self) -> Iterator[None]:
+        """An error in a hook ends this site's part in the run at once, not only when the process ends."""
+        try:
+            yield
+        except BaseException as error:
+            run, self._run, self._live = self._run, None, None
+            if run is not None and torch_ranks.is_rank_zero():
+                self._session().leave(f"{type(error).__name__}: {error}")
+            raise
+
+
+_FOLDERS = ("output_dir", "logging_dir")
+
+
+def _point_to_best(args: TrainingArguments, state: TrainerState, version: int) -> None:
+    """Make HF's note of the best model mean the best global round: its checkpoint and score where they exist."""
+    row = next((r for r in state.log_history if r.get("federation_round") == version and r.get("step")), None)
+    step = row["step"] if row else None
+    folder = os.path.join(args.output_dir, f"checkpoint-{step}")
+    metric = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
+    scores = [r[metric] for r in state.log_history if r.get("step") == step and metric in r]
+    state.best_global_step = step
+    state.best_model_checkpoint = folder if os.path.isdir(folder) else None
+    state.best_metric = scores[-1] if scores else None

@@ -1,0 +1,330 @@
+"""`fl-adapters simulate` as users meet it: real processes, real sockets, small NumPy scripts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from fl_adapters.environments.simulation import Simulation
+from fl_adapters.job import Job
+from fl_runtime.errors import ConfigError, SiteFailedError
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.types import Event
+
+KEYS = {"job", "rounds", "sites", "wall_s", "startup_s", "round_s", "bytes_up", "bytes_down", "metrics", "model"}
+
+
+def test_the_federation_averages_and_leaves_its_results(bench: Any, adding: str) -> None:
+    result = bench.json("simulate", adding, "--sites", "3", "--rounds", "4", "--name", "first")
+
+    assert result.keys() >= KEYS
+    assert (result["job"], result["rounds"], result["sites"]) == ("first", 4, 3)
+    assert len(result["round_s"]) == len(result["metrics"]) == 4
+    assert result["metrics"][3]["train_loss"] == pytest.approx(0.25)
+    assert 0 < result["startup_s"] < result["wall_s"]
+    assert result["bytes_up"] > 3 * 4 * 48
+    step = (1 * 10 + 2 * 20 + 3 * 30) / 60
+    model = read_tensors(Path(result["model"]) / "model.safetensors")
+    np.testing.assert_allclose(model["w"], np.full((4, 3), 4 * step, np.float32), rtol=1e-6)
+    folder = bench.folder / "runs" / "first"
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    sites = [row["site"] for row in rows if row["round"] == "4"]
+    assert sites == ["site-1", "site-2", "site-3", "global"]
+    kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").open()]
+    assert kinds.count("round_finished") == 4
+    assert "finished" in kinds
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert (folder / "best" / "model.safetensors").exists()
+    assert Job.from_file(folder / "job.yml").rounds == 4
+    assert all((folder / "sites" / name / "log.txt").exists() for name in ("site-1", "site-2", "site-3"))
+
+
+def test_without_a_terminal_there_is_a_line_per_round_and_a_summary(bench: Any, adding: str) -> None:
+    done = bench.run("simulate", adding, "--sites", "2", "--rounds", "3")
+
+    assert done.returncode == 0, done.stderr
+    assert sum(": train_loss" in line for line in done.stdout.splitlines()) == 3
+    for left in ("model", "best", "history.csv", "sites"):
+        assert left in done.stdout
+
+
+def test_each_site_has_a_name_arguments_and_resources_of_its_own(bench: Any) -> None:
+    script = """
+import json, os, sys
+import numpy as np
+import fl_adapters as fl
+
+me = fl.site()
+names = ("MASTER_PORT", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE")
+facts = {name: os.environ.get(name) for name in names}
+with open(f"facts-{me.name}.json", "w") as out:
+    json.dump(facts | {"site": [me.name, me.index, me.count, me.job], "args": sys.argv[1:]}, out)
+print("hello from", me.name)
+with fl.connect() as site:
+    for task in site.tasks(initial={"w": np.zeros(1)}):
+        task.submit(task.arrays, num_examples=1)
+"""
+    (bench.folder / "package").mkdir()
+    bench.script("package/train.py", script)
+    ours = [
+        "simulate",
+        "--json",
+        "-m",
+        "package.train",
+        "--lr",
+        "0.1",
+        "--sites",
+        "north,south",
+        "--gpus",
+        "4,7",
+        "--name",
+        "n",
+    ]
+    done = bench.run(*ours, "--rounds", "1", "--", "--name", "mine")
+    assert done.returncode == 0, done.stderr
+
+    north, south = (json.loads((bench.folder / f"facts-{name}.json").read_text()) for name in ("north", "south"))
+    assert north["site"] == ["north", 0, 2, "n"]
+    assert south["site"] == ["south", 1, 2, "n"]
+    assert north["args"] == ["--lr", "0.1", "--name", "mine"]
+    assert (north["CUDA_VISIBLE_DEVICES"], south["CUDA_VISIBLE_DEVICES"]) == ("4", "7")
+    assert north["MASTER_PORT"] != south["MASTER_PORT"]
+    assert int(north["OMP_NUM_THREADS"]) >= 1
+    assert north["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert (bench.folder / "runs/n/sites/north/log.txt").read_text() == "hello from north\n"
+
+
+# -- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_dying_site_ends_the_run_and_shows_its_log_and_status(bench: Any, adding: str) -> None:
+    dying = bench.script("dying.py", _failing_in_round_2('raise ValueError("the disk of site-2 is full")'))
+    done = bench.run("simulate", dying.name, "--rounds", "3")
+
+    assert done.returncode == 1
+    assert "site-2's process ended in round 2: exit status 1" in done.stderr
+    assert "ValueError: the disk of site-2 is full" in done.stderr
+    assert "sites/site-2/log.txt" in done.stderr
+    assert "min_sites below 3" in done.stderr
+
+
+def test_a_killed_site_is_named_with_its_signal_in_json(bench: Any) -> None:
+    script = bench.script("killed.py", _failing_in_round_2("import os; os.kill(os.getpid(), 9)"))
+    done = bench.run("simulate", script.name, "--rounds", "3", "--json")
+
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "site-failed"
+    assert "site-2" in error["what"]
+    assert "SIGKILL" in error["what"]
+
+
+def test_with_a_lower_quorum_the_others_go_on(bench: Any) -> None:
+    script = bench.script("dying.py", _failing_in_round_2('raise ValueError("the disk of site-2 is full")'))
+    done = bench.run("simulate", script.name, "--rounds", "3", "--min-sites", "2", "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 3
+    assert "the disk of site-2 is full" in done.stderr
+
+
+def test_a_script_that_fails_after_the_last_round_is_a_failure(bench: Any, adding: str) -> None:
+    script = bench.script("late.py", (bench.folder / adding).read_text() + '\nraise OSError("cannot save")\n')
+    done = bench.run("simulate", script.name, "--sites", "1", "--rounds", "1")
+
+    assert done.returncode == 1
+    assert "after the last round" in done.stderr
+    assert "cannot save" in done.stderr
+
+
+@pytest.mark.parametrize("module_ending", ["", "\nimport sys; sys.exit(3)"])
+def test_a_script_that_never_exchanges_is_told_what_to_add(bench: Any, module_ending: str) -> None:
+    script = bench.script("never.py", 'print("trained alone")' + module_ending)
+    done = bench.run("simulate", script.name, "--sites", "2")
+
+    assert done.returncode == 1
+    assert "trained alone" in done.stderr
+    if module_ending:
+        assert "ended before it joined: exit status 3" in done.stderr
+    else:
+        assert "without exchanging" in done.stderr
+        assert "FederatedCallback()" in done.stderr
+        assert "fl_adapters.connect()" in done.stderr
+
+
+def test_a_port_in_use_is_named(bench: Any, adding: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = bench.run("simulate", adding, "--rounds", "1", "--port", port)
+
+    assert done.returncode == 1
+    assert port in done.stderr
+    assert "to do:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--sites", "2", "--min-sites", "3"], ["min_sites is 3", "2 sites"]),
+        (["--strategy", "fedmagic"], ["unknown strategy 'fedmagic'", "fedavg"]),
+        (["--sites", "0"], ["0 sites"]),
+        (["--sites", "a,a"], ["listed twice"]),
+        (["--every", "weekly"], ["weekly"]),
+        (["--name", "a/b"], ["'a/b'"]),
+        (["--job", "none.yml"], ["none.yml"]),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_made(
+    bench: Any, adding: str, options: list[str], wanted: list[str]
+) -> None:
+    done = bench.run("simulate", adding, *options)
+
+    assert done.returncode == 1
+    assert all(text in done.stderr for text in wanted), done.stderr
+    assert "to do:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert bench.runs == []
+
+
+def test_a_name_that_is_taken_is_refused_if_chosen_and_numbered_if_not(
+    bench: Any, adding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench.folder)
+    simulation = Simulation(sites=1, quiet=True)
+    unnamed = Job(app=adding, rounds=1)
+    names = [unnamed.run(simulation).job, unnamed.run(simulation).job]
+    assert names == [unnamed.name, f"{unnamed.name}-2"]
+
+    with pytest.raises(ConfigError, match="exists already") as refused:
+        Job(app=adding, rounds=1, name=names[0]).run(simulation)
+    assert "choose another name" in refused.value.fix
+
+
+def test_from_python_a_failure_is_raised_and_listeners_hear_of_everything(
+    bench: Any, adding: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bench.folder)
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        raise RuntimeError("not my day")
+
+    result = Job(app=adding, rounds=2).run(Simulation(sites=2, listeners=(broken, heard.append)))
+    assert [item.round for item in result.rounds] == [1, 2]
+    kinds = [event.kind for event in heard]
+    assert kinds.index("starting") < kinds.index("joined") < kinds.index("started") < kinds.index("finished")
+    assert kinds.count("exited") == 2
+    said = capfd.readouterr().err
+    assert said.count("not my day") == 1
+    assert "round 2/2" in said
+
+    failing = bench.script("failing.py", _failing_in_round_2("raise SystemExit(4)")).name
+    with pytest.raises(SiteFailedError, match="exit status 4"):
+        Job(app=failing, rounds=2).run(Simulation(sites=2, quiet=True))
+
+
+# -- being stopped --------------------------------------------------------------------------------------------------
+
+LASTING = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import fl_adapters as fl
+
+me = fl.site()
+if "stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: Path(f"asked-{me.name}").touch())
+sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+helpers = [subprocess.Popen(sleeping, start_new_session=own) for own in (True, False)]
+with fl.connect() as site:
+    for task in site.tasks(initial={"w": np.zeros(1)}):
+        if task.round == 2:
+            Path(f"pids-{me.name}").write_text(" ".join(str(pid) for pid in [os.getpid(), *(h.pid for h in helpers)]))
+            while True:
+                time.sleep(0.1)
+        task.submit(task.arrays, num_examples=1)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_every_process_and_leaves_the_run(bench: Any, until: Any, how: signal.Signals) -> None:
+    command = bench.start(
+        "simulate", bench.script("lasting.py", LASTING).name, "--sites", "2", "--rounds", "3", "--json"
+    )
+    pids = _pids_of_sites(bench, until)
+    command.send_signal(how)
+    out, err = command.communicate(timeout=60)
+
+    assert command.returncode == 130
+    assert "Ctrl-C" in json.loads(out.splitlines()[-1])["error"]["what"]
+    until(lambda: not any(map(_alive, pids)), "the end of all processes")
+    (run,) = bench.runs
+    folder = bench.folder / "runs" / run
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert {row["round"] for row in rows} >= {"1", "2"}
+    assert (folder / "model" / "model.safetensors").exists()
+    assert "Traceback" not in err
+
+
+def test_a_second_ctrl_c_does_not_wait_for_stubborn_sites(bench: Any, until: Any) -> None:
+    script = bench.script("lasting.py", LASTING).name
+    command = bench.start("simulate", script, "stubborn", "--sites", "2", "--rounds", "3")
+    pids = _pids_of_sites(bench, until)
+    command.send_signal(signal.SIGINT)
+    until(lambda: len(list(bench.folder.glob("asked-*"))) == 2, "both sites to be asked to end")
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=60)
+
+    assert command.returncode == 130
+    until(lambda: not any(map(_alive, pids)), "the end of all processes")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the watchdog is POSIX only")
+def test_killing_the_simulation_outright_ends_the_sites_too(bench: Any, until: Any) -> None:
+    command = bench.start("simulate", bench.script("lasting.py", LASTING).name, "--sites", "2", "--rounds", "3")
+    pids = _pids_of_sites(bench, until)
+    command.kill()
+    command.communicate(timeout=60)
+
+    until(lambda: not any(map(_alive, pids)), "the end of all processes")
+
+
+def _pids_of_sites(bench: Any, until: Any) -> list[int]:
+    """Site processes and what they have started, once both sites are in the middle of round 2."""
+
+    def written() -> list[str]:
+        return [path.read_text() for path in bench.folder.glob("pids-*")]
+
+    until(lambda: len(list(filter(None, written()))) == 2, "both sites to be in round 2")
+    return [int(pid) for text in written() for pid in text.split()]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _failing_in_round_2(statement: str) -> str:
+    return f"""
+import numpy as np
+import fl_adapters as fl
+
+with fl.connect() as site:
+    for task in site.tasks(initial={{"w": np.zeros(3)}}):
+        if task.round == 2 and site.index == 1:
+            {statement}
+        task.submit(task.arrays, num_examples=1)
+"""

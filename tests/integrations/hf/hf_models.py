@@ -1,0 +1,121 @@
+"""Small random models and data, made in code; the same at every site that asks with the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+VOCABULARY = 32
+
+
+class Tokens(torch.utils.data.Dataset[dict[str, Any]]):
+    """`size` rows of 8 tokens with a label that can be learned; `seed` draws other rows."""
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(2, VOCABULARY, (size, 8), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = self.tokens[index]
+        return {"input_ids": tokens, "labels": int(tokens[0] > VOCABULARY // 2)}
+
+
+class Sentences(Tokens):
+    """The same rows as language-model samples."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Rows without a length."""
+
+    def __iter__(self) -> Any:
+        rows, index = Tokens(64), 0
+        while True:
+            yield rows[index % 64]
+            index += 1
+
+
+def classifier(dropout: float = 0.0, seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def decoder(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def adapted(model: nn.Module, method: str = "lora", *, r: int = 2, seed: int = 1, **options: Any) -> nn.Module:
+    """`model` under a PEFT adapter with random weights on both sides."""
+    torch.manual_seed(seed)
+    decodes = isinstance(model, LlamaForCausalLM)
+    target = ["q_proj", "v_proj"] if decodes else ["query", "value"]
+    task = None if decodes else "SEQ_CLS"
+    if method == "ia3":
+        config = peft.IA3Config(target_modules=target, feedforward_modules=[], task_type=task, **options)
+    else:
+        options = {"use_dora": True, **options} if method == "dora" else options
+        config = peft.LoraConfig(r=r, target_modules=target, task_type=task, init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+def arguments(**changed: Any) -> TrainingArguments:
+    """Quiet arguments for the CPU; 8 rows per step."""
+    fields: dict[str, Any] = {
+        "output_dir": "out",
+        "use_cpu": True,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **changed,
+    }
+    return TrainingArguments(**fields)
+
+
+def trainer(callback: Any = None, **given: Any) -> Trainer:
+    """A Trainer over 32 rows (4 steps an epoch); arguments of TrainingArguments among `given`."""
+    own = ("model", "train_dataset", "eval_dataset", "compute_metrics", "optimizers", "callbacks", "processing_class")
+    fields: dict[str, Any] = {"train_dataset": Tokens(32), **{k: given.pop(k) for k in own if k in given}}
+    fields["model"] = fields.get("model") or adapted(classifier())
+    fields["callbacks"] = [*([callback] if callback else []), *fields.get("callbacks", [])]
+    return Trainer(args=arguments(**given), **fields)
