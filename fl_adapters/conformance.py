@@ -18,8 +18,7 @@ from fl_adapters.local_federation import LocalFederation, Place
 from fl_adapters.options import Exchange, Options
 from fl_adapters.session import open_session
 from fl_runtime.errors import ConfigError, StateMismatchError
-from fl_runtime.types import Array, Arrays
-from fl_runtime.wire.dtypes import is_floating
+from fl_runtime.types import Array, Arrays, is_floating
 from fl_runtime.wire.manifest import Manifest
 
 MakeAdapter: TypeAlias = Callable[[int, Exchange, tuple[str, ...]], Adapter]
@@ -114,7 +113,9 @@ def parameters_keep_their_identity(example: AdapterExample) -> None:
     adapter = example.fresh(0)
     before = example.identities(adapter)
     adapter.set_state(copied(example.fresh(1).get_state()))
-    require(example.identities(adapter) == before, "set_state replaced or moved parameters instead of writing into them")
+    require(
+        example.identities(adapter) == before, "set_state replaced or moved parameters instead of writing into them"
+    )
 
 
 def mismatches_are_refused_and_change_nothing(example: AdapterExample) -> None:
@@ -175,9 +176,7 @@ def a_federation_equals_the_average_by_hand(example: AdapterExample) -> None:
         while task.kind == "train":
             adapter.set_state(task.arrays)
             adapter.set_state(_trained(adapter.get_state(), place.index, task.round))
-            task = session.exchange(
-                adapter.get_state(), num_examples=examples[place.index], local_steps=1, metrics={}
-            )
+            task = session.exchange(adapter.get_state(), num_examples=examples[place.index], local_steps=1, metrics={})
         adapter.set_state(task.arrays)
         session.finish()
         return copied(adapter.get_state())

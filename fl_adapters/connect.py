@@ -134,6 +134,7 @@ class SiteTask:
             self._session.report(metrics, num_examples)
 
     def check_submitted(self) -> None:
+        """Raises ConfigError if the loop went on without `submit`."""
         if not self.submitted:
             raise ConfigError(
                 f"round {self.round} ended without a result",

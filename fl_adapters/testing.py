@@ -9,10 +9,11 @@ their cases one by one, for a test each. None of this needs pytest, sockets or a
 
 from __future__ import annotations
 
-from fl_adapters.conformance import AdapterExample, adapter_cases, check_adapter
+from fl_adapters.conformance import AdapterCase, AdapterExample, adapter_cases, check_adapter
 from fl_adapters.conformance_training import (
     PlainLoop,
     Trained,
+    TrainingCase,
     TrainingExample,
     check_training,
     failing,
@@ -21,12 +22,14 @@ from fl_adapters.conformance_training import (
 from fl_adapters.local_federation import LocalFederation, Outcome, Place
 
 __all__ = [
+    "AdapterCase",
     "AdapterExample",
     "LocalFederation",
     "Outcome",
     "Place",
     "PlainLoop",
     "Trained",
+    "TrainingCase",
     "TrainingExample",
     "adapter_cases",
     "check_adapter",

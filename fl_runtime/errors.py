@@ -35,6 +35,7 @@ class FederationError(Exception):
         return _rebuild, (self.code, self.what, self.where, self.fix)
 
     def to_wire(self) -> dict[str, str]:
+        """What crosses the network; `from_wire` makes the same error of it."""
         return {"code": self.code, "what": self.what, "where": self.where, "fix": self.fix}
 
     @staticmethod

@@ -12,6 +12,12 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Arrays: TypeAlias = Mapping[str, Array]
 """Tensor name -> host array, in a fixed order. bfloat16 and float8 are the `ml_dtypes` dtypes."""
 
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """True for what is averaged (floats of any width, complex); integers and booleans are not."""
+    return dtype.kind in "fcV" and dtype.names is None
+
+
 Metrics: TypeAlias = Mapping[str, float]
 Settings: TypeAlias = Mapping[str, Any]
 """JSON values: what may travel beside tensors."""

@@ -48,14 +48,14 @@ def test_public_thing_is_documented(module: str, name: str) -> None:
 
 
 def undocumented(thing: Any, name: str) -> Iterator[str]:
-    """The names of `thing` and of its public methods that have no docstring of their own."""
+    """The names of `thing` and of its public methods that have no docstring (a hook may inherit its framework's)."""
     written = (thing.__doc__ or "").strip()
     if not written or written.startswith(f"{thing.__name__}("):  # what @dataclass makes up
         yield name
     if inspect.isclass(thing):
         for part, value in vars(thing).items():
             function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            if not part.startswith("_") and inspect.isfunction(function) and not function.__doc__:
+            if not part.startswith("_") and inspect.isfunction(function) and not inspect.getdoc(getattr(thing, part)):
                 yield f"{name}.{part}"
 
 

@@ -12,11 +12,14 @@ from fl_runtime.types import Event
 
 @dataclass
 class SiteView:
-    """One site's row. examples: of its last update; bytes since the start of the run; seconds: of its last round."""
+    """One site's row. loss: of the global model on its own validation data if it reports that, else its training
+    loss. examples: of its last update; bytes since the start of the run; seconds: of its last round.
+    """
 
     state: str = "starting"
     round: int = 0
     loss: float | None = None
+    reports_loss: bool = False
     examples: int | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -54,7 +57,8 @@ class RunView:
             case "update":
                 self._update(site, event)
             case "report":
-                site.loss = data["metrics"].get("loss", site.loss)
+                if "loss" in data["metrics"]:
+                    site.loss, site.reports_loss = data["metrics"]["loss"], True
             case "round_finished":
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])
             case "scored":
@@ -69,7 +73,8 @@ class RunView:
         site.bytes_up += data["bytes_up"]
         if data["status"] in ("used", "carried"):
             site.state, site.examples, site.seconds = "waiting", data["num_examples"], data["seconds"]
-            site.loss = data["metrics"].get("train_loss", site.loss)
+            if not site.reports_loss:
+                site.loss = data["metrics"].get("train_loss", site.loss)
 
 
 class ProgressLines:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import itertools
 import secrets
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fl_adapters.environments.outcome import SiteExit, verdict
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment, tail
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.watch import FanOut, Watch
-from fl_adapters.job import site_names
+from fl_adapters.job import Job, site_names
 from fl_adapters.kit import Kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult, Server
 from fl_runtime.server.history import History
 from fl_runtime.types import Event, Listener, RunSettings
-
-if TYPE_CHECKING:
-    from fl_adapters.job import Job
 
 DEFAULT_SITES = 3
 _POLL_S = 0.02
@@ -158,12 +156,18 @@ def _starting(run: _Run, command: Sequence[str]) -> Event:
 def _server(run: _Run, port: int) -> Iterator[tuple[Server, dict[str, str], str]]:
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
-    server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell])
+    address = ""
     try:
-        yield server, tokens, server.start()
+        server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell])
+        try:
+            address = server.start()
+            yield server, tokens, address
+        finally:
+            server.close()  # delivers the last events
     finally:
-        server.close()  # delivers the last events
         history.close()
+        if not address:  # nothing has run: the name stays free
+            shutil.rmtree(run.folder, ignore_errors=True)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Update
-from fl_runtime.wire.dtypes import is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Update, is_floating
 
 _BLOCK = 2**15
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""

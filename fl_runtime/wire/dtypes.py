@@ -62,8 +62,3 @@ def safetensors_code(name: str) -> str:
 
 def name_from_safetensors(code: str) -> str | None:
     return _FROM_CODE.get(code)
-
-
-def is_floating(dtype: np.dtype[Any]) -> bool:
-    """True for what is averaged (floats of any width, complex); integers and booleans are not."""
-    return dtype.kind in "fcV" and dtype.names is None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Array, Arrays
-from fl_runtime.wire.dtypes import is_floating
+from fl_runtime.types import Array, Arrays, is_floating
 
 _BLOCK = 2**16
 

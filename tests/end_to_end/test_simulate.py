@@ -166,11 +166,12 @@ def test_a_port_in_use_is_named(bench: Any, adding: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = bench.run("simulate", adding, "--rounds", "1", "--port", port)
+        done = bench.run("simulate", adding, "--rounds", "1", "--port", port, "--name", "again")
 
     assert done.returncode == 1
     assert port in done.stderr
     assert "to do:" in done.stderr
+    assert bench.runs == []  # the name stays free
 
 
 @pytest.mark.parametrize(
