@@ -7,6 +7,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
+BENCHMARKS := benchmarks/bare_exchange.py
 PROJECT := -e '.[hf,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
@@ -69,7 +70,7 @@ lint: $(VENV)/.stamp  ## ruff (rules and format) and mypy
 
 .PHONY: bench
 bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the other
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script $(ARGS); done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script $(ARGS); done
 
 .PHONY: proto
 proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py and .pyi from the .proto

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("fl_runtime", "fl_adapters", "integrations")
 HELD = {"torch"}  # at one release everywhere: constraints/newest.txt
+MODULES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml"}  # package -> module, where they differ
 HEAVY = (
     "grpc",
     "google.protobuf",
@@ -130,6 +132,24 @@ def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
             if part.operator == ">=" and requirement.name not in HELD and not in_dev_alone:
                 floors[requirement.name] = Version(part.version)
     assert {name: pins.get(name) for name in floors} == floors
+
+
+def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
+    """No dependency is missing, none is idle, and the README says of each why it is there."""
+    imported = set[str]()
+    for path in [*(ROOT / "fl_runtime").rglob("*.py"), *(ROOT / "fl_adapters").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).split(".")[0])
+    imported -= {*sys.stdlib_module_names, "fl_runtime", "fl_adapters", "torch", "peft"}  # these two: torch_*.py alone
+
+    requirements = map(Requirement, metadata(wheel).get_all("Requires-Dist"))
+    base = {requirement.name for requirement in requirements if requirement.marker is None}
+    assert {MODULES.get(name.lower(), name) for name in base} == imported
+    rows = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    assert [name for name in base if not any(name in row for row in rows)] == []
 
 
 def is_pin(line: str) -> bool:

@@ -22,6 +22,7 @@ from fl_runtime.server.scalars import ScalarWriter
 from fl_runtime.types import Event
 
 GLOBAL = "global"
+_SITES_DRAWN = 32  # curves of more sites than these would only slow TensorBoard down
 COLUMNS = ("round", "site", "status", "num_examples", "local_steps", "seconds", "bytes_up", "bytes_down")
 
 Row: TypeAlias = dict[str, Any]
@@ -44,6 +45,7 @@ class History:
             self._table.record(event)
         self._events = events.open("a", encoding="utf-8")
         self._scalars = ScalarWriter(folder / "tensorboard")
+        self._drawn: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         if not self._failed:
@@ -74,13 +76,16 @@ class History:
     def _draw(self, event: Event) -> None:
         if event.kind not in ("update", "report", "round_finished", "scored"):
             return
-        owner = event.site or GLOBAL
+        if event.site and event.site not in self._drawn:
+            if len(self._drawn) == _SITES_DRAWN:
+                return
+            self._drawn.add(event.site)
         for name, value in event.data.get("metrics", {}).items():
-            self._scalars.add(f"{name}/{owner}", value, event.round, event.time)
+            self._scalars.add(f"{name}/{event.site or GLOBAL}", value, event.round, event.time)
         if event.kind == "round_finished":
             for name in ("seconds", "bytes_up", "bytes_down"):
                 self._scalars.add(f"round/{name}", event.data[name], event.round, event.time)
-        self._scalars.flush()
+            self._scalars.flush()
 
 
 class _Table:
@@ -187,16 +192,19 @@ class _Table:
 
 def _line(event: Event) -> str:
     fields = {"kind": event.kind, "time": event.time, "round": event.round, "site": event.site, "data": event.data}
-    return json.dumps(_plain(fields), allow_nan=False) + "\n"
+    try:
+        return json.dumps(fields, allow_nan=False, default=_plain) + "\n"
+    except ValueError:  # NaN or infinity, which JSON does not have: null
+        return json.dumps(_plain(fields)) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """JSON values; NaN and infinities become null, which JSON has instead of them."""
+    """JSON values; NaN and infinities become null, NumPy scalars numbers."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if hasattr(value, "item"):  # a NumPy scalar
+    if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -26,9 +26,9 @@ def check_finite(arrays: Arrays, where: str) -> None:
 def _finite(array: Array) -> bool:
     if not is_floating(array.dtype) or array.size == 0:
         return True
+    if array.dtype.kind == "c":
+        return _finite(array.real) and _finite(array.imag)
     flat = array.reshape(-1)
-    if flat.dtype.kind == "c":
-        flat = flat.view(np.float32)
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         if block.dtype.kind == "V" or block.dtype.itemsize < 4:

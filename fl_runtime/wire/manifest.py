@@ -147,6 +147,7 @@ def _checked(tensor: pb.Tensor) -> TensorSpec:
     if len(shape) > MAX_DIMENSIONS:
         raise ProtocolError(f"tensor {shown!r} has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
     spec = TensorSpec(name, tensor.dtype, shape, tensor.extra)
-    if any(side > MAX_TENSOR_BYTES for side in shape) or spec.nbytes > MAX_TENSOR_BYTES:
+    sides = math.prod(max(side, 1) for side in shape)  # NumPy bounds these too, whether or not another side is zero
+    if sides * dtype_of(spec.dtype).itemsize > MAX_TENSOR_BYTES:
         raise ProtocolError(f"tensor {shown!r} of shape {list(shape)} is larger than {MAX_TENSOR_BYTES} bytes")
     return spec

@@ -67,7 +67,7 @@ def classifier(dropout: float = 0.0, seed: int = 0) -> BertForSequenceClassifica
     )
 
 
-def decoder(seed: int = 0) -> LlamaForCausalLM:
+def decoder(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -77,6 +77,7 @@ def decoder(seed: int = 0) -> LlamaForCausalLM:
             num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=16,
+            attention_dropout=dropout,
         )
     )
 
@@ -119,3 +120,22 @@ def trainer(callback: Any = None, **given: Any) -> Trainer:
     fields["model"] = fields.get("model") or adapted(classifier())
     fields["callbacks"] = [*([callback] if callback else []), *fields.get("callbacks", [])]
     return Trainer(args=arguments(**given), **fields)
+
+
+class InOrder(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """`data` row by row, never shuffled, with its length."""
+
+    def __init__(self, data: Tokens) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return (self.data[i] for i in range(len(self.data)))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def to_compare(lora: bool, dropout: float) -> tuple[nn.Module, type[Tokens]]:
+    """A model, and its kind of data, whose gradients are none of them zero but for rounding: Adam would blow the
+    rounding up (BERT's key biases are such, when they are trained)."""
+    return (adapted(classifier(dropout)), Tokens) if lora else (decoder(dropout), Sentences)
