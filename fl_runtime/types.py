@@ -110,7 +110,8 @@ class RunSettings:
 class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
-    kind: joined, registered, left, round_started, update, round_finished, report, failed, finished, note.
+    kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
+    the model of `round`), scored (all have), left, failed, finished; a simulation adds starting and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """
 

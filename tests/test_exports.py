@@ -48,7 +48,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_public_thing_is_documented(module: str, name: str) -> None:
     thing = getattr(import_module(module), name)
-    if not isinstance(thing, str):
+    if inspect.isclass(thing) or inspect.isroutine(thing):  # else a string or a type alias: no docstring of its own
         assert list(undocumented(thing, name)) == []
 
 

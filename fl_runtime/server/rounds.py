@@ -248,18 +248,11 @@ def _keep_better(run: Run, model: Model) -> None:
     if model.version == 0:
         run.retire(model)
         return
-    _settle(run, model.version)
+    run.settle(model.version)
     if run.scores.better(model.version, run.best.version if run.best else None):
         model, run.best = run.best or model, model
     if model is not run.best:
         run.retire(model)
-
-
-def _settle(run: Run, version: int) -> None:
-    if run.scores.settle(version):
-        best = run.best.version if run.best else None
-        leading = version if run.scores.better(version, best) else best
-        run.events.emit("scored", version, metrics=run.scores.of(version), best_round=leading)
 
 
 def _last_scores(run: Run) -> None:
@@ -270,7 +263,7 @@ def _last_scores(run: Run) -> None:
         assert run.model is not None
         last = run.model.version
         run.wait_until(lambda: run.evaluators() <= run.scores.reported(last), run.settings.deadline_s)
-        _settle(run, last)
+        run.settle(last)
         if run.best is None or run.scores.better(last, run.best.version):
             run.best = run.model
         run.journal.ended(None)

@@ -333,7 +333,17 @@ class Run:
                 metrics=dict(report.metrics),
                 num_examples=report.num_examples,
             )
+            expected = self.evaluators()
+            if expected and expected <= self.scores.reported(report.version):
+                self.settle(report.version)
             self.changed.notify_all()
+
+    def settle(self, version: int) -> None:
+        """The metrics of a round are complete, or as complete as they will get: tell the listeners, once."""
+        if self.scores.settle(version):
+            best = self.best.version if self.best else None
+            leading = version if self.scores.better(version, best) else best
+            self.events.emit("scored", version, metrics=self.scores.of(version), best_round=leading)
 
     def evaluators(self) -> set[str]:
         """Active sites that have promised to score each global model."""
@@ -357,11 +367,11 @@ class Run:
                 fix="the model must not change its parameters during a run",
             )
 
-    def count_bytes(self, round: int, name: str, bytes_down: int) -> None:
+    def count_bytes(self, kind: TaskKind, round: int, name: str, bytes_down: int) -> None:
         with self.lock:
             if self.open and self.open.round == round:
                 self.open.bytes_down[name] = self.open.bytes_down.get(name, 0) + bytes_down
-            self.events.emit("task_sent", round, name, bytes=bytes_down)
+            self.events.emit("task_sent", round, name, task=kind, bytes=bytes_down)
 
     def fail(self, error: FederationError) -> None:
         """End the run with an error that every site gets too."""

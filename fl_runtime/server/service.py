@@ -118,7 +118,7 @@ class FederationService:
         finally:
             if offer.model is not None:
                 self._run.release(offer.model)
-            self._run.count_bytes(offer.round, name, count)
+            self._run.count_bytes(offer.kind, offer.round, name, count)
 
     def _messages(self, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
         header = pb.TaskHeader(

@@ -162,6 +162,8 @@ def serving(
         server.abort("the test is over")
         for site in bench.made:
             site.vanish()
+        for name in run.sites:
+            server.site_left(name, "the test is over")
         server.wait(WAIT_S)
         server.close()
 

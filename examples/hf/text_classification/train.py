@@ -68,7 +68,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
 
-    scores = trainer.evaluate(encode(data.test), metric_key_prefix="test")
+    import os,resource; print("CPU",resource.getrusage(resource.RUSAGE_SELF)); scores = trainer.evaluate(encode(data.test), metric_key_prefix="test")
     trainer.save_metrics("test", scores)
     print(f"accuracy on {len(data.test)} held-out rows: {scores['test_accuracy']:.3f}")
 

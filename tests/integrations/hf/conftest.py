@@ -89,7 +89,7 @@ class Federation:
         self.server = Server(self.run_settings, folder / "run", tokens, listeners=[self.events.append])
         address = self.server.start()
         self._kits = {
-            name: Kit("job", name, i, sites, address, tokens[name], run=str(folder / "run"), simulated=True)
+            name: Kit(self.run_settings.name, name, i, sites, address, tokens[name], run=str(folder / "run"), simulated=True)
             for i, name in enumerate(self.names)
         }
         self._processes: list[Any] = []

@@ -9,7 +9,6 @@ from pathlib import Path
 import hf_models as m
 import numpy as np
 import pytest
-import torch
 from transformers import TrainerCallback
 
 from fl_adapters.hf import FederatedCallback
@@ -108,14 +107,19 @@ def test_notebook_cell_run_twice_joins_again(federation) -> None:
     assert trainer.state.global_step == 8  # rounds 2 and 3, no more
 
 
-def test_finished_cell_run_again_begins_with_the_final_model(federation) -> None:
-    run = federation(rounds=1)
-    first = m.trainer(FederatedCallback(kit=run.kit()))
-    first.train()
+def test_finished_cell_run_again_has_the_final_model(federation) -> None:
+    run = federation(rounds=2)
+    first, second = m.adapted(m.classifier()), m.adapted(m.classifier())
+    m.trainer(FederatedCallback(kit=run.kit()), model=first).train()
     run.ended()
-    with pytest.raises(Exception) as error:  # the run is over, and says so
-        m.trainer(FederatedCallback(kit=run.kit())).train()
-    assert "job" in str(error.value)
+    trainer = m.trainer(FederatedCallback(kit=run.kit()), model=second)
+    trainer.train()
+    assert trainer.state.global_step <= 1  # HF makes a step before it looks whether to stop; it is taken back
+    assert all(np.array_equal(a, b) for a, b in zip(state(first), state(second), strict=True))
+
+
+def state(model) -> list:
+    return list(TorchState(model).get_state().values())
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -241,8 +245,5 @@ def test_second_training_in_one_process(federation) -> None:
     """A script that trains twice, each time in a federation of its own."""
     for _ in range(2):
         run = federation(rounds=1)
-        model = m.adapted(m.classifier())
-        before = TorchState(model).get_state()["base_model.model.classifier.weight"].copy() if False else None
-        m.trainer(FederatedCallback(kit=run.kit()), model=model).train()
-        assert before is None and len(run.ended().rounds) == 1
-    assert torch.is_grad_enabled()
+        m.trainer(FederatedCallback(kit=run.kit())).train()
+        assert len(run.ended().rounds) == 1

@@ -1,0 +1,122 @@
+"""A TCP proxy between a site and the server that counts bytes, cuts connections and damages them on request."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["up", "down"]
+
+_CHUNK_BYTES = 2**16
+
+
+@dataclass
+class _Fault:
+    """What happens once `at` bytes of a direction have passed: the connection is cut, or a byte is changed."""
+
+    direction: Direction
+    at: int
+    kind: Literal["cut", "damage"]
+
+
+class TcpProxy:
+    """Listens on a free port of the loopback and forwards to `target` ("host:port"). Counts what it forwards."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._counts: dict[Direction, int] = {"up": 0, "down": 0}
+        self._faults: list[_Fault] = []
+        self._lock = threading.Lock()
+        self._open: list[socket.socket] = []
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:{}".format(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> TcpProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self.cut()
+
+    def counted(self) -> tuple[int, int]:
+        """Bytes (up, down) so far; up is from the site to the server."""
+        with self._lock:
+            return self._counts["up"], self._counts["down"]
+
+    def cut_after(self, direction: Direction, more_bytes: int) -> None:
+        """Break the connection once so many further bytes have passed; later connections work again."""
+        self._plan(direction, more_bytes, "cut")
+
+    def damage_after(self, direction: Direction, more_bytes: int) -> None:
+        """Flip the bits of one byte after so many further ones."""
+        self._plan(direction, more_bytes, "damage")
+
+    def cut(self) -> None:
+        """Break all connections now."""
+        with self._lock:
+            sockets, self._open = self._open, []
+        for one in sockets:
+            _close(one)
+
+    def _plan(self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage"]) -> None:
+        with self._lock:
+            self._faults.append(_Fault(direction, self._counts[direction] + more_bytes, kind))
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                site, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            host, _, port = self.target.rpartition(":")
+            try:
+                server = socket.create_connection((host, int(port)))
+            except OSError:
+                _close(site)
+                continue
+            self.connections += 1
+            for one in (site, server):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._open += [site, server]
+            threading.Thread(target=self._pump, args=("up", site, server), daemon=True).start()
+            threading.Thread(target=self._pump, args=("down", server, site), daemon=True).start()
+
+    def _pump(self, direction: Direction, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(_CHUNK_BYTES):
+                data, cut = self._counted(direction, data)
+                sink.sendall(data)
+                if cut:
+                    break
+        except OSError:
+            pass
+        _close(source)
+        _close(sink)
+
+    def _counted(self, direction: Direction, data: bytes) -> tuple[bytes, bool]:
+        """What to forward of `data`, and whether the connection ends after it."""
+        with self._lock:
+            before = self._counts[direction]
+            cut = False
+            for fault in [f for f in self._faults if f.direction == direction and f.at < before + len(data)]:
+                self._faults.remove(fault)
+                place = fault.at - before
+                if fault.kind == "cut":
+                    data, cut = data[:place], True
+                    break
+                data = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+            self._counts[direction] = before + len(data)
+            return data, cut
+
+
+def _close(one: socket.socket) -> None:
+    try:
+        one.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    one.close()
