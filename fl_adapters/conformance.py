@@ -255,9 +255,10 @@ def _trained(state: Arrays, site: int, number: int) -> dict[str, Array]:
     for name, array in state.items():
         if is_floating(array.dtype):
             noise = np.random.default_rng([site, number, len(name)]).uniform(-1, 1, array.shape)
-            trained[name] = (0.5 * array.astype(np.float64) + noise).astype(array.dtype)
+            trained[name] = np.asarray(0.5 * array.astype(np.float64) + noise).astype(array.dtype)
         else:
-            trained[name] = array | (site == 1) if array.dtype == np.bool_ else array + np.asarray(site, array.dtype)
+            changed = array | (site == 1) if array.dtype == np.bool_ else array + np.asarray(site, array.dtype)
+            trained[name] = np.asarray(changed)  # of no dimension, a sum is a scalar and no array
     return trained
 
 

@@ -31,6 +31,11 @@ class OptimizerState:
         optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         self._parameters = {name: tensor for name, tensor in tensors.items() if id(tensor) in optimized}
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters whose state this is."""
+        return frozenset(self._parameters)
+
     def reset(self) -> None:
         """Zero moments and bias-correction counters; learning rates and schedules keep their position."""
         self._optimizer.state.clear()  # rebuilt, as zeros, by the next step
@@ -131,7 +136,9 @@ def _check_averageable(kind: str, value: object, parameter: Tensor, where: str) 
     if not value.is_floating_point():
         raise _refusal(f"{kind!r} is quantised or an index ({value.dtype})", where)
     if value.shape != parameter.shape and value.numel() != 1:
-        raise _refusal(f"{kind!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}: factored", where)
+        raise _refusal(
+            f"{kind!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}: factored", where
+        )
 
 
 def _refusal(reason: str, where: str) -> ConfigError:

@@ -1,0 +1,90 @@
+"""A live torch model and its optimizers as the federation sees them, on every rank of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fl_adapters import torch_ranks
+from fl_adapters.options import SiteSettings
+from fl_adapters.torch_state import TorchState
+from fl_adapters.torch_state_agreement import agreement
+from fl_adapters.torch_state_optimizer import OptimizerState
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays, Task
+
+
+class LiveModel:
+    """Weights and moments out and in, by `settings`. Holds the live tensors: it belongs to one training run and is
+    never copied along with a callback.
+
+    Calls are collective: every rank makes them, with rank 0's task or None. Raises ConfigError, when made, for a
+    model that cannot travel and for optimizers whose state cannot be averaged where `settings` ask for it.
+    """
+
+    capabilities = frozenset({"optimizer_state"})
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
+        self._model, self._settings = model, settings
+        self.state = TorchState(model, settings.exchange, settings.keep_local)
+        self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
+        if settings.optimizer_state == "average":
+            self._refuse_shared_parameters()
+            for moments in self._moments:
+                moments.refuse_if_not_averageable()
+
+    def agreement(self, framework: str) -> dict[str, str]:
+        """What must be equal at all sites; on rank 0, empty on the others."""
+        if not torch_ranks.is_rank_zero():
+            return {}
+        exchange, keep_local = self._settings.exchange, self._settings.keep_local
+        return agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
+
+    def arrays(self) -> Arrays:
+        """What travels, on rank 0; empty on the others. Borrowed until the next call."""
+        return self.state.get_state() if torch_ranks.is_rank_zero() else {}
+
+    def moments(self) -> Arrays:
+        """The optimizer moments that travel beside the weights; empty unless they are averaged."""
+        average = self._settings.optimizer_state == "average"
+        if not average or not torch_ranks.is_rank_zero():
+            return {}
+        return {name: array for moments in self._moments for name, array in moments.get().items()}
+
+    def receive(self, task: Task | None) -> None:
+        """Take rank 0's task in, on every rank: the weights in place, then the policy for the optimizers."""
+        self.load(task.arrays if task else None)
+        if self._settings.optimizer_state == "reset":
+            for moments in self._moments:
+                moments.reset()
+        if self._settings.optimizer_state == "average":
+            specs, shared = torch_ranks.share_arrays(task.extras if task else None)
+            if specs:
+                self._set_moments(dict(shared))
+
+    def load(self, arrays: Arrays | None) -> None:
+        """Set rank 0's `arrays` on every rank, in place."""
+        specs, shared = torch_ranks.share_arrays(arrays)
+        self.state.check(specs)
+        for name, array in shared:
+            self.state.copy_in(name, array)
+
+    def _set_moments(self, arrays: Arrays) -> None:
+        left = dict(arrays)
+        for moments in self._moments[1:]:
+            moments.set({name: left.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
+        if self._moments:
+            self._moments[0].set(left)  # the rest, and what belongs to none of them: that is refused
+
+    def _refuse_shared_parameters(self) -> None:
+        seen = set[str]()
+        for moments in self._moments:
+            if shared := seen & moments.names:
+                raise ConfigError(
+                    "optimizer_state='average' cannot tell the moments of two optimizers of one parameter apart",
+                    where=sorted(shared)[0],
+                    fix="use optimizer_state='keep' or 'reset', or give each optimizer parameters of its own",
+                )
+            seen |= moments.names

@@ -1,0 +1,32 @@
+"""What a validation run has logged, as the score of a global model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+_PREFIXES = ("val_", "val/", "valid_", "valid/", "validation_", "validation/")
+_SET = "/dataloader_idx_"
+
+
+def plain_metrics(logged: Mapping[str, float], sizes: Sequence[int]) -> dict[str, float]:
+    """Metrics without a prefix that says no more than "validation": "val_loss" becomes "loss".
+
+    sizes: examples of each validation set. With several sets Lightning logs "val_loss/dataloader_idx_0" and so on:
+    these are given too, and "loss" is their mean by the sizes of the sets.
+    """
+    plain: dict[str, float] = {}
+    per_set: dict[str, list[tuple[float, int]]] = {}
+    for name, value in logged.items():
+        short = _without_prefix(name)
+        plain.setdefault(short, value)
+        metric, marker, number = short.rpartition(_SET)
+        if marker and number.isdecimal() and int(number) < len(sizes):
+            per_set.setdefault(metric, []).append((value, sizes[int(number)]))
+    for metric, values in per_set.items():
+        if len(values) == len(sizes):
+            plain.setdefault(metric, sum(v * n for v, n in values) / max(sum(n for _, n in values), 1))
+    return plain
+
+
+def _without_prefix(name: str) -> str:
+    return next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p) and name != p), name)
