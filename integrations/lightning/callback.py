@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ class _Run:
     examples: int | None = None  # of the training set; None: count those of the round
     tally: _Tally = field(default_factory=_Tally)
     awaits_score: bool = False
+    logged: Mapping[str, Any] = field(default_factory=dict)  # callback_metrics when validation began
     restore_intervals: Callable[[], None] | None = None
     over: bool = False  # the final weights have arrived
 
@@ -123,17 +124,19 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
     @log.setter
     def log(self, log: Any) -> None:
         # Lightning gives each callback the module's `log` before it opens its loggers: the one moment to move them
-        outputs.move(log.__self__.trainer, current_kit(self.options.kit))
+        with suppress(ConfigError):  # said again in setup, once the other sites can be told
+            outputs.move(log.__self__.trainer, current_kit(self.options.kit))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != _FITTING:
             return
         self._resumed = None
-        lightning.refuse_unsupported(trainer, FederatedCallback)
-        outputs.move(trainer, current_kit(self.options.kit))
         self._run = self._join()
         if self._run is not None:
-            self._run.budget.apply(trainer)
+            with self._leaving_on_error():
+                lightning.refuse_unsupported(trainer, FederatedCallback)
+                outputs.move(trainer, current_kit(self.options.kit))
+                self._run.budget.apply(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._run is not None:
@@ -156,7 +159,10 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         run = self._run
-        if run is not None and run.restore_intervals is not None:
+        if run is None or not run.awaits_score:
+            return
+        run.logged = dict(trainer.callback_metrics)
+        if run.restore_intervals is not None:
             run.restore_intervals()
             run.restore_intervals = None
 
@@ -166,7 +172,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             return
         run.awaits_score = False
         with self._leaving_on_error():
-            metrics, examples = lightning.validation_score(trainer)
+            metrics, examples = lightning.validation_score(trainer, run.logged)
             torch_ranks.on_rank_zero(lambda: self._session().report(metrics, examples))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -325,7 +331,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
         if kind == "final":
             live.load(task.arrays if task else None)
-            run.over = True
+            run.over, number = True, number + 1  # the task after the last round bears its number still
         else:
             live.receive(task)
         run.progress = run.progress.next(number, trainer.global_step, every)

@@ -109,9 +109,12 @@ def validate_now(trainer: Any) -> None:
     trainer.training = True
 
 
-def validation_score(trainer: Any) -> tuple[dict[str, float], int]:
-    """(metrics, examples) of the validation run that is just ending; metrics are means over the ranks."""
-    logged = trainer._logger_connector.metrics["callback"]  # callback_metrics has those of training too
+def validation_score(trainer: Any, before: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+    """(metrics, examples) of the validation run that is just ending; metrics are means over the ranks.
+
+    before: `trainer.callback_metrics` when it began; what is still the same tensor there was logged by training.
+    """
+    logged = {name: v for name, v in trainer.callback_metrics.items() if v is not before.get(name)}
     values = {}
     for name in sorted(logged):
         value = torch.as_tensor(logged[name], dtype=torch.float32, device=trainer.strategy.root_device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from fl_adapters.testing import LocalFederation
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, an empty working directory, no kit around, and none of Lightning's hints."""
-    threads = torch.get_num_threads()
+    threads, interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
@@ -35,6 +36,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             warnings.filterwarnings("ignore", message=hint)
         yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, interrupt)  # Lightning leaves it ignored after a Ctrl-C
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""The federation equals plain PyTorch loops that are averaged by hand, to 1e-6, also where the moments travel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning_models as m
+import numpy as np
+import pytest
+import torch
+
+from fl_adapters.lightning import FederatedCallback
+
+ROUNDS, SITES = 3, 2
+
+
+def by_hand(policy: str, every: int, accumulate: int) -> dict[str, np.ndarray]:
+    """Each site's loop in turn, with its own random state, and means in float64; all sites have as many rows."""
+    before = torch.get_rng_state()
+    loops, states = [], []
+    for site in range(SITES):
+        loops.append(m.Loop(site, ROUNDS * every, accumulate))
+        states.append(torch.get_rng_state())
+    loops[1].load(loops[0].weights())
+    for _ in range(ROUNDS):
+        for site, loop in enumerate(loops):
+            torch.set_rng_state(states[site])
+            loop.train(every)
+            states[site] = torch.get_rng_state()
+        mean_of([loop.module.state_dict() for loop in loops])
+        for parameters in zip(*(loop.module.parameters() for loop in loops), strict=True):
+            moments = [loop.optimizer.state[p] for loop, p in zip(loops, parameters, strict=True)]
+            if policy == "average":
+                mean_of(moments)
+        if policy == "reset":
+            for loop in loops:
+                loop.reset_optimizer()
+    torch.set_rng_state(before)
+    return loops[0].weights()
+
+
+def mean_of(dicts: list[dict[str, torch.Tensor]]) -> None:
+    for name in dicts[0]:
+        tensors = [d[name] for d in dicts]
+        whole = name == "step" or not tensors[0].is_floating_point()
+        mean = torch.stack([t.detach().double() for t in tensors])
+        mean = mean.amax(0) if whole else mean.mean(0)
+        for tensor in tensors:
+            tensor.data.copy_(mean)
+
+
+def federated(federation: Any, policy: str, every: int | str, accumulate: int) -> list[dict[str, np.ndarray]]:
+    run = federation(sites=SITES, rounds=ROUNDS, every=every, optimizer_state=policy)
+
+    def site(place: Any) -> dict[str, np.ndarray]:
+        torch.manual_seed(100 + place.index)
+        built = m.module()
+        trainer = m.trainer(FederatedCallback(kit=place.kit), accumulate_grad_batches=accumulate, max_epochs=100)
+        trainer.fit(built, m.loader(place.index))
+        return m.weights(built)
+
+    return list(run.run(site).values())
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset", "average"])
+@pytest.mark.parametrize(("every", "steps", "accumulate"), [("epoch", 3, 1), (2, 2, 1), (4, 4, 3), ("2 epochs", 2, 3)])
+def test_equals_torch_loops_averaged_by_hand(federation, policy, every, steps, accumulate) -> None:
+    results = federated(federation, policy, every, accumulate)
+    expected = by_hand(policy, steps, accumulate)
+    for result in results:
+        for name, value in expected.items():
+            np.testing.assert_allclose(result[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_the_policies_differ_from_each_other(federation) -> None:
+    """Else the equalities above would not tell them apart."""
+    last = [federated(federation, policy, 2, 1)[0] for policy in ("keep", "reset", "average")]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert max(np.abs(last[a][n] - last[b][n]).max() for n in last[a] if last[a][n].dtype.kind == "f") > 1e-5
