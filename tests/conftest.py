@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras takes one for the whole process, when first imported
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -18,6 +18,7 @@ PUBLIC = {
         StoreError TransferDamagedError UpdateRefusedError __version__ connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
+    "fl_adapters.keras": "FederatedCallback",
     "fl_adapters.lightning": "FederatedCallback",
     "fl_adapters.testing": """
         AdapterCase AdapterExample LocalFederation Outcome Place PlainLoop Trained TrainingCase TrainingExample
@@ -33,7 +34,7 @@ def test_public_names_are_these(module: str) -> None:
     assert sorted(getattr(import_module(module), "__all__", [])) == sorted(PUBLIC[module].split())
 
 
-@pytest.mark.parametrize("module", ["fl_adapters", "fl_adapters.hf", "fl_adapters.lightning"])
+@pytest.mark.parametrize("module", ["fl_adapters", "fl_adapters.hf", "fl_adapters.keras", "fl_adapters.lightning"])
 def test_dir_and_star_import_give_them(module: str) -> None:
     found: dict[str, Any] = {}
     exec(f"from {module} import *", found)

@@ -1,0 +1,162 @@
+"""The state of a Keras optimizer, for the `optimizer_state` policies.
+
+Moments are named "<kind>/<variable>", such as "momentums/dense/kernel"; the step counter is "step/iterations", int64,
+so that the server takes the maximum of it and averages the moments. The learning rate is nobody's but the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+
+from fl_adapters.options import OptimizerPolicy
+from fl_runtime.errors import ConfigError, StateMismatchError
+from fl_runtime.types import Array, Arrays, is_floating
+from fl_runtime.wire.manifest import Manifest, differences
+
+from .state import assign, is_variable, to_host
+
+_STEP = "step/iterations"
+_LISTS = ("_variables", "_trainable_variables")  # of an optimizer, that hold no state of their own
+_GRADIENTS = "_accumulated_gradients"  # of a step that is not complete: they stay where they are
+
+
+class OptimizerState:
+    """The state of `model.optimizer` that belongs to `variables` (name -> live variable)."""
+
+    def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
+        self._model = model
+        self._names = {id(variable): name for name, variable in variables.items()}
+        self._initial: list[list[Array]] | None = None
+
+    def check(self, policy: OptimizerPolicy) -> None:
+        """Raise ConfigError where the policy cannot work with this optimizer. Builds the optimizer if it must."""
+        if policy == "keep":
+            return
+        for optimizer in optimizers(self._model):
+            if policy == "reset" and not is_variable(optimizer._learning_rate):
+                raise ConfigError(
+                    "optimizer_state='reset' sets the optimizer's step counter to zero, and with it this learning-rate "
+                    "schedule would begin again in every round",
+                    where=f"{type(optimizer).__name__}(learning_rate={type(optimizer._learning_rate).__name__})",
+                    fix="use optimizer_state='keep' or 'average', or change the rate by the callback "
+                    "keras.callbacks.LearningRateScheduler",
+                )
+            self._build(optimizer)
+        if policy == "reset":
+            self._initial = [_initial(self._model, optimizer) for optimizer in optimizers(self._model)]
+        else:
+            self.get()
+
+    def agreement(self, policy: OptimizerPolicy) -> dict[str, str]:
+        """What must be equal at all sites so that moments can be averaged."""
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers(self._model))
+        return {"optimizer": names} if policy == "average" else {}
+
+    def reset(self) -> None:
+        """Every state variable but the learning rate as a fresh optimizer has it: moments and step counter zero."""
+        assert self._initial is not None
+        for optimizer, initial in zip(optimizers(self._model), self._initial, strict=True):
+            for variable, value in zip(optimizer.variables, initial, strict=True):
+                if variable is not optimizer._learning_rate:
+                    assign(variable, np.broadcast_to(value, tuple(variable.shape)))
+
+    def get(self) -> dict[str, Array]:
+        """Host copies of every moment, and the step counter. Raises ConfigError where they cannot be averaged."""
+        arrays = {name: to_host(variable) for name, variable in self._averaged().items()}
+        for name, array in arrays.items():
+            if name == _STEP:
+                arrays[name] = array.astype(np.int64)  # int32 in JAX
+        return arrays
+
+    def set(self, arrays: Arrays) -> None:
+        """Copy averaged moments in place. Raises StateMismatchError, before touching any, when they do not fit."""
+        lines = differences(Manifest.of(self.get()), Manifest.of(arrays))
+        if lines:
+            raise StateMismatchError(
+                "the optimizer moments that arrived do not fit the optimizer:\n" + "\n".join(lines),
+                where=self._where(),
+                fix="use the same optimizer at every site, or optimizer_state='keep'",
+            )
+        variables = self._averaged()
+        for name, array in arrays.items():
+            assign(variables[name], array)
+
+    def _averaged(self) -> dict[str, Any]:
+        """Name -> live variable of what is averaged, in a fixed order."""
+        found = optimizers(self._model)
+        if len(found) != 1:
+            raise self._refusal(f"this model has {len(found)} optimizers")
+        optimizer = found[0]
+        self._build(optimizer)
+        averaged = {_STEP: optimizer._iterations}
+        trained = optimizer._trainable_variables
+        covered = {id(optimizer._iterations), id(optimizer._learning_rate)}
+        for attribute, value in sorted(vars(optimizer).items()):
+            if is_variable(value) and id(value) not in covered:
+                averaged[f"scalar/{attribute.strip('_')}"] = value  # such as Nadam's product of momenta
+                covered.add(id(value))
+            elif isinstance(value, list) and attribute not in _LISTS and value and len(value) == len(trained):
+                covered |= {id(moment) for moment in value}
+                for variable, moment in zip(trained, value, strict=True):
+                    name = self._names.get(id(variable))
+                    if name is not None and moment is not None and attribute != _GRADIENTS:
+                        averaged[f"{attribute.strip('_')}/{name}"] = self._checked(variable, moment, name)
+        if unknown := [v.path for v in optimizer.variables if id(v) not in covered]:
+            raise self._refusal(f"nobody can say whose {unknown[0]!r} is")
+        return averaged
+
+    def _checked(self, variable: Any, moment: Any, name: str) -> Any:
+        if not is_variable(moment) or tuple(moment.shape) != tuple(variable.shape):
+            raise self._refusal(f"its state for {name} is factored")
+        if not is_floating(to_host(moment).dtype):
+            raise self._refusal(f"its state for {name} is quantised")
+        return moment
+
+    def _build(self, optimizer: Any) -> None:
+        if not optimizer.built:
+            with _scope(self._model):
+                optimizer.build(self._model.trainable_variables)
+
+    def _where(self) -> str:
+        return ", ".join(type(optimizer).__name__ for optimizer in optimizers(self._model))
+
+    def _refusal(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"optimizer_state='average' cannot be used with this optimizer: {reason}",
+            where=self._where(),
+            fix="use optimizer_state='keep' or 'reset', or one with plain moments such as keras.optimizers.Adam",
+        )
+
+
+def optimizers(model: Any) -> list[Any]:
+    """The model's optimizers without loss scaling, those included that a custom `train_step` keeps in attributes."""
+    kept = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
+    found = {id(o): o for o in (model.optimizer, *kept) if o is not None}
+    return [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in found.values()]
+
+
+def _initial(model: Any, optimizer: Any) -> list[Array]:
+    """The value of each of the optimizer's variables when it was made; a scalar where all elements are the same."""
+    try:
+        fresh = type(optimizer).from_config(optimizer.get_config())
+        with _scope(model):
+            fresh.build(optimizer._trainable_variables)
+    except Exception as error:
+        raise ConfigError(
+            f"optimizer_state='reset' cannot find out how this optimizer begins: {error}",
+            where=type(optimizer).__name__,
+            fix="use optimizer_state='keep', or give the optimizer a get_config() that from_config() takes",
+        ) from error
+    values = [to_host(variable) for variable in fresh.variables]
+    return [v.reshape(-1)[:1].reshape(()) if v.size and (v == v.reshape(-1)[0]).all() else v for v in values]
+
+
+def _scope(model: Any) -> Any:
+    """Where variables beside the model's own must be made: in the scope of a TensorFlow strategy, if there is one."""
+    strategy = getattr(model, "distribute_strategy", None) if keras.backend.backend() == "tensorflow" else None
+    return nullcontext() if strategy is None else strategy.scope()

@@ -1,0 +1,88 @@
+"""Where a `fit` stands in its run: which round, how much of it is done, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fl_adapters.session import RoundStats
+from fl_runtime.types import Task
+
+from .budget import Budget
+from .fit_call import FitCall
+from .scores import RoundMeter
+
+_NEVER = 1 << 62
+
+
+@dataclass
+class Run:
+    """One `fit` as a part of a federation.
+
+    epoch: the one that runs, counted as fit does. batch: the first batch, within the epoch, of what runs now.
+    before: batches of this round in earlier epochs, less those of this epoch that belong to the round before.
+    epochs: those of this round that are over. due, stops: batch within the epoch at which the round ends, and from
+    which on a step is the last of the run. version: of the global model that arrived last.
+    """
+
+    fit: FitCall
+    budget: Budget
+    rounds: int
+    evaluates: bool
+    meter: RoundMeter = field(default_factory=RoundMeter)
+    round: int = 0
+    version: int = 0
+    epoch: int = 0
+    batch: int = -1
+    before: int = 0
+    epochs: int = 0
+    due: int = _NEVER
+    stops: int = _NEVER
+    epoch_open: bool = False
+    stopping: bool = False  # it is us who end this fit
+    over: bool = False  # the final weights have arrived
+    awaits_score: bool = False
+    row: dict[str, float] = field(default_factory=dict)
+    arrived: dict[int, int] = field(default_factory=dict)  # version -> epoch at whose end it was there
+
+    def begin_epoch(self, epoch: int) -> None:
+        """fit begins `epoch`."""
+        self.epoch, self.batch, self.epoch_open = epoch, -1, True
+        self.row = {"federation_bytes_up": 0.0, "federation_bytes_down": 0.0, "federation_seconds": 0.0}
+        self.meter.begin_epoch()
+        self._aim()
+
+    def end_epoch(self) -> None:
+        """The last step of the epoch is done. The last call of a compiled function may have run fewer batches."""
+        made = self.batch + self.budget.execution if self.batch >= 0 else 0
+        self.before += min(made, self.fit.steps or made)
+        self.epochs += 1
+        self.epoch_open = False
+        self.due = self.stops = _NEVER
+
+    def complete(self) -> bool:
+        """Whether the epoch that has just ended ends a round. The last round of fit's own budget may be shorter."""
+        if self.budget.rounds is None and self.round == self.rounds and self.epoch + 1 >= self.fit.epochs:
+            return True
+        return (self.before if self.budget.batches else self.epochs) >= self.budget.size
+
+    def take(self, task: Task) -> None:
+        """A task has arrived, and its weights are in the model."""
+        self.round, self.version, self.over = task.round, task.version, task.kind == "final"
+
+    def next_round(self, stats: RoundStats) -> None:
+        """The exchange is done, within the epoch or at its end; what is counted from here on is of the new round."""
+        self.before, self.epochs = -self.batch if self.epoch_open else 0, 0
+        self.row["federation_bytes_up"] += stats.bytes_up
+        self.row["federation_bytes_down"] += stats.bytes_down
+        self.row["federation_seconds"] += stats.seconds
+        self.awaits_score = self.evaluates
+        self._aim()
+
+    def logs(self) -> dict[str, float]:
+        """For the history: the global model's number, and what its exchanges in this epoch took."""
+        return {"federation_round": float(self.version), **self.row}
+
+    def _aim(self) -> None:
+        if self.budget.batches is not None and self.epoch_open and not self.over:
+            self.due = self.budget.batches - self.before
+            self.stops = self.due - self.budget.execution if self.round == self.rounds else _NEVER

@@ -1,0 +1,103 @@
+"""State in and out of a Keras model, and what all sites must have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import xxhash
+
+from fl_adapters.exchange import matches, selected
+from fl_adapters.options import Exchange
+from fl_runtime.errors import ConfigError, StateMismatchError
+from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.manifest import Manifest, TensorSpec, differences
+
+from .names import Named, named_variables
+
+_ROLES = {"auto": ("trainable", "buffer"), "trainable": ("trainable",)}
+_SHOWN_DIFFERENCES = 20
+
+
+class KerasState:
+    """The variables of one built model that travel: `get_state` to host arrays, `set_state` in place.
+
+    Holds the live variables. exchange: "auto" (trainable variables, and what trained layers keep beside them, such as
+    the moving averages of a batch normalization), "trainable", "all", or patterns over the names of all weights.
+    Raises ConfigError for patterns that match nothing and when nothing is left.
+    """
+
+    capabilities = frozenset({"optimizer_state"})
+
+    def __init__(self, model: Any, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
+        named = named_variables(model)
+        admitted = set(selected(named, exchange, keep_local))
+        roles = _ROLES.get(exchange) if isinstance(exchange, str) else None
+        self.variables = {n: v.variable for n, v in named.items() if n in admitted and (not roles or v.role in roles)}
+        if not self.variables:
+            raise ConfigError(
+                "no variable of the model would travel",
+                where=f"exchange={exchange!r}, keep_local={list(keep_local)!r}",
+                fix="train at least one variable, or choose what travels with exchange=",
+            )
+        self._manifest = Manifest(tuple(_spec(name, v) for name, v in self.variables.items()))
+        self._base = {
+            name: v for name, v in named.items() if v.role == "frozen" and not matches(name, keep_local)
+            if name not in self.variables
+        }  # fmt: skip
+
+    def get_state(self) -> dict[str, Array]:
+        """One fresh host array for each variable; the caller's own."""
+        return {name: to_host(variable) for name, variable in self.variables.items()}
+
+    def set_state(self, arrays: Arrays) -> None:
+        """Copy `arrays` into the live variables. Raises StateMismatchError, before touching any of them."""
+        lines = differences(self._manifest, Manifest.of(arrays))
+        if lines:
+            more = [f"... and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
+            raise StateMismatchError(
+                "the weights that arrived do not fit the model:\n" + "\n".join(lines[:_SHOWN_DIFFERENCES] + more),
+                where="model variables",
+                fix="build the same model at every site",
+            )
+        for name, array in arrays.items():
+            assign(self.variables[name], array)
+
+    def agreement(self, model: Any) -> dict[str, str]:
+        """Name -> value of what must be equal at all sites, beside the variables that travel."""
+        facts = {"framework": "keras", "model": type(model).__name__}
+        if self._base:
+            facts["base.tensors"] = str(len(self._base))
+            facts["base.fingerprint"] = _fingerprint(self._base)
+        return facts
+
+
+def to_host(variable: Any) -> Array:
+    """A fresh array in C order with the value of a Keras variable."""
+    return np.asarray(keras.ops.convert_to_numpy(variable), order="C")
+
+
+def is_variable(thing: object) -> bool:
+    """Whether this is a variable of Keras (`keras.Variable` is not the class of all of them before 3.8)."""
+    return hasattr(thing, "assign") and hasattr(thing, "path")
+
+
+def assign(variable: Any, array: Array) -> None:
+    """Copy `array` into a Keras variable."""
+    variable.assign(np.array(array))  # a copy: JAX and TensorFlow may keep the memory that they are given
+
+
+def _spec(name: str, variable: Any) -> TensorSpec:
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return TensorSpec(name, dtype, tuple(int(n) for n in variable.shape))
+
+
+def _fingerprint(named: dict[str, Named]) -> str:
+    """A hash over names, shapes, dtypes and contents; it guards against mistakes, not against an attacker."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(named):
+        value: Any = to_host(named[name].variable)
+        digest.update(f"{name}|{list(value.shape)}|{value.dtype}|".encode())
+        digest.update(value.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -1,0 +1,20 @@
+"""One backend of Keras for each test process: $KERAS_BACKEND, PyTorch by default."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+if not find_spec("keras"):
+    collect_ignore_glob = ["test_*"]
+else:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # The tests make the same small program again and again: JAX compiles it once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fl-adapters-jax-"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    sys.path.insert(0, str(Path(__file__).parent))  # for keras_models

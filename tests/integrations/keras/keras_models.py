@@ -1,0 +1,141 @@
+"""Small models and data for the tests, and a training of them with and without a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from fl_adapters.keras import FederatedCallback
+from fl_adapters.keras.names import named_variables
+from fl_adapters.keras.state import to_host
+from fl_adapters.local_federation import State
+from fl_adapters.testing import Trained, failing
+from fl_runtime.types import Array, Arrays
+
+BATCH, BATCHES = 4, 3
+ROWS = BATCH * BATCHES
+
+if keras.backend.backend() == "torch":
+    import torch
+
+    torch.set_num_threads(1)
+    STATES: Sequence[State] = [(torch.get_rng_state, torch.set_rng_state)]
+else:
+    STATES = []  # Keras draws from the seeds that each layer keeps
+
+
+def classifier(*, seed: int = 0, width: int = 5, dropout: float = 0.3) -> keras.Model:
+    """Dense, batch normalization, dropout, and a head of its own name."""
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(width, activation="relu"),
+            keras.layers.BatchNormalization(momentum=0.6),
+            keras.layers.Dropout(dropout, seed=seed),  # else PyTorch draws from its global generator
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def rows(seed: int, size: int = ROWS) -> tuple[Array, Array]:
+    """Points of three classes; `seed` draws other ones."""
+    draw = np.random.RandomState(seed)
+    labels = draw.randint(0, 3, size)
+    return (draw.normal(size=(size, 6)) + labels[:, None]).astype("float32"), labels.astype("int32")
+
+
+def compiled(model: keras.Model, optimizer: Any = None, **options: Any) -> keras.Model:
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    options = {"loss": loss, "metrics": ["accuracy"], **options}
+    model.compile(optimizer=optimizer or keras.optimizers.Adam(0.01), **options)
+    return model
+
+
+def fit(model: keras.Model, data: tuple[Array, Array], *callbacks: Any, **options: Any) -> keras.callbacks.History:
+    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **options}
+    return model.fit(*data, callbacks=list(callbacks), **options)
+
+
+def weights(model: keras.Model) -> dict[str, Array]:
+    """All weights by our names."""
+    return {name: to_host(named.variable) for name, named in named_variables(model).items()}
+
+
+def load(model: keras.Model, arrays: Arrays) -> None:
+    for name, named in named_variables(model).items():
+        named.variable.assign(np.array(arrays[name]))
+
+
+class Counter(keras.callbacks.Callback):
+    """Counts batches, and fails at one of them."""
+
+    def __init__(self, fail_at: int = 0) -> None:
+        super().__init__()
+        self.batches, self.fail_at = 0, fail_at
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.batches += 1
+        if self.batches == self.fail_at:
+            failing()
+
+
+class At(keras.callbacks.Callback):
+    """Calls `work(self, epoch, logs)` at the end of each epoch."""
+
+    def __init__(self, work: Callable[[Any, int, Any], None]) -> None:
+        super().__init__()
+        self._work = work
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._work(self, epoch, logs)
+
+
+class Example:
+    """The training job that the conformance suite runs."""
+
+    steps_per_epoch = BATCHES
+    personal = "batch_normalization/*"
+    states = STATES
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options  # of compile
+
+    def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
+        model = compiled(classifier(seed=site, width=7 if different else 5), **self._options)
+        counter = Counter(fail_at)
+        fit(model, rows(site), FederatedCallback(**arguments), counter, epochs=epochs)
+        return Trained(weights(model), counter.batches)
+
+    def plain(self, site: int, *, total_steps: int) -> RepeatedFit:
+        return RepeatedFit(compiled(classifier(seed=site), **self._options), rows(site))
+
+
+class RepeatedFit:
+    """The oracle: one `fit` after the other, over the very batches that are next."""
+
+    num_examples = ROWS
+
+    def __init__(self, model: keras.Model, data: tuple[Array, Array]) -> None:
+        self._model, self._data, self._next = model, data, 0
+
+    def weights(self) -> Arrays:
+        return weights(self._model)
+
+    def load(self, arrays: Arrays) -> None:
+        load(self._model, arrays)
+
+    def reset_optimizer(self) -> None:
+        optimizer = self._model.optimizer
+        for variable in optimizer.variables:
+            if variable is not optimizer._learning_rate:
+                variable.assign(np.zeros(tuple(variable.shape), variable.dtype))
+
+    def train(self, steps: int) -> None:
+        batches = [(self._next + i) % BATCHES for i in range(steps)]
+        order = np.concatenate([np.arange(BATCH) + BATCH * batch for batch in batches])
+        self._next += steps
+        fit(self._model, tuple(part[order] for part in self._data))
