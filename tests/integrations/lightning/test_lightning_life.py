@@ -21,12 +21,10 @@ from fl_adapters.lightning.trainer import refuse_unsupported
 from fl_runtime.errors import ConfigError, FederationError
 
 
-def fit(
-    run: Any, *, pl: Any = None, module: Any = None, validation: Any = None, given: Any = None, **options: Any
-) -> Any:
+def fit(run: Any, *, pl: Any = None, module: Any = None, validation: Any = None, **options: Any) -> Any:
     """A fit at the run's first site, here in the test's own thread; (trainer, module)."""
     module = m.module(pl) if module is None else module
-    trainer = m.trainer(FederatedCallback(kit=run.places[0].kit, **(given or {})), pl=pl, **options)
+    trainer = m.trainer(FederatedCallback(kit=run.places[0].kit), pl=pl, **options)
     trainer.fit(module, m.loader(), validation)
     return trainer, module
 
@@ -138,7 +136,8 @@ def test_rounds_are_in_the_frameworks_own_log(federation, pl) -> None:
     run = federation(rounds=3)
     logger = pl.loggers.CSVLogger("logs")
     trainer, _ = fit(run, pl=pl, logger=logger, log_every_n_steps=1000)
-    rows = [row for row in csv.DictReader(Path(logger.log_dir, "metrics.csv").open()) if row["federation_round"]]
+    lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    rows = [row for row in csv.DictReader(lines) if row["federation_round"]]
     assert [(float(row["federation_round"]), int(row["step"])) for row in rows] == [(1, 3), (2, 6), (3, 9)]
     size = sum(array.nbytes for array in run.model().values())
     assert all(float(row["federation_bytes_up"]) >= size <= float(row["federation_bytes_down"]) for row in rows)
@@ -244,9 +243,11 @@ def interrupting(step: int) -> Any:
 # --- copies ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"]
-)
+def pickled(callback: Any) -> Any:
+    return pickle.loads(pickle.dumps(callback))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_copy_takes_the_place_of_the_callback(federation, duplicate) -> None:
     run = federation(rounds=2)
     trainer = m.trainer(duplicate(FederatedCallback(kit=run.places[0].kit)))

@@ -1,0 +1,82 @@
+"""Distributed training within a site: two processes over gloo, started by Lightning's own launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning_models as m
+import pytest
+import torch
+from ddp_site import fit
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 240
+
+
+def on_two_ranks(kit: str, folder: Path) -> tuple[int, str]:
+    """(exit status, output) of a site that trains on two ranks; each leaves a file in `folder`."""
+    folder.mkdir()
+    command = [sys.executable, str(HERE / "ddp_site.py"), m.PACKAGES[0], str(folder)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join(p for p in sys.path if p)
+    own = {"FL_ADAPTERS_KIT": kit, "MASTER_PORT": port, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def partner(run: Any, **more: Any) -> threading.Thread:
+    """Site 2 on one rank, in a thread of the test."""
+
+    def take_part() -> None:
+        with suppress(Exception):
+            fit(m.package(), run.places[1].kit, devices=1, **more)
+
+    thread = threading.Thread(target=take_part, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_two_ranks_end_as_one_process_would(federation, tmp_path) -> None:
+    settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2}
+    plain = federation(**settings)
+    plain.run(lambda place: fit(m.package(), place.kit, devices=1))
+    run = federation(sockets=True, states=None, **settings)
+    other = partner(run)
+    status, output = on_two_ranks(run.places[0].kit, tmp_path / "results")
+    assert status == 0, output
+    other.join(TIMEOUT_S)
+    assert len(run.result().rounds) == 3
+    for rank in (0, 1):
+        left = torch.load(tmp_path / "results" / f"rank-{rank}.pt", weights_only=True)
+        assert left["steps"] == 6 and left["logged"] == 3
+        assert m.same({n: t.numpy() for n, t in left["weights"].items()}, run.model())
+    for name, value in plain.model().items():
+        assert run.model()[name] == pytest.approx(value, abs=1e-6), name
+    told = [[e for e in one.events if e.site == "site-1"] for one in (run, plain)]
+    examples, losses = (
+        [[e.data[k] for e in t if e.kind == "update"] for t in told] for k in ("num_examples", "metrics")
+    )
+    assert examples[0] == examples[1] == [m.ROWS] * 3 and len(losses[0]) == 3
+    scores = [[e.data["metrics"]["loss"] for e in t if e.kind == "report"] for t in told]
+    assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-5)  # means over the ranks
+
+
+@pytest.mark.slow
+def test_no_rank_hangs_when_the_run_fails(federation, tmp_path) -> None:
+    run = federation(sites=2, rounds=3, every=2, sockets=True, states=None)
+    partner(run, fail_at=3)
+    status, output = on_two_ranks(run.places[0].kit, tmp_path / "results")
+    assert status != 0 and "site-2" in output
+    assert list((tmp_path / "results").glob("rank-*.pt")) == []
