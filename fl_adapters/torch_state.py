@@ -112,7 +112,7 @@ class TorchState:
 
     def __init__(self, module: nn.Module, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
         self.tensors = travelling(module, exchange, keep_local)
-        self.sharded = any(_is_sharded(tensor) for tensor in self.tensors.values())
+        self.sharded = any(is_sharded(tensor) for tensor in self.tensors.values())
         self._host: dict[str, Tensor] = {}
 
     @property
@@ -124,7 +124,7 @@ class TorchState:
     def get_state(self) -> dict[str, Array]:
         """Copy every tensor to its host buffer. The arrays are views of these buffers: valid until the next call."""
         for name, tensor in self.tensors.items():
-            source = tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[operator]
+            source = whole(tensor)
             if name not in self._host:
                 self._host[name] = torch.empty(source.shape, dtype=source.dtype)
             self._host[name].copy_(source)
@@ -150,7 +150,7 @@ class TorchState:
     def copy_in(self, name: str, array: Array) -> None:
         """Copy one checked array into the live tensor `name`."""
         tensor, value = self.tensors[name], as_tensor(array)
-        if _is_sharded(tensor):
+        if is_sharded(tensor):
             from torch.distributed.tensor import DTensor, distribute_tensor
 
             assert isinstance(tensor, DTensor)
@@ -235,13 +235,24 @@ def _adapter_tensors(module: nn.Module, state: dict[str, Tensor]) -> dict[str, T
             where=type(module).__name__,
             fix="activate the one to be federated with model.set_adapter(name)",
         )
-    # the live tensors themselves go in, so they come out under the names that PEFT saves them by
-    found = get_peft_model_state_dict(module, state_dict=state, adapter_name=active[0], save_embedding_layers=False)
-    live = {id(tensor) for tensor in state.values()}
-    if all(id(tensor) in live for tensor in found.values()):
-        return dict(found)
+    # Stand-ins go in, each filled with the number of a live tensor, and come out under the names that PEFT saves
+    # them by; PEFT may copy them on the way. The frozen ones are small.
+    names = list(state)
+    stand_ins = {
+        name: torch.full(state[name].shape if state[name].requires_grad else (1,), float(number), dtype=torch.float64)
+        for number, name in enumerate(names, start=1)
+    }
+    saved = get_peft_model_state_dict(module, stand_ins, adapter_name=active[0], save_embedding_layers=False)
+    numbers = {saved_name: int(tensor.flatten()[0]) for saved_name, tensor in saved.items() if tensor.numel()}
+    if all(_is_stand_in(saved[name], number, stand_ins, names) for name, number in numbers.items()):
+        return {saved_name: state[names[number - 1]] for saved_name, number in numbers.items()}
     # prompt learning saves a computed prompt instead of its parameters: take the parameters
     return {name: tensor for name, tensor in state.items() if tensor.requires_grad}
+
+
+def _is_stand_in(tensor: Tensor, number: int, stand_ins: dict[str, Tensor], names: list[str]) -> bool:
+    whole_one = 1 <= number <= len(names) and tensor.shape == stand_ins[names[number - 1]].shape
+    return whole_one and tensor.dtype == torch.float64 and bool((tensor == number).all())
 
 
 def _check_can_travel(name: str, tensor: Tensor) -> None:
@@ -257,8 +268,14 @@ def _check_can_travel(name: str, tensor: Tensor) -> None:
         )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor (FSDP2)
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of `tensor` only (a DTensor, of FSDP2)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` itself; a sharded one gathered, which is a collective of all ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _spec(spec: tuple[tuple[int, ...], str]) -> str:

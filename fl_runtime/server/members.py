@@ -50,8 +50,8 @@ class Member:
     """One site. Changed only under the run's lock.
 
     attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
-    streams. absent_since: monotonic seconds, None while present or before the first join. gone: why it no longer
-    counts; it may come back.
+    streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
+    it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Member:
     attending: int = 0
     absent_since: float | None = None
     gone: str = ""
+    lost: bool = False
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
 
@@ -88,6 +89,7 @@ def check_agreement(registrations: Mapping[str, Registration], manifests: Mappin
                 where=f"handshake of {names[0]} and {name}, before round 1",
                 fix="build the same model at every site, or leave what may differ at home with keep_local",
             )
+    _check_rounds(registrations)
 
 
 def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
@@ -109,11 +111,21 @@ def _check_declared(first_name: str, first: Registration, name: str, other: Regi
         for key in keys
         if first.agreement.get(key) != other.agreement.get(key)
     ]
-    if first.rounds and other.rounds and first.rounds != other.rounds:
-        lines.append(f"rounds: {first.rounds} != {other.rounds}")
     if lines:
         raise HandshakeError(
             f"{first_name} and {name} do not agree ({first_name} != {name}):\n    " + "\n    ".join(lines),
             where=f"handshake of {first_name} and {name}, before round 1",
-            fix="give both the same settings; the number of rounds can be fixed for all with --rounds or Job(rounds=)",
+            fix="give both the same settings",
+        )
+
+
+def _check_rounds(registrations: Mapping[str, Registration]) -> None:
+    """The budgets of the trainers, where the job does not say; one without a budget follows the others."""
+    budgets = {name: r.rounds for name, r in registrations.items() if r.rounds}
+    if len(set(budgets.values())) > 1:
+        raise HandshakeError(
+            "the sites' trainers are set for different numbers of rounds: "
+            + ", ".join(f"{name}: {rounds}" for name, rounds in list(budgets.items())[:_SHOWN]),
+            where="handshake, before round 1",
+            fix="give all the same budget, or fix the number of rounds for all with --rounds or Job(rounds=)",
         )

@@ -57,10 +57,13 @@ class GrpcTransport:
         self._streamed = {m: self._channel.stream_stream(_path(m), None, None) for m in METHODS}
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
-        if isinstance(requests, bytes):
-            started = self._single[method](requests, metadata=self._metadata)
-        else:
-            started = self._streamed[method](iter(requests), metadata=self._metadata)
+        try:
+            if isinstance(requests, bytes):
+                started = self._single[method](requests, metadata=self._metadata)
+            else:
+                started = self._streamed[method](iter(requests), metadata=self._metadata)
+        except ValueError as error:  # the channel has been closed
+            raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
         return _GrpcCall(started, self._address)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.options import SiteSettings
-from fl_adapters.torch_state import NamedTensors, TorchState
+from fl_adapters.torch_state import NamedTensors, TorchState, is_sharded
 from fl_adapters.torch_state_agreement import agreement
 from fl_adapters.torch_state_optimizer import OptimizerState
 from fl_runtime.errors import ConfigError
@@ -27,7 +27,7 @@ class LiveModel:
         self._model, self._settings = model, settings
         self.state = TorchState(model, settings.exchange, settings.keep_local)
         self._moments = OptimizerState(optimizer, self.state.tensors)
-        self._sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         if self._sharded and not NamedTensors.of(model).adapter:
             raise ConfigError(
                 "a model sharded by FSDP can be federated by its PEFT adapter alone",

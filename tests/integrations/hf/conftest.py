@@ -45,10 +45,10 @@ class Partner(threading.Thread):
     """A second site without a trainer, in a thread: answers each round with `work(round, arrays)`."""
 
     def __init__(
-        self, kit: str, model: Any, work: Callable[[int, Arrays], Arrays], num_examples: int, score: Any
+        self, kit: str, model: Any, work: Callable[[int, Arrays], Arrays], num_examples: int
     ) -> None:
         super().__init__(daemon=True)
-        self._kit, self._work, self._num_examples, self._score = kit, work, num_examples, score
+        self._kit, self._work, self._num_examples = kit, work, num_examples
         self._initial = {name: np.copy(array) for name, array in TorchState(model).get_state().items()}
         self._facts = agreement(model, framework="transformers")
         self.received: list[Arrays] = []
@@ -78,21 +78,22 @@ class Partner(threading.Thread):
 
 
 class Federation:
-    """A job's server and its kits. events: everything that happened so far."""
+    """A job's server and its kits."""
 
     def __init__(self, folder: Path, sites: int, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.names = tuple(f"site-{i + 1}" for i in range(sites))
         self.run_settings = RunSettings(**{"name": "job", "sites": self.names, "min_sites": sites, **settings})
-        self.events: list[Event] = []
+        self._events: list[Event] = []
         tokens = {name: f"token-of-{name}" for name in self.names}
-        self.server = Server(self.run_settings, folder / "run", tokens, listeners=[self.events.append])
+        self.server = Server(self.run_settings, folder / "run", tokens, listeners=[self._events.append])
         address = self.server.start()
         self._kits = {
             name: Kit(self.run_settings.name, name, i, sites, address, tokens[name], run=str(folder / "run"), simulated=True)
             for i, name in enumerate(self.names)
         }
-        self._processes: list[Any] = []
+        self._processes: list[SiteProcess] = []
+        self._stopped = False
 
     def kit(self, number: int = 1) -> str:
         name = self.names[number - 1]
@@ -107,7 +108,7 @@ class Federation:
         num_examples: int = 32,
     ) -> Partner:
         """Site `number` in a thread; `model` says what travels and what must agree."""
-        return Partner(self.kit(number), model, work, num_examples, None)
+        return Partner(self.kit(number), model, work, num_examples)
 
     def fork(self, program: str, values: Any = None, *, number: int | None = 1) -> SiteProcess:
         """Run `program` (source text) in a warm process as site `number`, or outside the federation (None)."""
@@ -125,13 +126,20 @@ class Federation:
         return result
 
     def events_of(self, kind: str, site: str | None = None) -> list[Event]:
-        return [event for event in self.events if event.kind == kind and site in (None, event.site)]
+        """What happened, in order. Stops the server, so that nothing is still on its way."""
+        self._stop()
+        return [event for event in self._events if event.kind == kind and site in (None, event.site)]
 
     def close(self) -> None:
         for process in self._processes:
             process.close()
         sessions.close_sessions("the test is over")
-        self.server.close()
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.server.close()
 
 
 class SiteProcess:

@@ -159,8 +159,8 @@ def test_training_loss_of_the_round_without_any_logging(federation) -> None:
     run = federation(rounds=2)
     m.trainer(FederatedCallback(kit=run.kit()), logging_strategy="steps", logging_steps=1, callbacks=[Watch()]).train()
     noisy = [e.data["metrics"]["train_loss"] for e in run.events_of("update")]
-    assert silent == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])], rel=1e-5)
-    assert noisy == pytest.approx(silent, rel=1e-5)
+    assert silent == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])], abs=1e-4)  # transformers 4 rounds what it logs
+    assert noisy == pytest.approx(silent, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
