@@ -37,6 +37,7 @@ class AdapterExample:
     identities: Callable[[Adapter], object]
 
     def fresh(self, seed: int = 0) -> Adapter:
+        """An adapter of which everything travels that travels by default."""
         return self.make(seed, "auto", ())
 
 
@@ -255,9 +256,10 @@ def _trained(state: Arrays, site: int, number: int) -> dict[str, Array]:
     for name, array in state.items():
         if is_floating(array.dtype):
             noise = np.random.default_rng([site, number, len(name)]).uniform(-1, 1, array.shape)
-            trained[name] = (0.5 * array.astype(np.float64) + noise).astype(array.dtype)
+            trained[name] = np.asarray(0.5 * array.astype(np.float64) + noise).astype(array.dtype)
         else:
-            trained[name] = array | (site == 1) if array.dtype == np.bool_ else array + np.asarray(site, array.dtype)
+            changed = array | (site == 1) if array.dtype == np.bool_ else array + np.asarray(site, array.dtype)
+            trained[name] = np.asarray(changed)  # NumPy makes scalars of arrays without dimensions
     return trained
 
 

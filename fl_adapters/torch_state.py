@@ -104,15 +104,13 @@ def frozen_rest(module: nn.Module, exchange: Exchange = "auto", keep_local: tupl
 class TorchState:
     """The tensors of one module that travel: `get_state` to host arrays, `set_state` in place.
 
-    Holds the live tensors and one reused host buffer per tensor. With a sharded model (FSDP2) both calls are
-    collective: every rank makes them.
+    Holds the live tensors and one reused host buffer per tensor.
     """
 
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
         self.tensors = travelling(module, exchange, keep_local)
-        self.sharded = any(is_sharded(tensor) for tensor in self.tensors.values())
         self._host: dict[str, Tensor] = {}
 
     @property
@@ -124,10 +122,9 @@ class TorchState:
     def get_state(self) -> dict[str, Array]:
         """Copy every tensor to its host buffer. The arrays are views of these buffers: valid until the next call."""
         for name, tensor in self.tensors.items():
-            source = whole(tensor)
             if name not in self._host:
-                self._host[name] = torch.empty(source.shape, dtype=source.dtype)
-            self._host[name].copy_(source)
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._host[name].copy_(tensor)
         return {name: as_array(buffer) for name, buffer in self._host.items()}
 
     def set_state(self, arrays: Arrays) -> None:
@@ -149,15 +146,7 @@ class TorchState:
     @torch.no_grad()
     def copy_in(self, name: str, array: Array) -> None:
         """Copy one checked array into the live tensor `name`."""
-        tensor, value = self.tensors[name], as_tensor(array)
-        if is_sharded(tensor):
-            from torch.distributed.tensor import DTensor, distribute_tensor
-
-            assert isinstance(tensor, DTensor)
-            value = value.to(tensor.device)
-            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
-        else:
-            tensor.copy_(value)
+        self.tensors[name].copy_(as_tensor(array))
 
 
 def specs_of(arrays: Arrays) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -236,28 +225,38 @@ def _adapter_tensors(module: nn.Module, state: dict[str, Tensor]) -> dict[str, T
             fix="activate the one to be federated with model.set_adapter(name)",
         )
     # Stand-ins go in, each filled with the number of a live tensor, and come out under the names that PEFT saves
-    # them by; PEFT may copy them on the way. The frozen ones are small.
-    names = list(state)
+    # them by. PEFT may copy them on the way, or cut them (then they do not stand for a live tensor any more).
+    raw_names = list(state)
     stand_ins = {
-        name: torch.full(state[name].shape if state[name].requires_grad else (1,), float(number), dtype=torch.float64)
-        for number, name in enumerate(names, start=1)
+        name: torch.full((1,) * tensor.dim(), float(number), dtype=torch.float64).expand(tensor.shape)
+        for number, (name, tensor) in enumerate(state.items())
     }
     saved = get_peft_model_state_dict(module, stand_ins, adapter_name=active[0], save_embedding_layers=False)
-    numbers = {saved_name: int(tensor.flatten()[0]) for saved_name, tensor in saved.items() if tensor.numel()}
-    if all(_is_stand_in(saved[name], number, stand_ins, names) for name, number in numbers.items()):
-        return {saved_name: state[names[number - 1]] for saved_name, number in numbers.items()}
+    numbers = {name: _number(tensor) for name, tensor in saved.items()}
+    if all(
+        n in range(len(raw_names)) and saved[name].shape == state[raw_names[n]].shape for name, n in numbers.items()
+    ):
+        return {name: state[raw_names[number]] for name, number in numbers.items()}
     # prompt learning saves a computed prompt instead of its parameters: take the parameters
     return {name: tensor for name, tensor in state.items() if tensor.requires_grad}
 
 
-def _is_stand_in(tensor: Tensor, number: int, stand_ins: dict[str, Tensor], names: list[str]) -> bool:
-    whole_one = 1 <= number <= len(names) and tensor.shape == stand_ins[names[number - 1]].shape
-    return whole_one and tensor.dtype == torch.float64 and bool((tensor == number).all())
+def _number(stand_in: Tensor) -> int:
+    """What a stand-in is filled with; -1 for a tensor that is none."""
+    if stand_in.dtype != torch.float64 or stand_in.numel() == 0:
+        return -1
+    return int(stand_in[(0,) * stand_in.dim()])
 
 
 def _check_can_travel(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ConfigError("a tensor that travels is not loaded (meta device)", where=name, fix="do not offload it")
+    if is_sharded(tensor):
+        raise ConfigError(
+            "a model sharded by FSDP can be federated by its PEFT adapter alone",
+            where=name,
+            fix="train an adapter with peft, or use DDP",
+        )
     if tensor.dtype not in _DTYPES:
         raise ConfigError(f"tensors of dtype {tensor.dtype} cannot travel", where=name, fix="leave it out: keep_local=")
     if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():

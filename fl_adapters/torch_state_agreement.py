@@ -63,7 +63,7 @@ def fingerprint(tensors: Mapping[str, Tensor], *, full_bytes: int = FULL_HASH_BY
         tensor = tensors[name]
         digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}|".encode())
         for piece in _pieces(tensor, full):
-            digest.update(memoryview(piece.cpu().numpy()))
+            digest.update(piece.cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_adapters.torch_state import as_array, as_tensor, differences, is_sharded, numpy_dtype, specs_of
+from fl_adapters.torch_state import as_array, as_tensor, differences, numpy_dtype, specs_of
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 
@@ -126,8 +126,6 @@ def _check_averageable(kind: str, value: object, parameter: Tensor, where: str) 
         return
     if not isinstance(value, Tensor):
         raise _refusal(f"{kind!r} is no tensor", where)
-    if is_sharded(value):
-        raise _refusal("its moments are sharded (FSDP)", where)
     if not value.is_floating_point():
         raise _refusal(f"{kind!r} is quantised or an index ({value.dtype})", where)
     if value.shape != parameter.shape and value.numel() != 1:

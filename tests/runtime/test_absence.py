@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from federation_bench import WAIT_S, Site, Watch, ended, errors_of, in_threads, serving, settings
+from federation_bench import (
+    WAIT_S,
+    Site,
+    Watch,
+    ended,
+    errors_at_once,
+    errors_together,
+    serving,
+    settings,
+    started,
+    together,
+)
 from tcp_proxy import TcpProxy
 
 from fl_runtime.aggregation import FedAvg
@@ -65,17 +76,19 @@ def test_a_needed_site_that_leaves_ends_the_run_for_all(tmp_path: Path) -> None:
         sites, tasks = bench.started(W)
         for name in ("site-1", "site-2"):
             sites[name].submit(tasks[name], value(1))
-        waiting = {n: lambda n=n: sites[n].client.next_task() for n in ("site-1", "site-2")}
-        leaving = {"site-3": lambda: sites["site-3"].client.leave("early stop", early=True)}
-        errors = errors_of({**waiting, **leaving})
-    for name in waiting:
-        assert isinstance(errors[name], QuorumError)
-        assert "site-3: early stop" in str(errors[name])
+        *waiting, _ = errors_together(
+            sites["site-1"].client.next_task,
+            sites["site-2"].client.next_task,
+            lambda: sites["site-3"].client.leave("early stop", early=True),
+        )
+    for error in waiting:
+        assert isinstance(error, QuorumError)
+        assert "site-3: early stop" in str(error)
 
 
 @pytest.mark.parametrize("how", ["vanish", "known dead"])
 def test_a_needed_site_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
-    with serving(tmp_path, 2, rejoin_s=0.2) as bench:
+    with serving(tmp_path, 2, rejoin_s=0.6) as bench:
         sites, tasks = bench.started(W)
         sites["site-1"].submit(tasks["site-1"], value(1))
         if how == "vanish":
@@ -89,7 +102,7 @@ def test_a_needed_site_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("when", ["joined", "registered", "in a round"])
 def test_a_run_whose_sites_are_all_gone_ends(tmp_path: Path, when: str) -> None:
-    with serving(tmp_path, 2, min_sites=1, rejoin_s=0.2) as bench:
+    with serving(tmp_path, 2, min_sites=1, rejoin_s=0.6) as bench:
         if when == "in a round":
             made = list(bench.started(W)[0].values())
         else:
@@ -97,7 +110,7 @@ def test_a_run_whose_sites_are_all_gone_ends(tmp_path: Path, when: str) -> None:
             for site in made:
                 site.join()
         if when == "registered":
-            threading.Thread(target=lambda: errors_of({"": lambda: made[0].register(W)}), daemon=True).start()
+            threading.Thread(target=lambda: errors_at_once([W], made[0].register), daemon=True).start()
             bench.watch.wait("registered")
         for site in made:
             site.vanish()
@@ -106,7 +119,7 @@ def test_a_run_whose_sites_are_all_gone_ends(tmp_path: Path, when: str) -> None:
 
 
 def test_a_site_that_dies_is_done_without_where_the_job_allows_it(tmp_path: Path) -> None:
-    with serving(tmp_path, 3, min_sites=2, rejoin_s=0.2, rounds=2) as bench:
+    with serving(tmp_path, 3, min_sites=2, rejoin_s=0.6, rounds=2) as bench:
         sites, tasks = bench.started(W)
         sites["site-1"].vanish()  # the first in order: the sum must not wait for it for ever
         for number in (1, 2):
@@ -153,13 +166,13 @@ def test_an_old_attempt_that_waits_is_woken_by_the_new_one(tmp_path: Path) -> No
         old = sites["site-2"]
         old.submit(tasks["site-2"], value(1))
 
-        def taken_over() -> None:
+        def taken_over() -> object:
             bench.watch.wait("update", "site-2")
-            bench.site("site-2").join()
+            return bench.site("site-2").join()
 
-        errors = errors_of({"old": old.client.next_task, "new": taken_over})
-        assert isinstance(errors["old"], AbortedError)
-        assert errors["new"] is None
+        waiting, new = errors_together(old.client.next_task, taken_over)
+        assert isinstance(waiting, AbortedError)
+        assert new is None
 
 
 def test_an_update_of_a_dead_attempt_counts_and_its_successor_waits_for_the_next_round(tmp_path: Path) -> None:
@@ -177,7 +190,7 @@ def test_an_update_of_a_dead_attempt_counts_and_its_successor_waits_for_the_next
 
 def test_a_site_that_comes_back_within_a_round_is_counted_wherever_it_stands_in_the_order(tmp_path: Path) -> None:
     """site-1 is absent when the round opens, and the others' updates are summed already when it returns."""
-    with serving(tmp_path, 4, min_sites=2, rejoin_s=0.2, rounds=2) as bench:
+    with serving(tmp_path, 4, min_sites=2, rejoin_s=0.6, rounds=2) as bench:
         sites, tasks = bench.started(W)
         sites["site-1"].client.leave("away for a moment", early=True)
         for name in ("site-2", "site-3", "site-4"):
@@ -198,7 +211,7 @@ def test_a_site_that_comes_back_within_a_round_is_counted_wherever_it_stands_in_
 
 
 def test_an_outlived_process_does_not_keep_its_site_present(tmp_path: Path) -> None:
-    with serving(tmp_path, 2, rejoin_s=0.2) as bench:
+    with serving(tmp_path, 2, rejoin_s=0.6) as bench:
         sites, tasks = bench.started(W)
         new = bench.site("site-2")  # the old process hangs, its connection stays open
         new.join()
@@ -210,12 +223,9 @@ def test_an_outlived_process_does_not_keep_its_site_present(tmp_path: Path) -> N
 
 
 def test_a_site_that_was_given_up_is_taken_back_when_its_connection_returns(tmp_path: Path) -> None:
-    with serving(tmp_path, 2, min_sites=1, rejoin_s=0.2, rounds=2) as bench, TcpProxy(bench.address) as proxy:
+    with serving(tmp_path, 2, min_sites=1, rejoin_s=0.6, rounds=2) as bench, TcpProxy(bench.address) as proxy:
         one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address)
-        for site in (one, two):
-            site.join()
-        in_threads({site.name: lambda s=site: s.register(W) for site in (one, two)})
-        tasks = {site.name: site.start(W) for site in (one, two)}
+        tasks = started([one, two], W)
         proxy.refuses = True
         proxy.cut()
         bench.watch.wait("left", "site-2")
@@ -238,9 +248,9 @@ def test_a_site_that_comes_after_the_start_takes_part(tmp_path: Path) -> None:
         task = one.start(W)
         assert two.join().started
         assert two.register(W) == 2
+        bad = bench.site("site-2")
+        bad.join()
         with pytest.raises(StateMismatchError, match="w: float64"):
-            bad = bench.site("site-2")
-            bad.join()
             bad.register({"w": np.zeros(4)})
         good = bench.site("site-2")
         good.join()
@@ -345,10 +355,7 @@ def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it
     loop.start()
     service = Noticing(FederationService(run), "site-2")
     one, two = (Site(name, MemoryTransport(service, name)) for name in ("site-1", "site-2"))
-    for site in (one, two):
-        site.join()
-    in_threads({s.name: lambda s=s: s.register(W) for s in (one, two)})
-    tasks = {s.name: s.start(W) for s in (one, two)}
+    tasks = started([one, two], W)
     one.submit(tasks["site-1"], value(4))
     assert strategy.summing.wait(WAIT_S)  # the deadline has passed
 
@@ -356,7 +363,7 @@ def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it
         assert service.submitting.wait(WAIT_S)
         strategy.go_on.set()
 
-    status = in_threads({"two": lambda: two.submit(tasks["site-2"], value(8)), "": finished})["two"]
+    status, _ = together(lambda: two.submit(tasks["site-2"], value(8)), finished)
     first = watch.wait("round_finished")
     run.fail(FederationError("the test is over"))
     loop.join(WAIT_S)
@@ -374,9 +381,10 @@ def test_an_aborted_run_reaches_every_waiting_site(tmp_path: Path) -> None:
             sites[name].submit(tasks[name], value(1))
         tasks = {n: s.client.next_task() for n, s in sites.items()}
         sites["site-1"].submit(tasks["site-1"], value(1))
-        waiting: dict[str, Callable[[], object]] = {"site-1": sites["site-1"].client.next_task}
-        errors = errors_of({**waiting, "": lambda: bench.server.abort("somebody pressed a key")})
-        assert isinstance(errors["site-1"], AbortedError)
-        assert "somebody pressed a key" in str(errors["site-1"])
+        waiting, _ = errors_together(
+            sites["site-1"].client.next_task, lambda: bench.server.abort("somebody pressed a key")
+        )
+        assert isinstance(waiting, AbortedError)
+        assert "somebody pressed a key" in str(waiting)
         with pytest.raises(AbortedError):
             bench.site("site-2").join()

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation_bench import Bench, Site, in_threads, serving
+from federation_bench import Bench, Site, serving, started, together
 from tcp_proxy import Direction, TcpProxy
 
 from fl_runtime.errors import ConnectionLostError
-from fl_runtime.types import Arrays, Task
+from fl_runtime.types import Arrays, Report
 from fl_runtime.wire.frames import FRAME_BYTES
 
 MIB = 2**20
 PAYLOAD = 24 * MIB
-IN_FLIGHT = FRAME_BYTES + 6 * MIB
+IN_FLIGHT = FRAME_BYTES + 10 * MIB
 """What may have passed the proxy and not the last whole frame: HTTP/2's window and the sockets' buffers."""
 
 
@@ -116,19 +116,14 @@ def test_waiting_sites_survive_a_broken_connection(tmp_path: Path) -> None:
     initial: Arrays = {"w": np.zeros(3)}
     with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
         one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address)
-        for site in (one, two):
-            site.join()
-        in_threads({s.name: lambda s=s: s.register(initial) for s in (one, two)})
-        tasks = {s.name: s.start(initial) for s in (one, two)}
+        tasks = started([one, two], initial)
         two.submit(tasks["site-2"], {"w": np.ones(3)})
 
-        def meanwhile() -> Task | None:
+        def meanwhile() -> None:
             proxy.cut()
             one.submit(tasks["site-1"], {"w": np.ones(3)})
-            return None
 
-        final = in_threads({"two": two.client.next_task, "": meanwhile})["two"]
-        assert final is not None
+        final, _ = together(two.client.next_task, meanwhile)
         assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
         assert not bench.watch.all("left")
 
@@ -144,14 +139,11 @@ def test_a_break_during_the_handshake_is_survived(tmp_path: Path) -> None:
             proxy.cut()
             return two.register({"w": np.zeros(1)})
 
-        rounds = in_threads({"one": lambda: one.register({"w": np.zeros(1)}), "two": second})
-        assert rounds == {"one": 1, "two": 1}
+        assert together(lambda: one.register({"w": np.zeros(1)}), second) == [1, 1]
 
 
 @pytest.mark.parametrize("call", ["join", "next_task", "submit", "large submit", "report"])
 def test_a_server_that_is_gone_for_good_is_given_up_after_the_patience(tmp_path: Path, call: str) -> None:
-    from fl_runtime.types import Report
-
     initial: Arrays = {"w": np.zeros(3 * MIB // 8 if call == "large submit" else 3)}
     with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
         site = bench.site("site-1", address=proxy.address, patience_s=0.4)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import WAIT_S, Site, in_threads, serving, settings
+from federation_bench import WAIT_S, Site, at_once, registered, serving, settings, started, together
 from tcp_proxy import TcpProxy
 
 import fl_runtime
@@ -102,11 +102,11 @@ def start_weights(size: int = 1000) -> Arrays:
 
 
 def uninterrupted(folder: Path, sites: int, rounds: int, size: int = 1000) -> dict[str, bytes]:
+    def site(name: str) -> Arrays:
+        return bench.site(name).take_part(start_weights(size), lambda task: trained(task, name))
+
     with serving(folder, sites, sockets=False, rounds=rounds) as bench:
-        finals = in_threads(
-            {n: lambda n=n: bench.site(n).take_part(start_weights(size), lambda t: trained(t, n)) for n in bench.names}
-        )
-    return bits(finals["site-1"])
+        return bits(bench.run(site)["site-1"])
 
 
 def bits(arrays: Arrays) -> dict[str, bytes]:
@@ -117,10 +117,7 @@ def test_killed_between_two_updates_of_a_round(tmp_path: Path) -> None:
     wanted = uninterrupted(tmp_path / "oracle", 3, 2)
     with server_process(tmp_path / "run", 3, rounds=2) as server:
         sites = {f"site-{i}": server.site(f"site-{i}") for i in (1, 2, 3)}
-        for site in sites.values():
-            site.join()
-        in_threads({n: lambda s=s: s.register(start_weights()) for n, s in sites.items()})
-        tasks = {n: s.start(start_weights()) for n, s in sites.items()}
+        tasks = started(sites.values(), start_weights())
         sites["site-3"].submit(tasks["site-3"], trained(tasks["site-3"], "site-3"))
         server.kill()
         server.start()
@@ -171,20 +168,16 @@ def test_killed_again_and_again_while_three_sites_train(tmp_path: Path) -> None:
 
         return bits(site.take_part(start_weights(), change))
 
-    def murder() -> dict[str, bytes]:
+    def murder() -> None:
         for _ in range(4):
             for _ in range(3):
                 assert acknowledged.acquire(timeout=WAIT_S)
             server.kill()
             server.start()
-        return {}
 
     with server_process(tmp_path / "run", 3, rounds=rounds) as server:
-        work: dict[str, Callable[[], dict[str, bytes]]] = {
-            name: lambda n=name: site(n) for name in ("site-1", "site-2", "site-3")
-        }
-        finals = in_threads({**work, "": murder})
-        assert [finals[name] for name in work] == [wanted] * 3
+        finals = together(murder, lambda: site("site-1"), lambda: site("site-2"), lambda: site("site-3"))
+        assert finals[1:] == [wanted] * 3
         assert bits(server.finished()) == wanted
 
 
@@ -193,21 +186,17 @@ def test_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
     wanted = uninterrupted(tmp_path / "oracle", 2, 1, size)
     with server_process(tmp_path / "run", 2, rounds=1) as server, TcpProxy(server.address) as proxy:
 
-        def murder() -> dict[str, bytes]:
+        def murder() -> None:
             # site-1 uploads the initial model, then its update; the kill comes in the middle of the latter
             proxy.wait_for("up", size * 4 + 2**22)
             server.kill()
             server.start()
-            return {}
 
-        work: dict[str, Callable[[], dict[str, bytes]]] = {
-            name: lambda n=name, a=address: bits(
-                server.site(n, a).take_part(start_weights(size), lambda t: trained(t, n))
-            )
-            for name, address in (("site-1", proxy.address), ("site-2", ""))
-        }
-        finals = in_threads({**work, "": murder})
-        assert finals["site-1"] == finals["site-2"] == wanted
+        def site(name: str, address: str) -> dict[str, bytes]:
+            return bits(server.site(name, address).take_part(start_weights(size), lambda task: trained(task, name)))
+
+        finals = together(murder, lambda: site("site-1", proxy.address), lambda: site("site-2", ""))
+        assert finals[1:] == [wanted] * 2
         assert bits(server.finished()) == wanted
 
 
@@ -225,7 +214,7 @@ def test_killed_at_the_edges_of_a_run(tmp_path: Path, moment: str) -> None:
             two.register(start_weights())
             registered.join(WAIT_S)
         else:
-            in_threads({s.name: lambda s=s: s.register(start_weights()) for s in (one, two)})
+            at_once([one, two], lambda site: site.register(start_weights()))
         if moment == "the initial model is awaited":
             server.kill()
             server.start()
@@ -249,10 +238,7 @@ def test_killed_at_the_edges_of_a_run(tmp_path: Path, moment: str) -> None:
 def test_killed_after_the_update_of_a_site_that_had_come_back_to_the_round(tmp_path: Path) -> None:
     with server_process(tmp_path / "run", 2, rounds=2, min_sites=1) as server:
         one, two = server.site("site-1"), server.site("site-2")
-        for site in (one, two):
-            site.join()
-        in_threads({s.name: lambda s=s: s.register({"w": np.zeros(1)}) for s in (one, two)})
-        tasks = {s.name: s.start({"w": np.zeros(1)}) for s in (one, two)}
+        tasks = started([one, two], {"w": np.zeros(1)})
         one.client.leave("away for a moment", early=True)
         two.submit(tasks["site-2"], {"w": np.zeros(1)})
         task = two.client.next_task()  # round 2 was opened without site-1
@@ -269,11 +255,9 @@ def test_killed_after_the_update_of_a_site_that_had_come_back_to_the_round(tmp_p
 
 
 def test_a_site_that_dies_while_the_server_is_down_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    with server_process(tmp_path / "run", 2, rounds=1, min_sites=1, rejoin_s=0.5) as server:
+    with server_process(tmp_path / "run", 2, rounds=1, min_sites=1, rejoin_s=3.0) as server:
         one, two = server.site("site-1"), server.site("site-2")
-        one.join()
-        two.join()
-        in_threads({s.name: lambda s=s: s.register(start_weights()) for s in (one, two)})
+        registered([one, two], start_weights())
         task = one.start(start_weights())
         server.kill()
         two.vanish()

@@ -54,7 +54,9 @@ def test_data_loader_workers(federation, start, persistent, workers) -> None:
     assert len(run.events_of("joined")) == 1
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"]
+)
 def test_copy_takes_the_place_of_the_callback(federation, duplicate) -> None:
     run = federation(rounds=2)
     callback = FederatedCallback(kit=run.kit())

@@ -60,6 +60,6 @@ def test_sft_trainer_with_an_adapter(federation) -> None:
     assert all("mean_token_accuracy" in row or "entropy" in row for row in own)
     assert all(not {"mean_token_accuracy", "entropy"} & set(row) for row in history if "federation_round" in row)
     assert len(run.events_of("report")) == 2
-    opened = peft.PeftModel.from_pretrained(m.decoder(), run.folder / "run" / "model")
+    opened = peft.PeftModel.from_pretrained(m.decoder(), run.folder / "model")
     assert opened.peft_config["default"].r == 2
-    assert (run.folder / "run" / "model" / "tokenizer.json").exists()
+    assert (run.folder / "model" / "tokenizer.json").exists()
