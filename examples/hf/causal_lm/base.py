@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 VOCABULARY = 1024
 BLOCK = 64  # tokens
 BATCH = 16
-EPOCHS = 3
+EPOCHS = 4
 LEARNING_RATE = 3e-3
 
 
@@ -45,7 +45,7 @@ def _pretrain(text: Sequence[str], folder: Path) -> None:
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=256,

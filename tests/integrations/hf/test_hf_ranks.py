@@ -127,6 +127,7 @@ def test_configuration_error_reaches_every_rank(federation) -> None:
         assert "num_train_epochs=3" in rank.error()
 
 
+@pytest.mark.slow
 def test_torchrun_outlives_a_round_of_three_process_group_timeouts(federation, tmp_path) -> None:
     """The other site takes 30 s for a round; this site's process group gives up after 10 s of silence."""
     run = federation(sites=2, rounds=2)
