@@ -274,7 +274,9 @@ def _last_scores(run: Run) -> None:
         run.published.notify_all()
         assert run.model is not None
         last = run.model.version
-        run.wait_until(lambda: run.evaluators() <= run.scores.reported(last), run.settings.deadline_s)
+        run.wait_until(
+            lambda: run.evaluators() <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
+        )
         run.settle(last)
         if run.best is None or run.scores.better(last, run.best.version):
             run.best = run.model

@@ -107,6 +107,7 @@ class Run:
         self.results: list[RoundResult] = []
         self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
         self.exporter = ""
+        self.without_score: set[str] = set()
         self.ended = threading.Event()
 
     # -- joining ---------------------------------------------------------------------------------------------
@@ -201,6 +202,10 @@ class Run:
 
     def wait_for_task(self, name: str, attempt: int, best: bool, beat_s: float) -> Iterator[Offer | None]:
         """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
+        if best:
+            with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
+                self.without_score.add(name)
+                self.changed.notify_all()
         while True:
             with self.lock:
                 member = self._member(name, attempt)

@@ -85,7 +85,7 @@ def test_a_long_list_of_differences_arrives_shortened_but_with_its_number(tmp_pa
     with serving(tmp_path, 2) as bench:
         for error in registering(bench, [mine, theirs]):
             assert isinstance(error, StateMismatchError)
-            assert "differ in 50 tensors" in error.what
+            assert "do not agree in 50 tensors" in error.what
             assert error.fix
 
 
