@@ -37,6 +37,7 @@ class AdapterExample:
     identities: Callable[[Adapter], object]
 
     def fresh(self, seed: int = 0) -> Adapter:
+        """An adapter of which everything travels that travels by default."""
         return self.make(seed, "auto", ())
 
 
@@ -258,7 +259,7 @@ def _trained(state: Arrays, site: int, number: int) -> dict[str, Array]:
             trained[name] = np.asarray(0.5 * array.astype(np.float64) + noise).astype(array.dtype)
         else:
             changed = array | (site == 1) if array.dtype == np.bool_ else array + np.asarray(site, array.dtype)
-            trained[name] = np.asarray(changed)  # of no dimension, a sum is a scalar and no array
+            trained[name] = np.asarray(changed)  # NumPy makes scalars of arrays without dimensions
     return trained
 
 

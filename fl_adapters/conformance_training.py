@@ -33,7 +33,9 @@ class PlainLoop(Protocol):
     """One site's training without fl-adapters: the same model, data, order and schedule, driven from outside."""
 
     @property
-    def num_examples(self) -> int: ...
+    def num_examples(self) -> int:
+        """Rows of its training set: its weight in the average."""
+        ...
 
     def weights(self) -> Arrays:
         """Every tensor of the model."""
@@ -53,15 +55,22 @@ class PlainLoop(Protocol):
 
 
 class TrainingExample(Protocol):
-    """A small training job: the same number of steps in an epoch at every site, fewer than a second for all of it.
+    """A small training job, of less than a second. Plain attributes do for the three properties."""
 
-    steps_per_epoch: optimizer steps. personal: a pattern that matches some, but not all, floating tensors.
-    states: what belongs to the process but must not be shared by sites, such as the framework's random state.
-    """
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, the same at every site."""
+        ...
 
-    steps_per_epoch: int
-    personal: str
-    states: Sequence[State]
+    @property
+    def personal(self) -> str:
+        """A pattern that matches some, but not all, of the floating tensors."""
+        ...
+
+    @property
+    def states(self) -> Sequence[State]:
+        """What belongs to the process but must not be shared by sites, such as the framework's random state."""
+        ...
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
         """Seed for `site`, build model, data and trainer, run the framework's own call with the callback made from

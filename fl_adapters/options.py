@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fl_runtime.errors import ConfigError
@@ -68,7 +69,7 @@ class Options:
         _patterns("keep_local", self.keep_local)
         _policy(self.optimizer_state)
         n = self.num_examples
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n <= 0):
+        if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n <= 0):
             raise ConfigError(
                 f"num_examples={n!r}: the weight of a site's updates must be a whole number above zero",
                 fix="leave it out to use the size of the training set",
@@ -134,7 +135,7 @@ def _exchange(value: Any) -> Exchange | None:
 
 
 def _patterns(argument: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(p, str) for p in value):
         raise ConfigError(f"{argument}={value!r} is no list of name patterns", fix=f"write {argument}=['head.*']")
     return tuple(value)
 

@@ -10,25 +10,29 @@ from fl_runtime.errors import ConfigError
 
 
 def claimed_path(run: Path, site: str, path: str) -> str:
-    """A relative path moves to run/sites/<site>/<path>; an absolute one belongs to the first site that claims it.
+    """A relative path moves to run/sites/<site>/<path>; an absolute one, or one that leads upwards ("../out"),
+    belongs to the first site that claims it.
 
-    Raises ConfigError when another site of the run has claimed an absolute path. Paths within this site's own
-    folder come back unchanged.
+    Raises ConfigError when another site of the run has claimed it. Paths within this site's own folder come back
+    unchanged.
     """
     own = run / "sites" / site
-    if not os.path.isabs(path):
+    if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir:
         return str(own / path)
     if Path(path).is_relative_to(own):
         return path
     claims = run / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     claim = claims / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    mine = claims / f"{claim.name}.{site}"
+    mine.write_text(site, encoding="utf-8")
     try:
-        with open(claim, "x", encoding="utf-8") as file:
-            file.write(site)
+        os.link(mine, claim)  # whole at once: nobody reads a claim without its owner's name
         return path
     except FileExistsError:
         owner = claim.read_text(encoding="utf-8")
+    finally:
+        mine.unlink()
     if owner == site:
         return path
     raise ConfigError(

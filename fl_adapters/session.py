@@ -22,7 +22,7 @@ from fl_adapters.kit import Kit, current_kit
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path
 from fl_runtime.client import SiteClient
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters import apply
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
@@ -131,9 +131,15 @@ class Session:
         not finite or num_examples below 1.
         """
         task = self._current()
+        if num_examples < 1 or num_examples != int(num_examples):
+            raise UpdateRefusedError(
+                f"num_examples is {num_examples}; the weight of an update must be a whole number above zero",
+                where=f"update of {self.name}, round {task.round}",
+                fix="check that the site's training set is not empty, or pass num_examples=",
+            )
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
-        update = self._update(task, arrays, num_examples, local_steps, metrics, extras or {})
+        update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
         return self._client.submit(apply(self._filters, update, task))
 
     def next_task(self) -> Task:

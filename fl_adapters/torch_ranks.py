@@ -90,7 +90,7 @@ def _arrays_one_by_one(specs: Specs, arrays: Arrays | None) -> Iterator[tuple[st
 def _run_and_tell(work: Callable[[], T]) -> T:
     outcome: list[T] = []
     failure: list[BaseException] = []
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def run() -> None:
         try:

@@ -104,15 +104,13 @@ def frozen_rest(module: nn.Module, exchange: Exchange = "auto", keep_local: tupl
 class TorchState:
     """The tensors of one module that travel: `get_state` to host arrays, `set_state` in place.
 
-    Holds the live tensors and one reused host buffer per tensor. With a sharded model (FSDP2) both calls are
-    collective: every rank makes them.
+    Holds the live tensors and one reused host buffer per tensor.
     """
 
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
         self.tensors = travelling(module, exchange, keep_local)
-        self.sharded = any(_is_sharded(tensor) for tensor in self.tensors.values())
         self._host: dict[str, Tensor] = {}
 
     @property
@@ -124,10 +122,9 @@ class TorchState:
     def get_state(self) -> dict[str, Array]:
         """Copy every tensor to its host buffer. The arrays are views of these buffers: valid until the next call."""
         for name, tensor in self.tensors.items():
-            source = tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[operator]
             if name not in self._host:
-                self._host[name] = torch.empty(source.shape, dtype=source.dtype)
-            self._host[name].copy_(source)
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._host[name].copy_(tensor)
         return {name: as_array(buffer) for name, buffer in self._host.items()}
 
     def set_state(self, arrays: Arrays) -> None:
@@ -149,15 +146,7 @@ class TorchState:
     @torch.no_grad()
     def copy_in(self, name: str, array: Array) -> None:
         """Copy one checked array into the live tensor `name`."""
-        tensor, value = self.tensors[name], as_tensor(array)
-        if _is_sharded(tensor):
-            from torch.distributed.tensor import DTensor, distribute_tensor
-
-            assert isinstance(tensor, DTensor)
-            value = value.to(tensor.device)
-            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
-        else:
-            tensor.copy_(value)
+        self.tensors[name].copy_(as_tensor(array))
 
 
 def specs_of(arrays: Arrays) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -235,18 +224,39 @@ def _adapter_tensors(module: nn.Module, state: dict[str, Tensor]) -> dict[str, T
             where=type(module).__name__,
             fix="activate the one to be federated with model.set_adapter(name)",
         )
-    # the live tensors themselves go in, so they come out under the names that PEFT saves them by
-    found = get_peft_model_state_dict(module, state_dict=state, adapter_name=active[0], save_embedding_layers=False)
-    live = {id(tensor) for tensor in state.values()}
-    if all(id(tensor) in live for tensor in found.values()):
-        return dict(found)
+    # Stand-ins go in, each filled with the number of a live tensor, and come out under the names that PEFT saves
+    # them by. PEFT may copy them on the way, or cut them (then they do not stand for a live tensor any more).
+    raw_names = list(state)
+    stand_ins = {
+        name: torch.full((1,) * tensor.dim(), float(number), dtype=torch.float64).expand(tensor.shape)
+        for number, (name, tensor) in enumerate(state.items())
+    }
+    saved = get_peft_model_state_dict(module, stand_ins, adapter_name=active[0], save_embedding_layers=False)
+    numbers = {name: _number(tensor) for name, tensor in saved.items()}
+    if all(
+        n in range(len(raw_names)) and saved[name].shape == state[raw_names[n]].shape for name, n in numbers.items()
+    ):
+        return {name: state[raw_names[number]] for name, number in numbers.items()}
     # prompt learning saves a computed prompt instead of its parameters: take the parameters
     return {name: tensor for name, tensor in state.items() if tensor.requires_grad}
+
+
+def _number(stand_in: Tensor) -> int:
+    """What a stand-in is filled with; -1 for a tensor that is none."""
+    if stand_in.dtype != torch.float64 or stand_in.numel() == 0:
+        return -1
+    return int(stand_in[(0,) * stand_in.dim()])
 
 
 def _check_can_travel(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ConfigError("a tensor that travels is not loaded (meta device)", where=name, fix="do not offload it")
+    if is_sharded(tensor):
+        raise ConfigError(
+            "a model sharded by FSDP can be federated by its PEFT adapter alone",
+            where=name,
+            fix="train an adapter with peft, or use DDP",
+        )
     if tensor.dtype not in _DTYPES:
         raise ConfigError(f"tensors of dtype {tensor.dtype} cannot travel", where=name, fix="leave it out: keep_local=")
     if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
@@ -257,8 +267,14 @@ def _check_can_travel(name: str, tensor: Tensor) -> None:
         )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor (FSDP2)
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of `tensor` only (a DTensor, of FSDP2)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` itself; a sharded one gathered, which is a collective of all ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _spec(spec: tuple[tuple[int, ...], str]) -> str:

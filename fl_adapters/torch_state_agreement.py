@@ -12,10 +12,10 @@ import xxhash
 from torch import Tensor, nn
 
 from fl_adapters.options import Exchange
-from fl_adapters.torch_state import frozen_rest, unwrap
+from fl_adapters.torch_state import frozen_rest, unwrap, whole
 
 FULL_HASH_BYTES = 2 << 30
-"""Up to this size every byte of the frozen weights is hashed (about a second); above, blocks spread over each tensor."""
+"""Up to this size every byte of the frozen weights is hashed, in about a second; above, blocks of each tensor."""
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 _PEFT_FIELDS = (
@@ -32,7 +32,9 @@ def agreement(
     """Name -> value of what must be equal at all sites, for `Session.register`."""
     module = unwrap(module)
     base = getattr(module, "get_base_model", lambda: module)()
-    facts = {"framework": framework, "model": type(base).__name__}
+    # fully_shard() gives a module a class of its own, in torch's module, above the user's
+    own = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    facts = {"framework": framework, "model": own.__name__}
     config = getattr(base, "config", None)
     for field in _CONFIG_FIELDS:
         if isinstance(value := getattr(config, field, None), int | str):
@@ -61,7 +63,7 @@ def fingerprint(tensors: Mapping[str, Tensor], *, full_bytes: int = FULL_HASH_BY
         tensor = tensors[name]
         digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}|".encode())
         for piece in _pieces(tensor, full):
-            digest.update(piece.cpu().numpy())
+            digest.update(piece.cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -69,9 +71,7 @@ def _pieces(tensor: Tensor, full: bool) -> list[Tensor]:
     """`tensor` as flat byte tensors: one, or blocks spread over it."""
     if tensor.numel() == 0:
         return []
-    if hasattr(tensor, "full_tensor"):  # sharded: gathered one tensor at a time
-        tensor = tensor.full_tensor()
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = whole(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
     if full or data.numel() <= _BLOCKS * _BLOCK_BYTES:
         return [data]
     last = data.numel() - _BLOCK_BYTES

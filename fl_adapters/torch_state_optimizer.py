@@ -131,14 +131,11 @@ def _check_averageable(kind: str, value: object, parameter: Tensor, where: str) 
         return
     if not isinstance(value, Tensor):
         raise _refusal(f"{kind!r} is no tensor", where)
-    if hasattr(value, "full_tensor"):
-        raise _refusal("its moments are sharded (FSDP)", where)
     if not value.is_floating_point():
         raise _refusal(f"{kind!r} is quantised or an index ({value.dtype})", where)
     if value.shape != parameter.shape and value.numel() != 1:
-        raise _refusal(
-            f"{kind!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}: factored", where
-        )
+        shapes = f"{list(value.shape)} for a parameter of {list(parameter.shape)}"
+        raise _refusal(f"{kind!r} is factored, of shape {shapes}", where)
 
 
 def _refusal(reason: str, where: str) -> ConfigError:

@@ -18,9 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
-from fl_runtime.transport.base import Transport
-from fl_runtime.types import Array, Report, Task, Update
+from fl_runtime.errors import (
+    ConfigError,
+    ConnectionLostError,
+    FederationError,
+    ProtocolError,
+    TransferDamagedError,
+)
+from fl_runtime.transport.base import Call, Transport
+from fl_runtime.types import Array, Metrics, Report, Task, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -32,6 +38,8 @@ M = TypeVar("M", bound=Message)
 R = TypeVar("R")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_DAMAGED_TRIES = 4
+_random = random.Random()  # of our own: the user's random state is not ours to advance
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class SiteClient:
         self._buffer: Array = np.empty(0, np.uint8)
         self._incoming: _Incoming | None = None
         self._presence: _Presence | None = None
+        self._heard = 0  # messages of the server: as long as it grows, the server is within reach
+        self._closed = False
         self.bytes_up = 0
         self.bytes_down = 0
 
@@ -72,7 +82,7 @@ class SiteClient:
         reply = self._unary("Join", request, pb.JoinReply)
         settings = json.loads(reply.settings_json)
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt)
-        self._presence = _Presence(self._transport, pb.SessionRequest(session=self._session), self._patience_s)
+        self._presence = _Presence(self._transport, pb.SessionRequest(session=self._session))
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
 
     def register(
@@ -120,7 +130,7 @@ class SiteClient:
             encoding=update.encoding,
             num_examples=max(update.num_examples, 0),
             local_steps=update.local_steps,
-            metrics_json=json.dumps(dict(update.metrics)),
+            metrics_json=_metrics_json(update.metrics),
             payload=payload,
         )
         message = pb.UpdatePart(update=header).SerializeToString()
@@ -132,7 +142,7 @@ class SiteClient:
         request = pb.ScoreRequest(
             session=self._session,
             version=report.version,
-            metrics_json=json.dumps(dict(report.metrics)),
+            metrics_json=_metrics_json(report.metrics),
             num_examples=report.num_examples,
         )
         self._unary("Score", request, pb.Done)
@@ -147,39 +157,44 @@ class SiteClient:
             log.info("leaving without the server's word: %s", error)
 
     def close(self) -> None:
+        self._closed = True
         if self._presence is not None:
             self._presence.close()
         self._transport.close()
 
     # -- calls -----------------------------------------------------------------------------------------------
 
+    def _call(self, method: str, requests: bytes | Iterator[bytes]) -> Iterator[bytes]:
+        for message in self._transport.call(method, requests):
+            self._heard += 1
+            yield message
+
     def _unary(self, method: str, request: Message, reply: type[M]) -> M:
         def call() -> M:
-            return _parsed(reply, next(iter(self._transport.call(method, request.SerializeToString())), b""))
+            return _parsed(reply, next(self._call(method, request.SerializeToString()), b""))
 
         return self._patiently(call)
 
     def _patiently(self, attempt: Callable[[], R]) -> R:
         """Repeat a call over broken connections, with pauses that grow and vary, while patience lasts."""
         given_up_at: float | None = None
-        pause_s = _FIRST_PAUSE_S
-        progress = self._progress()
+        pause_s, heard, damaged = _FIRST_PAUSE_S, self._heard, 0
         while True:
             try:
                 return attempt()
             except ConnectionLostError as error:
+                damaged += isinstance(error, TransferDamagedError)
+                if self._closed or damaged == _DAMAGED_TRIES:
+                    raise
                 now = time.monotonic()
-                if given_up_at is None or self._progress() != progress:
-                    given_up_at, pause_s, progress = now + self._patience_s, _FIRST_PAUSE_S, self._progress()
+                if given_up_at is None or self._heard != heard:
+                    given_up_at, pause_s, heard = now + self._patience_s, _FIRST_PAUSE_S, self._heard
                 if now > given_up_at:
                     raise ConnectionLostError(
                         f"{error.what}; gave up after {self._patience_s:g} s", where=error.where, fix=error.fix
                     ) from None
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            time.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-
-    def _progress(self) -> tuple[int, int]:
-        return self.bytes_up, self.bytes_down
 
     def _next_task(self, best: bool) -> Task:
         request = pb.NextRequest(session=self._session, layouts=list(self._manifests), best=best)
@@ -187,7 +202,7 @@ class SiteClient:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
-        for message in self._transport.call("Next", request.SerializeToString()):
+        for message in self._call("Next", request.SerializeToString()):
             if frames.is_frame(message):
                 if self._incoming is None:
                     raise ProtocolError("a frame came before its header")
@@ -247,19 +262,19 @@ class SiteClient:
     def _send(self, header: bytes, pieces: list[memoryview]) -> str:
         """One try at an upload: all in the header, or frames from the offset that the server names."""
         if not pieces:
-            replies = self._transport.call("Submit", header)
+            replies = self._call("Submit", header)
             self.bytes_up += len(header)
         else:
             offset = _Offset()
-            replies = self._transport.call("Submit", self._upload(header, pieces, offset))
+            replies = self._call("Submit", self._upload(header, pieces, offset))
             try:
-                first = _parsed(pb.SubmitReply, next(iter(replies), b""))
+                first = _parsed(pb.SubmitReply, next(replies, b""))
                 if first.HasField("accepted"):
                     return first.accepted.status
                 offset.give(first.send_from)
             finally:
                 offset.give(None)  # whatever happened: nobody waits for an offset for ever
-        last = _parsed(pb.SubmitReply, next(iter(replies), b""))
+        last = _parsed(pb.SubmitReply, next(replies, b""))
         if not last.HasField("accepted"):
             raise ConnectionLostError("the server ended the call without an acknowledgement")
         return last.accepted.status
@@ -303,10 +318,10 @@ class _Offset:
 class _Presence:
     """Holds the Attend call open, so that the server sees at once when this process is gone."""
 
-    def __init__(self, transport: Transport, request: pb.SessionRequest, patience_s: float) -> None:
-        self._transport, self._message, self._patience_s = transport, request.SerializeToString(), patience_s
+    def __init__(self, transport: Transport, request: pb.SessionRequest) -> None:
+        self._transport, self._message = transport, request.SerializeToString()
         self._closed = threading.Event()
-        self._call = transport.call("Attend", self._message)
+        self._call: Call | None = None
         self._thread = threading.Thread(target=self._hold, name="fl-presence", daemon=True)
         self._thread.start()
 
@@ -315,6 +330,9 @@ class _Presence:
         pause_s = _FIRST_PAUSE_S
         while not self._closed.is_set():
             try:
+                self._call = self._transport.call("Attend", self._message)
+                if self._closed.is_set():
+                    self._call.cancel()
                 for _ in self._call:
                     pause_s = _FIRST_PAUSE_S
             except ConnectionLostError:
@@ -325,11 +343,22 @@ class _Presence:
             if self._closed.wait(pause_s):
                 return
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-            self._call = self._transport.call("Attend", self._message)
 
     def close(self) -> None:
         self._closed.set()
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
+
+
+def _metrics_json(metrics: Metrics) -> str:
+    """NumPy's and other libraries' scalars become plain numbers."""
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"metric {name!r} is {value!r}, which is no number", fix="leave it out") from None
+    return json.dumps(numbers)
 
 
 def _parsed(kind: type[M], message: bytes) -> M:

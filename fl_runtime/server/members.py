@@ -50,8 +50,8 @@ class Member:
     """One site. Changed only under the run's lock.
 
     attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
-    streams. absent_since: monotonic seconds, None while present or before the first join. gone: why it no longer
-    counts; it may come back.
+    streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
+    it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Member:
     attending: int = 0
     absent_since: float | None = None
     gone: str = ""
+    lost: bool = False
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
 
@@ -77,17 +78,11 @@ def check_agreement(registrations: Mapping[str, Registration], manifests: Mappin
     first = registrations[names[0]]
     for name in names[1:]:
         other = registrations[name]
-        _check_declared(names[0], first, name, other)
-        lines = differences(manifests[first.layout], manifests[other.layout])
-        if lines:
-            more = f"\n    ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-            raise StateMismatchError(
-                f"the models of {names[0]} and {name} differ in {len(lines)} tensors ({names[0]} != {name}):\n    "
-                + "\n    ".join(lines[:_SHOWN])
-                + more,
-                where=f"handshake of {names[0]} and {name}, before round 1",
-                fix="build the same model at every site, or leave what may differ at home with keep_local",
-            )
+        declared = _declared_differences(first, other)
+        tensors = differences(manifests[first.layout], manifests[other.layout])
+        if declared or tensors:
+            raise _disagreement(names[0], name, declared, tensors)
+    _check_rounds(registrations)
 
 
 def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
@@ -102,18 +97,36 @@ def check_capabilities(registrations: Mapping[str, Registration], strategy: str,
             )
 
 
-def _check_declared(first_name: str, first: Registration, name: str, other: Registration) -> None:
-    keys = sorted(first.agreement.keys() | other.agreement.keys())
-    lines = [
+def _declared_differences(first: Registration, other: Registration) -> list[str]:
+    return [
         f"{key}: {first.agreement.get(key, 'missing')} != {other.agreement.get(key, 'missing')}"
-        for key in keys
+        for key in sorted(first.agreement.keys() | other.agreement.keys())
         if first.agreement.get(key) != other.agreement.get(key)
     ]
-    if first.rounds and other.rounds and first.rounds != other.rounds:
-        lines.append(f"rounds: {first.rounds} != {other.rounds}")
-    if lines:
+
+
+def _disagreement(first: str, other: str, declared: list[str], tensors: list[str]) -> HandshakeError:
+    """What two sites do not have in common: settings first, since they are often the cause of the tensors."""
+    shown = declared + tensors[:_SHOWN]
+    if len(tensors) > _SHOWN:
+        shown.append(f"... and {len(tensors) - _SHOWN} more tensors")
+    count = f" in {len(tensors)} tensors" if tensors else ""
+    kind = StateMismatchError if tensors else HandshakeError
+    fix = "build the same model at every site, or leave what may differ at home with keep_local"
+    return kind(
+        f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(shown),
+        where=f"handshake of {first} and {other}, before round 1",
+        fix=fix if tensors else "give both the same settings",
+    )
+
+
+def _check_rounds(registrations: Mapping[str, Registration]) -> None:
+    """The budgets of the trainers, where the job does not say; one without a budget follows the others."""
+    budgets = {name: r.rounds for name, r in registrations.items() if r.rounds}
+    if len(set(budgets.values())) > 1:
         raise HandshakeError(
-            f"{first_name} and {name} do not agree ({first_name} != {name}):\n    " + "\n    ".join(lines),
-            where=f"handshake of {first_name} and {name}, before round 1",
-            fix="give both the same settings; the number of rounds can be fixed for all with --rounds or Job(rounds=)",
+            "the sites' trainers are set for different numbers of rounds: "
+            + ", ".join(f"{name}: {rounds}" for name, rounds in list(budgets.items())[:_SHOWN]),
+            where="handshake, before round 1",
+            fix="give all the same budget, or fix the number of rounds for all with --rounds or Job(rounds=)",
         )

@@ -22,6 +22,7 @@ def recover(run: Run) -> None:
             manifest = run.journal.manifest(member.registration.layout)
             run.manifests[manifest.layout] = manifest
     run.rounds = run.journal.rounds()
+    run.last_used = run.journal.last_used()
     for version, site, metrics, num_examples in run.journal.scores():
         run.scores.report(version, site, metrics, num_examples)
     _models_and_rounds(run)
@@ -32,18 +33,19 @@ def recover(run: Run) -> None:
 
 
 def _models_and_rounds(run: Run) -> None:
+    models = run.journal.models()
     for entry in run.journal.round_entries():
         if entry.result is not None:
             result = RoundResult.from_json(entry.result)
             run.results.append(result)
             run.scores.trained(result.round, result.metrics)
-            run.scores.settle(result.round)
+            if result.round < models[-1].version:  # the newest one's scores may still be on their way
+                run.scores.settle(result.round)
         else:
             config = dict(run.strategy.configure(entry.round, entry.participants))
             run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic())
             for update in run.journal.updates(entry.round):
                 run.open.accepted[update.site] = _accepted(run, update)
-    models = run.journal.models()
     if models:
         run.model = _model(run, models[-1])
         _best_of(run, models[:-1])

@@ -149,32 +149,43 @@ class _Summing:
     def __init__(self, run: Run, current: OpenRound) -> None:
         self._run, self._current = run, current
         self._blob: Blob | None = None
-        self._order = list(run.members)
-        assert run.model is not None
-        self._aggregator = run.strategy.aggregator(run.model.blob.views()[0], self._allocate)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._order, self._added = list(self._run.members), 0
+        assert self._run.model is not None
+        self._aggregator = self._run.strategy.aggregator(self._run.model.blob.views()[0], self._allocate)
 
     def next_in_order(self) -> Accepted | None:
         """The update that can be summed now (call under the lock). An absent site holds back those after it."""
-        if self._order and self._order[0] not in self._current.participants:
+        current = self._current
+        while self._order and self._order[0] not in current.participants and self._order[0] not in current.accepted:
             self._order.pop(0)
-            return self.next_in_order()
-        return self._current.accepted.get(self._order[0]) if self._order else None
+        return current.accepted.get(self._order[0]) if self._order else None
 
     def add(self, accepted: Accepted) -> None:
         self._order.remove(accepted.update.site)
+        self._added += 1
         self._aggregator.add(accepted.update)
 
     def finish(self) -> Blob:
-        for name in list(self._order):
-            if name in self._current.accepted:
-                self.add(self._current.accepted[name])
+        """The sum of all updates; the round takes no more of them."""
+        if self._added + len(self._left()) < len(self._current.accepted):
+            self._begin()  # a site came back to the round after its place in the order had been passed: sum again
+        for accepted in self._left():
+            self.add(accepted)
         self._aggregator.result()
         assert self._blob is not None
         return self._blob
 
+    def _left(self) -> list[Accepted]:
+        return [self._current.accepted[name] for name in self._order if name in self._current.accepted]
+
     def _allocate(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
         manifest = Manifest.of(arrays, extras)
         with self._run.lock:
+            if self._blob is not None:
+                self._run.blobs.free(self._blob)
             self._run.add_layout(manifest)
             self._blob = self._run.blobs.create(f"model-{self._current.round}", manifest)
         return self._blob.views()
@@ -195,6 +206,7 @@ def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
         if due is None:
             if not in_time:
                 _check_deadline(run, current)
+            current.closing = True
             return True
     summing.add(due)
     return False
@@ -258,11 +270,13 @@ def _keep_better(run: Run, model: Model) -> None:
 def _last_scores(run: Run) -> None:
     """Hand out the final model, wait for its scores, and decide which round was the best."""
     with run.lock:
-        run.phase = "final"
+        run.phase, run.exporter = "final", run.initial_source() or ""
         run.published.notify_all()
         assert run.model is not None
         last = run.model.version
-        run.wait_until(lambda: run.evaluators() <= run.scores.reported(last), run.settings.deadline_s)
+        run.wait_until(
+            lambda: run.evaluators() <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
+        )
         run.settle(last)
         if run.best is None or run.scores.better(last, run.best.version):
             run.best = run.model

@@ -57,7 +57,10 @@ class Accepted:
 
 @dataclass
 class OpenRound:
-    """The round under way. bytes_down, bytes_up: per site, as counted by the service."""
+    """The round under way. bytes_down, bytes_up: per site, as counted by the service.
+
+    closing: it takes no more updates; the last of them are being summed.
+    """
 
     round: int
     participants: list[str]
@@ -66,6 +69,7 @@ class OpenRound:
     accepted: dict[str, Accepted] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
+    closing: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ class Run:
         self.model: Model | None = None
         self.best: Model | None = None
         self.results: list[RoundResult] = []
+        self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
+        self.exporter = ""
+        self.without_score: set[str] = set()
         self.ended = threading.Event()
 
     # -- joining ---------------------------------------------------------------------------------------------
@@ -113,12 +120,13 @@ class Run:
             if member is None:
                 raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
             member.attempt += 1
-            member.gone, member.registration = "", None
+            member.gone, member.lost, member.registration = "", False, None
             member.layouts.clear()
-            member.absent_since = time.monotonic()
+            member.attending, member.absent_since = 0, time.monotonic()
             self.journal.joined(name, member.attempt)
             self.events.emit("joined", site=name, attempt=member.attempt, version=version)
             self.changed.notify_all()
+            self.published.notify_all()  # calls of the attempt before wait there
             return member
 
     def register(self, name: str, attempt: int, manifest: Manifest, registration: Registration) -> int:
@@ -157,6 +165,10 @@ class Run:
             member = self._member(name, attempt)
             member.attending += 1
             member.absent_since = None
+            if member.lost:  # it was given up too soon
+                member.gone, member.lost = "", False
+                self.events.emit("joined", site=name, attempt=attempt, version="")
+                self.published.notify_all()
             self.changed.notify_all()
             return member
 
@@ -164,6 +176,8 @@ class Run:
         """A presence stream has ended; the site has `rejoin_s` to come back."""
         with self.lock:
             member = self.members[name]
+            if attempt != member.attempt:
+                return
             member.attending -= 1
             if member.attending == 0 and not member.gone:
                 member.absent_since = time.monotonic()
@@ -188,6 +202,10 @@ class Run:
 
     def wait_for_task(self, name: str, attempt: int, best: bool, beat_s: float) -> Iterator[Offer | None]:
         """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
+        if best:
+            with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
+                self.without_score.add(name)
+                self.changed.notify_all()
         while True:
             with self.lock:
                 member = self._member(name, attempt)
@@ -223,15 +241,14 @@ class Run:
             return None
         if self.phase == "initial" and member.name == self.initial_source() and self.model is None:
             return Offer("initial", 0, {}, None, True)
-        if self.phase == "training" and self.open and member.name not in self.open.accepted:
+        if self.phase == "training" and self.open and not self.open.closing and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
             return self._leased("train", self.open.round, self.open.config, self.model, member)
         if self.phase == "done" and best:
             return self._leased("best", self.rounds or 0, {}, self.best, member)
         if self.phase in ("final", "done") and not best:
-            exporter = self.initial_source() == member.name
-            return self._leased("final", self.rounds or 0, {"export": exporter}, self.model, member)
+            return self._leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
 
     def _leased(self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member) -> Offer:
@@ -256,7 +273,9 @@ class Run:
                 )
             if round == 0:
                 return None if self._wants_initial(name) else "duplicate"
-            while self.open is None and self.phase == "training":
+            if round <= self.last_used.get(name, 0):
+                return "duplicate"
+            while self.phase == "training" and (self.open is None or self.open.closing):
                 self.published.wait()
                 self._member(name, attempt)
             if self.open is None or (round < self.open.round and self.settings.late == "drop"):
@@ -288,6 +307,7 @@ class Run:
             layout = blob.manifest.layout
             self.journal.accepted(UpdateEntry(self.open.round, update.site, digest, blob.name, layout, header))
             self.open.accepted[update.site] = Accepted(update, blob, digest)
+            self.last_used[update.site] = update.round
             status = "used" if update.round == self.open.round else "carried"
             self.events.emit(
                 "update",
@@ -359,7 +379,7 @@ class Run:
     def check_weights(self, manifest: Manifest) -> None:
         """StateMismatchError if a manifest does not hold the weights that the sites agreed on."""
         agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
-        lines = differences(self.manifests[agreed], manifest) if agreed else []
+        lines = differences(self.manifests[agreed], manifest) if agreed not in (b"", manifest.layout) else []
         if lines:
             raise StateMismatchError(
                 f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
@@ -408,6 +428,7 @@ class Run:
         limit = self.settings.rejoin_s
         for m in self.members.values():
             if not m.gone and m.absent_since and time.monotonic() - m.absent_since > limit:
+                m.lost = True
                 self.gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
 
     def _member(self, name: str, attempt: int) -> Member:

@@ -184,11 +184,12 @@ class FederationService:
                 manifest = Manifest.from_proto(payload.manifest)
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
-                self._run.check_weights(manifest)
+                self._run.check_weights(manifest)  # before it is kept
                 self._run.add_layout(manifest)
             elif payload.layout not in self._run.manifests:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._run.manifests[payload.layout]
+            self._run.check_weights(manifest)
         if payload.total_bytes != manifest.nbytes:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest

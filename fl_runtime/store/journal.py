@@ -128,8 +128,11 @@ class Journal:
         self._run("INSERT OR REPLACE INTO round VALUES (?, ?, ?, NULL)", round, json.dumps(participants), at)
 
     def accepted(self, entry: UpdateEntry) -> None:
-        self._run("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", entry.round, entry.site, entry.digest,
-                  entry.blob, entry.layout, json.dumps(entry.header))  # fmt: skip
+        """The site's newest update. It stays on record when its round is closed, so that it counts only once."""
+        with self._mapped_errors(), self._transaction():
+            self._db.execute("DELETE FROM update_ WHERE site=?", (entry.site,))
+            self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (entry.round, entry.site, entry.digest,
+                             entry.blob, entry.layout, json.dumps(entry.header)))  # fmt: skip
 
     def committed(self, model: ModelEntry, round: int, result: Mapping[str, Any]) -> None:
         """A round is closed and its result is the global model: one transaction. Round 0 is the initial model."""
@@ -137,7 +140,6 @@ class Journal:
             self._db.execute("INSERT INTO model VALUES (?, ?, ?, ?)",
                              (model.version, model.blob, model.layout, model.digests))  # fmt: skip
             self._db.execute("UPDATE round SET result=? WHERE round=?", (json.dumps(result), round))
-            self._db.execute("DELETE FROM update_ WHERE round=?", (round,))
 
     def forget_model(self, version: int) -> None:
         self._run("DELETE FROM model WHERE version=?", version)
@@ -176,6 +178,10 @@ class Journal:
     def updates(self, round: int) -> list[UpdateEntry]:
         rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_ WHERE round=?", round)
         return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
+
+    def last_used(self) -> dict[str, int]:
+        """Site -> the last round whose task it has answered with an update that was accepted."""
+        return {site: json.loads(header)["round"] for site, header in self._all("SELECT site, header FROM update_")}
 
     def scores(self) -> Iterator[tuple[int, str, dict[str, float], int]]:
         for version, site, metrics, n in self._all("SELECT version, site, metrics, num_examples FROM score"):

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _SERVICE = "fl.v1.Federation"
 _ERROR_KEY = "fl-error-bin"
-_ERROR_CHARS = 6_000  # metadata of 8 KiB is what every HTTP/2 stack lets through
+_ERROR_BYTES = {"what": 4_000, "where": 1_000, "fix": 1_000}  # metadata of 8 KiB is what gRPC always lets through
 _MESSAGE_BYTES = 8 * 2**20
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -57,10 +57,13 @@ class GrpcTransport:
         self._streamed = {m: self._channel.stream_stream(_path(m), None, None) for m in METHODS}
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
-        if isinstance(requests, bytes):
-            started = self._single[method](requests, metadata=self._metadata)
-        else:
-            started = self._streamed[method](iter(requests), metadata=self._metadata)
+        try:
+            if isinstance(requests, bytes):
+                started = self._single[method](requests, metadata=self._metadata)
+            else:
+                started = self._streamed[method](iter(requests), metadata=self._metadata)
+        except ValueError as error:  # the channel has been closed
+            raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
         return _GrpcCall(started, self._address)
 
     def close(self) -> None:
@@ -168,11 +171,14 @@ def _path(method: str) -> str:
 
 
 def _abort(context: Any, error: FederationError) -> None:
-    fields = {key: text[:_ERROR_CHARS] for key, text in error.to_wire().items()}
-    room = _ERROR_CHARS - len(fields["fix"]) - len(fields["where"])
-    fields["what"] = fields["what"][: max(room, 1_000)]
-    context.set_trailing_metadata(((_ERROR_KEY, json.dumps(fields).encode()),))
+    fields = {key: _shortened(text, _ERROR_BYTES.get(key, 100)) for key, text in error.to_wire().items()}
+    context.set_trailing_metadata(((_ERROR_KEY, json.dumps(fields, ensure_ascii=False).encode(errors="replace")),))
     context.abort(grpc.StatusCode.FAILED_PRECONDITION, fields["code"])
+
+
+def _shortened(text: str, max_bytes: int) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + " ..."
 
 
 def _our_error(error: Any, address: str) -> FederationError:

@@ -45,7 +45,7 @@ class Budget:
             f"the job asks for {self.rounds} rounds of {self.every} each, {expected} optimizer steps, "
             f"but the trainer is about to run {state.max_steps}",
             where="trainer.add_callback() comes after the Trainer has read its arguments",
-            fix=f"give the callback to the constructor, Trainer(..., callbacks=[...]), or set TrainingArguments({value})",
+            fix=f"give the callback to the constructor, Trainer(callbacks=[...]), or set TrainingArguments({value})",
         )
 
     def steps_per_round(self, args: TrainingArguments, dataloader: Any) -> int:
@@ -97,7 +97,7 @@ def warn_if_schedule_ends_early(scheduler: Any, max_steps: int) -> None:
     horizon = _horizon(getattr(scheduler, "scheduler", scheduler))
     if horizon is not None and horizon < max_steps:
         warnings.warn(
-            f"the learning-rate schedule ends after {horizon} of the {max_steps} optimizer steps of this federated run; "
+            f"the learning-rate schedule ends after {horizon} of the {max_steps} optimizer steps of this run; "
             "size it for the whole run, or let the Trainer make it",
             stacklevel=2,
         )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +14,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fl_adapters import torch_ranks
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.session import Session, open_session
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.types import Arrays, Task
 
 from . import trainer as hf
 from .budget import Budget, advance_schedule, warn_if_schedule_ends_early
 from .live import LiveModel
-from .scores import plain_metrics, pooled
+from .scores import plain_metrics, point_to_best, pooled
 
 _FRAMEWORK = "transformers"
+_FOLDERS = ("output_dir", "logging_dir")  # of TrainingArguments; transformers 5 has the first alone
 
 
 @dataclass
@@ -44,7 +44,7 @@ class _Run:
     scored_sizes: list[int] = field(default_factory=list)
 
 
-class FederatedCallback(TrainerCallback):  # type: ignore[misc]
+class FederatedCallback(TrainerCallback):
     """Makes a `transformers.Trainer` a site of a federation: `Trainer(..., callbacks=[FederatedCallback()])`.
 
     One `trainer.train()` spans all rounds; afterwards the model holds the final global weights, or the best round's
@@ -96,10 +96,10 @@ class FederatedCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
         with self._leaving_on_error():
-            trainer = hf.calling_trainer()
             run = self._run = self._run or self._join(args)
             if run is None:
                 return
+            trainer = hf.calling_trainer()
             hf.refuse_search(state)
             hf.refuse_unsupported(trainer, args, run.settings)
             run.budget.check(state, args, trained["train_dataloader"])
@@ -158,12 +158,14 @@ class FederatedCallback(TrainerCallback):  # type: ignore[misc]
             torch_ranks.on_rank_zero(lambda: self._session().leave(reason))
             return
         live.restore_final()
+        if run.awaits_score:  # something kept HF from evaluating: let nobody wait for this site's score
+            torch_ranks.on_rank_zero(lambda: self._session().report({}, 1))
         best = self._best() if args.load_best_model_at_end else None
         exporter = live.exporter(trained["processing_class"])
         load = exporter.load if run.evaluates else None
         torch_ranks.on_rank_zero(lambda: self._session().finish(export=exporter.export, load=load))
         if args.load_best_model_at_end:
-            _point_to_best(args, state, torch_ranks.share(best[0] if best else None))
+            point_to_best(args, state, torch_ranks.share(best[0] if best else None))
             live.load(best[1] if best else None)
 
     def _join(self, args: TrainingArguments) -> _Run | None:
@@ -236,7 +238,7 @@ class FederatedCallback(TrainerCallback):  # type: ignore[misc]
         assert live is not None
         with self._leaving_on_error():
             steps, loss = state.global_step - run.began, hf.loss_sum()
-            arrays, moments, metrics = live.arrays(), live.moments(), hf.mean(loss, run.loss_before, steps)
+            arrays, moments, metrics = live.arrays(), live.moments(), hf.round_metrics(loss, run.loss_before, steps)
             examples = self.options.num_examples or hf.training_examples(args, dataloader, steps)
             task = torch_ranks.on_rank_zero(
                 lambda: self._session().exchange(
@@ -287,20 +289,6 @@ class FederatedCallback(TrainerCallback):  # type: ignore[misc]
         except BaseException as error:
             run, self._run, self._live = self._run, None, None
             if run is not None and torch_ranks.is_rank_zero():
-                self._session().leave(f"{type(error).__name__}: {error}")
+                with suppress(FederationError):  # the first error is the one to tell
+                    self._session().leave(f"{type(error).__name__}: {error}")
             raise
-
-
-_FOLDERS = ("output_dir", "logging_dir")
-
-
-def _point_to_best(args: TrainingArguments, state: TrainerState, version: int) -> None:
-    """Make HF's note of the best model mean the best global round: its checkpoint and score where they exist."""
-    row = next((r for r in state.log_history if r.get("federation_round") == version and r.get("step")), None)
-    step = row["step"] if row else None
-    folder = os.path.join(args.output_dir, f"checkpoint-{step}")
-    metric = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
-    scores = [r[metric] for r in state.log_history if r.get("step") == step and metric in r]
-    state.best_global_step = step
-    state.best_model_checkpoint = folder if os.path.isdir(folder) else None
-    state.best_metric = scores[-1] if scores else None

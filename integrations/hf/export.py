@@ -5,33 +5,23 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fl_adapters.torch_state import TorchState, as_tensor, unwrap
+from fl_adapters.torch_state import TorchState, is_sharded, unwrap
 from fl_runtime.types import Arrays
 
 
 class Exporter:
-    """Writes the trainer's model, and loads other weights to be written, on rank 0 alone.
+    """Writes the trainer's model, and loads other weights to be written; on rank 0 alone."""
 
-    gathered: for a sharded PEFT model, its adapter on the host; it is written from there, since gathering needs all
-    ranks, and the live model is left alone.
-    """
-
-    def __init__(
-        self, model: nn.Module, processing_class: Any, state: TorchState, *, gathered: Arrays | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, processing_class: Any, state: TorchState) -> None:
         self._model, self._processing_class, self._state = unwrap(model), processing_class, state
-        self._gathered = gathered
 
     def load(self, arrays: Arrays) -> None:
-        """Make `arrays` the weights that `export` writes."""
-        if self._gathered is None:
-            self._state.set_state(arrays)
-        else:
-            self._gathered = {name: np.copy(array) for name, array in arrays.items()}
+        """Make `arrays` the weights of the model."""
+        self._state.set_state(arrays)
 
     def export(self, folder: str) -> None:
         """Write to `folder` by `save_pretrained` (a PEFT model writes its adapter), else as `model.safetensors`;
@@ -40,9 +30,10 @@ class Exporter:
         A PEFT adapter opens with `PeftModel.from_pretrained(base, folder)`.
         """
         os.makedirs(folder, exist_ok=True)
-        if isinstance(self._model, PreTrainedModel) or hasattr(self._model, "peft_config"):
-            options = {} if self._gathered is None else {"state_dict": self._adapter(self._gathered)}
-            self._model.save_pretrained(folder, **options)  # type: ignore[operator]
+        if isinstance(self._model, PeftModel):
+            self._model.save_pretrained(folder, state_dict=self._unsharded())
+        elif isinstance(self._model, PreTrainedModel):
+            self._model.save_pretrained(folder)
         else:
             from safetensors.torch import save_model
 
@@ -50,11 +41,8 @@ class Exporter:
         if hasattr(self._processing_class, "save_pretrained"):
             self._processing_class.save_pretrained(folder)
 
-    def _adapter(self, arrays: Arrays) -> dict[str, Tensor]:
-        """The model's own names -> the adapter's tensors on the host."""
-        names = {id(tensor): name for name, tensor in self._state.tensors.items()}
-        return {
-            raw: as_tensor(arrays[names[id(tensor)]])
-            for raw, tensor in self._model.state_dict(keep_vars=True).items()
-            if id(tensor) in names
-        }
+    def _unsharded(self) -> dict[str, Tensor] | None:
+        """What PEFT may look at where the base is sharded, and gathering it would need all ranks; else None."""
+        if not any(is_sharded(parameter) for parameter in self._model.parameters()):
+            return None
+        return {name: tensor for name, tensor in self._model.state_dict().items() if not is_sharded(tensor)}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.options import SiteSettings
-from fl_adapters.torch_state import NamedTensors, TorchState
+from fl_adapters.torch_state import TorchState, is_sharded
 from fl_adapters.torch_state_agreement import agreement
 from fl_adapters.torch_state_optimizer import OptimizerState
-from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 
 from .export import Exporter
@@ -27,27 +25,21 @@ class LiveModel:
         self._model, self._settings = model, settings
         self.state = TorchState(model, settings.exchange, settings.keep_local)
         self._moments = OptimizerState(optimizer, self.state.tensors)
-        self._sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-        if self._sharded and not NamedTensors.of(model).adapter:
-            raise ConfigError(
-                "a model sharded by FSDP can be federated by its PEFT adapter alone",
-                where=type(model).__name__,
-                fix="train an adapter with peft, or use DDP",
-            )
         if settings.optimizer_state == "average":
             self._moments.refuse_if_not_averageable()
         self._final: Arrays | None = None
 
     def agreement(self, framework: str) -> dict[str, str]:
         """What must be equal at all sites; on rank 0, empty on the others."""
-        if not (torch_ranks.is_rank_zero() or self._sharded):
+        gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
+        if not (torch_ranks.is_rank_zero() or gathers):
             return {}
         exchange, keep_local = self._settings.exchange, self._settings.keep_local
         return agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
 
     def arrays(self) -> Arrays:
         """What travels, on rank 0; empty on the others. Borrowed until the next call."""
-        return self.state.get_state() if torch_ranks.is_rank_zero() or self._sharded else {}
+        return self.state.get_state() if torch_ranks.is_rank_zero() else {}
 
     def moments(self) -> Arrays:
         """The optimizer moments that travel beside the weights; empty unless they are averaged."""
@@ -74,7 +66,7 @@ class LiveModel:
     def receive_final(self, task: Task | None) -> None:
         """Take in the final weights, and remember them: HF may load others before training ends."""
         self.load(task.arrays if task else None)
-        self._final = {name: np.copy(array) for name, array in self.state.get_state().items()}
+        self._final = self.state.get_state()
 
     def restore_final(self) -> None:
         """Back to the final weights, on every rank."""
@@ -82,5 +74,5 @@ class LiveModel:
         self.state.set_state(self._final)
 
     def exporter(self, processing_class: Any) -> Exporter:
-        """Writes results; made on every rank, used on rank 0."""
-        return Exporter(self._model, processing_class, self.state, gathered=self._final if self._sharded else None)
+        """Writes the results."""
+        return Exporter(self._model, processing_class, self.state)

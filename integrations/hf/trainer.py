@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -28,6 +29,8 @@ def has_validation_data(trainer: Trainer) -> bool:
 def training_examples(args: TrainingArguments, dataloader: Any, steps: int) -> int:
     """Size of the training set over all ranks; without a length, the examples seen in `steps` optimizer steps."""
     dataset = getattr(dataloader, "dataset", None)
+    if isinstance(dataset, IterableDatasetShard):  # one rank's share
+        dataset = dataset.dataset
     if dataset is not None and has_length(dataset):
         return len(dataset)
     # args.train_batch_size is that of one rank: per device, times the devices that the rank drives
@@ -64,7 +67,7 @@ def log_round(state: TrainerState, control: TrainerControl, row: Mapping[str, fl
     should_log = control.should_log
     Trainer.log(calling_trainer(), dict(row))
     control.should_log = should_log  # logging clears the user's own wish to log at this step
-    state.log_history[-1]["federation_job"] = job  # type: ignore[assignment]
+    state.log_history[-1]["federation_job"] = job
 
 
 def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
@@ -72,12 +75,16 @@ def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: Site
     if trainer.is_deepspeed_enabled:
         raise _refused(
             "DeepSpeed keeps master copies of the weights that new global weights would not reach",
-            fix="use DDP or FSDP2 (fsdp_version: 2)",
+            fix="use DDP, or FSDP2 with a PEFT adapter",
         )
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise _refused("FSDP 1 flattens parameters, so that they lose their names", fix="use FSDP2 (fsdp_version: 2)")
-    if trainer.is_fsdp_enabled and settings.optimizer_state == "average":
-        raise _refused("the moments are sharded by FSDP: optimizer_state='average'", fix="use 'keep' or 'reset'")
+    if trainer.is_fsdp_enabled:
+        raise _refused(
+            "accelerate's FSDP has not been tested with it",
+            fix="use DDP, or for a PEFT adapter load the base with from_pretrained(distributed_config=...) of "
+            "transformers 5, which shards it by FSDP2",
+        )
+    if getattr(trainer.model, "_tp_size", None) not in (None, 1):
+        raise _refused("tensor parallelism has not been tested with it", fix="use DDP, or FSDP2 with a PEFT adapter")
     if args.auto_find_batch_size:
         raise _refused(
             "auto_find_batch_size starts training over in the middle of a round", fix="set per_device_train_batch_size"
@@ -130,16 +137,16 @@ def _trainer_frame() -> tuple[Trainer, FrameType]:
     )
 
 
-def mean(total: float | None, before: float | None, steps: int) -> dict[str, float]:
-    """{"train_loss": mean over the round}; empty where it is not known or not finite."""
-    if total is None or before is None or steps < 1 or not math.isfinite(total - before):
+def round_metrics(loss_now: float | None, loss_before: float | None, steps: int) -> dict[str, float]:
+    """{"train_loss": mean over the round}, from `loss_sum` at its ends; empty where that is unknown or not finite."""
+    if loss_now is None or loss_before is None or steps < 1 or not math.isfinite(loss_now - loss_before):
         return {}
-    return {"train_loss": (total - before) / steps}
+    return {"train_loss": (loss_now - loss_before) / steps}
 
 
 def mark_run(state: TrainerState, job: str) -> None:
     """Note in log_history, and so in every checkpoint from here on, which run this trainer is a part of."""
-    state.log_history.append({"federation_job": job, "step": state.global_step})  # type: ignore[dict-item]
+    state.log_history.append({"federation_job": job, "step": state.global_step})
 
 
 def check_checkpoint(state: TrainerState, job: str, rounds_done: int, current_round: int) -> None:

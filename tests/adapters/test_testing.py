@@ -309,7 +309,10 @@ def test_work_that_never_takes_part_ends_the_run_with_the_reason() -> None:
         assert session is not None
         session.register({"w": np.zeros(2)}, agreement={}, rounds=None, evaluates=False)
 
-    with LocalFederation(sites=2, rounds=1) as federation, pytest.raises(QuorumError, match="ended before the last round"):
+    with (
+        LocalFederation(sites=2, rounds=1) as federation,
+        pytest.raises(QuorumError, match="ended before the last round"),
+    ):
         federation.run(work)
 
 

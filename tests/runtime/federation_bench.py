@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Arrays, Event, RunSettings, Task, Update
 from fl_runtime.wire.manifest import Manifest
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 WAIT_S = 30.0
@@ -136,10 +137,11 @@ class Bench:
     def started(self, arrays: Arrays, **registration: Any) -> tuple[dict[str, Site], dict[str, Task]]:
         """All sites, joined and registered, and their first tasks."""
         sites = {name: self.site(name) for name in self.names}
-        for site in sites.values():
-            site.join()
-        in_threads({name: lambda s=site: s.register(arrays, **registration) for name, site in sites.items()})
-        return sites, {name: site.start(arrays) for name, site in sites.items()}
+        return sites, started(sites.values(), arrays, **registration)
+
+    def run(self, work: Callable[[str], T]) -> dict[str, T]:
+        """work(name) for every site at once."""
+        return dict(zip(self.names, at_once(self.names, work), strict=True))
 
 
 @contextmanager
@@ -168,18 +170,41 @@ def serving(
         server.close()
 
 
-def in_threads(work: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """What every call returns; the first error in the order given, once all have ended."""
-    with ThreadPoolExecutor(len(work)) as pool:
-        futures = {name: pool.submit(call) for name, call in work.items()}
-        return {name: future.result(WAIT_S * 2) for name, future in futures.items()}
+def started(sites: Iterable[Site], arrays: Arrays, **registration: Any) -> dict[str, Task]:
+    """Join and register these sites; their first tasks."""
+    registered(sites := list(sites), arrays, **registration)
+    return {site.name: site.start(arrays) for site in sites}
 
 
-def errors_of(work: Mapping[str, Callable[[], Any]]) -> dict[str, BaseException | None]:
-    """What every call raises."""
-    with ThreadPoolExecutor(len(work)) as pool:
-        futures = {name: pool.submit(call) for name, call in work.items()}
-        return {name: future.exception(WAIT_S * 2) for name, future in futures.items()}
+def registered(sites: Iterable[Site], arrays: Arrays, **registration: Any) -> list[int]:
+    """Join and register these sites at once; the rounds that each is told."""
+    for site in (sites := list(sites)):
+        site.join()
+    return at_once(sites, lambda site: site.register(arrays, **registration))
+
+
+def at_once(items: Iterable[K], work: Callable[[K], T]) -> list[T]:
+    """work(item) for all in threads, in order; the first error in that order, once all have ended."""
+    with ThreadPoolExecutor(64) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        return [future.result(WAIT_S * 2) for future in futures]
+
+
+def errors_at_once(items: Iterable[K], work: Callable[[K], object]) -> list[BaseException | None]:
+    """What work(item) raises, for all in threads."""
+    with ThreadPoolExecutor(64) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        return [future.exception(WAIT_S * 2) for future in futures]
+
+
+def errors_together(*calls: Callable[[], object]) -> list[BaseException | None]:
+    """What these calls raise, each in a thread of its own."""
+    return errors_at_once(calls, lambda call: call())
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """What these calls return, each in a thread of its own."""
+    return at_once(calls, lambda call: call())
 
 
 def ended(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,11 +29,12 @@ class TcpProxy:
         self.target = target
         self._counts: dict[Direction, int] = {"up": 0, "down": 0}
         self._faults: list[_Fault] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._open: list[socket.socket] = []
         self.connections = 0
+        self.refuses = False  # new connections, while it is set
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:{}".format(self._listener.getsockname()[1])
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> TcpProxy:
@@ -46,6 +48,12 @@ class TcpProxy:
         """Bytes (up, down) so far; up is from the site to the server."""
         with self._lock:
             return self._counts["up"], self._counts["down"]
+
+    def wait_for(self, direction: Direction, total_bytes: int, timeout_s: float = 30.0) -> None:
+        """Until so many bytes have passed."""
+        with self._lock:
+            if not self._lock.wait_for(lambda: self._counts[direction] >= total_bytes, timeout_s):
+                raise TimeoutError(f"{self._counts[direction]} of {total_bytes} bytes {direction} in {timeout_s:g} s")
 
     def cut_after(self, direction: Direction, more_bytes: int) -> None:
         """Break the connection once so many further bytes have passed; later connections work again."""
@@ -74,6 +82,8 @@ class TcpProxy:
                 return
             host, _, port = self.target.rpartition(":")
             try:
+                if self.refuses:
+                    raise OSError
                 server = socket.create_connection((host, int(port)))
             except OSError:
                 _close(site)
@@ -111,12 +121,11 @@ class TcpProxy:
                     break
                 data = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
             self._counts[direction] = before + len(data)
+            self._lock.notify_all()
             return data, cut
 
 
 def _close(one: socket.socket) -> None:
-    try:
+    with suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     one.close()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from federation_bench import Bench, ended, in_threads, serving
+from federation_bench import Bench, at_once, ended, registered, serving
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
@@ -25,12 +24,12 @@ def plus(amount: float) -> Callable[[Task], Arrays]:
 
 def run_all(bench: Bench, initial: Callable[[int], Arrays], examples: tuple[int, ...]) -> dict[str, Arrays]:
     """Every site adds its number; the final weights by site."""
-    return in_threads(
-        {
-            name: lambda i=i, name=name: bench.site(name).take_part(initial(i), plus(i + 1), examples[i])
-            for i, name in enumerate(bench.names)
-        }
-    )
+
+    def site(name: str) -> Arrays:
+        index = bench.names.index(name)
+        return bench.site(name).take_part(initial(index), plus(index + 1), examples[index])
+
+    return bench.run(site)
 
 
 @pytest.mark.parametrize("sockets", [True, False])
@@ -65,7 +64,7 @@ def test_64_mib_of_several_tensors_survive_the_round_trip(tmp_path: Path) -> Non
         return task.arrays
 
     with serving(tmp_path, 2, rounds=2) as bench:
-        finals = in_threads({name: lambda n=name: bench.site(n).take_part(initial, echo) for name in bench.names})
+        finals = bench.run(lambda name: bench.site(name).take_part(initial, echo))
     for final in finals.values():
         assert all(final[name].tobytes() == array.tobytes() for name, array in initial.items())
 
@@ -84,7 +83,7 @@ def test_every_dtype_travels_end_to_end(tmp_path: Path) -> None:
                 for n, a in task.arrays.items()}  # fmt: skip
 
     with serving(tmp_path, 2, rounds=2) as bench:
-        finals = in_threads({n: lambda n=n: bench.site(n).take_part(initial, changed) for n in bench.names})
+        finals = bench.run(lambda name: bench.site(name).take_part(initial, changed))
     wanted: Arrays = initial
     for _ in range(2):
         wanted = changed(Task("", 1, "", "train", 0, wanted))
@@ -121,11 +120,8 @@ def test_extras_travel_beside_the_weights_and_come_back_averaged(tmp_path: Path)
 
 def test_the_first_weights_are_the_first_sites(tmp_path: Path) -> None:
     with serving(tmp_path, ["b", "a"], rounds=1) as bench:
-        finals = in_threads(
-            {
-                name: lambda i=i, name=name: bench.site(name).take_part({"w": np.full(2, i + 5.0)}, lambda t: t.arrays)
-                for i, name in enumerate(bench.names)
-            }
+        finals = bench.run(
+            lambda name: bench.site(name).take_part({"w": np.full(2, 5.0 + (name == "a"))}, lambda task: task.arrays)
         )
     assert finals["a"]["w"].tolist() == [5, 5]  # those of "b", the first in the job's order
 
@@ -141,16 +137,15 @@ def test_the_first_weights_come_from_a_file_where_the_job_gives_one(tmp_path: Pa
 
 def test_the_rounds_are_the_jobs_else_what_the_trainers_say(tmp_path: Path) -> None:
     with serving(tmp_path / "job", 2, rounds=3) as bench:
-        sites = [bench.site(n) for n in bench.names]
-        assert all(s.join().settings["rounds"] == 3 for s in sites)
-        assert set(in_threads({s.name: lambda s=s: s.register({"w": np.zeros(1)}) for s in sites}).values()) == {3}
+        sites = [bench.site(name) for name in bench.names]
+        assert registered(sites, {"w": np.zeros(1)}) == [3, 3]
+        assert all(site.welcome.settings["rounds"] == 3 for site in sites)
     with serving(tmp_path / "trainers", 2, rounds=None) as bench:
         sites = [bench.site(n) for n in bench.names]
         for site in sites:
             site.join()
         budgets = {"site-1": 0, "site-2": 7}  # a site without a budget of its own follows the others
-        told = in_threads({s.name: lambda s=s: s.register({"w": np.zeros(1)}, rounds=budgets[s.name]) for s in sites})
-        assert set(told.values()) == {7}
+        assert at_once(sites, lambda s: s.register({"w": np.zeros(1)}, rounds=budgets[s.name])) == [7, 7]
 
 
 def test_nobody_says_how_many_rounds(tmp_path: Path) -> None:
@@ -190,7 +185,7 @@ def test_the_best_round_is_the_one_with_the_best_report_weighted_by_examples(tmp
         return best.version, best.arrays["w"].tolist()
 
     with serving(tmp_path, 2, rounds=3) as bench:
-        found = in_threads({name: lambda n=name: site(n) for name in bench.names})
+        found = bench.run(site)
         ended(bench.server)
         result = bench.server.result()
         bench.server.export(tmp_path / "best", "best")
@@ -240,8 +235,6 @@ def test_many_sites_join_train_and_leave_at_once(tmp_path: Path) -> None:
         finals = run_all(bench, lambda _: {"w": np.zeros(100)}, (1,) * 24)
         ended(bench.server)
     assert {final["w"].tobytes() for final in finals.values()} == {np.full(100, 37.5).tobytes()}
-    before = threading.active_count()
-    assert before < 24  # the threads of the calls are gone with them
 
 
 def test_the_disk_holds_no_more_than_a_round_whatever_their_number(tmp_path: Path) -> None:

@@ -71,7 +71,12 @@ def test_all_dtypes_at_once_with_extras_lie_aligned_and_without_gaps() -> None:
 @pytest.mark.parametrize("name", DTYPES)
 def test_layouts_in_memory_do_not_matter(name: str) -> None:
     base = random_bits((4, 6), DTYPES[name])
-    arrays = {"transposed": base.T, "strided": base[::2, ::-3], "column": base[:, 2], "fortran": np.asfortranarray(base)}
+    arrays = {
+        "transposed": base.T,
+        "strided": base[::2, ::-3],
+        "column": base[:, 2],
+        "fortran": np.asfortranarray(base),
+    }
     frozen = base.copy()
     frozen.flags.writeable = False
     assert_same(sent({**arrays, "frozen": frozen})[0], {**arrays, "frozen": frozen})
@@ -177,7 +182,7 @@ names = st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF, exclude_cat
 sets_of_arrays = st.dictionaries(names, tensors, max_size=6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(sets_of_arrays, sets_of_arrays, st.integers(1, 64))
 def test_any_set_of_arrays_survives(arrays: Arrays, extras: Arrays, size: int) -> None:
     found_arrays, found_extras = sent(arrays, extras, size)
@@ -185,7 +190,7 @@ def test_any_set_of_arrays_survives(arrays: Arrays, extras: Arrays, size: int) -
     assert_same(found_extras, extras)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(sets_of_arrays, st.data())
 def test_any_damaged_byte_is_noticed(arrays: Arrays, data: st.DataObject) -> None:
     manifest = Manifest.of(arrays)
@@ -278,7 +283,7 @@ def test_a_name_may_be_that_of_a_weight_and_of_an_extra() -> None:
     Manifest.from_proto(hostile({}, {"extra": True}))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(
         st.tuples(st.text(max_size=4), st.sampled_from(["float32", "bool", "x"]), st.lists(st.integers(0, 2**64 - 1))),

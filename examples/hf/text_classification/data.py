@@ -16,7 +16,7 @@ import numpy as np
 import fl_adapters
 import stdlib_docs
 
-ROWS = 2000  # for training, all sites together; keeps the example quick
+ROWS = 1600  # for training, all sites together; keeps the example quick
 TEST_ROWS = 1000
 VALIDATION_SHARE = 10  # every tenth training row of a site is its validation data
 ALPHA = 1.0  # of the Dirichlet draw: smaller is more uneven

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import EvalPrediction
 
+MAX_LENGTH = 24  # tokens of a text that are read; short, to be quick
+
 
 def minilm() -> str:
     """The folder of MiniLM's weights and tokenizer: they come as a Python package, so no hub is needed."""

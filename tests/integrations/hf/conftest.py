@@ -20,13 +20,12 @@ pytest.importorskip("peft")
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # for hf_models
 
-from fl_adapters import session as sessions
 from fl_adapters.connect import connect
-from fl_adapters.kit import Kit
+from fl_adapters.testing import LocalFederation
 from fl_adapters.torch_state import TorchState
 from fl_adapters.torch_state_agreement import agreement
-from fl_runtime.server import Server
-from fl_runtime.types import Arrays, Event, RunSettings
+from fl_runtime.server import RunResult
+from fl_runtime.types import Arrays, Event
 
 TIMEOUT_S = 120
 _PRELOADED = [
@@ -44,11 +43,9 @@ _forks.set_forkserver_preload(_PRELOADED)
 class Partner(threading.Thread):
     """A second site without a trainer, in a thread: answers each round with `work(round, arrays)`."""
 
-    def __init__(
-        self, kit: str, model: Any, work: Callable[[int, Arrays], Arrays], num_examples: int, score: Any
-    ) -> None:
+    def __init__(self, kit: str, model: Any, work: Callable[[int, Arrays], Arrays], num_examples: int) -> None:
         super().__init__(daemon=True)
-        self._kit, self._work, self._num_examples, self._score = kit, work, num_examples, score
+        self._kit, self._work, self._num_examples = kit, work, num_examples
         self._initial = {name: np.copy(array) for name, array in TorchState(model).get_state().items()}
         self._facts = agreement(model, framework="transformers")
         self.received: list[Arrays] = []
@@ -78,25 +75,17 @@ class Partner(threading.Thread):
 
 
 class Federation:
-    """A job's server and its kits. events: everything that happened so far."""
+    """A federation over real gRPC, its server in this process."""
 
-    def __init__(self, folder: Path, sites: int, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        self.names = tuple(f"site-{i + 1}" for i in range(sites))
-        self.run_settings = RunSettings(**{"name": "job", "sites": self.names, "min_sites": sites, **settings})
-        self.events: list[Event] = []
-        tokens = {name: f"token-of-{name}" for name in self.names}
-        self.server = Server(self.run_settings, folder / "run", tokens, listeners=[self.events.append])
-        address = self.server.start()
-        self._kits = {
-            name: Kit(self.run_settings.name, name, i, sites, address, tokens[name], run=str(folder / "run"), simulated=True)
-            for i, name in enumerate(self.names)
-        }
-        self._processes: list[Any] = []
+    def __init__(self, sites: int, settings: dict[str, Any]) -> None:
+        self._open = LocalFederation(sites=sites, sockets=True, **settings)
+        self._open.__enter__()
+        self.folder = self._open.folder
+        self._processes: list[SiteProcess] = []
+        self._closed = False
 
     def kit(self, number: int = 1) -> str:
-        name = self.names[number - 1]
-        return str(self._kits[name].save(self.folder / "kits" / name))
+        return self._open.places[number - 1].kit
 
     def partner(
         self,
@@ -107,39 +96,41 @@ class Federation:
         num_examples: int = 32,
     ) -> Partner:
         """Site `number` in a thread; `model` says what travels and what must agree."""
-        return Partner(self.kit(number), model, work, num_examples, None)
+        return Partner(self.kit(number), model, work, num_examples)
 
     def fork(self, program: str, values: Any = None, *, number: int | None = 1) -> SiteProcess:
         """Run `program` (source text) in a warm process as site `number`, or outside the federation (None)."""
-        name = self.names[number - 1] if number else f"outside-{len(self._processes)}"
-        process = SiteProcess(self.folder / name, program, values, self.kit(number) if number else None)
+        folder = self.folder / f"process-{len(self._processes)}"
+        process = SiteProcess(folder, program, values, self.kit(number) if number else None)
         self._processes.append(process)
         return process
 
-    def ended(self) -> Any:
+    def ended(self) -> RunResult:
         """The run's result; raises the error of a run that failed."""
-        assert self.server.wait(TIMEOUT_S), "the run did not come to its end"
-        result = self.server.result()
-        if result.error:
-            raise result.error
-        return result
+        return self._open.result(TIMEOUT_S)
+
+    def model(self) -> Arrays:
+        """The final global model, as the server has it."""
+        return self._open.model()
 
     def events_of(self, kind: str, site: str | None = None) -> list[Event]:
-        return [event for event in self.events if event.kind == kind and site in (None, event.site)]
+        """What happened, in order. Ends the federation, so that nothing is still on its way."""
+        self.close()
+        return [event for event in self._open.events if event.kind == kind and site in (None, event.site)]
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         for process in self._processes:
             process.close()
-        sessions.close_sessions("the test is over")
-        self.server.close()
+        self._open.__exit__(None, None, None)
 
 
 class SiteProcess:
     def __init__(self, folder: Path, program: str, values: Any, kit: str | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("program-*.py")))
-        self._out, self.log = folder / f"out-{number}", folder / f"log-{number}.txt"
-        script = folder / f"program-{number}.py"
+        folder.mkdir()
+        self._out, self.log, script = folder / "result", folder / "log.txt", folder / "program.py"
         script.write_text(program)
         task = {
             "program": str(script),
@@ -185,7 +176,7 @@ def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
 
     def make(sites: int = 1, **settings: Any) -> Federation:
-        made.append(Federation(tmp_path / f"federation-{len(made)}", sites, {"rounds": 2, **settings}))
+        made.append(Federation(sites, {"rounds": 2, "folder": tmp_path / f"run-{len(made)}", **settings}))
         return made[-1]
 
     yield make

@@ -38,7 +38,9 @@ class Sentences(Tokens):
     """The same rows as language-model samples."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+        labels = self.tokens[index].clone()
+        labels[0] = -100  # nothing predicts it; transformers 4 would count it nevertheless
+        return {"input_ids": self.tokens[index], "labels": labels}
 
 
 class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):

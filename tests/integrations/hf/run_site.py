@@ -4,6 +4,7 @@ Given as a global: TASK, a dict of program, folder, log, out, kit, values. The p
 leaves its result in `RESULT`.
 """
 
+import atexit
 import os
 import pickle
 import runpy
@@ -26,6 +27,7 @@ try:
 except BaseException as error:
     traceback.print_exc()
     done["error"] = f"{type(error).__name__}: {error}"
+atexit._run_exitfuncs()  # a forked process skips what ends an ordinary script
 with open(task["out"], "wb") as out:
     pickle.dump(done, out)
 if done["error"]:

@@ -34,7 +34,8 @@ if __name__ == "__main__":
     torch.multiprocessing.set_start_method(VALUES["start"], force=True)
     data = m.Tokens(32) if VALUES["start"] == "spawn" else Data(32)
     trainer = m.trainer(
-        FederatedCallback(), train_dataset=data, eval_dataset=data, dataloader_num_workers=VALUES["workers"],
+        FederatedCallback(), train_dataset=data, dataloader_num_workers=VALUES["workers"],
+        eval_dataset=data if VALUES["start"] == "fork" else None,  # a spawned worker takes seconds to import torch
         dataloader_persistent_workers=VALUES["persistent"],
     )
     trainer.train()
@@ -53,7 +54,9 @@ def test_data_loader_workers(federation, start, persistent, workers) -> None:
     assert len(run.events_of("joined")) == 1
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"]
+)
 def test_copy_takes_the_place_of_the_callback(federation, duplicate) -> None:
     run = federation(rounds=2)
     callback = FederatedCallback(kit=run.kit())

@@ -106,6 +106,16 @@ def test_evaluate_global_without_validation_data_is_refused(federation) -> None:
         m.trainer(FederatedCallback(kit=federation().kit(), evaluate_global=True))
 
 
+def test_evaluation_that_another_callback_prevents_holds_nobody_up(federation) -> None:
+    class Prevent(TrainerCallback):
+        def on_step_end(self, args, state, control, **_: object) -> None:
+            control.should_evaluate = False
+
+    run = federation(rounds=2)
+    m.trainer(FederatedCallback(kit=run.kit()), eval_dataset=m.Tokens(8), callbacks=[Prevent()]).train()
+    assert len(run.ended().rounds) == 2
+
+
 def test_several_validation_sets_make_one_score(federation) -> None:
     run = federation(rounds=1)
     sets = {"a": m.Tokens(8, seed=1), "b": m.Tokens(24, seed=2)}
@@ -159,8 +169,10 @@ def test_training_loss_of_the_round_without_any_logging(federation) -> None:
     run = federation(rounds=2)
     m.trainer(FederatedCallback(kit=run.kit()), logging_strategy="steps", logging_steps=1, callbacks=[Watch()]).train()
     noisy = [e.data["metrics"]["train_loss"] for e in run.events_of("update")]
-    assert silent == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])], rel=1e-5)
-    assert noisy == pytest.approx(silent, rel=1e-5)
+    assert silent == pytest.approx(
+        [np.mean(losses[:4]), np.mean(losses[4:])], abs=1e-4
+    )  # transformers 4 rounds what it logs
+    assert noisy == pytest.approx(silent, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
@@ -172,9 +184,9 @@ def test_results_open_with_peft(federation, method, save) -> None:
     run.ended()
     x = torch.arange(8).reshape(1, 8)
     for folder in ("model", "best"):
-        opened = peft.PeftModel.from_pretrained(m.classifier(), run.folder / "run" / folder)
+        opened = peft.PeftModel.from_pretrained(m.classifier(), run.folder / folder)
         assert torch.equal(opened.eval()(x).logits, model.eval()(x).logits)
-    assert {f.name for f in Path(run.folder, "run", "model").iterdir()} >= {
+    assert {f.name for f in Path(run.folder, "model").iterdir()} >= {
         "adapter_model.safetensors",
         "adapter_config.json",
     }
@@ -188,7 +200,7 @@ def test_full_fine_tuning_and_its_results(federation) -> None:
     partner.ended()
     run.ended()
     assert same(copied(model), partner.received[-1])
-    opened = type(model).from_pretrained(run.folder / "run" / "model")
+    opened = type(model).from_pretrained(run.folder / "model")
     assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), model.parameters(), strict=True))
 
 
@@ -211,13 +223,13 @@ def test_bfloat16_weights_travel_as_they_are(federation) -> None:
     assert same(copied(model), partner.received[-1])
 
 
-def test_keep_local_stays_at_the_site(federation, tmp_path) -> None:
+def test_keep_local_stays_at_the_site(federation) -> None:
     run = federation(rounds=1)
     model = m.classifier()
     callback = FederatedCallback(kit=run.kit(), keep_local=["classifier.*"])
     m.trainer(callback, model=model).train()
     run.ended()
-    stored = load_file(run.server.export(tmp_path / "exported"))
+    stored = run.model()
     assert stored and not [name for name in stored if name.startswith("classifier.")]
 
 
@@ -240,9 +252,9 @@ def test_load_best_model_at_end_is_the_best_global_round(federation) -> None:
     partner.ended()
     assert run.ended().best_round == 1
     assert same(copied(model), partner.received[1])
-    final = load_file(run.folder / "run" / "model" / "adapter_model.safetensors")
+    final = load_file(run.folder / "model" / "adapter_model.safetensors")
     assert all(np.array_equal(final[n], partner.received[3][n]) for n in final)
-    best = load_file(run.folder / "run" / "best" / "adapter_model.safetensors")
+    best = load_file(run.folder / "best" / "adapter_model.safetensors")
     assert all(np.array_equal(best[n], partner.received[1][n]) for n in best)
     losses = {r["step"]: r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r}
     assert trainer.state.best_global_step == 4 and trainer.state.best_metric == losses[4]
@@ -264,9 +276,7 @@ def test_another_meaning_of_best_is_refused(federation, settings, arguments, rea
 
 def test_best_without_scores_is_refused(federation) -> None:
     with pytest.raises(ConfigError, match="evaluate_global"):
-        m.trainer(
-            FederatedCallback(kit=federation().kit(), evaluate_global=False), eval_dataset=m.Tokens(8), **BEST
-        )
+        m.trainer(FederatedCallback(kit=federation().kit(), evaluate_global=False), eval_dataset=m.Tokens(8), **BEST)
 
 
 # --- ends that come early ----------------------------------------------------------------------------------------

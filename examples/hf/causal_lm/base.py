@@ -1,0 +1,88 @@
+"""A small pretrained decoder for machines without a hub: made once from text that no site holds, then shared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+VOCABULARY = 1024
+BLOCK = 64  # tokens
+BATCH = 16
+EPOCHS = 4
+LEARNING_RATE = 3e-3
+
+
+def pretrained(text: Sequence[str], folder: str) -> str:
+    """The path of the base model for `text` within `folder`, made there if it is not yet.
+
+    Several processes may ask at once: one makes it, the others wait for it. The name depends on the text.
+    """
+    digest = hashlib.sha256("\n\n".join(text).encode()).hexdigest()[:8]
+    target = Path(folder).resolve() / f"base-{digest}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            made = target.with_name(f"{target.name}.partial")
+            _pretrain(text, made)
+            os.replace(made, target)  # complete, or not there at all
+    return str(target)
+
+
+def _pretrain(text: Sequence[str], folder: Path) -> None:
+    """A plain training loop, the same on every run."""
+    print("pretraining a small base model", flush=True)
+    set_seed(0)
+    tokenizer = _tokenizer(text)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    blocks = torch.tensor(token_blocks(tokenizer, text))
+    steps = EPOCHS * (len(blocks) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1)
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(len(blocks))[: len(blocks) // BATCH * BATCH].split(BATCH):
+            model(input_ids=blocks[batch], labels=blocks[batch]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(text: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding over bytes, so that it can write any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def token_blocks(tokenizer: PreTrainedTokenizerFast, text: Sequence[str]) -> list[list[int]]:
+    """The paragraphs as one sequence of tokens, cut into blocks of equal length; an incomplete last one is left out."""
+    ids: list[int] = tokenizer("\n\n".join(text), verbose=False)["input_ids"]
+    return [ids[i : i + BLOCK] for i in range(0, len(ids) - BLOCK + 1, BLOCK)]

@@ -1,0 +1,29 @@
+"""Perplexity of a language model, with or without an adapter, on the held-out text of all sites."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from base import token_blocks
+
+BATCH = 32
+
+
+def perplexity(model_name: str, adapter: str | Path | None, text: list[str]) -> float:
+    """exp of the mean loss per token. adapter: a folder that train.py or a federation saved; None: the base model."""
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = AutoModelForCausalLM.from_pretrained(model_name)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    blocks = torch.tensor(token_blocks(tokenizer, text))
+    total = 0.0
+    for batch in blocks.split(BATCH):
+        with torch.inference_mode():
+            total += float(model(input_ids=batch, labels=batch).loss) * len(batch)  # blocks are of equal length
+    return math.exp(total / len(blocks))

@@ -1,0 +1,69 @@
+"""Fine-tunes a decoder language model with LoRA: an ordinary transformers.Trainer script.
+
+python train.py                             # a small base model, pretrained here on first use
+python train.py --shard 1/3                 # on the text of the first of three sites
+python train.py --model HuggingFaceTB/SmolLM2-135M
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from base import pretrained, token_blocks
+from data import load
+from fl_adapters.hf import FederatedCallback
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model of the hub, or a folder; default: a small one, made here")
+    parser.add_argument("--base", default="runs", help="the folder where the small model is kept")
+    parser.add_argument("--shard", metavar="I/N", help="train on one of N parts")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="out")
+    args = parser.parse_args()
+
+    data = load(args.shard)
+    name = args.model or pretrained(data.base, args.base)
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+
+    def encode(text: list[str]) -> list[dict[str, list[int]]]:
+        return [{"input_ids": block, "labels": block} for block in token_blocks(tokenizer, text)]
+
+    trainer = Trainer(
+        model=get_peft_model(model, lora),
+        args=TrainingArguments(
+            output_dir=args.output,
+            num_train_epochs=args.epochs,
+            learning_rate=2e-3,
+            per_device_train_batch_size=16,
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=encode(data.train),
+        eval_dataset=encode(data.validation),
+        data_collator=default_data_collator,
+        callbacks=[FederatedCallback()],
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Fine-tunes a decoder language model with LoRA: the same as train.py, with trl's SFTTrainer.
+
+python train_sft.py                         # a small base model, pretrained here on first use
+python train_sft.py --shard 1/3             # on the text of the first of three sites
+python train_sft.py --model HuggingFaceTB/SmolLM2-135M
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+from base import pretrained
+from data import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model of the hub, or a folder; default: a small one, made here")
+    parser.add_argument("--base", default="runs", help="the folder where the small model is kept")
+    parser.add_argument("--shard", metavar="I/N", help="train on one of N parts")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="out")
+    args = parser.parse_args()
+
+    data = load(args.shard)
+    name = args.model or pretrained(data.base, args.base)
+    set_seed(args.seed)
+    trainer = SFTTrainer(
+        model=name,
+        args=SFTConfig(
+            output_dir=args.output,
+            num_train_epochs=args.epochs,
+            learning_rate=2e-3,
+            per_device_train_batch_size=16,
+            max_length=64,
+            gradient_checkpointing=False,
+            bf16=False,
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=Dataset.from_dict({"text": data.train}),
+        eval_dataset=Dataset.from_dict({"text": data.validation}),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

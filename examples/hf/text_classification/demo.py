@@ -1,0 +1,92 @@
+"""Three sites fine-tune MiniLM together, and what that is worth: the accuracy of each site training alone, of the
+federation, and of training on all data in one place, on the same held-out rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from comparison import train_three_ways  # noqa: E402
+from data import ROWS, load  # noqa: E402
+
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the table. rows: trained on. accuracy: on the held-out rows, 0 to 1. adapter: its folder."""
+
+    name: str
+    rows: int
+    accuracy: float
+    adapter: Path
+
+
+def compare(
+    console: Console,
+    *,
+    sites: int = 3,
+    rounds: int = ROUNDS,
+    rows: int = ROWS,
+    seed: int = 0,
+    data: str | None = None,
+) -> list[Score]:
+    """The scores of each site alone, "federated" and "central". Trains all of them; shows what is going on."""
+    arguments = ["--rows", str(rows), "--seed", str(seed), *(["--data", data] if data else [])]
+    script = HERE / "train.py"
+    _, trained = train_three_ways(script, sites=sites, rounds=rounds, arguments=arguments, console=console)
+
+    from evaluate import accuracy_of  # loads torch, which nothing above needs
+
+    scores = []
+    with console.status("scoring on the held-out rows ..."):
+        for one in trained:
+            own = load(data, one.shard, rows)
+            scores.append(Score(one.name, len(own.train), accuracy_of(one.adapter, own), one.adapter))
+    return scores
+
+
+def show(scores: Sequence[Score], held_out: int, console: Console) -> None:
+    table = Table(title=f"Accuracy on the same {held_out:,} held-out rows", title_justify="left")
+    table.add_column("trained")
+    table.add_column("on rows", justify="right")
+    table.add_column("accuracy", justify="right")
+    table.add_column("adapter")
+    for score in scores:
+        style = "bold green" if score.name == "federated" else None
+        adapter = os.path.relpath(score.adapter)
+        table.add_row(score.name, f"{score.rows:,}", f"{score.accuracy:.3f}", adapter, style=style)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="one pass over the data each")
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of all sites together, 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", help="file or folder with label and text, or a hub data set; default: docstrings")
+    args = parser.parse_args()
+    console = Console()
+    began = time.monotonic()
+    scores = compare(console, **vars(args))
+    show(scores, len(load(args.data).test), console)
+    model = next(score.adapter for score in scores if score.name == "federated")
+    console.print(f"Results in {os.path.relpath(model.parent)}: model/, best/, history.csv, a log per site.")
+    console.print(f"{time.monotonic() - began:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""The plain loop: `with fl.connect() as site: for task in site.tasks(...)`, federated and alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fl_adapters as fl
+from fl_adapters.testing import LocalFederation, Outcome, Place
+from fl_runtime.errors import ConfigError, QuorumError, StateMismatchError, UpdateRefusedError
+from fl_runtime.types import Array, Arrays
+
+
+def start() -> dict[str, Array]:
+    return {"body": np.zeros(3), "head": np.zeros(2, np.float32)}
+
+
+def loop(place: Place, amount: float = 1.0, **options: Any) -> Arrays:
+    with fl.connect(kit=place.kit, **options) as site:
+        for task in site.tasks(initial=start()):
+            task.submit({n: a + amount for n, a in task.arrays.items()}, num_examples=place.index + 1)
+        return site.arrays
+
+
+def values(arrays: Arrays) -> dict[str, list[float]]:
+    return {name: array.tolist() for name, array in arrays.items()}
+
+
+# -- alone -----------------------------------------------------------------------------------------------------------
+
+
+def test_alone_the_loop_runs_one_round_with_its_own_weights() -> None:
+    with fl.connect() as site:
+        assert (site.name, site.index, site.count, site.job) == ("local", 0, 1, "")
+        rounds = []
+        for task in site.tasks(initial=start()):
+            rounds.append((task.round, task.rounds))
+            task.arrays["body"] += 5
+            task.report({"loss": 1.0}, 3)
+            task.submit(task.arrays, num_examples=1, metrics={"train_loss": 0.5})
+        site.report({"loss": 0.5}, 3)
+    assert rounds == [(1, 1)]
+    assert values(site.arrays) == {"body": [5.0] * 3, "head": [0.0] * 2}
+
+
+def test_alone_the_number_of_rounds_is_the_scripts_and_the_initial_arrays_stay() -> None:
+    mine = start()
+    with fl.connect() as site:
+        for task in site.tasks(initial=mine, rounds=3):
+            task.submit({n: a + 1 for n, a in task.arrays.items()}, num_examples=1)
+    assert site.arrays["body"].tolist() == [3.0] * 3
+    assert mine["body"].tolist() == [0.0] * 3
+
+
+def test_a_federation_can_be_required() -> None:
+    with pytest.raises(ConfigError, match="required=True"):
+        fl.connect(required=True)
+
+
+# -- together --------------------------------------------------------------------------------------------------------
+
+
+def test_every_site_ends_with_the_mean() -> None:
+    with LocalFederation(sites=3, rounds=2) as federation:
+        finals = federation.run(lambda place: loop(place, amount=place.index))
+        assert len(federation.result().rounds) == 2
+    # (0 * 1 + 1 * 2 + 2 * 3) / 6 a round
+    for final in finals.values():
+        np.testing.assert_allclose(final["body"], np.full(3, 2 * 8 / 6), rtol=1e-12)
+        np.testing.assert_allclose(final["head"], np.full(2, 2 * 8 / 6), rtol=1e-6)
+        assert final["head"].dtype == np.float32
+
+
+def test_a_site_knows_where_it_is_and_its_tasks_how_far() -> None:
+    def work(place: Place) -> tuple[object, ...]:
+        with fl.connect(kit=place.kit) as site:
+            seen = []
+            for task in site.tasks(initial=start(), rounds=2):
+                seen.append((task.round, task.rounds, sorted(task.arrays)))
+                task.submit(task.arrays, num_examples=1)
+            return site.name, site.index, site.count, site.job, fl.site(place.kit).name, seen
+
+    with LocalFederation(sites=["x", "y"], name="hearts") as federation:
+        told = federation.run(work)
+    steps = [(1, 2, ["body", "head"]), (2, 2, ["body", "head"])]
+    assert told == {"x": ("x", 0, 2, "hearts", "x", steps), "y": ("y", 1, 2, "hearts", "y", steps)}
+
+
+def test_all_begin_from_the_first_sites_weights() -> None:
+    def work(place: Place) -> list[float]:
+        with fl.connect(kit=place.kit) as site:
+            first: list[float] = []
+            for task in site.tasks(initial={"w": np.full(2, 10.0 + place.index)}):
+                first = first or task.arrays["w"].tolist()
+                task.submit(task.arrays, num_examples=1)
+            return first
+
+    with LocalFederation(sites=3, rounds=2) as federation:
+        assert list(federation.run(work).values()) == [[10.0, 10.0]] * 3
+
+
+@pytest.mark.parametrize("submits", ["everything", "what travels"])
+def test_what_is_kept_local_never_leaves(submits: str) -> None:
+    def work(place: Place) -> Arrays:
+        own = np.full(2, float(place.index), np.float32)
+        with fl.connect(kit=place.kit, keep_local=["head"]) as site:
+            for task in site.tasks(initial={**start(), "head": own}):
+                assert sorted(task.arrays) == ["body"]
+                result = {"body": task.arrays["body"] + 1}
+                task.submit({**result, "head": own} if submits == "everything" else result, num_examples=1)
+            return site.arrays
+
+    with LocalFederation(sites=2, rounds=2) as federation:
+        finals = federation.run(work)
+        assert values(federation.model()) == {"body": [2.0] * 3}
+    assert all(values(final) == {"body": [2.0] * 3} for final in finals.values())
+
+
+def test_the_jobs_keep_local_holds_too_and_patterns_choose() -> None:
+    with LocalFederation(sites=1, rounds=1, keep_local=("head",)) as federation:
+        assert sorted(federation.run(loop)["site-1"]) == ["body"]
+    with LocalFederation(sites=1, rounds=1) as federation:
+        assert sorted(federation.run(lambda p: loop(p, exchange=["h*"]))["site-1"]) == ["head"]
+    with LocalFederation(sites=1, rounds=1) as federation, pytest.raises(ConfigError, match="matches no tensor"):
+        federation.run(lambda p: loop(p, keep_local=["haed"]))
+
+
+def test_num_examples_of_the_script_overrides_that_of_the_loop() -> None:
+    def work(place: Place) -> Arrays:
+        return loop(place, amount=place.index, num_examples=5)
+
+    with LocalFederation(sites=2, rounds=1) as federation:
+        finals = federation.run(work)
+        updates = [e.data["num_examples"] for e in federation.events if e.kind == "update"]
+    assert updates == [5, 5]
+    assert finals["site-1"]["body"].tolist() == [0.5] * 3
+
+
+def test_reports_choose_the_best_round() -> None:
+    def work(place: Place) -> None:
+        losses = {1: 3.0, 2: 1.0, 3: 2.0}
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                task.submit({n: a + 1 for n, a in task.arrays.items()}, num_examples=1,
+                            metrics={"loss": losses[task.round]})  # fmt: skip
+
+    with LocalFederation(sites=2, rounds=3) as federation:
+        federation.run(work)
+        assert federation.result().best_round == 2
+        assert federation.model("best")["body"].tolist() == [2.0] * 3
+
+
+def test_the_loop_may_change_the_arrays_in_place_and_send_those() -> None:
+    def work(place: Place) -> Arrays:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                task.arrays["body"] += 1
+                task.arrays["head"] *= 0
+                task.submit(task.arrays, num_examples=1)
+            return site.arrays
+
+    with LocalFederation(sites=2, rounds=3) as federation:
+        assert all(f["body"].tolist() == [3.0] * 3 for f in federation.run(work).values())
+
+
+def test_the_final_arrays_are_the_callers_own() -> None:
+    with LocalFederation(sites=1, rounds=1) as federation:
+        arrays = federation.run(loop)["site-1"]
+    arrays["body"][...] = 7
+    assert arrays["body"].tolist() == [7.0] * 3
+
+
+def test_numbers_and_lists_count_as_arrays() -> None:
+    numbers: Any = {"bias": 0.5, "w": [1.0, 2.0]}
+    loss: Any = {"loss": np.float32(0.5)}
+
+    def work(place: Place) -> Arrays:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=numbers):
+                task.submit({n: np.asarray(v).tolist() for n, v in task.arrays.items()}, num_examples=1, metrics=loss)
+            return site.arrays
+
+    with LocalFederation(sites=1, rounds=1) as federation:
+        assert values(federation.run(work)["site-1"]) == numbers
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def outcomes_of(bad: Any, **settings: Any) -> dict[str, Outcome[Any]]:
+    """site-1 behaves, site-2 does `bad`."""
+    with LocalFederation(sites=2, **{"rounds": 2, **settings}) as federation:
+        return federation.outcomes({"site-1": loop, "site-2": bad}, check=False)
+
+
+def assert_ended_by_site_2(found: dict[str, Outcome[Any]], reason: str) -> None:
+    assert isinstance(found["site-1"].error, QuorumError)
+    assert f"site-2: {reason}" in str(found["site-1"].error)
+
+
+def test_an_error_in_the_block_makes_the_site_leave_with_the_reason() -> None:
+    def fails(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                if task.round == 2:
+                    raise ValueError("out of memory")
+                task.submit(task.arrays, num_examples=1)
+
+    found = outcomes_of(fails)
+    assert isinstance(found["site-2"].error, ValueError)
+    assert_ended_by_site_2(found, "ValueError: out of memory")
+
+
+def test_a_loop_that_stops_early_makes_the_site_leave() -> None:
+    def breaks(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                task.submit(task.arrays, num_examples=1)
+                break
+
+    found = outcomes_of(breaks)
+    assert found["site-2"].error is None
+    assert_ended_by_site_2(found, "its loop ended before the last round")
+
+
+def test_others_go_on_where_the_job_allows_it() -> None:
+    def fails(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for _ in site.tasks(initial=start()):
+                raise ValueError("broken")
+
+    found = outcomes_of(fails, min_sites=1)
+    assert found["site-1"].error is None
+    assert isinstance(found["site-2"].error, ValueError)
+
+
+def test_a_round_that_is_submitted_twice_is_refused() -> None:
+    def twice(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                task.submit(task.arrays, num_examples=1)
+                task.submit(task.arrays, num_examples=1)
+
+    found = outcomes_of(twice)
+    assert isinstance(found["site-2"].error, ConfigError)
+    assert "round 1 was submitted already" in str(found["site-2"].error)
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_a_round_without_a_result_is_refused(federated: bool) -> None:
+    def never(place: Place | None) -> None:
+        with fl.connect(kit=place.kit if place else None) as site:
+            for _ in site.tasks(initial=start()):
+                pass
+
+    if federated:
+        found = outcomes_of(never)
+        error = found["site-2"].error
+        assert_ended_by_site_2(found, "ConfigError: round 1 ended without a result")
+    else:
+        with pytest.raises(ConfigError) as caught:
+            never(None)
+        error = caught.value
+    assert isinstance(error, ConfigError)
+    assert "task.submit" in error.fix
+
+
+def submitting(arrays: Arrays, num_examples: int = 1, **options: Any) -> Any:
+    def work(place: Place) -> None:
+        with fl.connect(kit=place.kit, **options) as site:
+            for task in site.tasks(initial=start()):
+                task.submit(arrays, num_examples=num_examples)
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("arrays", "kind", "said"),
+    [
+        ({"body": np.zeros(3)}, StateMismatchError, "head: float32[2] != missing"),
+        ({}, StateMismatchError, "missing"),
+        ({**start(), "more": np.zeros(1)}, StateMismatchError, "more: missing != float64[1]"),
+        ({**start(), "body": np.zeros(4)}, StateMismatchError, "body: float64[3] != float64[4]"),
+        ({**start(), "head": np.zeros(2)}, StateMismatchError, "head: float32[2] != float64[2]"),
+        ({**start(), "body": np.array([0, np.nan, 0])}, UpdateRefusedError, "NaN or infinite values in body"),
+    ],
+)
+def test_results_that_do_not_fit_are_refused_at_the_site(arrays: Arrays, kind: type[Exception], said: str) -> None:
+    error = outcomes_of(submitting(arrays))["site-2"].error
+    assert isinstance(error, kind)
+    assert said in str(error)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_results_without_examples_are_refused(number: int) -> None:
+    error = outcomes_of(submitting(start(), num_examples=number))["site-2"].error
+    assert isinstance(error, UpdateRefusedError)
+    assert f"num_examples is {number}" in str(error)
+
+
+def test_no_initial_arrays_are_refused() -> None:
+    def work(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for _ in site.tasks(initial={}):
+                pass
+
+    assert "got no arrays" in str(outcomes_of(work)["site-2"].error)
+
+
+def test_tensors_that_cannot_travel_are_named() -> None:
+    def work(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for _ in site.tasks(initial={"labels": np.array(["a", "b"])}):
+                pass
+
+    assert "'labels'" in str(outcomes_of(work)["site-2"].error)
+
+
+def test_a_loop_that_is_begun_again_goes_on_as_a_new_attempt() -> None:
+    """A notebook: the cell is interrupted in the middle of a round and run again; the others wait for it."""
+
+    def interrupted(place: Place) -> Arrays:
+        site = fl.connect(kit=place.kit)
+        tasks = site.tasks(initial=start())
+        next(tasks)
+        return loop(place)
+
+    with LocalFederation(sites=2, rounds=2) as federation:
+        outcomes = federation.outcomes({"site-1": loop, "site-2": interrupted})
+        joined = [e.data["attempt"] for e in federation.events if e.kind == "joined" and e.site == "site-2"]
+    assert joined == [1, 2]
+    finals = [outcome.value for outcome in outcomes.values()]
+    assert all(final is not None and final["body"].tolist() == [2.0] * 3 for final in finals)

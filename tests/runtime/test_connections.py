@@ -1,0 +1,193 @@
+"""Connections that break or damage what they carry, by a TCP proxy between a site and the server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from federation_bench import Bench, Site, serving, started, together
+from tcp_proxy import Direction, TcpProxy
+
+from fl_runtime.errors import ConnectionLostError
+from fl_runtime.types import Arrays, Report
+from fl_runtime.wire.frames import FRAME_BYTES
+
+MIB = 2**20
+PAYLOAD = 24 * MIB
+IN_FLIGHT = FRAME_BYTES + 10 * MIB
+"""What may have passed the proxy and not the last whole frame: HTTP/2's window and the sockets' buffers."""
+
+
+def weights(seed: int) -> Arrays:
+    return {"w": np.random.default_rng(seed).normal(size=PAYLOAD // 8), "b": np.array(seed)}
+
+
+def one_round(
+    bench: Bench, proxy: TcpProxy, plan: Callable[[str], None], seed: int = 1
+) -> tuple[Site, Arrays, tuple[int, int], tuple[int, int]]:
+    """A round of one site through the proxy; plan(direction) is called before its download and its upload.
+
+    Returns the site, its final weights, and the bytes (up, down) of the download and of the upload.
+    """
+    site = bench.site("site-1", address=proxy.address)
+    site.join()
+    site.register(weights(0))
+    site.submit(site.client.next_task(), weights(0))
+    before = proxy.counted()
+    plan("down")
+    task = site.client.next_task()
+    assert task.arrays["w"].tobytes() == weights(0)["w"].tobytes()
+    between = proxy.counted()
+    plan("up")
+    site.submit(task, weights(seed), num_examples=5)
+    after = proxy.counted()
+    final = {name: np.copy(array) for name, array in site.client.next_task().arrays.items()}
+    return site, final, _difference(before, between), _difference(between, after)
+
+
+def _difference(before: tuple[int, int], after: tuple[int, int]) -> tuple[int, int]:
+    return after[0] - before[0], after[1] - before[1]
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_broken_transfer_resumes_where_it_stopped(tmp_path: Path, direction: Direction) -> None:
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+
+        def plan(now: str) -> None:
+            if now == direction:
+                proxy.cut_after(direction, PAYLOAD * 3 // 4)
+
+        _, final, download, upload = one_round(bench, proxy, plan)
+        assert final["w"].tobytes() == weights(1)["w"].tobytes()
+        assert int(final["b"]) == 1
+        assert proxy.connections >= 2
+        sent = upload[0] if direction == "up" else download[1]
+        assert PAYLOAD < sent < PAYLOAD * 1.02 + IN_FLIGHT
+
+
+def test_a_connection_that_breaks_every_few_mib_gets_there_all_the_same(tmp_path: Path) -> None:
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        cuts = 3
+
+        def plan(now: str) -> None:
+            for number in range(1, cuts + 1):
+                proxy.cut_after("up" if now == "up" else "down", number * 8 * MIB)
+
+        _, final, download, upload = one_round(bench, proxy, plan)
+        assert final["w"].tobytes() == weights(1)["w"].tobytes()
+        assert proxy.connections >= 2 * cuts
+        assert download[1] < PAYLOAD * 1.02 + cuts * IN_FLIGHT
+        assert upload[0] < PAYLOAD * 1.02 + cuts * IN_FLIGHT
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_damaged_byte_is_noticed_and_sent_again(tmp_path: Path, direction: Direction) -> None:
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+
+        def plan(now: str) -> None:
+            if now == direction:
+                proxy.damage_after(direction, PAYLOAD // 2)
+
+        _, final, download, upload = one_round(bench, proxy, plan)
+        assert final["w"].tobytes() == weights(1)["w"].tobytes()
+        sent = upload[0] if direction == "up" else download[1]
+        assert sent > PAYLOAD  # some or all of it again
+    used = [e for e in bench.watch.all("update") if e.data["status"] == "used"]
+    assert len(used) == 1
+
+
+def test_a_transfer_that_is_damaged_every_time_is_given_up(tmp_path: Path) -> None:
+    """Else a broken disk or network card would have a site load the same model for ever."""
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        site = bench.site("site-1", address=proxy.address)
+        site.join()
+        site.register(weights(0))
+        site.submit(site.client.next_task(), weights(0))
+        for number in range(40):
+            proxy.damage_after("down", MIB + number * PAYLOAD // 3)
+        with pytest.raises(ConnectionLostError):
+            site.client.next_task()
+
+
+def test_waiting_sites_survive_a_broken_connection(tmp_path: Path) -> None:
+    initial: Arrays = {"w": np.zeros(3)}
+    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address)
+        tasks = started([one, two], initial)
+        two.submit(tasks["site-2"], {"w": np.ones(3)})
+
+        def meanwhile() -> None:
+            proxy.cut()
+            one.submit(tasks["site-1"], {"w": np.ones(3)})
+
+        final, _ = together(two.client.next_task, meanwhile)
+        assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
+        assert not bench.watch.all("left")
+
+
+def test_a_break_during_the_handshake_is_survived(tmp_path: Path) -> None:
+    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        one, two = bench.site("site-1", address=proxy.address), bench.site("site-2")
+        one.join()
+        two.join()
+
+        def second() -> int:
+            bench.watch.wait("registered", "site-1")
+            proxy.cut()
+            return two.register({"w": np.zeros(1)})
+
+        assert together(lambda: one.register({"w": np.zeros(1)}), second) == [1, 1]
+
+
+@pytest.mark.parametrize("call", ["join", "next_task", "submit", "large submit", "report"])
+def test_a_server_that_is_gone_for_good_is_given_up_after_the_patience(tmp_path: Path, call: str) -> None:
+    initial: Arrays = {"w": np.zeros(3 * MIB // 8 if call == "large submit" else 3)}
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        site = bench.site("site-1", address=proxy.address, patience_s=0.4)
+        site.join()
+        site.register(initial)
+        task = site.start(initial)
+        proxy.refuses = True
+        proxy.cut()
+        calls: dict[str, Callable[[], object]] = {
+            "join": site.join,
+            "next_task": site.client.next_task,
+            "submit": lambda: site.submit(task, initial),
+            "large submit": lambda: site.submit(task, initial),
+            "report": lambda: site.client.report(Report("test", 0, "site-1", {"loss": 1.0}, 1)),
+        }
+        began = time.monotonic()
+        with pytest.raises(ConnectionLostError, match=r"gave up after 0\.4 s") as caught:
+            calls[call]()
+        assert time.monotonic() - began >= 0.4
+        assert caught.value.fix
+
+
+def test_a_server_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with serving(tmp_path, 1) as bench, TcpProxy(bench.address) as proxy:
+        pass  # the proxy's port is free again
+    from fl_runtime.transport.grpc import GrpcTransport
+
+    site = Site("site-1", GrpcTransport(proxy.address, "token"), patience_s=0.2)
+    with pytest.raises(ConnectionLostError, match=proxy.address):
+        site.join()
+    site.vanish()
+
+
+def test_memory_does_not_grow_with_repeated_breaks_of_one_upload(tmp_path: Path) -> None:
+    """A broken upload is kept once, and its file is used again."""
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        site = bench.site("site-1", address=proxy.address)
+        site.join()
+        site.register(weights(0))
+        site.submit(site.client.next_task(), weights(0))
+        task = site.client.next_task()
+        for number in (1, 2, 3):
+            proxy.cut_after("up", number * 6 * MIB)
+        site.submit(task, weights(1))
+        site.client.next_task()
+        files = list((tmp_path / "server" / "blobs").iterdir())
+        assert len(files) <= 4

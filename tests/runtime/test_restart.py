@@ -1,0 +1,269 @@
+"""The server is killed outright and started again on the same folder: the run goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_bench import WAIT_S, Site, at_once, registered, serving, settings, started, together
+from tcp_proxy import TcpProxy
+
+import fl_runtime
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.transport.grpc import GrpcTransport
+from fl_runtime.types import Arrays, RunSettings, Task
+
+SERVER = """
+import json, sys
+from pathlib import Path
+from fl_runtime.server import Server
+from fl_runtime.types import RunSettings
+
+folder, port, fields = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+run = RunSettings(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+server = Server(run, folder, {name: "secret of " + name for name in run.sites}, port=port)
+print(server.start(), flush=True)
+server.wait()
+error = server.result().error
+server.export(folder / "model")
+server.close()
+sys.exit(str(error) if error else 0)
+"""
+
+
+class ServerProcess:
+    """A server in a process of its own, always on the same port."""
+
+    def __init__(self, folder: Path, run: RunSettings) -> None:
+        self.folder, self._run = folder, run
+        self.address = "127.0.0.1:0"
+        self.start()
+
+    def start(self) -> None:
+        port = self.address.rpartition(":")[2]
+        root = str(Path(fl_runtime.__file__).parents[1])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(self.folder), port, json.dumps(asdict(self._run))],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.address = self._process.stdout.readline().strip()
+        assert self.address, "the server did not start"
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(WAIT_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def finished(self) -> Arrays:
+        """The model of a run that has ended well."""
+        assert self._process.wait(WAIT_S) == 0
+        return read_tensors(self.folder / "model" / "model.safetensors")
+
+    def site(self, name: str, address: str = "") -> Site:
+        return Site(name, GrpcTransport(address or self.address, f"secret of {name}"))
+
+
+@contextmanager
+def server_process(folder: Path, sites: int, **fields: Any) -> Iterator[ServerProcess]:
+    process = ServerProcess(folder, settings(sites, **fields))
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def trained(task: Task, site: str) -> Arrays:
+    """Different for every site and round, and not associative to add up."""
+    index = int(site[-1])
+    rng = np.random.default_rng([index, task.round])
+    return {
+        name: (0.5 * array + rng.normal(size=array.shape) * 10.0**index).astype(array.dtype)
+        for name, array in task.arrays.items()
+    }
+
+
+def start_weights(size: int = 1000) -> Arrays:
+    return {"w": np.zeros(size, np.float32), "v": np.ones((3, 2))}
+
+
+def uninterrupted(folder: Path, sites: int, rounds: int, size: int = 1000) -> dict[str, bytes]:
+    def site(name: str) -> Arrays:
+        return bench.site(name).take_part(start_weights(size), lambda task: trained(task, name))
+
+    with serving(folder, sites, sockets=False, rounds=rounds) as bench:
+        return bits(bench.run(site)["site-1"])
+
+
+def bits(arrays: Arrays) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def test_killed_between_two_updates_of_a_round(tmp_path: Path) -> None:
+    wanted = uninterrupted(tmp_path / "oracle", 3, 2)
+    with server_process(tmp_path / "run", 3, rounds=2) as server:
+        sites = {f"site-{i}": server.site(f"site-{i}") for i in (1, 2, 3)}
+        tasks = started(sites.values(), start_weights())
+        sites["site-3"].submit(tasks["site-3"], trained(tasks["site-3"], "site-3"))
+        server.kill()
+        server.start()
+        # acknowledged: it counts, and is not counted again
+        assert sites["site-3"].submit(tasks["site-3"], trained(tasks["site-3"], "site-3")) == "duplicate"
+        for name in ("site-1", "site-2"):
+            assert sites[name].submit(tasks[name], trained(tasks[name], name)) == "used"
+        tasks = {n: s.client.next_task() for n, s in sites.items()}
+        assert {task.round for task in tasks.values()} == {2}
+        for name, site in sites.items():
+            site.submit(tasks[name], trained(tasks[name], name))
+        finals = [bits(site.client.next_task().arrays) for site in sites.values()]
+        for site in sites.values():
+            site.client.leave("done", early=False)
+            site.vanish()
+        assert finals == [wanted] * 3
+        assert bits(server.finished()) == wanted
+
+
+@pytest.mark.parametrize("late", ["drop", "carry"])
+def test_killed_after_a_round_whose_acknowledgement_was_lost(tmp_path: Path, late: str) -> None:
+    with server_process(tmp_path / "run", 1, rounds=3, late=late) as server:
+        site = server.site("site-1")
+        site.join()
+        site.register(start_weights())
+        task = site.start(start_weights())
+        update = trained(task, "site-1")
+        site.submit(task, update)
+        server.kill()
+        server.start()
+        assert site.submit(task, update) == "duplicate"
+        assert site.client.next_task().round == 2
+        site.vanish()
+
+
+def test_killed_again_and_again_while_three_sites_train(tmp_path: Path) -> None:
+    rounds = 6
+    wanted = uninterrupted(tmp_path / "oracle", 3, rounds)
+    acknowledged = threading.Semaphore(0)
+
+    def site(name: str) -> dict[str, bytes]:
+        site = server.site(name)
+
+        def change(task: Task) -> Arrays:
+            if task.round > 1:
+                acknowledged.release()
+            return trained(task, name)
+
+        return bits(site.take_part(start_weights(), change))
+
+    def murder() -> None:
+        for _ in range(4):
+            for _ in range(3):
+                assert acknowledged.acquire(timeout=WAIT_S)
+            server.kill()
+            server.start()
+
+    with server_process(tmp_path / "run", 3, rounds=rounds) as server:
+        finals = together(murder, lambda: site("site-1"), lambda: site("site-2"), lambda: site("site-3"))
+        assert finals[1:] == [wanted] * 3
+        assert bits(server.finished()) == wanted
+
+
+def test_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
+    size = 2**22  # 16 MiB of float32
+    wanted = uninterrupted(tmp_path / "oracle", 2, 1, size)
+    with server_process(tmp_path / "run", 2, rounds=1) as server, TcpProxy(server.address) as proxy:
+
+        def murder() -> None:
+            # site-1 uploads the initial model, then its update; the kill comes in the middle of the latter
+            proxy.wait_for("up", size * 4 + 2**22)
+            server.kill()
+            server.start()
+
+        def site(name: str, address: str) -> dict[str, bytes]:
+            return bits(server.site(name, address).take_part(start_weights(size), lambda task: trained(task, name)))
+
+        finals = together(murder, lambda: site("site-1", proxy.address), lambda: site("site-2", ""))
+        assert finals[1:] == [wanted] * 2
+        assert bits(server.finished()) == wanted
+
+
+@pytest.mark.parametrize("moment", ["one site has registered", "the initial model is awaited", "the end is near"])
+def test_killed_at_the_edges_of_a_run(tmp_path: Path, moment: str) -> None:
+    with server_process(tmp_path / "run", 2, rounds=1) as server:
+        one, two = server.site("site-1"), server.site("site-2")
+        one.join()
+        two.join()
+        if moment == "one site has registered":
+            registered = threading.Thread(target=lambda: one.register(start_weights()), daemon=True)
+            registered.start()
+            server.kill()
+            server.start()
+            two.register(start_weights())
+            registered.join(WAIT_S)
+        else:
+            at_once([one, two], lambda site: site.register(start_weights()))
+        if moment == "the initial model is awaited":
+            server.kill()
+            server.start()
+        tasks = {s.name: s.start(start_weights()) for s in (one, two)}
+        for site in (one, two):
+            site.submit(tasks[site.name], trained(tasks[site.name], site.name))
+        final = one.client.next_task()
+        assert final.kind == "final"
+        kept = bits(final.arrays)
+        if moment == "the end is near":
+            server.kill()
+            server.start()
+        other = two.client.next_task()
+        assert (other.kind, bits(other.arrays)) == ("final", kept)
+        for site in (one, two):
+            site.client.leave("done", early=False)
+            site.vanish()
+        assert bits(server.finished()) == kept
+
+
+def test_killed_after_the_update_of_a_site_that_had_come_back_to_the_round(tmp_path: Path) -> None:
+    with server_process(tmp_path / "run", 2, rounds=2, min_sites=1) as server:
+        one, two = server.site("site-1"), server.site("site-2")
+        tasks = started([one, two], {"w": np.zeros(1)})
+        one.client.leave("away for a moment", early=True)
+        two.submit(tasks["site-2"], {"w": np.zeros(1)})
+        task = two.client.next_task()  # round 2 was opened without site-1
+        back = server.site("site-1")
+        back.join()
+        back.register({"w": np.zeros(1)})
+        assert back.submit(back.start({"w": np.zeros(1)}), {"w": np.full(1, 8.0)}) == "used"
+        server.kill()
+        server.start()
+        two.submit(task, {"w": np.zeros(1)})
+        assert back.client.next_task().arrays["w"].tolist() == [4.0]
+        for site in (one, two, back):
+            site.vanish()
+
+
+def test_a_site_that_dies_while_the_server_is_down_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with server_process(tmp_path / "run", 2, rounds=1, min_sites=1, rejoin_s=3.0) as server:
+        one, two = server.site("site-1"), server.site("site-2")
+        registered([one, two], start_weights())
+        task = one.start(start_weights())
+        server.kill()
+        two.vanish()
+        server.start()
+        one.submit(task, trained(task, "site-1"))
+        assert one.client.next_task().kind == "final"
+        one.client.leave("done", early=False)
+        one.vanish()
+        server.finished()
