@@ -33,9 +33,10 @@ class FitCall:
     def num_examples(self) -> int | None:
         """Size of the training set; None where the data does not tell it."""
         data = self.iterator.data_adapter
-        batches, size, partial = data.num_batches, data.batch_size, data.partial_batch_size
+        batches, size = data.num_batches, data.batch_size
         if not batches or not size:
             return None
+        partial = data.partial_batch_size
         return int((batches - 1) * size + partial if partial else batches * size)
 
     def is_same(self, other: FitCall | None) -> bool:

@@ -15,10 +15,10 @@ import numpy as np
 
 from fl_adapters.options import OptimizerPolicy
 from fl_runtime.errors import ConfigError, StateMismatchError
-from fl_runtime.types import Array, Arrays, is_floating
+from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, differences
 
-from .state import assign, is_variable, to_host
+from .state import assign, is_variable, spec, to_host
 
 _STEP = "step/iterations"
 _LISTS = ("_variables", "_trainable_variables")  # of an optimizer, that hold no state of their own
@@ -50,7 +50,7 @@ class OptimizerState:
         if policy == "reset":
             self._initial = [_initial(self._model, optimizer) for optimizer in optimizers(self._model)]
         else:
-            self.get()
+            self._averaged()
 
     def agreement(self, policy: OptimizerPolicy) -> dict[str, str]:
         """What must be equal at all sites so that moments can be averaged."""
@@ -68,21 +68,20 @@ class OptimizerState:
     def get(self) -> dict[str, Array]:
         """Host copies of every moment, and the step counter. Raises ConfigError where they cannot be averaged."""
         arrays = {name: to_host(variable) for name, variable in self._averaged().items()}
-        for name, array in arrays.items():
-            if name == _STEP:
-                arrays[name] = array.astype(np.int64)  # int32 in JAX
-        return arrays
+        return {**arrays, _STEP: arrays[_STEP].astype(np.int64)}  # int32 in JAX
 
     def set(self, arrays: Arrays) -> None:
         """Copy averaged moments in place. Raises StateMismatchError, before touching any, when they do not fit."""
-        lines = differences(Manifest.of(self.get()), Manifest.of(arrays))
+        variables = self._averaged()
+        moments = {name: array for name, array in arrays.items() if name != _STEP}
+        wanted = Manifest(tuple(spec(name, variable) for name, variable in variables.items() if name != _STEP))
+        lines = differences(wanted, Manifest.of(moments))
         if lines:
             raise StateMismatchError(
                 "the optimizer moments that arrived do not fit the optimizer:\n" + "\n".join(lines),
                 where=self._where(),
                 fix="use the same optimizer at every site, or optimizer_state='keep'",
             )
-        variables = self._averaged()
         for name, array in arrays.items():
             assign(variables[name], array)
 
@@ -100,7 +99,7 @@ class OptimizerState:
             if is_variable(value) and id(value) not in covered:
                 averaged[f"scalar/{attribute.strip('_')}"] = value  # such as Nadam's product of momenta
                 covered.add(id(value))
-            elif isinstance(value, list) and attribute not in _LISTS and value and len(value) == len(trained):
+            elif attribute not in _LISTS and _is_slot(value, len(trained)):
                 covered |= {id(moment) for moment in value}
                 for variable, moment in zip(trained, value, strict=True):
                     name = self._names.get(id(variable))
@@ -111,9 +110,9 @@ class OptimizerState:
         return averaged
 
     def _checked(self, variable: Any, moment: Any, name: str) -> Any:
-        if not is_variable(moment) or tuple(moment.shape) != tuple(variable.shape):
+        if tuple(moment.shape) != tuple(variable.shape):
             raise self._refusal(f"its state for {name} is factored")
-        if not is_floating(to_host(moment).dtype):
+        if "float" not in keras.backend.standardize_dtype(moment.dtype):
             raise self._refusal(f"its state for {name} is quantised")
         return moment
 
@@ -133,6 +132,11 @@ class OptimizerState:
         )
 
 
+def _is_slot(value: object, count: int) -> bool:
+    """Whether an attribute of an optimizer holds one kind of state, a variable (or None) for each trained one."""
+    return isinstance(value, list) and len(value) == count > 0 and all(v is None or is_variable(v) for v in value)
+
+
 def optimizers(model: Any) -> list[Any]:
     """The model's optimizers without loss scaling, those included that a custom `train_step` keeps in attributes."""
     kept = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
@@ -143,8 +147,8 @@ def optimizers(model: Any) -> list[Any]:
 def _initial(model: Any, optimizer: Any) -> list[Array]:
     """The value of each of the optimizer's variables when it was made; a scalar where all elements are the same."""
     try:
-        fresh = type(optimizer).from_config(optimizer.get_config())
         with _scope(model):
+            fresh = type(optimizer).from_config(optimizer.get_config())
             fresh.build(optimizer._trainable_variables)
     except Exception as error:
         raise ConfigError(

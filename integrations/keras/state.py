@@ -41,7 +41,7 @@ class KerasState:
                 where=f"exchange={exchange!r}, keep_local={list(keep_local)!r}",
                 fix="train at least one variable, or choose what travels with exchange=",
             )
-        self._manifest = Manifest(tuple(_spec(name, v) for name, v in self.variables.items()))
+        self._manifest = Manifest(tuple(spec(name, v) for name, v in self.variables.items()))
         self._base = {
             name: v for name, v in named.items() if v.role == "frozen" and not matches(name, keep_local)
             if name not in self.variables
@@ -88,7 +88,8 @@ def assign(variable: Any, array: Array) -> None:
     variable.assign(np.array(array))  # a copy: JAX and TensorFlow may keep the memory that they are given
 
 
-def _spec(name: str, variable: Any) -> TensorSpec:
+def spec(name: str, variable: Any) -> TensorSpec:
+    """Name, dtype and shape of a Keras variable, as it travels."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
     return TensorSpec(name, dtype, tuple(int(n) for n in variable.shape))
 

@@ -8,13 +8,23 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 if not find_spec("keras"):
     collect_ignore_glob = ["test_*"]
 else:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["OMP_NUM_THREADS"] = "1"
     # The tests make the same small program again and again: JAX compiles it once.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fl-adapters-jax-"))
+    _cache = tempfile.TemporaryDirectory(prefix="fl-adapters-jax-")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     sys.path.insert(0, str(Path(__file__).parent))  # for keras_models
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in a folder of its own, and in no federation but that which it makes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)

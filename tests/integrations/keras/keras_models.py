@@ -8,11 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from fl_adapters.conformance import copied
+from fl_adapters.connect import connect
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.keras.names import named_variables
-from fl_adapters.keras.state import to_host
+from fl_adapters.keras.state import KerasState, to_host
 from fl_adapters.local_federation import State
-from fl_adapters.testing import Trained, failing
+from fl_adapters.testing import LocalFederation, Place, Trained, failing
 from fl_runtime.types import Array, Arrays
 
 BATCH, BATCHES = 4, 3
@@ -92,6 +94,62 @@ class At(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._work(self, epoch, logs)
+
+
+def with_partner(
+    federation: LocalFederation,
+    train: Callable[[str], Any],
+    work: Callable[[Arrays], Arrays] = lambda arrays: {n: a / 2 for n, a in arrays.items()},
+    model: keras.Model | None = None,
+) -> tuple[Any, list[dict[str, Array]]]:
+    """train(kit) as the first of two sites; the second answers each round with `work`.
+
+    Returns (what train has left, the global models in their order).
+    """
+    state = KerasState(model or classifier())
+    received: list[dict[str, Array]] = []
+
+    def partner(place: Place) -> None:
+        with connect(kit=place.kit) as site:
+            for task in site.tasks(initial=state.get_state(), agreement=state.agreement(model or classifier())):
+                arrays = copied(task.arrays)
+                received.append(arrays)
+                task.submit(work(copied(arrays)), num_examples=ROWS)
+            received.append(copied(site.arrays))
+
+    first, second = federation.places
+    outcomes = federation.outcomes({first.name: lambda place: train(place.kit), second.name: partner})
+    return outcomes[first.name].value, received[1:]
+
+
+class Executions(keras.callbacks.Callback):
+    """The hooks' own numbers: where each call of the compiled function begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begins: list[int] = []
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        self.begins.append(batch)
+
+
+def trained(callback: keras.callbacks.Callback | None = None, size: int = ROWS, **options):
+    """(the federation's events of the kind update, the beginnings of steps) of one site."""
+    compile_options = {k: options.pop(k) for k in ("steps_per_execution", "optimizer") if k in options}
+    settings = options.pop("settings")
+    executions = Executions()
+    with LocalFederation(sites=1, **settings) as federation:
+        model = compiled(classifier(), **compile_options)
+        callback = FederatedCallback(kit=federation.places[0].kit, **options.pop("arguments", {}))
+        fit(model, rows(0, size), callback, executions, **options)
+        federation.result()
+    return [e for e in federation.events if e.kind == "update"], executions.begins
+
+
+def cell(kit: str, *callbacks: keras.callbacks.Callback, epochs: int = 4, **options) -> keras.Model:
+    model = compiled(classifier(dropout=0.0))  # Keras does not back up the states of random generators
+    fit(model, rows(0), *callbacks, FederatedCallback(kit=kit), epochs=epochs, **options)
+    return model
 
 
 class Example:
