@@ -18,7 +18,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "hf" / "text_classification"))
 
-from demo import compare  # noqa: E402
+from demo import compare
 
 
 def main() -> None:
