@@ -7,7 +7,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
-BENCHMARKS := benchmarks/bare_exchange.py
+BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy_hf.py
 PROJECT := -e '.[hf,lightning,keras,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
@@ -53,6 +53,10 @@ help:  ## this list
 .PHONY: demo
 demo: $(VENV)/.stamp  ## three sites fine-tune a transformer together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/hf/text_classification/demo.py $(ARGS)
+
+.PHONY: demo-keras
+demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/keras/image_classification/demo.py $(ARGS)
 
 .PHONY: test
 test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)

@@ -31,7 +31,8 @@ def ours(mib: float, sites: int, rounds: int) -> dict[str, Any]:
 
 
 def raw(mib: float, sites: int, rounds: int) -> list[float]:
-    seconds: list[float] = json.loads(_run([sys.executable, str(HERE / "raw_grpc.py"), str(mib), str(sites), str(rounds)]))
+    command = [sys.executable, str(HERE / "raw_grpc.py"), str(mib), str(sites), str(rounds)]
+    seconds: list[float] = json.loads(_run(command))
     return seconds
 
 

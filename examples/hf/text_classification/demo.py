@@ -21,7 +21,7 @@ sys.path.append(str(HERE.parent))
 from comparison import train_three_ways  # noqa: E402
 from data import ROWS, load  # noqa: E402
 
-ROUNDS = 6
+ROUNDS = 5
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from data import Data, load
 from model import MAX_LENGTH, minilm
@@ -18,6 +19,8 @@ BATCH = 64
 
 def accuracy_of(adapter: str | Path, data: Data) -> float:
     """Share of the test rows that MiniLM with the adapter in this folder gets right, 0 to 1."""
+    logging.set_verbosity_error()  # the new head is reported as missing from the weights; it comes with the adapter
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(data.labels))
     model = PeftModel.from_pretrained(base, adapter).eval()

@@ -1,0 +1,76 @@
+"""The shop window: a federated script is its local twin plus at most three lines, and the data is dealt out fairly."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TWINS = sorted(EXAMPLES.rglob("*_federated.py"))
+
+
+def test_there_are_twins() -> None:
+    assert len(TWINS) >= 3
+
+
+@pytest.mark.parametrize("federated", TWINS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_federated_twin_adds_at_most_three_lines_and_changes_none(federated: Path) -> None:
+    local = federated.with_stem(federated.stem.removesuffix("_federated"))
+    lines = list(difflib.ndiff(local.read_text().splitlines(), federated.read_text().splitlines()))
+    assert [line for line in lines if line.startswith("- ")] == []
+    assert 1 <= len([line for line in lines if line.startswith("+ ")]) <= 3
+
+
+@pytest.fixture(params=["text_classification", "causal_lm"])
+def data(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """An example's data module, imported as its scripts do: from the folder that they lie in."""
+    folder = EXAMPLES / "hf" / request.param
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(f"data_of_{request.param}", folder / "data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(folder))
+    del sys.modules[spec.name]
+
+
+def load(data: ModuleType, shard: str):
+    return data.load(shard=shard)
+
+
+def test_sites_share_no_row_and_none_trains_on_what_is_held_out(data: ModuleType) -> None:
+    parts = [load(data, f"{i}/3") for i in (1, 2, 3)]
+    mine = [{*part.train, *part.validation} for part in parts]
+    assert all(mine)
+    assert not mine[0] & mine[1] | mine[0] & mine[2] | mine[1] & mine[2]
+    held_out = set(parts[0].test)
+    assert all(set(part.test) == held_out for part in parts)
+    assert not held_out & set.union(*mine)
+
+
+def test_the_division_is_the_same_every_time(data: ModuleType) -> None:
+    first, again = load(data, "2/3"), load(data, "2/3")
+    assert (first.train, first.validation, first.test) == (again.train, again.validation, again.test)
+
+
+def test_default_text_has_a_thousand_held_out_rows_and_uneven_sites() -> None:
+    folder = EXAMPLES / "hf" / "text_classification"
+    sys.path.insert(0, str(folder))
+    try:
+        import data as texts
+
+        parts = [texts.load(shard=f"{i}/3") for i in (1, 2, 3)]
+    finally:
+        sys.path.remove(str(folder))
+    assert len(parts[0].test) >= 1000
+    sizes = sorted(len(part.train) for part in parts)
+    assert sizes[-1] > 1.2 * sizes[0]
