@@ -106,7 +106,7 @@ def main() -> None:
     for score in compare(args.data, args.rows, rounds, args.seed):
         scores[score.name] = score.accuracy
         where = os.path.relpath(score.model)
-        print(f"  {score.name:14} {score.rows:6,} rows  {score.accuracy:.3f}  {where}", flush=True)
+        print(f"  {score.name:14} {score.rows:6,} rows  {score.accuracy:.4f}  {where}", flush=True)
     print(f"{time.monotonic() - began:.0f} s in all.")
     if not keeps_its_promise(scores):
         sys.exit("the federation is not within two points of central, or not above every site alone")

@@ -46,7 +46,7 @@ def main() -> None:
     model.save(Path(args.output, "model.keras"))
 
     scores = model.evaluate(*data.test, batch_size=256, verbose=0, return_dict=True)
-    print(f"accuracy on {len(data.test[0])} held-out rows: {scores['accuracy']:.3f}")
+    print(f"accuracy on {len(data.test[0])} held-out rows: {scores['accuracy']:.4f}")
 
 
 if __name__ == "__main__":

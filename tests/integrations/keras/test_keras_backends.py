@@ -9,7 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import keras
+import keras_models as m
 import pytest
+
+from fl_adapters.conformance import require_same_bits
+from fl_adapters.keras import FederatedCallback
+from fl_adapters.testing import LocalFederation
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself
 
 HERE = Path(__file__).parent
 ON_EACH = ("test_keras_conformance.py", "test_keras_exchange.py")
@@ -29,6 +36,32 @@ def test_the_suite_on_another_backend(backend: str) -> None:
         cwd=HERE.parents[2],
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+SITE = """
+import keras_models as m
+from fl_adapters.keras import FederatedCallback
+
+m.fit(m.compiled(m.classifier(seed=1)), m.rows(1), FederatedCallback(), epochs=9, validation_data=m.rows(9))
+"""
+
+
+@pytest.mark.slow
+def test_sites_on_different_backends_train_together() -> None:
+    other = "jax" if keras.backend.backend() == "torch" else "torch"
+    if not find_spec(other):
+        pytest.skip(f"{other} is not installed")
+    found_at = os.pathsep.join([str(HERE), *(path for path in sys.path if path)])
+    with LocalFederation(sites=2, rounds=2, optimizer_state="average", sockets=True) as federation:
+        first, second = federation.places
+        environment = os.environ | {"KERAS_BACKEND": other, "PYTHONPATH": found_at, "FL_ADAPTERS_KIT": second.kit}
+        process = subprocess.Popen([sys.executable, "-c", SITE], env=environment, stderr=subprocess.PIPE, text=True)
+        model = m.compiled(m.classifier())
+        m.fit(model, m.rows(0), FederatedCallback(kit=first.kit), epochs=9, validation_data=m.rows(9))
+        _, log = process.communicate()
+        assert process.returncode == 0, log
+        assert [r.sites for r in federation.result().rounds] == [("site-1", "site-2")] * 2
+        require_same_bits(m.weights(model), federation.model())
 
 
 @pytest.mark.slow
