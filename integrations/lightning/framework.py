@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -12,12 +11,14 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 def callback_classes() -> tuple[Any, ...]:
     """`Callback` of each package that is installed. The two classes have nothing in common but their hooks.
 
-    Raises ImportError where there is neither.
+    Raises ImportError, with the reasons, where there is neither.
     """
-    found = []
+    found, reasons = [], []
     for package in _PACKAGES:
-        with suppress(ModuleNotFoundError):
+        try:
             found.append(import_module(package).Callback)
+        except ModuleNotFoundError as error:  # not installed, or something that it needs is not
+            reasons.append(f"{package}: {error}")
     if not found:
-        raise ImportError("Lightning is not installed: pip install 'fl-adapters[lightning]'")
+        raise ImportError(f"Lightning is missing: pip install 'fl-adapters[lightning]' ({'; '.join(reasons)})")
     return tuple(found)

@@ -358,9 +358,3 @@ def test_outside_a_federation_it_stays_out_of_the_way(pl, monkeypatch, capfd, tm
     assert len(lines) == 1
     with pytest.raises(ConfigError, match="required=True"):
         m.trainer(FederatedCallback(required=True), pl=pl).fit(m.module(pl), m.loader())
-
-
-def test_trainer_takes_the_callback_without_a_list(pl) -> None:
-    assert isinstance(FederatedCallback(), pl.Callback)
-    trainer = pl.Trainer(callbacks=FederatedCallback(), accelerator="cpu", logger=False, enable_checkpointing=False)
-    assert any(isinstance(callback, FederatedCallback) for callback in trainer.callbacks)
