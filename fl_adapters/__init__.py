@@ -28,9 +28,9 @@ from fl_runtime.errors import (
 from fl_runtime.version import VERSION as _VERSION
 
 if TYPE_CHECKING:
-    from fl_adapters.connect import ConnectedSite, SiteTask, connect
     from fl_adapters.environments.simulation import Simulation
     from fl_adapters.job import Job
+    from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.where import Site, site
 
 __all__ = [
@@ -60,12 +60,12 @@ __all__ = [
 __version__ = _VERSION
 
 _LAZY = {
-    "ConnectedSite": "fl_adapters.connect",
+    "ConnectedSite": "fl_adapters.loop",
     "Job": "fl_adapters.job",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",
-    "SiteTask": "fl_adapters.connect",
-    "connect": "fl_adapters.connect",
+    "SiteTask": "fl_adapters.loop",
+    "connect": "fl_adapters.loop",
     "site": "fl_adapters.where",
 }
 

@@ -79,3 +79,13 @@ def test_integrations_come_in_their_own_right() -> None:
     code = "import fl_adapters, sys; print('fl_adapters.hf' in sys.modules, hasattr(fl_adapters, 'hf'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing `fl_adapters.x` sets the attribute `x` of the package: a function of that name would be gone."""
+    import pkgutil
+
+    import fl_adapters
+
+    modules = {found.name for found in pkgutil.iter_modules(fl_adapters.__path__)}
+    assert not modules & set(fl_adapters.__all__)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from base import token_blocks
 
@@ -16,6 +17,7 @@ BATCH = 32
 
 def perplexity(model_name: str, adapter: str | Path | None, text: list[str]) -> float:
     """exp of the mean loss per token. adapter: a folder that train.py or a federation saved; None: the base model."""
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name)
     if adapter is not None:

@@ -20,7 +20,7 @@ pytest.importorskip("peft")
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # for hf_models
 
-from fl_adapters.connect import connect
+from fl_adapters import connect
 from fl_adapters.testing import LocalFederation
 from fl_adapters.torch_state import TorchState
 from fl_adapters.torch_state_agreement import agreement
