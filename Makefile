@@ -48,11 +48,15 @@ endef
 .PHONY: help
 help:  ## this list
 	@echo "make TARGET [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.stamp  ## three sites fine-tune a transformer together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/hf/text_classification/demo.py $(ARGS)
+
+.PHONY: demo-lightning
+demo-lightning: $(VENV)/.stamp  ## four sites train a Lightning module together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/lightning/image_classification/demo.py $(ARGS)
 
 .PHONY: demo-keras
 demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside each alone and all data in one place
