@@ -9,11 +9,11 @@ import keras
 import numpy as np
 
 from fl_adapters.conformance import copied
-from fl_adapters.connect import connect
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.keras.names import named_variables
 from fl_adapters.keras.state import KerasState, to_host
 from fl_adapters.local_federation import State
+from fl_adapters.loop import connect
 from fl_adapters.testing import LocalFederation, Place, Trained, failing
 from fl_runtime.types import Array, Arrays
 

@@ -111,6 +111,15 @@ def test_output_folders_of_sites_on_one_machine_are_kept_apart() -> None:
         assert not board or list((own / "board").rglob("events*"))
 
 
+def test_a_list_of_callbacks_made_before_fit() -> None:
+    with LocalFederation(sites=1, rounds=2) as federation:
+        model, counter = m.compiled(m.classifier()), m.Counter()
+        mine = [counter, FederatedCallback(kit=federation.places[0].kit)]
+        made = keras.callbacks.CallbackList(mine, add_history=True, model=model, epochs=9, steps=m.BATCHES)
+        model.fit(*m.rows(0), batch_size=m.BATCH, epochs=9, verbose=0, callbacks=made)
+        assert len(federation.result().rounds) == 2 and counter.batches == 2 * m.BATCHES
+
+
 def test_evaluating_with_the_callback_is_no_part_of_a_run() -> None:
     with LocalFederation(sites=1, rounds=1) as federation:
         callback = FederatedCallback(kit=federation.places[0].kit)
