@@ -21,7 +21,7 @@ from fl_runtime.types import Task
 
 from . import outputs
 from . import trainer as lightning
-from .budget import Budget, Progress, advance_schedules, at_end, steps_per_epoch, warn_if_schedules_end_early
+from .budget import ENDLESS, Budget, Progress, advance_schedules, at_end, steps_per_epoch, warn_if_schedules_end_early
 from .export import Exporter
 from .framework import callback_classes
 
@@ -40,7 +40,7 @@ class _Tally:
     def add(self, outputs: Any, batch: Any, *, count_rows: bool) -> None:
         loss = lightning.loss_of(outputs)
         if loss is not None:  # summed up on the device: read once a round, so that no step waits for it
-            self.loss = loss if self.loss is None else self.loss + loss
+            self.loss = loss.float() if self.loss is None else self.loss + loss
             self.batches += 1
         if count_rows:
             self.rows += lightning.rows_of(batch)
@@ -61,6 +61,7 @@ class _Run:
     progress: Progress = field(default_factory=Progress)
     live: LiveModel | None = None  # from on_train_start on
     evaluates: bool = False
+    counts_steps: bool = True  # whether a round may end within an epoch
     examples: int | None = None  # of the training set; None: count those of the round
     tally: _Tally = field(default_factory=_Tally)
     awaits_score: bool = False
@@ -150,8 +151,9 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         run.tally.add(outputs, batch, count_rows=run.examples is None)
         last = lightning.is_last_batch(trainer, batch_idx)
         run.progress.batch_ended(last_of_epoch=last)
-        step = trainer.global_step
-        if run.progress.complete(run.settings.every, step) or at_end(trainer, last_of_epoch=last):
+        if not (last or run.counts_steps):
+            return
+        if run.progress.complete(run.settings.every, trainer.global_step) or at_end(trainer, last_of_epoch=last):
             with self._leaving_on_error():
                 self._exchange(run, trainer, pl_module, in_batch=True)
                 if run.evaluates:
@@ -248,6 +250,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         """The handshake and the first task, wherever the trainer and the run stand after a restart."""
         lightning.refuse_lazy_parameters(module)
         run.evaluates = lightning.evaluates(trainer, run.settings) if evaluates is None else evaluates
+        run.counts_steps = run.settings.every.steps is not None or trainer.max_steps != ENDLESS
         run.examples = self.options.num_examples or lightning.training_examples(trainer)
         live = run.live = LiveModel(module, trainer.optimizers, run.settings)
         rounds = run.budget.rounds or run.budget.trainer_rounds(trainer)

@@ -156,7 +156,7 @@ def rows_of(batch: Any) -> int:
 def loss_of(outputs: Any) -> torch.Tensor | None:
     """The loss that a training step returned, undivided by accumulation; None if it returned none."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss.detach().float() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+    return loss.detach() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
 
 
 def log_row(trainer: Any, module: Any, row: Mapping[str, float], *, in_batch: bool) -> None:

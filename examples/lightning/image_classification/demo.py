@@ -65,7 +65,7 @@ def trained(arguments: list[str]) -> float:
 
 def in_federation(arguments: list[str], rounds: int) -> float:
     """Accuracy of the global model of `train_federated.py`, as the first site prints it."""
-    job = Job(name="lightning", app=str(HERE / "train_federated.py"), rounds=rounds)
+    job = Job(app=str(HERE / "train_federated.py"), rounds=rounds)
     result = job.run(Simulation(sites=SITES, args=arguments, quiet=True))
     return accuracy((result.folder / "sites" / result.sites[0] / "log.txt").read_text("utf-8"))
 

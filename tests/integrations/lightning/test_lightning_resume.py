@@ -12,7 +12,7 @@ import pytest
 import torch
 from site_process import SiteProcess
 
-from fl_adapters.connect import connect
+from fl_adapters import connect
 from fl_adapters.lightning import FederatedCallback
 from fl_adapters.torch_state import TorchState
 from fl_adapters.torch_state_agreement import agreement
