@@ -12,6 +12,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+END = "<end>"  # of a paragraph
 VOCABULARY = 1024
 BLOCK = 64  # tokens
 BATCH = 16
@@ -24,7 +25,7 @@ def pretrained(text: Sequence[str], folder: str) -> str:
 
     Several processes may ask at once: one makes it, the others wait for it. The name depends on the text.
     """
-    digest = hashlib.sha256("\n\n".join(text).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(END.join(text).encode()).hexdigest()[:8]
     target = Path(folder).resolve() / f"base-{digest}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -76,13 +77,14 @@ def _tokenizer(text: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerFast, text: Sequence[str]) -> list[list[int]]:
-    """The paragraphs as one sequence of tokens, cut into blocks of equal length; an incomplete last one is left out."""
-    ids: list[int] = tokenizer("\n\n".join(text), verbose=False)["input_ids"]
+    """The paragraphs, an end token after each, as one sequence cut into equal blocks; a last short one is left out."""
+    whole = "".join(paragraph + tokenizer.eos_token for paragraph in text)
+    ids: list[int] = tokenizer(whole, verbose=False)["input_ids"]
     return [ids[i : i + BLOCK] for i in range(0, len(ids) - BLOCK + 1, BLOCK)]

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="one pass over the text each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a model of the hub, or a folder; default: a small one, made here")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="for models of the hub try 2e-4")
     args = parser.parse_args()
     console = Console()
     began = time.monotonic()
@@ -45,7 +46,7 @@ def main() -> None:
         HERE / SCRIPTS[args.trainer],
         sites=args.sites,
         rounds=args.rounds,
-        arguments=["--model", base, "--seed", str(args.seed)],
+        arguments=["--model", base, "--learning-rate", str(args.learning_rate), "--seed", str(args.seed)],
         console=console,
     )
     table = Table(title="Perplexity on the same held-out text of all sites (lower is better)", title_justify="left")

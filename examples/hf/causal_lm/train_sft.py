@@ -2,7 +2,7 @@
 
 python train_sft.py                         # a small base model, pretrained here on first use
 python train_sft.py --shard 1/3             # on the text of the first of three sites
-python train_sft.py --model HuggingFaceTB/SmolLM2-135M
+python train_sft.py --model HuggingFaceTB/SmolLM2-135M --learning-rate 2e-4
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--model", help="a model of the hub, or a folder; default: a small one, made here")
     parser.add_argument("--base", default="runs", help="the folder where the small model is kept")
     parser.add_argument("--shard", metavar="I/N", help="train on one of N parts")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="for models of the hub try 2e-4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="out")
     args = parser.parse_args()
@@ -36,8 +37,8 @@ def main() -> None:
         args=SFTConfig(
             output_dir=args.output,
             num_train_epochs=args.epochs,
-            learning_rate=2e-3,
-            per_device_train_batch_size=16,
+            learning_rate=args.learning_rate,
+            per_device_train_batch_size=8,
             max_length=64,
             gradient_checkpointing=False,
             bf16=False,

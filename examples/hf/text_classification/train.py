@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from data import ROWS, Row, load
-from model import accuracy, minilm
+from model import MAX_LENGTH, accuracy, minilm
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(minilm())
 
     def encode(rows: list[Row]) -> list[dict[str, object]]:
-        return [{**tokenizer(text, truncation=True, max_length=24), "labels": label} for text, label in rows]
+        return [{**tokenizer(text, truncation=True, max_length=MAX_LENGTH), "labels": label} for text, label in rows]
 
     model = AutoModelForSequenceClassification.from_pretrained(
         minilm(), num_labels=len(data.labels), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
