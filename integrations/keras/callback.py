@@ -70,6 +70,7 @@ class FederatedCallback(keras.callbacks.Callback):
         return {**self.__dict__, "_model": None, "_fit": None, "_joined": False, "_run": None, "_live": None}
 
     def set_model(self, model: Any) -> None:
+        """The first that Keras calls of a fit: it joins the federation."""
         super().set_model(model)
         self._enter()
 
