@@ -28,6 +28,8 @@ from fl_runtime.errors import (
 from fl_runtime.version import VERSION as _VERSION
 
 if TYPE_CHECKING:
+    from fl_adapters.environments.production import Production
+    from fl_adapters.environments.proof_of_concept import ProofOfConcept
     from fl_adapters.environments.simulation import Simulation
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
@@ -42,6 +44,8 @@ __all__ = [
     "HandshakeError",
     "Job",
     "PermissionDeniedError",
+    "Production",
+    "ProofOfConcept",
     "ProtocolError",
     "QuorumError",
     "Simulation",
@@ -62,6 +66,8 @@ __version__ = _VERSION
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
     "Job": "fl_adapters.job",
+    "Production": "fl_adapters.environments.production",
+    "ProofOfConcept": "fl_adapters.environments.proof_of_concept",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",
     "SiteTask": "fl_adapters.loop",

@@ -122,7 +122,7 @@ class Job(BaseModel):
                 fix=f"lower min_sites to {len(names)} at most, or add sites",
             )
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
-        return RunSettings(sites=names, min_sites=needed, **fields)
+        return RunSettings(sites=names, min_sites=needed, app=self.app, **fields)
 
 
 def site_names(sites: int | Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,7 +23,8 @@ class Kit:
     """What `kit.json` says.
 
     index, count: this site's place among the sites of the job, 0 <= index < count.
-    server: "host:port". token: this site's secret; never print it.
+    server: "host:port". token: this site's secret in a simulation; never print it. credentials: elsewhere, the folder
+    of its key and certificate (a startup kit made by `provision`); relative to the kit's own folder in the file.
     run: folder of the run (`runs/<job>`) when `simulated`, else empty.
     patience_s: how long an unreachable server is waited for.
     """
@@ -37,6 +38,7 @@ class Kit:
     run: str = ""
     simulated: bool = False
     patience_s: float = 30.0
+    credentials: str = ""
 
     def __repr__(self) -> str:
         return f"Kit(job={self.job!r}, site={self.site!r}, index={self.index}, count={self.count}, ...)"
@@ -84,6 +86,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "run": (str,),
     "simulated": (bool,),
     "patience_s": (int, float),
+    "credentials": (str,),
 }
 _REQUIRED = ("job", "site", "index", "count", "server", "token")
 
@@ -98,6 +101,10 @@ def _checked(fields: object, file: Path) -> Kit:
             where=str(file),
             fix="upgrade fl-adapters, or get a kit made by the version that is installed here",
         )
+    if fields.get("kind", "site") != "site":
+        raise ConfigError(
+            f"this is the startup kit of a {fields['kind']}", where=str(file), fix="a script needs the kit of a site"
+        )
     known = {name: value for name, value in fields.items() if name in _TYPES}  # later kits may say more
     for name in _REQUIRED:
         if name not in known:
@@ -107,6 +114,8 @@ def _checked(fields: object, file: Path) -> Kit:
         if wrong_bool or not isinstance(value, _TYPES[name]):
             raise ConfigError(f"{name!r} cannot be {value!r}", where=str(file), fix=_RENEW)
     kit = Kit(**known)
+    if kit.credentials:
+        kit = replace(kit, credentials=str((file.parent / kit.credentials).resolve()))
     if not 0 <= kit.index < kit.count:
         raise ConfigError(f"index {kit.index} is not below count {kit.count}", where=str(file), fix=_RENEW)
     return kit

@@ -12,7 +12,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 from fl_adapters.kit import Kit, current_kit
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path
+from fl_adapters.site_rules import rules_of
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters import apply
@@ -51,6 +53,7 @@ class Session:
 
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
         self._kit, self._framework = kit, framework
+        self._rules = rules_of(kit)
         self._client = SiteClient(transport, kit.patience_s)
         welcome = self._client.join(kit.job)
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
@@ -63,6 +66,8 @@ class Session:
         self.closed = False
         self._task: Task | None = None
         self._filters: tuple[Filter, ...] = ()
+        with self._allowed():
+            self._rules.joined(welcome.settings, framework)
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -87,6 +92,8 @@ class Session:
         UpdateRefusedError if `state` holds values that are not finite.
         """
         check_finite(state, where=f"the model of {self.name}, before round 1")
+        with self._allowed():
+            self._rules.handshake(list(state))
         shared = {
             **agreement,
             "every": str(self.settings.every),
@@ -96,7 +103,7 @@ class Session:
         self.rounds = self._client.register(
             Manifest.of(state),
             agreement=shared,
-            info=info,
+            info=self._rules.info(info),
             capabilities=capabilities,
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
@@ -112,7 +119,7 @@ class Session:
         task = self._client.next_task()
         if task.kind == "initial":
             arrays = state()
-            self._client.submit(self._update(task, arrays, 1, 0, {}, {}))
+            self._send(self._update(task, arrays, 1, 0, {}, {}))
             task = self._client.next_task()
         return self._received(task)
 
@@ -140,7 +147,7 @@ class Session:
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
-        return self._client.submit(apply(self._filters, update, task))
+        return self._send(apply(self._filters, update, task))
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
@@ -165,6 +172,7 @@ class Session:
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """The score of the global model that arrived last, on this site's own validation data."""
+        metrics, num_examples = self._rules.report(metrics, num_examples)
         self._client.report(Report(self.job, self._current().version, self.name, metrics, num_examples))
 
     def best(self) -> Task:
@@ -205,7 +213,7 @@ class Session:
     def _end(self, reason: str, *, early: bool) -> None:
         if not self.closed:
             self.closed = True
-            self._client.leave(reason, early=early)
+            self._client.leave(self._rules.leaving(reason, early=early), early=early)
             self._client.close()
 
     def _current(self) -> Task:
@@ -215,7 +223,24 @@ class Session:
 
     def _received(self, task: Task) -> Task:
         self._task = task
+        with self._allowed():
+            self._rules.received(task)
         return task
+
+    def _send(self, update: Update) -> str:
+        """The one way out for arrays."""
+        with self._allowed():
+            update = self._rules.outgoing(update)
+        return self._client.submit(update)
+
+    @contextmanager
+    def _allowed(self) -> Iterator[None]:
+        """Where this site's policy says no, the site leaves with that reason: the others need not wait for it."""
+        try:
+            yield
+        except FederationError as error:
+            self.leave(error.what)
+            raise
 
     def _update(
         self, task: Task, arrays: Arrays, num_examples: int, local_steps: int, metrics: Metrics, extras: Arrays
@@ -289,6 +314,10 @@ def _transport(kit: Kit) -> Transport:
         return memory.connect(kit.server, kit.site)
     from fl_runtime.transport.grpc import GrpcTransport  # here, so that nobody pays for it before connecting
 
+    if kit.credentials:
+        from fl_runtime.transport.tls import FileCredentials
+
+        return GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials)))
     return GrpcTransport(kit.server, kit.token)
 
 

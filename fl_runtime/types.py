@@ -84,7 +84,10 @@ class Report:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means."""
+    """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means.
+
+    app, submitted_by: what the sites run, and the identity (URI) of who submitted it; empty in a simulation.
+    """
 
     name: str
     sites: tuple[str, ...]
@@ -104,6 +107,8 @@ class RunSettings:
     seed: int | None = None
     exact_restart: bool = False
     rejoin_s: float = 60.0
+    app: str = ""
+    submitted_by: str = ""
 
 
 @dataclass(frozen=True)

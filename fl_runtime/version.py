@@ -12,6 +12,9 @@ PROTOCOL = 1
 FEATURES: tuple[str, ...] = ()
 """Optional parts of the protocol that this side can do; both sides use what both name."""
 
+SERVER_NAME = "server.fl-adapters.internal"
+"""The name that sites expect in the server's certificate, whatever its address: only the authority gives it out."""
+
 
 def choose_protocol(lowest: int, highest: int, version: str) -> int:
     """The protocol to speak with a site of fl-adapters `version` that speaks `lowest` to `highest`.

@@ -25,6 +25,7 @@ RUNTIME = {
     "store": GROUND | {"wire"},
     "server": GROUND | {"wire", "filters", "aggregation", "trust", "transport", "store"},
     "client": GROUND | {"wire", "filters", "aggregation", "trust", "transport", "store"},
+    "control": GROUND | {"transport"},
 }
 
 # Third-party module -> the start of the names of those who may import it. `*` stands for any integration.

@@ -25,6 +25,7 @@ HELD = {"torch"}  # at one release everywhere: constraints/newest.txt
 MODULES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml"}  # package -> module, where they differ
 HEAVY = (
     "grpc",
+    "cryptography",
     "google.protobuf",
     "pydantic",
     "typer",
@@ -143,7 +144,8 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(str(node.module).split(".")[0])
-    imported -= {*sys.stdlib_module_names, "fl_runtime", "fl_adapters", "torch", "peft"}  # these two: torch_*.py alone
+    imported -= {*sys.stdlib_module_names, "fl_runtime", "fl_adapters"}
+    imported -= {"torch", "peft", "cryptography"}  # torch_*.py alone; fl_runtime/trust alone, extra [trust]
 
     requirements = map(Requirement, metadata(wheel).get_all("Requires-Dist"))
     base = {requirement.name for requirement in requirements if requirement.marker is None}

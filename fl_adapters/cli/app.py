@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fl_adapters.cli import federation_app
 from fl_adapters.cli.script_command import ScriptCommand
 from fl_runtime.version import VERSION
 
@@ -110,11 +111,13 @@ def simulate(
     epilog="""\b
 Examples:
   fl-adapters doctor
-  fl-adapters doctor --port 8765 --json"""
+  fl-adapters doctor --port 8765 --json
+  fl-adapters doctor --kit kits/north"""
 )
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where runs go.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="Is this port free? 0: any.", min=0, max=65535)] = 0,
+    kit: Annotated[Path | None, typer.Option(help="A startup kit to check: files, certificate, server, clock.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Check versions, ports, disk and the startup kit, and say what to do about what is wrong.
@@ -123,4 +126,7 @@ def doctor(
     """
     from fl_adapters.cli import doctor as command
 
-    sys.exit(command.run(folder, port, as_json))
+    sys.exit(command.run(folder, port, kit, as_json))
+
+
+federation_app.add_to(app)

@@ -11,41 +11,36 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from fl_adapters.cli.checks import Check, Status
 from fl_adapters.cli.output import show_json
 from fl_adapters.environments.processes import available_cores
 from fl_adapters.kit import KIT_VARIABLE, read_kit
 from fl_runtime.errors import FederationError
 
-Status = Literal["ok", "note", "problem"]
 _STYLES: dict[Status, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
 _NEEDED_BYTES = 2**30
 _NEEDED_FILES = 1024
 _TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding. A "problem" keeps runs from working; a "note" may matter to some."""
-
-    name: str
-    status: Status
-    detail: str
-    fix: str = ""
-
-
-def run(folder: Path, port: int, as_json: bool) -> int:
+def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
     """Exit status 1 if there is a problem."""
     console = Console(stderr=as_json)
     console.print("fl-adapters doctor: checking", style="dim")
-    checks = [*_machine(), *_packages(), _loopback(), _disk(folder), _open_files(), _kit()]
+    checks = [*_machine(), *_packages(), _loopback(), _disk(folder), _open_files()]
+    if kit is None:
+        checks.append(_kit())
+    else:
+        from fl_adapters.cli.kit_checks import kit_checks
+
+        checks += kit_checks(kit)
     if port:
         checks.append(_port(port))
     problems = [check for check in checks if check.status == "problem"]

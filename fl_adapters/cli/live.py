@@ -16,7 +16,7 @@ from fl_adapters.environments.progress import RunView, SiteView, metrics_text, s
 from fl_runtime.types import Event
 
 if TYPE_CHECKING:
-    from fl_adapters.environments.simulation import SimulationResult
+    from fl_adapters.environments.local import SimulationResult
 
 _ROUNDS_SHOWN = 30
 _COLUMNS = ("site", "state", "round", "loss", "examples", "up", "down", "seconds")

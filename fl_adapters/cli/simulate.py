@@ -18,7 +18,8 @@ from fl_adapters.environments.progress import ProgressLines
 from fl_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fl_adapters.environments.simulation import Simulation, SimulationResult
+    from fl_adapters.environments.local import SimulationResult
+    from fl_adapters.environments.simulation import Simulation
     from fl_adapters.job import Job
 
 

@@ -193,6 +193,17 @@ class Run:
             self.events.emit("left", site=name, reason=member.gone, early=early)
             self.changed.notify_all()
 
+    def expel(self, name: str, reason: str) -> None:
+        """A site that may not take part any more: its calls under way count for nothing, and it is gone."""
+        with self.lock:
+            member = self.members.get(name)
+            if member is None or self.phase in ("failed", "done"):
+                return
+            member.attempt += 1
+            self.journal.joined(name, member.attempt)
+            self.gone(name, reason, early=True)
+            self.published.notify_all()
+
     def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
         with self.lock:
             self._member(name, attempt)
@@ -434,7 +445,9 @@ class Run:
     def _member(self, name: str, attempt: int) -> Member:
         """The member a call speaks for; raises when the run failed, or the caller is an outlived attempt."""
         self._raise_if_failed()
-        member = self.members[name]
+        member = self.members.get(name)
+        if member is None:
+            raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
         if attempt != member.attempt:
             raise AbortedError(
                 f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",

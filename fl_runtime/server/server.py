@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
@@ -73,6 +73,32 @@ class Server:
     def site_left(self, name: str, reason: str) -> None:
         """The site's process is known to be dead."""
         self._run.gone(name, reason, early=True)
+
+    def expel(self, name: str, reason: str) -> None:
+        """The site may not take part any more; nothing that it has under way counts."""
+        self._run.expel(name, reason)
+
+    def state(self) -> dict[str, Any]:
+        """Where the run stands, for people: phase, round, rounds, and each site's state."""
+        run = self._run
+        with run.lock:
+            sites = {
+                m.name: f"gone: {m.gone}"
+                if m.gone
+                else "taking part"
+                if m.active
+                else "joined"
+                if m.attempt
+                else "awaited"
+                for m in run.members.values()
+            }
+            return {
+                "phase": run.phase,
+                "round": run.open.round if run.open else len(run.results),
+                "rounds": run.rounds,
+                "sites": sites,
+                "error": run.error.to_wire() if run.error else None,
+            }
 
     def abort(self, reason: str) -> None:
         self._run.fail(AbortedError(reason))

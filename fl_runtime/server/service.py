@@ -45,7 +45,17 @@ class FederationService:
         }
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        if method not in self._methods:
+            raise ProtocolError(
+                f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs"
+            )
         return self._methods[method](peer, requests)
+
+    def _attempt(self, session: pb.Session) -> int:
+        """The attempt that a call speaks for; a call of an earlier job must not count in this one."""
+        if session.job not in ("", self._run.settings.name):
+            raise ProtocolError(f"the job {session.job[:100]!r} does not run here any more", fix="start the site again")
+        return session.attempt
 
     # -- joining ---------------------------------------------------------------------------------------------
 
@@ -79,11 +89,11 @@ class FederationService:
             rounds=request.rounds,
             evaluates=request.evaluates,
         )
-        rounds = self._run.register(peer.name, request.session.attempt, manifest, registration)
+        rounds = self._run.register(peer.name, self._attempt(request.session), manifest, registration)
         yield pb.RegisterReply(rounds=rounds).SerializeToString()
 
     def _attend(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        attempt = _first(pb.SessionRequest, requests).session.attempt
+        attempt = self._attempt(_first(pb.SessionRequest, requests).session)
         ended = threading.Event()
         self._run.attend(peer.name, attempt)
         try:
@@ -95,14 +105,14 @@ class FederationService:
 
     def _leave(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.LeaveRequest, requests)
-        self._run.leave(peer.name, request.session.attempt, request.reason[:500], early=request.early)
+        self._run.leave(peer.name, self._attempt(request.session), request.reason[:500], early=request.early)
         yield pb.Done().SerializeToString()
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.NextRequest, requests)
-        for offer in self._run.wait_for_task(peer.name, request.session.attempt, request.best, BEAT_S):
+        for offer in self._run.wait_for_task(peer.name, self._attempt(request.session), request.best, BEAT_S):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:
@@ -150,7 +160,7 @@ class FederationService:
     def _submit(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         first = next(requests, b"")
         header = _parsed(pb.UpdatePart, first).update
-        name, attempt, payload = peer.name, header.session.attempt, header.payload
+        name, attempt, payload = peer.name, self._attempt(header.session), header.payload
         digest = frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
         if status is None:
@@ -198,7 +208,7 @@ class FederationService:
         request = _first(pb.ScoreRequest, requests)
         metrics = _metrics(request.metrics_json)
         report = Report(self._run.settings.name, request.version, peer.name, metrics, max(request.num_examples, 1))
-        self._run.score(report, request.session.attempt)
+        self._run.score(report, self._attempt(request.session))
         yield pb.Done().SerializeToString()
 
 

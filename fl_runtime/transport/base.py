@@ -7,22 +7,38 @@ and a sequence down, so a further one (a byte stream between two sites, say) nee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave")
+CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke")
+"""Calls about jobs rather than within one: their messages are JSON. See server/federation.py."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is calling, as the transport has established it.
+    """Who is calling, as the transport has established it: by name, or by a certificate whose key it has proved to
+    hold and whose authority is ours.
 
-    when_gone(callback) calls back once, from a thread of the transport, when this call ends or its connection
-    breaks; False: it is gone already.
+    certificate: PEM, empty without TLS. address: where it calls from, for the log. hang_up() ends the call, from
+    any thread. when_gone(callback) calls back once, from a thread of the transport, when this call ends or its
+    connection breaks; False: it is gone already.
     """
 
     name: str
     when_gone: Callable[[Callable[[], None]], bool]
+    certificate: bytes = b""
+    address: str = ""
+    hang_up: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What proves who we are, and whom we believe: PEM. key: private, never shown."""
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+    authority: bytes
 
 
 class Service(Protocol):

@@ -15,7 +15,9 @@ from typing import Any
 import grpc
 
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, ProtocolError
-from fl_runtime.transport.base import METHODS, Call, Peer, Service
+from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
+from fl_runtime.transport.tls import refuses_old_tls, server_credentials
+from fl_runtime.version import SERVER_NAME
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,12 @@ _SERVER = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 20_000),
 ]
+_OPEN_PORT = [  # what a server adds that strangers can reach
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_concurrent_streams", 64),
+]
+_ALL_METHODS = (*METHODS, *CONTROL_METHODS)
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
@@ -49,22 +57,25 @@ class GrpcTransport:
     A lost connection is made anew by the next call, on a channel of its own: an old one waits between its attempts
     for longer than it is told to (5 to 11 s in grpcio 1.62 to 1.78), and refuses calls meanwhile.
 
-    address: host:port. token: proves who we are (simulation on the loopback; certificates elsewhere).
+    address: host:port. token: proves who we are in a simulation on the loopback. credentials: do so everywhere else,
+    with mutual TLS; called before every call, so that a renewed certificate is taken up by the next one.
     """
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str = "", credentials: Callable[[], Credentials] | None = None) -> None:
         self._address = address
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._credentials: Callable[[], Credentials | None] = credentials or (lambda: None)
         self._lock = threading.Lock()
-        self._line = _Line.open(address)
+        self._line = _Line.open(address, self._credentials())
         self._closed = False
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
         with self._lock:
             if self._closed:
                 raise ConnectionLostError(f"the connection to {self._address} has been closed")
-            if self._line.lost.is_set():
-                self._line = _Line.open(self._address)  # calls that still run keep the old one
+            credentials = self._credentials()
+            if self._line.lost.is_set() or credentials is not self._line.credentials:
+                self._line = _Line.open(self._address, credentials)  # calls that still run keep the old one
             line = self._line
         try:
             if isinstance(requests, bytes):
@@ -89,13 +100,19 @@ class _Line:
     single: Mapping[str, Any]
     streamed: Mapping[str, Any]
     lost: threading.Event
+    credentials: Credentials | None
 
     @classmethod
-    def open(cls, address: str) -> _Line:
-        channel = grpc.insecure_channel(address, options=_CLIENT)
-        single = {m: channel.unary_stream(_path(m), None, None) for m in METHODS}
-        streamed = {m: channel.stream_stream(_path(m), None, None) for m in METHODS}
-        return cls(channel, single, streamed, threading.Event())
+    def open(cls, address: str, credentials: Credentials | None) -> _Line:
+        if credentials is None:
+            channel = grpc.insecure_channel(address, options=_CLIENT)
+        else:
+            ours = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
+            options = [*_CLIENT, ("grpc.ssl_target_name_override", SERVER_NAME)]
+            channel = grpc.secure_channel(address, ours, options=options)
+        single = {m: channel.unary_stream(_path(m), None, None) for m in _ALL_METHODS}
+        streamed = {m: channel.stream_stream(_path(m), None, None) for m in _ALL_METHODS}
+        return cls(channel, single, streamed, threading.Event(), credentials)
 
 
 @dataclass(frozen=True)
@@ -125,18 +142,35 @@ class _GrpcCall:
 
 
 class GrpcServer:
-    """Serves one service on one port. `port` 0 takes a free one; `address` is known after `start`."""
+    """Serves one service on one port.
 
-    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str], threads: int) -> None:
+    authenticate: the caller's name from the metadata of its call. With credentials instead, nobody gets to call
+    without a certificate of their authority, over TLS 1.3; `Peer.certificate` is then who it is.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        authenticate: Callable[[Mapping[str, str]], str] | None,
+        threads: int,
+        credentials: Callable[[], Credentials] | None = None,
+    ) -> None:
+        assert (authenticate is None) != (credentials is None)
+        self._credentials = credentials
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fl-server")
-        self._server = grpc.server(self._pool, options=_SERVER)
-        self._server.add_generic_rpc_handlers((_Handlers(service, authenticate),))
+        self._server = grpc.server(self._pool, options=[*_SERVER, *(_OPEN_PORT if credentials else [])])
+        self._handlers = _Handlers(service, authenticate)
+        self._server.add_generic_rpc_handlers((self._handlers,))
 
     def start(self, host: str, port: int) -> str:
         """Bind and serve; returns "host:port". ConfigError when the port cannot be had."""
         _check_port(host, port)
-        bound = self._server.add_insecure_port(f"{host}:{port}")
+        if self._credentials is None:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        else:
+            bound = self._server.add_secure_port(f"{host}:{port}", server_credentials(self._credentials))
         self._server.start()
+        self._handlers.old_tls_refused = self._credentials is not None and refuses_old_tls(host, bound)
         return f"{host}:{bound}"
 
     def stop(self, grace_s: float) -> None:
@@ -159,10 +193,11 @@ def tokens_to_names(tokens: Mapping[str, str]) -> Callable[[Mapping[str, str]], 
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str]) -> None:
+    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str] | None) -> None:
         self._authenticate = authenticate
         self._service = service
-        self._methods = {_path(m): grpc.stream_stream_rpc_method_handler(self._answer(m)) for m in METHODS}
+        self.old_tls_refused = False
+        self._methods = {_path(m): grpc.stream_stream_rpc_method_handler(self._answer(m)) for m in _ALL_METHODS}
 
     def service(self, handler_call_details: Any) -> Any:
         return self._methods.get(handler_call_details.method)
@@ -170,8 +205,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def _answer(self, method: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def answer(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
             try:
-                name = self._authenticate(dict(context.invocation_metadata()))
-                yield from self._service.handle(method, Peer(name, context.add_callback), requests)
+                yield from self._service.handle(method, self._peer(context), requests)
             except FederationError as error:
                 _abort(context, error)
             except grpc.RpcError:  # the caller went away while we read from it
@@ -181,6 +215,19 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                 _abort(context, FederationError(f"the server failed in {method}: {error!r}", fix="see its log"))
 
         return answer
+
+    def _peer(self, context: Any) -> Peer:
+        if self._authenticate is not None:
+            name = self._authenticate(dict(context.invocation_metadata()))
+            return Peer(name, context.add_callback, hang_up=context.cancel)
+        facts = context.auth_context()
+        version = facts.get("ssl_tls_version", [b"TLSv1.3" if self.old_tls_refused else b"unknown"])[0]
+        if version != b"TLSv1.3" or not facts.get("x509_pem_cert"):
+            raise PermissionDeniedError(
+                f"this connection uses {version.decode()}", where="rule transport: TLS 1.3", fix="use TLS 1.3"
+            )
+        certificate: bytes = facts["x509_pem_cert"][0]
+        return Peer("", context.add_callback, certificate, context.peer(), context.cancel)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -44,7 +44,7 @@ class MemoryTransport:
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
         messages = iter([requests] if isinstance(requests, bytes) else requests)
         call = _MemoryCall(self._open.discard)
-        call.replies = self._service.handle(method, Peer(self._name, call.when_gone), messages)
+        call.replies = self._service.handle(method, Peer(self._name, call.when_gone, hang_up=call.cancel), messages)
         self._open.add(call)
         return call
 

@@ -1,0 +1,80 @@
+"""`fl-adapters provision` and `unpack`: startup kits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.trust import needs_cryptography
+
+
+def provision(project: Path, out: Path, as_zip: bool, password: str, without_keys: bool, as_json: bool) -> int:
+    """Kits for all participants that have none yet in `out`; an authority in `out`/authority if there is none."""
+    console = Console(stderr=as_json)
+    with reported(as_json), needs_cryptography():
+        from fl_runtime.errors import ConfigError
+        from fl_runtime.trust.archive import new_password, write_archive
+        from fl_runtime.trust.authority import Authority, save_project
+        from fl_runtime.trust.kits import write_kit
+        from fl_runtime.trust.project import read_project
+
+        wanted = read_project(project)
+        folder = out / "authority"
+        if (folder / "ca.key").exists():
+            authority = Authority(folder)
+            if authority.project.federation != wanted.federation:
+                raise ConfigError(
+                    f"{folder} is the authority of {authority.project.federation}, not of {wanted.federation}",
+                    fix="choose another folder with --out",
+                )
+            save_project(folder, wanted)
+            authority = Authority(folder)
+        else:
+            authority = Authority.create(folder, wanted)
+        kits: dict[str, dict[str, Any]] = {}
+        for identity in wanted.participants():
+            kit = out / identity.name
+            if kit.exists() or (as_zip and kit.with_name(f"{kit.name}.zip").exists()):
+                continue
+            write_kit(kit, authority, identity, with_key=not without_keys)
+            kits[identity.name] = {"identity": str(identity), "kit": str(kit)}
+            if as_zip:
+                import shutil
+
+                chosen = password or new_password()
+                path = kit.with_name(f"{kit.name}.zip")
+                write_archive(path, kit, chosen)
+                shutil.rmtree(kit)
+                kits[identity.name] |= {"kit": str(path), "password": chosen}
+        _show(console, kits, authority.fingerprint)
+        if as_json:
+            show_json({"federation": wanted.federation, "authority": authority.fingerprint, "kits": kits})
+    return 0
+
+
+def _show(console: Console, kits: dict[str, dict[str, Any]], fingerprint: str) -> None:
+    table = Table("participant", "kit", *(["password"] if any("password" in kit for kit in kits.values()) else []))
+    for kit in kits.values():
+        table.add_row(kit["identity"], kit["kit"], *([kit["password"]] if "password" in kit else []))
+    console.print(table if kits else "every participant has a kit already")
+    console.print(f"the authority's fingerprint: {fingerprint}", highlight=False, soft_wrap=True)
+    console.print("keep the folder `authority` to yourself: whoever has its key can be anybody", highlight=False)
+
+
+def unpack(archive: Path, out: Path | None, password: str, as_json: bool) -> int:
+    console = Console(stderr=as_json)
+    with reported(as_json), needs_cryptography():
+        from fl_runtime.trust.archive import read_archive
+        from fl_runtime.trust.kits import read_unsigned
+
+        folder = out or archive.with_suffix("")
+        read_archive(archive, folder, password)
+        identity, _ = read_unsigned(folder)
+        console.print(f"{identity}: {folder}", highlight=False, soft_wrap=True)
+        if as_json:
+            show_json({"kit": str(folder), "identity": identity.uri})
+    return 0

@@ -1,0 +1,135 @@
+"""`fl-adapters run`: wait for a job, check it against the site's policy, and run a training command for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.kit import KIT_VARIABLE, Kit
+from fl_adapters.kit import read_kit as read_script_kit
+from fl_adapters.trust import needs_cryptography
+from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, SiteFailedError
+
+_PATIENCE_S = 30.0
+
+
+def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float, as_json: bool) -> int:
+    """The command's exit status; 1 where it could not be run."""
+    with reported(as_json), needs_cryptography():
+        from fl_adapters.site_rules import GovernedSite
+        from fl_runtime.control import ControlClient
+
+        site = GovernedSite(kit_folder)
+        kit = read_script_kit(kit_folder)
+        control = ControlClient.of_kit(kit_folder, kit.server)
+        try:
+            with site.one_of_the_processes():
+                _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
+                job = control.ask("Assignment", patience_s=patience_s)
+                _say(f"{job['job']}, submitted by {job['submitted_by']}")
+                _check(site, kit, job)
+                status = _run(site, kit, job, command, results)
+                _tell_if_it_failed(control, kit, job, status)
+        finally:
+            control.close()
+        if as_json:
+            show_json({"job": job["job"], "site": kit.site, "status": status})
+        return status if status >= 0 else 128 - status
+
+
+def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
+    """Raises the policy's refusal, after the server has been told, so that no other site waits for this one."""
+    try:
+        site.check({**job, "name": job["job"]})
+    except PermissionDeniedError as error:
+        _leave(kit, error.what)
+        raise
+
+
+def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], results: Path | None) -> int:
+    words = list(command) or shlex.split(site.app_command(job["app"]))
+    with tempfile.TemporaryDirectory(prefix="fl-adapters-kit-") as folder:
+        mine = Kit(
+            job=job["job"],
+            site=kit.site,
+            index=job["index"],
+            count=job["count"],
+            server=kit.server,
+            token="",
+            credentials=kit.credentials,
+            run="" if results is None else str(results.resolve()),
+            simulated=results is not None,
+            patience_s=kit.patience_s,
+        )
+        environment = {**os.environ, **site.environment(), KIT_VARIABLE: str(mine.save(Path(folder, "kit")))}
+        site.record("command started", job=job["job"], command=words)
+        try:
+            process = subprocess.Popen(words, env=environment)
+        except OSError as error:
+            reason = f"{words[0]} cannot be started: {error.strerror}"
+            site.record("command failed", job=job["job"], reason=reason)
+            _leave(kit, reason)
+            raise ConfigError(reason, fix="check the command after --") from None
+        with _passed_on(process):
+            status = process.wait()
+        site.record("command ended", job=job["job"], status=status)
+    return status
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM goes on to the command; Ctrl-C reaches it by itself."""
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_if_it_failed(control: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
+    """A command that ended before its work was done: the server hears it now, and not by and by."""
+    try:
+        running = control.ask("Status")["running"]
+    except ConnectionLostError:
+        return
+    if running and running["job"] == job["job"] and not running["sites"].get(kit.site, "gone").startswith("gone"):
+        reason = f"its command ended before the last round (exit status {status})"
+        _leave(kit, reason)
+        if status == 0:
+            raise SiteFailedError(
+                "the command ended before the last round",
+                where=job["job"],
+                fix="let it take part until the rounds are over: FederatedCallback(), or fl_adapters.connect()",
+            )
+
+
+def _leave(kit: Kit, reason: str) -> None:
+    from fl_runtime.client import SiteClient
+    from fl_runtime.transport.grpc import GrpcTransport
+    from fl_runtime.transport.tls import FileCredentials
+
+    client = SiteClient(GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S)
+    try:
+        client.join()
+        client.leave(reason, early=True)
+    except FederationError as error:
+        _say(f"the server could not be told: {error.what}")
+    finally:
+        client.close()
+
+
+def _say(text: str) -> None:
+    print(f"fl-adapters: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""`fl-adapters server`: the server of a real federation, until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.job import Job
+from fl_adapters.trust import needs_cryptography
+from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.transport.tls_setting import only_tls_1_3
+from fl_runtime.types import RunSettings
+
+
+def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
+    """Exit status 0 after SIGTERM or Ctrl-C; with a job, after it: 1 if it failed."""
+    only_tls_1_3()  # before gRPC comes in
+    with reported(as_json), needs_cryptography():
+        from fl_runtime.server.federation import FederationServer
+        from fl_runtime.trust.kits import read_kit
+
+        kit = read_kit(kit_folder, kind="server")
+        _raise_file_limit()
+        job = None if job_file is None else Job.from_file(job_file)
+        lines = ProgressLines(sys.stderr)
+        server = FederationServer(kit, folder.resolve(), read_job, listen=listen, listeners=[lines])
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            address = server.start()
+            print(f"{kit.identity.federation}: serving at {address} as {kit.address}", file=sys.stderr, flush=True)
+            if kit.certificate.expires_soon:
+                print(f"the certificate ends in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
+            if job is None:
+                stop.wait()
+                return 0
+            return _one(server, job, kit.identity, stop, as_json)
+        finally:
+            server.close()
+
+
+def _one(server: Any, job: Job, identity: Any, stop: threading.Event, as_json: bool) -> int:
+    """Run one job, that of the file, and end."""
+    name = server.submit(job_fields(job), identity)
+    while not server.wait_for_job(name, 0.2):
+        if stop.is_set():
+            return 0
+    outcome = server.outcome(name)
+    if as_json:
+        show_json(outcome)
+    if outcome["error"]:
+        raise FederationError.from_wire(outcome["error"])
+    return 0
+
+
+def job_fields(job: Job) -> dict[str, Any]:
+    """A job as it travels to a server: JSON values. A name that nobody chose is chosen now."""
+    return {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
+
+
+def read_job(fields: Mapping[str, Any], known: Sequence[str]) -> RunSettings:
+    """The settings of a submitted job, checked as one in a file is. known: the project's sites."""
+    try:
+        job = Job(**{str(name): value for name, value in fields.items()})
+    except TypeError as error:
+        raise ConfigError(f"this is no job: {error}", fix="submit one with `fl_adapters.Production`") from None
+    sites = tuple(known) if job.sites is None or job.sites == len(known) else job.sites
+    if isinstance(sites, int):
+        raise ConfigError(
+            f"the job is for {sites} sites, the federation has {len(known)}", where="sites", fix="name the sites"
+        )
+    strangers = [name for name in sites if name not in known]
+    if strangers:
+        raise ConfigError(
+            f"{', '.join(strangers)} is not in this federation", where="sites", fix=f"its sites are {', '.join(known)}"
+        )
+    return job.settings(sites)
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system lets us have: idle ones of strangers must not keep sites out."""
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,52 @@
+"""`fl-adapters status`: what a federation's server is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.trust import needs_cryptography
+
+
+def run(kit_folder: Path, as_json: bool) -> int:
+    console = Console(stderr=as_json)
+    with reported(as_json), needs_cryptography():
+        from fl_runtime.control import ControlClient
+        from fl_runtime.trust.kits import read_kit
+
+        kit = read_kit(kit_folder)
+        control = ControlClient.of_kit(kit.folder, kit.address)
+        try:
+            found = control.ask("Status")
+        finally:
+            control.close()
+        _show(console, found)
+        if as_json:
+            show_json(found)
+    return 0
+
+
+def _show(console: Console, found: Mapping[str, Any]) -> None:
+    console.print(
+        f"{found['federation']}, fl-adapters {found['version']}: {len(found['sites'])} sites", highlight=False
+    )
+    job = found["running"]
+    if job is None:
+        console.print("no job is running")
+    else:
+        console.print(
+            f"{job['job']} by {job['submitted_by']}: {job['phase']}, round {job['round']} of {job['rounds'] or '?'}",
+            highlight=False,
+        )
+        table = Table("site", "state")
+        for site, state in job["sites"].items():
+            table.add_row(site, state)
+        console.print(table)
+    for name, past in found["ended"].items():
+        how = f"failed: {past['error']['what']}" if past["error"] else f"finished, {len(past['rounds'])} rounds"
+        console.print(f"{name}: {how}", highlight=False, soft_wrap=True)

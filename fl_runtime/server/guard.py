@@ -1,0 +1,173 @@
+"""The interceptor: who is calling, may they, and on record it goes. Nothing of a call is read before."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
+from fl_runtime.transport.base import METHODS, Peer, Service
+from fl_runtime.trust import permissions
+from fl_runtime.trust.audit import AuditLog
+from fl_runtime.trust.certificates import Certificate, read_certificate
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.revocation import RevocationList
+
+log = logging.getLogger(__name__)
+
+CALLS_EACH = 8
+"""Calls that one participant may have open at a time: a site needs 3. So nobody takes the threads of others."""
+
+_LOOK_S = 1.0
+
+
+class Control(Protocol):
+    """What answers the calls about jobs."""
+
+    def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]: ...
+
+
+class Guard:
+    """A service that lets through what the table of permissions allows.
+
+    Every second it looks for calls whose certificate has expired or was revoked, and ends them.
+    on_expelled(name, reason): somebody who has called before may not call any more.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        control: Control,
+        federation: str,
+        revoked: RevocationList,
+        audit: AuditLog,
+        on_expelled: Callable[[str, str], None],
+    ) -> None:
+        self._service, self._control, self._federation = service, control, federation
+        self._revoked, self._audit, self._on_expelled = revoked, audit, on_expelled
+        self._lock = threading.Lock()
+        self._open: dict[int, tuple[Certificate, Peer]] = {}
+        self._counts: Counter[str] = Counter()
+        self._seen: dict[int, Certificate] = {}  # of those who have called; revoked ones are taken out
+        self._known: dict[str, Identity] = {}
+        self._next = 0
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="fl-guard", daemon=True)
+        self._watcher.start()
+
+    def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        who: Identity | None = None
+        try:
+            certificate = read_certificate(peer.certificate)
+            who = certificate.identity
+            self._check(certificate)
+            self._seen[certificate.serial], self._known[who.name] = certificate, who
+            permissions.check(who, method)
+            with self._counted(certificate, peer):
+                named = replace(peer, name=who.name)
+                if method in METHODS:
+                    yield from self._service.handle(method, named, requests)
+                else:
+                    yield from self._control.control(method, who, named, next(requests, b""))
+        except ConnectionLostError:
+            raise
+        except FederationError as error:
+            self._audit.refused(who, method, error, address=peer.address)
+            raise
+
+    def put_in_force(self, crl: bytes) -> list[str]:
+        """A newer revocation list, at once and on open connections; names of those who had called before."""
+        self._revoked.install(crl)
+        return self._end_dead_calls()
+
+    def who(self, name: str) -> Identity | None:
+        """Somebody who has called, by name."""
+        return self._known.get(name)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._watcher.join()
+
+    def _check(self, certificate: Certificate) -> None:
+        reason = self._why_dead(certificate)
+        if reason:
+            raise PermissionDeniedError(
+                f"{certificate.identity} may not call: {reason}",
+                where=f"rule certificate: {reason}",
+                fix="ask for a new certificate and install it with `fl-adapters cert install`",
+            )
+        if certificate.identity.federation != self._federation:
+            raise PermissionDeniedError(
+                f"{certificate.identity} belongs to {certificate.identity.federation}, not to {self._federation}",
+                where="rule certificate: the federation's own",
+                fix="use the kit of this federation",
+            )
+
+    def _why_dead(self, certificate: Certificate) -> str:
+        if certificate.serial in self._revoked:
+            return "its certificate was revoked"
+        now = datetime.now(UTC)
+        if now > certificate.not_after:
+            return f"its certificate expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC"
+        return "its certificate is not valid yet" if now < certificate.not_before else ""
+
+    @contextmanager
+    def _counted(self, certificate: Certificate, peer: Peer) -> Iterator[None]:
+        """The call is on the list of open ones. Too many of one participant are refused."""
+        name = certificate.identity.name
+        with self._lock:
+            if self._counts[name] >= CALLS_EACH:
+                raise PermissionDeniedError(
+                    f"{certificate.identity} has {CALLS_EACH} calls open already",
+                    where=f"rule calls: at most {CALLS_EACH} at a time",
+                    fix="run one process per site",
+                )
+            self._counts[name] += 1
+            self._next += 1
+            number = self._next
+            self._open[number] = certificate, peer
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._open[number]
+                self._counts[name] -= 1
+                if not self._counts[name]:
+                    del self._counts[name]
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_LOOK_S):
+            try:
+                if self._revoked.refresh():
+                    self._audit.write("revocation list read", serials=[f"{item:x}" for item in self._revoked.serials])
+                self._end_dead_calls()
+            except FederationError as error:
+                log.warning("%s", error)
+
+    def _end_dead_calls(self) -> list[str]:
+        """End the calls of those whose certificate is dead; a renewed one's calls begin again with the new one."""
+        with self._lock:
+            dead = [(item, peer, why) for item, peer in self._open.values() if (why := self._why_dead(item))]
+            revoked = [self._seen.pop(serial) for serial in self._revoked.serials & self._seen.keys()]
+        for item in revoked:
+            self._on_expelled(item.identity.name, "its certificate was revoked")
+        ended = {item.serial: (item, why) for item, _, why in dead}
+        for item, why in [
+            *ended.values(),
+            *((item, self._why_dead(item)) for item in revoked if item.serial not in ended),
+        ]:
+            self._audit.write("calls ended", item.identity, rule=f"certificate: {why}", error=f"{item.identity}: {why}")
+        for _, peer, _ in dead:
+            peer.hang_up()
+        return [item.identity.name for item in revoked]
+
+
+def facts(identity: Identity) -> dict[str, Any]:
+    """Who somebody is, for people and JSON."""
+    return {"name": identity.name, "kind": identity.kind, "organisation": identity.organisation, "role": identity.role}

@@ -1,0 +1,213 @@
+"""The certificate authority of a federation: a folder that only its keeper has, best on a machine without network.
+
+authority/
+    ca.pem, ca.key          the authority's certificate and its private key (mode 0600)
+    project.yml             who may have a certificate, and with which role
+    issued/SERIAL.pem       every certificate that was signed
+    revoked.json, crl.pem   serials that no longer count; the list as the server takes it, signed
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from fl_runtime.errors import ConfigError
+from fl_runtime.trust.certificates import (
+    Certificate,
+    PublicKey,
+    fingerprint,
+    key_pem,
+    load,
+    new_key,
+    read_certificate,
+    read_key,
+    sign,
+    subject,
+)
+from fl_runtime.trust.files import check_private, read_file, write_file
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.project import Project, read_project, split_address
+from fl_runtime.version import SERVER_NAME
+
+_CLOCKS_DIFFER = timedelta(minutes=5)
+_CRL_LIFETIME = timedelta(days=3650)
+
+
+class Authority:
+    """Signs for one federation. Used by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open an authority that exists. Raises ConfigError where there is none, or its key lies open."""
+        self.folder = folder
+        self.pem = read_file(folder / "ca.pem", "certificate authority")
+        key_file = folder / "ca.key"
+        self._key = read_key(read_file(key_file, "authority's private key"), str(key_file))
+        check_private(key_file)
+        self.project = read_project(folder / "project.yml")
+
+    @classmethod
+    def create(cls, folder: Path, project: Project) -> Authority:
+        """A new authority for a project. Raises ConfigError if the folder has one already."""
+        if (folder / "ca.key").exists():
+            raise ConfigError(f"{folder} has an authority already", fix="choose another folder")
+        key, now = new_key(), datetime.now(UTC)
+        name = subject(f"{project.federation} authority"[:64])
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _CLOCKS_DIFFER)
+            .not_valid_after(now + timedelta(days=project.authority_days))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(authority=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        )
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_file(folder / "ca.key", key_pem(key), secret=True)
+        write_file(folder / "ca.pem", _pem(builder.sign(key, hashes.SHA256())))
+        save_project(folder, project)
+        authority = cls(folder)
+        authority._sign_list({})
+        return authority
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the authority's public key: what two people compare over the telephone."""
+        return fingerprint(self._key.public_key())
+
+    def issue(self, identity: Identity, key: PublicKey, *, days: float | None = None) -> bytes:
+        """A certificate for this identity and public key. days: its lifetime, the project's by default."""
+        now = datetime.now(UTC)
+        lasts = timedelta(days=self.project.days if days is None else days)
+        authority = load(self.pem)
+        if now + lasts > authority.not_valid_after_utc:
+            raise ConfigError(
+                f"the certificate of {identity.name} would outlive the authority, which ends on "
+                f"{authority.not_valid_after_utc:%Y-%m-%d}",
+                fix="issue it for fewer days, or provision a new federation",
+            )
+        uses = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
+        if identity.kind == "server":
+            names += [x509.DNSName(SERVER_NAME), _host_name(split_address(self.project.server.address)[0])]
+        serial = x509.random_serial_number()
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject(identity.name))
+            .issuer_name(authority.subject)
+            .public_key(key)
+            .serial_number(serial)
+            .not_valid_before(now - _CLOCKS_DIFFER)
+            .not_valid_after(now + lasts)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(authority=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([uses]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        pem = _pem(builder.sign(self._key, hashes.SHA256()))
+        write_file(self.folder / "issued" / f"{serial:x}.pem", pem)
+        return pem
+
+    def issued(self) -> Iterator[Certificate]:
+        """Every certificate that was signed, oldest first."""
+        found = [read_certificate(path.read_bytes()) for path in (self.folder / "issued").glob("*.pem")]
+        yield from sorted(found, key=lambda item: (item.not_before, item.serial))
+
+    def newest(self, name: str) -> Certificate:
+        """The last certificate of `name` that was not revoked. ConfigError if there is none."""
+        revoked = self.revoked()
+        found = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
+        if not found:
+            raise ConfigError(f"no certificate of {name} is valid", fix="see `fl-adapters cert list`")
+        return found[-1]
+
+    def renew(self, name: str, *, days: float | None = None) -> bytes:
+        """A new certificate for the key of the newest one: the private key stays where it is."""
+        old = self.newest(name)
+        key = load(old.pem).public_key()
+        assert isinstance(key, PublicKey)
+        return self.issue(self.project.participant(name), key, days=days)
+
+    def revoked(self) -> dict[int, str]:
+        """serial -> when, ISO 8601."""
+        path = self.folder / "revoked.json"
+        entries: dict[str, str] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return {int(serial, 16): when for serial, when in entries.items()}
+
+    def revoke(self, name: str) -> tuple[list[Certificate], bytes]:
+        """Revoke every certificate of `name` that still counts; (those, the new signed list).
+
+        ConfigError if there is none.
+        """
+        revoked = self.revoked()
+        mine = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
+        if not mine:
+            raise ConfigError(f"there is no certificate of {name} to revoke", fix="see `fl-adapters cert list`")
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        return mine, self._sign_list({**revoked, **{item.serial: when for item in mine}})
+
+    def sign(self, data: bytes) -> bytes:
+        """A signature that everybody who has ca.pem can check."""
+        return sign(self._key, data)
+
+    def _sign_list(self, revoked: dict[int, str]) -> bytes:
+        entries = {f"{serial:x}": when for serial, when in revoked.items()}
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(load(self.pem).subject)
+            .last_update(now)
+            .next_update(now + _CRL_LIFETIME)
+            .add_extension(x509.CRLNumber(len(entries)), critical=False)
+        )
+        for serial, when in revoked.items():
+            entry = x509.RevokedCertificateBuilder().serial_number(serial)
+            builder = builder.add_revoked_certificate(entry.revocation_date(datetime.fromisoformat(when)).build())
+        crl = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        write_file(self.folder / "revoked.json", json.dumps(entries, indent=1).encode())
+        write_file(self.folder / "crl.pem", crl)
+        return crl
+
+
+def save_project(folder: Path, project: Project) -> None:
+    """Keep the project beside the authority's key: it says who may have a certificate."""
+    import yaml
+
+    text = yaml.safe_dump(project.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_file(folder / "project.yml", text.encode())
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
