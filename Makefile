@@ -85,6 +85,10 @@ proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py a
 	@$(PROTOC)/bin/python -m grpc_tools.protoc -I fl_runtime/wire --python_out=fl_runtime/wire \
 	  --pyi_out=fl_runtime/wire fl/v1/federation.proto
 
+.PHONY: permissions
+permissions: $(VENV)/.stamp  ## make docs/permissions.md from the table of permissions
+	@$(VENV)/bin/python -c 'from fl_runtime.trust import permissions; print(permissions.as_markdown(), end="")' > docs/permissions.md
+
 .PHONY: clean
 clean:  ## remove what building and testing left (not the environments, not runs/)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

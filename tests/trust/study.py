@@ -1,0 +1,158 @@
+"""A provisioned federation for tests: an authority, kits, a server over mutual TLS, clients with any certificate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from federation_bench import Site
+
+from fl_adapters.cli.server import read_job
+from fl_runtime.control import ControlClient
+from fl_runtime.server.federation import FederationServer
+from fl_runtime.transport.base import Credentials
+from fl_runtime.transport.grpc import GrpcTransport
+from fl_runtime.transport.tls import FileCredentials
+from fl_runtime.trust import audit
+from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.certificates import key_pem, new_key
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.kits import read_kit, write_kit
+from fl_runtime.trust.project import AdminEntry, Project, ServerEntry, SiteEntry
+
+WAIT_S = 30.0
+ADMINS = {
+    "ada": ("north-hospital", "project-admin"),
+    "olga": ("north-hospital", "organisation-admin"),
+    "lena": ("north-hospital", "lead"),
+    "lars": ("south-hospital", "lead"),
+    "mina": ("south-hospital", "member"),
+}
+
+
+def project(address: str = "127.0.0.1:8443", sites: tuple[str, ...] = ("north", "south"), **fields: Any) -> Project:
+    return Project(
+        federation="study",
+        server=ServerEntry(address=address, listen=address),
+        sites=tuple(SiteEntry(name=name, organisation=f"{name}-hospital") for name in sites),
+        admins=tuple(
+            AdminEntry(name=n, organisation=o, role=r)  # type: ignore[arg-type]
+            for n, (o, r) in ADMINS.items()
+        ),
+        **fields,
+    )
+
+
+class Study:
+    """Kits in folder/kits; the server in this process, on a port of its own."""
+
+    def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south")) -> None:
+        self.folder, self.kits, self.runs = folder, folder / "kits", folder / "runs"
+        self.authority = Authority.create(self.kits / "authority", project(sites=sites))
+        for identity in self.authority.project.participants():
+            write_kit(self.kits / identity.name, self.authority, identity)
+        self.sites = sites
+        self.address = ""
+        self._things = ExitStack()
+
+    def __enter__(self) -> Study:
+        self.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._things.close()
+        self.server.close()
+
+    def start(self, listen: str = "127.0.0.1:0") -> None:
+        """Start the server, or another one in its place."""
+        kit = read_kit(self.kits / "server", kind="server")
+        self.server = FederationServer(kit, self.runs, read_job, listen=listen)
+        self.address = self.server.start()
+
+    # -- callers ----------------------------------------------------------------------------------------------
+
+    def transport(self, name: str) -> GrpcTransport:
+        """With the files of a kit."""
+        return self._closed(GrpcTransport(self.address, credentials=FileCredentials(self.kits / name)))
+
+    def admin(self, name: str = "ada") -> ControlClient:
+        return ControlClient(self.transport(name))
+
+    def site(self, name: str, patience_s: float = WAIT_S) -> Site:
+        """A site's process, as it were."""
+        return Site(name, self.transport(name), patience_s)
+
+    def stranger(self, key: bytes, certificate: bytes, authority: bytes = b"") -> GrpcTransport:
+        """Somebody with any key and certificate."""
+        found = Credentials(key, certificate, authority or self.authority.pem)
+        return self._closed(GrpcTransport(self.address, credentials=lambda: found))
+
+    def _closed(self, transport: GrpcTransport) -> GrpcTransport:
+        self._things.callback(transport.close)
+        return transport
+
+    # -- certificates -----------------------------------------------------------------------------------------
+
+    def certificate(
+        self, identity: Identity, *, begins_in_s: float = -60, ends_in_s: float = 3600
+    ) -> tuple[bytes, bytes]:
+        """(key, certificate) of the authority, for any identity and time."""
+        return certificate(self.authority._key, self.authority.pem, identity, begins_in_s, ends_in_s)
+
+    # -- what happens -----------------------------------------------------------------------------------------
+
+    def job(self, name: str = "job", by: str = "lena", **fields: Any) -> str:
+        """Submit a job; its name."""
+        return str(self.admin(by).ask("SubmitJob", job={"app": "train", "name": name, "rounds": 2, **fields})["job"])
+
+    def log(self, name: str = "server") -> list[dict[str, Any]]:
+        return audit.entries(self.kits / name)
+
+    def refusals(self, name: str = "server") -> list[dict[str, Any]]:
+        return [entry for entry in self.log(name) if entry["outcome"] == "refused"]
+
+
+def certificate(
+    authority_key: Any, authority_pem: bytes, identity: Identity, begins_in_s: float = -60, ends_in_s: float = 3600
+) -> tuple[bytes, bytes]:
+    """(key, certificate) signed by this key."""
+    key, now = new_key(), datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, identity.name)]))
+        .issuer_name(x509.load_pem_x509_certificate(authority_pem).subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + timedelta(seconds=begins_in_s))
+        .not_valid_after(now + timedelta(seconds=ends_in_s))
+        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity.uri)]), critical=False)
+    )
+    pem = builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return key_pem(key), pem
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for a condition and return its value; fail, naming it, if it never holds."""
+    end = time.monotonic() + WAIT_S
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def readdressed(study: Study, name: str) -> Path:
+    """A kit of `name` with the address that the test's server has, as if it had been provisioned so."""
+    folder = study.folder / "readdressed" / name
+    if not folder.exists():
+        moved = Project(**{**study.authority.project.model_dump(), "server": {"address": study.address}})
+        before, study.authority.project = study.authority.project, moved
+        write_kit(folder, study.authority, moved.participant(name))
+        study.authority.project = before
+    return folder

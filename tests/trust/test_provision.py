@@ -1,0 +1,221 @@
+"""Startup kits: what is in them, what is refused, and how they travel."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pyzipper
+from cryptography import x509
+from study import project
+
+from fl_adapters import kit as script_kit
+from fl_runtime.errors import ConfigError, PermissionDeniedError
+from fl_runtime.trust.archive import new_password, read_archive, write_archive
+from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.kits import read_kit, write_kit
+from fl_runtime.trust.project import Project, read_project
+
+PROJECT = """
+federation: study
+server: {address: "127.0.0.1:18443"}
+sites:
+  - {name: north, organisation: north-hospital}
+  - {name: south, organisation: south-hospital}
+admins:
+  - {name: ada@study.org, organisation: north-hospital, role: project-admin}
+"""
+
+
+def command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    packages = str(Path(script_kit.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": packages}
+    line = [sys.executable, "-m", "fl_adapters.cli", *args]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def kits(tmp_path: Path) -> Path:
+    authority = Authority.create(tmp_path / "authority", project())
+    for identity in authority.project.participants():
+        write_kit(tmp_path / identity.name, authority, identity)
+    return tmp_path
+
+
+def test_the_command_makes_a_kit_for_everybody_and_leaves_kits_alone_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "project.yml").write_text(PROJECT)
+    done = command(tmp_path, "provision", "project.yml", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["kits"]) == {"server", "north", "south", "ada@study.org"}
+    before = (tmp_path / "kits/north/key.pem").read_bytes()
+
+    (tmp_path / "project.yml").write_text(PROJECT.replace("admins:", "  - {name: east, organisation: east}\nadmins:"))
+    again = json.loads(command(tmp_path, "provision", "project.yml", "--json").stdout)
+    assert set(again["kits"]) == {"east"}
+    assert again["authority"] == found["authority"]
+    assert (tmp_path / "kits/north/key.pem").read_bytes() == before
+    assert read_kit(tmp_path / "kits/east").sites == ("north", "south", "east")
+
+
+def test_a_kit_says_who_it_is_and_its_key_is_its_owners_alone(kits: Path) -> None:
+    kit = read_kit(kits / "north", kind="site")
+    assert kit.identity == Identity("study", "site", "north", "north-hospital")
+    assert kit.address == "127.0.0.1:8443"
+    assert 85 < kit.certificate.days_left() < 90.1
+    for private in (kits / "north/key.pem", kits / "authority/ca.key"):
+        assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    pem = x509.load_pem_x509_certificate((kits / "ada/certificate.pem").read_bytes())
+    names = pem.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+    assert uri == "fl-adapters://study/admin/ada?organisation=north-hospital&role=project-admin"
+    assert Identity.from_uri(uri).role == "project-admin"
+
+
+def test_a_script_finds_its_place_in_a_kit(kits: Path) -> None:
+    kit = script_kit.read_kit(kits / "south")
+    assert (kit.site, kit.index, kit.count, kit.server) == ("south", 1, 2, "127.0.0.1:8443")
+    assert kit.credentials == str((kits / "south").resolve())
+    with pytest.raises(ConfigError, match="kit of a server"):
+        script_kit.read_kit(kits / "server")
+
+
+def spoil(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda kit: os.chmod(kit / "key.pem", 0o640), "can be read by others (mode 0640)"),
+        (lambda kit: spoil(kit / "kit.json", b"8443", b"9443"), "kit.json was changed"),
+        (lambda kit: spoil(kit / "manifest.json", b'"format"', b'"Format"'), "signature does not hold"),
+        (lambda kit: (kit / "manifest.sig").write_bytes(b"nothing"), "signature does not hold"),
+        (lambda kit: (kit / "manifest.json").unlink(), "there is no manifest"),
+        (lambda kit: (kit / "certificate.pem").unlink(), "no certificate yet"),
+        (lambda kit: (kit / "certificate.pem").write_bytes(b"-----BEGIN"), "no certificate in PEM"),
+        (
+            lambda kit: (kit / "certificate.pem").write_bytes((kit.parent / "south/certificate.pem").read_bytes()),
+            "is that of site south",
+        ),
+        (lambda kit: (kit / "key.pem").write_bytes((kit.parent / "south/key.pem").read_bytes()), "does not belong to"),
+        (lambda kit: (kit / "key.pem").write_bytes(b"no key"), "no P-256 private key"),
+        (lambda kit: (kit / "kit.json").unlink(), "there is no startup kit"),
+    ],
+)
+def test_a_kit_that_was_changed_is_refused_with_what_is_wrong(kits: Path, harm: Any, says: str) -> None:
+    harm(kits / "north")
+    with pytest.raises(ConfigError) as caught:
+        read_kit(kits / "north")
+    assert says in caught.value.what
+    assert str(kits / "north") in caught.value.where
+    assert caught.value.fix
+
+
+def test_a_kit_of_another_authority_is_refused(kits: Path, tmp_path: Path) -> None:
+    other = Authority.create(tmp_path / "other", project())
+    identity = other.project.participant("north")
+    write_kit(tmp_path / "forged", other, identity)
+    (kits / "north/certificate.pem").write_bytes((tmp_path / "forged/certificate.pem").read_bytes())
+    with pytest.raises(ConfigError, match="not signed by this federation's authority"):
+        read_kit(kits / "north")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("name: south", "name: north", "'north' is taken"),
+        ("project-admin", "king", "admins.0.role"),
+        ('"127.0.0.1:18443"', "nowhere", "'nowhere' is no address"),
+        ("name: north", "name: ../north", "name cannot be '../north'"),
+        ("name: north", "name: authority", "'authority' is taken"),
+        ("federation:", "federtion:", "federation: Field required"),
+        ("sites:", "sites: [", "is not YAML"),
+    ],
+)
+def test_a_project_that_cannot_work_is_refused_with_its_field(tmp_path: Path, old: str, new: str, says: str) -> None:
+    path = tmp_path / "project.yml"
+    path.write_text(PROJECT.replace(old, new))
+    with pytest.raises(ConfigError, match=says.replace(".", r"\.")) as caught:
+        read_project(path)
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "https://study/site/north?organisation=x",
+        "fl-adapters://study/site/north",
+        "fl-adapters://study/site/north?organisation=x&role=lead",
+        "fl-adapters://study/admin/ada?organisation=x",
+        "fl-adapters://study/site/..%2Fnorth?organisation=x",
+        "fl-adapters://study/site/north?organisation=x&organisation=y",
+        "fl-adapters://study/king/north?organisation=x",
+        "fl-adapters://study/site/north/more?organisation=x",
+        "fl-adapters://study/site/north%00?organisation=x",
+    ],
+)
+def test_an_identity_that_says_something_else_is_none(uri: str) -> None:
+    with pytest.raises(PermissionDeniedError):
+        Identity.from_uri(uri)
+
+
+# -- by mail -------------------------------------------------------------------------------------------------------
+
+
+def test_a_zip_opens_with_its_password_and_keeps_the_mode_of_the_key(kits: Path, tmp_path: Path) -> None:
+    password = new_password()
+    write_archive(tmp_path / "north.zip", kits / "north", password)
+    read_archive(tmp_path / "north.zip", tmp_path / "unpacked", password)
+    assert read_kit(tmp_path / "unpacked").identity.name == "north"
+    assert (kits / "north/key.pem").read_bytes() not in (tmp_path / "north.zip").read_bytes()
+
+
+def test_other_programs_open_the_zip_and_ours_opens_theirs(kits: Path, tmp_path: Path) -> None:
+    write_archive(tmp_path / "ours.zip", kits / "north", "pass word")
+    with pyzipper.AESZipFile(tmp_path / "ours.zip") as archive:
+        archive.setpassword(b"pass word")
+        assert archive.read("north/key.pem") == (kits / "north/key.pem").read_bytes()
+    with pyzipper.AESZipFile(tmp_path / "theirs.zip", "w", encryption=pyzipper.WZ_AES) as archive:
+        archive.setpassword(b"pass word")
+        for path in (kits / "north").iterdir():
+            archive.writestr(path.name, path.read_bytes())
+    read_archive(tmp_path / "theirs.zip", tmp_path / "unpacked", "pass word")
+    assert read_kit(tmp_path / "unpacked").identity.name == "north"
+
+
+def test_a_wrong_password_or_a_damaged_zip_is_refused(kits: Path, tmp_path: Path) -> None:
+    write_archive(tmp_path / "north.zip", kits / "north", "right")
+    for password, damage in (("wrong", False), ("right", True)):
+        if damage:
+            data = bytearray((tmp_path / "north.zip").read_bytes())
+            data[200] ^= 1
+            (tmp_path / "north.zip").write_bytes(data)
+        with pytest.raises(ConfigError, match="cannot be opened"):
+            read_archive(tmp_path / "north.zip", tmp_path / "unpacked", password)
+        assert not (tmp_path / "unpacked").exists()
+
+
+def test_the_commands_zip_and_unpack(tmp_path: Path) -> None:
+    (tmp_path / "project.yml").write_text(PROJECT)
+    found = json.loads(command(tmp_path, "provision", "project.yml", "--zip", "--json").stdout)["kits"]["north"]
+    assert not (tmp_path / "kits/north").exists()
+    done = command(tmp_path, "unpack", found["kit"], "--password", found["password"], "--json")
+    assert done.returncode == 0, done.stderr
+    assert read_kit(Path(tmp_path, json.loads(done.stdout)["kit"])).identity.name == "north"
+
+
+def test_a_certificate_does_not_outlive_its_authority(tmp_path: Path) -> None:
+    short = Project(**{**project().model_dump(), "authority_days": 10})
+    with pytest.raises(ConfigError, match="would outlive the authority"):
+        write_kit(tmp_path / "kit", Authority.create(tmp_path / "authority", short), short.participant("north"))
