@@ -65,7 +65,7 @@ class AuditLog:
         with self._lock, self._alone() as file:
             number, last = _last(file)
             entry = {"number": number + 1, "before": last, **entry}
-            line = json.dumps({**entry, "digest": _digest(entry)}, ensure_ascii=False)
+            line = json.dumps({**entry, "digest": _digest(entry)})  # ASCII: no line end but our own
             file.seek(0, os.SEEK_END)
             file.write(line.encode() + b"\n")
             file.flush()
