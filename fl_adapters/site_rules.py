@@ -82,11 +82,11 @@ class GovernedSite(SiteRules):
         with _Recorded(self, "join"):
             self.check_job(settings)
             self._policy.check_adapter(_ADAPTERS.get(framework, framework), self.identity)
-            if self._policy.privacy is not None and not self._policy.filters:
+            if self._policy.filters or self._policy.privacy:  # nothing leaves past a filter that does not run
                 raise PermissionDeniedError(
-                    f"{self.identity} may not send updates: nothing keeps its privacy budget",
-                    where="rule privacy (the site's policy.yml)",
-                    fix="name a filter that has a ledger under `filters`",
+                    f"{self.identity} may not take part: its policy asks for filters, which this version does not have",
+                    where="rule filters (the site's policy.yml)",
+                    fix="upgrade fl-adapters",
                 )
         self._audit.write("joined", self.identity, job=self._job, submitted_by=str(settings.get("submitted_by", "")))
 

@@ -24,7 +24,7 @@ TEMPLATE = """\
 
 # Filters that always run on updates, after the job's own, in this order.
 filters: []
-#  - {name: clip, norm: 1.0}
+#  - {name: ExcludeVars, patterns: ["head.*"]}
 
 # Names (patterns) of the tensors that may travel; "adapters" stands for those of PEFT adapters.
 # exchange: adapters
@@ -151,11 +151,11 @@ class Policy(_Part):
             raise _denied(site, f"send an update of {size_bytes} bytes", rule)
 
     def metrics_out(self, metrics: Metrics) -> Metrics:
-        """The metrics that may leave, rounded."""
-        allowed = {k: float(v) for k, v in metrics.items() if self.metrics is None or k in self.metrics}
+        """The metrics that may leave, rounded; where they must be rounded, what is no number stays."""
+        allowed = {name: value for name, value in metrics.items() if self.metrics is None or name in self.metrics}
         if self.metric_digits is None:
             return allowed
-        return {name: float(f"{value:.{self.metric_digits}g}") for name, value in allowed.items()}
+        return {n: float(f"{float(v):.{self.metric_digits}g}") for n, v in allowed.items() if hasattr(v, "__float__")}
 
     def examples_out(self, num_examples: int) -> int:
         """What is said instead of the true count; above zero."""

@@ -1,0 +1,261 @@
+"""The site decides what leaves it: each rule over a real federation, at the site, at the server, and on record."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from study import Study, readdressed, until
+
+from fl_adapters.kit import read_kit
+from fl_adapters.options import Options
+from fl_adapters.session import Session, _transport
+from fl_adapters.site_rules import GovernedSite
+from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
+from fl_runtime.trust.audit import entries
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.policy import Policy, PolicyFile, read_policy
+from fl_runtime.types import Arrays
+
+W: Arrays = {"lora_A": np.zeros((4, 2), np.float32), "head.weight": np.zeros(8, np.float32)}
+SITE = Identity("study", "site", "north", "north-hospital")
+LENA = Identity("study", "admin", "lena", "north-hospital", "lead")
+LARS = Identity("study", "admin", "lars", "south-hospital", "lead")
+
+
+def take_part(
+    kit: Path,
+    arrays: Arrays = W,
+    *,
+    framework: str = "keras",
+    num_examples: int = 37,
+    each_round: Callable[[int], None] = lambda number: None,
+) -> None:
+    """What an adapter does, with a kit."""
+    found = read_kit(kit)
+    session = Session(found, Options(), framework, _transport(found))
+    try:
+        session.register(arrays, agreement={}, rounds=None, evaluates=True)
+        task = session.start(lambda: arrays)
+        while task.kind == "train":
+            each_round(task.round)
+            session.report({"loss": 0.123456, "patients": 12.0}, 11)
+            task = session.exchange(
+                {n: a + 1 for n, a in task.arrays.items()},
+                num_examples=num_examples,
+                local_steps=1,
+                metrics={"train_loss": 0.98765, "patients": 12.0},
+            )
+        session.report({"loss": 0.123456, "patients": 12.0}, 11)
+        session.finish()
+    except FederationError as error:
+        session.leave(error.what)  # as the end of the script would
+        raise
+
+
+def federated(study: Study, policy: str, **north: Any) -> dict[str, BaseException | None]:
+    """Both sites take part in a job of two rounds, north under this policy; how each ended."""
+    kits = {name: readdressed(study, name) for name in study.sites}
+    (kits["north"] / "policy.yml").write_text(policy)
+    ended: dict[str, BaseException | None] = {}
+
+    def work(name: str) -> None:
+        try:
+            take_part(kits[name], **(north if name == "north" else {}))
+            ended[name] = None
+        except FederationError as error:
+            ended[name] = error
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in study.sites]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert set(ended) == set(study.sites)
+    return ended
+
+
+def of_north(study: Study, action: str) -> list[dict[str, Any]]:
+    """What the server knows of north."""
+    return [entry for entry in study.log() if entry["action"] == action and entry.get("site") == "north"]
+
+
+def test_an_empty_policy_limits_nothing(study: Study) -> None:
+    study.job()
+    assert federated(study, "") == {"north": None, "south": None}
+    update = of_north(study, "update")[0]["facts"]
+    assert update["num_examples"] == 37
+    assert update["metrics"] == {"train_loss": 0.98765, "patients": 12.0}
+    actions = [entry["action"] for entry in entries(readdressed(study, "north"))]
+    assert actions[0] == "joined"
+    assert actions[-1] == "left"
+    assert [actions.count(action) for action in ("update", "report", "task: train", "task: final")] == [3, 3, 2, 1]
+
+
+REFUSED = [
+    ("submitters: {organisations: [south-hospital]}", {}, "submitters: organisation north-hospital is not one of"),
+    ("submitters: {roles: [project-admin]}", {}, "submitters: role lead is not one of project-admin"),
+    ("submitters: {names: [ada]}", {}, "submitters: name lena is not one of ada"),
+    ("strategies: [krum]", {}, "strategies: fedavg is not one of krum"),
+    ("adapters: [hf]", {}, "adapters: keras is not one of hf"),
+    ("exchange: adapters", {}, "exchange: *lora_*"),
+    ("exchange: ['head.*']", {}, "exchange: head.*"),
+    ("max_round_bytes: 63", {}, "max_round_bytes: 63"),
+]
+
+
+@pytest.mark.parametrize(("policy", "north", "rule"), REFUSED, ids=[rule for _, _, rule in REFUSED])
+def test_what_the_policy_does_not_allow_is_refused_with_its_rule_on_both_sides(
+    study: Study, policy: str, north: dict[str, Any], rule: str
+) -> None:
+    study.job()
+    ended = federated(study, policy, **north)
+    error = ended["north"]
+    assert isinstance(error, PermissionDeniedError)
+    assert "site north of north-hospital may not" in error.what
+    assert f"rule {rule}" in error.where
+    assert "policy" in error.fix
+
+    (refusal,) = [e for e in entries(readdressed(study, "north")) if e["outcome"] == "refused"]
+    assert refusal["rule"].startswith(rule)
+    assert refusal["who"] == SITE.uri
+    assert refusal["error"] == error.what
+    (left,) = until(lambda: of_north(study, "left"), "the server to know that north has left")
+    assert left["facts"] == {"reason": error.what, "early": True}
+    assert ended["south"] is not None
+    assert error.what in str(ended["south"]), "the others hear why"
+
+
+def test_own_organisation_means_the_sites_own(study: Study) -> None:
+    study.job(by="lena")
+    assert federated(study, "submitters: {organisations: own, roles: [lead]}\nexchange: ['*']")["north"] is None
+
+
+def test_metrics_counts_versions_and_reasons_leave_as_the_policy_says(study: Study) -> None:
+    study.job()
+    policy = "metrics: [loss, train_loss]\nmetric_digits: 2\nnum_examples_multiple: 25\ninfo: false\nreasons: false"
+
+    def fail(number: int) -> None:
+        if number == 2:
+            raise ConfigError("patient Jane Doe was not found")
+
+    ended = federated(study, policy, each_round=fail)
+    assert "Jane" in str(ended["north"])
+    (update,) = [item["facts"] for item in of_north(study, "update")]
+    assert update["num_examples"] == 50
+    assert update["metrics"] == {"train_loss": 0.99}
+    assert "Jane" in (readdressed(study, "north") / "audit.jsonl").read_text(), "at the site it is on record"
+    text = (study.kits / "server/audit.jsonl").read_text() + (study.runs / "job/events.jsonl").read_text()
+    assert "Jane" not in text
+    assert '"info": {}' in text
+    assert "patients" not in [name for e in of_north(study, "update") for name in e["facts"]["metrics"]]
+
+
+def test_equal_weights_hide_the_true_counts(study: Study) -> None:
+    study.job()
+    assert federated(study, "num_examples: equal")["north"] is None
+    assert {item["facts"]["num_examples"] for item in of_north(study, "update")} == {1}
+    assert '"num_examples": 11' in (study.runs / "job/events.jsonl").read_text()  # south's
+    reports = [line for line in (study.runs / "job/events.jsonl").read_text().splitlines() if '"report"' in line]
+    assert all('"num_examples": 1}' in line for line in reports if '"north"' in line)
+
+
+def test_a_policy_that_changes_takes_effect_at_the_next_round_and_is_on_record(study: Study) -> None:
+    study.job(rounds=3)
+    path = readdressed(study, "north") / "policy.yml"
+
+    def change(number: int) -> None:
+        if number == 1:
+            path.write_text("metrics: []\n")
+
+    assert federated(study, "metric_digits: 1", each_round=change)["north"] is None
+    metrics = [item["facts"]["metrics"] for item in of_north(study, "update")]
+    assert metrics == [{"train_loss": 1.0, "patients": 10.0}, {}, {}]
+    (changed,) = [entry for entry in entries(path.parent) if entry["action"] == "policy changed"]
+    assert (changed["round"], changed["policy"]["metrics"]) == (2, [])
+
+
+@pytest.mark.parametrize("text", ["metrics: [", "exchnage: adapters", "max_round_bytes: many", None])
+def test_a_policy_that_cannot_be_read_lets_nothing_leave(study: Study, text: str | None) -> None:
+    study.job(rounds=3)
+    path = readdressed(study, "north") / "policy.yml"
+
+    def spoil(number: int) -> None:
+        if number == 1:
+            path.unlink()
+            if text is not None:
+                path.write_text(text)
+
+    error = federated(study, "", each_round=spoil)["north"]
+    assert isinstance(error, ConfigError)
+    assert str(path) in error.where
+    assert len(of_north(study, "update")) == 1
+    with pytest.raises(ConfigError):
+        GovernedSite(path.parent)
+
+
+def test_the_processes_of_a_site_are_counted(study: Study, tmp_path: Path) -> None:
+    (study.kits / "north/policy.yml").write_text("resources: {processes: 1, gpus: ['2', '3']}\napps: {tumour: 'x -y'}")
+    first, second = GovernedSite(study.kits / "north"), GovernedSite(study.kits / "north")
+    with first.one_of_the_processes():
+        with pytest.raises(PermissionDeniedError, match="may not run another command") as caught:
+            with second.one_of_the_processes():
+                pass
+        assert "resources: processes: 1" in caught.value.where
+    with second.one_of_the_processes():
+        pass
+    assert first.environment() == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert first.app_command("tumour") == "x -y"
+    with pytest.raises(ConfigError, match="nothing says what to run for the app 'other'"):
+        first.app_command("other")
+    (refusal,) = [entry for entry in entries(study.kits / "north") if entry["outcome"] == "refused"]
+    assert refusal["rule"].startswith("resources: processes: 1")
+
+
+# -- the rules by themselves ---------------------------------------------------------------------------------------
+
+
+def test_the_rules_about_jobs() -> None:
+    own = Policy.model_validate({"submitters": {"organisations": "own"}})
+    own.check_job("job", "fedavg", LENA, SITE)
+    for submitter in (LARS, None):
+        with pytest.raises(PermissionDeniedError):
+            own.check_job("job", "fedavg", submitter, SITE)
+    some = Policy.model_validate({"strategies": ["fedavg"]})
+    some.check_job("job", "fedavg:weight=equal", None, SITE)
+    with pytest.raises(PermissionDeniedError):
+        some.check_job("job", "fedprox:mu=1", None, SITE)
+
+
+def test_the_template_is_a_policy_that_limits_nothing_and_its_examples_are_good(study: Study, tmp_path: Path) -> None:
+    path = study.kits / "north/policy.yml"
+    assert read_policy(path) == Policy()
+    lines = path.read_text().splitlines()
+    examples = [line.removeprefix("# ") for line in lines if line.startswith("# ") and ":" in line.split(" ")[1]]
+    (tmp_path / "examples.yml").write_text(
+        "\n".join(line for line in examples if "`" not in line and "num_examples: what" not in line)
+    )
+    found = read_policy(tmp_path / "examples.yml")
+    unset = {name for name in Policy.model_fields if getattr(found, name) == getattr(Policy(), name)}
+    assert unset == {"filters"}
+
+
+def test_a_file_is_read_again_only_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yml"
+    path.write_text("metric_digits: 3")
+    policy = PolicyFile(path)
+    assert not policy.refresh()
+    os.replace(_written(tmp_path / "new", "metric_digits: 4"), path)
+    assert policy.refresh()
+    assert policy.current.metric_digits == 4
+    assert until(lambda: not policy.refresh(), "no change")
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
