@@ -67,6 +67,10 @@ class Guard:
             certificate = read_certificate(peer.certificate)
             who = certificate.identity
             self._check(certificate)
+            if peer.fault:
+                raise PermissionDeniedError(
+                    f"{who} may not call: {peer.fault}", where="rule transport: TLS 1.3", fix="use TLS 1.3"
+                )
             self._seen[certificate.serial], self._known[who.name] = certificate, who
             permissions.check(who, method)
             with self._counted(certificate, peer):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.server import limits
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
@@ -133,7 +134,7 @@ class Run:
         """The handshake; waits for the other sites and returns the number of rounds."""
         with self.lock:
             member = self._member(name, attempt)
-            self.add_layout(manifest)
+            self.add_layout(manifest, member)
             member.layouts.add(manifest.layout)
             if self.rounds is not None:
                 self._check_latecomer(name, registration)
@@ -311,6 +312,11 @@ class Run:
                 self.commit_initial(blob)
                 return "used"
             assert self.open is not None
+            try:
+                self._check_extras(update)
+            except FederationError:
+                self.blobs.free(blob)
+                raise
             if update.site not in self.open.participants:  # carried in by a site that missed the opening
                 self.open.participants.append(update.site)
             self.open.bytes_up[update.site] = bytes_up
@@ -335,6 +341,18 @@ class Run:
             self.changed.notify_all()
             return status
 
+    def _check_extras(self, update: Update) -> None:
+        """What travels beside the weights must be the same from all sites of a round: their sum needs it."""
+        assert self.open is not None
+        first = next((item.update for item in self.open.accepted.values()), update)
+        mine, others = Manifest.of({}, update.extras), Manifest.of({}, first.extras)
+        if update.content == first.content == "weights" and mine.layout != others.layout:
+            raise UpdateRefusedError(
+                f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(first.extras)[:4]}",
+                where=f"{update.site}, round {update.round}",
+                fix="use the same optimizer and optimizer_state setting at every site",
+            )
+
     def late(self, update_round: int, name: str, bytes_up: int) -> None:
         self.events.emit("update", update_round, name, status="late", bytes_up=bytes_up)
 
@@ -355,6 +373,9 @@ class Run:
     def score(self, report: Report, attempt: int) -> None:
         with self.lock:
             self._member(report.site, attempt)
+            newest = self.model.version if self.model else 0
+            if report.version > newest:
+                raise ProtocolError(f"a score of model {report.version}, but the newest is {newest}")
             self.journal.scored(report.version, report.site, report.metrics, report.num_examples)
             self.scores.report(report.version, report.site, report.metrics, report.num_examples)
             self.events.emit(
@@ -382,8 +403,11 @@ class Run:
 
     # -- common ----------------------------------------------------------------------------------------------
 
-    def add_layout(self, manifest: Manifest) -> None:
+    def add_layout(self, manifest: Manifest, member: Member | None = None) -> None:
+        """Keep a manifest. member: the site that has sent it, None where it is the server's own."""
         if manifest.layout not in self.manifests:
+            if member is not None:
+                limits.check_described(member, manifest)
             self.manifests[manifest.layout] = manifest
             self.journal.layout(manifest)
 
@@ -391,6 +415,8 @@ class Run:
         """StateMismatchError if a manifest does not hold the weights that the sites agreed on."""
         agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
         lines = differences(self.manifests[agreed], manifest) if agreed not in (b"", manifest.layout) else []
+        if agreed:
+            limits.check_size(manifest, self.manifests[agreed])
         if lines:
             raise StateMismatchError(
                 f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.server import limits
 from fl_runtime.server.members import Registration
 from fl_runtime.server.run import Offer, Run
 from fl_runtime.server.spool import Transfer
@@ -65,7 +66,7 @@ class FederationService:
         settings = self._run.settings
         if request.job not in ("", settings.name):
             raise ProtocolError(f"this server runs the job {settings.name!r}, not {request.job!r}")
-        member = self._run.join(peer.name, request.version)
+        member = self._run.join(peer.name, request.version[:100])
         yield pb.JoinReply(
             protocol=protocol,
             features=FEATURES,
@@ -81,6 +82,9 @@ class FederationService:
     def _register(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.RegisterRequest, requests)
         manifest = Manifest.from_proto(request.manifest)
+        limits.check_table(request.agreement, "the agreement")
+        limits.check_table(request.info, "the info")
+        limits.check_table(dict.fromkeys(request.capabilities, ""), "the list of capabilities")
         registration = Registration(
             layout=manifest.layout,
             agreement=dict(request.agreement),
@@ -165,7 +169,7 @@ class FederationService:
         status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
         if status is None:
             fields = _update_fields(header)
-            transfer = self._run.spool.begin(name, digest, self._manifest(payload), payload.digests)
+            transfer = self._run.spool.begin(name, digest, self._manifest(name, payload), payload.digests)
             received = len(first)
             try:
                 if payload.inline:
@@ -187,7 +191,7 @@ class FederationService:
             self._run.late(header.round, name, len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
-    def _manifest(self, payload: pb.Payload) -> Manifest:
+    def _manifest(self, name: str, payload: pb.Payload) -> Manifest:
         """The manifest of an update, which must have the weights that were agreed on (extras may be added)."""
         with self._run.lock:
             if payload.HasField("manifest"):
@@ -195,7 +199,7 @@ class FederationService:
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
                 self._run.check_weights(manifest)  # before it is kept
-                self._run.add_layout(manifest)
+                self._run.add_layout(manifest, self._run.members[name])
             elif payload.layout not in self._run.manifests:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._run.manifests[payload.layout]
@@ -207,7 +211,8 @@ class FederationService:
     def _score(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.ScoreRequest, requests)
         metrics = _metrics(request.metrics_json)
-        report = Report(self._run.settings.name, request.version, peer.name, metrics, max(request.num_examples, 1))
+        examples = max(limits.check_count(request.num_examples, "num_examples"), 1)
+        report = Report(self._run.settings.name, request.version, peer.name, metrics, examples)
         self._run.score(report, self._attempt(request.session))
         yield pb.Done().SerializeToString()
 
@@ -226,17 +231,17 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
 
 def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
     """The fields of an Update that are no tensors, as JSON values."""
-    if header.content not in ("weights", "delta", "encoded"):
-        raise ProtocolError(f"an update of unknown content {header.content!r}")
+    if header.content != "weights":  # what the strategies of this version take
+        raise ProtocolError(f"an update of content {header.content[:40]!r}, which the strategy does not take")
     return {
         "round": header.round,
-        "stage": header.stage,
+        "stage": limits.check_text(header.stage, "the stage of an update"),
         "attempt": header.session.attempt,
         "base_version": header.base_version,
         "content": header.content,
-        "encoding": header.encoding,
-        "num_examples": header.num_examples,
-        "local_steps": header.local_steps,
+        "encoding": limits.check_text(header.encoding, "the encoding of an update"),
+        "num_examples": limits.check_count(header.num_examples, "num_examples"),
+        "local_steps": limits.check_count(header.local_steps, "local_steps"),
         "metrics": _metrics(header.metrics_json),
     }
 
@@ -244,8 +249,9 @@ def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
 def _metrics(text: str) -> dict[str, float]:
     try:
         found: Mapping[str, Any] = json.loads(text or "{}")
+        limits.check_metrics(found)
         metrics = {str(k)[:200]: float(v) for k, v in found.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         raise ProtocolError("metrics are not a JSON object of numbers") from None
     return {k: v for k, v in metrics.items() if not math.isnan(v)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest
 
 _SUFFIX = ".safetensors"
+_FREE_LAYOUTS = 4
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Blobs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._free: dict[bytes, list[Blob]] = defaultdict(list)
+        self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -49,7 +50,7 @@ class Blobs:
     def create(self, name: str, manifest: Manifest) -> Blob:
         """A blob to be filled; its contents are undefined. StoreError when the disk is full."""
         path = self._path(name)
-        if self._free[manifest.layout]:
+        if self._free.get(manifest.layout):
             blob = self._free[manifest.layout].pop()
             self.rename(blob, name)
             return blob
@@ -86,7 +87,14 @@ class Blobs:
     def free(self, blob: Blob) -> None:
         """The blob's file and mapping may be used again; nobody may hold views of it any more."""
         self.rename(blob, f"free-{id(blob):x}")
-        self._free[blob.manifest.layout].append(blob)
+        layout = blob.manifest.layout
+        free = self._free.pop(layout, [])
+        free.append(blob)
+        self._free[layout] = free
+        while len(self._free) > _FREE_LAYOUTS:  # a layout that does not come back must not hold the disk
+            for old in self._free.pop(next(iter(self._free))):
+                with suppress(OSError):  # what is mapped cannot be deleted everywhere
+                    self._path(old.name).unlink(missing_ok=True)
 
     def sweep(self, keep: set[str]) -> None:
         """Delete every file that is not in `keep`: what a killed server left behind."""

@@ -20,14 +20,15 @@ class Peer:
     """Who is calling, as the transport has established it: by name, or by a certificate whose key it has proved to
     hold and whose authority is ours.
 
-    certificate: PEM, empty without TLS. address: where it calls from, for the log. hang_up() ends the call, from
-    any thread. when_gone(callback) calls back once, from a thread of the transport, when this call ends or its
-    connection breaks; False: it is gone already.
+    certificate: PEM, empty without TLS. fault: why such a connection is not good enough, empty if it is. address: where
+    it calls from, for the log. hang_up() ends the call, from any thread. when_gone(callback) calls back once, from a
+    thread of the transport, when this call ends or its connection breaks; False: it is gone already.
     """
 
     name: str
     when_gone: Callable[[Callable[[], None]], bool]
     certificate: bytes = b""
+    fault: str = ""
     address: str = ""
     hang_up: Callable[[], object] = lambda: None
 

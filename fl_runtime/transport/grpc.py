@@ -221,13 +221,10 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             name = self._authenticate(dict(context.invocation_metadata()))
             return Peer(name, context.add_callback, hang_up=context.cancel)
         facts = context.auth_context()
-        version = facts.get("ssl_tls_version", [b"TLSv1.3" if self.old_tls_refused else b"unknown"])[0]
-        if version != b"TLSv1.3" or not facts.get("x509_pem_cert"):
-            raise PermissionDeniedError(
-                f"this connection uses {version.decode()}", where="rule transport: TLS 1.3", fix="use TLS 1.3"
-            )
-        certificate: bytes = facts["x509_pem_cert"][0]
-        return Peer("", context.add_callback, certificate, context.peer(), context.cancel)
+        version = facts.get("ssl_tls_version", [b"TLSv1.3" if self.old_tls_refused else b"an unknown TLS"])[0].decode()
+        fault = "" if version == "TLSv1.3" else f"its connection uses {version}"
+        certificate: bytes = facts["x509_pem_cert"][0]  # the handshake has asked for one
+        return Peer("", context.add_callback, certificate, fault, context.peer(), context.cancel)
 
 
 def _check_port(host: str, port: int) -> None:

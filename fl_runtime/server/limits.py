@@ -1,0 +1,66 @@
+"""Bounds on what one site may have the server keep: in memory, in the journal, in the history, on disk.
+
+All are far above what an honest site sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fl_runtime.errors import ProtocolError
+from fl_runtime.server.members import Member
+from fl_runtime.wire.manifest import Manifest
+
+MAX_METRICS = 1_000
+MAX_ENTRIES = 256
+MAX_TEXT_CHARS = 4_096
+MAX_COUNT = 2**53
+"""Examples and steps of one round: more would not fit a double, nor the journal."""
+
+MAX_DESCRIBED = 500_000
+"""Tensors that one site may describe in one run, over all its manifests."""
+
+_EXTRA_TIMES, _EXTRA_BYTES = 8, 2**26
+
+
+def check_table(fields: Mapping[str, str], what: str) -> None:
+    """The free fields of a registration."""
+    if len(fields) > MAX_ENTRIES or any(len(k) + len(v) > MAX_TEXT_CHARS for k, v in fields.items()):
+        raise ProtocolError(f"{what} of a registration has more than {MAX_ENTRIES} entries, or one that is too long")
+
+
+def check_text(text: str, what: str) -> str:
+    if len(text) > 200:
+        raise ProtocolError(f"{what} is {len(text)} characters long; the limit is 200")
+    return text
+
+
+def check_count(count: int, what: str) -> int:
+    if count > MAX_COUNT:
+        raise ProtocolError(f"{what} is {count}; the limit is {MAX_COUNT}")
+    return count
+
+
+def check_metrics(metrics: Mapping[str, object]) -> None:
+    if len(metrics) > MAX_METRICS:
+        raise ProtocolError(f"{len(metrics)} metrics at once; the limit is {MAX_METRICS}")
+
+
+def check_described(member: Member, manifest: Manifest) -> None:
+    """Counts a manifest that the server has not seen before. Called under the run's lock."""
+    member.described += len(manifest.tensors)
+    if member.described > MAX_DESCRIBED:
+        raise ProtocolError(
+            f"{member.name} has described more than {MAX_DESCRIBED} tensors in this run",
+            fix="the model must not change its parameters during a run",
+        )
+
+
+def check_size(manifest: Manifest, agreed: Manifest) -> None:
+    """What travels beside the weights may be larger than they are (moments, control variates), within reason."""
+    most = _EXTRA_TIMES * agreed.nbytes + _EXTRA_BYTES
+    if manifest.nbytes > most:
+        raise ProtocolError(
+            f"an update of {manifest.nbytes} bytes for a model of {agreed.nbytes}; the limit is {most}",
+            fix="send no more than the weights and the state that travels beside them",
+        )

@@ -1,0 +1,498 @@
+"""Hostile clients over real sockets: nothing gets through, and honest sites of the same run finish undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from federation_bench import Site, at_once, registered, started
+from study import Study, certificate
+
+from fl_runtime.errors import (
+    AbortedError,
+    ConfigError,
+    ConnectionLostError,
+    FederationError,
+    PermissionDeniedError,
+    ProtocolError,
+    StateMismatchError,
+    TransferDamagedError,
+    UpdateRefusedError,
+)
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.transport.grpc import GrpcServer, GrpcTransport
+from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.certificates import new_key
+from fl_runtime.trust.identity import Identity
+from fl_runtime.types import Arrays, Task
+from fl_runtime.wire import frames
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest
+
+W: Arrays = {"a.weight": np.zeros((300, 1000), np.float32), "b.bias": np.zeros(7, np.float32)}  # travels in frames
+NORTH = Identity("study", "site", "north", "north-hospital")
+JOIN = pb.JoinRequest(protocol_min=1, protocol_max=1).SerializeToString()
+
+
+def refused(call: Callable[[], Any]) -> FederationError:
+    """The error of a call that must not succeed."""
+    with pytest.raises(FederationError) as caught:
+        call()
+    return caught.value
+
+
+# -- who gets in ---------------------------------------------------------------------------------------------------
+
+
+def strangers(study: Study) -> dict[str, Callable[[], GrpcTransport]]:
+    other = Authority.create(study.folder / "other", study.authority.project)
+
+    def mine(**when: float) -> Callable[[], GrpcTransport]:
+        return lambda: study.stranger(*study.certificate(NORTH, **when))
+
+    return {
+        "no certificate": lambda: study.stranger(None, None),  # type: ignore[arg-type]
+        "another authority": lambda: study.stranger(*certificate(other._key, other.pem, NORTH)),
+        "another authority of the same name": lambda: study.stranger(
+            *certificate(new_key(), study.authority.pem, NORTH)
+        ),
+        "expired": mine(begins_in_s=-7200, ends_in_s=-3600),
+        "not valid yet": mine(begins_in_s=3600, ends_in_s=7200),
+        "somebody else's certificate": lambda: study.stranger(
+            study.certificate(NORTH)[0], (study.kits / "south/certificate.pem").read_bytes()
+        ),
+    }
+
+
+def test_without_a_good_certificate_nobody_gets_to_call(study: Study) -> None:
+    study.job()
+    lines = len(study.log())
+    for who, transport in strangers(study).items():
+        error = refused(lambda transport=transport: list(transport().call("Join", JOIN)))
+        assert isinstance(error, ConnectionLostError), who
+    with grpc.insecure_channel(study.address) as plain, pytest.raises(grpc.RpcError):
+        list(plain.unary_stream("/fl.v1.Federation/Join", None, None)(JOIN, timeout=5))
+    assert len(study.log()) == lines, "nothing of it has reached the server"
+    assert study.admin().ask("Status")["running"]["sites"]["north"] == "awaited"
+    assert study.site("north").join().site == "north"
+
+
+@pytest.mark.parametrize(
+    ("identity", "says"),
+    [
+        (Identity("elsewhere", "site", "north", "north-hospital"), "belongs to elsewhere"),
+        (Identity("study", "site", "west", "west-hospital"), "west is not a site of the job"),
+        (Identity("study", "admin", "north", "x", "project-admin"), "may not join a job"),
+        (Identity("study", "server", "north", "x"), "may not join a job"),
+    ],
+)
+def test_a_certificate_for_somebody_else_is_refused_by_name(study: Study, identity: Identity, says: str) -> None:
+    study.job()
+    error = refused(lambda: list(study.stranger(*study.certificate(identity)).call("Join", JOIN)))
+    assert isinstance(error, PermissionDeniedError)
+    assert says in error.what
+    assert error.where.startswith("rule ")
+    assert study.refusals()[-1]["who"] == identity.uri
+    assert study.refusals()[-1]["rule"] == error.where.removeprefix("rule ")
+
+
+def test_a_sites_certificate_is_no_admins(study: Study) -> None:
+    for call in ("SubmitJob", "AbortJob", "Watch", "Revoke"):
+        error = refused(lambda call=call: list(study.transport("north").call(call, b"{}")))
+        assert isinstance(error, PermissionDeniedError)
+        assert "site north of north-hospital may not" in error.what
+    assert [entry["action"] for entry in study.refusals()] == ["SubmitJob", "AbortJob", "Watch", "Revoke"]
+
+
+def test_a_sites_certificate_is_no_servers(study: Study) -> None:
+    """Somebody inside the federation who gets hold of the connection cannot pretend to be the server."""
+    from fl_runtime.transport.tls import FileCredentials
+
+    asked = []
+
+    class Impostor:
+        def handle(self, method: str, peer: object, requests: Iterator[bytes]) -> Iterator[bytes]:
+            asked.append(method)
+            yield b""
+
+    impostor = GrpcServer(Impostor(), None, 2, FileCredentials(study.kits / "south"))
+    address = impostor.start("127.0.0.1", 0)
+    site = Site("north", GrpcTransport(address, credentials=FileCredentials(study.kits / "north")), 0.2)
+    assert isinstance(refused(site.join), ConnectionLostError)
+    assert asked == []
+    site.vanish()
+    impostor.stop(0)
+
+
+def test_older_tls_gets_no_call_through(study: Study) -> None:
+    """In a process of its own the server does not even shake hands: see test_siege."""
+    context = ssl.create_default_context(cafile=str(study.kits / "north/ca.pem"))
+    context.load_cert_chain(study.kits / "north/certificate.pem", study.kits / "north/key.pem")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    study.job()
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", int(study.address.rpartition(":")[2])), 5) as plain,
+            context.wrap_socket(plain, server_hostname="server.fl-adapters.internal") as line,
+        ):
+            line.settimeout(5)
+            line.sendall(http2_call("/fl.v1.Federation/Join", JOIN))
+            answer = b""
+            while b"permission-denied" not in answer and (more := line.recv(65536)):
+                answer += more
+        assert b"permission-denied" in answer
+        (refusal,) = study.refusals()
+        assert (refusal["who"], refusal["action"], refusal["rule"]) == (NORTH.uri, "Join", "transport: TLS 1.3")
+    except (ssl.SSLError, ConnectionError):
+        pass  # the handshake was refused
+    assert not any(entry["action"] == "joined" for entry in study.log())
+
+
+def http2_call(path: str, message: bytes) -> bytes:
+    """The bytes of a gRPC call, by hand: preface, settings, headers without compression, data."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    def literal(name: str, value: str) -> bytes:
+        return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+
+    headers = {":method": "POST", ":scheme": "https", ":path": path, ":authority": "server.fl-adapters.internal"}
+    headers |= {"te": "trailers", "content-type": "application/grpc"}
+    block = b"".join(literal(name, value) for name, value in headers.items())
+    data = b"\x00" + len(message).to_bytes(4, "big") + message
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 1, 1, data)
+
+
+# -- what a member may do ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Siege:
+    """A run of three sites, two of them honest, in round 1 of 2; what the third has to work with."""
+
+    study: Study
+    evil: Site
+    task: Task
+    honest: list[Site]
+    tasks: dict[str, Task]
+
+    @property
+    def attempt(self) -> int:
+        return self.evil.welcome.attempt
+
+    def send(self, *messages: bytes, method: str = "Submit", of: str = "evil") -> list[bytes]:
+        transport = self.evil.transport if of == "evil" else self.study.transport(of)
+        return list(transport.call(method, iter(messages)))
+
+    def header(self, arrays: Arrays = W, **fields: Any) -> pb.UpdateHeader:
+        """A header as it should be, but for these fields."""
+        manifest = Manifest.of(arrays)
+        payload = frames.describe(manifest, manifest.digests(arrays, {}), known=False)
+        given = {"round": 1, "content": "weights", "num_examples": 1, "payload": payload, **fields}
+        given.setdefault("session", pb.Session(job="job", attempt=self.attempt))
+        return pb.UpdateHeader(**given)
+
+    def submit(self, header: pb.UpdateHeader, *after: bytes) -> FederationError:
+        """What comes of a header and frames that must be refused."""
+        message = pb.UpdatePart(update=header).SerializeToString()
+        return refused(lambda: self.send(message, *after))
+
+    def finish(self) -> Arrays:
+        """The honest sites go on to the end; the final weights."""
+
+        def work(site: Site) -> None:
+            task = self.tasks[site.name]
+            while task.kind == "train":
+                step = 1.0 + self.honest.index(site)
+                assert site.submit(task, {n: a + np.float32(step) for n, a in task.arrays.items()}) == "used"
+                task = site.client.next_task()
+            site.client.leave("done", early=False)
+
+        at_once(self.honest, work)
+        assert self.study.server.wait_for_job("job", 60)
+        outcome = self.study.server.outcome("job")
+        assert outcome["error"] is None
+        assert [item["sites"] for item in outcome["rounds"]] == [("north", "south")] * 2
+        return read_tensors(Path(outcome["folder"]) / "model/model.safetensors")
+
+
+@pytest.fixture
+def siege(tmp_path: Path) -> Iterator[Siege]:
+    with Study(tmp_path, ("north", "south", "evil")) as study:
+        study.job(min_sites=2, deadline_s=60)
+        sites = [study.site(name) for name in study.sites]
+        tasks = started(sites, W)
+        yield Siege(study, sites[2], tasks["evil"], sites[:2], tasks)
+
+
+def undisturbed(siege: Siege) -> None:
+    """The hostile site is revoked, and the honest ones finish with exactly what they would have had alone."""
+    _, crl = siege.study.authority.revoke("evil")
+    siege.study.admin().ask("Revoke", crl=crl.decode())
+    model = siege.finish()
+    for name, array in model.items():
+        np.testing.assert_array_equal(array, np.full_like(W[name], 3.0))
+
+
+def test_a_site_speaks_for_itself_alone(siege: Siege) -> None:
+    """Whatever name, job or attempt a message holds: it counts for the holder of the certificate, or not at all."""
+    assert isinstance(siege.submit(siege.header(session=pb.Session(job="other", attempt=1))), ProtocolError)
+    for attempt in (0, 2, 7, 2**32 - 1):
+        assert isinstance(siege.submit(siege.header(session=pb.Session(job="job", attempt=attempt))), AbortedError)
+    update = pb.LeaveRequest(session=pb.Session(job="job", attempt=siege.honest[0].welcome.attempt), early=True)
+    siege.send(update.SerializeToString(), method="Leave")  # with north's attempt: it is the same number
+    sites = siege.study.admin().ask("Status")["running"]["sites"]
+    assert (sites["north"], sites["evil"][:4]) == ("taking part", "gone")
+    undisturbed(siege)
+
+
+def test_replayed_and_repeated_updates_count_once(siege: Siege) -> None:
+    north, south = siege.honest
+    small = {"a.weight": W["a.weight"], "b.bias": W["b.bias"]}
+    taken: list[bytes] = []
+    manifest = Manifest.of(small)
+    step = {name: array + np.float32(1) for name, array in small.items()}
+    header = siege.header(step, session=pb.Session(job="job", attempt=north.welcome.attempt))
+    message = pb.UpdatePart(update=header).SerializeToString()
+    sent = [message, *frames.frames(manifest.pieces(step, {}))]
+
+    def status(name: str) -> str:
+        transport = siege.study.transport(name)
+        return str(pb.SubmitReply.FromString(list(transport.call("Submit", iter(sent)))[-1]).accepted.status)
+
+    assert status("north") == "used"
+    assert [status("north") for _ in range(3)] == ["duplicate"] * 3
+    taken.extend(sent)  # what somebody has recorded, sent by somebody else, counts as somebody else's
+    siege.evil.client.leave("", early=True)
+    south.submit(siege.tasks["south"], {n: a + np.float32(2) for n, a in W.items()})
+    assert south.client.next_task().round == 2
+    assert status("north") == "duplicate", "of a round that is over"
+    for round_ in (3, 99, 2**32 - 1):
+        header.round = round_
+        header.session.attempt = siege.attempt
+        assert "but round 2 is open" in siege.submit(header).what
+    header.round = 0
+    assert (
+        pb.SubmitReply.FromString(siege.send(pb.UpdatePart(update=header).SerializeToString())[-1]).accepted.status
+        == "duplicate"
+    )
+    north.client.next_task()
+
+
+def test_updates_of_a_finished_job_are_refused(siege: Siege) -> None:
+    undisturbed(siege)
+    message = pb.UpdatePart(update=siege.header(round=2)).SerializeToString()
+    for name in ("north", "evil"):
+        answers = []
+        try:
+            answers = siege.send(message, of=name)
+        except (AbortedError, PermissionDeniedError, ProtocolError, UpdateRefusedError):
+            continue
+        assert pb.SubmitReply.FromString(answers[-1]).accepted.status in ("duplicate", "late")
+    siege.study.job("next", sites=["north"])
+    assert "does not run here any more" in refused(lambda: siege.send(message, of="north")).what
+
+
+def tensor(**fields: Any) -> pb.Tensor:
+    return pb.Tensor(**{"name": "a", "dtype": "float32", "shape": [1], **fields})
+
+
+HOSTILE_MANIFESTS: dict[str, tuple[Callable[[], list[pb.Tensor]], str]] = {
+    "NUL": (lambda: [tensor(name="a\0b")], "not printable"),
+    "line end": (lambda: [tensor(name="a\nb")], "not printable"),
+    "1 MB name": (lambda: [tensor(name="n" * 2**20)], "longer than"),
+    "no name": (lambda: [tensor(name="")], "is empty"),
+    "twice": (lambda: [tensor(), tensor()], "same tensor twice"),
+    "a million tensors": (lambda: [tensor(name=str(n), shape=[]) for n in range(1_000_000)], "RESOURCE_EXHAUSTED"),
+    "201,000 tensors": (lambda: [tensor(name=str(n), shape=[]) for n in range(201_000)], "a manifest of 201000"),
+    "object dtype": (lambda: [tensor(dtype="object")], "object"),
+    "pickle dtype": (lambda: [tensor(dtype="|O")], "O"),
+    "structured dtype": (lambda: [tensor(dtype="f4,f4")], "f4,f4"),
+    "too large": (lambda: [tensor(shape=[2**45])], "is larger than"),
+    "overflowing": (lambda: [tensor(shape=[2**32, 2**32])], "is larger than"),
+    "huge beside zero": (lambda: [tensor(shape=[2**63, 0])], "is larger than"),
+    "33 dimensions": (lambda: [tensor(shape=[1] * 33)], "33 dimensions"),
+    "other tensors": (lambda: [tensor(name="../../etc/passwd")], "differs from the agreed model"),
+}
+
+
+def test_manifests_that_lie_or_are_too_large_are_refused(siege: Siege) -> None:
+    for what, (tensors, says) in HOSTILE_MANIFESTS.items():
+        manifest = pb.Manifest(tensors=tensors())
+        header = siege.header()
+        header.payload.manifest.CopyFrom(manifest)
+        header.payload.layout = Manifest.from_proto(manifest).layout if what == "other tensors" else b"?" * 16
+        error = siege.submit(header)
+        assert says in error.what, (what, error.what)
+        assert isinstance(error, (ProtocolError, ConfigError, StateMismatchError)), what
+        request = pb.RegisterRequest(session=pb.Session(job="job", attempt=siege.attempt), manifest=manifest)
+        again = refused(lambda request=request: siege.send(request.SerializeToString(), method="Register"))
+        assert isinstance(again, (ProtocolError, ConfigError, StateMismatchError)), what
+    assert {entry["action"] for entry in siege.study.refusals()} == {"Submit", "Register"}
+    undisturbed(siege)
+
+
+def test_payloads_that_lie_are_refused(siege: Siege) -> None:
+    good = list(frames.frames(Manifest.of(W).pieces(W, {})))
+    huge = b"\x7a" + b"\xff" * 9 + b"\x01"
+    cases: dict[str, tuple[pb.UpdateHeader, list[bytes], type[FederationError], str]] = {
+        "no frames": (siege.header(), [], ProtocolError, "an upload ended after 0 bytes"),
+        "short": (siege.header(), [frames.frame([memoryview(b"x" * 100)])], ProtocolError, "ended after 100 bytes"),
+        "too long": (siege.header(), [*good, *good], ProtocolError, ""),
+        "no frame": (siege.header(), [b"hello"], ProtocolError, "an upload ended"),
+        "empty": (siege.header(), [b""], ProtocolError, "an upload ended"),
+        "length that lies": (siege.header(), [b"\x7a\x10abc"], ProtocolError, "says it holds 16 bytes but holds 3"),
+        "endless length": (siege.header(), [huge], ProtocolError, "ends within its length"),
+        "wrong digests": (
+            siege.header({n: a + 1 for n, a in W.items()}),
+            good,
+            TransferDamagedError,
+            "damaged on the way: a.weight, b.bias",
+        ),
+    }
+    cases.pop("too long")  # what comes after the last byte is not read: tested below
+    for what, (header, after, kind, says) in cases.items():
+        error = siege.submit(header, *after)
+        assert isinstance(error, kind), (what, error)
+        assert says in error.what, what
+    for field, value in (("total_bytes", 2**63), ("total_bytes", 0), ("digests", b"short"), ("layout", b"unknown")):
+        header = siege.header()
+        setattr(header.payload, field, value)
+        assert isinstance(siege.submit(header, *good), ProtocolError)
+    inline = siege.header()
+    inline.payload.inline = b"x" * 2_000_000
+    assert "more bytes than the manifest announces" in siege.submit(inline).what
+    undisturbed(siege)
+
+
+def test_numbers_and_texts_beyond_reason_are_refused(siege: Siege) -> None:
+    cases = {
+        "num_examples is 0": {"num_examples": 0},
+        "num_examples is 18446744073709551615": {"num_examples": 2**64 - 1},
+        "local_steps is": {"local_steps": 2**64 - 1},
+        "content 'delta'": {"content": "delta"},
+        "content 'pickle'": {"content": "pickle"},
+        "the stage of an update is": {"stage": "s" * 10**6},
+        "the encoding of an update is": {"encoding": "e" * 10**6},
+        "metrics are not": {"metrics_json": "[" * 10**6},
+        "metrics are not a JSON object": {"metrics_json": '{"loss": "low"}'},
+        "1001 metrics": {"metrics_json": json.dumps({str(n): 1 for n in range(1001)})},
+    }
+    for says, fields in cases.items():
+        assert says in siege.submit(siege.header(**fields)).what
+    scores = {
+        "a score of model 7": pb.ScoreRequest(version=7, num_examples=1),
+        "num_examples is": pb.ScoreRequest(version=0, num_examples=2**63),
+    }
+    for says, request in scores.items():
+        request.session.CopyFrom(pb.Session(job="job", attempt=siege.attempt))
+        message = request.SerializeToString()
+        assert says in refused(lambda message=message: siege.send(message, method="Score")).what
+    register = pb.RegisterRequest(session=pb.Session(job="job", attempt=siege.attempt), info={"x": "y" * 10**6})
+    assert "too long" in refused(lambda: siege.send(register.SerializeToString(), method="Register")).what
+    undisturbed(siege)
+
+
+def test_what_travels_beside_the_weights_is_bounded_and_equal(siege: Siege) -> None:
+    """Tensors beside the weights can neither fill the disk nor break the sum of the others."""
+    flood = [pb.Tensor(name=f"extra{n}", dtype="float32", shape=[2**40], extra=True) for n in range(4)]
+    header = siege.header()
+    header.payload.manifest.tensors.extend(flood)
+    header.payload.layout = Manifest.from_proto(header.payload.manifest).layout
+    assert "the limit is" in siege.submit(header).what
+    north = siege.honest[0]
+    for site in siege.honest:
+        site.submit(siege.tasks[site.name], {n: a + np.float32(1.5) for n, a in W.items()})
+    with pytest.raises(UpdateRefusedError, match="extra tensors differ"):
+        siege.evil.submit(siege.task, W, extras={"momentum": np.zeros(5)})
+    with pytest.raises(UpdateRefusedError, match="num_examples"):
+        siege.evil.submit(siege.task, W, num_examples=0)
+    with pytest.raises(UpdateRefusedError, match="not finite|NaN"):
+        siege.evil.submit(siege.task, {**W, "b.bias": np.full(7, np.nan, np.float32)})
+    siege.evil.client.leave("", early=True)
+    assert north.client.next_task().round == 2
+
+
+def test_a_site_that_describes_ever_new_tensors_is_stopped(siege: Siege, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fl_runtime.server import limits
+
+    monkeypatch.setattr(limits, "MAX_DESCRIBED", 1_000)
+    blobs = siege.study.runs / "job/server/blobs"
+    refusals = 0
+    for number in range(40):
+        extras = {f"x{number}-{n}": np.zeros(1, np.float32) for n in range(50)}
+        manifest = Manifest.of(W, extras)
+        payload = frames.describe(manifest, manifest.digests(W, extras), known=False)
+        error = siege.submit(siege.header(payload=payload), b"no frame")
+        refusals += "has described more than 1000 tensors" in error.what
+    assert refusals > 15
+    assert len(list(blobs.iterdir())) < 12, "layouts that do not come back hold no disk"
+    undisturbed(siege)
+
+
+def test_no_message_is_unpickled_or_runs(siege: Siege, tmp_path: Path) -> None:
+    """Pickles in every place that takes bytes or text."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    bomb = pickle.dumps(Bomb())
+    for method in ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave"):
+        try:
+            siege.send(bomb, method=method)
+        except FederationError:
+            continue
+        assert method == "Attend"
+    header = siege.header()
+    header.payload.digests = bomb
+    siege.submit(header, frames.frame([memoryview(bomb)]))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_site_that_stays_silent_holds_nobody_up_beyond_the_deadline(tmp_path: Path) -> None:
+    """It registers, opens an upload, and sends one frame and then nothing."""
+    with Study(tmp_path, ("north", "south", "evil")) as study:
+        study.job(min_sites=2, deadline_s=1.5)
+        sites = [study.site(name) for name in study.sites]
+        assert registered(sites, W)
+        tasks = {site.name: site.start(W) for site in sites}
+        siege = Siege(study, sites[2], tasks["evil"], sites[:2], tasks)
+        stop = threading.Event()
+
+        def slowly() -> Iterator[bytes]:
+            yield pb.UpdatePart(update=siege.header()).SerializeToString()
+            yield frames.frame([memoryview(b"x")])
+            stop.wait(60)
+
+        call = siege.evil.transport.call("Submit", slowly())
+        assert pb.SubmitReply.FromString(next(call)).send_from == 0
+        try:
+            for name, array in siege.finish().items():
+                np.testing.assert_array_equal(array, np.full_like(W[name], 3.0))
+        finally:
+            stop.set()
+            call.cancel()
+
+
+def test_a_refusal_is_on_record_with_identity_action_and_rule(siege: Siege) -> None:
+    siege.submit(siege.header(num_examples=0))
+    refused(lambda: siege.send(b"{}", method="Revoke"))
+    (first, second) = siege.study.refusals()
+    assert [Identity.from_uri(entry["who"]).name for entry in (first, second)] == ["evil", "evil"]
+    assert (first["action"], first["rule"]) == ("Submit", "update-refused")
+    assert (second["action"], second["rule"][:19]) == ("Revoke", "permissions: Revoke")
+    assert all(entry["error"] and entry["address"].startswith("ipv4:127.0.0.1") for entry in (first, second))
