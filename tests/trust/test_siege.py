@@ -114,11 +114,12 @@ def test_honest_sites_finish_among_a_thousand_idle_and_hostile_connections(serve
             line = tls.wrap_socket(connected(port), server_hostname="server.fl-adapters.internal")
             open_.enter_context(line)
             line.sendall((preface + b"\x00\x10\x00\x01\x00\x00\x00\x00\x01")[: 10 + number])
-        stop = threading.Event()
-        evil = [threading.Thread(target=pester, args=(kits, port, stop), daemon=True) for _ in range(2)]
+        stop, sent = threading.Event(), list[str]()
+        evil = [threading.Thread(target=pester, args=(kits, port, stop, sent), daemon=True) for _ in range(2)]
         for thread in evil:
             thread.start()
         try:
+            until(lambda: len(sent) > 2 * 12, "the large messages to be under way")
             finals = at_once(sites, lambda site: to_the_end(site, tasks[site.name]))
         finally:
             grown = psutil.Process(process.pid).memory_info().rss - memory
@@ -149,8 +150,8 @@ def to_the_end(site: Site, task: Any) -> Any:
     return final
 
 
-def pester(kits: Path, port: int, stop: threading.Event) -> None:
-    """Large messages, to calls that are allowed and calls that are not, without a pause."""
+def pester(kits: Path, port: int, stop: threading.Event, sent: list[str]) -> None:
+    """Large messages, to calls that are allowed and calls that are not, without a pause. sent: by method."""
     transport = GrpcTransport(f"127.0.0.1:{port}", credentials=FileCredentials(kits / "evil"))
     large = pb.RegisterRequest(manifest=pb.Manifest(tensors=[pb.Tensor(name=str(n)) for n in range(400_000)]))
     messages = [large.SerializeToString(), b"\xff" * 7_000_000, b"x" * 20_000_000]
@@ -159,4 +160,5 @@ def pester(kits: Path, port: int, stop: threading.Event) -> None:
             for message in messages:
                 with contextlib.suppress(FederationError, KeyError):
                     list(transport.call(method, message))
+                sent.append(method)
     transport.close()
