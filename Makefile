@@ -6,8 +6,9 @@ SHELL := bash
 VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
+FUZZ_S ?= 60
 TORCH := torch==2.13.0
-BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy_hf.py
+BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/accuracy_hf.py
 PROJECT := -e '.[hf,lightning,keras,trust,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
@@ -84,6 +85,13 @@ bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the othe
 proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py and .pyi from the .proto
 	@$(PROTOC)/bin/python -m grpc_tools.protoc -I fl_runtime/wire --python_out=fl_runtime/wire \
 	  --pyi_out=fl_runtime/wire fl/v1/federation.proto
+
+.PHONY: fuzz
+fuzz: $(VENV)/.stamp  ## coverage-guided fuzzing of the decoders for FUZZ_S seconds; findings are in .fuzz/
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/python -m pip install -q atheris
+	@mkdir -p .fuzz
+	@$(VENV)/bin/python tests/fuzz/fuzz_decoder.py -max_total_time=$(FUZZ_S) -max_len=4096 -timeout=10 \
+	  -rss_limit_mb=2048 -artifact_prefix=.fuzz/ .fuzz tests/fuzz/corpus
 
 .PHONY: permissions
 permissions: $(VENV)/.stamp  ## make docs/permissions.md from the table of permissions

@@ -1,6 +1,8 @@
 """The same bytes over plain gRPC: every site streams N MiB up and, once all have, N MiB down. Nothing else is done.
 
-usage: raw_grpc.py MIB SITES ROUNDS    prints the seconds of every round as a JSON list
+usage: raw_grpc.py MIB SITES ROUNDS [KITS]    prints the seconds of every round as a JSON list
+
+KITS: a folder of startup kits; mutual TLS with the credentials of `server` and `site-1`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -52,8 +55,19 @@ class Exchange(grpc.GenericRpcHandler):
         self.free.append(mine)
 
 
-def site(port: int, size: int, rounds: int, barrier: Any, results: Any) -> None:
-    channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
+def credentials(kit: Path) -> tuple[bytes, bytes, bytes]:
+    """(authority, key, certificate) of a startup kit."""
+    ca, key, certificate = ((kit / f"{name}.pem").read_bytes() for name in ("ca", "key", "certificate"))
+    return ca, key, certificate
+
+
+def site(port: int, size: int, rounds: int, barrier: Any, results: Any, kits: str) -> None:
+    if kits:
+        mine = grpc.ssl_channel_credentials(*credentials(Path(kits, "site-1")))
+        options = [*OPTIONS, ("grpc.ssl_target_name_override", "server.fl-adapters.internal")]
+        channel = grpc.secure_channel(f"127.0.0.1:{port}", mine, options=options)
+    else:
+        channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
     call = channel.stream_stream("/raw/Exchange")
     data, seconds = np.zeros(size, np.uint8), []
     barrier.wait()
@@ -64,16 +78,20 @@ def site(port: int, size: int, rounds: int, barrier: Any, results: Any) -> None:
     results.put(seconds)
 
 
-def main(mib: float, sites: int, rounds: int) -> list[float]:
+def main(mib: float, sites: int, rounds: int, kits: str = "") -> list[float]:
     """Seconds of each round, the slowest site's."""
     size = int(mib * 2**20)
     spawn = multiprocessing.get_context("spawn")
     server = grpc.server(ThreadPoolExecutor(2 * sites), options=OPTIONS)
     server.add_generic_rpc_handlers((Exchange(size, sites),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    if kits:
+        ca, *pair = credentials(Path(kits, "server"))
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([tuple(pair)], ca, True))
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     barrier, results = spawn.Barrier(sites), spawn.Queue()
-    children = [spawn.Process(target=site, args=(port, size, rounds, barrier, results)) for _ in range(sites)]
+    children = [spawn.Process(target=site, args=(port, size, rounds, barrier, results, kits)) for _ in range(sites)]
     for child in children:
         child.start()
     seconds = [results.get() for _ in children]
@@ -84,4 +102,4 @@ def main(mib: float, sites: int, rounds: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))

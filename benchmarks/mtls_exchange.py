@@ -1,0 +1,76 @@
+"""A provisioned federation beside a raw gRPC stream of the same bytes, both over mutual TLS, in turn in the same run.
+Sites add 1 to every weight; there is no training. Throughput is that of the raw stream's round over ours.
+
+usage: mtls_exchange.py [--mib 1 64] [--sites 2] [--rounds 20] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fl_adapters import Job, ProofOfConcept
+from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.kits import write_kit
+from fl_runtime.trust.project import Project, ServerEntry, SiteEntry
+
+HERE = Path(__file__).parent
+
+
+def ours(mib: float, sites: int, rounds: int) -> list[float]:
+    """Seconds of the rounds of a proof of concept: separate processes, startup kits, policy, audit log."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = ProofOfConcept(sites=sites, args=(str(mib),), folder=folder, quiet=True)
+        result = Job(app=str(HERE / "bare_site.py"), rounds=rounds).run(environment)
+        return [item.seconds for item in result.rounds]
+
+
+def raw(mib: float, sites: int, rounds: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        kits = Path(folder)
+        project = Project(
+            federation="raw",
+            server=ServerEntry(address="127.0.0.1:8443"),
+            sites=(SiteEntry(name="site-1", organisation="raw"),),
+        )
+        authority = Authority.create(kits / "authority", project)
+        for identity in project.participants():
+            write_kit(kits / identity.name, authority, identity)
+        command = [sys.executable, str(HERE / "raw_grpc.py"), str(mib), str(sites), str(rounds), folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    seconds: list[float] = json.loads(done.stdout)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=float, nargs="+", default=[1.0, 64.0])
+    parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    title = f"mutual TLS, {args.sites} sites, medians of {args.repeats} x {args.rounds} rounds"
+    table = Table("MiB", "round, s", "raw gRPC, s", "MiB/s and site", "throughput against raw", title=title)
+    for mib in args.mib:
+        mine, theirs = [], []
+        for _ in range(args.repeats):  # the first two rounds warm up connections and buffers
+            mine += ours(mib, args.sites, args.rounds)[2:]
+            theirs += raw(mib, args.sites, args.rounds)[2:]
+        our_s, raw_s = statistics.median(mine), statistics.median(theirs)
+        row = (f"{mib:g}", f"{our_s:.4f}", f"{raw_s:.4f}", f"{2 * mib / our_s:.0f}", f"{raw_s / our_s:.2f}")
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a byte string from the network may do to the decoders: raise our own errors, and nothing else.
+
+`one(data)` is both the fuzz target (fuzz_decoder.py) and what the tests replay the corpus with. The first byte chooses
+the decoder, so that one corpus serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.server import service
+from fl_runtime.server.federation import _object
+from fl_runtime.trust.identity import Identity
+from fl_runtime.wire import frames
+from fl_runtime.wire.dtypes import dtype_of
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest, differences
+
+M = TypeVar("M", bound=Message)
+MOST_BYTES = 2**20
+_KNOWN = Manifest.of({"a": np.zeros((3, 2), np.float32), "b": np.zeros(5, np.int8)})
+
+
+def one(data: bytes) -> None:
+    """Decode; our own errors are what must come of bad bytes, anything else is a finding."""
+    decode = DECODERS[data[0] % len(DECODERS)] if data else None
+    if decode is not None:
+        try:
+            decode(data[1:])
+        except FederationError as error:
+            FederationError.from_wire(error.to_wire())
+
+
+def manifest(data: bytes) -> None:
+    """Names, dtypes and shapes; the buffer, if it is small enough to be made, is cut without gaps or overlaps."""
+    found = Manifest.from_proto(_parsed(pb.Manifest, data))
+    assert Manifest.from_proto(found.to_proto()) == found
+    differences(_KNOWN, found)
+    if found.nbytes <= MOST_BYTES:
+        arrays, extras = found.views(np.zeros(found.nbytes, np.uint8))
+        assert sum(a.nbytes for a in (*arrays.values(), *extras.values())) == found.nbytes
+        for spec in found.tensors:
+            assert (extras if spec.extra else arrays)[spec.name].dtype == dtype_of(spec.dtype)
+
+
+def frame(data: bytes) -> None:
+    """A frame by itself, read by us and by protobuf: what we read, protobuf must read as well."""
+    if frames.is_frame(data):
+        inside = bytes(frames.frame_data(data))
+        assert _parsed(pb.UpdatePart, data).data == inside
+
+
+def transfer(data: bytes) -> None:
+    """A whole upload: a header, then frames of 64 bytes cut from the rest; nothing is written past the buffer."""
+    size = int.from_bytes(data[:2], "big")
+    header = _parsed(pb.UpdatePart, data[2 : 2 + size]).update
+    service._update_fields(header)
+    found = Manifest.from_proto(header.payload.manifest) if header.payload.HasField("manifest") else _KNOWN
+    if found.nbytes > MOST_BYTES:
+        return
+    guarded = np.full(found.nbytes + 64, 0x55, np.uint8)
+    receiver = frames.Receiver(found, header.payload.digests, guarded[: found.nbytes])
+    rest = data[2 + size :]
+    try:
+        receiver.take(header.payload.inline)
+        for start in range(0, len(rest), 64):
+            receiver.take(frames.frame_data(rest[start : start + 64]))
+        receiver.finish()
+    finally:
+        assert (guarded[found.nbytes :] == 0x55).all()
+    assert frames.payload_digest(header.payload)
+
+
+def registration(data: bytes) -> None:
+    request = _parsed(pb.RegisterRequest, data)
+    Manifest.from_proto(request.manifest)
+
+
+def score(data: bytes) -> None:
+    service._metrics(_parsed(pb.ScoreRequest, data).metrics_json)
+
+
+def control(data: bytes) -> None:
+    """A request about jobs."""
+    assert isinstance(_object(data), dict)
+
+
+def identity(data: bytes) -> None:
+    """The name in a certificate: what is one comes out as it went in."""
+    found = Identity.from_uri(data.decode("utf-8", "replace"))
+    assert Identity.from_uri(found.uri) == found
+
+
+DECODERS: tuple[Callable[[bytes], Any], ...] = (
+    manifest,
+    frame,
+    transfer,
+    registration,
+    score,
+    control,
+    identity,
+)
+
+
+def _parsed(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise ProtocolError(f"this is no {kind.__name__}") from None

@@ -1,0 +1,20 @@
+"""Coverage-guided fuzzing of the decoders with Atheris: `make fuzz` (FUZZ_S=60 by default).
+
+New inputs that reach new code go to .fuzz/; one that ends in anything but our own errors is kept as .fuzz/crash-*: put
+it into tests/fuzz/corpus, correct what it shows, and every later test run replays it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["fl_runtime"]):
+    sys.path.insert(0, str(Path(__file__).parent))
+    from decoder import one
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
