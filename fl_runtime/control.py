@@ -19,6 +19,7 @@ class ControlClient:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self._heard = 0.0  # when the server has last said something, monotonic seconds
 
     @classmethod
     def of_kit(cls, folder: Path, address: str) -> ControlClient:
@@ -33,23 +34,22 @@ class ControlClient:
 
         Raises the server's error, or ConnectionLostError.
         """
-        deadline = time.monotonic() + patience_s
+        began = time.monotonic()
         while True:
             try:
                 return self._last(method, fields)
             except ConnectionLostError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > max(began, self._heard) + patience_s:
                     raise
             time.sleep(_PAUSE_S)
 
     def follow(self, job: str, *, patience_s: float = 30.0) -> Iterator[Mapping[str, Any]]:
         """A job's events as the server tells them ({"event": ...}), then {"ended": ...}. Lost connections are made
         anew while the server does not stay away for longer than `patience_s`."""
-        seen, deadline = 0, time.monotonic() + patience_s
+        seen, began = 0, time.monotonic()
         while True:
             try:
                 for answer in self._answers("Watch", {"job": job, "from": seen}):
-                    deadline = time.monotonic() + patience_s
                     if "event" in answer:
                         seen = answer["number"] + 1
                     if "waiting" not in answer:
@@ -57,7 +57,7 @@ class ControlClient:
                     if "ended" in answer:
                         return
             except ConnectionLostError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > max(began, self._heard) + patience_s:
                     raise
             time.sleep(_PAUSE_S)
 
@@ -77,4 +77,5 @@ class ControlClient:
                 assert isinstance(answer, dict)
             except (ValueError, AssertionError):
                 raise ProtocolError(f"the server's answer to {method} is no JSON object") from None
+            self._heard = time.monotonic()
             yield answer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fl_adapters.cli import doctor
 from fl_adapters.cli.app import app
@@ -234,3 +235,41 @@ def test_the_live_table_follows_the_run() -> None:
         "runs/j",
     ):
         assert text in shown, text
+
+
+FEDERATION = ("provision", "unpack", "server", "run", "status", "audit verify")
+FEDERATION += tuple(f"cert {name}" for name in ("request", "sign", "install", "renew", "revoke", "list"))
+
+
+@pytest.mark.parametrize("command", FEDERATION)
+def test_every_command_of_a_federation_has_help_with_an_example_and_json(command: str) -> None:
+    done = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert done.exit_code == 0
+    assert f"  fl-adapters {command} " in done.stdout.split("Examples:")[1]
+    assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "provision nowhere.yml",
+        "unpack nowhere.zip --password x",
+        "server --kit nowhere",
+        "run --kit nowhere -- true",
+        "status --kit nowhere",
+        "audit verify nowhere",
+        "cert request --kit nowhere",
+        "cert sign nowhere.pem --authority nowhere",
+        "cert install nowhere.pem --kit nowhere",
+        "cert renew --authority nowhere",
+        "cert revoke north --authority nowhere",
+        "cert list --authority nowhere",
+    ],
+)
+def test_what_is_not_there_is_an_error_with_what_to_do(line: str) -> None:
+    words, _, rest = line.partition(" -- ")
+    done = CliRunner().invoke(app, [*words.split(), "--json", *(["--", rest] if rest else [])])
+    assert done.exit_code == 1
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert "nowhere" in error["what"] + error["where"]
+    assert error["fix"]

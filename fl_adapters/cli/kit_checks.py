@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 5.0
 _CLOCK_S = 60.0
+_AUTHORITY_DAYS = 180
 
 
 def kit_checks(folder: Path) -> Iterator[Check]:
@@ -35,7 +36,7 @@ def kit_checks(folder: Path) -> Iterator[Check]:
         yield Check("startup kit", "problem", f"{error.what} ({error.where})", error.fix)
         return
     yield Check("startup kit", "ok", f"{kit.identity} in {kit.identity.federation}; files, key and signature are good")
-    yield Check("authority", "ok", f"fingerprint {kit.authority}")
+    yield _authority(kit)
     yield _certificate(kit.certificate)
     if kit.identity.kind == "site":
         try:
@@ -47,6 +48,16 @@ def kit_checks(folder: Path) -> Iterator[Check]:
         yield _listening(kit.listen)
     else:
         yield from _server(kit)
+
+
+def _authority(kit: StartupKit) -> Check:
+    from fl_runtime.trust.certificates import ends
+
+    until = ends((kit.folder / "ca.pem").read_bytes())
+    found = f"until {until:%Y-%m-%d}, fingerprint {kit.authority}"
+    if (until - datetime.now(UTC)).days < _AUTHORITY_DAYS:
+        return Check("authority", "note", found, "provision a new federation before it ends")
+    return Check("authority", "ok", found)
 
 
 def _certificate(certificate: Certificate) -> Check:

@@ -20,12 +20,12 @@ from fl_runtime.types import RunSettings
 
 def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C; with a job, after it: 1 if it failed."""
-    only_tls_1_3()  # before gRPC comes in
     with reported(as_json), needs_cryptography():
         from fl_runtime.server.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
 
         kit = read_kit(kit_folder, kind="server")
+        only_tls_1_3()  # before gRPC is used
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
         lines = ProgressLines(sys.stderr)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, ProtocolError
+from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
 from fl_runtime.server.guard import CALLS_EACH, Guard
 from fl_runtime.server.jobs import RunningJob, unfinished
 from fl_runtime.transport.base import Peer
@@ -159,7 +159,7 @@ class FederationServer:
             "Watch": self._watch,
             "Revoke": self._revoke,
         }
-        if caller.kind == "admin" and method not in ("Status", "Watch"):
+        if caller.kind == "admin":
             self.audit.write(f"called {method}", caller, address=peer.address, request=_shown(fields))
         for answer in answers[method](caller, fields):
             yield json.dumps(answer).encode()
@@ -172,7 +172,7 @@ class FederationServer:
                     self._changed.wait(BEAT_S)
                 job = self._job if self._waits_for(caller.name) else None
                 if self._closed:
-                    raise FederationError("the server is being stopped", fix="try again when it is back")
+                    raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
             if job is None:
                 yield {"waiting": True}
                 continue

@@ -5,10 +5,11 @@ All are far above what an honest site sends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from fl_runtime.errors import ProtocolError
+from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.server.members import Member
+from fl_runtime.types import Update
 from fl_runtime.wire.manifest import Manifest
 
 MAX_METRICS = 1_000
@@ -64,3 +65,16 @@ def check_size(manifest: Manifest, agreed: Manifest) -> None:
             f"an update of {manifest.nbytes} bytes for a model of {agreed.nbytes}; the limit is {most}",
             fix="send no more than the weights and the state that travels beside them",
         )
+
+
+def check_extras(update: Update, accepted: Sequence[Update]) -> None:
+    """What travels beside the weights must be the same from all sites of a round: their sum needs it."""
+    first = next(iter(accepted), update)
+    if update.content == first.content == "weights":
+        mine, others = Manifest.of({}, update.extras), Manifest.of({}, first.extras)
+        if mine.layout != others.layout:
+            raise UpdateRefusedError(
+                f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(first.extras)[:4]}",
+                where=f"{update.site}, round {update.round}",
+                fix="use the same optimizer and optimizer_state setting at every site",
+            )

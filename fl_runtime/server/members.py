@@ -52,7 +52,7 @@ class Member:
     attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
     streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
     it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
-    described: tensors in its manifests so far, of all attempts.
+    described: tensors in its manifests so far, of all attempts. expelled: why this attempt may do nothing any more.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Member:
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
+    expelled: str = ""
 
     @property
     def active(self) -> bool:

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.errors import (
+    AbortedError,
+    FederationError,
+    PermissionDeniedError,
+    ProtocolError,
+    StateMismatchError,
+    UpdateRefusedError,
+)
 from fl_runtime.server import limits
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
@@ -121,7 +128,7 @@ class Run:
             if member is None:
                 raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
             member.attempt += 1
-            member.gone, member.lost, member.registration = "", False, None
+            member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
             member.layouts.clear()
             member.attending, member.absent_since = 0, time.monotonic()
             self.journal.joined(name, member.attempt)
@@ -200,8 +207,7 @@ class Run:
             member = self.members.get(name)
             if member is None or self.phase in ("failed", "done"):
                 return
-            member.attempt += 1
-            self.journal.joined(name, member.attempt)
+            member.expelled = reason
             self.gone(name, reason, early=True)
             self.published.notify_all()
 
@@ -313,7 +319,7 @@ class Run:
                 return "used"
             assert self.open is not None
             try:
-                self._check_extras(update)
+                limits.check_extras(update, [item.update for item in self.open.accepted.values()])
             except FederationError:
                 self.blobs.free(blob)
                 raise
@@ -340,18 +346,6 @@ class Run:
             )
             self.changed.notify_all()
             return status
-
-    def _check_extras(self, update: Update) -> None:
-        """What travels beside the weights must be the same from all sites of a round: their sum needs it."""
-        assert self.open is not None
-        first = next((item.update for item in self.open.accepted.values()), update)
-        mine, others = Manifest.of({}, update.extras), Manifest.of({}, first.extras)
-        if update.content == first.content == "weights" and mine.layout != others.layout:
-            raise UpdateRefusedError(
-                f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(first.extras)[:4]}",
-                where=f"{update.site}, round {update.round}",
-                fix="use the same optimizer and optimizer_state setting at every site",
-            )
 
     def late(self, update_round: int, name: str, bytes_up: int) -> None:
         self.events.emit("update", update_round, name, status="late", bytes_up=bytes_up)
@@ -474,6 +468,12 @@ class Run:
         member = self.members.get(name)
         if member is None:
             raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
+        if member.expelled:
+            raise PermissionDeniedError(
+                f"{name} may not take part any more: {member.expelled}",
+                where=f"rule certificate: {member.expelled}",
+                fix="join again with a new certificate",
+            )
         if attempt != member.attempt:
             raise AbortedError(
                 f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",

@@ -1,4 +1,4 @@
-"""The one setting of gRPC that must be made before it is imported."""
+"""The one setting of gRPC that must be made before it is used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def only_tls_1_3() -> None:
-    """Take TLS 1.2 off the table for servers of this process, and of ours alone: call it before gRPC is imported.
+    """Take TLS 1.2 off the table for servers of this process, and of ours alone: call it before gRPC is used.
 
     What is left for TLS 1.2 needs an RSA key, and our certificates have P-256 keys. Other gRPC clients of the process
     would lose TLS 1.2 with such servers too, so a site's process does not call it.

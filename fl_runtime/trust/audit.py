@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError, StoreError
-from fl_runtime.trust.certificates import check_issued_by, read_certificate, read_key, sign, signed_by
-from fl_runtime.trust.files import write_file
+from fl_runtime.trust.certificates import PrivateKey, check_issued_by, read_certificate, read_key, sign, signed_by
 from fl_runtime.trust.identity import Identity
 
 LOG_FILE, HEAD_FILE = "audit.jsonl", "audit.head"
 _FIRST = "0" * 64
 _LONGEST = 2_000
+_HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class Finding:
 class AuditLog:
     """Appends to folder/audit.jsonl. Threads and processes may share it; a line is on its way to disk on return.
 
-    kit: folder of the startup kit whose key signs. Raises StoreError where the log cannot be written: what cannot be
-    put on record must not be done.
+    kit: folder of the startup kit whose key signs. Raises StoreError where the log cannot be written.
     """
 
     def __init__(self, folder: Path, kit: Path) -> None:
         self._log, self._head, self._kit = folder / LOG_FILE, folder / HEAD_FILE, kit
         self._lock = threading.Lock()
+        self._key: tuple[int, PrivateKey] | None = None  # when its file was written, and the key
+        self._end = (-1, 0, _FIRST)  # size of the log after the last line, that line's number and digest
         folder.mkdir(parents=True, exist_ok=True)
         with self._alone() as file:
             unsigned = _count(file) - _signed_count(self._head)
@@ -63,13 +64,14 @@ class AuditLog:
             **{name: _plain(value) for name, value in facts.items()},
         }
         with self._lock, self._alone() as file:
-            number, last = _last(file)
+            number, last = self._end[1:] if file.seek(0, os.SEEK_END) == self._end[0] else _last(file)
             entry = {"number": number + 1, "before": last, **entry}
-            line = json.dumps({**entry, "digest": _digest(entry)})  # ASCII: no line end but our own
-            file.seek(0, os.SEEK_END)
-            file.write(line.encode() + b"\n")
+            digest = _digest(entry)
+            line = json.dumps({**entry, "digest": digest})  # ASCII: no line end but our own
+            file.write(line.encode() + b"\n")  # at the end, wherever the file was read
             file.flush()
-            self._sign(number + 1, _digest(entry))
+            self._end = (file.tell(), number + 1, digest)
+            self._sign(number + 1, digest)
 
     def refused(self, who: Identity | None, action: str, error: FederationError, **facts: Any) -> None:
         """Put a refusal on record, with the rule that it names."""
@@ -77,15 +79,22 @@ class AuditLog:
         self.write(action, who, rule=rule, error=error.what, **facts)
 
     def _sign(self, number: int, digest: str) -> None:
-        key = read_key((self._kit / "key.pem").read_bytes())
+        stamp = (self._kit / "key.pem").stat().st_mtime_ns
+        if self._key is None or self._key[0] != stamp:  # a renewed certificate may come with a new key
+            self._key = stamp, read_key((self._kit / "key.pem").read_bytes())
         text = f"{number} {digest}"
         head = {
             "number": number,
             "digest": digest,
-            "signature": base64.b64encode(sign(key, text.encode())).decode(),
+            "signature": base64.b64encode(sign(self._key[1], text.encode())).decode(),
             "certificate": (self._kit / "certificate.pem").read_text("ascii"),
         }
-        write_file(self._head, json.dumps(head).encode())
+        # one write of always the same length: a kill leaves the old head or the new one; renaming costs ten times more
+        descriptor = os.open(self._head, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, json.dumps(head).encode().ljust(_HEAD_BYTES))
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def _alone(self) -> Iterator[Any]:

@@ -97,6 +97,11 @@ def load(pem: bytes, where: str = "") -> x509.Certificate:
         raise ConfigError("this is no certificate in PEM", where=where, fix="get a fresh startup kit") from None
 
 
+def ends(pem: bytes) -> datetime:
+    """When a certificate of whatever kind expires, in UTC."""
+    return load(pem).not_valid_after_utc
+
+
 def check_issued_by(pem: bytes, authority_pem: bytes, where: str = "") -> None:
     """ConfigError unless the authority has signed this certificate."""
     try:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fl_adapters.cli.app import app
 from fl_adapters.cli.kit_checks import kit_checks
-from fl_runtime.errors import AbortedError, ConfigError, FederationError, PermissionDeniedError
+from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import install, make_request, read_kit, write_kit
 
@@ -57,7 +57,7 @@ def test_what_a_request_asks_for_is_what_the_project_says_or_nothing(tmp_path: P
         app, ["cert", "sign", str(make_request(tmp_path / "east")), "--authority", str(authority.folder)]
     )
     assert done.exit_code == 1
-    assert "'east' is not in the project" in done.stderr
+    assert "'east' is not in the project" in done.output
 
     write_kit(tmp_path / "south", authority, authority.project.participant("south"), with_key=False)
     make_request(tmp_path / "south")
@@ -138,7 +138,7 @@ def test_revoking_ends_open_connections_at_once_and_the_others_go_on(study: Stud
 
     error, told = together(waiting, revoke)
     assert isinstance(error, PermissionDeniedError)
-    assert "site north of north-hospital" in error.what
+    assert "north" in error.what
     assert "certificate was revoked" in error.what
     assert told["server"] == {"ended": ["north"]}
     with pytest.raises(PermissionDeniedError, match="revoked"):
@@ -170,7 +170,7 @@ def test_an_update_under_way_when_its_site_is_revoked_does_not_count(study: Stud
     tasks = started([north, south], W)
     _, crl = study.authority.revoke("north")
     study.admin().ask("Revoke", crl=crl.decode())
-    with pytest.raises((PermissionDeniedError, AbortedError)):
+    with pytest.raises(PermissionDeniedError, match="certificate was revoked"):
         north.submit(tasks["north"], W)
     south.submit(tasks["south"], W)
     south.client.next_task()
