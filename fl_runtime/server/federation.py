@@ -16,7 +16,7 @@ from typing import Any
 
 from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
 from fl_runtime.server.guard import CALLS_EACH, Guard
-from fl_runtime.server.jobs import RunningJob, unfinished
+from fl_runtime.server.jobs import RunningJob, past_outcome, unfinished
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
 from fl_runtime.trust.audit import AuditLog
@@ -218,7 +218,14 @@ class FederationServer:
         yield {"job": job.settings.name}
 
     def _watch(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        job = self._named(_field(fields, "job", str))
+        name = _field(fields, "job", str)
+        with self._lock:
+            current = self._job is not None and self._job.settings.name == name
+        past = None if current else past_outcome(self._folder, name)
+        if past is not None:
+            yield {"ended": past}
+            return
+        job = self._named(name)
         first = fields.get("from", 0)
         for number, event in job.events_from(first if isinstance(first, int) else 0, BEAT_S):
             yield {"waiting": True} if event is None else {"number": number, "event": event}

@@ -17,12 +17,12 @@ from fl_runtime.server.history import History
 from fl_runtime.server.server import Server
 from fl_runtime.trust.audit import AuditLog
 from fl_runtime.trust.files import write_file
-from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.identity import Identity, check_name
 from fl_runtime.types import Event, Listener, RunSettings
 
 log = logging.getLogger(__name__)
 
-_CURRENT, _JOB = "current.json", "job.json"
+_CURRENT, _JOB, _OUTCOME = "current.json", "job.json", "outcome.json"
 _EVENTS_KEPT = 20_000
 _AUDITED = ("joined", "registered", "left", "started", "task_sent", "update", "round_finished", "failed", "finished")
 
@@ -80,7 +80,7 @@ class RunningJob:
                 if number >= self._count and not self.over:
                     self._lock.wait(beat_s)
                 first = self._count - len(self._events)
-                number = max(number, first)
+                number = max(number if number <= self._count else 0, first)  # more: it watched before a restart
                 found = list(self._events)[number - first :]
                 over = self.over
             for event in found:
@@ -143,8 +143,9 @@ class RunningJob:
             self._error = error
         self.server.close()
         self._history.close()
-        self._current.unlink(missing_ok=True)
         outcome = self.outcome()
+        write_file(self.folder / _OUTCOME, json.dumps(outcome).encode())
+        self._current.unlink(missing_ok=True)
         self._audit.write("job ended", self.submitter, job=self.settings.name, result=outcome["error"] or "finished")
         with self._lock:
             self.over = True
@@ -169,6 +170,16 @@ def unfinished(folder: Path) -> Unfinished | None:
         key: tuple(value) if isinstance(value, list) else value for key, value in fields["settings"].items()
     }
     return Unfinished(RunSettings(**settings), Identity.from_uri(fields["submitter"]))
+
+
+def past_outcome(folder: Path, name: str) -> Mapping[str, Any] | None:
+    """How a job that ended did, of this server or of one before; None if there was no such job."""
+    try:
+        check_name(name, "job")
+        found: Mapping[str, Any] = json.loads((folder / name / _OUTCOME).read_text("utf-8"))
+        return found
+    except (OSError, ValueError, ConfigError):
+        return None
 
 
 def _save(folder: Path, current: Path, settings: RunSettings, submitter: Identity) -> None:

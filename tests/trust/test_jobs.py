@@ -1,0 +1,99 @@
+"""A job on a federation's server, as an admin and the sites see it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_bench import Site, at_once, started
+from study import Study, until
+
+from fl_adapters.environments.remote import RemoteJob
+from fl_adapters.job import Job
+from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.types import Event, Task
+
+W = {"w": np.zeros(3, np.float32)}
+
+
+def finish(sites: list[Site], tasks: dict[str, Task]) -> None:
+    def work(site: Site) -> None:
+        task = tasks[site.name]
+        while task.kind == "train":
+            site.submit(task, W)
+            task = site.client.next_task()
+        site.client.leave("done", early=False)
+
+    at_once(sites, work)
+
+
+def test_who_watches_hears_every_event_and_the_end_also_across_a_restart_of_the_server(study: Study) -> None:
+    events: list[Event] = []
+    address = study.address
+    job = RemoteJob(study.admin("lena"), Job(app="x", name="job", rounds=2), events.append, 30)
+    sites = [study.site(name) for name in study.sites]
+    tasks = started(sites, W)
+    until(lambda: any(event.kind == "round_started" for event in events), "the first round to be seen")
+
+    study.server.close()
+    study.start(address)
+    finish(sites, tasks)
+
+    assert job.wait(30)
+    result = job.result()
+    assert result.error is None
+    assert len(result.rounds) == 2
+    assert any(event.kind == "joined" and event.site == "north" for event in events)
+    study.server.close()
+    study.start(address)
+    (again,) = list(study.admin("mina").follow("job"))
+    assert again["ended"]["rounds"][1]["round"] == 2
+    with pytest.raises(ConfigError, match="is not running"):
+        list(study.admin("mina").follow("../job"))
+
+
+def test_who_aborts_is_said_to_everybody(study: Study) -> None:
+    job = RemoteJob(study.admin("lena"), Job(app="x", name="job", rounds=2), lambda event: None, 30)
+    sites = [study.site(name) for name in study.sites]
+    tasks = started(sites, W)
+    sites[0].submit(tasks["north"], W)
+    waiting = threading.Thread(target=job.wait, args=(30,))
+    waiting.start()
+    job.abort("enough")
+    waiting.join(30)
+    error = job.result().error
+    assert isinstance(error, AbortedError)
+    assert "lead lena of north-hospital has aborted it" in error.what
+    with pytest.raises(AbortedError, match="lena"):
+        sites[0].client.next_task()
+
+
+def test_sites_wait_for_their_job_and_each_gets_it_once(study: Study) -> None:
+    answers: dict[str, Any] = {}
+
+    def ask(name: str) -> None:
+        answers[name] = study.admin(name).ask("Assignment", patience_s=30)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in study.sites]
+    for thread in threads:
+        thread.start()
+    study.job(sites=["south"], app="tumour", strategy="fedavg")
+    threads[1].join(30)
+    assert answers == {
+        "south": {
+            "job": "job",
+            "app": "tumour",
+            "strategy": "fedavg",
+            "submitted_by": "fl-adapters://study/admin/lena?organisation=north-hospital&role=lead",
+            "index": 0,
+            "count": 1,
+        }
+    }
+    south = study.site("south")
+    finish([south], started([south], W))
+    assert study.server.wait_for_job("job", 30)
+    study.job("next", sites=["north"])
+    threads[0].join(30)
+    assert answers["north"]["job"] == "next"
