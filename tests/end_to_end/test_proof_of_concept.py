@@ -92,6 +92,7 @@ def federation(bench: Any, here: Path) -> Path:
     return here / "kits"
 
 
+@pytest.mark.slow
 def test_the_same_hf_script_gives_the_same_bits_everywhere(bench: Any, federation: Path) -> None:
     bench.script("train.py", HF)
     simulated = bench.json("simulate", "train.py", "--sites", "2", "--name", "simulated")
