@@ -7,7 +7,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
-BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy.py
+BENCHMARKS := benchmarks/bare_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py
 PROJECT := -e '.[hf,lightning,keras,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.

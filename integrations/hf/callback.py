@@ -14,12 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fl_adapters import torch_ranks
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.session import Session, open_session
+from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.types import Arrays, Task
 
 from . import trainer as hf
 from .budget import Budget, advance_schedule, warn_if_schedule_ends_early
-from .live import LiveModel
+from .export import Exporter
 from .scores import plain_metrics, point_to_best, pooled
 
 _FRAMEWORK = "transformers"
@@ -105,7 +106,7 @@ class FederatedCallback(TrainerCallback):
             run.budget.check(state, args, trained["train_dataloader"])
             wanted = run.settings.evaluate_global
             run.evaluates = hf.has_validation_data(trainer) if wanted is None else wanted
-            live = self._live = LiveModel(trained["model"], trained["optimizer"], run.settings)
+            live = self._live = LiveModel(trained["model"], [trained["optimizer"]], run.settings)
             task = self._first_task(run, live, run.budget.trainer_rounds(state))
             warn_if_schedule_ends_early(trained["lr_scheduler"], state.max_steps)
             steps_per_round = run.budget.steps_per_round(args, trained["train_dataloader"])
@@ -161,7 +162,7 @@ class FederatedCallback(TrainerCallback):
         if run.awaits_score:  # something kept HF from evaluating: let nobody wait for this site's score
             torch_ranks.on_rank_zero(lambda: self._session().report({}, 1))
         best = self._best() if args.load_best_model_at_end else None
-        exporter = live.exporter(trained["processing_class"])
+        exporter = Exporter(trained["model"], trained["processing_class"], live.state)
         load = exporter.load if run.evaluates else None
         torch_ranks.on_rank_zero(lambda: self._session().finish(export=exporter.export, load=load))
         if args.load_best_model_at_end:
