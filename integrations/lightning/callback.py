@@ -15,6 +15,7 @@ from fl_adapters import torch_ranks
 from fl_adapters.kit import current_kit
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.session import Session, open_session
+from fl_adapters.torch_batches import rows_of
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Task
@@ -43,7 +44,7 @@ class _Tally:
             self.loss = loss.float() if self.loss is None else self.loss + loss
             self.batches += 1
         if count_rows:
-            self.rows += lightning.rows_of(batch)
+            self.rows += rows_of(batch)
 
     def mean_loss(self, factor: int) -> dict[str, float]:
         """{"train_loss": mean over the round}; empty where it is not known or not finite."""
