@@ -20,7 +20,7 @@ PUBLIC = {
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",
     "fl_adapters.lightning": "FederatedCallback",
-    "fl_adapters.monai": "FederatedHandler",
+    "fl_adapters.monai": "FederatedHandler run_client_algo",
     "fl_adapters.testing": """
         AdapterCase AdapterExample LocalFederation Outcome Place PlainLoop Trained TrainingCase TrainingExample
         adapter_cases check_adapter check_training failing training_cases

@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
         f"MONAI is missing, or what its engines need: pip install 'fl-adapters[monai]' ({error})"
     ) from error
 
+from .client_algo import run_client_algo
 from .handler import FederatedHandler
 
-__all__ = ["FederatedHandler"]
+__all__ = ["FederatedHandler", "run_client_algo"]

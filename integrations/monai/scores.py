@@ -19,14 +19,21 @@ def scores_of(evaluator: Any) -> dict[str, float]:
     A metric with a value per class gives one for each, "mean_dice_1" and so on, numbered like MONAI numbers them;
     so does one whose mean alone is told but whose details per image and class are kept (`save_details`).
     """
-    found: dict[str, float] = {}
-    inner = {key for value in evaluator.state.metrics.values() if isinstance(value, Mapping) for key in value}
-    for name, value in evaluator.state.metrics.items():
-        if name not in inner:  # Ignite lists the items of a mapping beside the mapping
-            found.update(_numbers(without_prefix(name), value, _first_class(evaluator, name)))
+    firsts = {name: _first_class(evaluator, name) for name in evaluator.state.metrics}
+    found = plain_numbers(evaluator.state.metrics, firsts)
     for name, details in getattr(evaluator.state, "metric_details", {}).items():
         for key, number in _class_means(without_prefix(name), details, _first_class(evaluator, name)):
             found.setdefault(key, number)
+    return found
+
+
+def plain_numbers(metrics: Mapping[str, Any], first_classes: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Metrics as plain numbers. first_classes: the number of a metric's first class, by its name; 0 by default."""
+    found: dict[str, float] = {}
+    inner = {key for value in metrics.values() if isinstance(value, Mapping) for key in value}
+    for name, value in metrics.items():
+        if name not in inner:  # Ignite lists the items of a mapping beside the mapping
+            found.update(_numbers(without_prefix(name), value, (first_classes or {}).get(name, 0)))
     return found
 
 
