@@ -62,6 +62,10 @@ demo-lightning: $(VENV)/.stamp  ## four sites train a Lightning module together,
 demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/keras/image_classification/demo.py $(ARGS)
 
+.PHONY: demo-monai
+demo-monai: $(VENV)/.stamp  ## four sites train a MONAI bundle together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/monai/spleen_bundle/demo.py $(ARGS)
+
 .PHONY: test
 test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)
 	$(call tests,$(VENV))
