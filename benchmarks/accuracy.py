@@ -2,7 +2,7 @@
 
 All train with the same settings and the same passes over their data, and are scored on the same held-out rows.
 
-usage: accuracy.py [hf|lightning|keras ...] [--seeds 0 1 2] [--out accuracy.csv]   (two to four minutes a seed and
+usage: accuracy.py [hf|lightning|keras|monai ...] [--seeds 0 1 2] [--out accuracy.csv]   (two to four minutes a seed and
 example on two cores)
 """
 
@@ -28,6 +28,7 @@ EXAMPLES = {
     "hf": ROOT / "hf" / "text_classification",
     "lightning": ROOT / "lightning" / "image_classification",
     "keras": ROOT / "keras" / "image_classification",
+    "monai": ROOT / "monai" / "spleen_bundle",
 }
 
 

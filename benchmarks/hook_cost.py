@@ -36,7 +36,8 @@ class Hooks:
 
     def timed(self, callback: Any, prefix: str = "on_") -> Any:
         """The same object, its hooks timed; a hook that another of them calls counts once."""
-        for name in [n for n in dir(type(callback)) if n.startswith(prefix) and callable(getattr(callback, n))]:
+        hooks = [n for n in vars(type(callback)) if n.startswith(prefix) and not n.startswith("__")]
+        for name in hooks:
             setattr(callback, name, self._timed(getattr(callback, name)))
         return callback
 
@@ -149,12 +150,45 @@ def keras(kit: str, steps: int, hooks: Hooks) -> float:
     return time.perf_counter() - began
 
 
+def monai(kit: str, steps: int, hooks: Hooks) -> float:
+    import torch
+    from monai.engines import SupervisedTrainer
+
+    from fl_adapters.monai import FederatedHandler
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 1)
+
+        def forward(self, x: Any) -> Any:
+            time.sleep(STEP_S)
+            return self.layer(x)
+
+    net = Net()
+    rows = [{"image": torch.ones(8), "label": torch.ones(1)} for _ in range(ROWS * steps)]
+    handler = hooks.timed(FederatedHandler(kit=kit), "_")
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=torch.utils.data.DataLoader(rows, batch_size=ROWS),
+        network=net,
+        optimizer=torch.optim.SGD(net.parameters(), 0.1),
+        loss_function=torch.nn.MSELoss(),
+        train_handlers=[handler],
+    )
+    began = time.perf_counter()
+    trainer.run()
+    return time.perf_counter() - began
+
+
 TRAININGS = {
     "hf": hf,
     "lightning": lightning,
     "keras-tensorflow": keras,
     "keras-torch": keras,
     "keras-jax": keras,
+    "monai": monai,
 }
 
 

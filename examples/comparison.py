@@ -37,7 +37,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table. name: as above. rows: trained on. score: on the held-out rows. folder: as above."""
+    """One line of the table. name, folder: as above. rows: or volumes, trained on. score: on those held out."""
 
     name: str
     rows: int
@@ -79,7 +79,7 @@ def show(scores: Sequence[Score], title: str, metric: str, console: Console) -> 
     """Print the table, where the results lie, and whether the federation was worth it; if not, end with status 1."""
     table = Table(title=title, title_justify="left")
     table.add_column("trained")
-    table.add_column("on rows", justify="right")
+    table.add_column("on", justify="right")
     table.add_column(metric, justify="right")
     table.add_column("result")
     for score in scores:

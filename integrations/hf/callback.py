@@ -77,7 +77,6 @@ class FederatedCallback(TrainerCallback):
             num_examples=num_examples,
             required=required,
         )
-        self._site = TorchSite(self.options, _FRAMEWORK)
         self._run: _Run | None = None
         self._live: LiveModel | None = None
 
@@ -240,6 +239,10 @@ class FederatedCallback(TrainerCallback):
             return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
 
         return torch_ranks.on_rank_zero(fetched)
+
+    @property
+    def _site(self) -> TorchSite:
+        return TorchSite(self.options, _FRAMEWORK)
 
     def _forget(self) -> _Run | None:
         run, self._run, self._live = self._run, None, None

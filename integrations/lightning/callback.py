@@ -13,6 +13,7 @@ import torch
 
 from fl_adapters.kit import current_kit
 from fl_adapters.options import Options, SiteSettings
+from fl_adapters.torch_batches import rows_of
 from fl_adapters.torch_live import LiveModel
 from fl_adapters.torch_site import TorchSite
 from fl_runtime.errors import ConfigError
@@ -41,7 +42,7 @@ class _Tally:
             self.loss = loss.float() if self.loss is None else self.loss + loss
             self.batches += 1
         if count_rows:
-            self.rows += lightning.rows_of(batch)
+            self.rows += rows_of(batch)
 
     def mean_loss(self, factor: int) -> dict[str, float]:
         """{"train_loss": mean over the round}; empty where it is not known or not finite."""
@@ -108,13 +109,12 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             num_examples=num_examples,
             required=required,
         )
-        self._site = TorchSite(self.options, _FRAMEWORK)
         self._run: _Run | None = None
         self._resumed: Mapping[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins anew: live tensors, and the module's methods that Lightning hangs on here, stay behind."""
-        return {"options": self.options, "_site": self._site, "_run": None, "_resumed": self._resumed}
+        return {"options": self.options, "_run": None, "_resumed": self._resumed}
 
     @property
     def log(self) -> Any:
@@ -325,6 +325,10 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         exporter = Exporter(trainer, module, run.live.state)
         self._site.finish(exporter.export, exporter.load if run.evaluates else None)
         self._run = None
+
+    @property
+    def _site(self) -> TorchSite:
+        return TorchSite(self.options, _FRAMEWORK)
 
     def _forget(self) -> _Run | None:
         run, self._run = self._run, None
