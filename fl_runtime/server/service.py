@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server.members import Registration
 from fl_runtime.server.run import Offer, Run
 from fl_runtime.server.spool import Transfer
 from fl_runtime.transport.base import Peer
-from fl_runtime.types import Report, Update
+from fl_runtime.types import Report, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import check_finite
@@ -78,6 +78,7 @@ class FederationService:
             capabilities=frozenset(request.capabilities),
             rounds=request.rounds,
             evaluates=request.evaluates,
+            terms=_terms(request.terms_json),
         )
         rounds = self._run.register(peer.name, request.session.attempt, manifest, registration)
         yield pb.RegisterReply(rounds=rounds).SerializeToString()
@@ -154,7 +155,7 @@ class FederationService:
         digest = frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
         if status is None:
-            fields = _update_fields(header)
+            facts = _update_fields(header)
             transfer = self._run.spool.begin(name, digest, self._manifest(payload), payload.digests)
             received = len(first)
             try:
@@ -165,14 +166,15 @@ class FederationService:
                     received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
+                update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
+                self._run.strategy.check(update)
             except FederationError:
                 self._run.spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: what has arrived is kept for the next attempt
                 self._run.spool.broke(transfer)
                 raise
-            update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **fields)
-            status = self._run.accept(update, transfer.blob, digest, fields, received)
+            status = self._run.accept(update, transfer.blob, digest, facts, received)
         if status == "late":
             self._run.late(header.round, name, len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
@@ -196,10 +198,14 @@ class FederationService:
 
     def _score(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.ScoreRequest, requests)
-        metrics = _metrics(request.metrics_json)
+        metrics = from_json(_json(request.metrics_json))
         report = Report(self._run.settings.name, request.version, peer.name, metrics, max(request.num_examples, 1))
         self._run.score(report, request.session.attempt)
-        yield pb.Done().SerializeToString()
+        reply = pb.ScoreReply()
+        if request.wait:
+            together, reply.stop = self._run.wait_for_scores(peer.name, request.session.attempt, request.version)
+            reply.metrics_json = json.dumps(dict(together))
+        yield reply.SerializeToString()
 
 
 def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
@@ -227,17 +233,31 @@ def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
         "encoding": header.encoding,
         "num_examples": header.num_examples,
         "local_steps": header.local_steps,
-        "metrics": _metrics(header.metrics_json),
+        "metrics": plain(from_json(_json(header.metrics_json))),
     }
 
 
-def _metrics(text: str) -> dict[str, float]:
+def _json(text: str) -> object:
     try:
-        found: Mapping[str, Any] = json.loads(text or "{}")
-        metrics = {str(k)[:200]: float(v) for k, v in found.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise ProtocolError("metrics are not a JSON object of numbers") from None
-    return {k: v for k, v in metrics.items() if not math.isnan(v)}
+        return json.loads(text or "{}")
+    except ValueError:
+        raise ProtocolError("metrics are not JSON") from None
+
+
+def _terms(text: str) -> Terms:
+    """What a script says of the run. Fields that this version does not know are left out."""
+    found = _json(text)
+    known = {f.name: f.default for f in fields(Terms)}
+    try:
+        assert isinstance(found, dict)
+        terms = Terms(**{name: value for name, value in found.items() if name in known})
+        assert terms.content in ("weights", "delta", "encoded") and terms.best_mode in ("min", "max")
+        assert isinstance(terms.strategy, str) and isinstance(terms.best_metric, str)
+        assert terms.patience is None or int(terms.patience) >= 1
+        assert float(terms.min_delta) >= 0
+    except (AssertionError, TypeError, ValueError):
+        raise ProtocolError("the terms of a registration cannot be read") from None
+    return terms
 
 
 def _parsed(kind: type[M], message: bytes) -> M:

@@ -1,0 +1,234 @@
+"""Strategies for boosted trees: the sites grow trees, the server puts them together. XGBoost is not needed here.
+
+Bagging ("boosting of forests"): every site boosts on the current global model, and all their new trees are appended,
+leaves scaled by the site's share of the examples, so that the round's step is the weighted mean of the sites' steps.
+Cyclic: in each round one site boosts, in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from fl_runtime.aggregation import ubjson
+from fl_runtime.aggregation.tree_document import (
+    NAMES,
+    TreeModel,
+    base_score,
+    check_tree,
+    scaled,
+    with_base_score,
+)
+from fl_runtime.errors import ProtocolError, UpdateRefusedError
+from fl_runtime.types import Aggregator, Allocate, Arrays, Content, Settings, Update
+
+ENCODING = "xgboost-trees"
+WEIGHT = "weight"
+"""Extra of a contribution to the initial model: the sum of the weights of the site's rows, float64[1]."""
+
+
+class TreeStrategy:
+    """What all strategies for trees have in common."""
+
+    content: ClassVar[Content] = "encoded"
+    initial: ClassVar[Literal["first", "all"]] = "all"
+    requires: frozenset[str] = frozenset({"trees"})
+
+    def check(self, update: Update) -> None:
+        """Every tree is read: one that is not sound would reach every other site."""
+        where = f"update of {update.site}, round {update.round}"
+        if (update.content, update.encoding) != ("encoded", ENCODING):
+            raise UpdateRefusedError(f"an update of content {update.content!r} where trees are wanted", where=where)
+        try:
+            model = TreeModel.from_arrays(update.arrays)
+            features = int(model.head["learner"]["learner_model_param"]["num_feature"])
+            groups = max(int(model.head["learner"]["learner_model_param"]["num_class"]), 1)
+            info, starts = list(model.model["tree_info"]), [int(at) for at in model.model["iteration_indptr"]]
+            if len(info) != len(model.trees) or not all(0 <= group < groups for group in info):
+                raise ProtocolError("its trees do not have a class each")
+            if starts[0] != 0 or starts != sorted(starts) or starts[-1] != len(info):
+                raise ProtocolError("its boosting rounds do not hold its trees")
+            for tree in model.trees:
+                check_tree(ubjson.loads(tree), features)
+            if update.round == 0 and not (np.isfinite(base_score(model.head)).all() and _weight(update) >= 0):
+                raise ProtocolError("its base score is not a number")
+        except (ProtocolError, UpdateRefusedError) as error:
+            raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise UpdateRefusedError("an update that holds no model of trees", where=where) from None
+
+    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
+        return "model.ubj", TreeModel.from_arrays(arrays).document()
+
+
+class TreeBagging(TreeStrategy):
+    """All sites' new trees, each with its site's share of the examples."""
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {}
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+        return _Appending(base, allocate) if base else _Beginning(allocate)
+
+
+class TreeCyclic(TreeStrategy):
+    """The trees of one site a round, the sites taking turns in their order; `turn` in the task says whose it is.
+
+    Should that site drop out of its round, the round adds nothing.
+    """
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+        return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
+
+
+class _Beginning:
+    """Round 0: the model without trees (or the one that all sites go on from) with a base score for all sites.
+
+    Its value is the mean of the sites' own, weighted by the weights of their rows: what XGBoost estimates on all
+    rows together for objectives whose base score is a mean.
+    """
+
+    def __init__(self, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._model: TreeModel | None = None
+        self._sum: list[float] = []
+        self._weight = 0.0
+        self._given = set[str]()
+
+    def add(self, update: Update) -> None:
+        model = TreeModel.from_arrays(update.arrays)
+        scores, weight = base_score(model.head), _weight(update)
+        if self._model is None:
+            self._model = TreeModel(model.head, tuple(bytes(tree) for tree in model.trees))
+            self._sum = [0.0] * len(scores)
+        if len(scores) != len(self._sum):
+            raise UpdateRefusedError(
+                f"a base score of {len(scores)} numbers, while others have {len(self._sum)}",
+                where=f"site {update.site}",
+                fix="use the same objective, and the same version of XGBoost on either side of 3.1, at every site",
+            )
+        self._sum = [total + score * weight for total, score in zip(self._sum, scores, strict=True)]
+        self._weight += weight
+        self._given.add(str(model.head["learner"]["learner_model_param"]["base_score"]))
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        assert self._model is not None
+        scores = base_score(self._model.head)
+        if len(self._given) > 1 and self._weight:
+            scores = [total / self._weight for total in self._sum]
+        model = TreeModel(with_base_score(self._model.head, scores), self._model.trees)
+        return _stored(model, self._allocate)
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """One site's part of a round."""
+
+    site: str
+    examples: int
+    model: TreeModel
+    trees: tuple[dict[str, Any], ...]
+
+
+class _Appending:
+    """The base model and the sites' new trees. only: takes those of this site alone."""
+
+    def __init__(self, base: Arrays, allocate: Allocate, only: str | None = None) -> None:
+        self._base, self._allocate, self._only = TreeModel.from_arrays(base), allocate, only
+        self._parts: list[_Grown] = []
+
+    def add(self, update: Update) -> None:
+        if self._only in (None, update.site):
+            model = TreeModel.from_arrays(update.arrays)
+            _check_same(self._base, model, update)
+            trees = tuple(ubjson.loads(tree) for tree in model.trees)
+            self._parts.append(_Grown(update.site, update.num_examples, model, trees))
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        total = sum(part.examples for part in self._parts)
+        shares = [part.examples / total for part in self._parts]
+        model, trees = dict(self._base.model), list(self._base.trees)
+        info, starts = list(model["tree_info"]), list(model["iteration_indptr"])
+        dart = self._base.weight_drop
+        weights = self._old_weights(shares)
+        for number in range(max((part.model.rounds for part in self._parts), default=0)):
+            for group, share, part, index in self._of_round(number, shares):
+                tree = part.trees[index] if dart is not None else scaled(part.trees[index], share)
+                if dart is not None:
+                    own = part.model.weight_drop or []
+                    weights.append(own[len(own) - len(part.trees) + index] * share)
+                trees.append(ubjson.dumps({**tree, "id": len(trees)}))
+                info.append(group)
+            starts.append(len(trees))
+        model |= {"tree_info": info, "iteration_indptr": starts}
+        model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
+        if self._parts and "cats" in model and not self._base.trees:
+            model["cats"] = self._parts[0].model.model["cats"]
+        grown = TreeModel(self._base.head, tuple(trees)).with_head(model, None if dart is None else weights)
+        return _stored(grown, self._allocate)
+
+    def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
+        """(class, share, part, index of the tree in it) of a local boosting round: by class, then by site."""
+        found = []
+        for share, part in zip(shares, self._parts, strict=True):
+            starts = part.model.model["iteration_indptr"]
+            if number + 1 < len(starts):
+                info = part.model.model["tree_info"]
+                found += [(int(info[i]), share, part, i) for i in range(int(starts[number]), int(starts[number + 1]))]
+        return sorted(found, key=lambda item: item[0])
+
+    def _old_weights(self, shares: list[float]) -> list[float]:
+        """dart lowers the weights of earlier trees when it adds one: the sites' mean."""
+        old = self._base.weight_drop or []
+        if not old or not self._parts:
+            return old
+        sums = np.zeros(len(old))
+        for share, part in zip(shares, self._parts, strict=True):
+            sums += share * np.array((part.model.weight_drop or [])[: len(old)])
+        return [float(weight) for weight in sums]
+
+
+def _check_same(base: TreeModel, grown: TreeModel, update: Update) -> None:
+    """What the handshake compared is still so: classes, features, kind of booster."""
+    for what, found, wanted in (
+        ("features", _param(grown, "num_feature"), _param(base, "num_feature")),
+        ("classes", _param(grown, "num_class"), _param(base, "num_class")),
+        ("booster", _booster(grown), _booster(base)),
+        ("weights", len(grown.weight_drop or []), len(base.weight_drop or []) + len(grown.trees) * _is_dart(base)),
+    ):
+        if found != wanted:
+            raise UpdateRefusedError(
+                f"an update with {what} {found} does not extend a model with {what} {wanted}",
+                where=f"site {update.site}, round {update.round}",
+                fix="train with the same parameters from the first round to the last",
+            )
+
+
+def _param(model: TreeModel, name: str) -> str:
+    return str(model.head["learner"]["learner_model_param"][name])
+
+
+def _booster(model: TreeModel) -> str:
+    return str(model.head["learner"]["gradient_booster"]["name"])
+
+
+def _is_dart(model: TreeModel) -> bool:
+    return model.weight_drop is not None
+
+
+def _weight(update: Update) -> float:
+    return float(update.extras[WEIGHT][0])
+
+
+def _stored(model: TreeModel, allocate: Allocate) -> tuple[Arrays, Arrays]:
+    arrays = model.to_arrays()
+    out, extras = allocate(arrays, {})
+    for name in NAMES:
+        out[name][...] = arrays[name]
+    return out, extras
