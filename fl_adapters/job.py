@@ -40,7 +40,8 @@ class Job(BaseModel):
     late: "drop" an update that comes after its round, or "carry" it into the next.
     every, exchange, keep_local, optimizer_state: see the adapters' arguments; the script's own arguments win.
     initial: a safetensors file with the first global weights; None takes the first site's.
-    best_metric, best_mode: which round is the best one; the script's own early stopping may say. seed: of whatever the run draws.
+    best_metric, best_mode: which round is the best one; the script's own early stopping may say.
+    seed: of whatever the run draws.
     filters, exact_restart: reserved, refused by this version.
     """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class TreeModel:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ProtocolError("these arrays hold no model of trees") from None
         data = np.ascontiguousarray(trees).data
-        return cls(document, tuple(data[a:b] for a, b in zip(cuts, cuts[1:], strict=False)))
+        return cls(document, tuple(data[a:b] for a, b in pairwise(cuts)))
 
     def to_arrays(self) -> dict[str, Array]:
         head = np.frombuffer(ubjson.dumps(self.head), np.uint8)

@@ -96,8 +96,8 @@ def check_capabilities(registrations: Mapping[str, Registration], strategy: str,
         missing = requires - registration.capabilities - weights
         if missing:
             raise HandshakeError(
-                f"the strategy {strategy} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} "
-                "does not have",
+                f"the strategy {strategy} needs the capability {', '.join(sorted(missing))}, "
+                f"which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
                 fix="choose another strategy, or an adapter and version that support it",
             )

@@ -7,7 +7,8 @@ import time
 from fl_runtime.aggregation.metrics import from_json
 from fl_runtime.server.members import Registration
 from fl_runtime.server.results import RoundResult
-from fl_runtime.server.run import Accepted, Model, OpenRound, Run
+from fl_runtime.server.run import Run
+from fl_runtime.server.state import Accepted, Model, OpenRound
 from fl_runtime.store.journal import ModelEntry, UpdateEntry
 from fl_runtime.types import Update
 

@@ -11,7 +11,8 @@ from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
-from fl_runtime.server.run import Accepted, Model, OpenRound, Run
+from fl_runtime.server.run import Run
+from fl_runtime.server.state import Accepted, Model, OpenRound
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.store.tensorfile import read_tensors

@@ -9,9 +9,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics import plain, to_json
@@ -21,68 +20,13 @@ from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.scores import Scores
 from fl_runtime.server.spool import Spool
+from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, Status
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal, ModelEntry, UpdateEntry
 from fl_runtime.types import Metrics, Report, RunSettings, Settings, Strategy, TaskKind, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
-
-Phase = Literal["joining", "initial", "training", "final", "done", "failed"]
-Status = Literal["used", "late", "carried", "duplicate"]
-
-
-@dataclass
-class Model:
-    """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
-
-    messages: whole task messages of a small model, so that it is encoded once for all sites.
-    """
-
-    entry: ModelEntry
-    blob: Blob
-    leases: int = 0
-    retired: bool = False
-    messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
-
-    @property
-    def version(self) -> int:
-        return self.entry.version
-
-
-@dataclass(frozen=True)
-class Accepted:
-    update: Update
-    blob: Blob
-    digest: bytes
-
-
-@dataclass
-class OpenRound:
-    """The round under way. bytes_down, bytes_up: per site, as counted by the service.
-
-    closing: it takes no more updates; the last of them are being summed.
-    """
-
-    round: int
-    participants: list[str]
-    config: Settings
-    began: float
-    accepted: dict[str, Accepted] = field(default_factory=dict)
-    bytes_down: dict[str, int] = field(default_factory=dict)
-    bytes_up: dict[str, int] = field(default_factory=dict)
-    closing: bool = False
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A task for one site. `model` is leased: whoever takes the offer calls Run.release(model)."""
-
-    kind: TaskKind
-    round: int
-    config: Settings
-    model: Model | None
-    layout_known: bool
 
 
 class Run:
@@ -405,11 +349,12 @@ class Run:
 
     def _stop_out_of_patience(self, version: int) -> None:
         terms, newest = self.terms, self.model.version if self.model else 0
-        if terms.patience and version == newest and self.rounds is not None and version < self.rounds:
-            if self.scores.patience_spent(version, terms.patience, terms.min_delta):
-                self.rounds = version
-                self.journal.agreed(version, terms)
-                self.changed.notify_all()
+        if not terms.patience or version != newest or self.rounds is None or version >= self.rounds:
+            return
+        if self.scores.patience_spent(version, terms.patience, terms.min_delta):
+            self.rounds = version
+            self.journal.agreed(version, terms)
+            self.changed.notify_all()
 
     def drop_open(self) -> None:
         """The open round is not needed any more."""

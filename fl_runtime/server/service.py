@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError, Message
 from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server.members import Registration
-from fl_runtime.server.run import Offer, Run
+from fl_runtime.server.run import Run
 from fl_runtime.server.spool import Transfer
+from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Report, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
