@@ -28,8 +28,9 @@ def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[s
 
 
 def plain(metrics: Mapping[str, float | Summary]) -> dict[str, float]:
-    """The site's own values."""
-    return {name: m.value if isinstance(m, Summary) else m for name, m in metrics.items()}
+    """The site's own values, where it has them."""
+    values = {name: m.value if isinstance(m, Summary) else m for name, m in metrics.items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def to_json(metrics: Mapping[str, float | Summary]) -> dict[str, Any]:
@@ -37,13 +38,13 @@ def to_json(metrics: Mapping[str, float | Summary]) -> dict[str, Any]:
 
 
 def from_json(fields: object) -> dict[str, float | Summary]:
-    """What `to_json` wrote, NaN left out. ProtocolError for anything else."""
+    """What `to_json` wrote; plain numbers that are NaN are left out. ProtocolError for anything else."""
     try:
         assert isinstance(fields, dict)
         found = {str(k)[:200]: _summary(v) if isinstance(v, dict) else float(v) for k, v in fields.items()}
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
         raise ProtocolError("metrics are not a JSON object of numbers and summaries") from None
-    return {k: v for k, v in found.items() if not math.isnan(v.value if isinstance(v, Summary) else v)}
+    return {k: v for k, v in found.items() if isinstance(v, Summary) or not math.isnan(v)}
 
 
 def area_under_curve(histogram: Mapping[int, tuple[float, float]]) -> float:
@@ -83,6 +84,7 @@ def _pooled(parts: list[Summary]) -> float | None:
     if kind in ("auc", "aucpr"):
         value = (area_under_curve if kind == "auc" else area_under_precision_recall)(_merged(parts))
         return None if math.isnan(value) else value
+    parts = [part for part in parts if not math.isnan(part.value)]
     weight = sum(part.weight for part in parts)
     if not weight:
         return None

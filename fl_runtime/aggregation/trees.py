@@ -168,8 +168,6 @@ class _Appending:
             starts.append(len(trees))
         model |= {"tree_info": info, "iteration_indptr": starts}
         model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
-        if self._parts and "cats" in model and not self._base.trees:
-            model["cats"] = self._parts[0].model.model["cats"]
         grown = TreeModel(self._base.head, tuple(trees)).with_head(model, None if dart is None else weights)
         return _stored(grown, self._allocate)
 

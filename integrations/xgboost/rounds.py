@@ -1,0 +1,130 @@
+"""The rounds of one booster in the modes bagging and cyclic: what goes out, what comes in, when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import xgboost
+
+from fl_adapters.session import Session
+from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.aggregation.trees import ENCODING
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Task, Terms
+
+from . import model
+from .call import Mode, TrainCall, agreement
+
+FRAMEWORK = "xgboost"
+
+
+class TreeRounds:
+    """Where one training stands in its run.
+
+    boosts: boosting rounds between two exchanges. rounds: of the run. round: the one under way. over: the final model
+    has arrived. Iterations are counted over all rounds, from 0, in those that this run adds.
+    """
+
+    def __init__(self, session: Session, call: TrainCall, mode: Mode) -> None:
+        self.session, self.call, self.mode = session, call, mode
+        every = session.settings.every
+        self.boosts = every.epochs or every.steps or 1
+        self.rounds, self.round, self.over = 0, 0, False
+        self.first = 0  # boosting rounds of `xgb_model`
+        self.joined_at = 0  # the first iteration of the round in which this process came to the run
+        self._mine = True
+
+        self._loaded = TreeModel({})
+
+    @property
+    def strategy(self) -> str:
+        return f"tree-{self.mode}"
+
+    @property
+    def begun(self) -> int:
+        """The first iteration of the round under way."""
+        return (self.round - 1) * self.boosts
+
+    @property
+    def ends(self) -> int:
+        """The iteration that the round under way ends before; a script's own budget may cut the last round short."""
+        end = self.round * self.boosts
+        return end if self.session.settings.rounds else min(end, self.call.num_boost_round)
+
+    @property
+    def grows(self) -> bool:
+        """Whether this site adds trees in the round under way."""
+        return self._mine
+
+    def begin(self, booster: xgboost.Booster, terms: Terms, *, evaluates: bool) -> None:
+        """The handshake, and the first global model into the booster."""
+        call, session = self.call, self.session
+        start = model.initial_model(call)
+        self.first = start.rounds
+        self.rounds = session.register(
+            model.EMPTY,
+            agreement=agreement(call, start.head) | {"every": f"{self.boosts} boosting rounds"},
+            rounds=-(-call.num_boost_round // self.boosts),
+            evaluates=evaluates,
+            capabilities=frozenset({"trees"}),
+            terms=terms,
+            encoding=ENCODING,
+        )
+        self._take(booster, session.start(start.to_arrays, model.weight_extra(call.dtrain)))
+        self.joined_at = self.begun
+
+    def exchange(self, booster: xgboost.Booster) -> None:
+        """The end of a round: this site's new trees out, the new global model into the booster."""
+        call = self.call
+        grown = model.grown_since(booster, self._loaded.rounds, mask=call.mask_statistics)
+        task = self.session.exchange(
+            grown.to_arrays(),
+            num_examples=call.options.num_examples or call.dtrain.num_row(),
+            local_steps=grown.rounds,
+            metrics={},
+        )
+        self._take(booster, task)
+
+    def discard(self, booster: xgboost.Booster) -> None:
+        """Take back what XGBoost has grown in a round that is not this site's."""
+        model.load(booster, self._loaded, self.call)
+
+    def next_task(self, booster: xgboost.Booster) -> None:
+        """Without an update: the run is known to end here."""
+        self._take(booster, self.session.next_task())
+
+    def finish(self, booster: xgboost.Booster, *, scored: bool) -> None:
+        """Leave the run, writing the results where this site does so. The booster holds the final model again."""
+        self.session.finish(
+            export=lambda folder: model.export(booster, folder),
+            load=(lambda arrays: model.load(booster, TreeModel.from_arrays(arrays), self.call)) if scored else None,
+        )
+
+    def _take(self, booster: xgboost.Booster, task: Task) -> None:
+        loaded = TreeModel.from_arrays(task.arrays)
+        model.load(booster, loaded, self.call)
+        self.round, self.over = task.round, task.kind == "final"
+        self._loaded = loaded
+        self._mine = task.config.get("turn", self.session.name) == self.session.name
+
+
+@contextmanager
+def leaving_on_error(session: Session) -> Iterator[None]:
+    """An error ends this site's part in the run at once, not only when the process ends."""
+    try:
+        yield
+    except BaseException as error:
+        session.leave(f"{type(error).__name__}: {error}")
+        raise
+
+
+def check_budget(rounds: TreeRounds) -> None:
+    """ConfigError where a plain `xgboost.train` would stop before the last round."""
+    given, wanted = rounds.call.num_boost_round, rounds.session.settings.rounds
+    if wanted and given < wanted * rounds.boosts:
+        raise ConfigError(
+            f"num_boost_round={given} ends before the job's {wanted} rounds of {rounds.boosts} boosting rounds",
+            where="xgboost.train",
+            fix=f"pass num_boost_round={wanted * rounds.boosts}: training stops after the last round",
+        )
