@@ -35,7 +35,6 @@ class TreeStrategy:
 
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
-    requires: frozenset[str] = frozenset({"trees"})
 
     def check(self, update: Update) -> None:
         """Every tree is read: one that is not sound would reach every other site."""
@@ -67,6 +66,8 @@ class TreeStrategy:
 class TreeBagging(TreeStrategy):
     """All sites' new trees, each with its site's share of the examples."""
 
+    requires: frozenset[str] = frozenset({"tree-bagging"})
+
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}
 
@@ -79,6 +80,8 @@ class TreeCyclic(TreeStrategy):
 
     Should that site drop out of its round, the round adds nothing.
     """
+
+    requires: frozenset[str] = frozenset({"tree-cyclic"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}

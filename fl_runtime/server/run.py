@@ -199,7 +199,7 @@ class Run:
             return None
         if self._wants_initial(member.name):
             return Offer("initial", 0, {}, None, True)
-        if self.phase == "training" and self.open and not self.open.closing and member.name not in self.open.accepted:
+        if self._collecting() and self.open and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
             if self.open.round == 0:
@@ -212,6 +212,12 @@ class Run:
         if self.phase in ("final", "done") and not best:
             return self._leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
+
+    def _collecting(self) -> bool:
+        """The open round takes updates: it is not closing, and the run does not end before it."""
+        if self.phase != "training" or self.open is None or self.open.closing:
+            return False
+        return self.rounds is None or self.open.round <= self.rounds
 
     def _leased(self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member) -> Offer:
         assert model is not None
@@ -243,6 +249,8 @@ class Run:
             if round == 0 and (self.open is None or self.open.round != 0):
                 return "duplicate"  # the initial model is there, or another site's is wanted
             if self.open is None or (round < self.open.round and self.settings.late == "drop"):
+                return "late"
+            if not self._collecting():  # the run ends before this round
                 return "late"
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")

@@ -67,7 +67,7 @@ class TreeRounds:
             agreement=agreement(call, start.head) | {"every": f"{self.boosts} boosting rounds"},
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
-            capabilities=frozenset({"trees"}),
+            capabilities=frozenset({self.strategy}),
             terms=terms,
             encoding=ENCODING,
         )

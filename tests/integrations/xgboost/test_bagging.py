@@ -81,7 +81,7 @@ def federated(mode: str, kind: str, rounds: int, **options: Any) -> tuple[list[b
                 params, data, rounds, obj=obj, mode=mode, kit=place.kit, callbacks=[keepers[place.name]], **options
             )
 
-        boosters = federation.run(site)
+        boosters = federation.run(site, timeout_s=40)
         federation.result()
     models = {name: keeper.models for name, keeper in keepers.items()}
     assert all(kept == models["site-1"] for kept in models.values())

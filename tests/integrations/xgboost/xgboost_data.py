@@ -35,9 +35,8 @@ def matrix(index: int | None, label: Any = BINARY, x: Any = X, **columns: Any) -
     """One site's data; None: all rows."""
     mine = slice(None) if index is None else rows(index)
     part = x.iloc[mine] if hasattr(x, "iloc") else x[mine]
-    return xgboost.DMatrix(
-        part, label[mine], **{k: v[mine] if hasattr(v, "__len__") else v for k, v in columns.items()}
-    )
+    columns = {name: value[mine] if isinstance(value, np.ndarray) else value for name, value in columns.items()}
+    return xgboost.DMatrix(part, label[mine], **columns)
 
 
 def document(federation: Any) -> bytearray:
