@@ -26,6 +26,7 @@ from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters import apply
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
+from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Arrays, Content, Filter, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
@@ -180,6 +181,10 @@ class Session:
         """`report`, then wait for the other sites: (metrics of all together, whether the run ends with this model)."""
         report = Report(self.job, self._current().version, self.name, metrics, num_examples)
         return self._client.report(report, wait=True)
+
+    def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
+        """Streams to other sites through the server; the caller closes it."""
+        return self._client.tunnel(accept, lost)
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""

@@ -27,6 +27,7 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Call, Transport
+from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
@@ -153,6 +154,10 @@ class SiteClient:
         )
         reply = self._unary("Score", request, pb.ScoreReply)
         return json.loads(reply.metrics_json or "{}"), reply.stop
+
+    def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
+        """Streams to other sites, in a call of their own; see Tunnel. The caller closes it."""
+        return Tunnel(self._transport, self._session, accept, lost)
 
     def leave(self, reason: str, *, early: bool) -> None:
         """End the attempt. Errors are logged and not raised: there is nothing left to do about them."""

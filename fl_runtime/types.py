@@ -175,7 +175,10 @@ class Aggregator(Protocol):
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:
-        """(arrays, extras) of the next global model, in the buffers that the strategy was given."""
+        """(arrays, extras) of the next global model, in the buffers that the strategy was given.
+
+        Raises RoundFailedError where these updates come to nothing: the round is opened again.
+        """
         ...
 
 

@@ -8,7 +8,7 @@ from fl_runtime.aggregation.metrics import from_json
 from fl_runtime.server.members import Registration
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.state import Accepted, Model, OpenRound
+from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.journal import ModelEntry, UpdateEntry
 from fl_runtime.types import Update
 
@@ -49,7 +49,8 @@ def _models_and_rounds(run: Run) -> None:
                 run.scores.settle(result.round)
         else:
             config = dict(run.strategy.configure(entry.round, entry.participants))
-            run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic())
+            stage = stage_of(run.journal.repeats(entry.round))
+            run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic(), stage)
             for update in run.journal.updates(entry.round):
                 run.open.accepted[update.site] = _accepted(run, update)
     if models:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
-from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
+from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.state import Accepted, Model, OpenRound
+from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
@@ -20,6 +20,8 @@ from fl_runtime.types import Arrays
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
+
+_TRIES = 4  # at a round that comes to nothing
 
 
 def drive(run: Run) -> None:
@@ -137,10 +139,24 @@ def _round(run: Run, number: int) -> None:
         summing.give_up()
         run.drop_open()
         return
-    blob = summing.finish()
+    try:
+        blob = summing.finish()
+    except RoundFailedError as error:
+        summing.give_up()
+        _again(run, current, error)
+        return
     digests = blob.manifest.digests_of_payload(blob.buffer)
     with run.lock:
         _commit(run, current, blob, digests)
+
+
+def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
+    """The round is opened again, with whoever is there then; a few times."""
+    failed = run.journal.repeats(current.round) + 1
+    log.warning("round %s has come to nothing: %s", current.round, error.what)
+    if failed == _TRIES:
+        raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)
+    run.drop_open(again=failed)
 
 
 def _open(run: Run, number: int) -> OpenRound:
@@ -152,7 +168,8 @@ def _open(run: Run, number: int) -> OpenRound:
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
         config = dict(run.strategy.configure(number, participants))
-        run.open = OpenRound(number, participants, config, time.monotonic())
+        tries = run.journal.repeats(number)
+        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries))
         run.journal.round_opened(number, tuple(participants), time.time())
     if number > 0:
         run.events.emit("round_started", number, sites=list(run.open.participants))

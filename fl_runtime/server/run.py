@@ -203,8 +203,9 @@ class Run:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
             if self.open.round == 0:
-                return Offer("initial", 0, self.open.config, None, True)
-            return self._leased("train", self.open.round, self.open.config, self.model, member)
+                return Offer("initial", 0, self.open.config, None, True, self.open.stage)
+            stage = self.open.stage
+            return self._leased("train", self.open.round, self.open.config, self.model, member, stage)
         if self.phase == "done" and best:
             assert self.best is not None
             metrics = self.scores.of(self.best.version)
@@ -219,17 +220,24 @@ class Run:
             return False
         return self.rounds is None or self.open.round <= self.rounds
 
-    def _leased(self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member) -> Offer:
+    def _leased(
+        self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = ""
+    ) -> Offer:
         assert model is not None
         model.leases += 1
         layout = model.blob.manifest.layout
         known = layout in member.layouts
         member.layouts.add(layout)
-        return Offer(kind, round, config, model, known)
+        return Offer(kind, round, config, model, known, stage)
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
-    def admit(self, name: str, attempt: int, round: int, digest: bytes, num_examples: int) -> Status | None:
+    def check_attempt(self, name: str, attempt: int) -> None:
+        """Raises for a caller who is an outlived attempt, and when the run failed."""
+        with self.lock:
+            self._member(name, attempt)
+
+    def admit(self, name: str, attempt: int, round: int, stage: str, num_examples: int) -> Status | None:
         """Before the bytes of an update: None to send them, or what it counts as without them."""
         with self.lock:
             self._member(name, attempt)
@@ -250,8 +258,8 @@ class Run:
                 return "duplicate"  # the initial model is there, or another site's is wanted
             if self.open is None or (round < self.open.round and self.settings.late == "drop"):
                 return "late"
-            if not self._collecting():  # the run ends before this round
-                return "late"
+            if not self._collecting() or (round == self.open.round and stage != self.open.stage):
+                return "late"  # the run ends before this round, or it has been opened again
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")
             return "duplicate" if name in self.open.accepted else None
@@ -261,7 +269,7 @@ class Run:
         refused, late or a duplicate, in which case the blob is freed."""
         with self.lock:
             try:
-                status = self.admit(update.site, update.attempt, update.round, digest, update.num_examples)
+                status = self.admit(update.site, update.attempt, update.round, update.stage, update.num_examples)
             except FederationError:
                 self.blobs.free(blob)
                 raise
@@ -364,14 +372,15 @@ class Run:
             self.journal.agreed(version, terms)
             self.changed.notify_all()
 
-    def drop_open(self) -> None:
-        """The open round is not needed any more."""
+    def drop_open(self, again: int = 0) -> None:
+        """The open round is not needed any more, or is to be opened again, for the `again`th time."""
         with self.lock:
             assert self.open is not None
-            self.journal.round_dropped(self.open.round)
+            self.journal.round_dropped(self.open.round, again)
             self.events.emit("round_dropped", self.open.round)
-            for accepted in self.open.accepted.values():
+            for name, accepted in self.open.accepted.items():
                 self.blobs.free(accepted.blob)
+                self.last_used[name] = self.open.round - 1
             self.open = None
 
     def evaluators(self) -> set[str]:

@@ -19,7 +19,7 @@ from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings
 
-_THREADS_PER_SITE = 3  # presence, a waiting Next, and the call of an attempt that takes over
+_THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
 _SPARE_THREADS = 8
 _GRACE_S = 0.5
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server.members import Registration
+from fl_runtime.server.relay import Relay, first_part
 from fl_runtime.server.run import Run
 from fl_runtime.server.spool import Transfer
 from fl_runtime.server.state import Offer
@@ -35,6 +36,7 @@ class FederationService:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._relay = Relay()
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,
@@ -43,6 +45,7 @@ class FederationService:
             "Submit": self._submit,
             "Score": self._score,
             "Leave": self._leave,
+            "Tunnel": self._tunnel,
         }
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -100,6 +103,11 @@ class FederationService:
         self._run.leave(peer.name, request.session.attempt, request.reason[:500], early=request.early)
         yield pb.Done().SerializeToString()
 
+    def _tunnel(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The streams of one site, until its call ends."""
+        self._run.check_attempt(peer.name, first_part(requests).session.attempt)
+        yield from self._relay.serve(peer.name, requests, peer.when_gone)
+
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -124,14 +132,18 @@ class FederationService:
 
     def _messages(self, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
         header = pb.TaskHeader(
-            job=self._run.settings.name, round=offer.round, kind=offer.kind, config_json=json.dumps(dict(offer.config))
+            job=self._run.settings.name,
+            round=offer.round,
+            stage=offer.stage,
+            kind=offer.kind,
+            config_json=json.dumps(dict(offer.config)),
         )
         if offer.model is None:
             yield pb.TaskPart(task=header).SerializeToString()
             return
         blob, entry, ready = offer.model.blob, offer.model.entry, offer.model.messages
         known = offer.layout_known and entry.layout in request.layouts
-        key = (offer.kind, header.config_json, known)
+        key = (offer.kind + offer.stage, header.config_json, known)
         if key in ready:
             yield ready[key]
             return
@@ -154,7 +166,7 @@ class FederationService:
         header = _parsed(pb.UpdatePart, first).update
         name, attempt, payload = peer.name, header.session.attempt, header.payload
         digest = frames.payload_digest(payload)
-        status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
+        status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
             facts = _update_fields(header)
             transfer = self._run.spool.begin(name, digest, self._manifest(payload), payload.digests)

@@ -42,13 +42,15 @@ class Accepted:
 class OpenRound:
     """The round under way. bytes_down, bytes_up: per site, as counted by the service.
 
-    closing: it takes no more updates; the last of them are being summed.
+    closing: it takes no more updates; the last of them are being summed. stage: "" for the first try at the round,
+    then "2", "3".
     """
 
     round: int
     participants: list[str]
     config: Settings
     began: float
+    stage: str = ""
     accepted: dict[str, Accepted] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
@@ -64,3 +66,9 @@ class Offer:
     config: Settings
     model: Model | None
     layout_known: bool
+    stage: str = ""
+
+
+def stage_of(failed_tries: int) -> str:
+    """What tells the tries at a round apart: "" for the first."""
+    return str(failed_tries + 1) if failed_tries else ""

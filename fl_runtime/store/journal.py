@@ -129,8 +129,17 @@ class Journal:
     def round_opened(self, round: int, participants: tuple[str, ...], at: float) -> None:
         self._run("INSERT OR REPLACE INTO round VALUES (?, ?, ?, NULL)", round, json.dumps(participants), at)
 
-    def round_dropped(self, round: int) -> None:
-        self._run("DELETE FROM round WHERE round=?", round)
+    def round_dropped(self, round: int, again: int) -> None:
+        """An open round is gone. again: how many times it has come to nothing, 0 where it will not be opened again."""
+        with self._mapped_errors(), self._transaction():
+            self._db.execute("DELETE FROM round WHERE round=?", (round,))
+            self._db.execute("DELETE FROM update_ WHERE round=?", (round,))
+            self._put("repeats", json.dumps([round, again]))
+
+    def repeats(self, round: int) -> int:
+        """How many times this round has come to nothing."""
+        value = json.loads(self._get("repeats") or "[0, 0]")
+        return int(value[1]) if value[0] == round else 0
 
     def accepted(self, entry: UpdateEntry) -> None:
         """The site's newest update. It stays on record when its round is closed, so that it counts only once."""

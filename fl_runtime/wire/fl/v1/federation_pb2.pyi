@@ -257,29 +257,23 @@ class ScoreReply(_message.Message):
     stop: bool
     def __init__(self, metrics_json: _Optional[str] = ..., stop: bool = ...) -> None: ...
 
-class TunnelOpen(_message.Message):
-    __slots__ = ("session", "peer", "name")
+class TunnelPart(_message.Message):
+    __slots__ = ("session", "peer", "stream", "opened", "credit", "closed", "data")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    session: Session
-    peer: str
-    name: str
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., peer: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
-
-class TunnelPart(_message.Message):
-    __slots__ = ("open", "credit", "closed", "ready", "data")
-    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
-    READY_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    open: TunnelOpen
+    session: Session
+    peer: str
+    stream: str
+    opened: str
     credit: int
     closed: bool
-    ready: bool
     data: bytes
-    def __init__(self, open: _Optional[_Union[TunnelOpen, _Mapping]] = ..., credit: _Optional[int] = ..., closed: bool = ..., ready: bool = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., peer: _Optional[str] = ..., stream: _Optional[str] = ..., opened: _Optional[str] = ..., credit: _Optional[int] = ..., closed: bool = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("session", "reason", "early")
