@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fl_runtime.aggregation.fedavg import FedAvg
-from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic
+from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Strategy
 
-__all__ = ["FedAvg", "TreeBagging", "TreeCyclic", "known_strategies", "make_strategy"]
+__all__ = ["FedAvg", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
 
 
 def known_strategies() -> tuple[str, ...]:
     """The names that `--strategy` and `Job(strategy=...)` take."""
-    return ("fedavg", "tree-bagging", "tree-cyclic")
+    return ("fedavg", "tree-bagging", "tree-cyclic", "tree-histogram")
 
 
 def make_strategy(spec: str) -> Strategy:
@@ -27,5 +27,7 @@ def make_strategy(spec: str) -> Strategy:
             return TreeBagging()
         case "tree-cyclic":
             return TreeCyclic()
+        case "tree-histogram":
+            return TreeHistogram()
         case _:
             return FedAvg()

@@ -2,11 +2,12 @@
 
 Bagging ("boosting of forests"): every site boosts on the current global model, and all their new trees are appended,
 leaves scaled by the site's share of the examples, so that the round's step is the weighted mean of the sites' steps.
-Cyclic: in each round one site boosts, in turn.
+Cyclic: in each round one site boosts, in turn. Histogram: the sites grow the same trees together.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from fl_runtime.aggregation import ubjson
+from fl_runtime.aggregation.quantiles import Summary, merged
 from fl_runtime.aggregation.tree_document import (
     NAMES,
     TreeModel,
@@ -22,10 +24,13 @@ from fl_runtime.aggregation.tree_document import (
     scaled,
     with_base_score,
 )
-from fl_runtime.errors import ProtocolError, UpdateRefusedError
+from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Arrays, Content, Settings, Update
 
 ENCODING = "xgboost-trees"
+FAILED = "fl_adapters.failed"
+"""Attribute of a model whose site could not complete the round: why."""
+
 WEIGHT = "weight"
 """Extra of a contribution to the initial model: the sum of the weights of the site's rows, float64[1]."""
 
@@ -90,6 +95,30 @@ class TreeCyclic(TreeStrategy):
         return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
 
 
+class TreeHistogram(TreeStrategy):
+    """The sites have grown the same trees together, by summing histograms among themselves; the server keeps them.
+
+    `members` in a task are the sites that do so in its round. Where one of them does not complete it, nobody's trees
+    count and the round is opened again. The initial model brings cut points made of all sites' quantile summaries.
+    """
+
+    requires: frozenset[str] = frozenset({"tree-histogram"})
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {"members": list(sites)} if round > 0 else {}
+
+    def check(self, update: Update) -> None:
+        super().check(update)
+        if update.round == 0:
+            try:
+                Summary.from_arrays(update.extras)
+            except ProtocolError as error:
+                raise UpdateRefusedError(error.what, where=f"update of {update.site}, round 0") from None
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+        return _Together(base, allocate, config["members"]) if base else _BeginningWithCuts(allocate)
+
+
 class _Beginning:
     """Round 0: the model without trees (or the one that all sites go on from) with a base score for all sites.
 
@@ -126,7 +155,59 @@ class _Beginning:
         if len(self._given) > 1 and self._weight:
             scores = [total / self._weight for total in self._sum]
         model = TreeModel(with_base_score(self._model.head, scores), self._model.trees)
-        return _stored(model, self._allocate)
+        return _stored(model, self._allocate, self._more())
+
+    def _more(self) -> Arrays:
+        return {}
+
+
+class _BeginningWithCuts(_Beginning):
+    def __init__(self, allocate: Allocate) -> None:
+        super().__init__(allocate)
+        self._summaries: list[Summary] = []
+
+    def add(self, update: Update) -> None:
+        super().add(update)
+        self._summaries.append(Summary.from_arrays({name: np.copy(array) for name, array in update.extras.items()}))
+
+    def _more(self) -> Arrays:
+        return merged(self._summaries)
+
+
+class _Together:
+    """All members' trees, which must be the same."""
+
+    def __init__(self, base: Arrays, allocate: Allocate, members: Sequence[str]) -> None:
+        self._base, self._allocate, self._members = base, allocate, members
+        self._complete: dict[str, bytes] = {}
+        self._first: Update | None = None
+        self._failures: list[str] = []
+
+    def add(self, update: Update) -> None:
+        model = TreeModel.from_arrays(update.arrays)
+        error = model.head["learner"]["attributes"].get(FAILED)
+        if error is not None:
+            self._failures.append(f"{update.site}: {error[:200]}")
+        elif update.site in self._members:
+            self._complete[update.site] = hashlib.sha256(b"".join(model.trees)).digest()
+            self._first = self._first or update
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        missing = [name for name in self._members if name not in self._complete]
+        if missing or self._first is None:
+            raise RoundFailedError(
+                "the histograms were not summed to the end; without trees: " + ", ".join(missing),
+                where="; ".join(self._failures),
+                fix="look at the logs of these sites",
+            )
+        if len(set(self._complete.values())) > 1:
+            raise RoundFailedError(
+                "the sites have grown different trees of the same histograms",
+                fix="use the same version of XGBoost and the same parameters at every site",
+            )
+        appending = _Appending(self._base, self._allocate, only=self._first.site)
+        appending.add(self._first)
+        return appending.result()
 
 
 @dataclass(frozen=True)
@@ -144,6 +225,7 @@ class _Appending:
 
     def __init__(self, base: Arrays, allocate: Allocate, only: str | None = None) -> None:
         self._base, self._allocate, self._only = TreeModel.from_arrays(base), allocate, only
+        self._kept = {name: array for name, array in base.items() if name not in NAMES}
         self._parts: list[_Grown] = []
 
     def add(self, update: Update) -> None:
@@ -172,7 +254,7 @@ class _Appending:
         model |= {"tree_info": info, "iteration_indptr": starts}
         model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
         grown = TreeModel(self._base.head, tuple(trees)).with_head(model, None if dart is None else weights)
-        return _stored(grown, self._allocate)
+        return _stored(grown, self._allocate, self._kept)
 
     def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
         """(class, share, part, index of the tree in it) of a local boosting round: by class, then by site."""
@@ -227,9 +309,9 @@ def _weight(update: Update) -> float:
     return float(update.extras[WEIGHT][0])
 
 
-def _stored(model: TreeModel, allocate: Allocate) -> tuple[Arrays, Arrays]:
-    arrays = model.to_arrays()
+def _stored(model: TreeModel, allocate: Allocate, more: Arrays) -> tuple[Arrays, Arrays]:
+    arrays = {**model.to_arrays(), **more}
     out, extras = allocate(arrays, {})
-    for name in NAMES:
-        out[name][...] = arrays[name]
+    for name, array in arrays.items():
+        out[name][...] = array
     return out, extras

@@ -1,18 +1,59 @@
-"""Training in the modes bagging and cyclic: XGBoost's own loop, with an exchange after every round's boosting."""
+"""The loop of `train`: XGBoost's own, with trees from this site or from all, and an exchange after each round."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import xgboost
 
 from fl_adapters.session import Session
+from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.types import Arrays
 
 from .call import Mode, TrainCall
-from .model import SEEDING, released
+from .model import SEEDING, grown_since, released
 from .rounds import TreeRounds
 from .scores import Evaluation, Log, Stopping, record, stopping_of
 
 
-def train(session: Session, call: TrainCall, mode: Mode, log: Log) -> xgboost.Booster:
+class Grower(Protocol):
+    """Where the trees of a round come from.
+
+    more: empty arrays that travel beside a model. extras: this site's part in the initial model.
+    """
+
+    more: Arrays
+    extras: Arrays
+
+    def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
+        """The new trees of the round under way. The booster holds the global model, and may be changed."""
+        ...
+
+    def close(self, *, gently: bool) -> None:
+        """gently: the last round is done."""
+        ...
+
+
+class OwnTrees:
+    """Bagging and cyclic: trees of this site's rows."""
+
+    def __init__(self, call: TrainCall) -> None:
+        self.more: Arrays = {}
+        self.extras: Arrays = {}
+        self._call = call
+
+    def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
+        if not rounds.mine:
+            return rounds.nothing
+        for iteration in range(rounds.begun, rounds.ends):
+            booster.update(self._call.dtrain, iteration, fobj=self._call.obj)
+        return grown_since(booster, rounds.loaded.rounds, mask=self._call.mask_statistics)
+
+    def close(self, *, gently: bool) -> None:
+        pass
+
+
+def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Log) -> xgboost.Booster:
     """The final global model. log: gets the metrics of all sites together, a number per round."""
     booster = call.booster(SEEDING)
     evaluation = Evaluation.of(call)
@@ -21,30 +62,29 @@ def train(session: Session, call: TrainCall, mode: Mode, log: Log) -> xgboost.Bo
     stopping, callbacks = stopping_of(call, names)
     rounds = TreeRounds(session, call, mode)
     terms = (stopping or Stopping("loss", False)).terms(rounds.strategy, rounds.boosts)
-    rounds.begin(booster, terms, evaluates=bool(names))
+    rounds.begin(booster, terms, evaluates=bool(names), more=grower.more, extras=grower.extras)
     for callback in callbacks:
         booster = callback.before_training(booster)
     while not rounds.over:
-        iteration = max(rounds.ends - 1, rounds.begun)
-        if True in [c.before_iteration(booster, rounds.begun, log) for c in callbacks]:  # all of them are called
+        first, last = rounds.begun, max(rounds.ends - 1, rounds.begun)
+        if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # all of them are called
             break
-        if rounds.grows:
-            for number in range(rounds.begun, rounds.ends):
-                booster.update(call.dtrain, number, fobj=call.obj)
-        rounds.exchange(booster)
+        if not rounds.exchange(booster, grower.grow(booster, rounds), grower.more):
+            continue  # the round has come to nothing, and is opened again
         if names:
-            together, stops = session.report_together(evaluation.summaries(booster, iteration), evaluation.examples)
+            together, stops = session.report_together(evaluation.summaries(booster, last), evaluation.examples)
             record(log, together, names)
             if stops and not rounds.over:
                 rounds.next_task(booster)
-        if True in [c.after_iteration(booster, iteration, log) for c in callbacks] and not rounds.over:
+        if True in [c.after_iteration(booster, last, log) for c in callbacks] and not rounds.over:
             break
-    if not rounds.over:
-        session.leave(f"a callback stopped training in round {rounds.round} of {rounds.rounds}")
-    else:
+    grower.close(gently=rounds.over)
+    if rounds.over:
         if stopping is not None and stopping.rounds:
             _mark_best(booster, rounds, stopping)
         rounds.finish(booster, scored=bool(names))
+    else:
+        session.leave(f"a callback stopped training in round {rounds.round} of {rounds.rounds}")
     for callback in callbacks:
         booster = callback.after_training(booster)
     if rounds.over and stopping is not None and stopping.save_best:

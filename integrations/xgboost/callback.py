@@ -13,7 +13,7 @@ from fl_adapters.session import open_session
 from fl_runtime.errors import ConfigError
 
 from .call import TrainCall, check_options, checked_params
-from .model import SEEDING
+from .model import SEEDING, grown_since
 from .rounds import FRAMEWORK, TreeRounds, check_budget, leaving_on_error
 from .scores import Evaluation, Stopping, stopping_of
 
@@ -103,9 +103,8 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
         if rounds is None or rounds.over or epoch + 1 + self._skipped(rounds) < rounds.ends:
             return False
         with leaving_on_error(rounds.session):
-            if not rounds.grows:
-                rounds.discard(model)
-            rounds.exchange(model)
+            grown = grown_since(model, rounds.loaded.rounds, mask=self._mask) if rounds.mine else rounds.nothing
+            rounds.exchange(model, grown)
             if self._evaluation is not None:
                 rounds.session.report(self._evaluation.summaries(model, epoch), self._evaluation.examples)
         return rounds.over and epoch + 1 < rounds.call.num_boost_round

@@ -11,7 +11,10 @@ from fl_runtime.errors import ConfigError
 
 from .training import train
 
-_FEDERATED = ("mode", "mask_statistics", "kit", "every", "evaluate_global", "num_examples", "required")
+_FEDERATED = (
+    *("mode", "mask_statistics", "quantile_rows", "quantile_noise", "collective_timeout_s"),
+    *("kit", "every", "evaluate_global", "num_examples", "required"),
+)
 
 
 class _Federated:

@@ -65,7 +65,7 @@ def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
     there before, and the next tree would correct those. So the object gets the handle of a booster made anew.
     """
     fresh = call.booster(SEEDING, model_file=bytearray(model.document()))
-    fresh.set_param({"learning_rate": _learning_rate(booster)})
+    fresh.set_param({"learning_rate": learning_rate(booster)})
     fresh.set_attr(**booster.attributes())
     booster.handle, fresh.handle = fresh.handle, booster.handle
 
@@ -88,8 +88,8 @@ def weight_extra(data: xgboost.DMatrix) -> dict[str, Array]:
     return {WEIGHT: np.array([rows_weight(data)], np.float64)}
 
 
-def _learning_rate(booster: xgboost.Booster) -> str:
-    """A scheduler may have changed it."""
+def learning_rate(booster: xgboost.Booster) -> str:
+    """Of the booster as it is: a scheduler may have changed it."""
     part = json.loads(booster.save_config())["learner"]["gradient_booster"]
     return str(part.get("gbtree", part)["tree_train_param"]["eta"])
 

@@ -1,4 +1,4 @@
-"""The rounds of one booster in the modes bagging and cyclic: what goes out, what comes in, when it is over."""
+"""The rounds of one booster, whatever the mode: what goes out, what comes in, when it is over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fl_adapters.session import Session
 from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.aggregation.trees import ENCODING
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Task, Terms
+from fl_runtime.types import Arrays, Task, Terms
 
 from . import model
 from .call import Mode, TrainCall, agreement
@@ -23,7 +23,8 @@ class TreeRounds:
     """Where one training stands in its run.
 
     boosts: boosting rounds between two exchanges. rounds: of the run. round: the one under way. over: the final model
-    has arrived. Iterations are counted over all rounds, from 0, in those that this run adds.
+    has arrived. task, loaded: what came last, valid until the next exchange. Iterations are counted over all rounds,
+    from 0, in those that this run adds.
     """
 
     def __init__(self, session: Session, call: TrainCall, mode: Mode) -> None:
@@ -33,9 +34,8 @@ class TreeRounds:
         self.rounds, self.round, self.over = 0, 0, False
         self.first = 0  # boosting rounds of `xgb_model`
         self.joined_at = 0  # the first iteration of the round in which this process came to the run
-        self._mine = True
-
-        self._loaded = TreeModel({})
+        self.loaded = TreeModel({})
+        self.task: Task | None = None
 
     @property
     def strategy(self) -> str:
@@ -53,17 +53,34 @@ class TreeRounds:
         return end if self.session.settings.rounds else min(end, self.call.num_boost_round)
 
     @property
-    def grows(self) -> bool:
-        """Whether this site adds trees in the round under way."""
-        return self._mine
+    def mine(self) -> bool:
+        """Whether this site adds trees in the round under way: in cyclic mode, when it is its turn."""
+        assert self.task is not None
+        return bool(self.task.config.get("turn", self.session.name) == self.session.name)
 
-    def begin(self, booster: xgboost.Booster, terms: Terms, *, evaluates: bool) -> None:
-        """The handshake, and the first global model into the booster."""
+    @property
+    def nothing(self) -> TreeModel:
+        """No new trees."""
+        return self.loaded.iterations(self.loaded.rounds)
+
+    def begin(
+        self,
+        booster: xgboost.Booster,
+        terms: Terms,
+        *,
+        evaluates: bool,
+        more: Arrays | None = None,
+        extras: Arrays | None = None,
+    ) -> None:
+        """The handshake, and the first global model into the booster.
+
+        more: what travels beside the model, empty; extras: this site's part in the initial model, beside its weight.
+        """
         call, session = self.call, self.session
         start = model.initial_model(call)
         self.first = start.rounds
         self.rounds = session.register(
-            model.EMPTY,
+            {**model.EMPTY, **(more or {})},
             agreement=agreement(call, start.head) | {"every": f"{self.boosts} boosting rounds"},
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
@@ -71,24 +88,25 @@ class TreeRounds:
             terms=terms,
             encoding=ENCODING,
         )
-        self._take(booster, session.start(start.to_arrays, model.weight_extra(call.dtrain)))
+        own = {**model.weight_extra(call.dtrain), **(extras or {})}
+        self._take(booster, session.start(lambda: {**start.to_arrays(), **(more or {})}, own))
         self.joined_at = self.begun
 
-    def exchange(self, booster: xgboost.Booster) -> None:
-        """The end of a round: this site's new trees out, the new global model into the booster."""
-        call = self.call
-        grown = model.grown_since(booster, self._loaded.rounds, mask=call.mask_statistics)
+    def exchange(self, booster: xgboost.Booster, grown: TreeModel, more: Arrays | None = None) -> bool:
+        """The end of a round: this site's new trees out, the global model into the booster.
+
+        False where the round has come to nothing, and the model is the same as before.
+        """
+        call, before = self.call, self.task
+        assert before is not None
         task = self.session.exchange(
-            grown.to_arrays(),
+            {**grown.to_arrays(), **(more or {})},
             num_examples=call.options.num_examples or call.dtrain.num_row(),
             local_steps=grown.rounds,
             metrics={},
         )
         self._take(booster, task)
-
-    def discard(self, booster: xgboost.Booster) -> None:
-        """Take back what XGBoost has grown in a round that is not this site's."""
-        model.load(booster, self._loaded, self.call)
+        return task.version != before.version
 
     def next_task(self, booster: xgboost.Booster) -> None:
         """Without an update: the run is known to end here."""
@@ -102,11 +120,9 @@ class TreeRounds:
         )
 
     def _take(self, booster: xgboost.Booster, task: Task) -> None:
-        loaded = TreeModel.from_arrays(task.arrays)
-        model.load(booster, loaded, self.call)
+        self.task, self.loaded = task, TreeModel.from_arrays(task.arrays)
+        model.load(booster, self.loaded, self.call)
         self.round, self.over = task.round, task.kind == "final"
-        self._loaded = loaded
-        self._mine = task.config.get("turn", self.session.name) == self.session.name
 
 
 @contextmanager

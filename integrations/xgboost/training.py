@@ -33,6 +33,9 @@ def train(
     custom_metric: Callable[..., Any] | None = None,
     mode: Literal["bagging", "cyclic", "histogram"] = "bagging",
     mask_statistics: bool = False,
+    quantile_rows: int = 10,
+    quantile_noise: float = 0.0,
+    collective_timeout_s: int = 300,
     kit: str | None = None,
     every: str | int | None = None,
     exchange: str | Sequence[str] | None = None,
@@ -45,10 +48,14 @@ def train(
     """`xgboost.train` with the sites of a federation; returns an ordinary Booster, the same at every site.
 
     mode: "bagging" (all sites' new trees, each with its share of the examples), "cyclic" (the model goes round the
-    sites), or "histogram" (the trees of training on all rows together). mask_statistics: bagging and cyclic send no
-    `sum_hessian`, no gains. Evaluation is of the global model on all sites' `evals` together, and so is early
-    stopping. every: boosting rounds between two exchanges ("epoch" is one). Without a startup kit this is
-    `xgboost.train`. The other arguments are those of `xgboost.train` and of every adapter; see docs/xgboost.md.
+    sites), or "histogram" (the trees of training on all rows together).
+    mask_statistics: bagging and cyclic send no `sum_hessian` and no gains.
+    quantile_rows, quantile_noise: of the summary that a site gives for the bins of all sites, see docs/xgboost.md.
+    collective_timeout_s: how long a silent site is waited for in the middle of a tree (histogram).
+    every: boosting rounds between two exchanges ("epoch" is one).
+
+    Evaluation is of the global model on all sites' `evals` together, and so is early stopping. Without a startup kit
+    this is `xgboost.train`. The other arguments are those of `xgboost.train` and of every adapter.
 
     Raises ConfigError for what cannot work, HandshakeError where the sites do not agree, before round 1.
     """
@@ -101,7 +108,21 @@ def train(
     )
     log: Log = {}
     with leaving_on_error(session):
-        booster = boosting.train(session, call, mode, log)
+        grower: boosting.Grower = boosting.OwnTrees(call)
+        if mode == "histogram":
+            from . import histogram
+
+            grower = histogram.TreesOfAll(
+                session,
+                call,
+                collective_timeout_s=collective_timeout_s,
+                quantile_rows=quantile_rows,
+                quantile_noise=quantile_noise,
+            )
+        try:
+            booster = boosting.train(session, call, mode, grower, log)
+        finally:
+            grower.close(gently=False)
     if evals_result is not None:
         evals_result.update(log)
     return booster
