@@ -96,7 +96,7 @@ class Engine:
             raise
 
     def boost(self, iterations: Sequence[int], learning_rate: str, gradients: Gradients | None) -> TreeModel:
-        """The new trees of these iterations. BrokenError if the generation breaks, WorkerError for a fault of this site."""
+        """The new trees of these iterations. BrokenError if the generation breaks, WorkerError for this site's fault."""
         assert self._generation is not None
         try:
             return self._generation.worker.boost(iterations, {"learning_rate": learning_rate}, gradients)
@@ -107,9 +107,11 @@ class Engine:
     def end(self, *, gently: bool) -> None:
         """gently: all members end together, after the last round."""
         with self._lock:
-            generation, self._generation = self._generation, None
+            generation = self._generation
         if generation is not None:
-            generation.close(gently=gently)
+            generation.close(gently=gently)  # the others' workers still call while all of them end
+        with self._lock:
+            self._generation = None
 
     def close(self) -> None:
         self.end(gently=False)
