@@ -27,7 +27,7 @@ from fl_runtime.types import Array, Arrays
 
 from .call import TrainCall
 from .data import rows_of
-from .model import SEEDING
+from .model import SEEDING, without_categories
 from .ring import Ring, Sockets
 from .worker import Channel
 
@@ -96,7 +96,7 @@ class Engine:
             raise
 
     def boost(self, iterations: Sequence[int], learning_rate: str, gradients: Gradients | None) -> TreeModel:
-        """The new trees of these iterations. BrokenError if the generation breaks, WorkerError for this site's fault."""
+        """The new trees of these iterations. BrokenError if the generation breaks, WorkerError for a fault here."""
         assert self._generation is not None
         try:
             return self._generation.worker.boost(iterations, {"learning_rate": learning_rate}, gradients)
@@ -208,7 +208,7 @@ class _Worker:
         }
         rows = rows_of(call.dtrain)
         fields["shape"] = rows.pop("shape").tolist()
-        model_bytes = np.frombuffer(model.document(), np.uint8)
+        model_bytes = np.frombuffer(without_categories(model).document(), np.uint8)
         self._send(fields, {**rows, "reference": reference.reshape(-1), "model": bytearray(model_bytes)})
         if fields["track"]:
             self.tracker_port = int(self._receive()[0]["tracker"])

@@ -70,6 +70,14 @@ def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
     booster.handle, fresh.handle = fresh.handle, booster.handle
 
 
+def without_categories(model: TreeModel) -> TreeModel:
+    """For training on the codes of categories, as they are in a DMatrix: XGBoost compares those of the model."""
+    if "cats" not in model.model:
+        return model
+    empty = np.empty(0, np.int32)
+    return model.with_head({**model.model, "cats": {"enc": [], "feature_segments": empty, "sorted_idx": empty}})
+
+
 def export(booster: xgboost.Booster, folder: str) -> None:
     """Write `folder/model.ubj`, which `Booster(model_file=...)` opens."""
     os.makedirs(folder, exist_ok=True)

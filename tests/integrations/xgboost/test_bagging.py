@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import xgboost
 import xgboost_data as d
@@ -14,64 +13,10 @@ import xgboost_data as d
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedCallback, train
 
-CATEGORIES = pd.DataFrame(
-    {
-        "kind": pd.Categorical.from_codes(np.digitize(d.X[:, 0], [-1, -0.3, 0.3, 1]), list("abcde")),
-        "grade": pd.Categorical.from_codes(np.digitize(d.X[:, 1], [-0.5, 0.5]), [10, 20, 30]),
-        "size": d.X[:, 2],
-    }
-)
-MISSING = np.where(np.random.default_rng(3).random(d.X.shape) < 0.3, np.nan, d.X).astype(np.float32)
-
-
-def squared_log(margins: Any, data: xgboost.DMatrix) -> Any:
-    labels = np.exp(data.get_label() / 4)
-    shifted = np.maximum(margins, -0.9) + 1
-    return (np.log(shifted) - np.log1p(labels)) / shifted, 1.0 / shifted**2
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "binary": {"objective": "binary:logistic"},
-    "regression with weights": {"objective": "reg:squarederror", "label": d.REAL, "weight": d.WEIGHTS},
-    "multiclass": {"objective": "multi:softprob", "num_class": 3, "label": d.CLASSES},
-    "forests of classes": {
-        "objective": "multi:softprob",
-        "num_class": 3,
-        "num_parallel_tree": 2,
-        "subsample": 0.6,
-        "label": d.CLASSES,
-    },
-    "ranking": {"objective": "rank:ndcg", "label": d.RELEVANCE, "qid": d.QUERIES},
-    "missing values": {"objective": "binary:logistic", "x": MISSING},
-    "categories": {"objective": "binary:logistic", "max_cat_to_onehot": 1, "x": CATEGORIES, "enable_categorical": True},
-    "dart": {"objective": "binary:logistic", "booster": "dart", "rate_drop": 0.5},
-    "dart of classes": {
-        "objective": "multi:softmax",
-        "num_class": 3,
-        "booster": "dart",
-        "rate_drop": 0.4,
-        "label": d.CLASSES,
-    },
-    "max_leaves": {"objective": "binary:logistic", "grow_policy": "lossguide", "max_leaves": 9, "max_depth": 0},
-    "monotone": {"objective": "reg:squarederror", "label": d.REAL, "monotone_constraints": "(1,0,0,-1,0)"},
-    "custom objective": {"label": d.REAL, "obj": squared_log, "base_score": 0.0},
-    "absolute error": {"objective": "reg:absoluteerror", "label": d.REAL},
-    "exact": {"objective": "binary:logistic", "tree_method": "exact"},
-}
-_DATA = ("label", "weight", "x", "qid", "enable_categorical")
-
-
-def parts(kind: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """(params, columns of the data, custom objective)."""
-    given = dict(KINDS[kind])
-    columns = {name: given.pop(name) for name in _DATA if name in given}
-    obj = given.pop("obj", None)
-    return d.BASE | {"seed_per_iteration": True} | given, columns, obj
-
 
 def federated(mode: str, kind: str, rounds: int, **options: Any) -> tuple[list[bytearray], dict[str, xgboost.Booster]]:
     """(the global models from the first on, the boosters that the sites got)."""
-    params, columns, obj = parts(kind)
+    params, columns, obj = d.parts(kind)
     keepers = {name: d.Keeper() for name in d.SITES}
     with LocalFederation(sites=d.SITES) as federation:
 
@@ -90,7 +35,7 @@ def federated(mode: str, kind: str, rounds: int, **options: Any) -> tuple[list[b
 
 def continued(kind: str, model: bytearray, index: int, iterations: range) -> Any:
     """The margins on all rows of what one site makes of a model by itself."""
-    params, columns, obj = parts(kind)
+    params, columns, obj = d.parts(kind)
     data = d.matrix(index, **columns)
     booster = xgboost.Booster(params, [data], model_file=model)
     for iteration in iterations:
@@ -99,7 +44,7 @@ def continued(kind: str, model: bytearray, index: int, iterations: range) -> Any
 
 
 def margins_of(kind: str, model: bytearray) -> Any:
-    params, columns, _ = parts(kind)
+    params, columns, _ = d.parts(kind)
     return d.margins(xgboost.Booster(params, model_file=model), d.matrix(None, **columns))
 
 
@@ -109,7 +54,7 @@ def base_score(model: bytearray) -> Any:
     return np.array([float(part) for part in text.strip("[]").split(",")])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", d.KINDS)
 def test_bagging_steps_by_the_weighted_mean_of_the_sites(kind: str) -> None:
     models, boosters = federated("bagging", kind, 4, every=2)
     assert len(models) == 3
@@ -121,7 +66,7 @@ def test_bagging_steps_by_the_weighted_mean_of_the_sites(kind: str) -> None:
         np.testing.assert_allclose(margins_of(kind, models[number]), expected, rtol=1e-5, atol=2e-6)
     booster = boosters["site-3"]
     trees = len(booster.get_dump())
-    params = parts(kind)[0]
+    params = d.parts(kind)[0]
     assert trees == 4 * 3 * params.get("num_class", 1) * params.get("num_parallel_tree", 1)
     assert booster.num_boosted_rounds() == 4
     assert {bytes(b.save_raw("ubj")) for b in boosters.values()} == {bytes(booster.save_raw("ubj"))}
@@ -146,7 +91,7 @@ def test_cyclic_goes_on_where_the_site_before_has_stopped(kind: str) -> None:
 )
 def test_base_score_is_that_of_all_rows(kind: str, expected: float) -> None:
     models, _ = federated("bagging", kind, 1)
-    central = xgboost.train(parts(kind)[0], d.matrix(None, **parts(kind)[1]), 1)
+    central = xgboost.train(d.parts(kind)[0], d.matrix(None, **d.parts(kind)[1]), 1)
     found = base_score(models[0])
     assert found == pytest.approx(base_score(central.save_raw("ubj")), rel=0.02 if kind == "binary" else 1e-4)
     if xgboost.__version__ >= "3.1" or kind != "binary":  # before, one Newton step towards it

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xgboost
-
-from fl_runtime.aggregation.tree_document import TreeModel
 
 SIZES = (160, 70, 40)
 SITES = tuple(f"site-{n}" for n in range(1, len(SIZES) + 1))
@@ -24,7 +23,62 @@ RELEVANCE = np.digitize(_score, [0.0, 1.0, 2.0])
 WEIGHTS = _draw.uniform(0.2, 3.0, size=len(X)).astype(np.float32)
 QUERIES = np.arange(len(X)) // 10
 
-BASE: dict[str, Any] = {"max_depth": 3, "eta": 0.5, "nthread": 1, "tree_method": "hist"}
+BASE: dict[str, Any] = {"max_depth": 3, "eta": 0.5, "nthread": 1, "tree_method": "hist", "max_bin": 32}
+
+
+CATEGORIES = pd.DataFrame(
+    {
+        "kind": pd.Categorical.from_codes(np.digitize(X[:, 0], [-1, -0.3, 0.3, 1]), list("abcde")),
+        "grade": pd.Categorical.from_codes(np.digitize(X[:, 1], [-0.5, 0.5]), [10, 20, 30]),
+        "size": X[:, 2],
+    }
+)
+MISSING = np.where(np.random.default_rng(3).random(X.shape) < 0.3, np.nan, X).astype(np.float32)
+
+
+def squared_log(margins: Any, data: xgboost.DMatrix) -> Any:
+    labels = np.exp(data.get_label() / 4)
+    shifted = np.maximum(margins, -0.9) + 1
+    return (np.log(shifted) - np.log1p(labels)) / shifted, 1.0 / shifted**2
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "binary": {"objective": "binary:logistic"},
+    "regression with weights": {"objective": "reg:squarederror", "label": REAL, "weight": WEIGHTS},
+    "multiclass": {"objective": "multi:softprob", "num_class": 3, "label": CLASSES},
+    "forests of classes": {
+        "objective": "multi:softprob",
+        "num_class": 3,
+        "num_parallel_tree": 2,
+        "subsample": 0.6,
+        "label": CLASSES,
+    },
+    "ranking": {"objective": "rank:ndcg", "label": RELEVANCE, "qid": QUERIES},
+    "missing values": {"objective": "binary:logistic", "x": MISSING},
+    "categories": {"objective": "binary:logistic", "max_cat_to_onehot": 1, "x": CATEGORIES, "enable_categorical": True},
+    "dart": {"objective": "binary:logistic", "booster": "dart", "rate_drop": 0.5},
+    "dart of classes": {
+        "objective": "multi:softmax",
+        "num_class": 3,
+        "booster": "dart",
+        "rate_drop": 0.4,
+        "label": CLASSES,
+    },
+    "max_leaves": {"objective": "binary:logistic", "grow_policy": "lossguide", "max_leaves": 9, "max_depth": 0},
+    "monotone": {"objective": "reg:squarederror", "label": REAL, "monotone_constraints": "(1,0,0,-1,0)"},
+    "custom objective": {"label": REAL, "obj": squared_log, "base_score": 0.0},
+    "absolute error": {"objective": "reg:absoluteerror", "label": REAL},
+    "exact": {"objective": "binary:logistic", "tree_method": "exact"},
+}
+_DATA = ("label", "weight", "x", "qid", "enable_categorical")
+
+
+def parts(kind: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """(params, columns of the data, custom objective)."""
+    given = dict(KINDS[kind])
+    columns = {name: given.pop(name) for name in _DATA if name in given}
+    obj = given.pop("obj", None)
+    return BASE | {"seed_per_iteration": True} | given, columns, obj
 
 
 def rows(index: int) -> slice:
@@ -37,16 +91,6 @@ def matrix(index: int | None, label: Any = BINARY, x: Any = X, **columns: Any) -
     part = x.iloc[mine] if hasattr(x, "iloc") else x[mine]
     columns = {name: value[mine] if isinstance(value, np.ndarray) else value for name, value in columns.items()}
     return xgboost.DMatrix(part, label[mine], **columns)
-
-
-def document(federation: Any) -> bytearray:
-    """The final global model."""
-    return bytearray(TreeModel.from_arrays(federation_model(federation)).document())
-
-
-def federation_model(federation: Any) -> Any:
-    run = federation.server._run
-    return run.model.blob.views()[0]
 
 
 def margins(booster: xgboost.Booster, data: xgboost.DMatrix) -> Any:
