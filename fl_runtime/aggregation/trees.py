@@ -83,7 +83,7 @@ class TreeBagging(TreeStrategy):
 class TreeCyclic(TreeStrategy):
     """The trees of one site a round, the sites taking turns in their order; `turn` in the task says whose it is.
 
-    Should that site drop out of its round, the round adds nothing.
+    Should that site drop out of its round, the round is opened again, and the turn is that of who is there then.
     """
 
     requires: frozenset[str] = frozenset({"tree-cyclic"})
@@ -236,6 +236,8 @@ class _Appending:
             self._parts.append(_Grown(update.site, update.num_examples, model, trees))
 
     def result(self) -> tuple[Arrays, Arrays]:
+        if not self._parts:
+            raise RoundFailedError(f"no trees came from {self._only}, whose turn it is")
         total = sum(part.examples for part in self._parts)
         shares = [part.examples / total for part in self._parts]
         model, trees = dict(self._base.model), list(self._base.trees)

@@ -66,6 +66,7 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
         self._mode, self._mask = mode, mask_statistics
         self._rounds: TreeRounds | None = None
         self._evaluation: Evaluation | None = None
+        self._made = 0  # iterations of the round under way
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rounds": None, "_evaluation": None}
@@ -74,6 +75,7 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
         session = open_session(self.options, framework=FRAMEWORK, fresh=True)
         if session is None:
             return model
+        self._made = 0
         with leaving_on_error(session):
             call = _calling_train(self.options, mask=self._mask)
             checked_params(call.params, self._mode)
@@ -100,12 +102,13 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
 
     def after_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:
         rounds = self._rounds
-        if rounds is None or rounds.over or epoch + 1 + self._skipped(rounds) < rounds.ends:
+        self._made += 1
+        if rounds is None or rounds.over or self._made < rounds.ends - rounds.begun:
             return False
+        self._made = 0
         with leaving_on_error(rounds.session):
             grown = grown_since(model, rounds.loaded.rounds, mask=self._mask) if rounds.mine else rounds.nothing
-            rounds.exchange(model, grown)
-            if self._evaluation is not None:
+            if rounds.exchange(model, grown) and self._evaluation is not None:
                 rounds.session.report(self._evaluation.summaries(model, epoch), self._evaluation.examples)
         return rounds.over and epoch + 1 < rounds.call.num_boost_round
 
@@ -118,10 +121,6 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
                 else:
                     rounds.session.leave(f"training stopped in round {rounds.round} of {rounds.rounds}")
         return model
-
-    def _skipped(self, rounds: TreeRounds) -> int:
-        """Iterations that this process did not make: those before it came (back) to the run."""
-        return rounds.joined_at
 
 
 def _calling_train(options: Options, *, mask: bool) -> TrainCall:

@@ -33,7 +33,6 @@ class TreeRounds:
         self.boosts = every.epochs or every.steps or 1
         self.rounds, self.round, self.over = 0, 0, False
         self.first = 0  # boosting rounds of `xgb_model`
-        self.joined_at = 0  # the first iteration of the round in which this process came to the run
         self.loaded = TreeModel({})
         self.task: Task | None = None
 
@@ -90,7 +89,6 @@ class TreeRounds:
         )
         own = {**model.weight_extra(call.dtrain), **(extras or {})}
         self._take(booster, session.start(lambda: {**start.to_arrays(), **(more or {})}, own))
-        self.joined_at = self.begun
 
     def exchange(self, booster: xgboost.Booster, grown: TreeModel, more: Arrays | None = None) -> bool:
         """The end of a round: this site's new trees out, the global model into the booster.
