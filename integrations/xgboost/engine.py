@@ -32,6 +32,9 @@ from .ring import Ring, Sockets
 from .worker import Channel
 
 _ENDING_S = 10.0
+ISOLATED = True
+"""Whether workers try to leave the machine's network. Without that, sites on one machine reach each other's workers
+directly, since these listen on every address; sites on machines of their own do not."""
 _BROKEN = ("collective", "rabit", "socket", "connect", "tracker", "timeout", "timed out", "broken pipe", "reset by")
 
 
@@ -48,8 +51,8 @@ class WorkerError(FederationError):
 class Engine:
     """The generations of one training, one at a time. bytes_up, bytes_down: through the tunnel so far."""
 
-    def __init__(self, session: Session, call: TrainCall, timeout_s: int, *, isolated: bool = True) -> None:
-        self._session, self._call, self._timeout_s, self._isolated = session, call, timeout_s, isolated
+    def __init__(self, session: Session, call: TrainCall, timeout_s: int) -> None:
+        self._session, self._call, self._timeout_s = session, call, timeout_s
         self._lock = threading.Lock()
         self._tunnel: Tunnel | None = None
         self._generation: _Generation | None = None
@@ -73,7 +76,7 @@ class Engine:
         self.end(gently=False)
         try:
             tunnel = self._open_tunnel()
-            worker = _Worker(self._isolated)
+            worker = _Worker(ISOLATED)
         except OSError as error:
             raise BrokenError(f"the worker cannot be started: {error}") from None
         generation = _Generation(name, list(members), worker)
