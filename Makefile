@@ -7,7 +7,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
-BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy_hf.py
+BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy_hf.py benchmarks/xgboost_tunnel.py
 PROJECT := -e '.[hf,lightning,keras,xgboost-cpu,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
@@ -61,6 +61,10 @@ demo-lightning: $(VENV)/.stamp  ## four sites train a Lightning module together,
 .PHONY: demo-keras
 demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/keras/image_classification/demo.py $(ARGS)
+
+.PHONY: demo-xgboost
+demo-xgboost: $(VENV)/.stamp  ## five uneven sites grow trees together in three ways, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/xgboost/adult/demo.py $(ARGS)
 
 .PHONY: test
 test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)

@@ -56,7 +56,7 @@ def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) 
             "num_class: 3 != 4",
         ),
         ({}, {"params": {"objective": "binary:logistic"}}, "objective: reg:squarederror != binary:logistic"),
-        ({"params": {"max_bin": 64}}, {}, "max_bin: 64 != 256"),
+        ({"params": {"max_bin": 64}}, {}, "max_bin: 64 != 32"),
         ({"params": {"base_score": 0.5}}, {}, "base_score: 0.5 != agreed before round 1"),
         ({"params": {"num_parallel_tree": 2}}, {}, "num_parallel_tree: 2 != 1"),
         ({"rounds": 3}, {}, "different numbers of rounds: site-1: 3, site-2: 2"),
