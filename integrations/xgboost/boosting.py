@@ -8,7 +8,7 @@ import xgboost
 
 from fl_adapters.session import Session
 from fl_runtime.aggregation.tree_document import TreeModel
-from fl_runtime.types import Arrays
+from fl_runtime.types import Arrays, Metrics
 
 from .call import Mode, TrainCall
 from .model import SEEDING, grown_since, released
@@ -27,6 +27,10 @@ class Grower(Protocol):
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
         """The new trees of the round under way. The booster holds the global model, and may be changed."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Of the round that has been grown last, for the history."""
         ...
 
     def close(self, *, gently: bool) -> None:
@@ -49,6 +53,9 @@ class OwnTrees:
             booster.update(self._call.dtrain, iteration, fobj=self._call.obj)
         return grown_since(booster, rounds.loaded.rounds, mask=self._call.mask_statistics)
 
+    def metrics(self) -> Metrics:
+        return {}
+
     def close(self, *, gently: bool) -> None:
         pass
 
@@ -69,7 +76,8 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
         first, last = rounds.begun, max(rounds.ends - 1, rounds.begun)
         if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # all of them are called
             break
-        if not rounds.exchange(booster, grower.grow(booster, rounds), grower.more):
+        grown = grower.grow(booster, rounds)
+        if not rounds.exchange(booster, grown, grower.more, grower.metrics()):
             continue  # the round has come to nothing, and is opened again
         if names:
             together, stops = session.report_together(evaluation.summaries(booster, last), evaluation.examples)

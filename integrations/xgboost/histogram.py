@@ -12,7 +12,7 @@ from fl_runtime.aggregation.quantiles import CUTS
 from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.aggregation.trees import FAILED
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays
+from fl_runtime.types import Arrays, Metrics
 
 from .call import TrainCall
 from .data import rows_of, summary
@@ -44,6 +44,7 @@ class TreesOfAll:
         self._engine = Engine(session, call, collective_timeout_s)
         self._fresh = session.attempt > 1  # in the middle of a round, for all this process knows
         self._cuts: Arrays = {}
+        self._carried = 0
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
         """In the running generation, or a new one. Where it breaks, a model that says so: the round is opened again."""
@@ -64,6 +65,11 @@ class TreesOfAll:
         except BrokenError as error:
             self._engine.end(gently=False)
             return failed(rounds.nothing, str(error))
+
+    def metrics(self) -> Metrics:
+        """tunnel_bytes: what this site's streams have sent in the round."""
+        before, self._carried = self._carried, self._engine.bytes_up
+        return {"tunnel_bytes": float(self._carried - before)}
 
     def close(self, *, gently: bool) -> None:
         if gently:

@@ -11,7 +11,7 @@ from fl_adapters.session import Session
 from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.aggregation.trees import ENCODING
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Task, Terms
+from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 from . import model
 from .call import Mode, TrainCall, agreement
@@ -90,7 +90,13 @@ class TreeRounds:
         own = {**model.weight_extra(call.dtrain), **(extras or {})}
         self._take(booster, session.start(lambda: {**start.to_arrays(), **(more or {})}, own))
 
-    def exchange(self, booster: xgboost.Booster, grown: TreeModel, more: Arrays | None = None) -> bool:
+    def exchange(
+        self,
+        booster: xgboost.Booster,
+        grown: TreeModel,
+        more: Arrays | None = None,
+        metrics: Metrics | None = None,
+    ) -> bool:
         """The end of a round: this site's new trees out, the global model into the booster.
 
         False where the round has come to nothing, and the model is the same as before.
@@ -101,7 +107,7 @@ class TreeRounds:
             {**grown.to_arrays(), **(more or {})},
             num_examples=call.options.num_examples or call.dtrain.num_row(),
             local_steps=grown.rounds,
-            metrics={},
+            metrics=metrics or {},
         )
         self._take(booster, task)
         return task.version != before.version
