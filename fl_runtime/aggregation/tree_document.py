@@ -168,7 +168,7 @@ def check_tree(tree: dict[str, Any], features: int) -> None:
             and len(np.unique(children)) == len(children)
             and bool(np.all((indices >= 0) & (indices < max(features, 1))))
             and bool(np.all(np.isfinite(conditions[left == -1])))
-            and not np.any(np.isnan(conditions))
+            and not np.any(np.isnan(conditions[np.asarray(tree["split_type"]) == 0]))  # of categories it is unused
         )
         good = good and _categories_fit(tree, nodes)
     except (KeyError, TypeError, ValueError, OverflowError):

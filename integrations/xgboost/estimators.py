@@ -17,20 +17,22 @@ _FEDERATED = (
 )
 
 
+def _own(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if name not in ("federated", "classes")}
+
+
 class _Federated:
-    """What the three estimators share. federated: arguments of `fl_adapters.xgboost.train`, as a dict."""
+    """What the three estimators share; second of their bases, since XGBoost 2 looks at the first.
+
+    federated: arguments of `fl_adapters.xgboost.train`, as a dict.
+    """
 
     federated: dict[str, Any] | None
-
-    def get_xgb_params(self) -> dict[str, Any]:
-        params: dict[str, Any] = super().get_xgb_params()  # type: ignore[misc]
-        params.pop("federated", None)
-        return params
 
     def _boost(self, data: xgboost.DMatrix, evals: list[tuple[xgboost.DMatrix, str]], **fit: Any) -> None:
         this: Any = self
         params = {**this.get_xgb_params(), **fit.pop("params", {})}
-        objective, metric = params.get("objective"), params.get("eval_metric")
+        objective, metric = this.objective, this.eval_metric
         custom: Any = None
         if callable(objective):
             params["objective"] = "reg:squarederror"
@@ -114,7 +116,7 @@ def _weighted(eval_set: Any, weights: Any) -> list[Any]:
     return [(x, y, {"weight": weight}) for (x, y), weight in zip(eval_set or (), given, strict=True)]
 
 
-class FederatedXGBRegressor(_Federated, xgboost.XGBRegressor):
+class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
     """`xgboost.XGBRegressor` whose `fit` trains with the sites of a federation.
 
     federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
@@ -123,6 +125,10 @@ class FederatedXGBRegressor(_Federated, xgboost.XGBRegressor):
     def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.federated = federated
         super().__init__(**kwargs)
+
+    def get_xgb_params(self) -> dict[str, Any]:
+        """XGBoost's own parameters."""
+        return _own(super().get_xgb_params())
 
     def fit(
         self,
@@ -142,7 +148,7 @@ class FederatedXGBRegressor(_Federated, xgboost.XGBRegressor):
         return self
 
 
-class FederatedXGBClassifier(_Federated, xgboost.XGBClassifier):
+class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
     """`xgboost.XGBClassifier` whose `fit` trains with the sites of a federation.
 
     classes: how many there are at all sites together, labelled from 0; None: as many as this site's labels say.
@@ -155,9 +161,7 @@ class FederatedXGBClassifier(_Federated, xgboost.XGBClassifier):
 
     def get_xgb_params(self) -> dict[str, Any]:
         """XGBoost's own parameters."""
-        params = super().get_xgb_params()
-        params.pop("classes", None)
-        return params
+        return _own(super().get_xgb_params())
 
     def fit(
         self,
@@ -192,7 +196,7 @@ class FederatedXGBClassifier(_Federated, xgboost.XGBClassifier):
         return self
 
 
-class FederatedXGBRanker(_Federated, xgboost.XGBRanker):
+class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
     """`xgboost.XGBRanker` whose `fit` trains with the sites of a federation. Groups do not cross sites.
 
     federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "cyclic"}`.
@@ -201,6 +205,10 @@ class FederatedXGBRanker(_Federated, xgboost.XGBRanker):
     def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.federated = federated
         super().__init__(**{"objective": "rank:ndcg", **kwargs})
+
+    def get_xgb_params(self) -> dict[str, Any]:
+        """XGBoost's own parameters."""
+        return _own(super().get_xgb_params())
 
     def fit(
         self,

@@ -20,6 +20,7 @@ from typing import Any
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
+_SIOCADDRT, _ROUTE_UP = 0x890B, 1
 _BACKLOG = 64
 
 
@@ -44,6 +45,12 @@ def isolate() -> bool:
 
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP_RUNNING))
+        # A route to everywhere that leads nowhere: XGBoost 2 looks for the address it would use to reach others.
+        device, anywhere = ctypes.create_string_buffer(b"lo"), struct.pack("H14x", socket.AF_INET)
+        place = (anywhere, bytes(16), anywhere, _ROUTE_UP, ctypes.addressof(device))
+        fcntl.ioctl(
+            any_socket, _SIOCADDRT, struct.pack("@L16s16s16sHhLPhPLLH", 0, *place[:4], 0, 0, 0, 0, place[4], 0, 0, 0)
+        )
     return True
 
 

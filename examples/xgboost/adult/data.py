@@ -14,8 +14,9 @@ import pandas as pd
 
 import fl_adapters
 
-SHARES = (0.34, 0.27, 0.20, 0.13, 0.06)  # of the rows, for five sites
-SEED = 0
+SHARES = (0.28, 0.24, 0.20, 0.16, 0.12)  # of the rows of each kind, on average, for five sites
+ALPHA = 0.5  # of the Dirichlet draw: the smaller, the more the sites differ
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def load(source: str | None = None, shard: str | None = None) -> Data:
     """source: folder of adult_train.csv.gz and adult_test.csv.gz, or "breast_cancer"."""
     train, test, name = read(source)
     index, count = place(shard)
-    mine = divide(len(train.y), count)[index]
+    mine = divide(kinds(train.x), count)[index]
     return Data(Part(train.x.iloc[mine], train.y[mine]), test, name)
 
 
@@ -54,11 +55,24 @@ def place(shard: str | None) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
-def divide(rows: int, sites: int) -> list[np.ndarray]:
-    """Row numbers of each site."""
-    shares = np.array(SHARES if sites == len(SHARES) else np.arange(sites, 0, -1), dtype=float)
-    cuts = (np.cumsum(shares / shares.sum())[:-1] * rows).astype(int)
-    return [np.sort(part) for part in np.split(np.random.RandomState(SEED).permutation(rows), cuts)]
+def divide(kinds: np.ndarray, sites: int) -> list[np.ndarray]:
+    """Row numbers of each site: each kind's rows are cut at the shares of a Dirichlet draw."""
+    draw = np.random.RandomState(SEED)
+    shares = np.array(SHARES if sites == len(SHARES) else [1 / sites] * sites)
+    parts: list[list[np.ndarray]] = [[] for _ in range(sites)]
+    for kind in np.unique(kinds):
+        rows = draw.permutation(np.flatnonzero(kinds == kind))
+        cuts = (np.cumsum(draw.dirichlet(ALPHA * sites * shares))[:-1] * len(rows)).astype(int)
+        for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(chunk)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def kinds(x: pd.DataFrame) -> np.ndarray:
+    """What the sites differ by: the level of education, else the tenths of the first column."""
+    if "education" in x:
+        return x["education"].cat.codes.to_numpy()
+    return pd.qcut(x.iloc[:, 0], 10, labels=False).to_numpy()
 
 
 def read(source: str | None) -> tuple[Part, Part, str]:

@@ -13,8 +13,10 @@ PARAMS = {
     "objective": "binary:logistic",
     "eval_metric": ["logloss", "auc"],
     "tree_method": "hist",
-    "max_depth": 5,
-    "eta": 0.2,
+    "max_depth": 4,
+    "eta": 0.1,
+    "min_child_weight": 10,
+    "colsample_bytree": 0.5,
     "nthread": 1,
 }
 
@@ -23,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of the data set, or breast_cancer")
     parser.add_argument("--shard", help="the part to train on, such as 2/5; by default the site's own, else all")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--output", default="model.ubj")
     parser.add_argument("--mode", default="histogram")
     args = parser.parse_args()

@@ -126,7 +126,7 @@ def test_bins_are_close_to_those_of_xgboost() -> None:
         ranks = []
         for matrix in (own, shared):
             starts, cuts = matrix.get_quantile_cut()
-            inner = cuts[starts[feature] + 1 : starts[feature + 1] - 1]
+            inner = cuts[int(starts[feature]) + 1 : int(starts[feature + 1]) - 1]
             ranks.append((d.X[:, feature, None] < inner).mean(axis=0))
         count = min(map(len, ranks))
         assert count > 0.8 * params["max_bin"]
