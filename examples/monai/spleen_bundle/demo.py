@@ -27,7 +27,7 @@ from data import CENTRAL, SITES, TEST, bundle, prepare
 from fl_adapters import Job, Simulation
 
 HERE = Path(__file__).resolve().parent
-ROUNDS = 20
+ROUNDS = 40
 AT_ONCE = 2  # trainings without the federation
 
 
