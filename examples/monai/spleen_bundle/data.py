@@ -1,8 +1,8 @@
 """The example's volumes: what each site gets of them, as the folders that the bundle reads.
 
 Hippocampus MRI of the Medical Segmentation Decathlon where it is found, with its mask made two-class; else volumes
-made here: noise with a bright blob. The volumes come from scanners of very different intensities. Each scanner's
-are dealt out to the sites by a Dirichlet draw, so the sites differ in size and in what they see.
+made here: noise with a bright blob. They are sorted into four classes by the volume of what is to be found, and each
+class is dealt out to the sites by a Dirichlet draw: so the sites differ in size, and in what they see.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HELD_OUT = 40  # volumes that nobody trains on
 VALIDATION = 9  # the bundle keeps the last nine volumes of a folder for validation
 FEWEST = 4  # volumes that a site trains on
 ALPHA = 0.5  # of the Dirichlet draw: smaller is more uneven
-SEED = 2021  # of the division, not of the training
+SEED = 2025  # of the division, not of the training
 MADE = 160  # volumes, where no data is found
 HERE = Path(__file__).resolve()
 CENTRAL, TEST = "central", "held-out"
@@ -29,11 +29,11 @@ CENTRAL, TEST = "central", "held-out"
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume and its mask. scanner: the magnitude of its intensities."""
+    """A volume and its mask. voxels: of the mask."""
 
     image: Path
     mask: Path
-    scanner: int
+    voxels: int
 
 
 def prepare(folder: Path, source: str | None = None) -> dict[str, int]:
@@ -45,7 +45,8 @@ def prepare(folder: Path, source: str | None = None) -> dict[str, int]:
     draw = np.random.RandomState(SEED)  # the same in every NumPy
     order = draw.permutation(len(volumes))
     test, rest = order[:HELD_OUT], order[HELD_OUT:]
-    parts = _divided([volumes[i].scanner for i in rest], draw)
+    sizes = np.array([volumes[i].voxels for i in rest])
+    parts = _divided(np.searchsorted(np.quantile(sizes, [0.25, 0.5, 0.75]), sizes), draw)
     sites = {f"site-{n}": [int(rest[i]) for i in part] for n, part in enumerate(parts, start=1)}
     train = {name: part[:-VALIDATION] for name, part in sites.items()}
     everything = [i for part in train.values() for i in part] + sites["site-1"][-VALIDATION:]
@@ -65,15 +66,15 @@ def _data() -> Path:
     return Path(os.environ.get("FL_ADAPTERS_DATA", HERE.parents[4] / "shared" / "data"))  # or beside the checkout
 
 
-def _divided(scanners: list[int], draw: np.random.RandomState) -> list[list[int]]:
-    """Numbers of the volumes of each site: every scanner's are cut at the shares of a Dirichlet draw. A site that got
+def _divided(classes: np.ndarray, draw: np.random.RandomState) -> list[list[int]]:
+    """Numbers of the volumes of each site: every class's are cut at the shares of a Dirichlet draw. A site that got
     too few for the bundle takes some from the largest."""
     parts: list[list[int]] = [[] for _ in range(SITES)]
-    for scanner in sorted(set(scanners)):
-        mine = [i for i, other in enumerate(scanners) if other == scanner]
+    for one in np.unique(classes):
+        mine = np.flatnonzero(classes == one)
         cuts = np.cumsum(draw.dirichlet([ALPHA] * SITES))[:-1] * len(mine)
-        for part, chunk in zip(parts, np.split(np.array(mine), cuts.astype(int)), strict=True):
-            part.extend(int(i) for i in chunk)
+        for part, chunk in zip(parts, np.split(mine, cuts.astype(int)), strict=True):
+            part.extend(chunk.tolist())
     for part in parts:
         while len(part) < VALIDATION + FEWEST:
             part.append(max(parts, key=len).pop())
@@ -87,28 +88,28 @@ def _found(source: str | None) -> list[Volume]:
         return []
     items = json.loads((folder / "dataset.json").read_text("utf-8"))["training"]
     pairs = [(folder / item["image"], folder / item["label"]) for item in items]
-    return [Volume(image, mask, _magnitude(image)) for image, mask in pairs]
+    return [Volume(image, mask, _voxels(mask)) for image, mask in pairs]
 
 
 def _made(folder: Path) -> list[Volume]:
-    """Volumes of 24^3 with a bright ellipsoid each, of three scanners."""
+    """Volumes of 24^3 with a bright ellipsoid each, on scales of intensity that differ."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.RandomState(SEED)
     grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
     volumes = []
     for i in range(MADE):
-        centre, radius, scanner = draw.uniform(8, 16, (3, 1, 1, 1)), draw.uniform(3, 6, (3, 1, 1, 1)), draw.randint(3)
+        centre, radius, scale = draw.uniform(8, 16, (3, 1, 1, 1)), draw.uniform(3, 6, (3, 1, 1, 1)), draw.randint(3)
         mask = (((grid - centre) / radius) ** 2).sum(0) < 1
-        image = (1 + mask * draw.uniform(0.5, 1.5) + draw.normal(0, 0.5, mask.shape)) * 100 * 30**scanner
+        image = (1 + mask * draw.uniform(0.5, 1.5) + draw.normal(0, 0.5, mask.shape)) * 100 * 30**scale
         paths = folder / f"image_{i:03d}.nii.gz", folder / f"mask_{i:03d}.nii.gz"
         for array, path in zip((image.astype(np.float32), mask.astype(np.uint8)), paths, strict=True):
             nibabel.save(nibabel.Nifti1Image(array, np.diag([1.5, 1.5, 1.5, 1])), path)
-        volumes.append(Volume(*paths, scanner))
+        volumes.append(Volume(*paths, int(mask.sum())))
     return volumes
 
 
-def _magnitude(image: Path) -> int:
-    return round(np.log10(nibabel.load(image).get_fdata().mean()))
+def _voxels(mask: Path) -> int:
+    return int((np.asarray(nibabel.load(mask).dataobj) > 0).sum())
 
 
 def _write(folder: Path, volumes: list[Volume]) -> None:

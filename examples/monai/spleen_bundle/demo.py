@@ -31,7 +31,7 @@ from comparison import Score, show  # noqa: E402
 from data import CENTRAL, HELD_OUT, SITES, TEST, bundle, prepare  # noqa: E402
 from fl_adapters import Job, Simulation  # noqa: E402
 
-ROUNDS = 20
+ROUNDS = 40
 AT_ONCE = 2  # trainings without the federation
 
 
