@@ -57,6 +57,7 @@ class Engine:
         self._tunnel: Tunnel | None = None
         self._generation: _Generation | None = None
         self._early: list[Stream] = []  # of a generation that this site has not begun yet
+        self._over = (0, 0)  # number of the newest generation that this site has no part in any more
         self._carried = (0, 0)
 
     @property
@@ -90,12 +91,10 @@ class Engine:
                 self._accept(stream)
             worker.join(host, port, generation.ring.index)
         except (ConnectionLostError, BrokenError) as error:
-            generation.close(gently=False)
-            self._generation = None
+            self._give_up(generation)
             raise BrokenError(str(error)) from None
         except BaseException:
-            generation.close(gently=False)
-            self._generation = None
+            self._give_up(generation)
             raise
 
     def boost(self, iterations: Sequence[int], learning_rate: str, gradients: Gradients | None) -> TreeModel:
@@ -113,8 +112,16 @@ class Engine:
             generation = self._generation
         if generation is not None:
             generation.close(gently=gently)  # the others' workers still call while all of them end
+            self._give_up(generation)
+
+    def _give_up(self, generation: _Generation) -> None:
+        """No part in it any more: whoever calls from it hears so at once, and does not wait."""
         with self._lock:
-            self._generation = None
+            self._over, self._generation = _number(generation.name), None
+            early, self._early = self._early, []
+        generation.close(gently=False)
+        for stream in early:
+            self._accept(stream)
 
     def close(self) -> None:
         self.end(gently=False)
@@ -131,7 +138,7 @@ class Engine:
         with self._lock:
             generation = self._generation
             if generation is None or generation.name != name:
-                early = generation is None or _number(name) > _number(generation.name)
+                early = _number(name) > (_number(generation.name) if generation else self._over)
                 if early:
                     self._early.append(stream)
                     return
@@ -244,7 +251,7 @@ class _Worker:
                 self._process.wait(_ENDING_S)
             except (BrokenError, subprocess.TimeoutExpired):
                 pass
-        self._process.kill()
+        self._process.kill()  # all of this may be called again
         self._process.wait()
         self._line.close()
         self._helper.close()
