@@ -42,8 +42,8 @@ def check_count(count: int, what: str) -> int:
     return count
 
 
-def check_metrics(metrics: Mapping[str, object]) -> None:
-    if len(metrics) > MAX_METRICS:
+def check_metrics(metrics: object) -> None:
+    if isinstance(metrics, dict) and len(metrics) > MAX_METRICS:
         raise ProtocolError(f"{len(metrics)} metrics at once; the limit is {MAX_METRICS}")
 
 

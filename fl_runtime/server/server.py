@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
 from fl_runtime.server.events import Events
 from fl_runtime.server.recovery import recover
@@ -20,7 +19,7 @@ from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings
 
-_THREADS_PER_SITE = 3  # presence, a waiting Next, and the call of an attempt that takes over
+_THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
 _SPARE_THREADS = 8
 _GRACE_S = 0.5
 
@@ -42,10 +41,9 @@ class Server:
         listeners: Sequence[Listener] = (),
     ) -> None:
         _check(settings)
-        strategy = make_strategy(settings.strategy)
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
-        self._run = Run(settings, folder / "server", strategy, self._events)
+        self._run = Run(settings, folder / "server", self._events)
         recover(self._run)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
@@ -121,11 +119,20 @@ class Server:
             )
 
     def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
-        """Write the global model as folder/model.safetensors; None if there is no such model yet."""
+        """Write the global model as folder/model.safetensors, or in the strategy's own format; returns the file.
+
+        None if there is no such model yet.
+        """
         with self._run.lock:
             model = self._run.model if which == "final" else self._run.best
             if model is None:
                 return None
+            own = self._run.strategy.export(model.blob.views()[0])
+            if own is not None:
+                name, content = own
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+                return folder / name
             path = folder / "model.safetensors"
             metadata = {"format": "pt", "job": self._run.settings.name, "round": str(model.version)}
             write_tensors(path, model.blob.views()[0], metadata)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from typing import Any, TypeVar, get_args
 
 from google.protobuf.message import DecodeError, Message
 
+from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server import limits
 from fl_runtime.server.members import Registration
-from fl_runtime.server.run import Offer, Run
+from fl_runtime.server.relay import Relay, first_part
+from fl_runtime.server.run import Run
 from fl_runtime.server.spool import Transfer
+from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
-from fl_runtime.types import Report, Update
+from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import check_finite
@@ -35,6 +37,7 @@ class FederationService:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._relay = Relay()
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,
@@ -43,6 +46,7 @@ class FederationService:
             "Submit": self._submit,
             "Score": self._score,
             "Leave": self._leave,
+            "Tunnel": self._tunnel,
         }
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -92,6 +96,7 @@ class FederationService:
             capabilities=frozenset(request.capabilities),
             rounds=request.rounds,
             evaluates=request.evaluates,
+            terms=_terms(request.terms_json),
         )
         rounds = self._run.register(peer.name, self._attempt(request.session), manifest, registration)
         yield pb.RegisterReply(rounds=rounds).SerializeToString()
@@ -111,6 +116,11 @@ class FederationService:
         request = _first(pb.LeaveRequest, requests)
         self._run.leave(peer.name, self._attempt(request.session), request.reason[:500], early=request.early)
         yield pb.Done().SerializeToString()
+
+    def _tunnel(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The streams of one site, until its call ends."""
+        self._run.check_attempt(peer.name, self._attempt(first_part(requests).session))
+        yield from self._relay.serve(peer.name, requests, peer.when_gone)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -136,14 +146,18 @@ class FederationService:
 
     def _messages(self, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
         header = pb.TaskHeader(
-            job=self._run.settings.name, round=offer.round, kind=offer.kind, config_json=json.dumps(dict(offer.config))
+            job=self._run.settings.name,
+            round=offer.round,
+            stage=offer.stage,
+            kind=offer.kind,
+            config_json=json.dumps(dict(offer.config)),
         )
         if offer.model is None:
             yield pb.TaskPart(task=header).SerializeToString()
             return
         blob, entry, ready = offer.model.blob, offer.model.entry, offer.model.messages
         known = offer.layout_known and entry.layout in request.layouts
-        key = (offer.kind, header.config_json, known)
+        key = (offer.kind + offer.stage, header.config_json, known)
         if key in ready:
             yield ready[key]
             return
@@ -166,9 +180,9 @@ class FederationService:
         header = _parsed(pb.UpdatePart, first).update
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
         digest = frames.payload_digest(payload)
-        status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
+        status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
-            fields = _update_fields(header)
+            facts = _update_fields(header)
             transfer = self._run.spool.begin(name, digest, self._manifest(name, payload), payload.digests)
             received = len(first)
             try:
@@ -179,14 +193,15 @@ class FederationService:
                     received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
+                update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
+                self._run.strategy.check(update)
             except FederationError:
                 self._run.spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: what has arrived is kept for the next attempt
                 self._run.spool.broke(transfer)
                 raise
-            update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **fields)
-            status = self._run.accept(update, transfer.blob, digest, fields, received)
+            status = self._run.accept(update, transfer.blob, digest, facts, received)
         if status == "late":
             self._run.late(header.round, name, len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
@@ -213,8 +228,13 @@ class FederationService:
         metrics = _metrics(request.metrics_json)
         examples = max(limits.check_count(request.num_examples, "num_examples"), 1)
         report = Report(self._run.settings.name, request.version, peer.name, metrics, examples)
-        self._run.score(report, self._attempt(request.session))
-        yield pb.Done().SerializeToString()
+        attempt = self._attempt(request.session)
+        self._run.score(report, attempt)
+        reply = pb.ScoreReply()
+        if request.wait:
+            together, reply.stop = self._run.wait_for_scores(peer.name, attempt, request.version)
+            reply.metrics_json = json.dumps(dict(together))
+        yield reply.SerializeToString()
 
 
 def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
@@ -231,8 +251,8 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
 
 def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
     """The fields of an Update that are no tensors, as JSON values."""
-    if header.content != "weights":  # what the strategies of this version take
-        raise ProtocolError(f"an update of content {header.content[:40]!r}, which the strategy does not take")
+    if header.content not in get_args(Content):
+        raise ProtocolError(f"an update of content {header.content[:40]!r}, which this server does not know")
     return {
         "round": header.round,
         "stage": limits.check_text(header.stage, "the stage of an update"),
@@ -242,18 +262,37 @@ def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
         "encoding": limits.check_text(header.encoding, "the encoding of an update"),
         "num_examples": limits.check_count(header.num_examples, "num_examples"),
         "local_steps": limits.check_count(header.local_steps, "local_steps"),
-        "metrics": _metrics(header.metrics_json),
+        "metrics": plain(_metrics(header.metrics_json)),
     }
 
 
-def _metrics(text: str) -> dict[str, float]:
+def _json(text: str, what: str) -> object:
     try:
-        found: Mapping[str, Any] = json.loads(text or "{}")
-        limits.check_metrics(found)
-        metrics = {str(k)[:200]: float(v) for k, v in found.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
-        raise ProtocolError("metrics are not a JSON object of numbers") from None
-    return {k: v for k, v in metrics.items() if not math.isnan(v)}
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"{what} are not JSON") from None
+
+
+def _metrics(text: str) -> dict[str, float | Summary]:
+    found = _json(text, "metrics")
+    limits.check_metrics(found)
+    return from_json(found)
+
+
+def _terms(text: str) -> Terms:
+    """What a script says of the run. Fields that this version does not know are left out."""
+    found = _json(text, "the terms of a registration")
+    known = {f.name: f.default for f in fields(Terms)}
+    try:
+        assert isinstance(found, dict)
+        terms = Terms(**{name: value for name, value in found.items() if name in known})
+        assert terms.content in ("weights", "delta", "encoded") and terms.best_mode in ("min", "max")
+        assert all(isinstance(text, str) and len(text) <= 200 for text in (terms.strategy, terms.best_metric))
+        assert terms.patience is None or int(terms.patience) >= 1
+        assert float(terms.min_delta) >= 0
+    except (AssertionError, TypeError, ValueError):
+        raise ProtocolError("the terms of a registration cannot be read") from None
+    return terms
 
 
 def _parsed(kind: type[M], message: bytes) -> M:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave")
+METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
 CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke")
 """Calls about jobs rather than within one: their messages are JSON. See server/federation.py."""
 
