@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,7 +25,8 @@ class Kit:
     index, count: this site's place among the sites of the job, 0 <= index < count.
     server: "host:port". token: this site's secret; never print it.
     run: folder of the run (`runs/<job>`) when `simulated`, else empty.
-    patience_s: how long an unreachable server is waited for.
+    patience_s: how long an unreachable server is waited for. filters: those that the site itself runs on all that
+    leaves it, after the job's. folder: where the kit lies, "" for one that was not read from a folder.
     """
 
     job: str
@@ -37,6 +38,8 @@ class Kit:
     run: str = ""
     simulated: bool = False
     patience_s: float = 30.0
+    filters: tuple[dict[str, Any], ...] = ()
+    folder: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         return f"Kit(job={self.job!r}, site={self.site!r}, index={self.index}, count={self.count}, ...)"
@@ -46,7 +49,8 @@ class Kit:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(folder / KIT_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as out:
-            json.dump({"format": KIT_FORMAT, **asdict(self)}, out, indent=1)
+            fields = {name: value for name, value in asdict(self).items() if name != "folder"}
+            json.dump({"format": KIT_FORMAT, **fields}, out, indent=1)
         return folder
 
 
@@ -70,7 +74,7 @@ def read_kit(folder: str | os.PathLike[str]) -> Kit:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the startup kit cannot be read: {error}", where=str(file), fix=_RENEW) from None
-    return _checked(fields, file)
+    return replace(_checked(fields, file), folder=str(folder))
 
 
 _RENEW = "get a fresh kit, or start the simulation again; the file is not meant to be edited"
@@ -84,6 +88,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "run": (str,),
     "simulated": (bool,),
     "patience_s": (int, float),
+    "filters": (list,),
 }
 _REQUIRED = ("job", "site", "index", "count", "server", "token")
 
@@ -106,7 +111,7 @@ def _checked(fields: object, file: Path) -> Kit:
         wrong_bool = isinstance(value, bool) and bool not in _TYPES[name]
         if wrong_bool or not isinstance(value, _TYPES[name]):
             raise ConfigError(f"{name!r} cannot be {value!r}", where=str(file), fix=_RENEW)
-    kit = Kit(**known)
+    kit = Kit(**{**known, "filters": tuple(known.get("filters", ()))})
     if not 0 <= kit.index < kit.count:
         raise ConfigError(f"index {kit.index} is not below count {kit.count}", where=str(file), fix=_RENEW)
     return kit

@@ -23,10 +23,11 @@ from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
-from fl_runtime.filters import apply
+from fl_runtime.filters.base import Home
+from fl_runtime.filters.site import SiteFilters
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
-from fl_runtime.types import Arrays, Filter, Metrics, Report, Task, Update
+from fl_runtime.types import Arrays, Metrics, Report, Task, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
@@ -62,7 +63,8 @@ class Session:
         self.registered = False
         self.closed = False
         self._task: Task | None = None
-        self._filters: tuple[Filter, ...] = ()
+        home = Home(self.name, self.job, Path(kit.folder) if kit.folder else None)
+        self._filters = SiteFilters(welcome.settings.get("filters", ()), kit.filters, home)
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -92,7 +94,9 @@ class Session:
             "every": str(self.settings.every),
             "optimizer_state": self.settings.optimizer_state,
         }
+        self._filters.agree(state)
         info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
+        info |= {"filters": shown} if (shown := self._filters.described()) else {}
         self.rounds = self._client.register(
             Manifest.of(state),
             agreement=shared,
@@ -140,7 +144,7 @@ class Session:
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
-        return self._client.submit(apply(self._filters, update, task))
+        return self._client.submit(self._filters.outgoing(update, task))
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
@@ -165,7 +169,8 @@ class Session:
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """The score of the global model that arrived last, on this site's own validation data."""
-        self._client.report(Report(self.job, self._current().version, self.name, metrics, num_examples))
+        report = Report(self.job, self._current().version, self.name, metrics, num_examples)
+        self._client.report(self._filters.report(report))
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
@@ -214,8 +219,8 @@ class Session:
         return self._task
 
     def _received(self, task: Task) -> Task:
-        self._task = task
-        return task
+        self._task = self._filters.received(task)
+        return self._task
 
     def _update(
         self, task: Task, arrays: Arrays, num_examples: int, local_steps: int, metrics: Metrics, extras: Arrays

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
+from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Accepted, Model, OpenRound, Run
@@ -67,8 +68,14 @@ def _handshake(run: Run) -> None:
         run.rounds = rounds
         first = next(iter(registrations.values()))
         manifest = run.manifests[first.layout]
+        filters: dict[str, Any] = {"filters": list(settings.filters)} if settings.filters else {}
         run.events.emit(
-            "started", rounds=rounds, sites=list(registrations), tensors=len(manifest.tensors), bytes=manifest.nbytes
+            "started",
+            rounds=rounds,
+            sites=list(registrations),
+            tensors=len(manifest.tensors),
+            bytes=manifest.nbytes,
+            **filters,
         )
         run.phase = "initial"
         run.published.notify_all()
@@ -138,6 +145,7 @@ def _open(run: Run, number: int) -> OpenRound:
         config = dict(run.strategy.configure(number, participants))
         run.open = OpenRound(number, participants, config, time.monotonic())
         run.journal.round_opened(number, tuple(participants), time.time())
+    hand_out(run)
     run.events.emit("round_started", number, sites=list(run.open.participants))
     run.published.notify_all()
     return run.open
@@ -154,7 +162,10 @@ class _Summing:
     def _begin(self) -> None:
         self._order, self._added = list(self._run.members), 0
         assert self._run.model is not None
-        self._aggregator = self._run.strategy.aggregator(self._run.model.blob.views()[0], self._allocate)
+        base = self._run.model.blob.views()[0]
+        self._aggregator = self._run.filters.aggregator(
+            lambda allocate: self._run.strategy.aggregator(base, allocate), base, self._allocate
+        )
 
     def next_in_order(self) -> Accepted | None:
         """The update that can be summed now (call under the lock). An absent site holds back those after it."""

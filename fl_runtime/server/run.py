@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.filters.base import Home
+from fl_runtime.filters.server import ServerFilters, what_ran
+from fl_runtime.server.encoding import travelling_manifest
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
@@ -107,6 +110,8 @@ class Run:
         self.results: list[RoundResult] = []
         self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
         self.exporter = ""
+        self.filters = ServerFilters(settings.filters, Home(job=settings.name, folder=folder))
+        self.handed_out: Model | None = None  # the model as a filter has encoded it for the open round
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
@@ -228,6 +233,11 @@ class Run:
         """A model that no later task will carry."""
         with self.lock:
             self.journal.forget_model(model.version)
+            self.recycle(model)
+
+    def recycle(self, model: Model) -> None:
+        """Its file may be used again once nobody streams it any more."""
+        with self.lock:
             model.retired = True
             if model.leases == 0:
                 self.blobs.free(model.blob)
@@ -244,7 +254,7 @@ class Run:
         if self.phase == "training" and self.open and not self.open.closing and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
-            return self._leased("train", self.open.round, self.open.config, self.model, member)
+            return self._leased("train", self.open.round, self.open.config, self.handed_out or self.model, member)
         if self.phase == "done" and best:
             return self._leased("best", self.rounds or 0, {}, self.best, member)
         if self.phase in ("final", "done") and not best:
@@ -320,6 +330,7 @@ class Run:
                 bytes_up=bytes_up,
                 bytes_down=self.open.bytes_down.get(update.site, 0),
                 seconds=time.monotonic() - self.open.began,
+                **({"filters": list(ran)} if (ran := what_ran(update.encoding)) else {}),
             )
             self.changed.notify_all()
             return status
@@ -376,10 +387,12 @@ class Run:
             self.manifests[manifest.layout] = manifest
             self.journal.layout(manifest)
 
-    def check_weights(self, manifest: Manifest) -> None:
-        """StateMismatchError if a manifest does not hold the weights that the sites agreed on."""
+    def check_weights(self, manifest: Manifest, content: str = "weights", encoding: str = "") -> None:
+        """StateMismatchError if a manifest does not hold the weights that the sites agreed on, as they are encoded."""
         agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
-        lines = differences(self.manifests[agreed], manifest) if agreed not in (b"", manifest.layout) else []
+        takes = getattr(self.strategy, "content", "weights")
+        expected = travelling_manifest(self.manifests[agreed], content, encoding, takes) if agreed else manifest
+        lines = differences(expected, manifest) if expected.layout != manifest.layout else []
         if lines:
             raise StateMismatchError(
                 f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "

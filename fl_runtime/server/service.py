@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.server.filtering import check_decodes
 from fl_runtime.server.members import Registration
 from fl_runtime.server.run import Offer, Run
 from fl_runtime.server.spool import Transfer
@@ -155,7 +156,7 @@ class FederationService:
         status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
         if status is None:
             fields = _update_fields(header)
-            transfer = self._run.spool.begin(name, digest, self._manifest(payload), payload.digests)
+            transfer = self._run.spool.begin(name, digest, self._manifest(header), payload.digests)
             received = len(first)
             try:
                 if payload.inline:
@@ -165,31 +166,34 @@ class FederationService:
                     received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
+                update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **fields)
+                check_decodes(self._run, update)
             except FederationError:
                 self._run.spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: what has arrived is kept for the next attempt
                 self._run.spool.broke(transfer)
                 raise
-            update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **fields)
             status = self._run.accept(update, transfer.blob, digest, fields, received)
         if status == "late":
             self._run.late(header.round, name, len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
-    def _manifest(self, payload: pb.Payload) -> Manifest:
-        """The manifest of an update, which must have the weights that were agreed on (extras may be added)."""
+    def _manifest(self, header: pb.UpdateHeader) -> Manifest:
+        """The manifest of an update, which must have the weights that were agreed on (extras may be added), or what
+        the filters that it names make of them."""
+        payload, how = header.payload, (header.content, header.encoding)
         with self._run.lock:
             if payload.HasField("manifest"):
                 manifest = Manifest.from_proto(payload.manifest)
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
-                self._run.check_weights(manifest)  # before it is kept
+                self._run.check_weights(manifest, *how)  # before it is kept
                 self._run.add_layout(manifest)
             elif payload.layout not in self._run.manifests:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._run.manifests[payload.layout]
-            self._run.check_weights(manifest)
+            self._run.check_weights(manifest, *how)
         if payload.total_bytes != manifest.nbytes:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest

@@ -1,0 +1,80 @@
+"""Filters of what leaves beside the tensors: metrics, numbers of examples and of steps; in updates and in reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fl_runtime.filters.base import Described, Facts, Home, check_number, matches, refuse
+
+
+@dataclass(frozen=True)
+class AllowMetrics(Described):
+    """Only metrics whose name matches one of `names` leave the site. An empty list lets none leave.
+
+    names: patterns as the shell knows them, such as "loss" or "eval_*".
+    """
+
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.names, (list, tuple)) or not all(isinstance(name, str) for name in self.names):
+            raise refuse(f"AllowMetrics: names is {self.names!r}", 'give a list of patterns such as ["loss"]')
+        object.__setattr__(self, "names", tuple(self.names))
+
+    def facts(self, facts: Facts, home: Home) -> Facts:
+        return replace(facts, metrics={n: v for n, v in facts.metrics.items() if matches(n, self.names)})
+
+
+@dataclass(frozen=True)
+class RoundMetrics(Described):
+    """Metrics leave rounded to `decimals` digits behind the point (0 to 12, default 2). What is no plain number, such
+    as the histogram behind a common AUC, does not leave."""
+
+    decimals: int = 2
+
+    def __post_init__(self) -> None:
+        check_number(self, "decimals", self.decimals, least=0, most=12)
+
+    def facts(self, facts: Facts, home: Home) -> Facts:
+        return replace(facts, metrics={n: round(v, int(self.decimals)) for n, v in plain(facts).items()})
+
+
+@dataclass(frozen=True)
+class Examples(Described):
+    """What leaves as num_examples, the weight of a site in averages, in place of the true count.
+
+    equal: always 1, so that every site weighs the same. Else the count is rounded up to a multiple of `multiple`
+    (default 1) and then kept between `least` (default 1) and `most` (default none). The number of local steps, which
+    tells nearly the same, leaves as 0. All sites should use the same arguments: the weights of a mean must compare.
+    """
+
+    equal: bool = False
+    least: int = 1
+    most: int | None = None
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        check_number(self, "least", self.least, least=1)
+        check_number(self, "multiple", self.multiple, least=1)
+        if self.most is not None:
+            check_number(self, "most", self.most, least=self.least)
+        if not isinstance(self.equal, bool):
+            raise refuse(f"Examples: equal is {self.equal!r}", "give true or false")
+
+    def facts(self, facts: Facts, home: Home) -> Facts:
+        count = -(-facts.num_examples // int(self.multiple)) * int(self.multiple)
+        count = max(count, int(self.least))
+        if self.most is not None:
+            count = min(count, int(self.most))
+        return replace(facts, num_examples=1 if self.equal else count, local_steps=0)
+
+
+def plain(facts: Facts) -> dict[str, float]:
+    """The metrics that are numbers."""
+    found = {}
+    for name, value in facts.metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return found

@@ -1,0 +1,43 @@
+"""What the server does beside summing where filters are at work: decoding once for a check, encoding the model."""
+
+from __future__ import annotations
+
+from fl_runtime.server.run import Model, Run
+from fl_runtime.store.journal import ModelEntry
+from fl_runtime.types import Update
+from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire.manifest import Manifest
+
+
+def check_decodes(run: Run, update: Update) -> None:
+    """Raises UpdateRefusedError or ProtocolError for an encoded update that does not decode to finite weights."""
+    with run.lock:
+        model = run.model
+        if model is None:
+            return
+        model.leases += 1
+    try:
+        where = f"update of {update.site}, round {update.round}"
+        run.filters.check(update, model.blob.views()[0], lambda arrays: check_finite(arrays, where))
+    finally:
+        run.release(model)
+
+
+def hand_out(run: Run) -> None:
+    """Encode the global model for the round that opens, once for all sites. Called under the lock."""
+    assert run.model is not None
+    previous, run.handed_out = run.handed_out, None
+    if previous is not None:
+        run.recycle(previous)
+    source, extras = run.model.blob.views()
+    arrays = run.filters.handed_out(source)
+    if arrays is None:
+        return
+    manifest = Manifest.of(arrays, extras)
+    run.add_layout(manifest)
+    blob = run.blobs.create(f"handed-out-{run.model.version}", manifest)
+    for targets, values in zip(blob.views(), (arrays, extras), strict=True):
+        for name, target in targets.items():
+            target[...] = values[name]
+    digests = manifest.digests_of_payload(blob.buffer)
+    run.handed_out = Model(ModelEntry(run.model.version, blob.name, manifest.layout, digests), blob)
