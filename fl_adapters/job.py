@@ -157,13 +157,13 @@ def _check(job: Job) -> None:
     if job.sites is not None:
         job.settings(site_names(job.sites))  # names, and min_sites against their number
     try:
-        make_strategy(job.strategy)
+        strategy = make_strategy(job.strategy)
     except ConfigError as error:
         raise ConfigError(error.what, where=error.where or "strategy", fix=error.fix) from None
     Options(  # the rules for what a script may say too are there
         every=job.every, exchange=job.exchange, keep_local=job.keep_local, optimizer_state=job.optimizer_state
     )
-    check_filters(job.filters, job.optimizer_state)
+    check_filters(job.filters, job.optimizer_state, strategy)
     if job.exact_restart:
         raise ConfigError(
             "exact_restart is not available in this version",

@@ -12,7 +12,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fl_adapters.kit import Kit, current_kit
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path
 from fl_runtime.client import SiteClient
-from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
+from fl_runtime.errors import ConfigError, FederationError, PrivacyBudgetError, UpdateRefusedError
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.transport import memory
@@ -144,7 +145,9 @@ class Session:
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
-        return self._client.submit(self._filters.outgoing(update, task))
+        with self._within_budget():
+            update = self._filters.outgoing(update, task)
+        return self._client.submit(update)
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
@@ -170,7 +173,9 @@ class Session:
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """The score of the global model that arrived last, on this site's own validation data."""
         report = Report(self.job, self._current().version, self.name, metrics, num_examples)
-        self._client.report(self._filters.report(report))
+        with self._within_budget():
+            report = self._filters.report(report)
+        self._client.report(report)
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
@@ -219,8 +224,18 @@ class Session:
         return self._task
 
     def _received(self, task: Task) -> Task:
-        self._task = self._filters.received(task)
+        with self._within_budget():
+            self._task = self._filters.received(task)
         return self._task
+
+    @contextmanager
+    def _within_budget(self) -> Iterator[None]:
+        """Where the budget is spent, the others hear why this site leaves."""
+        try:
+            yield
+        except PrivacyBudgetError as error:
+            self.leave(error.what)
+            raise
 
     def _update(
         self, task: Task, arrays: Arrays, num_examples: int, local_steps: int, metrics: Metrics, extras: Arrays

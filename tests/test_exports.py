@@ -14,8 +14,8 @@ import pytest
 PUBLIC = {
     "fl_adapters": """
         AbortedError ConfigError ConnectedSite ConnectionLostError FederationError HandshakeError Job
-        PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
-        StoreError TransferDamagedError UpdateRefusedError __version__ connect site
+        PermissionDeniedError PrivacyBudgetError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask
+        StateMismatchError StoreError TransferDamagedError UpdateRefusedError __version__ connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

@@ -124,3 +124,26 @@ def doctor(
     from fl_adapters.cli import doctor as command
 
     sys.exit(command.run(folder, port, as_json))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  fl-adapters privacy kits/hospital-a
+  fl-adapters privacy runs/train-1122-164503 --delta 1e-6 --json"""
+)
+def privacy(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A startup kit, or the folder of a run. Default: $FL_ADAPTERS_KIT.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
+    as_json: _Json = False,
+) -> None:
+    """Show the privacy ledger: what left under differential privacy, and the epsilon it adds up to.
+
+    Epsilon holds for whole updates of a site, in the adjacency of the filter that spent it (docs/filters.md). noise is
+    relative to what one unit can change: the standard deviation of gaussian, the scale of laplace, the epsilon of pure.
+    """
+    from fl_adapters.cli import privacy as command
+
+    sys.exit(command.run(folder, delta, as_json))

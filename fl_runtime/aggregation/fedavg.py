@@ -4,7 +4,7 @@ Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class FedAvg:
     """
 
     requires: frozenset[str] = frozenset()
+    linear: ClassVar[bool] = True  # the weighted mean of the updates is all that it needs of them
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}

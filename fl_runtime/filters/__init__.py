@@ -18,12 +18,13 @@ from typing import Any, get_args
 
 from fl_runtime.filters.base import Point, Structural, refuse
 from fl_runtime.filters.exclude import ExcludeVars
-from fl_runtime.filters.facts import AllowMetrics, Examples, RoundMetrics
+from fl_runtime.filters.facts import AllowMetrics, Examples, NoisyMetrics, RoundMetrics
+from fl_runtime.filters.gaussian import GaussianDP
 from fl_runtime.filters.percentile import PercentilePrivacy
 from fl_runtime.filters.quantize import Quantize
 from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.filters.topk import TopK
-from fl_runtime.types import Settings
+from fl_runtime.types import Settings, Strategy
 
 __all__ = ["Placed", "at_point", "check_filters", "known_filters", "make_filter", "placed"]
 
@@ -31,10 +32,12 @@ _SHIPPED: tuple[type[Any], ...] = (
     ExcludeVars,
     PercentilePrivacy,
     SVTPrivacy,
+    GaussianDP,
     Quantize,
     TopK,
     AllowMetrics,
     RoundMetrics,
+    NoisyMetrics,
     Examples,
 )
 MAX_FILTERS = 32
@@ -86,15 +89,42 @@ def at_point(filters: Iterable[Settings], point: Point) -> list[Any]:
     return [found.filter for found in map(placed, filters) if found.at == point]
 
 
-def check_filters(filters: Sequence[Settings], optimizer_state: str | None = None) -> None:
-    """ConfigError if these filters cannot be made, or not work together."""
+def check_filters(
+    filters: Sequence[Settings], optimizer_state: str | None = None, strategy: Strategy | None = None
+) -> None:
+    """ConfigError if these filters cannot be made, or do not work together or with what is given of the job."""
     if len(filters) > MAX_FILTERS:
         raise refuse(f"a list of {len(filters)} filters; the limit is {MAX_FILTERS}", "leave some out")
     found = [placed(settings) for settings in filters]
-    outgoing = [item.filter for item in found if item.at == "site_out"]
-    if optimizer_state == "average":
-        for item in outgoing:
-            check_extras(item)
+    for item in found:
+        if isinstance(item.filter, GaussianDP):
+            _check_gaussian(item, found, strategy)
+        if optimizer_state == "average" and item.at in ("site_out", "server_in"):
+            check_extras(item.filter)
+
+
+def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | None) -> None:
+    if item.at == "site_out":
+        if item.filter.sampling < 1:
+            raise refuse(
+                "GaussianDP: at a site sampling is no secret, since the server knows who takes part",
+                "leave sampling out, or use at: server_in",
+            )
+        return
+    if sum(isinstance(other.filter, GaussianDP) and other.at == "server_in" for other in found) > 1:
+        raise refuse("GaussianDP stands at server_in twice", "leave one out")
+    if found[-1] is not item and any(other.at == "server_in" for other in found[found.index(item) + 1 :]):
+        raise refuse("after GaussianDP at server_in there are no single updates to be filtered", "let it be the last")
+    if strategy is not None and not is_linear(strategy):
+        raise refuse(
+            f"GaussianDP at server_in adds its noise to a mean, which {type(strategy).__name__} does not take",
+            "use the strategy fedavg, or GaussianDP at the sites",
+        )
+
+
+def is_linear(strategy: Strategy) -> bool:
+    """Whether a strategy needs no more of the updates than their weighted mean. One that does not say so needs them."""
+    return bool(getattr(strategy, "linear", False))
 
 
 def check_extras(item: Any) -> None:

@@ -8,7 +8,7 @@ is a frozen dataclass whose fields are its arguments; what it remembers from rou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.filters.ledger import Limit
 from fl_runtime.types import Array, Arrays, Settings, Task, Update, is_floating
 
 Point = Literal["site_out", "server_in", "server_out", "site_in"]
@@ -34,14 +35,16 @@ class Home:
     """Where a filter runs, and where it may keep things. folder: the site's (or the server's) own; None: nowhere.
 
     own: the filter is asked for by the site's policy, not by the job; its budget then holds over all jobs.
+    budget: of the site, over everything that is spent here, whichever filter spends it.
+    shared: a folder that all sites of a simulation see; the server does not look into it.
     """
 
     site: str = ""
     job: str = ""
     folder: Path | None = None
     own: bool = False
-    shared: Path | None = field(default=None)
-    """A folder that all sites of a simulation see; the server does not look into it."""
+    budget: Limit | None = None
+    shared: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Facts:
     metrics: Mapping[str, Any]
     num_examples: int
     local_steps: int = 0
+    round: int = 0
 
 
 class Described:
@@ -73,6 +77,15 @@ class Opened(Protocol):
     @property
     def record(self) -> Settings: ...
     def __call__(self, update: Update, task: Task) -> Update: ...
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """An opened filter that spends a budget."""
+
+    def afford(self, round: int) -> None:
+        """PrivacyBudgetError if the update of this round could not leave: known before the work is done."""
+        ...
 
 
 class Changing(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fl_runtime.filters.base import Described, Facts, Home, check_number, matches, refuse
+from fl_runtime.filters.ledger import Ledger, Mechanism
+from fl_runtime.filters.noise import laplace
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,44 @@ class RoundMetrics(Described):
 
     def facts(self, facts: Facts, home: Home) -> Facts:
         return replace(facts, metrics={n: round(v, int(self.decimals)) for n, v in plain(facts).items()})
+
+
+@dataclass(frozen=True)
+class NoisyMetrics(Described):
+    """Every metric leaves as clip(v, low, high) + Lap((high - low) / epsilon), limited to [low, high] again.
+
+    epsilon: of one metric in one sending (an update or a score), pure, default 1; all of them add up in the ledger.
+    Unit and adjacency: a site's value in place of any other. low, high: bounds that hold for every metric, in its own
+    unit; AllowMetrics before it takes out those that do not fit. What is no plain number does not leave.
+
+    Dwork et al. 2006, "Calibrating noise to sensitivity in private data analysis".
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    epsilon: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "low", self.low)
+        check_number(self, "high", self.high, above=self.low)
+        check_number(self, "epsilon", self.epsilon, above=0)
+
+    def facts(self, facts: Facts, home: Home) -> Facts:
+        metrics = plain(facts)
+        if not metrics:
+            return replace(facts, metrics={})
+        mechanisms = [Mechanism("laplace", 1 / self.epsilon)] * len(metrics)
+        ledger = Ledger(home.folder)
+        try:
+            ledger.spend(home.job, facts.round, "NoisyMetrics", mechanisms, [home.budget] if home.budget else [])
+        finally:
+            ledger.close()
+        noise = laplace(len(metrics)) * (self.high - self.low) / self.epsilon
+        limited = {name: min(max(value, self.low), self.high) for name, value in metrics.items()}
+        noisy = {
+            n: min(max(v + float(x), self.low), self.high) for (n, v), x in zip(limited.items(), noise, strict=True)
+        }
+        return replace(facts, metrics=noisy)
 
 
 @dataclass(frozen=True)

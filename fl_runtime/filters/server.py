@@ -18,6 +18,8 @@ import numpy as np
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.filters import MAX_FILTERS, at_point, encodings, make_filter
 from fl_runtime.filters.base import Home, Layout, Lazy, Opened, Structural, layout_of, work_dtype, work_layout
+from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
+from fl_runtime.filters.ledger import Ledger, need_accounting
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Task, Update, is_floating
 
 _STRUCTURAL = ("ExcludeVars", "Quantize", "TopK")
@@ -71,11 +73,26 @@ class ServerFilters:
 
     def __init__(self, filters: Sequence[Settings], home: Home) -> None:
         self._outgoing = encodings(at_point(filters, "server_out"))
-        self._incoming: list[Opened] = [item.open(home) for item in at_point(filters, "server_in")]
+        incoming = at_point(filters, "server_in")
+        self._incoming: list[Opened] = [item.open(home) for item in incoming if not isinstance(item, GaussianDP)]
+        self._central = next((item for item in incoming if isinstance(item, GaussianDP)), None)
+        self._home = home
+        if self._central is not None:
+            need_accounting()
+            self._ledger = Ledger(home.folder)
+
+    def afford(self, round: int) -> None:
+        """PrivacyBudgetError if the server's own budget does not allow another round."""
+        if self._central is not None:
+            limits = self._central.limits(self._home)
+            self._ledger.afford(self._home.job, round, [self._central.mechanism], limits)
 
     def aggregator(self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate) -> Aggregator:
         """A round's sum of updates as they came. make: the strategy's own aggregator, with the `allocate` it gets."""
-        return _Filtered(make, base, allocate, self._incoming)
+        if self._central is None:
+            return _Filtered(make, base, allocate, self._incoming)
+        noisy = NoisyMean(self._central, self._ledger, self._home, base, allocate)
+        return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
     def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None]) -> None:
         """Decode everything once, before the update counts. Raises what decoding or `finite` raises."""
@@ -97,8 +114,16 @@ class _Filtered:
     """Feeds decoded updates to the strategy's aggregator."""
 
     def __init__(
-        self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, filters: Sequence[Opened]
+        self,
+        make: Callable[[Allocate], Aggregator],
+        base: Arrays,
+        allocate: Allocate,
+        filters: Sequence[Opened],
+        *,
+        differences: bool = False,
     ) -> None:
+        """differences: the aggregator takes these, and no weights."""
+        self._differences = differences
         self._base, self._allocate, self._filters = base, allocate, filters
         self._inner = make(self._allocated)
         self._decoding = False
@@ -108,7 +133,7 @@ class _Filtered:
     def add(self, update: Update) -> None:
         self._decoding = is_filtered(update) or bool(self._filters)
         update = decoded(update, self._base)
-        if self._filters:
+        if self._filters or self._differences:
             update = self._changed(update)
         self._given.update(update.arrays)
         self._inner.add(update)
@@ -116,7 +141,7 @@ class _Filtered:
     def result(self) -> tuple[Arrays, Arrays]:
         arrays, extras = self._inner.result()
         for name, array in arrays.items():
-            if name not in self._given:  # every site held it back
+            if name not in self._given and not self._differences:  # every site held it back
                 array[...] = self._base[name]
         return arrays, extras
 
@@ -130,7 +155,9 @@ class _Filtered:
         found = {}
         for name in update.arrays:
             dtype = work_dtype(self._base[name].dtype)
-            out = self._work.setdefault(name, np.empty(self._base[name].shape, dtype))
+            if name not in self._work:
+                self._work[name] = np.empty(self._base[name].shape, dtype)
+            out = self._work[name]
             if is_floating(dtype):
                 np.subtract(update.arrays[name], self._base[name], out=out, dtype=dtype, casting="unsafe")
             else:
@@ -139,7 +166,7 @@ class _Filtered:
         update = replace(update, arrays=found, content="delta")
         for change in self._filters:
             update = change(update, task)
-        return decoded(update, self._base)
+        return update if self._differences else decoded(update, self._base)
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ from fl_runtime.errors import ConfigError, UpdateRefusedError
 from fl_runtime.filters import at_point, check_extras, check_filters, encodings
 from fl_runtime.filters.base import (
     AUX,
+    Budgeted,
     Facts,
     FactsFilter,
     Home,
@@ -108,6 +109,10 @@ class SiteFilters:
         if self._kept and task.kind == "train":
             for name, mine in self._kept.items():
                 arrays[name][...] = mine
+        if task.kind == "train":
+            for step in self._steps:
+                if isinstance(step.opened, Budgeted):
+                    step.opened.afford(task.round)
         task = replace(task, arrays=arrays)
         if self._on_differences and task.kind == "train":
             self._keep_base(task.arrays)
@@ -208,8 +213,8 @@ def _opened(item: Any, home: Home) -> _Step:
 
 
 def _with_facts(sent: F, step: _Step) -> F:
-    steps = sent.local_steps if isinstance(sent, Update) else 0
-    facts = step.filter.facts(Facts(sent.metrics, sent.num_examples, steps), step.home)
+    steps, round = (sent.local_steps, sent.round) if isinstance(sent, Update) else (0, sent.version)
+    facts = step.filter.facts(Facts(sent.metrics, sent.num_examples, steps, round), step.home)
     changed = {"metrics": facts.metrics, "num_examples": facts.num_examples}
     if isinstance(sent, Update):
         changed["local_steps"] = facts.local_steps

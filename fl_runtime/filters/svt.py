@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from fl_runtime.filters.base import Described, Home, Opened, Point, check_number, is_real, refuse
+from fl_runtime.filters.ledger import Ledger, Mechanism
 from fl_runtime.filters.noise import chosen, laplace
 from fl_runtime.types import Array, Settings, Task, Update
 
@@ -55,13 +56,20 @@ class SVTPrivacy(Described):
         return half / (1 + share), half * share / (1 + share), half
 
     def open(self, home: Home) -> Opened:
-        return _SparseVector(self)
+        return _SparseVector(self, home)
 
 
 class _SparseVector:
-    def __init__(self, settings: SVTPrivacy) -> None:
-        self._settings = settings
+    def __init__(self, settings: SVTPrivacy, home: Home) -> None:
+        self._settings, self._home = settings, home
+        self._ledger = Ledger(home.folder)
+        self._mechanism = Mechanism("pure", settings.epsilon)
+        self._limits = [home.budget] if home.budget else []
         self.record: Settings = {}
+
+    def afford(self, round: int) -> None:
+        """PrivacyBudgetError if this round's update could not leave."""
+        self._ledger.afford(self._home.job, round, [self._mechanism], self._limits)
 
     def __call__(self, update: Update, task: Task) -> Update:
         parts = [array for array in update.arrays.values() if is_real(array.dtype) and array.size]
@@ -70,6 +78,7 @@ class _SparseVector:
                 array[...] = task.arrays[name]
         if not parts:
             return update
+        self._ledger.spend(self._home.job, update.round, "SVTPrivacy", [self._mechanism], self._limits)
         flat = [part.reshape(-1) for part in parts]
         count = max(1, int(self._settings.fraction * sum(part.size for part in flat)))
         first, second, third = self._settings.split(count)

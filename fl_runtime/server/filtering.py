@@ -24,8 +24,12 @@ def check_decodes(run: Run, update: Update) -> None:
 
 
 def hand_out(run: Run) -> None:
-    """Encode the global model for the round that opens, once for all sites. Called under the lock."""
+    """Encode the global model for the round that opens, once for all sites. Called under the lock.
+
+    PrivacyBudgetError if the server's own budget does not allow another round.
+    """
     assert run.model is not None
+    run.filters.afford(run.model.version + 1)
     previous, run.handed_out = run.handed_out, None
     if previous is not None:
         run.recycle(previous)

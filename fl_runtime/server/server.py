@@ -10,6 +10,7 @@ from typing import Literal
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.filters import check_filters
 from fl_runtime.server.events import Events
 from fl_runtime.server.recovery import recover
 from fl_runtime.server.results import RunResult
@@ -18,7 +19,7 @@ from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.base import Service
-from fl_runtime.types import Listener, RunSettings
+from fl_runtime.types import Listener, RunSettings, Strategy
 
 _THREADS_PER_SITE = 3  # presence, a waiting Next, and the call of an attempt that takes over
 _SPARE_THREADS = 8
@@ -41,8 +42,8 @@ class Server:
         port: int = 0,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        _check(settings)
         strategy = make_strategy(settings.strategy)
+        _check(settings, strategy)
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
         self._run = Run(settings, folder / "server", strategy, self._events)
@@ -112,7 +113,8 @@ class Server:
         self._events.close()
 
 
-def _check(settings: RunSettings) -> None:
+def _check(settings: RunSettings, strategy: Strategy) -> None:
+    check_filters(settings.filters, settings.optimizer_state, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):
         raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")
     if settings.min_sites > len(settings.sites):

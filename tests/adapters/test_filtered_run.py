@@ -293,3 +293,55 @@ def test_encodings_that_lie_are_refused_and_the_run_goes_on(tmp_path: Path, lie:
     assert peers["site-1"].client.submit(honest) == "used"
     assert peers["site-1"].client.next_task().kind == "final"
     server.close()
+
+
+# -- a budget ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("central", [False, True], ids=["site", "server"])
+def test_a_run_stops_at_its_budget_and_says_so_at_both_ends(
+    tmp_path: Path, central: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("dp_accounting")
+    from fl_adapters.cli import privacy
+    from fl_runtime.filters.ledger import Mechanism, epsilon
+
+    after = [epsilon([Mechanism("gaussian", 2.0)] * n, 1e-5) for n in (3, 4)]
+    dp = {"name": "GaussianDP", "noise_multiplier": 4.0, "clip": 0.1, "epsilon": sum(after) / 2}
+    dp |= {"at": "server_in"} if central else {}
+    with LocalFederation(sites=2, rounds=10, filters=(dp,), folder=tmp_path) as federation:
+        outcomes = federation.outcomes({"site-1": loop, "site-2": loop}, check=False)
+        with pytest.raises(FederationError) as of_the_run:
+            federation.result()
+        rounds = federation.server.result().rounds
+        kept = federation.model()
+    assert len(rounds) == 3
+    assert np.abs(kept["w"]).max() > 0  # the model of the rounds that were paid for
+    who = "the server" if central else "site-"
+    said = f"the privacy budget of {who}"
+    errors = [outcome.error for outcome in outcomes.values()]
+    assert said in str(of_the_run.value)
+    assert all(isinstance(error, FederationError) and said in str(error) for error in errors)
+    assert any(isinstance(error, fl.PrivacyBudgetError) for error in errors)
+    if central:
+        assert federation.server.result().error.code == "privacy-budget"
+
+    capsys.readouterr()
+    assert privacy.run(tmp_path, 1e-5, as_json=True) == 0
+    ledgers = json.loads(capsys.readouterr().out)["ledgers"]
+    assert len(ledgers) == (1 if central else 2)
+    for ledger in ledgers:
+        assert ledger["jobs"] == [{"job": "test", "rounds": 3, "epsilon": pytest.approx(after[0], rel=0.01)}]
+        assert [e["filter"] for e in ledger["entries"]] == ["GaussianDP"] * 3
+    assert privacy.run(tmp_path, 1e-5, as_json=False) == 0
+    assert "epsilon at delta 1e-05" in capsys.readouterr().out
+
+
+def test_the_ledger_of_nothing_is_an_error_that_says_where_to_look(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "fl_adapters", "privacy", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "there is no privacy ledger here" in done.stderr and str(tmp_path) in done.stderr
