@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy_hf.py
-PROJECT := -e '.[hf,lightning,keras,dp,examples,dev]'
+PROJECT := -e '.[hf,lightning,keras,dp,he,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, PrivacyBudgetError, UpdateRefusedError
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.site import SiteFilters
+from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 from fl_runtime.types import Arrays, Metrics, Report, Task, Update
@@ -65,6 +66,8 @@ class Session:
         self.closed = False
         self._task: Task | None = None
         home = Home(self.name, self.job, Path(kit.folder) if kit.folder else None)
+        if kit.simulated:
+            home = replace(home, shared=Path(kit.run, "sites"))
         self._filters = SiteFilters(welcome.settings.get("filters", ()), kit.filters, home)
 
     def output_dir(self, path: str) -> str:
@@ -96,6 +99,7 @@ class Session:
             "optimizer_state": self.settings.optimizer_state,
         }
         self._filters.agree(state)
+        shared |= self._filters.agreement
         info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
         info |= {"filters": shown} if (shown := self._filters.described()) else {}
         self.rounds = self._client.register(
@@ -117,7 +121,7 @@ class Session:
         task = self._client.next_task()
         if task.kind == "initial":
             arrays = state()
-            self._client.submit(self._update(task, arrays, 1, 0, {}, {}))
+            self._client.submit(self._filters.initial(self._update(task, arrays, 1, 0, {}, {})))
             task = self._client.next_task()
         return self._received(task)
 
@@ -179,7 +183,7 @@ class Session:
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
-        return self._client.next_task(best=True)
+        return self._filters.received(self._client.next_task(best=True))
 
     def finish(
         self,
@@ -193,6 +197,9 @@ class Session:
         weights are loaded back afterwards.
         """
         final = self._current()
+        if export is None and self._filters.encrypts and self._kit.simulated and final.config.get("export"):
+            write_tensors(Path(self._kit.run, "model", "model.safetensors"), final.arrays)  # the server cannot
+            write_tensors(Path(self._kit.run, "best", "model.safetensors"), self.best().arrays)
         if export is not None and self._kit.simulated and final.config.get("export"):
             export(str(Path(self._kit.run, "model")))
             if load is not None:

@@ -135,7 +135,7 @@ class Aggregator(Protocol):
     """One round's sum. Updates come in a fixed order, whatever the order of arrival."""
 
     def add(self, update: Update) -> None:
-        """Take one update into the sum. The arrays are borrowed for the call."""
+        """Take one update into the sum. The arrays are borrowed until `result` has been called."""
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:

@@ -150,6 +150,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "torch",
         "peft",
         "dp_accounting",
+        "tenseal",
     }  # each where it is asked for
 
     requirements = map(Requirement, metadata(wheel).get_all("Requires-Dist"))

@@ -147,3 +147,25 @@ def privacy(
     from fl_adapters.cli import privacy as command
 
     sys.exit(command.run(folder, delta, as_json))
+
+
+@app.command(
+    name="ckks-key",
+    epilog="""\b
+Examples:
+  fl-adapters ckks-key kits/hospital-a/ckks.key
+  fl-adapters ckks-key ckks.key --job job.yml""",
+)
+def ckks_key(
+    file: Annotated[Path, typer.Argument(help="Where to write it: ckks.key in a site's startup kit.")],
+    job: Annotated[Path | None, typer.Option(help="A job file whose HomomorphicCKKS says the parameters.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Make the key of HomomorphicCKKS, once, at one of the sites.
+
+    Every site of the federation needs a copy as ckks.key in its startup kit; the server must never have one. Who has
+    it can read every update. The fingerprint that is shown is of the public part and may be compared by telephone.
+    """
+    from fl_adapters.cli import ckks_key as command
+
+    sys.exit(command.run(file, job, as_json))

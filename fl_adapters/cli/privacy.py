@@ -90,6 +90,8 @@ def _fields(entry: Entry) -> dict[str, Any]:
 
 
 def _show(ledger: dict[str, Any], delta: float, console: Console) -> None:
+    if not console.is_terminal:
+        console.width = 120
     console.print(ledger["path"], highlight=False, soft_wrap=True)
     totals = Table("job", "rounds", f"epsilon at delta {delta:g}", box=None)
     for job in ledger["jobs"]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from fl_runtime.filters.base import Point, Structural, refuse
+from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics, Examples, NoisyMetrics, RoundMetrics
 from fl_runtime.filters.gaussian import GaussianDP
@@ -35,6 +36,7 @@ _SHIPPED: tuple[type[Any], ...] = (
     GaussianDP,
     Quantize,
     TopK,
+    HomomorphicCKKS,
     AllowMetrics,
     RoundMetrics,
     NoisyMetrics,
@@ -99,6 +101,8 @@ def check_filters(
     for item in found:
         if isinstance(item.filter, GaussianDP):
             _check_gaussian(item, found, strategy)
+        if isinstance(item.filter, HomomorphicCKKS):
+            _check_encrypted(item, found, strategy)
         if optimizer_state == "average" and item.at in ("site_out", "server_in"):
             check_extras(item.filter)
 
@@ -122,6 +126,24 @@ def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | 
         )
 
 
+def _check_encrypted(item: Placed, found: Sequence[Placed], strategy: Strategy | None) -> None:
+    """What cannot be done with weights that the server cannot read."""
+    others = [other for other in found if other is not item]
+    for other in others:
+        name = type(other.filter).__name__
+        if isinstance(other.filter, (Structural, HomomorphicCKKS)) or other.at in ("server_in", "server_out"):
+            raise refuse(
+                f"{name} at {other.at} needs weights that the server can read, which HomomorphicCKKS does not leave it",
+                f"leave out one of the two: {name} or HomomorphicCKKS",
+            )
+    if strategy is not None and not is_linear(strategy):
+        raise refuse(
+            f"{type(strategy).__name__} needs the updates themselves, and HomomorphicCKKS lets the server form no more "
+            "than their weighted mean",
+            "use the strategy fedavg, or leave HomomorphicCKKS out",
+        )
+
+
 def is_linear(strategy: Strategy) -> bool:
     """Whether a strategy needs no more of the updates than their weighted mean. One that does not say so needs them."""
     return bool(getattr(strategy, "linear", False))
@@ -129,7 +151,7 @@ def is_linear(strategy: Strategy) -> bool:
 
 def check_extras(item: Any) -> None:
     """ConfigError for a filter that optimizer state, which travels beside the weights, would slip past."""
-    if hasattr(item, "open") or isinstance(item, ExcludeVars):
+    if hasattr(item, "open") or isinstance(item, (ExcludeVars, HomomorphicCKKS)):
         raise refuse(
             f"{type(item).__name__} does not reach the optimizer's moments, which leave the site with "
             'optimizer_state="average"',

@@ -108,8 +108,8 @@ class Ledger:
                     f"at delta {limit.budget.delta:g}, over the limit of {limit.budget.epsilon:g} for {whole}; "
                     f"{spent:.4g} is spent",
                     where=f"round {round}" + (f", {self._path}" if self._path else ""),
-                    fix="the model of the last round is kept; for more rounds, use more noise, sample fewer sites, or "
-                    "decide on a larger budget (fl-adapters privacy shows the ledger)",
+                    fix="the model of the last round is kept; for more rounds, use more noise, or decide on a "
+                    "larger budget (fl-adapters privacy shows the ledger)",
                 )
 
     def entries(self) -> list[Entry]:

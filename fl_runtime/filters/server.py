@@ -15,9 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.errors import FederationError, ProtocolError, UpdateRefusedError
 from fl_runtime.filters import MAX_FILTERS, at_point, encodings, make_filter
 from fl_runtime.filters.base import Home, Layout, Lazy, Opened, Structural, layout_of, work_dtype, work_layout
+from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
 from fl_runtime.filters.ledger import Ledger, need_accounting
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Task, Update, is_floating
@@ -31,8 +32,20 @@ def what_ran(encoding: str) -> tuple[Settings, ...]:
     return _ran(encoding)[0]
 
 
-def travelling(agreed: Layout, content: str, encoding: str) -> Layout:
-    """The arrays that an update of this content and encoding must consist of. ProtocolError for a bad encoding."""
+def travelling(agreed: Layout, content: str, encoding: str, encrypted: HomomorphicCKKS | None = None) -> Layout:
+    """The arrays that an update of this content and encoding must consist of. encrypted: how the job encrypts.
+
+    ProtocolError for a bad encoding, UpdateRefusedError for one that is not encrypted as the job says.
+    """
+    named = [settings for settings in what_ran(encoding) if named_in(settings)]
+    if encrypted is not None or named:
+        if encrypted is None or named != [encrypted.settings()] or content != "encoded":
+            said = encrypted.settings() if encrypted else "not at all"
+            raise UpdateRefusedError(
+                f"an update of content {content!r} is encrypted with {named}; the job says {said}",
+                fix="run the same version of fl-adapters at every site",
+            )
+        return encrypted.layout(agreed)
     chain = _ran(encoding)[1]
     layout = work_layout(agreed) if encodings(chain) else agreed
     if bool(encodings(chain)) != (content == "encoded"):
@@ -77,6 +90,10 @@ class ServerFilters:
         self._incoming: list[Opened] = [item.open(home) for item in incoming if not isinstance(item, GaussianDP)]
         self._central = next((item for item in incoming if isinstance(item, GaussianDP)), None)
         self._home = home
+        self.encrypted: HomomorphicCKKS | None = next(
+            (item for item in at_point(filters, "site_out") if isinstance(item, HomomorphicCKKS)), None
+        )
+        self._context = self.encrypted.public_context() if self.encrypted else None
         if self._central is not None:
             need_accounting()
             self._ledger = Ledger(home.folder)
@@ -89,6 +106,8 @@ class ServerFilters:
 
     def aggregator(self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate) -> Aggregator:
         """A round's sum of updates as they came. make: the strategy's own aggregator, with the `allocate` it gets."""
+        if self.encrypted is not None:
+            return CiphertextMean(self.encrypted, self._context, allocate)
         if self._central is None:
             return _Filtered(make, base, allocate, self._incoming)
         noisy = NoisyMean(self._central, self._ledger, self._home, base, allocate)
@@ -96,7 +115,11 @@ class ServerFilters:
 
     def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None]) -> None:
         """Decode everything once, before the update counts. Raises what decoding or `finite` raises."""
-        if is_filtered(update):
+        if self.encrypted is not None:
+            if update.extras:
+                raise UpdateRefusedError("tensors beside the encrypted weights", where=f"update of {update.site}")
+            check_ciphertexts(update, self.encrypted, self._context)
+        elif is_filtered(update):
             weights = decoded(update, base).arrays
             for name in weights:
                 finite({name: weights[name]})

@@ -18,6 +18,7 @@ from fl_runtime.filters.base import (
     FactsFilter,
     Home,
     Layout,
+    Lazy,
     Opened,
     Structural,
     layout_of,
@@ -25,6 +26,8 @@ from fl_runtime.filters.base import (
     work_dtype,
     work_layout,
 )
+from fl_runtime.filters.ckks import Cipher, HomomorphicCKKS, is_encrypted
+from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.feedback import Feedback
 from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update, is_floating
@@ -60,6 +63,8 @@ class SiteFilters:
         self._work: dict[str, Array] = {}
         self._feedback = Feedback(home)
         self._steps: list[_Step] = []
+        self._cipher: Cipher | None = None
+        self._key = ""
         self.set_own(own)
 
     def set_own(self, own: Sequence[Settings]) -> None:
@@ -77,8 +82,11 @@ class SiteFilters:
             for mine, filters in ((False, self._job), (True, own))
             for item in at_point(filters, "site_out")
         ]
-        last = encodings([step.filter for step in steps])
-        self._steps = [s for s in steps if s.filter not in last] + [s for s in steps if s.filter in last]
+        check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
+        if any(step.home.own and isinstance(step.filter, HomomorphicCKKS) for step in steps):
+            raise refuse("HomomorphicCKKS in a policy would leave the other sites out", "ask for it in the job")
+        last = [s for s in steps if encodings([s.filter]) or isinstance(s.filter, HomomorphicCKKS)]
+        self._steps = [s for s in steps if s not in last] + last
 
     def described(self) -> str:
         """The filters on what leaves, in the order in which they run, for people."""
@@ -97,13 +105,29 @@ class SiteFilters:
         clash = [name for name in state if AUX in name]
         if clash and (self._arriving or encodings([step.filter for step in self._steps])):
             raise refuse(f"the name of tensor {clash[0]!r} has a {AUX!r}, which encodings use", "give it another name")
+        encrypted = next((s.filter for s in self._steps if isinstance(s.filter, HomomorphicCKKS)), None)
+        if encrypted is not None:
+            encrypted.check_tensors(self._agreed)
+            self._cipher, self._key = site_cipher(encrypted, self._home)
         self._keep_own(state)
+
+    @property
+    def agreement(self) -> dict[str, str]:
+        """What must be equal at all sites, beside the settings of the job. After `agree`."""
+        return {"ckks_key": self._key} if self._cipher else {}
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether the server cannot read the model. After `agree`."""
+        return self._cipher is not None
 
     # -- what arrives ----------------------------------------------------------------------------------------
 
     def received(self, task: Task) -> Task:
         """The task as the site's own code sees it."""
         arrays = task.arrays
+        if self._cipher and is_encrypted(arrays):
+            arrays = self._cipher.decrypt(arrays, self._agreed)
         if self._arriving and task.kind == "train":
             arrays = {n: np.asarray(a) for n, a in _decoded(self._arriving, arrays, self._agreed).items()}
         if self._kept and task.kind == "train":
@@ -153,14 +177,25 @@ class SiteFilters:
                 update = step.opened(self._difference(update), base)
             ran.append(_recorded(step))
         last = encodings([step.filter for step in self._steps])
-        if last:
+        if self._cipher:
+            update = self._encrypted(update)
+        elif last:
             update = self._encoded(self._difference(update), last)
         elif update.content == "delta":
             narrow = {n: a.astype(self._agreed[n][0], copy=False) for n, a in update.arrays.items()}
             update = replace(update, arrays=narrow)
-        if not ran or (update.content == "encoded" and not last):  # an adapter's own encoding has its own name
+        if not ran or (
+            update.content == "encoded" and not last and not self._cipher
+        ):  # an adapter's own encoding has its own name
             return update
         return replace(update, encoding=json.dumps(ran))
+
+    def initial(self, update: Update) -> Update:
+        """What leaves where this site's own weights begin the run: these as they are, or encrypted."""
+        if not self._cipher:
+            return update
+        ran = [step.filter.settings() for step in self._steps if isinstance(step.filter, HomomorphicCKKS)]
+        return replace(self._encrypted(update), encoding=json.dumps(ran))
 
     def report(self, report: Report) -> Report:
         """What leaves for a score."""
@@ -185,6 +220,13 @@ class SiteFilters:
                 out[...] = array
             found[name] = out
         return replace(update, arrays=found, content="delta")
+
+    def _encrypted(self, update: Update) -> Update:
+        assert self._cipher is not None
+        arrays = update.arrays
+        if update.content == "delta":
+            arrays = Lazy(arrays, lambda name: np.add(self._base[name], update.arrays[name], dtype=np.float64))
+        return replace(update, arrays=self._cipher.encrypt(arrays, self._agreed), content="encoded")
 
     def _encoded(self, update: Update, chain: list[Structural]) -> Update:
         wanted = work_layout({name: self._agreed[name] for name in update.arrays})

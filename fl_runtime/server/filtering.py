@@ -13,14 +13,15 @@ def check_decodes(run: Run, update: Update) -> None:
     """Raises UpdateRefusedError or ProtocolError for an encoded update that does not decode to finite weights."""
     with run.lock:
         model = run.model
-        if model is None:
-            return
-        model.leases += 1
+        if model is not None:
+            model.leases += 1
     try:
         where = f"update of {update.site}, round {update.round}"
-        run.filters.check(update, model.blob.views()[0], lambda arrays: check_finite(arrays, where))
+        base = model.blob.views()[0] if model else {}
+        run.filters.check(update, base, lambda arrays: check_finite(arrays, where))
     finally:
-        run.release(model)
+        if model is not None:
+            run.release(model)
 
 
 def hand_out(run: Run) -> None:

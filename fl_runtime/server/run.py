@@ -391,7 +391,10 @@ class Run:
         """StateMismatchError if a manifest does not hold the weights that the sites agreed on, as they are encoded."""
         agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
         takes = getattr(self.strategy, "content", "weights")
-        expected = travelling_manifest(self.manifests[agreed], content, encoding, takes) if agreed else manifest
+        encrypted = self.filters.encrypted
+        expected = manifest
+        if agreed:
+            expected = travelling_manifest(self.manifests[agreed], content, encoding, takes, encrypted)
         lines = differences(expected, manifest) if expected.layout != manifest.layout else []
         if lines:
             raise StateMismatchError(
