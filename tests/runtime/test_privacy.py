@@ -173,6 +173,26 @@ def test_little_noise_has_a_large_epsilon_and_not_none() -> None:
     exact = independent((dp_accounting.GaussianDpEvent(0.2), 1))
     assert epsilon([Mechanism("gaussian", 0.2)], DELTA) == pytest.approx(exact, rel=0.01)
     assert 2e7 > epsilon([Mechanism("gaussian", 0.0002)], DELTA) > 1e7
+    for other in (Mechanism("laplace", 0.1), Mechanism("pure", 500.0), Mechanism("gaussian", 0.1, 0.5)):
+        alone, little = epsilon([other] * 10, DELTA), epsilon([Mechanism("gaussian", 0.001)], DELTA)
+        assert 5e5 < little < epsilon([Mechanism("gaussian", 0.001)] + [other] * 10, DELTA) < little * 1.1 + alone * 1.1
+
+
+def test_everything_that_was_spent_only_ever_adds() -> None:
+    spent: list[Mechanism] = []
+    so_far = 0.0
+    for mechanism in [
+        Mechanism("pure", 0.1),
+        Mechanism("gaussian", 2.0, 0.3),
+        Mechanism("laplace", 3.0),
+        Mechanism("gaussian", 1.0),
+        Mechanism("pure", 60.0),
+        Mechanism("gaussian", 0.1, 0.3),
+        Mechanism("gaussian", 0.01),
+    ]:
+        spent.append(mechanism)
+        assert epsilon(spent, DELTA) >= so_far * 0.999
+        so_far = epsilon(spent, DELTA)
 
 
 def test_the_closed_form_of_one_gaussian_release_agrees() -> None:
