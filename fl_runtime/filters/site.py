@@ -30,6 +30,7 @@ from fl_runtime.filters.ckks import Cipher, HomomorphicCKKS, is_encrypted
 from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.feedback import Feedback
+from fl_runtime.filters.ledger import Limit
 from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update, is_floating
 
 F = TypeVar("F", Update, Report)
@@ -65,10 +66,11 @@ class SiteFilters:
         self._steps: list[_Step] = []
         self._cipher: Cipher | None = None
         self._key = ""
-        self.set_own(own)
+        self.set_own(own, home.budget)
 
-    def set_own(self, own: Sequence[Settings]) -> None:
-        """The list of the site's policy; it holds from the next update on. ConfigError where it cannot work."""
+    def set_own(self, own: Sequence[Settings], budget: Limit | None = None) -> None:
+        """The list of the site's policy, and the budget of all that is spent there; they hold from the next update on.
+        ConfigError where they cannot work."""
         check_filters(own)
         strangers = [settings for settings in own if settings.get("at", "site_out") != "site_out"]
         if strangers:
@@ -76,9 +78,9 @@ class SiteFilters:
                 f"the filter {strangers[0]['name']} of the policy stands at {strangers[0]['at']}",
                 "a policy's filters run on what leaves the site: leave `at` out",
             )
-        before = {(step.filter, step.home.own): step for step in self._steps}
+        before = {(step.filter, step.home): step for step in self._steps}
         steps = [
-            before.get((item, mine)) or _opened(item, replace(self._home, own=mine))
+            before.get((item, home := replace(self._home, own=mine, budget=budget))) or _opened(item, home)
             for mine, filters in ((False, self._job), (True, own))
             for item in at_point(filters, "site_out")
         ]

@@ -242,6 +242,9 @@ def test_a_budget_of_the_site_holds_over_all_jobs_and_all_filters(tmp_path: Path
     with pytest.raises(PrivacyBudgetError, match="for all jobs"):
         later.received(Task("second", 1, "", "train", 0, base))
 
+    later.set_own((), Limit(Budget(30.0, DELTA), "site-1", all_jobs=True))  # the policy was changed
+    later.received(Task("second", 1, "", "train", 0, base))
+
     own = SiteFilters([], [{**settings, "epsilon": 1.6}], Home("site-1", "third", tmp_path))
     own.agree(base)
     sent(own, base, base, 1)
