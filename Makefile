@@ -7,8 +7,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 TORCH := torch==2.13.0
-BENCHMARKS := benchmarks/bare_exchange.py benchmarks/accuracy_hf.py
-PROJECT := -e '.[hf,lightning,keras,dp,he,examples,dev]'
+BENCHMARKS := benchmarks/bare_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py benchmarks/xgboost_tunnel.py
+PROJECT := -e '.[hf,lightning,keras,monai,xgboost-cpu,dp,he,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -61,6 +61,14 @@ demo-lightning: $(VENV)/.stamp  ## four sites train a Lightning module together,
 .PHONY: demo-keras
 demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/keras/image_classification/demo.py $(ARGS)
+
+.PHONY: demo-monai
+demo-monai: $(VENV)/.stamp  ## four sites train a MONAI bundle together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/monai/spleen_bundle/demo.py $(ARGS)
+
+.PHONY: demo-xgboost
+demo-xgboost: $(VENV)/.stamp  ## five uneven sites grow trees together in three ways, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/xgboost/adult/demo.py $(ARGS)
 
 .PHONY: test
 test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)

@@ -34,13 +34,15 @@ class Job(BaseModel):
 
     app: the script (or module) that every site runs. name: made from the app and the time unless given; names the
     folder `runs/<name>`. rounds: None leaves it to the trainer's own budget, which all sites must agree on.
-    strategy: "fedavg", or with parameters "name:key=value,...".
+    strategy: "fedavg", or with parameters "name:key=value,..."; one that nobody chose gives way to what the script
+    needs (the trees of XGBoost).
     sites: how many, or their names; None leaves it to the environment. min_sites: how many updates a round needs;
     None means every site's. deadline_s: a round ends after so many seconds with the updates that are there.
     late: "drop" an update that comes after its round, or "carry" it into the next.
     every, exchange, keep_local, optimizer_state: see the adapters' arguments; the script's own arguments win.
     initial: a safetensors file with the first global weights; None takes the first site's.
-    best_metric, best_mode: which round is the best one. seed: of whatever the run draws.
+    best_metric, best_mode: which round is the best one; the script's own early stopping may say.
+    seed: of whatever the run draws.
     filters: what changes updates and models on their way, in order: a table each, with its name, its arguments and
     optionally `at`, its point (docs/filters.md).
     exact_restart: reserved, refused by this version.
@@ -125,6 +127,7 @@ class Job(BaseModel):
                 fix=f"lower min_sites to {len(names)} at most, or add sites",
             )
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
+        fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script may say
         return RunSettings(sites=names, min_sites=needed, **fields)
 
 
@@ -163,7 +166,8 @@ def _check(job: Job) -> None:
     Options(  # the rules for what a script may say too are there
         every=job.every, exchange=job.exchange, keep_local=job.keep_local, optimizer_state=job.optimizer_state
     )
-    check_filters(job.filters, job.optimizer_state, strategy)
+    chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may say
+    check_filters(job.filters, job.optimizer_state, chosen)
     if job.exact_restart:
         raise ConfigError(
             "exact_restart is not available in this version",

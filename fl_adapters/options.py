@@ -101,8 +101,8 @@ class SiteSettings:
             optimizer_state=_policy(_first(options.optimizer_state, job.get("optimizer_state"), "keep")) or "keep",
             evaluate_global=options.evaluate_global,
             seed=job.get("seed"),
-            best_metric=job.get("best_metric", "loss"),
-            best_mode=job.get("best_mode", "min"),
+            best_metric=job.get("best_metric") or "loss",
+            best_mode=job.get("best_mode") or "min",
         )
 
     def to_json(self) -> dict[str, Any]:

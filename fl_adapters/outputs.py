@@ -6,7 +6,25 @@ import hashlib
 import os
 from pathlib import Path
 
+from fl_adapters.kit import Kit
 from fl_runtime.errors import ConfigError
+
+
+def placed(kit: Kit | None, folder: str) -> str:
+    """Where a framework may write what it was told to write to `folder`: unchanged but for a simulated site.
+
+    A folder within the working directory, relative or not, moves below the site's own; for one elsewhere, see
+    `claimed_path`. Remote folders ("s3://...") stay. May be called again with its result.
+    """
+    if kit is None or not kit.simulated or "://" in folder:
+        return folder
+    run = Path(kit.run).resolve()
+    absolute = Path(folder).expanduser().resolve()
+    if absolute.is_relative_to(run / "sites" / kit.site):
+        return folder
+    here = Path.cwd().resolve()  # frameworks make relative paths absolute before we see them
+    path = os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
+    return os.path.normpath(claimed_path(run, kit.site, path))
 
 
 def claimed_path(run: Path, site: str, path: str) -> str:

@@ -29,7 +29,8 @@ from fl_runtime.filters.site import SiteFilters
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
-from fl_runtime.types import Arrays, Metrics, Report, Task, Update
+from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
@@ -65,6 +66,8 @@ class Session:
         self.registered = False
         self.closed = False
         self._task: Task | None = None
+        self._content: Content = "weights"
+        self._encoding = ""
         home = Home(self.name, self.job, Path(kit.folder) if kit.folder else None)
         if kit.simulated:
             home = replace(home, shared=Path(kit.run, "sites"))
@@ -85,11 +88,15 @@ class Session:
         rounds: int | None,
         evaluates: bool,
         capabilities: frozenset[str] = frozenset(),
+        terms: Terms | None = None,
+        encoding: str = "",
     ) -> int:
         """The handshake: names, shapes and dtypes of `state`, and `agreement`, must be equal at all sites.
 
-        rounds: what the trainer's own budget amounts to; it decides where the job does not. Waits for the other
-        sites and returns the run's rounds. Raises StateMismatchError or HandshakeError, at every site alike, and
+        rounds: what the trainer's own budget amounts to; it decides where the job does not. terms: what the script says
+        where the job is silent, such as the strategy that fits its updates. encoding: of updates whose content is
+        "encoded"; their arrays may change their shapes, not their names and dtypes. Waits for the other sites and
+        returns the run's rounds. Raises StateMismatchError or HandshakeError, at every site alike, and
         UpdateRefusedError if `state` holds values that are not finite.
         """
         check_finite(state, where=f"the model of {self.name}, before round 1")
@@ -98,7 +105,8 @@ class Session:
             "every": str(self.settings.every),
             "optimizer_state": self.settings.optimizer_state,
         }
-        self._filters.agree(state)
+        terms = terms or Terms()
+        self._filters.agree(state, weights=terms.content == "weights")
         shared |= self._filters.agreement
         info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
         info |= {"filters": shown} if (shown := self._filters.described()) else {}
@@ -109,19 +117,22 @@ class Session:
             capabilities=capabilities,
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
+            terms=terms,
         )
+        self._content, self._encoding = terms.content, encoding
         self.registered = True
         return self.rounds
 
-    def start(self, state: Callable[[], Arrays]) -> Task:
+    def start(self, state: Callable[[], Arrays], extras: Arrays | None = None) -> Task:
         """The first task: kind "train", or "final" when the run is over already (a site that comes late).
 
-        state() is called only where this site's own weights become the initial model.
+        state() is called only where this site's own weights become the initial model, or a part of it; extras travel
+        beside them.
         """
         task = self._client.next_task()
         if task.kind == "initial":
             arrays = state()
-            self._client.submit(self._filters.initial(self._update(task, arrays, 1, 0, {}, {})))
+            self._client.submit(self._filters.initial(self._update(task, arrays, 1, 0, {}, extras or {})))
             task = self._client.next_task()
         return self._received(task)
 
@@ -174,12 +185,17 @@ class Session:
         self.submit(arrays, num_examples=num_examples, local_steps=local_steps, metrics=metrics, extras=extras)
         return self.next_task()
 
-    def report(self, metrics: Metrics, num_examples: int) -> None:
+    def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
         """The score of the global model that arrived last, on this site's own validation data."""
-        report = Report(self.job, self._current().version, self.name, metrics, num_examples)
-        with self._within_budget():
-            report = self._filters.report(report)
-        self._client.report(report)
+        self._client.report(self._scored(metrics, num_examples))
+
+    def report_together(self, metrics: Mapping[str, float | Summary], num_examples: int) -> tuple[Metrics, bool]:
+        """`report`, then wait for the other sites: (metrics of all together, whether the run ends with this model)."""
+        return self._client.report(self._scored(metrics, num_examples), wait=True)
+
+    def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
+        """Streams to other sites through the server; the caller closes it."""
+        return self._client.tunnel(accept, lost)
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
@@ -230,6 +246,11 @@ class Session:
             raise ConfigError("this session has no task: it has not started, or it has ended", where=self.name)
         return self._task
 
+    def _scored(self, metrics: Mapping[str, float | Summary], num_examples: int) -> Report:
+        report = Report(self.job, self._current().version, self.name, metrics, num_examples)
+        with self._within_budget():
+            return self._filters.report(report)
+
     def _received(self, task: Task) -> Task:
         with self._within_budget():
             self._task = self._filters.received(task)
@@ -259,6 +280,8 @@ class Session:
             local_steps=local_steps,
             metrics=metrics,
             extras=extras,
+            content=self._content,
+            encoding=self._encoding,
         )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.options import SiteSettings
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch_state import TorchState, is_sharded
 from fl_adapters.torch_state_agreement import agreement
 from fl_adapters.torch_state_optimizer import OptimizerState
 from fl_runtime.errors import ConfigError
@@ -29,6 +29,7 @@ class LiveModel:
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
         self._model, self._settings = model, settings
         self.state = TorchState(model, settings.exchange, settings.keep_local)
+        self._final: Arrays | None = None
         self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
         if settings.optimizer_state == "average":
             self._refuse_shared_parameters()
@@ -37,7 +38,8 @@ class LiveModel:
 
     def agreement(self, framework: str) -> dict[str, str]:
         """What must be equal at all sites; on rank 0, empty on the others."""
-        if not torch_ranks.is_rank_zero():
+        gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
+        if not (torch_ranks.is_rank_zero() or gathers):
             return {}
         exchange, keep_local = self._settings.exchange, self._settings.keep_local
         return agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
@@ -70,6 +72,16 @@ class LiveModel:
         self.state.check(specs)
         for name, array in shared:
             self.state.copy_in(name, array)
+
+    def receive_final(self, task: Task | None) -> None:
+        """Take in the final weights, and remember them: a framework may load others before training ends."""
+        self.load(task.arrays if task else None)
+        self._final = self.state.get_state()
+
+    def restore_final(self) -> None:
+        """Back to the final weights, on every rank."""
+        assert self._final is not None
+        self.state.set_state(self._final)
 
     def _set_moments(self, arrays: Arrays) -> None:
         left = dict(arrays)

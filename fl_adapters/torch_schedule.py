@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 def horizon_of(scheduler: Any) -> int | None:
     """After how many of its own steps a schedule ends; None where it does not say."""
-    for name in ("total_steps", "T_max", "total_iters"):
+    for name in ("total_steps", "T_max", "total_iters", "t_total"):  # the last is MONAI's
         if isinstance(value := getattr(scheduler, name, None), int):
             return value
     for function in getattr(scheduler, "lr_lambdas", None) or ():

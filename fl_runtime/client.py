@@ -12,12 +12,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
+from fl_runtime.aggregation.metrics import to_json
 from fl_runtime.errors import (
     ConfigError,
     ConnectionLostError,
@@ -26,7 +27,8 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Call, Transport
-from fl_runtime.types import Array, Metrics, Report, Task, Update
+from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -94,6 +96,7 @@ class SiteClient:
         capabilities: frozenset[str],
         rounds: int,
         evaluates: bool,
+        terms: Terms | None = None,
     ) -> int:
         """The handshake. Waits for all sites; returns the run's rounds. Raises what the comparison found."""
         request = pb.RegisterRequest(
@@ -104,6 +107,7 @@ class SiteClient:
             capabilities=sorted(capabilities),
             rounds=rounds,
             evaluates=evaluates,
+            terms_json=json.dumps(asdict(terms)) if terms else "",
         )
         reply = self._unary("Register", request, pb.RegisterReply)
         self._manifests[manifest.layout] = manifest
@@ -138,14 +142,22 @@ class SiteClient:
         self._sent_layouts.add(manifest.layout)
         return status
 
-    def report(self, report: Report) -> None:
+    def report(self, report: Report, *, wait: bool = False) -> tuple[Metrics, bool]:
+        """wait: until all sites have reported on this version; gives the metrics of all together, and whether the
+        run ends with it. Without it, ({}, False)."""
         request = pb.ScoreRequest(
             session=self._session,
             version=report.version,
             metrics_json=_metrics_json(report.metrics),
             num_examples=report.num_examples,
+            wait=wait,
         )
-        self._unary("Score", request, pb.Done)
+        reply = self._unary("Score", request, pb.ScoreReply)
+        return json.loads(reply.metrics_json or "{}"), reply.stop
+
+    def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
+        """Streams to other sites, in a call of their own; see Tunnel. The caller closes it."""
+        return Tunnel(self._transport, self._session, accept, lost)
 
     def leave(self, reason: str, *, early: bool) -> None:
         """End the attempt. Errors are logged and not raised: there is nothing left to do about them."""
@@ -350,12 +362,12 @@ class _Presence:
             self._call.cancel()
 
 
-def _metrics_json(metrics: Metrics) -> str:
+def _metrics_json(metrics: Mapping[str, float | Summary]) -> str:
     """NumPy's and other libraries' scalars become plain numbers."""
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name, value in metrics.items():
         try:
-            numbers[str(name)] = float(value)
+            numbers |= to_json({str(name): value})
         except (TypeError, ValueError):
             raise ConfigError(f"metric {name!r} is {value!r}, which is no number", fix="leave it out") from None
     return json.dumps(numbers)

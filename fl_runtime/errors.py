@@ -117,6 +117,12 @@ class StoreError(FederationError):
     code = "store"
 
 
+class RoundFailedError(FederationError):
+    """The updates of a round do not make a result; the round can be opened again."""
+
+    code = "round-failed"
+
+
 class SiteFailedError(FederationError):
     """A site's own process ended before its work was done."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -72,25 +72,60 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What a site's part of a metric comes to, where the mean of the sites' values is not the metric of all data.
+
+    value: on the site's own data. weight: of its data in that metric. kind: "mean" and "root_mean" (of squares)
+    are pooled from value and weight; "auc" and "aucpr" from `histogram`, score bin -> (weight of negatives, of
+    positives), bins in ascending order of the score.
+    """
+
+    kind: Literal["mean", "root_mean", "auc", "aucpr"]
+    value: float
+    weight: float
+    histogram: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Report:
     """Metrics of a global model on a site's own validation data. version: which global model was scored."""
 
     job: str
     version: int
     site: str
-    metrics: Metrics
+    metrics: Mapping[str, float | Summary]
     num_examples: int
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a site's script says of the run where the job is silent; all sites must say the same.
+
+    content: what its updates hold. strategy: the one that fits them. best_metric, best_mode: which round is the
+    best one. patience: the run ends when the best round is so many rounds back; None: it does not. min_delta: by
+    how much a better metric must be better, for that.
+    """
+
+    content: Content = "weights"
+    strategy: str = "fedavg"
+    best_metric: str = "loss"
+    best_mode: Literal["min", "max"] = "min"
+    patience: int | None = None
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True)
 class RunSettings:
-    """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means."""
+    """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means.
+
+    strategy, best_metric, best_mode: None leaves them to the `Terms` of the sites.
+    """
 
     name: str
     sites: tuple[str, ...]
     min_sites: int
     rounds: int | None = None
-    strategy: str = "fedavg"
+    strategy: str | None = None
     deadline_s: float = 86_400.0
     late: Literal["drop", "carry"] = "drop"
     every: str | int | None = None
@@ -99,8 +134,8 @@ class RunSettings:
     optimizer_state: str | None = None
     filters: tuple[Settings, ...] = ()
     initial: str | None = None
-    best_metric: str = "loss"
-    best_mode: Literal["min", "max"] = "min"
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] | None = None
     seed: int | None = None
     exact_restart: bool = False
     rejoin_s: float = 60.0
@@ -111,7 +146,8 @@ class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
     kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
-    the model of `round`), scored (all have), left, failed, finished; a simulation adds starting and exited.
+    the model of `round`), scored (all have), round_dropped (an open round that is not needed), left, failed,
+    finished; a simulation adds starting and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """
 
@@ -139,7 +175,10 @@ class Aggregator(Protocol):
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:
-        """(arrays, extras) of the next global model, in the buffers that the strategy was given."""
+        """(arrays, extras) of the next global model, in the buffers that the strategy was given.
+
+        Raises RoundFailedError where these updates come to nothing: the round is opened again.
+        """
         ...
 
 
@@ -148,15 +187,36 @@ Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 
 
 class Strategy(Protocol):
-    """How a round's updates become the next global model. Runs at the server, in NumPy alone."""
+    """How a round's updates become the next global model. Runs at the server, in NumPy alone.
+
+    content: what the updates hold. The tensors of "weights" are those of the handshake; those of "encoded" have
+    the same names and dtypes, and shapes that may change from round to round.
+    initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
+    round 0, whose base is empty.
+    linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
+    """
+
+    content: ClassVar[Content]
+    initial: ClassVar[Literal["first", "all"]]
+    linear: ClassVar[bool]
 
     @property
     def requires(self) -> frozenset[str]:
-        """Capabilities that every site's adapter must have declared."""
+        """Capabilities that every site's adapter must have declared; "weights" is that of content "weights"."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """Settings that travel with the tasks of this round."""
+        """Settings that travel with the tasks of this round; the same for the same arguments."""
         ...
 
-    def aggregator(self, base: Arrays, allocate: Allocate) -> Aggregator: ...
+    def check(self, update: Update) -> None:
+        """Raises UpdateRefusedError for an update that no aggregator should see. May be called by many threads."""
+        ...
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+        """For one round. base: the global model so far. config: what `configure` said."""
+        ...
+
+    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
+        """(file name, content) of a global model in a format of its own; None: a plain file of tensors."""
+        ...

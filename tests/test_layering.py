@@ -29,7 +29,7 @@ RUNTIME = {
 
 # Third-party module -> the start of the names of those who may import it. `*` stands for any integration.
 FRAMEWORKS = ("torch", "peft", "transformers", "accelerate", "trl", "datasets", "tensorflow", "keras", "jax", "flax")
-FRAMEWORKS += ("lightning", "pytorch_lightning", "monai", "ignite", "xgboost", "sklearn")
+FRAMEWORKS += ("lightning", "pytorch_lightning", "monai", "ignite", "fire", "xgboost", "sklearn")
 OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
     "torch": ("fl_adapters.torch_", "*"),
     "peft": ("fl_adapters.torch_", "*"),

@@ -169,3 +169,28 @@ def ckks_key(
     from fl_adapters.cli import ckks_key as command
 
     sys.exit(command.run(file, job, as_json))
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="""\b
+Examples:
+  fl-adapters bundle run spleen_ct_segmentation --kit kits/north --dataset_dir /data/spleen
+  fl-adapters bundle run my_bundle training --epochs 20     alone: there is no startup kit
+  fl-adapters bundle run my_bundle --federated_handler#every "2 epochs"
+  fl-adapters simulate -m fl_adapters.monai run my_bundle --sites 4 --rounds 10""",
+)
+def bundle(
+    arguments: Annotated[list[str], typer.Argument(metavar="run DIR [ARGUMENTS]", help="See `bundle run -- --help`.")],
+) -> None:
+    """Run a MONAI bundle, unmodified, as a participant of a federation.
+
+    DIR is the bundle's folder. --kit names the startup kit, else $FL_ADAPTERS_KIT does; all other ARGUMENTS are those
+    of `python -m monai.bundle run`: --id VALUE overrides a part of the bundle's configuration. In expressions
+    @federated_site.name and .index tell this site from the others:
+
+    --dataset_dir '$"data/" + @federated_site.name'
+    """
+    from fl_adapters.cli import bundle as command
+
+    sys.exit(command.run(arguments))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Strategy
 
-__all__ = ["FedAvg", "known_strategies", "make_strategy"]
+__all__ = ["FedAvg", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
 
 
 def known_strategies() -> tuple[str, ...]:
     """The names that `--strategy` and `Job(strategy=...)` take."""
-    return ("fedavg",)
+    return ("fedavg", "tree-bagging", "tree-cyclic", "tree-histogram")
 
 
 def make_strategy(spec: str) -> Strategy:
@@ -21,4 +22,12 @@ def make_strategy(spec: str) -> Strategy:
         raise ConfigError(f"unknown strategy {name!r}", fix=f"use one of: {', '.join(known_strategies())}")
     if arguments:
         raise ConfigError(f"the strategy {name!r} takes no arguments, but {arguments!r} was given", fix=f"write {name}")
-    return FedAvg()
+    match name.lower():
+        case "tree-bagging":
+            return TreeBagging()
+        case "tree-cyclic":
+            return TreeCyclic()
+        case "tree-histogram":
+            return TreeHistogram()
+        case _:
+            return FedAvg()

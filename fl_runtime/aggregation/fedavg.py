@@ -4,12 +4,12 @@ Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Update, is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, Settings, Update, is_floating
 
 _BLOCK = 2**15
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
@@ -27,14 +27,22 @@ class FedAvg:
     `num_batches_tracked` stays an integer and never runs backwards). Extras follow the same two rules.
     """
 
-    requires: frozenset[str] = frozenset()
-    linear: ClassVar[bool] = True  # the weighted mean of the updates is all that it needs of them
+    content: ClassVar[Content] = "weights"
+    initial: ClassVar[Literal["first", "all"]] = "first"
+    linear: ClassVar[bool] = True
+    requires: frozenset[str] = frozenset({"weights"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}
 
-    def aggregator(self, base: Arrays, allocate: Allocate) -> Aggregator:
+    def check(self, update: Update) -> None:
+        pass
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
         return WeightedMean(allocate)
+
+    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
+        return None
 
 
 class WeightedMean:

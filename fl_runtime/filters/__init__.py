@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from fl_runtime.filters.base import Point, Structural, refuse
+from fl_runtime.filters.base import FactsFilter, Point, Structural, refuse
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics, Examples, NoisyMetrics, RoundMetrics
@@ -99,6 +99,11 @@ def check_filters(
         raise refuse(f"a list of {len(filters)} filters; the limit is {MAX_FILTERS}", "leave some out")
     found = [placed(settings) for settings in filters]
     for item in found:
+        if strategy is not None and strategy.content != "weights" and not isinstance(item.filter, FactsFilter):
+            raise refuse(
+                f"{type(item.filter).__name__} works on weights, which {type(strategy).__name__} does not take",
+                "leave it out: only what travels beside such updates can be filtered",
+            )
         if isinstance(item.filter, GaussianDP):
             _check_gaussian(item, found, strategy)
         if isinstance(item.filter, HomomorphicCKKS):
@@ -119,7 +124,7 @@ def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | 
         raise refuse("GaussianDP stands at server_in twice", "leave one out")
     if found[-1] is not item and any(other.at == "server_in" for other in found[found.index(item) + 1 :]):
         raise refuse("after GaussianDP at server_in there are no single updates to be filtered", "let it be the last")
-    if strategy is not None and not is_linear(strategy):
+    if strategy is not None and not strategy.linear:
         raise refuse(
             f"GaussianDP at server_in adds its noise to a mean, which {type(strategy).__name__} does not take",
             "use the strategy fedavg, or GaussianDP at the sites",
@@ -136,17 +141,12 @@ def _check_encrypted(item: Placed, found: Sequence[Placed], strategy: Strategy |
                 f"{name} at {other.at} needs weights that the server can read, which HomomorphicCKKS does not leave it",
                 f"leave out one of the two: {name} or HomomorphicCKKS",
             )
-    if strategy is not None and not is_linear(strategy):
+    if strategy is not None and not strategy.linear:
         raise refuse(
             f"{type(strategy).__name__} needs the updates themselves, and HomomorphicCKKS lets the server form no more "
             "than their weighted mean",
             "use the strategy fedavg, or leave HomomorphicCKKS out",
         )
-
-
-def is_linear(strategy: Strategy) -> bool:
-    """Whether a strategy needs no more of the updates than their weighted mean. One that does not say so needs them."""
-    return bool(getattr(strategy, "linear", False))
 
 
 def check_extras(item: Any) -> None:

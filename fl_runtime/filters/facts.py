@@ -1,12 +1,18 @@
-"""Filters of what leaves beside the tensors: metrics, numbers of examples and of steps; in updates and in reports."""
+"""Filters of what leaves beside the tensors: metrics, numbers of examples and of steps; in updates and in reports.
+
+A metric that adapters send as a `Summary`, to be pooled over all sites (XGBoost's AUC), tells the number of examples
+and more. Filters that change numbers let the site's own value of it leave, and no summary.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fl_runtime.filters.base import Described, Facts, Home, check_number, matches, refuse
 from fl_runtime.filters.ledger import Ledger, Mechanism
 from fl_runtime.filters.noise import laplace
+from fl_runtime.types import Summary
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,10 @@ class AllowMetrics(Described):
 
 @dataclass(frozen=True)
 class RoundMetrics(Described):
-    """Metrics leave rounded to `decimals` digits behind the point (0 to 12, default 2). What is no plain number, such
-    as the histogram behind a common AUC, does not leave."""
+    """Metrics leave rounded to the nearest multiple of 10^-decimals, halves to the even one.
+
+    decimals: digits behind the point, 0 to 12, default 2. Of a `Summary` the site's own value leaves, rounded.
+    """
 
     decimals: int = 2
 
@@ -47,7 +55,7 @@ class NoisyMetrics(Described):
 
     epsilon: of one metric in one sending (an update or a score), pure, default 1; all of them add up in the ledger.
     Unit and adjacency: a site's value in place of any other. low, high: bounds that hold for every metric, in its own
-    unit; AllowMetrics before it takes out those that do not fit. What is no plain number does not leave.
+    unit; AllowMetrics before it takes out those that do not fit.
 
     Dwork et al. 2006, "Calibrating noise to sensitivity in private data analysis".
     """
@@ -106,15 +114,17 @@ class Examples(Described):
         count = max(count, int(self.least))
         if self.most is not None:
             count = min(count, int(self.most))
-        return replace(facts, num_examples=1 if self.equal else count, local_steps=0)
+        return replace(facts, metrics=plain(facts), num_examples=1 if self.equal else count, local_steps=0)
 
 
 def plain(facts: Facts) -> dict[str, float]:
-    """The metrics that are numbers."""
+    """The metrics as numbers, each the site's own value; what is no number is left out."""
     found = {}
-    for name, value in facts.metrics.items():
+    for name, metric in facts.metrics.items():
         try:
-            found[name] = float(value)
+            value = float(metric.value if isinstance(metric, Summary) else metric)
         except (TypeError, ValueError):
             continue
+        if not math.isnan(value):
+            found[name] = value
     return found

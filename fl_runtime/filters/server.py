@@ -21,7 +21,7 @@ from fl_runtime.filters.base import Home, Layout, Lazy, Opened, Structural, layo
 from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
 from fl_runtime.filters.ledger import Ledger, need_accounting
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Task, Update, is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Strategy, Task, Update, is_floating
 
 _STRUCTURAL = ("ExcludeVars", "Quantize", "TopK")
 _MAX_CHARS, _MAX_CHAIN = 2**16, 8
@@ -113,16 +113,23 @@ class ServerFilters:
         noisy = NoisyMean(self._central, self._ledger, self._home, base, allocate)
         return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
-    def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None]) -> None:
-        """Decode everything once, before the update counts. Raises what decoding or `finite` raises."""
+    def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None], strategy: Strategy) -> None:
+        """Decode everything once, before the update counts, and let the strategy see it as it will be summed.
+
+        Raises what decoding, `finite` or the strategy raises.
+        """
         if self.encrypted is not None:
             if update.extras:
                 raise UpdateRefusedError("tensors beside the encrypted weights", where=f"update of {update.site}")
             check_ciphertexts(update, self.encrypted, self._context)
-        elif is_filtered(update):
-            weights = decoded(update, base).arrays
-            for name in weights:
-                finite({name: weights[name]})
+            return
+        if is_filtered(update):
+            if not base:
+                raise UpdateRefusedError("the first model must be weights as they are", where=f"site {update.site}")
+            update = decoded(update, base)
+            for name in update.arrays:
+                finite({name: update.arrays[name]})
+        strategy.check(update)
 
     def handed_out(self, arrays: Arrays) -> Arrays | None:
         """The global model as it travels to the sites for a round of training; None: as it is."""
@@ -154,7 +161,7 @@ class _Filtered:
         self._work: dict[str, Array] = {}
 
     def add(self, update: Update) -> None:
-        self._decoding = is_filtered(update) or bool(self._filters)
+        self._decoding |= is_filtered(update) or bool(self._filters)
         update = decoded(update, self._base)
         if self._filters or self._differences:
             update = self._changed(update)
@@ -163,9 +170,9 @@ class _Filtered:
 
     def result(self) -> tuple[Arrays, Arrays]:
         arrays, extras = self._inner.result()
-        for name, array in arrays.items():
-            if name not in self._given and not self._differences:  # every site held it back
-                array[...] = self._base[name]
+        if self._decoding and not self._differences:
+            for name in arrays.keys() - self._given:  # every site held it back
+                arrays[name][...] = self._base[name]
         return arrays, extras
 
     def _allocated(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:

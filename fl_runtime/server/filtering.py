@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from fl_runtime.server.run import Model, Run
+from fl_runtime.server.run import Run
+from fl_runtime.server.state import Model
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.types import Update
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
 
 
-def check_decodes(run: Run, update: Update) -> None:
-    """Raises UpdateRefusedError or ProtocolError for an encoded update that does not decode to finite weights."""
+def check_update(run: Run, update: Update) -> None:
+    """Raises UpdateRefusedError or ProtocolError for an update that does not decode to finite weights, or that the
+    strategy refuses."""
     with run.lock:
         model = run.model
         if model is not None:
@@ -18,19 +20,22 @@ def check_decodes(run: Run, update: Update) -> None:
     try:
         where = f"update of {update.site}, round {update.round}"
         base = model.blob.views()[0] if model else {}
-        run.filters.check(update, base, lambda arrays: check_finite(arrays, where))
+        run.filters.check(update, base, lambda arrays: check_finite(arrays, where), run.strategy)
     finally:
         if model is not None:
             run.release(model)
 
 
 def hand_out(run: Run) -> None:
-    """Encode the global model for the round that opens, once for all sites. Called under the lock.
+    """Encode the global model for the round that opens, once for all sites and tries. Called under the lock.
 
     PrivacyBudgetError if the server's own budget does not allow another round.
     """
-    assert run.model is not None
+    if run.model is None:  # round 0: the first model is being made
+        return
     run.filters.afford(run.model.version + 1)
+    if run.handed_out is not None and run.handed_out.version == run.model.version:
+        return
     previous, run.handed_out = run.handed_out, None
     if previous is not None:
         run.recycle(previous)

@@ -115,6 +115,8 @@ class _Table:
             case "scored":
                 self._fill(event.round, GLOBAL, metrics=data["metrics"])
                 self.flush(event.round)
+            case "round_dropped":
+                self._open.pop(event.round, None)
             case "finished" | "failed":
                 self.flush()
 

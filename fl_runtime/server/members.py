@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
+from fl_runtime.types import Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _SHOWN = 8
@@ -22,6 +23,7 @@ class Registration:
     capabilities: frozenset[str]
     rounds: int
     evaluates: bool
+    terms: Terms = field(default_factory=Terms)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -31,6 +33,7 @@ class Registration:
             "capabilities": sorted(self.capabilities),
             "rounds": self.rounds,
             "evaluates": self.evaluates,
+            "terms": asdict(self.terms),
         }
 
     @classmethod
@@ -42,6 +45,7 @@ class Registration:
             frozenset(fields["capabilities"]),
             fields["rounds"],
             fields["evaluates"],
+            Terms(**fields.get("terms", {})),
         )
 
 
@@ -88,20 +92,23 @@ def check_agreement(registrations: Mapping[str, Registration], manifests: Mappin
 def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
     """Raises HandshakeError naming the first site whose adapter lacks what the strategy needs."""
     for name, registration in registrations.items():
-        missing = requires - registration.capabilities
+        weights = {"weights"} if registration.terms.content == "weights" else set()
+        missing = requires - registration.capabilities - weights
         if missing:
             raise HandshakeError(
-                f"the strategy {strategy} needs {', '.join(sorted(missing))}; the adapter of {name} does not have it",
+                f"the strategy {strategy} needs the capability {', '.join(sorted(missing))}, "
+                f"which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
                 fix="choose another strategy, or an adapter and version that support it",
             )
 
 
 def _declared_differences(first: Registration, other: Registration) -> list[str]:
+    ours, theirs = ({**r.agreement, **asdict(r.terms)} for r in (first, other))
     return [
-        f"{key}: {first.agreement.get(key, 'missing')} != {other.agreement.get(key, 'missing')}"
-        for key in sorted(first.agreement.keys() | other.agreement.keys())
-        if first.agreement.get(key) != other.agreement.get(key)
+        f"{key}: {ours.get(key, 'missing')} != {theirs.get(key, 'missing')}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
     ]
 
 

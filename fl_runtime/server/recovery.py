@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+from fl_runtime.aggregation.metrics import from_json
 from fl_runtime.server.members import Registration
 from fl_runtime.server.results import RoundResult
-from fl_runtime.server.run import Accepted, Model, OpenRound, Run
+from fl_runtime.server.run import Run
+from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.journal import ModelEntry, UpdateEntry
 from fl_runtime.types import Update
 
@@ -22,9 +24,11 @@ def recover(run: Run) -> None:
             manifest = run.journal.manifest(member.registration.layout)
             run.manifests[manifest.layout] = manifest
     run.rounds = run.journal.rounds()
+    if run.rounds is not None:
+        run.agree(run.journal.terms())
     run.last_used = run.journal.last_used()
     for version, site, metrics, num_examples in run.journal.scores():
-        run.scores.report(version, site, metrics, num_examples)
+        run.scores.report(version, site, from_json(metrics), num_examples)
     _models_and_rounds(run)
     keep = {m.blob.name for m in (run.model, run.best) if m}
     if run.open:
@@ -36,6 +40,8 @@ def _models_and_rounds(run: Run) -> None:
     models = run.journal.models()
     for entry in run.journal.round_entries():
         if entry.result is not None:
+            if entry.round == 0:
+                continue
             result = RoundResult.from_json(entry.result)
             run.results.append(result)
             run.scores.trained(result.round, result.metrics)
@@ -43,7 +49,8 @@ def _models_and_rounds(run: Run) -> None:
                 run.scores.settle(result.round)
         else:
             config = dict(run.strategy.configure(entry.round, entry.participants))
-            run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic())
+            stage = stage_of(run.journal.repeats(entry.round))
+            run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic(), stage)
             for update in run.journal.updates(entry.round):
                 run.open.accepted[update.site] = _accepted(run, update)
     if models:

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
+from fl_runtime.aggregation.metrics import weighted_means
+from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
 from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
-from fl_runtime.server.run import Accepted, Model, OpenRound, Run
-from fl_runtime.server.scores import weighted_means
+from fl_runtime.server.run import Run
+from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
@@ -20,6 +21,8 @@ from fl_runtime.types import Arrays
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
+
+_TRIES = 4  # at a round that comes to nothing
 
 
 def drive(run: Run) -> None:
@@ -29,8 +32,8 @@ def drive(run: Run) -> None:
         _initial_model(run)
         assert run.model is not None
         assert run.rounds is not None
-        for number in range(run.model.version + 1, run.rounds + 1):
-            _round(run, number)
+        while run.model.version < run.rounds:  # a round may find that the run ends before it
+            _round(run, run.model.version + 1)
         _last_scores(run)
         _farewell(run)
     except FederationError as error:
@@ -57,14 +60,15 @@ def _handshake(run: Run) -> None:
             _check_quorum(run, [m.name for m in run.members.values() if m.active], "at the start's deadline")
         registrations = {m.name: m.registration for m in run.members.values() if m.active and m.registration}
         check_agreement(registrations, run.manifests)
-        check_capabilities(registrations, settings.strategy, run.strategy.requires)
+        run.agree(next(iter(registrations.values())).terms)
+        check_capabilities(registrations, settings.strategy or run.terms.strategy, run.strategy.requires)
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
             raise ConfigError(
                 "nobody says how many rounds to run: neither the job nor the training loop has a budget",
                 fix="give --rounds R or Job(rounds=R)",
             )
-        run.journal.agreed(rounds)
+        run.journal.agreed(rounds, run.terms)
         run.rounds = rounds
         first = next(iter(registrations.values()))
         manifest = run.manifests[first.layout]
@@ -89,6 +93,10 @@ def _initial_model(run: Run) -> None:
         if run.settings.initial:
             _initial_from_file(run, Path(run.settings.initial))
             return
+    if run.strategy.initial == "all":
+        _round(run, 0)
+        return
+    with run.lock:
 
         def ready() -> bool:
             _check_quorum(run, _present(run), "waiting for the initial model")
@@ -107,6 +115,12 @@ def _initial_from_file(run: Run, path: Path) -> None:
     registration = next(m.registration for m in run.members.values() if m.active)
     assert registration is not None
     expected = run.manifests[registration.layout]
+    if run.strategy.initial == "all":
+        raise ConfigError(
+            "this strategy makes its initial model of all sites' data",
+            where="initial",
+            fix="leave initial out of the job",
+        )
     lines = differences(expected, Manifest.of(arrays))
     if lines:
         raise StateMismatchError(
@@ -128,10 +142,28 @@ def _round(run: Run, number: int) -> None:
         summing = _Summing(run, current)
     while not _collected(run, current, summing):
         pass
-    blob = summing.finish()
+    if _not_needed(run, current):
+        summing.give_up()
+        run.drop_open()
+        return
+    try:
+        blob = summing.finish()
+    except RoundFailedError as error:
+        summing.give_up()
+        _again(run, current, error)
+        return
     digests = blob.manifest.digests_of_payload(blob.buffer)
     with run.lock:
         _commit(run, current, blob, digests)
+
+
+def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
+    """The round is opened again, with whoever is there then; a few times."""
+    failed = run.journal.repeats(current.round) + 1
+    log.warning("round %s has come to nothing: %s", current.round, error.what)
+    if failed == _TRIES:
+        raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)
+    run.drop_open(again=failed)
 
 
 def _open(run: Run, number: int) -> OpenRound:
@@ -143,10 +175,12 @@ def _open(run: Run, number: int) -> OpenRound:
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
         config = dict(run.strategy.configure(number, participants))
-        run.open = OpenRound(number, participants, config, time.monotonic())
+        tries = run.journal.repeats(number)
+        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries))
         run.journal.round_opened(number, tuple(participants), time.time())
     hand_out(run)
-    run.events.emit("round_started", number, sites=list(run.open.participants))
+    if number > 0:
+        run.events.emit("round_started", number, sites=list(run.open.participants))
     run.published.notify_all()
     return run.open
 
@@ -161,10 +195,9 @@ class _Summing:
 
     def _begin(self) -> None:
         self._order, self._added = list(self._run.members), 0
-        assert self._run.model is not None
-        base = self._run.model.blob.views()[0]
+        base = self._run.model.blob.views()[0] if self._run.model else {}
         self._aggregator = self._run.filters.aggregator(
-            lambda allocate: self._run.strategy.aggregator(base, allocate), base, self._allocate
+            lambda allocate: self._run.strategy.aggregator(base, allocate, self._current.config), base, self._allocate
         )
 
     def next_in_order(self) -> Accepted | None:
@@ -189,6 +222,12 @@ class _Summing:
         assert self._blob is not None
         return self._blob
 
+    def give_up(self) -> None:
+        """The sum is not needed."""
+        if self._blob is not None:
+            with self._run.lock:
+                self._run.blobs.free(self._blob)
+
     def _left(self) -> list[Accepted]:
         return [self._current.accepted[name] for name in self._order if name in self._current.accepted]
 
@@ -209,7 +248,7 @@ def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
     def something() -> bool:
         nonlocal due
         due = summing.next_in_order()
-        return due is not None or _complete(run, current)
+        return due is not None or _not_needed(run, current) or _complete(run, current)
 
     with run.lock:
         left = current.began + run.settings.deadline_s - time.monotonic()
@@ -221,6 +260,10 @@ def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
             return True
     summing.add(due)
     return False
+
+
+def _not_needed(run: Run, current: OpenRound) -> bool:
+    return run.rounds is not None and current.round > run.rounds
 
 
 def _complete(run: Run, current: OpenRound) -> bool:
@@ -256,14 +299,15 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
     entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
     run.journal.committed(entry, current.round, result.to_json())
     previous, run.model, run.open = run.model, Model(entry, blob), None
-    run.results.append(result)
-    run.scores.trained(current.round, metrics)
-    run.events.emit("round_finished", current.round, **_without_round(result))
+    if current.round > 0:
+        run.results.append(result)
+        run.scores.trained(current.round, metrics)
+        run.events.emit("round_finished", current.round, **_without_round(result))
     run.published.notify_all()
     for accepted in current.accepted.values():
         run.blobs.free(accepted.blob)
-    assert previous is not None
-    _keep_better(run, previous)
+    if previous is not None:
+        _keep_better(run, previous)
 
 
 def _keep_better(run: Run, model: Model) -> None:

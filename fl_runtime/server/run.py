@@ -9,11 +9,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation.metrics import plain, to_json
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.server import ServerFilters, what_ran
 from fl_runtime.server.encoding import travelling_manifest
@@ -22,75 +24,24 @@ from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.scores import Scores
 from fl_runtime.server.spool import Spool
+from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, Status
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal, ModelEntry, UpdateEntry
-from fl_runtime.types import Report, RunSettings, Settings, Strategy, TaskKind, Update
+from fl_runtime.types import Metrics, Report, RunSettings, Settings, Strategy, TaskKind, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
-
-Phase = Literal["joining", "initial", "training", "final", "done", "failed"]
-Status = Literal["used", "late", "carried", "duplicate"]
-
-
-@dataclass
-class Model:
-    """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
-
-    messages: whole task messages of a small model, so that it is encoded once for all sites.
-    """
-
-    entry: ModelEntry
-    blob: Blob
-    leases: int = 0
-    retired: bool = False
-    messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
-
-    @property
-    def version(self) -> int:
-        return self.entry.version
-
-
-@dataclass(frozen=True)
-class Accepted:
-    update: Update
-    blob: Blob
-    digest: bytes
-
-
-@dataclass
-class OpenRound:
-    """The round under way. bytes_down, bytes_up: per site, as counted by the service.
-
-    closing: it takes no more updates; the last of them are being summed.
-    """
-
-    round: int
-    participants: list[str]
-    config: Settings
-    began: float
-    accepted: dict[str, Accepted] = field(default_factory=dict)
-    bytes_down: dict[str, int] = field(default_factory=dict)
-    bytes_up: dict[str, int] = field(default_factory=dict)
-    closing: bool = False
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A task for one site. `model` is leased: whoever takes the offer calls Run.release(model)."""
-
-    kind: TaskKind
-    round: int
-    config: Settings
-    model: Model | None
-    layout_known: bool
 
 
 class Run:
     """Everything the server knows of a run. Public methods take the lock themselves and may be called by any thread."""
 
-    def __init__(self, settings: RunSettings, folder: Path, strategy: Strategy, events: Events) -> None:
-        self.settings, self.strategy, self.events = settings, strategy, events
+    def __init__(self, settings: RunSettings, folder: Path, events: Events, strategy: Strategy | None = None) -> None:
+        """strategy: None takes the one that the settings or, at the handshake, the sites name."""
+        self.settings, self.events = settings, events
+        self.strategy = strategy or make_strategy(settings.strategy or Terms().strategy)
+        self._strategy_is_given = strategy is not None or settings.strategy is not None
+        self.terms = Terms()
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.published = threading.Condition(self.lock)
@@ -100,7 +51,7 @@ class Run:
         self.spool = Spool(self.blobs, self.lock)
         self.members = {name: Member(name, i) for i, name in enumerate(settings.sites)}
         self.manifests: dict[bytes, Manifest] = {}
-        self.scores = Scores(settings.best_metric, settings.best_mode)
+        self.scores = Scores()
         self.phase: Phase = "joining"
         self.error: FederationError | None = None
         self.rounds: int | None = None
@@ -114,6 +65,15 @@ class Run:
         self.handed_out: Model | None = None  # the model as a filter has encoded it for the open round
         self.without_score: set[str] = set()
         self.ended = threading.Event()
+
+    def agree(self, terms: Terms) -> None:
+        """The sites' terms, as far as the settings leave them open. ConfigError if the filters do not fit them."""
+        self.terms = terms
+        if not self._strategy_is_given:
+            self.strategy = make_strategy(terms.strategy)
+        settings = self.settings
+        check_filters(settings.filters, settings.optimizer_state, self.strategy)
+        self.scores.rank_by(settings.best_metric or terms.best_metric, settings.best_mode or terms.best_mode)
 
     # -- joining ---------------------------------------------------------------------------------------------
 
@@ -249,29 +209,47 @@ class Run:
     def _offer(self, member: Member, best: bool) -> Offer | None:
         if not member.active:
             return None
-        if self.phase == "initial" and member.name == self.initial_source() and self.model is None:
+        if self._wants_initial(member.name):
             return Offer("initial", 0, {}, None, True)
-        if self.phase == "training" and self.open and not self.open.closing and member.name not in self.open.accepted:
+        if self._collecting() and self.open and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
-            return self._leased("train", self.open.round, self.open.config, self.handed_out or self.model, member)
+            if self.open.round == 0:
+                return Offer("initial", 0, self.open.config, None, True, self.open.stage)
+            model, stage = self.handed_out or self.model, self.open.stage
+            return self._leased("train", self.open.round, self.open.config, model, member, stage)
         if self.phase == "done" and best:
-            return self._leased("best", self.rounds or 0, {}, self.best, member)
+            assert self.best is not None
+            metrics = self.scores.of(self.best.version)
+            return self._leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
         if self.phase in ("final", "done") and not best:
             return self._leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
 
-    def _leased(self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member) -> Offer:
+    def _collecting(self) -> bool:
+        """The open round takes updates: it is not closing, and the run does not end before it."""
+        if self.phase != "training" or self.open is None or self.open.closing:
+            return False
+        return self.rounds is None or self.open.round <= self.rounds
+
+    def _leased(
+        self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = ""
+    ) -> Offer:
         assert model is not None
         model.leases += 1
         layout = model.blob.manifest.layout
         known = layout in member.layouts
         member.layouts.add(layout)
-        return Offer(kind, round, config, model, known)
+        return Offer(kind, round, config, model, known, stage)
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
-    def admit(self, name: str, attempt: int, round: int, digest: bytes, num_examples: int) -> Status | None:
+    def check_attempt(self, name: str, attempt: int) -> None:
+        """Raises for a caller who is an outlived attempt, and when the run failed."""
+        with self.lock:
+            self._member(name, attempt)
+
+    def admit(self, name: str, attempt: int, round: int, stage: str, num_examples: int) -> Status | None:
         """Before the bytes of an update: None to send them, or what it counts as without them."""
         with self.lock:
             self._member(name, attempt)
@@ -281,15 +259,19 @@ class Run:
                     where=f"{name}, round {round}",
                     fix="check that the site's training set is not empty, or pass num_examples=",
                 )
-            if round == 0:
-                return None if self._wants_initial(name) else "duplicate"
-            if round <= self.last_used.get(name, 0):
+            if round == 0 and self._wants_initial(name):
+                return None
+            if round <= self.last_used.get(name, -1):
                 return "duplicate"
             while self.phase == "training" and (self.open is None or self.open.closing):
                 self.published.wait()
                 self._member(name, attempt)
+            if round == 0 and (self.open is None or self.open.round != 0):
+                return "duplicate"  # the initial model is there, or another site's is wanted
             if self.open is None or (round < self.open.round and self.settings.late == "drop"):
                 return "late"
+            if not self._collecting() or (round == self.open.round and stage != self.open.stage):
+                return "late"  # the run ends before this round, or it has been opened again
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")
             return "duplicate" if name in self.open.accepted else None
@@ -299,14 +281,14 @@ class Run:
         refused, late or a duplicate, in which case the blob is freed."""
         with self.lock:
             try:
-                status = self.admit(update.site, update.attempt, update.round, digest, update.num_examples)
+                status = self.admit(update.site, update.attempt, update.round, update.stage, update.num_examples)
             except FederationError:
                 self.blobs.free(blob)
                 raise
             if status is not None:
                 self.blobs.free(blob)
                 return status
-            if update.round == 0:
+            if self._wants_initial(update.site):
                 self.commit_initial(blob)
                 return "used"
             assert self.open is not None
@@ -350,18 +332,19 @@ class Run:
             self.changed.notify_all()
 
     def _wants_initial(self, name: str) -> bool:
-        return self.phase == "initial" and self.model is None and self.initial_source() == name
+        wanted = self.phase == "initial" and self.model is None and self.strategy.initial == "first"
+        return wanted and self.initial_source() == name
 
     def score(self, report: Report, attempt: int) -> None:
         with self.lock:
             self._member(report.site, attempt)
-            self.journal.scored(report.version, report.site, report.metrics, report.num_examples)
+            self.journal.scored(report.version, report.site, to_json(report.metrics), report.num_examples)
             self.scores.report(report.version, report.site, report.metrics, report.num_examples)
             self.events.emit(
                 "report",
                 report.version,
                 report.site,
-                metrics=dict(report.metrics),
+                metrics=plain(report.metrics),
                 num_examples=report.num_examples,
             )
             expected = self.evaluators()
@@ -369,12 +352,49 @@ class Run:
                 self.settle(report.version)
             self.changed.notify_all()
 
+    def wait_for_scores(self, name: str, attempt: int, version: int) -> tuple[Metrics, bool]:
+        """(metrics of all sites together, whether the run ends here) of a version, once all have reported on it.
+
+        Who has not within half of a round's time is no longer waited for.
+        """
+        with self.lock:
+            deadline = time.monotonic() + self.settings.deadline_s / 2
+            while not self.scores.settled(version):
+                self._member(name, attempt)
+                if self.evaluators() <= self.scores.reported(version) or time.monotonic() > deadline:
+                    self.settle(version)
+                else:
+                    self.published.wait(min(1.0, self.settings.deadline_s / 2))
+            return self.scores.of(version), self.rounds is not None and version >= self.rounds
+
     def settle(self, version: int) -> None:
         """The metrics of a round are complete, or as complete as they will get: tell the listeners, once."""
         if self.scores.settle(version):
             best = self.best.version if self.best else None
             leading = version if self.scores.better(version, best) else best
             self.events.emit("scored", version, metrics=self.scores.of(version), best_round=leading)
+            self._stop_out_of_patience(version)
+            self.published.notify_all()
+
+    def _stop_out_of_patience(self, version: int) -> None:
+        terms, newest = self.terms, self.model.version if self.model else 0
+        if not terms.patience or version != newest or self.rounds is None or version >= self.rounds:
+            return
+        if self.scores.patience_spent(version, terms.patience, terms.min_delta):
+            self.rounds = version
+            self.journal.agreed(version, terms)
+            self.changed.notify_all()
+
+    def drop_open(self, again: int = 0) -> None:
+        """The open round is not needed any more, or is to be opened again, for the `again`th time."""
+        with self.lock:
+            assert self.open is not None
+            self.journal.round_dropped(self.open.round, again)
+            self.events.emit("round_dropped", self.open.round)
+            for name, accepted in self.open.accepted.items():
+                self.blobs.free(accepted.blob)
+                self.last_used[name] = self.open.round - 1
+            self.open = None
 
     def evaluators(self) -> set[str]:
         """Active sites that have promised to score each global model."""
@@ -390,12 +410,12 @@ class Run:
     def check_weights(self, manifest: Manifest, content: str = "weights", encoding: str = "") -> None:
         """StateMismatchError if a manifest does not hold the weights that the sites agreed on, as they are encoded."""
         agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
-        takes = getattr(self.strategy, "content", "weights")
-        encrypted = self.filters.encrypted
-        expected = manifest
+        lines: list[str] = []
         if agreed:
-            expected = travelling_manifest(self.manifests[agreed], content, encoding, takes, encrypted)
-        lines = differences(expected, manifest) if expected.layout != manifest.layout else []
+            takes = self.strategy.content
+            expected = travelling_manifest(self.manifests[agreed], content, encoding, takes, self.filters.encrypted)
+            if expected.layout != manifest.layout:
+                lines = differences(expected, manifest, shapes=takes != "encoded")
         if lines:
             raise StateMismatchError(
                 f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "

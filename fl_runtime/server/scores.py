@@ -1,39 +1,32 @@
-"""Metrics of a run: means over sites, and which round is the best."""
+"""Metrics of a run: of all sites together, and which round is the best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Literal
 
-from fl_runtime.types import Metrics
-
-
-def weighted_means(parts: Iterable[tuple[Metrics, int]]) -> dict[str, float]:
-    """Mean of every metric, weighted by numbers of examples, over the sites that reported it."""
-    sums: dict[str, float] = {}
-    weights: dict[str, int] = {}
-    for metrics, num_examples in parts:
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * num_examples
-            weights[name] = weights.get(name, 0) + num_examples
-    return {name: sums[name] / weights[name] for name in sums if weights[name]}
+from fl_runtime.aggregation.metrics import pooled
+from fl_runtime.types import Metrics, Summary
 
 
 class Scores:
     """Metrics per round: those of the sites' updates, and those of their reports on the resulting global model."""
 
-    def __init__(self, best_metric: str, best_mode: Literal["min", "max"]) -> None:
+    def __init__(self, best_metric: str = "loss", best_mode: Literal["min", "max"] = "min") -> None:
+        self.rank_by(best_metric, best_mode)
+        self._training: dict[int, dict[str, float]] = {}
+        self._reports: dict[int, dict[str, tuple[Mapping[str, float | Summary], int]]] = {}
+        self._settled: set[int] = set()
+
+    def rank_by(self, best_metric: str, best_mode: Literal["min", "max"]) -> None:
         self._metric = best_metric
         self._sign = 1.0 if best_mode == "min" else -1.0
-        self._training: dict[int, dict[str, float]] = {}
-        self._reports: dict[int, dict[str, tuple[Metrics, int]]] = {}
-        self._settled: set[int] = set()
 
     def trained(self, round: int, metrics: Metrics) -> None:
         self._training[round] = dict(metrics)
 
-    def report(self, version: int, site: str, metrics: Metrics, num_examples: int) -> None:
+    def report(self, version: int, site: str, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
         self._reports.setdefault(version, {})[site] = (metrics, num_examples)
 
     def reported(self, version: int) -> set[str]:
@@ -41,7 +34,8 @@ class Scores:
 
     def of(self, round: int) -> dict[str, float]:
         """All metrics of a round; a report on its model outranks a training metric of the same name."""
-        return self._training.get(round, {}) | weighted_means(self._reports.get(round, {}).values())
+        reports = self._reports.get(round, {})
+        return self._training.get(round, {}) | pooled(reports[site] for site in sorted(reports))
 
     def settle(self, version: int) -> bool:
         """Mark a version as scored for good; False if it was already."""
@@ -49,6 +43,24 @@ class Scores:
             return False
         self._settled.add(version)
         return True
+
+    def settled(self, version: int) -> bool:
+        return version in self._settled
+
+    def patience_spent(self, version: int, patience: int, min_delta: float) -> bool:
+        """Whether `patience` rounds up to `version` have brought nothing better than what was before them.
+
+        Rounds without the metric count as no better; without it in any round there is nothing to lose patience with.
+        """
+        best, since = None, 0
+        for number in range(1, version + 1):
+            value = self.of(number).get(self._metric)
+            since += 1
+            if value is not None and not math.isnan(value):
+                value = self._sign * value
+                if best is None or value < best - min_delta:
+                    best, since = value, 0
+        return best is not None and since >= patience
 
     def better(self, challenger: int, champion: int | None) -> bool:
         """Whether a round's model beats the best one so far. Without the metric the later round wins."""

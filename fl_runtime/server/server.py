@@ -19,9 +19,9 @@ from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.base import Service
-from fl_runtime.types import Listener, RunSettings, Strategy
+from fl_runtime.types import Listener, RunSettings
 
-_THREADS_PER_SITE = 3  # presence, a waiting Next, and the call of an attempt that takes over
+_THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
 _SPARE_THREADS = 8
 _GRACE_S = 0.5
 
@@ -42,11 +42,10 @@ class Server:
         port: int = 0,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        strategy = make_strategy(settings.strategy)
-        _check(settings, strategy)
+        _check(settings)
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
-        self._run = Run(settings, folder / "server", strategy, self._events)
+        self._run = Run(settings, folder / "server", self._events)
         recover(self._run)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
@@ -96,11 +95,20 @@ class Server:
             )
 
     def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
-        """Write the global model as folder/model.safetensors; None if there is no such model yet."""
+        """Write the global model as folder/model.safetensors, or in the strategy's own format; returns the file.
+
+        None if there is no such model yet.
+        """
         with self._run.lock:
             model = self._run.model if which == "final" else self._run.best
             if model is None:
                 return None
+            own = self._run.strategy.export(model.blob.views()[0])
+            if own is not None:
+                name, content = own
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+                return folder / name
             path = folder / "model.safetensors"
             metadata = {"format": "pt", "job": self._run.settings.name, "round": str(model.version)}
             write_tensors(path, model.blob.views()[0], metadata)
@@ -113,7 +121,8 @@ class Server:
         self._events.close()
 
 
-def _check(settings: RunSettings, strategy: Strategy) -> None:
+def _check(settings: RunSettings) -> None:
+    strategy = make_strategy(settings.strategy) if settings.strategy else None  # the sites may say
     check_filters(settings.filters, settings.optimizer_state, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):
         raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
-from fl_runtime.server.filtering import check_decodes
+from fl_runtime.server.filtering import check_update
 from fl_runtime.server.members import Registration
-from fl_runtime.server.run import Offer, Run
+from fl_runtime.server.relay import Relay, first_part
+from fl_runtime.server.run import Run
 from fl_runtime.server.spool import Transfer
+from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
-from fl_runtime.types import Report, Update
+from fl_runtime.types import Report, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import check_finite
@@ -35,6 +37,7 @@ class FederationService:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._relay = Relay()
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,
@@ -43,6 +46,7 @@ class FederationService:
             "Submit": self._submit,
             "Score": self._score,
             "Leave": self._leave,
+            "Tunnel": self._tunnel,
         }
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -79,6 +83,7 @@ class FederationService:
             capabilities=frozenset(request.capabilities),
             rounds=request.rounds,
             evaluates=request.evaluates,
+            terms=_terms(request.terms_json),
         )
         rounds = self._run.register(peer.name, request.session.attempt, manifest, registration)
         yield pb.RegisterReply(rounds=rounds).SerializeToString()
@@ -98,6 +103,11 @@ class FederationService:
         request = _first(pb.LeaveRequest, requests)
         self._run.leave(peer.name, request.session.attempt, request.reason[:500], early=request.early)
         yield pb.Done().SerializeToString()
+
+    def _tunnel(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The streams of one site, until its call ends."""
+        self._run.check_attempt(peer.name, first_part(requests).session.attempt)
+        yield from self._relay.serve(peer.name, requests, peer.when_gone)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -123,14 +133,18 @@ class FederationService:
 
     def _messages(self, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
         header = pb.TaskHeader(
-            job=self._run.settings.name, round=offer.round, kind=offer.kind, config_json=json.dumps(dict(offer.config))
+            job=self._run.settings.name,
+            round=offer.round,
+            stage=offer.stage,
+            kind=offer.kind,
+            config_json=json.dumps(dict(offer.config)),
         )
         if offer.model is None:
             yield pb.TaskPart(task=header).SerializeToString()
             return
         blob, entry, ready = offer.model.blob, offer.model.entry, offer.model.messages
         known = offer.layout_known and entry.layout in request.layouts
-        key = (offer.kind, header.config_json, known)
+        key = (offer.kind + offer.stage, header.config_json, known)
         if key in ready:
             yield ready[key]
             return
@@ -153,9 +167,9 @@ class FederationService:
         header = _parsed(pb.UpdatePart, first).update
         name, attempt, payload = peer.name, header.session.attempt, header.payload
         digest = frames.payload_digest(payload)
-        status = self._run.admit(name, attempt, header.round, digest, header.num_examples)
+        status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
-            fields = _update_fields(header)
+            facts = _update_fields(header)
             transfer = self._run.spool.begin(name, digest, self._manifest(header), payload.digests)
             received = len(first)
             try:
@@ -166,15 +180,15 @@ class FederationService:
                     received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
-                update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **fields)
-                check_decodes(self._run, update)
+                update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
+                check_update(self._run, update)
             except FederationError:
                 self._run.spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: what has arrived is kept for the next attempt
                 self._run.spool.broke(transfer)
                 raise
-            status = self._run.accept(update, transfer.blob, digest, fields, received)
+            status = self._run.accept(update, transfer.blob, digest, facts, received)
         if status == "late":
             self._run.late(header.round, name, len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
@@ -200,10 +214,14 @@ class FederationService:
 
     def _score(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.ScoreRequest, requests)
-        metrics = _metrics(request.metrics_json)
+        metrics = from_json(_json(request.metrics_json))
         report = Report(self._run.settings.name, request.version, peer.name, metrics, max(request.num_examples, 1))
         self._run.score(report, request.session.attempt)
-        yield pb.Done().SerializeToString()
+        reply = pb.ScoreReply()
+        if request.wait:
+            together, reply.stop = self._run.wait_for_scores(peer.name, request.session.attempt, request.version)
+            reply.metrics_json = json.dumps(dict(together))
+        yield reply.SerializeToString()
 
 
 def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
@@ -231,17 +249,31 @@ def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
         "encoding": header.encoding,
         "num_examples": header.num_examples,
         "local_steps": header.local_steps,
-        "metrics": _metrics(header.metrics_json),
+        "metrics": plain(from_json(_json(header.metrics_json))),
     }
 
 
-def _metrics(text: str) -> dict[str, float]:
+def _json(text: str) -> object:
     try:
-        found: Mapping[str, Any] = json.loads(text or "{}")
-        metrics = {str(k)[:200]: float(v) for k, v in found.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise ProtocolError("metrics are not a JSON object of numbers") from None
-    return {k: v for k, v in metrics.items() if not math.isnan(v)}
+        return json.loads(text or "{}")
+    except ValueError:
+        raise ProtocolError("metrics are not JSON") from None
+
+
+def _terms(text: str) -> Terms:
+    """What a script says of the run. Fields that this version does not know are left out."""
+    found = _json(text)
+    known = {f.name: f.default for f in fields(Terms)}
+    try:
+        assert isinstance(found, dict)
+        terms = Terms(**{name: value for name, value in found.items() if name in known})
+        assert terms.content in ("weights", "delta", "encoded") and terms.best_mode in ("min", "max")
+        assert isinstance(terms.strategy, str) and isinstance(terms.best_metric, str)
+        assert terms.patience is None or int(terms.patience) >= 1
+        assert float(terms.min_delta) >= 0
+    except (AssertionError, TypeError, ValueError):
+        raise ProtocolError("the terms of a registration cannot be read") from None
+    return terms
 
 
 def _parsed(kind: type[M], message: bytes) -> M:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError, StoreError
-from fl_runtime.types import RunSettings
+from fl_runtime.types import RunSettings, Terms
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
@@ -116,9 +116,11 @@ class Journal:
     def registered(self, site: str, registration: Mapping[str, Any]) -> None:
         self._run("UPDATE site SET registration=? WHERE name=?", json.dumps(registration), site)
 
-    def agreed(self, rounds: int) -> None:
+    def agreed(self, rounds: int, terms: Terms = Terms()) -> None:  # noqa: B008 (frozen)
+        """What the handshake came to. A later call with fewer rounds ends the run early."""
         with self._mapped_errors(), self._transaction():
             self._put("rounds", str(rounds))
+            self._put("terms", json.dumps(asdict(terms)))
 
     def layout(self, manifest: Manifest) -> None:
         message = manifest.to_proto().SerializeToString(deterministic=True)
@@ -126,6 +128,18 @@ class Journal:
 
     def round_opened(self, round: int, participants: tuple[str, ...], at: float) -> None:
         self._run("INSERT OR REPLACE INTO round VALUES (?, ?, ?, NULL)", round, json.dumps(participants), at)
+
+    def round_dropped(self, round: int, again: int) -> None:
+        """An open round is gone. again: how many times it has come to nothing, 0 where it will not be opened again."""
+        with self._mapped_errors(), self._transaction():
+            self._db.execute("DELETE FROM round WHERE round=?", (round,))
+            self._db.execute("DELETE FROM update_ WHERE round=?", (round,))
+            self._put("repeats", json.dumps([round, again]))
+
+    def repeats(self, round: int) -> int:
+        """How many times this round has come to nothing."""
+        value = json.loads(self._get("repeats") or "[0, 0]")
+        return int(value[1]) if value[0] == round else 0
 
     def accepted(self, entry: UpdateEntry) -> None:
         """The site's newest update. It stays on record when its round is closed, so that it counts only once."""
@@ -144,7 +158,7 @@ class Journal:
     def forget_model(self, version: int) -> None:
         self._run("DELETE FROM model WHERE version=?", version)
 
-    def scored(self, version: int, site: str, metrics: Mapping[str, float], num_examples: int) -> None:
+    def scored(self, version: int, site: str, metrics: Mapping[str, Any], num_examples: int) -> None:
         self._run("INSERT OR REPLACE INTO score VALUES (?, ?, ?, ?)", version, site, json.dumps(metrics), num_examples)
 
     def ended(self, error: FederationError | None) -> None:
@@ -156,6 +170,11 @@ class Journal:
     def rounds(self) -> int | None:
         value = self._get("rounds")
         return int(value) if value else None
+
+    def terms(self) -> Terms:
+        """What the sites' scripts said at the handshake; the defaults before it, and in older journals."""
+        value = self._get("terms")
+        return Terms(**json.loads(value)) if value else Terms()
 
     def sites(self) -> Iterator[tuple[str, int, dict[str, Any] | None]]:
         """(name, attempt, registration) of every site that has ever joined."""
@@ -183,7 +202,7 @@ class Journal:
         """Site -> the last round whose task it has answered with an update that was accepted."""
         return {site: json.loads(header)["round"] for site, header in self._all("SELECT site, header FROM update_")}
 
-    def scores(self) -> Iterator[tuple[int, str, dict[str, float], int]]:
+    def scores(self) -> Iterator[tuple[int, str, dict[str, Any], int]]:
         for version, site, metrics, n in self._all("SELECT version, site, metrics, num_examples FROM score"):
             yield version, site, json.loads(metrics), n
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave")
+METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
 
 
 @dataclass(frozen=True)

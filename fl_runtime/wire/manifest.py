@@ -124,11 +124,17 @@ class Manifest:
         return little.reshape(-1).view(np.uint8).data
 
 
-def differences(ours: Manifest, theirs: Manifest) -> list[str]:
-    """One line per weight tensor that differs; empty when the weights agree. Extras do not count."""
+def differences(ours: Manifest, theirs: Manifest, *, shapes: bool = True) -> list[str]:
+    """One line per weight tensor that differs; empty when the weights agree. Extras do not count.
+
+    shapes=False: only names, dtypes and numbers of dimensions count.
+    """
     a = {t.name: t for t in ours.tensors if not t.extra}
     b = {t.name: t for t in theirs.tensors if not t.extra}
-    lines = [f"{name}: {a[name]} != {b[name]}" for name in a if name in b and a[name] != b[name]]
+    both = [name for name in a if name in b and a[name] != b[name]]
+    if not shapes:
+        both = [n for n in both if (a[n].dtype, len(a[n].shape)) != (b[n].dtype, len(b[n].shape))]
+    lines = [f"{name}: {a[name]} != {b[name]}" for name in both]
     lines += [f"{name}: {a[name]} != missing" for name in a if name not in b]
     lines += [f"{name}: missing != {b[name]}" for name in b if name not in a]
     return lines

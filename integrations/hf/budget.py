@@ -7,11 +7,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from fl_adapters.options import Every
+from fl_adapters.torch_schedule import advance, horizon_of
 from fl_runtime.errors import ConfigError
 
 
@@ -94,7 +94,7 @@ class Budget:
 
 def warn_if_schedule_ends_early(scheduler: Any, max_steps: int) -> None:
     """A learning-rate schedule that the user made is left alone; say so where it ends before the run does."""
-    horizon = _horizon(getattr(scheduler, "scheduler", scheduler))
+    horizon = horizon_of(getattr(scheduler, "scheduler", scheduler))
     if horizon is not None and horizon < max_steps:
         warnings.warn(
             f"the learning-rate schedule ends after {horizon} of the {max_steps} optimizer steps of this run; "
@@ -104,23 +104,5 @@ def warn_if_schedule_ends_early(scheduler: Any, max_steps: int) -> None:
 
 
 def advance_schedule(scheduler: Any, steps: int) -> None:
-    """Move the schedule `steps` on, to where the other sites are. One that follows a metric stays where it is."""
-    inner = getattr(scheduler, "scheduler", scheduler)
-    if not isinstance(inner, LRScheduler) or isinstance(inner, ReduceLROnPlateau):
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch expects an optimizer step before each
-        for _ in range(steps):
-            inner.step()
-
-
-def _horizon(scheduler: Any) -> int | None:
-    """After how many steps a schedule of torch or transformers ends; None where it does not say."""
-    for name in ("total_steps", "T_max", "total_iters"):
-        if isinstance(value := getattr(scheduler, name, None), int):
-            return value
-    for function in getattr(scheduler, "lr_lambdas", None) or ():
-        value = getattr(function, "keywords", {}).get("num_training_steps")
-        if isinstance(value, int):
-            return value
-    return None
+    """Move the schedule `steps` optimizer steps on, to where the other sites are."""
+    advance(getattr(scheduler, "scheduler", scheduler), steps)  # accelerate wraps it

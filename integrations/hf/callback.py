@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fl_adapters import torch_ranks
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.session import Session, open_session
-from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.types import Arrays, Task
+from fl_adapters.torch_live import LiveModel
+from fl_adapters.torch_site import Arrived, TorchSite
+from fl_runtime.types import Arrays
 
 from . import trainer as hf
 from .budget import Budget, advance_schedule, warn_if_schedule_ends_early
-from .live import LiveModel
+from .export import Exporter
 from .scores import plain_metrics, point_to_best, pooled
 
 _FRAMEWORK = "transformers"
@@ -85,7 +84,7 @@ class FederatedCallback(TrainerCallback):
         return {**self.__dict__, "_live": None}  # live tensors stay with the trainer
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self._leaving_on_error():
+        with self._site.leaving_on_error(self._forget):
             self._run = self._join(args)
             if self._run is not None:
                 trainer = hf.calling_trainer()
@@ -95,7 +94,7 @@ class FederatedCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
-        with self._leaving_on_error():
+        with self._site.leaving_on_error(self._forget):
             run = self._run = self._run or self._join(args)
             if run is None:
                 return
@@ -105,11 +104,12 @@ class FederatedCallback(TrainerCallback):
             run.budget.check(state, args, trained["train_dataloader"])
             wanted = run.settings.evaluate_global
             run.evaluates = hf.has_validation_data(trainer) if wanted is None else wanted
-            live = self._live = LiveModel(trained["model"], trained["optimizer"], run.settings)
-            task = self._first_task(run, live, run.budget.trainer_rounds(state))
+            live = self._live = LiveModel(trained["model"], [trained["optimizer"]], run.settings)
+            rounds = run.budget.trainer_rounds(state)
+            first = self._site.start(live, rounds=rounds, evaluates=run.evaluates)
             warn_if_schedule_ends_early(trained["lr_scheduler"], state.max_steps)
             steps_per_round = run.budget.steps_per_round(args, trained["train_dataloader"])
-            self._begin(run, live, task, state, control, trained["lr_scheduler"], steps_per_round)
+            self._begin(run, live, first, state, control, trained["lr_scheduler"], steps_per_round)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
@@ -144,8 +144,8 @@ class FederatedCallback(TrainerCallback):
             return  # HF evaluates the next set now
         scores, sizes = pooled(run.scores, names, run.scored_sizes) if names else run.scores, run.scored_sizes
         run.awaits_score, run.evaluated, run.scores, run.scored_sizes = False, state.global_step, {}, []
-        with self._leaving_on_error():
-            torch_ranks.on_rank_zero(lambda: self._session().report(scores, sum(sizes)))
+        with self._site.leaving_on_error(self._forget):
+            self._site.report(scores, sum(sizes))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
@@ -155,72 +155,49 @@ class FederatedCallback(TrainerCallback):
             return
         if not run.over:
             reason = f"the trainer stopped at step {state.global_step} of {state.max_steps}, in round {run.round}"
-            torch_ranks.on_rank_zero(lambda: self._session().leave(reason))
+            self._site.leave(reason)
             return
         live.restore_final()
         if run.awaits_score:  # something kept HF from evaluating: let nobody wait for this site's score
-            torch_ranks.on_rank_zero(lambda: self._session().report({}, 1))
+            self._site.report({}, 1)
         best = self._best() if args.load_best_model_at_end else None
-        exporter = live.exporter(trained["processing_class"])
-        load = exporter.load if run.evaluates else None
-        torch_ranks.on_rank_zero(lambda: self._session().finish(export=exporter.export, load=load))
+        exporter = Exporter(trained["model"], trained["processing_class"], live.state)
+        self._site.finish(exporter.export, exporter.load if run.evaluates else None)
         if args.load_best_model_at_end:
             point_to_best(args, state, torch_ranks.share(best[0] if best else None))
             live.load(best[1] if best else None)
 
     def _join(self, args: TrainingArguments) -> _Run | None:
-        """Open the session and move the trainer's output folders; None outside a federation. Same on every rank."""
-
-        def opened() -> dict[str, Any] | None:
-            session = open_session(self.options, framework=_FRAMEWORK, fresh=True)
-            if session is None:
-                return None
-            folders = {name: session.output_dir(path) for name in _FOLDERS if (path := getattr(args, name, None))}
-            return {"job": session.job, "settings": session.settings.to_json(), "folders": folders}
-
-        told = torch_ranks.share(torch_ranks.on_rank_zero(opened))
-        if told is None:
+        """Join the federation and move the trainer's output folders; None outside of one."""
+        joined = self._site.join({name: path for name in _FOLDERS if (path := getattr(args, name, None))})
+        if joined is None:
             return None
-        for name, path in told["folders"].items():
+        for name, path in joined.folders.items():
             setattr(args, name, path)
-        settings = SiteSettings.from_json(told["settings"])
-        return _Run(told["job"], settings, Budget(settings.every, settings.rounds))
-
-    def _first_task(self, run: _Run, live: LiveModel, rounds: int) -> Task | None:
-        """The handshake, then rank 0's first task."""
-        arrays, facts = live.arrays(), live.agreement(_FRAMEWORK)
-
-        def registered() -> Task:
-            session = self._session()
-            session.register(
-                arrays, agreement=facts, rounds=rounds, evaluates=run.evaluates, capabilities=live.capabilities
-            )
-            return session.start(lambda: arrays)
-
-        return torch_ranks.on_rank_zero(registered)
+        return _Run(joined.job, joined.settings, Budget(joined.settings.every, joined.settings.rounds))
 
     def _begin(
         self,
         run: _Run,
         live: LiveModel,
-        task: Task | None,
+        first: Arrived,
         state: TrainerState,
         control: TrainerControl,
         scheduler: Any,
         steps_per_round: int,
     ) -> None:
         """Take the first task in, wherever the trainer and the run stand after a restart."""
-        kind, number = torch_ranks.share([task.kind, task.round] if task else None)
+        number = first.round
         run.round, run.began, run.loss_before = number, state.global_step, hf.loss_sum()
-        if kind == "final":
-            live.receive_final(task)
+        if first.kind == "final":
+            live.receive_final(first.task)
             run.over = control.should_training_stop = True
             return
         if state.global_step > 0:
             hf.check_checkpoint(state, run.job, run.budget.rounds_done(state), number)
         missing = (number - 1) * steps_per_round - state.global_step
         if missing >= 0:  # at the start of the round, or behind it; else in its middle, with the weights of that moment
-            live.receive(task)
+            live.receive(first.task)
         if missing > 0:
             warnings.warn(
                 f"this site comes back {missing} steps behind round {number}: it goes on with the round, and with the "
@@ -236,59 +213,37 @@ class FederatedCallback(TrainerCallback):
         """The end of a round: this site's weights out, the new global ones in, on every rank."""
         live = self._live
         assert live is not None
-        with self._leaving_on_error():
+        with self._site.leaving_on_error(self._forget):
             steps, loss = state.global_step - run.began, hf.loss_sum()
-            arrays, moments, metrics = live.arrays(), live.moments(), hf.round_metrics(loss, run.loss_before, steps)
-            examples = self.options.num_examples or hf.training_examples(args, dataloader, steps)
-            task = torch_ranks.on_rank_zero(
-                lambda: self._session().exchange(
-                    arrays, num_examples=examples, local_steps=steps, metrics=metrics, extras=moments
-                )
+            came = self._site.exchange(
+                live,
+                num_examples=self.options.num_examples or hf.training_examples(args, dataloader, steps),
+                local_steps=steps,
+                metrics=hf.round_metrics(loss, run.loss_before, steps),
             )
-            kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
-            if kind == "final":
-                live.receive_final(task)
+            if came.kind == "final":
+                live.receive_final(came.task)
                 run.over = control.should_training_stop = True
             else:
-                live.receive(task)
-            hf.log_round(state, control, row, run.job)
-            run.round, run.began, run.loss_before = number, state.global_step, loss
+                live.receive(came.task)
+            hf.log_round(state, control, came.row, run.job)
+            run.round, run.began, run.loss_before = came.round, state.global_step, loss
             if run.evaluates:
                 run.awaits_score = control.should_evaluate = True
-
-    def _row(self) -> dict[str, float]:
-        stats = self._session().stats
-        return {
-            "federation_round": stats.round,
-            "federation_bytes_up": stats.bytes_up,
-            "federation_bytes_down": stats.bytes_down,
-            "federation_seconds": round(stats.seconds, 6),
-        }
 
     def _best(self) -> tuple[int, Arrays] | None:
         """The best round and its weights, on rank 0."""
 
         def fetched() -> tuple[int, Arrays]:
-            task = self._session().best()
+            task = self._site.session().best()
             return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
 
         return torch_ranks.on_rank_zero(fetched)
 
-    def _session(self) -> Session:
-        """Rank 0's session; it belongs to the process, not to this object."""
-        session = open_session(self.options, framework=_FRAMEWORK)
-        if session is None:
-            raise ConfigError("the startup kit is gone", where=f"{_FRAMEWORK}, in the middle of a run")
-        return session
+    @property
+    def _site(self) -> TorchSite:
+        return TorchSite(self.options, _FRAMEWORK)
 
-    @contextmanager
-    def _leaving_on_error(self) -> Iterator[None]:
-        """An error in a hook ends this site's part in the run at once, not only when the process ends."""
-        try:
-            yield
-        except BaseException as error:
-            run, self._run, self._live = self._run, None, None
-            if run is not None and torch_ranks.is_rank_zero():
-                with suppress(FederationError):  # the first error is the one to tell
-                    self._session().leave(f"{type(error).__name__}: {error}")
-            raise
+    def _forget(self) -> _Run | None:
+        run, self._run, self._live = self._run, None, None
+        return run

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from fl_adapters import torch_ranks
 from fl_adapters.kit import current_kit
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.session import Session, open_session
+from fl_adapters.torch_batches import rows_of
 from fl_adapters.torch_live import LiveModel
+from fl_adapters.torch_site import TorchSite
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Task
 
 from . import outputs
 from . import trainer as lightning
@@ -43,7 +42,7 @@ class _Tally:
             self.loss = loss.float() if self.loss is None else self.loss + loss
             self.batches += 1
         if count_rows:
-            self.rows += lightning.rows_of(batch)
+            self.rows += rows_of(batch)
 
     def mean_loss(self, factor: int) -> dict[str, float]:
         """{"train_loss": mean over the round}; empty where it is not known or not finite."""
@@ -134,14 +133,14 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         self._resumed = None
         self._run = self._join()
         if self._run is not None:
-            with self._leaving_on_error():
+            with self._site.leaving_on_error(self._forget):
                 lightning.refuse_unsupported(trainer, FederatedCallback)
                 outputs.move(trainer, current_kit(self.options.kit))
                 self._run.budget.apply(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._run is not None:
-            with self._leaving_on_error():
+            with self._site.leaving_on_error(self._forget):
                 self._begin(self._run, trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -154,7 +153,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         if not (last or run.counts_steps):
             return
         if run.progress.complete(run.settings.every, trainer.global_step) or at_end(trainer, last_of_epoch=last):
-            with self._leaving_on_error():
+            with self._site.leaving_on_error(self._forget):
                 self._exchange(run, trainer, pl_module, in_batch=True)
                 if run.evaluates:
                     run.awaits_score, run.restore_intervals = True, lightning.validate_next(trainer)
@@ -173,9 +172,8 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         if run is None or not run.awaits_score or trainer.sanity_checking:
             return
         run.awaits_score = False
-        with self._leaving_on_error():
-            metrics, examples = lightning.validation_score(trainer, run.logged)
-            torch_ranks.on_rank_zero(lambda: self._session().report(metrics, examples))
+        with self._site.leaving_on_error(self._forget):
+            self._site.report(*lightning.validation_score(trainer, run.logged))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Only for an epoch that the module cut short (on_train_batch_start returned -1): no batch was its last."""
@@ -185,7 +183,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         run.progress.batch_ended(last_of_epoch=True)
         over = trainer.max_epochs != -1 and trainer.current_epoch >= trainer.max_epochs
         if run.progress.complete(run.settings.every, trainer.global_step) or over:
-            with self._leaving_on_error():
+            with self._site.leaving_on_error(self._forget):
                 self._exchange(run, trainer, pl_module, in_batch=False)
                 if run.evaluates:
                     run.awaits_score = True
@@ -196,10 +194,10 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         if run is None:
             return
         if not run.over:
-            where = f"at step {trainer.global_step}, in round {run.progress.round}"
-            self._leave(f"the trainer stopped {where}")
+            self._forget()
+            self._site.leave(f"the trainer stopped at step {trainer.global_step}, in round {run.progress.round}")
             return
-        with self._leaving_on_error():
+        with self._site.leaving_on_error(self._forget):
             if run.awaits_score:
                 lightning.validate_now(trainer)
             self._finish(run, trainer, pl_module)
@@ -209,7 +207,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         run = self._run
         if run is None:
             return
-        with self._leaving_on_error():
+        with self._site.leaving_on_error(self._forget):
             self._begin(run, trainer, pl_module, evaluates=False)
             if not run.over:
                 raise ConfigError(
@@ -220,9 +218,9 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             self._finish(run, trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt):  # a notebook cell that is interrupted may be run again
-            self._leave(f"{type(exception).__name__}: {exception}")
-        self._run = None
+        run = self._forget()
+        if run is not None and not isinstance(exception, KeyboardInterrupt):  # an interrupted cell may be run again
+            self._site.leave(f"{type(exception).__name__}: {exception}")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         run = self._run
@@ -234,17 +232,11 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         self._resumed = state_dict
 
     def _join(self) -> _Run | None:
-        """Open the session; None outside a federation. Same on every rank."""
-
-        def opened() -> dict[str, Any] | None:
-            session = open_session(self.options, framework=_FRAMEWORK, fresh=True)
-            return None if session is None else {"job": session.job, "settings": session.settings.to_json()}
-
-        told = torch_ranks.share(torch_ranks.on_rank_zero(opened))
-        if told is None:
+        """Join the federation; None outside of one."""
+        joined = self._site.join()
+        if joined is None:
             return None
-        settings = SiteSettings.from_json(told["settings"])
-        return _Run(told["job"], settings, Budget(settings.every, settings.rounds))
+        return _Run(joined.job, joined.settings, Budget(joined.settings.every, joined.settings.rounds))
 
     def _begin(self, run: _Run, trainer: Any, module: Any, *, evaluates: bool | None = None) -> None:
         """The handshake and the first task, wherever the trainer and the run stand after a restart."""
@@ -255,10 +247,10 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         live = run.live = LiveModel(module, trainer.optimizers, run.settings)
         rounds = run.budget.rounds or run.budget.trainer_rounds(trainer)
         warn_if_schedules_end_early(trainer)
-        task = self._first_task(run, live, rounds)
-        kind, number = torch_ranks.share([task.kind, task.round] if task else None)
-        if kind == "final":
-            live.load(task.arrays if task else None)
+        first = self._site.start(live, rounds=rounds, evaluates=run.evaluates)
+        number = first.round
+        if first.kind == "final":
+            live.load(first.arrays)
             run.progress = Progress(number, trainer.global_step)
             run.over, run.awaits_score = True, run.evaluates
             lightning.stop(trainer)
@@ -269,19 +261,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         else:
             self._catch_up(run, trainer, number)
         if trainer.global_step == run.progress.began and not run.progress.epochs:
-            live.receive(task)  # else we are in the middle of the round, with the weights of that moment
-
-    def _first_task(self, run: _Run, live: LiveModel, rounds: int) -> Task | None:
-        arrays, facts = live.arrays(), live.agreement(_FRAMEWORK)
-
-        def registered() -> Task:
-            session = self._session()
-            session.register(
-                arrays, agreement=facts, rounds=rounds, evaluates=run.evaluates, capabilities=live.capabilities
-            )
-            return session.start(lambda: arrays)
-
-        return torch_ranks.on_rank_zero(registered)
+            live.receive(first.task)  # else we are in the middle of the round, with the weights of that moment
 
     def _resumed_progress(self, run: _Run, trainer: Any, number: int) -> Progress | None:
         """Where the checkpoint that the trainer resumes from stands; None without one. ConfigError where it does not
@@ -321,61 +301,35 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         """The end of a round: this site's weights out, the new global ones in, on every rank."""
         live, every = run.live, run.settings.every
         assert live is not None
-        steps = trainer.global_step - run.progress.began
-        arrays, moments = live.arrays(), live.moments()
-        examples = run.examples or max(run.tally.rows * trainer.world_size, 1)
-        # Lightning divides the loss that it tells by the batches that it accumulates
-        metrics = run.tally.mean_loss(trainer.accumulate_grad_batches if module.automatic_optimization else 1)
-        task = torch_ranks.on_rank_zero(
-            lambda: self._session().exchange(
-                arrays, num_examples=examples, local_steps=steps, metrics=metrics, extras=moments
-            )
+        came = self._site.exchange(
+            live,
+            num_examples=run.examples or max(run.tally.rows * trainer.world_size, 1),
+            local_steps=trainer.global_step - run.progress.began,
+            # Lightning divides the loss that it tells by the batches that it accumulates
+            metrics=run.tally.mean_loss(trainer.accumulate_grad_batches if module.automatic_optimization else 1),
         )
-        kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
-        if kind == "final":
-            live.load(task.arrays if task else None)
+        number = came.round
+        if came.kind == "final":
+            live.load(came.arrays)
             run.over, number = True, number + 1  # the task after the last round bears its number still
         else:
-            live.receive(task)
+            live.receive(came.task)
         run.progress = run.progress.next(number, trainer.global_step, every)
         run.tally = _Tally()
-        lightning.log_row(trainer, module, row, in_batch=in_batch)
+        lightning.log_row(trainer, module, came.row, in_batch=in_batch)
         if run.over and not (in_batch and at_end(trainer, last_of_epoch=not run.progress.in_epoch)):
             lightning.stop(trainer)
 
     def _finish(self, run: _Run, trainer: Any, module: Any) -> None:
         assert run.live is not None
         exporter = Exporter(trainer, module, run.live.state)
-        load = exporter.load if run.evaluates else None
-        torch_ranks.on_rank_zero(lambda: self._session().finish(export=exporter.export, load=load))
+        self._site.finish(exporter.export, exporter.load if run.evaluates else None)
         self._run = None
 
-    def _row(self) -> dict[str, float]:
-        stats = self._session().stats
-        return {
-            "federation_round": stats.round,
-            "federation_bytes_up": stats.bytes_up,
-            "federation_bytes_down": stats.bytes_down,
-            "federation_seconds": round(stats.seconds, 6),
-        }
+    @property
+    def _site(self) -> TorchSite:
+        return TorchSite(self.options, _FRAMEWORK)
 
-    def _session(self) -> Session:
-        """Rank 0's session; it belongs to the process, not to this object."""
-        session = open_session(self.options, framework=_FRAMEWORK)
-        if session is None:
-            raise ConfigError("the startup kit is gone", where=f"{_FRAMEWORK}, in the middle of a run")
-        return session
-
-    def _leave(self, reason: str) -> None:
+    def _forget(self) -> _Run | None:
         run, self._run = self._run, None
-        if run is not None and torch_ranks.is_rank_zero():
-            self._session().leave(reason)
-
-    @contextmanager
-    def _leaving_on_error(self) -> Iterator[None]:
-        """An error in a hook ends this site's part in the run at once, not only when the process ends."""
-        try:
-            yield
-        except BaseException as error:
-            self._leave(f"{type(error).__name__}: {error}")
-            raise
+        return run

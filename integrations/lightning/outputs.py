@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from fl_adapters.kit import Kit
-from fl_adapters.outputs import claimed_path
+from fl_adapters.outputs import placed
 
 _FOLDERS_OF_A_LOGGER = ("_root_dir", "_save_dir")  # of TensorBoardLogger and CSVLogger, which number their versions
 
@@ -19,24 +18,11 @@ def move(trainer: Any, kit: Kit | None) -> None:
     """
     if kit is None or not kit.simulated:
         return
-    trainer._default_root_dir = _place(kit, trainer.default_root_dir)
+    trainer._default_root_dir = placed(kit, trainer.default_root_dir)
     for logger in trainer.loggers:
         for name in _FOLDERS_OF_A_LOGGER:
             if isinstance(folder := getattr(logger, name, None), str):
-                setattr(logger, name, _place(kit, folder))
+                setattr(logger, name, placed(kit, folder))
     for checkpoint in trainer.checkpoint_callbacks:
         if getattr(checkpoint, "dirpath", None):
-            checkpoint.dirpath = _place(kit, os.fspath(checkpoint.dirpath))
-
-
-def _place(kit: Kit, folder: str) -> str:
-    if "://" in folder:  # a remote file system: nothing of this machine
-        return folder
-    run = Path(kit.run).resolve()
-    absolute = Path(folder).expanduser().resolve()
-    if absolute.is_relative_to(run / "sites" / kit.site):
-        return folder
-    # ModelCheckpoint makes relative paths absolute before we see them: those below the working directory were
-    here = Path.cwd().resolve()
-    path = os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
-    return os.path.normpath(claimed_path(run, kit.site, path))
+            checkpoint.dirpath = placed(kit, os.fspath(checkpoint.dirpath))

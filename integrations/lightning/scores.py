@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-_PREFIXES = ("val_", "val/", "valid_", "valid/", "validation_", "validation/")
+from fl_adapters.metric_names import without_prefix
+
 _SET = "/dataloader_idx_"
 
 
@@ -17,7 +18,7 @@ def plain_metrics(logged: Mapping[str, float], sizes: Sequence[int]) -> dict[str
     plain: dict[str, float] = {}
     per_set: dict[str, list[tuple[float, int]]] = {}
     for name, value in logged.items():
-        short = _without_prefix(name)
+        short = without_prefix(name)
         plain.setdefault(short, value)
         metric, marker, number = short.rpartition(_SET)
         if marker and number.isdecimal() and int(number) < len(sizes):
@@ -26,7 +27,3 @@ def plain_metrics(logged: Mapping[str, float], sizes: Sequence[int]) -> dict[str
         if len(values) == len(sizes):
             plain.setdefault(metric, sum(v * n for v, n in values) / max(sum(n for _, n in values), 1))
     return plain
-
-
-def _without_prefix(name: str) -> str:
-    return next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p) and name != p), name)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from fl_adapters.options import SiteSettings
+from fl_adapters.torch_batches import size_of
 from fl_runtime.errors import ConfigError
 
 from . import scores
@@ -134,23 +134,6 @@ def training_examples(trainer: Any) -> int | None:
     loaders = trainer.fit_loop._combined_loader.flattened
     sizes = [size_of(loader, trainer.num_training_batches, trainer.world_size) for loader in loaders]
     return max((size for size in sizes if size), default=None)
-
-
-def size_of(loader: Any, batches: float, ranks: int) -> int | None:
-    """Rows of `batches` batches per rank of a loader, at most those of its data set; None without a length."""
-    try:
-        rows = len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
-    batch_size = getattr(loader, "batch_size", None)
-    if not isinstance(batch_size, int) or math.isinf(batches):
-        return rows
-    return min(rows, int(batches) * batch_size * ranks)
-
-
-def rows_of(batch: Any) -> int:
-    """Examples in a batch: the length of its first tensor."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
 
 
 def loss_of(outputs: Any) -> torch.Tensor | None:

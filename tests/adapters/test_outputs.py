@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fl_adapters.outputs import claimed_path
+from fl_adapters.kit import Kit
+from fl_adapters.outputs import claimed_path, placed
 from fl_runtime.errors import ConfigError
 
 
@@ -66,3 +67,22 @@ def test_of_many_sites_at_once_one_gets_the_path(tmp_path: Path) -> None:
         found = list(pool.map(claim, range(8)))
     assert found.count("/nowhere/out") == 1
     assert all(text.startswith("site-") for text in found if text != "/nowhere/out")
+
+
+def test_folders_below_the_working_directory_move_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "job"
+    kit = Kit("job", "site-1", 0, 2, "nowhere", "secret", run=str(run), simulated=True)
+    own = run / "sites" / "site-1"
+    for folder in ("out/logs", "./out/logs", str(tmp_path / "out" / "logs"), "out/../out/logs"):
+        moved = placed(kit, folder)
+        assert Path(moved) == own / "out" / "logs"
+        assert placed(kit, moved) == moved
+    assert placed(kit, "s3://bucket/out") == "s3://bucket/out"
+    elsewhere = str(tmp_path.parent / "elsewhere")
+    assert placed(kit, elsewhere) == elsewhere
+    assert placed(None, "out") == "out"
+    production = Kit("job", "site-1", 0, 2, "nowhere", "secret")
+    assert placed(production, "out") == "out"

@@ -6,8 +6,10 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -27,28 +29,33 @@ def test_federated_twin_adds_at_most_three_lines_and_changes_none(federated: Pat
     assert 1 <= len([line for line in lines if line.startswith("+ ")]) <= 3
 
 
-@pytest.fixture(params=["text_classification", "causal_lm"])
-def data(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+@contextmanager
+def example(folder: Path) -> Iterator[ModuleType]:
     """An example's data module, imported as its scripts do: from the folder that they lie in."""
-    folder = EXAMPLES / "hf" / request.param
+    before = list(sys.path)
     sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location(f"data_of_{request.param}", folder / "data.py")
+    spec = importlib.util.spec_from_file_location(f"data_of_{folder.parent.name}_{folder.name}", folder / "data.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(folder))
-    del sys.modules[spec.name]
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path[:] = before
+        del sys.modules[spec.name]
 
 
-def load(data: ModuleType, shard: str):
-    return data.load(shard=shard)
+@pytest.fixture(scope="module", params=["text_classification", "causal_lm"])
+def texts(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, list[Any]]]:
+    """An example's data module, and the parts of its three sites."""
+    with example(EXAMPLES / "hf" / request.param) as module:
+        yield module, [module.load(shard=f"{i}/3") for i in (1, 2, 3)]
 
 
-def test_sites_share_no_row_and_none_trains_on_what_is_held_out(data: ModuleType) -> None:
-    parts = [load(data, f"{i}/3") for i in (1, 2, 3)]
+def test_sites_share_no_row_and_none_trains_on_what_is_held_out(texts: tuple[ModuleType, list[Any]]) -> None:
+    _, parts = texts
     mine = [{*part.train, *part.validation} for part in parts]
     assert all(mine)
     assert not mine[0] & mine[1] | mine[0] & mine[2] | mine[1] & mine[2]
@@ -57,20 +64,28 @@ def test_sites_share_no_row_and_none_trains_on_what_is_held_out(data: ModuleType
     assert not held_out & set.union(*mine)
 
 
-def test_the_division_is_the_same_every_time(data: ModuleType) -> None:
-    first, again = load(data, "2/3"), load(data, "2/3")
+def test_the_division_is_the_same_every_time(texts: tuple[ModuleType, list[Any]]) -> None:
+    module, parts = texts
+    first, again = parts[1], module.load(shard="2/3")
     assert (first.train, first.validation, first.test) == (again.train, again.validation, again.test)
 
 
-def test_default_text_has_a_thousand_held_out_rows_and_uneven_sites() -> None:
-    folder = EXAMPLES / "hf" / "text_classification"
-    sys.path.insert(0, str(folder))
-    try:
-        import data as texts
-
-        parts = [texts.load(shard=f"{i}/3") for i in (1, 2, 3)]
-    finally:
-        sys.path.remove(str(folder))
+def test_rows_of_text_are_uneven_and_a_thousand_are_held_out(texts: tuple[ModuleType, list[Any]]) -> None:
+    module, parts = texts
+    if not hasattr(module, "ROWS"):
+        pytest.skip("the language model's text is divided by plays, not by rows")
     assert len(parts[0].test) >= 1000
     sizes = sorted(len(part.train) for part in parts)
     assert sizes[-1] > 1.2 * sizes[0]
+
+
+@pytest.mark.parametrize("framework", ["keras", "lightning"])
+def test_images_are_dealt_out_whole_and_unevenly(framework: str) -> None:
+    with example(EXAMPLES / framework / "image_classification") as data:
+        shares = [data.images.load("digits", f"{i}/4", 0) for i in (1, 2, 3, 4)]
+        everything = data.images.load("digits", "1/1", 0)
+    sizes = [len(share.train[0]) + len(share.validation[0]) for share in shares]
+    assert sum(sizes) == len(everything.train[0]) + len(everything.validation[0])
+    assert max(sizes) > 1.2 * min(sizes)
+    assert all((share.test[0] == everything.test[0]).all() for share in shares)
+    assert len(everything.test[0]) >= 1000

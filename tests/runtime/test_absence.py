@@ -30,7 +30,7 @@ from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.transport.base import Peer, Service
 from fl_runtime.transport.memory import MemoryTransport
-from fl_runtime.types import Aggregator, Allocate, Arrays, Update
+from fl_runtime.types import Aggregator, Allocate, Arrays, Settings, Update
 
 W: Arrays = {"w": np.zeros(3)}
 
@@ -302,19 +302,14 @@ def test_a_carried_update_that_is_sent_again_counts_once(tmp_path: Path) -> None
         assert two.client.next_task().arrays["w"].tolist() == [1.0] * 3
 
 
-class HeldMean:
+class HeldMean(FedAvg):
     """FedAvg whose last step waits for the test."""
-
-    requires: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self.summing, self.go_on = threading.Event(), threading.Event()
 
-    def configure(self, round: int, sites: object) -> dict[str, object]:
-        return {}
-
-    def aggregator(self, base: Arrays, allocate: Allocate) -> Aggregator:
-        inner, held = FedAvg().aggregator(base, allocate), self
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+        inner, held = super().aggregator(base, allocate, config), self
 
         class Held:
             def add(self, update: Update) -> None:
@@ -350,7 +345,7 @@ class Noticing:
 def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it(tmp_path: Path, late: str) -> None:
     strategy, watch = HeldMean(), Watch()
     events = Events([watch])
-    run = Run(settings(2, min_sites=1, deadline_s=1.0, late=late, rounds=2), tmp_path, strategy, events)
+    run = Run(settings(2, min_sites=1, deadline_s=1.0, late=late, rounds=2), tmp_path, events, strategy)
     loop = threading.Thread(target=drive, args=(run,), daemon=True)
     loop.start()
     service = Noticing(FederationService(run), "site-2")

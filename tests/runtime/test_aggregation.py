@@ -35,6 +35,7 @@ def averaged(updates: Sequence[Update]) -> tuple[Arrays, Arrays]:
             {name: np.empty_like(array) for name, array in arrays.items()},
             {name: np.empty_like(array) for name, array in extras.items()},
         ),
+        {},
     )
     for one in updates:
         aggregator.add(one)

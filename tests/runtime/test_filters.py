@@ -19,7 +19,7 @@ from fl_runtime.filters.quantize import Quantize
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.filters.topk import TopK
-from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update
+from fl_runtime.types import Array, Arrays, Report, Settings, Summary, Task, Update
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -349,7 +349,9 @@ def test_what_was_lost_survives_a_restart_of_the_site(tmp_path: Path) -> None:
 
 
 def test_facts() -> None:
-    facts = Facts({"loss": 1.23456, "eval_acc": 0.5, "pooled": object()}, 117, 40)
+    pooled = Summary("auc", 0.876, 117.0, {0: (50.0, 67.0)})
+    facts = Facts({"loss": 1.23456, "eval_acc": 0.5, "auc": pooled, "none": float("nan")}, 117, 40)
+    plain = {"loss": 1.23456, "eval_acc": 0.5, "auc": 0.876}
     home = Home()
 
     def after(**settings: Any) -> Facts:
@@ -358,8 +360,8 @@ def test_facts() -> None:
 
     assert list(after(name="AllowMetrics", names=["eval_*"]).metrics) == ["eval_acc"]
     assert after(name="AllowMetrics").metrics == {}
-    assert after(name="RoundMetrics", decimals=1).metrics == {"loss": 1.2, "eval_acc": 0.5}
-    assert after(name="Examples", equal=True) == replace(facts, num_examples=1, local_steps=0)
+    assert after(name="RoundMetrics", decimals=1).metrics == {"loss": 1.2, "eval_acc": 0.5, "auc": 0.9}
+    assert after(name="Examples", equal=True) == replace(facts, metrics=plain, num_examples=1, local_steps=0)
     assert after(name="Examples", multiple=50).num_examples == 150
     assert after(name="Examples", most=100).num_examples == 100
     assert after(name="Examples", least=200).num_examples == 200

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(HERE.parents[1]))
 
 from base import pretrained  # noqa: E402
 from comparison import train_three_ways  # noqa: E402
@@ -56,7 +56,7 @@ def main() -> None:
     for one in trained:
         style = "bold green" if one.name == "federated" else None
         table.add_row(
-            one.name, f"{perplexity(base, one.adapter, text.test):.2f}", os.path.relpath(one.adapter), style=style
+            one.name, f"{perplexity(base, one.folder, text.test):.2f}", os.path.relpath(one.folder), style=style
         )
     console.print(table)
     console.print(f"{time.monotonic() - began:.0f} s in all.")

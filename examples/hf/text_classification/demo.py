@@ -5,33 +5,19 @@ federation, and of training on all data in one place, on the same held-out rows.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(HERE.parents[1]))
 
-from comparison import train_three_ways  # noqa: E402
+from comparison import Score, show, train_three_ways  # noqa: E402
 from data import ROWS, load  # noqa: E402
 
 ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Score:
-    """One line of the table. rows: trained on. accuracy: on the held-out rows, 0 to 1. adapter: its folder."""
-
-    name: str
-    rows: int
-    accuracy: float
-    adapter: Path
 
 
 def compare(
@@ -54,21 +40,8 @@ def compare(
     with console.status("scoring on the held-out rows ..."):
         for one in trained:
             own = load(data, one.shard, rows)
-            scores.append(Score(one.name, len(own.train), accuracy_of(one.adapter, own), one.adapter))
+            scores.append(Score(one.name, len(own.train), accuracy_of(one.folder, own), one.folder))
     return scores
-
-
-def show(scores: Sequence[Score], held_out: int, console: Console) -> None:
-    table = Table(title=f"Accuracy on the same {held_out:,} held-out rows", title_justify="left")
-    table.add_column("trained")
-    table.add_column("on rows", justify="right")
-    table.add_column("accuracy", justify="right")
-    table.add_column("adapter")
-    for score in scores:
-        style = "bold green" if score.name == "federated" else None
-        adapter = os.path.relpath(score.adapter)
-        table.add_row(score.name, f"{score.rows:,}", f"{score.accuracy:.3f}", adapter, style=style)
-    console.print(table)
 
 
 def main() -> None:
@@ -82,10 +55,8 @@ def main() -> None:
     console = Console()
     began = time.monotonic()
     scores = compare(console, **vars(args))
-    show(scores, len(load(args.data).test), console)
-    model = next(score.adapter for score in scores if score.name == "federated")
-    console.print(f"Results in {os.path.relpath(model.parent)}: model/, best/, history.csv, a log per site.")
     console.print(f"{time.monotonic() - began:.0f} s in all.")
+    show(scores, f"Accuracy on the same {len(load(args.data).test):,} held-out rows", "accuracy", console)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     trainer.fit(module, train, DataLoader(data.validation, batch_size=256))
 
     (scores,) = trainer.test(module, DataLoader(data.test, batch_size=256), verbose=False)
-    print(f"accuracy on {len(data.test)} held-out rows of {data.name}: {scores['test_accuracy']:.4f}")
+    print(f"accuracy on {len(data.test)} held-out rows: {scores['test_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Notice(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., error_json: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("session", "manifest", "agreement", "info", "capabilities", "rounds", "evaluates")
+    __slots__ = ("session", "manifest", "agreement", "info", "capabilities", "rounds", "evaluates", "terms_json")
     class AgreementEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class RegisterRequest(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     EVALUATES_FIELD_NUMBER: _ClassVar[int]
+    TERMS_JSON_FIELD_NUMBER: _ClassVar[int]
     session: Session
     manifest: Manifest
     agreement: _containers.ScalarMap[str, str]
@@ -125,7 +126,8 @@ class RegisterRequest(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     rounds: int
     evaluates: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ...) -> None: ...
+    terms_json: str
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ..., terms_json: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("rounds",)
@@ -234,16 +236,44 @@ class Accepted(_message.Message):
     def __init__(self, status: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("session", "version", "metrics_json", "num_examples")
+    __slots__ = ("session", "version", "metrics_json", "num_examples", "wait")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     session: Session
     version: int
     metrics_json: str
     num_examples: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., version: _Optional[int] = ..., metrics_json: _Optional[str] = ..., num_examples: _Optional[int] = ...) -> None: ...
+    wait: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., version: _Optional[int] = ..., metrics_json: _Optional[str] = ..., num_examples: _Optional[int] = ..., wait: bool = ...) -> None: ...
+
+class ScoreReply(_message.Message):
+    __slots__ = ("metrics_json", "stop")
+    METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    metrics_json: str
+    stop: bool
+    def __init__(self, metrics_json: _Optional[str] = ..., stop: bool = ...) -> None: ...
+
+class TunnelPart(_message.Message):
+    __slots__ = ("session", "peer", "stream", "opened", "credit", "closed", "data")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    peer: str
+    stream: str
+    opened: str
+    credit: int
+    closed: bool
+    data: bytes
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., peer: _Optional[str] = ..., stream: _Optional[str] = ..., opened: _Optional[str] = ..., credit: _Optional[int] = ..., closed: bool = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("session", "reason", "early")

@@ -1,0 +1,135 @@
+"""A site's session as the callback of a torch trainer uses it: rank 0 talks to the federation, every rank follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from fl_adapters import torch_ranks
+from fl_adapters.options import Options, SiteSettings
+from fl_adapters.session import Session, open_session
+from fl_adapters.torch_live import LiveModel
+from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.types import Arrays, Metrics, Task
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the federation asks for. folders: output folders by the names they were given under, moved where they
+    belong to this site alone."""
+
+    job: str
+    settings: SiteSettings
+    folders: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A task, as every rank sees it. task: rank 0's own, None on the others. kind, round: of the task.
+
+    row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange.
+    """
+
+    task: Task | None
+    kind: str
+    round: int
+    row: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def arrays(self) -> Arrays | None:
+        """The global weights, on rank 0; views of the session's buffer, valid until the next task."""
+        return self.task.arrays if self.task else None
+
+
+@dataclass(frozen=True)
+class TorchSite:
+    """Holds no session: that belongs to the process. All methods but `leave` and `session` are collective: every rank
+    calls them. May block for as long as other sites take. Raise FederationError, on every rank."""
+
+    options: Options
+    framework: str
+
+    def join(self, folders: Mapping[str, str] | None = None) -> Joined | None:
+        """Open the session, a new one for each training; None outside a federation."""
+
+        def opened() -> tuple[str, object, dict[str, str]] | None:
+            session = open_session(self.options, framework=self.framework, fresh=True)
+            if session is None:
+                return None
+            moved = {name: session.output_dir(path) for name, path in (folders or {}).items()}
+            return session.job, session.settings.to_json(), moved
+
+        told = torch_ranks.share(torch_ranks.on_rank_zero(opened))
+        return None if told is None else Joined(told[0], SiteSettings.from_json(told[1]), told[2])
+
+    def start(self, live: LiveModel, *, rounds: int, evaluates: bool) -> Arrived:
+        """The handshake and the first task. rounds: what the trainer's own budget amounts to."""
+        arrays, facts = live.arrays(), live.agreement(self.framework)
+
+        def started() -> Task:
+            session = self.session()
+            session.register(
+                arrays, agreement=facts, rounds=rounds, evaluates=evaluates, capabilities=live.capabilities
+            )
+            return session.start(lambda: arrays)
+
+        return self._arrived(torch_ranks.on_rank_zero(started))
+
+    def exchange(self, live: LiveModel, *, num_examples: int, local_steps: int, metrics: Metrics) -> Arrived:
+        """This site's weights out, and the next task in; the live model is not changed yet."""
+        arrays, moments = live.arrays(), live.moments()
+        return self._arrived(
+            torch_ranks.on_rank_zero(
+                lambda: self.session().exchange(
+                    arrays, num_examples=num_examples, local_steps=local_steps, metrics=metrics, extras=moments
+                )
+            )
+        )
+
+    def report(self, metrics: Metrics, num_examples: int) -> None:
+        """The score of the global model that arrived last, on so many validation examples."""
+        torch_ranks.on_rank_zero(lambda: self.session().report(metrics, num_examples))
+
+    def finish(self, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
+        """The normal end: see `Session.finish`."""
+        torch_ranks.on_rank_zero(lambda: self.session().finish(export=export, load=load))
+
+    def leave(self, reason: str) -> None:
+        """The early end: the quorum decides whether the run goes on. Any rank may call it; rank 0's call counts."""
+        if torch_ranks.is_rank_zero():
+            self.session().leave(reason)
+
+    @contextmanager
+    def leaving_on_error(self, forget: Callable[[], object | None]) -> Iterator[None]:
+        """An error in a hook ends this site's part in the run at once, not only when the process ends.
+
+        forget: makes the callback forget its run, and returns what it was; None if there was none.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if forget() is not None:
+                with suppress(FederationError):  # the first error is the one to tell
+                    self.leave(f"{type(error).__name__}: {error}")
+            raise
+
+    def session(self) -> Session:
+        """Rank 0's session."""
+        session = open_session(self.options, framework=self.framework)
+        if session is None:
+            raise ConfigError("the startup kit is gone", where=f"{self.framework}, in the middle of a run")
+        return session
+
+    def _arrived(self, task: Task | None) -> Arrived:
+        kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
+        return Arrived(task, kind, number, row)
+
+    def _row(self) -> dict[str, float]:
+        stats = self.session().stats
+        return {
+            "federation_round": stats.round,
+            "federation_bytes_up": stats.bytes_up,
+            "federation_bytes_down": stats.bytes_down,
+            "federation_seconds": round(stats.seconds, 6),
+        }

@@ -1,0 +1,124 @@
+"""Metrics of all sites together: what of them is no mean of the sites' values is pooled from summaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fl_runtime.errors import ProtocolError
+from fl_runtime.types import Metrics, Summary
+
+_KINDS = ("mean", "root_mean", "auc", "aucpr")
+_MAX_BINS = 2**16
+
+
+def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[str, float]:
+    """Every metric over the sites that gave it. A plain number is weighted by the site's number of examples.
+
+    Parts are taken in the order given, so that the same parts in the same order give the same bits.
+    """
+    found: dict[str, list[Summary]] = {}
+    for metrics, num_examples in parts:
+        for name, value in metrics.items():
+            summary = value if isinstance(value, Summary) else Summary("mean", value, num_examples)
+            found.setdefault(name, []).append(summary)
+    values = {name: _pooled(summaries) for name, summaries in found.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def plain(metrics: Mapping[str, float | Summary]) -> dict[str, float]:
+    """The site's own values, where it has them."""
+    values = {name: m.value if isinstance(m, Summary) else m for name, m in metrics.items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def to_json(metrics: Mapping[str, float | Summary]) -> dict[str, Any]:
+    return {name: _summary_json(m) if isinstance(m, Summary) else float(m) for name, m in metrics.items()}
+
+
+def from_json(fields: object) -> dict[str, float | Summary]:
+    """What `to_json` wrote; plain numbers that are NaN are left out. ProtocolError for anything else."""
+    try:
+        assert isinstance(fields, dict)
+        found = {str(k)[:200]: _summary(v) if isinstance(v, dict) else float(v) for k, v in fields.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        raise ProtocolError("metrics are not a JSON object of numbers and summaries") from None
+    return {k: v for k, v in found.items() if isinstance(v, Summary) or not math.isnan(v)}
+
+
+def area_under_curve(histogram: Mapping[int, tuple[float, float]]) -> float:
+    """Area under the ROC curve; a negative and a positive of the same bin count half. NaN with one class only."""
+    below, area = 0.0, 0.0
+    positives = sum(p for _, p in histogram.values())
+    for score in sorted(histogram):
+        negative, positive = histogram[score]
+        area += positive * (below + negative / 2)
+        below += negative
+    return area / (below * positives) if below and positives else math.nan
+
+
+def area_under_precision_recall(histogram: Mapping[int, tuple[float, float]]) -> float:
+    """Area under precision over recall, between the bins along the curve of Davis and Goadrich (2006)."""
+    total = sum(p for _, p in histogram.values())
+    if not total or total == sum(n + p for n, p in histogram.values()):
+        return math.nan
+    true = false = area = 0.0
+    for score in sorted(histogram, reverse=True):
+        negative, positive = histogram[score]
+        if positive:
+            slope = 1.0 + negative / positive
+            offset = (false - negative / positive * true) / total
+            recall, before = (true + positive) / total, true / total
+            step = recall - before
+            if offset:
+                step -= offset / slope * math.log((slope * recall + offset) / (slope * before + offset))
+            area += step / slope
+        true, false = true + positive, false + negative
+    return area
+
+
+def _pooled(parts: list[Summary]) -> float | None:
+    kind = parts[0].kind
+    parts = [part for part in parts if part.kind == kind]
+    if kind in ("auc", "aucpr"):
+        value = (area_under_curve if kind == "auc" else area_under_precision_recall)(_merged(parts))
+        return None if math.isnan(value) else value
+    parts = [part for part in parts if not math.isnan(part.value)]
+    weight = sum(part.weight for part in parts)
+    if not weight:
+        return None
+    if kind == "root_mean":
+        return math.sqrt(sum(part.value**2 * part.weight for part in parts) / weight)
+    return sum(part.value * part.weight for part in parts) / weight
+
+
+def _merged(parts: list[Summary]) -> dict[int, tuple[float, float]]:
+    merged: dict[int, tuple[float, float]] = {}
+    for part in parts:
+        for score, (negative, positive) in part.histogram.items():
+            before = merged.get(score, (0.0, 0.0))
+            merged[score] = (before[0] + negative, before[1] + positive)
+    return merged
+
+
+def _summary_json(summary: Summary) -> dict[str, Any]:
+    fields: dict[str, Any] = {"kind": summary.kind, "value": summary.value, "weight": summary.weight}
+    if summary.histogram:
+        fields["histogram"] = [[score, *weights] for score, weights in summary.histogram.items()]
+    return fields
+
+
+def _summary(fields: Mapping[str, Any]) -> Summary:
+    kind, value, weight = fields["kind"], float(fields["value"]), float(fields["weight"])
+    rows = fields.get("histogram", [])
+    histogram = {int(score): (float(negative), float(positive)) for score, negative, positive in rows}
+    weights = [weight, *(w for pair in histogram.values() for w in pair)]
+    if kind not in _KINDS or len(histogram) > _MAX_BINS or not all(w >= 0 and math.isfinite(w) for w in weights):
+        raise ValueError
+    return Summary(kind, value, weight, histogram)
+
+
+def weighted_means(parts: Iterable[tuple[Metrics, int]]) -> dict[str, float]:
+    """Mean of every metric, weighted by numbers of examples, over the sites that reported it."""
+    return pooled(parts)

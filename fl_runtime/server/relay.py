@@ -1,0 +1,138 @@
+"""Streams between two sites: the server passes their parts on and does not look inside.
+
+A part waits in the queue of the site it is for. What waits there from one site is bounded: its ends may not send
+beyond the credit they have (fl_runtime/transport/tunnel.py), and where one does, the server stops reading from it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from google.protobuf.message import DecodeError
+
+from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+
+_MAX_WAITING_BYTES = 64 * 2**20
+_BEAT_S = 10.0
+
+
+class Relay:
+    """All sites' lines. May be used by any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: dict[str, _Line] = {}
+
+    def serve(
+        self, site: str, parts: Iterable[bytes], when_gone: Callable[[Callable[[], None]], bool]
+    ) -> Iterator[bytes]:
+        """One site's call: takes what it sends in a thread of its own, yields what is for it, until it hangs up."""
+        line = _Line()
+        if not when_gone(line.close):
+            return
+        with self._lock:
+            old, self._lines[site] = self._lines.get(site), line
+        if old is not None:
+            old.close()
+        reader = threading.Thread(target=self._read, args=(site, line, parts), name=f"fl-relay-{site}", daemon=True)
+        reader.start()
+        try:
+            yield from line.outgoing()
+        finally:
+            line.close()
+            with self._lock:
+                if self._lines.get(site) is line:
+                    del self._lines[site]
+            for peer, stream in line.open_streams():
+                self._pass_on(site, pb.TunnelPart(peer=peer, stream=stream, closed=True), line, patient=False)
+
+    def _read(self, site: str, line: _Line, parts: Iterable[bytes]) -> None:
+        try:
+            for message in parts:
+                try:
+                    part = pb.TunnelPart.FromString(message)
+                except DecodeError:
+                    raise ProtocolError("a message that is no TunnelPart") from None
+                self._pass_on(site, part, line, patient=True)
+        except Exception:  # the call has ended, or sends what is no part of a stream: its other side hears the same
+            pass
+        finally:
+            line.close()
+
+    def _pass_on(self, site: str, part: pb.TunnelPart, line: _Line, *, patient: bool) -> None:
+        peer = part.peer
+        line.saw(peer, part)
+        with self._lock:
+            target = self._lines.get(peer)
+        part.peer = site
+        delivered = target is not None and target.put(site, part.SerializeToString(), patient=patient)
+        if target is not None and delivered:
+            target.saw(site, part)
+        elif not part.closed:
+            line.put(peer, pb.TunnelPart(peer=peer, stream=part.stream, closed=True).SerializeToString(), patient=False)
+
+
+class _Line:
+    """What waits for one site."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[str, bytes]] = deque()
+        self._bytes: dict[str, int] = {}
+        self._open: set[tuple[str, str]] = set()
+        self._closed = False
+
+    def saw(self, peer: str, part: pb.TunnelPart) -> None:
+        with self._changed:
+            if part.closed:
+                self._open.discard((peer, part.stream))
+            else:
+                self._open.add((peer, part.stream))
+
+    def open_streams(self) -> list[tuple[str, str]]:
+        with self._changed:
+            return list(self._open)
+
+    def put(self, source: str, message: bytes, *, patient: bool) -> bool:
+        """False if the site has hung up. patient: wait while too much of this source waits already."""
+        with self._changed:
+            while patient and not self._closed and self._bytes.get(source, 0) > _MAX_WAITING_BYTES:
+                self._changed.wait()
+            if self._closed:
+                return False
+            self._waiting.append((source, message))
+            self._bytes[source] = self._bytes.get(source, 0) + len(message)
+            self._changed.notify_all()
+            return True
+
+    def outgoing(self) -> Iterator[bytes]:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    if not self._changed.wait(_BEAT_S):
+                        break
+                if self._closed:
+                    return
+                source, message = self._waiting.popleft() if self._waiting else ("", b"")
+                if source:
+                    self._bytes[source] -= len(message)
+                    self._changed.notify_all()
+            yield message  # an empty one is a sign of life
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def first_part(parts: Iterator[bytes]) -> pb.TunnelPart:
+    """The part that a call begins with."""
+    try:
+        return pb.TunnelPart.FromString(next(parts, b""))
+    except DecodeError:
+        raise ProtocolError("a message that is no TunnelPart") from None
+    except FederationError:
+        raise

@@ -1,0 +1,158 @@
+"""Named, flow-controlled byte streams between two sites through the server: a site's end of them.
+
+All streams of a site share one call. Either end may send up to `WINDOW_BYTES` more than the other has taken, so a
+slow reader holds back its own stream's writer and nobody else, and the server's memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.transport.base import Call, Transport
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+WINDOW_BYTES = 4 * 2**20
+MESSAGE_BYTES = 2**20
+
+
+class Stream:
+    """One end of a stream. Messages arrive whole and in order; one thread may send while another receives."""
+
+    def __init__(self, send: Callable[[pb.TunnelPart], None], peer: str, name: str, number: str) -> None:
+        self.peer, self.name, self.number = peer, name, number
+        self._send = send
+        self._changed = threading.Condition()
+        self._arrived: deque[bytes] = deque()
+        self._room = WINDOW_BYTES
+        self._mine_closed = self._theirs_closed = False
+
+    def send(self, data: bytes) -> None:
+        """Waits while the other end has too much to take. ConnectionLostError if there is no other end any more."""
+        view = memoryview(data)
+        for start in range(0, len(view), MESSAGE_BYTES):
+            piece = bytes(view[start : start + MESSAGE_BYTES])
+            with self._changed:
+                while self._room < len(piece) and not (self._theirs_closed or self._mine_closed):
+                    self._changed.wait()
+                if self._theirs_closed or self._mine_closed:
+                    raise ConnectionLostError(f"the stream {self.name} to {self.peer} is closed")
+                self._room -= len(piece)
+            self._send(pb.TunnelPart(peer=self.peer, stream=self.number, data=piece))
+
+    def receive(self) -> bytes:
+        """The next message; b"" when the other end has closed, or this one has."""
+        with self._changed:
+            while not self._arrived and not self._theirs_closed and not self._mine_closed:
+                self._changed.wait()
+            if not self._arrived or self._mine_closed:
+                return b""
+            data = self._arrived.popleft()
+        self._send(pb.TunnelPart(peer=self.peer, stream=self.number, credit=len(data)))
+        return data
+
+    def close(self) -> None:
+        """Both ways; may be called more than once and by any thread."""
+        with self._changed:
+            if self._mine_closed:
+                return
+            self._mine_closed = True
+            self._changed.notify_all()
+        self._send(pb.TunnelPart(peer=self.peer, stream=self.number, closed=True))
+
+    def take(self, part: pb.TunnelPart) -> None:
+        """For the tunnel: a part of this stream has arrived."""
+        with self._changed:
+            if part.data:
+                self._arrived.append(part.data)
+            self._room += part.credit
+            self._theirs_closed = self._theirs_closed or part.closed
+            self._changed.notify_all()
+
+
+class Tunnel:
+    """A site's streams. accept(stream) is called, in a thread of the tunnel, for each that another site opens; it
+    must return at once. lost(): called once when the call has ended other than by `close`.
+
+    bytes_up, bytes_down: of the messages so far.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        session: pb.Session,
+        accept: Callable[[Stream], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._accept, self._lost = accept, lost
+        self._lock = threading.Lock()
+        self._streams: dict[tuple[str, str], Stream] = {}
+        self._outgoing: queue.SimpleQueue[pb.TunnelPart | None] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._prefix = f"{session.attempt}:{id(self):x}"
+        self._closed = False
+        self.bytes_up = self.bytes_down = 0
+        self._outgoing.put(pb.TunnelPart(session=session))
+        self._call: Call = transport.call("Tunnel", self._messages())
+        self._thread = threading.Thread(target=self._receive, name="fl-tunnel", daemon=True)
+        self._thread.start()
+
+    def open(self, peer: str, name: str) -> Stream:
+        """A stream to `peer`, whose end hears its name."""
+        stream = Stream(self._outgoing.put, peer, name, f"{self._prefix}:{next(self._numbers)}")
+        with self._lock:
+            self._streams[peer, stream.number] = stream
+        self._outgoing.put(pb.TunnelPart(peer=peer, stream=stream.number, opened=name))
+        return stream
+
+    def close(self) -> None:
+        self._closed = True
+        self._outgoing.put(None)
+        self._call.cancel()
+        self._end_streams()
+
+    def _messages(self) -> Iterator[bytes]:
+        while (part := self._outgoing.get()) is not None:
+            message = part.SerializeToString()
+            self.bytes_up += len(message)
+            yield message
+
+    def _receive(self) -> None:
+        try:
+            for message in self._call:
+                self.bytes_down += len(message)
+                if message:
+                    self._take(pb.TunnelPart.FromString(message))
+        except FederationError as error:
+            log.debug("the tunnel has ended: %s", error)
+        finally:
+            self._outgoing.put(None)
+            self._end_streams()
+            if not self._closed:
+                self._lost()
+
+    def _take(self, part: pb.TunnelPart) -> None:
+        key = part.peer, part.stream
+        with self._lock:
+            stream = self._streams.get(key)
+            if stream is None and part.opened:
+                stream = self._streams[key] = Stream(self._outgoing.put, part.peer, part.opened, part.stream)
+            if part.closed:
+                self._streams.pop(key, None)
+        if stream is not None:
+            stream.take(part)
+            if part.opened:
+                self._accept(stream)
+
+    def _end_streams(self) -> None:
+        with self._lock:
+            streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.take(pb.TunnelPart(closed=True))

@@ -1,0 +1,193 @@
+"""An unmodified MONAI bundle as a participant: finding its trainer, and joining the handler to it before it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from fl_adapters.kit import Kit, current_kit
+from fl_adapters.outputs import claimed_path, placed
+from fl_adapters.session import open_session
+from fl_runtime.errors import ConfigError
+
+HANDLER, SITE = "federated_handler", "federated_site"
+"""Ids that are added to a bundle's config: for its own expressions, and to be overridden on the command line."""
+
+_CONFIGS = [
+    f"{folder}{name}.{ending}"
+    for folder in ("configs/", "")
+    for name in ("train", "training")
+    for ending in ("json", "yaml", "yml")
+]
+_RUNS = ("run", "training")
+_TRAINERS = ("train#trainer", "trainer")
+_TARGET = "fl_adapters.monai.FederatedHandler"
+_FOLDERS = ("save_dir", "log_dir", "output_dir")
+
+
+def config_files(bundle: Path, given: Any = None) -> list[str]:
+    """The bundle's training configuration, or what was given: relative to the working directory or to the bundle.
+
+    Raises ConfigError that says where it was looked for.
+    """
+    if given is not None:
+        names = [given] if isinstance(given, str) else list(given)
+        return [name if Path(name).is_file() else str(bundle / name) for name in names]
+    if bundle.is_file():
+        return [str(bundle)]
+    found = [str(bundle / name) for name in _CONFIGS if (bundle / name).is_file()]
+    if not found:
+        raise ConfigError(
+            f"there is no training configuration in this bundle; looked for {', '.join(_CONFIGS)}",
+            where=str(bundle),
+            fix="check the folder, or name the file: --config_file FILE",
+        )
+    return found[:1]
+
+
+def root_of(bundle: Path) -> Path:
+    """The bundle's folder, where `bundle` may be one of its configurations."""
+    folder = bundle.parent if bundle.is_file() else bundle
+    return folder.parent if folder.name == "configs" else folder
+
+
+def find_run(parser: ConfigParser, given: str | None, where: str) -> str:
+    """The id of what the bundle runs. Raises ConfigError that says where it looked."""
+    candidates = _RUNS if given is None else (given,)
+    for name in candidates:
+        if name in parser:
+            return name
+    raise ConfigError(
+        f"nothing says what this bundle runs; looked for {' and '.join(repr(name) for name in candidates)}",
+        where=where,
+        fix="name the entry: --run_id ID. At the top of the configuration are: "
+        + ", ".join(name for name in parser.get() if not name.startswith(("_", HANDLER, SITE))),
+    )
+
+
+def find_trainer(parser: ConfigParser, given: str | None, where: str) -> str:
+    """The id of the bundle's trainer: `train#trainer`, `trainer`, or the one component that is called a trainer.
+
+    Raises ConfigError that says where it looked.
+    """
+    for name in _TRAINERS if given is None else (given,):
+        if _makes_something(parser.get(name)):
+            return name
+    others = [] if given is not None else [i for i, c in _components(parser.get()) if _name_of(c).endswith("Trainer")]
+    if len(others) == 1:
+        return others[0]
+    looked = f"{given!r}" if given else "'train#trainer', 'trainer', and a component whose _target_ ends in 'Trainer'"
+    raise ConfigError(
+        f"no trainer was found in this bundle; looked for {looked}"
+        + (f", and found several: {', '.join(others)}" if others else ""),
+        where=where,
+        fix="run a training configuration (--config_file FILE), or name the trainer: --trainer_id ID",
+    )
+
+
+def add_handler(parser: ConfigParser, run_id: str, trainer_id: str) -> None:
+    """Let the bundle attach the handler to its trainer, right before the first step of its run that uses it.
+
+    There and not in the list of handlers, which bundles cut and filter; and not earlier, so that the trainer is made
+    when it would have been made, with the random state of that moment.
+    """
+    steps = parser[run_id]
+    steps = list(steps) if isinstance(steps, list) else [steps]
+    name = re.compile(r"@" + re.escape(trainer_id).replace(r"\#", "#").replace("#", r"(?:#|::)") + r"(?!\w)")
+    uses = [i for i, step in enumerate(steps) if name.search(str(step))]
+    steps.insert(uses[0] if uses else max(len(steps) - 1, 0), f"$@{HANDLER}.attach(@{trainer_id})")
+    parser[run_id] = steps
+
+
+def has_handler(parser: ConfigParser) -> bool:
+    """Whether the bundle has the handler in its own configuration, merged by hand."""
+    return any(component["_target_"] == _TARGET and i != HANDLER for i, component in _components(parser.get()))
+
+
+def set_epochs(parser: ConfigParser, trainer_id: str, overridden: Mapping[str, Any]) -> None:
+    """Set the bundle's own number of epochs, whatever its name, to the federation's: what the bundle computes from it,
+    such as the length of a learning-rate schedule, then fits all rounds. For rounds of epochs, on one process."""
+    refers = re.fullmatch(r"\$?@([\w#:]+)", str(parser.get(f"{trainer_id}#max_epochs")))
+    if refers is None or refers[1] in overridden or refers[1] not in parser or _several_processes():
+        return
+    session = open_session(parser.get_parsed_content(HANDLER).options, framework="monai", fresh=True)
+    if session is not None and session.settings.rounds and session.settings.every.epochs:
+        parser[refers[1]] = session.settings.rounds * session.settings.every.epochs
+
+
+def place_outputs(parser: ConfigParser, root: Path, kit: Kit | None) -> None:
+    """In a simulation, move the folders that handlers and transforms write to below the site's own: those within the
+    bundle, and those within the working directory. Before anything is made from the config."""
+    if kit is None or not kit.simulated:
+        return
+    for name, component in list(_components(parser.get())):
+        for key in _FOLDERS:
+            if key not in component:
+                continue
+            try:
+                folder = parser.get_parsed_content(f"{name}#{key}")
+            except Exception:  # it needs what only `initialize` gives; the handler moves what it can
+                continue
+            if isinstance(folder, str | os.PathLike):
+                parser[f"{name}#{key}"] = _place(kit, root, os.fspath(folder))
+
+
+def workflow_of(bundle: Path, override: Mapping[str, Any], **given: Any) -> ConfigWorkflow:
+    """The bundle as MONAI's own workflow, ready to be initialised, with the handler joined to its trainer.
+
+    given: run_id, init_id, final_id, meta_file, config_file, logging_file, tracking, and trainer_id; each may be None.
+    """
+    trainer_id, run_id = given.pop("trainer_id", None), given.pop("run_id", None)
+    files = config_files(bundle, given.pop("config_file", None))
+    where, root = ", ".join(files), root_of(bundle).resolve()
+    sys.path.insert(0, str(root))  # where MONAI expects the bundle's own modules
+    known = ConfigParser.load_config_files(files)
+    added = {HANDLER: {"_target_": _TARGET}, SITE: "$__import__('fl_adapters').site()"}
+    if "bundle_root" in known:
+        added["bundle_root"] = str(root)
+    options = {name: value for name, value in given.items() if value is not None}
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **options, **{**added, **override})
+    workflow.parser.parse()  # what refers to other files and places ("%") is filled in
+    workflow.run_id = find_run(workflow.parser, run_id, where)
+    trainer = find_trainer(workflow.parser, trainer_id, where)
+    if not has_handler(workflow.parser):
+        add_handler(workflow.parser, workflow.run_id, trainer)
+        set_epochs(workflow.parser, trainer, override)
+    place_outputs(workflow.parser, root, current_kit())
+    return workflow
+
+
+def _components(config: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, config) of everything that is made from a `_target_`."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
+        yield name, config
+    for key, value in items:
+        yield from _components(value, f"{name}#{key}" if name else str(key))
+
+
+def _makes_something(config: Any) -> bool:
+    if isinstance(config, dict):
+        return "_target_" in config
+    return isinstance(config, str) and config.startswith(("$", "@"))
+
+
+def _name_of(component: Mapping[str, Any]) -> str:
+    return str(component["_target_"]).rpartition(".")[2]
+
+
+def _several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _place(kit: Kit, root: Path, folder: str) -> str:
+    absolute = Path(folder).resolve()
+    if absolute.is_relative_to(root) and "://" not in folder:
+        return claimed_path(Path(kit.run).resolve(), kit.site, os.path.relpath(absolute, root))
+    return placed(kit, folder)

@@ -1,0 +1,211 @@
+"""A `monai.fl.client.ClientAlgo`, such as `MonaiAlgo`, driven by the rounds of a federation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.fl.client import ClientAlgo, ClientAlgoStats
+from monai.fl.utils.constants import ExtraItems, FlStatistics, WeightType
+from monai.fl.utils.exchange_object import ExchangeObject
+from monai.networks.utils import copy_model_state, get_state_dict
+
+from fl_adapters.exchange import selected
+from fl_adapters.options import Options, SiteSettings
+from fl_adapters.session import Session, open_session
+from fl_adapters.torch_batches import size_of
+from fl_adapters.torch_state import as_array, as_tensor
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays, Task
+
+from .scores import plain_numbers
+
+_FRAMEWORK = "monai client algorithm"
+
+
+def run_client_algo(
+    algo: ClientAlgo,
+    *,
+    initial: Mapping[str, torch.Tensor] | None = None,
+    rounds: int | None = None,
+    stats: ClientAlgoStats | None = None,
+    stats_extra: Mapping[str, Any] | None = None,
+    kit: str | None = None,
+    exchange: str | Sequence[str] | None = None,
+    keep_local: Sequence[str] = (),
+    evaluate_global: bool | None = None,
+    num_examples: int | None = None,
+    required: bool = False,
+) -> ExchangeObject:
+    """Initialise `algo`, train it through all rounds of the federation, finalise it; the final global weights.
+
+    Each round the algorithm gets the global weights by `train`, for as long as it thinks right (`local_epochs` of
+    MonaiAlgo), and gives its own, or their difference, by `get_weights`. Where it can, it scores each global model by
+    `evaluate`. A `trainer` that it has ends with the final weights. Outside a federation it trains one round alone.
+
+    initial: the weights to begin with where the job has none, by name; by default those of `algo.trainer.network`,
+    else what `get_weights` gives before training. rounds: where the job does not say. stats_extra: what to ask
+    `get_data_stats` of `stats` for (by default of `algo`), once; all single numbers that it gives go to the server as
+    metrics of the first round, and nothing goes without it. The other arguments are those of every adapter.
+
+    Raises ConfigError for an algorithm that gives no weights, and where its number of examples is not known.
+    """
+    options = Options(
+        kit=kit,
+        exchange=exchange,
+        keep_local=keep_local,
+        evaluate_global=evaluate_global,
+        num_examples=num_examples,
+        required=required,
+    )
+    session = open_session(options, framework=_FRAMEWORK, fresh=True)
+    extra: dict[str, Any] = {ExtraItems.CLIENT_NAME: session.name if session else "local"}
+    parties = [algo] if stats is None or stats is algo else [algo, stats]
+    try:
+        for party in parties:
+            party.initialize(extra)
+        if session is None:
+            return _alone(algo, initial, extra)
+        numbers = {} if stats_extra is None else dict(_numbers((stats or algo).get_data_stats(dict(stats_extra))))
+        return _federated(algo, session, options, initial, rounds, numbers, extra)
+    except BaseException as error:
+        if session is not None:
+            session.leave(f"{type(error).__name__}: {error}")
+        algo.abort(extra)
+        raise
+    finally:
+        for party in parties:
+            party.finalize(extra)
+
+
+def _federated(
+    algo: ClientAlgo,
+    session: Session,
+    options: Options,
+    initial: Mapping[str, torch.Tensor] | None,
+    rounds: int | None,
+    numbers: dict[str, float],
+    extra: dict[str, Any],
+) -> ExchangeObject:
+    own = initial if initial is not None else _weights_before_training(algo, extra)
+    first = _arrays(own, selected(own, session.settings.exchange, session.settings.keep_local))
+    examples = options.num_examples or _training_examples(algo)
+    evaluates = _evaluates(algo, session.settings)
+    session.register(first, agreement={"framework": _FRAMEWORK}, rounds=rounds, evaluates=evaluates)
+    task = session.start(lambda: first)
+    while task.kind == "train":
+        weights = _tensors(task.arrays)
+        algo.train(ExchangeObject(weights=weights, weight_type=WeightType.WEIGHTS), extra)
+        given = algo.get_weights(extra)
+        task = session.exchange(
+            _arrays(_new_weights(given, task), task.arrays),
+            num_examples=examples,
+            local_steps=int((given.statistics or {}).get(FlStatistics.NUM_EXECUTED_ITERATIONS, 0)),
+            metrics=numbers,
+        )
+        numbers = {}
+        if evaluates:
+            _report(algo, session, task, extra)
+    final = ExchangeObject(weights=_tensors(task.arrays), weight_type=WeightType.WEIGHTS)
+    network = getattr(getattr(algo, "trainer", None), "network", None)
+    if network is not None:
+        copy_model_state(dst=network, src=final.weights)
+    session.finish()
+    return final
+
+
+def _alone(algo: ClientAlgo, initial: Mapping[str, torch.Tensor] | None, extra: dict[str, Any]) -> ExchangeObject:
+    weights = dict(initial if initial is not None else _weights_before_training(algo, extra))
+    algo.train(ExchangeObject(weights=weights, weight_type=WeightType.WEIGHTS), extra)
+    given = algo.get_weights(extra)
+    if given.weight_type == WeightType.WEIGHT_DIFF:
+        given = ExchangeObject(
+            weights={name: weights[name] + given.weights[name] for name in given.weights},
+            weight_type=WeightType.WEIGHTS,
+            statistics=given.statistics,
+        )
+    return given
+
+
+def _weights_before_training(algo: ClientAlgo, extra: dict[str, Any]) -> Mapping[str, torch.Tensor]:
+    network = getattr(getattr(algo, "trainer", None), "network", None)
+    if network is not None:  # differences, which it may send, there are none as yet
+        return {name: tensor.detach().cpu().clone() for name, tensor in get_state_dict(network).items()}
+    given = algo.get_weights(extra)
+    if not given.weights or given.weight_type != WeightType.WEIGHTS:
+        raise ConfigError(
+            f"get_weights() gives {given.weight_type or 'nothing'} before training, and the algorithm has no trainer",
+            where=type(algo).__name__,
+            fix="pass the weights to begin with: run_client_algo(algo, initial=network.state_dict())",
+        )
+    return dict(given.weights)
+
+
+def _new_weights(given: ExchangeObject, task: Task) -> dict[str, torch.Tensor]:
+    """The algorithm's weights after a round; a difference is added to what the round began with."""
+    if not given.is_valid_weights():
+        raise ConfigError(
+            f"get_weights() gave no weights in round {task.round}",
+            where="ClientAlgo",
+            fix="return ExchangeObject(weights=..., weight_type=WeightType.WEIGHTS or WeightType.WEIGHT_DIFF)",
+        )
+    weights = {name: torch.as_tensor(tensor).detach().cpu() for name, tensor in given.weights.items()}
+    if given.weight_type == WeightType.WEIGHTS:
+        return weights
+    before = {name: as_tensor(array) for name, array in task.arrays.items()}
+    return {name: before[name] + weights[name].to(before[name].dtype) for name in before if name in weights}
+
+
+def _arrays(weights: Mapping[str, Any], names: Iterable[str]) -> Arrays:
+    """Those of `names` that there are; the server knows what is missing."""
+    tensors = {name: torch.as_tensor(weights[name]) for name in names if name in weights}
+    return {name: as_array(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
+
+
+def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+    """Tensors of the algorithm's own: the arrays are the session's."""
+    return {name: as_tensor(array).clone() for name, array in arrays.items()}
+
+
+def _evaluates(algo: ClientAlgo, settings: SiteSettings) -> bool:
+    own = type(algo).evaluate is not ClientAlgo.evaluate
+    possible = own and getattr(algo, "evaluator", True) is not None
+    if settings.evaluate_global and not possible:
+        raise ConfigError(
+            "evaluate_global=True, but the algorithm cannot evaluate",
+            where=type(algo).__name__,
+            fix="give it an evaluation (config_evaluate_filename of MonaiAlgo), or leave evaluate_global out",
+        )
+    return possible if settings.evaluate_global is None else settings.evaluate_global
+
+
+def _report(algo: ClientAlgo, session: Session, task: Task, extra: dict[str, Any]) -> None:
+    found = algo.evaluate(ExchangeObject(weights=_tensors(task.arrays), weight_type=WeightType.WEIGHTS), extra)
+    loader = getattr(getattr(algo, "evaluator", None), "data_loader", None)
+    session.report(plain_numbers(found.metrics or {}), size_of(loader, math.inf, 1) or 1)
+
+
+def _training_examples(algo: ClientAlgo) -> int:
+    examples = size_of(getattr(getattr(algo, "trainer", None), "data_loader", None), math.inf, 1)
+    if not examples:
+        raise ConfigError(
+            "the number of this site's training examples is not known",
+            where=type(algo).__name__,
+            fix="pass num_examples=: it is the weight of this site in the average",
+        )
+    return examples
+
+
+def _numbers(given: ExchangeObject) -> Iterator[tuple[str, float]]:
+    """("stats/train/data_count", 12.0) and so on: every single number of the statistics; nothing of lists."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, float]]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(item, f"{name}/{getattr(key, 'value', key)}")
+        elif (isinstance(value, int | float) or getattr(value, "ndim", None) == 0) and math.isfinite(float(value)):
+            yield name, float(value)
+
+    yield from walk(given.statistics or {}, "stats")

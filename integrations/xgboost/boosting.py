@@ -1,0 +1,108 @@
+"""The loop of `train`: XGBoost's own, with trees from this site or from all, and an exchange after each round."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import xgboost
+
+from fl_adapters.session import Session
+from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.types import Arrays, Metrics
+
+from .call import Mode, TrainCall
+from .model import SEEDING, grown_since, released
+from .rounds import TreeRounds
+from .scores import Evaluation, Log, Stopping, record, stopping_of
+
+
+class Grower(Protocol):
+    """Where the trees of a round come from.
+
+    more: empty arrays that travel beside a model. extras: this site's part in the initial model.
+    """
+
+    more: Arrays
+    extras: Arrays
+
+    def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
+        """The new trees of the round under way. The booster holds the global model, and may be changed."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Of the round that has been grown last, for the history."""
+        ...
+
+    def close(self, *, gently: bool) -> None:
+        """gently: the last round is done."""
+        ...
+
+
+class OwnTrees:
+    """Bagging and cyclic: trees of this site's rows."""
+
+    def __init__(self, call: TrainCall) -> None:
+        self.more: Arrays = {}
+        self.extras: Arrays = {}
+        self._call = call
+
+    def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
+        if not rounds.mine:
+            return rounds.nothing
+        for iteration in range(rounds.begun, rounds.ends):
+            booster.update(self._call.dtrain, iteration, fobj=self._call.obj)
+        return grown_since(booster, rounds.loaded.rounds, mask=self._call.mask_statistics)
+
+    def metrics(self) -> Metrics:
+        return {}
+
+    def close(self, *, gently: bool) -> None:
+        pass
+
+
+def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Log) -> xgboost.Booster:
+    """The final global model. log: gets the metrics of all sites together, a number per round."""
+    booster = call.booster(SEEDING)
+    evaluation = Evaluation.of(call)
+    wanted = session.settings.evaluate_global is not False
+    names = list(evaluation.values(booster, 0)) if call.evals and wanted else []
+    stopping, callbacks = stopping_of(call, names)
+    rounds = TreeRounds(session, call, mode)
+    terms = (stopping or Stopping("loss", False)).terms(rounds.strategy, rounds.boosts)
+    rounds.begin(booster, terms, evaluates=bool(names), more=grower.more, extras=grower.extras)
+    for callback in callbacks:
+        booster = callback.before_training(booster)
+    while not rounds.over:
+        first, last = rounds.begun, max(rounds.ends - 1, rounds.begun)
+        if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # all of them are called
+            break
+        grown = grower.grow(booster, rounds)
+        if not rounds.exchange(booster, grown, grower.more, grower.metrics()):
+            continue  # the round has come to nothing, and is opened again
+        if names:
+            together, stops = session.report_together(evaluation.summaries(booster, last), evaluation.examples)
+            record(log, together, names)
+            if stops and not rounds.over:
+                rounds.next_task(booster)
+        if True in [c.after_iteration(booster, last, log) for c in callbacks] and not rounds.over:
+            break
+    grower.close(gently=rounds.over)
+    if rounds.over:
+        if stopping is not None and stopping.rounds:
+            _mark_best(booster, rounds, stopping)
+        rounds.finish(booster, scored=bool(names))
+    else:
+        session.leave(f"a callback stopped training in round {rounds.round} of {rounds.rounds}")
+    for callback in callbacks:
+        booster = callback.after_training(booster)
+    if rounds.over and stopping is not None and stopping.save_best:
+        booster = booster[: booster.best_iteration + 1]
+    return released(booster)
+
+
+def _mark_best(booster: xgboost.Booster, rounds: TreeRounds, stopping: Stopping) -> None:
+    """`best_iteration` and `best_score`, as XGBoost's own early stopping leaves them."""
+    best = rounds.session.best()
+    iteration = rounds.first + min(best.version * rounds.boosts, booster.num_boosted_rounds() - rounds.first) - 1
+    score = best.config.get("metrics", {}).get(stopping.metric)
+    booster.set_attr(best_iteration=str(iteration), best_score=None if score is None else str(score))

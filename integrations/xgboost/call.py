@@ -1,0 +1,140 @@
+"""One call of `train`, its arguments checked, and what of it must be the same at all sites."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import xgboost
+
+from fl_adapters.options import Options
+from fl_runtime.errors import ConfigError
+
+Mode = Literal["bagging", "cyclic", "histogram"]
+MODES = ("bagging", "cyclic", "histogram")
+_ALIASES = {"eta": "learning_rate", "gamma": "min_split_loss", "lambda": "reg_lambda", "alpha": "reg_alpha"}
+_DEFAULTS: dict[str, Any] = {
+    "booster": "gbtree",
+    "objective": "reg:squarederror",
+    "num_class": 0,
+    "num_target": 1,
+    "num_parallel_tree": 1,
+    "max_bin": 256,
+    "multi_strategy": "one_output_per_tree",
+    "base_score": "agreed before round 1",
+}
+_NAMED_FEATURES = 1000  # beyond these a block of features is one line of the handshake
+_BLOCK = 100
+
+
+@dataclass(frozen=True)
+class TrainCall:
+    """The arguments of `xgboost.train` that matter in every mode."""
+
+    params: Mapping[str, Any]
+    dtrain: xgboost.DMatrix
+    num_boost_round: int
+    evals: Sequence[tuple[xgboost.DMatrix, str]] = ()
+    obj: Callable[..., Any] | None = None
+    custom_metric: Callable[..., Any] | None = None
+    xgb_model: Any = None
+    maximize: bool | None = None
+    early_stopping_rounds: int | None = None
+    callbacks: Sequence[xgboost.callback.TrainingCallback] = ()
+    mask_statistics: bool = False
+    options: Options = field(default_factory=Options)
+
+    def booster(self, changes: Mapping[str, Any], model_file: Any = None) -> xgboost.Booster:
+        """A booster with these parameters and `changes` to them, its data cached."""
+        data = [self.dtrain, *(data for data, _ in self.evals)]
+        return xgboost.Booster({**self.params, **changes}, data, model_file=model_file)
+
+
+def checked_params(params: Any, mode: Mode) -> dict[str, Any]:
+    """The parameters as a dict. ConfigError for what has no federated meaning."""
+    found = dict(params or {})
+    for name, value, why in (
+        ("booster", "gblinear", "its model has no trees"),
+        ("process_type", "update", "it changes trees that are there already"),
+    ):
+        if found.get(name) == value:
+            raise ConfigError(f"{name}={value!r} cannot be federated: {why}", where="params", fix=f"leave {name} out")
+    if mode != "histogram" and found.get("multi_strategy") == "multi_output_tree":
+        raise ConfigError(
+            "trees with a vector per leaf cannot be put together by the server",
+            where="params: multi_strategy",
+            fix='use mode="histogram", or multi_strategy="one_output_per_tree"',
+        )
+    return found
+
+
+def check_options(options: Options) -> None:
+    """ConfigError for arguments that are about tensors."""
+    for name, value, fine in (
+        ("exchange", options.exchange, (None, "auto", "all")),
+        ("keep_local", tuple(options.keep_local), ((),)),
+        ("optimizer_state", options.optimizer_state, (None, "keep")),
+    ):
+        if value not in fine:
+            raise ConfigError(f"{name}={value!r} has no meaning for trees", where=name, fix=f"leave {name} out")
+
+
+def agreement(call: TrainCall, head: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal at all sites, by name. head: of a model of this data, see TreeModel."""
+    facts = {name: str(call.params.get(name, default)) for name, default in _DEFAULTS.items()}
+    if call.obj is not None:
+        facts["objective"] = f"custom: {getattr(call.obj, '__name__', type(call.obj).__name__)}"
+    facts["xgboost"] = ".".join(xgboost.__version__.split(".")[:2])
+    facts["features"] = str(call.dtrain.num_col())
+    facts |= _features(call.dtrain) | _categories(call.dtrain, head)
+    if call.xgb_model is not None:
+        facts["xgb_model"] = _digest(json.dumps(head, default=str))
+    for name in ("monotone_constraints", "interaction_constraints"):
+        if call.params.get(name):
+            facts[name] = str(call.params[name])
+    return facts
+
+
+def _features(dtrain: xgboost.DMatrix) -> dict[str, str]:
+    columns = dtrain.num_col()
+    names = dtrain.feature_names or [f"f{i}" for i in range(columns)]
+    types = dtrain.feature_types or [""] * columns
+    lines = [f"{name} ({kind})" if kind else str(name) for name, kind in zip(names, types, strict=True)]
+    facts = {f"feature {i}": line for i, line in enumerate(lines[:_NAMED_FEATURES])}
+    for start in range(_NAMED_FEATURES, columns, _BLOCK):
+        block = lines[start : start + _BLOCK]
+        facts[f"features {start} to {start + len(block) - 1}"] = _digest("\n".join(block))
+    return facts
+
+
+def _categories(dtrain: xgboost.DMatrix, head: Mapping[str, Any]) -> dict[str, str]:
+    """XGBoost 3.1 and later keep the categories of data frames in the model; earlier ones know their codes alone."""
+    booster = head["learner"]["gradient_booster"]
+    model = booster["gbtree"]["model"] if "gbtree" in booster else booster["model"]
+    names = dtrain.feature_names or [f"f{i}" for i in range(dtrain.num_col())]
+    facts = {}
+    for name, encoded in zip(names, model.get("cats", {}).get("enc", []), strict=False):
+        values = _category_values(encoded)
+        if values:
+            shown = ", ".join(values)
+            facts[f"categories of {name}"] = shown if len(shown) < 200 else f"{shown[:150]}... ({_digest(shown)})"
+    return facts
+
+
+def _category_values(encoded: Mapping[str, Any]) -> list[str]:
+    values = encoded.get("values")
+    if values is None or len(values) == 0:
+        return []
+    if "offsets" not in encoded:
+        return [str(value) for value in values]
+    text = bytes(int(code) & 0xFF for code in values)
+    cuts = [int(at) for at in encoded["offsets"]]
+    return [text[a:b].decode(errors="replace") for a, b in pairwise(cuts)]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

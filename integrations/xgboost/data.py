@@ -1,0 +1,100 @@
+"""A DMatrix taken apart: its rows for another process, and the quantile summary that may leave the site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xgboost
+
+from fl_runtime.aggregation.quantiles import Summary
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Array
+
+_POINTS_PER_BIN = 4
+
+
+def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
+    """Everything that training needs of a DMatrix, as arrays: the features in CSR form and the columns beside them.
+
+    ConfigError for matrices that do not keep their values.
+    """
+    if isinstance(data, xgboost.QuantileDMatrix):
+        raise ConfigError(
+            "a QuantileDMatrix has bins of its own, and no values to put into the bins of all sites",
+            where='train(mode="histogram")',
+            fix="pass a plain xgboost.DMatrix",
+        )
+    sparse = data.get_data()
+    found: dict[str, Array] = {
+        "data": np.asarray(sparse.data, np.float32),
+        "indices": np.asarray(sparse.indices, np.int64),
+        "indptr": np.asarray(sparse.indptr, np.int64),
+        "shape": np.array([data.num_row(), data.num_col()], np.int64),
+    }
+    for name in ("label", "weight", "base_margin", "label_lower_bound", "label_upper_bound", "feature_weights"):
+        values = np.asarray(data.get_float_info(name), np.float32)
+        if len(values):
+            found[name] = values
+    groups = np.asarray(data.get_uint_info("group_ptr"), np.int64)
+    if len(groups):
+        found["group"] = np.diff(groups)
+    return found
+
+
+def summary(rows: dict[str, Array], kinds: list[str] | None, max_bin: int, min_rows: int, noise: float) -> Summary:
+    """Points of every feature for the cut points of all sites.
+
+    At most four points per bin. A point stands for at least `min_rows` rows: it is a value that so many rows share, or
+    the mean of neighbouring values; what is left over is counted with its neighbour, and a feature with fewer rows
+    than that is not described. noise: points are moved at random by up to this share of the way to their neighbours.
+    """
+    count, columns = rows["shape"].tolist()
+    weights = rows.get("weight")
+    weights = np.ones(count) if weights is None or "group" in rows else weights.astype(np.float64)
+    row_of = np.repeat(np.arange(count), np.diff(rows["indptr"]))
+    order = np.argsort(rows["indices"], kind="stable")
+    ends = np.cumsum(np.bincount(rows["indices"], minlength=columns))
+    points, shares, levels = [], [], np.zeros(columns, np.int64)
+    draw = np.random.default_rng()
+    for feature in range(columns):
+        chosen = order[ends[feature - 1] if feature else 0 : ends[feature]]
+        values = rows["data"][chosen]
+        if kinds is not None and kinds[feature] == "c":
+            levels[feature] = int(values.max()) + 1 if len(values) else 0
+            values = values[:0]
+        finite = np.isfinite(values)
+        found, weight = _points(values[finite], weights[row_of[chosen[: len(values)]]][finite], max_bin, min_rows)
+        points.append(_moved(found, noise, draw) if noise else found)
+        shares.append(weight)
+    return Summary(tuple(points), tuple(shares), levels, max_bin)
+
+
+def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple[Array, Array]:
+    """(points, their weights), ascending."""
+    distinct, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    size = max(min_rows, len(values) / (_POINTS_PER_BIN * max_bin))
+    common = counts >= size
+    runs = np.cumsum(common | np.roll(common, 1))  # a value that many rows share is a group of its own
+    ranks = np.floor((np.cumsum(counts) - counts / 2) / size)
+    starts = np.flatnonzero((np.diff(runs, prepend=-1) != 0) | (np.diff(ranks, prepend=-1) != 0))
+    if len(starts) == 0:
+        return np.empty(0, np.float32), np.empty(0)
+    group = np.repeat(np.arange(len(starts)), np.diff([*starts, len(distinct)]))
+    rows = np.bincount(group, counts)
+    total = np.bincount(where, weights, len(distinct))
+    weight = np.bincount(group, total)
+    mean = np.bincount(group, distinct.astype(np.float64) * counts) / rows
+    told = np.flatnonzero(rows >= min_rows)
+    if len(told) == 0:
+        return np.empty(0, np.float32), np.empty(0)
+    heir = np.maximum(np.searchsorted(told, np.arange(len(starts)), side="right") - 1, 0)
+    point, same = np.unique(mean[told].astype(np.float32), return_inverse=True)
+    return point, np.bincount(same[heir], weight, len(point))
+
+
+def _moved(points: Array, noise: float, draw: Any) -> Array:
+    gaps = np.diff(points.astype(np.float64))
+    left, right = np.concatenate([gaps[:1], gaps]), np.concatenate([gaps, gaps[-1:]])
+    shift = draw.uniform(-noise, noise, len(points))
+    return np.unique((points + np.where(shift < 0, shift * left, shift * right) / 2).astype(np.float32))

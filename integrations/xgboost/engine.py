@@ -1,0 +1,297 @@
+"""This site's worker in XGBoost's collective: a child process per generation, watched from here.
+
+A generation is one set of members that grow trees together. It begins anew where the members have changed or the last
+one has broken, from the global model, which all of them have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xgboost
+
+from fl_adapters.session import Session
+from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.types import Array, Arrays
+
+from .call import TrainCall
+from .data import rows_of
+from .model import SEEDING, without_categories
+from .ring import Ring, Sockets
+from .worker import Channel
+
+_ENDING_S = 10.0
+ISOLATED = True
+"""Whether workers try to leave the machine's network. Without that, sites on one machine reach each other's workers
+directly, since these listen on every address; sites on machines of their own do not."""
+_BROKEN = ("collective", "rabit", "socket", "connect", "tracker", "timeout", "timed out", "broken pipe", "reset by")
+
+
+class BrokenError(Exception):
+    """The generation is over: a worker, a connection or a site has failed. Not this site's own mistake."""
+
+
+class WorkerError(FederationError):
+    """This site's worker failed for a reason of its own."""
+
+    code = "xgboost"
+
+
+class Engine:
+    """The generations of one training, one at a time. bytes_up, bytes_down: through the tunnel so far."""
+
+    def __init__(self, session: Session, call: TrainCall, timeout_s: int) -> None:
+        self._session, self._call, self._timeout_s = session, call, timeout_s
+        self._lock = threading.Lock()
+        self._tunnel: Tunnel | None = None
+        self._generation: _Generation | None = None
+        self._early: list[Stream] = []  # of a generation that this site has not begun yet
+        self._carried = (0, 0)
+
+    @property
+    def bytes_up(self) -> int:
+        return self._carried[0] + (self._tunnel.bytes_up if self._tunnel else 0)
+
+    @property
+    def bytes_down(self) -> int:
+        return self._carried[1] + (self._tunnel.bytes_down if self._tunnel else 0)
+
+    def fits(self, members: Sequence[str]) -> bool:
+        """Whether the running generation is one of these members."""
+        return self._generation is not None and self._generation.members == list(members)
+
+    def begin(self, name: str, members: Sequence[str], model: TreeModel, cuts: Arrays) -> None:
+        """A new generation, at all members at once. BrokenError if it does not come about."""
+        self.end(gently=False)
+        try:
+            tunnel = self._open_tunnel()
+            worker = _Worker(ISOLATED)
+        except OSError as error:
+            raise BrokenError(f"the worker cannot be started: {error}") from None
+        generation = _Generation(name, list(members), worker)
+        try:
+            worker.prepare(self._call, model, cuts, members, self._session.name, self._timeout_s)
+            generation.ring = Ring(self._session.name, members, name, worker.sockets, tunnel.open, worker.tracker_port)
+            host, port = generation.ring.begin()
+            with self._lock:
+                self._generation, early, self._early = generation, self._early, []
+            for stream in early:
+                self._accept(stream)
+            worker.join(host, port, generation.ring.index)
+        except (ConnectionLostError, BrokenError) as error:
+            generation.close(gently=False)
+            self._generation = None
+            raise BrokenError(str(error)) from None
+        except BaseException:
+            generation.close(gently=False)
+            self._generation = None
+            raise
+
+    def boost(self, iterations: Sequence[int], learning_rate: str, gradients: Gradients | None) -> TreeModel:
+        """The new trees of these iterations. BrokenError if the generation breaks, WorkerError for a fault here."""
+        assert self._generation is not None
+        try:
+            return self._generation.worker.boost(iterations, {"learning_rate": learning_rate}, gradients)
+        except BrokenError:
+            self.end(gently=False)
+            raise
+
+    def end(self, *, gently: bool) -> None:
+        """gently: all members end together, after the last round."""
+        with self._lock:
+            generation = self._generation
+        if generation is not None:
+            generation.close(gently=gently)  # the others' workers still call while all of them end
+        with self._lock:
+            self._generation = None
+
+    def close(self) -> None:
+        self.end(gently=False)
+        if self._tunnel is not None:
+            self._tunnel.close()
+
+    def _open_tunnel(self) -> Tunnel:
+        if self._tunnel is None:
+            self._tunnel = self._session.tunnel(self._accept, self._tunnel_lost)
+        return self._tunnel
+
+    def _accept(self, stream: Stream) -> None:
+        name = stream.name.partition("|")[0]
+        with self._lock:
+            generation = self._generation
+            if generation is None or generation.name != name:
+                early = generation is None or _number(name) > _number(generation.name)
+                if early:
+                    self._early.append(stream)
+                    return
+                generation = None
+        if generation is None or generation.ring is None:
+            stream.close()
+        else:
+            generation.ring.incoming(stream)
+
+    def _tunnel_lost(self) -> None:
+        with self._lock:
+            generation, tunnel, self._tunnel = self._generation, self._tunnel, None
+        if tunnel is not None:
+            self._carried = self._carried[0] + tunnel.bytes_up, self._carried[1] + tunnel.bytes_down
+        if generation is not None and generation.ring is not None:
+            generation.ring.close()  # the worker notices, and boost() with it
+
+
+Gradients = Callable[[Any, xgboost.DMatrix], Any]
+
+
+class _Generation:
+    def __init__(self, name: str, members: list[str], worker: _Worker) -> None:
+        self.name, self.members, self.worker = name, members, worker
+        self.ring: Ring | None = None
+
+    def close(self, *, gently: bool) -> None:
+        self.worker.close(gently=gently)
+        if self.ring is not None:
+            self.ring.close()
+
+
+class _Worker:
+    """The child process. All methods may raise BrokenError."""
+
+    def __init__(self, isolated: bool) -> None:
+        ours, theirs = socket.socketpair()
+        helper, their_helper = socket.socketpair()
+        found = importlib.util.find_spec(f"{__package__}.worker")
+        assert found is not None and found.origin is not None
+        command = [sys.executable, "-P", found.origin, str(theirs.fileno()), str(their_helper.fileno())]
+        with theirs, their_helper:
+            self._process = subprocess.Popen(
+                [*command, "isolated" if isolated else "shared"],
+                pass_fds=(theirs.fileno(), their_helper.fileno()),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        self._line, self._helper = ours, helper
+        self._channel = Channel(ours)
+        self.sockets = Sockets(helper)
+        self.tracker_port: int | None = None
+        self._dart = False
+
+    def prepare(
+        self, call: TrainCall, model: TreeModel, cuts: Arrays, members: Sequence[str], me: str, timeout_s: int
+    ) -> None:
+        """Hand over the data, the bins and the model to go on from."""
+        self._receive()
+        reference = reference_rows(cuts)
+        self._dart = model.weight_drop is not None
+        params = {**call.params, **SEEDING}
+        for name in ("eval_metric", "disable_default_eval_metric"):
+            params.pop(name, None)
+        threads = int(params.get("nthread") or params.get("n_jobs") or 0)
+        fields = {
+            "track": members[0] == me,
+            "workers": len(members),
+            "timeout_s": timeout_s,
+            "params": json.loads(json.dumps(params, default=_jsonable)),
+            "gradients": call.obj is not None,
+            "max_bin": int(call.params.get("max_bin", 256)),
+            "threads": threads or None,
+            "names": call.dtrain.feature_names,
+            "types": call.dtrain.feature_types,
+            "reference": list(reference.shape),
+        }
+        rows = rows_of(call.dtrain)
+        fields["shape"] = rows.pop("shape").tolist()
+        model_bytes = np.frombuffer(without_categories(model).document(), np.uint8)
+        self._send(fields, {**rows, "reference": reference.reshape(-1), "model": bytearray(model_bytes)})
+        if fields["track"]:
+            self.tracker_port = int(self._receive()[0]["tracker"])
+
+    def join(self, host: str, port: int, index: int) -> None:
+        """Enter the collective; returns when all members have."""
+        self._send({"host": host, "port": port, "index": index}, {})
+        self._receive()
+
+    def boost(self, iterations: Sequence[int], params: Mapping[str, str], gradients: Gradients | None) -> TreeModel:
+        self._send({"boost": list(iterations), "params": dict(params), "whole": self._dart}, {})
+        while True:
+            fields, arrays = self._receive()
+            if "grown" in fields:
+                grown = TreeModel.from_document(arrays["model"])
+                count = len(iterations)
+                return grown if grown.rounds == count and not self._dart else grown.iterations(grown.rounds - count)
+            assert gradients is not None
+            gradient, hessian = gradients(arrays["margins"].reshape(fields["margins"]), None)
+            found = {"gradient": np.asarray(gradient, np.float32), "hessian": np.asarray(hessian, np.float32)}
+            self._send(
+                {"shape": list(found["gradient"].shape)},
+                {name: np.ascontiguousarray(value).reshape(-1) for name, value in found.items()},
+            )
+
+    def close(self, *, gently: bool) -> None:
+        if gently:
+            try:
+                self._send({"end": True}, {})
+                self._process.wait(_ENDING_S)
+            except (BrokenError, subprocess.TimeoutExpired):
+                pass
+        self._process.kill()
+        self._process.wait()
+        self._line.close()
+        self._helper.close()
+
+    def _send(self, fields: dict[str, Any], arrays: dict[str, Any]) -> None:
+        try:
+            self._channel.send(fields, arrays)
+        except OSError as error:
+            raise BrokenError(f"the worker has ended: {error}") from None
+
+    def _receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            fields, arrays = self._channel.receive()
+        except EOFError:
+            raise BrokenError(f"the worker has ended (exit status {self._process.wait()})") from None
+        if "error" in fields:
+            text = str(fields["error"])
+            if any(word in text.lower() for word in _BROKEN):
+                raise BrokenError(text[:500])
+            raise WorkerError(text[:2000], where="XGBoost, in this site's worker")
+        return fields, arrays
+
+
+def reference_rows(cuts: Arrays) -> Array:
+    """Rows of which XGBoost makes exactly the agreed bins: float32 [rows, features]; at most max_bin rows.
+
+    XGBoost cuts at every distinct value but the lowest where there are no more values than bins.
+    """
+    ends = [0, *cuts["cut_ends"].tolist()]
+    columns = []
+    for feature, levels in enumerate(cuts["levels"].tolist()):
+        found = cuts["cuts"][ends[feature] : ends[feature + 1]].astype(np.float32)
+        if levels:
+            columns.append(np.arange(levels, dtype=np.float32))
+        elif len(found):
+            below = found[0] - max(abs(found[0]), np.float32(1))
+            columns.append(np.concatenate([[below], found]).astype(np.float32))
+        else:
+            columns.append(np.zeros(1, np.float32))
+    height = max(len(column) for column in columns)
+    return np.stack([np.resize(column, height) for column in columns], axis=1)
+
+
+def _number(generation: str) -> tuple[int, int]:
+    number, _, stage = generation.partition(".")
+    return int(number), int(stage or 1)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

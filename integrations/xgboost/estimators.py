@@ -1,0 +1,234 @@
+"""Estimators for scikit-learn users: `fit` takes part in the federation, everything else is XGBoost's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xgboost
+
+from fl_runtime.errors import ConfigError
+
+from .training import train
+
+_FEDERATED = (
+    *("mode", "mask_statistics", "quantile_rows", "quantile_noise", "collective_timeout_s"),
+    *("kit", "every", "evaluate_global", "num_examples", "required"),
+)
+
+
+class _Federated:
+    """What the three estimators share. federated: arguments of `fl_adapters.xgboost.train`, as a dict."""
+
+    federated: dict[str, Any] | None
+
+    def get_xgb_params(self) -> dict[str, Any]:
+        params: dict[str, Any] = super().get_xgb_params()  # type: ignore[misc]
+        params.pop("federated", None)
+        return params
+
+    def _boost(self, data: xgboost.DMatrix, evals: list[tuple[xgboost.DMatrix, str]], **fit: Any) -> None:
+        this: Any = self
+        params = {**this.get_xgb_params(), **fit.pop("params", {})}
+        objective, metric = params.get("objective"), params.get("eval_metric")
+        custom: Any = None
+        if callable(objective):
+            params["objective"] = "reg:squarederror"
+            custom = _row_objective(objective)
+        if callable(metric):
+            raise ConfigError(
+                "a metric function of scikit-learn has no value for all sites together",
+                where="eval_metric",
+                fix="name one of XGBoost's metrics",
+            )
+        unknown = [name for name in this.federated or {} if name not in _FEDERATED]
+        if unknown:
+            raise ConfigError(
+                f"federated={{{unknown[0]!r}: ...}} is not known", where="federated", fix=f"use {', '.join(_FEDERATED)}"
+            )
+        params = {name: value for name, value in params.items() if value is not None}
+        log: dict[str, Any] = {}
+        this._Booster = train(
+            params,
+            data,
+            this.get_num_boosting_rounds(),
+            evals=evals,
+            obj=custom,
+            early_stopping_rounds=this.early_stopping_rounds,
+            evals_result=log,
+            callbacks=this.callbacks,
+            **{"verbose_eval": False, **fit},
+            **(this.federated or {}),
+        )
+        if log:
+            this.evals_result_ = {name: dict(metrics) for name, metrics in log.items()}
+
+    def _matrix(self, x: Any, y: Any, **columns: Any) -> xgboost.DMatrix:
+        this: Any = self
+        given = {name: value for name, value in columns.items() if value is not None}
+        return xgboost.DMatrix(
+            x,
+            label=y,
+            missing=this.missing,
+            nthread=this.n_jobs,
+            enable_categorical=this.enable_categorical,
+            feature_types=this.feature_types,
+            **given,
+        )
+
+    def _fit(
+        self, x: Any, y: Any, eval_set: Any, weights: Any, verbose: Any, columns: dict[str, Any], params: dict[str, Any]
+    ) -> None:
+        """eval_set: (X, y, weights or None) tuples, with a dict of columns each where there are any."""
+        data = self._matrix(x, y, weight=weights, **columns)
+        evals = [
+            (self._matrix(item[0], item[1], **(item[2] if len(item) > 2 else {})), f"validation_{number}")
+            for number, item in enumerate(eval_set or ())
+        ]
+        this: Any = self
+        self._boost(data, evals, params=params, verbose_eval=verbose, xgb_model=columns_model(this, params))
+
+
+def columns_model(estimator: Any, params: dict[str, Any]) -> Any:
+    """The model to go on from, taken out of `params`."""
+    model = params.pop("xgb_model", None)
+    return model.get_booster() if isinstance(model, xgboost.XGBModel) else model
+
+
+def _row_objective(objective: Any) -> Any:
+    """scikit-learn's f(y_true, y_pred[, weight]) as XGBoost's f(margins, data)."""
+
+    def decorated(margins: Any, data: xgboost.DMatrix) -> Any:
+        weights = data.get_weight()
+        if len(weights):
+            return objective(data.get_label(), margins, sample_weight=weights)
+        return objective(data.get_label(), margins)
+
+    decorated.__name__ = getattr(objective, "__name__", type(objective).__name__)
+    return decorated
+
+
+def _weighted(eval_set: Any, weights: Any) -> list[Any]:
+    """(X, y, columns) for each validation set."""
+    given = weights or [None] * len(eval_set or ())
+    return [(x, y, {"weight": weight}) for (x, y), weight in zip(eval_set or (), given, strict=True)]
+
+
+class FederatedXGBRegressor(_Federated, xgboost.XGBRegressor):
+    """`xgboost.XGBRegressor` whose `fit` trains with the sites of a federation.
+
+    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
+    """
+
+    def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.federated = federated
+        super().__init__(**kwargs)
+
+    def fit(
+        self,
+        X: Any,  # noqa: N803 (scikit-learn's name)
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        base_margin: Any = None,
+        eval_set: Any = None,
+        verbose: bool | int | None = False,
+        xgb_model: Any = None,
+        sample_weight_eval_set: Any = None,
+    ) -> FederatedXGBRegressor:
+        """As XGBoost's; the model afterwards is the global one."""
+        sets = _weighted(eval_set, sample_weight_eval_set)
+        self._fit(X, y, sets, sample_weight, verbose, {"base_margin": base_margin}, {"xgb_model": xgb_model})
+        return self
+
+
+class FederatedXGBClassifier(_Federated, xgboost.XGBClassifier):
+    """`xgboost.XGBClassifier` whose `fit` trains with the sites of a federation.
+
+    classes: how many there are at all sites together, labelled from 0; None: as many as this site's labels say.
+    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
+    """
+
+    def __init__(self, *, classes: int | None = None, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.classes, self.federated = classes, federated
+        super().__init__(**kwargs)
+
+    def get_xgb_params(self) -> dict[str, Any]:
+        """XGBoost's own parameters."""
+        params = super().get_xgb_params()
+        params.pop("classes", None)
+        return params
+
+    def fit(
+        self,
+        X: Any,  # noqa: N803 (scikit-learn's name)
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        base_margin: Any = None,
+        eval_set: Any = None,
+        verbose: bool | int | None = False,
+        xgb_model: Any = None,
+        sample_weight_eval_set: Any = None,
+    ) -> FederatedXGBClassifier:
+        """As XGBoost's; the model afterwards is the global one. Labels are whole numbers from 0."""
+        labels = np.asarray(y)
+        found = int(labels.max()) + 1 if len(labels) else 0
+        count = max(self.classes or found, 2)
+        if found > count or not np.array_equal(labels, labels.astype(int)) or labels.min(initial=0) < 0:
+            raise ConfigError(
+                f"labels from {labels.min()} to {labels.max()} do not number {count} classes",
+                where="fit",
+                fix="label the classes 0, 1, ... alike at every site, and say how many with classes=",
+            )
+        params: dict[str, Any] = {"xgb_model": xgb_model}
+        if count > 2:
+            params |= {"num_class": count}
+            if not callable(self.objective) and not str(self.objective).startswith("multi:"):
+                params |= {"objective": "multi:softprob"}
+        self.n_classes_ = count
+        sets = _weighted(eval_set, sample_weight_eval_set)
+        self._fit(X, labels, sets, sample_weight, verbose, {"base_margin": base_margin}, params)
+        return self
+
+
+class FederatedXGBRanker(_Federated, xgboost.XGBRanker):
+    """`xgboost.XGBRanker` whose `fit` trains with the sites of a federation. Groups do not cross sites.
+
+    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "cyclic"}`.
+    """
+
+    def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.federated = federated
+        super().__init__(**{"objective": "rank:ndcg", **kwargs})
+
+    def fit(
+        self,
+        X: Any,  # noqa: N803 (scikit-learn's name)
+        y: Any,
+        *,
+        group: Any = None,
+        qid: Any = None,
+        sample_weight: Any = None,
+        base_margin: Any = None,
+        eval_set: Any = None,
+        eval_group: Any = None,
+        eval_qid: Any = None,
+        verbose: bool | int | None = False,
+        xgb_model: Any = None,
+        sample_weight_eval_set: Any = None,
+    ) -> FederatedXGBRanker:
+        """As XGBoost's; give `group` or `qid` for the rows, and `eval_group` or `eval_qid` for each eval_set."""
+        if (group is None) == (qid is None):
+            raise ConfigError("ranking needs the rows' groups", where="fit", fix="pass either group= or qid=")
+        count = len(eval_set or ())
+        none = [None] * count
+        sets = [
+            (item[0], item[1], {"weight": w, "group": g, "qid": q})
+            for item, w, g, q in zip(
+                eval_set or (), sample_weight_eval_set or none, eval_group or none, eval_qid or none, strict=True
+            )
+        ]
+        columns = {"base_margin": base_margin, "group": group, "qid": qid}
+        self._fit(X, y, sets, sample_weight, verbose, columns, {"xgb_model": xgb_model})
+        return self

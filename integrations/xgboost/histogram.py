@@ -1,0 +1,111 @@
+"""Mode histogram: all sites grow the same trees together, of gradient histograms that they sum at every level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xgboost
+
+from fl_adapters.session import Session
+from fl_runtime.aggregation.quantiles import CUTS
+from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.aggregation.trees import FAILED
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays, Metrics
+
+from .call import TrainCall
+from .data import rows_of, summary
+from .engine import BrokenError, Engine
+from .model import learning_rate
+from .rounds import TreeRounds
+
+_CUTS: Arrays = {"cuts": np.empty(0, np.float32), "cut_ends": np.empty(0, np.int64), "levels": np.empty(0, np.int64)}
+
+
+class TreesOfAll:
+    """Trees of all sites' rows. collective_timeout_s: how long XGBoost waits for a worker that is silent."""
+
+    def __init__(
+        self,
+        session: Session,
+        call: TrainCall,
+        *,
+        collective_timeout_s: int,
+        quantile_rows: int,
+        quantile_noise: float,
+    ) -> None:
+        check(call)
+        self.more = _CUTS
+        self._session, self._call = session, call
+        max_bin = int(call.params.get("max_bin", 256))
+        told = summary(rows_of(call.dtrain), call.dtrain.feature_types, max_bin, quantile_rows, quantile_noise)
+        self.extras: Arrays = told.to_arrays()
+        self._engine = Engine(session, call, collective_timeout_s)
+        self._fresh = session.attempt > 1  # in the middle of a round, for all this process knows
+        self._cuts: Arrays = {}
+        self._carried = 0
+
+    def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
+        """In the running generation, or a new one. Where it breaks, a model that says so: the round is opened again."""
+        task, call = rounds.task, self._call
+        assert task is not None
+        members = [str(name) for name in task.config["members"]]
+        if not self._cuts:
+            self._cuts = {name: np.copy(task.arrays[name]) for name in CUTS}
+        fresh, self._fresh = self._fresh, False
+        try:
+            if fresh or self._session.name not in members:
+                raise BrokenError("this site has come back in the middle of the round")
+            if task.stage or not self._engine.fits(members):
+                name = f"{task.round}.{task.stage or 1}"
+                self._engine.begin(name, members, rounds.loaded, self._cuts)
+            gradients = None if call.obj is None else self._gradients
+            return self._engine.boost(range(rounds.begun, rounds.ends), learning_rate(booster), gradients)
+        except BrokenError as error:
+            self._engine.end(gently=False)
+            return failed(rounds.nothing, str(error))
+
+    def metrics(self) -> Metrics:
+        """tunnel_bytes: what this site's streams have sent in the round."""
+        before, self._carried = self._carried, self._engine.bytes_up
+        return {"tunnel_bytes": float(self._carried - before)}
+
+    def close(self, *, gently: bool) -> None:
+        if gently:
+            self._engine.end(gently=True)
+        self._engine.close()
+
+    def _gradients(self, margins: Any, data: Any) -> Any:
+        assert self._call.obj is not None
+        return self._call.obj(margins, self._call.dtrain)
+
+
+def failed(nothing: TreeModel, why: str) -> TreeModel:
+    """What is sent in place of new trees."""
+    learner = nothing.head["learner"]
+    head = {**nothing.head, "learner": {**learner, "attributes": {**learner["attributes"], FAILED: why[:500]}}}
+    return TreeModel(head)
+
+
+def check(call: TrainCall) -> None:
+    """ConfigError for what XGBoost's collective, or shared bins, cannot do."""
+    method = call.params.get("tree_method", "hist")
+    if method not in ("hist", "auto"):
+        raise ConfigError(
+            f"tree_method={method!r} does not put values into bins once and for all",
+            where='train(mode="histogram")',
+            fix='use tree_method="hist"',
+        )
+    if str(call.params.get("device", "cpu")).split(":")[0] != "cpu":
+        raise ConfigError(
+            "GPUs speak to each other directly, which sites cannot",
+            where='train(mode="histogram"): device',
+            fix='use device="cpu", or mode="bagging"',
+        )
+    if call.mask_statistics:
+        raise ConfigError(
+            "mask_statistics hides what every site has seen while it summed the histograms",
+            where='train(mode="histogram")',
+            fix="leave it out",
+        )

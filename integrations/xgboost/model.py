@@ -1,0 +1,106 @@
+"""Boosters in and out of what travels: models of trees as arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import xgboost
+
+from fl_runtime.aggregation import ubjson
+from fl_runtime.aggregation.tree_document import TreeModel, masked
+from fl_runtime.types import Array, Arrays
+
+from .call import TrainCall
+
+EMPTY: Arrays = {
+    "head": np.empty(0, np.uint8),
+    "trees": np.empty(0, np.uint8),
+    "ends": np.empty(0, np.int64),
+    "sizes": np.zeros(3, np.int64),
+}
+"""What is registered: names and dtypes of what travels."""
+
+SEEDING = {"seed_per_iteration": True}
+"""Sampling draws afresh in every iteration, and the same wherever a site comes back: a new booster seeds anew."""
+
+
+def initial_model(call: TrainCall) -> TreeModel:
+    """The model that this site would begin from: `xgb_model`, else no trees and the base score of its own data."""
+    if call.xgb_model is not None:
+        booster = xgboost.Booster(call.params, model_file=call.xgb_model)
+        return TreeModel.from_document(booster.save_raw("ubj"))
+    booster = call.booster(
+        {"max_depth": 1, "max_leaves": 0, "grow_policy": "depthwise"}
+    )  # a stump makes XGBoost estimate it
+    booster.update(call.dtrain, 0, fobj=call.obj)
+    model = TreeModel.from_document(booster.save_raw("ubj")).iterations(1)
+    return model if model.weight_drop is None else model.with_head(weight_drop=[])
+
+
+def rows_weight(data: xgboost.DMatrix) -> float:
+    """The sum of the weights of the rows (of the groups, for ranking); their number without weights."""
+    weights = data.get_weight()
+    return float(np.sum(weights, dtype=np.float64)) if len(weights) else float(data.num_row())
+
+
+def grown_since(booster: xgboost.Booster, rounds: int, *, mask: bool) -> TreeModel:
+    """The boosting rounds after the first `rounds`. mask: without what the trees tell of the data beside splits."""
+    if booster.num_boosted_rounds() == rounds or _is_dart(booster):  # dart: all weights are needed
+        grown = TreeModel.from_document(booster.save_raw("ubj")).iterations(rounds)
+    else:
+        grown = TreeModel.from_document(booster[rounds:].save_raw("ubj"))
+    if mask:
+        trees = tuple(ubjson.dumps(masked(ubjson.loads(tree))) for tree in grown.trees)
+        grown = TreeModel(grown.head, trees)
+    return grown
+
+
+def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
+    """Put a global model into the booster that others hold on to: parameters, learning rate and attributes stay.
+
+    `Booster.load_model` would not do: XGBoost keeps its predictions for the training data, of the trees that were
+    there before, and the next tree would correct those. So the object gets the handle of a booster made anew.
+    """
+    fresh = call.booster(SEEDING, model_file=bytearray(model.document()))
+    fresh.set_param({"learning_rate": learning_rate(booster)})
+    fresh.set_attr(**booster.attributes())
+    booster.handle, fresh.handle = fresh.handle, booster.handle
+
+
+def without_categories(model: TreeModel) -> TreeModel:
+    """For training on the codes of categories, as they are in a DMatrix: XGBoost compares those of the model."""
+    if "cats" not in model.model:
+        return model
+    empty = np.empty(0, np.int32)
+    return model.with_head({**model.model, "cats": {"enc": [], "feature_segments": empty, "sorted_idx": empty}})
+
+
+def export(booster: xgboost.Booster, folder: str) -> None:
+    """Write `folder/model.ubj`, which `Booster(model_file=...)` opens."""
+    os.makedirs(folder, exist_ok=True)
+    booster.save_model(os.path.join(folder, "model.ubj"))
+
+
+def released(booster: xgboost.Booster) -> xgboost.Booster:
+    """The booster without its hold on the training data, as `xgboost.train` returns it."""
+    reset: Any = getattr(booster, "reset", None)
+    return reset() if reset is not None else booster
+
+
+def weight_extra(data: xgboost.DMatrix) -> dict[str, Array]:
+    from fl_runtime.aggregation.trees import WEIGHT
+
+    return {WEIGHT: np.array([rows_weight(data)], np.float64)}
+
+
+def learning_rate(booster: xgboost.Booster) -> str:
+    """Of the booster as it is: a scheduler may have changed it."""
+    part = json.loads(booster.save_config())["learner"]["gradient_booster"]
+    return str(part.get("gbtree", part)["tree_train_param"]["eta"])
+
+
+def _is_dart(booster: xgboost.Booster) -> bool:
+    return '"name":"dart"' in booster.save_config().replace(" ", "")

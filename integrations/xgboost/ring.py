@@ -1,0 +1,271 @@
+"""XGBoost's collective, carried through the federation: loopback ports for this site's worker, streams to the others.
+
+Member k is 127.0.1.(k+1) to every worker and to the tracker, which runs beside member 0's worker. A worker that calls
+127.0.1.(k+1) reaches a port of its own machine; what it says there goes, sealed, through the server to member k, whose
+end connects to its worker's port. The ports are those that the workers choose: each tells the tracker in its START
+message, which is held back until all other members listen on the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.transport.tunnel import Stream
+from fl_runtime.trust.sealed import SealedStream
+
+log = logging.getLogger(__name__)
+
+_PORTS = re.compile(rb'\{[^{}]*"error_port"[^{}]*\}')
+_START_BYTES = 65_536
+_READ_BYTES = 2**18
+
+T = TypeVar("T", socket.socket, SealedStream)
+
+
+class Sockets:
+    """Sockets within the worker's network, made by its helper thread."""
+
+    def __init__(self, helper: socket.socket) -> None:
+        self._helper, self._lock = helper, threading.Lock()
+
+    def listening(self, host: str, port: int = 0) -> tuple[socket.socket, int]:
+        """(a listening socket, its port). ConnectionLostError if it cannot be had."""
+        return self._made({"listen": [host, port]})
+
+    def connected(self, source: str, port: int) -> socket.socket:
+        """A connection from the loopback address `source` to a port of the worker's."""
+        made, _ = self._made({"from": source})
+        made.connect(("127.0.0.1", port))
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
+
+    def _made(self, wanted: dict[str, object]) -> tuple[socket.socket, int]:
+        with self._lock:
+            try:
+                self._helper.sendall(json.dumps(wanted).encode())
+                answer, descriptors, _, _ = socket.recv_fds(self._helper, 4096, 1)
+                found = json.loads(answer or b'{"error": "the worker has ended"}')
+            except OSError as error:
+                found, descriptors = {"error": str(error)}, []
+        if not descriptors:
+            raise ConnectionLostError(f"no socket for {wanted}: {found.get('error')}")
+        return socket.socket(fileno=descriptors[0]), int(found["port"])
+
+
+class Ring:
+    """This site's part in one generation of the collective. `close` ends all of it.
+
+    tracker_port: of the tracker, at member 0. Streams are named "<generation>|<what for>".
+    """
+
+    def __init__(
+        self,
+        me: str,
+        members: Sequence[str],
+        generation: str,
+        sockets: Sockets,
+        open_stream: Callable[[str, str], Stream],
+        tracker_port: int | None,
+    ) -> None:
+        self._me, self._members, self._generation = me, list(members), generation
+        self._sockets, self._open_stream, self._tracker_port = sockets, open_stream, tracker_port
+        self._lock = threading.Lock()
+        self._things: list[socket.socket | SealedStream] = []
+        self._closed = False
+        self._ports: dict[str, int] = {}
+
+    @property
+    def index(self) -> int:
+        return self._members.index(self._me)
+
+    def begin(self) -> tuple[str, int]:
+        """The (host, port) at which this site's worker finds the tracker."""
+        host = self._address(self._me)
+        listener, port = self._sockets.listening(host)
+        self._serve(listener, self._to_tracker)
+        return host, port
+
+    def incoming(self, stream: Stream) -> None:
+        """A stream that another member has opened in this generation. Returns at once."""
+        if stream.peer not in self._members:
+            stream.close()
+            return
+        self._in_thread(lambda: self._answer(stream))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed, things, self._things = True, self._things, []
+        for thing in things:
+            _shut(thing)
+
+    # -- outgoing: this site's worker calls ----------------------------------------------------------------------
+
+    def _to_tracker(self, connection: socket.socket) -> None:
+        first = self._members[0]
+        if self._me == first:
+            assert self._tracker_port is not None
+            tracker = self._keep(self._sockets.connected(self._address(first), self._tracker_port))
+            self._in_thread(lambda: _pipe(tracker, connection))
+            _pipe(connection, tracker, self._announce())
+        else:
+            self._join(connection, self._sealed(first, "tracker"), self._announce())
+
+    def _announce(self) -> Callable[[bytes], None]:
+        """Sees what the worker says to the tracker; at its START, waits until all members listen on its ports."""
+        seen = bytearray()
+        done = False
+
+        def look(data: bytes) -> None:
+            nonlocal done
+            if done or len(seen) > _START_BYTES:
+                return
+            seen.extend(data)
+            match = _PORTS.search(seen)
+            if match is None:
+                return
+            done = True
+            self._ports = {name: int(json.loads(match.group())[name]) for name in ("port", "error_port")}
+            streams = [self._sealed(peer, "ports") for peer in self._members if peer != self._me]
+            for stream in streams:
+                stream.send(json.dumps(self._ports).encode())
+            for stream in streams:
+                if stream.receive() != b"listening":
+                    raise ConnectionLostError(f"{stream.peer} does not listen for {self._me}")
+                stream.close()
+
+        return look
+
+    def _listen_for(self, peer: str, ports: dict[str, int]) -> None:
+        wanted = {"worker": ports["port"]}
+        if self._me == self._members[0]:
+            wanted["error"] = ports["error_port"]
+        for kind, port in wanted.items():
+            listener, _ = self._sockets.listening(self._address(peer), port)
+            self._serve(listener, self._calls(peer, kind))
+
+    def _calls(self, peer: str, kind: str) -> Callable[[socket.socket], None]:
+        return lambda connection: self._join(connection, self._sealed(peer, kind))
+
+    # -- incoming: another member's worker calls -----------------------------------------------------------------
+
+    def _answer(self, inner: Stream) -> None:
+        kind = inner.name.partition("|")[2]
+        stream = self._keep(SealedStream(inner, self._me))
+        stream.meet()
+        if kind == "ports":
+            self._listen_for(inner.peer, json.loads(stream.receive()))
+            stream.send(b"listening")
+            return
+        port = self._tracker_port if kind == "tracker" else self._ports["port" if kind == "worker" else "error_port"]
+        if port is None:
+            raise ConnectionLostError(f"{inner.peer} looks for a tracker here")
+        self._join(self._keep(self._sockets.connected(self._address(inner.peer), port)), stream)
+
+    # -- plumbing --------------------------------------------------------------------------------------------------
+
+    def _sealed(self, peer: str, kind: str) -> SealedStream:
+        stream = self._keep(SealedStream(self._open_stream(peer, f"{self._generation}|{kind}"), self._me))
+        stream.meet()
+        return stream
+
+    def _join(
+        self, connection: socket.socket, stream: SealedStream, look: Callable[[bytes], None] | None = None
+    ) -> None:
+        """Carry bytes both ways until both ends have finished, or one breaks."""
+        down = threading.Thread(target=lambda: self._guarded(lambda: _from_stream(stream, connection)), daemon=True)
+        down.start()
+        try:
+            _to_stream(connection, stream, look)
+        except BaseException:
+            _shut(stream)
+            raise
+        down.join()
+        for thing in (connection, stream):
+            _shut(thing)
+
+    def _serve(self, listener: socket.socket, handle: Callable[[socket.socket], None]) -> None:
+        self._keep(listener)
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._keep(connection)
+                self._in_thread(partial(self._or_shut, handle, connection))
+
+        threading.Thread(target=accept, name="fl-ring-accept", daemon=True).start()
+
+    def _or_shut(self, handle: Callable[[socket.socket], None], connection: socket.socket) -> None:
+        try:
+            handle(connection)
+        except BaseException:
+            _shut(connection)
+            raise
+
+    def _in_thread(self, work: Callable[[], None]) -> None:
+        threading.Thread(target=lambda: self._guarded(work), name="fl-ring", daemon=True).start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """A connection that breaks ends the generation: XGBoost's workers cannot do without each other."""
+        try:
+            work()
+        except (FederationError, OSError, ValueError, KeyError) as error:
+            if not self._closed:
+                log.info("%s, generation %s: %s", self._me, self._generation, error)
+                self.close()
+
+    def _keep(self, thing: T) -> T:
+        """To be closed with the generation."""
+        with self._lock:
+            if not self._closed:
+                self._things.append(thing)
+                return thing
+        _shut(thing)
+        raise ConnectionLostError(f"generation {self._generation} is over")
+
+    def _address(self, member: str) -> str:
+        number = self._members.index(member)
+        return f"127.0.{1 + number // 250}.{1 + number % 250}"
+
+
+def _to_stream(connection: socket.socket, stream: SealedStream, look: Callable[[bytes], None] | None) -> None:
+    while data := connection.recv(_READ_BYTES):
+        if look is not None:
+            look(data)
+        stream.send(data)
+    stream.send(b"")  # the end of this direction
+
+
+def _from_stream(stream: SealedStream, connection: socket.socket) -> None:
+    while data := stream.receive():
+        connection.sendall(data)
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+
+
+def _pipe(source: socket.socket, target: socket.socket, look: Callable[[bytes], None] | None = None) -> None:
+    while data := source.recv(_READ_BYTES):
+        if look is not None:
+            look(data)
+        target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def _shut(thing: socket.socket | SealedStream) -> None:
+    if isinstance(thing, socket.socket):
+        with suppress(OSError):
+            thing.shutdown(socket.SHUT_RDWR)  # wakes whoever waits on it
+    thing.close()

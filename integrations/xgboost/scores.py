@@ -1,0 +1,157 @@
+"""Evaluation: XGBoost's own metrics on this site's data, in a form that pools to the metric of all sites' data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xgboost
+
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Metrics, Summary, Terms
+
+from .call import TrainCall
+from .model import rows_weight
+
+_MAXIMISED = ("auc", "aucpr", "pre", "map", "ndcg")
+_PER_GROUP = ("ndcg", "map", "pre")
+_ROOTS = ("rmse", "rmsle")
+_BINS_PER_UNIT, _LARGEST_MARGIN = 256, 64
+Log = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How this site scores a booster on its `evals`."""
+
+    evals: Sequence[tuple[xgboost.DMatrix, str]]
+    custom_metric: Callable[..., Any] | None
+    output_margin: bool
+    binary: bool
+
+    @classmethod
+    def of(cls, call: TrainCall) -> Evaluation:
+        objective = str(call.params.get("objective", ""))
+        return cls(
+            call.evals, call.custom_metric, callable(call.obj), objective.startswith("binary:") or callable(call.obj)
+        )
+
+    @property
+    def examples(self) -> int:
+        """Rows of the last evaluation set."""
+        return max(int(self.evals[-1][0].num_row()), 1)
+
+    def values(self, booster: xgboost.Booster, iteration: int) -> dict[str, float]:
+        """XGBoost's own numbers, "data-metric" -> value, in its order."""
+        text = booster.eval_set(self.evals, iteration, self.custom_metric, self.output_margin)
+        pairs = [item.rpartition(":") for item in text.split("\t")[1:]]
+        return {name: float(value) for name, _, value in pairs}
+
+    def summaries(self, booster: xgboost.Booster, iteration: int) -> dict[str, float | Summary]:
+        """The same, each with what it takes to pool it."""
+        values, data = self.values(booster, iteration), {name: dmatrix for dmatrix, name in self.evals}
+        margins: dict[str, Any] = {}
+        found: dict[str, float | Summary] = {}
+        for name, value in values.items():
+            source, metric = split(name)
+            kind = metric.split("@")[0].rstrip("-")
+            if kind in ("auc", "aucpr") and self._has_two_classes(data[source]):
+                if source not in margins:
+                    margins[source] = score_histogram(booster, data[source])
+                found[name] = Summary(kind, value, rows_weight(data[source]), margins[source])  # type: ignore[arg-type]
+            else:
+                weight = groups(data[source]) if kind in _PER_GROUP else rows_weight(data[source])
+                found[name] = Summary("root_mean" if kind in _ROOTS else "mean", value, weight)
+        return found
+
+    def _has_two_classes(self, data: xgboost.DMatrix) -> bool:
+        labels = data.get_label()
+        return self.binary and len(data.get_uint_info("group_ptr")) == 0 and bool(np.isin(labels, (0, 1)).all())
+
+
+def split(name: str) -> tuple[str, str]:
+    """ "valid-auc" -> ("valid", "auc"), as XGBoost itself splits it."""
+    source, _, metric = name.partition("-")
+    return source, metric
+
+
+def score_histogram(booster: xgboost.Booster, data: xgboost.DMatrix) -> dict[int, tuple[float, float]]:
+    """Score bin -> (weight of negatives, of positives); a bin is 1/256 of a unit of the margin."""
+    margins = booster.predict(data, output_margin=True)
+    labels, weights = data.get_label(), data.get_weight()
+    weights = weights if len(weights) else np.ones(len(labels))
+    bins = np.rint(np.clip(margins, -_LARGEST_MARGIN, _LARGEST_MARGIN) * _BINS_PER_UNIT).astype(int)
+    found, where = np.unique(bins, return_inverse=True)
+    positives = np.bincount(where, weights * (labels > 0.5), len(found))
+    negatives = np.bincount(where, weights * (labels <= 0.5), len(found))
+    return {int(b): (float(n), float(p)) for b, n, p in zip(found, negatives, positives, strict=True)}
+
+
+def groups(data: xgboost.DMatrix) -> float:
+    """The weight of a ranking metric: the groups' weights, or their number."""
+    weights, ends = data.get_weight(), data.get_uint_info("group_ptr")
+    count = max(len(ends) - 1, 1)
+    return float(np.sum(weights, dtype=np.float64)) if len(weights) == count else float(count)
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Early stopping for all sites together. metric: "data-metric"."""
+
+    metric: str
+    maximize: bool
+    rounds: int | None = None
+    min_delta: float = 0.0
+    save_best: bool = False
+
+    def terms(self, strategy: str, boosts_per_round: int) -> Terms:
+        mode: Literal["min", "max"] = "max" if self.maximize else "min"
+        patience = -(-self.rounds // boosts_per_round) if self.rounds else None
+        return Terms("encoded", strategy, self.metric, mode, patience, self.min_delta)
+
+
+def stopping_of(call: TrainCall, names: Sequence[str]) -> tuple[Stopping | None, list[Any]]:
+    """(what decides which round is best and when to stop, the callbacks left to call). names: of the metrics.
+
+    `early_stopping_rounds` and the callback `EarlyStopping` mean all sites together: it is not called itself.
+    """
+    stoppers = [c for c in call.callbacks if isinstance(c, xgboost.callback.EarlyStopping)]
+    others = [c for c in call.callbacks if c not in stoppers]
+    if call.early_stopping_rounds:
+        stoppers.append(xgboost.callback.EarlyStopping(rounds=call.early_stopping_rounds, maximize=call.maximize))
+    if len(stoppers) > 1:
+        raise ConfigError("early stopping is asked for twice", where="callbacks", fix="leave one of them out")
+    if not names:
+        if stoppers:
+            raise ConfigError("early stopping needs evals", where="early_stopping_rounds", fix="pass evals=[...]")
+        return None, others
+    if not stoppers:
+        return Stopping(names[-1], _is_maximised(names[-1], call)), others
+    stopper = stoppers[0]
+    source = stopper.data or split(names[-1])[0]
+    metric = stopper.metric_name or [split(n)[1] for n in names if split(n)[0] == source][-1:] or ""
+    name = f"{source}-{metric if isinstance(metric, str) else metric[0]}"
+    if name not in names:
+        raise ConfigError(
+            f"early stopping watches {name!r}, which is not evaluated",
+            where="EarlyStopping",
+            fix=f"watch one of {', '.join(names)}",
+        )
+    maximize = stopper.maximize if stopper.maximize is not None else _is_maximised(name, call)
+    return Stopping(name, maximize, stopper.rounds, stopper._min_delta, bool(stopper.save_best)), others
+
+
+def record(log: Log, metrics: Metrics, names: Sequence[str]) -> None:
+    """Append one round's metrics to the log that callbacks see."""
+    for name in names:
+        source, metric = split(name)
+        log.setdefault(source, {}).setdefault(metric, []).append(metrics.get(name, float("nan")))
+
+
+def _is_maximised(name: str, call: TrainCall) -> bool:
+    metric = split(name)[1]
+    if call.maximize is not None:
+        return call.maximize
+    return metric != "mape" and metric.startswith(_MAXIMISED)

@@ -1,0 +1,90 @@
+"""Distributed training within a site: two processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import monai_models as m
+import pytest
+import torch
+from monai_ddp_site import train
+
+SITE = Path(__file__).with_name("monai_ddp_site.py")
+TIMEOUT_S = 240
+
+
+def on_two_ranks(kit: str, folder: Path) -> list[tuple[int, str]]:
+    """(exit status, output) of each rank of a site; each leaves a file in `folder` if all is well."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join(p for p in sys.path if p)
+    own = {"FL_ADAPTERS_KIT": kit, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SITE), str(folder)],
+            env={**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def partner(run: Any, **more: Any) -> threading.Thread:
+    """Site 2 on one rank, in a thread of the test."""
+
+    def take_part() -> None:
+        with suppress(Exception):
+            train(run.places[1].kit, ranks=1, **more)
+
+    thread = threading.Thread(target=take_part, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_two_ranks_end_as_one_process_would(federation, tmp_path) -> None:
+    settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2}
+    plain = federation(**settings)
+    plain.run(lambda place: train(place.kit, ranks=1))
+    run = federation(sockets=True, states=None, **settings)
+    other = partner(run)
+    for status, output in on_two_ranks(run.places[0].kit, tmp_path / "results"):
+        assert status == 0, output
+    other.join(TIMEOUT_S)
+    assert len(run.result().rounds) == 3
+    for rank in (0, 1):
+        left = torch.load(tmp_path / "results" / f"rank-{rank}.pt", weights_only=True)
+        assert left["steps"] == 6 and left["logged"] == 3
+        assert m.same({n: t.numpy() for n, t in left["weights"].items()}, run.model())
+    for name, value in plain.model().items():
+        assert run.model()[name] == pytest.approx(value, abs=1e-6), name
+    told = [[e for e in one.events if e.site == "site-1"] for one in (run, plain)]
+    examples = [[e.data["num_examples"] for e in t if e.kind == "update"] for t in told]
+    assert examples[0] == examples[1] == [m.ROWS] * 3
+    scores = [[e.data["metrics"]["loss"] for e in t if e.kind == "report"] for t in told]
+    assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-5)  # over the rows of both ranks
+    assert torch.load(run.folder / "model" / "model.pt", weights_only=True).keys() == plain.model().keys()
+
+
+@pytest.mark.slow
+def test_no_rank_hangs_when_the_run_fails(federation, tmp_path) -> None:
+    run = federation(sites=2, rounds=3, every=2, sockets=True, states=None)
+    partner(run, fail_at=3)
+    for status, output in on_two_ranks(run.places[0].kit, tmp_path / "results"):
+        assert status != 0 and "site-2" in output
+    assert list((tmp_path / "results").glob("rank-*.pt")) == []

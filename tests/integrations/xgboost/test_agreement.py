@@ -1,0 +1,129 @@
+"""What sites must have in common is compared before round 1, and the difference is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost
+import xgboost_data as d
+
+from fl_adapters import ConfigError, HandshakeError
+from fl_adapters.testing import LocalFederation
+from fl_adapters.xgboost import FederatedCallback, train
+
+NAMES = ["age", "dose", "size", "rate", "site"]
+
+
+def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) -> HandshakeError:
+    """The error of both sites, trained with these arguments (data: of the matrix)."""
+
+    def site(place: Any) -> xgboost.Booster:
+        given = dict((first, second)[place.index])
+        data = d.matrix(place.index, **given.pop("data", {}))
+        params = d.BASE | given.pop("params", {})
+        return train(params, data, given.pop("rounds", 2), kit=place.kit, **given)
+
+    with LocalFederation(sites=2, **federation) as run:
+        outcomes = run.outcomes({place.name: site for place in run.places}, check=False, timeout_s=15)
+        assert not run.server.result().rounds
+    errors = [outcome.error for outcome in outcomes.values()]
+    assert all(isinstance(error, HandshakeError) for error in errors), errors
+    assert str(errors[0]) == str(errors[1])
+    return errors[0]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("mode", ["bagging", "cyclic", "histogram"])
+@pytest.mark.parametrize(
+    ("first", "second", "difference"),
+    [
+        (
+            {"data": {"feature_names": NAMES}},
+            {"data": {"feature_names": [*NAMES[:4], "hours"]}},
+            "feature 4: site != hours",
+        ),
+        (
+            {"data": {"feature_names": NAMES, "feature_types": ["float"] * 5}},
+            {"data": {"feature_names": NAMES, "feature_types": ["int", *["float"] * 4]}},
+            "feature 0: age (float) != age (int)",
+        ),
+        ({}, {"data": {"x": d.X[:, :4]}}, "features: 5 != 4"),
+        (
+            {"params": {"objective": "multi:softprob", "num_class": 3}, "data": {"label": d.CLASSES}},
+            {"params": {"objective": "multi:softprob", "num_class": 4}, "data": {"label": d.CLASSES}},
+            "num_class: 3 != 4",
+        ),
+        ({}, {"params": {"objective": "binary:logistic"}}, "objective: reg:squarederror != binary:logistic"),
+        ({"params": {"max_bin": 64}}, {}, "max_bin: 64 != 32"),
+        ({"params": {"base_score": 0.5}}, {}, "base_score: 0.5 != agreed before round 1"),
+        ({"params": {"num_parallel_tree": 2}}, {}, "num_parallel_tree: 2 != 1"),
+        ({"rounds": 3}, {}, "different numbers of rounds: site-1: 3, site-2: 2"),
+    ],
+)
+def test_sites_that_differ_are_refused(mode: str, first: Any, second: Any, difference: str) -> None:
+    if mode == "histogram":
+        pytest.importorskip("cryptography")
+    assert difference in str(differing({"mode": mode} | first, {"mode": mode} | second))
+
+
+def test_different_modes_are_refused() -> None:
+    assert "tree-bagging != tree-cyclic" in str(differing({"mode": "bagging"}, {"mode": "cyclic"}))
+
+
+@pytest.mark.skipif(xgboost.__version__ < "3.1", reason="XGBoost before 3.1 does not know the categories")
+def test_different_categories_are_refused() -> None:
+    def frame(names: list[str]) -> dict[str, Any]:
+        codes = np.arange(len(d.X)) % 2
+        return {"x": pd.DataFrame({"kind": pd.Categorical.from_codes(codes, names)}), "enable_categorical": True}
+
+    error = differing({"data": frame(["a", "b"])}, {"data": frame(["b", "a"])})
+    assert "categories of kind: a, b != b, a" in str(error)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "tree-cyclic"])
+def test_a_strategy_of_the_job_that_does_not_fit_is_refused(strategy: str) -> None:
+    error = differing({}, {}, strategy=strategy)
+    wanted = "weights" if strategy == "fedavg" else "tree-cyclic"
+    assert "capability" in str(error) and wanted in str(error)
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "match"),
+    [
+        ({"booster": "gblinear"}, {}, "no trees"),
+        ({"process_type": "update"}, {}, "changes trees"),
+        ({"multi_strategy": "multi_output_tree"}, {}, "vector per leaf"),
+        ({}, {"mode": "boosting"}, "mode='boosting'"),
+        ({}, {"keep_local": ["a*"]}, "keep_local"),
+        ({}, {"optimizer_state": "average"}, "optimizer_state"),
+    ],
+)
+def test_what_cannot_work_is_refused(params: Any, options: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        train(d.BASE | params, d.matrix(0), 2, **options)
+
+
+def test_without_a_kit_it_is_xgboost(capsys: pytest.CaptureFixture[str]) -> None:
+    params = d.BASE | {"objective": "binary:logistic"}
+    expected = xgboost.train(params, d.matrix(0), 3).save_raw("ubj")
+    assert train(params, d.matrix(0), 3).save_raw("ubj") == expected
+    booster = xgboost.train(params, d.matrix(0), 3, callbacks=[FederatedCallback()])
+    assert booster.save_raw("ubj") == expected
+
+
+def test_a_plain_train_that_is_too_short_is_refused() -> None:
+    with LocalFederation(sites=1, rounds=4, every=2) as federation:
+        callback = FederatedCallback(kit=federation.places[0].kit)
+        with pytest.raises(ConfigError, match="num_boost_round=8"):
+            xgboost.train(d.BASE, d.matrix(0), 7, callbacks=[callback])
+
+
+def test_a_plain_train_with_early_stopping_is_refused() -> None:
+    with LocalFederation(sites=1) as federation:
+        callback, data = FederatedCallback(kit=federation.places[0].kit), d.matrix(0)
+        with pytest.raises(ConfigError, match="fl_adapters.xgboost.train"):
+            xgboost.train(
+                d.BASE, data, 7, evals=[(data, "a")], early_stopping_rounds=2, callbacks=[callback], verbose_eval=False
+            )

@@ -1,0 +1,145 @@
+"""Histogram mode: through the tunnel the trees of plain rabit, and those of training on all rows in one place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plain_rabit
+import pytest
+import xgboost
+import xgboost_data as d
+
+import fl_adapters
+from fl_adapters.testing import LocalFederation
+from fl_adapters.xgboost import train
+from fl_adapters.xgboost.data import rows_of, summary
+from fl_adapters.xgboost.engine import reference_rows
+from fl_runtime.aggregation.quantiles import merged
+
+pytest.importorskip("cryptography")
+if sys.platform != "linux":
+    pytest.skip("loopback addresses beside 127.0.0.1 are Linux's", allow_module_level=True)
+
+ROUNDS = 4
+MIN_ROWS = 3
+NOT_CENTRAL = ("forests of classes", "dart", "dart of classes")  # sampling: each site draws for itself
+NOT_CENTRAL += ("absolute error",)  # XGBoost takes the mean of the workers' medians for a leaf
+KINDS = [kind for kind in d.KINDS if kind != "exact"]
+
+
+def federated(kind: str, rounds: int = ROUNDS, **options: Any) -> tuple[bytearray, dict[str, xgboost.Booster]]:
+    """(the initial model, the sites' boosters)."""
+    params, columns, obj = d.parts(kind)
+    keeper = d.Keeper()
+    callbacks = {"site-1": [keeper]}
+    with LocalFederation(sites=d.SITES, sockets=True) as federation:
+        boosters = federation.run(
+            lambda place: train(
+                params,
+                d.matrix(place.index, **columns),
+                rounds,
+                obj=obj,
+                mode="histogram",
+                kit=place.kit,
+                callbacks=callbacks.get(place.name),
+                quantile_rows=MIN_ROWS,
+                collective_timeout_s=30,
+                **options,
+            ),
+            timeout_s=60,
+        )
+        federation.result()
+    return keeper.models[0], boosters
+
+
+def reference(kind: str) -> Any:
+    """The rows of which all make the same bins."""
+    params, columns, _ = d.parts(kind)
+    matrices = [d.matrix(index, **columns) for index in range(len(d.SIZES))]
+    told = [summary(rows_of(m), m.feature_types, params["max_bin"], MIN_ROWS, 0.0) for m in matrices]
+    return reference_rows(merged(told))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
+    """Kind -> (initial model, boosters of the sites, model of plain rabit)."""
+    folder = tmp_path_factory.mktemp("rabit")
+    found = {}
+    for number, kind in enumerate(KINDS):
+        found[kind] = federated(kind)
+        np.savez(folder / f"{number}.npz", reference=reference(kind), model=np.frombuffer(found[kind][0], np.uint8))
+    path = [str(Path(fl_adapters.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, plain_rabit.__file__, folder, str(ROUNDS), *KINDS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return {kind: (*found[kind], (folder / f"{n}.ubj").read_bytes()) for n, kind in enumerate(KINDS)}
+
+
+def trees(model: bytes | bytearray) -> list[Any]:
+    booster = xgboost.Booster(model_file=bytearray(model))
+    learner = json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]
+    return [learner.get("weight_drop"), learner.get("gbtree", learner)["model"]["trees"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees_are_those_of_plain_rabit(trained: Any, kind: str) -> None:
+    _, boosters, plain = trained[kind]
+    raw = {name: bytes(booster.save_raw("ubj")) for name, booster in boosters.items()}
+    assert len(set(raw.values())) == 1
+    assert trees(raw["site-1"]) == trees(plain)
+    assert boosters["site-1"].num_boosted_rounds() == ROUNDS
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOT_CENTRAL])
+def test_trees_are_those_of_all_rows_in_one_place(trained: Any, kind: str) -> None:
+    initial, boosters, _ = trained[kind]
+    central = plain_rabit.grow(None, kind, reference(kind), initial, ROUNDS)
+    ours, theirs = trees(boosters["site-2"].save_raw("ubj"))[1], trees(central.save_raw("ubj"))[1]
+    for name in ("split_indices", "left_children", "default_left", "categories"):
+        assert [tree[name] for tree in ours] == [tree[name] for tree in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one["split_conditions"], other["split_conditions"], rtol=2e-5, atol=2e-6)
+
+
+def test_two_threads_grow_the_same_splits() -> None:
+    params = d.BASE | {"objective": "binary:logistic", "nthread": 2}
+    with LocalFederation(sites=2) as federation:
+        boosters = federation.run(
+            lambda place: train(params, d.matrix(place.index), 2, mode="histogram", kit=place.kit), timeout_s=60
+        )
+    assert boosters["site-1"].save_raw("ubj") == boosters["site-2"].save_raw("ubj")
+
+
+def test_bins_are_close_to_those_of_xgboost() -> None:
+    params = d.parts("binary")[0]
+    own = xgboost.QuantileDMatrix(d.X, max_bin=params["max_bin"])
+    agreed = xgboost.QuantileDMatrix(reference("binary"), max_bin=params["max_bin"])
+    shared = xgboost.QuantileDMatrix(d.X, max_bin=params["max_bin"], ref=agreed)
+    for feature in range(d.COLUMNS):
+        ranks = []
+        for matrix in (own, shared):
+            starts, cuts = matrix.get_quantile_cut()
+            inner = cuts[starts[feature] + 1 : starts[feature + 1] - 1]
+            ranks.append((d.X[:, feature, None] < inner).mean(axis=0))
+        count = min(map(len, ranks))
+        assert count > 0.8 * params["max_bin"]
+        assert np.abs(ranks[0][:count] - ranks[1][:count]).max() < 0.1
+
+
+def test_a_summary_is_bounded_and_tells_no_value_of_few_rows() -> None:
+    draw = np.random.default_rng(5)
+    x = np.stack([draw.normal(size=20_000), draw.integers(0, 3, 20_000), np.where(np.arange(20_000) < 7, 1e6, 0)], 1)
+    told = summary(rows_of(xgboost.DMatrix(x.astype(np.float32))), None, 16, 10, 0.0)
+    assert [len(points) for points in told.points] == [pytest.approx(64, abs=2), 3, 1]
+    assert not set(told.points[0].tolist()) & set(x[:, 0].astype(np.float32).tolist())
+    assert told.points[2].tolist() == [0.0]  # the seven are counted, and not told
+    assert [weights.sum() for weights in told.weights] == [20_000] * 3
+    noisy = summary(rows_of(xgboost.DMatrix(x.astype(np.float32))), None, 16, 10, 0.5)
+    assert not np.array_equal(noisy.points[0], told.points[0]) and np.all(np.diff(noisy.points[0]) > 0)
