@@ -8,8 +8,9 @@ OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 FUZZ_S ?= 60
 TORCH := torch==2.13.0
-BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py benchmarks/xgboost_tunnel.py
-PROJECT := -e '.[hf,lightning,keras,monai,xgboost-cpu,trust,examples,dev]'
+BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py \
+	benchmarks/xgboost_tunnel.py
+PROJECT := -e '.[hf,lightning,keras,monai,xgboost-cpu,trust,dp,he,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fl_adapters.options import Options
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import ConfigError
+from fl_runtime.filters import check_filters
 from fl_runtime.types import RunSettings
 
 R_co = TypeVar("R_co", covariant=True)
@@ -42,7 +43,9 @@ class Job(BaseModel):
     initial: a safetensors file with the first global weights; None takes the first site's.
     best_metric, best_mode: which round is the best one; the script's own early stopping may say.
     seed: of whatever the run draws.
-    filters, exact_restart: reserved, refused by this version.
+    filters: what changes updates and models on their way, in order: a table each, with its name, its arguments and
+    optionally `at`, its point (docs/filters.md).
+    exact_restart: reserved, refused by this version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -157,17 +160,20 @@ def _check(job: Job) -> None:
     if job.sites is not None:
         job.settings(site_names(job.sites))  # names, and min_sites against their number
     try:
-        make_strategy(job.strategy)
+        strategy = make_strategy(job.strategy)
     except ConfigError as error:
         raise ConfigError(error.what, where=error.where or "strategy", fix=error.fix) from None
     Options(  # the rules for what a script may say too are there
         every=job.every, exchange=job.exchange, keep_local=job.keep_local, optimizer_state=job.optimizer_state
     )
-    for field, wanted in (("filters", bool(job.filters)), ("exact_restart", job.exact_restart)):
-        if wanted:
-            raise ConfigError(
-                f"{field} is not available in this version", where=field, fix=f"leave {field} out of the job"
-            )
+    chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may say
+    check_filters(job.filters, job.optimizer_state, chosen)
+    if job.exact_restart:
+        raise ConfigError(
+            "exact_restart is not available in this version",
+            where="exact_restart",
+            fix="leave exact_restart out of the job",
+        )
 
 
 def _check_name(name: str, field: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -26,7 +26,8 @@ class Kit:
     server: "host:port". token: this site's secret in a simulation; never print it. credentials: elsewhere, the folder
     of its key and certificate (a startup kit made by `provision`); relative to the kit's own folder in the file.
     run: folder of the run (`runs/<job>`) when `simulated`, else empty.
-    patience_s: how long an unreachable server is waited for.
+    patience_s: how long an unreachable server is waited for. folder: where the kit lies, "" for one that was not read
+    from a folder.
     """
 
     job: str
@@ -39,6 +40,7 @@ class Kit:
     simulated: bool = False
     patience_s: float = 30.0
     credentials: str = ""
+    folder: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         return f"Kit(job={self.job!r}, site={self.site!r}, index={self.index}, count={self.count}, ...)"
@@ -48,7 +50,8 @@ class Kit:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(folder / KIT_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as out:
-            json.dump({"format": KIT_FORMAT, **asdict(self)}, out, indent=1)
+            fields = {name: value for name, value in asdict(self).items() if name != "folder"}
+            json.dump({"format": KIT_FORMAT, **fields}, out, indent=1)
         return folder
 
 
@@ -72,7 +75,7 @@ def read_kit(folder: str | os.PathLike[str]) -> Kit:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the startup kit cannot be read: {error}", where=str(file), fix=_RENEW) from None
-    return _checked(fields, file)
+    return replace(_checked(fields, file), folder=str(folder))
 
 
 _RENEW = "get a fresh kit, or start the simulation again; the file is not meant to be edited"

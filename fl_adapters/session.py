@@ -25,11 +25,13 @@ from fl_adapters.outputs import claimed_path
 from fl_adapters.site_rules import rules_of
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
-from fl_runtime.filters import apply
+from fl_runtime.filters.base import Home
+from fl_runtime.filters.site import SiteFilters
+from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
-from fl_runtime.types import Arrays, Content, Filter, Metrics, Report, Summary, Task, Terms, Update
+from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
@@ -68,9 +70,9 @@ class Session:
         self._task: Task | None = None
         self._content: Content = "weights"
         self._encoding = ""
-        self._filters: tuple[Filter, ...] = ()
         with self._allowed():
             self._rules.joined(welcome.settings, framework)
+            self._filters = SiteFilters(welcome.settings.get("filters", ()), self._rules.filters, self._home())
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -99,14 +101,18 @@ class Session:
         UpdateRefusedError if `state` holds values that are not finite.
         """
         check_finite(state, where=f"the model of {self.name}, before round 1")
+        terms = terms or Terms()
         with self._allowed():
-            self._rules.handshake(list(state))
+            self._rules.handshake(list(state), terms)
         shared = {
             **agreement,
             "every": str(self.settings.every),
             "optimizer_state": self.settings.optimizer_state,
         }
+        self._filters.agree(state, weights=terms.content == "weights")
+        shared |= self._filters.agreement
         info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
+        info |= {"filters": shown} if (shown := self._filters.described()) else {}
         self.rounds = self._client.register(
             Manifest.of(state),
             agreement=shared,
@@ -116,7 +122,7 @@ class Session:
             evaluates=evaluates,
             terms=terms,
         )
-        self._content, self._encoding = (terms or Terms()).content, encoding
+        self._content, self._encoding = terms.content, encoding
         self.registered = True
         return self.rounds
 
@@ -129,7 +135,7 @@ class Session:
         task = self._client.next_task()
         if task.kind == "initial":
             arrays = state()
-            self._send(self._update(task, arrays, 1, 0, {}, extras or {}))
+            self._send(self._update(task, arrays, 1, 0, {}, extras or {}), self._filters.initial)
             task = self._client.next_task()
         return self._received(task)
 
@@ -157,7 +163,7 @@ class Session:
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
-        return self._send(apply(self._filters, update, task))
+        return self._send(update, lambda update: self._filters.outgoing(update, task))
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
@@ -182,13 +188,11 @@ class Session:
 
     def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
         """The score of the global model that arrived last, on this site's own validation data."""
-        metrics, num_examples = self._rules.report(metrics, num_examples)
-        self._client.report(Report(self.job, self._current().version, self.name, metrics, num_examples))
+        self._client.report(self._scored(metrics, num_examples))
 
     def report_together(self, metrics: Mapping[str, float | Summary], num_examples: int) -> tuple[Metrics, bool]:
         """`report`, then wait for the other sites: (metrics of all together, whether the run ends with this model)."""
-        report = Report(self.job, self._current().version, self.name, metrics, num_examples)
-        return self._client.report(report, wait=True)
+        return self._client.report(self._scored(metrics, num_examples), wait=True)
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Streams to other sites through the server; the caller closes it."""
@@ -196,7 +200,8 @@ class Session:
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
-        return self._client.next_task(best=True)
+        with self._allowed():
+            return self._filters.received(self._client.next_task(best=True))
 
     def finish(
         self,
@@ -210,6 +215,9 @@ class Session:
         weights are loaded back afterwards.
         """
         final = self._current()
+        if export is None and self._filters.encrypts and self._kit.simulated and final.config.get("export"):
+            write_tensors(Path(self._kit.run, "model", "model.safetensors"), final.arrays)  # the server cannot
+            write_tensors(Path(self._kit.run, "best", "model.safetensors"), self.best().arrays)
         if export is not None and self._kit.simulated and final.config.get("export"):
             export(str(Path(self._kit.run, "model")))
             if load is not None:
@@ -240,21 +248,37 @@ class Session:
             raise ConfigError("this session has no task: it has not started, or it has ended", where=self.name)
         return self._task
 
-    def _received(self, task: Task) -> Task:
-        self._task = task
+    def _scored(self, metrics: Mapping[str, float | Summary], num_examples: int) -> Report:
+        report = Report(self.job, self._current().version, self.name, metrics, num_examples)
         with self._allowed():
-            self._rules.received(task)
-        return task
+            sent = self._filters.report(report)
+            self._rules.report(sent)
+        return sent
 
-    def _send(self, update: Update) -> str:
+    def _home(self) -> Home:
+        """Where this site's filters keep what they must remember."""
+        folder = self._kit.credentials or self._kit.folder
+        shared = Path(self._kit.run, "sites") if self._kit.simulated else None
+        return Home(self.name, self.job, Path(folder) if folder else None, budget=self._rules.budget, shared=shared)
+
+    def _received(self, task: Task) -> Task:
+        with self._allowed():
+            if self._rules.received(task):
+                self._filters.set_own(self._rules.filters, self._rules.budget)
+            self._task = self._filters.received(task)
+        return self._task
+
+    def _send(self, update: Update, filtered: Callable[[Update], Update]) -> str:
         """The one way out for arrays."""
         with self._allowed():
-            update = self._rules.outgoing(update)
-        return self._client.submit(update)
+            self._rules.may_travel([*update.arrays, *update.extras], update.round)
+            sent = filtered(update)
+            self._rules.outgoing(sent)
+        return self._client.submit(sent)
 
     @contextmanager
     def _allowed(self) -> Iterator[None]:
-        """Where this site's policy says no, the site leaves with that reason: the others need not wait for it."""
+        """Where the policy or a filter says no, the site leaves with that reason: the others need not wait for it."""
         try:
             yield
         except FederationError as error:

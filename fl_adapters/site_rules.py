@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fl_runtime.aggregation.metrics import plain
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
-from fl_runtime.types import Metrics, Settings, Task, Update
+from fl_runtime.filters.ledger import Budget, Limit
+from fl_runtime.filters.server import what_ran
+from fl_runtime.types import Report, Settings, Task, Terms, Update
 
 if TYPE_CHECKING:
     from fl_adapters.kit import Kit
@@ -27,28 +29,35 @@ class SiteRules:
     def joined(self, settings: Settings, framework: str) -> None:
         """May this site take part in this job, with this framework?"""
 
-    def handshake(self, names: Sequence[str]) -> None:
-        """May these tensors travel?"""
+    def handshake(self, names: Sequence[str], terms: Terms) -> None:
+        """May these tensors travel, under these terms?"""
 
     def info(self, info: Mapping[str, str]) -> Mapping[str, str]:
         """What is said of this site's software."""
         return info
 
-    def received(self, task: Task) -> None:
-        """A task has come."""
+    def received(self, task: Task) -> bool:
+        """A task has come. True: `filters` or `budget` may have changed."""
+        return False
 
     @property
     def filters(self) -> Sequence[Settings]:
         """Filters that run last on what leaves, as they stand now."""
         return ()
 
-    def outgoing(self, update: Update) -> Update:
-        """The update as it may leave, after all filters."""
-        return update
+    @property
+    def budget(self) -> Limit | None:
+        """The most that filters with a ledger may spend here, over all jobs."""
+        return None
 
-    def report(self, metrics: Metrics, num_examples: int) -> tuple[Metrics, int]:
-        """A global model's score as it may leave."""
-        return metrics, num_examples
+    def may_travel(self, names: Sequence[str], round: int) -> None:
+        """May these tensors travel now? Asked before the filters, which may give them other names."""
+
+    def outgoing(self, update: Update) -> None:
+        """May this update leave, as the filters have made it?"""
+
+    def report(self, report: Report) -> None:
+        """May this score leave, as the filters have made it?"""
 
     def leaving(self, reason: str, *, early: bool) -> str:
         """The reason as it may be told."""
@@ -71,6 +80,7 @@ class GovernedSite(SiteRules):
         self.identity = kit.identity
         self._audit: AuditLog = AuditLog(folder, folder)
         self._job = ""
+        self._strategy: str | None = None  # the job's, where it names one
         try:
             self._file: PolicyFile = PolicyFile(kit.policy_file)
         except FederationError as error:
@@ -82,12 +92,6 @@ class GovernedSite(SiteRules):
         with _Recorded(self, "join"):
             self.check_job(settings)
             self._policy.check_adapter(_ADAPTERS.get(framework, framework), self.identity)
-            if self._policy.filters or self._policy.privacy:  # nothing leaves past a filter that does not run
-                raise PermissionDeniedError(
-                    f"{self.identity} may not take part: its policy asks for filters, which this version does not have",
-                    where="rule filters (the site's policy.yml)",
-                    fix="upgrade fl-adapters",
-                )
         self._audit.write("joined", self.identity, job=self._job, submitted_by=str(settings.get("submitted_by", "")))
 
     def check(self, settings: Settings) -> None:
@@ -102,16 +106,21 @@ class GovernedSite(SiteRules):
 
         by = str(settings.get("submitted_by", ""))
         submitter = Identity.from_uri(by) if by else None
-        self._policy.check_job(str(settings["name"]), str(settings["strategy"]), submitter, self.identity)
+        self._policy.check_submitter(str(settings["name"]), submitter, self.identity)
+        self._strategy = settings.get("strategy")
+        if self._strategy is not None:
+            self._policy.check_strategy(str(settings["name"]), self._strategy, self.identity)
 
-    def handshake(self, names: Sequence[str]) -> None:
+    def handshake(self, names: Sequence[str], terms: Terms) -> None:
         with _Recorded(self, "register"):
             self._policy.check_names(names, self.identity)
+            if self._strategy is None:  # the job leaves it to the script
+                self._policy.check_strategy(self._job, terms.strategy, self.identity)
 
     def info(self, info: Mapping[str, str]) -> Mapping[str, str]:
         return info if self._policy.info else {}
 
-    def received(self, task: Task) -> None:
+    def received(self, task: Task) -> bool:
         self._audit.write(f"task: {task.kind}", job=task.job, round=task.round, version=task.version)
         with _Recorded(self, "read policy", round=task.round):
             changed = self._file.refresh()
@@ -119,22 +128,27 @@ class GovernedSite(SiteRules):
             self._audit.write(
                 "policy changed", job=task.job, round=task.round, policy=self._policy.model_dump(mode="json")
             )
+        return changed
 
     @property
     def filters(self) -> Sequence[Settings]:
         return self._policy.filters
 
-    def outgoing(self, update: Update) -> Update:
-        policy = self._policy
+    @property
+    def budget(self) -> Limit | None:
+        found = self._policy.privacy
+        return Limit(Budget(found.epsilon, found.delta), self.identity.name, all_jobs=True) if found else None
+
+    def may_travel(self, names: Sequence[str], round: int) -> None:
+        with _Recorded(self, "send update", round=round):
+            self._policy.check_names(names, self.identity)
+            if round == 0:
+                self._policy.check_initial(self.identity)
+
+    def outgoing(self, update: Update) -> None:
         size = sum(array.nbytes for array in (*update.arrays.values(), *update.extras.values()))
         with _Recorded(self, "send update", round=update.round):
-            policy.check_names([*update.arrays, *update.extras], self.identity)
-            policy.check_bytes(size, self.identity)
-        sent = replace(
-            update,
-            metrics=policy.metrics_out(update.metrics),
-            num_examples=policy.examples_out(update.num_examples) if update.round else update.num_examples,
-        )
+            self._policy.check_bytes(size, self.identity)
         self._audit.write(
             "update",
             self.identity,
@@ -142,16 +156,14 @@ class GovernedSite(SiteRules):
             round=update.round,
             tensors=len(update.arrays) + len(update.extras),
             bytes=size,
-            num_examples=sent.num_examples,
-            metrics=dict(sent.metrics),
-            filters=[str(item.get("name", item)) for item in policy.filters],
+            num_examples=update.num_examples,
+            metrics=dict(update.metrics),
+            filters=[str(item.get("name")) for item in what_ran(update.encoding)],
         )
-        return sent
 
-    def report(self, metrics: Metrics, num_examples: int) -> tuple[Metrics, int]:
-        sent, examples = self._policy.metrics_out(metrics), self._policy.examples_out(num_examples)
-        self._audit.write("report", self.identity, job=self._job, metrics=dict(sent), num_examples=examples)
-        return sent, examples
+    def report(self, report: Report) -> None:
+        metrics, examples = plain(report.metrics), report.num_examples
+        self._audit.write("report", self.identity, job=self._job, metrics=metrics, num_examples=examples)
 
     def leaving(self, reason: str, *, early: bool) -> str:
         told = reason if self._policy.reasons or not early else _REASON

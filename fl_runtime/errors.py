@@ -93,6 +93,12 @@ class PermissionDeniedError(FederationError):
     code = "permission-denied"
 
 
+class PrivacyBudgetError(FederationError):
+    """What is to be sent would exceed the privacy budget of a site, or of the run."""
+
+    code = "privacy-budget"
+
+
 class QuorumError(FederationError):
     """Fewer sites are left than the job needs."""
 

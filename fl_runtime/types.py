@@ -174,7 +174,7 @@ class Aggregator(Protocol):
     """One round's sum. Updates come in a fixed order, whatever the order of arrival."""
 
     def add(self, update: Update) -> None:
-        """Take one update into the sum. The arrays are borrowed for the call."""
+        """Take one update into the sum. The arrays are borrowed until `result` has been called."""
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:
@@ -196,10 +196,12 @@ class Strategy(Protocol):
     the same names and dtypes, and shapes that may change from round to round.
     initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
     round 0, whose base is empty.
+    linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
     """
 
     content: ClassVar[Content]
     initial: ClassVar[Literal["first", "all"]]
+    linear: ClassVar[bool]
 
     @property
     def requires(self) -> frozenset[str]:

@@ -14,8 +14,9 @@ import pytest
 PUBLIC = {
     "fl_adapters": """
         AbortedError ConfigError ConnectedSite ConnectionLostError FederationError HandshakeError Job
-        PermissionDeniedError Production ProofOfConcept ProtocolError QuorumError Simulation Site SiteFailedError
-        SiteTask StateMismatchError StoreError TransferDamagedError UpdateRefusedError __version__ connect site
+        PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Simulation Site
+        SiteFailedError SiteTask StateMismatchError StoreError TransferDamagedError UpdateRefusedError __version__
+        connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

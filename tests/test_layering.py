@@ -36,6 +36,8 @@ OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
     "peft": ("fl_adapters.torch_", "*"),
     "grpc": ("fl_runtime.transport",),
     "cryptography": ("fl_runtime.trust",),
+    "dp_accounting": ("fl_runtime.filters",),
+    "tenseal": ("fl_runtime.filters",),
 }
 
 # Ours, that nothing else of ours may stand on: the commands at the top, and what only tests use.

@@ -130,6 +130,51 @@ def doctor(
 
 
 @app.command(
+    epilog="""\b
+Examples:
+  fl-adapters privacy kits/hospital-a
+  fl-adapters privacy runs/train-1122-164503 --delta 1e-6 --json"""
+)
+def privacy(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A startup kit, or the folder of a run. Default: $FL_ADAPTERS_KIT.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
+    as_json: _Json = False,
+) -> None:
+    """Show the privacy ledger: what left under differential privacy, and the epsilon it adds up to.
+
+    Epsilon holds for whole updates of a site, in the adjacency of the filter that spent it (docs/filters.md). noise is
+    relative to what one unit can change: the standard deviation of gaussian, the scale of laplace, the epsilon of pure.
+    """
+    from fl_adapters.cli import privacy as command
+
+    sys.exit(command.run(folder, delta, as_json))
+
+
+@app.command(
+    name="ckks-key",
+    epilog="""\b
+Examples:
+  fl-adapters ckks-key kits/hospital-a/ckks.key
+  fl-adapters ckks-key ckks.key --job job.yml""",
+)
+def ckks_key(
+    file: Annotated[Path, typer.Argument(help="Where to write it: ckks.key in a site's startup kit.")],
+    job: Annotated[Path | None, typer.Option(help="A job file whose HomomorphicCKKS says the parameters.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Make the key of HomomorphicCKKS, once, at one of the sites.
+
+    Every site of the federation needs a copy as ckks.key in its startup kit; the server must never have one. Who has
+    it can read every update. The fingerprint that is shown is of the public part and may be compared by telephone.
+    """
+    from fl_adapters.cli import ckks_key as command
+
+    sys.exit(command.run(file, job, as_json))
+
+
+@app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog="""\b
 Examples:

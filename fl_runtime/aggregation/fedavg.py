@@ -29,6 +29,7 @@ class FedAvg:
 
     content: ClassVar[Content] = "weights"
     initial: ClassVar[Literal["first", "all"]] = "first"
+    linear: ClassVar[bool] = True
     requires: frozenset[str] = frozenset({"weights"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
@@ -49,7 +50,7 @@ class WeightedMean:
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
-        self._examples = 0
+        self._examples: dict[tuple[bool, str], int] = {}
         self._extra_names: tuple[str, ...] = ()
         self._out: dict[tuple[bool, str], Array] = {}
         self._sums: dict[tuple[bool, str], Array] = {}
@@ -59,8 +60,7 @@ class WeightedMean:
             raise UpdateRefusedError(
                 f"FedAvg averages weights, but this update holds {update.content}", where=f"site {update.site}"
             )
-        first = not self._out
-        if first:
+        if not self._out:
             self._begin(update)
         if tuple(update.extras) != self._extra_names:
             raise UpdateRefusedError(
@@ -68,11 +68,15 @@ class WeightedMean:
                 where=f"site {update.site}, round {update.round}",
                 fix="use the same optimizer and optimizer_state setting at every site",
             )
-        self._examples += update.num_examples
-        share = update.num_examples / self._examples
-        for (extra, name), mean in self._sums.items():
-            value = (update.extras if extra else update.arrays)[name]
-            _fold(mean.reshape(-1), value.reshape(-1), share, first=first)
+        for key, mean in self._sums.items():
+            extra, name = key
+            value = (update.extras if extra else update.arrays).get(name)
+            if value is None:  # held back by a filter of the site: the mean of this tensor is over the others
+                continue
+            before = self._examples.get(key, 0)
+            self._examples[key] = before + update.num_examples
+            share = update.num_examples / self._examples[key]
+            _fold(mean.reshape(-1), value.reshape(-1), share, first=not before)
 
     def result(self) -> tuple[Arrays, Arrays]:
         for key, mean in self._sums.items():

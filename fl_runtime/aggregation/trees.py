@@ -40,6 +40,7 @@ class TreeStrategy:
 
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
+    linear: ClassVar[bool] = False
 
     def check(self, update: Update) -> None:
         """Every tree is read: one that is not sound would reach every other site."""

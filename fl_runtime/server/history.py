@@ -141,6 +141,8 @@ class _Table:
             self._open.setdefault(event.round, {})  # its round is written already: a row of its own
         self._fill(event.round, event.site, **{name: data[name] for name in COLUMNS if name in data})
         self._fill(event.round, event.site, metrics=data.get("metrics"))
+        if data.get("filters"):  # what ran on the update before it left, in order
+            self._fill(event.round, event.site, filters=" > ".join(str(item.get("name")) for item in data["filters"]))
 
     def _round_finished(self, event: Event) -> None:
         data = event.data

@@ -15,6 +15,7 @@ from fl_runtime.wire.manifest import Manifest
 MAX_METRICS = 1_000
 MAX_ENTRIES = 256
 MAX_TEXT_CHARS = 4_096
+MAX_ENCODING_CHARS = 2**16
 MAX_COUNT = 2**53
 """Examples and steps of one round: more would not fit a double, nor the journal."""
 
@@ -30,9 +31,9 @@ def check_table(fields: Mapping[str, str], what: str) -> None:
         raise ProtocolError(f"{what} of a registration has more than {MAX_ENTRIES} entries, or one that is too long")
 
 
-def check_text(text: str, what: str) -> str:
-    if len(text) > 200:
-        raise ProtocolError(f"{what} is {len(text)} characters long; the limit is 200")
+def check_text(text: str, what: str, limit_chars: int = 200) -> str:
+    if len(text) > limit_chars:
+        raise ProtocolError(f"{what} is {len(text)} characters long; the limit is {limit_chars}")
     return text
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
+from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
@@ -71,8 +72,14 @@ def _handshake(run: Run) -> None:
         run.rounds = rounds
         first = next(iter(registrations.values()))
         manifest = run.manifests[first.layout]
+        filters: dict[str, Any] = {"filters": list(settings.filters)} if settings.filters else {}
         run.events.emit(
-            "started", rounds=rounds, sites=list(registrations), tensors=len(manifest.tensors), bytes=manifest.nbytes
+            "started",
+            rounds=rounds,
+            sites=list(registrations),
+            tensors=len(manifest.tensors),
+            bytes=manifest.nbytes,
+            **filters,
         )
         run.phase = "initial"
         run.published.notify_all()
@@ -171,6 +178,7 @@ def _open(run: Run, number: int) -> OpenRound:
         tries = run.journal.repeats(number)
         run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries))
         run.journal.round_opened(number, tuple(participants), time.time())
+    hand_out(run)
     if number > 0:
         run.events.emit("round_started", number, sites=list(run.open.participants))
     run.published.notify_all()
@@ -188,7 +196,9 @@ class _Summing:
     def _begin(self) -> None:
         self._order, self._added = list(self._run.members), 0
         base = self._run.model.blob.views()[0] if self._run.model else {}
-        self._aggregator = self._run.strategy.aggregator(base, self._allocate, self._current.config)
+        self._aggregator = self._run.filters.aggregator(
+            lambda allocate: self._run.strategy.aggregator(base, allocate, self._current.config), base, self._allocate
+        )
 
     def next_in_order(self) -> Accepted | None:
         """The update that can be summed now (call under the lock). An absent site holds back those after it."""

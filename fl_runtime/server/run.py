@@ -14,14 +14,10 @@ from typing import Any
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics import plain, to_json
-from fl_runtime.errors import (
-    AbortedError,
-    FederationError,
-    PermissionDeniedError,
-    ProtocolError,
-    StateMismatchError,
-    UpdateRefusedError,
-)
+from fl_runtime.errors import AbortedError, FederationError, PermissionDeniedError, ProtocolError, UpdateRefusedError
+from fl_runtime.filters import check_filters
+from fl_runtime.filters.base import Home
+from fl_runtime.filters.server import ServerFilters, what_ran
 from fl_runtime.server import limits
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
@@ -32,7 +28,7 @@ from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, St
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal, ModelEntry, UpdateEntry
 from fl_runtime.types import Metrics, Report, RunSettings, Settings, Strategy, TaskKind, Terms, Update
-from fl_runtime.wire.manifest import Manifest, differences
+from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +61,18 @@ class Run:
         self.results: list[RoundResult] = []
         self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
         self.exporter = ""
+        self.filters = ServerFilters(settings.filters, Home(job=settings.name, folder=folder))
+        self.handed_out: Model | None = None  # the model as a filter has encoded it for the open round
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
     def agree(self, terms: Terms) -> None:
-        """The sites' terms, as far as the settings leave them open."""
+        """The sites' terms, as far as the settings leave them open. ConfigError if the filters do not fit them."""
         self.terms = terms
         if not self._strategy_is_given:
             self.strategy = make_strategy(terms.strategy)
         settings = self.settings
+        check_filters(settings.filters, settings.optimizer_state, self.strategy)
         self.scores.rank_by(settings.best_metric or terms.best_metric, settings.best_mode or terms.best_mode)
 
     # -- joining ---------------------------------------------------------------------------------------------
@@ -204,6 +203,11 @@ class Run:
         """A model that no later task will carry."""
         with self.lock:
             self.journal.forget_model(model.version)
+            self.recycle(model)
+
+    def recycle(self, model: Model) -> None:
+        """Its file may be used again once nobody streams it any more."""
+        with self.lock:
             model.retired = True
             if model.leases == 0:
                 self.blobs.free(model.blob)
@@ -222,8 +226,8 @@ class Run:
                 self.open.participants.append(member.name)
             if self.open.round == 0:
                 return Offer("initial", 0, self.open.config, None, True, self.open.stage)
-            stage = self.open.stage
-            return self._leased("train", self.open.round, self.open.config, self.model, member, stage)
+            model, stage = self.handed_out or self.model, self.open.stage
+            return self._leased("train", self.open.round, self.open.config, model, member, stage)
         if self.phase == "done" and best:
             assert self.best is not None
             metrics = self.scores.of(self.best.version)
@@ -323,6 +327,7 @@ class Run:
                 bytes_up=bytes_up,
                 bytes_down=self.open.bytes_down.get(update.site, 0),
                 seconds=time.monotonic() - self.open.began,
+                **({"filters": list(ran)} if (ran := what_ran(update.encoding)) else {}),
             )
             self.changed.notify_all()
             return status
@@ -422,22 +427,6 @@ class Run:
                 limits.check_described(member, manifest)
             self.manifests[manifest.layout] = manifest
             self.journal.layout(manifest)
-
-    def check_weights(self, manifest: Manifest) -> None:
-        """StateMismatchError if a manifest does not hold the weights that the sites agreed on."""
-        agreed = next((m.registration.layout for m in self.members.values() if m.registration), b"")
-        fixed = self.strategy.content != "encoded"
-        lines = (
-            differences(self.manifests[agreed], manifest, shapes=fixed) if agreed not in (b"", manifest.layout) else []
-        )
-        if agreed and fixed:
-            limits.check_size(manifest, self.manifests[agreed])
-        if lines:
-            raise StateMismatchError(
-                f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
-                + "\n    ".join(lines[:8]),
-                fix="the model must not change its parameters during a run",
-            )
 
     def count_bytes(self, kind: TaskKind, round: int, name: str, bytes_down: int) -> None:
         with self.lock:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.filters import check_filters
 from fl_runtime.server.events import Events
 from fl_runtime.server.recovery import recover
 from fl_runtime.server.results import RunResult
@@ -146,6 +148,8 @@ class Server:
 
 
 def _check(settings: RunSettings) -> None:
+    strategy = make_strategy(settings.strategy) if settings.strategy else None  # the sites may say
+    check_filters(settings.filters, settings.optimizer_state, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):
         raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")
     if settings.min_sites > len(settings.sites):

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server import limits
+from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
 from fl_runtime.server.relay import Relay, first_part
 from fl_runtime.server.run import Run
@@ -183,7 +184,7 @@ class FederationService:
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
             facts = _update_fields(header)
-            transfer = self._run.spool.begin(name, digest, self._manifest(name, payload), payload.digests)
+            transfer = self._run.spool.begin(name, digest, self._manifest(name, header), payload.digests)
             received = len(first)
             try:
                 if payload.inline:
@@ -194,7 +195,7 @@ class FederationService:
                 arrays, extras = transfer.receiver.finish()
                 check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
-                self._run.strategy.check(update)
+                check_update(self._run, update)
             except FederationError:
                 self._run.spool.drop(transfer)
                 raise
@@ -206,19 +207,21 @@ class FederationService:
             self._run.late(header.round, name, len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
-    def _manifest(self, name: str, payload: pb.Payload) -> Manifest:
-        """The manifest of an update, which must have the weights that were agreed on (extras may be added)."""
+    def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:
+        """The manifest of an update, which must have the weights that were agreed on (extras may be added), or what
+        the filters that it names make of them."""
+        payload, how = header.payload, (header.content, header.encoding)
         with self._run.lock:
             if payload.HasField("manifest"):
                 manifest = Manifest.from_proto(payload.manifest)
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
-                self._run.check_weights(manifest)  # before it is kept
+                check_layout(self._run, manifest, *how)  # before it is kept
                 self._run.add_layout(manifest, self._run.members[name])
             elif payload.layout not in self._run.manifests:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._run.manifests[payload.layout]
-            self._run.check_weights(manifest)
+            check_layout(self._run, manifest, *how)
         if payload.total_bytes != manifest.nbytes:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest
@@ -259,7 +262,7 @@ def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
         "attempt": header.session.attempt,
         "base_version": header.base_version,
         "content": header.content,
-        "encoding": limits.check_text(header.encoding, "the encoding of an update"),
+        "encoding": limits.check_text(header.encoding, "the encoding of an update", limits.MAX_ENCODING_CHARS),
         "num_examples": limits.check_count(header.num_examples, "num_examples"),
         "local_steps": limits.check_count(header.local_steps, "local_steps"),
         "metrics": plain(_metrics(header.metrics_json)),

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fl_runtime.errors import ConfigError, PermissionDeniedError
 from fl_runtime.trust.identity import Identity, Role
 from fl_runtime.trust.project import findings
-from fl_runtime.types import Metrics
 
 POLICY_FILE = "policy.yml"
 ADAPTERS_ONLY = ("*lora_*", "*ia3_*", "*prompt_encoder*", "*prompt_embeddings*", "*adapter*", "*modules_to_save*")
@@ -24,22 +23,20 @@ TEMPLATE = """\
 
 # Filters that always run on updates, after the job's own, in this order.
 filters: []
-#  - {name: ExcludeVars, patterns: ["head.*"]}
+#  - {name: ExcludeVars, names: ["head.*"]}
+#  - {name: AllowMetrics, names: [loss, train_loss]}
+#  - {name: RoundMetrics, decimals: 2}
+#  - {name: Examples, equal: true}
 
 # Names (patterns) of the tensors that may travel; "adapters" stands for those of PEFT adapters.
 # exchange: adapters
 # exchange: ["encoder.*"]
 
+# Whether this site's own weights may be those that the run begins with. Filters do not reach them.
+# initial: false
+
 # The largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
-
-# Metrics that may be sent, and to how many significant digits.
-# metrics: [loss, train_loss]
-# metric_digits: 3
-
-# num_examples: what is sent as the weight of an update: exact, equal (always 1), or rounded up to a multiple.
-# num_examples: equal
-# num_examples_multiple: 100
 
 # Why this site leaves, and the versions of its software, as free text.
 # reasons: false
@@ -93,11 +90,8 @@ class Policy(_Part):
 
     filters: tuple[dict[str, Any], ...] = ()
     exchange: tuple[str, ...] | None = None
+    initial: bool = True
     max_round_bytes: int | None = Field(default=None, ge=0)
-    metrics: tuple[str, ...] | None = None
-    metric_digits: int | None = Field(default=None, ge=1, le=17)
-    num_examples: Literal["exact", "equal"] = "exact"
-    num_examples_multiple: int = Field(default=1, ge=1)
     reasons: bool = True
     info: bool = True
     privacy: Privacy | None = None
@@ -114,11 +108,14 @@ class Policy(_Part):
 
     # -- may this site take part? ----------------------------------------------------------------------------
 
-    def check_job(self, job: str, strategy: str, submitter: Identity | None, site: Identity) -> None:
-        """PermissionDeniedError if this site does not take part in such a job. submitter: None where nobody says."""
+    def check_strategy(self, job: str, strategy: str, site: Identity) -> None:
+        """PermissionDeniedError if this site does not take part in a job with this strategy (a spec, or its name)."""
         kind = strategy.partition(":")[0]
         if self.strategies is not None and kind not in self.strategies and strategy not in self.strategies:
             raise _denied(site, f"take part in {job}", f"strategies: {kind} is not one of {_listed(self.strategies)}")
+
+    def check_submitter(self, job: str, submitter: Identity | None, site: Identity) -> None:
+        """PermissionDeniedError if this site takes no part in jobs of theirs. submitter: None where nobody says."""
         rules = self.submitters
         owners = (site.organisation,) if rules.organisations == "own" else rules.organisations
         for field, allowed in (("role", rules.roles), ("organisation", owners), ("name", rules.names)):
@@ -145,23 +142,14 @@ class Policy(_Part):
             shown = f"{_listed(held[:5])}{f' and {len(held) - 5} more' if len(held) > 5 else ''}"
             raise _denied(site, f"send {shown}", f"exchange: {_listed(self.exchange)}")
 
+    def check_initial(self, site: Identity) -> None:
+        if not self.initial:
+            raise _denied(site, "send the weights that the run begins with", "initial: false")
+
     def check_bytes(self, size_bytes: int, site: Identity) -> None:
         if self.max_round_bytes is not None and size_bytes > self.max_round_bytes:
             rule = f"max_round_bytes: {self.max_round_bytes}"
             raise _denied(site, f"send an update of {size_bytes} bytes", rule)
-
-    def metrics_out(self, metrics: Metrics) -> Metrics:
-        """The metrics that may leave, rounded; where they must be rounded, what is no number stays."""
-        allowed = {name: value for name, value in metrics.items() if self.metrics is None or name in self.metrics}
-        if self.metric_digits is None:
-            return allowed
-        return {n: float(f"{float(v):.{self.metric_digits}g}") for n, v in allowed.items() if hasattr(v, "__float__")}
-
-    def examples_out(self, num_examples: int) -> int:
-        """What is said instead of the true count; above zero."""
-        if self.num_examples == "equal":
-            return 1
-        return -(-num_examples // self.num_examples_multiple) * self.num_examples_multiple
 
 
 class PolicyFile:

@@ -96,7 +96,7 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
         ({"name": "a/b"}, "'a/b'"),
         ({"name": ""}, "''"),
         ({"app": ""}, "app"),
-        ({"filters": [{"kind": "noise"}]}, "filters is not available in this version"),
+        ({"filters": [{"name": "Noise"}]}, "there is no filter 'Noise'"),
         ({"exact_restart": True}, "exact_restart is not available in this version"),
     ],
 )

@@ -17,7 +17,7 @@ from fl_runtime.aggregation.metrics import area_under_curve, area_under_precisio
 from fl_runtime.aggregation.quantiles import Summary as QuantileSummary
 from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.aggregation.trees import ENCODING, FAILED
-from fl_runtime.errors import HandshakeError, RoundFailedError, UpdateRefusedError
+from fl_runtime.errors import ConfigError, HandshakeError, RoundFailedError, UpdateRefusedError
 from fl_runtime.types import Arrays, Report, Summary, Terms
 from fl_runtime.wire.manifest import Manifest
 
@@ -130,6 +130,14 @@ def test_a_job_whose_strategy_the_adapter_cannot_do_is_refused(tmp_path: Path, s
     with serving(tmp_path, 2, strategy=strategy) as bench:
         sites = [bench.site(name) for name in bench.names]
         with pytest.raises(HandshakeError, match=f"{strategy} needs the capability {wanted}"):
+            at_once(sites, register)
+
+
+@pytest.mark.parametrize("at", ["site_out", "server_out"])
+def test_filters_of_weights_are_refused_once_the_sites_have_proposed_trees(tmp_path: Path, at: str) -> None:
+    with serving(tmp_path, 2, filters=({"name": "Quantize", "at": at},)) as bench:
+        sites = [bench.site(name) for name in bench.names]
+        with pytest.raises(ConfigError, match="Quantize works on weights, which TreeBagging does not take"):
             at_once(sites, register)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from fl_adapters.kit import read_kit
 from fl_adapters.options import Options
 from fl_adapters.session import Session, _transport
 from fl_adapters.site_rules import GovernedSite
-from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
+from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, PrivacyBudgetError
+from fl_runtime.filters.ledger import Ledger
 from fl_runtime.trust.audit import entries
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import Policy, PolicyFile, read_policy
@@ -34,9 +36,10 @@ def take_part(
     *,
     framework: str = "keras",
     num_examples: int = 37,
+    step: float = 1.0,
     each_round: Callable[[int], None] = lambda number: None,
-) -> None:
-    """What an adapter does, with a kit."""
+) -> Arrays:
+    """What an adapter does, with a kit; the final weights."""
     found = read_kit(kit)
     session = Session(found, Options(), framework, _transport(found))
     try:
@@ -46,27 +49,33 @@ def take_part(
             each_round(task.round)
             session.report({"loss": 0.123456, "patients": 12.0}, 11)
             task = session.exchange(
-                {n: a + 1 for n, a in task.arrays.items()},
+                {n: a + np.float32(step) for n, a in task.arrays.items()},
                 num_examples=num_examples,
                 local_steps=1,
                 metrics={"train_loss": 0.98765, "patients": 12.0},
             )
         session.report({"loss": 0.123456, "patients": 12.0}, 11)
+        final = {n: a.copy() for n, a in task.arrays.items()}
         session.finish()
+        return final
     except FederationError as error:
         session.leave(error.what)  # as the end of the script would
         raise
 
 
-def federated(study: Study, policy: str, **north: Any) -> dict[str, BaseException | None]:
-    """Both sites take part in a job of two rounds, north under this policy; how each ended."""
+def federated(
+    study: Study, policy: str, finals: dict[str, Arrays] | None = None, **north: Any
+) -> dict[str, BaseException | None]:
+    """Both sites take part in a job, north under this policy; how each ended. finals: takes the final weights."""
     kits = {name: readdressed(study, name) for name in study.sites}
     (kits["north"] / "policy.yml").write_text(policy)
     ended: dict[str, BaseException | None] = {}
 
     def work(name: str) -> None:
         try:
-            take_part(kits[name], **(north if name == "north" else {}))
+            final = take_part(kits[name], **(north if name == "north" else {}))
+            if finals is not None:
+                finals[name] = final
             ended[name] = None
         except FederationError as error:
             ended[name] = error
@@ -106,6 +115,7 @@ REFUSED = [
     ("exchange: adapters", {}, "exchange: *lora_*"),
     ("exchange: ['head.*']", {}, "exchange: head.*"),
     ("max_round_bytes: 63", {}, "max_round_bytes: 63"),
+    ("initial: false", {}, "initial: false"),
 ]
 
 
@@ -138,7 +148,14 @@ def test_own_organisation_means_the_sites_own(study: Study) -> None:
 
 def test_metrics_counts_versions_and_reasons_leave_as_the_policy_says(study: Study) -> None:
     study.job()
-    policy = "metrics: [loss, train_loss]\nmetric_digits: 2\nnum_examples_multiple: 25\ninfo: false\nreasons: false"
+    policy = """
+        filters:
+        - {name: AllowMetrics, names: [loss, train_loss]}
+        - {name: RoundMetrics, decimals: 2}
+        - {name: Examples, multiple: 25}
+        info: false
+        reasons: false
+    """
 
     def fail(number: int) -> None:
         if number == 2:
@@ -156,9 +173,45 @@ def test_metrics_counts_versions_and_reasons_leave_as_the_policy_says(study: Stu
     assert "patients" not in [name for e in of_north(study, "update") for name in e["facts"]["metrics"]]
 
 
+def test_the_sites_own_filters_run_last_whatever_the_job_says_and_only_there(study: Study) -> None:
+    job = [{"name": "Examples", "equal": True}, {"name": "Quantize", "to": "fp16"}]
+    study.job(filters=job)
+    rules = "filters:\n- {name: ExcludeVars, names: ['head.*']}\n- {name: AllowMetrics}\nexchange: ['lora_A', 'head.*']"
+    finals: dict[str, Arrays] = {}
+    assert federated(study, rules, finals, step=10.0) == {"north": None, "south": None}
+    events = [json.loads(line) for line in (study.runs / "job/events.jsonl").read_text().splitlines()]
+    updates = {e["site"]: e["data"] for e in events if e["kind"] == "update" and e["round"] == 1}
+    ran = {site: [item["name"] for item in data["filters"]] for site, data in updates.items()}
+    assert ran == {"north": ["Examples", "ExcludeVars", "AllowMetrics", "Quantize"], "south": ["Examples", "Quantize"]}
+    assert (updates["north"]["metrics"], updates["north"]["num_examples"]) == ({}, 1)
+    kept = [e["filters"] for e in entries(readdressed(study, "north")) if e["action"] == "update" and e["round"]]
+    assert kept == [ran["north"]] * 2
+    for final in finals.values():  # two rounds; north adds 10, south adds 1
+        np.testing.assert_allclose(final["head.weight"], 2 * 1.0, rtol=1e-3)
+        np.testing.assert_allclose(final["lora_A"], 2 * 5.5, rtol=1e-3)
+
+
+def test_the_budget_of_a_policy_ends_the_sites_part_and_is_kept_in_the_kit(study: Study) -> None:
+    pytest.importorskip("dp_accounting")
+    study.job(rounds=5, min_sites=1, by="ada")
+    rules = """
+        filters: [{name: GaussianDP, clip: 1.0, noise_multiplier: 4.0}]
+        privacy: {epsilon: 3.0, delta: 1.0e-5}
+    """
+    ended = federated(study, rules)
+    assert isinstance(ended["north"], PrivacyBudgetError), ended
+    assert ended["south"] is None, "the others go on"
+    sent = [e for e in of_north(study, "update") if e["round"]]
+    assert 0 < len(sent) < 5
+    assert entries(readdressed(study, "north"))[-1]["reason"] == ended["north"].what
+    spent = Ledger(readdressed(study, "north"))
+    assert len(spent.entries()) == len(sent)
+    spent.close()
+
+
 def test_equal_weights_hide_the_true_counts(study: Study) -> None:
     study.job()
-    assert federated(study, "num_examples: equal")["north"] is None
+    assert federated(study, "filters: [{name: Examples, equal: true}]")["north"] is None
     assert {item["facts"]["num_examples"] for item in of_north(study, "update")} == {1}
     assert '"num_examples": 11' in (study.runs / "job/events.jsonl").read_text()  # south's
     reports = [line for line in (study.runs / "job/events.jsonl").read_text().splitlines() if '"report"' in line]
@@ -171,16 +224,16 @@ def test_a_policy_that_changes_takes_effect_at_the_next_round_and_is_on_record(s
 
     def change(number: int) -> None:
         if number == 1:
-            path.write_text("metrics: []\n")
+            path.write_text("filters: [{name: AllowMetrics}]")
 
-    assert federated(study, "metric_digits: 1", each_round=change)["north"] is None
+    assert federated(study, "filters: [{name: RoundMetrics, decimals: 0}]", each_round=change)["north"] is None
     metrics = [item["facts"]["metrics"] for item in of_north(study, "update")]
-    assert metrics == [{"train_loss": 1.0, "patients": 10.0}, {}, {}]
+    assert metrics == [{"train_loss": 1.0, "patients": 12.0}, {}, {}]
     (changed,) = [entry for entry in entries(path.parent) if entry["action"] == "policy changed"]
-    assert (changed["round"], changed["policy"]["metrics"]) == (2, [])
+    assert (changed["round"], changed["policy"]["filters"]) == (2, [{"name": "AllowMetrics"}])
 
 
-@pytest.mark.parametrize("text", ["metrics: [", "exchnage: adapters", "max_round_bytes: many", None])
+@pytest.mark.parametrize("text", ["filters: [", "exchnage: adapters", "max_round_bytes: many", None])
 def test_a_policy_that_cannot_be_read_lets_nothing_leave(study: Study, text: str | None) -> None:
     study.job(rounds=3)
     path = readdressed(study, "north") / "policy.yml"
@@ -222,14 +275,14 @@ def test_the_processes_of_a_site_are_counted(study: Study, tmp_path: Path) -> No
 
 def test_the_rules_about_jobs() -> None:
     own = Policy.model_validate({"submitters": {"organisations": "own"}})
-    own.check_job("job", "fedavg", LENA, SITE)
+    own.check_submitter("job", LENA, SITE)
     for submitter in (LARS, None):
         with pytest.raises(PermissionDeniedError):
-            own.check_job("job", "fedavg", submitter, SITE)
+            own.check_submitter("job", submitter, SITE)
     some = Policy.model_validate({"strategies": ["fedavg"]})
-    some.check_job("job", "fedavg:weight=equal", None, SITE)
+    some.check_strategy("job", "fedavg:weight=equal", SITE)
     with pytest.raises(PermissionDeniedError):
-        some.check_job("job", "fedprox:mu=1", None, SITE)
+        some.check_strategy("job", "fedprox:mu=1", SITE)
 
 
 def test_the_template_is_a_policy_that_limits_nothing_and_its_examples_are_good(study: Study, tmp_path: Path) -> None:
@@ -237,9 +290,7 @@ def test_the_template_is_a_policy_that_limits_nothing_and_its_examples_are_good(
     assert read_policy(path) == Policy()
     lines = path.read_text().splitlines()
     examples = [line.removeprefix("# ") for line in lines if line.startswith("# ") and ":" in line.split(" ")[1]]
-    (tmp_path / "examples.yml").write_text(
-        "\n".join(line for line in examples if "`" not in line and "num_examples: what" not in line)
-    )
+    (tmp_path / "examples.yml").write_text("\n".join(line for line in examples if "`" not in line))
     found = read_policy(tmp_path / "examples.yml")
     unset = {name for name in Policy.model_fields if getattr(found, name) == getattr(Policy(), name)}
     assert unset == {"filters"}
@@ -247,12 +298,12 @@ def test_the_template_is_a_policy_that_limits_nothing_and_its_examples_are_good(
 
 def test_a_file_is_read_again_only_when_it_changes(tmp_path: Path) -> None:
     path = tmp_path / "policy.yml"
-    path.write_text("metric_digits: 3")
+    path.write_text("max_round_bytes: 3")
     policy = PolicyFile(path)
     assert not policy.refresh()
-    os.replace(_written(tmp_path / "new", "metric_digits: 4"), path)
+    os.replace(_written(tmp_path / "new", "max_round_bytes: 4"), path)
     assert policy.refresh()
-    assert policy.current.metric_digits == 4
+    assert policy.current.max_round_bytes == 4
     assert until(lambda: not policy.refresh(), "no change")
 
 

@@ -12,6 +12,7 @@ import xgboost_data as d
 
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedCallback, train
+from fl_runtime.errors import ConfigError
 
 
 def federated(mode: str, kind: str, rounds: int, **options: Any) -> tuple[list[bytearray], dict[str, xgboost.Booster]]:
@@ -103,6 +104,46 @@ def test_a_base_score_of_ones_own_stays() -> None:
     with LocalFederation(sites=2) as federation:
         boosters = federation.run(lambda place: train(params, d.matrix(place.index), 1, kit=place.kit))
     assert base_score(boosters["site-1"].save_raw("ubj")) == pytest.approx(0.25)
+
+
+def test_filters_of_what_travels_beside_trees() -> None:
+    """Equal weights, and of the scores rounded numbers alone; the histograms behind a common AUC stay."""
+    params = d.BASE | {"objective": "binary:logistic", "base_score": 0.5, "eval_metric": ["error", "auc", "logloss"]}
+    logs: dict[str, dict[str, Any]] = {"site-1": {}, "site-2": {}}
+    filters = (
+        {"name": "Examples", "equal": True},
+        {"name": "AllowMetrics", "names": ["mine-error", "mine-auc"]},
+        {"name": "RoundMetrics", "decimals": 2},
+    )
+    with LocalFederation(sites=2, filters=filters) as federation:
+        boosters = federation.run(
+            lambda place: train(
+                params, d.matrix(place.index), 2, evals=[(d.matrix(place.index), "mine")],
+                evals_result=logs[place.name], verbose_eval=False, kit=place.kit,
+            )
+        )  # fmt: skip
+        result = federation.result()
+    alone = [xgboost.Booster(params, model_file=boosters["site-1"].save_raw("ubj")) for _ in range(2)]
+    scores = [booster.eval(d.matrix(index), "mine") for index, booster in enumerate(alone)]
+    found = [dict(part.split(":") for part in score.split()[1:]) for score in scores]
+    for name in ("mine-error", "mine-auc"):
+        expected = np.mean([round(float(of_site[name]), 2) for of_site in found])
+        assert result.rounds[-1].metrics[name] == pytest.approx(expected)
+        assert logs["site-2"]["mine"][name.removeprefix("mine-")][-1] == pytest.approx(expected)
+    assert "mine-logloss" not in result.rounds[-1].metrics
+    reports = [event.data for event in federation.events if event.kind == "report"]
+    assert len(reports) == 4 and all(report["num_examples"] == 1 for report in reports)
+    assert [e.data["num_examples"] for e in federation.events if e.kind == "update"] == [1] * len(d.SITES[:2]) * 3
+
+
+@pytest.mark.parametrize("name", ["GaussianDP", "ExcludeVars", "Quantize", "PercentilePrivacy"])
+def test_filters_of_weights_are_refused(name: str) -> None:
+    filters = ({"name": name, **({"names": ["*"]} if name == "ExcludeVars" else {})},)
+    with (
+        LocalFederation(sites=2, filters=filters) as federation,
+        pytest.raises(ConfigError, match=f"{name} works on weights"),
+    ):
+        federation.run(lambda place: train(d.BASE, d.matrix(place.index, d.REAL), 1, kit=place.kit))
 
 
 def test_a_random_forest() -> None:

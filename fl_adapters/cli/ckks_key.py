@@ -1,0 +1,33 @@
+"""`fl-adapters ckks-key`: the sites' common key for encrypted averages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.job import Job
+from fl_runtime.errors import ConfigError
+from fl_runtime.filters import at_point
+from fl_runtime.filters.ckks import HomomorphicCKKS
+from fl_runtime.filters.ckks_key import make_key
+
+
+def run(file: Path, job: Path | None, as_json: bool) -> int:
+    """Exit status 0 if the key was made."""
+    with reported(as_json):
+        fingerprint = make_key(file, _settings(job))
+        if as_json:
+            show_json({"file": str(file), "fingerprint": fingerprint})
+        else:
+            print(f"{file}: key {fingerprint}")
+            print("Give a copy to every site, as ckks.key in its startup kit, and never to the server.")
+    return 0
+
+
+def _settings(job: Path | None) -> HomomorphicCKKS:
+    if job is None:
+        return HomomorphicCKKS()
+    for item in at_point(Job.from_file(job).filters, "site_out"):
+        if isinstance(item, HomomorphicCKKS):
+            return item
+    raise ConfigError("this job does not encrypt", where=str(job), fix="add HomomorphicCKKS to its filters")

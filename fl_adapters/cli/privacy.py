@@ -1,0 +1,106 @@
+"""`fl-adapters privacy`: what has been spent of a privacy budget, and by whom."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fl_adapters.cli.output import reported, show_json
+from fl_adapters.kit import KIT_VARIABLE
+from fl_runtime.errors import ConfigError
+from fl_runtime.filters.ledger import LEDGER_FILE, Entry, Ledger, epsilon
+
+_SHOWN = 20
+
+
+def run(folder: Path | None, delta: float, as_json: bool) -> int:
+    """Exit status 0 also for an empty ledger."""
+    with reported(as_json):
+        if not 0 < delta < 1:
+            raise ConfigError(f"delta is {delta:g}", where="--delta", fix="give a number between 0 and 1, such as 1e-5")
+        found = [_ledger(path, delta) for path in _paths(_folder(folder))]
+        if as_json:
+            show_json({"delta": delta, "ledgers": found})
+        else:
+            for ledger in found:
+                _show(ledger, delta, Console())
+    return 0
+
+
+def _folder(given: Path | None) -> Path:
+    name = given or os.environ.get(KIT_VARIABLE)
+    if name is None:
+        raise ConfigError(
+            "there is no kit to look into", where="FOLDER", fix=f"name a kit's or a run's folder, or set {KIT_VARIABLE}"
+        )
+    return Path(name)
+
+
+def _paths(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob(LEDGER_FILE)) if folder.is_dir() else []
+    if not found:
+        raise ConfigError(
+            "there is no privacy ledger here",
+            where=str(folder),
+            fix="name the folder of a startup kit, or runs/JOB; a ledger begins with the first round of a filter with "
+            "a privacy budget",
+        )
+    return found
+
+
+def _ledger(path: Path, delta: float) -> dict[str, Any]:
+    ledger = Ledger(path.parent)
+    try:
+        entries = ledger.entries()
+    finally:
+        ledger.close()
+    jobs = {entry.job: [other for other in entries if other.job == entry.job] for entry in entries}
+    return {
+        "path": str(path),
+        "epsilon": _epsilon(entries, delta),
+        "jobs": [
+            {"job": job, "rounds": len({entry.round for entry in of}), "epsilon": _epsilon(of, delta)}
+            for job, of in jobs.items()
+        ],
+        "entries": [_fields(entry) for entry in entries],
+    }
+
+
+def _epsilon(entries: Sequence[Entry], delta: float) -> float:
+    return round(epsilon([entry.mechanism for entry in entries], delta), 6)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    mechanism = entry.mechanism
+    return {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.at)),
+        "job": entry.job,
+        "round": entry.round,
+        "filter": entry.filter,
+        "mechanism": mechanism.kind,
+        "noise": mechanism.noise,
+        "sampling": mechanism.sampling,
+    }
+
+
+def _show(ledger: dict[str, Any], delta: float, console: Console) -> None:
+    if not console.is_terminal:
+        console.width = 120
+    console.print(ledger["path"], highlight=False, soft_wrap=True)
+    totals = Table("job", "rounds", f"epsilon at delta {delta:g}", box=None)
+    for job in ledger["jobs"]:
+        totals.add_row(job["job"], str(job["rounds"]), f"{job['epsilon']:.4g}")
+    totals.add_row("all jobs", "", f"{ledger['epsilon']:.4g}")
+    console.print(totals)
+    lines = Table("at", "job", "round", "filter", "mechanism", "noise", "sampling", box=None)
+    for entry in ledger["entries"][-_SHOWN:]:
+        lines.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in entry.values()))
+    console.print(lines)
+    if len(ledger["entries"]) > _SHOWN:
+        console.print(f"(the last {_SHOWN} of {len(ledger['entries'])} entries; --json gives all)")
