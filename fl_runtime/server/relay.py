@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from google.protobuf.message import DecodeError
 
-from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.errors import ProtocolError
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 _MAX_WAITING_BYTES = 64 * 2**20
+_MAX_STREAMS, _MAX_NAME_CHARS = 1_024, 200
 _BEAT_S = 10.0
 
 
 class Relay:
     """All sites' lines. May be used by any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, sites: Collection[str]) -> None:
+        """sites: those of the run; there are no streams to others."""
+        self._sites = frozenset(sites)
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}
 
     def serve(
         self, site: str, parts: Iterable[bytes], when_gone: Callable[[Callable[[], None]], bool]
     ) -> Iterator[bytes]:
-        """One site's call: takes what it sends in a thread of its own, yields what is for it, until it hangs up."""
+        """One site's call: takes what it sends in a thread of its own, yields what is for it, until it hangs up.
+
+        Raises ProtocolError for parts that are none, or that ask for more than one site may have.
+        """
         line = _Line()
         if not when_gone(line.close):
             return
@@ -41,6 +47,8 @@ class Relay:
         reader.start()
         try:
             yield from line.outgoing()
+            if line.error is not None:
+                raise line.error
         finally:
             line.close()
             with self._lock:
@@ -52,12 +60,16 @@ class Relay:
     def _read(self, site: str, line: _Line, parts: Iterable[bytes]) -> None:
         try:
             for message in parts:
-                try:
-                    part = pb.TunnelPart.FromString(message)
-                except DecodeError:
-                    raise ProtocolError("a message that is no TunnelPart") from None
+                part = _parsed(message)
+                if part.peer not in self._sites or len(part.stream) > _MAX_NAME_CHARS:
+                    raise ProtocolError(
+                        f"a stream {part.stream[:100]!r} to {part.peer[:100]!r}, which is not a site of this run, or "
+                        f"whose name is longer than {_MAX_NAME_CHARS} characters"
+                    )
                 self._pass_on(site, part, line, patient=True)
-        except Exception:  # the call has ended, or sends what is no part of a stream: its other side hears the same
+        except ProtocolError as error:
+            line.error = error
+        except Exception:  # the call has ended
             pass
         finally:
             line.close()
@@ -72,13 +84,15 @@ class Relay:
         if target is not None and delivered:
             target.saw(site, part)
         elif not part.closed:
-            line.put(peer, pb.TunnelPart(peer=peer, stream=part.stream, closed=True).SerializeToString(), patient=False)
+            closed = pb.TunnelPart(peer=peer, stream=part.stream, closed=True).SerializeToString()
+            line.put(peer, closed, patient=patient)  # who sends and does not read waits
 
 
 class _Line:
     """What waits for one site."""
 
     def __init__(self) -> None:
+        self.error: ProtocolError | None = None
         self._changed = threading.Condition()
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._bytes: dict[str, int] = {}
@@ -91,6 +105,8 @@ class _Line:
                 self._open.discard((peer, part.stream))
             else:
                 self._open.add((peer, part.stream))
+            if len(self._open) > _MAX_STREAMS:
+                raise ProtocolError(f"more than {_MAX_STREAMS} streams of one site at a time")
 
     def open_streams(self) -> list[tuple[str, str]]:
         with self._changed:
@@ -130,9 +146,11 @@ class _Line:
 
 def first_part(parts: Iterator[bytes]) -> pb.TunnelPart:
     """The part that a call begins with."""
+    return _parsed(next(parts, b""))
+
+
+def _parsed(message: bytes) -> pb.TunnelPart:
     try:
-        return pb.TunnelPart.FromString(next(parts, b""))
+        return pb.TunnelPart.FromString(message)
     except DecodeError:
         raise ProtocolError("a message that is no TunnelPart") from None
-    except FederationError:
-        raise

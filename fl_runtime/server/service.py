@@ -38,7 +38,7 @@ class FederationService:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._relay = Relay()
+        self._relay = Relay(run.members)
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,

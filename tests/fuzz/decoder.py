@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server import service
 from fl_runtime.server.federation import _object
+from fl_runtime.server.relay import first_part
 from fl_runtime.trust.identity import Identity
 from fl_runtime.wire import frames
 from fl_runtime.wire.dtypes import dtype_of
@@ -79,10 +80,15 @@ def transfer(data: bytes) -> None:
 def registration(data: bytes) -> None:
     request = _parsed(pb.RegisterRequest, data)
     Manifest.from_proto(request.manifest)
+    service._terms(request.terms_json)
 
 
 def score(data: bytes) -> None:
     service._metrics(_parsed(pb.ScoreRequest, data).metrics_json)
+
+
+def tunnel(data: bytes) -> None:
+    first_part(iter([data]))
 
 
 def control(data: bytes) -> None:
@@ -104,6 +110,7 @@ DECODERS: tuple[Callable[[bytes], Any], ...] = (
     score,
     control,
     identity,
+    tunnel,
 )
 
 

@@ -34,6 +34,7 @@ def seeds() -> dict[str, bytes]:
     frames.inline(inline.update.payload, plain.pieces(ARRAYS, {}))
     whole = inline.SerializeToString()
     register = pb.RegisterRequest(manifest=manifest.to_proto(), agreement={"every": "epoch"}, capabilities=["x"])
+    part = pb.TunnelPart(session=pb.Session(job="job", attempt=1), peer="south", stream="s1", opened="ring", credit=9)
     messages = {
         "manifest": manifest.to_proto().SerializeToString(),
         "frame": frames.frame([memoryview(b"hello")]),
@@ -42,6 +43,7 @@ def seeds() -> dict[str, bytes]:
         "score": pb.ScoreRequest(version=1, metrics_json='{"loss": 1e3, "x": NaN}').SerializeToString(),
         "control": b'{"job": {"name": "a", "rounds": 3}}',
         "identity": b"fl-adapters://study/admin/ada%40x?organisation=north&role=lead",
+        "tunnel": part.SerializeToString(),
     }
     found = {d.__name__: bytes([n]) + messages[d.__name__] for n, d in enumerate(DECODERS)}
     return found | {"transfer-inline": bytes([2]) + len(whole).to_bytes(2, "big") + whole}

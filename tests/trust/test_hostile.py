@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,33 @@ def test_a_site_that_describes_ever_new_tensors_is_stopped(siege: Siege, monkeyp
         refusals += "has described more than 1000 tensors" in error.what
     assert refusals > 15
     assert len(list(blobs.iterdir())) < 12, "layouts that do not come back hold no disk"
+    undisturbed(siege)
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([pb.TunnelPart(peer="nobody", stream="s")], "'nobody', which is not a site of this run"),
+        ([pb.TunnelPart(peer="north", stream="s" * 100_000)], "longer than 200 characters"),
+        ([pb.TunnelPart(peer="north", stream=str(n), opened="x") for n in range(3_000)], "more than 1024 streams"),
+    ],
+    ids=["a stranger", "a long name", "ever more streams"],
+)
+def test_streams_between_sites_are_for_sites_and_bounded(siege: Siege, parts: list[pb.TunnelPart], says: str) -> None:
+    hold = threading.Event()
+
+    def messages(job: str) -> Iterator[bytes]:
+        yield pb.TunnelPart(session=pb.Session(job=job, attempt=siege.attempt)).SerializeToString()
+        yield from (part.SerializeToString() for part in parts)
+        hold.wait(60)
+
+    transport = siege.evil.transport
+    with ExitStack() as end:
+        end.callback(hold.set)
+        assert "does not run here" in refused(lambda: list(transport.call("Tunnel", messages("other")))).what
+        error = refused(lambda: list(transport.call("Tunnel", messages("job"))))
+    assert isinstance(error, ProtocolError)
+    assert says in error.what
     undisturbed(siege)
 
 
