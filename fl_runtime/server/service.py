@@ -180,10 +180,9 @@ class FederationService:
         first = next(requests, b"")
         header = _parsed(pb.UpdatePart, first).update
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
-        digest = frames.payload_digest(payload)
+        facts, digest = _update_fields(header), frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
-            facts = _update_fields(header)
             transfer = self._run.spool.begin(name, digest, self._manifest(name, header), payload.digests)
             received = len(first)
             try:
