@@ -29,7 +29,8 @@ _GRACE_S = 0.5
 class Server:
     """Runs one job in `folder`/server, continuing what its journal holds. `tokens`: site name -> secret.
 
-    Threads of its own do all the work; the methods may be called from any thread.
+    Threads of its own do all the work; the methods may be called from any thread. service: what a transport serves,
+    such as the memory transport of tests.
     """
 
     def __init__(
@@ -47,13 +48,9 @@ class Server:
         self._events = Events(listeners)
         self._run = Run(settings, folder / "server", self._events)
         recover(self._run)
+        self.service: Service = FederationService(self._run)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
-
-    @property
-    def service(self) -> Service:
-        """What a transport serves; tests put it behind the memory transport."""
-        return FederationService(self._run)
 
     def start(self) -> str:
         """Serve over gRPC and begin the run; returns "host:port". ConfigError when the port is in use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from typing import Any
 
@@ -12,7 +13,8 @@ from study import Study, until
 
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.job import Job
-from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.errors import AbortedError, ConfigError, ConnectionLostError
+from fl_runtime.transport.tunnel import Stream
 from fl_runtime.types import Event, Task
 
 W = {"w": np.zeros(3, np.float32)}
@@ -97,3 +99,32 @@ def test_sites_wait_for_their_job_and_each_gets_it_once(study: Study) -> None:
     study.job("next", sites=["north"])
     threads[0].join(30)
     assert answers["north"]["job"] == "next"
+
+
+def test_two_sites_of_a_job_exchange_streams_through_the_server(study: Study) -> None:
+    study.job()
+    sites = [study.site(name) for name in study.sites]
+    tasks = started(sites, W)
+    arrived: queue.Queue[Stream] = queue.Queue()
+    tunnels = [site.client.tunnel(arrived.put, lambda: None) for site in sites]
+
+    def reaches_the_other() -> bool:  # whose own call must have come first
+        stream = tunnels[0].open("south", "greeting")
+        try:
+            stream.send(b"hello")
+        except ConnectionLostError:
+            return False
+        return stream.receive() == b"hello to you"
+
+    def answer() -> None:
+        stream = arrived.get(timeout=30)
+        assert (stream.peer, stream.name, stream.receive()) == ("north", "greeting", b"hello")
+        stream.send(b"hello to you")
+
+    other = threading.Thread(target=answer)
+    other.start()
+    until(reaches_the_other, "a stream to south")
+    other.join()
+    for tunnel in tunnels:
+        tunnel.close()
+    finish(sites, tasks)
