@@ -96,7 +96,7 @@ def revoke(name: str, authority: Path, kit: Path | None, as_json: bool) -> int:
                 control.close()
         where = "the server knows" if mine else f"copy {keeper.folder / 'crl.pem'} into the server's kit"
         serials = [f"{item.serial:x}" for item in revoked]
-        _say(as_json, f"{name}: {len(revoked)} certificates revoked; {where}", serials=serials, server=told or None)
+        _say(as_json, f"{name}: certificates revoked: {len(revoked)}; {where}", serials=serials, server=told or None)
     return 0
 
 
@@ -123,7 +123,12 @@ def listing(authority: Path, as_json: bool) -> int:
         table = Table("name", "who", "valid until", "days left", "state", "serial")
         for row in rows:
             table.add_row(
-                row["name"], row["who"], row["not_after"], f"{row['days_left']:.0f}", row["state"], row["serial"][:12]
+                row["name"],
+                row["who"],
+                row["not_after"][:10],
+                f"{row['days_left']:.0f}",
+                row["state"],
+                row["serial"][:12],
             )
         console.print(table)
         if as_json:

@@ -45,14 +45,16 @@ def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
         checks.append(_port(port))
     problems = [check for check in checks if check.status == "problem"]
     console.print(_table(checks))
-    console.print(f"{len(problems)} problems" if problems else "nothing is wrong", highlight=False)
+    console.print(f"problems: {len(problems)}" if problems else "nothing is wrong", highlight=False)
     if as_json:
         show_json({"ok": not problems, "checks": [asdict(check) for check in checks]})
     return 1 if problems else 0
 
 
 def _table(checks: list[Check]) -> Table:
-    table = Table("", "check", "found", "to do", show_lines=False)
+    table = Table("", "check", show_lines=False)
+    for heading in ("found", "to do"):
+        table.add_column(heading, overflow="fold")  # a fingerprint must be there to its end
     for check in checks:
         style = _STYLES[check.status]
         table.add_row(f"[{style}]{check.status}[/]", check.name, check.detail, check.fix)

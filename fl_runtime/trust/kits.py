@@ -112,7 +112,9 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
     identity, fields = read_unsigned(folder)
     if kind and identity.kind != kind:
         raise ConfigError(
-            f"this is the kit of a {identity.kind}, not of a {kind}", where=str(folder), fix=f"use a {kind}'s"
+            f"this is the kit of {identity}, and what is needed is the kit of a {kind}",
+            where=str(folder),
+            fix=f"use the kit of a {kind}",
         )
     certificate_file, key_file = folder / CERTIFICATE, folder / KEY
     if not certificate_file.exists():

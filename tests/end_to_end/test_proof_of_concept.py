@@ -207,8 +207,11 @@ def test_a_command_that_ends_too_soon_is_said_to_the_others_at_once(bench: Any, 
 def test_commands_say_what_is_wrong_with_a_kit(bench: Any, federation: Path) -> None:
     assert read_kit(federation / "site-1").identity.kind == "site"
     for line, says in (
-        (("server", "--kit", "kits/site-1"), "this is the kit of a site, not of a server"),
-        (("run", "--kit", "kits/server", "--", "true"), "this is the kit of a server, not of a site"),
+        (
+            ("server", "--kit", "kits/site-1"),
+            "site site-1 of north-hospital, and what is needed is the kit of a server",
+        ),
+        (("run", "--kit", "kits/server", "--", "true"), "of study, and what is needed is the kit of a site"),
         (("status", "--kit", "nowhere"), "there is no startup kit here"),
         (("run", "--kit", "kits/site-1", "--patience-s", "0.1", "--", "true"), "does not answer"),
     ):
