@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.where import Site, site
+    from fl_runtime.aggregation import FedAvg
 
 __all__ = [
     "AbortedError",
     "ConfigError",
     "ConnectedSite",
     "ConnectionLostError",
+    "FedAvg",
     "FederationError",
     "HandshakeError",
     "Job",
@@ -61,6 +63,7 @@ __version__ = _VERSION
 
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
+    "FedAvg": "fl_runtime.aggregation",
     "Job": "fl_adapters.job",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fl_adapters.options import Options
 from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import RunSettings
 
@@ -33,8 +34,8 @@ class Job(BaseModel):
 
     app: the script (or module) that every site runs. name: made from the app and the time unless given; names the
     folder `runs/<name>`. rounds: None leaves it to the trainer's own budget, which all sites must agree on.
-    strategy: "fedavg", or with parameters "name:key=value,..."; one that nobody chose gives way to what the script
-    needs (the trees of XGBoost).
+    strategy: "fedavg", or with arguments "name:argument=value,...", or an object such as `FedAdam(lr=0.1)`, which is
+    kept as that text; one that nobody chose gives way to what the script needs (the trees of XGBoost).
     sites: how many, or their names; None leaves it to the environment. min_sites: how many updates a round needs;
     None means every site's. deadline_s: a round ends after so many seconds with the updates that are there.
     late: "drop" an update that comes after its round, or "carry" it into the next.
@@ -50,7 +51,7 @@ class Job(BaseModel):
     name: str = ""
     app: str = Field(min_length=1)
     rounds: int | None = Field(default=None, ge=1)
-    strategy: str = "fedavg"
+    strategy: str | Described = "fedavg"  # always text, once the job is made
     sites: int | tuple[str, ...] | None = None
     min_sites: int | None = Field(default=None, ge=1)
     deadline_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)
@@ -72,6 +73,9 @@ class Job(BaseModel):
         if isinstance(data, cls):
             return data
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        strategy = fields.get("strategy")
+        if isinstance(strategy, Described):
+            fields["strategy"] = strategy.spec
         chosen = "name" in fields
         try:
             job = handler(fields if chosen else {**fields, "name": _name_for(str(fields.get("app", "job")))})
@@ -123,6 +127,7 @@ class Job(BaseModel):
                 where="min_sites",
                 fix=f"lower min_sites to {len(names)} at most, or add sites",
             )
+        make_strategy(str(self.strategy)).check_sites(needed)
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
         fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script may say
         return RunSettings(sites=names, min_sites=needed, **fields)
@@ -154,12 +159,9 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 def _check(job: Job) -> None:
     """What a field's type alone does not say."""
     _check_name(job.name, "name")
+    make_strategy(str(job.strategy))
     if job.sites is not None:
-        job.settings(site_names(job.sites))  # names, and min_sites against their number
-    try:
-        make_strategy(job.strategy)
-    except ConfigError as error:
-        raise ConfigError(error.what, where=error.where or "strategy", fix=error.fix) from None
+        job.settings(site_names(job.sites))  # names, and min_sites and the strategy against their number
     Options(  # the rules for what a script may say too are there
         every=job.every, exchange=job.exchange, keep_local=job.keep_local, optimizer_state=job.optimizer_state
     )

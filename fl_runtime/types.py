@@ -203,6 +203,10 @@ class Strategy(Protocol):
         """Capabilities that every site's adapter must have declared; "weights" is that of content "weights"."""
         ...
 
+    def check_sites(self, fewest: int) -> None:
+        """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
+        ...
+
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         """Settings that travel with the tasks of this round; the same for the same arguments."""
         ...

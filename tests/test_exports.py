@@ -13,8 +13,8 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError FederationError HandshakeError Job
-        PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
+        AbortedError ConfigError ConnectedSite ConnectionLostError FedAvg FederationError HandshakeError
+        Job PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
         StoreError TransferDamagedError UpdateRefusedError __version__ connect site
     """,
     "fl_adapters.hf": "FederatedCallback",

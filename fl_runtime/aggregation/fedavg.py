@@ -3,19 +3,23 @@ Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from fl_runtime.aggregation.base import WeightsStrategy
+from fl_runtime.aggregation.spec import choice
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, Settings, Update, is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Update, is_floating
 
 _BLOCK = 2**15
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
 
 
-class FedAvg:
+@dataclass(frozen=True)
+class FedAvg(WeightsStrategy):
     """mean_k = mean_{k-1} + (n_k / N_k) (x_k - mean_{k-1}),  N_k = n_1 + ... + n_k, over sites in fixed order.
 
     This running form (West 1979, "Updating mean and variance estimates") equals sum(n_i x_i) / sum(n_i), needs one
@@ -25,36 +29,32 @@ class FedAvg:
 
     Integer and boolean tensors are not averaged: each element becomes the maximum over the sites (a counter such as
     `num_batches_tracked` stays an integer and never runs backwards). Extras follow the same two rules.
+
+    weights: n_i is the site's number of "examples", or 1 for every site ("equal").
     """
 
-    content: ClassVar[Content] = "weights"
-    initial: ClassVar[Literal["first", "all"]] = "first"
-    requires: frozenset[str] = frozenset({"weights"})
-
-    def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        return {}
-
-    def check(self, update: Update) -> None:
-        pass
+    name: ClassVar[str] = "fedavg"
+    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
-        return WeightedMean(allocate)
-
-    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
-        return None
+        """The running mean; `base` is not needed."""
+        return WeightedMean(allocate, equal=self.weights == "equal")
 
 
 class WeightedMean:
     """The running weighted mean of updates of content "weights"; the first update decides which extras there are."""
 
-    def __init__(self, allocate: Allocate) -> None:
-        self._allocate = allocate
+    def __init__(self, allocate: Allocate, *, equal: bool = False) -> None:
+        """equal: every site has the same weight, whatever its number of examples."""
+        self._allocate, self._equal = allocate, equal
         self._examples = 0
         self._extra_names: tuple[str, ...] = ()
         self._out: dict[tuple[bool, str], Array] = {}
         self._sums: dict[tuple[bool, str], Array] = {}
 
     def add(self, update: Update) -> None:
+        if self._equal:
+            update = replace(update, num_examples=1)
         if update.content != "weights":
             raise UpdateRefusedError(
                 f"FedAvg averages weights, but this update holds {update.content}", where=f"site {update.site}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from fl_runtime.aggregation import ubjson
 from fl_runtime.aggregation.quantiles import Summary, merged
+from fl_runtime.aggregation.spec import Described
 from fl_runtime.aggregation.tree_document import (
     NAMES,
     TreeModel,
@@ -35,11 +36,13 @@ WEIGHT = "weight"
 """Extra of a contribution to the initial model: the sum of the weights of the site's rows, float64[1]."""
 
 
-class TreeStrategy:
+@dataclass(frozen=True)
+class TreeStrategy(Described):
     """What all strategies for trees have in common."""
 
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
+    linear: ClassVar[bool] = False
 
     def check(self, update: Update) -> None:
         """Every tree is read: one that is not sound would reach every other site."""
@@ -68,10 +71,12 @@ class TreeStrategy:
         return "model.ubj", TreeModel.from_arrays(arrays).document()
 
 
+@dataclass(frozen=True)
 class TreeBagging(TreeStrategy):
     """All sites' new trees, each with its site's share of the examples."""
 
-    requires: frozenset[str] = frozenset({"tree-bagging"})
+    name: ClassVar[str] = "tree-bagging"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-bagging"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}
@@ -80,13 +85,15 @@ class TreeBagging(TreeStrategy):
         return _Appending(base, allocate) if base else _Beginning(allocate)
 
 
+@dataclass(frozen=True)
 class TreeCyclic(TreeStrategy):
     """The trees of one site a round, the sites taking turns in their order; `turn` in the task says whose it is.
 
     Should that site drop out of its round, the round is opened again, and the turn is that of who is there then.
     """
 
-    requires: frozenset[str] = frozenset({"tree-cyclic"})
+    name: ClassVar[str] = "tree-cyclic"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-cyclic"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}
@@ -95,6 +102,7 @@ class TreeCyclic(TreeStrategy):
         return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
 
 
+@dataclass(frozen=True)
 class TreeHistogram(TreeStrategy):
     """The sites have grown the same trees together, by summing histograms among themselves; the server keeps them.
 
@@ -102,7 +110,8 @@ class TreeHistogram(TreeStrategy):
     count and the round is opened again. The initial model brings cut points made of all sites' quantile summaries.
     """
 
-    requires: frozenset[str] = frozenset({"tree-histogram"})
+    name: ClassVar[str] = "tree-histogram"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-histogram"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"members": list(sites)} if round > 0 else {}

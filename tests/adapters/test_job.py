@@ -12,6 +12,7 @@ import pytest
 from fl_adapters.job import Job, site_names
 from fl_adapters.kit import Kit, current_kit, read_kit
 from fl_adapters.where import Site, site
+from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import ConfigError
 
 
@@ -109,6 +110,17 @@ def test_an_unknown_strategy_lists_the_known() -> None:
     assert "fedmagic" in error.what
     assert "fedavg" in error.fix
     assert error.where == "strategy"
+
+
+def test_a_strategy_may_be_an_object(tmp_path: Path) -> None:
+    job = Job(app="train.py", name="x", strategy=FedAvg(weights="equal"))
+    assert job.strategy == "fedavg:weights=equal"
+    assert job == Job(app="train.py", name="x", strategy="fedavg:weights=equal")
+    assert job.settings(["a"]).strategy == "fedavg:weights=equal"
+    file = tmp_path / "job.yml"
+    file.write_text(job.to_yaml())
+    assert Job.from_file(file) == job
+    assert "strategy" in refused(strategy=3).what
 
 
 def test_an_unknown_field_lists_the_known_and_every_error_is_reported_at_once() -> None:

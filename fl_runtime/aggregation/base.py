@@ -1,0 +1,34 @@
+"""What strategies for plain weights have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fl_runtime.aggregation.spec import Described
+from fl_runtime.types import Arrays, Content, Settings, Update
+
+
+@dataclass(frozen=True)
+class WeightsStrategy(Described):
+    """A strategy whose updates hold weights, and that says nothing to the sites. Subclasses add `aggregator`.
+
+    linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
+    """
+
+    content: ClassVar[Content] = "weights"
+    initial: ClassVar[Literal["first", "all"]] = "first"
+    linear: ClassVar[bool] = True
+    requires: ClassVar[frozenset[str]] = frozenset({"weights"})
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        """Nothing: the sites train as they always do."""
+        return {}
+
+    def check(self, update: Update) -> None:
+        """Every update that fits the model is taken."""
+
+    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
+        """None: the model is a plain file of tensors."""
+        return None
