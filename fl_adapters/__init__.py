@@ -32,14 +32,26 @@ if TYPE_CHECKING:
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.where import Site, site
-    from fl_runtime.aggregation import FedAvg
+    from fl_runtime.aggregation import (
+        FedAdagrad,
+        FedAdam,
+        FedAvg,
+        FedAvgM,
+        FedNova,
+        FedYogi,
+    )
 
 __all__ = [
     "AbortedError",
     "ConfigError",
     "ConnectedSite",
     "ConnectionLostError",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedNova",
+    "FedYogi",
     "FederationError",
     "HandshakeError",
     "Job",
@@ -63,7 +75,12 @@ __version__ = _VERSION
 
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
+    "FedAdagrad": "fl_runtime.aggregation",
+    "FedAdam": "fl_runtime.aggregation",
     "FedAvg": "fl_runtime.aggregation",
+    "FedAvgM": "fl_runtime.aggregation",
+    "FedNova": "fl_runtime.aggregation",
+    "FedYogi": "fl_runtime.aggregation",
     "Job": "fl_adapters.job",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",

@@ -13,9 +13,10 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError FedAvg FederationError HandshakeError
-        Job PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
-        StoreError TransferDamagedError UpdateRefusedError __version__ connect site
+        AbortedError ConfigError ConnectedSite ConnectionLostError FedAdagrad FedAdam FedAvg FedAvgM FedNova
+        FedYogi FederationError HandshakeError Job PermissionDeniedError ProtocolError QuorumError
+        Simulation Site SiteFailedError SiteTask StateMismatchError StoreError TransferDamagedError
+        UpdateRefusedError __version__ connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

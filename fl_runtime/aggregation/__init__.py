@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.fednova import FedNova
+from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
-__all__ = ["FedAvg", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
+__all__ = [
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedNova",
+    "FedYogi",
+    "TreeBagging",
+    "TreeCyclic",
+    "TreeHistogram",
+    "known_strategies",
+    "make_strategy",
+]
 
-_STRATEGIES = (FedAvg, TreeBagging, TreeCyclic, TreeHistogram)
+_STRATEGIES = (
+    FedAvg,
+    FedAvgM,
+    FedAdam,
+    FedYogi,
+    FedAdagrad,
+    FedNova,
+    TreeBagging,
+    TreeCyclic,
+    TreeHistogram,
+)
 
 
 def known_strategies() -> tuple[str, ...]:
