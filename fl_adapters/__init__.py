@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.where import Site, site
     from fl_runtime.aggregation import (
+        CoordinateMedian,
         FedAdagrad,
         FedAdam,
         FedAvg,
         FedAvgM,
         FedNova,
         FedYogi,
+        Krum,
+        NormBounding,
+        TrimmedMean,
     )
 
 __all__ = [
@@ -46,6 +50,7 @@ __all__ = [
     "ConfigError",
     "ConnectedSite",
     "ConnectionLostError",
+    "CoordinateMedian",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -55,6 +60,8 @@ __all__ = [
     "FederationError",
     "HandshakeError",
     "Job",
+    "Krum",
+    "NormBounding",
     "PermissionDeniedError",
     "ProtocolError",
     "QuorumError",
@@ -65,6 +72,7 @@ __all__ = [
     "StateMismatchError",
     "StoreError",
     "TransferDamagedError",
+    "TrimmedMean",
     "UpdateRefusedError",
     "__version__",
     "connect",
@@ -75,6 +83,7 @@ __version__ = _VERSION
 
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
+    "CoordinateMedian": "fl_runtime.aggregation",
     "FedAdagrad": "fl_runtime.aggregation",
     "FedAdam": "fl_runtime.aggregation",
     "FedAvg": "fl_runtime.aggregation",
@@ -82,9 +91,12 @@ _LAZY = {
     "FedNova": "fl_runtime.aggregation",
     "FedYogi": "fl_runtime.aggregation",
     "Job": "fl_adapters.job",
+    "Krum": "fl_runtime.aggregation",
+    "NormBounding": "fl_runtime.aggregation",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",
     "SiteTask": "fl_adapters.loop",
+    "TrimmedMean": "fl_runtime.aggregation",
     "connect": "fl_adapters.loop",
     "site": "fl_adapters.where",
 }

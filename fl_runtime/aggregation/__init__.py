@@ -5,20 +5,25 @@ from __future__ import annotations
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
 __all__ = [
+    "CoordinateMedian",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedNova",
     "FedYogi",
+    "Krum",
+    "NormBounding",
     "TreeBagging",
     "TreeCyclic",
     "TreeHistogram",
+    "TrimmedMean",
     "known_strategies",
     "make_strategy",
 ]
@@ -30,6 +35,10 @@ _STRATEGIES = (
     FedYogi,
     FedAdagrad,
     FedNova,
+    CoordinateMedian,
+    TrimmedMean,
+    Krum,
+    NormBounding,
     TreeBagging,
     TreeCyclic,
     TreeHistogram,
