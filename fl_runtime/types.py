@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -54,6 +55,7 @@ class Update:
     content: what `arrays` holds: the new weights, their difference to the base version, or content that only
     `encoding` explains. extras: arrays that travel beside the weights (optimizer moments, control variates).
     num_examples: the weight of this update in an average, > 0. local_steps: optimizer steps of this round.
+    site_weight: what the job multiplies it by; known to the server alone.
     """
 
     job: str
@@ -69,6 +71,12 @@ class Update:
     content: Content = "weights"
     encoding: str = ""
     extras: Arrays = field(default_factory=dict)
+    site_weight: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """What counts in an average."""
+        return self.num_examples * self.site_weight
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Terms:
 class RunSettings:
     """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means.
 
-    strategy, best_metric, best_mode: None leaves them to the `Terms` of the sites.
+    strategy, best_metric, best_mode, patience: None leaves them to the `Terms` of the sites.
     """
 
     name: str
@@ -139,6 +147,15 @@ class RunSettings:
     seed: int | None = None
     exact_restart: bool = False
     rejoin_s: float = 60.0
+    fraction: float = 1.0
+    site_weights: Mapping[str, float] = field(default_factory=dict)
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    @property
+    def sites_per_round(self) -> int:
+        """How many sites a round has: `fraction` of all, rounded up."""
+        return max(1, math.ceil(self.fraction * len(self.sites) - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -208,10 +225,12 @@ class Strategy(Protocol):
     the same names and dtypes, and shapes that may change from round to round.
     initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
     round 0, whose base is empty.
+    weighted: the weights of the sites make a difference.
     """
 
     content: ClassVar[Content]
     initial: ClassVar[Literal["first", "all"]]
+    weighted: ClassVar[bool]
 
     @property
     def requires(self) -> frozenset[str]:

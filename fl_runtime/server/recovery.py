@@ -53,6 +53,7 @@ def _models_and_rounds(run: Run) -> None:
             config = dict(run.strategy.configure(entry.round, entry.participants))
             stage = stage_of(run.journal.repeats(entry.round))
             run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic(), stage)
+            run.open.drawn = run.settings.fraction < 1 and entry.round > 0
             for update in run.journal.updates(entry.round):
                 run.open.accepted[update.site] = _accepted(run, update)
     if models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFa
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
+from fl_runtime.server.sampling import drawn
 from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
@@ -60,6 +62,12 @@ def _handshake(run: Run) -> None:
         registrations = {m.name: m.registration for m in run.members.values() if m.active and m.registration}
         check_agreement(registrations, run.manifests)
         run.agree(next(iter(registrations.values())).terms)
+        if settings.fraction < 1 and run.strategy.content == "encoded":
+            raise ConfigError(
+                f"the strategy {settings.strategy or run.terms.strategy} needs all sites in every round",
+                where="fraction",
+                fix="leave fraction out of the job",
+            )
         check_capabilities(registrations, settings.strategy or run.terms.strategy, run.strategy.requires)
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
@@ -167,9 +175,12 @@ def _open(run: Run, number: int) -> OpenRound:
         run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
+        sampled = number > 0 and run.settings.fraction < 1
+        if sampled:
+            participants = drawn(run.settings, number, participants)
         config = dict(run.strategy.configure(number, participants))
         tries = run.journal.repeats(number)
-        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries))
+        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries), drawn=sampled)
         run.journal.round_opened(number, tuple(participants), time.time())
     if number > 0:
         run.events.emit("round_started", number, sites=list(run.open.participants))
@@ -203,7 +214,8 @@ class _Summing:
     def add(self, accepted: Accepted) -> None:
         self._order.remove(accepted.update.site)
         self._added += 1
-        self._aggregator.add(accepted.update)
+        weight = self._run.settings.site_weights.get(accepted.update.site, 1.0)
+        self._aggregator.add(replace(accepted.update, site_weight=weight))
 
     def finish(self) -> Blob:
         """The sum of all updates; the round takes no more of them."""
@@ -336,7 +348,7 @@ def _last_scores(run: Run) -> None:
         assert run.model is not None
         last = run.model.version
         run.wait_until(
-            lambda: run.evaluators() <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
+            lambda: run.evaluators(last) <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
         )
         run.settle(last)
         if run.best is None or run.scores.better(last, run.best.version):

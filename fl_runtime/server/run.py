@@ -199,7 +199,8 @@ class Run:
             return None
         if self._wants_initial(member.name):
             return Offer("initial", 0, {}, None, True)
-        if self._collecting() and self.open and member.name not in self.open.accepted:
+        waits = self.open is not None and not self.open.takes(member.name)
+        if self._collecting() and self.open and not waits and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
             if self.open.round == 0:
@@ -260,6 +261,8 @@ class Run:
                 return "late"
             if not self._collecting() or (round == self.open.round and stage != self.open.stage):
                 return "late"  # the run ends before this round, or it has been opened again
+            if round == self.open.round and not self.open.takes(name):
+                return "late"  # it was not asked
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")
             return "duplicate" if name in self.open.accepted else None
@@ -334,7 +337,7 @@ class Run:
                 metrics=plain(report.metrics),
                 num_examples=report.num_examples,
             )
-            expected = self.evaluators()
+            expected = self.evaluators(report.version)
             if expected and expected <= self.scores.reported(report.version):
                 self.settle(report.version)
             self.changed.notify_all()
@@ -348,7 +351,7 @@ class Run:
             deadline = time.monotonic() + self.settings.deadline_s / 2
             while not self.scores.settled(version):
                 self._member(name, attempt)
-                if self.evaluators() <= self.scores.reported(version) or time.monotonic() > deadline:
+                if self.evaluators(version) <= self.scores.reported(version) or time.monotonic() > deadline:
                     self.settle(version)
                 else:
                     self.published.wait(min(1.0, self.settings.deadline_s / 2))
@@ -365,9 +368,10 @@ class Run:
 
     def _stop_out_of_patience(self, version: int) -> None:
         terms, newest = self.terms, self.model.version if self.model else 0
-        if not terms.patience or version != newest or self.rounds is None or version >= self.rounds:
+        by = self.settings if self.settings.patience else terms
+        if not by.patience or version != newest or self.rounds is None or version >= self.rounds:
             return
-        if self.scores.patience_spent(version, terms.patience, terms.min_delta):
+        if self.scores.patience_spent(version, by.patience, by.min_delta):
             self.rounds = version
             self.journal.agreed(version, terms)
             self.changed.notify_all()
@@ -383,9 +387,11 @@ class Run:
                 self.last_used[name] = self.open.round - 1
             self.open = None
 
-    def evaluators(self) -> set[str]:
-        """Active sites that have promised to score each global model."""
-        return {m.name for m in self.members.values() if m.active and m.registration and m.registration.evaluates}
+    def evaluators(self, version: int) -> set[str]:
+        """Active sites that have promised to score each global model, as far as they get this one."""
+        asked = self.open if self.open and self.open.round == version + 1 else None
+        active = [m for m in self.members.values() if m.active and (asked is None or asked.takes(m.name))]
+        return {m.name for m in active if m.registration and m.registration.evaluates}
 
     # -- common ----------------------------------------------------------------------------------------------
 

@@ -44,7 +44,8 @@ class Accepted:
 class OpenRound:
     """The round under way. bytes_down, bytes_up: per site, as counted by the service.
 
-    closing: it takes no more updates; the last of them are being summed. stage: "" for the first try at the round,
+    closing: it takes no more updates; the last of them are being summed. drawn: the participants are a sample, and
+    nobody else joins them. stage: "" for the first try at the round,
     then "2", "3".
     """
 
@@ -57,6 +58,11 @@ class OpenRound:
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
     closing: bool = False
+    drawn: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether a site may contribute."""
+        return not self.drawn or name in self.participants
 
 
 @dataclass(frozen=True)

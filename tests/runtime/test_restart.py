@@ -154,11 +154,15 @@ def test_killed_after_a_round_whose_acknowledgement_was_lost(tmp_path: Path, lat
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fedavg", "fedadam:lr=0.1"]
-)  # the latter has moments, which only the server knows
-def test_killed_again_and_again_while_three_sites_train(tmp_path: Path, strategy: str) -> None:
-    rounds = 6
-    wanted = uninterrupted(tmp_path / "oracle", 3, rounds, strategy=strategy)
+    ("rounds", "fields"),
+    [
+        (6, {}),
+        (6, {"strategy": "fedadam:lr=0.1"}),  # has moments, which only the server knows
+        (12, {"fraction": 0.5, "seed": 1, "min_sites": 2}),  # draws who takes part
+    ],
+)
+def test_killed_again_and_again_while_three_sites_train(tmp_path: Path, rounds: int, fields: dict[str, Any]) -> None:
+    wanted = uninterrupted(tmp_path / "oracle", 3, rounds, **fields)
     acknowledged = threading.Semaphore(0)
 
     def site(name: str) -> dict[str, bytes]:
@@ -178,7 +182,7 @@ def test_killed_again_and_again_while_three_sites_train(tmp_path: Path, strategy
             server.kill()
             server.start()
 
-    with server_process(tmp_path / "run", 3, rounds=rounds, strategy=strategy) as server:
+    with server_process(tmp_path / "run", 3, rounds=rounds, **fields) as server:
         finals = together(murder, lambda: site("site-1"), lambda: site("site-2"), lambda: site("site-3"))
         assert finals[1:] == [wanted] * 3
         assert bits(server.finished()) == wanted
