@@ -35,15 +35,36 @@ if TYPE_CHECKING:
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.where import Site, site
+    from fl_runtime.aggregation import (
+        CoordinateMedian,
+        FedAdagrad,
+        FedAdam,
+        FedAvg,
+        FedAvgM,
+        FedNova,
+        FedYogi,
+        Krum,
+        NormBounding,
+        TrimmedMean,
+    )
 
 __all__ = [
     "AbortedError",
     "ConfigError",
     "ConnectedSite",
     "ConnectionLostError",
+    "CoordinateMedian",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedNova",
+    "FedYogi",
     "FederationError",
     "HandshakeError",
     "Job",
+    "Krum",
+    "NormBounding",
     "PermissionDeniedError",
     "PrivacyBudgetError",
     "Production",
@@ -57,6 +78,7 @@ __all__ = [
     "StateMismatchError",
     "StoreError",
     "TransferDamagedError",
+    "TrimmedMean",
     "UpdateRefusedError",
     "__version__",
     "connect",
@@ -67,12 +89,22 @@ __version__ = _VERSION
 
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
+    "CoordinateMedian": "fl_runtime.aggregation",
+    "FedAdagrad": "fl_runtime.aggregation",
+    "FedAdam": "fl_runtime.aggregation",
+    "FedAvg": "fl_runtime.aggregation",
+    "FedAvgM": "fl_runtime.aggregation",
+    "FedNova": "fl_runtime.aggregation",
+    "FedYogi": "fl_runtime.aggregation",
     "Job": "fl_adapters.job",
+    "Krum": "fl_runtime.aggregation",
+    "NormBounding": "fl_runtime.aggregation",
     "Production": "fl_adapters.environments.production",
     "ProofOfConcept": "fl_adapters.environments.proof_of_concept",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",
     "SiteTask": "fl_adapters.loop",
+    "TrimmedMean": "fl_runtime.aggregation",
     "connect": "fl_adapters.loop",
     "site": "fl_adapters.where",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -54,6 +55,7 @@ class Update:
     content: what `arrays` holds: the new weights, their difference to the base version, or content that only
     `encoding` explains. extras: arrays that travel beside the weights (optimizer moments, control variates).
     num_examples: the weight of this update in an average, > 0. local_steps: optimizer steps of this round.
+    site_weight: what the job multiplies it by; known to the server alone.
     """
 
     job: str
@@ -69,6 +71,12 @@ class Update:
     content: Content = "weights"
     encoding: str = ""
     extras: Arrays = field(default_factory=dict)
+    site_weight: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """What counts in an average."""
+        return self.num_examples * self.site_weight
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class RunSettings:
     """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means.
 
     app, submitted_by: what the sites run, and the identity (URI) of who submitted it; empty in a simulation.
-    strategy, best_metric, best_mode: None leaves them to the `Terms` of the sites.
+    strategy, best_metric, best_mode, patience: None leaves them to the `Terms` of the sites.
     """
 
     name: str
@@ -142,6 +150,15 @@ class RunSettings:
     rejoin_s: float = 60.0
     app: str = ""
     submitted_by: str = ""
+    fraction: float = 1.0
+    site_weights: Mapping[str, float] = field(default_factory=dict)
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    @property
+    def sites_per_round(self) -> int:
+        """How many sites a round has: `fraction` of all, rounded up."""
+        return max(1, math.ceil(self.fraction * len(self.sites) - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -174,7 +191,8 @@ class Aggregator(Protocol):
     """One round's sum. Updates come in a fixed order, whatever the order of arrival."""
 
     def add(self, update: Update) -> None:
-        """Take one update into the sum. The arrays are borrowed until `result` has been called."""
+        """Take one update into the sum. The arrays are borrowed until `result` has been called: they lie on the
+        server's disk, mapped, so holding them costs no memory."""
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:
@@ -189,6 +207,20 @@ Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 """allocate(arrays, extras) -> writable arrays of the same names, shapes and dtypes: the next model's own buffer."""
 
 
+@dataclass(frozen=True)
+class ServerState:
+    """What the rounds before have left beside the weights, and where this one leaves its own.
+
+    extras: those of the global model, which have travelled to the sites. kept: what the aggregator of the last round
+    has kept; empty in the first. keep(arrays): writable arrays of the same names, shapes and dtypes, which are
+    committed together with the next model, never leave the server, and are the next round's `kept`.
+    """
+
+    extras: Arrays = field(default_factory=dict)
+    kept: Arrays = field(default_factory=dict)
+    keep: Callable[[Arrays], Arrays] = dict
+
+
 class Strategy(Protocol):
     """How a round's updates become the next global model. Runs at the server, in NumPy alone.
 
@@ -197,15 +229,23 @@ class Strategy(Protocol):
     initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
     round 0, whose base is empty.
     linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
+    weighted: the weights of the sites make a difference.
     """
 
     content: ClassVar[Content]
     initial: ClassVar[Literal["first", "all"]]
-    linear: ClassVar[bool]
+    weighted: ClassVar[bool]
+
+    @property
+    def linear(self) -> bool: ...
 
     @property
     def requires(self) -> frozenset[str]:
         """Capabilities that every site's adapter must have declared; "weights" is that of content "weights"."""
+        ...
+
+    def check_sites(self, fewest: int) -> None:
+        """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
@@ -216,8 +256,9 @@ class Strategy(Protocol):
         """Raises UpdateRefusedError for an update that no aggregator should see. May be called by many threads."""
         ...
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
-        """For one round. base: the global model so far. config: what `configure` said."""
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        """For one round. base: the global model so far. config: what `configure` said. May be called again for the
+        same round, when its sum has to begin anew."""
         ...
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:

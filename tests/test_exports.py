@@ -13,9 +13,10 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError FederationError HandshakeError Job
-        PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Simulation Site
-        SiteFailedError SiteTask StateMismatchError StoreError TransferDamagedError UpdateRefusedError __version__
+        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian FedAdagrad FedAdam FedAvg
+        FedAvgM FedNova FedYogi FederationError HandshakeError Job Krum NormBounding PermissionDeniedError
+        PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Simulation Site SiteFailedError
+        SiteTask StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
         connect site
     """,
     "fl_adapters.hf": "FederatedCallback",

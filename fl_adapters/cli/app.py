@@ -63,7 +63,7 @@ def simulate(
     args: _Args = None,
     sites: Annotated[str | None, typer.Option(help="How many sites, or their names: a,b,c. Default: 3.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Without it the trainer's own budget decides.")] = None,
-    strategy: Annotated[str | None, typer.Option(help='Such as "fedavg". Default: fedavg.')] = None,
+    strategy: Annotated[str | None, typer.Option(help="fedavg, or such as fedavg:weights=equal.")] = None,
     job: Annotated[Path | None, typer.Option(help="A job file (YAML); options given here win over it.")] = None,
     gpus: Annotated[str, typer.Option(help="Devices to deal out to the sites in turn: 0,1")] = "",
     every: Annotated[str | None, typer.Option(help='Between exchanges: "epoch", "2 epochs", or steps.')] = None,

@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.fednova import FedNova
+from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
+from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
-from fl_runtime.errors import ConfigError
 from fl_runtime.types import Strategy
 
-__all__ = ["FedAvg", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
+__all__ = [
+    "CoordinateMedian",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedNova",
+    "FedYogi",
+    "Krum",
+    "NormBounding",
+    "TreeBagging",
+    "TreeCyclic",
+    "TreeHistogram",
+    "TrimmedMean",
+    "known_strategies",
+    "make_strategy",
+]
+
+_STRATEGIES = (
+    FedAvg,
+    FedAvgM,
+    FedAdam,
+    FedYogi,
+    FedAdagrad,
+    FedNova,
+    CoordinateMedian,
+    TrimmedMean,
+    Krum,
+    NormBounding,
+    TreeBagging,
+    TreeCyclic,
+    TreeHistogram,
+)
 
 
 def known_strategies() -> tuple[str, ...]:
     """The names that `--strategy` and `Job(strategy=...)` take."""
-    return ("fedavg", "tree-bagging", "tree-cyclic", "tree-histogram")
+    return tuple(kind.name for kind in _STRATEGIES)
 
 
 def make_strategy(spec: str) -> Strategy:
-    """The strategy of a spec such as "fedavg"; ConfigError lists the known ones."""
-    name, _, arguments = spec.partition(":")
-    if name.lower() not in known_strategies():
-        raise ConfigError(f"unknown strategy {name!r}", fix=f"use one of: {', '.join(known_strategies())}")
-    if arguments:
-        raise ConfigError(f"the strategy {name!r} takes no arguments, but {arguments!r} was given", fix=f"write {name}")
-    match name.lower():
-        case "tree-bagging":
-            return TreeBagging()
-        case "tree-cyclic":
-            return TreeCyclic()
-        case "tree-histogram":
-            return TreeHistogram()
-        case _:
-            return FedAvg()
+    """The strategy of a spec such as "fedavg" or "fedavg:weights=equal". ConfigError names what is wrong with it."""
+    found = find(_STRATEGIES, spec)
+    assert isinstance(found, _STRATEGIES)
+    return found

@@ -3,19 +3,23 @@ Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from fl_runtime.aggregation.base import WeightsStrategy
+from fl_runtime.aggregation.spec import choice
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, Settings, Update, is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update, is_floating
 
 _BLOCK = 2**15
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
 
 
-class FedAvg:
+@dataclass(frozen=True)
+class FedAvg(WeightsStrategy):
     """mean_k = mean_{k-1} + (n_k / N_k) (x_k - mean_{k-1}),  N_k = n_1 + ... + n_k, over sites in fixed order.
 
     This running form (West 1979, "Updating mean and variance estimates") equals sum(n_i x_i) / sum(n_i), needs one
@@ -25,37 +29,37 @@ class FedAvg:
 
     Integer and boolean tensors are not averaged: each element becomes the maximum over the sites (a counter such as
     `num_batches_tracked` stays an integer and never runs backwards). Extras follow the same two rules.
+
+    weights: n_i is the site's number of "examples", or 1 for every site ("equal").
     """
 
-    content: ClassVar[Content] = "weights"
-    initial: ClassVar[Literal["first", "all"]] = "first"
-    linear: ClassVar[bool] = True
-    requires: frozenset[str] = frozenset({"weights"})
+    name: ClassVar[str] = "fedavg"
+    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
-    def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        return {}
+    @property
+    def linear(self) -> bool:
+        """Whether the mean by numbers of examples is all that it needs."""
+        return self.weights == "examples"
 
-    def check(self, update: Update) -> None:
-        pass
-
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
-        return WeightedMean(allocate)
-
-    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
-        return None
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        """The running mean; neither `base` nor `state` is needed."""
+        return WeightedMean(allocate, equal=self.weights == "equal")
 
 
 class WeightedMean:
     """The running weighted mean of updates of content "weights"; the first update decides which extras there are."""
 
-    def __init__(self, allocate: Allocate) -> None:
-        self._allocate = allocate
-        self._examples: dict[tuple[bool, str], int] = {}
+    def __init__(self, allocate: Allocate, *, equal: bool = False) -> None:
+        """equal: every site has the same weight, whatever its number of examples."""
+        self._allocate, self._equal = allocate, equal
+        self._weights: dict[tuple[bool, str], float] = {}
         self._extra_names: tuple[str, ...] = ()
         self._out: dict[tuple[bool, str], Array] = {}
         self._sums: dict[tuple[bool, str], Array] = {}
 
     def add(self, update: Update) -> None:
+        if self._equal:
+            update = replace(update, num_examples=1)
         if update.content != "weights":
             raise UpdateRefusedError(
                 f"FedAvg averages weights, but this update holds {update.content}", where=f"site {update.site}"
@@ -73,15 +77,19 @@ class WeightedMean:
             value = (update.extras if extra else update.arrays).get(name)
             if value is None:  # held back by a filter of the site: the mean of this tensor is over the others
                 continue
-            before = self._examples.get(key, 0)
-            self._examples[key] = before + update.num_examples
-            share = update.num_examples / self._examples[key]
+            before = self._weights.get(key, 0.0)
+            self._weights[key] = before + update.weight
+            share = update.weight / self._weights[key]
             _fold(mean.reshape(-1), value.reshape(-1), share, first=not before)
+
+    def means(self) -> dict[str, Array]:
+        """The means of the weights, floats in float32 or wider. Who changes them changes the result."""
+        return {name: mean for (extra, name), mean in self._sums.items() if not extra}
 
     def result(self) -> tuple[Arrays, Arrays]:
         for key, mean in self._sums.items():
             if mean is not self._out[key]:
-                for block in _blocks(mean.size):
+                for block in blocks(mean.size):
                     self._out[key].reshape(-1)[block] = mean.reshape(-1)[block]
         arrays = {name: array for (extra, name), array in self._out.items() if not extra}
         extras = {name: array for (extra, name), array in self._out.items() if extra}
@@ -112,7 +120,7 @@ def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
     averaged = is_floating(mean.dtype)
     scratch = np.empty(min(_BLOCK, mean.size), mean.dtype)
     factor = np.asarray(share, mean.dtype)
-    for block in _blocks(mean.size):
+    for block in blocks(mean.size):
         target = mean[block]
         if first:
             target[...] = value[block]
@@ -125,6 +133,7 @@ def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
             np.maximum(target, value[block], out=target)
 
 
-def _blocks(size: int) -> Iterator[slice]:
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover a flat tensor of `size` elements, small enough for the cache."""
     for start in range(0, size, _BLOCK):
         yield slice(start, start + _BLOCK)

@@ -16,6 +16,7 @@ import numpy as np
 
 from fl_runtime.aggregation import ubjson
 from fl_runtime.aggregation.quantiles import Summary, merged
+from fl_runtime.aggregation.spec import Described
 from fl_runtime.aggregation.tree_document import (
     NAMES,
     TreeModel,
@@ -25,7 +26,7 @@ from fl_runtime.aggregation.tree_document import (
     with_base_score,
 )
 from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Arrays, Content, Settings, Update
+from fl_runtime.types import Aggregator, Allocate, Arrays, Content, ServerState, Settings, Update
 
 ENCODING = "xgboost-trees"
 FAILED = "fl_adapters.failed"
@@ -35,12 +36,14 @@ WEIGHT = "weight"
 """Extra of a contribution to the initial model: the sum of the weights of the site's rows, float64[1]."""
 
 
-class TreeStrategy:
+@dataclass(frozen=True)
+class TreeStrategy(Described):
     """What all strategies for trees have in common."""
 
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
     linear: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
 
     def check(self, update: Update) -> None:
         """Every tree is read: one that is not sound would reach every other site."""
@@ -69,33 +72,38 @@ class TreeStrategy:
         return "model.ubj", TreeModel.from_arrays(arrays).document()
 
 
+@dataclass(frozen=True)
 class TreeBagging(TreeStrategy):
     """All sites' new trees, each with its site's share of the examples."""
 
-    requires: frozenset[str] = frozenset({"tree-bagging"})
+    name: ClassVar[str] = "tree-bagging"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-bagging"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Appending(base, allocate) if base else _Beginning(allocate)
 
 
+@dataclass(frozen=True)
 class TreeCyclic(TreeStrategy):
     """The trees of one site a round, the sites taking turns in their order; `turn` in the task says whose it is.
 
     Should that site drop out of its round, the round is opened again, and the turn is that of who is there then.
     """
 
-    requires: frozenset[str] = frozenset({"tree-cyclic"})
+    name: ClassVar[str] = "tree-cyclic"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-cyclic"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
 
 
+@dataclass(frozen=True)
 class TreeHistogram(TreeStrategy):
     """The sites have grown the same trees together, by summing histograms among themselves; the server keeps them.
 
@@ -103,7 +111,8 @@ class TreeHistogram(TreeStrategy):
     count and the round is opened again. The initial model brings cut points made of all sites' quantile summaries.
     """
 
-    requires: frozenset[str] = frozenset({"tree-histogram"})
+    name: ClassVar[str] = "tree-histogram"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-histogram"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"members": list(sites)} if round > 0 else {}
@@ -116,7 +125,7 @@ class TreeHistogram(TreeStrategy):
             except ProtocolError as error:
                 raise UpdateRefusedError(error.what, where=f"update of {update.site}, round 0") from None
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Together(base, allocate, config["members"]) if base else _BeginningWithCuts(allocate)
 
 

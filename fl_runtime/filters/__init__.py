@@ -127,7 +127,7 @@ def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | 
     if strategy is not None and not strategy.linear:
         raise refuse(
             f"GaussianDP at server_in adds its noise to a mean, which {type(strategy).__name__} does not take",
-            "use the strategy fedavg, or GaussianDP at the sites",
+            "use the strategy fedavg without arguments, or GaussianDP at the sites",
         )
 
 
@@ -145,7 +145,8 @@ def _check_encrypted(item: Placed, found: Sequence[Placed], strategy: Strategy |
         raise refuse(
             f"{type(strategy).__name__} needs the updates themselves, and HomomorphicCKKS lets the server form no more "
             "than their weighted mean",
-            "use the strategy fedavg, or leave HomomorphicCKKS out",
+            "use the strategy fedavg without arguments (for equal weights there is the filter Examples), or leave "
+            "HomomorphicCKKS out",
         )
 
 

@@ -194,8 +194,8 @@ class CiphertextMean:
         self._updates.append(update)
 
     def result(self) -> tuple[Arrays, Arrays]:
-        total = sum(update.num_examples for update in self._updates)
-        shares = [update.num_examples / total for update in self._updates]
+        total = sum(update.weight for update in self._updates)
+        shares = [update.weight / total for update in self._updates]
         parts = [update.arrays for update in self._updates]
         rows = len(parts[0][LENGTHS])
         layout: Layout = {"w": (np.dtype(np.float64), (rows * self._settings.slots,))}

@@ -104,12 +104,15 @@ class ServerFilters:
             limits = self._central.limits(self._home)
             self._ledger.afford(self._home.job, round, [self._central.mechanism], limits)
 
-    def aggregator(self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate) -> Aggregator:
-        """A round's sum of updates as they came. make: the strategy's own aggregator, with the `allocate` it gets."""
+    def aggregator(
+        self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool
+    ) -> Aggregator:
+        """A round's sum of updates as they came. make: the strategy's own aggregator, with the `allocate` it gets.
+        linear: as the strategy says."""
         if self.encrypted is not None:
             return CiphertextMean(self.encrypted, self._context, allocate)
         if self._central is None:
-            return _Filtered(make, base, allocate, self._incoming)
+            return _Filtered(make, base, allocate, self._incoming, linear=linear)
         noisy = NoisyMean(self._central, self._ledger, self._home, base, allocate)
         return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
@@ -141,7 +144,10 @@ class ServerFilters:
 
 
 class _Filtered:
-    """Feeds decoded updates to the strategy's aggregator."""
+    """Feeds decoded updates to the strategy's aggregator.
+
+    A tensor that a site has held back does not count in a mean; a strategy that needs all of them sees it unchanged.
+    """
 
     def __init__(
         self,
@@ -150,10 +156,12 @@ class _Filtered:
         allocate: Allocate,
         filters: Sequence[Opened],
         *,
+        linear: bool = True,
         differences: bool = False,
     ) -> None:
-        """differences: the aggregator takes these, and no weights."""
-        self._differences = differences
+        """linear: the aggregator is a running mean, which does not look at an update again. differences: it takes
+        these, and no weights."""
+        self._linear, self._differences = linear, differences
         self._base, self._allocate, self._filters = base, allocate, filters
         self._inner = make(self._allocated)
         self._decoding = False
@@ -161,11 +169,16 @@ class _Filtered:
         self._work: dict[str, Array] = {}
 
     def add(self, update: Update) -> None:
-        self._decoding |= is_filtered(update) or bool(self._filters)
+        filtered = is_filtered(update)
+        self._decoding |= filtered or bool(self._filters)
         update = decoded(update, self._base)
         if self._filters or self._differences:
             update = self._changed(update)
         self._given.update(update.arrays)
+        if filtered and not self._linear and update.arrays.keys() != self._base.keys():
+            mine = update.arrays
+            whole = Lazy(self._base, lambda name: mine[name] if name in mine else self._base[name])
+            update = replace(update, arrays=whole)
         self._inner.add(update)
 
     def result(self) -> tuple[Arrays, Arrays]:
@@ -185,9 +198,9 @@ class _Filtered:
         found = {}
         for name in update.arrays:
             dtype = work_dtype(self._base[name].dtype)
-            if name not in self._work:
-                self._work[name] = np.empty(self._base[name].shape, dtype)
-            out = self._work[name]
+            out = self._work.get(name)
+            if out is None or not self._linear:  # what may be looked at again is not overwritten
+                out = self._work[name] = np.empty(self._base[name].shape, dtype)
             if is_floating(dtype):
                 np.subtract(update.arrays[name], self._base[name], out=out, dtype=dtype, casting="unsafe")
             else:

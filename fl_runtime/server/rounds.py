@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
 from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.members import check_agreement, check_capabilities
+from fl_runtime.server.reports import settle
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
+from fl_runtime.server.sampling import drawn
 from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry
+from fl_runtime.store.journal import KeptEntry, ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.types import Arrays
+from fl_runtime.types import Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,12 @@ def _handshake(run: Run) -> None:
         registrations = {m.name: m.registration for m in run.members.values() if m.active and m.registration}
         check_agreement(registrations, run.manifests)
         run.agree(next(iter(registrations.values())).terms)
+        if settings.fraction < 1 and run.strategy.content == "encoded":
+            raise ConfigError(
+                f"the strategy {settings.strategy or run.terms.strategy} needs all sites in every round",
+                where="fraction",
+                fix="leave fraction out of the job",
+            )
         check_capabilities(registrations, settings.strategy or run.terms.strategy, run.strategy.requires)
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
@@ -154,7 +163,7 @@ def _round(run: Run, number: int) -> None:
         return
     digests = blob.manifest.digests_of_payload(blob.buffer)
     with run.lock:
-        _commit(run, current, blob, digests)
+        _commit(run, current, blob, digests, summing.kept)
 
 
 def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
@@ -174,9 +183,12 @@ def _open(run: Run, number: int) -> OpenRound:
         run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
+        sampled = number > 0 and run.settings.fraction < 1
+        if sampled:
+            participants = drawn(run.settings, number, participants)
         config = dict(run.strategy.configure(number, participants))
         tries = run.journal.repeats(number)
-        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries))
+        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries), drawn=sampled)
         run.journal.round_opened(number, tuple(participants), time.time())
     hand_out(run)
     if number > 0:
@@ -191,13 +203,19 @@ class _Summing:
     def __init__(self, run: Run, current: OpenRound) -> None:
         self._run, self._current = run, current
         self._blob: Blob | None = None
+        self.kept: Blob | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._order, self._added = list(self._run.members), 0
-        base = self._run.model.blob.views()[0] if self._run.model else {}
+        model, config = self._run.model, self._current.config
+        base, extras = model.blob.views() if model else ({}, {})
+        state = ServerState(extras, model.kept.views()[0] if model and model.kept else {}, self._keep)
         self._aggregator = self._run.filters.aggregator(
-            lambda allocate: self._run.strategy.aggregator(base, allocate, self._current.config), base, self._allocate
+            lambda allocate: self._run.strategy.aggregator(base, allocate, config, state),
+            base,
+            self._allocate,
+            linear=self._run.strategy.linear,
         )
 
     def next_in_order(self) -> Accepted | None:
@@ -210,7 +228,8 @@ class _Summing:
     def add(self, accepted: Accepted) -> None:
         self._order.remove(accepted.update.site)
         self._added += 1
-        self._aggregator.add(accepted.update)
+        weight = self._run.settings.site_weights.get(accepted.update.site, 1.0)
+        self._aggregator.add(replace(accepted.update, site_weight=weight))
 
     def finish(self) -> Blob:
         """The sum of all updates; the round takes no more of them."""
@@ -224,9 +243,9 @@ class _Summing:
 
     def give_up(self) -> None:
         """The sum is not needed."""
-        if self._blob is not None:
-            with self._run.lock:
-                self._run.blobs.free(self._blob)
+        with self._run.lock:
+            for blob in filter(None, (self._blob, self.kept)):
+                self._run.blobs.free(blob)
 
     def _left(self) -> list[Accepted]:
         return [self._current.accepted[name] for name in self._order if name in self._current.accepted]
@@ -239,6 +258,15 @@ class _Summing:
             self._run.add_layout(manifest)
             self._blob = self._run.blobs.create(f"model-{self._current.round}", manifest)
         return self._blob.views()
+
+    def _keep(self, arrays: Arrays) -> Arrays:
+        manifest = Manifest.of(arrays)
+        with self._run.lock:
+            if self.kept is not None:
+                self._run.blobs.free(self.kept)
+            self._run.journal.layout(manifest)
+            self.kept = self._run.blobs.create(f"kept-{self._current.round}", manifest)
+        return self.kept.views()[0]
 
 
 def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
@@ -283,7 +311,7 @@ def _check_deadline(run: Run, current: OpenRound) -> None:
         )
 
 
-def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
+def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob | None) -> None:
     """The result becomes the global model, first in the journal, then for everybody. Called under the lock."""
     updates = [a.update for a in current.accepted.values()]
     metrics = weighted_means((u.metrics, u.num_examples) for u in sorted(updates, key=lambda u: u.site))
@@ -297,8 +325,9 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
         bytes_down=sum(current.bytes_down.values()),
     )
     entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
-    run.journal.committed(entry, current.round, result.to_json())
-    previous, run.model, run.open = run.model, Model(entry, blob), None
+    kept_entry = KeptEntry(kept.name, kept.manifest.layout) if kept else None
+    run.journal.committed(entry, current.round, result.to_json(), kept_entry)
+    previous, run.model, run.open = run.model, Model(entry, blob, kept), None
     if current.round > 0:
         run.results.append(result)
         run.scores.trained(current.round, metrics)
@@ -307,6 +336,9 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
     for accepted in current.accepted.values():
         run.blobs.free(accepted.blob)
     if previous is not None:
+        if previous.kept is not None:
+            run.blobs.free(previous.kept)
+            previous.kept = None
         _keep_better(run, previous)
 
 
@@ -315,7 +347,7 @@ def _keep_better(run: Run, model: Model) -> None:
     if model.version == 0:
         run.retire(model)
         return
-    run.settle(model.version)
+    settle(run, model.version)
     if run.scores.better(model.version, run.best.version if run.best else None):
         model, run.best = run.best or model, model
     if model is not run.best:
@@ -330,9 +362,9 @@ def _last_scores(run: Run) -> None:
         assert run.model is not None
         last = run.model.version
         run.wait_until(
-            lambda: run.evaluators() <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
+            lambda: run.evaluators(last) <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
         )
-        run.settle(last)
+        settle(run, last)
         if run.best is None or run.scores.better(last, run.best.version):
             run.best = run.model
         run.journal.ended(None)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.aggregation import make_strategy
-from fl_runtime.aggregation.metrics import plain, to_json
 from fl_runtime.errors import AbortedError, FederationError, PermissionDeniedError, ProtocolError, UpdateRefusedError
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
@@ -27,7 +26,7 @@ from fl_runtime.server.spool import Spool
 from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, Status
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal, ModelEntry, UpdateEntry
-from fl_runtime.types import Metrics, Report, RunSettings, Settings, Strategy, TaskKind, Terms, Update
+from fl_runtime.types import RunSettings, Settings, Strategy, TaskKind, Terms, Update
 from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -221,7 +220,8 @@ class Run:
             return None
         if self._wants_initial(member.name):
             return Offer("initial", 0, {}, None, True)
-        if self._collecting() and self.open and member.name not in self.open.accepted:
+        waits = self.open is not None and not self.open.takes(member.name)
+        if self._collecting() and self.open and not waits and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
             if self.open.round == 0:
@@ -282,6 +282,8 @@ class Run:
                 return "late"
             if not self._collecting() or (round == self.open.round and stage != self.open.stage):
                 return "late"  # the run ends before this round, or it has been opened again
+            if round == self.open.round and not self.open.takes(name):
+                return "late"  # it was not asked
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")
             return "duplicate" if name in self.open.accepted else None
@@ -350,59 +352,6 @@ class Run:
         wanted = self.phase == "initial" and self.model is None and self.strategy.initial == "first"
         return wanted and self.initial_source() == name
 
-    def score(self, report: Report, attempt: int) -> None:
-        with self.lock:
-            self._member(report.site, attempt)
-            newest = self.model.version if self.model else 0
-            if report.version > newest:
-                raise ProtocolError(f"a score of model {report.version}, but the newest is {newest}")
-            self.journal.scored(report.version, report.site, to_json(report.metrics), report.num_examples)
-            self.scores.report(report.version, report.site, report.metrics, report.num_examples)
-            self.events.emit(
-                "report",
-                report.version,
-                report.site,
-                metrics=plain(report.metrics),
-                num_examples=report.num_examples,
-            )
-            expected = self.evaluators()
-            if expected and expected <= self.scores.reported(report.version):
-                self.settle(report.version)
-            self.changed.notify_all()
-
-    def wait_for_scores(self, name: str, attempt: int, version: int) -> tuple[Metrics, bool]:
-        """(metrics of all sites together, whether the run ends here) of a version, once all have reported on it.
-
-        Who has not within half of a round's time is no longer waited for.
-        """
-        with self.lock:
-            deadline = time.monotonic() + self.settings.deadline_s / 2
-            while not self.scores.settled(version):
-                self._member(name, attempt)
-                if self.evaluators() <= self.scores.reported(version) or time.monotonic() > deadline:
-                    self.settle(version)
-                else:
-                    self.published.wait(min(1.0, self.settings.deadline_s / 2))
-            return self.scores.of(version), self.rounds is not None and version >= self.rounds
-
-    def settle(self, version: int) -> None:
-        """The metrics of a round are complete, or as complete as they will get: tell the listeners, once."""
-        if self.scores.settle(version):
-            best = self.best.version if self.best else None
-            leading = version if self.scores.better(version, best) else best
-            self.events.emit("scored", version, metrics=self.scores.of(version), best_round=leading)
-            self._stop_out_of_patience(version)
-            self.published.notify_all()
-
-    def _stop_out_of_patience(self, version: int) -> None:
-        terms, newest = self.terms, self.model.version if self.model else 0
-        if not terms.patience or version != newest or self.rounds is None or version >= self.rounds:
-            return
-        if self.scores.patience_spent(version, terms.patience, terms.min_delta):
-            self.rounds = version
-            self.journal.agreed(version, terms)
-            self.changed.notify_all()
-
     def drop_open(self, again: int = 0) -> None:
         """The open round is not needed any more, or is to be opened again, for the `again`th time."""
         with self.lock:
@@ -414,9 +363,11 @@ class Run:
                 self.last_used[name] = self.open.round - 1
             self.open = None
 
-    def evaluators(self) -> set[str]:
-        """Active sites that have promised to score each global model."""
-        return {m.name for m in self.members.values() if m.active and m.registration and m.registration.evaluates}
+    def evaluators(self, version: int) -> set[str]:
+        """Active sites that have promised to score each global model, as far as they get this one."""
+        asked = self.open if self.open and self.open.round == version + 1 else None
+        active = [m for m in self.members.values() if m.active and (asked is None or asked.takes(m.name))]
+        return {m.name for m in active if m.registration and m.registration.evaluates}
 
     # -- common ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError
-from fl_runtime.server import limits
+from fl_runtime.server import limits, reports
 from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
 from fl_runtime.server.relay import Relay, first_part
@@ -231,10 +231,10 @@ class FederationService:
         examples = max(limits.check_count(request.num_examples, "num_examples"), 1)
         report = Report(self._run.settings.name, request.version, peer.name, metrics, examples)
         attempt = self._attempt(request.session)
-        self._run.score(report, attempt)
+        reports.score(self._run, report, attempt)
         reply = pb.ScoreReply()
         if request.wait:
-            together, reply.stop = self._run.wait_for_scores(peer.name, attempt, request.version)
+            together, reply.stop = reports.wait_for_scores(self._run, peer.name, attempt, request.version)
             reply.metrics_json = json.dumps(dict(together))
         yield reply.SerializeToString()
 

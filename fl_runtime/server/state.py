@@ -17,11 +17,13 @@ Status = Literal["used", "late", "carried", "duplicate"]
 class Model:
     """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
 
+    kept: what the strategy keeps at the server beside the newest model.
     messages: whole task messages of a small model, so that it is encoded once for all sites.
     """
 
     entry: ModelEntry
     blob: Blob
+    kept: Blob | None = None
     leases: int = 0
     retired: bool = False
     messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
@@ -42,7 +44,8 @@ class Accepted:
 class OpenRound:
     """The round under way. bytes_down, bytes_up: per site, as counted by the service.
 
-    closing: it takes no more updates; the last of them are being summed. stage: "" for the first try at the round,
+    closing: it takes no more updates; the last of them are being summed. drawn: the participants are a sample, and
+    nobody else joins them. stage: "" for the first try at the round,
     then "2", "3".
     """
 
@@ -55,6 +58,11 @@ class OpenRound:
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
     closing: bool = False
+    drawn: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether a site may contribute."""
+        return not self.drawn or name in self.participants
 
 
 @dataclass(frozen=True)

@@ -333,3 +333,45 @@ def test_the_ledger_of_nothing_is_an_error_that_says_where_to_look(tmp_path: Pat
         [sys.executable, "-m", "fl_adapters", "privacy", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 1 and "there is no privacy ledger here" in done.stderr and str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["median", "fedadam:lr=0.5", "trimmed-mean:trim=0.34", "fedavgm:momentum=0.5"])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        ({"name": "PercentilePrivacy", "percentile": 0, "gamma": 0.5, "at": "server_in"},),
+        ({"name": "ExcludeVars", "names": ["head.*"]},),
+        ({"name": "Quantize", "to": "fp16"},),
+    ],
+    ids=["limited at the server", "held back", "half"],
+)
+def test_strategies_see_every_update_as_the_filters_leave_it(strategy: str, filters: tuple[Settings, ...]) -> None:
+    """The same as with the filter's effect worked out by each site."""
+
+    def run(filters: tuple[Settings, ...], by_hand: Callable[[str, Array], Array] | None = None) -> Arrays:
+        def work(place: Place) -> Arrays:
+            with fl.connect(kit=place.kit) as site:
+                for task in site.tasks(initial=initial()):
+                    base = {n: a.copy() for n, a in task.arrays.items()}
+                    new = step(base, place.index)
+                    if by_hand is not None:
+                        new = {
+                            n: base[n] + by_hand(n, a - base[n]) if a.dtype.kind == "f" else a for n, a in new.items()
+                        }
+                    task.submit(new, num_examples=10)
+                return {n: a.copy() for n, a in site.arrays.items()}
+
+        with LocalFederation(sites=3, rounds=2, filters=filters, strategy=strategy) as federation:
+            return federation.run(work)["site-1"]
+
+    def effect(name: str, difference: Array) -> Array:
+        match filters[0]["name"]:
+            case "PercentilePrivacy":
+                return np.clip(difference, -0.5, 0.5)
+            case "ExcludeVars" if name.startswith("head."):
+                return np.zeros_like(difference)
+        return difference
+
+    found, wanted = run(filters), run((), effect)
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], atol=0.02 if "Quantize" in str(filters) else 1e-5)

@@ -21,7 +21,7 @@ from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
 from fl_runtime.filters.ledger import Budget, Ledger, Limit, Mechanism, epsilon
 from fl_runtime.filters.server import ServerFilters
 from fl_runtime.filters.site import SiteFilters
-from fl_runtime.types import Array, Arrays, Settings, Task, Update
+from fl_runtime.types import Array, Arrays, ServerState, Settings, Task, Update
 
 dp_accounting = pytest.importorskip("dp_accounting")
 DELTA = 1e-5
@@ -99,7 +99,9 @@ def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
         buffers.append({n: np.empty(a.shape, a.dtype) for n, a in arrays.items()})
         return buffers[-1], {}
 
-    aggregator = filters.aggregator(lambda a: FedAvg().aggregator(base, a), base, allocate)
+    aggregator = filters.aggregator(
+        lambda a: FedAvg().aggregator(base, a, {}, ServerState()), base, allocate, linear=True
+    )
     parts = [moved(base, 0.5), moved(base, 40.0), base]
     for index, arrays in enumerate(parts):
         aggregator.add(Update("job", 1, "", f"site-{index}", 1, 0, arrays, num_examples=10**index))
