@@ -87,12 +87,12 @@ class TreeModel:
 
     @property
     def weight_drop(self) -> list[float] | None:
-        """A weight per tree; None for other boosters than dart."""
-        found = self.head["learner"]["gradient_booster"].get("weight_drop")
+        """A weight per tree: of dart, and since XGBoost 3.3 of every model; else None."""
+        found = _weights_place(self.head).get("weight_drop")
         return None if found is None else [float(weight) for weight in found]
 
     def iterations(self, begin: int) -> TreeModel:
-        """The boosting rounds from `begin` on, with the weights of all trees (dart) left as they are."""
+        """The boosting rounds from `begin` on, with the weights of all trees left as they are (dart)."""
         model = self.model
         start = [int(at) for at in model["iteration_indptr"]][begin:]
         cut = {
@@ -104,9 +104,9 @@ class TreeModel:
         return TreeModel(_with_model(self.head, cut), self.trees[start[0] :])
 
     def with_head(self, model: dict[str, Any] | None = None, weight_drop: Sequence[float] | None = None) -> TreeModel:
-        head = _with_model(self.head, model) if model else _with_model(self.head, self.model)
+        head = _with_model(self.head, dict(model or self.model))
         if weight_drop is not None:
-            head["learner"]["gradient_booster"]["weight_drop"] = [np.float32(weight) for weight in weight_drop]
+            _weights_place(head)["weight_drop"] = [np.float32(weight) for weight in weight_drop]
         return TreeModel(head, self.trees)
 
 
@@ -189,6 +189,12 @@ def _categories_fit(tree: dict[str, Any], nodes: int) -> bool:
     owned = np.all((owners >= 0) & (owners < nodes)) and np.all((categories >= 0) & (categories < 2**24))
     categorical = np.flatnonzero(np.asarray(tree["split_type"]) == 1)
     return bool(within and owned) and set(categorical.tolist()) <= set(owners.tolist())
+
+
+def _weights_place(head: dict[str, Any]) -> dict[str, Any]:
+    """Where the trees' weights are: since XGBoost 3.4 in the model, before that beside it."""
+    model, booster = booster_model(head), head["learner"]["gradient_booster"]
+    return model if "weight_drop" in model else booster
 
 
 def _with_model(head: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,9 @@ from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedErro
 from fl_runtime.types import Aggregator, Allocate, Arrays, Content, ServerState, Settings, Update
 
 ENCODING = "xgboost-trees"
+_GROUPS = ("num_class", "num_target")
+"""What a round has a tree for each of."""
+
 FAILED = "fl_adapters.failed"
 """Attribute of a model whose site could not complete the round: why."""
 
@@ -53,12 +56,14 @@ class TreeStrategy(Described):
         try:
             model = TreeModel.from_arrays(update.arrays)
             features = int(model.head["learner"]["learner_model_param"]["num_feature"])
-            groups = max(int(model.head["learner"]["learner_model_param"]["num_class"]), 1)
+            groups = max(*(int(model.head["learner"]["learner_model_param"][name]) for name in _GROUPS), 1)
             info, starts = list(model.model["tree_info"]), [int(at) for at in model.model["iteration_indptr"]]
             if len(info) != len(model.trees) or not all(0 <= group < groups for group in info):
                 raise ProtocolError("its trees do not have a class each")
             if starts[0] != 0 or starts != sorted(starts) or starts[-1] != len(info):
                 raise ProtocolError("its boosting rounds do not hold its trees")
+            if not np.isfinite(model.weight_drop or []).all():
+                raise ProtocolError("its trees do not have a weight each")
             for tree in model.trees:
                 check_tree(ubjson.loads(tree), features)
             if update.round == 0 and not (np.isfinite(base_score(model.head)).all() and _weight(update) >= 0):
@@ -252,20 +257,17 @@ class _Appending:
         shares = [part.examples / total for part in self._parts]
         model, trees = dict(self._base.model), list(self._base.trees)
         info, starts = list(model["tree_info"]), list(model["iteration_indptr"])
-        dart = self._base.weight_drop
-        weights = self._old_weights(shares)
+        weights, own = self._weights(shares)
         for number in range(max((part.model.rounds for part in self._parts), default=0)):
             for group, share, part, index in self._of_round(number, shares):
-                tree = part.trees[index] if dart is not None else scaled(part.trees[index], share)
-                if dart is not None:
-                    own = part.model.weight_drop or []
-                    weights.append(own[len(own) - len(part.trees) + index] * share)
-                trees.append(ubjson.dumps({**tree, "id": len(trees)}))
+                if weights is not None:
+                    weights.append(own[part.site][index])
+                trees.append(ubjson.dumps({**scaled(part.trees[index], share), "id": len(trees)}))
                 info.append(group)
             starts.append(len(trees))
         model |= {"tree_info": info, "iteration_indptr": starts}
         model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
-        grown = TreeModel(self._base.head, tuple(trees)).with_head(model, None if dart is None else weights)
+        grown = TreeModel(self._base.head, tuple(trees)).with_head(model, weights)
         return _stored(grown, self._allocate, self._kept)
 
     def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
@@ -278,15 +280,18 @@ class _Appending:
                 found += [(int(info[i]), share, part, i) for i in range(int(starts[number]), int(starts[number + 1]))]
         return sorted(found, key=lambda item: item[0])
 
-    def _old_weights(self, shares: list[float]) -> list[float]:
-        """dart lowers the weights of earlier trees when it adds one: the sites' mean."""
-        old = self._base.weight_drop or []
-        if not old or not self._parts:
-            return old
-        sums = np.zeros(len(old))
-        for share, part in zip(shares, self._parts, strict=True):
-            sums += share * np.array((part.model.weight_drop or [])[: len(old)])
-        return [float(weight) for weight in sums]
+    def _weights(self, shares: list[float]) -> tuple[list[float] | None, dict[str, list[float]]]:
+        """(the base's weights, site -> its new trees' weights). dart lowers the former, here by the sites' mean."""
+        old = self._base.weight_drop
+        if old is None:
+            return None, {}
+        lowered, own = [], {}
+        for part in self._parts:
+            told = part.model.weight_drop or []
+            whole = len(told) == len(old) + len(part.trees)
+            lowered.append(told[: len(old)] if whole else old)
+            own[part.site] = told[len(old) :] if whole else told
+        return [float(weight) for weight in np.average(lowered, axis=0, weights=shares)], own
 
 
 def _check_same(base: TreeModel, grown: TreeModel, update: Update) -> None:
@@ -294,8 +299,9 @@ def _check_same(base: TreeModel, grown: TreeModel, update: Update) -> None:
     for what, found, wanted in (
         ("features", _param(grown, "num_feature"), _param(base, "num_feature")),
         ("classes", _param(grown, "num_class"), _param(base, "num_class")),
+        ("targets", _param(grown, "num_target"), _param(base, "num_target")),
         ("booster", _booster(grown), _booster(base)),
-        ("weights", len(grown.weight_drop or []), len(base.weight_drop or []) + len(grown.trees) * _is_dart(base)),
+        ("weights of trees", len(grown.weight_drop or []), _weights_wanted(base, grown)),
     ):
         if found != wanted:
             raise UpdateRefusedError(
@@ -313,8 +319,12 @@ def _booster(model: TreeModel) -> str:
     return str(model.head["learner"]["gradient_booster"]["name"])
 
 
-def _is_dart(model: TreeModel) -> bool:
-    return model.weight_drop is not None
+def _weights_wanted(base: TreeModel, grown: TreeModel) -> int:
+    """One per new tree, or per tree of base and update together; none where the booster knows none."""
+    if base.weight_drop is None:
+        return 0
+    new = len(grown.trees)
+    return new if len(grown.weight_drop or []) == new else len(base.weight_drop) + new
 
 
 def _weight(update: Update) -> float:

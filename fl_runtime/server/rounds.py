@@ -167,12 +167,14 @@ def _round(run: Run, number: int) -> None:
 
 
 def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
-    """The round is opened again, with whoever is there then; a few times."""
+    """The round is opened again, with whoever is there then and has not missed the deadline; a few times."""
     failed = run.journal.repeats(current.round) + 1
     log.warning("round %s has come to nothing: %s", current.round, error.what)
     if failed == _TRIES:
         raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)
-    run.drop_open(again=failed)
+    with run.lock:
+        run.silent |= set(current.participants) - set(current.accepted)
+        run.drop_open(again=failed)
 
 
 def _open(run: Run, number: int) -> OpenRound:
@@ -183,6 +185,8 @@ def _open(run: Run, number: int) -> OpenRound:
         run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
+        punctual = [name for name in participants if name not in run.silent]
+        participants = punctual if len(punctual) >= enough else participants
         sampled = number > 0 and run.settings.fraction < 1
         if sampled:
             participants = drawn(run.settings, number, participants)

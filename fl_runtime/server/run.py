@@ -55,6 +55,7 @@ class Run:
         self.error: FederationError | None = None
         self.rounds: int | None = None
         self.open: OpenRound | None = None
+        self.silent: set[str] = set()  # missed the deadline of a round that came to nothing, and have not called since
         self.model: Model | None = None
         self.best: Model | None = None
         self.results: list[RoundResult] = []
@@ -216,6 +217,7 @@ class Run:
         return next((m.name for m in self.members.values() if m.active), None)
 
     def _offer(self, member: Member, best: bool) -> Offer | None:
+        self.silent.discard(member.name)
         if not member.active:
             return None
         if self._wants_initial(member.name):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import xgboost
 
 from fl_adapters.options import Options
+from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.errors import ConfigError
 
 Mode = Literal["bagging", "cyclic", "histogram"]
@@ -21,7 +22,6 @@ _DEFAULTS: dict[str, Any] = {
     "booster": "gbtree",
     "objective": "reg:squarederror",
     "num_class": 0,
-    "num_target": 1,
     "num_parallel_tree": 1,
     "max_bin": 256,
     "multi_strategy": "one_output_per_tree",
@@ -54,21 +54,16 @@ class TrainCall:
         return xgboost.Booster({**self.params, **changes}, data, model_file=model_file)
 
 
-def checked_params(params: Any, mode: Mode) -> dict[str, Any]:
+def checked_params(params: Any) -> dict[str, Any]:
     """The parameters as a dict. ConfigError for what has no federated meaning."""
     found = dict(params or {})
     for name, value, why in (
         ("booster", "gblinear", "its model has no trees"),
         ("process_type", "update", "it changes trees that are there already"),
+        ("multi_strategy", "multi_output_tree", "the server does not know trees with a vector per leaf"),
     ):
         if found.get(name) == value:
             raise ConfigError(f"{name}={value!r} cannot be federated: {why}", where="params", fix=f"leave {name} out")
-    if mode != "histogram" and found.get("multi_strategy") == "multi_output_tree":
-        raise ConfigError(
-            "trees with a vector per leaf cannot be put together by the server",
-            where="params: multi_strategy",
-            fix='use mode="histogram", or multi_strategy="one_output_per_tree"',
-        )
     return found
 
 
@@ -83,20 +78,28 @@ def check_options(options: Options) -> None:
             raise ConfigError(f"{name}={value!r} has no meaning for trees", where=name, fix=f"leave {name} out")
 
 
-def agreement(call: TrainCall, head: Mapping[str, Any]) -> dict[str, str]:
-    """What must be equal at all sites, by name. head: of a model of this data, see TreeModel."""
+def agreement(call: TrainCall, start: TreeModel) -> dict[str, str]:
+    """What must be equal at all sites, by name. start: the model that this site would begin from."""
+    head = start.head
     facts = {name: str(call.params.get(name, default)) for name, default in _DEFAULTS.items()}
     if call.obj is not None:
         facts["objective"] = f"custom: {getattr(call.obj, '__name__', type(call.obj).__name__)}"
-    facts["xgboost"] = ".".join(xgboost.__version__.split(".")[:2])
+    facts["xgboost"] = ".".join(map(str, installed_version()))
+    facts["num_target"] = str(head["learner"]["learner_model_param"]["num_target"])
     facts["features"] = str(call.dtrain.num_col())
     facts |= _features(call.dtrain) | _categories(call.dtrain, head)
     if call.xgb_model is not None:
-        facts["xgb_model"] = _digest(json.dumps(head, default=str))
+        facts["xgb_model"] = _digest(json.dumps(head, default=str), *start.trees)
     for name in ("monotone_constraints", "interaction_constraints"):
         if call.params.get(name):
             facts[name] = str(call.params[name])
     return facts
+
+
+def installed_version() -> tuple[int, int]:
+    """(major, minor) of XGBoost. Models of different ones are not alike: base scores, categories, weights of trees."""
+    major, minor = xgboost.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _features(dtrain: xgboost.DMatrix) -> dict[str, str]:
@@ -136,5 +139,8 @@ def _category_values(encoded: Mapping[str, Any]) -> list[str]:
     return [text[a:b].decode(errors="replace") for a, b in pairwise(cuts)]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _digest(text: str, *more: bytes | memoryview) -> str:
+    found = hashlib.sha256(text.encode())
+    for data in more:
+        found.update(data)
+    return found.hexdigest()[:12]

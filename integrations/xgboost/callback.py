@@ -78,7 +78,7 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
         self._made = 0
         with leaving_on_error(session):
             call = _calling_train(self.options, mask=self._mask)
-            checked_params(call.params, self._mode)
+            checked_params(call.params)
             self._rounds = rounds = TreeRounds(session, call, self._mode)
             check_budget(rounds)
             evaluation = Evaluation.of(call)

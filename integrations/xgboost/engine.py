@@ -83,7 +83,9 @@ class Engine:
         generation = _Generation(name, list(members), worker)
         try:
             worker.prepare(self._call, model, cuts, members, self._session.name, self._timeout_s)
-            generation.ring = Ring(self._session.name, members, name, worker.sockets, tunnel.open, worker.tracker_port)
+            generation.ring = Ring(
+                self._session.name, members, name, worker.sockets, tunnel.open, worker.network, worker.tracker_port
+            )
             host, port = generation.ring.begin()
             with self._lock:
                 self._generation, early, self._early = generation, self._early, []
@@ -190,16 +192,15 @@ class _Worker:
         self._line, self._helper = ours, helper
         self._channel = Channel(ours)
         self.sockets = Sockets(helper)
+        self.network = ""
         self.tracker_port: int | None = None
-        self._dart = False
 
     def prepare(
         self, call: TrainCall, model: TreeModel, cuts: Arrays, members: Sequence[str], me: str, timeout_s: int
     ) -> None:
         """Hand over the data, the bins and the model to go on from."""
-        self._receive()
+        self.network = str(self._receive()[0]["network"])
         reference = reference_rows(cuts)
-        self._dart = model.weight_drop is not None
         params = {**call.params, **SEEDING}
         for name in ("eval_metric", "disable_default_eval_metric"):
             params.pop(name, None)
@@ -229,13 +230,12 @@ class _Worker:
         self._receive()
 
     def boost(self, iterations: Sequence[int], params: Mapping[str, str], gradients: Gradients | None) -> TreeModel:
-        self._send({"boost": list(iterations), "params": dict(params), "whole": self._dart}, {})
+        self._send({"boost": list(iterations), "params": dict(params)}, {})
         while True:
             fields, arrays = self._receive()
             if "grown" in fields:
                 grown = TreeModel.from_document(arrays["model"])
-                count = len(iterations)
-                return grown if grown.rounds == count and not self._dart else grown.iterations(grown.rounds - count)
+                return grown.iterations(grown.rounds - len(iterations))
             assert gradients is not None
             gradient, hessian = gradients(arrays["margins"].reshape(fields["margins"]), None)
             found = {"gradient": np.asarray(gradient, np.float32), "hessian": np.asarray(hessian, np.float32)}

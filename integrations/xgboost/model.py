@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import xgboost
 
 from fl_runtime.aggregation import ubjson
 from fl_runtime.aggregation.tree_document import TreeModel, masked
+from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays
 
-from .call import TrainCall
+from .call import TrainCall, installed_version
+from .worker import drops_trees
 
 EMPTY: Arrays = {
     "head": np.empty(0, np.uint8),
@@ -30,6 +33,7 @@ SEEDING = {"seed_per_iteration": True}
 def initial_model(call: TrainCall) -> TreeModel:
     """The model that this site would begin from: `xgb_model`, else no trees and the base score of its own data."""
     if call.xgb_model is not None:
+        _check_not_newer(call.xgb_model)
         booster = xgboost.Booster(call.params, model_file=call.xgb_model)
         return TreeModel.from_document(booster.save_raw("ubj"))
     booster = call.booster(
@@ -40,6 +44,21 @@ def initial_model(call: TrainCall) -> TreeModel:
     return model if model.weight_drop is None else model.with_head(weight_drop=[])
 
 
+def _check_not_newer(model: Any) -> None:
+    """ConfigError for a model of a later XGBoost: this one leaves out what it does not know, and predicts wrongly."""
+    if isinstance(model, xgboost.Booster):
+        return
+    data = model if isinstance(model, bytes | bytearray) else Path(model).read_bytes()
+    version = tuple(int(part) for part in TreeModel.from_document(data).head["version"][:2])
+    if version > installed_version():
+        theirs, ours = (".".join(map(str, numbers)) for numbers in (version, installed_version()))
+        raise ConfigError(
+            f"a model of XGBoost {theirs} cannot be gone on from with XGBoost {ours}",
+            where="xgb_model",
+            fix="install the version that has written it, or a later one, at every site",
+        )
+
+
 def rows_weight(data: xgboost.DMatrix) -> float:
     """The sum of the weights of the rows (of the groups, for ranking); their number without weights."""
     weights = data.get_weight()
@@ -48,7 +67,7 @@ def rows_weight(data: xgboost.DMatrix) -> float:
 
 def grown_since(booster: xgboost.Booster, rounds: int, *, mask: bool) -> TreeModel:
     """The boosting rounds after the first `rounds`. mask: without what the trees tell of the data beside splits."""
-    if booster.num_boosted_rounds() == rounds or _is_dart(booster):  # dart: all weights are needed
+    if booster.num_boosted_rounds() == rounds or drops_trees(booster):  # all trees' weights are needed
         grown = TreeModel.from_document(booster.save_raw("ubj")).iterations(rounds)
     else:
         grown = TreeModel.from_document(booster[rounds:].save_raw("ubj"))
@@ -100,7 +119,3 @@ def learning_rate(booster: xgboost.Booster) -> str:
     """Of the booster as it is: a scheduler may have changed it."""
     part = json.loads(booster.save_config())["learner"]["gradient_booster"]
     return str(part.get("gbtree", part)["tree_train_param"]["eta"])
-
-
-def _is_dart(booster: xgboost.Booster) -> bool:
-    return '"name":"dart"' in booster.save_config().replace(" ", "")

@@ -64,7 +64,8 @@ class Sockets:
 class Ring:
     """This site's part in one generation of the collective. `close` ends all of it.
 
-    tracker_port: of the tracker, at member 0. Streams are named "<generation>|<what for>".
+    network: the name of that which the worker is in. tracker_port: of the tracker, at member 0.
+    Streams are named "<generation>|<what for>".
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Ring:
         generation: str,
         sockets: Sockets,
         open_stream: Callable[[str, str], Stream],
+        network: str,
         tracker_port: int | None,
     ) -> None:
         self._me, self._members, self._generation = me, list(members), generation
-        self._sockets, self._open_stream, self._tracker_port = sockets, open_stream, tracker_port
+        self._sockets, self._open_stream = sockets, open_stream
+        self._network, self._tracker_port = network, tracker_port
         self._lock = threading.Lock()
         self._things: list[socket.socket | SealedStream] = []
         self._closed = False
@@ -136,7 +139,7 @@ class Ring:
             self._ports = {name: int(json.loads(match.group())[name]) for name in ("port", "error_port")}
             streams = [self._sealed(peer, "ports") for peer in self._members if peer != self._me]
             for stream in streams:
-                stream.send(json.dumps(self._ports).encode())
+                stream.send(json.dumps({**self._ports, "network": self._network}).encode())
             for stream in streams:
                 if stream.receive() != b"listening":
                     raise ConnectionLostError(f"{stream.peer} does not listen for {self._me}")
@@ -162,7 +165,9 @@ class Ring:
         stream = self._keep(SealedStream(inner, self._me))
         stream.meet()
         if kind == "ports":
-            self._listen_for(inner.peer, json.loads(stream.receive()))
+            ports = json.loads(stream.receive())
+            if ports["network"] != self._network:  # else the worker itself listens there
+                self._listen_for(inner.peer, ports)
             stream.send(b"listening")
             return
         port = self._tracker_port if kind == "tracker" else self._ports["port" if kind == "worker" else "error_port"]

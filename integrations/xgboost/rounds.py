@@ -80,7 +80,7 @@ class TreeRounds:
         self.first = start.rounds
         self.rounds = session.register(
             {**model.EMPTY, **(more or {})},
-            agreement=agreement(call, start.head) | {"every": f"{self.boosts} boosting rounds"},
+            agreement=agreement(call, start) | {"every": f"{self.boosts} boosting rounds"},
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
             capabilities=frozenset({self.strategy}),

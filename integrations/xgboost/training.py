@@ -72,7 +72,7 @@ def train(
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is not known", where="train", fix=f"give one of {', '.join(MODES)}")
     check_options(options)
-    given = checked_params(params, mode)
+    given = checked_params(params)
     session = open_session(options, framework=FRAMEWORK, fresh=True)
     if session is None:
         return xgboost.train(

@@ -26,10 +26,11 @@ _BACKLOG = 64
 
 def main() -> None:
     commands, helper = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
-    alone = sys.argv[3] == "isolated" and isolate()
+    if sys.argv[3] == "isolated":
+        isolate()
     threading.Thread(target=make_sockets, args=(helper,), daemon=True).start()
     channel = Channel(commands)
-    channel.send({"isolated": alone})
+    channel.send({"network": network()})
     try:
         Worker(channel).run()
     except Exception as error:
@@ -37,10 +38,10 @@ def main() -> None:
         os._exit(1)  # not through the collective's end, which would wait for the others
 
 
-def isolate() -> bool:
-    """Leave the machine's network for a loopback of one's own. False where that is not allowed."""
+def isolate() -> None:
+    """Leave the machine's network for a loopback of one's own, where that is allowed."""
     if sys.platform != "linux" or ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
-        return False
+        return
     import fcntl
 
     with socket.socket() as any_socket:
@@ -51,7 +52,14 @@ def isolate() -> bool:
         fcntl.ioctl(
             any_socket, _SIOCADDRT, struct.pack("@L16s16s16sHhLPhPLLH", 0, *place[:4], 0, 0, 0, 0, place[4], 0, 0, 0)
         )
-    return True
+
+
+def network() -> str:
+    """The network that this process is in: another name for every one, on every machine."""
+    if sys.platform != "linux":
+        return socket.gethostname()
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{os.readlink('/proc/self/ns/net')} of {file.read().strip()}"
 
 
 def make_sockets(helper: socket.socket) -> None:
@@ -122,6 +130,13 @@ class Channel:
         return data
 
 
+def drops_trees(booster: Any) -> bool:
+    """Whether a new tree changes the weights of those before it: dart, which is in the usual booster since 3.3."""
+    found = json.loads(booster.save_config())["learner"]["gradient_booster"]
+    dropout = found.get("dart_train_param", {})
+    return found["name"] == "dart" or any(float(dropout.get(name, 0)) > 0 for name in ("rate_drop", "one_drop"))
+
+
 class Worker:
     """One generation: data, the collective, and boosting rounds on command."""
 
@@ -174,7 +189,7 @@ class Worker:
             booster.set_param(command["params"])
             for iteration in command["boost"]:
                 booster.update(data, iteration, fobj=self._ask if gradients else None)
-            whole = command["whole"] or before == booster.num_boosted_rounds()
+            whole = before == booster.num_boosted_rounds() or drops_trees(booster)
             grown = booster if whole else booster[before:]
             self._channel.send({"grown": True}, {"model": grown.save_raw("ubj")})
 

@@ -125,6 +125,40 @@ def test_sites_propose_the_strategy_and_the_first_model_is_made_of_all(tmp_path:
         assert ubjson.loads(path.read_bytes())["learner"]["gradient_booster"]["name"] == "gbtree"
 
 
+@pytest.mark.parametrize("place", ["beside the model", "in the model"])  # XGBoost until 3.3, and since then
+@pytest.mark.parametrize("told", ["all weights", "those of its trees"])
+def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: Path, place: str, told: str) -> None:
+    """Two sites append a stump each; in round 2 one of them, or both, say what weights the trees before have now."""
+
+    def weighted(arrays: Arrays, weights: list[float]) -> Arrays:
+        model = TreeModel.from_arrays(arrays)
+        booster = model.head["learner"]["gradient_booster"]
+        (booster if place == "beside the model" else booster["model"])["weight_drop"] = weights
+        return model.to_arrays()
+
+    with serving(tmp_path, 2, rounds=2) as bench:
+        sites = [bench.site(name) for name in bench.names]
+        at_once(sites, register)
+        for site in sites:
+            task = site.client.next_task()
+            submit(site, task, weighted(TreeModel(head()).to_arrays(), []), weight=np.ones(1))
+        tasks = [site.client.next_task() for site in sites]
+        for site, task in zip(sites, tasks, strict=True):
+            submit(site, task, weighted(grown(stump(4, 8)), [1.0]))
+        tasks = [site.client.next_task() for site in sites]
+        assert TreeModel.from_arrays(tasks[0].arrays).weight_drop == [1.0, 1.0]
+        submit(sites[0], tasks[0], weighted(grown(stump(4, 8)), [0.5, 0.25, 0.75]), 3)
+        own = [0.75] if told == "those of its trees" else [1.0, 1.0, 0.75]
+        with pytest.raises(UpdateRefusedError, match="do not have a weight each"):
+            submit(sites[1], tasks[1], weighted(grown(stump(4, 8)), [float("nan")]))
+        submit(sites[1], tasks[1], weighted(grown(stump(4, 8)), own), 1)
+        final = TreeModel.from_arrays(sites[0].client.next_task().arrays)
+        assert final.weight_drop == [0.625, 0.4375, 0.75, 0.75]
+        assert leaves(final.to_arrays()) == [[2, 4], [2, 4], [3, 6], [1, 2]]
+        where = final.head["learner"]["gradient_booster"]
+        assert ("weight_drop" in where) is (place == "beside the model")
+
+
 @pytest.mark.parametrize(("strategy", "wanted"), [("fedavg", "weights"), ("tree-cyclic", "tree-cyclic")])
 def test_a_job_whose_strategy_the_adapter_cannot_do_is_refused(tmp_path: Path, strategy: str, wanted: str) -> None:
     with serving(tmp_path, 2, strategy=strategy) as bench:

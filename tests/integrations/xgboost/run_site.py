@@ -1,4 +1,4 @@
-"""Run as a script: one site that may kill itself. usage: run_site.py KIT MODE ROUNDS DIES_AT MODEL"""
+"""Run as a script: one site that may kill or freeze itself. usage: run_site.py KIT MODE ROUNDS DIES_AT MODEL"""
 
 from __future__ import annotations
 

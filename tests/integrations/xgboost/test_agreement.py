@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import xgboost
 import xgboost_data as d
 
+import fl_adapters.xgboost.call
 from fl_adapters import ConfigError, HandshakeError
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedCallback, train
@@ -55,6 +58,7 @@ def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) 
             {"params": {"objective": "multi:softprob", "num_class": 4}, "data": {"label": d.CLASSES}},
             "num_class: 3 != 4",
         ),
+        ({}, {"data": {"label": np.stack([d.REAL, d.REAL], 1)}}, "num_target: 1 != 2"),
         ({}, {"params": {"objective": "binary:logistic"}}, "objective: reg:squarederror != binary:logistic"),
         ({"params": {"max_bin": 64}}, {}, "max_bin: 64 != 32"),
         ({"params": {"base_score": 0.5}}, {}, "base_score: 0.5 != agreed before round 1"),
@@ -70,6 +74,30 @@ def test_sites_that_differ_are_refused(mode: str, first: Any, second: Any, diffe
 
 def test_different_modes_are_refused() -> None:
     assert "tree-bagging != tree-cyclic" in str(differing({"mode": "bagging"}, {"mode": "cyclic"}))
+
+
+def test_different_versions_of_xgboost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their models differ: what one of them writes, the other may read wrongly without a word."""
+    versions = {"site-1": (3, 2), "site-2": (3, 4)}
+    monkeypatch.setattr(
+        fl_adapters.xgboost.call, "installed_version", lambda: versions[threading.current_thread().name]
+    )
+    assert "xgboost: 3.2 != 3.4" in str(differing({}, {}))
+
+
+def test_different_models_to_go_on_from_are_refused() -> None:
+    one, other = (
+        xgboost.train(d.BASE | {"max_depth": 1, "base_score": 0.5, "eta": eta}, d.matrix(0), 2).save_raw("ubj")
+        for eta in (0.5, 0.25)
+    )
+    assert "xgb_model: " in str(differing({"xgb_model": one}, {"xgb_model": other}))
+
+
+def test_a_model_of_a_later_xgboost_is_refused() -> None:
+    document = json.loads(xgboost.train(d.BASE, d.matrix(0), 1).save_raw("json"))
+    document["version"] = [99, 1, 0]
+    with LocalFederation(sites=1) as federation, pytest.raises(ConfigError, match="XGBoost 99.1"):
+        train(d.BASE, d.matrix(0), 1, xgb_model=bytearray(json.dumps(document).encode()), kit=federation.places[0].kit)
 
 
 @pytest.mark.skipif(xgboost.__version__ < "3.1", reason="XGBoost before 3.1 does not know the categories")
@@ -95,6 +123,7 @@ def test_a_strategy_of_the_job_that_does_not_fit_is_refused(strategy: str) -> No
         ({"booster": "gblinear"}, {}, "no trees"),
         ({"process_type": "update"}, {}, "changes trees"),
         ({"multi_strategy": "multi_output_tree"}, {}, "vector per leaf"),
+        ({"multi_strategy": "multi_output_tree"}, {"mode": "histogram"}, "vector per leaf"),
         ({}, {"mode": "boosting"}, "mode='boosting'"),
         ({}, {"keep_local": ["a*"]}, "keep_local"),
         ({}, {"optimizer_state": "average"}, "optimizer_state"),

@@ -12,6 +12,7 @@ import xgboost_data as d
 
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedCallback, train
+from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.errors import ConfigError
 
 
@@ -67,8 +68,9 @@ def test_bagging_steps_by_the_weighted_mean_of_the_sites(kind: str) -> None:
         np.testing.assert_allclose(margins_of(kind, models[number]), expected, rtol=1e-5, atol=2e-6)
     booster = boosters["site-3"]
     trees = len(booster.get_dump())
-    params = d.parts(kind)[0]
-    assert trees == 4 * 3 * params.get("num_class", 1) * params.get("num_parallel_tree", 1)
+    params, columns, _ = d.parts(kind)
+    per_round = np.size(columns.get("label", d.BINARY)[0]) * params.get("num_class", 1)
+    assert trees == 4 * 3 * per_round * params.get("num_parallel_tree", 1)
     assert booster.num_boosted_rounds() == 4
     assert {bytes(b.save_raw("ubj")) for b in boosters.values()} == {bytes(booster.save_raw("ubj"))}
 
@@ -170,6 +172,38 @@ def test_results_can_be_sliced_and_gone_on_from() -> None:
     np.testing.assert_array_equal(d.margins(more["site-1"][:3], d.matrix(None)), margins_of("multiclass", first[-1]))
 
 
+def as_before_3_3(model: bytearray) -> bytearray:
+    """The document of a dart model as XGBoost 2 to 3.2 wrote it."""
+    document = json.loads(xgboost.Booster(model_file=model).save_raw("json"))
+    booster = document["learner"]["gradient_booster"]
+    inner = booster.get("gbtree", booster)["model"]
+    weights = inner.pop("weight_drop", None) or booster["weight_drop"]
+    document["learner"]["gradient_booster"] = {
+        "name": "dart",
+        "gbtree": {"model": inner, "name": "gbtree"},
+        "weight_drop": weights,
+    }
+    document["version"] = [2, 1, 1]
+    if xgboost.__version__ >= "3.1":
+        inner.pop("cats")
+        param = document["learner"]["learner_model_param"]
+        param["base_score"] = param["base_score"].strip("[]")
+    return bytearray(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("mode", ["bagging", "cyclic"])
+def test_dart_goes_on_from_a_model_of_an_older_xgboost(mode: str) -> None:
+    first, _ = federated(mode, "dart", 3)
+    weights = TreeModel.from_document(first[-1]).weight_drop
+    assert weights is not None and min(weights) < 1
+    old = as_before_3_3(first[-1])
+    assert TreeModel.from_document(old).weight_drop == pytest.approx(weights)
+    from_new, _ = federated(mode, "dart", 2, xgb_model=first[-1])
+    from_old, _ = federated(mode, "dart", 2, xgb_model=old)
+    np.testing.assert_allclose(margins_of("dart", from_old[0]), margins_of("dart", first[-1]), rtol=1e-6)
+    np.testing.assert_allclose(margins_of("dart", from_old[-1]), margins_of("dart", from_new[-1]), rtol=1e-6)
+
+
 def test_num_examples_weighs_a_site() -> None:
     params = d.BASE | {"objective": "reg:squarederror", "base_score": 0.0}
     with LocalFederation(sites=2) as federation:
@@ -191,6 +225,8 @@ def test_masked_models_tell_no_counts(mode: str) -> None:
     trees = json.loads(xgboost.Booster(model_file=hidden[-1]).save_raw("json"))["learner"]["gradient_booster"]["model"]
     for tree in trees["trees"]:
         assert not any(tree["sum_hessian"]) and not any(tree["loss_changes"])
+        inner = np.array(tree["left_children"]) != -1
+        assert inner.any() and not np.array(tree["base_weights"])[inner].any()
 
 
 def test_a_plain_train_with_the_callback_gives_the_same_trees() -> None:

@@ -53,7 +53,7 @@ class Bench:
         self.processes.append(process)
         return process
 
-    def others(self) -> dict[str, Any]:
+    def others(self, collective_timeout_s: int = 15) -> dict[str, Any]:
         """What becomes of the two sites in this process."""
 
         def site(place: Any) -> xgboost.Booster:
@@ -64,7 +64,7 @@ class Bench:
                 obj=d.logistic(),
                 mode=self.mode,
                 kit=place.kit,
-                collective_timeout_s=15,
+                collective_timeout_s=collective_timeout_s,
             )
 
         work = {name: site for name in d.SITES if name != VICTIM}
@@ -122,6 +122,17 @@ def test_with_a_quorum_the_others_finish(bench: Any, mode: str) -> None:
     assert boosters[0].save_raw("ubj") == boosters[1].save_raw("ubj")
     assert boosters[0].num_boosted_rounds() == ROUNDS
     assert len(run.federation.result().rounds) == ROUNDS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+def test_a_frozen_site_is_done_without_after_the_deadline(bench: Any) -> None:
+    """Its connections stay as they are, and the others' workers wait for it no longer than they are told."""
+    run = bench("histogram", min_sites=2, deadline_s=8.0)
+    run.start(-LAST_CALL["histogram"])
+    boosters = [outcome.value for outcome in run.others(collective_timeout_s=4).values()]
+    assert boosters[0].save_raw("ubj") == boosters[1].save_raw("ubj")
+    assert boosters[0].num_boosted_rounds() == ROUNDS
+    assert VICTIM not in run.federation.result().rounds[-1].sites
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -17,7 +17,7 @@ import xgboost_data as d
 
 import fl_adapters
 from fl_adapters.testing import LocalFederation
-from fl_adapters.xgboost import train
+from fl_adapters.xgboost import engine, train
 from fl_adapters.xgboost.data import rows_of, summary
 from fl_adapters.xgboost.engine import reference_rows
 from fl_runtime.aggregation.quantiles import merged
@@ -28,7 +28,12 @@ if sys.platform != "linux":
 
 ROUNDS = 4
 MIN_ROWS = 3
-NOT_CENTRAL = ("forests of classes", "dart", "dart of classes")  # sampling: each site draws for itself
+NOT_CENTRAL = (
+    "forests of classes",
+    "dart",
+    "dart of classes",
+    "dropout without dart",
+)  # sampling: each site draws for itself
 NOT_CENTRAL += ("absolute error",)  # XGBoost takes the mean of the workers' medians for a leaf
 KINDS = [kind for kind in d.KINDS if kind != "exact"]
 
@@ -85,7 +90,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ..
 def trees(model: bytes | bytearray) -> list[Any]:
     booster = xgboost.Booster(model_file=bytearray(model))
     learner = json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]
-    return [learner.get("weight_drop"), learner.get("gbtree", learner)["model"]["trees"]]
+    model = learner.get("gbtree", learner)["model"]
+    return [model.get("weight_drop", learner.get("weight_drop")), model["trees"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +112,13 @@ def test_trees_are_those_of_all_rows_in_one_place(trained: Any, kind: str) -> No
         assert [tree[name] for tree in ours] == [tree[name] for tree in theirs]
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one["split_conditions"], other["split_conditions"], rtol=2e-5, atol=2e-6)
+
+
+def test_workers_that_share_a_network_meet_in_it(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no network of their own is allowed, sites on one machine cannot listen on each other's ports."""
+    monkeypatch.setattr(engine, "ISOLATED", False)
+    _, boosters = federated("binary")
+    assert boosters["site-1"].save_raw("ubj") == trained["binary"][1]["site-1"].save_raw("ubj")
 
 
 def test_two_threads_grow_the_same_splits() -> None:

@@ -56,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "subsample": 0.6,
         "label": CLASSES,
     },
+    "two targets": {"objective": "reg:squarederror", "label": np.stack([REAL, REAL**2], 1)},
     "ranking": {"objective": "rank:ndcg", "label": RELEVANCE, "qid": QUERIES},
     "missing values": {"objective": "binary:logistic", "x": MISSING},
     "categories": {"objective": "binary:logistic", "max_cat_to_onehot": 1, "x": CATEGORIES, "enable_categorical": True},
@@ -67,6 +68,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rate_drop": 0.4,
         "label": CLASSES,
     },
+    "dropout without dart": {"objective": "binary:logistic", "rate_drop": 0.5},  # ignored before XGBoost 3.3
     "max_leaves": {"objective": "binary:logistic", "grow_policy": "lossguide", "max_leaves": 9, "max_depth": 0},
     "monotone": {"objective": "reg:squarederror", "label": REAL, "monotone_constraints": "(1,0,0,-1,0)"},
     "custom objective": {"label": REAL, "obj": squared_log, "base_score": 0.0},
@@ -118,12 +120,12 @@ class Keeper(xgboost.callback.TrainingCallback):
 
 
 def logistic(dies_at: int = 0) -> Any:
-    """A custom objective that kills its process in its `dies_at`th call, in the middle of a tree."""
+    """A custom objective that kills its process in its `dies_at`th call, before a tree; freezes it where negative."""
     calls = itertools.count(1)
 
     def logistic(margins: Any, data: xgboost.DMatrix) -> Any:
-        if next(calls) == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if next(calls) == abs(dies_at):
+            os.kill(os.getpid(), signal.SIGKILL if dies_at > 0 else signal.SIGSTOP)
         chance = 1 / (1 + np.exp(-margins))
         return chance - data.get_label(), np.maximum(chance * (1 - chance), 1e-6)
 
