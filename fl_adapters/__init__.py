@@ -32,14 +32,16 @@ if TYPE_CHECKING:
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.where import Site, site
-    from fl_runtime.aggregation import FedAvg
+    from fl_runtime.aggregation import Ditto, FedAvg, FedProx
 
 __all__ = [
     "AbortedError",
     "ConfigError",
     "ConnectedSite",
     "ConnectionLostError",
+    "Ditto",
     "FedAvg",
+    "FedProx",
     "FederationError",
     "HandshakeError",
     "Job",
@@ -63,7 +65,9 @@ __version__ = _VERSION
 
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
+    "Ditto": "fl_runtime.aggregation",
     "FedAvg": "fl_runtime.aggregation",
+    "FedProx": "fl_runtime.aggregation",
     "Job": "fl_adapters.job",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",

@@ -55,8 +55,13 @@ def current_kit(path: str | None = None) -> Kit | None:
 
     Raises ConfigError when the folder is named but is not a kit.
     """
-    folder = path or os.environ.get(KIT_VARIABLE)
+    folder = kit_folder(path)
     return read_kit(folder) if folder else None
+
+
+def kit_folder(path: str | None = None) -> str:
+    """The folder of the kit that `current_kit` gives; "" without one."""
+    return path or os.environ.get(KIT_VARIABLE, "")
 
 
 def read_kit(folder: str | os.PathLike[str]) -> Kit:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_adapters.kit import Kit, current_kit
+from fl_adapters.kit import Kit, current_kit, kit_folder
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.outputs import claimed_path
+from fl_adapters.outputs import claimed_path, own_folder
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters import apply
@@ -47,7 +47,7 @@ class Session:
     """One attempt of this site. Task arrays are views of a buffer that the next task overwrites.
 
     name, index, count, job: this site's place. attempt: 1, or more after a restart. settings: what holds here.
-    rounds: of the run, known after `register`. stats: of the last exchange.
+    rounds: of the run, known after `register`. stats: of the last exchange. folder: for what stays with this site.
     """
 
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
@@ -57,6 +57,7 @@ class Session:
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
         self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt
         self.settings = SiteSettings.resolve(options, welcome.settings)
+        self.folder = own_folder(kit, kit_folder(options.kit))
         self.rounds = 0
         self.stats = RoundStats()
         self.pid = os.getpid()

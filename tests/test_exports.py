@@ -13,7 +13,7 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError FedAvg FederationError HandshakeError
+        AbortedError ConfigError ConnectedSite ConnectionLostError Ditto FedAvg FedProx FederationError HandshakeError
         Job PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
         StoreError TransferDamagedError UpdateRefusedError __version__ connect site
     """,
@@ -25,8 +25,8 @@ PUBLIC = {
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
     """,
     "fl_adapters.testing": """
-        AdapterCase AdapterExample LocalFederation Outcome Place PlainLoop Trained TrainingCase TrainingExample
-        adapter_cases check_adapter check_training failing training_cases
+        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample LocalFederation Outcome Place PlainLoop Trained TrainingCase TrainingExample
+        adapter_cases check_adapter check_training correction_cases failing training_cases
     """,
     "fl_runtime": "",  # not for users
 }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from fl_runtime.aggregation.ditto import Ditto
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.fedprox import FedProx
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
-__all__ = ["FedAvg", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
+__all__ = ["Ditto", "FedAvg", "FedProx", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
 
-_STRATEGIES = (FedAvg, TreeBagging, TreeCyclic, TreeHistogram)
+_STRATEGIES = (FedAvg, FedProx, Ditto, TreeBagging, TreeCyclic, TreeHistogram)
 
 
 def known_strategies() -> tuple[str, ...]:
