@@ -171,7 +171,8 @@ class Aggregator(Protocol):
     """One round's sum. Updates come in a fixed order, whatever the order of arrival."""
 
     def add(self, update: Update) -> None:
-        """Take one update into the sum. The arrays are borrowed for the call."""
+        """Take one update into the sum. The arrays are borrowed until `result` has been called: they lie on the
+        server's disk, mapped, so holding them costs no memory."""
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:
@@ -184,6 +185,20 @@ class Aggregator(Protocol):
 
 Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 """allocate(arrays, extras) -> writable arrays of the same names, shapes and dtypes: the next model's own buffer."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the rounds before have left beside the weights, and where this one leaves its own.
+
+    extras: those of the global model, which have travelled to the sites. kept: what the aggregator of the last round
+    has kept; empty in the first. keep(arrays): writable arrays of the same names, shapes and dtypes, which are
+    committed together with the next model, never leave the server, and are the next round's `kept`.
+    """
+
+    extras: Arrays = field(default_factory=dict)
+    kept: Arrays = field(default_factory=dict)
+    keep: Callable[[Arrays], Arrays] = dict
 
 
 class Strategy(Protocol):
@@ -215,8 +230,9 @@ class Strategy(Protocol):
         """Raises UpdateRefusedError for an update that no aggregator should see. May be called by many threads."""
         ...
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
-        """For one round. base: the global model so far. config: what `configure` said."""
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        """For one round. base: the global model so far. config: what `configure` said. May be called again for the
+        same round, when its sum has to begin anew."""
         ...
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:

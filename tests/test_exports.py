@@ -13,9 +13,11 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError Ditto FedAvg FedProx FederationError HandshakeError
-        Job PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask StateMismatchError
-        StoreError TransferDamagedError UpdateRefusedError __version__ connect site
+        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Ditto FedAdagrad
+        FedAdam FedAvg FedAvgM FedNova FedProx FedYogi FederationError HandshakeError Job Krum NormBounding
+        PermissionDeniedError ProtocolError QuorumError Scaffold Simulation Site SiteFailedError SiteTask
+        StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
+        connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

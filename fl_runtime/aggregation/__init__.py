@@ -4,14 +4,54 @@ from __future__ import annotations
 
 from fl_runtime.aggregation.ditto import Ditto
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.fednova import FedNova
+from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_runtime.aggregation.fedprox import FedProx
+from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
+from fl_runtime.aggregation.scaffold import Scaffold
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
-__all__ = ["Ditto", "FedAvg", "FedProx", "TreeBagging", "TreeCyclic", "TreeHistogram", "known_strategies", "make_strategy"]
+__all__ = [
+    "CoordinateMedian",
+    "Ditto",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedNova",
+    "FedProx",
+    "FedYogi",
+    "Krum",
+    "NormBounding",
+    "Scaffold",
+    "TreeBagging",
+    "TreeCyclic",
+    "TreeHistogram",
+    "TrimmedMean",
+    "known_strategies",
+    "make_strategy",
+]
 
-_STRATEGIES = (FedAvg, FedProx, Ditto, TreeBagging, TreeCyclic, TreeHistogram)
+_STRATEGIES = (
+    FedAvg,
+    FedAvgM,
+    FedAdam,
+    FedYogi,
+    FedAdagrad,
+    FedNova,
+    FedProx,
+    Scaffold,
+    Ditto,
+    CoordinateMedian,
+    TrimmedMean,
+    Krum,
+    NormBounding,
+    TreeBagging,
+    TreeCyclic,
+    TreeHistogram,
+)
 
 
 def known_strategies() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from fl_runtime.aggregation.base import WeightsStrategy
 from fl_runtime.aggregation.spec import choice
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Update, is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update, is_floating
 
 _BLOCK = 2**15
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
@@ -36,8 +36,8 @@ class FedAvg(WeightsStrategy):
     name: ClassVar[str] = "fedavg"
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
-        """The running mean; `base` is not needed."""
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        """The running mean; neither `base` nor `state` is needed."""
         return WeightedMean(allocate, equal=self.weights == "equal")
 
 
@@ -74,10 +74,14 @@ class WeightedMean:
             value = (update.extras if extra else update.arrays)[name]
             _fold(mean.reshape(-1), value.reshape(-1), share, first=first)
 
+    def means(self) -> dict[str, Array]:
+        """The means of the weights, floats in float32 or wider. Who changes them changes the result."""
+        return {name: mean for (extra, name), mean in self._sums.items() if not extra}
+
     def result(self) -> tuple[Arrays, Arrays]:
         for key, mean in self._sums.items():
             if mean is not self._out[key]:
-                for block in _blocks(mean.size):
+                for block in blocks(mean.size):
                     self._out[key].reshape(-1)[block] = mean.reshape(-1)[block]
         arrays = {name: array for (extra, name), array in self._out.items() if not extra}
         extras = {name: array for (extra, name), array in self._out.items() if extra}
@@ -108,7 +112,7 @@ def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
     averaged = is_floating(mean.dtype)
     scratch = np.empty(min(_BLOCK, mean.size), mean.dtype)
     factor = np.asarray(share, mean.dtype)
-    for block in _blocks(mean.size):
+    for block in blocks(mean.size):
         target = mean[block]
         if first:
             target[...] = value[block]
@@ -121,6 +125,7 @@ def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
             np.maximum(target, value[block], out=target)
 
 
-def _blocks(size: int) -> Iterator[slice]:
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover a flat tensor of `size` elements, small enough for the cache."""
     for start in range(0, size, _BLOCK):
         yield slice(start, start + _BLOCK)

@@ -26,7 +26,7 @@ from fl_runtime.aggregation.tree_document import (
     with_base_score,
 )
 from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Arrays, Content, Settings, Update
+from fl_runtime.types import Aggregator, Allocate, Arrays, Content, ServerState, Settings, Update
 
 ENCODING = "xgboost-trees"
 FAILED = "fl_adapters.failed"
@@ -81,7 +81,7 @@ class TreeBagging(TreeStrategy):
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Appending(base, allocate) if base else _Beginning(allocate)
 
 
@@ -98,7 +98,7 @@ class TreeCyclic(TreeStrategy):
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
 
 
@@ -124,7 +124,7 @@ class TreeHistogram(TreeStrategy):
             except ProtocolError as error:
                 raise UpdateRefusedError(error.what, where=f"update of {update.site}, round 0") from None
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Together(base, allocate, config["members"]) if base else _BeginningWithCuts(allocate)
 
 

@@ -31,6 +31,8 @@ def recover(run: Run) -> None:
         run.scores.report(version, site, from_json(metrics), num_examples)
     _models_and_rounds(run)
     keep = {m.blob.name for m in (run.model, run.best) if m}
+    if run.model and run.model.kept:
+        keep.add(run.model.kept.name)
     if run.open:
         keep |= {a.blob.name for a in run.open.accepted.values()}
     run.blobs.sweep(keep)
@@ -55,6 +57,9 @@ def _models_and_rounds(run: Run) -> None:
                 run.open.accepted[update.site] = _accepted(run, update)
     if models:
         run.model = _model(run, models[-1])
+        kept = run.journal.kept()
+        if kept is not None:
+            run.model.kept = run.blobs.open(kept.blob, run.journal.manifest(kept.layout))
         _best_of(run, models[:-1])
 
 

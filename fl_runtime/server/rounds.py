@@ -14,9 +14,9 @@ from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
 from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry
+from fl_runtime.store.journal import KeptEntry, ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.types import Arrays
+from fl_runtime.types import Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def _round(run: Run, number: int) -> None:
         return
     digests = blob.manifest.digests_of_payload(blob.buffer)
     with run.lock:
-        _commit(run, current, blob, digests)
+        _commit(run, current, blob, digests, summing.kept)
 
 
 def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
@@ -183,12 +183,15 @@ class _Summing:
     def __init__(self, run: Run, current: OpenRound) -> None:
         self._run, self._current = run, current
         self._blob: Blob | None = None
+        self.kept: Blob | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._order, self._added = list(self._run.members), 0
-        base = self._run.model.blob.views()[0] if self._run.model else {}
-        self._aggregator = self._run.strategy.aggregator(base, self._allocate, self._current.config)
+        model = self._run.model
+        base, extras = model.blob.views() if model else ({}, {})
+        state = ServerState(extras, model.kept.views()[0] if model and model.kept else {}, self._keep)
+        self._aggregator = self._run.strategy.aggregator(base, self._allocate, self._current.config, state)
 
     def next_in_order(self) -> Accepted | None:
         """The update that can be summed now (call under the lock). An absent site holds back those after it."""
@@ -214,9 +217,9 @@ class _Summing:
 
     def give_up(self) -> None:
         """The sum is not needed."""
-        if self._blob is not None:
-            with self._run.lock:
-                self._run.blobs.free(self._blob)
+        with self._run.lock:
+            for blob in filter(None, (self._blob, self.kept)):
+                self._run.blobs.free(blob)
 
     def _left(self) -> list[Accepted]:
         return [self._current.accepted[name] for name in self._order if name in self._current.accepted]
@@ -229,6 +232,15 @@ class _Summing:
             self._run.add_layout(manifest)
             self._blob = self._run.blobs.create(f"model-{self._current.round}", manifest)
         return self._blob.views()
+
+    def _keep(self, arrays: Arrays) -> Arrays:
+        manifest = Manifest.of(arrays)
+        with self._run.lock:
+            if self.kept is not None:
+                self._run.blobs.free(self.kept)
+            self._run.journal.layout(manifest)
+            self.kept = self._run.blobs.create(f"kept-{self._current.round}", manifest)
+        return self.kept.views()[0]
 
 
 def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
@@ -273,7 +285,7 @@ def _check_deadline(run: Run, current: OpenRound) -> None:
         )
 
 
-def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
+def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob | None) -> None:
     """The result becomes the global model, first in the journal, then for everybody. Called under the lock."""
     updates = [a.update for a in current.accepted.values()]
     metrics = weighted_means((u.metrics, u.num_examples) for u in sorted(updates, key=lambda u: u.site))
@@ -287,8 +299,9 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
         bytes_down=sum(current.bytes_down.values()),
     )
     entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
-    run.journal.committed(entry, current.round, result.to_json())
-    previous, run.model, run.open = run.model, Model(entry, blob), None
+    kept_entry = KeptEntry(kept.name, kept.manifest.layout) if kept else None
+    run.journal.committed(entry, current.round, result.to_json(), kept_entry)
+    previous, run.model, run.open = run.model, Model(entry, blob, kept), None
     if current.round > 0:
         run.results.append(result)
         run.scores.trained(current.round, metrics)
@@ -297,6 +310,9 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes) -> None:
     for accepted in current.accepted.values():
         run.blobs.free(accepted.blob)
     if previous is not None:
+        if previous.kept is not None:
+            run.blobs.free(previous.kept)
+            previous.kept = None
         _keep_better(run, previous)
 
 

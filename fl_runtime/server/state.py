@@ -17,11 +17,13 @@ Status = Literal["used", "late", "carried", "duplicate"]
 class Model:
     """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
 
+    kept: what the strategy keeps at the server beside the newest model.
     messages: whole task messages of a small model, so that it is encoded once for all sites.
     """
 
     entry: ModelEntry
     blob: Blob
+    kept: Blob | None = None
     leases: int = 0
     retired: bool = False
     messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)

@@ -33,6 +33,9 @@ CREATE TABLE score (version INTEGER, site TEXT, metrics TEXT NOT NULL, num_examp
     PRIMARY KEY (version, site));
 """
 
+# Came after the first journals of this schema version, which are without it.
+_KEPT = "CREATE TABLE IF NOT EXISTS kept (version INTEGER PRIMARY KEY, blob TEXT NOT NULL, layout BLOB NOT NULL)"
+
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -42,6 +45,14 @@ class ModelEntry:
     blob: str
     layout: bytes
     digests: bytes
+
+
+@dataclass(frozen=True)
+class KeptEntry:
+    """What the strategy keeps at the server beside the newest model."""
+
+    blob: str
+    layout: bytes
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Journal:
                     for statement in _SCHEMA.split(";"):
                         self._db.execute(statement)
                     self._put("schema_version", str(SCHEMA_VERSION))
+                self._db.execute(_KEPT)
         found = int(self._get("schema_version") or 0)
         if found != SCHEMA_VERSION:
             raise StoreError(
@@ -148,12 +160,17 @@ class Journal:
             self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (entry.round, entry.site, entry.digest,
                              entry.blob, entry.layout, json.dumps(entry.header)))  # fmt: skip
 
-    def committed(self, model: ModelEntry, round: int, result: Mapping[str, Any]) -> None:
+    def committed(
+        self, model: ModelEntry, round: int, result: Mapping[str, Any], kept: KeptEntry | None = None
+    ) -> None:
         """A round is closed and its result is the global model: one transaction. Round 0 is the initial model."""
         with self._mapped_errors(), self._transaction():
             self._db.execute("INSERT INTO model VALUES (?, ?, ?, ?)",
                              (model.version, model.blob, model.layout, model.digests))  # fmt: skip
             self._db.execute("UPDATE round SET result=? WHERE round=?", (json.dumps(result), round))
+            self._db.execute("DELETE FROM kept")
+            if kept is not None:
+                self._db.execute("INSERT INTO kept VALUES (?, ?, ?)", (model.version, kept.blob, kept.layout))
 
     def forget_model(self, version: int) -> None:
         self._run("DELETE FROM model WHERE version=?", version)
@@ -189,6 +206,11 @@ class Journal:
 
     def models(self) -> list[ModelEntry]:
         return [ModelEntry(*row) for row in self._all("SELECT * FROM model ORDER BY version")]
+
+    def kept(self) -> KeptEntry | None:
+        """What the strategy has kept beside the newest model."""
+        rows = self._all("SELECT blob, layout FROM kept")
+        return KeptEntry(*rows[0]) if rows else None
 
     def round_entries(self) -> list[RoundEntry]:
         rows = self._all("SELECT round, participants, opened_at, result FROM round ORDER BY round")

@@ -30,7 +30,7 @@ from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.transport.base import Peer, Service
 from fl_runtime.transport.memory import MemoryTransport
-from fl_runtime.types import Aggregator, Allocate, Arrays, Settings, Update
+from fl_runtime.types import Aggregator, Allocate, Arrays, ServerState, Settings, Update
 
 W: Arrays = {"w": np.zeros(3)}
 
@@ -308,8 +308,8 @@ class HeldMean(FedAvg):
     def __init__(self) -> None:
         self.summing, self.go_on = threading.Event(), threading.Event()
 
-    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings) -> Aggregator:
-        inner, held = super().aggregator(base, allocate, config), self
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        inner, held = super().aggregator(base, allocate, config, state), self
 
         class Held:
             def add(self, update: Update) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.types import Array, Arrays, Update, is_floating
+from fl_runtime.types import Array, Arrays, ServerState, Update, is_floating
 from fl_runtime.wire.dtypes import DTYPES
 
 FLOATS = [name for name, dtype in DTYPES.items() if is_floating(dtype)]
@@ -36,6 +36,7 @@ def averaged(updates: Sequence[Update]) -> tuple[Arrays, Arrays]:
             {name: np.empty_like(array) for name, array in extras.items()},
         ),
         {},
+        ServerState(),
     )
     for one in updates:
         aggregator.add(one)

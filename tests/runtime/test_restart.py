@@ -101,11 +101,11 @@ def start_weights(size: int = 1000) -> Arrays:
     return {"w": np.zeros(size, np.float32), "v": np.ones((3, 2))}
 
 
-def uninterrupted(folder: Path, sites: int, rounds: int, size: int = 1000) -> dict[str, bytes]:
+def uninterrupted(folder: Path, sites: int, rounds: int, size: int = 1000, **fields: Any) -> dict[str, bytes]:
     def site(name: str) -> Arrays:
         return bench.site(name).take_part(start_weights(size), lambda task: trained(task, name))
 
-    with serving(folder, sites, sockets=False, rounds=rounds) as bench:
+    with serving(folder, sites, sockets=False, rounds=rounds, **fields) as bench:
         return bits(bench.run(site)["site-1"])
 
 
@@ -153,9 +153,12 @@ def test_killed_after_a_round_whose_acknowledgement_was_lost(tmp_path: Path, lat
         site.vanish()
 
 
-def test_killed_again_and_again_while_three_sites_train(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "fedadam:lr=0.1"]
+)  # the latter has moments, which only the server knows
+def test_killed_again_and_again_while_three_sites_train(tmp_path: Path, strategy: str) -> None:
     rounds = 6
-    wanted = uninterrupted(tmp_path / "oracle", 3, rounds)
+    wanted = uninterrupted(tmp_path / "oracle", 3, rounds, strategy=strategy)
     acknowledged = threading.Semaphore(0)
 
     def site(name: str) -> dict[str, bytes]:
@@ -175,7 +178,7 @@ def test_killed_again_and_again_while_three_sites_train(tmp_path: Path) -> None:
             server.kill()
             server.start()
 
-    with server_process(tmp_path / "run", 3, rounds=rounds) as server:
+    with server_process(tmp_path / "run", 3, rounds=rounds, strategy=strategy) as server:
         finals = together(murder, lambda: site("site-1"), lambda: site("site-2"), lambda: site("site-3"))
         assert finals[1:] == [wanted] * 3
         assert bits(server.finished()) == wanted

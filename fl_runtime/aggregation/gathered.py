@@ -1,0 +1,70 @@
+"""For strategies that must see all updates of a round at once, without holding copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fl_runtime.aggregation.fedavg import accumulator_dtype, blocks
+from fl_runtime.errors import UpdateRefusedError
+from fl_runtime.types import Allocate, Array, Arrays, Update, is_floating
+
+Combine: TypeAlias = Callable[[Array, Array, Sequence[int]], Array]
+"""combine(values, base, which) -> the next values. values: [updates, elements], writable, in float32 or wider; base:
+[elements], those of the global model, in the same dtype; which: the numbers of the updates whose rows these are.
+Complex numbers are two elements."""
+
+
+class Gathered:
+    """Collects a round's updates; the result is made tensor by tensor and block by block.
+
+    plan(updates, base): called once all are there; gives what is done with the blocks of float tensors. Integer and
+    boolean tensors become the lower median of the sites' values. The updates lie in files of the server: what is held
+    in memory is a block of each.
+    """
+
+    def __init__(self, base: Arrays, allocate: Allocate, plan: Callable[[Sequence[Update], Arrays], Combine]) -> None:
+        self._base, self._allocate, self._plan = base, allocate, plan
+        self._updates: list[Update] = []
+
+    def add(self, update: Update) -> None:
+        if update.content != "weights":
+            raise UpdateRefusedError(
+                f"this strategy takes weights, but this update holds {update.content}", where=f"site {update.site}"
+            )
+        self._updates.append(update)
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        combine = self._plan(self._updates, self._base)
+        out, extras = self._allocate(self._base, {})
+        for name, base, which, values in tensors(self._updates, self._base):
+            target = _flat(out[name])
+            if not values:
+                target[...] = base
+            for block in blocks(base.size) if values else ():
+                stack = stacked(values, block, base.dtype)
+                if is_floating(base.dtype):
+                    target[block] = combine(stack, base[block].astype(stack.dtype), which)
+                else:
+                    target[block] = np.sort(stack, axis=0)[(len(stack) - 1) // 2]
+        return out, extras
+
+
+def tensors(updates: Sequence[Update], base: Arrays) -> Iterator[tuple[str, Array, list[int], list[Array]]]:
+    """(name, base, which updates hold it, their values) of every tensor; all flat, real, borrowed."""
+    for name, array in base.items():
+        which = [i for i, update in enumerate(updates) if name in update.arrays]
+        yield name, _flat(array), which, [_flat(updates[i].arrays[name]) for i in which]
+
+
+def stacked(values: Sequence[Array], block: slice, dtype: np.dtype[Any]) -> Array:
+    """A block of every update, [updates, elements], in float32 or wider."""
+    return np.stack([value[block] for value in values]).astype(accumulator_dtype(dtype), copy=False)
+
+
+def _flat(array: Array) -> Array:
+    """One dimension; complex numbers as pairs of their parts."""
+    flat = array.reshape(-1)
+    return flat.view(flat.real.dtype) if flat.dtype.kind == "c" else flat

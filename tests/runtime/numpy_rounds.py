@@ -1,0 +1,95 @@
+"""Rounds through the real server with sites that do simple arithmetic, to be compared with plain NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from federation_bench import Site, serving
+
+from fl_runtime.types import Array, Arrays, Task
+
+EXAMPLES = (30, 10, 70, 5, 45, 20, 60, 15)
+STEPS = (4, 1, 9, 2, 6, 3, 8, 5)
+
+Model: TypeAlias = dict[str, Array]
+Trained: TypeAlias = Callable[[int, int, Array], Array]
+"""(site's index, round, tensor) -> the tensor after this site's work, in the dtype of what it is given."""
+
+
+def pulled(index: int, round: int, x: Array) -> Array:
+    """Some of the way to a point of the site's own, which wanders."""
+    target = np.random.default_rng([index, round, x.size]).normal(size=x.shape)
+    return np.asarray(x + 0.1 * STEPS[index] * (target - x)).astype(x.dtype)
+
+
+def weights() -> Model:
+    """Floats of three widths."""
+    rng = np.random.default_rng(0)
+    return {"layer.weight": rng.normal(size=(40, 3)), "layer.bias": rng.normal(size=5).astype(np.float32)}
+
+
+def rounds_of(
+    folder: Path,
+    strategy: str | None,
+    initial: Arrays,
+    *,
+    sites: int = 3,
+    rounds: int = 4,
+    trained: Trained = pulled,
+    **fields: Any,
+) -> list[Model]:
+    """The global model after each round, copied. fields: of RunSettings."""
+    found: dict[int, Model] = {}
+
+    with serving(folder, sites, sockets=False, rounds=rounds, strategy=strategy, **fields) as bench:
+
+        def work(name: str) -> None:
+            site, index = bench.site(name), bench.names.index(name)
+            site.join()
+            site.register(initial)
+            task = site.start(initial)
+            while task.kind == "train":
+                submitted(site, task, index, trained)
+                task = site.client.next_task()
+                if index == 0:
+                    found[task.version] = {key: np.copy(array) for key, array in task.arrays.items()}
+            site.client.leave("done", early=False)
+
+        bench.run(work)
+    return [found[version] for version in sorted(found)]
+
+
+def submitted(site: Site, task: Task, index: int, trained: Trained = pulled) -> str:
+    arrays = {name: trained(index, task.round, array) for name, array in task.arrays.items()}
+    return site.submit(task, arrays, EXAMPLES[index], local_steps=STEPS[index])
+
+
+def reference(
+    initial: Arrays,
+    next_model: Callable[[Array, list[Array], int, dict[str, Any]], Array],
+    *,
+    sites: Sequence[int] = (0, 1, 2),
+    rounds: int = 4,
+    trained: Trained = pulled,
+) -> list[Model]:
+    """The same in float64 and one tensor at a time: next_model(x, what the sites made of it, round, memory)."""
+    models: list[Model] = []
+    memory: dict[str, dict[str, Any]] = {name: {} for name in initial}
+    model = {name: np.asarray(array, np.float64) for name, array in initial.items()}
+    for number in range(1, rounds + 1):
+        model = {
+            name: next_model(x, [trained(index, number, x) for index in sites], number, memory[name])
+            for name, x in model.items()
+        }
+        models.append(model)
+    return models
+
+
+def assert_same(found: list[Model], wanted: list[Model], tolerance: float = 1e-6) -> None:
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for name, array in ours.items():
+            np.testing.assert_allclose(array.astype(np.float64), theirs[name], rtol=tolerance, atol=tolerance)
