@@ -1,10 +1,13 @@
-"""How often a round's local budget is trained."""
+"""How often a round's local budget is trained, and what a phase of it came to."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.local_terms import PERSONAL_MODEL
 from fl_runtime.errors import ConfigError
+from fl_runtime.types import Metrics
 
 
 def local_phases(strategy: str | None) -> int:
@@ -13,3 +16,17 @@ def local_phases(strategy: str | None) -> int:
         return 2 if strategy and PERSONAL_MODEL in make_strategy(strategy).requires else 1
     except ConfigError:  # one that this version does not know; the handshake says what it needs
         return 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What training for one budget came to: what an update says of it."""
+
+    num_examples: int
+    local_steps: int
+    metrics: Metrics
+
+    def with_personal(self, metrics: Metrics) -> Phase:
+        """Also the metrics of the personal model's phase: its "train_loss" is "train_personal_loss"."""
+        own = {name.replace("train_", "train_personal_", 1): value for name, value in metrics.items()}
+        return replace(self, metrics={**own, **self.metrics})

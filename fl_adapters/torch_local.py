@@ -4,7 +4,6 @@ personal model in a second phase."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,13 @@ from torch import Tensor, nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.control_variate import ControlVariate
+from fl_adapters.local_phases import Phase
 from fl_adapters.torch_correction import GradientCorrection, StepMeter, is_plain_sgd
 from fl_adapters.torch_personal import PersonalModel
 from fl_adapters.torch_state import TorchState, as_tensor, numpy_dtype
 from fl_runtime.aggregation.local_terms import LocalTerms
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Metrics, Task
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What a round's training of the global model came to."""
-
-    num_examples: int
-    local_steps: int
-    metrics: Metrics
+from fl_runtime.types import Arrays, Task
 
 
 class LocalWork:
@@ -91,8 +82,7 @@ class LocalWork:
         if torch_ranks.is_rank_zero():
             personal.save(self._folder)
         assert self._global is not None
-        own = {name.replace("train_", "train_personal_", 1): value for name, value in phase.metrics.items()}
-        return Phase(self._global.num_examples, self._global.local_steps, {**own, **self._global.metrics})
+        return self._global.with_personal(phase.metrics)
 
     def extras(self, weights: Arrays) -> Arrays:
         """What travels beside the `weights` of this round's update. On rank 0; no collective."""

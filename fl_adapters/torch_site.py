@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fl_adapters import torch_ranks
+from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import PERSONAL
 from fl_adapters.session import Session, open_session
 from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_local import Phase
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.types import Arrays, Metrics, Task
 
