@@ -32,7 +32,7 @@ class CorrectedLoop(PlainLoop, Protocol):
     """A plain loop whose gradients can be changed, after accumulation and before the optimizer's step.
 
     correct: called for each trained tensor at each step; None leaves the gradients as they are. rates: the learning
-    rate of each step so far.
+    rate of each step so far. Both know nothing of a step that loss scaling leaves out.
     """
 
     correct: Correct | None
@@ -48,9 +48,13 @@ class CorrectionExample(TrainingExample, Protocol):
     """A small training job whose plain loop can be corrected. plain_sgd: its optimizer is SGD without momentum."""
 
     @property
-    def plain_sgd(self) -> bool: ...
+    def plain_sgd(self) -> bool:
+        """Whether SCAFFOLD takes its option II here."""
+        ...
 
-    def plain(self, site: int, *, total_steps: int) -> CorrectedLoop: ...
+    def plain(self, site: int, *, total_steps: int) -> CorrectedLoop:
+        """The same without fl-adapters, seeded alike."""
+        ...
 
 
 CorrectionCase: TypeAlias = Callable[[CorrectionExample], None]
@@ -97,7 +101,7 @@ def ditto_equals_a_plain_loop(example: CorrectionExample) -> None:
 
 def _federated(
     example: CorrectionExample, strategy: str, *, phases: int = 1, **settings: Any
-) -> tuple[Arrays, list[Arrays]]:
+) -> tuple[Arrays, list[dict[str, Array]]]:
     """The final global model, and what each site has kept of a personal one."""
     every = example.steps_per_epoch + 1  # rounds that end within epochs
     with LocalFederation(
@@ -165,6 +169,18 @@ def _proximal(mu: float, anchors: dict[str, Array]) -> Correct:
     return correct
 
 
+def _controlled(c: dict[str, Array], own: dict[str, Array], names: list[str], seen: dict[str, list[Array]]) -> Correct:
+    """Notes the gradients in `seen` as they come."""
+
+    def correct(name: str, weight: Array, gradient: Array) -> Array:
+        if name not in names:
+            return gradient
+        seen.setdefault(name, []).append(np.array(gradient, np.float32))
+        return np.asarray(gradient + c.get(name, 0.0) - own.get(name, 0.0))
+
+    return correct
+
+
 def _fedprox(example: CorrectionExample, mu: float, names: list[str]) -> dict[str, Array]:
     hand = _Hand(example, names)
     for _ in range(_ROUNDS):
@@ -189,17 +205,12 @@ def _scaffold(example: CorrectionExample, names: list[str]) -> dict[str, Array]:
         for site in range(2):
             seen: dict[str, list[Array]] = {}
 
-            def correct(name: str, weight: Array, gradient: Array, site: int = site, seen: Any = seen) -> Array:
-                if name not in names:
-                    return gradient
-                seen.setdefault(name, []).append(np.array(gradient, np.float32))
-                return np.asarray(gradient + c.get(name, 0.0) - own[site].get(name, 0.0))
-
             with hand.turn(site) as loop:
-                loop.correct = correct
+                loop.correct = _controlled(c, own[site], names, seen)
+                before = len(loop.rates)
                 loop.train(hand.every)
                 after = hand.travelling(loop)
-                rate = sum(loop.rates[-hand.every :])
+                rate = sum(loop.rates[before:])
             following = {name: np.mean(gradients, axis=0) for name, gradients in seen.items()}
             if example.plain_sgd:
                 following = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from fl_adapters.kit import Kit
 from fl_runtime.errors import ConfigError
 
-
 PERSONAL = "personal"
 """Folder, within a site's own, of its personal model in the framework's format, once training is over."""
 

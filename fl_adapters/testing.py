@@ -4,7 +4,8 @@
         weights = federation.run(lambda place: train(kit=place.kit))
 
 `check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
-their cases one by one, for a test each; `correction_cases` those of adapters that correct gradients. None of this needs pytest, sockets or a framework.
+their cases one by one, for a test each, and `correction_cases` those of an adapter that corrects gradients and trains
+personal models. None of this needs pytest, sockets or a framework.
 """
 
 from __future__ import annotations

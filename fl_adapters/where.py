@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fl_adapters.kit import current_kit, kit_folder
@@ -22,7 +22,7 @@ class Site:
     index: int
     count: int
     job: str
-    personal: Path | None = None
+    personal: Path | None = field(default=None, compare=False)
 
 
 def site(kit: str | None = None) -> Site:

@@ -70,10 +70,10 @@ class Budget:
         available = fit.epochs - epoch
         if self.rounds is None or needed is None or needed <= available:
             return
+        twice = "twice " if self.phases == 2 else ""
         raise ConfigError(
-            f"the federation has {rounds - round + 1} rounds of {'twice ' if self.phases == 2 else ''}{self.every} before "
-            f"it, which takes {needed} epochs of "
-            f"this data, but fit is about to run {max(available, 0)}",
+            f"the federation has {rounds - round + 1} rounds of {twice}{self.every} before it, which takes {needed} "
+            f"epochs of this data, but fit is about to run {max(available, 0)}",
             where=f"fit(epochs={fit.epochs})",
             fix=f"pass epochs={epoch + needed} to fit, or more: it stops after the last round",
         )

@@ -239,7 +239,7 @@ class FederatedCallback(keras.callbacks.Callback):
                 self._exchange(run, run.before)
 
     def _exchange(self, run: Run, batches: int) -> None:
-        """The end of a round of so many batches: this site's weights out, the new global ones in; or of a phase of it."""
+        """The end of so many batches: this site's weights out, the new global ones in; or the end of a phase."""
         model, live, session = self.model, self._live, self._session()
         assert live is not None
         metrics, seen = run.meter.read(model)

@@ -18,7 +18,7 @@ from keras import ops
 
 from fl_runtime.types import Array, Arrays
 
-from .optimizer import optimizers, scope
+from .optimizer import build, optimizers, scope
 from .state import assign, to_host
 
 _STEP = "_backend_update_step"
@@ -39,9 +39,8 @@ class GradientCorrection:
         (self._optimizer,) = optimizers(model)
         self._model = model
         self._names = {id(variable): name for name, variable in variables.items()}
+        build(model, self._optimizer)
         with scope(model):
-            if not self._optimizer.built:
-                self._optimizer.build(model.trainable_variables)
             self._mu, self._rates, self._steps = (_zeros((), "float32", n) for n in ("mu", "rates", "steps"))
             self._anchors = {n: _zeros(v.shape, v.dtype, "anchor") for n, v in variables.items()}
             self._offsets = {n: _zeros(v.shape, v.dtype, "offset") for n, v in variables.items() if offsets}
@@ -81,7 +80,7 @@ class GradientCorrection:
 
     def begin(self, *, mu: float = 0.0, anchors: Arrays | None = None, offsets: Arrays | None = None) -> None:
         """What holds from the next step on; nothing is noted as yet."""
-        assign(self._mu, np.float32(mu))
+        assign(self._mu, np.array(mu, np.float32))
         for name, array in (anchors or {}).items():
             assign(self._anchors[name], array)
         for name, array in (offsets or {}).items():

@@ -46,7 +46,7 @@ class OptimizerState:
                     fix="use optimizer_state='keep' or 'average', or change the rate by the callback "
                     "keras.callbacks.LearningRateScheduler",
                 )
-            self._build(optimizer)
+            build(self._model, optimizer)
         if policy == "reset":
             self._initial = [initial_values(self._model, optimizer) for optimizer in optimizers(self._model)]
         else:
@@ -91,7 +91,7 @@ class OptimizerState:
         if len(found) != 1:
             raise self._refusal(f"this model has {len(found)} optimizers")
         optimizer = found[0]
-        self._build(optimizer)
+        build(self._model, optimizer)
         averaged = {_STEP: optimizer._iterations}
         trained = optimizer._trainable_variables
         covered = {id(optimizer._iterations), id(optimizer._learning_rate)}
@@ -116,11 +116,6 @@ class OptimizerState:
             raise self._refusal(f"its state for {name} is quantised")
         return moment
 
-    def _build(self, optimizer: Any) -> None:
-        if not optimizer.built:
-            with scope(self._model):
-                optimizer.build(self._model.trainable_variables)
-
     def _where(self) -> str:
         return ", ".join(type(optimizer).__name__ for optimizer in optimizers(self._model))
 
@@ -142,6 +137,13 @@ def optimizers(model: Any) -> list[Any]:
     kept = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
     found = {id(o): o for o in (model.optimizer, *kept) if o is not None}
     return [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in found.values()]
+
+
+def build(model: Any, optimizer: Any) -> None:
+    """Make the optimizer's variables, where Keras has not as yet."""
+    if not optimizer.built:
+        with scope(model):
+            optimizer.build(model.trainable_variables)
 
 
 def initial_values(model: Any, optimizer: Any) -> list[Array]:

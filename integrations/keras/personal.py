@@ -16,7 +16,7 @@ from fl_runtime.types import Array
 from fl_runtime.wire.manifest import Manifest, differences
 
 from .names import named_variables
-from .optimizer import initial_values, optimizers
+from .optimizer import build, initial_values, optimizers
 from .state import assign, to_host
 
 
@@ -32,6 +32,7 @@ class PersonalModel:
 
     def __init__(self, model: Any) -> None:
         (self._optimizer,) = optimizers(model)
+        build(model, self._optimizer)
         self._live = {n: v.variable for n, v in named_variables(model).items() if v.role in ("trainable", "buffer")}
         self._other = {name: to_host(variable) for name, variable in self._live.items()}
         values = zip(self._optimizer.variables, initial_values(model, self._optimizer), strict=True)

@@ -56,7 +56,7 @@ class PlainLoop:
 
     num_examples = ROWS
 
-    def __init__(self, site: int, total_steps: int, kind: str = "adam", accumulate: int = 1, bf16: bool = False) -> None:
+    def __init__(self, site: int, total_steps: int, kind: str, accumulate: int, bf16: bool) -> None:
         self.net, self.site, self.rows = made(site), site, rows_of(site)
         self.epoch, self.order = 0, list[int]()
         self.accumulate, self.bf16 = accumulate, bf16

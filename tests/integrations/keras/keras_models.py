@@ -215,7 +215,9 @@ class CorrectedExample(Example):
         rates = keras.optimizers.schedules.ExponentialDecay(0.05, 3, 0.8)
         if self.accumulate > 1:
             options["gradient_accumulation_steps"] = self.accumulate
-        return (keras.optimizers.SGD if self.kind == "sgd" else keras.optimizers.Adam)(rates, **options)
+        if self.kind == "sgd":
+            return keras.optimizers.SGD(rates, **options)
+        return keras.optimizers.Adam(rates, epsilon=0.1, **options)  # so large that no rounding error is blown up
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
         with self.dtypes():
@@ -261,12 +263,14 @@ class OwnGradients(RepeatedFit):
         names = {id(named.variable): name for name, named in named_variables(self._model).items()}
         optimizer, variables = self._model.optimizer, self._model.trainable_variables
         for _ in range(steps):
-            self.rates.append(float(to_host(optimizer.learning_rate)))
-            for _ in range(self._accumulate):
+            for part in range(self._accumulate):
                 batch = slice(BATCH * (self._next % BATCHES), BATCH * (self._next % BATCHES + 1))
                 self._next += 1
-                gradients, scale = gradients_of(self._model, *(part[batch] for part in self._data))
-                for i, variable in enumerate(variables):
+                gradients, scale = gradients_of(self._model, *(data[batch] for data in self._data))
+                finite = all(np.isfinite(gradient).all() for gradient in gradients)  # else loss scaling skips the step
+                if finite and part + 1 == self._accumulate:
+                    self.rates.append(float(to_host(optimizer.learning_rate)))
+                for i, variable in enumerate(variables if finite else ()):
                     gradient = gradients[i] / scale
                     if self._clipnorm is not None:
                         gradient = gradient * np.float32(self._clipnorm / max(np.linalg.norm(gradient), self._clipnorm))

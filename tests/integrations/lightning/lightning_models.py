@@ -142,7 +142,13 @@ class Loop:
     num_examples = ROWS
 
     def __init__(
-        self, site: int, total_steps: int, accumulate: int = 1, kind: str = "adam", clip: float = 0.0, bf16: bool = False
+        self,
+        site: int,
+        total_steps: int,
+        accumulate: int = 1,
+        kind: str = "adam",
+        clip: float = 0.0,
+        bf16: bool = False,
     ) -> None:
         torch.manual_seed(100 + site)
         self.module = nn.Module()
