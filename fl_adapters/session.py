@@ -47,7 +47,10 @@ class Session:
     """One attempt of this site. Task arrays are views of a buffer that the next task overwrites.
 
     name, index, count, job: this site's place. attempt: 1, or more after a restart. settings: what holds here.
-    rounds: of the run, known after `register`. stats: of the last exchange.
+    rounds: of the run, known after `register`. stats: of the last exchange. turn: the round of the current task as a
+    trainer counts that stands still while others train: where the server draws the sites of a round, how many rounds
+    this site has been given (from the first that an attempt after a restart gets, which keeps its number); else the
+    round itself.
     """
 
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
@@ -59,6 +62,7 @@ class Session:
         self.settings = SiteSettings.resolve(options, welcome.settings)
         self.rounds = 0
         self.stats = RoundStats()
+        self.turn = 0
         self.pid = os.getpid()
         self.registered = False
         self.closed = False
@@ -233,6 +237,8 @@ class Session:
         return self._task
 
     def _received(self, task: Task) -> Task:
+        waited = task.kind == "train" and task.config.get("drawn") and (self.turn > 0 or self.attempt == 1)
+        self.turn = self.turn + 1 if waited else task.round
         self._task = task
         return task
 

@@ -26,7 +26,8 @@ class Joined:
 
 @dataclass(frozen=True)
 class Arrived:
-    """A task, as every rank sees it. task: rank 0's own, None on the others. kind, round: of the task.
+    """A task, as every rank sees it. task: rank 0's own, None on the others. kind: of the task. round: its turn at
+    this site, see `Session.turn`.
 
     row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange.
     """
@@ -122,7 +123,7 @@ class TorchSite:
         return session
 
     def _arrived(self, task: Task | None) -> Arrived:
-        kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
+        kind, number, row = torch_ranks.share([task.kind, self.session().turn, self._row()] if task else None)
         return Arrived(task, kind, number, row)
 
     def _row(self) -> dict[str, float]:

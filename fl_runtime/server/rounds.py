@@ -13,7 +13,7 @@ from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFa
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.sampling import drawn
+from fl_runtime.server.sampling import drawn, draws, opened
 from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
@@ -175,12 +175,9 @@ def _open(run: Run, number: int) -> OpenRound:
         run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
-        sampled = number > 0 and run.settings.fraction < 1
-        if sampled:
+        if draws(run.settings, number):
             participants = drawn(run.settings, number, participants)
-        config = dict(run.strategy.configure(number, participants))
-        tries = run.journal.repeats(number)
-        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries), drawn=sampled)
+        run.open = opened(run.settings, run.strategy, number, participants, stage_of(run.journal.repeats(number)))
         run.journal.round_opened(number, tuple(participants), time.time())
     if number > 0:
         run.events.emit("round_started", number, sites=list(run.open.participants))

@@ -1,12 +1,27 @@
-"""Which sites take part in a round, where the job wants a fraction of them."""
+"""Which sites take part in a round, and the round as it is opened with them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from fl_runtime.types import RunSettings
+from fl_runtime.server.state import OpenRound
+from fl_runtime.types import RunSettings, Strategy
+
+
+def opened(settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str) -> OpenRound:
+    """The round with these participants; the same after a restart of the server. Its clock begins now."""
+    config = dict(strategy.configure(round, participants))
+    if draws(settings, round):
+        config["drawn"] = True  # so that a site that waits is not taken for one that comes back late
+    return OpenRound(round, list(participants), config, time.monotonic(), stage, drawn=draws(settings, round))
+
+
+def draws(settings: RunSettings, round: int) -> bool:
+    """Whether only some sites take part. All give their part to an initial model, in round 0."""
+    return round > 0 and settings.fraction < 1
 
 
 def drawn(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:

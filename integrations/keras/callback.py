@@ -189,18 +189,19 @@ class FederatedCallback(keras.callbacks.Callback):
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         run = self._run = Run(fit, budget, rounds, evaluates)
-        self._take_first(run, live, session.start(live.state.get_state), epoch, restored)
+        task = session.start(live.state.get_state)
+        run.take(task, session.turn)
+        self._take_first(run, live, task, epoch, restored)
 
     def _take_first(self, run: Run, live: LiveModel, task: Task, epoch: int, restored: int) -> None:
-        run.take(task)
         if run.over:  # all rounds were done before; Keras makes one step before it stops, which is taken back
             live.receive(task)
             run.stopping = self._model.stop_training = True
             return
-        made = run.budget.done(run.fit, restored) - (task.round - 1) * run.budget.size
+        made = run.budget.done(run.fit, restored) - (run.round - 1) * run.budget.size
         if restored and made >= run.budget.size:
             raise ConfigError(
-                f"the backup has {restored} epochs behind it, but the federation is in round {task.round}",
+                f"the backup has {restored} epochs behind it, but the federation is in round {run.round}",
                 where="BackupAndRestore",
                 fix="delete the backup folder: it is of another run",
             )
@@ -208,13 +209,13 @@ class FederatedCallback(keras.callbacks.Callback):
             run.before, run.epochs = (made, 0) if run.budget.batches else (0, made)
         else:
             live.receive(task)
-        if task.round > 1 and made < 0:
+        if run.round > 1 and made < 0:
             warnings.warn(
-                f"this site comes back in round {task.round} without the optimizer it had: it goes on with the one "
+                f"this site comes back in round {run.round} without the optimizer it had: it goes on with the one "
                 "that it has now; keras.callbacks.BackupAndRestore keeps it",
                 stacklevel=2,
             )
-        run.budget.check_epochs(run.fit, epoch, task.round, run.rounds, max(made, 0))
+        run.budget.check_epochs(run.fit, epoch, run.round, run.rounds, max(made, 0))
 
     def _end_epoch(self) -> None:
         """The epoch's last step is done: before fit validates, or where it does not, before others see the end."""
@@ -252,7 +253,7 @@ class FederatedCallback(keras.callbacks.Callback):
             extras=live.extras(),
         )
         live.receive(task)
-        run.take(task)
+        run.take(task, session.turn)
         run.next_round(session.stats)
         run.meter.begin(model)
 
