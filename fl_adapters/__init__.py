@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fl_adapters.where import Site, site
     from fl_runtime.aggregation import (
         CoordinateMedian,
+        Cyclic,
         FedAdagrad,
         FedAdam,
         FedAvg,
@@ -51,6 +52,7 @@ __all__ = [
     "ConnectedSite",
     "ConnectionLostError",
     "CoordinateMedian",
+    "Cyclic",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -84,6 +86,7 @@ __version__ = _VERSION
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
     "CoordinateMedian": "fl_runtime.aggregation",
+    "Cyclic": "fl_runtime.aggregation",
     "FedAdagrad": "fl_runtime.aggregation",
     "FedAdam": "fl_runtime.aggregation",
     "FedAvg": "fl_runtime.aggregation",

@@ -205,6 +205,17 @@ Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 
 
 @dataclass(frozen=True)
+class Step:
+    """What happens in a round: the global model goes to some sites, and what they make of it comes back.
+
+    to: the sites, None for all that are there. answers: how many updates the round waits for; None: all of them.
+    """
+
+    to: tuple[str, ...] | None = None
+    answers: int | None = None
+
+
+@dataclass(frozen=True)
 class ServerState:
     """What the rounds before have left beside the weights, and where this one leaves its own.
 
@@ -239,6 +250,10 @@ class Strategy(Protocol):
 
     def check_sites(self, fewest: int) -> None:
         """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
+        ...
+
+    def step(self, round: int, present: Sequence[str]) -> Step:
+        """Who takes part in this round, of the sites that are there; the same for the same arguments."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fl_runtime.aggregation.cyclic import Cyclic
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -12,6 +13,7 @@ from fl_runtime.types import Strategy
 
 __all__ = [
     "CoordinateMedian",
+    "Cyclic",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -35,6 +37,7 @@ _STRATEGIES = (
     FedYogi,
     FedAdagrad,
     FedNova,
+    Cyclic,
     CoordinateMedian,
     TrimmedMean,
     Krum,

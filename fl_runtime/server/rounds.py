@@ -13,7 +13,7 @@ from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFa
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.sampling import drawn, draws, opened
+from fl_runtime.server.sampling import asked, opened
 from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
@@ -141,13 +141,13 @@ def _round(run: Run, number: int) -> None:
     with run.lock:
         current = _open(run, number)
         summing = _Summing(run, current)
-    while not _collected(run, current, summing):
-        pass
-    if _not_needed(run, current):
-        summing.give_up()
-        run.drop_open()
-        return
     try:
+        while not _collected(run, current, summing):
+            pass
+        if _not_needed(run, current):
+            summing.give_up()
+            run.drop_open()
+            return
         blob = summing.finish()
     except RoundFailedError as error:
         summing.give_up()
@@ -175,8 +175,7 @@ def _open(run: Run, number: int) -> OpenRound:
         run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
-        if draws(run.settings, number):
-            participants = drawn(run.settings, number, participants)
+        participants = asked(run.settings, run.strategy, number, participants)
         run.open = opened(run.settings, run.strategy, number, participants, stage_of(run.journal.repeats(number)))
         run.journal.round_opened(number, tuple(participants), time.time())
     if number > 0:
@@ -278,17 +277,27 @@ def _not_needed(run: Run, current: OpenRound) -> bool:
 
 
 def _complete(run: Run, current: OpenRound) -> bool:
-    """Every participant has answered or is gone, and the answers make a quorum."""
+    """Every participant has answered or is gone, and the answers make a quorum; or there are as many as are wanted."""
     pending = [n for n in current.participants if n not in current.accepted and not run.members[n].gone]
-    _check_quorum(run, [*current.accepted, *pending], f"in round {current.round}")
-    return not pending
+    counted = [*current.accepted, *pending]
+    if current.drawn and len(counted) < _needed(run, current):
+        _check_quorum(run, _present(run), f"in round {current.round}")
+        raise RoundFailedError(f"{len(counted)} of the sites that were chosen are left", fix="look at their logs")
+    if not current.drawn:
+        _check_quorum(run, counted, f"in round {current.round}")
+    return not pending or (current.answers is not None and len(current.accepted) >= current.answers)
+
+
+def _needed(run: Run, current: OpenRound) -> int:
+    """How many updates the round cannot do without."""
+    return max(min(run.settings.min_sites, len(current.participants)), 1)
 
 
 def _check_deadline(run: Run, current: OpenRound) -> None:
-    if len(current.accepted) < run.settings.min_sites:
+    if len(current.accepted) < _needed(run, current):
         late = [n for n in current.participants if n not in current.accepted]
         raise QuorumError(
-            f"round {current.round} has {len(current.accepted)} of {run.settings.min_sites} updates after "
+            f"round {current.round} has {len(current.accepted)} of {_needed(run, current)} updates after "
             f"{run.settings.deadline_s:g} s; none came from {', '.join(late)}",
             fix="raise deadline_s, lower min_sites, or look at the logs of these sites",
         )
