@@ -89,6 +89,7 @@ class SiteSettings:
     seed: int | None
     best_metric: str
     best_mode: str
+    cross_site: bool = False
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -103,6 +104,7 @@ class SiteSettings:
             seed=job.get("seed"),
             best_metric=job.get("best_metric") or "loss",
             best_mode=job.get("best_mode") or "min",
+            cross_site=bool(job.get("cross_site")),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -194,6 +194,19 @@ class Session:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
         return self._client.next_task(best=True)
 
+    def cross_evaluate(self, evaluate: Callable[[Arrays], tuple[Mapping[str, float | Summary], int]]) -> None:
+        """Where the job wants it, after the "final" task and its report: score the global model and every site's own.
+
+        evaluate(arrays) -> (metrics on this site's own validation data, how many examples they are of); the arrays
+        are valid for the call. A site that calls this registers with the capability "cross-evaluation".
+        """
+        while self.settings.cross_site:
+            task = self._client.next_task(evaluate=True)
+            if task.kind != "evaluate":
+                return
+            metrics, num_examples = evaluate(task.arrays)
+            self._client.report(Report(self.job, task.version, self.name, metrics, num_examples))
+
     def finish(
         self,
         export: Callable[[str], None] | None = None,

@@ -24,7 +24,7 @@ Settings: TypeAlias = Mapping[str, Any]
 """JSON values: what may travel beside tensors."""
 
 Content = Literal["weights", "delta", "encoded"]
-TaskKind = Literal["initial", "train", "final", "best"]
+TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Task:
     """What the server asks of a site.
 
     kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
-    "final" (`arrays` is the global model after the last round), "best" (the best round's model).
-    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one.
+    "final" (`arrays` is the global model after the last round), "best" (the best round's model), "evaluate" (a model
+    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these).
+    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one; what sites
+    have sent, and others evaluate, has numbers behind the last round's.
     arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
     config: settings of this task (strategy parameters, what to export); JSON values.
     """
@@ -151,6 +153,7 @@ class RunSettings:
     site_weights: Mapping[str, float] = field(default_factory=dict)
     patience: int | None = None
     min_delta: float = 0.0
+    cross_site: bool = False
 
     @property
     def sites_per_round(self) -> int:
@@ -163,7 +166,8 @@ class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
     kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
-    the model of `round`), scored (all have), round_dropped (an open round that is not needed), left, failed,
+    the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
+    with the matrix), round_dropped (an open round that is not needed), left, failed,
     finished; a simulation adds starting and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """

@@ -36,6 +36,11 @@ def recover(run: Run) -> None:
         keep.add(run.model.kept.name)
     if run.open:
         keep |= {a.blob.name for a in run.open.accepted.values()}
+    if run.settings.cross_site and run.model:
+        for entry in run.journal.last_updates():
+            if 0 < entry.round <= run.model.version:
+                run.cross_site.keep(_accepted(run, entry))
+                keep.add(entry.blob)
     run.blobs.sweep(keep)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
+from fl_runtime.server.cross_site import CAPABILITY
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
@@ -36,6 +37,7 @@ def drive(run: Run) -> None:
         while run.model.version < run.rounds:  # a round may find that the run ends before it
             _round(run, run.model.version + 1)
         _last_scores(run)
+        _cross_scores(run)
         _farewell(run)
     except FederationError as error:
         run.fail(error)
@@ -68,7 +70,8 @@ def _handshake(run: Run) -> None:
                 where="fraction",
                 fix="leave fraction out of the job",
             )
-        check_capabilities(registrations, settings.strategy or run.terms.strategy, run.strategy.requires)
+        requires = run.strategy.requires | ({CAPABILITY} if settings.cross_site else frozenset())
+        check_capabilities(registrations, settings.strategy or run.terms.strategy, requires)
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
             raise ConfigError(
@@ -326,7 +329,9 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob
         run.events.emit("round_finished", current.round, **_without_round(result))
     run.published.notify_all()
     for accepted in current.accepted.values():
-        run.blobs.free(accepted.blob)
+        freed = run.cross_site.keep(accepted) if current.round > 0 else accepted.blob
+        if freed is not None:
+            run.blobs.free(freed)
     if previous is not None:
         if previous.kept is not None:
             run.blobs.free(previous.kept)
@@ -363,6 +368,14 @@ def _last_scores(run: Run) -> None:
         run.phase = "done"
         run.events.emit("finished", rounds=run.rounds, best_round=run.best.version)
         run.published.notify_all()
+
+
+def _cross_scores(run: Run) -> None:
+    """Wait for the sites' scores of each other's models, and tell them."""
+    if run.settings.cross_site:
+        with run.lock:
+            run.wait_until(lambda: run.cross_site.complete(run), run.settings.deadline_s)
+            run.events.emit("cross_site", run.rounds or 0, matrix=run.cross_site.matrix(run))
 
 
 def _farewell(run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics import plain, to_json
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.server.cross_site import CrossSite
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
@@ -57,6 +58,7 @@ class Run:
         self.results: list[RoundResult] = []
         self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
         self.exporter = ""
+        self.cross_site = CrossSite(settings.cross_site)
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
@@ -158,7 +160,9 @@ class Run:
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
-    def wait_for_task(self, name: str, attempt: int, best: bool, beat_s: float) -> Iterator[Offer | None]:
+    def wait_for_task(
+        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False
+    ) -> Iterator[Offer | None]:
         """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
         if best:
             with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
@@ -167,11 +171,11 @@ class Run:
         while True:
             with self.lock:
                 member = self._member(name, attempt)
-                offer = self._offer(member, best)
+                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
                 if offer is None:
                     self.published.wait(beat_s)
                     self._member(name, attempt)
-                    offer = self._offer(member, best)
+                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
             yield offer
             if offer is not None:
                 return
@@ -206,13 +210,13 @@ class Run:
             if self.open.round == 0:
                 return Offer("initial", 0, self.open.config, None, True, self.open.stage)
             stage = self.open.stage
-            return self._leased("train", self.open.round, self.open.config, self.model, member, stage)
+            return self.leased("train", self.open.round, self.open.config, self.model, member, stage)
         if self.phase == "done" and best:
             assert self.best is not None
             metrics = self.scores.of(self.best.version)
-            return self._leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
+            return self.leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
         if self.phase in ("final", "done") and not best:
-            return self._leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
+            return self.leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
 
     def _collecting(self) -> bool:
@@ -221,9 +225,10 @@ class Run:
             return False
         return self.rounds is None or self.open.round <= self.rounds
 
-    def _leased(
+    def leased(
         self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = ""
     ) -> Offer:
+        """An offer of this model, which cannot be recycled until it is released."""
         assert model is not None
         model.leases += 1
         layout = model.blob.manifest.layout
@@ -328,17 +333,18 @@ class Run:
     def score(self, report: Report, attempt: int) -> None:
         with self.lock:
             self._member(report.site, attempt)
+            crossed = self.cross_site.knows(self, report.version)
             self.journal.scored(report.version, report.site, to_json(report.metrics), report.num_examples)
             self.scores.report(report.version, report.site, report.metrics, report.num_examples)
             self.events.emit(
-                "report",
+                "cross_score" if crossed else "report",
                 report.version,
                 report.site,
                 metrics=plain(report.metrics),
                 num_examples=report.num_examples,
             )
             expected = self.evaluators(report.version)
-            if expected and expected <= self.scores.reported(report.version):
+            if not crossed and expected and expected <= self.scores.reported(report.version):
                 self.settle(report.version)
             self.changed.notify_all()
 
