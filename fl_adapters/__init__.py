@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fl_adapters.where import Site, site
     from fl_runtime.aggregation import (
         CoordinateMedian,
+        Cyclic,
         Ditto,
         FedAdagrad,
         FedAdam,
@@ -54,6 +55,7 @@ __all__ = [
     "ConnectedSite",
     "ConnectionLostError",
     "CoordinateMedian",
+    "Cyclic",
     "Ditto",
     "FedAdagrad",
     "FedAdam",
@@ -90,6 +92,7 @@ __version__ = _VERSION
 _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
     "CoordinateMedian": "fl_runtime.aggregation",
+    "Cyclic": "fl_runtime.aggregation",
     "Ditto": "fl_runtime.aggregation",
     "FedAdagrad": "fl_runtime.aggregation",
     "FedAdam": "fl_runtime.aggregation",

@@ -3,12 +3,11 @@ Stochastic Controlled Averaging for Federated Learning", Algorithm 1)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
+from fl_adapters.local_phases import Home
 from fl_runtime.aggregation.local_terms import control_extras, control_of
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
 from fl_runtime.types import Array, Arrays
@@ -20,20 +19,22 @@ _COUNTED = ("used", "carried", "duplicate")
 class ControlVariate:
     """c_i of one site, an array for each trained tensor that travels: float32, float64 for a float64 tensor.
 
-    Kept in `folder`, so that a new process of this site goes on with it; a site that has lost its c_i begins with c,
-    which corrects nothing until it has one of its own. c_i changes only with an update that the server has counted.
-    A process that dies between that and the file's writing goes on with the c_i of the round before.
+    Kept in the site's folder, so that a new process of this site goes on with it; without that file c_i is 0, as it is
+    for a site that has not trained before. c_i changes only with an update that the server has counted. A process that
+    dies between that and the file's writing goes on with the c_i of the round before.
     """
 
-    def __init__(self, folder: Path, names: Mapping[str, np.dtype[np.generic]], sites: int) -> None:
-        """names: tensor -> its dtype, of what is corrected. sites: N, of the whole job."""
-        self._file, self._dtypes, self._sites = folder / FILE, {n: _wide(d) for n, d in names.items()}, sites
+    def __init__(self, home: Home, names: Mapping[str, np.dtype[np.generic]]) -> None:
+        """names: tensor -> its dtype, of what is corrected."""
+        self._file, self._dtypes, self._sites = home.folder / FILE, {n: _wide(d) for n, d in names.items()}, home.sites
+        if home.fresh:
+            self._file.unlink(missing_ok=True)
         self._own: dict[str, Array] | None = None
         self._next: dict[str, Array] | None = None
         self._global: dict[str, Array] = {}
         self._base: dict[str, Array] = {}
 
-    def begin(self, round: int, model: Arrays, extras: Arrays) -> dict[str, Array]:
+    def begin(self, model: Arrays, extras: Arrays) -> dict[str, Array]:
         """A round begins with these global weights and what came beside them: c - c_i, which each gradient gets."""
         came = control_of(extras)
         self._base = {name: np.array(model[name], dtype) for name, dtype in self._dtypes.items()}
@@ -42,7 +43,7 @@ class ControlVariate:
             for name, dtype in self._dtypes.items()
         }
         if self._own is None:
-            self._own = self._found(round)
+            self._own = self._found()
         return {name: self._global[name] - own for name, own in self._own.items()}
 
     def end_by_rates(self, weights: Arrays, rates: Mapping[str, float]) -> dict[str, Array]:
@@ -88,18 +89,12 @@ class ControlVariate:
         share = {name: (c - self._own[name]) / c.dtype.type(self._sites) for name, c in following.items()}
         return control_extras(share)
 
-    def _found(self, round: int) -> dict[str, Array]:
-        if round == 1:  # what lies there is of another run
-            return {name: np.zeros_like(c) for name, c in self._global.items()}
+    def _found(self) -> dict[str, Array]:
         if self._file.exists():
             kept = read_tensors(self._file)
             if all(n in kept and (kept[n].shape, kept[n].dtype) == (c.shape, c.dtype) for n, c in self._global.items()):
                 return {name: np.array(kept[name]) for name in self._global}
-        warnings.warn(
-            f"this site joins in round {round} without a control variate of its own: it begins with that of all",
-            stacklevel=2,
-        )
-        return {name: c.copy() for name, c in self._global.items()}
+        return {name: np.zeros_like(c) for name, c in self._global.items()}
 
 
 def _wide(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -36,12 +38,18 @@ class Job(BaseModel):
     folder `runs/<name>`. rounds: None leaves it to the trainer's own budget, which all sites must agree on.
     strategy: "fedavg", or with arguments "name:argument=value,...", or an object such as `FedAdam(lr=0.1)`, which is
     kept as that text; one that nobody chose gives way to what the script needs (the trees of XGBoost).
-    sites: how many, or their names; None leaves it to the environment. min_sites: how many updates a round needs;
-    None means every site's. deadline_s: a round ends after so many seconds with the updates that are there.
+    sites: how many, or their names; None leaves it to the environment. fraction: how many of them take part in a round,
+    drawn anew for each from `seed` and its number; the others wait. site_weights: factors of the weights of sites by
+    name, 1 for those not named. min_sites: how many updates a round needs; None means every site's that takes part.
+    deadline_s: a round ends after so many seconds with the updates that are there.
     late: "drop" an update that comes after its round, or "carry" it into the next.
     every, exchange, keep_local, optimizer_state: see the adapters' arguments; the script's own arguments win.
     initial: a safetensors file with the first global weights; None takes the first site's.
     best_metric, best_mode: which round is the best one; the script's own early stopping may say.
+    patience, min_delta: the run ends when so many rounds have brought nothing better (by more than min_delta) in
+    best_metric; None leaves it to the script's own early stopping.
+    cross_site: after the last round every site scores the global model and what every site has sent last, which so
+    reaches all the others.
     seed: of whatever the run draws.
     filters, exact_restart: reserved, refused by this version.
     """
@@ -54,6 +62,9 @@ class Job(BaseModel):
     strategy: str | Described = "fedavg"  # always text, once the job is made
     sites: int | tuple[str, ...] | None = None
     min_sites: int | None = Field(default=None, ge=1)
+    cross_site: bool = False
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    site_weights: dict[str, float] = Field(default_factory=dict)
     deadline_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)
     late: Literal["drop", "carry"] = "drop"
     every: str | int | None = None
@@ -64,6 +75,8 @@ class Job(BaseModel):
     initial: str | None = None
     best_metric: str = Field(default="loss", min_length=1)
     best_mode: Literal["min", "max"] = "min"
+    patience: int | None = Field(default=None, ge=1)
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=0)
     exact_restart: bool = False
 
@@ -118,19 +131,30 @@ class Job(BaseModel):
         return environment.run(self)
 
     def settings(self, sites: Sequence[str]) -> RunSettings:
-        """What the server and the sites need to know, for these sites. Raises ConfigError on too many `min_sites`."""
+        """What the server and the sites need to know, for these sites. Raises ConfigError for what does not fit them:
+        too many `min_sites`, `site_weights` of others, a strategy that needs more updates."""
         names = check_names(sites)
-        needed = len(names) if self.min_sites is None else self.min_sites
-        if needed > len(names):
-            raise ConfigError(
-                f"min_sites is {needed}, but the job has {len(names)} sites",
-                where="min_sites",
-                fix=f"lower min_sites to {len(names)} at most, or add sites",
-            )
-        make_strategy(str(self.strategy)).check_sites(needed)
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
         fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script may say
-        return RunSettings(sites=names, min_sites=needed, **fields)
+        settings = RunSettings(sites=names, min_sites=self.min_sites or 0, **fields)
+        most = settings.sites_per_round
+        if settings.min_sites > most:
+            raise ConfigError(
+                f"min_sites is {settings.min_sites}, but the job has {len(names)} sites"
+                + (f", of which {most} take part in a round" if most < len(names) else ""),
+                where="min_sites",
+                fix=f"lower min_sites to {most} at most, or add sites",
+            )
+        unknown = sorted(set(self.site_weights) - set(names))
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]!r} has a weight and is no site of the job",
+                where="site_weights",
+                fix=f"its sites are: {', '.join(names)}",
+            )
+        settings = replace(settings, min_sites=self.min_sites or most)
+        make_strategy(str(self.strategy)).check_sites(settings.min_sites)
+        return settings
 
 
 def site_names(sites: int | Sequence[str]) -> tuple[str, ...]:
@@ -159,7 +183,26 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 def _check(job: Job) -> None:
     """What a field's type alone does not say."""
     _check_name(job.name, "name")
-    make_strategy(str(job.strategy))
+    strategy = make_strategy(str(job.strategy))
+    if job.site_weights and not strategy.weighted:
+        raise ConfigError(
+            f"the strategy {job.strategy} knows no weights of sites",
+            where="site_weights",
+            fix="leave site_weights out of the job, or choose another strategy",
+        )
+    if job.fraction < 1 and strategy.content == "encoded":
+        raise ConfigError(
+            f"the strategy {job.strategy} needs all sites in every round",
+            where="fraction",
+            fix="leave fraction out of the job",
+        )
+    bad = [name for name, weight in job.site_weights.items() if not 0 < weight < math.inf]
+    if bad:
+        raise ConfigError(
+            f"the weight of {bad[0]} is {job.site_weights[bad[0]]}",
+            where="site_weights",
+            fix="give a number above zero; to leave a site out, take it off `sites`",
+        )
     if job.sites is not None:
         job.settings(site_names(job.sites))  # names, and min_sites and the strategy against their number
     Options(  # the rules for what a script may say too are there

@@ -1,8 +1,9 @@
-"""How often a round's local budget is trained, and what a phase of it came to."""
+"""What a strategy that reaches into local training needs to know of a site, and what a phase of a round came to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.local_terms import PERSONAL_MODEL
@@ -16,6 +17,16 @@ def local_phases(strategy: str | None) -> int:
         return 2 if strategy and PERSONAL_MODEL in make_strategy(strategy).requires else 1
     except ConfigError:  # one that this version does not know; the handshake says what it needs
         return 1
+
+
+@dataclass(frozen=True)
+class Home:
+    """A site's place in a job. folder: for what stays with it. sites: how many the job has. fresh: this is its first
+    process in this run, so that whatever lies in the folder is of another one."""
+
+    folder: Path
+    sites: int
+    fresh: bool
 
 
 @dataclass(frozen=True)

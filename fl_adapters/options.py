@@ -94,6 +94,7 @@ class SiteSettings:
     best_metric: str
     best_mode: str
     phases: int = 1
+    cross_site: bool = False
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -109,6 +110,7 @@ class SiteSettings:
             best_metric=job.get("best_metric") or "loss",
             best_mode=job.get("best_mode") or "min",
             phases=local_phases(job.get("strategy")),
+            cross_site=bool(job.get("cross_site")),
         )
 
     def to_json(self) -> dict[str, Any]:

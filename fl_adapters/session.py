@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fl_adapters.kit import Kit, current_kit, kit_folder
+from fl_adapters.local_phases import Home
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path, own_folder
 from fl_runtime.client import SiteClient
@@ -47,7 +48,11 @@ class Session:
     """One attempt of this site. Task arrays are views of a buffer that the next task overwrites.
 
     name, index, count, job: this site's place. attempt: 1, or more after a restart. settings: what holds here.
-    rounds: of the run, known after `register`. stats: of the last exchange. folder: for what stays with this site.
+    rounds: of the run, known after `register`. stats: of the last exchange. home: for what stays with
+    this site. turn: the round of the current task as a
+    trainer counts that stands still while others train: where the server draws the sites of a round, how many rounds
+    this site has been given (from the first that an attempt after a restart gets, which keeps its number); else the
+    round itself.
     """
 
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
@@ -57,9 +62,10 @@ class Session:
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
         self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt
         self.settings = SiteSettings.resolve(options, welcome.settings)
-        self.folder = own_folder(kit, kit_folder(options.kit))
+        self.home = Home(own_folder(kit, kit_folder(options.kit)), self.count, fresh=self.attempt == 1)
         self.rounds = 0
         self.stats = RoundStats()
+        self.turn = 0
         self.pid = os.getpid()
         self.registered = False
         self.closed = False
@@ -191,6 +197,19 @@ class Session:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
         return self._client.next_task(best=True)
 
+    def cross_evaluate(self, evaluate: Callable[[Arrays], tuple[Mapping[str, float | Summary], int]]) -> None:
+        """Where the job wants it, after the "final" task and its report: score the global model and every site's own.
+
+        evaluate(arrays) -> (metrics on this site's own validation data, how many examples they are of); the arrays
+        are valid for the call. A site that calls this registers with the capability "cross-evaluation".
+        """
+        while self.settings.cross_site:
+            task = self._client.next_task(evaluate=True)
+            if task.kind != "evaluate":
+                return
+            metrics, num_examples = evaluate(task.arrays)
+            self._client.report(Report(self.job, task.version, self.name, metrics, num_examples))
+
     def finish(
         self,
         export: Callable[[str], None] | None = None,
@@ -234,6 +253,8 @@ class Session:
         return self._task
 
     def _received(self, task: Task) -> Task:
+        waited = task.kind == "train" and task.config.get("drawn") and (self.turn > 0 or self.attempt == 1)
+        self.turn = self.turn + 1 if waited else task.round
         self._task = task
         return task
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.control_variate import ControlVariate
-from fl_adapters.local_phases import Phase
+from fl_adapters.local_phases import Home, Phase
 from fl_adapters.torch_correction import GradientCorrection, StepMeter, is_plain_sgd
 from fl_adapters.torch_personal import PersonalModel
 from fl_adapters.torch_state import TorchState, as_tensor, numpy_dtype
@@ -41,11 +41,7 @@ class LocalWork:
         self._meter: StepMeter | None = None
         self._whole = True
         self._global: Phase | None = None
-        self._folder, self._sites = Path(), 1
-
-    def belongs_to(self, folder: Path, sites: int) -> None:
-        """Where this site keeps what stays with it, and how many sites the job has. On rank 0."""
-        self._folder, self._sites = folder, sites
+        self.home = Home(Path(), 1, fresh=True)  # set by rank 0, for itself
 
     def begin(self, task: Task | None, *, whole: bool) -> None:
         """A round begins with rank 0's `task`. whole: its weights are in the model; else this process goes on in the
@@ -63,7 +59,7 @@ class LocalWork:
             self._anchors = self._arrived(task, whole=whole)
         if terms.personal_mu is not None:
             self._prepare_personal(number, whole=whole)
-        self._correct(task, number)
+        self._correct(task)
 
     def phase_ended(self, phase: Phase, *, more: bool) -> Phase | None:
         """The trainer has used up the budget once. None: it does so once more, for the personal model, which is in the
@@ -80,7 +76,7 @@ class LocalWork:
         personal.swap()
         self.gradients.end()
         if torch_ranks.is_rank_zero():
-            personal.save(self._folder)
+            personal.save(self.home.folder)
         assert self._global is not None
         return self._global.with_personal(phase.metrics)
 
@@ -104,11 +100,11 @@ class LocalWork:
         """Training is over, or goes on without the federation. Any rank by itself."""
         self.gradients.close()
 
-    def _correct(self, task: Task | None, number: int) -> None:
+    def _correct(self, task: Task | None) -> None:
         terms = self._terms
         if terms.control_variates:
             self._meter = StepMeter(gradients=not all(is_plain_sgd(optimizer) for optimizer in self._optimizers))
-            self.gradients.begin(offsets=self._offsets(task, number), meter=self._meter)
+            self.gradients.begin(offsets=self._offsets(task), meter=self._meter)
         elif terms.proximal_mu:
             self.gradients.begin(mu=terms.proximal_mu, anchors=self._anchors)
         else:
@@ -121,14 +117,14 @@ class LocalWork:
         _, shared = torch_ranks.share_arrays({n: task.arrays[n] for n in self._parameters} if task else None)
         return {name: as_tensor(array).clone() for name, array in shared}
 
-    def _offsets(self, task: Task | None, number: int) -> Mapping[str, Tensor]:
+    def _offsets(self, task: Task | None) -> Mapping[str, Tensor]:
         """c - c_i, from rank 0."""
         offsets = None
         if task is not None:
             if self._control is None:
                 dtypes = {name: numpy_dtype(parameter.dtype) for name, parameter in self._parameters.items()}
-                self._control = ControlVariate(self._folder, dtypes, self._sites)
-            offsets = self._control.begin(number, task.arrays, task.extras)
+                self._control = ControlVariate(self.home, dtypes)
+            offsets = self._control.begin(task.arrays, task.extras)
         _, shared = torch_ranks.share_arrays(offsets)
         return {name: as_tensor(array) for name, array in shared}
 
@@ -141,9 +137,9 @@ class LocalWork:
             )
         if self.personal is None:
             self.personal = PersonalModel(self._module, self._optimizers)
-            folder = Path(torch_ranks.share(str(self._folder) if torch_ranks.is_rank_zero() else None))
-            if number > 1:
-                self.personal.load(folder)
+            kept = str(self.home.folder) if torch_ranks.is_rank_zero() and not self.home.fresh else None
+            if (folder := torch_ranks.share(kept)) is not None:
+                self.personal.load(Path(folder))
 
     def _check_seen(self, phase: Phase) -> None:
         asked = self._terms.corrects or (self.personal is not None and self.personal.active)

@@ -28,7 +28,8 @@ class Joined:
 
 @dataclass(frozen=True)
 class Arrived:
-    """A task, as every rank sees it. task: rank 0's own, None on the others. kind, round: of the task.
+    """A task, as every rank sees it. task: rank 0's own, None on the others. kind: of the task. round: its turn at
+    this site, see `Session.turn`.
 
     row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange.
     """
@@ -71,7 +72,7 @@ class TorchSite:
 
         def started() -> Task:
             session = self.session()
-            live.local.belongs_to(session.folder, session.count)
+            live.local.home = session.home
             session.register(
                 arrays, agreement=facts, rounds=rounds, evaluates=evaluates, capabilities=live.capabilities
             )
@@ -119,7 +120,7 @@ class TorchSite:
             session = self.session()
             if personal is not None:
                 with personal.in_place():
-                    export(str(session.folder / PERSONAL))
+                    export(str(session.home.folder / PERSONAL))
             session.finish(export=export, load=load)
 
         torch_ranks.on_rank_zero(finished)
@@ -151,7 +152,7 @@ class TorchSite:
         return session
 
     def _arrived(self, task: Task | None) -> Arrived:
-        kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
+        kind, number, row = torch_ranks.share([task.kind, self.session().turn, self._row()] if task else None)
         return Arrived(task, kind, number, row)
 
     def _row(self) -> dict[str, float]:

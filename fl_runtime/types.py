@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -23,7 +24,7 @@ Settings: TypeAlias = Mapping[str, Any]
 """JSON values: what may travel beside tensors."""
 
 Content = Literal["weights", "delta", "encoded"]
-TaskKind = Literal["initial", "train", "final", "best"]
+TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Task:
     """What the server asks of a site.
 
     kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
-    "final" (`arrays` is the global model after the last round), "best" (the best round's model).
-    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one.
+    "final" (`arrays` is the global model after the last round), "best" (the best round's model), "evaluate" (a model
+    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these).
+    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one; what sites
+    have sent, and others evaluate, has numbers behind the last round's.
     arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
     config: settings of this task (strategy parameters, what to export); JSON values.
     """
@@ -54,6 +57,7 @@ class Update:
     content: what `arrays` holds: the new weights, their difference to the base version, or content that only
     `encoding` explains. extras: arrays that travel beside the weights (optimizer moments, control variates).
     num_examples: the weight of this update in an average, > 0. local_steps: optimizer steps of this round.
+    site_weight: what the job multiplies it by; known to the server alone.
     """
 
     job: str
@@ -69,6 +73,12 @@ class Update:
     content: Content = "weights"
     encoding: str = ""
     extras: Arrays = field(default_factory=dict)
+    site_weight: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """What counts in an average."""
+        return self.num_examples * self.site_weight
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class Terms:
 class RunSettings:
     """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means.
 
-    strategy, best_metric, best_mode: None leaves them to the `Terms` of the sites.
+    strategy, best_metric, best_mode, patience: None leaves them to the `Terms` of the sites.
     """
 
     name: str
@@ -139,6 +149,16 @@ class RunSettings:
     seed: int | None = None
     exact_restart: bool = False
     rejoin_s: float = 60.0
+    fraction: float = 1.0
+    site_weights: Mapping[str, float] = field(default_factory=dict)
+    patience: int | None = None
+    min_delta: float = 0.0
+    cross_site: bool = False
+
+    @property
+    def sites_per_round(self) -> int:
+        """How many sites a round has: `fraction` of all, rounded up."""
+        return max(1, math.ceil(self.fraction * len(self.sites) - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,8 @@ class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
     kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
-    the model of `round`), scored (all have), round_dropped (an open round that is not needed), left, failed,
+    the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
+    with the matrix), round_dropped (an open round that is not needed), left, failed,
     finished; a simulation adds starting and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """
@@ -188,6 +209,17 @@ Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 
 
 @dataclass(frozen=True)
+class Step:
+    """What happens in a round: the global model goes to some sites, and what they make of it comes back.
+
+    to: the sites, None for all that are there. answers: how many updates the round waits for; None: all of them.
+    """
+
+    to: tuple[str, ...] | None = None
+    answers: int | None = None
+
+
+@dataclass(frozen=True)
 class ServerState:
     """What the rounds before have left beside the weights, and where this one leaves its own.
 
@@ -208,10 +240,12 @@ class Strategy(Protocol):
     the same names and dtypes, and shapes that may change from round to round.
     initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
     round 0, whose base is empty.
+    weighted: the weights of the sites make a difference.
     """
 
     content: ClassVar[Content]
     initial: ClassVar[Literal["first", "all"]]
+    weighted: ClassVar[bool]
 
     @property
     def requires(self) -> frozenset[str]:
@@ -220,6 +254,10 @@ class Strategy(Protocol):
 
     def check_sites(self, fewest: int) -> None:
         """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
+        ...
+
+    def step(self, round: int, present: Sequence[str]) -> Step:
+        """Who takes part in this round, of the sites that are there; the same for the same arguments."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fl_adapters import heatmap
 from fl_adapters.environments.outcome import SiteExit, verdict
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment, tail
 from fl_adapters.environments.progress import ProgressLines
@@ -89,7 +90,9 @@ class Simulation:
             run.tell(_starting(run, command))
             self._start_sites(processes, command, run, tokens, address)
             exits = _follow(server, processes, run)
-            return _result(server, run, exits, began)
+            result = _result(server, run, exits, began)
+        heatmap.draw(run.folder)
+        return result
 
     def _command(self, job: Job) -> list[str]:
         if self.module:

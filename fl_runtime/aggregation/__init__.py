@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fl_runtime.aggregation.cyclic import Cyclic
 from fl_runtime.aggregation.ditto import Ditto
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.fednova import FedNova
@@ -15,6 +16,7 @@ from fl_runtime.types import Strategy
 
 __all__ = [
     "CoordinateMedian",
+    "Cyclic",
     "Ditto",
     "FedAdagrad",
     "FedAdam",
@@ -44,6 +46,7 @@ _STRATEGIES = (
     FedProx,
     Scaffold,
     Ditto,
+    Cyclic,
     CoordinateMedian,
     TrimmedMean,
     Krum,

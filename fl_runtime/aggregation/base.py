@@ -24,11 +24,13 @@ class WeightsStrategy(Described):
     """A strategy whose updates hold weights, and that says nothing to the sites. Subclasses add `aggregator`.
 
     linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
+    weighted: a site's weight makes a difference.
     """
 
     content: ClassVar[Content] = "weights"
     initial: ClassVar[Literal["first", "all"]] = "first"
-    linear: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+    weighted: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"weights"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

@@ -34,6 +34,7 @@ class FedAvg(WeightsStrategy):
     """
 
     name: ClassVar[str] = "fedavg"
+    linear: ClassVar[bool] = True
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
@@ -47,7 +48,7 @@ class WeightedMean:
     def __init__(self, allocate: Allocate, *, equal: bool = False) -> None:
         """equal: every site has the same weight, whatever its number of examples."""
         self._allocate, self._equal = allocate, equal
-        self._examples = 0
+        self._weight = 0.0
         self._extra_names: tuple[str, ...] = ()
         self._out: dict[tuple[bool, str], Array] = {}
         self._sums: dict[tuple[bool, str], Array] = {}
@@ -68,8 +69,8 @@ class WeightedMean:
                 where=f"site {update.site}, round {update.round}",
                 fix="use the same optimizer and optimizer_state setting at every site",
             )
-        self._examples += update.num_examples
-        share = update.num_examples / self._examples
+        self._weight += update.weight
+        share = update.weight / self._weight
         for (extra, name), mean in self._sums.items():
             value = (update.extras if extra else update.arrays)[name]
             _fold(mean.reshape(-1), value.reshape(-1), share, first=first)

@@ -57,13 +57,13 @@ class _Normalised:
     def __init__(self, strategy: FedNova, base: Arrays, allocate: Allocate) -> None:
         self._strategy, self._base, self._allocate = strategy, base, allocate
         self._mean = WeightedMean(self._in_memory, equal=strategy.weights == "equal")
-        self._examples, self._path = 0, 0.0  # the latter: the weighted mean of a_i so far
+        self._weight, self._path = 0.0, 0.0  # the latter: the weighted mean of a_i so far
 
     def add(self, update: Update) -> None:
         path = self._strategy.path(update.local_steps)
-        weight = 1 if self._strategy.weights == "equal" else update.num_examples
-        self._examples += weight
-        self._path += (path - self._path) * (weight / self._examples)
+        weight = update.site_weight if self._strategy.weights == "equal" else update.weight
+        self._weight += weight
+        self._path += (path - self._path) * (weight / self._weight)
         self._mean.add(replace(update, arrays=_Normal(update.arrays, self._base, path)))
 
     def result(self) -> tuple[Arrays, Arrays]:

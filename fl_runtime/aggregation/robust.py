@@ -29,6 +29,7 @@ class RobustStrategy(WeightsStrategy):
     """What these strategies have in common: all updates at once, and no extras."""
 
     linear: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
 
     def check(self, update: Update) -> None:
         """No extras."""
@@ -154,6 +155,7 @@ class NormBounding(RobustStrategy):
     """
 
     name: ClassVar[str] = "norm-bounding"
+    weighted: ClassVar[bool] = True
     bound: float = number(1.0, above=0)
     weights: Literal["equal", "examples"] = choice("equal", "examples")
 
@@ -161,7 +163,7 @@ class NormBounding(RobustStrategy):
         """A weighted sum of the differences."""
         norms = np.sqrt(_squared_norms(updates, base))
         factors = np.minimum(1.0, self.bound / np.maximum(norms, np.finfo(float).tiny))
-        counts = np.array([1 if self.weights == "equal" else update.num_examples for update in updates], float)
+        counts = np.array([u.site_weight if self.weights == "equal" else u.weight for u in updates])
 
         def combine(values: Array, base: Array, which: Sequence[int]) -> Array:
             shares = factors[which] * counts[which] / counts[which].sum()

@@ -43,6 +43,7 @@ class TreeStrategy(Described):
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
     linear: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
 
     def check(self, update: Update) -> None:
         """Every tree is read: one that is not sound would reach every other site."""

@@ -15,6 +15,7 @@ from typing import Any
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics import plain, to_json
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.server.cross_site import CrossSite
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
@@ -57,6 +58,7 @@ class Run:
         self.results: list[RoundResult] = []
         self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
         self.exporter = ""
+        self.cross_site = CrossSite(settings.cross_site)
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
@@ -158,7 +160,9 @@ class Run:
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
-    def wait_for_task(self, name: str, attempt: int, best: bool, beat_s: float) -> Iterator[Offer | None]:
+    def wait_for_task(
+        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False
+    ) -> Iterator[Offer | None]:
         """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
         if best:
             with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
@@ -167,11 +171,11 @@ class Run:
         while True:
             with self.lock:
                 member = self._member(name, attempt)
-                offer = self._offer(member, best)
+                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
                 if offer is None:
                     self.published.wait(beat_s)
                     self._member(name, attempt)
-                    offer = self._offer(member, best)
+                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
             yield offer
             if offer is not None:
                 return
@@ -199,19 +203,20 @@ class Run:
             return None
         if self._wants_initial(member.name):
             return Offer("initial", 0, {}, None, True)
-        if self._collecting() and self.open and member.name not in self.open.accepted:
+        waits = self.open is not None and not self.open.takes(member.name)
+        if self._collecting() and self.open and not waits and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
                 self.open.participants.append(member.name)
             if self.open.round == 0:
                 return Offer("initial", 0, self.open.config, None, True, self.open.stage)
             stage = self.open.stage
-            return self._leased("train", self.open.round, self.open.config, self.model, member, stage)
+            return self.leased("train", self.open.round, self.open.config, self.model, member, stage)
         if self.phase == "done" and best:
             assert self.best is not None
             metrics = self.scores.of(self.best.version)
-            return self._leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
+            return self.leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
         if self.phase in ("final", "done") and not best:
-            return self._leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
+            return self.leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
 
     def _collecting(self) -> bool:
@@ -220,9 +225,10 @@ class Run:
             return False
         return self.rounds is None or self.open.round <= self.rounds
 
-    def _leased(
+    def leased(
         self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = ""
     ) -> Offer:
+        """An offer of this model, which cannot be recycled until it is released."""
         assert model is not None
         model.leases += 1
         layout = model.blob.manifest.layout
@@ -260,6 +266,8 @@ class Run:
                 return "late"
             if not self._collecting() or (round == self.open.round and stage != self.open.stage):
                 return "late"  # the run ends before this round, or it has been opened again
+            if round == self.open.round and not self.open.takes(name):
+                return "late"  # it was not asked
             if round > self.open.round:
                 raise ProtocolError(f"an update for round {round}, but round {self.open.round} is open")
             return "duplicate" if name in self.open.accepted else None
@@ -325,17 +333,18 @@ class Run:
     def score(self, report: Report, attempt: int) -> None:
         with self.lock:
             self._member(report.site, attempt)
+            crossed = self.cross_site.knows(self, report.version)
             self.journal.scored(report.version, report.site, to_json(report.metrics), report.num_examples)
             self.scores.report(report.version, report.site, report.metrics, report.num_examples)
             self.events.emit(
-                "report",
+                "cross_score" if crossed else "report",
                 report.version,
                 report.site,
                 metrics=plain(report.metrics),
                 num_examples=report.num_examples,
             )
-            expected = self.evaluators()
-            if expected and expected <= self.scores.reported(report.version):
+            expected = self.evaluators(report.version)
+            if not crossed and expected and expected <= self.scores.reported(report.version):
                 self.settle(report.version)
             self.changed.notify_all()
 
@@ -348,7 +357,7 @@ class Run:
             deadline = time.monotonic() + self.settings.deadline_s / 2
             while not self.scores.settled(version):
                 self._member(name, attempt)
-                if self.evaluators() <= self.scores.reported(version) or time.monotonic() > deadline:
+                if self.evaluators(version) <= self.scores.reported(version) or time.monotonic() > deadline:
                     self.settle(version)
                 else:
                     self.published.wait(min(1.0, self.settings.deadline_s / 2))
@@ -365,9 +374,10 @@ class Run:
 
     def _stop_out_of_patience(self, version: int) -> None:
         terms, newest = self.terms, self.model.version if self.model else 0
-        if not terms.patience or version != newest or self.rounds is None or version >= self.rounds:
+        by = self.settings if self.settings.patience else terms
+        if not by.patience or version != newest or self.rounds is None or version >= self.rounds:
             return
-        if self.scores.patience_spent(version, terms.patience, terms.min_delta):
+        if self.scores.patience_spent(version, by.patience, by.min_delta):
             self.rounds = version
             self.journal.agreed(version, terms)
             self.changed.notify_all()
@@ -383,9 +393,11 @@ class Run:
                 self.last_used[name] = self.open.round - 1
             self.open = None
 
-    def evaluators(self) -> set[str]:
-        """Active sites that have promised to score each global model."""
-        return {m.name for m in self.members.values() if m.active and m.registration and m.registration.evaluates}
+    def evaluators(self, version: int) -> set[str]:
+        """Active sites that have promised to score each global model, as far as they get this one."""
+        asked = self.open if self.open and self.open.round == version + 1 else None
+        active = [m for m in self.members.values() if m.active and (asked is None or asked.takes(m.name))]
+        return {m.name for m in active if m.registration and m.registration.evaluates}
 
     # -- common ----------------------------------------------------------------------------------------------
 

@@ -112,7 +112,9 @@ class FederationService:
 
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.NextRequest, requests)
-        for offer in self._run.wait_for_task(peer.name, request.session.attempt, request.best, BEAT_S):
+        for offer in self._run.wait_for_task(
+            peer.name, request.session.attempt, request.best, BEAT_S, evaluate=request.evaluate
+        ):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:

@@ -183,7 +183,7 @@ class FederatedCallback(keras.callbacks.Callback):
         budget.check(fit)
         if session.attempt == 1 and settings.rounds:
             budget.check_epochs(fit, epoch, 1, settings.rounds)
-        live = self._live = LiveModel(model, settings, session.folder, session.count)
+        live = self._live = LiveModel(model, settings, session.home)
         restored = getattr(model, "_initial_epoch", None) or 0  # by BackupAndRestore
         rounds = session.register(
             live.state.get_state(),
@@ -194,20 +194,21 @@ class FederatedCallback(keras.callbacks.Callback):
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         run = self._run = Run(fit, budget, rounds, evaluates)
-        self._take_first(run, live, session.start(live.state.get_state), epoch, restored)
+        task = session.start(live.state.get_state)
+        run.take(task, session.turn)
+        self._take_first(run, live, task, epoch, restored)
         if live.local.corrects:
             neighbours.refuse_saving_within_epochs(fit.callbacks)
 
     def _take_first(self, run: Run, live: LiveModel, task: Task, epoch: int, restored: int) -> None:
-        run.take(task)
         if run.over:  # all rounds were done before; Keras makes one step before it stops, which is taken back
             live.receive(task)
             run.stopping = self._model.stop_training = True
             return
-        made = run.budget.done(run.fit, restored) - (task.round - 1) * run.budget.round_size
+        made = run.budget.done(run.fit, restored) - (run.round - 1) * run.budget.round_size
         if restored and made >= run.budget.round_size:
             raise ConfigError(
-                f"the backup has {restored} epochs behind it, but the federation is in round {task.round}",
+                f"the backup has {restored} epochs behind it, but the federation is in round {run.round}",
                 where="BackupAndRestore",
                 fix="delete the backup folder: it is of another run",
             )
@@ -216,13 +217,13 @@ class FederatedCallback(keras.callbacks.Callback):
             live.resume(task)
         else:
             live.receive(task)
-        if task.round > 1 and made < 0:
+        if run.round > 1 and made < 0:
             warnings.warn(
-                f"this site comes back in round {task.round} without the optimizer it had: it goes on with the one "
+                f"this site comes back in round {run.round} without the optimizer it had: it goes on with the one "
                 "that it has now; keras.callbacks.BackupAndRestore keeps it",
                 stacklevel=2,
             )
-        run.budget.check_epochs(run.fit, epoch, task.round, run.rounds, max(made, 0))
+        run.budget.check_epochs(run.fit, epoch, run.round, run.rounds, max(made, 0))
 
     def _end_epoch(self) -> None:
         """The epoch's last step is done: before fit validates, or where it does not, before others see the end."""
@@ -263,7 +264,7 @@ class FederatedCallback(keras.callbacks.Callback):
         live.local.submitted(status)
         task = session.next_task()
         live.receive(task)
-        run.take(task)
+        run.take(task, session.turn)
         run.next_round(session.stats)
         run.meter.begin(model)
 
@@ -278,7 +279,7 @@ class FederatedCallback(keras.callbacks.Callback):
         live.restore_final()
         if live.local.personal is not None:
             with live.local.personal.in_place():
-                export(model, str(session.folder / PERSONAL))
+                export(model, str(session.home.folder / PERSONAL))
         session.finish(
             export=lambda folder: export(model, folder), load=live.state.set_state if run.evaluates else None
         )

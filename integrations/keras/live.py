@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fl_adapters.local_phases import Home
 from fl_adapters.options import SiteSettings
 from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
 from fl_runtime.errors import ConfigError
@@ -23,16 +23,16 @@ class LiveModel:
     """Holds the live variables, so it belongs to one `fit` and is never copied along with the callback.
 
     Every method expects the variables to hold their values: under JAX, go through the callback's `model` first.
-    local: what the job's strategy asks of local training. folder, sites: see there.
+    local: what the job's strategy asks of local training. home: where the site keeps what that leaves.
     """
 
-    def __init__(self, model: Any, settings: SiteSettings, folder: Path, sites: int) -> None:
+    def __init__(self, model: Any, settings: SiteSettings, home: Home) -> None:
         self._settings = settings
         self.state = KerasState(model, settings.exchange, settings.keep_local)
         self.moments = OptimizerState(model, self.state.variables)
         self.moments.check(settings.optimizer_state)
         policy = settings.optimizer_state
-        self.local = LocalWork(model, self.state, settings.phases, folder, sites)
+        self.local = LocalWork(model, self.state, settings.phases, home)
         correcting = {GRADIENT_CORRECTION, PERSONAL_MODEL} if can_correct(model) else set()
         self.capabilities = self.state.capabilities | correcting
         self.agreement = {**self.state.agreement(model), **self.moments.agreement(policy)}

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fl_adapters.control_variate import ControlVariate
-from fl_adapters.local_phases import Phase
+from fl_adapters.local_phases import Home, Phase
 from fl_runtime.aggregation.local_terms import LocalTerms
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays, Task
@@ -25,11 +24,11 @@ from .state import KerasState
 class LocalWork:
     """One `fit`'s part in the strategy. Does nothing until a task asks for something.
 
-    folder: where this site keeps what stays with it. sites: of the whole job. The variables must hold their values.
+    home: where this site keeps what stays with it. The variables must hold their values.
     """
 
-    def __init__(self, model: Any, state: KerasState, phases: int, folder: Path, sites: int) -> None:
-        self._model, self._phases, self._folder, self._sites = model, phases, folder, sites
+    def __init__(self, model: Any, state: KerasState, phases: int, home: Home) -> None:
+        self._model, self._phases, self._home = model, phases, home
         trained = {id(variable) for variable in model.trainable_variables}
         self._variables = {name: v for name, v in state.variables.items() if id(v) in trained}
         self.personal: PersonalModel | None = None
@@ -99,7 +98,7 @@ class LocalWork:
             self._correction().begin(mu=mu, anchors=self._anchors)
             return None
         self._correction().begin()
-        personal.save(self._folder)
+        personal.save(self._home.folder)
         assert self._global is not None
         return self._global.with_personal(phase.metrics)
 
@@ -139,8 +138,8 @@ class LocalWork:
         """c - c_i."""
         if self._control is None:
             dtypes = {name: self._anchors[name].dtype for name in self._variables}
-            self._control = ControlVariate(self._folder, dtypes, self._sites)
-        return self._control.begin(task.round, task.arrays, task.extras)
+            self._control = ControlVariate(self._home, dtypes)
+        return self._control.begin(task.arrays, task.extras)
 
     def _prepare_personal(self, number: int, *, whole: bool) -> None:
         if not whole:
@@ -152,8 +151,8 @@ class LocalWork:
         if self.personal is None:
             with self.hidden():
                 self.personal = PersonalModel(self._model)
-            if number > 1:
-                self.personal.load(self._folder)
+            if not self._home.fresh:
+                self.personal.load(self._home.folder)
 
     def _check_seen(self, phase: Phase) -> None:
         asked = self._terms.corrects or (self.personal is not None and self.personal.active)

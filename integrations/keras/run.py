@@ -72,9 +72,9 @@ class Run:
         """Whether the epoch that has just ended is fit's last, where its own budget decides."""
         return self.budget.rounds is None and not self.epoch_open and self.epoch + 1 >= self.fit.epochs
 
-    def take(self, task: Task) -> None:
-        """A task has arrived, and its weights are in the model."""
-        self.round, self.version, self.over = task.round, task.version, task.kind == "final"
+    def take(self, task: Task, turn: int) -> None:
+        """A task has arrived, and its weights are in the model. turn: see `Session.turn`."""
+        self.round, self.version, self.over = turn, task.version, task.kind == "final"
 
     def next_round(self, stats: RoundStats) -> None:
         """The exchange is done, within the epoch or at its end; what is counted from here on is of the new round."""
@@ -97,7 +97,9 @@ class Run:
         return {"federation_round": float(self.version), **self.row}
 
     def _aim(self) -> None:
-        if self.budget.batches is not None and self.epoch_open and not self.over:
+        if self.over and self.epoch_open:  # the run has ended sooner than this fit: no exchange, and no further step
+            self.due, self.stops = _NEVER, 0
+        elif self.budget.batches is not None and self.epoch_open:
             self.due = self.budget.batches - self.before
             last = self.round == self.rounds and self.phase + 1 == self.budget.phases
             self.stops = self.due - self.budget.execution if last else _NEVER

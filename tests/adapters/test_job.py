@@ -27,7 +27,7 @@ def refused(**fields: Any) -> ConfigError:
 def test_a_job_has_the_fields_of_the_contract() -> None:
     assert set(Job.model_fields) == set(
         "name app rounds strategy sites min_sites deadline_s late every exchange keep_local optimizer_state filters "
-        "initial best_metric best_mode seed exact_restart".split()
+        "initial best_metric best_mode patience min_delta seed exact_restart fraction site_weights cross_site".split()
     )
     job = Job(app="train.py")
     assert (job.strategy, job.best_metric, job.best_mode, job.exact_restart) == ("fedavg", "loss", "min", False)
@@ -56,7 +56,11 @@ def test_a_job_survives_yaml_and_pickle(tmp_path: Path) -> None:
         initial="start.safetensors",
         best_metric="accuracy",
         best_mode="max",
+        patience=3,
+        min_delta=0.01,
         seed=3,
+        fraction=0.5,
+        site_weights={"a": 2.0},
     )
     file = tmp_path / "job.yml"
     file.write_text(job.to_yaml())
@@ -71,6 +75,8 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
     assert (settings.name, settings.sites, settings.min_sites, settings.rounds) == ("x", ("n", "s"), 2, 2)
     assert (settings.every, settings.keep_local, settings.deadline_s) == (50, ("a.*",), 86_400.0)
     assert Job(app="train.py", min_sites=1).settings(["n", "s"]).min_sites == 1
+    assert Job(app="train.py", fraction=0.3).settings(site_names(10)).min_sites == 3
+    assert Job(app="train.py", fraction=0.31).settings(site_names(10)).min_sites == 4
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,16 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
         ({"sites": ["a", "a"]}, "'a' is listed twice"),
         ({"sites": ["../a"]}, "'../a'"),
         ({"sites": ["global"]}, "'global'"),
+        ({"fraction": 0.0}, "fraction cannot be 0.0"),
+        ({"fraction": 1.1}, "fraction cannot be 1.1"),
+        ({"fraction": 0.5, "sites": 4, "min_sites": 3}, "has 4 sites, of which 2 take part"),
+        ({"fraction": 0.5, "sites": 8, "strategy": "krum:f=1"}, "needs at least 2 f + 3 = 5"),
+        ({"fraction": 0.5, "strategy": "tree-bagging"}, "needs all sites in every round"),
+        ({"sites": 2, "site_weights": {"north": 2.0}}, "'north' has a weight and is no site"),
+        ({"site_weights": {"site-1": 0.0}}, "the weight of site-1 is 0.0"),
+        ({"site_weights": {"site-1": 2.0}, "strategy": "median"}, "knows no weights of sites"),
+        ({"patience": 0}, "patience cannot be 0"),
+        ({"min_delta": -1}, "min_delta cannot be -1"),
         ({"sites": 2, "min_sites": 3}, "min_sites is 3, but the job has 2 sites"),
         ({"name": "a/b"}, "'a/b'"),
         ({"name": ""}, "''"),

@@ -51,15 +51,16 @@ def rounds_of(
             site.join()
             site.register(initial)
             task = site.start(initial)
-            while task.kind == "train":
+            while True:
+                found[task.version] = {key: np.copy(array) for key, array in task.arrays.items()}
+                if task.kind == "final":
+                    break
                 submitted(site, task, index, trained)
                 task = site.client.next_task()
-                if index == 0:
-                    found[task.version] = {key: np.copy(array) for key, array in task.arrays.items()}
             site.client.leave("done", early=False)
 
         bench.run(work)
-    return [found[version] for version in sorted(found)]
+    return [found[version] for version in sorted(found) if version > 0]
 
 
 def submitted(site: Site, task: Task, index: int, trained: Trained = pulled) -> str:
@@ -71,17 +72,24 @@ def reference(
     initial: Arrays,
     next_model: Callable[[Array, list[Array], int, dict[str, Any]], Array],
     *,
-    sites: Sequence[int] = (0, 1, 2),
+    sites: Sequence[int] | Callable[[int], Sequence[int]] = (0, 1, 2),
     rounds: int = 4,
     trained: Trained = pulled,
 ) -> list[Model]:
-    """The same in float64 and one tensor at a time: next_model(x, what the sites made of it, round, memory)."""
+    """The same in float64 and one tensor at a time: next_model(x, what the sites made of it, round, memory).
+
+    sites: who takes part, in all rounds or by round.
+    """
     models: list[Model] = []
+
+    def taking_part(number: int) -> Sequence[int]:
+        return sites(number) if callable(sites) else sites
+
     memory: dict[str, dict[str, Any]] = {name: {} for name in initial}
     model = {name: np.asarray(array, np.float64) for name, array in initial.items()}
     for number in range(1, rounds + 1):
         model = {
-            name: next_model(x, [trained(index, number, x) for index in sites], number, memory[name])
+            name: next_model(x, [trained(index, number, x) for index in taking_part(number)], number, memory[name])
             for name, x in model.items()
         }
         models.append(model)
