@@ -148,13 +148,13 @@ class Loop:
         accumulate: int = 1,
         kind: str = "adam",
         clip: float = 0.0,
-        bf16: bool = False,
+        narrow: torch.dtype | None = None,
     ) -> None:
         torch.manual_seed(100 + site)
         self.module = nn.Module()
         self.module.net = network()
         self.optimizer = optimizer_for(self.module.parameters(), kind)
-        self.clip, self.bf16 = clip, bf16
+        self.clip, self.narrow = clip, narrow
         self.correct: Correct | None = None
         self.rates: list[float] = []
         self.schedule = linear_schedule(self.optimizer, total_steps)
@@ -191,7 +191,7 @@ class Loop:
                 self.batches = iter(self.loader)
             self.seen += 1
             x, y = next(self.batches)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.autocast("cpu", self.narrow or torch.bfloat16, enabled=self.narrow is not None):
                 loss = nn.functional.cross_entropy(self.module.net(x), y)
             self.losses.append(float(loss.detach()))
             (loss / self.accumulate).backward()
@@ -231,5 +231,7 @@ class Example:
         return Trained(weights(built), fitting.global_step)
 
     def plain(self, site: int, *, total_steps: int) -> Loop:
-        clip, bf16 = self.options.get("gradient_clip_val", 0.0), self.options.get("precision") == "bf16-mixed"
-        return Loop(site, total_steps, self.accumulate, self.kind, clip, bf16)
+        narrow = torch.bfloat16 if self.options.get("precision") == "bf16-mixed" else None
+        narrow = torch.float16 if "plugins" in self.options else narrow
+        clip = self.options.get("gradient_clip_val", 0.0)
+        return Loop(site, total_steps, self.accumulate, self.kind, clip, narrow)
