@@ -70,6 +70,7 @@ def demo_of(folder: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their own names
     spec.loader.exec_module(module)
     return module
 

@@ -11,8 +11,8 @@ from fl_runtime.types import Arrays
 class Adapter(Protocol):
     """State in and out of a live model.
 
-    capabilities: names of optional protocols that it also has ("optimizer_state", "gradient_correction",
-    "snapshot"); the handshake compares them with what the job's strategy needs.
+    capabilities: names of optional protocols that it also has ("optimizer_state", "gradient-correction",
+    "personal-model"); the handshake compares them with what the job's strategy needs.
     """
 
     @property

@@ -101,6 +101,7 @@ def training_cases() -> tuple[TrainingCase, ...]:
         alone_the_script_trains_as_if_nothing_were_there,
         required_refuses_to_train_alone,
         another_model_is_refused_before_the_first_step,
+        a_site_that_is_not_drawn_waits,
         a_site_that_fails_is_done_without,
         a_site_that_is_needed_ends_the_run,
     )
@@ -203,6 +204,19 @@ def another_model_is_refused_before_the_first_step(example: TrainingExample) -> 
     require(not _of_kind(federation.events, "round_started"), "a round was started")
 
 
+def a_site_that_is_not_drawn_waits(example: TrainingExample) -> None:
+    rounds, every = 2 * example.steps_per_epoch, example.steps_per_epoch + 1  # whole epochs, in all
+    with _federation(example, rounds=rounds, every=every, fraction=0.5, seed=2, min_sites=1) as federation:
+        trained = federation.run(lambda place: example.train(place.index, kit=place.kit, epochs=100))
+        final = federation.model()
+        drawn = [[list(trained).index(name) for name in result.sites] for result in federation.result().rounds]
+    require(sorted({len(sites) for sites in drawn}) == [1] and len({*map(tuple, drawn)}) == 2, f"drawn were {drawn}")
+    for name, result in trained.items():
+        require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
+    _require_local_steps(federation.events, every)
+    require_close(final, _by_hand(example, "keep", drawn, every, list(final)))
+
+
 def a_site_that_fails_is_done_without(example: TrainingExample) -> None:
     with _federation(example, rounds=3, every=2, min_sites=1) as federation:
         outcomes = federation.outcomes(
@@ -241,7 +255,7 @@ def a_site_that_is_needed_ends_the_run(example: TrainingExample) -> None:
 
 
 def _equals_plain_loop(example: TrainingExample, policy: Literal["keep", "reset"]) -> None:
-    rounds, every, sites = 3, example.steps_per_epoch + 1, 2  # rounds that end within epochs
+    rounds, every = 3, example.steps_per_epoch + 1  # rounds that end within epochs
     with _federation(example, rounds=rounds, every=every, optimizer_state=policy) as federation:
         trained = federation.run(lambda place: example.train(place.index, kit=place.kit, epochs=100))
         final = federation.model()
@@ -249,31 +263,36 @@ def _equals_plain_loop(example: TrainingExample, policy: Literal["keep", "reset"
         missing = [tensor for tensor in final if tensor not in result.weights]
         require(not missing, f"{missing} of the global model are not among the weights of {name}")
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
-    wanted = _by_hand(example, policy, rounds, every, sites, list(final))
+    wanted = _by_hand(example, policy, [[0, 1]] * rounds, every, list(final))
     require_close(final, wanted)
 
 
 def _by_hand(
-    example: TrainingExample, policy: str, rounds: int, every: int, sites: int, names: list[str]
+    example: TrainingExample, policy: str, rounds: Sequence[Sequence[int]], every: int, names: list[str]
 ) -> dict[str, Array]:
-    """The oracle: each site's plain loop in turn, with its own random states, and the mean in float64."""
+    """The oracle: each site's plain loop in turn, with its own random states, and the mean in float64.
+
+    rounds: the numbers of the sites that take part in each.
+    """
     before = [get() for get, _ in example.states]
     loops, states = [], []
-    for site in range(sites):
+    for site in range(2):
         _restore(example.states, before)
-        loops.append(example.plain(site, total_steps=rounds * every))
+        loops.append(example.plain(site, total_steps=len(rounds) * every))
         states.append([get() for get, _ in example.states])
     weights = {name: np.array(loops[0].weights()[name]) for name in names}
-    for _ in range(rounds):
-        for site, loop in enumerate(loops):
+    for sites in rounds:
+        for site in sites:
+            loop = loops[site]
             _restore(example.states, states[site])
             loop.load({**copied(loop.weights()), **weights})
             if policy == "reset":
                 loop.reset_optimizer()
             loop.train(every)
             states[site] = [get() for get, _ in example.states]
-        locals_ = [{name: np.array(loop.weights()[name]) for name in names} for loop in loops]
-        weights = mean_by_hand(locals_, tuple(loop.num_examples for loop in loops))
+        taking_part = [loops[site] for site in sites]
+        locals_ = [{name: np.array(loop.weights()[name]) for name in names} for loop in taking_part]
+        weights = mean_by_hand(locals_, tuple(loop.num_examples for loop in taking_part))
     _restore(example.states, before)
     return weights
 

@@ -49,6 +49,8 @@ class Job(BaseModel):
     best_metric, best_mode: which round is the best one; the script's own early stopping may say.
     patience, min_delta: the run ends when so many rounds have brought nothing better (by more than min_delta) in
     best_metric; None leaves it to the script's own early stopping.
+    cross_site: after the last round every site scores the global model and what every site has sent last, which so
+    reaches all the others.
     seed: of whatever the run draws.
     filters: what changes updates and models on their way, in order: a table each, with its name, its arguments and
     optionally `at`, its point (docs/filters.md).
@@ -63,6 +65,7 @@ class Job(BaseModel):
     strategy: str | Described = "fedavg"  # always text, once the job is made
     sites: int | tuple[str, ...] | None = None
     min_sites: int | None = Field(default=None, ge=1)
+    cross_site: bool = False
     fraction: float = Field(default=1.0, gt=0, le=1)
     site_weights: dict[str, float] = Field(default_factory=dict)
     deadline_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -50,19 +50,32 @@ class ConnectedSite:
         return False
 
     def tasks(
-        self, *, initial: Arrays, rounds: int | None = None, agreement: dict[str, str] | None = None
+        self,
+        *,
+        initial: Arrays,
+        rounds: int | None = None,
+        agreement: dict[str, str] | None = None,
+        evaluate: Callable[[Arrays], tuple[Metrics, int]] | None = None,
     ) -> Iterator[SiteTask]:
         """One task per round. initial: this site's weights (all sites must have the same names, shapes, dtypes);
         they start the model where the job gives no file and this is the first site. Borrowed until the first task.
 
         rounds: how many, where the job does not say; alone, 1 by default. agreement: further facts that must be
-        equal at all sites. Raises StateMismatchError or HandshakeError when the sites do not fit together.
+        equal at all sites. evaluate: (metrics, number of examples) of some weights on this site's validation data; a
+        job with `cross_site` asks for those of every site's weights after the last round. Raises StateMismatchError
+        or HandshakeError when the sites do not fit together.
         """
         if self._session is None:
             yield from self._alone(initial, rounds or 1)
             return
         session, mine = self._session, dict(self._travelling(initial, self._session.settings))
-        rounds = session.register(mine, agreement=agreement or {}, rounds=rounds, evaluates=False)
+        rounds = session.register(
+            mine,
+            agreement=agreement or {},
+            rounds=rounds,
+            evaluates=False,
+            capabilities=frozenset({"cross-evaluation"}) if evaluate else frozenset(),
+        )
         task = session.start(lambda: mine)
         while task.kind == "train":
             current = SiteTask(task, rounds, session, self._options)
@@ -70,6 +83,8 @@ class ConnectedSite:
             current.check_submitted()
             task = session.next_task()
         self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}
+        if evaluate is not None:
+            session.cross_evaluate(evaluate)
         session.finish()
 
     def report(self, metrics: Metrics, num_examples: int) -> None:

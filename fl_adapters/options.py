@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
+from fl_adapters.local_phases import local_phases
 from fl_runtime.errors import ConfigError
 
 Exchange: TypeAlias = str | tuple[str, ...]
@@ -78,7 +79,10 @@ class Options:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """What holds at this site, after precedence: script argument, then job, then default."""
+    """What holds at this site, after precedence: script argument, then job, then default.
+
+    phases: how often each round trains its budget; twice where the strategy has a personal model.
+    """
 
     rounds: int | None
     every: Every
@@ -89,6 +93,8 @@ class SiteSettings:
     seed: int | None
     best_metric: str
     best_mode: str
+    phases: int = 1
+    cross_site: bool = False
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -103,6 +109,8 @@ class SiteSettings:
             seed=job.get("seed"),
             best_metric=job.get("best_metric") or "loss",
             best_mode=job.get("best_mode") or "min",
+            phases=local_phases(job.get("strategy")),
+            cross_site=bool(job.get("cross_site")),
         )
 
     def to_json(self) -> dict[str, Any]:

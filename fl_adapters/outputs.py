@@ -9,6 +9,20 @@ from pathlib import Path
 from fl_adapters.kit import Kit
 from fl_runtime.errors import ConfigError
 
+PERSONAL = "personal"
+"""Folder, within a site's own, of its personal model in the framework's format, once training is over."""
+
+PERSONAL_FILE = "personal.safetensors"
+"""Within a site's own folder: the weights of its personal model after the last round."""
+
+
+def own_folder(kit: Kit, job: str) -> Path:
+    """Where a site keeps what stays with it during a job: runs/<job>/sites/<site> in a simulation, else within its
+    startup kit."""
+    if kit.simulated:
+        return Path(kit.run, "sites", kit.site)
+    return Path(kit.credentials or kit.folder, "jobs", job)
+
 
 def placed(kit: Kit | None, folder: str) -> str:
     """Where a framework may write what it was told to write to `folder`: unchanged but for a simulated site.

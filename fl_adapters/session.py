@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from fl_adapters.kit import Kit, current_kit
+from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.outputs import claimed_path
+from fl_adapters.outputs import claimed_path, own_folder
 from fl_adapters.site_rules import rules_of
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
@@ -51,7 +52,11 @@ class Session:
     """One attempt of this site. Task arrays are views of a buffer that the next task overwrites.
 
     name, index, count, job: this site's place. attempt: 1, or more after a restart. settings: what holds here.
-    rounds: of the run, known after `register`. stats: of the last exchange.
+    rounds: of the run, known after `register`. stats: of the last exchange. home: for what stays with
+    this site. turn: the round of the current task as a
+    trainer counts that stands still while others train: where the server draws the sites of a round, how many rounds
+    this site has been given (from the first that an attempt after a restart gets, which keeps its number); else the
+    round itself.
     """
 
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
@@ -62,8 +67,10 @@ class Session:
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
         self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt
         self.settings = SiteSettings.resolve(options, welcome.settings)
+        self.home = SiteHome(own_folder(kit, self.job), self.count, fresh=self.attempt == 1)
         self.rounds = 0
         self.stats = RoundStats()
+        self.turn = 0
         self.pid = os.getpid()
         self.registered = False
         self.closed = False
@@ -203,6 +210,19 @@ class Session:
         with self._allowed():
             return self._filters.received(self._client.next_task(best=True))
 
+    def cross_evaluate(self, evaluate: Callable[[Arrays], tuple[Mapping[str, float | Summary], int]]) -> None:
+        """Where the job wants it, after the "final" task and its report: score the global model and every site's own.
+
+        evaluate(arrays) -> (metrics on this site's own validation data, how many examples they are of); the arrays
+        are valid for the call. A site that calls this registers with the capability "cross-evaluation".
+        """
+        while self.settings.cross_site:
+            task = self._client.next_task(evaluate=True)
+            if task.kind != "evaluate":
+                return
+            metrics, num_examples = evaluate(task.arrays)
+            self._client.report(self._scored(metrics, num_examples, task.version))
+
     def finish(
         self,
         export: Callable[[str], None] | None = None,
@@ -248,8 +268,10 @@ class Session:
             raise ConfigError("this session has no task: it has not started, or it has ended", where=self.name)
         return self._task
 
-    def _scored(self, metrics: Mapping[str, float | Summary], num_examples: int) -> Report:
-        report = Report(self.job, self._current().version, self.name, metrics, num_examples)
+    def _scored(self, metrics: Mapping[str, float | Summary], num_examples: int, version: int | None = None) -> Report:
+        """version: of the model that was scored; None: the one that arrived last."""
+        version = self._current().version if version is None else version
+        report = Report(self.job, version, self.name, metrics, num_examples)
         with self._allowed():
             sent = self._filters.report(report)
             self._rules.report(sent)
@@ -266,6 +288,8 @@ class Session:
             if self._rules.received(task):
                 self._filters.set_own(self._rules.filters, self._rules.budget)
             self._task = self._filters.received(task)
+        waited = task.kind == "train" and task.config.get("drawn") and (self.turn > 0 or self.attempt == 1)
+        self.turn = self.turn + 1 if waited else task.round
         return self._task
 
     def _send(self, update: Update, filtered: Callable[[Update], Update]) -> str:

@@ -4,12 +4,20 @@
         weights = federation.run(lambda place: train(kit=place.kit))
 
 `check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
-their cases one by one, for a test each. None of this needs pytest, sockets or a framework.
+their cases one by one, for a test each, and `correction_cases` those of an adapter that corrects gradients and trains
+personal models. None of this needs pytest, sockets or a framework.
 """
 
 from __future__ import annotations
 
 from fl_adapters.conformance import AdapterCase, AdapterExample, adapter_cases, check_adapter
+from fl_adapters.conformance_corrections import (
+    Correct,
+    CorrectedLoop,
+    CorrectionCase,
+    CorrectionExample,
+    correction_cases,
+)
 from fl_adapters.conformance_training import (
     PlainLoop,
     Trained,
@@ -24,6 +32,10 @@ from fl_adapters.local_federation import LocalFederation, Outcome, Place
 __all__ = [
     "AdapterCase",
     "AdapterExample",
+    "Correct",
+    "CorrectedLoop",
+    "CorrectionCase",
+    "CorrectionExample",
     "LocalFederation",
     "Outcome",
     "Place",
@@ -34,6 +46,7 @@ __all__ = [
     "adapter_cases",
     "check_adapter",
     "check_training",
+    "correction_cases",
     "failing",
     "training_cases",
 ]

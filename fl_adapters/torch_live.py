@@ -9,9 +9,11 @@ from torch import nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.options import SiteSettings
+from fl_adapters.torch_local import LocalWork
 from fl_adapters.torch_state import TorchState, is_sharded
 from fl_adapters.torch_state_agreement import agreement
 from fl_adapters.torch_state_optimizer import OptimizerState
+from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 
@@ -22,15 +24,18 @@ class LiveModel:
 
     Calls are collective: every rank makes them, with rank 0's task or None. Raises ConfigError, when made, for a
     model that cannot travel and for optimizers whose state cannot be averaged where `settings` ask for it.
+
+    local: what the job's strategy asks of local training.
     """
 
-    capabilities = frozenset({"optimizer_state"})
+    capabilities = frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL})
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
         self._model, self._settings = model, settings
         self.state = TorchState(model, settings.exchange, settings.keep_local)
         self._final: Arrays | None = None
         self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
+        self.local = LocalWork(model, optimizers, self.state, settings.phases)
         if settings.optimizer_state == "average":
             self._refuse_shared_parameters()
             for moments in self._moments:
@@ -56,15 +61,22 @@ class LiveModel:
         return {name: array for moments in self._moments for name, array in moments.get().items()}
 
     def receive(self, task: Task | None) -> None:
-        """Take rank 0's task in, on every rank: the weights in place, then the policy for the optimizers."""
+        """Take rank 0's task in, on every rank: the weights in place, then the policy for the optimizers, then what the
+        strategy asks of the round."""
         self.load(task.arrays if task else None)
         if self._settings.optimizer_state == "reset":
-            for moments in self._moments:
-                moments.reset()
+            for state in self._moments:
+                state.reset()
         if self._settings.optimizer_state == "average":
-            specs, shared = torch_ranks.share_arrays(task.extras if task else None)
+            moments = {name: task.extras[name] for name in without_control(task.extras)} if task else None
+            specs, shared = torch_ranks.share_arrays(moments)
             if specs:
                 self._set_moments(dict(shared))
+        self.local.begin(task, whole=True)
+
+    def resume(self, task: Task | None) -> None:
+        """Go on in the middle of rank 0's task, on every rank, with the weights and moments that are there."""
+        self.local.begin(task, whole=False)
 
     def load(self, arrays: Arrays | None) -> None:
         """Set rank 0's `arrays` on every rank, in place."""

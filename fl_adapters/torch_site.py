@@ -7,7 +7,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fl_adapters import torch_ranks
+from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options, SiteSettings
+from fl_adapters.outputs import PERSONAL
 from fl_adapters.session import Session, open_session
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
@@ -26,7 +28,8 @@ class Joined:
 
 @dataclass(frozen=True)
 class Arrived:
-    """A task, as every rank sees it. task: rank 0's own, None on the others. kind, round: of the task.
+    """A task, as every rank sees it. task: rank 0's own, None on the others. kind: of the task. round: its turn at
+    this site, see `Session.turn`.
 
     row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange.
     """
@@ -69,6 +72,7 @@ class TorchSite:
 
         def started() -> Task:
             session = self.session()
+            live.local.home = session.home
             session.register(
                 arrays, agreement=facts, rounds=rounds, evaluates=evaluates, capabilities=live.capabilities
             )
@@ -76,24 +80,50 @@ class TorchSite:
 
         return self._arrived(torch_ranks.on_rank_zero(started))
 
-    def exchange(self, live: LiveModel, *, num_examples: int, local_steps: int, metrics: Metrics) -> Arrived:
-        """This site's weights out, and the next task in; the live model is not changed yet."""
+    def exchange(
+        self, live: LiveModel, *, num_examples: int, local_steps: int, metrics: Metrics, more: bool
+    ) -> Arrived | None:
+        """A round's budget is used up: this site's weights out, and the next task in; the live model is not changed.
+
+        None where the round has a second phase: it begins now, with the personal model in place of the global one, and
+        takes the same budget again. more: whether the trainer goes on after this step; without that it has no such.
+        """
+        done = live.local.phase_ended(Phase(num_examples, local_steps, metrics), more=more)
+        if done is None:
+            return None
         arrays, moments = live.arrays(), live.moments()
-        return self._arrived(
-            torch_ranks.on_rank_zero(
-                lambda: self.session().exchange(
-                    arrays, num_examples=num_examples, local_steps=local_steps, metrics=metrics, extras=moments
-                )
+
+        def exchanged() -> Task:
+            session = self.session()
+            status = session.submit(
+                arrays,
+                num_examples=done.num_examples,
+                local_steps=done.local_steps,
+                metrics=done.metrics,
+                extras={**moments, **live.local.extras(arrays)},
             )
-        )
+            live.local.submitted(status)
+            return session.next_task()
+
+        return self._arrived(torch_ranks.on_rank_zero(exchanged))
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """The score of the global model that arrived last, on so many validation examples."""
         torch_ranks.on_rank_zero(lambda: self.session().report(metrics, num_examples))
 
-    def finish(self, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
-        """The normal end: see `Session.finish`."""
-        torch_ranks.on_rank_zero(lambda: self.session().finish(export=export, load=load))
+    def finish(self, live: LiveModel, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
+        """The normal end: see `Session.finish`. A personal model is exported to this site's own folder."""
+        live.local.close()
+        personal = live.local.personal
+
+        def finished() -> None:
+            session = self.session()
+            if personal is not None:
+                with personal.in_place():
+                    export(str(session.home.folder / PERSONAL))
+            session.finish(export=export, load=load)
+
+        torch_ranks.on_rank_zero(finished)
 
     def leave(self, reason: str) -> None:
         """The early end: the quorum decides whether the run goes on. Any rank may call it; rank 0's call counts."""
@@ -122,7 +152,7 @@ class TorchSite:
         return session
 
     def _arrived(self, task: Task | None) -> Arrived:
-        kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)
+        kind, number, row = torch_ranks.share([task.kind, self.session().turn, self._row()] if task else None)
         return Arrived(task, kind, number, row)
 
     def _row(self) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from fl_adapters.kit import current_kit
+from fl_adapters.outputs import PERSONAL, own_folder
 
 
 @dataclass(frozen=True)
@@ -12,12 +14,15 @@ class Site:
     """This process's place in the federation.
 
     index, count: its number among the sites of the job, 0 <= index < count. job: the job's name, "" standalone.
+    personal: folder of this site's personal model, in the framework's format, once a training with the strategy
+    `ditto` has ended; None standalone.
     """
 
     name: str
     index: int
     count: int
     job: str
+    personal: Path | None = field(default=None, compare=False)
 
 
 def site(kit: str | None = None) -> Site:
@@ -29,4 +34,5 @@ def site(kit: str | None = None) -> Site:
     found = current_kit(kit)
     if found is None:
         return Site(name="local", index=0, count=1, job="")
-    return Site(name=found.site, index=found.index, count=found.count, job=found.job)
+    folder = own_folder(found, found.job) / PERSONAL if found.job else None
+    return Site(name=found.site, index=found.index, count=found.count, job=found.job, personal=folder)

@@ -114,9 +114,10 @@ class SiteClient:
         self._sent_layouts.add(manifest.layout)
         return reply.rounds
 
-    def next_task(self, *, best: bool = False) -> Task:
-        """Wait for a task and receive its arrays. best: after the last round, the best round's model."""
-        return self._patiently(lambda: self._next_task(best))
+    def next_task(self, *, best: bool = False, evaluate: bool = False) -> Task:
+        """Wait for a task and receive its arrays. best: after the last round, the best round's model. evaluate: then,
+        another site's model to be scored, kind "evaluate", or "evaluated" when there is none left."""
+        return self._patiently(lambda: self._next_task(best, evaluate))
 
     def submit(self, update: Update) -> str:
         """Send an update; returns what it counted as: used, late, carried or duplicate. Arrays are borrowed."""
@@ -208,8 +209,8 @@ class SiteClient:
             time.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    def _next_task(self, best: bool) -> Task:
-        request = pb.NextRequest(session=self._session, layouts=list(self._manifests), best=best)
+    def _next_task(self, best: bool, evaluate: bool) -> Task:
+        request = pb.NextRequest(session=self._session, layouts=list(self._manifests), best=best, evaluate=evaluate)
         if self._incoming is not None:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
@@ -240,7 +241,7 @@ class SiteClient:
             manifest = Manifest.from_proto(payload.manifest)
             self._manifests[manifest.layout] = manifest
             self._sent_layouts.add(manifest.layout)
-        if header.kind == "initial":
+        if header.kind in ("initial", "evaluated"):
             manifest = Manifest(())
         elif payload.layout in self._manifests:
             manifest = self._manifests[payload.layout]

@@ -24,7 +24,7 @@ Settings: TypeAlias = Mapping[str, Any]
 """JSON values: what may travel beside tensors."""
 
 Content = Literal["weights", "delta", "encoded"]
-TaskKind = Literal["initial", "train", "final", "best"]
+TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Task:
     """What the server asks of a site.
 
     kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
-    "final" (`arrays` is the global model after the last round), "best" (the best round's model).
-    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one.
+    "final" (`arrays` is the global model after the last round), "best" (the best round's model), "evaluate" (a model
+    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these).
+    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one; what sites
+    have sent, and others evaluate, has numbers behind the last round's.
     arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
     config: settings of this task (strategy parameters, what to export); JSON values.
     """
@@ -154,6 +156,7 @@ class RunSettings:
     site_weights: Mapping[str, float] = field(default_factory=dict)
     patience: int | None = None
     min_delta: float = 0.0
+    cross_site: bool = False
 
     @property
     def sites_per_round(self) -> int:
@@ -166,7 +169,8 @@ class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
     kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
-    the model of `round`), scored (all have), round_dropped (an open round that is not needed), left, failed,
+    the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
+    with the matrix), round_dropped (an open round that is not needed), left, failed,
     finished; a simulation adds starting and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """
@@ -208,6 +212,17 @@ Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 
 
 @dataclass(frozen=True)
+class Step:
+    """What happens in a round: the global model goes to some sites, and what they make of it comes back.
+
+    to: the sites, None for all that are there. answers: how many updates the round waits for; None: all of them.
+    """
+
+    to: tuple[str, ...] | None = None
+    answers: int | None = None
+
+
+@dataclass(frozen=True)
 class ServerState:
     """What the rounds before have left beside the weights, and where this one leaves its own.
 
@@ -246,6 +261,10 @@ class Strategy(Protocol):
 
     def check_sites(self, fewest: int) -> None:
         """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
+        ...
+
+    def step(self, round: int, present: Sequence[str]) -> Step:
+        """Who takes part in this round, of the sites that are there; the same for the same arguments."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

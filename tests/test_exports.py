@@ -13,10 +13,11 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian FedAdagrad FedAdam FedAvg
-        FedAvgM FedNova FedYogi FederationError HandshakeError Job Krum NormBounding PermissionDeniedError
-        PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Simulation Site SiteFailedError
-        SiteTask StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
+        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto FedAdagrad
+        FedAdam FedAvg FedAvgM FedNova FedProx FedYogi FederationError HandshakeError Job Krum NormBounding
+        PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Scaffold
+        Simulation Site SiteFailedError SiteTask StateMismatchError StoreError TransferDamagedError
+        TrimmedMean UpdateRefusedError __version__
         connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
@@ -27,8 +28,9 @@ PUBLIC = {
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
     """,
     "fl_adapters.testing": """
-        AdapterCase AdapterExample LocalFederation Outcome Place PlainLoop Trained TrainingCase TrainingExample
-        adapter_cases check_adapter check_training failing training_cases
+        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample LocalFederation Outcome Place
+        PlainLoop Trained TrainingCase TrainingExample adapter_cases check_adapter check_training correction_cases
+        failing training_cases
     """,
     "fl_runtime": "",  # not for users
 }

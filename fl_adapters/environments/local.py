@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from fl_adapters import heatmap
 from fl_adapters.environments.outcome import SiteExit, verdict
 from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
 from fl_adapters.environments.watch import Watch
@@ -175,6 +176,7 @@ def result_of(server: JobServer, run: LocalRun, exits: list[SiteExit], began: fl
     error = verdict(result.error, exits, run.settings)
     if error is not None:
         raise error
+    heatmap.draw(run.folder)
     return SimulationResult(
         job=run.settings.name,
         folder=run.folder,

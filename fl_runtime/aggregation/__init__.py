@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from fl_runtime.aggregation.cyclic import Cyclic
+from fl_runtime.aggregation.ditto import Ditto
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fl_runtime.aggregation.fedprox import FedProx
 from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
+from fl_runtime.aggregation.scaffold import Scaffold
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
 __all__ = [
     "CoordinateMedian",
+    "Cyclic",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedNova",
+    "FedProx",
     "FedYogi",
     "Krum",
     "NormBounding",
+    "Scaffold",
     "TreeBagging",
     "TreeCyclic",
     "TreeHistogram",
@@ -35,6 +43,10 @@ _STRATEGIES = (
     FedYogi,
     FedAdagrad,
     FedNova,
+    FedProx,
+    Scaffold,
+    Ditto,
+    Cyclic,
     CoordinateMedian,
     TrimmedMean,
     Krum,

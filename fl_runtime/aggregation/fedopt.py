@@ -37,7 +37,7 @@ class ServerOptimizer(WeightsStrategy):
         """The moments of a tensor, and the value that they begin with."""
 
     @abstractmethod
-    def step(self, delta: Array, moments: Mapping[str, Array]) -> Array:
+    def change(self, delta: Array, moments: Mapping[str, Array]) -> Array:
         """What is added to x. delta: D. All flat, of one dtype; moments are updated in place; delta may be, too."""
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
@@ -58,7 +58,7 @@ class FedAvgM(ServerOptimizer):
         """One, which begins with zero."""
         return {"m": 0.0}
 
-    def step(self, delta: Array, moments: Mapping[str, Array]) -> Array:
+    def change(self, delta: Array, moments: Mapping[str, Array]) -> Array:
         """See the class."""
         m = moments["m"]
         m *= m.dtype.type(self.momentum)
@@ -80,7 +80,7 @@ class _Adaptive(ServerOptimizer):
         """m and v."""
         return {"m": 0.0, "v": self.tau**2}
 
-    def step(self, delta: Array, moments: Mapping[str, Array]) -> Array:
+    def change(self, delta: Array, moments: Mapping[str, Array]) -> Array:
         """See the class."""
         m, v, number_of = moments["m"], moments["v"], delta.dtype.type
         square = delta * delta
@@ -168,7 +168,7 @@ class _Stepping:
         for block in blocks(mean.size):
             x = base[block].astype(mean.dtype)
             mean[block] -= x
-            x += self._optimizer.step(mean[block], {name: moment[block] for name, moment in moments.items()})
+            x += self._optimizer.change(mean[block], {name: moment[block] for name, moment in moments.items()})
             mean[block] = x
 
     def _kept(self) -> Arrays:

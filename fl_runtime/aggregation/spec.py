@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
+from fl_runtime.aggregation.workflow import Workflow
 from fl_runtime.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ def choice(default: str, *others: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Described:
+class Described(Workflow):
     """Base of all strategies. A subclass is a frozen dataclass whose fields are made by `number` and `choice`.
 
     name: what a user writes in `--strategy` and `Job(strategy=...)`. Bad values raise ConfigError when the object is

@@ -1,4 +1,5 @@
-"""What a run leaves for people and notebooks: `events.jsonl`, `history.csv` and TensorBoard scalars.
+"""What a run leaves for people and notebooks: `events.jsonl`, `history.csv` and TensorBoard scalars;
+after a cross-site evaluation `cross_site.csv` and `cross_site.json` too.
 
 `history.csv` has a row per round and site, and a row with site "global" per round, which holds the aggregated
 metrics; `pandas.read_csv` reads it in one line. A row holds what the site sent in that round (metrics named
@@ -38,7 +39,7 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._failed = False
+        self._failed, self._folder = False, folder
         events = folder / "events.jsonl"
         self._table = _Table(folder / "history.csv")
         for event in _past_events(events):
@@ -54,6 +55,8 @@ class History:
                 self._events.flush()
                 self._table.record(event)
                 self._draw(event)
+                if event.kind == "cross_site":
+                    write_matrix(self._folder, event.data["matrix"])
 
     def close(self) -> None:
         """Write what is still open and close the files. Call it once, after the last event."""
@@ -192,6 +195,17 @@ class _Table:
                     writer.writerows(csv.DictReader(old))
         os.replace(fresh, self._path)
         self._columns = columns
+
+
+def write_matrix(folder: Path, matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """cross_site.csv: a row per model, site and metric. cross_site.json: model -> site -> metrics."""
+    (folder / "cross_site.json").write_text(json.dumps(_plain(matrix), indent=1) + "\n", encoding="utf-8")
+    with open(folder / "cross_site.csv", "w", encoding="utf-8", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["model", "site", "metric", "value"])
+        for model, sites in matrix.items():
+            for site, metrics in sites.items():
+                rows.writerows([model, site, metric, value] for metric, value in metrics.items())
 
 
 def _line(event: Event) -> str:

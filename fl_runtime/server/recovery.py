@@ -8,7 +8,8 @@ from fl_runtime.aggregation.metrics import from_json
 from fl_runtime.server.members import Registration
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
+from fl_runtime.server.sampling import opened
+from fl_runtime.server.state import Accepted, Model, stage_of
 from fl_runtime.store.journal import ModelEntry, UpdateEntry
 from fl_runtime.types import Update
 
@@ -35,6 +36,11 @@ def recover(run: Run) -> None:
         keep.add(run.model.kept.name)
     if run.open:
         keep |= {a.blob.name for a in run.open.accepted.values()}
+    if run.settings.cross_site and run.model:
+        for entry in run.journal.last_updates():
+            if 0 < entry.round <= run.model.version:
+                run.cross_site.keep(_accepted(run, entry))
+                keep.add(entry.blob)
     run.blobs.sweep(keep)
 
 
@@ -50,10 +56,8 @@ def _models_and_rounds(run: Run) -> None:
             if result.round < models[-1].version:  # the newest one's scores may still be on their way
                 run.scores.settle(result.round)
         else:
-            config = dict(run.strategy.configure(entry.round, entry.participants))
             stage = stage_of(run.journal.repeats(entry.round))
-            run.open = OpenRound(entry.round, list(entry.participants), config, time.monotonic(), stage)
-            run.open.drawn = run.settings.fraction < 1 and entry.round > 0
+            run.open = opened(run.settings, run.strategy, entry.round, entry.participants, stage)
             for update in run.journal.updates(entry.round):
                 run.open.accepted[update.site] = _accepted(run, update)
     if models:

@@ -13,20 +13,21 @@ from fl_runtime.types import Metrics, Report
 def score(run: Run, report: Report, attempt: int) -> None:
     with run.lock:
         run.check_attempt(report.site, attempt)
+        crossed = run.cross_site.knows(run, report.version)
         newest = run.model.version if run.model else 0
-        if report.version > newest:
+        if report.version > newest and not crossed:
             raise ProtocolError(f"a score of model {report.version}, but the newest is {newest}")
         run.journal.scored(report.version, report.site, to_json(report.metrics), report.num_examples)
         run.scores.report(report.version, report.site, report.metrics, report.num_examples)
         run.events.emit(
-            "report",
+            "cross_score" if crossed else "report",
             report.version,
             report.site,
             metrics=plain(report.metrics),
             num_examples=report.num_examples,
         )
         expected = run.evaluators(report.version)
-        if expected and expected <= run.scores.reported(report.version):
+        if not crossed and expected and expected <= run.scores.reported(report.version):
             settle(run, report.version)
         run.changed.notify_all()
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
+from fl_runtime.server.cross_site import CAPABILITY
 from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.reports import settle
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.sampling import drawn
+from fl_runtime.server.sampling import asked, opened
 from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
@@ -38,6 +39,7 @@ def drive(run: Run) -> None:
         while run.model.version < run.rounds:  # a round may find that the run ends before it
             _round(run, run.model.version + 1)
         _last_scores(run)
+        _cross_scores(run)
         _farewell(run)
     except FederationError as error:
         run.fail(error)
@@ -70,7 +72,8 @@ def _handshake(run: Run) -> None:
                 where="fraction",
                 fix="leave fraction out of the job",
             )
-        check_capabilities(registrations, settings.strategy or run.terms.strategy, run.strategy.requires)
+        requires = run.strategy.requires | ({CAPABILITY} if settings.cross_site else frozenset())
+        check_capabilities(registrations, settings.strategy or run.terms.strategy, requires)
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
             raise ConfigError(
@@ -149,13 +152,13 @@ def _round(run: Run, number: int) -> None:
     with run.lock:
         current = _open(run, number)
         summing = _Summing(run, current)
-    while not _collected(run, current, summing):
-        pass
-    if _not_needed(run, current):
-        summing.give_up()
-        run.drop_open()
-        return
     try:
+        while not _collected(run, current, summing):
+            pass
+        if _not_needed(run, current):
+            summing.give_up()
+            run.drop_open()
+            return
         blob = summing.finish()
     except RoundFailedError as error:
         summing.give_up()
@@ -187,12 +190,8 @@ def _open(run: Run, number: int) -> OpenRound:
         _check_quorum(run, participants, f"at the start of round {number}")
         punctual = [name for name in participants if name not in run.silent]
         participants = punctual if len(punctual) >= enough else participants
-        sampled = number > 0 and run.settings.fraction < 1
-        if sampled:
-            participants = drawn(run.settings, number, participants)
-        config = dict(run.strategy.configure(number, participants))
-        tries = run.journal.repeats(number)
-        run.open = OpenRound(number, participants, config, time.monotonic(), stage_of(tries), drawn=sampled)
+        participants = asked(run.settings, run.strategy, number, participants)
+        run.open = opened(run.settings, run.strategy, number, participants, stage_of(run.journal.repeats(number)))
         run.journal.round_opened(number, tuple(participants), time.time())
     hand_out(run)
     if number > 0:
@@ -299,17 +298,27 @@ def _not_needed(run: Run, current: OpenRound) -> bool:
 
 
 def _complete(run: Run, current: OpenRound) -> bool:
-    """Every participant has answered or is gone, and the answers make a quorum."""
+    """Every participant has answered or is gone, and the answers make a quorum; or there are as many as are wanted."""
     pending = [n for n in current.participants if n not in current.accepted and not run.members[n].gone]
-    _check_quorum(run, [*current.accepted, *pending], f"in round {current.round}")
-    return not pending
+    counted = [*current.accepted, *pending]
+    if current.drawn and len(counted) < _needed(run, current):
+        _check_quorum(run, _present(run), f"in round {current.round}")
+        raise RoundFailedError(f"{len(counted)} of the sites that were chosen are left", fix="look at their logs")
+    if not current.drawn:
+        _check_quorum(run, counted, f"in round {current.round}")
+    return not pending or (current.answers is not None and len(current.accepted) >= current.answers)
+
+
+def _needed(run: Run, current: OpenRound) -> int:
+    """How many updates the round cannot do without."""
+    return max(min(run.settings.min_sites, len(current.participants)), 1)
 
 
 def _check_deadline(run: Run, current: OpenRound) -> None:
-    if len(current.accepted) < run.settings.min_sites:
+    if len(current.accepted) < _needed(run, current):
         late = [n for n in current.participants if n not in current.accepted]
         raise QuorumError(
-            f"round {current.round} has {len(current.accepted)} of {run.settings.min_sites} updates after "
+            f"round {current.round} has {len(current.accepted)} of {_needed(run, current)} updates after "
             f"{run.settings.deadline_s:g} s; none came from {', '.join(late)}",
             fix="raise deadline_s, lower min_sites, or look at the logs of these sites",
         )
@@ -338,7 +347,9 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob
         run.events.emit("round_finished", current.round, **_without_round(result))
     run.published.notify_all()
     for accepted in current.accepted.values():
-        run.blobs.free(accepted.blob)
+        freed = run.cross_site.keep(accepted) if current.round > 0 else accepted.blob
+        if freed is not None:
+            run.blobs.free(freed)
     if previous is not None:
         if previous.kept is not None:
             run.blobs.free(previous.kept)
@@ -375,6 +386,14 @@ def _last_scores(run: Run) -> None:
         run.phase = "done"
         run.events.emit("finished", rounds=run.rounds, best_round=run.best.version)
         run.published.notify_all()
+
+
+def _cross_scores(run: Run) -> None:
+    """Wait for the sites' scores of each other's models, and tell them."""
+    if run.settings.cross_site:
+        with run.lock:
+            run.wait_until(lambda: run.cross_site.complete(run), run.settings.deadline_s)
+            run.events.emit("cross_site", run.rounds or 0, matrix=run.cross_site.matrix(run))
 
 
 def _farewell(run: Run) -> None:

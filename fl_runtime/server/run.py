@@ -18,6 +18,7 @@ from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.server import ServerFilters, what_ran
 from fl_runtime.server import limits
+from fl_runtime.server.cross_site import CrossSite
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
@@ -63,6 +64,7 @@ class Run:
         self.exporter = ""
         self.filters = ServerFilters(settings.filters, Home(job=settings.name, folder=folder))
         self.handed_out: Model | None = None  # the model as a filter has encoded it for the open round
+        self.cross_site = CrossSite(settings.cross_site)
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
@@ -175,7 +177,9 @@ class Run:
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
-    def wait_for_task(self, name: str, attempt: int, best: bool, beat_s: float) -> Iterator[Offer | None]:
+    def wait_for_task(
+        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False
+    ) -> Iterator[Offer | None]:
         """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
         if best:
             with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
@@ -184,11 +188,11 @@ class Run:
         while True:
             with self.lock:
                 member = self._member(name, attempt)
-                offer = self._offer(member, best)
+                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
                 if offer is None:
                     self.published.wait(beat_s)
                     self._member(name, attempt)
-                    offer = self._offer(member, best)
+                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
             yield offer
             if offer is not None:
                 return
@@ -229,13 +233,13 @@ class Run:
             if self.open.round == 0:
                 return Offer("initial", 0, self.open.config, None, True, self.open.stage)
             model, stage = self.handed_out or self.model, self.open.stage
-            return self._leased("train", self.open.round, self.open.config, model, member, stage)
+            return self.leased("train", self.open.round, self.open.config, model, member, stage)
         if self.phase == "done" and best:
             assert self.best is not None
             metrics = self.scores.of(self.best.version)
-            return self._leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
+            return self.leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
         if self.phase in ("final", "done") and not best:
-            return self._leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
+            return self.leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
 
     def _collecting(self) -> bool:
@@ -244,9 +248,10 @@ class Run:
             return False
         return self.rounds is None or self.open.round <= self.rounds
 
-    def _leased(
+    def leased(
         self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = ""
     ) -> Offer:
+        """An offer of this model, which cannot be recycled until it is released."""
         assert model is not None
         model.leases += 1
         layout = model.blob.manifest.layout

@@ -1,12 +1,34 @@
-"""Which sites take part in a round, where the job wants a fraction of them."""
+"""Which sites take part in a round, and the round as it is opened with them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from fl_runtime.types import RunSettings
+from fl_runtime.server.state import OpenRound
+from fl_runtime.types import RunSettings, Step, Strategy
+
+
+def asked(settings: RunSettings, strategy: Strategy, round: int, present: Sequence[str]) -> list[str]:
+    """Who takes part in a round, of the sites that are there. All give their part to an initial model, in round 0."""
+    if round == 0:
+        return list(present)
+    if settings.fraction < 1:
+        return drawn(settings, round, present)
+    to = strategy.step(round, present).to
+    return [name for name in present if to is None or name in to]
+
+
+def opened(settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str) -> OpenRound:
+    """The round with these participants; the same after a restart of the server. Its clock begins now."""
+    config = dict(strategy.configure(round, participants))
+    step = strategy.step(round, participants) if round else Step()
+    chosen = round > 0 and (settings.fraction < 1 or step.to is not None)
+    if chosen:
+        config["drawn"] = True  # so that a site that waits is not taken for one that comes back late
+    return OpenRound(round, list(participants), config, time.monotonic(), stage, drawn=chosen, answers=step.answers)
 
 
 def drawn(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:

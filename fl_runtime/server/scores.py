@@ -32,6 +32,10 @@ class Scores:
     def reported(self, version: int) -> set[str]:
         return set(self._reports.get(version, {}))
 
+    def by_site(self, version: int) -> dict[str, Mapping[str, float | Summary]]:
+        """What each site has reported on a version."""
+        return {site: metrics for site, (metrics, _) in self._reports.get(version, {}).items()}
+
     def of(self, round: int) -> dict[str, float]:
         """All metrics of a round; a report on its model outranks a training metric of the same name."""
         reports = self._reports.get(round, {})

@@ -127,7 +127,8 @@ class FederationService:
 
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.NextRequest, requests)
-        for offer in self._run.wait_for_task(peer.name, self._attempt(request.session), request.best, BEAT_S):
+        attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
+        for offer in self._run.wait_for_task(peer.name, attempt, best, BEAT_S, evaluate=evaluate):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:

@@ -45,8 +45,8 @@ class OpenRound:
     """The round under way. bytes_down, bytes_up: per site, as counted by the service.
 
     closing: it takes no more updates; the last of them are being summed. drawn: the participants are a sample, and
-    nobody else joins them. stage: "" for the first try at the round,
-    then "2", "3".
+    nobody else joins them. answers: how many updates it waits for, None: for all of them. stage: "" for the first
+    try at the round, then "2", "3".
     """
 
     round: int
@@ -59,6 +59,7 @@ class OpenRound:
     bytes_up: dict[str, int] = field(default_factory=dict)
     closing: bool = False
     drawn: bool = False
+    answers: int | None = None
 
     def takes(self, name: str) -> bool:
         """Whether a site may contribute."""

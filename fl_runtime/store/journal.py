@@ -220,6 +220,11 @@ class Journal:
         rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_ WHERE round=?", round)
         return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
 
+    def last_updates(self) -> list[UpdateEntry]:
+        """Every site's newest update."""
+        rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_")
+        return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
+
     def last_used(self) -> dict[str, int]:
         """Site -> the last round whose task it has answered with an update that was accepted."""
         return {site: json.loads(header)["round"] for site, header in self._all("SELECT site, header FROM update_")}

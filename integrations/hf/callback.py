@@ -104,7 +104,10 @@ class FederatedCallback(TrainerCallback):
             run.budget.check(state, args, trained["train_dataloader"])
             wanted = run.settings.evaluate_global
             run.evaluates = hf.has_validation_data(trainer) if wanted is None else wanted
+            if self._live is not None:
+                self._live.local.close()  # of a training that was interrupted
             live = self._live = LiveModel(trained["model"], [trained["optimizer"]], run.settings)
+            live.local.gradients.follow([trained["optimizer"]])
             rounds = run.budget.trainer_rounds(state)
             first = self._site.start(live, rounds=rounds, evaluates=run.evaluates)
             warn_if_schedule_ends_early(trained["lr_scheduler"], state.max_steps)
@@ -153,6 +156,7 @@ class FederatedCallback(TrainerCallback):
         run, live, self._run, self._live = self._run, self._live, None, None
         if run is None or live is None:
             return
+        live.local.close()
         if not run.over:
             reason = f"the trainer stopped at step {state.global_step} of {state.max_steps}, in round {run.round}"
             self._site.leave(reason)
@@ -162,7 +166,7 @@ class FederatedCallback(TrainerCallback):
             self._site.report({}, 1)
         best = self._best() if args.load_best_model_at_end else None
         exporter = Exporter(trained["model"], trained["processing_class"], live.state)
-        self._site.finish(exporter.export, exporter.load if run.evaluates else None)
+        self._site.finish(live, exporter.export, exporter.load if run.evaluates else None)
         if args.load_best_model_at_end:
             point_to_best(args, state, torch_ranks.share(best[0] if best else None))
             live.load(best[1] if best else None)
@@ -174,7 +178,8 @@ class FederatedCallback(TrainerCallback):
             return None
         for name, path in joined.folders.items():
             setattr(args, name, path)
-        return _Run(joined.job, joined.settings, Budget(joined.settings.every, joined.settings.rounds))
+        settings = joined.settings
+        return _Run(joined.job, settings, Budget(settings.every, settings.rounds, settings.phases))
 
     def _begin(
         self,
@@ -198,6 +203,8 @@ class FederatedCallback(TrainerCallback):
         missing = (number - 1) * steps_per_round - state.global_step
         if missing >= 0:  # at the start of the round, or behind it; else in its middle, with the weights of that moment
             live.receive(first.task)
+        else:
+            live.resume(first.task)
         if missing > 0:
             warnings.warn(
                 f"this site comes back {missing} steps behind round {number}: it goes on with the round, and with the "
@@ -210,7 +217,7 @@ class FederatedCallback(TrainerCallback):
     def _exchange(
         self, run: _Run, args: TrainingArguments, state: TrainerState, control: TrainerControl, dataloader: Any
     ) -> None:
-        """The end of a round: this site's weights out, the new global ones in, on every rank."""
+        """The end of a round: this site's weights out, the new global ones in, on every rank; or of its first phase."""
         live = self._live
         assert live is not None
         with self._site.leaving_on_error(self._forget):
@@ -220,7 +227,11 @@ class FederatedCallback(TrainerCallback):
                 num_examples=self.options.num_examples or hf.training_examples(args, dataloader, steps),
                 local_steps=steps,
                 metrics=hf.round_metrics(loss, run.loss_before, steps),
+                more=state.global_step < state.max_steps,
             )
+            if came is None:
+                run.began, run.loss_before = state.global_step, loss
+                return
             if came.kind == "final":
                 live.receive_final(came.task)
                 run.over = control.should_training_stop = True
@@ -245,5 +256,7 @@ class FederatedCallback(TrainerCallback):
         return TorchSite(self.options, _FRAMEWORK)
 
     def _forget(self) -> _Run | None:
-        run, self._run, self._live = self._run, None, None
+        run, live, self._run, self._live = self._run, self._live, None, None
+        if live is not None:
+            live.local.close()
         return run

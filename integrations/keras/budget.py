@@ -22,21 +22,23 @@ class Budget:
 
     rounds: of the job; None where fit's own budget decides. accumulation: batches in an optimizer step.
     execution: batches in one call of the compiled function (steps_per_execution); hooks run between these only.
+    phases: how often each round takes its `every`.
     """
 
     every: Every
     rounds: int | None
     accumulation: int
     execution: int
+    phases: int = 1
 
     @classmethod
-    def of(cls, model: Any, every: Every, rounds: int | None) -> Budget:
+    def of(cls, model: Any, every: Every, rounds: int | None, phases: int = 1) -> Budget:
         accumulation = max([o.gradient_accumulation_steps or 1 for o in optimizers(model)], default=1)
-        return cls(every, rounds, accumulation, int(model.steps_per_execution or 1))
+        return cls(every, rounds, accumulation, int(model.steps_per_execution or 1), phases)
 
     @property
     def batches(self) -> int | None:
-        """Batches in a round; None where it is counted in epochs."""
+        """Batches in a phase of a round; None where it is counted in epochs."""
         return None if self.every.steps is None else self.every.steps * self.accumulation
 
     def check(self, fit: FitCall) -> None:
@@ -64,13 +66,14 @@ class Budget:
 
         round: the one that begins; rounds: of the run; made: batches or epochs of this round that are done already.
         """
-        needed = self._epochs(fit, (rounds - round + 1) * (self.batches or self.every.epochs or 1) - made)
+        needed = self._epochs(fit, (rounds - round + 1) * self.round_size - made)
         available = fit.epochs - epoch
         if self.rounds is None or needed is None or needed <= available:
             return
+        twice = "twice " if self.phases == 2 else ""
         raise ConfigError(
-            f"the federation has {rounds - round + 1} rounds of {self.every} before it, which takes {needed} epochs of "
-            f"this data, but fit is about to run {max(available, 0)}",
+            f"the federation has {rounds - round + 1} rounds of {twice}{self.every} before it, which takes {needed} "
+            f"epochs of this data, but fit is about to run {max(available, 0)}",
             where=f"fit(epochs={fit.epochs})",
             fix=f"pass epochs={epoch + needed} to fit, or more: it stops after the last round",
         )
@@ -79,9 +82,9 @@ class Budget:
         """The rounds that fit's own budget from `epoch` on amounts to; the last may be shorter."""
         epochs = fit.epochs - epoch
         if self.every.epochs is not None:
-            return math.ceil(epochs / self.every.epochs)
+            return math.ceil(epochs / self.round_size)
         assert fit.steps is not None and self.batches is not None
-        return math.ceil(epochs * fit.steps / self.batches)
+        return math.ceil(epochs * fit.steps / self.round_size)
 
     def done(self, fit: FitCall, epochs: int) -> int:
         """Batches, or epochs, that are behind a fit which begins after so many epochs."""
@@ -89,8 +92,13 @@ class Budget:
 
     @property
     def size(self) -> int:
-        """Of a round: batches, or epochs."""
+        """Of a phase: batches, or epochs."""
         return self.batches or self.every.epochs or 1
+
+    @property
+    def round_size(self) -> int:
+        """Of a round: batches, or epochs."""
+        return self.phases * self.size
 
     def _epochs(self, fit: FitCall, amount: int) -> int | None:
         if self.batches is None:

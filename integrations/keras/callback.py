@@ -10,7 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options
+from fl_adapters.outputs import PERSONAL
 from fl_adapters.session import Session, open_session
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Task
@@ -87,7 +89,8 @@ class FederatedCallback(keras.callbacks.Callback):
         with self._leaving_on_error():
             if self._joined and self._run is None:
                 self._begin(epoch)
-        if self._run is not None:
+        if self._run is not None and self._live is not None:
+            self._live.local.show()
             self._run.begin_epoch(epoch)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -118,6 +121,8 @@ class FederatedCallback(keras.callbacks.Callback):
         run = self._run
         if run is None:
             return
+        if self._live is not None:
+            self._live.local.hide()  # before others save the model
         if run.awaits_score:
             with self._leaving_on_error():
                 self._evaluate(run)
@@ -174,47 +179,51 @@ class FederatedCallback(keras.callbacks.Callback):
         evaluates = settings.evaluate_global is not False and fit.validation is not None
         neighbours.refuse_unsupported(fit.callbacks, settings, evaluates=evaluates)
         ensure_built(model, fit)
-        budget = Budget.of(model, settings.every, settings.rounds)
+        budget = Budget.of(model, settings.every, settings.rounds, settings.phases)
         budget.check(fit)
         if session.attempt == 1 and settings.rounds:
             budget.check_epochs(fit, epoch, 1, settings.rounds)
-        live = self._live = LiveModel(model, settings)
+        live = self._live = LiveModel(model, settings, session.home)
         restored = getattr(model, "_initial_epoch", None) or 0  # by BackupAndRestore
         rounds = session.register(
             live.state.get_state(),
             agreement=live.agreement,
             rounds=None if settings.rounds else budget.own_rounds(fit, 0 if restored else epoch),
             evaluates=evaluates,
-            capabilities=live.state.capabilities,
+            capabilities=live.capabilities,
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         run = self._run = Run(fit, budget, rounds, evaluates)
-        self._take_first(run, live, session.start(live.state.get_state), epoch, restored)
+        task = session.start(live.state.get_state)
+        run.take(task, session.turn)
+        self._take_first(run, live, task, epoch, restored)
+        if live.local.corrects:
+            neighbours.refuse_saving_within_epochs(fit.callbacks)
 
     def _take_first(self, run: Run, live: LiveModel, task: Task, epoch: int, restored: int) -> None:
-        run.take(task)
         if run.over:  # all rounds were done before; Keras makes one step before it stops, which is taken back
             live.receive(task)
             run.stopping = self._model.stop_training = True
             return
-        made = run.budget.done(run.fit, restored) - (task.round - 1) * run.budget.size
-        if restored and made >= run.budget.size:
+        made = run.budget.done(run.fit, restored) - (run.round - 1) * run.budget.round_size
+        if restored and made >= run.budget.round_size:
             raise ConfigError(
-                f"the backup has {restored} epochs behind it, but the federation is in round {task.round}",
+                f"the backup has {restored} epochs behind it, but the federation is in round {run.round}",
                 where="BackupAndRestore",
                 fix="delete the backup folder: it is of another run",
             )
         if made > 0:  # in the middle of the round, with the weights of that moment
             run.before, run.epochs = (made, 0) if run.budget.batches else (0, made)
+            live.resume(task)
         else:
             live.receive(task)
-        if task.round > 1 and made < 0:
+        if run.round > 1 and made < 0:
             warnings.warn(
-                f"this site comes back in round {task.round} without the optimizer it had: it goes on with the one "
+                f"this site comes back in round {run.round} without the optimizer it had: it goes on with the one "
                 "that it has now; keras.callbacks.BackupAndRestore keeps it",
                 stacklevel=2,
             )
-        run.budget.check_epochs(run.fit, epoch, task.round, run.rounds, max(made, 0))
+        run.budget.check_epochs(run.fit, epoch, run.round, run.rounds, max(made, 0))
 
     def _end_epoch(self) -> None:
         """The epoch's last step is done: before fit validates, or where it does not, before others see the end."""
@@ -231,7 +240,7 @@ class FederatedCallback(keras.callbacks.Callback):
                 self._exchange(run, run.before)
 
     def _exchange(self, run: Run, batches: int) -> None:
-        """The end of a round of so many batches: this site's weights out, the new global ones in."""
+        """The end of so many batches: this site's weights out, the new global ones in; or the end of a phase."""
         model, live, session = self.model, self._live, self._session()
         assert live is not None
         metrics, seen = run.meter.read(model)
@@ -244,15 +253,18 @@ class FederatedCallback(keras.callbacks.Callback):
                 where="the data has no length, and train_step keeps no count",
                 fix="pass FederatedCallback(num_examples=...)",
             )
-        task = session.exchange(
-            live.state.get_state(),
-            num_examples=examples,
-            local_steps=batches // run.budget.accumulation,
-            metrics=metrics,
-            extras=live.extras(),
-        )
+        phase = Phase(examples, batches // run.budget.accumulation, metrics)
+        done = live.local.phase_ended(phase, more=not run.at_end)
+        if done is None:
+            run.next_phase()
+            run.meter.begin(model)
+            return
+        weights = live.state.get_state()
+        status = session.submit(weights, **vars(done), extras=live.extras(weights))
+        live.local.submitted(status)
+        task = session.next_task()
         live.receive(task)
-        run.take(task)
+        run.take(task, session.turn)
         run.next_round(session.stats)
         run.meter.begin(model)
 
@@ -263,7 +275,11 @@ class FederatedCallback(keras.callbacks.Callback):
         if stoppers:
             task = session.best()
             best = task.version, {name: np.copy(array) for name, array in task.arrays.items()}
+        live.local.close()
         live.restore_final()
+        if live.local.personal is not None:
+            with live.local.personal.in_place():
+                export(model, str(session.home.folder / PERSONAL))
         session.finish(
             export=lambda folder: export(model, folder), load=live.state.set_state if run.evaluates else None
         )
@@ -301,4 +317,6 @@ class FederatedCallback(keras.callbacks.Callback):
             raise
 
     def _forget(self) -> None:
+        if self._live is not None:
+            self._live.local.close()
         self._fit, self._joined, self._run, self._live = None, False, None, None

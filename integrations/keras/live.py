@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import SiteSettings
+from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 
+from .correction import can_correct
 from .fit_call import FitCall
+from .local import LocalWork
 from .optimizer import OptimizerState
 from .state import KerasState
 
@@ -19,30 +23,50 @@ class LiveModel:
     """Holds the live variables, so it belongs to one `fit` and is never copied along with the callback.
 
     Every method expects the variables to hold their values: under JAX, go through the callback's `model` first.
+    local: what the job's strategy asks of local training. home: where the site keeps what that leaves.
     """
 
-    def __init__(self, model: Any, settings: SiteSettings) -> None:
+    def __init__(self, model: Any, settings: SiteSettings, home: SiteHome) -> None:
         self._settings = settings
         self.state = KerasState(model, settings.exchange, settings.keep_local)
         self.moments = OptimizerState(model, self.state.variables)
         self.moments.check(settings.optimizer_state)
         policy = settings.optimizer_state
+        self.local = LocalWork(model, self.state, settings.phases, home)
+        correcting = {GRADIENT_CORRECTION, PERSONAL_MODEL} if can_correct(model) else set()
+        self.capabilities = self.state.capabilities | correcting
         self.agreement = {**self.state.agreement(model), **self.moments.agreement(policy)}
         self._final: Arrays | None = None
 
-    def extras(self) -> Arrays:
-        """The optimizer moments that travel beside the weights; empty unless they are averaged."""
-        return self.moments.get() if self._settings.optimizer_state == "average" else {}
+    def extras(self, weights: Arrays) -> Arrays:
+        """What travels beside these `weights` of a round: the optimizer's moments, if they are averaged, and what the
+        strategy asks for."""
+        with self.local.hidden():
+            moments = self.moments.get() if self._settings.optimizer_state == "average" else {}
+        return {**moments, **self.local.extras(weights)}
 
     def receive(self, task: Task) -> None:
-        """The weights of a task, then the policy for the optimizer. Final weights are kept for `restore_final`."""
+        """The weights of a task, then the policy for the optimizer, then what the strategy asks of the round. Final
+        weights are kept for `restore_final`."""
         self.state.set_state(task.arrays)
-        if self._settings.optimizer_state == "reset":
-            self.moments.reset()
-        elif self._settings.optimizer_state == "average" and task.extras:
-            self.moments.set(task.extras)
+        with self.local.hidden():
+            self._receive_moments(task)
         if task.kind == "final":
             self._final = {name: np.copy(array) for name, array in task.arrays.items()}
+        else:
+            self.local.begin(task, whole=True)
+
+    def resume(self, task: Task) -> None:
+        """Go on in the middle of a task, with the weights and the optimizer that are there."""
+        self.local.begin(task, whole=False)
+
+    def _receive_moments(self, task: Task) -> None:
+        if self._settings.optimizer_state == "reset":
+            self.moments.reset()
+        elif self._settings.optimizer_state == "average":
+            moments = {name: task.extras[name] for name in without_control(task.extras)}
+            if moments:
+                self.moments.set(moments)
 
     def restore_final(self) -> None:
         """Back to the final weights, whatever has been done to the model since."""

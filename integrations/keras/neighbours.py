@@ -63,6 +63,18 @@ def refuse_unsupported(callbacks: Any, settings: SiteSettings, *, evaluates: boo
         _refuse_other_best(stopping, settings, evaluates=evaluates)
 
 
+def refuse_saving_within_epochs(callbacks: Any) -> None:
+    """Raise ConfigError where a file of a batch's end would hold the variables that correct the gradients."""
+    kinds = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
+    for other in callbacks.callbacks:
+        if isinstance(other, kinds) and isinstance(other.save_freq, int):
+            raise ConfigError(
+                "with this strategy the optimizer has further variables within an epoch, which must not be saved",
+                where=f"{type(other).__name__}(save_freq={other.save_freq})",
+                fix="save at the end of epochs: save_freq='epoch'",
+            )
+
+
 def restoring(callbacks: Any) -> list[Any]:
     """The callbacks that load the best weights at the end."""
     kind = keras.callbacks.EarlyStopping

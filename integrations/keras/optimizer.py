@@ -46,9 +46,9 @@ class OptimizerState:
                     fix="use optimizer_state='keep' or 'average', or change the rate by the callback "
                     "keras.callbacks.LearningRateScheduler",
                 )
-            self._build(optimizer)
+            build(self._model, optimizer)
         if policy == "reset":
-            self._initial = [_initial(self._model, optimizer) for optimizer in optimizers(self._model)]
+            self._initial = [initial_values(self._model, optimizer) for optimizer in optimizers(self._model)]
         else:
             self._averaged()
 
@@ -91,7 +91,7 @@ class OptimizerState:
         if len(found) != 1:
             raise self._refusal(f"this model has {len(found)} optimizers")
         optimizer = found[0]
-        self._build(optimizer)
+        build(self._model, optimizer)
         averaged = {_STEP: optimizer._iterations}
         trained = optimizer._trainable_variables
         covered = {id(optimizer._iterations), id(optimizer._learning_rate)}
@@ -116,11 +116,6 @@ class OptimizerState:
             raise self._refusal(f"its state for {name} is quantised")
         return moment
 
-    def _build(self, optimizer: Any) -> None:
-        if not optimizer.built:
-            with _scope(self._model):
-                optimizer.build(self._model.trainable_variables)
-
     def _where(self) -> str:
         return ", ".join(type(optimizer).__name__ for optimizer in optimizers(self._model))
 
@@ -144,23 +139,30 @@ def optimizers(model: Any) -> list[Any]:
     return [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in found.values()]
 
 
-def _initial(model: Any, optimizer: Any) -> list[Array]:
+def build(model: Any, optimizer: Any) -> None:
+    """Make the optimizer's variables, where Keras has not as yet."""
+    if not optimizer.built:
+        with scope(model):
+            optimizer.build(model.trainable_variables)
+
+
+def initial_values(model: Any, optimizer: Any) -> list[Array]:
     """The value of each of the optimizer's variables when it was made; a scalar where all elements are the same."""
     try:
-        with _scope(model):
+        with scope(model):
             fresh = type(optimizer).from_config(optimizer.get_config())
             fresh.build(optimizer._trainable_variables)
     except Exception as error:
         raise ConfigError(
-            f"optimizer_state='reset' cannot find out how this optimizer begins: {error}",
+            f"nobody can find out how this optimizer begins: {error}",
             where=type(optimizer).__name__,
-            fix="use optimizer_state='keep', or give the optimizer a get_config() that from_config() takes",
+            fix="give it a get_config() that from_config() takes; or use optimizer_state='keep', and no personal model",
         ) from error
     values = [to_host(variable) for variable in fresh.variables]
     return [v.reshape(-1)[:1].reshape(()) if v.size and (v == v.reshape(-1)[0]).all() else v for v in values]
 
 
-def _scope(model: Any) -> Any:
+def scope(model: Any) -> Any:
     """Where variables beside the model's own must be made: in the scope of a TensorFlow strategy, if there is one."""
     strategy = getattr(model, "distribute_strategy", None) if keras.backend.backend() == "tensorflow" else None
     return nullcontext() if strategy is None else strategy.scope()

@@ -20,7 +20,8 @@ class Run:
 
     epoch: the one that runs, counted as fit does. batch: the first batch, within the epoch, of what runs now.
     before: batches of this round in earlier epochs, less those of this epoch that belong to the round before.
-    epochs: those of this round that are over. due, stops: batch within the epoch at which the round ends, and from
+    epochs: those of this round that are over. phase: of the round, counted from 0; before and epochs, and what is due,
+    are those of the phase. due, stops: batch within the epoch at which the round ends, and from
     which on a step is the last of the run. version: of the global model that arrived last.
     """
 
@@ -35,6 +36,7 @@ class Run:
     batch: int = -1
     before: int = 0
     epochs: int = 0
+    phase: int = 0
     due: int = _NEVER
     stops: int = _NEVER
     epoch_open: bool = False
@@ -60,22 +62,34 @@ class Run:
         self.due = self.stops = _NEVER
 
     def complete(self) -> bool:
-        """Whether the epoch that has just ended ends a round. The last round of fit's own budget may be shorter."""
-        if self.budget.rounds is None and self.round == self.rounds and self.epoch + 1 >= self.fit.epochs:
+        """Whether the epoch that has just ended ends a phase. The last one of fit's own budget may be shorter."""
+        if self.at_end and self.round == self.rounds:
             return True
         return (self.before if self.budget.batches else self.epochs) >= self.budget.size
 
-    def take(self, task: Task) -> None:
-        """A task has arrived, and its weights are in the model."""
-        self.round, self.version, self.over = task.round, task.version, task.kind == "final"
+    @property
+    def at_end(self) -> bool:
+        """Whether the epoch that has just ended is fit's last, where its own budget decides."""
+        return self.budget.rounds is None and not self.epoch_open and self.epoch + 1 >= self.fit.epochs
+
+    def take(self, task: Task, turn: int) -> None:
+        """A task has arrived, and its weights are in the model. turn: see `Session.turn`."""
+        self.round, self.version, self.over = turn, task.version, task.kind == "final"
 
     def next_round(self, stats: RoundStats) -> None:
         """The exchange is done, within the epoch or at its end; what is counted from here on is of the new round."""
-        self.before, self.epochs = -self.batch if self.epoch_open else 0, 0
+        self._begin(0)
         self.row["federation_bytes_up"] += stats.bytes_up
         self.row["federation_bytes_down"] += stats.bytes_down
         self.row["federation_seconds"] += stats.seconds
         self.awaits_score = self.evaluates
+
+    def next_phase(self) -> None:
+        """A phase is over, and the round is not."""
+        self._begin(self.phase + 1)
+
+    def _begin(self, phase: int) -> None:
+        self.before, self.epochs, self.phase = -self.batch if self.epoch_open else 0, 0, phase
         self._aim()
 
     def logs(self) -> dict[str, float]:
@@ -83,6 +97,9 @@ class Run:
         return {"federation_round": float(self.version), **self.row}
 
     def _aim(self) -> None:
-        if self.budget.batches is not None and self.epoch_open and not self.over:
+        if self.over and self.epoch_open:  # the run has ended sooner than this fit: no exchange, and no further step
+            self.due, self.stops = _NEVER, 0
+        elif self.budget.batches is not None and self.epoch_open:
             self.due = self.budget.batches - self.before
-            self.stops = self.due - self.budget.execution if self.round == self.rounds else _NEVER
+            last = self.round == self.rounds and self.phase + 1 == self.budget.phases
+            self.stops = self.due - self.budget.execution if last else _NEVER

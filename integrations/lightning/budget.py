@@ -16,18 +16,19 @@ ENDLESS = -1  # Lightning's way to say that there is no limit
 
 @dataclass(frozen=True)
 class Budget:
-    """`rounds` times `every`; rounds is None where the trainer's own budget decides."""
+    """`rounds` times `every`, each `phases` times over; rounds is None where the trainer's own budget decides."""
 
     every: Every
     rounds: int | None
+    phases: int = 1
 
     def apply(self, trainer: Any) -> None:
         """Make the trainer run exactly the federation's budget. Before the optimizers are made: in `setup`."""
         if self.rounds is None:
             return
         epochs, steps = self.every.epochs, self.every.steps
-        trainer.fit_loop.max_epochs = self.rounds * epochs if epochs else ENDLESS
-        trainer.fit_loop.epoch_loop.max_steps = self.rounds * steps if steps else ENDLESS
+        trainer.fit_loop.max_epochs = self.rounds * self.phases * epochs if epochs else ENDLESS
+        trainer.fit_loop.epoch_loop.max_steps = self.rounds * self.phases * steps if steps else ENDLESS
 
     def trainer_rounds(self, trainer: Any) -> int:
         """The rounds that the trainer's budget amounts to; the last may be shorter. ConfigError without an end."""
@@ -35,16 +36,16 @@ class Budget:
         epochs, steps = _limit(trainer.max_epochs), _limit(trainer.max_steps)
         if self.every.steps is not None:
             by_epochs = epochs * per_epoch if epochs is not None and per_epoch else None
-            return math.ceil(_least(steps, by_epochs) / self.every.steps)
+            return math.ceil(_least(steps, by_epochs) / (self.phases * self.every.steps))
         by_steps = math.ceil(steps / per_epoch) if steps is not None and per_epoch else None
-        return math.ceil(_least(epochs, by_steps) / (self.every.epochs or 1))
+        return math.ceil(_least(epochs, by_steps) / (self.phases * (self.every.epochs or 1)))
 
     def before(self, round: int, per_epoch: int | None) -> tuple[int | None, int | None]:
         """(epochs, optimizer steps) that a site has behind it when `round` begins; None where that is not known."""
         if self.every.steps is not None:
-            steps = (round - 1) * self.every.steps
+            steps = (round - 1) * self.phases * self.every.steps
             return steps // per_epoch if per_epoch else None, steps
-        epochs = (round - 1) * (self.every.epochs or 1)
+        epochs = (round - 1) * self.phases * (self.every.epochs or 1)
         return epochs, epochs * per_epoch if per_epoch else None
 
 
@@ -53,7 +54,8 @@ class Progress:
     """Where a site stands in its round. Plain values, which checkpoints hold.
 
     began: global_step when it did. ends: global_step at which it ends, for a budget in steps. epochs: whole epochs
-    of this round behind us. in_epoch: whether there have been batches since.
+    of this round, or of this phase of it, behind us. in_epoch: whether there have been batches since. phase: of the
+    round, counted from 0.
     """
 
     round: int = 0
@@ -61,6 +63,7 @@ class Progress:
     ends: int = 0
     epochs: int = 0
     in_epoch: bool = False
+    phase: int = 0
 
     @classmethod
     def at(cls, round: int, global_step: int, every: Every) -> Progress:
@@ -79,10 +82,15 @@ class Progress:
         return self.epochs >= (every.epochs or 1)
 
     def next(self, round: int, global_step: int, every: Every) -> Progress:
-        """The round after. Budgets in steps go on from where this one should have ended: with several optimizers a
-        batch makes several steps, and may end a round one step late."""
+        """The round after, or another phase of the same. Budgets in steps go on from where this one should have ended:
+        with several optimizers a batch makes several steps, and may end a round one step late."""
         ends = max(self.ends, global_step - (every.steps or 0)) + (every.steps or 0)
-        return Progress(round, global_step, ends, 0, self.in_epoch)
+        phase = self.phase + 1 if round == self.round else 0
+        return Progress(round, global_step, ends, 0, self.in_epoch, phase)
+
+    def at_beginning(self, global_step: int) -> bool:
+        """Whether nothing of the round is done as yet."""
+        return global_step == self.began and not self.epochs and not self.phase
 
 
 def at_end(trainer: Any, *, last_of_epoch: bool) -> bool:

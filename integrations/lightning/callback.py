@@ -143,6 +143,14 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             with self._site.leaving_on_error(self._forget):
                 self._begin(self._run, trainer, pl_module)
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Gradients are complete and unscaled; Lightning clips them after this."""
+        run = self._run
+        if run is not None and run.live is not None:
+            with self._site.leaving_on_error(self._forget):
+                scale, may_skip = lightning.loss_scaling(trainer, optimizer)
+                run.live.local.gradients.add(optimizer, scale=scale, may_skip=may_skip)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         run = self._run
         if run is None or run.over:
@@ -154,8 +162,8 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             return
         if run.progress.complete(run.settings.every, trainer.global_step) or at_end(trainer, last_of_epoch=last):
             with self._site.leaving_on_error(self._forget):
-                self._exchange(run, trainer, pl_module, in_batch=True)
-                if run.evaluates:
+                more = not at_end(trainer, last_of_epoch=last)
+                if self._exchange(run, trainer, pl_module, in_batch=True, more=more) and run.evaluates:
                     run.awaits_score, run.restore_intervals = True, lightning.validate_next(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -184,8 +192,8 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         over = trainer.max_epochs != -1 and trainer.current_epoch >= trainer.max_epochs
         if run.progress.complete(run.settings.every, trainer.global_step) or over:
             with self._site.leaving_on_error(self._forget):
-                self._exchange(run, trainer, pl_module, in_batch=False)
-                if run.evaluates:
+                exchanged = self._exchange(run, trainer, pl_module, in_batch=False, more=not over)
+                if exchanged and run.evaluates:
                     run.awaits_score = True
                     lightning.validate_now(trainer)
 
@@ -236,7 +244,8 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         joined = self._site.join()
         if joined is None:
             return None
-        return _Run(joined.job, joined.settings, Budget(joined.settings.every, joined.settings.rounds))
+        settings = joined.settings
+        return _Run(joined.job, settings, Budget(settings.every, settings.rounds, settings.phases))
 
     def _begin(self, run: _Run, trainer: Any, module: Any, *, evaluates: bool | None = None) -> None:
         """The handshake and the first task, wherever the trainer and the run stand after a restart."""
@@ -260,8 +269,10 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             run.progress = resumed
         else:
             self._catch_up(run, trainer, number)
-        if trainer.global_step == run.progress.began and not run.progress.epochs:
-            live.receive(first.task)  # else we are in the middle of the round, with the weights of that moment
+        if run.progress.at_beginning(trainer.global_step):
+            live.receive(first.task)
+        else:  # we are in the middle of the round, with the weights of that moment
+            live.resume(first.task)
 
     def _resumed_progress(self, run: _Run, trainer: Any, number: int) -> Progress | None:
         """Where the checkpoint that the trainer resumes from stands; None without one. ConfigError where it does not
@@ -297,8 +308,9 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             )
             advance_schedules(trainer, (epochs or 0) - trainer.current_epoch, (steps or 0) - trainer.global_step)
 
-    def _exchange(self, run: _Run, trainer: Any, module: Any, *, in_batch: bool) -> None:
-        """The end of a round: this site's weights out, the new global ones in, on every rank."""
+    def _exchange(self, run: _Run, trainer: Any, module: Any, *, in_batch: bool, more: bool) -> bool:
+        """The end of a round: this site's weights out, the new global ones in, on every rank. False at the end of its
+        first phase, after which it goes on. more: whether the trainer does."""
         live, every = run.live, run.settings.every
         assert live is not None
         came = self._site.exchange(
@@ -307,7 +319,12 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             local_steps=trainer.global_step - run.progress.began,
             # Lightning divides the loss that it tells by the batches that it accumulates
             metrics=run.tally.mean_loss(trainer.accumulate_grad_batches if module.automatic_optimization else 1),
+            more=more,
         )
+        if came is None:
+            run.progress = run.progress.next(run.progress.round, trainer.global_step, every)
+            run.tally = _Tally()
+            return False
         number = came.round
         if came.kind == "final":
             live.load(came.arrays)
@@ -319,11 +336,12 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         lightning.log_row(trainer, module, came.row, in_batch=in_batch)
         if run.over and not (in_batch and at_end(trainer, last_of_epoch=not run.progress.in_epoch)):
             lightning.stop(trainer)
+        return True
 
     def _finish(self, run: _Run, trainer: Any, module: Any) -> None:
         assert run.live is not None
         exporter = Exporter(trainer, module, run.live.state)
-        self._site.finish(exporter.export, exporter.load if run.evaluates else None)
+        self._site.finish(run.live, exporter.export, exporter.load if run.evaluates else None)
         self._run = None
 
     @property

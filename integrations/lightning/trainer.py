@@ -142,6 +142,15 @@ def loss_of(outputs: Any) -> torch.Tensor | None:
     return loss.detach() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
 
 
+def loss_scaling(trainer: Any, optimizer: Any) -> tuple[float | None, bool]:
+    """(what the gradients are multiplied by still, whether their step may be left out) just before a step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return None, False
+    by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused: it unscales within its step
+    return (scaler.get_scale() if by_itself else None), True
+
+
 def log_row(trainer: Any, module: Any, row: Mapping[str, float], *, in_batch: bool) -> None:
     """Write `row` to every logger, and to `trainer.callback_metrics`, where file names of checkpoints find it."""
     for logger in trainer.loggers:

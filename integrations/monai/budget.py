@@ -20,42 +20,43 @@ ENDLESS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Budget:
-    """`rounds` times `every`; rounds is None where the trainer's own budget decides."""
+    """`rounds` times `every`, each `phases` times over; rounds is None where the trainer's own budget decides."""
 
     every: Every
     rounds: int | None
+    phases: int = 1
 
     def apply(self, engine: Any) -> None:
         """Make the trainer run exactly the federation's budget. While `STARTED` is fired."""
         if self.rounds is None:
             return
         if self.every.epochs is not None:
-            engine.state.max_epochs = self.rounds * self.every.epochs
+            engine.state.max_epochs = self.rounds * self.phases * self.every.epochs
         else:
             per_epoch = steps_per_epoch(engine)
-            steps = self.rounds * (self.every.steps or 0)
+            steps = self.rounds * self.phases * (self.every.steps or 0)
             engine.state.max_epochs = math.ceil(steps / per_epoch) if per_epoch else ENDLESS
 
     def trainer_rounds(self, engine: Any) -> int:
         """The rounds that the trainer's own budget amounts to; the last may be shorter. ConfigError if unknown."""
         epochs, per_epoch = engine.state.max_epochs, steps_per_epoch(engine)
         if self.every.epochs is not None:
-            return math.ceil(epochs / self.every.epochs)
+            return math.ceil(epochs / (self.phases * self.every.epochs))
         if per_epoch is None:
             raise ConfigError(
                 "nobody says how many rounds this run has: the job has none, and an epoch has no known length",
                 where="MONAI trainer",
                 fix="set rounds in the job (simulate --rounds N), or epoch_length of the trainer",
             )
-        return math.ceil(epochs * per_epoch / (self.every.steps or 1))
+        return math.ceil(epochs * per_epoch / (self.phases * (self.every.steps or 1)))
 
     def before(self, round: int, engine: Any) -> tuple[int | None, int | None]:
         """(epochs, iterations) that a site has behind it when `round` begins; None where that is not known."""
         length, per_epoch = engine.state.epoch_length, steps_per_epoch(engine)
         if self.every.epochs is not None:
-            epochs = (round - 1) * self.every.epochs
+            epochs = (round - 1) * self.phases * self.every.epochs
             return epochs, epochs * length if length else None
-        steps = (round - 1) * (self.every.steps or 0)
+        steps = (round - 1) * self.phases * (self.every.steps or 0)
         if not length or not per_epoch:
             return None, steps * accumulation(engine)
         epochs, left = divmod(steps, per_epoch)
@@ -67,18 +68,19 @@ class Progress:
     """Where a site stands in its run. Plain values, which checkpoints hold.
 
     steps: of the optimizer, so far. began: what they were when the round did. epochs: whole epochs of this round
-    behind us.
+    behind us. phase: of the round, counted from 0; began and epochs are those of the phase.
     """
 
     round: int = 0
     steps: int = 0
     began: int = 0
     epochs: int = 0
+    phase: int = 0
 
     @property
     def at_beginning(self) -> bool:
         """Whether nothing of the round is done as yet."""
-        return self.steps == self.began and not self.epochs
+        return self.steps == self.began and not self.epochs and not self.phase
 
     def complete(self, every: Every) -> bool:
         """Whether the budget of the round is used up."""
@@ -87,8 +89,8 @@ class Progress:
         return self.epochs >= (every.epochs or 1)
 
     def next(self, round: int) -> Progress:
-        """The beginning of `round`."""
-        return Progress(round, self.steps, self.steps)
+        """The beginning of `round`, or of the next phase of this one."""
+        return Progress(round, self.steps, self.steps, phase=self.phase + 1 if round == self.round else 0)
 
 
 def accumulation(engine: Any) -> int:

@@ -149,6 +149,11 @@ def stop(engine: Any, *, epoch_ends: bool) -> None:
         engine.terminate()
 
 
+def at_last_iteration(engine: Any) -> bool:
+    """Whether the iteration that is ending is the trainer's last, as far as that is known."""
+    return has_ended(engine) and engine.state.iteration == engine.state.max_epochs * (engine.state.epoch_length or 0)
+
+
 def has_ended(engine: Any) -> bool:
     """Whether the epoch that is ending is the trainer's last."""
     return engine.state.max_epochs != ENDLESS and engine.state.epoch >= engine.state.max_epochs

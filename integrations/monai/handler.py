@@ -180,7 +180,8 @@ class FederatedHandler:
         run.progress.steps += made_a_step(engine)
         if run.settings.every.steps is not None and run.progress.complete(run.settings.every):
             with self._site.leaving_on_error(self._forget):
-                self._exchange(run, engine, in_iteration=True)
+                last = run.budget.rounds is None and facts.at_last_iteration(engine)
+                self._exchange(run, engine, in_iteration=True, more=not last)
 
     def _epoch_completed(self, engine: Any) -> None:
         run = self._run
@@ -190,7 +191,7 @@ class FederatedHandler:
         last = run.budget.rounds is None and facts.has_ended(engine) and run.progress.steps > run.progress.began
         if run.progress.complete(run.settings.every) or last:
             with self._site.leaving_on_error(self._forget):
-                self._exchange(run, engine, in_iteration=False)
+                self._exchange(run, engine, in_iteration=False, more=not last)
         if not run.over and run.budget.rounds is not None and facts.has_ended(engine):
             engine.state.max_epochs += 1  # epochs that were cut short: the rounds decide
 
@@ -238,7 +239,8 @@ class FederatedHandler:
         joined = self._site.join()
         if joined is None:
             return None
-        return _Run(joined.job, joined.settings, Budget(joined.settings.every, joined.settings.rounds))
+        settings = joined.settings
+        return _Run(joined.job, settings, Budget(settings.every, settings.rounds, settings.phases))
 
     def _begin(self, run: _Run, engine: Any) -> None:
         """The handshake and the first task, wherever the trainer and the run stand after a restart."""
@@ -248,6 +250,7 @@ class FederatedHandler:
             run.validation.validator.add_event_handler(Events.COMPLETED, self._validated)
         run.examples = self.options.num_examples or facts.training_examples(engine)
         live = run.live = LiveModel(engine.network, [engine.optimizer], run.settings)
+        live.local.gradients.follow([engine.optimizer])
         rounds = run.budget.rounds or run.budget.trainer_rounds(engine)
         warn_if_schedules_end_early(engine, facts.attached(engine, LrScheduleHandler))
         resumed = self._resumed_progress(run, engine)
@@ -268,7 +271,9 @@ class FederatedHandler:
         else:
             self._catch_up(run, engine, resumed or Progress(), number)
         if run.progress.at_beginning:
-            live.receive(first.task)  # else we are in the middle of the round, with the weights of that moment
+            live.receive(first.task)
+        else:  # we are in the middle of the round, with the weights of that moment
+            live.resume(first.task)
 
     def _resumed_progress(self, run: _Run, engine: Any) -> Progress | None:
         """Where the checkpoint that the trainer resumes from stands; None without one. ConfigError where it does not
@@ -301,8 +306,9 @@ class FederatedHandler:
             done = engine.state.epoch - 1 if engine.state.epoch else 0  # the one that begins now is not done
             advance_schedules(schedules, (epochs or 0) - done, (iterations or 0) - engine.state.iteration)
 
-    def _exchange(self, run: _Run, engine: Any, *, in_iteration: bool) -> None:
-        """The end of a round: this site's weights out, the new global ones in, on every rank."""
+    def _exchange(self, run: _Run, engine: Any, *, in_iteration: bool, more: bool) -> None:
+        """The end of a round: this site's weights out, the new global ones in, on every rank; or of its first phase,
+        after which it goes on. more: whether the trainer does."""
         live = run.live
         assert live is not None
         came = self._site.exchange(
@@ -310,7 +316,11 @@ class FederatedHandler:
             num_examples=run.examples or max(run.tally.rows * facts.ranks(), 1),
             local_steps=run.progress.steps - run.progress.began,
             metrics=run.tally.mean_loss(),
+            more=more,
         )
+        if came is None:
+            run.progress, run.tally = run.progress.next(run.progress.round), _Tally()
+            return
         number = came.round
         epoch_ends = not in_iteration or run.in_epoch == engine.state.epoch_length
         if came.kind == "final":
@@ -329,7 +339,7 @@ class FederatedHandler:
     def _finish(self, run: _Run, engine: Any) -> None:
         assert run.live is not None
         exporter = Exporter(engine.network, run.live.state)
-        self._site.finish(exporter.export, exporter.load if run.validation is not None else None)
+        self._site.finish(run.live, exporter.export, exporter.load if run.validation is not None else None)
         self._run = None
 
     @property
@@ -338,4 +348,6 @@ class FederatedHandler:
 
     def _forget(self) -> _Run | None:
         run, self._run = self._run, None
+        if run is not None and run.live is not None:
+            run.live.local.close()
         return run

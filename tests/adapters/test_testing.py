@@ -184,6 +184,7 @@ class ToyCallback:
         )
         self.load(trainer, task.arrays)
         if task.kind == "final":
+            trainer.max_steps = trainer.steps
             self.session.finish()
 
     def state(self, trainer: ToyTrainer) -> Arrays:

@@ -58,12 +58,20 @@ class Site:
         self.welcome = self.client.join()
         return self.welcome
 
-    def register(self, arrays: Arrays, *, rounds: int = 0, evaluates: bool = False, **agreement: str) -> int:
+    def register(
+        self,
+        arrays: Arrays,
+        *,
+        rounds: int = 0,
+        evaluates: bool = False,
+        capabilities: frozenset[str] = frozenset(),
+        **agreement: str,
+    ) -> int:
         return self.client.register(
             Manifest.of(arrays),
             agreement=agreement,
             info={},
-            capabilities=frozenset(),
+            capabilities=capabilities,
             rounds=rounds,
             evaluates=evaluates,
         )

@@ -22,7 +22,8 @@ from tcp_proxy import TcpProxy
 import fl_runtime
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.transport.grpc import GrpcTransport
-from fl_runtime.types import Arrays, RunSettings, Task
+from fl_runtime.types import Arrays, Report, RunSettings, Task
+from fl_runtime.wire.manifest import Manifest
 
 SERVER = """
 import json, sys
@@ -273,4 +274,39 @@ def test_a_site_that_dies_while_the_server_is_down_is_not_waited_for_for_ever(tm
         assert one.client.next_task().kind == "final"
         one.client.leave("done", early=False)
         one.vanish()
+        server.finished()
+
+
+def test_killed_while_the_sites_score_each_others_models(tmp_path: Path) -> None:
+    with server_process(tmp_path / "run", 2, rounds=1, cross_site=True) as server:
+        sites = [server.site(name) for name in ("site-1", "site-2")]
+        for site in sites:
+            site.join()
+        able = frozenset({"cross-evaluation"})
+        manifest = Manifest.of({"w": np.zeros(2)})
+        at_once(
+            sites,
+            lambda site: site.client.register(
+                manifest, agreement={}, info={}, capabilities=able, rounds=0, evaluates=False
+            ),
+        )
+        for index, site in enumerate(sites):
+            site.submit(site.start({"w": np.zeros(2)}), {"w": np.full(2, float(index))})
+        assert [site.client.next_task().kind for site in sites] == ["final", "final"]
+
+        def score(site: Site) -> tuple[str, float]:
+            task = site.client.next_task(evaluate=True)
+            if task.kind == "evaluate":
+                site.client.report(Report(task.job, task.version, site.name, {"loss": 1.0}, 1))
+            return str(task.config.get("model", task.kind)), float(task.arrays["w"][0]) if task.arrays else 0.0
+
+        assert score(sites[0]) == ("global", 0.5)
+        assert score(sites[0]) == ("site-1", 0.0)
+        server.kill()
+        server.start()
+        assert [score(sites[0]) for _ in range(2)] == [("site-2", 1.0), ("evaluated", 0.0)]
+        assert [score(sites[1])[0] for _ in range(4)] == ["global", "site-1", "site-2", "evaluated"]
+        for site in sites:
+            site.client.leave("done", early=False)
+            site.vanish()
         server.finished()

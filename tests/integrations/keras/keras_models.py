@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -14,7 +15,7 @@ from fl_adapters.keras.names import named_variables
 from fl_adapters.keras.state import KerasState, to_host
 from fl_adapters.local_federation import State
 from fl_adapters.loop import connect
-from fl_adapters.testing import LocalFederation, Place, Trained, failing
+from fl_adapters.testing import Correct, LocalFederation, Place, Trained, failing
 from fl_runtime.types import Array, Arrays
 
 BATCH, BATCHES = 4, 3
@@ -197,3 +198,113 @@ class RepeatedFit:
         order = np.concatenate([np.arange(BATCH) + BATCH * batch for batch in batches])
         self._next += steps
         fit(self._model, tuple(part[order] for part in self._data))
+
+
+class CorrectedExample(Example):
+    """The same with a plain loop that takes its gradients by itself. kind: "adam", "sgd". clipnorm: of each tensor.
+
+    accumulate: batches in a step of the optimizer. policy: of the layers' dtypes, such as "mixed_float16".
+    """
+
+    def __init__(self, kind: str, clipnorm: float | None = None, accumulate: int = 1, policy: str = "float32") -> None:
+        super().__init__()
+        self.kind, self.clipnorm, self.accumulate, self.policy = kind, clipnorm, accumulate, policy
+        self.plain_sgd, self.steps_per_epoch = kind == "sgd", BATCHES // accumulate
+
+    def optimizer(self, **options: Any) -> Any:
+        rates = keras.optimizers.schedules.ExponentialDecay(0.05, 3, 0.8)
+        if self.accumulate > 1:
+            options["gradient_accumulation_steps"] = self.accumulate
+        if self.kind == "sgd":
+            return keras.optimizers.SGD(rates, **options)
+        return keras.optimizers.Adam(rates, epsilon=0.1, **options)  # so large that no rounding error is blown up
+
+    def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
+        with self.dtypes():
+            model = compiled(classifier(seed=site), self.optimizer(clipnorm=self.clipnorm))
+        counter = Counter()
+        fit(model, rows(site), FederatedCallback(**arguments), counter, epochs=epochs)
+        return Trained(weights(model), counter.batches // self.accumulate)
+
+    def plain(self, site: int, *, total_steps: int) -> OwnGradients:
+        with self.dtypes():
+            model = compiled(classifier(seed=site), self.optimizer())
+        return OwnGradients(model, rows(site), self.clipnorm, self.accumulate)
+
+    @contextmanager
+    def dtypes(self) -> Iterator[None]:
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(self.policy)
+        try:
+            yield
+        finally:
+            keras.config.set_dtype_policy(before)
+
+
+class OwnGradients(RepeatedFit):
+    """The oracle for corrections: gradients by the backend's own means, clipped, corrected and applied here."""
+
+    def __init__(self, model: keras.Model, data: tuple[Array, Array], clipnorm: float | None, accumulate: int) -> None:
+        super().__init__(model, data)
+        self._clipnorm, self._accumulate = clipnorm, accumulate
+        self.correct: Correct | None = None
+        self.rates: list[float] = []
+
+    def exchange_optimizer(self, state: Any) -> Any:
+        optimizer = getattr(self._model.optimizer, "inner_optimizer", self._model.optimizer)
+        if not optimizer.built:
+            optimizer.build(self._model.trainable_variables)
+        before = [np.array(to_host(variable)) for variable in optimizer.variables]
+        for i, variable in enumerate(optimizer.variables):
+            variable.assign(np.zeros_like(before[i]) if state is None else state[i])
+        return before
+
+    def train(self, steps: int) -> None:
+        names = {id(named.variable): name for name, named in named_variables(self._model).items()}
+        optimizer, variables = self._model.optimizer, self._model.trainable_variables
+        for _ in range(steps):
+            for part in range(self._accumulate):
+                batch = slice(BATCH * (self._next % BATCHES), BATCH * (self._next % BATCHES + 1))
+                self._next += 1
+                gradients, scale = gradients_of(self._model, *(data[batch] for data in self._data))
+                finite = all(np.isfinite(gradient).all() for gradient in gradients)  # else loss scaling skips the step
+                if finite and part + 1 == self._accumulate:
+                    self.rates.append(float(to_host(optimizer.learning_rate)))
+                for i, variable in enumerate(variables if finite else ()):
+                    gradient = gradients[i] / scale
+                    if self._clipnorm is not None:
+                        gradient = gradient * np.float32(self._clipnorm / max(np.linalg.norm(gradient), self._clipnorm))
+                    if self.correct is not None:
+                        gradient = self.correct(names[id(variable)], to_host(variable), gradient)
+                    gradients[i] = np.asarray(gradient * scale, "float32")
+                optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], variables)
+
+
+def gradients_of(model: keras.Model, x: Array, y: Array) -> tuple[list[Array], np.float32]:
+    """(one gradient for each trainable variable, what loss scaling has multiplied them by)."""
+    optimizer, scale = model.optimizer, np.float32(1)
+    if hasattr(optimizer, "inner_optimizer"):
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        scale = to_host(optimizer.dynamic_scale)
+    if keras.backend.backend() == "torch":
+        model.zero_grad()
+        (model.loss(y, model(x, training=True)) * float(scale)).backward()
+        return [np.array(v.value.grad.numpy()) for v in model.trainable_variables], scale
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = model.loss(y, model(x, training=True)) * scale
+        return [g.numpy() for g in tape.gradient(loss, [v.value for v in model.trainable_variables])], scale
+    import jax
+
+    def loss_of(trained: Any, others: Any) -> Any:
+        scores, others = model.stateless_call(trained, others, x, training=True)
+        return model.loss(y, scores) * scale, others
+
+    values = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+    found, others = jax.grad(loss_of, has_aux=True)(*values)
+    for variable, value in zip(model.non_trainable_variables, others, strict=True):
+        variable.assign(value)
+    return [np.array(gradient) for gradient in found], scale

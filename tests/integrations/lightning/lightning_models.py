@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fl_adapters.lightning import FederatedCallback
-from fl_adapters.testing import Trained, failing
+from fl_adapters.testing import Correct, Trained, failing
 
 STATES = [(torch.get_rng_state, torch.set_rng_state)]
 PACKAGES = [n for n in ("lightning.pytorch", "pytorch_lightning") if importlib.util.find_spec(n.partition(".")[0])]
@@ -61,6 +61,8 @@ class Endless(IterableDataset):
 
 
 def optimizer_for(parameters: Any, kind: str = "adam") -> torch.optim.Optimizer:
+    if kind == "plain sgd":
+        return torch.optim.SGD(parameters, lr=RATE)
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
     return torch.optim.AdamW(parameters, lr=RATE)
@@ -139,11 +141,22 @@ class Loop:
 
     num_examples = ROWS
 
-    def __init__(self, site: int, total_steps: int, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        site: int,
+        total_steps: int,
+        accumulate: int = 1,
+        kind: str = "adam",
+        clip: float = 0.0,
+        narrow: torch.dtype | None = None,
+    ) -> None:
         torch.manual_seed(100 + site)
         self.module = nn.Module()
         self.module.net = network()
-        self.optimizer = optimizer_for(self.module.parameters())
+        self.optimizer = optimizer_for(self.module.parameters(), kind)
+        self.clip, self.narrow = clip, narrow
+        self.correct: Correct | None = None
+        self.rates: list[float] = []
         self.schedule = linear_schedule(self.optimizer, total_steps)
         self.loader, self.batches, self.accumulate = loader(site), iter(()), accumulate
         self.losses: list[float] = []
@@ -160,6 +173,12 @@ class Loop:
             for value in state.values():
                 value.zero_()
 
+    def exchange_optimizer(self, state: Any) -> Any:
+        before = dict(self.optimizer.state)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state or {})
+        return before
+
     def train(self, steps: int) -> None:
         self.module.train()
         for _ in range(steps):
@@ -172,29 +191,47 @@ class Loop:
                 self.batches = iter(self.loader)
             self.seen += 1
             x, y = next(self.batches)
-            loss = nn.functional.cross_entropy(self.module.net(x), y)
+            with torch.autocast("cpu", self.narrow or torch.bfloat16, enabled=self.narrow is not None):
+                loss = nn.functional.cross_entropy(self.module.net(x), y)
             self.losses.append(float(loss.detach()))
             (loss / self.accumulate).backward()
+            if self.seen % STEPS == 0:  # what an epoch leaves over is a step of its own
+                break
+        if self.correct is not None:
+            corrected(self.module, self.correct)
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.schedule.step()
 
 
-class Example:
-    """The training job that the conformance suite runs."""
+def corrected(module: nn.Module, correct: Correct) -> None:
+    for name, parameter in module.named_parameters():
+        gradient = correct(name, parameter.detach().numpy(), parameter.grad.numpy().copy())
+        parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
 
-    steps_per_epoch = STEPS
+
+class Example:
+    """The training job that the conformance suite runs. options: of the Trainer."""
+
     personal = "net.1.*"
     states = STATES
 
-    def __init__(self, pl: Any) -> None:
-        self.pl = pl
+    def __init__(self, pl: Any, kind: str = "adam", **options: Any) -> None:
+        self.pl, self.kind, self.options = pl, kind, options
+        self.plain_sgd, self.accumulate = kind == "plain sgd", options.get("accumulate_grad_batches", 1)
+        self.steps_per_epoch = -(-STEPS // self.accumulate)
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
         torch.manual_seed(100 + site)
-        built = module(self.pl, width=12 if different else 8, fail_at=fail_at)
-        fitting = trainer(FederatedCallback(**arguments), pl=self.pl, max_epochs=epochs)
+        built = module(self.pl, kind=self.kind, width=12 if different else 8, fail_at=fail_at)
+        fitting = trainer(FederatedCallback(**arguments), pl=self.pl, max_epochs=epochs, **self.options)
         fitting.fit(built, loader(site))
         return Trained(weights(built), fitting.global_step)
 
     def plain(self, site: int, *, total_steps: int) -> Loop:
-        return Loop(site, total_steps)
+        narrow = torch.bfloat16 if self.options.get("precision") == "bf16-mixed" else None
+        narrow = torch.float16 if "plugins" in self.options else narrow
+        clip = self.options.get("gradient_clip_val", 0.0)
+        return Loop(site, total_steps, self.accumulate, self.kind, clip, narrow)

@@ -48,8 +48,9 @@ def partner(run: Any, **more: Any) -> threading.Thread:
 
 
 @pytest.mark.slow
-def test_two_ranks_end_as_one_process_would(federation, tmp_path) -> None:
-    settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2}
+@pytest.mark.parametrize(("strategy", "phases"), [("fedavg", 1), ("fedprox:mu=0.5", 1), ("scaffold", 1), ("ditto", 2)])
+def test_two_ranks_end_as_one_process_would(federation, tmp_path, strategy, phases) -> None:
+    settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2, "strategy": strategy}
     plain = federation(**settings)
     plain.run(lambda place: fit(m.package(), place.kit, devices=1))
     run = federation(sockets=True, states=None, **settings)
@@ -60,7 +61,7 @@ def test_two_ranks_end_as_one_process_would(federation, tmp_path) -> None:
     assert len(run.result().rounds) == 3
     for rank in (0, 1):
         left = torch.load(tmp_path / "results" / f"rank-{rank}.pt", weights_only=True)
-        assert left["steps"] == 6 and left["logged"] == 3
+        assert left["steps"] == 6 * phases and left["logged"] == 3
         assert m.same({n: t.numpy() for n, t in left["weights"].items()}, run.model())
     for name, value in plain.model().items():
         assert run.model()[name] == pytest.approx(value, abs=1e-6), name

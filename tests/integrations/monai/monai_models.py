@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fl_adapters.monai import FederatedHandler
-from fl_adapters.testing import Trained, failing
+from fl_adapters.testing import Correct, Trained, failing
 
 STATES = [(torch.get_rng_state, torch.set_rng_state)]
 ROWS, BATCH = 24, 8
@@ -68,6 +68,8 @@ def validation(count: int = 16, seed: int = 99) -> DataLoader:
 
 
 def optimizer_for(net: nn.Module, kind: str = "adam") -> torch.optim.Optimizer:
+    if kind == "plain sgd":
+        return torch.optim.SGD(net.parameters(), lr=RATE)
     if kind == "sgd":
         return torch.optim.SGD(net.parameters(), lr=RATE, momentum=0.9)
     return torch.optim.AdamW(net.parameters(), lr=RATE)
@@ -154,10 +156,12 @@ class Loop:
 
     num_examples = ROWS
 
-    def __init__(self, site: int, total_steps: int, accumulate: int = 1) -> None:
+    def __init__(self, site: int, total_steps: int, accumulate: int = 1, kind: str = "adam") -> None:
         torch.manual_seed(100 + site)
         self.net = network()
-        self.optimizer = optimizer_for(self.net)
+        self.optimizer = optimizer_for(self.net, kind)
+        self.correct: Correct | None = None
+        self.rates: list[float] = []
         self.schedule = linear_schedule(self.optimizer, total_steps)
         self.loader, self.batches, self.accumulate = loader(site), iter(()), accumulate
         self.losses: list[float] = []
@@ -173,6 +177,12 @@ class Loop:
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
+
+    def exchange_optimizer(self, state: Any) -> Any:
+        before = dict(self.optimizer.state)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state or {})
+        return before
 
     def train(self, steps: int) -> None:
         self.net.train()
@@ -190,6 +200,10 @@ class Loop:
             (loss / self.accumulate).backward()
             if self.seen % STEPS == 0:
                 break
+        for name, parameter in self.net.named_parameters() if self.correct is not None else ():
+            gradient = self.correct(name, parameter.detach().numpy(), parameter.grad.numpy().copy())
+            parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
 
     def next_batch(self) -> dict[str, torch.Tensor]:
@@ -209,28 +223,33 @@ class Loop:
 
 
 class Example:
-    """The training job that the conformance suite runs."""
+    """The training job that the conformance suite runs. options: of the trainer."""
 
-    steps_per_epoch = STEPS
     personal = "1.*"
     states = STATES
 
-    def __init__(self, first: bool) -> None:
+    def __init__(self, first: bool, kind: str = "adam", **options: Any) -> None:
         self.first = first  # whether the handler comes before the others or after them
+        self.kind, self.options, self.accumulate = kind, options, options.get("accumulation_steps", 1)
+        self.plain_sgd, self.steps_per_epoch = kind == "plain sgd", -(-STEPS // self.accumulate)
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
         torch.manual_seed(100 + site)
         net = network(width=12 if different else 8)
-        optimizer = optimizer_for(net)
+        optimizer = optimizer_for(net, self.kind)
         # nobody in MONAI sizes a schedule but the user: this one looks at the trainer's length
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total() if step else 1.0)
         schedule = LrScheduleHandler(rate, print_lr=False, epoch_level=False)
         others, ours = [schedule, Losses(fail_at)], FederatedHandler(**arguments)
         handlers = [ours, *others] if self.first else [*others, ours]
-        training = trainer(net, handlers, data=loader(site), epochs=epochs, optimizer=optimizer)
+        training = trainer(net, handlers, data=loader(site), epochs=epochs, optimizer=optimizer, **self.options)
         total = lambda: training.state.max_epochs * STEPS  # noqa: E731
+        made: list[int] = []
+        handle = optimizer.register_step_post_hook(lambda *_: made.append(1))
         training.run()
-        return Trained(weights(net), training.state.iteration)
+        handle.remove()
+        return Trained(weights(net), len(made))
 
     def plain(self, site: int, *, total_steps: int) -> Loop:
-        return Loop(site, total_steps)
+        epochs = -(-total_steps // self.steps_per_epoch)  # the schedule is sized for whole ones
+        return Loop(site, epochs * STEPS, self.accumulate, self.kind)

@@ -136,20 +136,22 @@ class RegisterReply(_message.Message):
     def __init__(self, rounds: _Optional[int] = ...) -> None: ...
 
 class NextRequest(_message.Message):
-    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best")
+    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUME_ROUND_FIELD_NUMBER: _ClassVar[int]
     RESUME_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layouts: _containers.RepeatedScalarFieldContainer[bytes]
     resume_from: int
     resume_round: int
     resume_digest: bytes
     best: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ...) -> None: ...
+    evaluate: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ...) -> None: ...
 
 class TaskHeader(_message.Message):
     __slots__ = ("job", "round", "stage", "kind", "version", "config_json", "payload", "offset")

@@ -1,0 +1,50 @@
+"""The matrix of a cross-site evaluation as a picture. Needs matplotlib, which nothing else of ours does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def draw(folder: Path) -> Path | None:
+    """Draw folder/cross_site.json as cross_site.png, a panel per metric: whose model (rows) on whose data (columns).
+
+    None where there is no such file, or no matplotlib.
+    """
+    source = folder / "cross_site.json"
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not source.exists():
+        return None
+    matrix: dict[str, dict[str, dict[str, float]]] = json.loads(source.read_text(encoding="utf-8"))
+    models, sites = list(matrix), list(dict.fromkeys(site for row in matrix.values() for site in row))
+    metrics = list(dict.fromkeys(name for row in matrix.values() for cell in row.values() for name in cell))
+    if not metrics:
+        return None
+    size = 1.5 + 0.6 * len(sites), 1.2 + 0.45 * len(models)
+    figure = Figure(figsize=(size[0] * len(metrics), size[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        values = [[matrix[model].get(site, {}).get(metric) for site in sites] for model in models]
+        _panel(axes, metric, values, models, sites)
+    target = folder / "cross_site.png"
+    figure.savefig(target, dpi=120)
+    return target
+
+
+def _panel(axes: Any, metric: str, values: list[list[float | None]], models: list[str], sites: list[str]) -> None:
+    numbers = [[float("nan") if value is None else value for value in row] for row in values]
+    axes.imshow(numbers, cmap="cividis", aspect="auto")
+    axes.set_title(metric)
+    axes.set_xticks(range(len(sites)), sites, rotation=45, ha="right")
+    axes.set_yticks(range(len(models)), models)
+    axes.set_xlabel("data of")
+    axes.set_ylabel("model of")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None:
+                axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white", fontsize=8)

@@ -1,0 +1,78 @@
+"""SCAFFOLD's c: it is a part of the committed model, so a server that is killed goes on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from federation_bench import Site, registered, together
+from test_restart import ServerProcess, server_process
+
+from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, control_extras, control_of
+from fl_runtime.errors import UpdateRefusedError
+from fl_runtime.types import Task
+
+SIZE, ROUNDS = 5, 3
+START = {"w": np.zeros(SIZE, np.float32)}
+CORRECTING = frozenset({GRADIENT_CORRECTION})
+
+
+def sites_of(server: ServerProcess) -> list[Site]:
+    sites = [server.site(name) for name in ("site-1", "site-2")]
+    registered(sites, START, capabilities=CORRECTING)
+    return sites
+
+
+def answer(site: Site, task: Task) -> str:
+    """Weights and a share of c that differ for each site and round."""
+    draw = np.random.default_rng([int(site.name[-1]), task.round])
+    weights = {name: array + draw.normal(size=SIZE).astype(np.float32) for name, array in task.arrays.items()}
+    return site.submit(task, weights, extras=control_extras({"w": draw.normal(size=SIZE).astype(np.float32)}))
+
+
+def run(folder: Path, between: Callable[[ServerProcess], None]) -> list[bytes]:
+    """What each round begins with, c included; `between` comes after one site's update of each round."""
+    seen = []
+    with server_process(folder, 2, rounds=ROUNDS, strategy="scaffold") as server:
+        first, second = sites_of(server)
+        tasks = [first.start(START), second.start(START)]
+        while tasks[0].kind == "train":
+            seen.append(tasks[0].arrays["w"].tobytes() + control_of(tasks[0].extras).get("w", np.empty(0)).tobytes())
+            answer(first, tasks[0])
+            between(server)
+            answer(second, tasks[1])
+            tasks = together(first.client.next_task, second.client.next_task)
+        seen.append(tasks[0].arrays["w"].tobytes())
+        for site in (first, second):
+            site.client.leave("done", early=False)
+            site.vanish()
+    return seen
+
+
+def test_killed_in_every_round_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def killed(server: ServerProcess) -> None:
+        server.kill()
+        server.start()
+
+    wanted = run(tmp_path / "oracle", lambda server: None)
+    assert run(tmp_path / "run", killed) == wanted
+    assert len(wanted) == ROUNDS + 1 and len({len(bits) for bits in wanted[1:ROUNDS]}) == 1  # c has travelled
+
+
+def test_c_gets_the_sum_of_the_shares(tmp_path: Path) -> None:
+    shares = [np.random.default_rng([site, 1]).normal(size=(2, SIZE))[1].astype(np.float32) for site in (1, 2)]
+    seen = run(tmp_path, lambda server: None)
+    c = np.frombuffer(seen[1], np.float32)[SIZE:]
+    np.testing.assert_allclose(c, shares[0] + shares[1], rtol=1e-6)
+
+
+def test_an_update_without_control_variates_is_refused(tmp_path: Path) -> None:
+    with server_process(tmp_path, 2, rounds=1, strategy="scaffold") as server:
+        first, second = sites_of(server)
+        task = first.start(START)
+        with pytest.raises(UpdateRefusedError, match="control variates"):
+            first.submit(task, START)
+        for site in (first, second):
+            site.vanish()
