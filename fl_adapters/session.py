@@ -220,6 +220,8 @@ class Session:
             task = self._client.next_task(evaluate=True)
             if task.kind != "evaluate":
                 return
+            with self._allowed():
+                task = self._filters.received(task)
             metrics, num_examples = evaluate(task.arrays)
             self._client.report(self._scored(metrics, num_examples, task.version))
 
