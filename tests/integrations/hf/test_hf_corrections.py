@@ -9,6 +9,7 @@ from typing import Any
 
 import hf_example
 import pytest
+import torch
 from hf_example import Example
 from safetensors.numpy import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -17,6 +18,7 @@ from fl_adapters import site
 from fl_adapters.conformance import require_same_bits
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.testing import CorrectionCase, LocalFederation, correction_cases
+from fl_runtime.errors import ConfigError
 from fl_runtime.store.tensorfile import read_tensors
 
 OPTIONS = {
@@ -94,3 +96,12 @@ def test_a_training_that_was_interrupted_leaves_no_correction_behind(start: Any)
     trainer.remove_callback(Interrupts)
     trainer.train()
     assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
+
+
+def test_an_optimizer_that_gradients_pass_by_is_refused(start: Any) -> None:
+    """As those do that step layer by layer, while gradients are computed."""
+    run = start(rounds=2, strategy="fedprox", every=2)
+    trainer = made_trainer(run.places[0].kit)
+    trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ConfigError, match="no gradient of this round"):
+        trainer.train()
