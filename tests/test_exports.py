@@ -14,7 +14,7 @@ import pytest
 PUBLIC = {
     "fl_adapters": """
         AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic FedAdagrad
-        FedAdam FedAvg FedAvgM FedNova FedYogi FederationError HandshakeError Job Krum NormBounding
+        FedAdam FedAvg FedAvgM FedBuff FedNova FedYogi FederationError HandshakeError Job Krum NormBounding
         PermissionDeniedError ProtocolError QuorumError Simulation Site SiteFailedError SiteTask
         StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
         connect site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fl_runtime.aggregation.cyclic import Cyclic
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.fedbuff import FedBuff
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
@@ -18,6 +19,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedNova",
     "FedYogi",
     "Krum",
@@ -37,6 +39,7 @@ _STRATEGIES = (
     FedYogi,
     FedAdagrad,
     FedNova,
+    FedBuff,
     Cyclic,
     CoordinateMedian,
     TrimmedMean,

@@ -140,7 +140,7 @@ class _Table:
         data = event.data
         if data["status"] == "duplicate":
             return
-        if event.round <= self._flushed and data["status"] == "late":
+        if event.round <= self._flushed and data["status"] in ("late", "buffered"):
             self._open.setdefault(event.round, {})  # its round is written already: a row of its own
         self._fill(event.round, event.site, **{name: data[name] for name in COLUMNS if name in data})
         self._fill(event.round, event.site, metrics=data.get("metrics"))
