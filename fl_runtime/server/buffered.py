@@ -31,7 +31,8 @@ class Buffer:
     """What has come and is not in a model yet. Used under the run's lock.
 
     waiting: in the order of arrival. models: older ones that are still needed, by version. began: the version that a
-    site trains on; one that is not known (after a restart) may be any.
+    site trains on; one that is not known (after a restart) may be any. since, bytes_up, bytes_down: of the model that
+    is being made.
     """
 
     size: int
@@ -39,6 +40,8 @@ class Buffer:
     models: dict[int, Model] = field(default_factory=dict)
     began: dict[str, int] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
+    bytes_up: int = 0
+    bytes_down: int = 0
 
     def offer(self, run: Run, member: Member) -> Offer | None:
         """The newest model at once, as long as the site has rounds of its own to do."""
@@ -53,7 +56,9 @@ class Buffer:
             return "duplicate"
         return None if run.phase == "training" and number == run.last_used.get(name, 0) + 1 else "late"
 
-    def accept(self, run: Run, update: Update, blob: Blob, digest: bytes, header: Mapping[str, Any]) -> Status:
+    def accept(
+        self, run: Run, update: Update, blob: Blob, digest: bytes, header: Mapping[str, Any], bytes_up: int
+    ) -> Status:
         """Journaled, then counted. Takes over the blob, unless the model that it began with is gone."""
         known = {*self.models, run.model.version if run.model else None}
         if update.base_version not in known:
@@ -64,6 +69,7 @@ class Buffer:
         run.journal.buffered(UpdateEntry(update.round, update.site, digest, blob.name, blob.manifest.layout, header))
         self.waiting.append(Accepted(update, blob, digest))
         run.last_used[update.site] = update.round
+        self.bytes_up += bytes_up
         return "used"
 
     def finished(self, run: Run) -> bool:
@@ -128,17 +134,20 @@ def _commit(run: Run, buffer: Buffer, due: list[Accepted], blob: Blob, digests: 
         metrics=metrics,
         sites=names,
         missing=(),
-        bytes_up=sum(a.blob.manifest.nbytes for a in due),
-        bytes_down=0,
+        bytes_up=buffer.bytes_up,
+        bytes_down=buffer.bytes_down,
     )
     left = buffer.waiting[len(due) :]
     entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
     run.journal.round_opened(number, names, time.time())
     run.journal.committed(entry, number, result.to_json(), buffered=[(a.update.site, a.update.round) for a in left])
     run.model, buffer.waiting, buffer.since = Model(entry, blob), left, time.monotonic()
+    buffer.bytes_up = buffer.bytes_down = 0
     run.results.append(result)
     run.scores.trained(number, metrics)
-    run.events.emit("round_finished", number, **{k: v for k, v in result.to_json().items() if k != "round"})
+    told = {k: v for k, v in result.to_json().items() if k != "round"}
+    told |= {"num_examples": sum(u.num_examples for u in updates), "local_steps": sum(u.local_steps for u in updates)}
+    run.events.emit("round_finished", number, buffered=True, **told)
     run.published.notify_all()
     for accepted in due:
         run.blobs.free(accepted.blob)

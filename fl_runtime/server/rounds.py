@@ -147,6 +147,8 @@ def _without_rounds(run: Run, buffer: Buffer) -> None:
     """Models of what comes, until nobody has anything more to send."""
     with run.lock:
         run.phase, buffer.since = "training", time.monotonic()
+        if run.model is not None and run.model.version == 0:
+            run.events.emit("round_started", 1, sites=[])
         run.published.notify_all()
 
     def ready() -> bool:

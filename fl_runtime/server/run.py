@@ -294,7 +294,7 @@ class Run:
                 self.commit_initial(blob)
                 return "used"
             if self.buffer is not None:
-                status = self.buffer.accept(self, update, blob, digest, header)
+                status = self.buffer.accept(self, update, blob, digest, header, bytes_up)
                 self._emit_update(update, status if status == "late" else "buffered", bytes_up, self.buffer.since)
                 return status
             assert self.open is not None
@@ -439,6 +439,8 @@ class Run:
         with self.lock:
             if self.open and self.open.round == round:
                 self.open.bytes_down[name] = self.open.bytes_down.get(name, 0) + bytes_down
+            if self.buffer is not None:
+                self.buffer.bytes_down += bytes_down
             self.events.emit("task_sent", round, name, task=kind, bytes=bytes_down)
 
     def fail(self, error: FederationError) -> None:

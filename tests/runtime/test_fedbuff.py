@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_restart import server_process
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import ConfigError, QuorumError, UpdateRefusedError
+from fl_runtime.server.history import History
 from fl_runtime.types import Array, Arrays, Task
 
 ORDER = (0, 0, 1, 0, 2, 1, 0, 2, 1, 1, 2, 2)
@@ -115,6 +117,16 @@ def test_a_slow_site_holds_nobody_up(tmp_path: Path) -> None:
         assert sorted(updates) == sorted((name, number) for name in bench.names for number in range(1, rounds + 1))
         assert len(bench.server.result().rounds) == 8  # 15 updates, two each, and one that is left
         assert len({arrays["w"].tobytes() for arrays in finals.values()}) == 1
+        history = History(tmp_path / "history")
+        for event in bench.watch.events:
+            history(event)
+        history.close()
+    with open(tmp_path / "history" / "history.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["round"] != "0"]
+    of_sites = [(row["site"], int(row["round"])) for row in rows if row["site"] != "global"]
+    assert sorted(of_sites) == sorted(updates)
+    assert {row["status"] for row in rows if row["site"] != "global"} == {"buffered"}
+    assert sum(int(row["num_examples"]) for row in rows if row["site"] == "global") == 15
 
 
 def two(bench: Bench) -> tuple[list[Site], dict[str, Task]]:
