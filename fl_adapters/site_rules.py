@@ -107,6 +107,8 @@ class GovernedSite(SiteRules):
         by = str(settings.get("submitted_by", ""))
         submitter = Identity.from_uri(by) if by else None
         self._policy.check_submitter(str(settings["name"]), submitter, self.identity)
+        if settings.get("cross_site"):
+            self._policy.check_cross_site(str(settings["name"]), self.identity)
         self._strategy = settings.get("strategy")
         if self._strategy is not None:
             self._policy.check_strategy(str(settings["name"]), self._strategy, self.identity)

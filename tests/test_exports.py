@@ -14,10 +14,10 @@ import pytest
 PUBLIC = {
     "fl_adapters": """
         AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto FedAdagrad
-        FedAdam FedAvg FedAvgM FedNova FedProx FedYogi FederationError HandshakeError Job Krum NormBounding
-        PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Scaffold
-        Simulation Site SiteFailedError SiteTask StateMismatchError StoreError TransferDamagedError
-        TrimmedMean UpdateRefusedError __version__
+        FedAdam FedAvg FedAvgM FedBuff FedNova FedProx FedYogi FederationError HandshakeError Job Krum
+        NormBounding PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError
+        QuorumError Scaffold Simulation Site SiteFailedError SiteTask StateMismatchError StoreError
+        TransferDamagedError TrimmedMean UpdateRefusedError __version__
         connect site
     """,
     "fl_adapters.hf": "FederatedCallback",

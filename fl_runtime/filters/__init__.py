@@ -104,6 +104,12 @@ def check_filters(
                 f"{type(item.filter).__name__} works on weights, which {type(strategy).__name__} does not take",
                 "leave it out: only what travels beside such updates can be filtered",
             )
+        if strategy is not None and strategy.buffer and item.at in ("server_in", "server_out"):
+            name, of = type(item.filter).__name__, type(strategy).__name__
+            raise refuse(
+                f"{name} at {item.at} works on rounds, which {of} does not have",
+                "let it stand at site_out, or use another strategy",
+            )
         if isinstance(item.filter, GaussianDP):
             _check_gaussian(item, found, strategy)
         if isinstance(item.filter, HomomorphicCKKS):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from fl_runtime.aggregation.metrics import plain, to_json
 from fl_runtime.errors import ProtocolError
-from fl_runtime.server.run import Run
 from fl_runtime.types import Metrics, Report
+
+if TYPE_CHECKING:
+    from fl_runtime.server.run import Run
 
 
 def score(run: Run, report: Report, attempt: int) -> None:
@@ -61,7 +64,7 @@ def settle(run: Run, version: int) -> None:
 def _stop_out_of_patience(run: Run, version: int) -> None:
     terms, newest = run.terms, run.model.version if run.model else 0
     by = run.settings if run.settings.patience else terms
-    if not by.patience or version != newest or run.rounds is None or version >= run.rounds:
+    if not by.patience or run.buffer or version != newest or run.rounds is None or version >= run.rounds:
         return
     if run.scores.patience_spent(version, by.patience, by.min_delta):
         run.rounds = version

@@ -35,6 +35,9 @@ filters: []
 # Whether this site's own weights may be those that the run begins with. Filters do not reach them.
 # initial: false
 
+# Whether this site takes part in jobs with cross_site, where the others evaluate its own model on their data.
+# cross_site: false
+
 # The largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
 
@@ -91,6 +94,7 @@ class Policy(_Part):
     filters: tuple[dict[str, Any], ...] = ()
     exchange: tuple[str, ...] | None = None
     initial: bool = True
+    cross_site: bool = True
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = True
     info: bool = True
@@ -113,6 +117,13 @@ class Policy(_Part):
         kind = strategy.partition(":")[0]
         if self.strategies is not None and kind not in self.strategies and strategy not in self.strategies:
             raise _denied(site, f"take part in {job}", f"strategies: {kind} is not one of {_listed(self.strategies)}")
+
+    def check_cross_site(self, job: str, site: Identity) -> None:
+        """PermissionDeniedError if this site's own model may not be handed to the others."""
+        if not self.cross_site:
+            raise _denied(
+                site, f"take part in {job}, which hands every site's model to the others", "cross_site: false"
+            )
 
     def check_submitter(self, job: str, submitter: Identity | None, site: Identity) -> None:
         """PermissionDeniedError if this site takes no part in jobs of theirs. submitter: None where nobody says."""

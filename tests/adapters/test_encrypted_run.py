@@ -21,7 +21,7 @@ import pytest
 import fl_adapters as fl
 from fl_adapters.kit import read_kit
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.aggregation import FedAvg
+from fl_runtime.aggregation import CoordinateMedian, FedAvg
 from fl_runtime.errors import ConfigError, HandshakeError, UpdateRefusedError
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
@@ -142,12 +142,6 @@ def test_a_larger_ring_with_a_prime_to_spare_works_too() -> None:
     Cipher(settings, settings.new_context()).self_test()
 
 
-class Median(FedAvg):
-    """Stands for any strategy that needs the updates themselves."""
-
-    linear = False
-
-
 @pytest.mark.parametrize(
     ("others", "text"),
     [
@@ -164,13 +158,12 @@ def test_filters_that_need_plaintext_are_refused(others: list[dict[str, Any]], t
         check_filters([HE, *others])
 
 
-def test_strategies_that_need_plaintext_are_refused_when_the_job_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strategies_that_need_plaintext_are_refused_when_the_job_is_built() -> None:
     check_filters([HE], None, FedAvg())
-    with pytest.raises(ConfigError, match="Median needs the updates themselves"):
-        check_filters([HE], None, Median())
-    monkeypatch.setattr("fl_adapters.job.make_strategy", lambda spec: Median())
-    with pytest.raises(ConfigError, match="Median needs the updates themselves"):
-        fl.Job(app="train.py", strategy="median", filters=(HE,))
+    with pytest.raises(ConfigError, match="CoordinateMedian needs the updates themselves"):
+        check_filters([HE], None, CoordinateMedian())
+    with pytest.raises(ConfigError, match="CoordinateMedian needs the updates themselves"):
+        fl.Job(app="train.py", strategy="median", sites=3, filters=(HE,))
     with pytest.raises(ConfigError, match="moments"):
         check_filters([HE], "average")
 

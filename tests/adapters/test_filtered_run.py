@@ -375,3 +375,13 @@ def test_strategies_see_every_update_as_the_filters_leave_it(strategy: str, filt
     found, wanted = run(filters), run((), effect)
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], atol=0.02 if "Quantize" in str(filters) else 1e-5)
+
+
+def test_a_run_without_rounds_reads_what_the_filters_have_made() -> None:
+    filters = ({"name": "ExcludeVars", "names": ["head.*"]}, {"name": "Quantize", "to": "fp16"})
+    with LocalFederation(sites=1, rounds=3, filters=filters, strategy="fedbuff:k=1,staleness=0") as federation:
+        final = federation.run(loop)["site-1"]
+    np.testing.assert_allclose(final["w"], 3 * step(initial(), 0)["w"], atol=0.02)
+    np.testing.assert_array_equal(final["head.b"], initial()["head.b"])
+    with pytest.raises(fl.ConfigError, match="works on rounds, which FedBuff does not have"):
+        fl.Job(app="train.py", strategy="fedbuff", filters=({"name": "Quantize", "at": "server_out"},))

@@ -141,6 +141,14 @@ def test_what_the_policy_does_not_allow_is_refused_with_its_rule_on_both_sides(
     assert error.what in str(ended["south"]), "the others hear why"
 
 
+def test_a_policy_keeps_the_sites_model_from_the_others(study: Study) -> None:
+    study.job(cross_site=True)
+    error = federated(study, "cross_site: false")["north"]
+    assert isinstance(error, PermissionDeniedError)
+    assert "hands every site's model to the others" in error.what
+    assert "rule cross_site: false" in error.where
+
+
 def test_own_organisation_means_the_sites_own(study: Study) -> None:
     study.job(by="lena")
     assert federated(study, "submitters: {organisations: own, roles: [lead]}\nexchange: ['*']")["north"] is None
