@@ -2,9 +2,10 @@
 
 What is left out cannot apply. `equals_a_plain_loop_*` and `local_tensors_stay` compare means and parts of tensors;
 trees have neither (test_bagging.py has their plain loop). `a_site_that_fails_is_done_without` reads the server's model
-as tensors (test_deaths.py has the same); `a_site_that_is_not_drawn_waits`: trees need all sites in every round. All of `adapter_cases` is about tensors of the same names and shapes in every
-round, copied in place: a model of trees travels as one growing document. In cyclic mode a site trains in some rounds
-only, and histogram mode needs its sites at once, while the suite counts on all rounds and runs one site at a time.
+as tensors (test_deaths.py has the same); `a_site_that_is_not_drawn_waits`: trees need all sites in every round. All of
+`adapter_cases` is about tensors of the same names and shapes in every round, copied in place: a model of trees travels
+as one growing document. In cyclic mode a site trains in some rounds only, and histogram mode needs its sites at once,
+while the suite counts on all rounds and runs one site at a time.
 """
 
 from __future__ import annotations
