@@ -10,7 +10,7 @@ import pytest
 
 import fl_adapters
 from fl_adapters.control_variate import FILE, ControlVariate
-from fl_adapters.local_phases import Home
+from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options
 from fl_adapters.session import open_session
 from fl_adapters.testing import LocalFederation, Place
@@ -128,14 +128,14 @@ def ended(control: ControlVariate, weights: Arrays, status: str) -> Array:
 
 def test_another_process_goes_on_with_the_control_variate(tmp_path: Path) -> None:
     names, half = {"w": F32}, {"w": np.full(2, 0.5, np.float32)}
-    first = ControlVariate(Home(tmp_path, 4, fresh=True), names)
+    first = ControlVariate(SiteHome(tmp_path, 4, fresh=True), names)
     assert ended(first, half, "used").tolist() == [0.25, 0.25]  # c_i = (1 - 0.5) / 0.5, of four sites
-    again = ControlVariate(Home(tmp_path, 4, fresh=False), names)
+    again = ControlVariate(SiteHome(tmp_path, 4, fresh=False), names)
     assert again.begin(half, {})["w"].tolist() == [-1.0, -1.0]
 
 
 def test_an_update_that_came_too_late_leaves_the_control_variate(tmp_path: Path) -> None:
-    control = ControlVariate(Home(tmp_path, 1, fresh=True), {"w": F32})
+    control = ControlVariate(SiteHome(tmp_path, 1, fresh=True), {"w": F32})
     ended(control, {"w": np.zeros(2, np.float32)}, "late")
     assert control.begin({"w": np.ones(2, np.float32)}, {})["w"].tolist() == [0.0, 0.0]
     assert not (tmp_path / FILE).exists()
@@ -143,11 +143,11 @@ def test_an_update_that_came_too_late_leaves_the_control_variate(tmp_path: Path)
 
 def test_the_first_process_of_a_run_takes_nothing_from_another(tmp_path: Path) -> None:
     names, weights = {"w": F32}, {"w": np.zeros(2, np.float32)}
-    ended(ControlVariate(Home(tmp_path, 1, fresh=True), names), weights, "used")
-    assert ControlVariate(Home(tmp_path, 1, fresh=True), names).begin(weights, {})["w"].tolist() == [0.0, 0.0]
+    ended(ControlVariate(SiteHome(tmp_path, 1, fresh=True), names), weights, "used")
+    assert ControlVariate(SiteHome(tmp_path, 1, fresh=True), names).begin(weights, {})["w"].tolist() == [0.0, 0.0]
 
 
 def test_a_round_seen_in_part_leaves_the_control_variate(tmp_path: Path) -> None:
-    control = ControlVariate(Home(tmp_path, 1, fresh=True), {"w": F32})
+    control = ControlVariate(SiteHome(tmp_path, 1, fresh=True), {"w": F32})
     control.begin({"w": np.ones(2, np.float32)}, {})
     assert control_of(control.end_without())["w"].tolist() == [0.0, 0.0]
