@@ -196,6 +196,18 @@ def _check(job: Job) -> None:
             where="fraction",
             fix="leave fraction out of the job",
         )
+    if strategy.buffer:
+        for field, wanted in (
+            ("fraction", job.fraction < 1),
+            ("cross_site", job.cross_site),
+            ("patience", job.patience),
+        ):
+            if wanted:
+                raise ConfigError(
+                    f"{field} needs rounds, and the strategy {job.strategy} has none",
+                    where=field,
+                    fix=f"leave {field} out of the job, or choose another strategy",
+                )
     bad = [name for name, weight in job.site_weights.items() if not 0 < weight < math.inf]
     if bad:
         raise ConfigError(

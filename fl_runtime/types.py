@@ -252,6 +252,11 @@ class Strategy(Protocol):
         """Capabilities that every site's adapter must have declared; "weights" is that of content "weights"."""
         ...
 
+    @property
+    def buffer(self) -> int | None:
+        """None: rounds. k: no site ever waits, and every k updates, of content "delta", make the next model."""
+        ...
+
     def check_sites(self, fewest: int) -> None:
         """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
         ...

@@ -14,8 +14,8 @@ import pytest
 PUBLIC = {
     "fl_adapters": """
         AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto
-        FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi FederationError HandshakeError Job Krum NormBounding
-        PermissionDeniedError ProtocolError QuorumError Scaffold Simulation Site SiteFailedError SiteTask
+        FedAdagrad FedAdam FedAvg FedAvgM FedBuff FedNova FedProx FedYogi FederationError HandshakeError Job Krum
+        NormBounding PermissionDeniedError ProtocolError QuorumError Scaffold Simulation Site SiteFailedError SiteTask
         StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
         connect site
     """,

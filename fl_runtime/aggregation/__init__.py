@@ -5,6 +5,7 @@ from __future__ import annotations
 from fl_runtime.aggregation.cyclic import Cyclic
 from fl_runtime.aggregation.ditto import Ditto
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.aggregation.fedbuff import FedBuff
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_runtime.aggregation.fedprox import FedProx
@@ -22,6 +23,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedNova",
     "FedProx",
     "FedYogi",
@@ -46,6 +48,7 @@ _STRATEGIES = (
     FedProx,
     Scaffold,
     Ditto,
+    FedBuff,
     Cyclic,
     CoordinateMedian,
     TrimmedMean,

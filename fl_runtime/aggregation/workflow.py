@@ -31,6 +31,11 @@ from fl_runtime.types import Step
 class Workflow:
     """Base of all strategies: the verbs, and the course of most runs."""
 
+    @property
+    def buffer(self) -> int | None:
+        """None: rounds, for which `step` is asked. k: no site ever waits, and every k updates make the next model."""
+        return None
+
     def step(self, round: int, present: Sequence[str]) -> Step:
         """What happens in a round (1, 2, ...). present: the sites that are there, in the job's order."""
         return self.broadcast()

@@ -107,7 +107,7 @@ class _Table:
             case "round_started":
                 for site in data["sites"]:
                     self._row(event.round, site)
-            case "task_sent" if event.round > 0:
+            case "task_sent" if event.round in self._open and event.site in self._open[event.round]:
                 self._row(event.round, event.site).setdefault("bytes_down", data["bytes"])
             case "update":
                 self._update(event)
@@ -140,7 +140,7 @@ class _Table:
         data = event.data
         if data["status"] == "duplicate":
             return
-        if event.round <= self._flushed and data["status"] == "late":
+        if event.round <= self._flushed and data["status"] in ("late", "buffered"):
             self._open.setdefault(event.round, {})  # its round is written already: a row of its own
         self._fill(event.round, event.site, **{name: data[name] for name in COLUMNS if name in data})
         self._fill(event.round, event.site, metrics=data.get("metrics"))
@@ -149,12 +149,13 @@ class _Table:
         data = event.data
         for site in data["missing"]:
             self._row(event.round, site)["status"] = "missing"
-        used = [self._row(event.round, site) for site in data["sites"]]
+        # where sites have rounds of their own, they are not those of the model
+        used = [] if data.get("buffered") else [self._row(event.round, site) for site in data["sites"]]
         self._fill(
             event.round,
             GLOBAL,
-            num_examples=sum(row.get("num_examples") or 0 for row in used),
-            local_steps=sum(row.get("local_steps") or 0 for row in used),
+            num_examples=data.get("num_examples", sum(row.get("num_examples") or 0 for row in used)),
+            local_steps=data.get("local_steps", sum(row.get("local_steps") or 0 for row in used)),
             seconds=data["seconds"],
             bytes_up=data["bytes_up"],
             bytes_down=data["bytes_down"],

@@ -41,11 +41,16 @@ def recover(run: Run) -> None:
             if 0 < entry.round <= run.model.version:
                 run.cross_site.keep(_accepted(run, entry))
                 keep.add(entry.blob)
+    if run.buffer is not None:
+        keep |= {m.blob.name for m in run.buffer.models.values()} | {a.blob.name for a in run.buffer.waiting}
     run.blobs.sweep(keep)
 
 
 def _models_and_rounds(run: Run) -> None:
     models = run.journal.models()
+    if run.buffer is not None:
+        run.buffer.waiting = [_accepted(run, entry) for entry in run.journal.buffer()]
+        run.buffer.models = {entry.version: _model(run, entry) for entry in models[:-1]}
     for entry in run.journal.round_entries():
         if entry.result is not None:
             if entry.round == 0:
@@ -55,7 +60,7 @@ def _models_and_rounds(run: Run) -> None:
             run.scores.trained(result.round, result.metrics)
             if result.round < models[-1].version:  # the newest one's scores may still be on their way
                 run.scores.settle(result.round)
-        else:
+        elif run.buffer is None:
             stage = stage_of(run.journal.repeats(entry.round))
             run.open = opened(run.settings, run.strategy, entry.round, entry.participants, stage)
             for update in run.journal.updates(entry.round):
@@ -65,7 +70,11 @@ def _models_and_rounds(run: Run) -> None:
         kept = run.journal.kept()
         if kept is not None:
             run.model.kept = run.blobs.open(kept.blob, run.journal.manifest(kept.layout))
-        _best_of(run, models[:-1])
+        if run.buffer is None:
+            _best_of(run, models[:-1])
+        for version, model in (run.buffer.models if run.buffer else {}).items():
+            if version > 0 and run.scores.better(version, run.best.version if run.best else None):
+                run.best = model
 
 
 def _best_of(run: Run, older: list[ModelEntry]) -> None:

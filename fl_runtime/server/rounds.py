@@ -10,6 +10,7 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
+from fl_runtime.server.buffered import Buffer, next_model
 from fl_runtime.server.cross_site import CAPABILITY
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.results import RoundResult
@@ -34,8 +35,11 @@ def drive(run: Run) -> None:
         _initial_model(run)
         assert run.model is not None
         assert run.rounds is not None
-        while run.model.version < run.rounds:  # a round may find that the run ends before it
-            _round(run, run.model.version + 1)
+        if run.buffer is not None:
+            _without_rounds(run, run.buffer)
+        else:
+            while run.model.version < run.rounds:  # a round may find that the run ends before it
+                _round(run, run.model.version + 1)
         _last_scores(run)
         _cross_scores(run)
         _farewell(run)
@@ -137,6 +141,27 @@ def _initial_from_file(run: Run, path: Path) -> None:
     for name, target in blob.views()[0].items():
         target[...] = arrays[name]
     run.commit_initial(blob)
+
+
+def _without_rounds(run: Run, buffer: Buffer) -> None:
+    """Models of what comes, until nobody has anything more to send."""
+    with run.lock:
+        run.phase, buffer.since = "training", time.monotonic()
+        if run.model is not None and run.model.version == 0:
+            run.events.emit("round_started", 1, sites=[])
+        run.published.notify_all()
+
+    def ready() -> bool:
+        _check_quorum(run, [m.name for m in run.members.values() if m.attempt and not m.gone], "in training")
+        return bool(buffer.due(run)) or buffer.finished(run)
+
+    while True:
+        with run.lock:
+            in_time = run.wait_until(ready, run.settings.deadline_s)
+            due = buffer.due(run) if in_time else buffer.waiting[: buffer.size]
+            if not due:
+                return  # all are done; or nothing has come for so long that nobody is waited for any more
+        next_model(run, buffer, due)
 
 
 def _round(run: Run, number: int) -> None:

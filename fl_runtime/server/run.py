@@ -15,6 +15,7 @@ from typing import Any
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics import plain, to_json
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
+from fl_runtime.server.buffered import Buffer
 from fl_runtime.server.cross_site import CrossSite
 from fl_runtime.server.events import Events
 from fl_runtime.server.members import Member, Registration, check_agreement
@@ -58,6 +59,7 @@ class Run:
         self.results: list[RoundResult] = []
         self.last_used: dict[str, int] = {}  # site -> the last round whose task it has answered with an update
         self.exporter = ""
+        self.buffer = Buffer(self.strategy.buffer) if self.strategy.buffer else None
         self.cross_site = CrossSite(settings.cross_site)
         self.without_score: set[str] = set()
         self.ended = threading.Event()
@@ -203,6 +205,8 @@ class Run:
             return None
         if self._wants_initial(member.name):
             return Offer("initial", 0, {}, None, True)
+        if self.buffer is not None and self.phase == "training":
+            return self.buffer.offer(self, member)
         waits = self.open is not None and not self.open.takes(member.name)
         if self._collecting() and self.open and not waits and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
@@ -255,6 +259,8 @@ class Run:
                 )
             if round == 0 and self._wants_initial(name):
                 return None
+            if self.buffer is not None and round > 0:
+                return self.buffer.admit(self, name, round)
             if round <= self.last_used.get(name, -1):
                 return "duplicate"
             while self.phase == "training" and (self.open is None or self.open.closing):
@@ -287,6 +293,10 @@ class Run:
             if self._wants_initial(update.site):
                 self.commit_initial(blob)
                 return "used"
+            if self.buffer is not None:
+                status = self.buffer.accept(self, update, blob, digest, header, bytes_up)
+                self._emit_update(update, status if status == "late" else "buffered", bytes_up, self.buffer.since)
+                return status
             assert self.open is not None
             if update.site not in self.open.participants:  # carried in by a site that missed the opening
                 self.open.participants.append(update.site)
@@ -297,20 +307,25 @@ class Run:
             self.open.accepted[update.site] = Accepted(update, blob, digest)
             self.last_used[update.site] = update.round
             status = "used" if update.round == self.open.round else "carried"
-            self.events.emit(
-                "update",
-                self.open.round,
-                update.site,
-                status=status,
-                num_examples=update.num_examples,
-                local_steps=update.local_steps,
-                metrics=dict(update.metrics),
-                bytes_up=bytes_up,
-                bytes_down=self.open.bytes_down.get(update.site, 0),
-                seconds=time.monotonic() - self.open.began,
-            )
-            self.changed.notify_all()
+            self._emit_update(update, status, bytes_up, self.open.began, self.open)
             return status
+
+    def _emit_update(
+        self, update: Update, status: str, bytes_up: int, began: float, open: OpenRound | None = None
+    ) -> None:
+        self.events.emit(
+            "update",
+            open.round if open else update.round,
+            update.site,
+            status=status,
+            num_examples=update.num_examples,
+            local_steps=update.local_steps,
+            metrics=dict(update.metrics),
+            bytes_up=bytes_up,
+            bytes_down=open.bytes_down.get(update.site, 0) if open else 0,
+            seconds=time.monotonic() - began,
+        )
+        self.changed.notify_all()
 
     def late(self, update_round: int, name: str, bytes_up: int) -> None:
         self.events.emit("update", update_round, name, status="late", bytes_up=bytes_up)
@@ -375,7 +390,7 @@ class Run:
     def _stop_out_of_patience(self, version: int) -> None:
         terms, newest = self.terms, self.model.version if self.model else 0
         by = self.settings if self.settings.patience else terms
-        if not by.patience or version != newest or self.rounds is None or version >= self.rounds:
+        if not by.patience or self.buffer or version != newest or self.rounds is None or version >= self.rounds:
             return
         if self.scores.patience_spent(version, by.patience, by.min_delta):
             self.rounds = version
@@ -424,6 +439,8 @@ class Run:
         with self.lock:
             if self.open and self.open.round == round:
                 self.open.bytes_down[name] = self.open.bytes_down.get(name, 0) + bytes_down
+            if self.buffer is not None:
+                self.buffer.bytes_down += bytes_down
             self.events.emit("task_sent", round, name, task=kind, bytes=bytes_down)
 
     def fail(self, error: FederationError) -> None:

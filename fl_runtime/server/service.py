@@ -145,7 +145,7 @@ class FederationService:
             return
         blob, entry, ready = offer.model.blob, offer.model.entry, offer.model.messages
         known = offer.layout_known and entry.layout in request.layouts
-        key = (offer.kind + offer.stage, header.config_json, known)
+        key = (f"{offer.kind} {offer.round} {offer.stage}", header.config_json, known)
         if key in ready:
             yield ready[key]
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,14 +160,38 @@ class Journal:
             self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (entry.round, entry.site, entry.digest,
                              entry.blob, entry.layout, json.dumps(entry.header)))  # fmt: skip
 
+    def buffered(self, entry: UpdateEntry) -> None:
+        """An update of a run without rounds; `entry.round` is the site's own."""
+        with self._mapped_errors(), self._transaction():
+            self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (entry.round, entry.site, entry.digest,
+                             entry.blob, entry.layout, json.dumps(entry.header)))  # fmt: skip
+            self._put("buffer", json.dumps([*json.loads(self._get("buffer") or "[]"), (entry.site, entry.round)]))
+
     def committed(
-        self, model: ModelEntry, round: int, result: Mapping[str, Any], kept: KeptEntry | None = None
+        self,
+        model: ModelEntry,
+        round: int,
+        result: Mapping[str, Any],
+        kept: KeptEntry | None = None,
+        *,
+        buffered: Sequence[tuple[str, int]] | None = None,
     ) -> None:
-        """A round is closed and its result is the global model: one transaction. Round 0 is the initial model."""
+        """A round is closed and its result is the global model: one transaction. Round 0 is the initial model.
+
+        buffered: the (site, its round) that a run without rounds still has in its buffer.
+        """
         with self._mapped_errors(), self._transaction():
             self._db.execute("INSERT INTO model VALUES (?, ?, ?, ?)",
                              (model.version, model.blob, model.layout, model.digests))  # fmt: skip
             self._db.execute("UPDATE round SET result=? WHERE round=?", (json.dumps(result), round))
+            if buffered is not None:  # of all others, only a site's newest stays on record
+                self._put("buffer", json.dumps(buffered))
+                newer = "SELECT 1 FROM update_ AS u WHERE u.site = update_.site AND u.round > update_.round"
+                for site, number in self._db.execute(
+                    f"SELECT site, round FROM update_ WHERE EXISTS ({newer})"
+                ).fetchall():
+                    if (site, number) not in buffered:
+                        self._db.execute("DELETE FROM update_ WHERE site=? AND round=?", (site, number))
             self._db.execute("DELETE FROM kept")
             if kept is not None:
                 self._db.execute("INSERT INTO kept VALUES (?, ?, ?)", (model.version, kept.blob, kept.layout))
@@ -220,6 +244,11 @@ class Journal:
         rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_ WHERE round=?", round)
         return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
 
+    def buffer(self) -> list[UpdateEntry]:
+        """The updates in the buffer of a run without rounds, in the order of arrival."""
+        rows = {(entry.site, entry.round): entry for entry in self.last_updates()}
+        return [rows[site, number] for site, number in json.loads(self._get("buffer") or "[]")]
+
     def last_updates(self) -> list[UpdateEntry]:
         """Every site's newest update."""
         rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_")
@@ -227,7 +256,8 @@ class Journal:
 
     def last_used(self) -> dict[str, int]:
         """Site -> the last round whose task it has answered with an update that was accepted."""
-        return {site: json.loads(header)["round"] for site, header in self._all("SELECT site, header FROM update_")}
+        rows = self._all("SELECT site, header FROM update_ ORDER BY round")
+        return {site: json.loads(header)["round"] for site, header in rows}
 
     def scores(self) -> Iterator[tuple[int, str, dict[str, Any], int]]:
         for version, site, metrics, n in self._all("SELECT version, site, metrics, num_examples FROM score"):

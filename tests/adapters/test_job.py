@@ -107,6 +107,8 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
         ({"sites": 2, "site_weights": {"north": 2.0}}, "'north' has a weight and is no site"),
         ({"site_weights": {"site-1": 0.0}}, "the weight of site-1 is 0.0"),
         ({"site_weights": {"site-1": 2.0}, "strategy": "median"}, "knows no weights of sites"),
+        ({"fraction": 0.5, "strategy": "fedbuff"}, "fraction needs rounds"),
+        ({"patience": 2, "strategy": "fedbuff:k=3"}, "patience needs rounds"),
         ({"patience": 0}, "patience cannot be 0"),
         ({"min_delta": -1}, "min_delta cannot be -1"),
         ({"sites": 2, "min_sites": 3}, "min_sites is 3, but the job has 2 sites"),
