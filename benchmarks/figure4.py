@@ -66,7 +66,8 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(stderr=True)
     torch.set_num_threads(1)  # the sites are threads
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     rows: list[dict[str, Any]] = []
     settings = [Setting("FedAvg", alpha) for alpha in ALPHAS] + [Setting(m, ALPHAS[-1]) for m in METHODS][1:]
@@ -229,14 +230,11 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     for axes, (title, settings, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         for setting in settings:
             found = curves(rows, setting)
-            means = [statistics.mean(found[n]) for n in sorted(found)]
-            axes.plot(sorted(found), means, label=label(setting))
-            axes.fill_between(
-                sorted(found),
-                [min(found[n]) for n in sorted(found)],
-                [max(found[n]) for n in sorted(found)],
-                alpha=0.15,
-            )
+            rounds = sorted(found)
+            means = [statistics.mean(found[n]) for n in rounds]
+            lowest, highest = ([of(found[n]) for n in rounds] for of in (min, max))
+            axes.plot(rounds, means, label=label(setting))
+            axes.fill_between(rounds, lowest, highest, alpha=0.15)
         axes.set_title(title)
         axes.set_xlabel("round")
         axes.grid(alpha=0.3)
