@@ -133,6 +133,7 @@ def test_num_examples_of_the_script_overrides_that_of_the_loop() -> None:
 
     with LocalFederation(sites=2, rounds=1) as federation:
         finals = federation.run(work)
+        federation.result()  # by then all events have been told
         updates = [e.data["num_examples"] for e in federation.events if e.kind == "update"]
     assert updates == [5, 5]
     assert finals["site-1"]["body"].tolist() == [0.5] * 3
