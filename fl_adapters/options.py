@@ -89,6 +89,7 @@ class SiteSettings:
     seed: int | None
     best_metric: str
     best_mode: str
+    strategy: str | None = None
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -103,6 +104,7 @@ class SiteSettings:
             seed=job.get("seed"),
             best_metric=job.get("best_metric") or "loss",
             best_mode=job.get("best_mode") or "min",
+            strategy=job.get("strategy"),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fl_adapters.options import Options, SiteSettings
 from fl_adapters.session import Session, open_session
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.types import Arrays, Metrics, Task
+from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,32 @@ class TorchSite:
         def started() -> Task:
             session = self.session()
             session.register(
-                arrays, agreement=facts, rounds=rounds, evaluates=evaluates, capabilities=live.capabilities
+                arrays,
+                agreement=facts,
+                rounds=rounds,
+                evaluates=evaluates,
+                capabilities=live.capabilities,
+                terms=Terms(content=live.content),
+                encoding=live.encoding,
             )
             return session.start(lambda: arrays)
 
-        return self._arrived(torch_ranks.on_rank_zero(started))
+        return self._begun(live, torch_ranks.on_rank_zero(started))
 
     def exchange(self, live: LiveModel, *, num_examples: int, local_steps: int, metrics: Metrics) -> Arrived:
         """This site's weights out, and the next task in; the live model is not changed yet."""
         arrays, moments = live.arrays(), live.moments()
-        return self._arrived(
-            torch_ranks.on_rank_zero(
-                lambda: self.session().exchange(
-                    arrays, num_examples=num_examples, local_steps=local_steps, metrics=metrics, extras=moments
-                )
+        task = torch_ranks.on_rank_zero(
+            lambda: self.session().exchange(
+                arrays,
+                num_examples=num_examples,
+                local_steps=local_steps,
+                metrics=metrics,
+                extras=moments,
+                held_back=live.held_back,
             )
         )
+        return self._begun(live, task)
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """The score of the global model that arrived last, on so many validation examples."""
@@ -120,6 +130,11 @@ class TorchSite:
         if session is None:
             raise ConfigError("the startup kit is gone", where=f"{self.framework}, in the middle of a run")
         return session
+
+    def _begun(self, live: LiveModel, task: Task | None) -> Arrived:
+        came = self._arrived(task)
+        live.begin(task, over=came.kind == "final")
+        return came
 
     def _arrived(self, task: Task | None) -> Arrived:
         kind, number, row = torch_ranks.share([task.kind, task.round, self._row()] if task else None)

@@ -225,7 +225,7 @@ class Strategy(Protocol):
     """How a round's updates become the next global model. Runs at the server, in NumPy alone.
 
     content: what the updates hold. The tensors of "weights" are those of the handshake; those of "encoded" have
-    the same names and dtypes, and shapes that may change from round to round.
+    the same names and dtypes, and shapes that may change from round to round as `agreed_shape` says.
     initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
     round 0, whose base is empty.
     linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
@@ -246,6 +246,10 @@ class Strategy(Protocol):
 
     def check_sites(self, fewest: int) -> None:
         """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
+        ...
+
+    def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What all sites, and all updates, must have in common of a tensor's shape: -1 where they may differ."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

@@ -13,11 +13,11 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian FedAdagrad FedAdam FedAvg
-        FedAvgM FedNova FedYogi FederationError HandshakeError Job Krum NormBounding PermissionDeniedError
-        PrivacyBudgetError Production ProofOfConcept ProtocolError QuorumError Simulation Site SiteFailedError
-        SiteTask StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
-        connect site
+        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian FFALoRA FLoRA FedAdagrad
+        FedAdam FedAvg FedAvgM FedExLoRA FedIT FedNova FedSALoRA FedYogi FederationError FlexLoRA HandshakeError
+        Job Krum NormBounding PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError
+        QuorumError RoLoRA Simulation Site SiteFailedError SiteTask StateMismatchError StoreError
+        TransferDamagedError TrimmedMean UpdateRefusedError __version__ connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

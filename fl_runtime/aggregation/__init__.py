@@ -5,6 +5,8 @@ from __future__ import annotations
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fl_runtime.aggregation.lora import FedIT, FedSALoRA, FFALoRA, RoLoRA
+from fl_runtime.aggregation.lora_products import FedExLoRA, FlexLoRA, FLoRA
 from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
@@ -12,14 +14,21 @@ from fl_runtime.types import Strategy
 
 __all__ = [
     "CoordinateMedian",
+    "FFALoRA",
+    "FLoRA",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedExLoRA",
+    "FedIT",
     "FedNova",
+    "FedSALoRA",
     "FedYogi",
+    "FlexLoRA",
     "Krum",
     "NormBounding",
+    "RoLoRA",
     "TreeBagging",
     "TreeCyclic",
     "TreeHistogram",
@@ -39,6 +48,13 @@ _STRATEGIES = (
     TrimmedMean,
     Krum,
     NormBounding,
+    FedIT,
+    FFALoRA,
+    RoLoRA,
+    FedSALoRA,
+    FLoRA,
+    FlexLoRA,
+    FedExLoRA,
     TreeBagging,
     TreeCyclic,
     TreeHistogram,

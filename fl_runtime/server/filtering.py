@@ -22,7 +22,9 @@ def check_layout(run: Run, manifest: Manifest, content: str, encoding: str) -> N
     if not agreed or (plain and manifest.layout == agreed):
         return
     expected = travelling_manifest(run.manifests[agreed], content, encoding, takes, run.filters.encrypted)
-    lines = differences(expected, manifest, shapes=takes != "encoded") if expected.layout != manifest.layout else []
+    lines: list[str] = []
+    if expected.layout != manifest.layout:
+        lines = differences(expected, manifest, run.strategy.agreed_shape if takes == "encoded" else None)
     if lines:
         raise StateMismatchError(
             f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
