@@ -190,13 +190,15 @@ class LoraFactors(TorchState):
     def _describe(self) -> None:
         """Make PEFT's settings, which are saved beside the adapter, say what it has become."""
         ranks = {module.path: module.layer.r[module.adapter] for module in self._modules.values()}
-        one = next(iter(self._modules.values()))
-        configs: Any = self._model.peft_config
-        config = configs[one.adapter]
+        adapter = next(iter(self._modules.values())).adapter
         same = len(set(ranks.values())) == 1
-        config.r = config.lora_alpha = max(ranks.values())
-        config.rank_pattern, config.alpha_pattern = ({}, {}) if same else (dict(ranks), dict(ranks))
-        config.use_rslora = False
+        for module in self._model.modules():  # the model itself, or what it wraps
+            configs: Any = getattr(module, "peft_config", None)
+            if isinstance(configs, dict) and adapter in configs:
+                config = configs[adapter]
+                config.r = config.lora_alpha = max(ranks.values())
+                config.rank_pattern, config.alpha_pattern = ({}, {}) if same else (dict(ranks), dict(ranks))
+                config.use_rslora = False
 
 
 def _modules(model: nn.Module, tensors: dict[str, Tensor]) -> dict[Pair, _Module]:
@@ -204,9 +206,8 @@ def _modules(model: nn.Module, tensors: dict[str, Tensor]) -> dict[Pair, _Module
     found: dict[int, _Module] = {}
     for path, layer in model.named_modules():
         for adapter in (*getattr(layer, "lora_A", ()), *getattr(layer, "lora_embedding_A", ())):
-            plain = path.removeprefix("base_model.model.")
             if isinstance(getattr(layer, "scaling", None), dict):
-                module = _Module(plain, layer, adapter)
+                module = _Module(path.rpartition("base_model.model.")[2], layer, adapter)
                 found[id(module.factor("A"))] = module
     return {pair: found[id(tensors[pair.a])] for pair in pairs_of(tensors) if id(tensors[pair.a]) in found}
 

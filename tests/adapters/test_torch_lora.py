@@ -11,6 +11,7 @@ from torch import nn
 
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.torch_live import LiveModel
+from fl_adapters.torch_lora import LoraFreezing
 from fl_adapters.torch_lora_factors import LoraFactors
 from fl_runtime.aggregation import FedExLoRA, FlexLoRA, FLoRA, make_strategy
 from fl_runtime.errors import ConfigError, StateMismatchError
@@ -201,3 +202,13 @@ def test_ranks_and_scales_must_agree_only_where_they_have_to() -> None:
     for strategy, agree in (("flora", False), ("flexlora", False), ("fedex-lora", True), ("fedit", True)):
         one, other = (live(adapted(r=r, lora_alpha=r), strategy).agreement("x") for r in (2, 4))
         assert (one != other) == agree
+
+
+def test_freezing_is_refused_where_several_ranks_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    freezing = LoraFreezing(dict(model.named_parameters()))
+    monkeypatch.setattr("fl_adapters.torch_ranks.several", lambda: True)
+    freezing.begin({}, over=False)
+    with pytest.raises(ConfigError, match="cannot be frozen while several ranks train"):
+        freezing.begin({"lora_frozen": "A"}, over=False)
+    assert all(tensor.requires_grad for tensor in freezing.factors.values())

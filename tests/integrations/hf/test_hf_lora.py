@@ -47,7 +47,8 @@ before, after = Look(), Look()
 callback = FederatedCallback(every=2, **VALUES.get("callback", {}))
 trainer = m.trainer(
     None, model=model, callbacks=[before, callback, after],
-    train_dataset=m.Tokens(VALUES["rows"], seed=VALUES["rows"]), learning_rate=0.05, **VALUES.get("arguments", {}),
+    train_dataset=m.Tokens(VALUES["rows"], seed=VALUES["rows"]), learning_rate=0.05,
+    eval_dataset=m.Tokens(16, seed=9) if VALUES.get("arguments") else None, **VALUES.get("arguments", {}),
 )
 trainer.train()
 trainer.save_model("mine")
@@ -208,6 +209,25 @@ def test_other_ranks_are_refused_before_round_1(federation, strategy: str, ranks
     for site in sites:
         error = site.error()
         assert reason in error and "peft.r: 2 != 4" in error
+
+
+def test_best_round_at_the_end(federation) -> None:
+    """HF loads its own checkpoint first, of the rank that it had; what counts is the server's best round, whole."""
+    saving = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False,
+    }  # fmt: skip
+    run = federation(sites=2, rounds=3, strategy="flora", best_metric="loss", best_mode="min")
+    forked = [
+        run.fork(SITE, {"r": r, "rows": n, "arguments": saving}, number=i)
+        for i, (r, n) in enumerate(zip((2, 4), ROWS, strict=True), start=1)
+    ]
+    sites = [site.result() for site in forked]
+    best = run.ended().best_round
+    wanted = mean([site["before"][best - 1] for site in sites])
+    for site in sites:
+        close(site["final"], wanted)
+    saved_is_final(sites)
 
 
 def test_model_without_an_adapter_is_refused(federation) -> None:
