@@ -25,9 +25,11 @@ from fl_runtime.aggregation.spec import choice, number
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerOptimizer(WeightsStrategy):
     """What these strategies have in common: moments by name, how they begin, and a step."""
+
+    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property
     @abstractmethod
@@ -40,8 +42,7 @@ class ServerOptimizer(WeightsStrategy):
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         """The mean of the round, and then the step."""
-        equal = getattr(self, "weights", "examples") == "equal"
-        return _Stepping(self, base, WeightedMean(allocate, equal=equal), state)
+        return _Stepping(self, base, WeightedMean(allocate, equal=self.weights == "equal"), state)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class FedAvgM(ServerOptimizer):
     name: ClassVar[str] = "fedavgm"
     lr: float = number(1.0, above=0)
     momentum: float = number(0.9, least=0, below=1)
-    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property
     def moments(self) -> Mapping[str, float]:
@@ -74,7 +74,6 @@ class _Adaptive(ServerOptimizer):
     lr: float = number(0.01, above=0)
     beta1: float = number(0.9, least=0, below=1)
     tau: float = number(1e-3, above=0)
-    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property
     def moments(self) -> Mapping[str, float]:

@@ -3,7 +3,7 @@
 X25519 keys made for each stream, HKDF-SHA256, ChaCha20-Poly1305 with a key and a counter per direction: what is
 changed, left out, repeated or put in another order is noticed and ends the stream. The keys come through the server
 itself: this protects from a server, or whoever reads its memory and traffic, that listens. One that is made to put its
-own keys in between would read along; keeping that out takes certificates, which sites do not have in this version.
+own keys in between would read along: the keys are not signed with the sites' certificates in this version.
 """
 
 from __future__ import annotations
