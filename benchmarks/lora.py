@@ -48,11 +48,12 @@ CHEAPER = {"ffa-lora": 2, "fedsa-lora": 2, "rolora": 2}
 
 @dataclass(frozen=True)
 class Round:
-    """nbytes: of all rounds so far. f1: of the model that this round has made."""
+    """nbytes: of all rounds so far. f1, loss: of the model that this round has made."""
 
     number: int
     nbytes: int
     f1: float
+    loss: float
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
     rows_of = ["--rows", str(args.rows), "--test-rows", str(args.test_rows)]
     with args.out.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["strategy", "ranks", "seed", "round", "bytes", "f1", "within_budget"])
+        rows.writerow(["strategy", "ranks", "seed", "round", "bytes", "f1", "loss", "within_budget"])
         for seed in args.seeds:
             budget = 0
             for strategy, ranks in runs:
@@ -79,7 +80,8 @@ def main() -> None:
                 budget = budget or found[-1].nbytes
                 for item in found:
                     within = item.nbytes <= budget
-                    rows.writerow([strategy, ranks, seed, item.number, item.nbytes, f"{item.f1:.4f}", int(within)])
+                    scored = [f"{item.f1:.4f}", f"{item.loss:.4f}"]
+                    rows.writerow([strategy, ranks, seed, item.number, item.nbytes, *scored, int(within)])
                 file.flush()
                 inside = [item for item in found if item.nbytes <= budget]
                 if inside:
@@ -111,19 +113,22 @@ def rounds_of(run: Path) -> list[Round]:
             made = event["round"] - (event["data"]["task"] == "train")
             nbytes[made] += event["data"]["bytes"]
     with (run / "history.csv").open(newline="") as file:
-        f1 = {int(row["round"]): float(row["f1"]) for row in csv.DictReader(file) if row["site"] == "global"}
-    rounds = [number for number in sorted(f1) if number > 0]
-    return [Round(n, sum(nbytes[i] for i in range(1, n + 1)), f1[n]) for n in rounds]
+        scored = [row for row in csv.DictReader(file) if row["site"] == "global" and int(row["round"]) > 0]
+    found: list[Round] = []
+    for row in scored:
+        number, before = int(row["round"]), found[-1].nbytes if found else 0
+        found.append(Round(number, before + nbytes[number], float(row["f1"]), float(row["loss"])))
+    return found
 
 
 def show(scores: dict[tuple[str, str], list[Round]], seeds: list[int], console: Console) -> None:
     table = Table(title=f"F1 of spam within the same bytes, mean over seeds {', '.join(map(str, seeds))}")
-    for column in ("strategy", "ranks", "F1", "rounds", "MB"):
+    for column in ("strategy", "ranks", "F1", "loss", "rounds", "MB"):
         table.add_column(column, justify="left" if column in ("strategy", "ranks") else "right")
     for (strategy, ranks), found in scores.items():
-        f1, rounds = (statistics.mean(values) for values in zip(*((r.f1, r.number) for r in found), strict=True))
-        nbytes = statistics.mean(item.nbytes for item in found)
-        table.add_row(strategy, ranks, f"{f1:.4f}", f"{rounds:.0f}", f"{nbytes / 1e6:.1f}")
+        numbers = zip(*((item.f1, item.loss, item.number, item.nbytes) for item in found), strict=True)
+        f1, loss, rounds, nbytes = (statistics.mean(values) for values in numbers)
+        table.add_row(strategy, ranks, f"{f1:.4f}", f"{loss:.4f}", f"{rounds:.0f}", f"{nbytes / 1e6:.1f}")
     console.print(table)
 
 

@@ -38,7 +38,8 @@ class LoraProducts(Described):
 
     site_part: what a site trains of the global factors: the "first" of its rank, and it drops the rest; those of its
     rank, which are the "mean", and the rest goes to its base; or "none" of them: all go to the base, and the site
-    begins with a new A and B = 0. mixed: sites may have different ranks.
+    begins with a new A and B = 0. mixed: sites may have different ranks. weights: p_i is the site's share of all
+    "examples", or the same for every site ("equal").
     """
 
     content: ClassVar[Content] = "encoded"
@@ -48,6 +49,7 @@ class LoraProducts(Described):
     requires: ClassVar[frozenset[str]] = frozenset({CAPABILITY})
     site_part: ClassVar[SitePart]
     mixed: ClassVar[bool] = True
+    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property
     def changes_base(self) -> bool:
@@ -129,7 +131,6 @@ class FlexLoRA(LoraProducts):
     name: ClassVar[str] = "flexlora"
     site_part: ClassVar[SitePart] = "first"
     rank: int = number(0, least=0)
-    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
         """See the class."""
@@ -150,7 +151,6 @@ class FedExLoRA(LoraProducts):
     name: ClassVar[str] = "fedex-lora"
     site_part: ClassVar[SitePart] = "mean"
     mixed: ClassVar[bool] = False
-    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
         """See the class."""
@@ -173,7 +173,6 @@ class FLoRA(LoraProducts):
 
     name: ClassVar[str] = "flora"
     site_part: ClassVar[SitePart] = "none"
-    weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
         """See the class."""
@@ -186,7 +185,7 @@ class _Products:
 
     def __init__(self, strategy: LoraProducts, base: Arrays, allocate: Allocate) -> None:
         self._strategy, self._base, self._allocate = strategy, base, allocate
-        self._equal = getattr(strategy, "weights", "examples") == "equal"
+        self._equal = strategy.weights == "equal"
         self._pairs = pairs_of(base)
         self._others = [name for name in base if factor_of(name) is None]
         self._mean = WeightedMean(_in_memory, equal=self._equal)

@@ -10,6 +10,7 @@ import pytest
 
 SITE = """
 import copy
+import os
 import numpy as np
 import peft
 import torch
@@ -38,6 +39,8 @@ class Look(TrainerCallback):
     def __init__(self):
         self.merged, self.factors, self.trained = [], [], []
     def on_step_end(self, args, state, control, **_):
+        if state.global_step == VALUES.get("die_at"):
+            os._exit(9)
         if state.global_step % 2 == 0:
             self.merged.append(merged(model))
             self.factors.append(factors(model))
@@ -225,6 +228,19 @@ def test_best_round_at_the_end(federation) -> None:
     sites = [site.result() for site in forked]
     best = run.ended().best_round
     wanted = mean([site["before"][best - 1] for site in sites])
+    for site in sites:
+        close(site["final"], wanted)
+    saved_is_final(sites)
+
+
+@pytest.mark.parametrize("strategy", ["flora", "fedex-lora"])
+def test_a_site_that_comes_back_has_the_base_of_the_others(federation, strategy: str) -> None:
+    run = federation(sites=2, rounds=3, strategy=strategy)
+    two = run.fork(SITE, {"r": 2, "rows": ROWS[1]}, number=2)
+    first = run.fork(SITE, {"r": 2, "rows": ROWS[0], "die_at": 3}, number=1)  # in the middle of round 2
+    first.process.join()
+    sites = [run.fork(SITE, {"r": 2, "rows": ROWS[0]}, number=1).result(), two.result()]
+    wanted = mean([site["before"][-1] for site in sites])
     for site in sites:
         close(site["final"], wanted)
     saved_is_final(sites)
