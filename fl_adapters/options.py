@@ -95,6 +95,7 @@ class SiteSettings:
     best_mode: str
     phases: int = 1
     cross_site: bool = False
+    strategy: str | None = None
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -111,6 +112,7 @@ class SiteSettings:
             best_mode=job.get("best_mode") or "min",
             phases=local_phases(job.get("strategy")),
             cross_site=bool(job.get("cross_site")),
+            strategy=job.get("strategy"),
         )
 
     def to_json(self) -> dict[str, Any]:

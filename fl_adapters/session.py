@@ -8,13 +8,14 @@ long as the slowest site trains.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from fl_adapters.site_rules import rules_of
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters.base import Home
+from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport import memory
@@ -154,9 +156,11 @@ class Session:
         local_steps: int,
         metrics: Metrics,
         extras: Arrays | None = None,
+        held_back: tuple[str, ...] = (),
     ) -> str:
         """Send this round's result; returns what it counted as: used, late, carried or duplicate.
 
+        held_back: patterns of agreed tensors that are not among `arrays`, since this round does not change them.
         Arrays are borrowed for the call. Raises UpdateRefusedError, before anything is sent, for values that are
         not finite or num_examples below 1.
         """
@@ -170,6 +174,8 @@ class Session:
         check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
+        if held_back:
+            update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
         return self._send(update, lambda update: self._filters.outgoing(update, task))
 
     def next_task(self) -> Task:
@@ -188,9 +194,17 @@ class Session:
         local_steps: int,
         metrics: Metrics,
         extras: Arrays | None = None,
+        held_back: tuple[str, ...] = (),
     ) -> Task:
         """`submit`, then `next_task`."""
-        self.submit(arrays, num_examples=num_examples, local_steps=local_steps, metrics=metrics, extras=extras)
+        self.submit(
+            arrays,
+            num_examples=num_examples,
+            local_steps=local_steps,
+            metrics=metrics,
+            extras=extras,
+            held_back=held_back,
+        )
         return self.next_task()
 
     def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:

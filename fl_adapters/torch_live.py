@@ -8,14 +8,19 @@ from typing import Any
 from torch import nn
 
 from fl_adapters import torch_ranks
+from fl_adapters.exchange import matches
 from fl_adapters.options import SiteSettings
 from fl_adapters.torch_local import LocalWork
+from fl_adapters.torch_lora import LoraFreezing, lora_facts, lora_state
+from fl_adapters.torch_lora_factors import LoraFactors
 from fl_adapters.torch_state import TorchState, is_sharded
 from fl_adapters.torch_state_agreement import agreement
 from fl_adapters.torch_state_optimizer import OptimizerState
 from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
+from fl_runtime.aggregation.lora_names import CAPABILITY
+from fl_runtime.aggregation.lora_products import ENCODING
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Task
+from fl_runtime.types import Arrays, Content, Task
 
 
 class LiveModel:
@@ -28,11 +33,11 @@ class LiveModel:
     local: what the job's strategy asks of local training.
     """
 
-    capabilities = frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL})
-
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
         self._model, self._settings = model, settings
-        self.state = TorchState(model, settings.exchange, settings.keep_local)
+        travels = TorchState(model, settings.exchange, settings.keep_local)
+        self._freezing = LoraFreezing(travels.tensors)
+        self.state = lora_state(model, travels, settings)
         self._final: Arrays | None = None
         self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
         self.local = LocalWork(model, optimizers, self.state, settings.phases)
@@ -41,17 +46,42 @@ class LiveModel:
             for moments in self._moments:
                 moments.refuse_if_not_averageable()
 
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What a strategy may ask of this model."""
+        lora = [CAPABILITY] if self._freezing.has_adapter else []
+        return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
+
+    @property
+    def content(self) -> Content:
+        """Of the updates."""
+        return "encoded" if self.encoding else "weights"
+
+    @property
+    def encoding(self) -> str:
+        """Of the updates: "" for plain weights."""
+        return ENCODING if isinstance(self.state, LoraFactors) else ""
+
+    @property
+    def held_back(self) -> tuple[str, ...]:
+        """Patterns of agreed tensors that `arrays` leaves out, since nobody changes them in this round."""
+        return tuple(p for p in self._freezing.held_back if any(matches(name, [p]) for name in self.state.tensors))
+
     def agreement(self, framework: str) -> dict[str, str]:
         """What must be equal at all sites; on rank 0, empty on the others."""
         gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
         if not (torch_ranks.is_rank_zero() or gathers):
             return {}
         exchange, keep_local = self._settings.exchange, self._settings.keep_local
-        return agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
+        facts = agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
+        return lora_facts(facts, self._settings.strategy, self._freezing.factors)
 
     def arrays(self) -> Arrays:
         """What travels, on rank 0; empty on the others. Borrowed until the next call."""
-        return self.state.get_state() if torch_ranks.is_rank_zero() else {}
+        if not torch_ranks.is_rank_zero():
+            return {}
+        held_back = self.held_back
+        return {name: array for name, array in self.state.get_state().items() if not matches(name, held_back)}
 
     def moments(self) -> Arrays:
         """The optimizer moments that travel beside the weights; empty unless they are averaged."""
@@ -59,6 +89,18 @@ class LiveModel:
         if not average or not torch_ranks.is_rank_zero():
             return {}
         return {name: array for moments in self._moments for name, array in moments.get().items()}
+
+    def begin(self, task: Task | None, *, over: bool) -> None:
+        """What rank 0's task says of the round beside its weights, on every rank. over: there is no round any more.
+
+        Also for a task that is not received, since a trainer goes on in the middle of its round.
+        """
+        self._freezing.begin(torch_ranks.share(dict(task.config) if task else None), over=over)
+        if isinstance(self.state, LoraFactors) and not over:
+            specs, shared = torch_ranks.share_arrays(task.arrays if task else None)
+            self.state.check(specs)
+            for name, array in shared:
+                self.state.copy_in(name, array, base_alone=True)
 
     def receive(self, task: Task | None) -> None:
         """Take rank 0's task in, on every rank: the weights in place, then the policy for the optimizers, then what the
@@ -88,12 +130,12 @@ class LiveModel:
     def receive_final(self, task: Task | None) -> None:
         """Take in the final weights, and remember them: a framework may load others before training ends."""
         self.load(task.arrays if task else None)
-        self._final = self.state.get_state()
+        self._final = self.state.set_apart()
 
     def restore_final(self) -> None:
         """Back to the final weights, on every rank."""
         assert self._final is not None
-        self.state.set_state(self._final)
+        self.state.set_final(self._final)
 
     def _set_moments(self, arrays: Arrays) -> None:
         left = dict(arrays)

@@ -13,7 +13,7 @@ from fl_adapters.outputs import PERSONAL
 from fl_adapters.session import Session, open_session
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.types import Arrays, Metrics, Task
+from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,17 @@ class TorchSite:
             session = self.session()
             live.local.home = session.home
             session.register(
-                arrays, agreement=facts, rounds=rounds, evaluates=evaluates, capabilities=live.capabilities
+                arrays,
+                agreement=facts,
+                rounds=rounds,
+                evaluates=evaluates,
+                capabilities=live.capabilities,
+                terms=Terms(content=live.content),
+                encoding=live.encoding,
             )
             return session.start(lambda: arrays)
 
-        return self._arrived(torch_ranks.on_rank_zero(started))
+        return self._begun(live, torch_ranks.on_rank_zero(started))
 
     def exchange(
         self, live: LiveModel, *, num_examples: int, local_steps: int, metrics: Metrics, more: bool
@@ -101,11 +107,12 @@ class TorchSite:
                 local_steps=done.local_steps,
                 metrics=done.metrics,
                 extras={**moments, **live.local.extras(arrays)},
+                held_back=live.held_back,
             )
             live.local.submitted(status)
             return session.next_task()
 
-        return self._arrived(torch_ranks.on_rank_zero(exchanged))
+        return self._begun(live, torch_ranks.on_rank_zero(exchanged))
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """The score of the global model that arrived last, on so many validation examples."""
@@ -150,6 +157,11 @@ class TorchSite:
         if session is None:
             raise ConfigError("the startup kit is gone", where=f"{self.framework}, in the middle of a run")
         return session
+
+    def _begun(self, live: LiveModel, task: Task | None) -> Arrived:
+        came = self._arrived(task)
+        live.begin(task, over=came.kind == "final")
+        return came
 
     def _arrived(self, task: Task | None) -> Arrived:
         kind, number, row = torch_ranks.share([task.kind, self.session().turn, self._row()] if task else None)

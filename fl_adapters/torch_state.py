@@ -133,6 +133,14 @@ class TorchState:
         for name, array in arrays.items():
             self.copy_in(name, array)
 
+    def set_final(self, arrays: Arrays) -> None:
+        """`set_state` with the global model after the last round, which the user's own code goes on with."""
+        self.set_state(arrays)
+
+    def set_apart(self) -> Arrays:
+        """The global model that was set last, for `set_final`. Borrowed like that of `get_state`."""
+        return self.get_state()
+
     def check(self, specs: Specs) -> None:
         """Raise StateMismatchError with a line per tensor where `specs` differ from the module's own."""
         lines = differences(self.specs, specs)

@@ -240,7 +240,7 @@ class Strategy(Protocol):
     """How a round's updates become the next global model. Runs at the server, in NumPy alone.
 
     content: what the updates hold. The tensors of "weights" are those of the handshake; those of "encoded" have
-    the same names and dtypes, and shapes that may change from round to round.
+    the same names and dtypes, and shapes that may change from round to round as `agreed_shape` says.
     initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
     round 0, whose base is empty.
     linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
@@ -270,6 +270,10 @@ class Strategy(Protocol):
 
     def step(self, round: int, present: Sequence[str]) -> Step:
         """Who takes part in this round, of the sites that are there; the same for the same arguments."""
+        ...
+
+    def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What all sites, and all updates, must have in common of a tensor's shape: -1 where they may differ."""
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

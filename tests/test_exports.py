@@ -13,11 +13,11 @@ import pytest
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto FedAdagrad
-        FedAdam FedAvg FedAvgM FedBuff FedNova FedProx FedYogi FederationError HandshakeError Job Krum
-        NormBounding PermissionDeniedError PrivacyBudgetError Production ProofOfConcept ProtocolError
-        QuorumError Scaffold Simulation Site SiteFailedError SiteTask StateMismatchError StoreError
-        TransferDamagedError TrimmedMean UpdateRefusedError __version__
+        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto FFALoRA FLoRA
+        FedAdagrad FedAdam FedAvg FedAvgM FedBuff FedExLoRA FedIT FedNova FedProx FedSALoRA FedYogi
+        FederationError FlexLoRA HandshakeError Job Krum NormBounding PermissionDeniedError PrivacyBudgetError
+        Production ProofOfConcept ProtocolError QuorumError RoLoRA Scaffold Simulation Site SiteFailedError
+        SiteTask StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
         connect site
     """,
     "fl_adapters.hf": "FederatedCallback",

@@ -9,6 +9,8 @@ from fl_runtime.aggregation.fedbuff import FedBuff
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_runtime.aggregation.fedprox import FedProx
+from fl_runtime.aggregation.lora import FedIT, FedSALoRA, FFALoRA, RoLoRA
+from fl_runtime.aggregation.lora_products import FedExLoRA, FlexLoRA, FLoRA
 from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
 from fl_runtime.aggregation.scaffold import Scaffold
 from fl_runtime.aggregation.spec import find
@@ -19,16 +21,23 @@ __all__ = [
     "CoordinateMedian",
     "Cyclic",
     "Ditto",
+    "FFALoRA",
+    "FLoRA",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedBuff",
+    "FedExLoRA",
+    "FedIT",
     "FedNova",
     "FedProx",
+    "FedSALoRA",
     "FedYogi",
+    "FlexLoRA",
     "Krum",
     "NormBounding",
+    "RoLoRA",
     "Scaffold",
     "TreeBagging",
     "TreeCyclic",
@@ -54,6 +63,13 @@ _STRATEGIES = (
     TrimmedMean,
     Krum,
     NormBounding,
+    FedIT,
+    FFALoRA,
+    RoLoRA,
+    FedSALoRA,
+    FLoRA,
+    FlexLoRA,
+    FedExLoRA,
     TreeBagging,
     TreeCyclic,
     TreeHistogram,

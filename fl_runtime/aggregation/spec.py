@@ -92,6 +92,10 @@ class Described(Workflow):
     def check_sites(self, fewest: int) -> None:
         """ConfigError if a round of this strategy cannot work with `fewest` updates, the fewest that a job allows."""
 
+    def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What all sites, and all updates, must have in common of a tensor's shape: here, all of it."""
+        return shape
+
     def refuse(self, argument: str, wanted: str) -> ConfigError:
         """The error for an argument that is not as `wanted`."""
         value = getattr(self, argument)

@@ -48,6 +48,10 @@ class TreeStrategy(Described):
     linear: ClassVar[bool] = False
     weighted: ClassVar[bool] = False
 
+    def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Models of trees grow."""
+        return (-1,) * len(shape)
+
     def check(self, update: Update) -> None:
         """Every tree is read: one that is not sound would reach every other site."""
         where = f"update of {update.site}, round {update.round}"

@@ -31,6 +31,7 @@ from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.feedback import Feedback
 from fl_runtime.filters.ledger import Limit
+from fl_runtime.filters.server import what_ran
 from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update, is_floating
 
 F = TypeVar("F", Update, Report)
@@ -174,7 +175,7 @@ class SiteFilters:
         if update.extras:
             for step in self._steps:
                 _refuse_extras(step.filter, update)
-        ran: list[Settings] = []
+        ran: list[Settings] = list(what_ran(update.encoding))  # what the adapter itself holds back
         base = replace(task, arrays=self._base)
         for step in self._steps:
             if isinstance(step.filter, FactsFilter):

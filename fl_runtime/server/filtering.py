@@ -22,15 +22,17 @@ def check_layout(run: Run, manifest: Manifest, content: str, encoding: str) -> N
     if not agreed or (plain and manifest.layout == agreed):
         return
     expected = travelling_manifest(run.manifests[agreed], content, encoding, takes, run.filters.encrypted)
-    lines = differences(expected, manifest, shapes=takes != "encoded") if expected.layout != manifest.layout else []
+    lines: list[str] = []
+    if expected.layout != manifest.layout:
+        lines = differences(expected, manifest, run.strategy.agreed_shape if takes == "encoded" else None)
     if lines:
         raise StateMismatchError(
             f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
             + "\n    ".join(lines[:8]),
             fix="the model must not change its parameters during a run",
         )
-    if takes != "encoded":
-        limits.check_size(manifest, expected)
+    newest = run.model.blob.manifest.nbytes if run.model else 0
+    limits.check_size(manifest, max(expected.nbytes, newest))
 
 
 def check_update(run: Run, update: Update) -> None:

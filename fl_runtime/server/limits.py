@@ -22,7 +22,7 @@ MAX_COUNT = 2**53
 MAX_DESCRIBED = 500_000
 """Tensors that one site may describe in one run, over all its manifests."""
 
-_EXTRA_TIMES, _EXTRA_BYTES = 8, 2**26
+_EXTRA_TIMES, _EXTRA_BYTES = 8, 2**27
 
 
 def check_table(fields: Mapping[str, str], what: str) -> None:
@@ -58,12 +58,13 @@ def check_described(member: Member, manifest: Manifest) -> None:
         )
 
 
-def check_size(manifest: Manifest, agreed: Manifest) -> None:
-    """What travels beside the weights may be larger than they are (moments, control variates), within reason."""
-    most = _EXTRA_TIMES * agreed.nbytes + _EXTRA_BYTES
+def check_size(manifest: Manifest, model_bytes: int) -> None:
+    """What travels beside the weights may be larger than they are (moments, control variates), and trees and factors
+    grow; within reason."""
+    most = _EXTRA_TIMES * model_bytes + _EXTRA_BYTES
     if manifest.nbytes > most:
         raise ProtocolError(
-            f"an update of {manifest.nbytes} bytes for a model of {agreed.nbytes}; the limit is {most}",
+            f"an update of {manifest.nbytes} bytes for a model of {model_bytes}; the limit is {most}",
             fix="send no more than the weights and the state that travels beside them",
         )
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
-from fl_runtime.types import Terms
+from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _SHOWN = 8
@@ -76,8 +76,11 @@ class Member:
         return self.registration is not None and not self.gone
 
 
-def check_agreement(registrations: Mapping[str, Registration], manifests: Mapping[bytes, Manifest]) -> None:
+def check_agreement(
+    registrations: Mapping[str, Registration], manifests: Mapping[bytes, Manifest], strategy: Strategy
+) -> None:
     """All sites must exchange the same tensors and agree on what they declared; the first site is the measure.
+    strategy: says what shapes may differ.
 
     Raises StateMismatchError or HandshakeError, naming sites, tensors and values.
     """
@@ -86,7 +89,7 @@ def check_agreement(registrations: Mapping[str, Registration], manifests: Mappin
     for name in names[1:]:
         other = registrations[name]
         declared = _declared_differences(first, other)
-        tensors = differences(manifests[first.layout], manifests[other.layout])
+        tensors = differences(manifests[first.layout], manifests[other.layout], strategy.agreed_shape)
         if declared or tensors:
             raise _disagreement(names[0], name, declared, tensors)
     _check_rounds(registrations)

@@ -68,7 +68,7 @@ def _handshake(run: Run) -> None:
         if not run.wait_until(settled, settings.deadline_s):
             _check_quorum(run, [m.name for m in run.members.values() if m.active], "at the start's deadline")
         registrations = {m.name: m.registration for m in run.members.values() if m.active and m.registration}
-        check_agreement(registrations, run.manifests)
+        check_agreement(registrations, run.manifests, run.strategy)
         run.agree(next(iter(registrations.values())).terms)
         if settings.fraction < 1 and run.strategy.content == "encoded":
             raise ConfigError(

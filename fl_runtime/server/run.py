@@ -127,7 +127,7 @@ class Run:
         others = {m.name: m.registration for m in self.members.values() if m.registration and m.name != name}
         if others:
             first = next(iter(others.items()))
-            check_agreement(dict([first, (name, registration)]), self.manifests)
+            check_agreement(dict([first, (name, registration)]), self.manifests, self.strategy)
 
     def attend(self, name: str, attempt: int) -> Member:
         with self.lock:

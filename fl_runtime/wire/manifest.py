@@ -7,9 +7,10 @@ order: so every tensor is aligned, there are no gaps, and a payload behind a hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import xxhash
@@ -18,6 +19,8 @@ from fl_runtime.errors import ProtocolError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.dtypes import dtype_name, dtype_of
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+
+ShapeOf: TypeAlias = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 
 MAX_TENSORS = 200_000
 MAX_NAME_CHARS = 1_024
@@ -124,16 +127,20 @@ class Manifest:
         return little.reshape(-1).view(np.uint8).data
 
 
-def differences(ours: Manifest, theirs: Manifest, *, shapes: bool = True) -> list[str]:
+def differences(ours: Manifest, theirs: Manifest, shape_of: ShapeOf | None = None) -> list[str]:
     """One line per weight tensor that differs; empty when the weights agree. Extras do not count.
 
-    shapes=False: only names, dtypes and numbers of dimensions count.
+    shape_of(name, shape): the part of a shape that counts; None: all of it.
     """
     a = {t.name: t for t in ours.tensors if not t.extra}
     b = {t.name: t for t in theirs.tensors if not t.extra}
     both = [name for name in a if name in b and a[name] != b[name]]
-    if not shapes:
-        both = [n for n in both if (a[n].dtype, len(a[n].shape)) != (b[n].dtype, len(b[n].shape))]
+    if shape_of is not None:
+        both = [
+            name
+            for name in both
+            if a[name].dtype != b[name].dtype or shape_of(name, a[name].shape) != shape_of(name, b[name].shape)
+        ]
     lines = [f"{name}: {a[name]} != {b[name]}" for name in both]
     lines += [f"{name}: {a[name]} != missing" for name in a if name not in b]
     lines += [f"{name}: missing != {b[name]}" for name in b if name not in a]
