@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras takes one for the whole process, when first imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job, which what it starts would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ROOT = Path(__file__).resolve().parents[1]
 
