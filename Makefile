@@ -9,7 +9,7 @@ PROTOC := .venv-protoc
 FUZZ_S ?= 60
 TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py \
-	benchmarks/xgboost_tunnel.py benchmarks/figure4.py
+	benchmarks/xgboost_tunnel.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py
 PROJECT := -e '.[hf,lightning,keras,monai,xgboost-cpu,trust,dp,he,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
