@@ -160,9 +160,9 @@ def check_extras(item: Any) -> None:
     """ConfigError for a filter that optimizer state, which travels beside the weights, would slip past."""
     if hasattr(item, "open") or isinstance(item, (ExcludeVars, HomomorphicCKKS)):
         raise refuse(
-            f"{type(item).__name__} does not reach the optimizer's moments, which leave the site with "
-            'optimizer_state="average"',
-            'use optimizer_state="keep" or "reset"',
+            f"{type(item).__name__} does not reach what leaves the site beside the weights: the optimizer's moments "
+            'with optimizer_state="average", the control variates of scaffold',
+            'use optimizer_state="keep" or "reset", and another strategy than scaffold',
         )
 
 

@@ -166,6 +166,8 @@ def test_strategies_that_need_plaintext_are_refused_when_the_job_is_built() -> N
         fl.Job(app="train.py", strategy="median", sites=3, filters=(HE,))
     with pytest.raises(ConfigError, match="moments"):
         check_filters([HE], "average")
+    with pytest.raises(ConfigError, match="control variates"):
+        fl.Job(app="train.py", strategy="scaffold", filters=({"name": "GaussianDP"},))
 
 
 def test_what_a_site_alone_cannot_decide_or_encrypt_is_refused(tmp_path: Path) -> None:
