@@ -34,6 +34,7 @@ from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.trust.sealed import SealedStream
 from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
@@ -218,6 +219,11 @@ class Session:
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Streams to other sites through the server; the caller closes it."""
         return self._client.tunnel(accept, lost)
+
+    def sealed(self, stream: Stream) -> SealedStream:
+        """A stream that the server cannot read; call its `meet` first. Sends this end's key, signed where the sites
+        have certificates."""
+        return SealedStream(stream, self.name, self._rules.stream_identity())
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fl_adapters.kit import Kit
     from fl_runtime.trust.audit import AuditLog
     from fl_runtime.trust.policy import Policy, PolicyFile
+    from fl_runtime.trust.stream_identity import StreamIdentity
 
 _ADAPTERS = {"transformers": "hf"}  # framework -> adapter, where they differ
 _REASON = "it left"
@@ -62,6 +63,10 @@ class SiteRules:
     def leaving(self, reason: str, *, early: bool) -> str:
         """The reason as it may be told."""
         return reason
+
+    def stream_identity(self) -> StreamIdentity | None:
+        """Who this site is to other sites; None where nobody has certificates."""
+        return None
 
 
 class GovernedSite(SiteRules):
@@ -171,6 +176,11 @@ class GovernedSite(SiteRules):
         told = reason if self._policy.reasons or not early else _REASON
         self._audit.write("left", self.identity, job=self._job, reason=reason, told=told, early=early)
         return told
+
+    def stream_identity(self) -> StreamIdentity:
+        from fl_runtime.trust.stream_identity import StreamIdentity
+
+        return StreamIdentity(self._file.path.parent)  # anew: a certificate may be renewed in the middle of a run
 
     # -- for `fl-adapters run` --------------------------------------------------------------------------------
 

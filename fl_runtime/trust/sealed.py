@@ -1,16 +1,19 @@
 """Streams between two sites that the server in the middle cannot read.
 
 X25519 keys made for each stream, HKDF-SHA256, ChaCha20-Poly1305 with a key and a counter per direction: what is
-changed, left out, repeated or put in another order is noticed and ends the stream. The keys come through the server
-itself: this protects from a server, or whoever reads its memory and traffic, that listens. One that is made to put its
-own keys in between would read along: the keys are not signed with the sites' certificates in this version.
+changed, left out, repeated or put in another order is noticed and ends the stream. The keys come through the server.
+In a federation of startup kits they are signed with the sites' certificates, so the server cannot put its own in
+between; in a simulation, where there are none, it is only kept from listening.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fl_runtime.errors import ConfigError, ConnectionLostError
+
+if TYPE_CHECKING:
+    from fl_runtime.trust.stream_identity import StreamIdentity
 
 _SALT = b"fl-adapters stream 1"
 _KEY_BYTES = 32
@@ -30,8 +33,8 @@ class Messages(Protocol):
 class SealedStream:
     """The same verbs. The first `send` or `receive` waits for the other end's key."""
 
-    def __init__(self, inner: Messages, me: str) -> None:
-        """Sends this end's key. ConfigError where `cryptography` is not installed."""
+    def __init__(self, inner: Messages, me: str, identity: StreamIdentity | None = None) -> None:
+        """Sends this end's key, signed by `identity`. ConfigError where `cryptography` is not installed."""
         try:
             from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
         except ImportError:
@@ -41,17 +44,20 @@ class SealedStream:
                 fix="pip install cryptography",
             ) from None
         self.peer, self.name = inner.peer, inner.name
-        self._inner, self._me = inner, me
+        self._inner, self._me, self._identity = inner, me, identity
         self._private = X25519PrivateKey.generate()
         self._public = self._private.public_key().public_bytes_raw()
         self._sending, self._receiving = _Counter(), _Counter()
-        inner.send(self._public)
+        inner.send(identity.signed(self._public, inner.peer, inner.name) if identity else self._public)
 
     def meet(self) -> None:
-        """Wait for the other end's key. ConnectionLostError if it hangs up before. Call it once, before the rest."""
+        """Wait for the other end's key. ConnectionLostError if it hangs up before, or if the key is not the other
+        site's. Call it once, before the rest."""
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
         theirs = self._inner.receive()
+        if theirs and self._identity:
+            theirs = self._identity.checked(theirs, self.peer, self.name)
         if len(theirs) != _KEY_BYTES:
             raise ConnectionLostError(f"{self.peer} has hung up before the stream {self.name} began")
         shared = self._private.exchange(X25519PublicKey.from_public_bytes(theirs))

@@ -84,7 +84,14 @@ class Engine:
         try:
             worker.prepare(self._call, model, cuts, members, self._session.name, self._timeout_s)
             generation.ring = Ring(
-                self._session.name, members, name, worker.sockets, tunnel.open, worker.network, worker.tracker_port
+                self._session.name,
+                members,
+                name,
+                worker.sockets,
+                tunnel.open,
+                self._session.sealed,
+                worker.network,
+                worker.tracker_port,
             )
             host, port = generation.ring.begin()
             with self._lock:

@@ -75,11 +75,12 @@ class Ring:
         generation: str,
         sockets: Sockets,
         open_stream: Callable[[str, str], Stream],
+        seal: Callable[[Stream], SealedStream],
         network: str,
         tracker_port: int | None,
     ) -> None:
         self._me, self._members, self._generation = me, list(members), generation
-        self._sockets, self._open_stream = sockets, open_stream
+        self._sockets, self._open_stream, self._seal = sockets, open_stream, seal
         self._network, self._tracker_port = network, tracker_port
         self._lock = threading.Lock()
         self._things: list[socket.socket | SealedStream] = []
@@ -162,7 +163,7 @@ class Ring:
 
     def _answer(self, inner: Stream) -> None:
         kind = inner.name.partition("|")[2]
-        stream = self._keep(SealedStream(inner, self._me))
+        stream = self._keep(self._seal(inner))
         stream.meet()
         if kind == "ports":
             ports = json.loads(stream.receive())
@@ -178,7 +179,7 @@ class Ring:
     # -- plumbing --------------------------------------------------------------------------------------------------
 
     def _sealed(self, peer: str, kind: str) -> SealedStream:
-        stream = self._keep(SealedStream(self._open_stream(peer, f"{self._generation}|{kind}"), self._me))
+        stream = self._keep(self._seal(self._open_stream(peer, f"{self._generation}|{kind}")))
         stream.meet()
         return stream
 
