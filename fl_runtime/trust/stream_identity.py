@@ -33,7 +33,7 @@ class StreamIdentity:
         return json.dumps(fields).encode()
 
     def checked(self, message: bytes, peer: str, stream: str) -> bytes:
-        """The public key that `peer` has sent. ConnectionLostError unless that site of this federation has signed it."""
+        """The public key that `peer` has sent. ConnectionLostError unless that site of this federation signed it."""
         try:
             fields = json.loads(message)
             public, signature = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
