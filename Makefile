@@ -7,6 +7,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 FUZZ_S ?= 60
+# Test files at a time: each needs about a core, and 2 GB where it is one of a training framework.
+JOBS ?= 2
 TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py \
 	benchmarks/xgboost_tunnel.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py
@@ -38,13 +40,13 @@ define install
 	  || { echo "pip failed; the end of $(1)/install.log:"; tail -n 20 $(1)/install.log; exit 1; }
 endef
 
-# $(call tests,folder): pytest, importing the built wheel (what users get) rather than the source tree.
+# $(call tests,folder): pytest, JOBS files at a time, importing the built wheel (what users get) rather than the source tree.
 define tests
 	@rm -rf build && mkdir build
 	@{ $(1)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel . && \
 	   $(1)/bin/python -m pip install --no-deps --target build/installed build/wheel/*.whl; } > build/log.txt 2>&1 \
 	  || { tail -n 20 build/log.txt; exit 1; }
-	@PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest $(ARGS)
+	@PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 endef
 
 .PHONY: help
