@@ -19,20 +19,37 @@ class Events:
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
-        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Event | threading.Event | None] = queue.SimpleQueue()
+        self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._deliver, name="fl-events", daemon=True)
         self._thread.start()
 
     def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
         self._queue.put(Event(kind, time.time(), round, site, data))
 
+    def delivered(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything emitted so far has been delivered; False after `timeout_s`. Not for listeners."""
+        mark = threading.Event()
+        with self._lock:
+            if not self._closed:
+                self._queue.put(mark)
+        if self._closed:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return mark.wait(timeout_s)
+
     def close(self) -> None:
         """Returns once everything emitted so far has been delivered."""
-        self._queue.put(None)
+        with self._lock:
+            self._closed = True
+            self._queue.put(None)
         self._thread.join()
 
     def _deliver(self) -> None:
         while (event := self._queue.get()) is not None:
+            if isinstance(event, threading.Event):
+                event.set()
+                continue
             for listener in self._listeners:
                 try:
                     listener(event)

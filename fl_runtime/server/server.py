@@ -101,8 +101,8 @@ class Server:
         self._run.fail(AbortedError(reason))
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once the run has ended, one way or the other."""
-        return self._run.ended.wait(timeout_s)
+        """True once the run has ended, one way or the other, and its listeners have heard of it."""
+        return self._run.ended.wait(timeout_s) and self._events.delivered(timeout_s)
 
     def result(self) -> RunResult:
         """What there is so far."""

@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 
-from fl_runtime.transport.tls_setting import only_tls_1_3
-
-only_tls_1_3()  # as `fl-adapters server` does; gRPC reads it when it is first used
-
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "runtime")]
 
 
