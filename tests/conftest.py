@@ -10,7 +10,7 @@ import pytest
 
 from fl_runtime.transport.tls_setting import only_tls_1_3
 
-only_tls_1_3()  # as `fl-adapters server` does, for tests/trust; gRPC reads it when it is first used: some test imports do
+only_tls_1_3()  # for tests/trust, as `fl-adapters server` does; gRPC reads it once, and some imports make it start
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras takes one for the whole process, when first imported
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job, which what it starts would inherit
