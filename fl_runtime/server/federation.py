@@ -33,6 +33,7 @@ ReadJob = Callable[[Mapping[str, Any], Sequence[str]], RunSettings]
 """read(fields, names of the project's sites) -> settings. Checks everything; raises ConfigError."""
 
 BEAT_S = 10.0
+ABORT_S = 10.0
 _REQUEST_BYTES = 2**18
 _GRACE_S = 0.5
 
@@ -215,7 +216,8 @@ class FederationServer:
         job = self._named(_field(fields, "job", str))
         permissions.check_job(caller, "AbortJob", job.submitter)
         job.server.abort(f"{caller} has aborted it")
-        yield {"job": job.settings.name}
+        name = job.settings.name
+        yield {"job": name, "ended": self.wait_for_job(name, ABORT_S)}  # so that the next one can be submitted
 
     def _watch(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         name = _field(fields, "job", str)

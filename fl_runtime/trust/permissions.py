@@ -37,7 +37,10 @@ TABLE: Mapping[str, Rule] = {
     "Status": Rule("see sites, jobs and rounds", {"site": "any", **_ADMINS}),
     "Watch": Rule("follow the events of a job", _ADMINS),
     "SubmitJob": Rule("submit a job", {"project-admin": "any", "lead": "own"}),
-    "AbortJob": Rule("abort a job", {"project-admin": "any", "organisation-admin": "organisation", "lead": "own"}),
+    "AbortJob": Rule(
+        "abort a job; answered when it has ended",
+        {"project-admin": "any", "organisation-admin": "organisation", "lead": "own"},
+    ),
     "Revoke": Rule("put a newer revocation list in force", {"project-admin": "any"}),
 }
 """Call -> rule. A call that is not here is nobody's."""
