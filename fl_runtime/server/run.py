@@ -98,8 +98,10 @@ class Run:
             self.published.notify_all()  # calls of the attempt before wait there
             return member
 
-    def register(self, name: str, attempt: int, manifest: Manifest, registration: Registration) -> int:
-        """The handshake; waits for the other sites and returns the number of rounds."""
+    def register(
+        self, name: str, attempt: int, manifest: Manifest, registration: Registration, beat_s: float | None
+    ) -> Iterator[int | None]:
+        """The handshake; waits for the other sites, with None every `beat_s`, and yields the number of rounds."""
         with self.lock:
             member = self._member(name, attempt)
             self.add_layout(manifest, member)
@@ -117,11 +119,18 @@ class Run:
                 info=dict(registration.info),
             )
             self.changed.notify_all()
-            while self.rounds is None:
+        while True:
+            with self.lock:
                 self._member(name, attempt)
-                self.published.wait()
-            self._member(name, attempt)
-            return self.rounds
+                if self.rounds is None:
+                    self.published.wait(beat_s)
+                    self._member(name, attempt)
+                rounds = self.rounds
+            if rounds is not None:
+                yield rounds
+                return
+            if beat_s is not None:
+                yield None
 
     def _check_latecomer(self, name: str, registration: Registration) -> None:
         others = {m.name: m.registration for m in self.members.values() if m.registration and m.name != name}
