@@ -25,6 +25,7 @@ from fl_runtime.errors import (
     ConnectionLostError,
     FederationError,
     ProtocolError,
+    StoreError,
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Transport
@@ -221,7 +222,7 @@ class SiteClient:
         while True:
             try:
                 return attempt()
-            except ConnectionLostError as error:
+            except (ConnectionLostError, StoreError) as error:  # a server whose disk is full may be back soon
                 damaged += isinstance(error, TransferDamagedError)
                 if self._closed or damaged == _DAMAGED_TRIES:
                     raise
@@ -229,9 +230,8 @@ class SiteClient:
                 if given_up_at is None or self._heard != heard:
                     given_up_at, pause_s, heard = now + patience_s, _FIRST_PAUSE_S, self._heard
                 if now > given_up_at:
-                    raise ConnectionLostError(
-                        f"{error.what}; gave up after {patience_s:g} s", where=error.where, fix=error.fix
-                    ) from None
+                    what = f"{error.what}; gave up after {patience_s:g} s"
+                    raise type(error)(what, where=error.where, fix=error.fix) from None
             time.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 

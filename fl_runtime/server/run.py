@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.aggregation import make_strategy
-from fl_runtime.errors import AbortedError, FederationError, PermissionDeniedError, ProtocolError, UpdateRefusedError
+from fl_runtime.errors import (
+    AbortedError,
+    FederationError,
+    PermissionDeniedError,
+    ProtocolError,
+    StoreError,
+    UpdateRefusedError,
+)
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.server import ServerFilters, what_ran
@@ -419,17 +426,20 @@ class Run:
             self.events.emit("task_sent", round, name, task=kind, bytes=bytes_down)
 
     def fail(self, error: FederationError) -> None:
-        """End the run with an error that every site gets too."""
+        """End the run with an error that every site gets too. One of the store alone halts it: it goes on where its
+        journal stands when the server is started again, and the sites wait for that as for a server that is away."""
         with self.lock:
             if self.phase in ("failed", "done"):
                 return
             self.phase, self.error = "failed", error
             self.events.emit("failed", error=error.to_wire())
-            try:
-                self.journal.ended(error)
-            finally:
-                self.published.notify_all()
-                self.changed.notify_all()
+            self.published.notify_all()
+            self.changed.notify_all()
+            if not isinstance(error, StoreError):
+                try:
+                    self.journal.ended(error)
+                except StoreError as failed:
+                    log.error("the end of the run is not in its journal: %s", failed)
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """Wait (under the lock) for a condition of the run; False after `timeout_s`. Raises when the run failed."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics import from_json, plain
-from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.errors import FederationError, ProtocolError, StoreError
 from fl_runtime.server import limits, reports
 from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
@@ -56,7 +56,11 @@ class FederationService:
             raise ProtocolError(
                 f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs"
             )
-        return self._methods[method](peer, requests)
+        try:
+            yield from self._methods[method](peer, requests)
+        except StoreError as error:  # nothing more can be promised
+            self._run.fail(error)
+            raise
 
     def _attempt(self, session: pb.Session) -> int:
         """The attempt that a call speaks for; a call of an earlier job must not count in this one."""

@@ -77,6 +77,9 @@ class Blobs:
         except OSError as error:
             raise StoreError(f"a blob cannot be read: {error.strerror}", where=str(path)) from error
 
+    def path(self, blob: Blob) -> Path:
+        return self._path(blob.name)
+
     def rename(self, blob: Blob, name: str) -> None:
         try:
             os.replace(self._path(blob.name), self._path(name))

@@ -88,6 +88,7 @@ class Federation:
         self.target, self.folder, self.disk = target, folder, disk
         self.counts: Counter[str] = Counter()
         self._lock = threading.RLock()
+        self._filled = False  # the disk has been, since the server ended the last time
         port = free_ports(1)[0]
         names = tuple(f"site-{index + 1}" for index in range(target.sites))
         fields: dict[str, Any] = {"name": "chaos", "sites": names, "min_sites": len(names), "rounds": target.rounds}
@@ -128,16 +129,22 @@ class Federation:
         with self._lock:
             for process in (self.server, *self.sites):
                 if process.status not in (None, 0):
-                    if process is self.server and self.disk.full:
-                        self._check_last_words()
+                    if process is self.server and self._filled:
+                        self._ended_by_the_disk()
                         continue
                     raise ChaosError(f"{process.name} ended with status {process.status}:\n{process.tail()}")
 
-    def _check_last_words(self) -> None:
-        """A server that a full disk has ended must have said so, in our own words."""
+    def _ended_by_the_disk(self) -> None:
+        """A server that a full disk has ended must have said so, in our own words. It is started again once there is
+        room."""
+        if self.disk.full:
+            return
         words = json.loads(self.server.log.read_text(errors="replace").splitlines()[-1])
         if words["code"] != "store" or not (words["where"] and words["fix"]):
             raise ChaosError(f"the server ended for want of disk and said: {words}")
+        self.counts["(the full disk ended the server)"] += 1
+        self._filled = False
+        self.server.start()
 
     def suffer(self, fault: Fault) -> None:
         """Have a fault happen. Returns once it has, and what it has ended has been started again."""
@@ -159,7 +166,7 @@ class Federation:
             case "damage a byte":
                 proxy.damage_after(fault.direction, fault.at_bytes, fault.flip)  # type: ignore[arg-type]
             case "fill the disk":
-                self._filled(fault)
+                self._fill(fault)
         if fault.kind in ("cut a connection", "damage a byte"):
             end = time.monotonic() + _FIRES_S
             while not (fired := proxy.wait_fired(before + 1, 0.1)) and time.monotonic() < end and not self.over:
@@ -178,21 +185,19 @@ class Federation:
             if not self.over:
                 process.start()
 
-    def _filled(self, fault: Fault) -> None:
+    def _fill(self, fault: Fault) -> None:
         with self._lock:
             if self.server.status is not None:
                 return
+            self._filled = True
             self.disk.fill(self.server.pid)
         self._count(fault)
         end = time.monotonic() + fault.for_s
         while self.server.status is None and time.monotonic() < end:
             time.sleep(0.01)
         with self._lock:
-            self.watch()
             self.disk.free(self.server.pid if self.server.status is None else None)
-            if self.server.status not in (None, 0):
-                self.counts["(the full disk ended the server)"] += 1
-                self.server.start()
+            self.watch()
 
     def _count(self, fault: Fault) -> None:
         self.counts[fault.kind] += 1

@@ -14,6 +14,7 @@ KINDS = {
     "delay a connection": 0.10,
     "damage a byte": 0.20,
     "silence a connection": 0.03,
+    "fill the disk": 0.08,
 }
 """Every kind of fault, and its share. A silenced connection stays open and carries nothing any more."""
 
