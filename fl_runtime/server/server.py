@@ -17,7 +17,7 @@ from fl_runtime.server.results import RunResult
 from fl_runtime.server.rounds import drive
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
-from fl_runtime.store.tensorfile import write_tensors
+from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings
 
@@ -126,15 +126,19 @@ class Server:
             model = self._run.model if which == "final" else self._run.best
             if model is None:
                 return None
+            durable = self._run.settings.durability == "power"
             own = self._run.strategy.export(model.blob.views()[0])
             if own is not None:
                 name, content = own
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
+                if durable:
+                    sync(folder / name)
+                    sync(folder)
                 return folder / name
             path = folder / "model.safetensors"
             metadata = {"format": "pt", "job": self._run.settings.name, "round": str(model.version)}
-            write_tensors(path, model.blob.views()[0], metadata)
+            write_tensors(path, model.blob.views()[0], metadata, durable=durable)
             return path
 
     def close(self) -> None:
