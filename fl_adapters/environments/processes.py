@@ -47,7 +47,7 @@ class SiteProcesses:
     def start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Run `command` in the current directory with nothing on stdin. Raises OSError if it cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "wb") as output:
+        with open(log, "ab") as output:  # a run that goes on keeps what it said before
             process = subprocess.Popen(
                 command,
                 env=environment,

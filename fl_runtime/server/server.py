@@ -17,6 +17,7 @@ from fl_runtime.server.results import RunResult
 from fl_runtime.server.rounds import drive
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
+from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings
@@ -44,10 +45,17 @@ class Server:
         listeners: Sequence[Listener] = (),
     ) -> None:
         _check(settings)
+        self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
-        self._run = Run(settings, folder / "server", self._events)
-        recover(self._run)
+        try:
+            self._run = Run(settings, folder / "server", self._events)
+            recover(self._run)
+            self._finished = self._run.journal.finished()
+        except BaseException:
+            self._events.close()
+            self._lock.close()
+            raise
         self.service: Service = FederationService(self._run)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
@@ -96,6 +104,11 @@ class Server:
                 "sites": sites,
                 "error": run.error.to_wire() if run.error else None,
             }
+
+    @property
+    def finished(self) -> bool:
+        """The run had ended well before this server was made: there is nothing to go on with."""
+        return self._finished
 
     def abort(self, reason: str) -> None:
         self._run.fail(AbortedError(reason))
@@ -146,6 +159,7 @@ class Server:
         if self._stop_serving:
             self._stop_serving(_GRACE_S)
         self._events.close()
+        self._lock.close()
 
 
 def _check(settings: RunSettings) -> None:

@@ -218,6 +218,10 @@ class Journal:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
+    def finished(self) -> bool:
+        """The run has ended, and without an error."""
+        return self._get("ended") == "null"
+
     def rounds(self) -> int | None:
         value = self._get("rounds")
         return int(value) if value else None
