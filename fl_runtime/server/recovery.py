@@ -39,6 +39,8 @@ def _recover(run: Run) -> None:
             member.registration = Registration.from_json(registration)
             manifest = run.journal.manifest(member.registration.layout)
             run.manifests[manifest.layout] = manifest
+    for name in run.journal.who_left():
+        run.members[name].gone = "it left"
     run.rounds = run.journal.rounds()
     if run.rounds is not None:
         run.agree(run.journal.terms())

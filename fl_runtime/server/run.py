@@ -101,6 +101,7 @@ class Run:
             member.layouts.clear()
             member.attending, member.absent_since = 0, time.monotonic()
             self.journal.joined(name, member.attempt)
+            self._note_left(name, False)
             self.events.emit("joined", site=name, attempt=member.attempt, version=version)
             self.changed.notify_all()
             self.published.notify_all()  # calls of the attempt before wait there
@@ -192,7 +193,14 @@ class Run:
     def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
         with self.lock:
             self._member(name, attempt)
+            self._note_left(name, True)
             self.gone(name, reason, early=early)
+
+    def _note_left(self, name: str, left: bool) -> None:
+        """So that a server that is started again does not wait for who has left."""
+        before = self.journal.who_left()
+        if left != (name in before):
+            self.journal.left([*before, name] if left else [other for other in before if other != name])
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
