@@ -115,7 +115,8 @@ def _initial_model(run: Run) -> None:
     with run.lock:
 
         def ready() -> bool:
-            _check_quorum(run, _present(run), "waiting for the initial model")
+            coming = [m.name for m in run.members.values() if not m.gone]  # one may have just been started again
+            _check_quorum(run, coming, "waiting for the initial model")
             run.published.notify_all()  # the source may have changed: another site is asked
             return run.model is not None
 
