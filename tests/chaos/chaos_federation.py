@@ -139,9 +139,10 @@ class Federation:
         room."""
         if self.disk.full:
             return
-        words = json.loads(self.server.log.read_text(errors="replace").splitlines()[-1])
-        if words["code"] != "store" or not (words["where"] and words["fix"]):
-            raise ChaosError(f"the server ended for want of disk and said: {words}")
+        if self.disk.mounted:  # else the limit was on its log too
+            words = json.loads(self.server.log.read_text(errors="replace").splitlines()[-1])
+            if words["code"] != "store" or not (words["where"] and words["fix"]):
+                raise ChaosError(f"the server ended for want of disk and said: {words}")
         self.counts["(the full disk ended the server)"] += 1
         self._filled = False
         self.server.start()
