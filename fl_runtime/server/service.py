@@ -22,8 +22,7 @@ from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
-from fl_runtime.wire import frames
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
@@ -193,7 +192,7 @@ class FederationService:
                     yield pb.SubmitReply(send_from=transfer.receiver.arrived).SerializeToString()
                     received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
-                check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
+                finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 check_update(self._run, update)
             except FederationError:
