@@ -65,7 +65,7 @@ class Session:
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
         self._kit, self._framework = kit, framework
         self._rules = rules_of(kit)
-        self._client = SiteClient(transport, kit.patience_s)
+        self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
         welcome = self._client.join(kit.job)
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
         self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt

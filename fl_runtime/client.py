@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Call, Transport
+from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
@@ -60,16 +62,20 @@ class SiteClient:
     """One attempt of one site.
 
     Task arrays are views of one buffer that this object owns and reuses: they are valid until the next task.
-    bytes_up, bytes_down: message bytes of tasks and updates so far.
+    bytes_up, bytes_down: message bytes of tasks and updates so far, as if all had been sent. same_machine: the server
+    may be believed when it names a folder for large payloads.
     """
 
-    def __init__(self, transport: Transport, patience_s: float) -> None:
+    def __init__(self, transport: Transport, patience_s: float, *, same_machine: bool = False) -> None:
         self._transport, self._patience_s = transport, patience_s
         self._session = pb.Session()
         self._manifests: dict[bytes, Manifest] = {}
         self._sent_layouts: set[bytes] = set()
         self._buffer: Array = np.empty(0, np.uint8)
         self._incoming: _Incoming | None = None
+        self._same_machine = same_machine
+        self._shared: SharedFolder | None = None
+        self._large = False  # whether the weights are too large for a header
         self._presence: _Presence | None = None
         self._heard = 0  # messages of the server: as long as it grows, the server is within reach
         self._closed = False
@@ -84,6 +90,8 @@ class SiteClient:
         reply = self._unary("Join", request, pb.JoinReply)
         settings = json.loads(reply.settings_json)
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt)
+        if self._same_machine and reply.shared_folder:
+            self._shared = SharedFolder(Path(reply.shared_folder))
         self._presence = _Presence(self._transport, pb.SessionRequest(session=self._session))
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
 
@@ -112,6 +120,7 @@ class SiteClient:
         reply = self._unary("Register", request, pb.RegisterReply)
         self._manifests[manifest.layout] = manifest
         self._sent_layouts.add(manifest.layout)
+        self._large = manifest.nbytes > frames.INLINE_BYTES
         return reply.rounds
 
     def next_task(self, *, best: bool = False, evaluate: bool = False) -> Task:
@@ -137,6 +146,7 @@ class SiteClient:
             local_steps=update.local_steps,
             metrics_json=_metrics_json(update.metrics),
             payload=payload,
+            shared=self._shared is not None,
         )
         message = pb.UpdatePart(update=header).SerializeToString()
         status = self._patiently(lambda: self._send(message, [] if small else pieces))
@@ -215,18 +225,26 @@ class SiteClient:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
-        for message in self._call("Next", request.SerializeToString()):
-            if frames.is_frame(message):
-                if self._incoming is None:
-                    raise ProtocolError("a frame came before its header")
-                self._incoming.receiver.take(frames.frame_data(message))
-            else:
-                part = _parsed(pb.TaskPart, message)
-                if part.HasField("waiting"):
-                    continue
-                header = part.task
-                self._incoming = self._expect(header)
-            self.bytes_down += len(message)
+        request.shared = self._large and self._shared is not None
+        read = threading.Event()
+        first = request.SerializeToString()
+        try:
+            for message in self._call("Next", _until(first, read) if request.shared else first):
+                if frames.is_frame(message):
+                    if self._incoming is None:
+                        raise ProtocolError("a frame came before its header")
+                    self._incoming.receiver.take(frames.frame_data(message))
+                else:
+                    part = _parsed(pb.TaskPart, message)
+                    if part.HasField("waiting"):
+                        continue
+                    header = part.task
+                    self._incoming = self._expect(header)
+                    self.bytes_down += self._read(header.payload, self._incoming.receiver)
+                    read.set()
+                self.bytes_down += len(message)
+        finally:
+            read.set()  # whatever happened: nothing waits for it any more
         if header is None:
             raise ConnectionLostError("the server ended the call without a task")
         return self._task(header)
@@ -253,6 +271,17 @@ class SiteClient:
         if payload.inline:
             receiver.take(payload.inline)
         return _Incoming(digest, receiver)
+
+    def _read(self, payload: pb.Payload, receiver: frames.Receiver) -> int:
+        """Take a payload from the file that its header names, if it does; the bytes read."""
+        if not payload.file:
+            return 0
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        data = self._shared.payload(payload.file, receiver.manifest.nbytes).data
+        for start in range(receiver.arrived, len(data), frames.FRAME_BYTES):
+            receiver.take(data[start : start + frames.FRAME_BYTES])
+        return len(data)
 
     def _task(self, header: pb.TaskHeader) -> Task:
         assert self._incoming is not None
@@ -284,7 +313,9 @@ class SiteClient:
                 first = _parsed(pb.SubmitReply, next(replies, b""))
                 if first.HasField("accepted"):
                     return first.accepted.status
-                offset.give(first.send_from)
+                if first.file:
+                    self._write(first.file, pieces)
+                offset.give(sum(map(len, pieces)) if first.file else first.send_from)
             finally:
                 offset.give(None)  # whatever happened: nobody waits for an offset for ever
         last = _parsed(pb.SubmitReply, next(replies, b""))
@@ -301,6 +332,19 @@ class SiteClient:
         for message in frames.frames(pieces, start):
             self.bytes_up += len(message)
             yield message
+        if start == sum(map(len, pieces)):
+            yield frames.frame([])  # a file has it all
+
+    def _write(self, name: str, pieces: list[memoryview]) -> None:
+        """Fill the server's file with an update."""
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        nbytes, at = sum(map(len, pieces)), 0
+        target = self._shared.payload(name, nbytes)
+        for piece in pieces:
+            target[at : at + len(piece)] = piece
+            at += len(piece)
+        self.bytes_up += nbytes
 
 
 @dataclass(frozen=True)
@@ -309,6 +353,13 @@ class _Incoming:
 
     digest: bytes
     receiver: frames.Receiver
+
+
+def _until(message: bytes, event: threading.Event) -> Iterator[bytes]:
+    """The message, and an empty one when the event is set."""
+    yield message
+    event.wait()
+    yield b""
 
 
 class _Offset:

@@ -30,7 +30,8 @@ class Server:
     """Runs one job in `folder`/server, continuing what its journal holds. `tokens`: site name -> secret.
 
     Threads of its own do all the work; the methods may be called from any thread. service: what a transport serves,
-    such as the memory transport of tests.
+    such as the memory transport of tests. share: all sites are on this machine and run for the same user: large
+    payloads stay in files that both sides map, and only what is said of them crosses the socket.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         listeners: Sequence[Listener] = (),
+        share: bool = False,
     ) -> None:
         _check(settings)
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
         self._run = Run(settings, folder / "server", self._events)
         recover(self._run)
-        self.service: Service = FederationService(self._run)
+        self.service: Service = FederationService(self._run, share=share)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
 

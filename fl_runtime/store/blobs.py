@@ -40,7 +40,7 @@ class Blobs:
     """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename and free."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +77,10 @@ class Blobs:
         except OSError as error:
             raise StoreError(f"a blob cannot be read: {error.strerror}", where=str(path)) from error
 
+    def file_name(self, blob: Blob) -> str:
+        """Its file in the folder; the payload is at the end of it."""
+        return self._path(blob.name).name
+
     def rename(self, blob: Blob, name: str) -> None:
         try:
             os.replace(self._path(blob.name), self._path(name))
@@ -98,12 +102,12 @@ class Blobs:
 
     def sweep(self, keep: set[str]) -> None:
         """Delete every file that is not in `keep`: what a killed server left behind."""
-        for path in self._folder.glob(f"*{_SUFFIX}"):
+        for path in self.folder.glob(f"*{_SUFFIX}"):
             if path.name.removesuffix(_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}{_SUFFIX}"
+        return self.folder / f"{name}{_SUFFIX}"
 
 
 def _mapped(descriptor: int, header_bytes: int) -> Array:
