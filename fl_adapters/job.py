@@ -18,7 +18,7 @@ from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters import check_filters
+from fl_runtime.filters import check_cross_site, check_filters
 from fl_runtime.types import RunSettings
 
 R_co = TypeVar("R_co", covariant=True)
@@ -226,6 +226,8 @@ def _check(job: Job) -> None:
     )
     chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may say
     check_filters(job.filters, job.optimizer_state, chosen)
+    if job.cross_site:
+        check_cross_site(job.filters, chosen)
     if LocalTerms.from_config(strategy.configure(1, ())).control_variates:
         check_filters(job.filters, "average", chosen)  # they travel as moments do
     if job.exact_restart:

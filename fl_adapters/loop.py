@@ -12,7 +12,7 @@ from fl_adapters.exchange import selected
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.session import Session, open_session
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Metrics, Settings, Task
+from fl_runtime.types import CROSS_EVALUATION, Arrays, Metrics, Settings, Task
 
 
 def connect(**options: Any) -> ConnectedSite:
@@ -74,7 +74,7 @@ class ConnectedSite:
             agreement=agreement or {},
             rounds=rounds,
             evaluates=False,
-            capabilities=frozenset({"cross-evaluation"}) if evaluate else frozenset(),
+            capabilities=frozenset({CROSS_EVALUATION}) if evaluate else frozenset(),
         )
         task = session.start(lambda: mine)
         while task.kind == "train":

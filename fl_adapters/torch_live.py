@@ -53,6 +53,11 @@ class LiveModel:
         return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
 
     @property
+    def cross_site(self) -> bool:
+        """Whether the job wants every site's model evaluated here after the last round."""
+        return self._settings.cross_site
+
+    @property
     def content(self) -> Content:
         """Of the updates."""
         return "encoded" if self.encoding else "weights"
@@ -131,6 +136,11 @@ class LiveModel:
         """Take in the final weights, and remember them: a framework may load others before training ends."""
         self.load(task.arrays if task else None)
         self._final = self.state.set_apart()
+
+    def keep_final(self) -> None:
+        """The final weights are in the model: remember them, as `receive_final` does."""
+        if self._final is None:
+            self._final = self.state.set_apart()
 
     def restore_final(self) -> None:
         """Back to the final weights, on every rank."""

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
-from fl_runtime.types import Strategy, Terms
+from fl_runtime.types import CROSS_EVALUATION, Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _SHOWN = 8
+_FIXES = {CROSS_EVALUATION: "give that site validation data and leave evaluate_global on, or leave cross_site out"}
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,18 @@ def check_agreement(
     _check_rounds(registrations)
 
 
-def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
-    """Raises HandshakeError naming the first site whose adapter lacks what the strategy needs."""
+def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
+    """Raises HandshakeError naming the first site whose adapter lacks something. what: needs it."""
     for name, registration in registrations.items():
         weights = {"weights"} if registration.terms.content == "weights" else set()
         missing = requires - registration.capabilities - weights
         if missing:
             raise HandshakeError(
-                f"the strategy {strategy} needs the capability {', '.join(sorted(missing))}, "
-                f"which the adapter of {name} does not have",
+                f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
-                fix="choose another strategy, or an adapter and version that support it",
+                fix=_FIXES.get(
+                    next(iter(missing)), "choose another strategy, or an adapter and version that support it"
+                ),
             )
 
 
