@@ -5,7 +5,7 @@
 
 `check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
 their cases one by one, for a test each, and `correction_cases` those of an adapter that corrects gradients and trains
-personal models. None of this needs pytest, sockets or a framework.
+personal models, `restart_cases` those of one that restarts exactly. None of this needs pytest, sockets or a framework.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fl_adapters.conformance_corrections import (
     CorrectionExample,
     correction_cases,
 )
+from fl_adapters.conformance_restart import RestartCase, restart_cases
 from fl_adapters.conformance_training import (
     PlainLoop,
     Trained,
@@ -27,7 +28,7 @@ from fl_adapters.conformance_training import (
     failing,
     training_cases,
 )
-from fl_adapters.local_federation import LocalFederation, Outcome, Place
+from fl_adapters.local_federation import Death, LocalFederation, Outcome, Place
 
 __all__ = [
     "AdapterCase",
@@ -36,10 +37,12 @@ __all__ = [
     "CorrectedLoop",
     "CorrectionCase",
     "CorrectionExample",
+    "Death",
     "LocalFederation",
     "Outcome",
     "Place",
     "PlainLoop",
+    "RestartCase",
     "Trained",
     "TrainingCase",
     "TrainingExample",
@@ -48,5 +51,6 @@ __all__ = [
     "check_training",
     "correction_cases",
     "failing",
+    "restart_cases",
     "training_cases",
 ]

@@ -56,7 +56,8 @@ class Member:
     attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
     streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
     it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
-    described: tensors in its manifests so far, of all attempts. expelled: why this attempt may do nothing any more.
+    described: tensors in its manifests so far, of all attempts. known: one of them has registered.
+    expelled: why this attempt may do nothing any more.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Member:
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
+    known: bool = False
     expelled: str = ""
 
     @property
@@ -95,17 +97,19 @@ def check_agreement(
     _check_rounds(registrations)
 
 
-def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
-    """Raises HandshakeError naming the first site whose adapter lacks what the strategy needs."""
+def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
+    """Raises HandshakeError naming the first site whose adapter lacks what `what`, the job's strategy or a setting of
+    it, needs."""
     for name, registration in registrations.items():
         weights = {"weights"} if registration.terms.content == "weights" else set()
         missing = requires - registration.capabilities - weights
         if missing:
             raise HandshakeError(
-                f"the strategy {strategy} needs the capability {', '.join(sorted(missing))}, "
-                f"which the adapter of {name} does not have",
+                f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
-                fix="choose another strategy, or an adapter and version that support it",
+                fix="choose another strategy, or an adapter and version that support it"
+                if what.startswith("the strategy")
+                else f"leave {what} out of the job, or see docs/restart.md for what the script must add",
             )
 
 
