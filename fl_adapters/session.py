@@ -20,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
+from fl_adapters.adapter import Snapshot
 from fl_adapters.kit import Kit, current_kit
 from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.outputs import claimed_path, own_folder
+from fl_adapters.outputs import RESTART, claimed_path, own_folder
+from fl_adapters.restart import RestartPoints, round_seed
 from fl_adapters.site_rules import rules_of
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
+from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.site import SiteFilters
@@ -77,6 +80,9 @@ class Session:
         self.pid = os.getpid()
         self.registered = False
         self.closed = False
+        points = self.home.folder / RESTART
+        self._points = RestartPoints(points, fresh=self.home.fresh) if self.settings.exact_restart else None
+        self._snapshot: Snapshot | None = None
         self._task: Task | None = None
         self._kept_final = False  # the final task's arrays are copies
         self._to_score: Task | None = None
@@ -84,6 +90,8 @@ class Session:
         self._encoding = ""
         with self._allowed():
             self._rules.joined(welcome.settings, framework)
+            if self.settings.exact_restart:
+                check_repeatable(self._rules.filters)
             self._filters = SiteFilters(welcome.settings.get("filters", ()), self._rules.filters, self._home())
 
     def output_dir(self, path: str) -> str:
@@ -138,13 +146,21 @@ class Session:
         self.registered = True
         return self.rounds
 
-    def start(self, state: Callable[[], Arrays], extras: Arrays | None = None) -> Task:
+    def start(
+        self, state: Callable[[], Arrays], extras: Arrays | None = None, snapshot: Snapshot | None = None
+    ) -> Task:
         """The first task: kind "train", or "final" when the run is over already (a site that comes late).
 
         state() is called only where this site's own weights become the initial model, or a part of it; extras travel
-        beside them.
+        beside them. snapshot: of who registers with the capability EXACT_RESTART. Where the job asks for that, it is
+        saved before anything is sent, and in a process that comes back it has been loaded when the task is here.
         """
+        self._snapshot = snapshot
+        if self._points is not None and self._points.empty:
+            self._save_point(None, {})
         task = self._client.next_task()
+        if self._points is not None and self.attempt > 1:
+            self._load_point(self._points, task)
         if task.kind == "initial":
             arrays = state()
             self._send(self._update(task, arrays, 1, 0, {}, extras or {}), self._filters.initial)
@@ -179,6 +195,7 @@ class Session:
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
         if held_back:
             update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
+        self._save_point(task, arrays)
         return self._send(update, lambda update: self._filters.outgoing(update, task))
 
     def next_task(self) -> Task:
@@ -310,6 +327,26 @@ class Session:
             copies = {name: np.copy(array) for name, array in final.arrays.items()}
             self._task, self._kept_final = replace(final, arrays=copies), True
 
+    @property
+    def round_seed(self) -> int | None:
+        """What this round's random states begin from, of every framework that the script uses; None where the job does
+        not ask for exact restarts."""
+        return None if self._points is None else round_seed(self.settings.seed, self.name, self._current())
+
+    def _save_point(self, done: Task | None, arrays: Arrays) -> None:
+        """This site's state after the work for `done`, whose result is `arrays`."""
+        if self._points is not None and self._snapshot is not None:
+            held_back = dict(self._filters.held_back(arrays))
+            state = {"turn": self.turn, "held_back": held_back, "own": self._snapshot.save()}
+            self._points.save(done, state)
+
+    def _load_point(self, points: RestartPoints, task: Task) -> None:
+        state = points.before(task)
+        if state is not None and self._snapshot is not None:
+            self.turn = state["turn"]
+            self._filters.restore(state["held_back"])
+            self._snapshot.load(state["own"])
+
     def _current(self) -> Task:
         if self._task is None or self.closed:
             raise ConfigError("this session has no task: it has not started, or it has ended", where=self.name)
@@ -335,7 +372,8 @@ class Session:
             if self._rules.received(task):
                 self._filters.set_own(self._rules.filters, self._rules.budget)
             self._task = self._filters.received(task)
-        waited = task.kind == "train" and task.config.get("drawn") and (self.turn > 0 or self.attempt == 1)
+        counts = self.turn > 0 or self.attempt == 1 or self._points is not None
+        waited = task.kind == "train" and task.config.get("drawn") and counts
         self.turn = self.turn + 1 if waited else task.round
         return self._task
 

@@ -5,8 +5,8 @@
 
 `check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
 their cases one by one, for a test each, and `correction_cases` those of an adapter that corrects gradients and trains
-personal models, `cross_site_cases` those of one that scores other sites' models. None of this needs pytest, sockets or
-a framework.
+personal models, `cross_site_cases` those of one that scores other sites' models, `restart_cases` those of one that
+restarts exactly. None of this needs pytest, sockets or a framework.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fl_adapters.conformance_corrections import (
     correction_cases,
 )
 from fl_adapters.conformance_cross_site import CrossSiteCase, ScoredExample, cross_site_cases
+from fl_adapters.conformance_restart import RestartCase, restart_cases
 from fl_adapters.conformance_training import (
     PlainLoop,
     Trained,
@@ -29,7 +30,7 @@ from fl_adapters.conformance_training import (
     failing,
     training_cases,
 )
-from fl_adapters.local_federation import LocalFederation, Outcome, Place
+from fl_adapters.local_federation import Death, LocalFederation, Outcome, Place
 
 __all__ = [
     "AdapterCase",
@@ -39,10 +40,12 @@ __all__ = [
     "CorrectionCase",
     "CorrectionExample",
     "CrossSiteCase",
+    "Death",
     "LocalFederation",
     "Outcome",
     "Place",
     "PlainLoop",
+    "RestartCase",
     "ScoredExample",
     "Trained",
     "TrainingCase",
@@ -53,5 +56,6 @@ __all__ = [
     "correction_cases",
     "cross_site_cases",
     "failing",
+    "restart_cases",
     "training_cases",
 ]

@@ -24,6 +24,10 @@ Settings: TypeAlias = Mapping[str, Any]
 """JSON values: what may travel beside tensors."""
 
 Content = Literal["weights", "delta", "encoded"]
+
+EXACT_RESTART = "exact-restart"
+"""The capability that a job with `exact_restart` asks of every site."""
+
 TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated"]
 
 

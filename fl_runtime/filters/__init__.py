@@ -28,7 +28,16 @@ from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.filters.topk import TopK
 from fl_runtime.types import Settings, Strategy
 
-__all__ = ["Placed", "at_point", "check_cross_site", "check_filters", "known_filters", "make_filter", "placed"]
+__all__ = [
+    "Placed",
+    "at_point",
+    "check_cross_site",
+    "check_filters",
+    "check_repeatable",
+    "known_filters",
+    "make_filter",
+    "placed",
+]
 
 _SHIPPED: tuple[type[Any], ...] = (
     ExcludeVars,
@@ -184,6 +193,17 @@ def check_extras(item: Any) -> None:
             'with optimizer_state="average", the control variates of scaffold',
             'use optimizer_state="keep" or "reset", and another strategy than scaffold',
         )
+
+
+def check_repeatable(filters: Iterable[Settings]) -> None:
+    """ConfigError for a filter with which no two runs end with the same bits, as `exact_restart` promises."""
+    for item in map(placed, filters):
+        if isinstance(item.filter, (GaussianDP, SVTPrivacy, HomomorphicCKKS)):
+            raise refuse(
+                f"{type(item.filter).__name__} draws from the operating system's randomness, so that no two runs end "
+                "with the same bits, as exact_restart promises",
+                "leave out one of the two",
+            )
 
 
 def encodings(filters: Iterable[Any]) -> list[Structural]:

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
-from fl_runtime.types import CROSS_EVALUATION, Strategy, Terms
+from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _SHOWN = 8
-_FIXES = {CROSS_EVALUATION: "give that site validation data and leave evaluate_global on, or leave cross_site out"}
+_FIXES = {
+    "cross_site": "give that site validation data and leave evaluate_global on, or leave cross_site out of the job",
+    "exact_restart": "leave exact_restart out of the job, or see docs/restart.md for what the script must add",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Member:
     attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
     streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
     it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
-    described: tensors in its manifests so far, of all attempts. expelled: why this attempt may do nothing any more.
+    described: tensors in its manifests so far, of all attempts. known: one of them has registered.
+    expelled: why this attempt may do nothing any more.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Member:
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
+    known: bool = False
     expelled: str = ""
 
     @property
@@ -97,7 +102,8 @@ def check_agreement(
 
 
 def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
-    """Raises HandshakeError naming the first site whose adapter lacks something. what: needs it."""
+    """Raises HandshakeError naming the first site whose adapter lacks what `what`, the job's strategy or a setting of
+    it, needs."""
     for name, registration in registrations.items():
         weights = {"weights"} if registration.terms.content == "weights" else set()
         missing = requires - registration.capabilities - weights
@@ -105,9 +111,7 @@ def check_capabilities(registrations: Mapping[str, Registration], what: str, req
             raise HandshakeError(
                 f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
-                fix=_FIXES.get(
-                    next(iter(missing)), "choose another strategy, or an adapter and version that support it"
-                ),
+                fix=_FIXES.get(what, "choose another strategy, or an adapter and version that support it"),
             )
 
 

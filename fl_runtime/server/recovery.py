@@ -21,7 +21,7 @@ def recover(run: Run) -> None:
         member.attempt = attempt
         member.absent_since = time.monotonic()
         if registration:
-            member.registration = Registration.from_json(registration)
+            member.registration, member.known = Registration.from_json(registration), True
             manifest = run.journal.manifest(member.registration.layout)
             run.manifests[manifest.layout] = manifest
     run.rounds = run.journal.rounds()

@@ -22,7 +22,7 @@ from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.types import CROSS_EVALUATION, Arrays, ServerState
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ def _handshake(run: Run) -> None:
         if settings.cross_site:
             check_cross_site(settings.filters, run.strategy)
             check_capabilities(registrations, "cross_site", frozenset({CROSS_EVALUATION}))
+        if settings.exact_restart:
+            check_capabilities(registrations, "exact_restart", frozenset({EXACT_RESTART}))
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
             raise ConfigError(
@@ -119,7 +121,8 @@ def _initial_model(run: Run) -> None:
     with run.lock:
 
         def ready() -> bool:
-            _check_quorum(run, _present(run), "waiting for the initial model")
+            here = [m.name for m in run.members.values() if m.known and not m.gone]  # or on their way back
+            _check_quorum(run, here, "waiting for the initial model")
             run.published.notify_all()  # the source may have changed: another site is asked
             return run.model is not None
 
@@ -214,7 +217,7 @@ def _open(run: Run, number: int) -> OpenRound:
     run.phase = "training"
     if run.open is None:
         enough = run.settings.min_sites
-        run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
+        run.wait_until(lambda: _assembled(run, enough) or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
         punctual = [name for name in participants if name not in run.silent]
@@ -433,6 +436,12 @@ def _farewell(run: Run) -> None:
 
 def _present(run: Run) -> list[str]:
     return [m.name for m in run.members.values() if m.active]
+
+
+def _assembled(run: Run, enough: int) -> bool:
+    """Enough sites are there; for exact restarts none is on its way back either, since it could be drawn."""
+    returning = any(m.known and not m.gone and not m.active for m in run.members.values())
+    return len(_present(run)) >= enough and not (run.settings.exact_restart and returning)
 
 
 def _none_can_come(run: Run) -> bool:

@@ -106,7 +106,7 @@ class Run:
             member.layouts.add(manifest.layout)
             if self.rounds is not None:
                 self._check_latecomer(name, registration)
-            member.registration = registration
+            member.registration, member.known = registration, True
             self.journal.registered(name, registration.to_json())
             self.events.emit(
                 "registered",
@@ -219,8 +219,9 @@ class Run:
                 self.blobs.free(model.blob)
 
     def initial_source(self) -> str | None:
-        """The site whose own weights become the initial model: the first registered one, in order."""
-        return next((m.name for m in self.members.values() if m.active), None)
+        """The site whose own weights become the initial model: the first registered one, in order. One that comes back
+        meanwhile stays it."""
+        return next((m.name for m in self.members.values() if m.known and not m.gone), None)
 
     def _offer(self, member: Member, best: bool) -> Offer | None:
         self.silent.discard(member.name)

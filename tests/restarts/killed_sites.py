@@ -1,0 +1,100 @@
+"""Sites in processes of their own that are killed outright (SIGKILL) and started again with the same command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+import fl_adapters
+from fl_adapters.testing import LocalFederation, Place
+from fl_runtime.types import Arrays
+
+TIMEOUT_S = 120
+
+
+class Process(Protocol):
+    """A site's process: subprocess.Popen, or what has these of it."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+def run_sites(folder: Path, script: Path, *, kills: int = 0, seed: int = 0, **settings: Any) -> dict[str, bytes]:
+    """The final global model of two sites that run `script`, with `exact_restart`. kills, seed: see `killed`."""
+    with LocalFederation(sites=2, sockets=True, folder=folder, **{"exact_restart": True, **settings}) as federation:
+        killed(federation, lambda place: _started(place, script, folder), settings["rounds"], kills, seed)
+        return bits(federation.model())
+
+
+def killed(federation: LocalFederation, start: Callable[[Place], Process], rounds: int, kills: int, seed: int) -> None:
+    """Run both sites to a good end. kills: how many times one of them is killed, and started again by `start`: in
+    rounds, and at moments within them, that `seed` draws."""
+    processes = {place.name: start(place) for place in federation.places}
+    try:
+        for site, ready, moment_s in _plan(federation, kills, seed, rounds):
+            _wait(processes[site.name], site, ready)
+            try:
+                processes[site.name].wait(moment_s)
+            except subprocess.TimeoutExpired:
+                processes[site.name].kill()
+                processes[site.name].wait()
+                processes[site.name] = start(site)
+        statuses = [process.wait(TIMEOUT_S) for process in processes.values()]
+        logs = "".join(path.read_text() for path in federation.folder.rglob("*log*") if path.is_file())
+        assert statuses == [0, 0], logs
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    assert len(federation.result().rounds) == rounds
+    joined = sum(event.kind == "joined" for event in federation.events)
+    assert joined > 2 or not kills, "nobody was killed after it had joined"
+
+
+def bits(arrays: Arrays) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def _plan(
+    federation: LocalFederation, kills: int, seed: int, rounds: int
+) -> Sequence[tuple[Place, Callable[[], bool], float]]:
+    """(who, when its round has begun, how many seconds after that)."""
+    rng = np.random.default_rng(seed)
+
+    def in_round(site: str, number: int) -> Callable[[], bool]:
+        return lambda: any(
+            event.kind == "task_sent" and event.site == site and event.round >= number
+            for event in list(federation.events)
+        )
+
+    chosen = sorted(rng.integers(0, rounds, kills).tolist())  # round 0: the initial model
+    sites = [federation.places[int(index)] for index in rng.integers(0, 2, kills)]
+    return [
+        (site, in_round(site.name, number), float(rng.exponential(0.05)))
+        for site, number in zip(sites, chosen, strict=True)
+    ]
+
+
+def _wait(process: Process, site: Place, ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not ready() and process.poll() is None:
+        assert time.monotonic() < end, f"{site.name} did not come so far"
+        time.sleep(0.002)
+
+
+def _started(place: Place, script: Path, folder: Path) -> subprocess.Popen[bytes]:
+    packages = str(Path(fl_adapters.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "FL_ADAPTERS_KIT": place.kit, "OMP_NUM_THREADS": "1"}
+    with open(folder / f"{place.name}.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(script)], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder
+        )
