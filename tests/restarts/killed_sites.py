@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,11 +29,66 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-def run_sites(folder: Path, script: Path, *, kills: int = 0, seed: int = 0, **settings: Any) -> dict[str, bytes]:
-    """The final global model of two sites that run `script`, with `exact_restart`. kills, seed: see `killed`."""
+def run_sites(
+    folder: Path, script: Path, *, warm: WarmProcess | None = None, kills: int = 0, seed: int = 0, **settings: Any
+) -> dict[str, bytes]:
+    """The final global model of two sites that run `script`, with `exact_restart`. warm: forks of it run the script;
+    None: a fresh Python. kills, seed: see `killed`."""
+
+    def start(place: Place) -> Process:
+        log = folder / f"{place.name}.log"
+        return warm.start(script, place.kit, log) if warm else _started(place, script, log)
+
     with LocalFederation(sites=2, sockets=True, folder=folder, **{"exact_restart": True, **settings}) as federation:
-        killed(federation, lambda place: _started(place, script, folder), settings["rounds"], kills, seed)
+        killed(federation, start, settings["rounds"], kills, seed)
         return bits(federation.model())
+
+
+class WarmProcess:
+    """A process that has imported these modules, and forks sites: each begins within milliseconds."""
+
+    def __init__(self, *modules: str, **environment: str) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "warm_process.py"), *modules]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=_environment() | environment, **pipes)
+
+    def __enter__(self) -> WarmProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # its input ends, and so does it
+
+    def start(self, script: Path, kit: str, log: Path) -> Process:
+        return _Forked(self, self.ask({"script": str(script), "kit": kit, "log": str(log)}))
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+class _Forked:
+    def __init__(self, warm: WarmProcess, pid: int) -> None:
+        self._warm, self._pid = warm, pid
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            self._status = self._warm.ask({"status": self._pid})
+        return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (TIMEOUT_S if timeout is None else timeout)
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a site", timeout or TIMEOUT_S)
+            time.sleep(0.005)
+        return status
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
 
 
 def killed(federation: LocalFederation, start: Callable[[Place], Process], rounds: int, kills: int, seed: int) -> None:
@@ -90,11 +147,15 @@ def _wait(process: Process, site: Place, ready: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def _started(place: Place, script: Path, folder: Path) -> subprocess.Popen[bytes]:
+def _started(place: Place, script: Path, log: Path) -> subprocess.Popen[bytes]:
+    environment = _environment() | {"FL_ADAPTERS_KIT": place.kit}
+    with open(log, "ab") as out:
+        return subprocess.Popen(
+            [sys.executable, str(script)], env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent
+        )
+
+
+def _environment() -> dict[str, str]:
     packages = str(Path(fl_adapters.__file__).parents[1])
     path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "FL_ADAPTERS_KIT": place.kit, "OMP_NUM_THREADS": "1"}
-    with open(folder / f"{place.name}.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(script)], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder
-        )
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import restarted_loop
-from killed_sites import run_sites
+from killed_sites import WarmProcess, run_sites
 
 import fl_adapters as fl
 from fl_adapters.restart import RestartPoints
@@ -64,8 +64,15 @@ def test_a_loop_of_its_own_conforms(case: RestartCase) -> None:
     ids=["plain", "error feedback, and moments at the server"],
 )
 def test_killed_at_random_instants(tmp_path: Path, settings: dict[str, Any]) -> None:
-    wanted = run_sites(tmp_path / "undisturbed", SCRIPT, rounds=12, **settings)
-    assert run_sites(tmp_path / "disturbed", SCRIPT, kills=4, seed=1, rounds=12, **settings) == wanted
+    with WarmProcess("numpy", "fl_adapters.loop") as warm:
+        wanted = run_sites(tmp_path / "undisturbed", SCRIPT, warm=warm, rounds=12, **settings)
+        assert run_sites(tmp_path / "disturbed", SCRIPT, warm=warm, kills=8, seed=1, rounds=12, **settings) == wanted
+
+
+def test_killed_with_nothing_warm(tmp_path: Path) -> None:
+    """The same command, in a fresh Python."""
+    wanted = run_sites(tmp_path / "undisturbed", SCRIPT, rounds=4)
+    assert run_sites(tmp_path / "disturbed", SCRIPT, kills=1, seed=1, rounds=4) == wanted
 
 
 # -- what is promised, and what is not ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
 
-from killed_sites import bits, killed
+from killed_sites import WarmProcess, run_sites
 
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.testing import RestartCase, restart_cases
 from fl_runtime.errors import ConfigError
 
-PROGRAM = """
+SCRIPT = """
+import sys
+sys.path.insert(0, {folder!r})
 from hf_example import Example
 from fl_adapters import site
 Example("alone").train(site().index, epochs=100, keep_local=["head.*"])
@@ -39,34 +40,13 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str, tmp_path: Path) -
         case(Example(str(tmp_path), kind="sgd" if strategy == "scaffold" else "adam"))
 
 
-class Process:
-    """A forked site, as `killed` wants it."""
-
-    def __init__(self, site: Any) -> None:
-        self._process = site.process
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("a site", timeout or 0.0)
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-def test_killed_at_random_instants(federation) -> None:
+def test_killed_at_random_instants(tmp_path: Path) -> None:
     """SIGKILL: AdamW with a falling rate, dropout, shuffling, a layer that stays."""
-
-    def final(kills: int) -> dict[str, bytes]:
-        run = federation(sites=2, rounds=6, exact_restart=True)
-        killed(run._open, lambda place: Process(run.fork(PROGRAM, number=place.index + 1)), 6, kills, seed=4)
-        return bits(run.model())
-
-    assert final(4) == final(0)
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    with WarmProcess("torch", "transformers.trainer") as warm:
+        wanted = run_sites(tmp_path / "undisturbed", script, warm=warm, rounds=6)
+        assert run_sites(tmp_path / "disturbed", script, warm=warm, kills=5, seed=4, rounds=6) == wanted
 
 
 def refused(run: Any, trainer: Any = m.trainer, resume: Any = None, **options: Any) -> str:
