@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fl_adapters.conformance import require, require_same_bits
 from fl_adapters.conformance_training import TrainingExample
 from fl_adapters.local_federation import Death, LocalFederation, Place
@@ -68,7 +70,9 @@ def _run(
         fails = fail_at if left[place.name] else 0
         while True:
             try:
-                arguments: dict[str, Any] = {"kit": place.kit, "keep_local": [example.personal], "epochs": 100}
+                arguments: dict[str, Any] = {"kit": place.kit, "epochs": 100}
+                if example.personal:
+                    arguments["keep_local"] = [example.personal]
                 return example.train(place.index, fail_at=fails, **arguments).weights
             except Exception as error:
                 if not left[place.name]:
@@ -81,4 +85,6 @@ def _run(
         own = federation.run(site)
         require(len(federation.result().rounds) == _ROUNDS, "the run has not had its rounds")
         require(not any(left.values()), f"nobody has died in place of {left}")
-        return federation.model(), own
+        exported = federation.server.export(federation.folder / "final")
+        require(exported is not None, "there is no global model")
+        return {"model": np.fromfile(str(exported), np.uint8)}, own

@@ -16,7 +16,6 @@ import numpy as np
 
 import fl_adapters
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.types import Arrays
 
 TIMEOUT_S = 120
 
@@ -31,9 +30,11 @@ class Process(Protocol):
 
 def run_sites(
     folder: Path, script: Path, *, warm: WarmProcess | None = None, kills: int = 0, seed: int = 0, **settings: Any
-) -> dict[str, bytes]:
-    """The final global model of two sites that run `script`, with `exact_restart`. warm: forks of it run the script;
-    None: a fresh Python. kills, seed: see `killed`."""
+) -> bytes:
+    """The file of the final global model of two sites that run `script`, with `exact_restart`.
+
+    warm: forks of it run the script; None: a fresh Python. kills, seed: see `killed`.
+    """
 
     def start(place: Place) -> Process:
         log = folder / f"{place.name}.log"
@@ -41,7 +42,9 @@ def run_sites(
 
     with LocalFederation(sites=2, sockets=True, folder=folder, **{"exact_restart": True, **settings}) as federation:
         killed(federation, start, settings["rounds"], kills, seed)
-        return bits(federation.model())
+        exported = federation.server.export(folder / "final")
+        assert exported is not None
+        return exported.read_bytes()
 
 
 class WarmProcess:
@@ -114,10 +117,6 @@ def killed(federation: LocalFederation, start: Callable[[Place], Process], round
     assert len(federation.result().rounds) == rounds
     joined = sum(event.kind == "joined" for event in federation.events)
     assert joined > 2 or not kills, "nobody was killed after it had joined"
-
-
-def bits(arrays: Arrays) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in arrays.items()}
 
 
 def _plan(
