@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics import from_json, plain
-from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.errors import FederationError, ProtocolError, StoreError
 from fl_runtime.server import limits, reports
 from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
@@ -29,7 +29,8 @@ from fl_runtime.wire.manifest import Manifest
 M = TypeVar("M", bound=Message)
 
 BEAT_S = 10.0
-"""How often a waiting site hears that the server is alive."""
+"""How often a site that does not say how often hears that the server is alive, while it waits for a task."""
+_SHORTEST_BEAT_S = 0.1
 
 
 class FederationService:
@@ -57,7 +58,11 @@ class FederationService:
             raise ProtocolError(
                 f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs"
             )
-        return self._methods[method](peer, requests)
+        try:
+            yield from self._methods[method](peer, requests)
+        except StoreError as error:  # nothing more can be promised
+            self._run.fail(error)
+            raise
 
     def _attempt(self, session: pb.Session) -> int:
         """The attempt that a call speaks for; a call of an earlier job must not count in this one."""
@@ -102,17 +107,21 @@ class FederationService:
             evaluates=request.evaluates,
             terms=_terms(request.terms_json),
         )
-        rounds = self._run.register(peer.name, self._attempt(request.session), manifest, registration)
-        yield pb.RegisterReply(rounds=rounds).SerializeToString()
+        attempt, beat_s = self._attempt(request.session), _beat_s(request.session)
+        for rounds in self._run.register(peer.name, attempt, manifest, registration, beat_s):
+            reply = pb.RegisterReply(waiting=pb.Waiting()) if rounds is None else pb.RegisterReply(rounds=rounds)
+            yield reply.SerializeToString()
 
     def _attend(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        attempt = self._attempt(_first(pb.SessionRequest, requests).session)
+        session = _first(pb.SessionRequest, requests).session
+        attempt, beat_s = self._attempt(session), _beat_s(session)
         ended = threading.Event()
         self._run.attend(peer.name, attempt)
         try:
             if peer.when_gone(ended.set):
                 yield pb.Notice(kind="attending").SerializeToString()
-                ended.wait()
+                while not ended.wait(beat_s):
+                    yield pb.Notice(kind="waiting").SerializeToString()
         finally:
             self._run.absent(peer.name, attempt)
 
@@ -131,7 +140,8 @@ class FederationService:
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.NextRequest, requests)
         attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
-        for offer in self._run.wait_for_task(peer.name, attempt, best, BEAT_S, evaluate=evaluate):
+        beat_s = _beat_s(request.session) or BEAT_S
+        for offer in self._run.wait_for_task(peer.name, attempt, best, beat_s, evaluate=evaluate):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:
@@ -179,7 +189,7 @@ class FederationService:
             yield ready[key]
             return
         if shared:
-            header.payload.file = self._run.blobs.file_name(blob)
+            header.payload.file = self._run.blobs.path(blob).name
             yield pb.TaskPart(task=header).SerializeToString()
             return
         if request.resume_digest == frames.payload_digest(header.payload):
@@ -202,7 +212,7 @@ class FederationService:
                 if payload.inline:
                     transfer.receiver.take(payload.inline)
                 elif transfer.receiver.manifest.nbytes:
-                    shared = self._run.blobs.file_name(transfer.blob) if header.shared and self._share else ""
+                    shared = self._run.blobs.path(transfer.blob).name if header.shared and self._share else ""
                     yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
                     received += _written(transfer, requests) if shared else _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
@@ -246,11 +256,20 @@ class FederationService:
         report = Report(self._run.settings.name, request.version, peer.name, metrics, examples)
         attempt = self._attempt(request.session)
         reports.score(self._run, report, attempt)
-        reply = pb.ScoreReply()
-        if request.wait:
-            together, reply.stop = reports.wait_for_scores(self._run, peer.name, attempt, request.version)
-            reply.metrics_json = json.dumps(dict(together))
-        yield reply.SerializeToString()
+        if not request.wait:
+            yield pb.ScoreReply().SerializeToString()
+            return
+        beat_s = _beat_s(request.session)
+        for found in reports.wait_for_scores(self._run, peer.name, attempt, request.version, beat_s):
+            if found is None:
+                yield pb.ScoreReply(waiting=pb.Waiting()).SerializeToString()
+            else:
+                yield pb.ScoreReply(metrics_json=json.dumps(dict(found[0])), stop=found[1]).SerializeToString()
+
+
+def _beat_s(session: pb.Session) -> float | None:
+    """How often the caller wants to hear in a call that waits that the server is alive; None: not at all."""
+    return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
 
 
 def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:

@@ -77,9 +77,9 @@ class Blobs:
         except OSError as error:
             raise StoreError(f"a blob cannot be read: {error.strerror}", where=str(path)) from error
 
-    def file_name(self, blob: Blob) -> str:
-        """Its file in the folder; the payload is at the end of it."""
-        return self._path(blob.name).name
+    def path(self, blob: Blob) -> Path:
+        """Its file; the payload is at the end of it."""
+        return self._path(blob.name)
 
     def rename(self, blob: Blob, name: str) -> None:
         try:

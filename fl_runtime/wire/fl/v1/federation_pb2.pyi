@@ -78,12 +78,14 @@ class JoinReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ..., shared_folder: _Optional[str] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("job", "attempt")
+    __slots__ = ("job", "attempt", "beat_s")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BEAT_S_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    beat_s: float
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., beat_s: _Optional[float] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("session",)
@@ -134,10 +136,12 @@ class RegisterRequest(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ..., terms_json: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("rounds",)
+    __slots__ = ("rounds", "waiting")
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     rounds: int
-    def __init__(self, rounds: _Optional[int] = ...) -> None: ...
+    waiting: Waiting
+    def __init__(self, rounds: _Optional[int] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
 
 class NextRequest(_message.Message):
     __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate", "shared")
@@ -262,12 +266,14 @@ class ScoreRequest(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., version: _Optional[int] = ..., metrics_json: _Optional[str] = ..., num_examples: _Optional[int] = ..., wait: bool = ...) -> None: ...
 
 class ScoreReply(_message.Message):
-    __slots__ = ("metrics_json", "stop")
+    __slots__ = ("metrics_json", "stop", "waiting")
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     metrics_json: str
     stop: bool
-    def __init__(self, metrics_json: _Optional[str] = ..., stop: bool = ...) -> None: ...
+    waiting: Waiting
+    def __init__(self, metrics_json: _Optional[str] = ..., stop: bool = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
 
 class TunnelPart(_message.Message):
     __slots__ = ("session", "peer", "stream", "opened", "credit", "closed", "data")
