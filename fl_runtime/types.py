@@ -179,7 +179,7 @@ class Event:
     kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
     the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
     with the matrix), round_dropped (an open round that is not needed), left, failed,
-    finished; a simulation adds starting and exited.
+    finished; a simulation adds starting, restarted and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """
 
