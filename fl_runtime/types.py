@@ -165,6 +165,7 @@ class RunSettings:
     patience: int | None = None
     min_delta: float = 0.0
     cross_site: bool = False
+    durability: Literal["process", "power"] = "process"
 
     @property
     def sites_per_round(self) -> int:

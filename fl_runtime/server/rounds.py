@@ -370,6 +370,8 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob
         bytes_down=sum(current.bytes_down.values()),
     )
     entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
+    for made in filter(None, (blob, kept)):
+        run.blobs.settle(made)
     kept_entry = KeptEntry(kept.name, kept.manifest.layout) if kept else None
     run.journal.committed(entry, current.round, result.to_json(), kept_entry)
     previous, run.model, run.open = run.model, Model(entry, blob, kept), None

@@ -53,9 +53,10 @@ class Run:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.published = threading.Condition(self.lock)
-        self.journal = Journal(folder / "journal.sqlite")
+        durable = settings.durability == "power"
+        self.journal = Journal(folder / "journal.sqlite", durable=durable)
         self.journal.begin(settings)
-        self.blobs = Blobs(folder / "blobs")
+        self.blobs = Blobs(folder / "blobs", durable=durable)
         self.spool = Spool(self.blobs, self.lock)
         self.members = {name: Member(name, i) for i, name in enumerate(settings.sites)}
         self.manifests: dict[bytes, Manifest] = {}
@@ -347,6 +348,7 @@ class Run:
                 self.open.participants.append(update.site)
             self.open.bytes_up[update.site] = bytes_up
             self.blobs.rename(blob, f"update-{self.open.round}-{self.members[update.site].index}")
+            self.blobs.settle(blob)
             layout = blob.manifest.layout
             self.journal.accepted(UpdateEntry(self.open.round, update.site, digest, blob.name, layout, header))
             self.open.accepted[update.site] = Accepted(update, blob, digest)
@@ -380,6 +382,7 @@ class Run:
         """Version 0, from the first site or from a file."""
         with self.lock:
             self.blobs.rename(blob, "model-0")
+            self.blobs.settle(blob)
             self.add_layout(blob.manifest)
             digests = blob.manifest.digests_of_payload(blob.buffer)
             entry = ModelEntry(0, blob.name, blob.manifest.layout, digests)

@@ -1,7 +1,7 @@
 """The journal: what has happened in a run, so that a killed server goes on where it stopped (SQLite, WAL).
 
-An entry is written after the bytes it speaks of are in place and before anyone is told. Commits are not synced to
-the device: the promise is against the death of processes, not of machines.
+An entry is written after the bytes it speaks of are in place and before anyone is told. Commits are synced to the
+device only where the job's durability is "power": else the promise is against the death of processes, not of machines.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ CREATE TABLE score (version INTEGER, site TEXT, metrics TEXT NOT NULL, num_examp
 # Came after the first journals of this schema version, which are without it.
 _KEPT = "CREATE TABLE IF NOT EXISTS kept (version INTEGER PRIMARY KEY, blob TEXT NOT NULL, layout BLOB NOT NULL)"
 
+
+_DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(RunSettings) if f.default is not MISSING}))
+"""For the settings that a journal of an earlier version is without."""
 
 RESTORE = "put the file back from a copy, or begin the job anew under another name"
 
@@ -85,14 +88,17 @@ class RoundEntry:
 class Journal:
     """One run's journal. Not thread-safe: callers hold the run's lock."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create. StoreError if the file is damaged, unwritable or of a newer version."""
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        """Open or create. StoreError if the file is damaged, unwritable or of a newer version.
+
+        durable: every commit is on the device before it is believed.
+        """
         self.path = path
         with self._mapped_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=OFF")
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             self._check()
             with self._transaction():
                 if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
@@ -115,7 +121,7 @@ class Journal:
         if found is None:
             with self._mapped_errors(), self._transaction():
                 self._put("job", mine)
-        elif found != mine:
+        elif {**_DEFAULTS, **json.loads(found)} != json.loads(mine):
             raise ConfigError(
                 f"this folder holds another run ({json.loads(found)['name']!r}, or the same one with other settings)",
                 where=str(self.path),
@@ -211,6 +217,10 @@ class Journal:
             self._put("ended", json.dumps(error.to_wire() if error else None))
 
     # -- reading ---------------------------------------------------------------------------------------------
+
+    def finished(self) -> bool:
+        """The run has ended, and without an error."""
+        return self._get("ended") == "null"
 
     def rounds(self) -> int | None:
         value = self._get("rounds")
