@@ -25,6 +25,7 @@ from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import claimed_path, own_folder
 from fl_adapters.site_rules import rules_of
+from fl_adapters.swarm import CAPABILITY, SwarmSite, is_swarm
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters.base import Home
@@ -85,6 +86,10 @@ class Session:
         with self._allowed():
             self._rules.joined(welcome.settings, framework)
             self._filters = SiteFilters(welcome.settings.get("filters", ()), self._rules.filters, self._home())
+            self._swarm: SwarmSite | None = None
+            if is_swarm(self.settings.strategy):
+                deadline_s = float(welcome.settings["deadline_s"])
+                self._swarm = SwarmSite(self._client, self.name, self.sealed, kit.patience_s, deadline_s)
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -129,7 +134,7 @@ class Session:
             Manifest.of(state),
             agreement=shared,
             info=self._rules.info(info),
-            capabilities=capabilities,
+            capabilities=capabilities | ({CAPABILITY} if self._swarm else frozenset()),
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
             terms=terms,
@@ -144,11 +149,13 @@ class Session:
         state() is called only where this site's own weights become the initial model, or a part of it; extras travel
         beside them.
         """
-        task = self._client.next_task()
+        if self._swarm is not None:
+            self._swarm.start()
+        task = self._next()
         if task.kind == "initial":
             arrays = state()
             self._send(self._update(task, arrays, 1, 0, {}, extras or {}), self._filters.initial)
-            task = self._client.next_task()
+            task = self._next()
         return self._received(task)
 
     def submit(
@@ -184,7 +191,7 @@ class Session:
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
         done = self._current().round
-        task = self._received(self._client.next_task())
+        task = self._received(self._next())
         up, down = self._client.bytes_up - self._up, self._client.bytes_down - self._down
         self.stats = RoundStats(done, up, down, time.monotonic() - self._began)
         return task
@@ -294,11 +301,18 @@ class Session:
     def hand_over(self) -> None:
         """End this attempt without leaving the run: another attempt of this site goes on in its place."""
         self.closed = True
+        if self._swarm is not None:
+            self._swarm.close()
         self._client.close()
+
+    def _next(self) -> Task:
+        return self._swarm.next_task() if self._swarm is not None else self._client.next_task()
 
     def _end(self, reason: str, *, early: bool) -> None:
         if not self.closed:
             self.closed = True
+            if self._swarm is not None:
+                self._swarm.close()
             self._client.leave(self._rules.leaving(reason, early=early), early=early)
             self._client.close()
 
@@ -345,6 +359,8 @@ class Session:
             self._rules.may_travel([*update.arrays, *update.extras], update.round)
             sent = filtered(update)
             self._rules.outgoing(sent)
+            if self._swarm is not None and update.round > 0:  # the tensors go to the round's aggregator
+                sent = self._swarm.receipt(sent)
         return self._client.submit(sent)
 
     @contextmanager

@@ -16,14 +16,13 @@ from fl_runtime.types import Update
 
 def recover(run: Run) -> None:
     """Set a fresh Run to where its journal stands. A journal without entries changes nothing."""
+    run.manifests.update({manifest.layout: manifest for manifest in run.journal.manifests()})  # sites count on it
     for name, attempt, registration in run.journal.sites():
         member = run.members[name]
         member.attempt = attempt
         member.absent_since = time.monotonic()
         if registration:
             member.registration = Registration.from_json(registration)
-            manifest = run.journal.manifest(member.registration.layout)
-            run.manifests[manifest.layout] = manifest
     run.rounds = run.journal.rounds()
     if run.rounds is not None:
         run.agree(run.journal.terms())
@@ -89,9 +88,7 @@ def _best_of(run: Run, older: list[ModelEntry]) -> None:
 
 
 def _model(run: Run, entry: ModelEntry) -> Model:
-    manifest = run.journal.manifest(entry.layout)
-    run.manifests[manifest.layout] = manifest
-    return Model(entry, run.blobs.open(entry.blob, manifest))
+    return Model(entry, run.blobs.open(entry.blob, run.journal.manifest(entry.layout)))
 
 
 def _accepted(run: Run, entry: UpdateEntry) -> Accepted:

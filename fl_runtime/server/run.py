@@ -21,6 +21,7 @@ from fl_runtime.server import limits
 from fl_runtime.server.buffered import Buffer
 from fl_runtime.server.cross_site import CrossSite
 from fl_runtime.server.events import Events
+from fl_runtime.server.handover import Handover, is_of_handover
 from fl_runtime.server.members import Member, Registration, check_agreement
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.scores import Scores
@@ -67,6 +68,7 @@ class Run:
         self.handed_out: Model | None = None  # the model as a filter has encoded it for the open round
         self.buffer = Buffer(self.strategy.buffer) if self.strategy.buffer else None
         self.cross_site = CrossSite(settings.cross_site)
+        self.handover: Handover | None = None  # while a site forms the mean of the open round
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
@@ -92,6 +94,8 @@ class Run:
             member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
             member.layouts.clear()
             member.attending, member.absent_since = 0, time.monotonic()
+            if self.strategy.relayed and self.open is not None and not self.open.closing:
+                self.leave_out(self.open, name)  # its update is gone with the process that had it
             self.journal.joined(name, member.attempt)
             self.events.emit("joined", site=name, attempt=member.attempt, version=version)
             self.changed.notify_all()
@@ -180,9 +184,10 @@ class Run:
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def wait_for_task(
-        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False
+        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False, done: str = ""
     ) -> Iterator[Offer | None]:
-        """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
+        """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model. done: see
+        `Handover.offer`."""
         if best:
             with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
                 self.without_score.add(name)
@@ -190,11 +195,11 @@ class Run:
         while True:
             with self.lock:
                 member = self._member(name, attempt)
-                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
+                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best, done)
                 if offer is None:
                     self.published.wait(beat_s)
                     self._member(name, attempt)
-                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
+                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best, done)
             yield offer
             if offer is not None:
                 return
@@ -222,7 +227,7 @@ class Run:
         """The site whose own weights become the initial model: the first registered one, in order."""
         return next((m.name for m in self.members.values() if m.active), None)
 
-    def _offer(self, member: Member, best: bool) -> Offer | None:
+    def _offer(self, member: Member, best: bool, done: str) -> Offer | None:
         self.silent.discard(member.name)
         if not member.active:
             return None
@@ -230,6 +235,8 @@ class Run:
             return Offer("initial", 0, {}, None, True)
         if self.buffer is not None and self.phase == "training":
             return self.buffer.offer(self, member)
+        if self.handover is not None:
+            return self.handover.offer(member, done)
         waits = self.open is not None and not self.open.takes(member.name)
         if self._collecting() and self.open and not waits and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
@@ -284,6 +291,8 @@ class Run:
                 return None
             if self.buffer is not None and round > 0:
                 return self.buffer.admit(self, name, round)
+            if is_of_handover(stage):
+                return None if self.handover and self.handover.admits(name, attempt, stage) else "late"
             if round <= self.last_used.get(name, -1):
                 return "duplicate"
             while self.phase == "training" and (self.open is None or self.open.closing):
@@ -321,6 +330,9 @@ class Run:
                 self._emit_update(update, status if status == "late" else "buffered", bytes_up, self.buffer.since)
                 return status
             assert self.open is not None
+            if self.handover is not None and is_of_handover(update.stage):
+                self.open.bytes_up[update.site] = self.open.bytes_up.get(update.site, 0) + bytes_up
+                return self.handover.take(self, update, blob)
             try:
                 limits.check_extras(update, [item.update for item in self.open.accepted.values()])
             except FederationError:
@@ -384,6 +396,12 @@ class Run:
                 self.blobs.free(accepted.blob)
                 self.last_used[name] = self.open.round - 1
             self.open = None
+
+    def leave_out(self, current: OpenRound, name: str) -> None:
+        """A site's update does not count in this round after all. Called under the lock."""
+        if name in current.accepted:
+            self.blobs.free(current.accepted.pop(name).blob)
+            self.last_used[name] = current.round - 1
 
     def evaluators(self, version: int) -> set[str]:
         """Active sites that have promised to score each global model, as far as they get this one."""

@@ -128,7 +128,8 @@ class FederationService:
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.NextRequest, requests)
         attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
-        for offer in self._run.wait_for_task(peer.name, attempt, best, BEAT_S, evaluate=evaluate):
+        done = limits.check_text(request.done, "the stage of a request")
+        for offer in self._run.wait_for_task(peer.name, attempt, best, BEAT_S, evaluate=evaluate, done=done):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:

@@ -228,6 +228,10 @@ class Journal:
             raise StoreError("the journal names a layout that it does not hold", where=str(self._path))
         return Manifest.from_proto(pb.Manifest.FromString(rows[0][0]))
 
+    def manifests(self) -> list[Manifest]:
+        """All that the server had seen."""
+        return [Manifest.from_proto(pb.Manifest.FromString(row[0])) for row in self._all("SELECT manifest FROM layout")]
+
     def models(self) -> list[ModelEntry]:
         return [ModelEntry(*row) for row in self._all("SELECT * FROM model ORDER BY version")]
 

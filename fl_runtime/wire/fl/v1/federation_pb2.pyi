@@ -136,7 +136,7 @@ class RegisterReply(_message.Message):
     def __init__(self, rounds: _Optional[int] = ...) -> None: ...
 
 class NextRequest(_message.Message):
-    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate")
+    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate", "done")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +144,7 @@ class NextRequest(_message.Message):
     RESUME_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layouts: _containers.RepeatedScalarFieldContainer[bytes]
     resume_from: int
@@ -151,7 +152,8 @@ class NextRequest(_message.Message):
     resume_digest: bytes
     best: bool
     evaluate: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ...) -> None: ...
+    done: str
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ..., done: _Optional[str] = ...) -> None: ...
 
 class TaskHeader(_message.Message):
     __slots__ = ("job", "round", "stage", "kind", "version", "config_json", "payload", "offset")
