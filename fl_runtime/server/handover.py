@@ -125,6 +125,7 @@ class Relayed:
         run = self._run
         with run.lock:
             while True:
+                run.wait_until(self._settled, run.settings.rejoin_s)
                 handover = run.handover = self._begin()
                 run.events.emit("aggregator", handover.round, handover.aggregator, sites=list(handover.sites))
                 run.published.notify_all()
@@ -135,6 +136,11 @@ class Relayed:
                 if handover.model is not None:
                     return handover.model
                 self._failed(handover)
+
+    def _settled(self) -> bool:
+        """Whether the sites are there, or gone for good: one whose connection is broken has its time to come back."""
+        members = [self._run.members[name] for name in self._current.accepted]
+        return all(member.attending or member.gone for member in members)
 
     def _begin(self) -> Handover:
         run, current = self._run, self._current
