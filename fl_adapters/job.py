@@ -206,6 +206,12 @@ def _check(job: Job) -> None:
             where="fraction",
             fix="leave fraction out of the job",
         )
+    if strategy.relayed and job.late == "carry":
+        raise ConfigError(
+            f"under {job.strategy} the server has no update that it could carry into the next round",
+            where="late",
+            fix="leave late out of the job",
+        )
     if strategy.buffer:
         for field, wanted in (
             ("fraction", job.fraction < 1),

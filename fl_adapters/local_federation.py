@@ -20,8 +20,9 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from fl_adapters.kit import Kit, read_kit
-from fl_adapters.session import close_sessions
-from fl_runtime.errors import FederationError, SiteFailedError
+from fl_adapters.sessions import close_sessions
+from fl_adapters.swarm import is_swarm
+from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.transport import memory
@@ -97,6 +98,12 @@ class LocalFederation:
         names = tuple(f"site-{n}" for n in range(1, sites + 1)) if isinstance(sites, int) else tuple(sites)
         self._settings = RunSettings(**{"name": name, "sites": names, "min_sites": len(names), **settings})
         self._sockets = sockets
+        if states is not None and is_swarm(self._settings.strategy):
+            raise ConfigError(
+                "under swarm sites wait for each other, and with states= they run one at a time",
+                where="LocalFederation",
+                fix="leave states out, and give the sites processes of their own where they share random states",
+            )
         self._turns = None if states is None else _Turns([_PYTHON, _NUMPY, *states])
         self._deaths = _Deaths(deaths)
         self._temporary = folder is None

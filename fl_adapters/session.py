@@ -7,11 +7,9 @@ long as the slowest site trains.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.kit import Kit, current_kit
+from fl_adapters.kit import Kit
 from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import RESTART, claimed_path, own_folder
 from fl_adapters.restart import RestartPoints, round_seed
 from fl_adapters.site_rules import rules_of
+from fl_adapters.swarm import CAPABILITY, SwarmSite, is_swarm
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
 from fl_runtime.filters import check_repeatable
@@ -34,7 +33,6 @@ from fl_runtime.filters.base import Home
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.store.tensorfile import write_tensors
-from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.sealed import SealedStream
@@ -93,6 +91,10 @@ class Session:
             if self.settings.exact_restart:
                 check_repeatable(self._rules.filters)
             self._filters = SiteFilters(welcome.settings.get("filters", ()), self._rules.filters, self._home())
+            self._swarm: SwarmSite | None = None
+            if is_swarm(self.settings.strategy):
+                deadline_s = float(welcome.settings["deadline_s"])
+                self._swarm = SwarmSite(self._client, self.name, self.sealed, kit.patience_s, deadline_s)
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -137,7 +139,7 @@ class Session:
             Manifest.of(state),
             agreement=shared,
             info=self._rules.info(info),
-            capabilities=capabilities,
+            capabilities=capabilities | ({CAPABILITY} if self._swarm else frozenset()),
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
             terms=terms,
@@ -158,13 +160,15 @@ class Session:
         self._snapshot = snapshot
         if self._points is not None and self._points.empty:
             self._save_point(None, {})
-        task = self._client.next_task()
+        if self._swarm is not None:
+            self._swarm.start()
+        task = self._next()
         if self._points is not None and self.attempt > 1:
             self._load_point(self._points, task)
         if task.kind == "initial":
             arrays = state()
             self._send(self._update(task, arrays, 1, 0, {}, extras or {}), self._filters.initial)
-            task = self._client.next_task()
+            task = self._next()
         return self._received(task)
 
     def submit(
@@ -201,7 +205,7 @@ class Session:
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
         done = self._current().round
-        task = self._received(self._client.next_task())
+        task = self._received(self._next())
         up, down = self._client.bytes_up - self._up, self._client.bytes_down - self._down
         self.stats = RoundStats(done, up, down, time.monotonic() - self._began)
         return task
@@ -311,11 +315,18 @@ class Session:
     def hand_over(self) -> None:
         """End this attempt without leaving the run: another attempt of this site goes on in its place."""
         self.closed = True
+        if self._swarm is not None:
+            self._swarm.close()
         self._client.close()
+
+    def _next(self) -> Task:
+        return self._swarm.next_task() if self._swarm is not None else self._client.next_task()
 
     def _end(self, reason: str, *, early: bool) -> None:
         if not self.closed:
             self.closed = True
+            if self._swarm is not None:
+                self._swarm.close()
             self._client.leave(self._rules.leaving(reason, early=early), early=early)
             self._client.close()
 
@@ -383,6 +394,8 @@ class Session:
             self._rules.may_travel([*update.arrays, *update.extras], update.round)
             sent = filtered(update)
             self._rules.outgoing(sent)
+            if self._swarm is not None and update.round > 0:  # the tensors go to the round's aggregator
+                sent = self._swarm.receipt(sent)
         return self._client.submit(sent)
 
     @contextmanager
@@ -412,76 +425,3 @@ class Session:
             content=self._content,
             encoding=self._encoding,
         )
-
-
-_sessions: dict[str, Session] = {}
-_said_alone = False
-
-
-def open_session(options: Options, *, framework: str, fresh: bool = False) -> Session | None:
-    """This process's session for the kit of `options`; joins the federation on first use.
-
-    None without a kit, after one line on stderr that says so (ConfigError with `required`), and in a process
-    forked from the one that joined. fresh: a new trainer begins; a session that is past its handshake hands over to
-    a new attempt (a notebook cell that is run twice).
-    """
-    kit = current_kit(options.kit)
-    if kit is None:
-        _alone(options, framework)
-        return None
-    session = _sessions.get(_key(kit))
-    if session is not None and session.pid != os.getpid():
-        return None
-    if session is not None and fresh and session.registered and not session.closed:
-        session.hand_over()  # leaving, even for a moment, could end a run that needs every site
-    if session is None or session.closed:
-        session = _sessions[_key(kit)] = _joined(kit, options, framework)
-    return session
-
-
-def close_sessions(reason: str, kit: Kit | None = None) -> None:
-    """Leave the runs of this process that have not ended: that of `kit`, else all of them. Runs by itself when the
-    interpreter exits."""
-    for key in list(_sessions) if kit is None else [_key(kit)]:
-        session = _sessions.pop(key, None)
-        if session is not None and session.pid == os.getpid() and not session.closed:
-            session.leave(reason)
-
-
-def _key(kit: Kit) -> str:
-    return f"{kit.server}/{kit.job}/{kit.site}"
-
-
-def _joined(kit: Kit, options: Options, framework: str) -> Session:
-    transport = _transport(kit)
-    try:
-        session = Session(kit, options, framework, transport)
-    except FederationError:
-        transport.close()
-        raise
-    atexit.register(close_sessions, "its script ended before the last round")
-    return session
-
-
-def _transport(kit: Kit) -> Transport:
-    if kit.server.startswith(memory.SCHEME):
-        return memory.connect(kit.server, kit.site)
-    from fl_runtime.transport.grpc import GrpcTransport  # here, so that nobody pays for it before connecting
-
-    if kit.credentials:
-        from fl_runtime.transport.tls import FileCredentials
-
-        return GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials)))
-    return GrpcTransport(kit.server, kit.token)
-
-
-def _alone(options: Options, framework: str) -> None:
-    global _said_alone
-    if options.required:
-        raise ConfigError(
-            "this script must run in a federation (required=True), but there is no startup kit",
-            fix="start it with `fl-adapters simulate`, set FL_ADAPTERS_KIT, or pass kit=",
-        )
-    if not _said_alone:
-        _said_alone = True
-        print(f"fl-adapters: no startup kit, so {framework} trains alone on this machine's data", file=sys.stderr)

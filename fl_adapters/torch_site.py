@@ -11,7 +11,8 @@ from fl_adapters.adapter import Snapshot
 from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import PERSONAL
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Task, Terms

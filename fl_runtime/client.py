@@ -49,6 +49,7 @@ _DAMAGED_TRIES = 4
 _GOODBYE_S = 10.0
 _BEATS = 4  # while a call is patient
 _ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
+_WITHOUT_MODEL = ("initial", "evaluated", "share", "aggregate")
 _random = random.Random()  # of our own: the user's random state is not ours to advance
 
 
@@ -135,10 +136,11 @@ class SiteClient:
         self._large = manifest.nbytes > frames.INLINE_BYTES
         return reply.rounds
 
-    def next_task(self, *, best: bool = False, evaluate: bool = False) -> Task:
+    def next_task(self, *, best: bool = False, evaluate: bool = False, done: str = "") -> Task:
         """Wait for a task and receive its arrays. best: after the last round, the best round's model. evaluate: then,
-        another site's model to be scored, kind "evaluate", or "evaluated" when there is none left."""
-        return self._patiently(lambda: self._next_task(best, evaluate))
+        another site's model to be scored, kind "evaluate", or "evaluated" when there is none left. done: the stage of
+        the last "share" or "aggregate" that this site is through with; it is not given again."""
+        return self._patiently(lambda: self._next_task(best, evaluate, done))
 
     def submit(self, update: Update) -> str:
         """Send an update; returns what it counted as: used, late, carried or duplicate. Arrays are borrowed."""
@@ -245,8 +247,10 @@ class SiteClient:
             time.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    def _next_task(self, best: bool, evaluate: bool) -> Task:
-        request = pb.NextRequest(session=self._session, layouts=list(self._manifests), best=best, evaluate=evaluate)
+    def _next_task(self, best: bool, evaluate: bool, done: str) -> Task:
+        request = pb.NextRequest(
+            session=self._session, layouts=list(self._manifests), best=best, evaluate=evaluate, done=done
+        )
         if self._incoming is not None:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
@@ -285,9 +289,9 @@ class SiteClient:
             manifest = Manifest.from_proto(payload.manifest)
             self._manifests[manifest.layout] = manifest
             self._sent_layouts.add(manifest.layout)
-        if header.kind in ("initial", "evaluated"):
-            manifest = Manifest(())
-        elif payload.layout in self._manifests:
+        if header.kind in _WITHOUT_MODEL:
+            return _Incoming(digest, frames.Receiver(Manifest(()), payload.digests, np.empty(0, np.uint8)))
+        if payload.layout in self._manifests:
             manifest = self._manifests[payload.layout]
         else:
             raise ProtocolError("a task refers to a layout that this site has not seen")

@@ -28,7 +28,7 @@ Content = Literal["weights", "delta", "encoded"]
 EXACT_RESTART = "exact-restart"
 """The capability that a job with `exact_restart` asks of every site."""
 
-TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated"]
+TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Task:
 
     kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
     "final" (`arrays` is the global model after the last round), "best" (the best round's model), "evaluate" (a model
-    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these).
+    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these); where sites themselves form
+    the mean: "share" (send your update to the site `config["to"]`) and "aggregate" (form it: `config["sites"]`).
     version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one; what sites
     have sent, and others evaluate, has numbers behind the last round's.
     arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
@@ -177,7 +178,8 @@ class RunSettings:
 class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
-    kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
+    kind: joined, registered, started, round_started, task_sent, update, aggregator (a site forms the mean of the round:
+    `Swarm`), round_finished, report (a site has scored
     the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
     with the matrix), round_dropped (an open round that is not needed), left, failed,
     finished; a simulation adds starting, restarted and exited.
@@ -254,6 +256,7 @@ class Strategy(Protocol):
     round 0, whose base is empty.
     linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
     weighted: the weights of the sites make a difference.
+    relayed: the aggregator runs at one of the sites, and the server gets what it makes, not the updates.
     """
 
     content: ClassVar[Content]
@@ -266,6 +269,14 @@ class Strategy(Protocol):
     @property
     def requires(self) -> frozenset[str]:
         """Capabilities that every site's adapter must have declared; "weights" is that of content "weights"."""
+        ...
+
+    @property
+    def relayed(self) -> bool: ...
+
+    @property
+    def spec(self) -> str:
+        """The strategy as text, as a job names it."""
         ...
 
     @property

@@ -36,6 +36,11 @@ class Workflow:
         """None: rounds, for which `step` is asked. k: no site ever waits, and every k updates make the next model."""
         return None
 
+    @property
+    def relayed(self) -> bool:
+        """Whether a site forms the sum of a round, and not the server."""
+        return False
+
     def step(self, round: int, present: Sequence[str]) -> Step:
         """What happens in a round (1, 2, ...). present: the sites that are there, in the job's order."""
         return self.broadcast()

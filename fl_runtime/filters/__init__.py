@@ -114,6 +114,12 @@ def check_filters(
                 f"{type(item.filter).__name__} works on weights, which {type(strategy).__name__} does not take",
                 "leave it out: only what travels beside such updates can be filtered",
             )
+        if strategy is not None and strategy.relayed and not isinstance(item.filter, FactsFilter):
+            name, of = type(item.filter).__name__, type(strategy).__name__
+            raise refuse(
+                f"{name} works on weights, which the sites send each other under {of}",
+                "leave it out: only what travels beside them can be filtered",
+            )
         if strategy is not None and strategy.buffer and item.at in ("server_in", "server_out"):
             name, of = type(item.filter).__name__, type(strategy).__name__
             raise refuse(
@@ -139,9 +145,9 @@ def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> 
             where="cross_site",
             fix="leave cross_site out of the job, or the filter",
         )
-    if strategy is not None and strategy.content != "weights":
+    if strategy is not None and (strategy.content != "weights" or strategy.relayed):
         raise ConfigError(
-            f"cross_site evaluates the sites' weights, and under {type(strategy).__name__} they send something else",
+            f"cross_site evaluates the sites' weights, which the server does not get under {type(strategy).__name__}",
             where="cross_site",
             fix="leave cross_site out of the job, or choose another strategy",
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fl_runtime.aggregation.metrics import plain
 from fl_runtime.server.members import Member
-from fl_runtime.server.state import Accepted, Model, Offer
+from fl_runtime.server.state import Accepted, Model, Offer, leased
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.types import Arrays
@@ -55,7 +55,7 @@ class CrossSite:
             if member.name not in run.scores.reported(version):
                 config = {"model": name}
                 model = run.model if name == GLOBAL else self._model(run, name, version)
-                return run.leased("evaluate", run.rounds or 0, config, model, member)
+                return leased("evaluate", run.rounds or 0, config, model, member)
         return Offer("evaluated", run.rounds or 0, {}, None, True)
 
     def complete(self, run: Run) -> bool:

@@ -101,6 +101,20 @@ def check_agreement(
     _check_rounds(registrations)
 
 
+def check_latecomer(
+    name: str,
+    registration: Registration,
+    members: Mapping[str, Member],
+    manifests: Mapping[bytes, Manifest],
+    strategy: Strategy,
+) -> None:
+    """check_agreement for a site that registers once the run has begun: with the first of the others."""
+    others = {m.name: m.registration for m in members.values() if m.registration and m.name != name}
+    if others:
+        first = next(iter(others.items()))
+        check_agreement(dict([first, (name, registration)]), manifests, strategy)
+
+
 def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
     """Raises HandshakeError naming the first site whose adapter lacks what `what`, the job's strategy or a setting of
     it, needs."""

@@ -13,6 +13,7 @@ from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFa
 from fl_runtime.filters import check_cross_site
 from fl_runtime.server.buffered import Buffer, next_model
 from fl_runtime.server.filtering import hand_out
+from fl_runtime.server.handover import Relayed
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.reports import settle
 from fl_runtime.server.results import RoundResult
@@ -183,7 +184,7 @@ def _round(run: Run, number: int) -> None:
     """One round: open, collect in any order, sum in fixed order, commit, tell."""
     with run.lock:
         current = _open(run, number)
-        summing = _Summing(run, current)
+        summing = Relayed(run, current) if run.strategy.relayed else _Summing(run, current)
     try:
         while not _collected(run, current, summing):
             pass
@@ -304,7 +305,7 @@ class _Summing:
         return self.kept.views()[0]
 
 
-def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
+def _collected(run: Run, current: OpenRound, summing: _Summing | Relayed) -> bool:
     """Wait for something to sum, and sum it without the lock; True when the round can close."""
     due = None
 

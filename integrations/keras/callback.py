@@ -13,7 +13,8 @@ import numpy as np
 from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options
 from fl_adapters.outputs import PERSONAL
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Task
 

@@ -14,7 +14,8 @@ from monai.networks.utils import copy_model_state, get_state_dict
 
 from fl_adapters.exchange import selected
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_adapters.torch_batches import size_of
 from fl_adapters.torch_state import as_array, as_tensor
 from fl_runtime.errors import ConfigError

@@ -13,7 +13,9 @@ from hf_example import BATCH, CLIP, RATE
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fl_adapters.hf import FederatedCallback
+from fl_adapters.session import Session
 from fl_adapters.testing import CrossSiteCase, LocalFederation, Trained, cross_site_cases
+from fl_adapters.torch_state import TorchState
 from fl_runtime.types import Arrays
 
 
@@ -131,3 +133,42 @@ def test_the_trainer_knows_nothing_of_it(best: bool, tmp_path: Any) -> None:
     assert told == told_alone and (flags, training) == (flags_alone, False)
     assert all(np.array_equal(weights[n], weights_alone[n]) and np.array_equal(weights[n], final[n]) for n in final)
     assert all(torch.equal(a, b) for a, b in zip(optimizer, optimizer_alone, strict=True))
+
+
+@pytest.mark.parametrize(("strategy", "lora"), [("ditto", False), ("rolora", True), ("ffa-lora", True)])
+def test_what_strategies_leave_at_a_site_does_not_come_into_it(
+    strategy: str, lora: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Personal models, and factors that nobody changes in the last round: each model is what its site has sent."""
+    monkeypatch.chdir(tmp_path)
+    sent: dict[str, dict[str, Any]] = {}
+    submit = Session.submit
+
+    def noted(self: Session, arrays: Arrays, **more: Any) -> str:
+        sent[self.name] = {name: np.array(array) for name, array in arrays.items()}
+        return submit(self, arrays, **more)
+
+    monkeypatch.setattr(Session, "submit", noted)
+    data = m.Tokens if lora else m.Sentences
+    states = [(torch.get_rng_state, torch.set_rng_state)]
+
+    def site(place: Any) -> Any:
+        model = m.adapted(m.classifier()) if lora else m.decoder()
+        given = {"train_dataset": data(32, place.index), "eval_dataset": data(16, 50 + place.index)}
+        m.trainer(FederatedCallback(kit=place.kit), model=model, num_train_epochs=9, **given).train()
+        return model
+
+    with LocalFederation(sites=2, rounds=2, cross_site=True, strategy=strategy, states=states) as federation:
+        models = federation.run(site)
+        federation.result()
+        final = federation.model()
+    matrix = next(e.data["matrix"] for e in federation.events if e.kind == "cross_site")
+    for index, (name, model) in enumerate(models.items()):
+        state = TorchState(model)
+        own = {key: np.array(array) for key, array in state.get_state().items()}
+        assert all(np.array_equal(own[key], array) for key, array in final.items())
+        for whose, arrays in {"global": final, **sent}.items():
+            state.set_state({**own, **final, **arrays})
+            by_hand = m.trainer(None, model=model, eval_dataset=data(16, 50 + index)).evaluate()["eval_loss"]
+            assert matrix[whose][name]["loss"] == pytest.approx(by_hand, abs=1e-6)
+    assert (len(sent["site-1"]) < len(final)) == (strategy == "rolora")
