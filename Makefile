@@ -7,6 +7,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 PROTOC := .venv-protoc
 FUZZ_S ?= 60
+CHAOS_SEED ?= 0
+CHAOS_FAULTS ?= 500
 # Test files at a time: each needs about a core, and 2 GB where it is one of a training framework.
 JOBS ?= 2
 TORCH := torch==2.13.0
@@ -87,6 +89,11 @@ lint: $(VENV)/.stamp  ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+.PHONY: chaos
+chaos: $(VENV)/.stamp  ## runs under faults: CHAOS_FAULTS of them, as CHAOS_SEED says; each must end as if undisturbed
+	@PYTHONPATH=$(CURDIR):tests/runtime $(VENV)/bin/python tests/chaos/chaos.py --seed $(CHAOS_SEED) \
+	  --faults $(CHAOS_FAULTS) $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the other

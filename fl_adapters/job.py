@@ -18,7 +18,7 @@ from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters import check_filters, check_repeatable
+from fl_runtime.filters import check_cross_site, check_filters, check_repeatable
 from fl_runtime.types import RunSettings
 
 R_co = TypeVar("R_co", covariant=True)
@@ -44,6 +44,9 @@ class Job(BaseModel):
     drawn anew for each from `seed` and its number; the others wait. site_weights: factors of the weights of sites by
     name, 1 for those not named. min_sites: how many updates a round needs; None means every site's that takes part.
     deadline_s: a round ends after so many seconds with the updates that are there.
+    rejoin_s: how long a site whose process or connection is gone is waited for before `min_sites` decides.
+    durability: what is promised holds through the death of processes, or with "power" also of the machine: the server
+    then waits for its disk before it acknowledges an update, closes a round, or leaves a result.
     late: "drop" an update that comes after its round, or "carry" it into the next.
     every, exchange, keep_local, optimizer_state: see the adapters' arguments; the script's own arguments win.
     initial: a safetensors file with the first global weights; None takes the first site's.
@@ -71,7 +74,9 @@ class Job(BaseModel):
     fraction: float = Field(default=1.0, gt=0, le=1)
     site_weights: dict[str, float] = Field(default_factory=dict)
     deadline_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)
+    rejoin_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     late: Literal["drop", "carry"] = "drop"
+    durability: Literal["process", "power"] = "process"
     every: str | int | None = None
     exchange: str | tuple[str, ...] | None = None
     keep_local: tuple[str, ...] = ()
@@ -227,6 +232,8 @@ def _check(job: Job) -> None:
     )
     chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may say
     check_filters(job.filters, job.optimizer_state, chosen)
+    if job.cross_site:
+        check_cross_site(job.filters, chosen)
     if LocalTerms.from_config(strategy.configure(1, ())).control_variates:
         check_filters(job.filters, "average", chosen)  # they travel as moments do
     if job.exact_restart:

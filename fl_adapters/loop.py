@@ -14,7 +14,7 @@ from fl_adapters.restart import Keeping, seed_python
 from fl_adapters.session import Session, open_session
 from fl_adapters.state_file import State
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import EXACT_RESTART, Arrays, Metrics, Settings, Task
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Settings, Task
 
 
 def connect(**options: Any) -> ConnectedSite:
@@ -84,7 +84,7 @@ class ConnectedSite:
             agreement=agreement or {},
             rounds=rounds,
             evaluates=False,
-            capabilities=frozenset([*["cross-evaluation"] * bool(evaluate), *[EXACT_RESTART] * bool(save)]),
+            capabilities=frozenset([*[CROSS_EVALUATION] * bool(evaluate), *[EXACT_RESTART] * bool(save)]),
         )
         task = session.start(lambda: mine, snapshot=Keeping(save, load or _nothing) if save else None)
         while task.kind == "train":

@@ -68,7 +68,7 @@ class Session:
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
         self._kit, self._framework = kit, framework
         self._rules = rules_of(kit)
-        self._client = SiteClient(transport, kit.patience_s)
+        self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
         welcome = self._client.join(kit.job)
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
         self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt
@@ -84,6 +84,8 @@ class Session:
         self._points = RestartPoints(points, fresh=self.home.fresh) if self.settings.exact_restart else None
         self._snapshot: Snapshot | None = None
         self._task: Task | None = None
+        self._kept_final = False  # the final task's arrays are copies
+        self._to_score: Task | None = None
         self._content: Content = "weights"
         self._encoding = ""
         with self._allowed():
@@ -226,8 +228,11 @@ class Session:
         return self.next_task()
 
     def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
-        """The score of the global model that arrived last, on this site's own validation data."""
-        self._client.report(self._scored(metrics, num_examples))
+        """The score of the model that arrived last, on this site's own validation data: of the global one, or of the
+        one that `next_to_score` gave."""
+        version = self._to_score.version if self._to_score else None
+        self._client.report(self._scored(metrics, num_examples, version))
+        self._to_score = None
 
     def report_together(self, metrics: Mapping[str, float | Summary], num_examples: int) -> tuple[Metrics, bool]:
         """`report`, then wait for the other sites: (metrics of all together, whether the run ends with this model)."""
@@ -244,23 +249,37 @@ class Session:
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
+        self._keep_final()
         with self._allowed():
             return self._filters.received(self._client.next_task(best=True))
 
+    def next_to_score(self) -> Task | None:
+        """Where the job wants cross-site evaluation, after the "final" task and its report: another model to evaluate
+        on this site's own validation data and then to `report` on; without a report it counts as one without metrics.
+
+        The global model (where it has no report yet), then every site's own; None when there is none left. A site that
+        calls this has registered with the capability CROSS_EVALUATION.
+        """
+        if not self.settings.cross_site:
+            return None
+        if self._to_score is not None:
+            self.report({}, 1)
+        self._keep_final()
+        task = self._client.next_task(evaluate=True)
+        if task.kind != "evaluate":
+            return None
+        with self._allowed():
+            self._to_score = self._filters.received(task)
+        return self._to_score
+
     def cross_evaluate(self, evaluate: Callable[[Arrays], tuple[Mapping[str, float | Summary], int]]) -> None:
-        """Where the job wants it, after the "final" task and its report: score the global model and every site's own.
+        """All that `next_to_score` gives, one after the other.
 
         evaluate(arrays) -> (metrics on this site's own validation data, how many examples they are of); the arrays
-        are valid for the call. A site that calls this registers with the capability "cross-evaluation".
+        are valid for the call.
         """
-        while self.settings.cross_site:
-            task = self._client.next_task(evaluate=True)
-            if task.kind != "evaluate":
-                return
-            with self._allowed():
-                task = self._filters.received(task)
-            metrics, num_examples = evaluate(task.arrays)
-            self._client.report(self._scored(metrics, num_examples, task.version))
+        while task := self.next_to_score():
+            self.report(*evaluate(task.arrays))
 
     def finish(
         self,
@@ -280,11 +299,9 @@ class Session:
         if export is not None and self._kit.simulated and final.config.get("export"):
             export(str(Path(self._kit.run, "model")))
             if load is not None:
-                kept = {name: np.copy(array) for name, array in final.arrays.items()}
-                best = self.best()
-                load(best.arrays)
+                load(self.best().arrays)
                 export(str(Path(self._kit.run, "best")))
-                load(kept)
+                load(self._current().arrays)
         self._end("all rounds are done", early=False)
 
     def leave(self, reason: str) -> None:
@@ -301,6 +318,14 @@ class Session:
             self.closed = True
             self._client.leave(self._rules.leaving(reason, early=early), early=early)
             self._client.close()
+
+    def _keep_final(self) -> None:
+        """Other models are about to come into the buffer that the final one lies in: whoever is to export it needs a
+        copy."""
+        final = self._current()
+        if not self._kept_final and self._kit.simulated and final.config.get("export"):
+            copies = {name: np.copy(array) for name, array in final.arrays.items()}
+            self._task, self._kept_final = replace(final, arrays=copies), True
 
     @property
     def round_seed(self) -> int | None:

@@ -63,6 +63,11 @@ class LiveModel:
         return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
 
     @property
+    def cross_site(self) -> bool:
+        """Whether the job wants every site's model evaluated here after the last round."""
+        return self._settings.cross_site
+
+    @property
     def content(self) -> Content:
         """Of the updates."""
         return "encoded" if self.encoding else "weights"
@@ -164,6 +169,11 @@ class LiveModel:
         self._final = self.state.set_apart()
         own = packed_tensors(self._local_tensors()) if more and not torch_ranks.several() else {}
         self._final_local = {name: array.copy() for name, array in own.items()}
+
+    def keep_final(self) -> None:
+        """The final weights are in the model: remember them, as `receive_final` does."""
+        if self._final is None:
+            self._final = self.state.set_apart()
 
     def restore_final(self) -> None:
         """Back to the final weights, on every rank."""

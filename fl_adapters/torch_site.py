@@ -14,7 +14,7 @@ from fl_adapters.outputs import PERSONAL
 from fl_adapters.session import Session, open_session
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.types import EXACT_RESTART, Arrays, Metrics, Task, Terms
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ class TorchSite:
                 agreement=facts,
                 rounds=rounds,
                 evaluates=evaluates,
-                capabilities=live.capabilities | ({EXACT_RESTART} if snapshot else frozenset()),
+                capabilities=live.capabilities
+                | ({CROSS_EVALUATION} if evaluates else frozenset())
+                | ({EXACT_RESTART} if snapshot else frozenset()),
                 terms=Terms(content=live.content),
                 encoding=live.encoding,
             )
@@ -120,8 +122,26 @@ class TorchSite:
         return self._begun(live, torch_ranks.on_rank_zero(exchanged))
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """The score of the global model that arrived last, on so many validation examples."""
+        """The score of the model that arrived last, on so many validation examples."""
         torch_ranks.on_rank_zero(lambda: self.session().report(metrics, num_examples))
+
+    def cross_evaluate(self, live: LiveModel, evaluate: Callable[[], None]) -> None:
+        """Where the job wants it, once the final weights are in place and scored: every site's model in their place,
+        one after the other, and the final weights again. evaluate(): scores the model as it is, and calls `report`; a
+        model without a report counts as one without metrics."""
+        if not live.cross_site:
+            return
+        live.keep_final()
+        while self._load_next(live):
+            evaluate()
+        live.restore_final()
+
+    def _load_next(self, live: LiveModel) -> bool:
+        task = torch_ranks.on_rank_zero(lambda: self.session().next_to_score())
+        if not torch_ranks.share(task is not None):
+            return False
+        live.load(task.arrays if task else None)
+        return True
 
     def finish(self, live: LiveModel, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
         """The normal end: see `Session.finish`. A personal model is exported to this site's own folder."""

@@ -1,7 +1,8 @@
 """The site's side of the protocol: join, register, wait for tasks, submit, report, leave.
 
 Calls block and are made by one thread at a time. A call that meets a broken connection is repeated, resuming
-transfers where they stopped, until the server has been out of reach for `patience_s`.
+transfers where they stopped, until the server has been out of reach for `patience_s`. A call that hears nothing for so
+long, where the server says now and then that it is there, is taken for broken too. There is no other deadline.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,9 +26,12 @@ from fl_runtime.errors import (
     ConnectionLostError,
     FederationError,
     ProtocolError,
+    StoreError,
     TransferDamagedError,
 )
-from fl_runtime.transport.base import Call, Transport
+from fl_runtime.transport.base import Transport
+from fl_runtime.transport.shared import SharedFolder
+from fl_runtime.transport.silence import WatchedCall, Watchman
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
@@ -41,6 +46,9 @@ R = TypeVar("R")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _DAMAGED_TRIES = 4
+_GOODBYE_S = 10.0
+_BEATS = 4  # while a call is patient
+_ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
 _random = random.Random()  # of our own: the user's random state is not ours to advance
 
 
@@ -60,17 +68,24 @@ class SiteClient:
     """One attempt of one site.
 
     Task arrays are views of one buffer that this object owns and reuses: they are valid until the next task.
-    bytes_up, bytes_down: message bytes of tasks and updates so far.
+    bytes_up, bytes_down: message bytes of tasks and updates so far, as if all had been sent. same_machine: the server
+    may be believed when it names a folder for large payloads.
     """
 
-    def __init__(self, transport: Transport, patience_s: float) -> None:
+    def __init__(self, transport: Transport, patience_s: float, *, same_machine: bool = False) -> None:
         self._transport, self._patience_s = transport, patience_s
         self._session = pb.Session()
         self._manifests: dict[bytes, Manifest] = {}
         self._sent_layouts: set[bytes] = set()
         self._buffer: Array = np.empty(0, np.uint8)
         self._incoming: _Incoming | None = None
+        self._same_machine = same_machine
+        self._shared: SharedFolder | None = None
+        self._large = False  # whether the weights are too large for a header
         self._presence: _Presence | None = None
+        self._watchman = Watchman(patience_s)
+        self._beats = False  # the server says in every call that waits that it is there
+        self._under_way: WatchedCall | None = None
         self._heard = 0  # messages of the server: as long as it grows, the server is within reach
         self._closed = False
         self.bytes_up = 0
@@ -83,8 +98,13 @@ class SiteClient:
         )
         reply = self._unary("Join", request, pb.JoinReply)
         settings = json.loads(reply.settings_json)
-        self._session = pb.Session(job=settings["name"], attempt=reply.attempt)
-        self._presence = _Presence(self._transport, pb.SessionRequest(session=self._session))
+        self._beats = "beats" in reply.features
+        self._session = pb.Session(
+            job=settings["name"], attempt=reply.attempt, beat_s=self._patience_s / _BEATS if self._beats else 0.0
+        )
+        if self._same_machine and reply.shared_folder:
+            self._shared = SharedFolder(Path(reply.shared_folder))
+        self._presence = _Presence(self._begin, pb.SessionRequest(session=self._session))
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
 
     def register(
@@ -112,6 +132,7 @@ class SiteClient:
         reply = self._unary("Register", request, pb.RegisterReply)
         self._manifests[manifest.layout] = manifest
         self._sent_layouts.add(manifest.layout)
+        self._large = manifest.nbytes > frames.INLINE_BYTES
         return reply.rounds
 
     def next_task(self, *, best: bool = False, evaluate: bool = False) -> Task:
@@ -137,6 +158,7 @@ class SiteClient:
             local_steps=update.local_steps,
             metrics_json=_metrics_json(update.metrics),
             payload=payload,
+            shared=self._shared is not None,
         )
         message = pb.UpdatePart(update=header).SerializeToString()
         status = self._patiently(lambda: self._send(message, [] if small else pieces))
@@ -161,11 +183,12 @@ class SiteClient:
         return Tunnel(self._transport, self._session, accept, lost)
 
     def leave(self, reason: str, *, early: bool) -> None:
-        """End the attempt. Errors are logged and not raised: there is nothing left to do about them."""
+        """End the attempt. Errors are logged and not raised: there is nothing left to do about them. A server that
+        cannot be reached is waited for for a moment: it would wait much longer for this site."""
+        patience_s = min(_GOODBYE_S, self._patience_s)
         try:
             request = pb.LeaveRequest(session=self._session, reason=reason, early=early)
-            for _ in self._transport.call("Leave", request.SerializeToString()):
-                pass
+            self._unary("Leave", request, pb.Done, patience_s)
         except FederationError as error:
             log.info("leaving without the server's word: %s", error)
 
@@ -173,39 +196,52 @@ class SiteClient:
         self._closed = True
         if self._presence is not None:
             self._presence.close()
+        self._watchman.close()
         self._transport.close()
 
     # -- calls -----------------------------------------------------------------------------------------------
 
+    def _begin(self, method: str, requests: bytes | Iterator[bytes]) -> WatchedCall:
+        call = self._transport.call(method, requests)
+        return self._watchman.begin(call, watched=self._beats or method in _ALWAYS_ANSWERED)
+
     def _call(self, method: str, requests: bytes | Iterator[bytes]) -> Iterator[bytes]:
-        for message in self._transport.call(method, requests):
-            self._heard += 1
-            yield message
+        with self._begin(method, requests) as call:
+            self._under_way = call
+            for message in call:
+                self._heard += 1
+                yield message
 
-    def _unary(self, method: str, request: Message, reply: type[M]) -> M:
+    def _unary(self, method: str, request: Message, reply: type[M], patience_s: float | None = None) -> M:
+        waits = "waiting" in reply.DESCRIPTOR.fields_by_name
+
         def call() -> M:
-            return _parsed(reply, next(self._call(method, request.SerializeToString()), b""))
+            for message in self._call(method, request.SerializeToString()):
+                answer = _parsed(reply, message)
+                if not (waits and answer.HasField("waiting")):
+                    return answer
+            raise ConnectionLostError(f"the server ended the call {method} without an answer")
 
-        return self._patiently(call)
+        return self._patiently(call, patience_s)
 
-    def _patiently(self, attempt: Callable[[], R]) -> R:
+    def _patiently(self, attempt: Callable[[], R], patience_s: float | None = None) -> R:
         """Repeat a call over broken connections, with pauses that grow and vary, while patience lasts."""
+        patience_s = self._patience_s if patience_s is None else patience_s
         given_up_at: float | None = None
         pause_s, heard, damaged = _FIRST_PAUSE_S, self._heard, 0
         while True:
             try:
                 return attempt()
-            except ConnectionLostError as error:
+            except (ConnectionLostError, StoreError) as error:  # a server whose disk is full may be back soon
                 damaged += isinstance(error, TransferDamagedError)
                 if self._closed or damaged == _DAMAGED_TRIES:
                     raise
                 now = time.monotonic()
                 if given_up_at is None or self._heard != heard:
-                    given_up_at, pause_s, heard = now + self._patience_s, _FIRST_PAUSE_S, self._heard
+                    given_up_at, pause_s, heard = now + patience_s, _FIRST_PAUSE_S, self._heard
                 if now > given_up_at:
-                    raise ConnectionLostError(
-                        f"{error.what}; gave up after {self._patience_s:g} s", where=error.where, fix=error.fix
-                    ) from None
+                    what = f"{error.what}; gave up after {patience_s:g} s"
+                    raise type(error)(what, where=error.where, fix=error.fix) from None
             time.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
@@ -215,18 +251,26 @@ class SiteClient:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
-        for message in self._call("Next", request.SerializeToString()):
-            if frames.is_frame(message):
-                if self._incoming is None:
-                    raise ProtocolError("a frame came before its header")
-                self._incoming.receiver.take(frames.frame_data(message))
-            else:
-                part = _parsed(pb.TaskPart, message)
-                if part.HasField("waiting"):
-                    continue
-                header = part.task
-                self._incoming = self._expect(header)
-            self.bytes_down += len(message)
+        request.shared = self._large and self._shared is not None
+        read = threading.Event()
+        first = request.SerializeToString()
+        try:
+            for message in self._call("Next", _until(first, read) if request.shared else first):
+                if frames.is_frame(message):
+                    if self._incoming is None:
+                        raise ProtocolError("a frame came before its header")
+                    self._incoming.receiver.take(frames.frame_data(message))
+                else:
+                    part = _parsed(pb.TaskPart, message)
+                    if part.HasField("waiting"):
+                        continue
+                    header = part.task
+                    self._incoming = self._expect(header)
+                    self.bytes_down += self._read(header.payload, self._incoming.receiver)
+                    read.set()
+                self.bytes_down += len(message)
+        finally:
+            read.set()  # whatever happened: nothing waits for it any more
         if header is None:
             raise ConnectionLostError("the server ended the call without a task")
         return self._task(header)
@@ -253,6 +297,17 @@ class SiteClient:
         if payload.inline:
             receiver.take(payload.inline)
         return _Incoming(digest, receiver)
+
+    def _read(self, payload: pb.Payload, receiver: frames.Receiver) -> int:
+        """Take a payload from the file that its header names, if it does; the bytes read."""
+        if not payload.file:
+            return 0
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        data = self._shared.payload(payload.file, receiver.manifest.nbytes).data
+        for start in range(receiver.arrived, len(data), frames.FRAME_BYTES):
+            receiver.take(data[start : start + frames.FRAME_BYTES])
+        return len(data)
 
     def _task(self, header: pb.TaskHeader) -> Task:
         assert self._incoming is not None
@@ -284,7 +339,9 @@ class SiteClient:
                 first = _parsed(pb.SubmitReply, next(replies, b""))
                 if first.HasField("accepted"):
                     return first.accepted.status
-                offset.give(first.send_from)
+                if first.file:
+                    self._write(first.file, pieces)
+                offset.give(sum(map(len, pieces)) if first.file else first.send_from)
             finally:
                 offset.give(None)  # whatever happened: nobody waits for an offset for ever
         last = _parsed(pb.SubmitReply, next(replies, b""))
@@ -301,6 +358,21 @@ class SiteClient:
         for message in frames.frames(pieces, start):
             self.bytes_up += len(message)
             yield message
+            if self._under_way is not None:
+                self._under_way.moved()
+        if start == sum(map(len, pieces)):
+            yield frames.frame([])  # a file has it all
+
+    def _write(self, name: str, pieces: list[memoryview]) -> None:
+        """Fill the server's file with an update."""
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        nbytes, at = sum(map(len, pieces)), 0
+        target = self._shared.payload(name, nbytes)
+        for piece in pieces:
+            target[at : at + len(piece)] = piece
+            at += len(piece)
+        self.bytes_up += nbytes
 
 
 @dataclass(frozen=True)
@@ -309,6 +381,13 @@ class _Incoming:
 
     digest: bytes
     receiver: frames.Receiver
+
+
+def _until(message: bytes, event: threading.Event) -> Iterator[bytes]:
+    """The message, and an empty one when the event is set."""
+    yield message
+    event.wait()
+    yield b""
 
 
 class _Offset:
@@ -331,10 +410,10 @@ class _Offset:
 class _Presence:
     """Holds the Attend call open, so that the server sees at once when this process is gone."""
 
-    def __init__(self, transport: Transport, request: pb.SessionRequest) -> None:
-        self._transport, self._message = transport, request.SerializeToString()
+    def __init__(self, begin: Callable[[str, bytes], WatchedCall], request: pb.SessionRequest) -> None:
+        self._begin, self._message = begin, request.SerializeToString()
         self._closed = threading.Event()
-        self._call: Call | None = None
+        self._call: WatchedCall | None = None
         self._thread = threading.Thread(target=self._hold, name="fl-presence", daemon=True)
         self._thread.start()
 
@@ -343,11 +422,11 @@ class _Presence:
         pause_s = _FIRST_PAUSE_S
         while not self._closed.is_set():
             try:
-                self._call = self._transport.call("Attend", self._message)
-                if self._closed.is_set():
-                    self._call.cancel()
-                for _ in self._call:
-                    pause_s = _FIRST_PAUSE_S
+                with self._begin("Attend", self._message) as self._call:
+                    if self._closed.is_set():
+                        self._call.cancel()
+                    for _ in self._call:
+                        pause_s = _FIRST_PAUSE_S
             except ConnectionLostError:
                 log.debug("presence lost; opening it again")
             except FederationError as error:  # fenced off, or the run has failed: the next call will say so

@@ -82,7 +82,7 @@ class ConnectionLostError(FederationError):
 
 
 class TransferDamagedError(ConnectionLostError):
-    """Tensors arrived with a wrong digest; like a broken connection, a reason to send them again."""
+    """Something arrived with a wrong digest; like a broken connection, a reason to send it again."""
 
     code = "damaged"
 

@@ -111,6 +111,10 @@ class Report:
     num_examples: int
 
 
+CROSS_EVALUATION = "cross-evaluation"
+"""The capability of an adapter that scores other sites' models too, where the job wants it (`cross_site`)."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a site's script says of the run where the job is silent; all sites must say the same.
@@ -161,6 +165,7 @@ class RunSettings:
     patience: int | None = None
     min_delta: float = 0.0
     cross_site: bool = False
+    durability: Literal["process", "power"] = "process"
 
     @property
     def sites_per_round(self) -> int:

@@ -9,7 +9,7 @@ VERSION = "0.1.0"
 PROTOCOL = 1
 """The protocol that this version speaks, the one and only so far; see wire/fl/v1/federation.proto."""
 
-FEATURES: tuple[str, ...] = ()
+FEATURES: tuple[str, ...] = ("beats",)
 """Optional parts of the protocol that this side can do; both sides use what both name."""
 
 SERVER_NAME = "server.fl-adapters.internal"

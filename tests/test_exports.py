@@ -28,9 +28,10 @@ PUBLIC = {
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
     """,
     "fl_adapters.testing": """
-        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample Death LocalFederation Outcome
-        Place PlainLoop RestartCase Trained TrainingCase TrainingExample adapter_cases check_adapter check_training
-        correction_cases failing restart_cases training_cases
+        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
+        LocalFederation Outcome Place PlainLoop RestartCase ScoredExample Trained TrainingCase TrainingExample
+        adapter_cases check_adapter check_training correction_cases cross_site_cases failing restart_cases
+        training_cases
     """,
     "fl_runtime": "",  # not for users
 }

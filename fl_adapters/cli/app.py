@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fl_adapters.cli import federation_app
+from fl_adapters.cli import federation_app, job_app
 from fl_adapters.cli.script_command import ScriptCommand
 from fl_runtime.version import VERSION
 
@@ -200,3 +200,4 @@ def bundle(
 
 
 federation_app.add_to(app)
+app.add_typer(job_app.job)

@@ -17,6 +17,8 @@ from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.types import RunSettings
 
+_LOOK_S = 0.2
+
 
 def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C; with a job, after it: 1 if it failed."""
@@ -38,21 +40,27 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_j
             print(f"{kit.identity.federation}: serving at {address} as {kit.address}", file=sys.stderr, flush=True)
             if kit.certificate.expires_soon:
                 print(f"the certificate ends in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
-            if job is None:
-                stop.wait()
-                return 0
-            return _one(server, job, kit.identity, stop, as_json)
+            name = None if job is None else _begun(server, job, kit.identity)
+            while not stop.wait(_LOOK_S):
+                if server.halted:
+                    raise server.halted
+                if name is not None and server.wait_for_job(name, 0):
+                    return _ended(server.outcome(name), as_json)
+            return 0
         finally:
             server.close()
 
 
-def _one(server: Any, job: Job, identity: Any, stop: threading.Event, as_json: bool) -> int:
-    """Run one job, that of the file, and end."""
-    name = server.submit(job_fields(job), identity)
-    while not server.wait_for_job(name, 0.2):
-        if stop.is_set():
-            return 0
-    outcome = server.outcome(name)
+def _begun(server: Any, job: Job, identity: Any) -> str:
+    """The name of the job of the file, which goes on where a server with the same command was stopped or killed."""
+    running: str | None = server.running()
+    if running is not None and (running == job.name or "name" not in job.model_fields_set):
+        return running
+    name: str = server.submit(job_fields(job), identity)
+    return name
+
+
+def _ended(outcome: Mapping[str, Any], as_json: bool) -> int:
     if as_json:
         show_json(outcome)
     if outcome["error"]:

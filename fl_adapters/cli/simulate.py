@@ -16,10 +16,10 @@ from fl_adapters.cli.live import live_table, rounds_table
 from fl_adapters.cli.output import reported, show_json
 from fl_adapters.environments.progress import ProgressLines
 from fl_runtime.errors import ConfigError
+from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
     from fl_adapters.environments.local import SimulationResult
-    from fl_adapters.environments.simulation import Simulation
     from fl_adapters.job import Job
 
 
@@ -49,6 +49,32 @@ def run(wanted: Wanted, as_json: bool) -> int:
         else:
             _sum_up(result, console)
     return 0
+
+
+def resume(folder: Path, as_json: bool) -> int:
+    """Exit status 0: every round finished."""
+    console = Console(stderr=as_json)
+    console.print("fl-adapters job resume: starting", style="dim")
+    with reported(as_json), _sigterm_as_ctrl_c():
+        from fl_adapters.environments.simulation import Simulation
+
+        with _listening(console) as listener:
+            result = Simulation(listeners=(listener,), quiet=True).resume(folder)
+        if as_json:
+            show_json(_json(result))
+        else:
+            _sum_up(result, console)
+    return 0
+
+
+@contextmanager
+def _listening(console: Console) -> Iterator[Listener]:
+    """Who shows the run while it goes on: a live table, or lines where there is no terminal."""
+    if not console.is_terminal:
+        yield ProgressLines(console.file)
+        return
+    with live_table(console) as view:
+        yield view
 
 
 @contextmanager
@@ -90,8 +116,8 @@ def _sites(text: str) -> int | tuple[str, ...]:
 def _simulated(wanted: Wanted, job: Job, console: Console) -> SimulationResult:
     from fl_adapters.environments.simulation import Simulation
 
-    def simulation(listener: Any) -> Simulation:
-        return Simulation(
+    with _listening(console) as listener:
+        simulation = Simulation(
             args=wanted.args,
             module=wanted.module,
             gpus=wanted.gpus,
@@ -100,11 +126,7 @@ def _simulated(wanted: Wanted, job: Job, console: Console) -> SimulationResult:
             listeners=(listener,),
             quiet=True,
         )
-
-    if not console.is_terminal:
-        return job.run(simulation(ProgressLines(console.file)))
-    with live_table(console) as view:
-        return job.run(simulation(view))
+        return job.run(simulation)
 
 
 def _sum_up(result: SimulationResult, console: Console) -> None:

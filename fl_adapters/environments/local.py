@@ -216,7 +216,7 @@ def make_run_folder(folder: Path, job: Job) -> Path:
                 raise ConfigError(
                     f"{path} exists already, from an earlier run",
                     where="name",
-                    fix="choose another name for the job, or delete that folder",
+                    fix=f"choose another name for the job, or go on with that run: fl-adapters job resume {path}",
                 ) from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be made: {error.strerror}", fix="choose another folder") from None

@@ -50,15 +50,15 @@ class SiteProcesses:
     def start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Run `command` in the current directory with nothing on stdin. Raises OSError if it cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._start(site, command, environment, log, "wb")
+        self._start(site, command, environment, log)
 
     def start_again(self, site: str) -> None:
-        """Run the command of a site whose process has ended once more. Its output goes behind what is in the log."""
+        """Run the command of a site whose process has ended once more."""
         item = self._over.pop(site)
-        self._start(site, item.command, item.environment, item.log, "ab")
+        self._start(site, item.command, item.environment, item.log)
 
-    def _start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path, mode: str) -> None:
-        with open(log, mode) as output:
+    def _start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        with open(log, "ab") as output:  # a run that goes on keeps what it said before
             process = subprocess.Popen(
                 command,
                 env=environment,

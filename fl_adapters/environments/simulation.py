@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fl_adapters.environments import resuming
 from fl_adapters.environments.local import (
     LocalRun,
     SimulationResult,
@@ -24,9 +25,11 @@ from fl_adapters.environments.local import (
 )
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.resuming import Started
 from fl_adapters.environments.watch import FanOut, Watch
 from fl_adapters.job import Job
 from fl_adapters.kit import Kit
+from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
 from fl_runtime.server.history import History
 from fl_runtime.types import Listener
@@ -34,13 +37,15 @@ from fl_runtime.types import Listener
 
 @dataclass(frozen=True)
 class Simulation:
-    """Runs a job's app once per site on this machine, over real gRPC on the loopback.
+    """Runs a job's app once per site on this machine, over real gRPC on the loopback. Models too large for a message
+    (1 MiB) lie in files that all processes map into memory.
 
     sites: how many, or their names; None takes the job's, else 3. args: arguments of the script.
     module: the job's app is a module (`python -m`). gpus: devices to deal out to the sites in turn.
     folder: where `runs/<job>` goes. port: of the server, 0 for a free one.
     listeners: called with each Event, one at a time, from threads of the server.
-    quiet: print nothing; else a line per round goes to stderr.
+    quiet: print nothing; else a line per round goes to stderr. share: False sends large models through the sockets
+    too, as between machines; the results are the same.
     """
 
     sites: int | Sequence[str] | None = None
@@ -51,6 +56,7 @@ class Simulation:
     port: int = 0
     listeners: Sequence[Listener] = ()
     quiet: bool = False
+    share: bool = True
 
     def run(self, job: Job) -> SimulationResult:
         """Run `job` to its end. Raises FederationError if it fails; Ctrl-C ends all site processes first."""
@@ -61,10 +67,27 @@ class Simulation:
         folder = make_run_folder(Path(self.folder).resolve(), job)
         job = job.model_copy(update={"name": folder.name})
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
+        resuming.note(folder, Started(tuple(sites), tuple(self.args), self.module, tuple(map(str, self.gpus))))
+        return self._run(job, sites, folder, command, began)
+
+    def resume(self, folder: str | Path) -> SimulationResult:
+        """Go on with the run in `folder` (`runs/<job>`), which ended with an error or was killed, where it stopped. Of
+        this object only `port`, `listeners` and `quiet` count; job, sites and arguments are those that the run began
+        with. What of a site's state comes back is up to its script. ConfigError for a run that has finished."""
+        began = time.monotonic()
+        folder = Path(folder).resolve()
+        started, job = resuming.read(folder)
+        again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
+        command = script_command(job, started.args, module=started.module)
+        return again._run(job, started.sites, folder, command, began)
+
+    def _run(
+        self, job: Job, sites: tuple[str, ...], folder: Path, command: list[str], began: float
+    ) -> SimulationResult:
         shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         watch = Watch()
         run = LocalRun(job.settings(sites), folder, watch, FanOut((watch, *self.listeners, *shown)))
-        with _server(run, self.port) as (server, tokens, address), site_processes(server, run) as processes:
+        with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
             run.tell(starting(run, command))
             self._start_sites(processes, command, run, tokens, address)
             exits = follow(server, processes, run)
@@ -93,18 +116,22 @@ class Simulation:
 
 
 @contextmanager
-def _server(run: LocalRun, port: int) -> Iterator[tuple[Server, dict[str, str], str]]:
+def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dict[str, str], str]]:
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
-    address = ""
+    fresh, address = not (run.folder / "server").exists(), ""
     try:
-        server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell])
+        server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell], share=share)
         try:
+            if server.finished:
+                raise ConfigError("this run has finished", where=str(run.folder), fix="look at its model and history")
+            for name in ("model", "best"):  # of a run that goes on: how far it had come
+                shutil.rmtree(run.folder / name, ignore_errors=True)
             address = server.start()
             yield server, tokens, address
         finally:
             server.close()  # delivers the last events
     finally:
         history.close()
-        if not address:  # nothing has run: the name stays free
+        if fresh and not address:  # nothing has run: the name stays free
             shutil.rmtree(run.folder, ignore_errors=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import FactsFilter, Point, Structural, refuse
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
@@ -27,7 +28,16 @@ from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.filters.topk import TopK
 from fl_runtime.types import Settings, Strategy
 
-__all__ = ["Placed", "at_point", "check_filters", "check_repeatable", "known_filters", "make_filter", "placed"]
+__all__ = [
+    "Placed",
+    "at_point",
+    "check_cross_site",
+    "check_filters",
+    "check_repeatable",
+    "known_filters",
+    "make_filter",
+    "placed",
+]
 
 _SHIPPED: tuple[type[Any], ...] = (
     ExcludeVars,
@@ -116,6 +126,25 @@ def check_filters(
             _check_encrypted(item, found, strategy)
         if optimizer_state == "average" and item.at in ("site_out", "server_in"):
             check_extras(item.filter)
+
+
+def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> None:
+    """ConfigError where what the sites send is no model that others could evaluate."""
+    changing = [
+        type(f).__name__ for f in at_point(filters, "site_out") if not isinstance(f, (FactsFilter, ExcludeVars))
+    ]
+    if changing:
+        raise ConfigError(
+            f"cross_site evaluates what the sites have sent, and {changing[0]} makes that something else than a model",
+            where="cross_site",
+            fix="leave cross_site out of the job, or the filter",
+        )
+    if strategy is not None and strategy.content != "weights":
+        raise ConfigError(
+            f"cross_site evaluates the sites' weights, and under {type(strategy).__name__} they send something else",
+            where="cross_site",
+            fix="leave cross_site out of the job, or choose another strategy",
+        )
 
 
 def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | None) -> None:

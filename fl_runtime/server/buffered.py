@@ -68,6 +68,7 @@ class Buffer:
             return "late"
         index = run.members[update.site].index
         run.blobs.rename(blob, f"update-{update.round}-{index}")
+        run.blobs.settle(blob)
         run.journal.buffered(UpdateEntry(update.round, update.site, digest, blob.name, blob.manifest.layout, header))
         self.waiting.append(Accepted(update, blob, digest))
         run.last_used[update.site] = update.round
@@ -142,6 +143,7 @@ def _commit(run: Run, buffer: Buffer, due: list[Accepted], blob: Blob, digests: 
     )
     left = buffer.waiting[len(due) :]
     entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
+    run.blobs.settle(blob)
     run.journal.round_opened(number, names, time.time())
     run.journal.committed(entry, number, result.to_json(), buffered=[(a.update.site, a.update.round) for a in left])
     run.model, buffer.waiting, buffer.since = Model(entry, blob), left, time.monotonic()

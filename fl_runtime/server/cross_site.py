@@ -1,6 +1,9 @@
 """Cross-site evaluation: after the last round, every site scores the global model and every site's own.
 
-A site's own model is what it has sent last. Scores are kept like those of global models, under numbers behind the
+A site's own model is what it has sent last, as far as that are weights as they are: what filters have changed or
+encoded is nobody's model, and has no row. Tensors that a site has held back are those of the final global model.
+
+Scores are kept like those of global models, under numbers behind the
 last round's: rounds + 1 + the site's index. Each site asks for one model after the other and nobody waits for anybody;
 the matrix is told when all are through, or at the deadline.
 """
@@ -14,12 +17,12 @@ from fl_runtime.server.members import Member
 from fl_runtime.server.state import Accepted, Model, Offer
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
+from fl_runtime.types import Arrays
 from fl_runtime.wire.manifest import Manifest
 
 if TYPE_CHECKING:
     from fl_runtime.server.run import Run
 
-CAPABILITY = "cross-evaluation"
 GLOBAL = "global"
 
 
@@ -76,14 +79,21 @@ class CrossSite:
 
     def _model(self, run: Run, name: str, version: int) -> Model:
         if name not in self._models:
-            blob = self._last[name].blob
+            assert run.model is not None
+            blob, final = self._last[name].blob, run.model.blob.views()[0]
             arrays, extras = blob.views()
-            if extras:  # of the optimizer, say: they are nobody else's business
-                manifest = Manifest.of(arrays)
-                run.add_layout(manifest)
-                blob = run.blobs.create(f"own-{version}", manifest)
-                for key, target in blob.views()[0].items():
-                    target[...] = arrays[key]
+            if extras or len(arrays) < len(final):
+                blob = _copy(run, f"own-{version}", {key: arrays.get(key, final[key]) for key in final})
             digests = blob.manifest.digests_of_payload(blob.buffer)
             self._models[name] = Model(ModelEntry(version, blob.name, blob.manifest.layout, digests), blob)
         return self._models[name]
+
+
+def _copy(run: Run, name: str, arrays: Arrays) -> Blob:
+    """The tensors of a model alone: extras (of the optimizer, say) are nobody else's business."""
+    manifest = Manifest.of(arrays)
+    run.add_layout(manifest)
+    blob = run.blobs.create(name, manifest)
+    for key, target in blob.views()[0].items():
+        target[...] = arrays[key]
+    return blob

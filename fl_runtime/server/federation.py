@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
+from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError, StoreError
 from fl_runtime.server.guard import CALLS_EACH, Guard
 from fl_runtime.server.jobs import RunningJob, past_outcome, unfinished
 from fl_runtime.transport.base import Peer
@@ -42,6 +42,7 @@ class FederationServer:
     """Serves the federation of a server's kit. Runs go to `folder`, the audit log to the kit.
 
     A job that was running when the server was killed goes on. Threads of its own do all the work.
+    halted: the store has failed (a full disk, say): nothing runs any more until the server is started again.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FederationServer:
         self._job: RunningJob | None = None
         self._past: dict[str, Mapping[str, Any]] = {}
         self._closed = False
+        self.halted: StoreError | None = None
         revoked = RevocationList(kit.folder / CRL, (kit.folder / "ca.pem").read_bytes())
         federation = kit.identity.federation
         self._guard = Guard(self, self, federation, revoked, self.audit, self._expelled)
@@ -92,6 +94,11 @@ class FederationServer:
             self._begin(replace(settings, submitted_by=submitter.uri), submitter)
             return settings.name
 
+    def running(self) -> str | None:
+        """The name of the job that runs."""
+        with self._lock:
+            return self._job.settings.name if self._job is not None and not self._job.over else None
+
     def close(self) -> None:
         """Stop serving. A job that has not ended goes on when the server is started again."""
         with self._lock:
@@ -108,7 +115,8 @@ class FederationServer:
     def wait_for_job(self, name: str, timeout_s: float | None = None) -> bool:
         """True once the job has ended and its results are written."""
         with self._lock:
-            return self._changed.wait_for(lambda: name in self._past or self._closed, timeout_s) and name in self._past
+            ended = self._changed.wait_for(lambda: name in self._past or self._closed or self.halted, timeout_s)
+            return bool(ended) and name in self._past
 
     def outcome(self, name: str) -> Mapping[str, Any]:
         """How a job that has ended did: rounds, error, ..."""
@@ -124,7 +132,9 @@ class FederationServer:
 
     def _ended(self, job: RunningJob) -> None:
         with self._lock:
-            self._past[job.settings.name] = job.outcome()
+            self.halted = job.halted
+            if job.halted is None:
+                self._past[job.settings.name] = job.outcome()
             self._changed.notify_all()
 
     def _expelled(self, name: str, reason: str) -> None:
@@ -171,6 +181,8 @@ class FederationServer:
             with self._lock:
                 if not self._waits_for(caller.name):
                     self._changed.wait(BEAT_S)
+                if self.halted:
+                    raise self.halted
                 job = self._job if self._waits_for(caller.name) else None
                 if self._closed:
                     raise ConnectionLostError("the server is being stopped", fix="wait until it is back")

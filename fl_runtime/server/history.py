@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fl_runtime.server.scalars import ScalarWriter
+from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.types import Event
 
 GLOBAL = "global"
@@ -33,36 +34,42 @@ class History:
     """Listens to a run and writes its three records into `folder` (`runs/<job>`).
 
     Events are taken one at a time. An existing events.jsonl is continued: a torn last line is cut off and
-    history.csv is made again from the events. A disk that fails is reported once on stderr and does not stop the
-    run: the server's journal, not this, is what a run goes on from.
+    history.csv is made again from the events. A disk that fails later is reported on stderr, once until it works
+    again, and does not stop the run: the server's journal, not this, is what a run goes on from.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._failed, self._folder = False, folder
-        events = folder / "events.jsonl"
-        self._table = _Table(folder / "history.csv")
-        for event in _past_events(events):
-            self._table.record(event)
-        self._events = events.open("a", encoding="utf-8")
-        self._scalars = ScalarWriter(folder / "tensorboard")
+        """StoreError if nothing can be written there."""
+        self._failed, self._failures, self._folder = False, 0, folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            events = folder / "events.jsonl"
+            self._table = _Table(folder / "history.csv")
+            for event in _past_events(events):
+                self._table.record(event)
+            self._events = events.open("a", encoding="utf-8")
+            self._scalars = ScalarWriter(folder / "tensorboard")
+        except OSError as error:
+            raise disk_error(error, folder) from error
         self._drawn: set[str] = set()
 
     def __call__(self, event: Event) -> None:
-        if not self._failed:
-            with self._disk_may_fail():
-                self._events.write(_line(event))
-                self._events.flush()
-                self._table.record(event)
-                self._draw(event)
-                if event.kind == "cross_site":
-                    write_matrix(self._folder, event.data["matrix"])
+        failures = self._failures
+        with self._disk_may_fail():
+            self._events.write(_line(event))
+            self._events.flush()
+        with self._disk_may_fail():
+            self._table.record(event)
+        with self._disk_may_fail():
+            self._draw(event)
+            if event.kind == "cross_site":
+                write_matrix(self._folder, event.data["matrix"])
+        self._failed = self._failures > failures
 
     def close(self) -> None:
         """Write what is still open and close the files. Call it once, after the last event."""
-        if not self._failed:
-            with self._disk_may_fail():
-                self._table.flush()
+        with self._disk_may_fail():
+            self._table.flush()
         for file in (self._events, self._scalars):
             with self._disk_may_fail():
                 file.close()
@@ -73,8 +80,9 @@ class History:
             yield
         except OSError as error:
             if not self._failed:
-                print(f"fl-adapters: the history is no longer written: {error}", file=sys.stderr)
+                print(f"fl-adapters: the history cannot be written: {error}", file=sys.stderr)
             self._failed = True
+            self._failures += 1
 
     def _draw(self, event: Event) -> None:
         if event.kind not in ("update", "report", "round_finished", "scored"):
@@ -126,15 +134,25 @@ class _Table:
     def flush(self, until: int | None = None) -> None:
         """Write the open rounds up to and including `until`; all of them without it."""
         done = sorted(number for number in self._open if until is None or number <= until)
-        rows = [row for number in done for row in self._in_order(self._open.pop(number))]
-        if not rows:
-            return
-        self._flushed = max(self._flushed, *done)
+        rows = [row for number in done for row in self._in_order(self._open[number])]
+        if rows:
+            self._write(rows)
+            self._flushed = max(self._flushed, *done)
+        for number in done:
+            del self._open[number]
+
+    def _write(self, rows: list[Row]) -> None:
+        """All of them or, on a full disk, none."""
         new = {name: None for row in rows for name in row if name not in self._columns}
         if new:
             self._widen([*self._columns, *new])
-        with open(self._path, "a", encoding="utf-8", newline="") as out:
-            csv.DictWriter(out, self._columns).writerows(rows)
+        size = os.stat(self._path).st_size
+        try:
+            with open(self._path, "a", encoding="utf-8", newline="") as out:
+                csv.DictWriter(out, self._columns).writerows(rows)
+        except OSError:
+            os.truncate(self._path, size)
+            raise
 
     def _update(self, event: Event) -> None:
         data = event.data

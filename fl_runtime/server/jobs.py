@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import ConfigError, FederationError, StoreError
 from fl_runtime.server.history import History
 from fl_runtime.server.server import Server
+from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trust.audit import AuditLog
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.identity import Identity, check_name
@@ -35,7 +36,8 @@ class Unfinished:
 
 class RunningJob:
     """Runs from the moment it is made. over: its results are written, or it has failed. done: sites that have
-    taken part to the end. who: a site's identity, by name. on_end(self) is called once, by a thread of its own."""
+    taken part to the end. halted: why it cannot go on here: it is over, and goes on when the server is started again.
+    who: a site's identity, by name. on_end(self) is called once, by a thread of its own."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class RunningJob:
         self.folder, self._current = folder / settings.name, folder / _CURRENT
         self.done: set[str] = set()
         self.over = False
+        self.halted: StoreError | None = None
         self._error: FederationError | None = None
         self._lock = threading.Condition()
         self._events: deque[Mapping[str, Any]] = deque(maxlen=_EVENTS_KEPT)
@@ -134,23 +137,38 @@ class RunningJob:
             if self._closing:
                 return
         try:
+            self._finish()
+        except (StoreError, OSError) as error:  # its job.json stays the current one
+            self.halted = error if isinstance(error, StoreError) else disk_error(error, self.folder)
+            self._history.close()
+        with self._lock:
+            self.over = True
+            self._lock.notify_all()
+        self._on_end(self)
+
+    def _finish(self) -> None:
+        """Write what the job came to. StoreError for one that its store has halted."""
+        error = self.server.result().error
+        if isinstance(error, StoreError):
+            self.server.close()
+            raise error
+        try:
             kinds: tuple[Literal["final", "best"], ...] = ("final", "best") if self.server.result().rounds else ()
             for which, name in zip(kinds, ("model", "best"), strict=False):
                 if not (self.folder / name).exists():  # a site on this machine may have written its framework's format
                     self.server.export(self.folder / name, which)
-        except FederationError as error:
-            log.error("%s", error)
-            self._error = error
+        except StoreError:
+            self.server.close()
+            raise
+        except FederationError as failed:
+            log.error("%s", failed)
+            self._error = failed
         self.server.close()
         self._history.close()
         outcome = self.outcome()
         write_file(self.folder / _OUTCOME, json.dumps(outcome).encode())
         self._current.unlink(missing_ok=True)
         self._audit.write("job ended", self.submitter, job=self.settings.name, result=outcome["error"] or "finished")
-        with self._lock:
-            self.over = True
-            self._lock.notify_all()
-        self._on_end(self)
 
 
 def unfinished(folder: Path) -> Unfinished | None:

@@ -11,6 +11,10 @@ from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _SHOWN = 8
+_FIXES = {
+    "cross_site": "give that site validation data and leave evaluate_global on, or leave cross_site out of the job",
+    "exact_restart": "leave exact_restart out of the job, or see docs/restart.md for what the script must add",
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,7 @@ def check_capabilities(registrations: Mapping[str, Registration], what: str, req
             raise HandshakeError(
                 f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
-                fix="choose another strategy, or an adapter and version that support it"
-                if what.startswith("the strategy")
-                else f"leave {what} out of the job, or see docs/restart.md for what the script must add",
+                fix=_FIXES.get(what, "choose another strategy, or an adapter and version that support it"),
             )
 
 

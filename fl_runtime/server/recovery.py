@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import time
 
+from google.protobuf.message import DecodeError
+
 from fl_runtime.aggregation.metrics import from_json
+from fl_runtime.errors import ProtocolError, StoreError
 from fl_runtime.server.members import Registration
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
 from fl_runtime.server.sampling import opened
 from fl_runtime.server.state import Accepted, Model, stage_of
-from fl_runtime.store.journal import ModelEntry, UpdateEntry
+from fl_runtime.store.blobs import Blob
+from fl_runtime.store.journal import RESTORE, ModelEntry, UpdateEntry
 from fl_runtime.types import Update
+from fl_runtime.wire import frames
 
 
 def recover(run: Run) -> None:
-    """Set a fresh Run to where its journal stands. A journal without entries changes nothing."""
+    """Set a fresh Run to where its journal stands. A journal without entries changes nothing.
+
+    StoreError for a journal or a blob that is not as it was written. Every byte is read again for that.
+    """
+    try:
+        _recover(run)
+    except (ValueError, KeyError, TypeError, IndexError, DecodeError, ProtocolError) as error:
+        raise StoreError(f"the journal is damaged: {error!r}", where=str(run.journal.path), fix=RESTORE) from error
+
+
+def _recover(run: Run) -> None:
     for name, attempt, registration in run.journal.sites():
         member = run.members[name]
         member.attempt = attempt
@@ -91,11 +106,20 @@ def _best_of(run: Run, older: list[ModelEntry]) -> None:
 def _model(run: Run, entry: ModelEntry) -> Model:
     manifest = run.journal.manifest(entry.layout)
     run.manifests[manifest.layout] = manifest
-    return Model(entry, run.blobs.open(entry.blob, manifest))
+    blob = run.blobs.open(entry.blob, manifest)
+    if manifest.digests_of_payload(blob.buffer) != entry.digests:
+        raise _damaged(run, blob, f"the model of round {entry.version}")
+    return Model(entry, blob)
 
 
 def _accepted(run: Run, entry: UpdateEntry) -> Accepted:
     blob = run.blobs.open(entry.blob, run.journal.manifest(entry.layout))
+    if frames.digest_of(blob.manifest, blob.manifest.digests_of_payload(blob.buffer)) != entry.digest:
+        raise _damaged(run, blob, f"the update of {entry.site} for round {entry.round}")
     arrays, extras = blob.views()
     update = Update(job=run.settings.name, site=entry.site, arrays=arrays, extras=extras, **entry.header)
     return Accepted(update, blob, entry.digest)
+
+
+def _damaged(run: Run, blob: Blob, what: str) -> StoreError:
+    return StoreError(f"{what} on disk is not what was written", where=str(run.blobs.path(blob)), fix=RESTORE)

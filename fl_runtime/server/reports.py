@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fl_runtime.aggregation.metrics import plain, to_json
@@ -35,20 +37,30 @@ def score(run: Run, report: Report, attempt: int) -> None:
         run.changed.notify_all()
 
 
-def wait_for_scores(run: Run, name: str, attempt: int, version: int) -> tuple[Metrics, bool]:
-    """(metrics of all sites together, whether the run ends here) of a version, once all have reported on it.
+def wait_for_scores(
+    run: Run, name: str, attempt: int, version: int, beat_s: float | None
+) -> Iterator[tuple[Metrics, bool] | None]:
+    """Yields (metrics of all sites together, whether the run ends here) of a version, once all have reported on it,
+    and None every `beat_s` before that.
 
     Who has not within half of a round's time is no longer waited for.
     """
-    with run.lock:
-        deadline = time.monotonic() + run.settings.deadline_s / 2
-        while not run.scores.settled(version):
+    deadline = time.monotonic() + run.settings.deadline_s / 2
+    while True:
+        with run.lock:
             run.check_attempt(name, attempt)
-            if run.evaluators(version) <= run.scores.reported(version) or time.monotonic() > deadline:
-                settle(run, version)
-            else:
-                run.published.wait(min(1.0, run.settings.deadline_s / 2))
-        return run.scores.of(version), run.rounds is not None and version >= run.rounds
+            if not run.scores.settled(version):
+                if run.evaluators(version) <= run.scores.reported(version) or time.monotonic() > deadline:
+                    settle(run, version)
+                else:
+                    run.published.wait(min(1.0, run.settings.deadline_s / 2, beat_s or math.inf))
+            over = run.scores.settled(version)
+            found = run.scores.of(version), run.rounds is not None and version >= run.rounds
+        if over:
+            yield found
+            return
+        if beat_s is not None:
+            yield None
 
 
 def settle(run: Run, version: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
+from fl_runtime.filters import check_cross_site
 from fl_runtime.server.buffered import Buffer, next_model
-from fl_runtime.server.cross_site import CAPABILITY
 from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.reports import settle
@@ -22,7 +22,7 @@ from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.types import EXACT_RESTART, Arrays, ServerState
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,12 @@ def _handshake(run: Run) -> None:
                 where="fraction",
                 fix="leave fraction out of the job",
             )
-        requires = run.strategy.requires | ({CAPABILITY} if settings.cross_site else frozenset())
-        check_capabilities(registrations, f"the strategy {settings.strategy or run.terms.strategy}", requires)
+        check_capabilities(
+            registrations, f"the strategy {settings.strategy or run.terms.strategy}", run.strategy.requires
+        )
+        if settings.cross_site:
+            check_cross_site(settings.filters, run.strategy)
+            check_capabilities(registrations, "cross_site", frozenset({CROSS_EVALUATION}))
         if settings.exact_restart:
             check_capabilities(registrations, "exact_restart", frozenset({EXACT_RESTART}))
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
@@ -366,6 +370,8 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob
         bytes_down=sum(current.bytes_down.values()),
     )
     entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
+    for made in filter(None, (blob, kept)):
+        run.blobs.settle(made)
     kept_entry = KeptEntry(kept.name, kept.manifest.layout) if kept else None
     run.journal.committed(entry, current.round, result.to_json(), kept_entry)
     previous, run.model, run.open = run.model, Model(entry, blob, kept), None

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.aggregation import make_strategy
-from fl_runtime.errors import AbortedError, FederationError, PermissionDeniedError, ProtocolError, UpdateRefusedError
+from fl_runtime.errors import (
+    AbortedError,
+    FederationError,
+    PermissionDeniedError,
+    ProtocolError,
+    StoreError,
+    UpdateRefusedError,
+)
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.server import ServerFilters, what_ran
@@ -46,9 +53,10 @@ class Run:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.published = threading.Condition(self.lock)
-        self.journal = Journal(folder / "journal.sqlite")
+        durable = settings.durability == "power"
+        self.journal = Journal(folder / "journal.sqlite", durable=durable)
         self.journal.begin(settings)
-        self.blobs = Blobs(folder / "blobs")
+        self.blobs = Blobs(folder / "blobs", durable=durable)
         self.spool = Spool(self.blobs, self.lock)
         self.members = {name: Member(name, i) for i, name in enumerate(settings.sites)}
         self.manifests: dict[bytes, Manifest] = {}
@@ -98,8 +106,10 @@ class Run:
             self.published.notify_all()  # calls of the attempt before wait there
             return member
 
-    def register(self, name: str, attempt: int, manifest: Manifest, registration: Registration) -> int:
-        """The handshake; waits for the other sites and returns the number of rounds."""
+    def register(
+        self, name: str, attempt: int, manifest: Manifest, registration: Registration, beat_s: float | None
+    ) -> Iterator[int | None]:
+        """The handshake; waits for the other sites, with None every `beat_s`, and yields the number of rounds."""
         with self.lock:
             member = self._member(name, attempt)
             self.add_layout(manifest, member)
@@ -117,11 +127,18 @@ class Run:
                 info=dict(registration.info),
             )
             self.changed.notify_all()
-            while self.rounds is None:
+        while True:
+            with self.lock:
                 self._member(name, attempt)
-                self.published.wait()
-            self._member(name, attempt)
-            return self.rounds
+                if self.rounds is None:
+                    self.published.wait(beat_s)
+                    self._member(name, attempt)
+                rounds = self.rounds
+            if rounds is not None:
+                yield rounds
+                return
+            if beat_s is not None:
+                yield None
 
     def _check_latecomer(self, name: str, registration: Registration) -> None:
         others = {m.name: m.registration for m in self.members.values() if m.registration and m.name != name}
@@ -331,6 +348,7 @@ class Run:
                 self.open.participants.append(update.site)
             self.open.bytes_up[update.site] = bytes_up
             self.blobs.rename(blob, f"update-{self.open.round}-{self.members[update.site].index}")
+            self.blobs.settle(blob)
             layout = blob.manifest.layout
             self.journal.accepted(UpdateEntry(self.open.round, update.site, digest, blob.name, layout, header))
             self.open.accepted[update.site] = Accepted(update, blob, digest)
@@ -364,6 +382,7 @@ class Run:
         """Version 0, from the first site or from a file."""
         with self.lock:
             self.blobs.rename(blob, "model-0")
+            self.blobs.settle(blob)
             self.add_layout(blob.manifest)
             digests = blob.manifest.digests_of_payload(blob.buffer)
             entry = ModelEntry(0, blob.name, blob.manifest.layout, digests)
@@ -411,17 +430,20 @@ class Run:
             self.events.emit("task_sent", round, name, task=kind, bytes=bytes_down)
 
     def fail(self, error: FederationError) -> None:
-        """End the run with an error that every site gets too."""
+        """End the run with an error that every site gets too. One of the store alone halts it: it goes on where its
+        journal stands when the server is started again, and the sites wait for that as for a server that is away."""
         with self.lock:
             if self.phase in ("failed", "done"):
                 return
             self.phase, self.error = "failed", error
             self.events.emit("failed", error=error.to_wire())
-            try:
-                self.journal.ended(error)
-            finally:
-                self.published.notify_all()
-                self.changed.notify_all()
+            self.published.notify_all()
+            self.changed.notify_all()
+            if not isinstance(error, StoreError):
+                try:
+                    self.journal.ended(error)
+                except StoreError as failed:
+                    log.error("the end of the run is not in its journal: %s", failed)
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """Wait (under the lock) for a condition of the run; False after `timeout_s`. Raises when the run failed."""

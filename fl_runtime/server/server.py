@@ -17,7 +17,8 @@ from fl_runtime.server.results import RunResult
 from fl_runtime.server.rounds import drive
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
-from fl_runtime.store.tensorfile import write_tensors
+from fl_runtime.store.lock import FolderLock
+from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings
 
@@ -30,7 +31,8 @@ class Server:
     """Runs one job in `folder`/server, continuing what its journal holds. `tokens`: site name -> secret.
 
     Threads of its own do all the work; the methods may be called from any thread. service: what a transport serves,
-    such as the memory transport of tests.
+    such as the memory transport of tests. share: all sites are on this machine and run for the same user: large
+    payloads stay in files that both sides map, and only what is said of them crosses the socket.
     """
 
     def __init__(
@@ -42,13 +44,21 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         listeners: Sequence[Listener] = (),
+        share: bool = False,
     ) -> None:
         _check(settings)
+        self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
-        self._run = Run(settings, folder / "server", self._events)
-        recover(self._run)
-        self.service: Service = FederationService(self._run)
+        try:
+            self._run = Run(settings, folder / "server", self._events)
+            recover(self._run)
+            self._finished = self._run.journal.finished()
+        except BaseException:
+            self._events.close()
+            self._lock.close()
+            raise
+        self.service: Service = FederationService(self._run, share=share)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
 
@@ -97,6 +107,11 @@ class Server:
                 "error": run.error.to_wire() if run.error else None,
             }
 
+    @property
+    def finished(self) -> bool:
+        """The run had ended well before this server was made: there is nothing to go on with."""
+        return self._finished
+
     def abort(self, reason: str) -> None:
         self._run.fail(AbortedError(reason))
 
@@ -126,15 +141,19 @@ class Server:
             model = self._run.model if which == "final" else self._run.best
             if model is None:
                 return None
+            durable = self._run.settings.durability == "power"
             own = self._run.strategy.export(model.blob.views()[0])
             if own is not None:
                 name, content = own
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
+                if durable:
+                    sync(folder / name)
+                    sync(folder)
                 return folder / name
             path = folder / "model.safetensors"
             metadata = {"format": "pt", "job": self._run.settings.name, "round": str(model.version)}
-            write_tensors(path, model.blob.views()[0], metadata)
+            write_tensors(path, model.blob.views()[0], metadata, durable=durable)
             return path
 
     def close(self) -> None:
@@ -142,6 +161,7 @@ class Server:
         if self._stop_serving:
             self._stop_serving(_GRACE_S)
         self._events.close()
+        self._lock.close()
 
 
 def _check(settings: RunSettings) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics import from_json, plain
-from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.errors import FederationError, ProtocolError, StoreError
 from fl_runtime.server import limits, reports
 from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
@@ -22,22 +22,25 @@ from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
-from fl_runtime.wire import frames
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
 M = TypeVar("M", bound=Message)
 
 BEAT_S = 10.0
-"""How often a waiting site hears that the server is alive."""
+"""How often a site that does not say how often hears that the server is alive, while it waits for a task."""
+_SHORTEST_BEAT_S = 0.1
 
 
 class FederationService:
-    """Answers the calls of one run's sites. `peer.name` is who the transport says is calling."""
+    """Answers the calls of one run's sites. `peer.name` is who the transport says is calling.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    share: sites on this machine read and write large payloads in the files of the run's blobs.
+    """
+
+    def __init__(self, run: Run, *, share: bool = False) -> None:
+        self._run, self._share = run, share
         self._relay = Relay(run.members)
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
@@ -55,7 +58,11 @@ class FederationService:
             raise ProtocolError(
                 f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs"
             )
-        return self._methods[method](peer, requests)
+        try:
+            yield from self._methods[method](peer, requests)
+        except StoreError as error:  # nothing more can be promised
+            self._run.fail(error)
+            raise
 
     def _attempt(self, session: pb.Session) -> int:
         """The attempt that a call speaks for; a call of an earlier job must not count in this one."""
@@ -82,6 +89,7 @@ class FederationService:
             count=len(self._run.members),
             settings_json=json.dumps(asdict(settings)),
             started=self._run.rounds is not None,
+            shared_folder=str(self._run.blobs.folder.resolve()) if self._share else "",
         ).SerializeToString()
 
     def _register(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -99,17 +107,21 @@ class FederationService:
             evaluates=request.evaluates,
             terms=_terms(request.terms_json),
         )
-        rounds = self._run.register(peer.name, self._attempt(request.session), manifest, registration)
-        yield pb.RegisterReply(rounds=rounds).SerializeToString()
+        attempt, beat_s = self._attempt(request.session), _beat_s(request.session)
+        for rounds in self._run.register(peer.name, attempt, manifest, registration, beat_s):
+            reply = pb.RegisterReply(waiting=pb.Waiting()) if rounds is None else pb.RegisterReply(rounds=rounds)
+            yield reply.SerializeToString()
 
     def _attend(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        attempt = self._attempt(_first(pb.SessionRequest, requests).session)
+        session = _first(pb.SessionRequest, requests).session
+        attempt, beat_s = self._attempt(session), _beat_s(session)
         ended = threading.Event()
         self._run.attend(peer.name, attempt)
         try:
             if peer.when_gone(ended.set):
                 yield pb.Notice(kind="attending").SerializeToString()
-                ended.wait()
+                while not ended.wait(beat_s):
+                    yield pb.Notice(kind="waiting").SerializeToString()
         finally:
             self._run.absent(peer.name, attempt)
 
@@ -128,25 +140,31 @@ class FederationService:
     def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.NextRequest, requests)
         attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
-        for offer in self._run.wait_for_task(peer.name, attempt, best, BEAT_S, evaluate=evaluate):
+        beat_s = _beat_s(request.session) or BEAT_S
+        for offer in self._run.wait_for_task(peer.name, attempt, best, beat_s, evaluate=evaluate):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:
-                yield from self._sent(peer.name, offer, request)
+                yield from self._sent(peer.name, offer, request, requests)
 
-    def _sent(self, name: str, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
-        """The task's header and frames; the model is leased until the last of them is out."""
+    def _sent(self, name: str, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The task's header and frames, or a file in their place. The model is leased until the last frame is out, or
+        the site has said that it has read the file."""
         count = 0
+        shared = request.shared and self._share and _is_large(offer)
         try:
-            for message in self._messages(offer, request):
+            for message in self._messages(offer, request, shared):
                 count += len(message)
                 yield message
+            if shared and offer.model is not None:
+                next(requests, None)
+                count += offer.model.blob.manifest.nbytes
         finally:
             if offer.model is not None:
                 self._run.release(offer.model)
             self._run.count_bytes(offer.kind, offer.round, name, count)
 
-    def _messages(self, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
+    def _messages(self, offer: Offer, request: pb.NextRequest, shared: bool) -> Iterator[bytes]:
         header = pb.TaskHeader(
             job=self._run.settings.name,
             round=offer.round,
@@ -170,6 +188,10 @@ class FederationService:
             ready[key] = pb.TaskPart(task=header).SerializeToString()
             yield ready[key]
             return
+        if shared:
+            header.payload.file = self._run.blobs.path(blob).name
+            yield pb.TaskPart(task=header).SerializeToString()
+            return
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
@@ -190,10 +212,11 @@ class FederationService:
                 if payload.inline:
                     transfer.receiver.take(payload.inline)
                 elif transfer.receiver.manifest.nbytes:
-                    yield pb.SubmitReply(send_from=transfer.receiver.arrived).SerializeToString()
-                    received += _received(transfer, requests)
+                    shared = self._run.blobs.path(transfer.blob).name if header.shared and self._share else ""
+                    yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
+                    received += _written(transfer, requests) if shared else _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
-                check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
+                finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 check_update(self._run, update)
             except FederationError:
@@ -233,11 +256,20 @@ class FederationService:
         report = Report(self._run.settings.name, request.version, peer.name, metrics, examples)
         attempt = self._attempt(request.session)
         reports.score(self._run, report, attempt)
-        reply = pb.ScoreReply()
-        if request.wait:
-            together, reply.stop = reports.wait_for_scores(self._run, peer.name, attempt, request.version)
-            reply.metrics_json = json.dumps(dict(together))
-        yield reply.SerializeToString()
+        if not request.wait:
+            yield pb.ScoreReply().SerializeToString()
+            return
+        beat_s = _beat_s(request.session)
+        for found in reports.wait_for_scores(self._run, peer.name, attempt, request.version, beat_s):
+            if found is None:
+                yield pb.ScoreReply(waiting=pb.Waiting()).SerializeToString()
+            else:
+                yield pb.ScoreReply(metrics_json=json.dumps(dict(found[0])), stop=found[1]).SerializeToString()
+
+
+def _beat_s(session: pb.Session) -> float | None:
+    """How often the caller wants to hear in a call that waits that the server is alive; None: not at all."""
+    return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
 
 
 def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
@@ -250,6 +282,20 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
         transfer.receiver.take(frames.frame_data(message))
         count += len(message)
     return count
+
+
+def _written(transfer: Transfer, requests: Iterator[bytes]) -> int:
+    """Wait for the word that the site has filled the rest of the file; returns how many bytes that were."""
+    if not frames.is_frame(next(requests, b"")):
+        raise ProtocolError("an upload ended before its file was filled")
+    before = transfer.receiver.arrived
+    transfer.receiver.written()
+    return transfer.receiver.arrived - before
+
+
+def _is_large(offer: Offer) -> bool:
+    """Whether it has a payload that does not fit into its header."""
+    return offer.model is not None and offer.model.blob.manifest.nbytes > frames.INLINE_BYTES
 
 
 def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:

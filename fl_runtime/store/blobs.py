@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fl_runtime.errors import StoreError
-from fl_runtime.store.tensorfile import disk_error, header_of
+from fl_runtime.store.tensorfile import disk_error, header_of, sync
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest
 
@@ -37,10 +37,14 @@ class Blob:
 
 
 class Blobs:
-    """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename and free."""
+    """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename and free.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+
+    durable: `settle` waits for the disk.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+        self.folder, self._durable = folder, durable
         self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +81,23 @@ class Blobs:
         except OSError as error:
             raise StoreError(f"a blob cannot be read: {error.strerror}", where=str(path)) from error
 
+    def path(self, blob: Blob) -> Path:
+        """Its file; the payload is at the end of it."""
+        return self._path(blob.name)
+
     def rename(self, blob: Blob, name: str) -> None:
         try:
             os.replace(self._path(blob.name), self._path(name))
         except OSError as error:
             raise disk_error(error, self._path(name)) from error
         blob.name = name
+
+    def settle(self, blob: Blob) -> None:
+        """The blob is whole and has its name: what is said of it from now on must hold. Where that includes the death
+        of the machine, this returns when its bytes and its name are on the device."""
+        if self._durable:
+            sync(self._path(blob.name))
+            sync(self.folder)
 
     def free(self, blob: Blob) -> None:
         """The blob's file and mapping may be used again; nobody may hold views of it any more."""
@@ -98,12 +113,12 @@ class Blobs:
 
     def sweep(self, keep: set[str]) -> None:
         """Delete every file that is not in `keep`: what a killed server left behind."""
-        for path in self._folder.glob(f"*{_SUFFIX}"):
+        for path in self.folder.glob(f"*{_SUFFIX}"):
             if path.name.removesuffix(_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}{_SUFFIX}"
+        return self.folder / f"{name}{_SUFFIX}"
 
 
 def _mapped(descriptor: int, header_bytes: int) -> Array:

@@ -1,7 +1,7 @@
 """The journal: what has happened in a run, so that a killed server goes on where it stopped (SQLite, WAL).
 
-An entry is written after the bytes it speaks of are in place and before anyone is told. Commits are not synced to
-the device: the promise is against the death of processes, not of machines.
+An entry is written after the bytes it speaks of are in place and before anyone is told. Commits are synced to the
+device only where the job's durability is "power": else the promise is against the death of processes, not of machines.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from fl_runtime.errors import ConfigError, FederationError, StoreError
 from fl_runtime.types import RunSettings, Terms
@@ -35,6 +37,12 @@ CREATE TABLE score (version INTEGER, site TEXT, metrics TEXT NOT NULL, num_examp
 
 # Came after the first journals of this schema version, which are without it.
 _KEPT = "CREATE TABLE IF NOT EXISTS kept (version INTEGER PRIMARY KEY, blob TEXT NOT NULL, layout BLOB NOT NULL)"
+
+
+_DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(RunSettings) if f.default is not MISSING}))
+"""For the settings that a journal of an earlier version is without."""
+
+RESTORE = "put the file back from a copy, or begin the job anew under another name"
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,18 @@ class RoundEntry:
 class Journal:
     """One run's journal. Not thread-safe: callers hold the run's lock."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create. StoreError if the file is damaged, unwritable or of a newer version."""
-        self._path = path
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        """Open or create. StoreError if the file is damaged, unwritable or of a newer version.
+
+        durable: every commit is on the device before it is believed.
+        """
+        self.path = path
         with self._mapped_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=OFF")
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+            self._check()
             with self._transaction():
                 if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
                     for statement in _SCHEMA.split(";"):
@@ -109,10 +121,10 @@ class Journal:
         if found is None:
             with self._mapped_errors(), self._transaction():
                 self._put("job", mine)
-        elif found != mine:
+        elif {**_DEFAULTS, **json.loads(found)} != json.loads(mine):
             raise ConfigError(
                 f"this folder holds another run ({json.loads(found)['name']!r}, or the same one with other settings)",
-                where=str(self._path),
+                where=str(self.path),
                 fix="use a new name for the job, or start it with the settings it began with",
             )
 
@@ -157,14 +169,12 @@ class Journal:
         """The site's newest update. It stays on record when its round is closed, so that it counts only once."""
         with self._mapped_errors(), self._transaction():
             self._db.execute("DELETE FROM update_ WHERE site=?", (entry.site,))
-            self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (entry.round, entry.site, entry.digest,
-                             entry.blob, entry.layout, json.dumps(entry.header)))  # fmt: skip
+            self._insert_update(entry)
 
     def buffered(self, entry: UpdateEntry) -> None:
         """An update of a run without rounds; `entry.round` is the site's own."""
         with self._mapped_errors(), self._transaction():
-            self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (entry.round, entry.site, entry.digest,
-                             entry.blob, entry.layout, json.dumps(entry.header)))  # fmt: skip
+            self._insert_update(entry)
             self._put("buffer", json.dumps([*json.loads(self._get("buffer") or "[]"), (entry.site, entry.round)]))
 
     def committed(
@@ -208,6 +218,10 @@ class Journal:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
+    def finished(self) -> bool:
+        """The run has ended, and without an error."""
+        return self._get("ended") == "null"
+
     def rounds(self) -> int | None:
         value = self._get("rounds")
         return int(value) if value else None
@@ -225,8 +239,11 @@ class Journal:
     def manifest(self, layout: bytes) -> Manifest:
         rows = self._all("SELECT manifest FROM layout WHERE layout=?", layout)
         if not rows:
-            raise StoreError("the journal names a layout that it does not hold", where=str(self._path))
-        return Manifest.from_proto(pb.Manifest.FromString(rows[0][0]))
+            raise StoreError("the journal names a layout that it does not hold", where=str(self.path))
+        manifest = Manifest.from_proto(pb.Manifest.FromString(rows[0][0]))
+        if manifest.layout != layout:
+            raise self._damaged("a layout")
+        return manifest
 
     def models(self) -> list[ModelEntry]:
         return [ModelEntry(*row) for row in self._all("SELECT * FROM model ORDER BY version")]
@@ -242,7 +259,7 @@ class Journal:
 
     def updates(self, round: int) -> list[UpdateEntry]:
         rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_ WHERE round=?", round)
-        return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
+        return [self._update_of(row) for row in rows]
 
     def buffer(self) -> list[UpdateEntry]:
         """The updates in the buffer of a run without rounds, in the order of arrival."""
@@ -252,18 +269,34 @@ class Journal:
     def last_updates(self) -> list[UpdateEntry]:
         """Every site's newest update."""
         rows = self._all("SELECT round, site, digest, blob, layout, header FROM update_")
-        return [UpdateEntry(r, s, d, b, lay, json.loads(h)) for r, s, d, b, lay, h in rows]
+        return [self._update_of(row) for row in rows]
 
     def last_used(self) -> dict[str, int]:
         """Site -> the last round whose task it has answered with an update that was accepted."""
         rows = self._all("SELECT site, header FROM update_ ORDER BY round")
-        return {site: json.loads(header)["round"] for site, header in rows}
+        return {site: json.loads(header.split("\n")[0])["round"] for site, header in rows}
 
     def scores(self) -> Iterator[tuple[int, str, dict[str, Any], int]]:
         for version, site, metrics, n in self._all("SELECT version, site, metrics, num_examples FROM score"):
             yield version, site, json.loads(metrics), n
 
     # -- plumbing --------------------------------------------------------------------------------------------
+
+    def _insert_update(self, entry: UpdateEntry) -> None:
+        header = json.dumps(entry.header)
+        row = (entry.round, entry.site, entry.digest, entry.blob, entry.layout)
+        self._db.execute("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", (*row, f"{header}\n{_check_of(row, header)}"))
+
+    def _update_of(self, row: tuple[Any, ...]) -> UpdateEntry:
+        """The entry of a row, whose check sum must hold (SQLite has none); older journals are without."""
+        round, site, digest, blob, layout, text = row
+        header, _, check = text.partition("\n")
+        if check and check != _check_of((round, site, digest, blob, layout), header):
+            raise self._damaged("an update's entry")
+        return UpdateEntry(round, site, digest, blob, layout, json.loads(header))
+
+    def _damaged(self, what: str) -> StoreError:
+        return StoreError(f"the journal is damaged: {what} is not what was written", where=str(self.path), fix=RESTORE)
 
     def _get(self, key: str) -> str | None:
         rows = self._all("SELECT value FROM meta WHERE key=?", key)
@@ -280,15 +313,22 @@ class Journal:
         with self._mapped_errors():
             return self._db.execute(statement, values).fetchall()
 
+    def _check(self) -> None:
+        """Pages that do not fit together are met now, and not in the middle of the run."""
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"it is damaged: {found}")
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # a disk that is full lets SQLite end the transaction itself
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:
@@ -297,6 +337,10 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"the journal failed: {error}",
-                where=str(self._path),
+                where=str(self.path),
                 fix="free disk space, or check that the file is writable and not damaged",
             ) from error
+
+
+def _check_of(row: tuple[Any, ...], header: str) -> str:
+    return xxhash.xxh3_64_hexdigest(repr((row, header)).encode())

@@ -40,8 +40,11 @@ def header_of(manifest: Manifest, metadata: Mapping[str, str] | None = None) -> 
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; a file that is there is replaced only once the new one is whole."""
+def write_tensors(
+    path: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None, *, durable: bool = False
+) -> None:
+    """Write a safetensors file; a file that is there is replaced only once the new one is whole. durable: and is on the
+    device when this returns."""
     manifest = Manifest.of(arrays)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -50,7 +53,11 @@ def write_tensors(path: Path, arrays: Arrays, metadata: Mapping[str, str] | None
             file.write(header_of(manifest, metadata))
             for piece in manifest.pieces(arrays, {}):
                 file.write(piece)
+        if durable:
+            sync(partial)
         os.replace(partial, path)
+        if durable:
+            sync(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
 
@@ -80,6 +87,20 @@ def disk_error(error: OSError, path: Path) -> StoreError:
     return StoreError(
         f"cannot write: {error.strerror or error}", where=str(path), fix="free disk space or choose another folder"
     )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, however it was written (a mapping too), or a folder's names are on the device. StoreError."""
+    if path.is_dir() and os.name != "posix":
+        return  # where folders cannot be opened, the file system keeps names by itself
+    try:
+        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def _tensor(name: str, entry: Mapping[str, Any], payload: Array) -> Array:

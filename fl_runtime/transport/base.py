@@ -51,11 +51,14 @@ class Service(Protocol):
 
 
 class Call(Protocol):
-    """A call under way: its replies, once each. Iterating blocks; `cancel` ends it from any thread."""
+    """A call under way: its replies, once each. Iterating blocks; `cancel` ends it from any thread.
+
+    broken: its connection is not to be trusted any more, so later calls make a new one.
+    """
 
     def __iter__(self) -> Iterator[bytes]: ...
     def __next__(self) -> bytes: ...
-    def cancel(self) -> None: ...
+    def cancel(self, *, broken: bool = False) -> None: ...
 
 
 class Transport(Protocol):

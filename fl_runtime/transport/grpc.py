@@ -14,7 +14,15 @@ from typing import Any
 
 import grpc
 
-from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, ProtocolError
+from fl_runtime.errors import (
+    ConfigError,
+    ConnectionLostError,
+    FederationError,
+    PermissionDeniedError,
+    ProtocolError,
+    TransferDamagedError,
+)
+from fl_runtime.transport import integrity
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
 from fl_runtime.transport.tls import refuses_old_tls, server_credentials
 from fl_runtime.version import SERVER_NAME
@@ -49,6 +57,8 @@ _OPEN_PORT = [  # what a server adds that strangers can reach
 ]
 _ALL_METHODS = (*METHODS, *CONTROL_METHODS)
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+_BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
+"""What gRPC makes of bytes that are no HTTP/2."""
 
 
 class GrpcTransport:
@@ -62,8 +72,8 @@ class GrpcTransport:
     """
 
     def __init__(self, address: str, token: str = "", credentials: Callable[[], Credentials] | None = None) -> None:
-        self._address = address
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._address, self._plain = address, credentials is None
+        self._authorization = f"Bearer {token}" if token else ""
         self._credentials: Callable[[], Credentials | None] = credentials or (lambda: None)
         self._lock = threading.Lock()
         self._line = _Line.open(address, self._credentials())
@@ -79,12 +89,20 @@ class GrpcTransport:
             line = self._line
         try:
             if isinstance(requests, bytes):
-                started = line.single[method](requests, metadata=self._metadata)
+                message = integrity.with_check(requests) if self._plain else requests
+                started = line.single[method](message, metadata=self._metadata(method))
             else:
-                started = line.streamed[method](iter(requests), metadata=self._metadata)
+                messages = map(integrity.with_check, requests) if self._plain else iter(requests)
+                started = line.streamed[method](messages, metadata=self._metadata(method))
         except ValueError as error:  # closed by another thread
             raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
-        return _GrpcCall(started, self._address, line.lost)
+        return _GrpcCall(started, self._address, line.lost, self._plain)
+
+    def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
+        if not self._plain:
+            return ()
+        check = integrity.check_of_call(_path(method), self._authorization)
+        return (("authorization", self._authorization), (integrity.CHECK_KEY, check))
 
     def close(self) -> None:
         with self._lock:
@@ -94,7 +112,7 @@ class GrpcTransport:
 
 @dataclass(frozen=True)
 class _Line:
-    """A gRPC channel and its calls. lost: set by the first of them that finds no connection."""
+    """A gRPC channel and its calls. lost: set by the first of them that finds no connection, or a damaged one."""
 
     channel: Any
     single: Mapping[str, Any]
@@ -122,6 +140,7 @@ class _GrpcCall:
     started: Any
     address: str
     lost: threading.Event
+    plain: bool
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -129,15 +148,21 @@ class _GrpcCall:
     def __next__(self) -> bytes:
         try:
             message: bytes = next(self.started)
-            return message
+            return integrity.checked(message) if self.plain else message
         except StopIteration:
             raise
+        except TransferDamagedError:
+            self.cancel(broken=True)
+            raise
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
+            found = _our_error(error, self.address, self.plain)
+            if error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(found, TransferDamagedError):
                 self.lost.set()
-            raise _our_error(error, self.address) from None
+            raise found from None
 
-    def cancel(self) -> None:
+    def cancel(self, *, broken: bool = False) -> None:
+        if broken:
+            self.lost.set()
         self.started.cancel()
 
 
@@ -204,21 +229,29 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     def _answer(self, method: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def answer(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+            plain = self._authenticate is not None
             try:
-                yield from self._service.handle(method, self._peer(context), requests)
+                if plain:
+                    replies = self._service.handle(
+                        method, self._peer(method, context), map(integrity.checked, requests)
+                    )
+                    yield from map(integrity.with_check, replies)
+                else:
+                    yield from self._service.handle(method, self._peer(method, context), requests)
             except FederationError as error:
-                _abort(context, error)
+                _abort(context, error, plain)
             except grpc.RpcError:  # the caller went away while we read from it
                 return
             except Exception as error:
                 log.exception("call %s failed", method)
-                _abort(context, FederationError(f"the server failed in {method}: {error!r}", fix="see its log"))
+                _abort(context, FederationError(f"the server failed in {method}: {error!r}", fix="see its log"), plain)
 
         return answer
 
-    def _peer(self, context: Any) -> Peer:
+    def _peer(self, method: str, context: Any) -> Peer:
         if self._authenticate is not None:
-            name = self._authenticate(dict(context.invocation_metadata()))
+            metadata = dict(context.invocation_metadata())
+            name = self._authenticate(_undamaged(method, metadata))
             return Peer(name, context.add_callback, hang_up=context.cancel)
         facts = context.auth_context()
         version = facts.get("ssl_tls_version", [b"TLSv1.3" if self.old_tls_refused else b"an unknown TLS"])[0].decode()
@@ -245,9 +278,18 @@ def _path(method: str) -> str:
     return f"/{_SERVICE}/{method}"
 
 
-def _abort(context: Any, error: FederationError) -> None:
+def _undamaged(method: str, metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """The metadata of a call over a plain connection. TransferDamagedError if they are not as they were sent."""
+    check = metadata.get(integrity.CHECK_KEY, "")
+    if check != integrity.check_of_call(_path(method), metadata.get("authorization", "")):
+        raise TransferDamagedError("a call's metadata were damaged on the way", fix="look at the network")
+    return metadata
+
+
+def _abort(context: Any, error: FederationError, plain: bool) -> None:
     fields = {key: _shortened(text, _ERROR_BYTES.get(key, 100)) for key, text in error.to_wire().items()}
-    context.set_trailing_metadata(((_ERROR_KEY, json.dumps(fields, ensure_ascii=False).encode(errors="replace")),))
+    data = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
+    context.set_trailing_metadata(((_ERROR_KEY, integrity.error_with_check(data) if plain else data),))
     context.abort(grpc.StatusCode.FAILED_PRECONDITION, fields["code"])
 
 
@@ -256,13 +298,16 @@ def _shortened(text: str, max_bytes: int) -> str:
     return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + " ..."
 
 
-def _our_error(error: Any, address: str) -> FederationError:
+def _our_error(error: Any, address: str, plain: bool) -> FederationError:
     for key, value in error.trailing_metadata() or ():
         if key == _ERROR_KEY:
-            return FederationError.from_wire(json.loads(value))
+            return integrity.checked_error(value) if plain else FederationError.from_wire(json.loads(value))
     if error.code() in _TRANSIENT:
         return ConnectionLostError(
             f"the server at {address} does not answer ({error.details() or error.code().name})",
             fix="check that the server runs and that this machine can reach it",
         )
-    return ProtocolError(f"the server at {address} answered {error.code().name}: {error.details()}")
+    what = f"the server at {address} answered {error.code().name}: {error.details()}"
+    if plain or error.code() in _BROKEN:
+        return TransferDamagedError(what, fix="look at the network, and check that it is our server that answers there")
+    return ProtocolError(what)

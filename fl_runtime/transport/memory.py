@@ -81,7 +81,7 @@ class _MemoryCall:
             self.cancel()
             raise
 
-    def cancel(self) -> None:
+    def cancel(self, *, broken: bool = False) -> None:
         with self._lock:
             callbacks, self._gone, self._ended = self._gone, [], True
         self._forget(self)

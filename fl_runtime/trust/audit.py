@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,8 +68,14 @@ class AuditLog:
             entry = {"number": number + 1, "before": last, **entry}
             digest = _digest(entry)
             line = json.dumps({**entry, "digest": digest})  # ASCII: no line end but our own
-            file.write(line.encode() + b"\n")  # at the end, wherever the file was read
-            file.flush()
+            begin = file.seek(0, os.SEEK_END)
+            try:
+                file.write(line.encode() + b"\n")  # at the end, wherever the file was read
+                file.flush()
+            except OSError:  # a full disk: no half of a line
+                with suppress(OSError):
+                    file.truncate(begin)
+                raise
             self._end = (file.tell(), number + 1, digest)
             self._sign(number + 1, digest)
 

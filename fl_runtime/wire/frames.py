@@ -14,8 +14,10 @@ import xxhash
 
 from fl_runtime.errors import ProtocolError, TransferDamagedError
 from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.dtypes import dtype_of
+from fl_runtime.wire.finite import is_finite
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
-from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.manifest import Manifest, TensorSpec
 
 FRAME_BYTES = 2 * 2**20
 INLINE_BYTES = 2**20
@@ -90,13 +92,23 @@ def inline(payload: pb.Payload, pieces: Sequence[memoryview]) -> bool:
 class Receiver:
     """Fills a uint8 buffer of `manifest.nbytes` bytes from frames, and checks it against the digests.
 
-    The buffer belongs to the caller. `arrived` may start above 0 when a transfer resumes.
+    The buffer belongs to the caller. `arrived` may start above 0 when a transfer resumes. finite: whether to look for
+    NaN and infinite values too. Both happen piece by piece, while the bytes are in the processor's cache and more of
+    them are on their way.
     """
 
-    def __init__(self, manifest: Manifest, digests: bytes, buffer: Array, arrived: int = 0) -> None:
+    def __init__(
+        self, manifest: Manifest, digests: bytes, buffer: Array, arrived: int = 0, *, finite: bool = False
+    ) -> None:
         if len(digests) != 8 * len(manifest.tensors):
             raise ProtocolError(f"{len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
         self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, arrived
+        self._finite = finite
+        self._at, self._seen = 0, 0  # tensors in payload order, and bytes, that have been checked
+        self._digest = xxhash.xxh3_64()
+        self._damaged: list[str] = []
+        self.not_finite: list[str] = []
+        """Names of tensors with a NaN or infinite value; complete when finish() has returned."""
 
     def take(self, data: bytes | memoryview) -> None:
         end = self.arrived + len(data)
@@ -104,26 +116,58 @@ class Receiver:
             raise ProtocolError(f"more bytes than the manifest announces ({end} > {self.manifest.nbytes})")
         self._buffer[self.arrived : end] = np.frombuffer(data, np.uint8)
         self.arrived = end
+        self._check()
+
+    def written(self) -> None:
+        """What was missing has been put into the buffer by somebody else."""
+        while self.arrived < self.manifest.nbytes:
+            self.arrived = min(self.arrived + FRAME_BYTES, self.manifest.nbytes)
+            self._check()
 
     def finish(self) -> tuple[Arrays, Arrays]:
         """(arrays, extras), views of the buffer; ProtocolError if bytes are missing, TransferDamagedError if a
         digest is wrong."""
         if self.arrived != self.manifest.nbytes:
             raise ProtocolError(f"a transfer ended after {self.arrived} of {self.manifest.nbytes} bytes")
-        found = self.manifest.digests_of_payload(self._buffer)
-        if found != self._digests:
-            wrong = [
-                t.name
-                for i, t in enumerate(self.manifest.tensors)
-                if found[8 * i : 8 * i + 8] != self._digests[8 * i : 8 * i + 8]
-            ]
-            raise TransferDamagedError(f"tensors were damaged on the way: {', '.join(wrong[:5])}")
+        self._check()
+        if self._damaged:
+            raise TransferDamagedError(f"tensors were damaged on the way: {', '.join(self._damaged[:5])}")
         return self.manifest.views(self._buffer)
+
+    def _check(self) -> None:
+        """Everything between what has been checked and what has arrived."""
+        order = self.manifest.payload_order
+        while self._at < len(order):
+            index = order[self._at]
+            spec, start = self.manifest.tensors[index], self.manifest.offsets[index]
+            stop = min(start + spec.nbytes, self.arrived)
+            self._digest.update(self._buffer[self._seen : stop].data)
+            if self._finite:
+                self._check_finite(spec, self._seen - start, self._buffer[start:stop])
+            self._seen = stop
+            if stop < start + spec.nbytes:
+                return
+            if self._digest.digest() != self._digests[8 * index : 8 * index + 8]:
+                self._damaged.append(spec.name)
+            self._digest.reset()
+            self._at += 1
+
+    def _check_finite(self, spec: TensorSpec, seen: int, data: Array) -> None:
+        """The whole elements of a tensor's first bytes, but for those that its first `seen` bytes held."""
+        dtype = dtype_of(spec.dtype)
+        whole = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
+        if not is_finite(whole[seen // dtype.itemsize :]) and spec.name not in self.not_finite[-1:]:
+            self.not_finite.append(spec.name)
 
 
 def payload_digest(payload: pb.Payload) -> bytes:
     """16 bytes that identify layout and contents: what makes resending idempotent."""
     return xxhash.xxh3_128_digest(payload.layout + payload.digests)
+
+
+def digest_of(manifest: Manifest, digests: bytes) -> bytes:
+    """The same, of tensors that lie here."""
+    return xxhash.xxh3_128_digest(manifest.layout + digests)
 
 
 def _varint(value: int) -> bytes:

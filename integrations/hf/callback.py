@@ -180,6 +180,8 @@ class FederatedCallback(TrainerCallback):
         live.restore_final()
         if run.awaits_score:  # something kept HF from evaluating: let nobody wait for this site's score
             self._site.report({}, 1)
+        if run.evaluates:
+            self._site.cross_evaluate(live, lambda: self._evaluate(run))
         best = self._best() if args.load_best_model_at_end else None
         exporter = Exporter(trained["model"], trained["processing_class"], live.state)
         self._site.finish(live, exporter.export, exporter.load if run.evaluates else None)
@@ -270,6 +272,13 @@ class FederatedCallback(TrainerCallback):
             run.round, run.began, run.loss_before, run.seed = came.round, state.global_step, loss, came.seed
             if run.evaluates:
                 run.awaits_score = control.should_evaluate = True
+
+    def _evaluate(self, run: _Run) -> None:
+        """Score the model as it is by the trainer's own evaluation, which ends in `on_evaluate`."""
+        self._run, run.awaits_score = run, True
+        with self._site.leaving_on_error(self._forget):
+            hf.evaluate_unseen(hf.calling_trainer(), self)
+        self._run = None
 
     def _best(self) -> tuple[int, Arrays] | None:
         """The best round and its weights, on rank 0."""

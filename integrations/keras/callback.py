@@ -15,7 +15,7 @@ from fl_adapters.options import Options
 from fl_adapters.outputs import PERSONAL
 from fl_adapters.session import Session, open_session
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import EXACT_RESTART, Task
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Task
 
 from . import neighbours, restart, scores
 from .budget import Budget
@@ -208,7 +208,9 @@ class FederatedCallback(keras.callbacks.Callback):
             agreement=live.agreement,
             rounds=None if settings.rounds else budget.own_rounds(fit, 0 if restored else epoch),
             evaluates=evaluates,
-            capabilities=live.capabilities | ({EXACT_RESTART} if settings.exact_restart else frozenset()),
+            capabilities=live.capabilities
+            | ({CROSS_EVALUATION} if evaluates else frozenset())
+            | ({EXACT_RESTART} if settings.exact_restart else frozenset()),
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         run = self._run = Run(fit, budget, rounds, evaluates)
@@ -302,6 +304,7 @@ class FederatedCallback(keras.callbacks.Callback):
             best = task.version, {name: np.copy(array) for name, array in task.arrays.items()}
         live.local.close()
         live.restore_final()
+        self._cross_evaluate(run, live)
         if live.local.personal is not None:
             with live.local.personal.in_place():
                 export(model, str(session.home.folder / PERSONAL))
@@ -317,6 +320,16 @@ class FederatedCallback(keras.callbacks.Callback):
         """Score the global model that has just arrived where fit's own validation does not."""
         assert run.fit.validation is not None
         self._report(run, *scores.evaluated(self.model, run.fit.validation))
+
+    def _cross_evaluate(self, run: Run, live: LiveModel) -> None:
+        """Where the job wants it, score every site's model in the place of the final one."""
+        session = self._session()
+        if not (session.settings.cross_site and run.evaluates):
+            return
+        while task := session.next_to_score():
+            live.state.set_state(task.arrays)
+            self._evaluate(run)
+        live.restore_final()
 
     def _report(self, run: Run, metrics: dict[str, float], examples: int) -> None:
         run.awaits_score = False

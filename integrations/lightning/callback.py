@@ -214,6 +214,8 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         with self._site.leaving_on_error(self._forget):
             if run.awaits_score:
                 lightning.validate_now(trainer)
+            if run.evaluates and run.live is not None:
+                self._site.cross_evaluate(run.live, lambda: self._evaluate(run, trainer))
             self._finish(run, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -357,6 +359,12 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         if run.over and not (in_batch and at_end(trainer, last_of_epoch=not run.progress.in_epoch)):
             lightning.stop(trainer)
         return True
+
+    def _evaluate(self, run: _Run, trainer: Any) -> None:
+        """Score the module as it is by Lightning's own validation, which ends in `on_validation_end`."""
+        run.awaits_score = True
+        with lightning.unseen(trainer, self):
+            lightning.validate_now(trainer)
 
     def _finish(self, run: _Run, trainer: Any, module: Any) -> None:
         assert run.live is not None

@@ -22,7 +22,7 @@ from . import engine as facts
 from . import outputs, restart
 from .budget import Budget, Progress, advance_schedules, made_a_step, warn_if_schedules_end_early
 from .export import Exporter
-from .scores import scores_of
+from .scores import scores_of, unseen
 
 _FRAMEWORK = "monai"
 
@@ -229,6 +229,8 @@ class FederatedHandler:
                 )
             if run.awaits_score and run.validation is not None:
                 run.validation(engine)
+            if run.validation is not None and run.live is not None:
+                self._site.cross_evaluate(run.live, lambda: self._evaluate(run, engine))
             self._finish(run, engine)
 
     def _exception_raised(self, engine: Any, error: Exception) -> None:
@@ -354,6 +356,13 @@ class FederatedHandler:
             run.awaits_score = True
             if not facts.validates_now(engine, run.validation, in_iteration=in_iteration, epoch_ends=epoch_ends):
                 run.validation(engine)  # its end finds its way to _validated
+
+    def _evaluate(self, run: _Run, engine: Any) -> None:
+        """Score the network as it is by the bundle's own evaluator, which ends in `_validated`."""
+        assert run.validation is not None
+        run.awaits_score = True
+        with unseen(run.validation.validator):
+            run.validation(engine)
 
     def _finish(self, run: _Run, engine: Any) -> None:
         assert run.live is not None

@@ -13,7 +13,7 @@ import pytest
 import fl_adapters as fl
 from fl_adapters import heatmap
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.errors import HandshakeError
+from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.server.history import write_matrix
 from fl_runtime.types import Arrays
 
@@ -109,6 +109,50 @@ def test_csv_json_and_heat_map(tmp_path: Path) -> None:
     picture = heatmap.draw(tmp_path)
     assert picture is not None
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_a_site_holds_back_is_that_of_the_global_model() -> None:
+    """`ExcludeVars`, and the factors of LoRA that nobody changes in a round."""
+    found: dict[str, list[list[float]]] = {}
+
+    def site(place: Place) -> None:
+        def evaluate(arrays: Arrays) -> tuple[dict[str, float], int]:
+            if place.index == 0:
+                found.setdefault(json.dumps([a.tolist() for a in arrays.values()]), [])
+            return {"loss": float(sum(a.sum() for a in arrays.values()))}, 1
+
+        with fl.connect(kit=place.kit) as joined:
+            initial = {"w": np.zeros(2), "kept": np.full(2, 7.0)}
+            for task in joined.tasks(initial=initial, evaluate=evaluate):
+                task.submit({n: a + place.index + 1 for n, a in task.arrays.items()}, num_examples=1)
+
+    filters = ({"name": "ExcludeVars", "names": ["kept"]},)
+    with LocalFederation(sites=2, rounds=1, cross_site=True, filters=filters) as federation:
+        federation.run(site)
+        federation.result()
+    assert list(found) == ["[[1.5, 1.5], [7.0, 7.0]]", "[[1.0, 1.0], [7.0, 7.0]]", "[[2.0, 2.0], [7.0, 7.0]]"]
+    assert {m: row["site-2"]["loss"] for m, row in matrix_of(federation).items()} == {
+        "global": 17,
+        "site-1": 16,
+        "site-2": 18,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"filters": [{"name": "Quantize", "to": "int8"}]}, "Quantize"),
+        ({"filters": [{"name": "PercentilePrivacy"}]}, "PercentilePrivacy"),
+        ({"strategy": "flora"}, "FLoRA"),
+        ({"strategy": "tree-bagging"}, "TreeBagging"),
+        ({"strategy": "fedbuff"}, "fedbuff"),
+    ],
+)
+def test_jobs_whose_sites_send_no_models_are_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match="cross_site") as caught:
+        fl.Job(app="train.py", rounds=2, cross_site=True, **fields)
+    assert named in str(caught.value)
+    fl.Job(app="train.py", rounds=2, cross_site=True, filters=[{"name": "RoundMetrics"}])
 
 
 SCRIPT = """

@@ -1,9 +1,10 @@
-"""A TCP proxy between a site and the server that counts bytes, cuts connections and damages them on request."""
+"""A TCP proxy between a site and the server that counts bytes, and cuts, delays and damages them on request."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ class _Fault:
     direction: Direction
     at: int
     kind: Literal["cut", "damage"]
+    flip: int = 0xFF
 
 
 class TcpProxy:
@@ -32,7 +34,10 @@ class TcpProxy:
         self._lock = threading.Condition()
         self._open: list[socket.socket] = []
         self.connections = 0
+        self.fired = 0  # cuts and damages of those that were planned
         self.refuses = False  # new connections, while it is set
+        self._held_until = 0.0
+        self._deaf: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -59,9 +64,24 @@ class TcpProxy:
         """Break the connection once so many further bytes have passed; later connections work again."""
         self._plan(direction, more_bytes, "cut")
 
-    def damage_after(self, direction: Direction, more_bytes: int) -> None:
-        """Flip the bits of one byte after so many further ones."""
-        self._plan(direction, more_bytes, "damage")
+    def damage_after(self, direction: Direction, more_bytes: int, flip: int = 0xFF) -> None:
+        """Turn over these bits of one byte after so many further ones."""
+        self._plan(direction, more_bytes, "damage", flip)
+
+    def hold(self, seconds: float) -> None:
+        """Let nothing pass for so long, and then all of it."""
+        with self._lock:
+            self._held_until = max(self._held_until, time.monotonic() + seconds)
+
+    def deafen(self) -> None:
+        """The connections that there are now stay open, and carry nothing any more; later ones work."""
+        with self._lock:
+            self._deaf |= set(self._open)
+
+    def wait_fired(self, count: int, timeout_s: float) -> bool:
+        """Until so many of the planned cuts and damages have happened; False if they have not."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self.fired >= count, timeout_s)
 
     def cut(self) -> None:
         """Break all connections now."""
@@ -70,9 +90,9 @@ class TcpProxy:
         for one in sockets:
             _close(one)
 
-    def _plan(self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage"]) -> None:
+    def _plan(self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage"], flip: int = 0xFF) -> None:
         with self._lock:
-            self._faults.append(_Fault(direction, self._counts[direction] + more_bytes, kind))
+            self._faults.append(_Fault(direction, self._counts[direction] + more_bytes, kind, flip))
 
     def _accept(self) -> None:
         while True:
@@ -100,7 +120,10 @@ class TcpProxy:
         try:
             while data := source.recv(_CHUNK_BYTES):
                 data, cut = self._counted(direction, data)
-                sink.sendall(data)
+                while (left := self._held_until - time.monotonic()) > 0:
+                    time.sleep(left)
+                if source not in self._deaf:
+                    sink.sendall(data)
                 if cut:
                     break
         except OSError:
@@ -115,11 +138,12 @@ class TcpProxy:
             cut = False
             for fault in [f for f in self._faults if f.direction == direction and f.at < before + len(data)]:
                 self._faults.remove(fault)
+                self.fired += 1
                 place = fault.at - before
                 if fault.kind == "cut":
                     data, cut = data[:place], True
                     break
-                data = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+                data = data[:place] + bytes([data[place] ^ fault.flip]) + data[place + 1 :]
             self._counts[direction] = before + len(data)
             self._lock.notify_all()
             return data, cut

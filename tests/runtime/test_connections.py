@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,66 @@ def test_a_damaged_byte_is_noticed_and_sent_again(tmp_path: Path, direction: Dir
         assert sent > PAYLOAD  # some or all of it again
     used = [e for e in bench.watch.all("update") if e.data["status"] == "used"]
     assert len(used) == 1
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("place", [10, 40, 100, 200, 300, 450, 600, 900, 1300])
+def test_a_damaged_byte_of_a_small_run_changes_nothing(tmp_path: Path, direction: Direction, place: int) -> None:
+    """Most of its bytes are of headers, which no tensor's digest covers: who calls, for what, with what weight."""
+
+    def site(name: str) -> Arrays:
+        address = proxy.address if name == "site-1" else ""
+        index = int(name[-1])
+        return bench.site(name, address=address, patience_s=5.0).take_part(
+            {"w": np.zeros(8)}, lambda task: {"w": task.arrays["w"] + index}, num_examples=index
+        )
+
+    with serving(tmp_path, 2, rounds=3) as bench, TcpProxy(bench.address) as proxy:
+        proxy.damage_after(direction, place, flip=0x04)
+        finals = bench.run(site)
+    for final in finals.values():
+        np.testing.assert_allclose(final["w"], np.full(8, 3 * (1 * 1 + 2 * 2) / 3), rtol=1e-12)
+    assert all(result.sites == bench.names for result in bench.server.result().rounds)
+
+
+def test_a_connection_that_stands_and_carries_nothing_is_made_again(tmp_path: Path) -> None:
+    initial: Arrays = {"w": np.zeros(3)}
+    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address, patience_s=2.0)
+        tasks = started([one, two], initial)
+        two.submit(tasks["site-2"], {"w": np.ones(3)})
+
+        def meanwhile() -> None:
+            proxy.deafen()
+            one.submit(tasks["site-1"], {"w": np.ones(3)})
+
+        final, _ = together(two.client.next_task, meanwhile)
+        assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
+
+
+@pytest.mark.parametrize("call", ["register", "next_task", "report"])
+def test_a_site_that_waits_for_the_others_is_not_impatient(tmp_path: Path, call: str) -> None:
+    """The server says meanwhile that it is there."""
+    initial: Arrays = {"w": np.zeros(3)}
+    with serving(tmp_path, 2, rounds=1) as bench:
+        one, two = bench.site("site-1", patience_s=0.4), bench.site("site-2")
+        if call == "register":
+            one.join()
+            two.join()
+            waits, ends = (lambda: one.register(initial)), (lambda: two.register(initial))
+        else:
+            tasks = started([one, two], initial, evaluates=True)
+            scores = [Report("test", 0, name, {"loss": 1.0}, 1) for name in bench.names]
+            if call == "report":
+                waits, ends = (lambda: one.client.report(scores[0], wait=True)), (lambda: two.client.report(scores[1]))
+            else:
+                one.submit(tasks["site-1"], initial)
+                waits, ends = one.client.next_task, (lambda: two.submit(tasks["site-2"], initial))
+        hurry = threading.Event()
+        began = time.monotonic()
+        together(waits, lambda: (hurry.wait(1.5), ends()))
+        assert time.monotonic() - began >= 1.5
+        assert not bench.watch.all("left")
 
 
 def test_a_transfer_that_is_damaged_every_time_is_given_up(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_runtime.errors import StoreError
 from fl_runtime.server.history import History
 from fl_runtime.types import Event
 
@@ -197,18 +198,36 @@ def test_tensorboard_reads_the_scalars(tmp_path: Path) -> None:
     assert found.Scalars("round/seconds")[1].wall_time == 1002.0
 
 
-def test_a_disk_that_takes_no_more_is_said_once_and_does_not_stop_the_run(
+def test_a_disk_that_takes_no_more_is_said_once_and_nothing_is_lost_when_there_is_room_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resource = pytest.importorskip("resource")
-    history = History(tmp_path)
+    history, undisturbed = History(tmp_path / "full"), History(tmp_path / "undisturbed")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    events = [event for number in (1, 2, 3, 4) for event in one_round(number)]
+    third = len(events) // 3
+    for item in events[:third]:
+        history(item)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # bytes of any one file: then EFBIG
     try:
-        for item in one_round(1):
+        for item in events[third : 2 * third]:
             history(item)
-        history.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for item in events[2 * third :]:
+        history(item)
+    history.close()
+    for item in events:
+        undisturbed(item)
+    undisturbed.close()
 
-    assert capsys.readouterr().err.count("no longer written") == 1
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    for name in ("events.jsonl", "history.csv"):
+        assert (tmp_path / "full" / name).read_text() == (tmp_path / "undisturbed" / name).read_text()
+
+
+def test_a_history_that_cannot_begin_says_so(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(StoreError, match="cannot write") as caught:
+        History(tmp_path / "taken")
+    assert caught.value.where and caught.value.fix

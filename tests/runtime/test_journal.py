@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_another_job_or_other_settings_are_refused(journal: Journal, path: Path)
         assert caught.value.where == str(path)
         assert caught.value.fix
     Journal(path).begin(SETTINGS)
+
+
+def test_a_journal_from_before_a_setting_was_known_goes_on(journal: Journal, path: Path) -> None:
+    journal.close()
+    with sqlite3.connect(path) as db:
+        (text,) = db.execute("SELECT value FROM meta WHERE key='job'").fetchone()
+        fields = json.loads(text)
+        del fields["durability"], fields["cross_site"]
+        db.execute("UPDATE meta SET value=? WHERE key='job'", (json.dumps(fields),))
+    Journal(path).begin(SETTINGS)
+    with pytest.raises(ConfigError):
+        Journal(path).begin(replace(SETTINGS, durability="power"))
 
 
 def test_a_newer_schema_is_refused_with_the_upgrade_to_make(journal: Journal, path: Path) -> None:

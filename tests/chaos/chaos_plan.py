@@ -1,0 +1,56 @@
+"""Which faults come when: a sequence that a seed decides. What takes them, and how, is in federation.py."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = {
+    "kill the server": 0.20,
+    "kill a site": 0.25,
+    "cut a connection": 0.22,
+    "delay a connection": 0.10,
+    "damage a byte": 0.20,
+    "silence a connection": 0.03,
+    "fill the disk": 0.08,
+}
+"""Every kind of fault, and its share. A silenced connection stays open and carries nothing any more."""
+
+_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. after_s: since the one before. site: index of the site that it concerns, if it concerns one.
+
+    direction, at_bytes, flip: of a cut or a damaged byte: after so many further bytes up (from the site to the server)
+    or down, and which bits of the byte are turned over. for_s: how long what was killed, delayed or filled stays so.
+    """
+
+    kind: str
+    after_s: float
+    site: int
+    direction: str
+    at_bytes: int
+    flip: int
+    for_s: float
+
+
+def faults(seed: int, sites: int, without: Collection[str] = ()) -> Iterator[Fault]:
+    """Faults without end, the same for the same arguments. without: kinds that are left out."""
+    rng = np.random.default_rng([seed, sites])
+    kinds = [kind for kind in KINDS if kind not in without]
+    shares = np.array([KINDS[kind] for kind in kinds])
+    while True:
+        yield Fault(
+            kind=kinds[rng.choice(len(kinds), p=shares / shares.sum())],
+            after_s=float(rng.choice([0.0, rng.uniform(0, 0.4)], p=[0.2, 0.8])),
+            site=int(rng.integers(sites)),
+            direction=("up", "down")[rng.integers(2)],
+            # most bytes are of tensors: small numbers too, so that headers have their share
+            at_bytes=int(_BYTES ** rng.uniform(0, 1)),
+            flip=int(rng.choice([0xFF, 1 << rng.integers(8)])),
+            for_s=float(rng.choice([0.0, rng.uniform(0, 0.8)])),
+        )
