@@ -15,6 +15,7 @@ from fl_adapters.torch_local import LocalWork
 from fl_adapters.torch_lora import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch_lora_factors import LoraFactors
 from fl_adapters.torch_restart import (
+    all_tensors,
     load_optimizer,
     load_tensors,
     local_tensors,
@@ -140,7 +141,7 @@ class LiveModel:
 
     def go_on(self, state: State) -> None:
         """From what `kept` gave to another process of this site; before the first task is received."""
-        load_tensors(self._local_tensors(), state["tensors"])
+        load_tensors(all_tensors(self._model), state["tensors"])  # what is trained may change from round to round
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, kept)
         self.local.go_on(state["local"])
@@ -166,7 +167,8 @@ class LiveModel:
         """
         self.load(task.arrays if task else None)
         self._final = self.state.set_apart()
-        self._final_local = packed_tensors(self._local_tensors()) if more and not torch_ranks.several() else {}
+        own = packed_tensors(self._local_tensors()) if more and not torch_ranks.several() else {}
+        self._final_local = {name: array.copy() for name, array in own.items()}
 
     def keep_final(self) -> None:
         """The final weights are in the model: remember them, as `receive_final` does."""

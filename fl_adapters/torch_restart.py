@@ -24,9 +24,9 @@ _TENSOR, _DEVICE = "torch.Tensor", "device"
 
 
 def packed(value: Any) -> State:
-    """`value` with arrays in place of its tensors."""
+    """`value` with arrays in place of its tensors: views of those on the host, so borrowed until they change."""
     if isinstance(value, Tensor):
-        return {_TENSOR: as_array(value.detach().to("cpu", copy=True).contiguous()), _DEVICE: str(value.device)}
+        return {_TENSOR: as_array(value.detach().cpu().contiguous()), _DEVICE: str(value.device)}
     if isinstance(value, Mapping):
         return {key: packed(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -46,21 +46,22 @@ def unpacked(state: State) -> Any:
 
 
 def packed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Host copies by name."""
-    return {name: as_array(tensor.detach().to("cpu", copy=True)) for name, tensor in tensors.items()}
+    """Arrays by name: views of tensors on the host, so borrowed until they change."""
+    return {name: as_array(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def load_tensors(tensors: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
-    """Copy `arrays` into live tensors. Raises ConfigError where they are of another model."""
-    if tensors.keys() != arrays.keys() or any(tuple(t.shape) != arrays[n].shape for n, t in tensors.items()):
+    """Copy `arrays` into live `tensors`, of which there may be more. ConfigError where they are of another model."""
+    fits = {n: n in tensors and tuple(tensors[n].shape) == array.shape for n, array in arrays.items()}
+    if not all(fits.values()):
         raise ConfigError(
             "what this site kept before its restart is of another model",
-            where=", ".join(sorted(tensors.keys() ^ arrays.keys())[:4]),
+            where=", ".join([name for name, same in fits.items() if not same][:4]),
             fix="start the site again with the same script",
         )
-    for name, tensor in tensors.items():
-        tensor.copy_(as_tensor(arrays[name]))
+    for name, array in arrays.items():
+        tensors[name].copy_(as_tensor(array))
 
 
 def packed_optimizer(optimizer: Any, states: Mapping[Any, Any] | None = None) -> State:
@@ -97,12 +98,20 @@ def states_of(optimizer: Any, states: State) -> dict[Any, Any]:
 
 
 def local_tensors(module: nn.Module, travelling: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What training may change and that does not travel: trained parameters, and buffers, also those that the model's
-    own state_dict leaves out."""
+    """What training may change now and that does not travel: trained parameters, and buffers, also those that the
+    model's own state_dict leaves out."""
     travels = {id(tensor) for tensor in travelling}
+    return {
+        name: tensor
+        for name, tensor in all_tensors(module).items()
+        if id(tensor) not in travels and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+    }
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every live parameter and buffer by its own name."""
     module = unwrap(module)
-    parameters = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
-    return {n: t for n, t in {**parameters, **dict(module.named_buffers())}.items() if id(t) not in travels}
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def refuse_inexact(module: nn.Module, loader: Any) -> None:

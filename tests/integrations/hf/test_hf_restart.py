@@ -8,16 +8,16 @@ from typing import Any
 
 import hf_models as m
 import pytest
-from hf_example import Example, made, rows_of
+from hf_example import Example, made, rows_of, weights_of
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
 
 from killed_sites import WarmProcess, run_sites
 
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.testing import RestartCase, restart_cases
+from fl_adapters.testing import RestartCase, Trained, restart_cases
 from fl_runtime.errors import ConfigError
 
 SCRIPT = """
@@ -38,6 +38,25 @@ def test_the_callback_restarts_exactly(case: RestartCase, tmp_path_factory: pyte
 def test_with_what_a_strategy_keeps_at_the_site(strategy: str, tmp_path: Path) -> None:
     for case in restart_cases(strategy=strategy)[-1:]:
         case(Example(str(tmp_path), kind="sgd" if strategy == "scaffold" else "adam"))
+
+
+class Lora(Example):
+    """A transformer under LoRA."""
+
+    steps_per_epoch, personal = 4, ""
+
+    def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
+        set_seed(site)
+        model = m.adapted(m.classifier(0.1))
+        m.trainer(FederatedCallback(**arguments), model=model, num_train_epochs=epochs, seed=site).train()
+        return Trained(weights_of(model), 0)
+
+
+@pytest.mark.parametrize("strategy", ["flora", "ffa-lora"])
+def test_lora(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base weights follow the global factors, or a factor is frozen meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    restart_cases(strategy=strategy)[-1](Lora(str(tmp_path)))
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
