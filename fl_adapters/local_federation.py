@@ -25,7 +25,7 @@ from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Peer, Service
-from fl_runtime.types import Arrays, Event, RunSettings
+from fl_runtime.types import Arrays, Event, RunSettings, Strategy
 
 T = TypeVar("T")
 
@@ -62,7 +62,8 @@ class LocalFederation:
     states: what a site must have for itself although it belongs to the process, such as a framework's random
     state; with it (an empty list will do) the sites run one at a time, and each goes on with its own states, those
     of Python and NumPy included. folder: of the run, as `runs/<job>` would be; a temporary one by default, deleted
-    at the end. settings: further fields of RunSettings; min_sites is the number of sites by default.
+    at the end. workflow: a strategy of one's own, in place of that which the settings name. settings: further fields
+    of RunSettings; min_sites is the number of sites by default.
 
     events: what has happened so far, complete after the `with` block.
     """
@@ -75,6 +76,7 @@ class LocalFederation:
         states: Sequence[State] | None = None,
         folder: Path | str | None = None,
         name: str = "test",
+        workflow: Strategy | None = None,
         **settings: Any,
     ) -> None:
         names = tuple(f"site-{n}" for n in range(1, sites + 1)) if isinstance(sites, int) else tuple(sites)
@@ -91,7 +93,9 @@ class LocalFederation:
         self.folder = Path(tempfile.mkdtemp(prefix="fl-adapters-")) if folder is None else Path(folder)
         self.events: list[Event] = []
         self.tokens = {name: secrets.token_urlsafe(8) for name in names}
-        self.server = Server(self._settings, self.folder, self.tokens, listeners=[self.events.append])
+        self.server = Server(
+            self._settings, self.folder, self.tokens, listeners=[self.events.append], strategy=workflow
+        )
         self._serving = ExitStack()
         self.places: tuple[Place, ...] = ()
 
