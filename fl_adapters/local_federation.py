@@ -27,7 +27,7 @@ from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Peer, Service
-from fl_runtime.types import Arrays, Event, RunSettings
+from fl_runtime.types import Arrays, Event, RunSettings, Strategy
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 T = TypeVar("T")
@@ -79,7 +79,8 @@ class LocalFederation:
     state; with it (an empty list will do) the sites run one at a time, and each goes on with its own states, those
     of Python and NumPy included. folder: of the run, as `runs/<job>` would be; a temporary one by default, deleted
     at the end. deaths: what goes wrong; without sockets. A death in a call is a SiteFailedError at the site, which may
-    then begin anew. settings: further fields of RunSettings; min_sites is the number of sites by default.
+    then begin anew. workflow: a strategy of one's own, in place of that which the settings name. settings: further
+    fields of RunSettings; min_sites is the number of sites by default.
 
     events: what has happened so far, complete after the `with` block.
     """
@@ -93,6 +94,7 @@ class LocalFederation:
         folder: Path | str | None = None,
         name: str = "test",
         deaths: Sequence[Death] = (),
+        workflow: Strategy | None = None,
         **settings: Any,
     ) -> None:
         names = tuple(f"site-{n}" for n in range(1, sites + 1)) if isinstance(sites, int) else tuple(sites)
@@ -110,7 +112,9 @@ class LocalFederation:
         self.folder = Path(tempfile.mkdtemp(prefix="fl-adapters-")) if folder is None else Path(folder)
         self.events: list[Event] = []
         self.tokens = {name: secrets.token_urlsafe(8) for name in names}
-        self.server = Server(self._settings, self.folder, self.tokens, listeners=[self.events.append])
+        self.server = Server(
+            self._settings, self.folder, self.tokens, listeners=[self.events.append], strategy=workflow
+        )
         self._serving = ExitStack()
         self.places: tuple[Place, ...] = ()
 

@@ -292,6 +292,10 @@ class Strategy(Protocol):
         """Who takes part in this round, of the sites that are there; the same for the same arguments."""
         ...
 
+    def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
+        """Which of these models a site evaluates after the last round; the same for the same arguments."""
+        ...
+
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What all sites, and all updates, must have in common of a tensor's shape: -1 where they may differ."""
         ...

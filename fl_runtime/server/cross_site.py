@@ -51,7 +51,7 @@ class CrossSite:
         """The next model that this site has not scored, or the word that there is none; None: too soon."""
         if run.phase not in ("final", "done") or not member.active:
             return None
-        for name, version in self._numbers(run).items():
+        for name, version in self._asked(run, member.name).items():
             if member.name not in run.scores.reported(version):
                 config = {"model": name}
                 model = run.model if name == GLOBAL else self._model(run, name, version)
@@ -59,10 +59,9 @@ class CrossSite:
         return Offer("evaluated", run.rounds or 0, {}, None, True)
 
     def complete(self, run: Run) -> bool:
-        """Whether every site that is there has scored every model."""
-        numbers = self._numbers(run).values()
+        """Whether every site that is there has scored every model that it is asked for."""
         active = [m.name for m in run.members.values() if m.active]
-        return all(name in run.scores.reported(version) for name in active for version in numbers)
+        return all(name in run.scores.reported(v) for name in active for v in self._asked(run, name).values())
 
     def matrix(self, run: Run) -> dict[str, dict[str, dict[str, float]]]:
         """Whose model -> on whose data -> metrics."""
@@ -70,6 +69,12 @@ class CrossSite:
             name: {site: plain(metrics) for site, metrics in sorted(run.scores.by_site(version).items())}
             for name, version in self._numbers(run).items()
         }
+
+    def _asked(self, run: Run, site: str) -> dict[str, int]:
+        """The models that a site evaluates, as the workflow says, by their numbers."""
+        numbers = self._numbers(run)
+        wanted = set(run.strategy.scored_by(site, tuple(numbers)))
+        return {name: number for name, number in numbers.items() if name in wanted}
 
     def _numbers(self, run: Run) -> dict[str, int]:
         """The number of every model under which its scores are kept."""

@@ -20,7 +20,7 @@ from fl_runtime.server.service import FederationService
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
-from fl_runtime.types import Listener, RunSettings
+from fl_runtime.types import Listener, RunSettings, Strategy
 
 _THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
 _SPARE_THREADS = 8
@@ -45,13 +45,15 @@ class Server:
         port: int = 0,
         listeners: Sequence[Listener] = (),
         share: bool = False,
+        strategy: Strategy | None = None,
     ) -> None:
-        _check(settings)
+        """strategy: in place of the one that `settings` name, such as a workflow of one's own."""
+        _check(settings, strategy)
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
         try:
-            self._run = Run(settings, folder / "server", self._events)
+            self._run = Run(settings, folder / "server", self._events, strategy)
             recover(self._run)
             self._finished = self._run.journal.finished()
         except BaseException:
@@ -164,8 +166,9 @@ class Server:
         self._lock.close()
 
 
-def _check(settings: RunSettings) -> None:
-    strategy = make_strategy(settings.strategy) if settings.strategy else None  # the sites may say
+def _check(settings: RunSettings, strategy: Strategy | None) -> None:
+    if strategy is None and settings.strategy:  # else the sites may say
+        strategy = make_strategy(settings.strategy)
     check_filters(settings.filters, settings.optimizer_state, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):
         raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import fl_adapters as fl
 from fl_adapters import heatmap
 from fl_adapters.testing import LocalFederation, Place
+from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.server.history import write_matrix
 from fl_runtime.types import Arrays
@@ -66,6 +69,26 @@ def test_the_matrix_is_that_of_plain_numpy(extras: bool) -> None:
     # what others have sent leaves no trace in the run's own numbers
     assert [result.round for result in rounds] == [1, 2, 3]
     assert all(np.array_equal(arrays["w"], finals["site-1"]["w"]) for arrays in finals.values())
+
+
+@dataclass(frozen=True)
+class OwnModelsAtHome(FedAvg):
+    """Every site evaluates the global model and its own, and gets nobody else's."""
+
+    name: ClassVar[str] = "own-models-at-home"
+
+    def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
+        return [name for name in models if name in ("global", site)]
+
+
+def test_a_workflow_says_who_evaluates_what() -> None:
+    with LocalFederation(sites=3, rounds=3, cross_site=True, workflow=OwnModelsAtHome()) as federation:
+        federation.run(loop)
+        federation.result()
+    full = wanted(3)
+    kept = {m: {s: v for s, v in row.items() if m in ("global", s)} for m, row in full.items()}
+    found = matrix_of(federation)
+    assert {m: {s: pytest.approx(v["loss"]) for s, v in row.items()} for m, row in found.items()} == kept
 
 
 def test_a_site_that_was_not_drawn_last_is_there_with_its_last_update() -> None:
