@@ -87,6 +87,7 @@ class SiteClient:
         self._watchman = Watchman(patience_s)
         self._beats = False  # the server says in every call that waits that it is there
         self._under_way: WatchedCall | None = None
+        self._sent = 0  # of an upload, the bytes that the server has
         self._heard = 0  # messages of the server: as long as it grows, the server is within reach
         self._closed = False
         self.bytes_up = 0
@@ -230,12 +231,14 @@ class SiteClient:
         """Repeat a call over broken connections, with pauses that grow and vary, while patience lasts."""
         patience_s = self._patience_s if patience_s is None else patience_s
         given_up_at: float | None = None
-        pause_s, heard, damaged = _FIRST_PAUSE_S, self._heard, 0
+        pause_s, heard, damaged, held = _FIRST_PAUSE_S, self._heard, 0, 0
         while True:
             try:
                 return attempt()
             except (ConnectionLostError, StoreError) as error:  # a server whose disk is full may be back soon
-                damaged += isinstance(error, TransferDamagedError)
+                if isinstance(error, TransferDamagedError):
+                    held, before = self._held(), held
+                    damaged = 1 if held > before else damaged + 1
                 if self._closed or damaged == _DAMAGED_TRIES:
                     raise
                 now = time.monotonic()
@@ -246,6 +249,10 @@ class SiteClient:
                     raise type(error)(what, where=error.where, fix=error.fix) from None
             time.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    def _held(self) -> int:
+        """Bytes of the transfer under way that have arrived at the other end, or here."""
+        return self._incoming.receiver.arrived if self._incoming is not None else self._sent
 
     def _next_task(self, best: bool, evaluate: bool, done: str) -> Task:
         request = pb.NextRequest(
@@ -343,6 +350,7 @@ class SiteClient:
                 first = _parsed(pb.SubmitReply, next(replies, b""))
                 if first.HasField("accepted"):
                     return first.accepted.status
+                self._sent = first.send_from
                 if first.file:
                     self._write(first.file, pieces)
                 offset.give(sum(map(len, pieces)) if first.file else first.send_from)

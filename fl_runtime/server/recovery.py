@@ -38,6 +38,8 @@ def _recover(run: Run) -> None:
         member.absent_since = time.monotonic()
         if registration:
             member.registration, member.known = Registration.from_json(registration), True
+    for name in run.journal.who_left():
+        run.members[name].gone = "it left"
     run.rounds = run.journal.rounds()
     if run.rounds is not None:
         run.agree(run.journal.terms())

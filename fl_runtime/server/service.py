@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics import from_json, plain
-from fl_runtime.errors import FederationError, ProtocolError, StoreError
+from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
 from fl_runtime.server import limits, reports
 from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
@@ -211,7 +211,7 @@ class FederationService:
             received = len(first)
             try:
                 if payload.inline:
-                    transfer.receiver.take(payload.inline)
+                    transfer.receiver.take(payload.inline[transfer.receiver.arrived :])
                 elif transfer.receiver.manifest.nbytes:
                     shared = self._run.blobs.path(transfer.blob).name if header.shared and self._share else ""
                     yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
@@ -220,8 +220,11 @@ class FederationService:
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 check_update(self._run, update)
-            except FederationError:
-                self._run.spool.drop(transfer)
+            except FederationError as error:
+                if isinstance(error, TransferDamagedError):  # what is right of it is kept
+                    self._run.spool.broke(transfer)
+                else:
+                    self._run.spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: what has arrived is kept for the next attempt
                 self._run.spool.broke(transfer)
@@ -246,6 +249,8 @@ class FederationService:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._run.manifests[payload.layout]
             check_layout(self._run, manifest, *how)
+        if payload.inline and len(payload.inline) != manifest.nbytes:
+            raise ProtocolError(f"an update brings {len(payload.inline)} bytes; its tensors have {manifest.nbytes}")
         if payload.total_bytes != manifest.nbytes:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest

@@ -137,6 +137,15 @@ class Journal:
         self._run("INSERT INTO site VALUES (?, ?, NULL) ON CONFLICT (name) DO UPDATE SET attempt=excluded.attempt",
                   site, attempt)  # fmt: skip
 
+    def left(self, sites: Sequence[str]) -> None:
+        """Who has left of its own will, and has not come back."""
+        with self._mapped_errors(), self._transaction():
+            self._put("left", json.dumps(list(sites)))
+
+    def who_left(self) -> list[str]:
+        found: list[str] = json.loads(self._get("left") or "[]")
+        return found
+
     def registered(self, site: str, registration: Mapping[str, Any]) -> None:
         self._run("UPDATE site SET registration=? WHERE name=?", json.dumps(registration), site)
 

@@ -90,27 +90,25 @@ def inline(payload: pb.Payload, pieces: Sequence[memoryview]) -> bool:
 
 
 class Receiver:
-    """Fills a uint8 buffer of `manifest.nbytes` bytes from frames, and checks it against the digests.
+    """Fills a uint8 buffer of `manifest.nbytes` bytes from frames, and checks every tensor as soon as it is whole.
 
-    The buffer belongs to the caller. `arrived` may start above 0 when a transfer resumes. finite: whether to look for
-    NaN and infinite values too. Both happen piece by piece, while the bytes are in the processor's cache and more of
-    them are on their way.
+    The buffer belongs to the caller. `arrived`: where a transfer that broke off goes on; behind the last tensor that
+    was whole and right where one was damaged. finite: whether to look for NaN and infinite values too. Both happen
+    piece by piece, while the bytes are in the processor's cache and more of them are on their way.
     """
 
-    def __init__(
-        self, manifest: Manifest, digests: bytes, buffer: Array, arrived: int = 0, *, finite: bool = False
-    ) -> None:
+    def __init__(self, manifest: Manifest, digests: bytes, buffer: Array, *, finite: bool = False) -> None:
         if len(digests) != 8 * len(manifest.tensors):
             raise ProtocolError(f"{len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
-        self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, arrived
+        self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, 0
         self._finite = finite
         self._at, self._seen = 0, 0  # tensors in payload order, and bytes, that have been checked
         self._digest = xxhash.xxh3_64()
-        self._damaged: list[str] = []
         self.not_finite: list[str] = []
         """Names of tensors with a NaN or infinite value; complete when finish() has returned."""
 
     def take(self, data: bytes | memoryview) -> None:
+        """The next bytes. TransferDamagedError if a tensor that they complete is not what was sent."""
         end = self.arrived + len(data)
         if end > self.manifest.nbytes:
             raise ProtocolError(f"more bytes than the manifest announces ({end} > {self.manifest.nbytes})")
@@ -130,8 +128,6 @@ class Receiver:
         if self.arrived != self.manifest.nbytes:
             raise ProtocolError(f"a transfer ended after {self.arrived} of {self.manifest.nbytes} bytes")
         self._check()
-        if self._damaged:
-            raise TransferDamagedError(f"tensors were damaged on the way: {', '.join(self._damaged[:5])}")
         return self.manifest.views(self._buffer)
 
     def _check(self) -> None:
@@ -147,9 +143,12 @@ class Receiver:
             self._seen = stop
             if stop < start + spec.nbytes:
                 return
-            if self._digest.digest() != self._digests[8 * index : 8 * index + 8]:
-                self._damaged.append(spec.name)
+            right = self._digest.digest() == self._digests[8 * index : 8 * index + 8]
             self._digest.reset()
+            if not right:
+                self.arrived = self._seen = start
+                self.not_finite = [name for name in self.not_finite if name != spec.name]
+                raise TransferDamagedError(f"a tensor was damaged on the way: {spec.name}")
             self._at += 1
 
     def _check_finite(self, spec: TensorSpec, seen: int, data: Array) -> None:

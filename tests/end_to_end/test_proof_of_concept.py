@@ -147,7 +147,8 @@ def test_a_job_is_submitted_over_an_admins_kit_and_status_shows_it(bench: Any, a
     assert server.wait(30) == 0
 
 
-def test_a_killed_server_goes_on_with_its_job(bench: Any, federation: Path) -> None:
+@pytest.mark.parametrize("command", [["--job", "job.yml"], []], ids=["the same command", "without the job"])
+def test_a_killed_server_goes_on_with_its_job(bench: Any, federation: Path, command: list[str]) -> None:
     script = """
 import os, time
 import numpy as np
@@ -166,16 +167,17 @@ with fl.connect() as site:
     _until(lambda: (_reached(bench)["running"] or {}).get("round") == 2, "round 2")
     first.kill()
     first.wait()
-    second = bench.start("server", "--kit", "kits/server")
+    second = bench.start("server", "--kit", "kits/server", *command)
     (bench.folder / "again").touch()
     for process in sites:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-    _until(lambda: "long" in _reached(bench)["ended"], "the end of the job")
+    if not command:
+        _until(lambda: "long" in _reached(bench)["ended"], "the end of the job")
+        second.terminate()
+    assert second.wait(60) == 0
     model = read_tensors(bench.folder / "runs/long/model/model.safetensors")
     np.testing.assert_array_equal(model["w"], np.full(3, 4.5, np.float32))
-    second.terminate()
-    assert second.wait(30) == 0
     assert audit.verify(federation / "server", federation / "server")[1] == []
     actions = [entry["action"] for entry in audit.entries(federation / "server")]
     assert "job continued" in actions

@@ -15,6 +15,7 @@ from federation_bench import (
     ended,
     errors_at_once,
     errors_together,
+    registered,
     serving,
     settings,
     started,
@@ -158,6 +159,21 @@ def test_a_new_attempt_takes_the_place_of_the_old_one_at_once(tmp_path: Path) ->
         new.submit(task, value(3))
         final = new.client.next_task()
         assert (final.kind, final.arrays["w"].tolist()) == ("final", [2.0] * 3)
+
+
+def test_a_site_that_is_started_again_while_the_initial_model_is_awaited_does_not_end_the_run(tmp_path: Path) -> None:
+    with serving(tmp_path, 2, rounds=1) as bench:
+        one, two = bench.site("site-1"), bench.site("site-2")
+        registered([one, two], W)
+        two.vanish()
+        again = bench.site("site-2")
+        again.join()  # and has not registered yet
+        task = one.client.next_task()
+        assert task.kind == "initial"
+        one.submit(task, W)
+        again.register(W)
+        tasks = [site.client.next_task() for site in (one, again)]
+        assert [task.round for task in tasks] == [1, 1]
 
 
 def test_an_old_attempt_that_waits_is_woken_by_the_new_one(tmp_path: Path) -> None:

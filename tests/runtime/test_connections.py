@@ -26,8 +26,18 @@ def weights(seed: int) -> Arrays:
     return {"w": np.random.default_rng(seed).normal(size=PAYLOAD // 8), "b": np.array(seed)}
 
 
+def many(seed: int) -> Arrays:
+    """As many bytes, in 24 tensors."""
+    rows = np.random.default_rng(seed).normal(size=(24, PAYLOAD // 8 // 24))
+    return {"w": rows[0], **{f"w{number}": row for number, row in enumerate(rows[1:])}, "b": np.array(seed)}
+
+
 def one_round(
-    bench: Bench, proxy: TcpProxy, plan: Callable[[str], None], seed: int = 1
+    bench: Bench,
+    proxy: TcpProxy,
+    plan: Callable[[str], None],
+    seed: int = 1,
+    weights: Callable[[int], Arrays] = weights,
 ) -> tuple[Site, Arrays, tuple[int, int], tuple[int, int]]:
     """A round of one site through the proxy; plan(direction) is called before its download and its upload.
 
@@ -98,6 +108,29 @@ def test_a_damaged_byte_is_noticed_and_sent_again(tmp_path: Path, direction: Dir
         assert sent > PAYLOAD  # some or all of it again
     used = [e for e in bench.watch.all("update") if e.data["status"] == "used"]
     assert len(used) == 1
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_after_damage_a_transfer_goes_on_behind_the_last_tensor_that_was_right(
+    tmp_path: Path, direction: Direction
+) -> None:
+    """And so it gets there however often, as long as some of it does."""
+    damages = 6
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+
+        def plan(now: str) -> None:
+            if now == direction:
+                for number in range(1, damages + 1):
+                    proxy.damage_after(direction, number * 6 * MIB)
+
+        _, final, download, upload = one_round(bench, proxy, plan, weights=many)
+        assert {name: array.tobytes() for name, array in final.items()} == {
+            name: array.tobytes() for name, array in many(1).items()
+        }
+        assert proxy.fired >= 3
+        sent = upload[0] if direction == "up" else download[1]
+        assert PAYLOAD < sent < PAYLOAD * 1.02 + proxy.fired * (MIB + IN_FLIGHT)
+    assert len([e for e in bench.watch.all("update") if e.data["status"] == "used"]) == 1
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

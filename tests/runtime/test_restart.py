@@ -277,6 +277,22 @@ def test_a_site_that_dies_while_the_server_is_down_is_not_waited_for_for_ever(tm
         server.finished()
 
 
+def test_a_site_that_had_left_is_not_waited_for_again(tmp_path: Path) -> None:
+    with server_process(tmp_path / "run", 2, rounds=1, rejoin_s=600.0) as server:
+        one, two = server.site("site-1"), server.site("site-2")
+        tasks = started([one, two], start_weights())
+        for site in (one, two):
+            site.submit(tasks[site.name], trained(tasks[site.name], site.name))
+        assert [site.client.next_task().kind for site in (one, two)] == ["final", "final"]
+        one.client.leave("done", early=False)
+        one.vanish()
+        server.kill()
+        server.start()
+        two.client.leave("done", early=False)
+        two.vanish()
+        server.finished()
+
+
 def test_killed_while_the_sites_score_each_others_models(tmp_path: Path) -> None:
     with server_process(tmp_path / "run", 2, rounds=1, cross_site=True) as server:
         sites = [server.site(name) for name in ("site-1", "site-2")]
