@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         NormBounding,
         RoLoRA,
         Scaffold,
+        Swarm,
         TrimmedMean,
     )
 
@@ -101,6 +102,7 @@ __all__ = [
     "SiteTask",
     "StateMismatchError",
     "StoreError",
+    "Swarm",
     "TransferDamagedError",
     "TrimmedMean",
     "UpdateRefusedError",
@@ -137,6 +139,7 @@ _LAZY = {
     "ProofOfConcept": "fl_adapters.environments.proof_of_concept",
     "RoLoRA": "fl_runtime.aggregation",
     "Scaffold": "fl_runtime.aggregation",
+    "Swarm": "fl_runtime.aggregation",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.where",
     "SiteTask": "fl_adapters.loop",

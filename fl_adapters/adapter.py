@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from fl_adapters.state_file import State
 from fl_runtime.types import Arrays
 
 
@@ -37,3 +38,15 @@ class OptimizerState(Protocol):
     def get(self) -> Arrays: ...
     def set(self, arrays: Arrays) -> None: ...
     def reset(self) -> None: ...
+
+
+class Snapshot(Protocol):
+    """Optional (fl_runtime.types.EXACT_RESTART): all of a site's state that outlives a round and does not travel."""
+
+    def save(self) -> State:
+        """The state between two rounds. Borrowed until the training goes on. ConfigError where it cannot be kept."""
+        ...
+
+    def load(self, state: State) -> None:
+        """Go on from what `save` gave in another process of this site, before the global weights are set."""
+        ...

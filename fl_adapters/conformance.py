@@ -16,7 +16,7 @@ from fl_adapters.adapter import Adapter
 from fl_adapters.exchange import matches
 from fl_adapters.local_federation import LocalFederation, Place
 from fl_adapters.options import Exchange, Options
-from fl_adapters.session import open_session
+from fl_adapters.sessions import open_session
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays, is_floating
 from fl_runtime.wire.manifest import Manifest

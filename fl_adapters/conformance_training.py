@@ -214,7 +214,7 @@ def a_site_that_is_not_drawn_waits(example: TrainingExample) -> None:
     for name, result in trained.items():
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
     _require_local_steps(federation.events, every)
-    require_close(final, _by_hand(example, "keep", drawn, every, list(final)))
+    require_close(final, by_hand(example, "keep", drawn, every, list(final)).final)
 
 
 def a_site_that_fails_is_done_without(example: TrainingExample) -> None:
@@ -263,19 +263,27 @@ def _equals_plain_loop(example: TrainingExample, policy: Literal["keep", "reset"
         missing = [tensor for tensor in final if tensor not in result.weights]
         require(not missing, f"{missing} of the global model are not among the weights of {name}")
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
-    wanted = _by_hand(example, policy, [[0, 1]] * rounds, every, list(final))
-    require_close(final, wanted)
+    wanted = by_hand(example, policy, [[0, 1]] * rounds, every, list(final))
+    require_close(final, wanted.final)
 
 
-def _by_hand(
+@dataclass(frozen=True)
+class ByHand:
+    """final: the global model after the last round. own: by a site's number, all its weights as it sent the last."""
+
+    final: dict[str, Array]
+    own: dict[int, dict[str, Array]]
+
+
+def by_hand(
     example: TrainingExample, policy: str, rounds: Sequence[Sequence[int]], every: int, names: list[str]
-) -> dict[str, Array]:
+) -> ByHand:
     """The oracle: each site's plain loop in turn, with its own random states, and the mean in float64.
 
     rounds: the numbers of the sites that take part in each.
     """
     before = [get() for get, _ in example.states]
-    loops, states = [], []
+    loops, states, own = [], [], dict[int, dict[str, Array]]()
     for site in range(2):
         _restore(example.states, before)
         loops.append(example.plain(site, total_steps=len(rounds) * every))
@@ -290,11 +298,11 @@ def _by_hand(
                 loop.reset_optimizer()
             loop.train(every)
             states[site] = [get() for get, _ in example.states]
-        taking_part = [loops[site] for site in sites]
-        locals_ = [{name: np.array(loop.weights()[name]) for name in names} for loop in taking_part]
-        weights = mean_by_hand(locals_, tuple(loop.num_examples for loop in taking_part))
+            own[site] = copied(loop.weights())
+        sent = [{name: own[site][name] for name in names} for site in sites]
+        weights = mean_by_hand(sent, tuple(loops[site].num_examples for site in sites))
     _restore(example.states, before)
-    return weights
+    return ByHand(weights, own)
 
 
 def _federation(example: TrainingExample, **settings: Any) -> LocalFederation:

@@ -74,6 +74,10 @@ class ControlVariate:
         assert self._own is not None
         return self._ended(dict(self._own))
 
+    def kept(self) -> dict[str, Array] | None:
+        """c_i once the round's update has been counted; None before the first round."""
+        return self._next if self._next is not None else self._own
+
     def submitted(self, status: str) -> None:
         """What the round's update counted as: c_i follows if it did."""
         if self._next is not None and status in _COUNTED:
@@ -95,6 +99,15 @@ class ControlVariate:
             if all(n in kept and (kept[n].shape, kept[n].dtype) == (c.shape, c.dtype) for n, c in self._global.items()):
                 return {name: np.array(kept[name]) for name in self._global}
         return {name: np.zeros_like(c) for name, c in self._global.items()}
+
+
+def put_control(home: SiteHome, kept: Arrays | None) -> None:
+    """Let the site go on with what `ControlVariate.kept` gave; None: with zeros."""
+    file = home.folder / FILE
+    if kept is None:
+        file.unlink(missing_ok=True)
+    else:
+        write_tensors(file, kept)
 
 
 def _wide(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:

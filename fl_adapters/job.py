@@ -18,7 +18,7 @@ from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters import check_filters
+from fl_runtime.filters import check_cross_site, check_filters, check_repeatable
 from fl_runtime.types import RunSettings
 
 R_co = TypeVar("R_co", covariant=True)
@@ -58,7 +58,8 @@ class Job(BaseModel):
     seed: of whatever the run draws.
     filters: what changes updates and models on their way, in order: a table each, with its name, its arguments and
     optionally `at`, its point (docs/filters.md).
-    exact_restart: reserved, refused by this version.
+    exact_restart: a site whose process dies and is started again goes on as if nothing had happened, to the bit; every
+    round begins from random states of its own, made of `seed`, the site and the round (docs/restart.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -205,6 +206,12 @@ def _check(job: Job) -> None:
             where="fraction",
             fix="leave fraction out of the job",
         )
+    if strategy.relayed and job.late == "carry":
+        raise ConfigError(
+            f"under {job.strategy} the server has no update that it could carry into the next round",
+            where="late",
+            fix="leave late out of the job",
+        )
     if strategy.buffer:
         for field, wanted in (
             ("fraction", job.fraction < 1),
@@ -231,14 +238,18 @@ def _check(job: Job) -> None:
     )
     chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may say
     check_filters(job.filters, job.optimizer_state, chosen)
+    if job.cross_site:
+        check_cross_site(job.filters, chosen)
     if LocalTerms.from_config(strategy.configure(1, ())).control_variates:
         check_filters(job.filters, "average", chosen)  # they travel as moments do
     if job.exact_restart:
-        raise ConfigError(
-            "exact_restart is not available in this version",
-            where="exact_restart",
-            fix="leave exact_restart out of the job",
-        )
+        check_repeatable(job.filters)
+        if strategy.buffer:
+            raise ConfigError(
+                f"exact_restart needs rounds, and the strategy {job.strategy} has none",
+                where="exact_restart",
+                fix="leave exact_restart out of the job, or choose another strategy",
+            )
 
 
 def _check_name(name: str, field: str) -> None:

@@ -8,9 +8,11 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -18,13 +20,15 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from fl_adapters.kit import Kit, read_kit
-from fl_adapters.session import close_sessions
-from fl_runtime.errors import FederationError
+from fl_adapters.sessions import close_sessions
+from fl_adapters.swarm import is_swarm
+from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Peer, Service
-from fl_runtime.types import Arrays, Event, RunSettings
+from fl_runtime.types import Arrays, Event, RunSettings, Strategy
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 T = TypeVar("T")
 
@@ -54,6 +58,19 @@ class Outcome(Generic[T]):
     error: BaseException | None = None
 
 
+@dataclass(frozen=True)
+class Death:
+    """The process of a site dies in a call to the server: the `number`th of `method` ("Next", "Submit", ...) that it
+    makes, counted from 1; before the server hears of it, or (heard) after it has answered. method "": elsewhere, by an
+    error of its own. Either way the server does not hear it leave.
+    """
+
+    site: str
+    method: str = ""
+    number: int = 1
+    heard: bool = False
+
+
 class LocalFederation:
     """A server in this process and startup kits for its sites: a simulation without processes or sockets.
 
@@ -61,7 +78,9 @@ class LocalFederation:
     states: what a site must have for itself although it belongs to the process, such as a framework's random
     state; with it (an empty list will do) the sites run one at a time, and each goes on with its own states, those
     of Python and NumPy included. folder: of the run, as `runs/<job>` would be; a temporary one by default, deleted
-    at the end. settings: further fields of RunSettings; min_sites is the number of sites by default.
+    at the end. deaths: what goes wrong; without sockets. A death in a call is a SiteFailedError at the site, which may
+    then begin anew. workflow: a strategy of one's own, in place of that which the settings name. settings: further
+    fields of RunSettings; min_sites is the number of sites by default.
 
     events: what has happened so far, complete after the `with` block.
     """
@@ -74,17 +93,28 @@ class LocalFederation:
         states: Sequence[State] | None = None,
         folder: Path | str | None = None,
         name: str = "test",
+        deaths: Sequence[Death] = (),
+        workflow: Strategy | None = None,
         **settings: Any,
     ) -> None:
         names = tuple(f"site-{n}" for n in range(1, sites + 1)) if isinstance(sites, int) else tuple(sites)
         self._settings = RunSettings(**{"name": name, "sites": names, "min_sites": len(names), **settings})
         self._sockets = sockets
+        if states is not None and is_swarm(self._settings.strategy):
+            raise ConfigError(
+                "under swarm sites wait for each other, and with states= they run one at a time",
+                where="LocalFederation",
+                fix="leave states out, and give the sites processes of their own where they share random states",
+            )
         self._turns = None if states is None else _Turns([_PYTHON, _NUMPY, *states])
+        self._deaths = _Deaths(deaths)
         self._temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="fl-adapters-")) if folder is None else Path(folder)
         self.events: list[Event] = []
         self.tokens = {name: secrets.token_urlsafe(8) for name in names}
-        self.server = Server(self._settings, self.folder, self.tokens, listeners=[self.events.append])
+        self.server = Server(
+            self._settings, self.folder, self.tokens, listeners=[self.events.append], strategy=workflow
+        )
         self._serving = ExitStack()
         self.places: tuple[Place, ...] = ()
 
@@ -93,7 +123,7 @@ class LocalFederation:
             address = self.server.start()
         else:
             service = self.server.service
-            address = self._serving.enter_context(memory.serving(_TurnService(service, self._turns)))
+            address = self._serving.enter_context(memory.serving(_TurnService(service, self._turns, self._deaths)))
             self.server.begin()
         self.places = tuple(self._place(name, index, address) for index, name in enumerate(self._settings.sites))
         return self
@@ -238,6 +268,35 @@ class _Turns:
             set_state(value)
 
 
+class _Deaths:
+    """Counts the calls of the sites that are to die, and ends them there. That they leave early is not heard."""
+
+    def __init__(self, deaths: Sequence[Death]) -> None:
+        self._deaths = deaths
+        self._calls: Counter[tuple[str, str]] = Counter()
+
+    def along(self, service: Service, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The service's replies, up to the death that comes in this call."""
+        mine = [death for death in self._deaths if death.site == peer.name]
+        if mine and method == "Leave":
+            first = next(requests)
+            if pb.LeaveRequest.FromString(first).early:
+                return _ended(peer.name)
+            requests = chain([first], requests)
+        self._calls[peer.name, method] += 1
+        now = (method, self._calls[peer.name, method])
+        due = [death for death in mine if (death.method, death.number) == now]
+        replies = service.handle(method, peer, requests)
+        return _ended(peer.name, replies if due[0].heard else None) if due else replies
+
+
+def _ended(site: str, replies: Iterator[bytes] | None = None) -> Iterator[bytes]:
+    for _ in replies or ():
+        pass
+    raise SiteFailedError(f"the process of {site} has died", where="as the test wants it")
+    yield b""
+
+
 @dataclass(frozen=True)
 class _TurnService:
     """A service whose callers give up their turn while they wait for its replies.
@@ -247,9 +306,10 @@ class _TurnService:
 
     service: Service
     turns: _Turns | None
+    deaths: _Deaths
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        replies = self.service.handle(method, peer, requests)
+        replies = self.deaths.along(self.service, method, peer, requests)
         return replies if self.turns is None else self._given_up(self.turns, replies)
 
     def _given_up(self, turns: _Turns, replies: Iterator[bytes]) -> Iterator[bytes]:

@@ -10,9 +10,12 @@ import numpy as np
 
 from fl_adapters.exchange import selected
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.session import Session, open_session
+from fl_adapters.restart import Keeping, seed_python
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
+from fl_adapters.state_file import State
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Metrics, Settings, Task
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Settings, Task
 
 
 def connect(**options: Any) -> ConnectedSite:
@@ -56,6 +59,8 @@ class ConnectedSite:
         rounds: int | None = None,
         agreement: dict[str, str] | None = None,
         evaluate: Callable[[Arrays], tuple[Metrics, int]] | None = None,
+        save: Callable[[], State] | None = None,
+        load: Callable[[State], None] | None = None,
     ) -> Iterator[SiteTask]:
         """One task per round. initial: this site's weights (all sites must have the same names, shapes, dtypes);
         they start the model where the job gives no file and this is the first site. Borrowed until the first task.
@@ -64,6 +69,12 @@ class ConnectedSite:
         equal at all sites. evaluate: (metrics, number of examples) of some weights on this site's validation data; a
         job with `cross_site` asks for those of every site's weights after the last round. Raises StateMismatchError
         or HandshakeError when the sites do not fit together.
+
+        save, load: for a job with `exact_restart`. save() gives all that this loop carries from round to round beside
+        the weights that travel (an optimizer's moments, weights that stay; nested lists and dicts of plain values and
+        arrays; `dict` for a loop that carries nothing). It is called before round 1, and by `task.submit`, which must
+        be the round's last act. load(state) is called, before the first task, in a process that comes back. `random`
+        and `np.random` are seeded for every round; seed others by `task.seed`.
         """
         if self._session is None:
             yield from self._alone(initial, rounds or 1)
@@ -74,10 +85,12 @@ class ConnectedSite:
             agreement=agreement or {},
             rounds=rounds,
             evaluates=False,
-            capabilities=frozenset({"cross-evaluation"}) if evaluate else frozenset(),
+            capabilities=frozenset([*[CROSS_EVALUATION] * bool(evaluate), *[EXACT_RESTART] * bool(save)]),
         )
-        task = session.start(lambda: mine)
+        task = session.start(lambda: mine, snapshot=Keeping(save, load or _nothing) if save else None)
         while task.kind == "train":
+            if session.round_seed is not None:
+                seed_python(session.round_seed)
             current = SiteTask(task, rounds, session, self._options)
             yield current
             current.check_submitted()
@@ -107,15 +120,21 @@ class ConnectedSite:
             self.arrays = current.submitted
 
 
+def _nothing(state: State) -> None:
+    """What a loop without a `load` does with its state."""
+
+
 class SiteTask:
     """One round's work. round, rounds: which of how many. arrays: the global model, valid until the next task and
-    free to be changed in place. config: what the strategy says to the sites."""
+    free to be changed in place. config: what the strategy says to the sites. seed: with `exact_restart` what to seed
+    this round's shuffling with, below 2**63; else None."""
 
     def __init__(self, task: Task, rounds: int, session: Session | None, options: Options) -> None:
         self._session, self._options = session, options
         self.round, self.rounds = task.round, rounds
         self.arrays: Arrays = task.arrays
         self.config: Settings = task.config
+        self.seed = session.round_seed if session else None
         self.submitted: Arrays = {}
 
     def submit(

@@ -96,6 +96,7 @@ class SiteSettings:
     phases: int = 1
     cross_site: bool = False
     strategy: str | None = None
+    exact_restart: bool = False
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -113,6 +114,7 @@ class SiteSettings:
             phases=local_phases(job.get("strategy")),
             cross_site=bool(job.get("cross_site")),
             strategy=job.get("strategy"),
+            exact_restart=bool(job.get("exact_restart")),
         )
 
     def to_json(self) -> dict[str, Any]:

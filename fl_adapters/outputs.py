@@ -15,6 +15,9 @@ PERSONAL = "personal"
 PERSONAL_FILE = "personal.safetensors"
 """Within a site's own folder: the weights of its personal model after the last round."""
 
+RESTART = "restart"
+"""Folder, within a site's own, of what it needs to go on after its process died (`exact_restart`)."""
+
 
 def own_folder(kit: Kit, job: str) -> Path:
     """Where a site keeps what stays with it during a job: runs/<job>/sites/<site> in a simulation, else within its

@@ -7,11 +7,9 @@ long as the slowest site trains.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,18 +18,21 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_adapters.kit import Kit, current_kit
+from fl_adapters.adapter import Snapshot
+from fl_adapters.kit import Kit
 from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.outputs import claimed_path, own_folder
+from fl_adapters.outputs import RESTART, claimed_path, own_folder
+from fl_adapters.restart import RestartPoints, round_seed
 from fl_adapters.site_rules import rules_of
+from fl_adapters.swarm import CAPABILITY, SwarmSite, is_swarm
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
+from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.store.tensorfile import write_tensors
-from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.sealed import SealedStream
@@ -65,7 +66,7 @@ class Session:
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
         self._kit, self._framework = kit, framework
         self._rules = rules_of(kit)
-        self._client = SiteClient(transport, kit.patience_s)
+        self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
         welcome = self._client.join(kit.job)
         self.name, self.index, self.count = welcome.site, welcome.index, welcome.count
         self.job, self.attempt = str(welcome.settings["name"]), welcome.attempt
@@ -77,12 +78,23 @@ class Session:
         self.pid = os.getpid()
         self.registered = False
         self.closed = False
+        points = self.home.folder / RESTART
+        self._points = RestartPoints(points, fresh=self.home.fresh) if self.settings.exact_restart else None
+        self._snapshot: Snapshot | None = None
         self._task: Task | None = None
+        self._kept_final = False  # the final task's arrays are copies
+        self._to_score: Task | None = None
         self._content: Content = "weights"
         self._encoding = ""
         with self._allowed():
             self._rules.joined(welcome.settings, framework)
+            if self.settings.exact_restart:
+                check_repeatable(self._rules.filters)
             self._filters = SiteFilters(welcome.settings.get("filters", ()), self._rules.filters, self._home())
+            self._swarm: SwarmSite | None = None
+            if is_swarm(self.settings.strategy):
+                deadline_s = float(welcome.settings["deadline_s"])
+                self._swarm = SwarmSite(self._client, self.name, self.sealed, kit.patience_s, deadline_s)
 
     def output_dir(self, path: str) -> str:
         """Where the framework's own output belongs: below this site's folder in a simulation, else unchanged.
@@ -127,7 +139,7 @@ class Session:
             Manifest.of(state),
             agreement=shared,
             info=self._rules.info(info),
-            capabilities=capabilities,
+            capabilities=capabilities | ({CAPABILITY} if self._swarm else frozenset()),
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
             terms=terms,
@@ -136,17 +148,27 @@ class Session:
         self.registered = True
         return self.rounds
 
-    def start(self, state: Callable[[], Arrays], extras: Arrays | None = None) -> Task:
+    def start(
+        self, state: Callable[[], Arrays], extras: Arrays | None = None, snapshot: Snapshot | None = None
+    ) -> Task:
         """The first task: kind "train", or "final" when the run is over already (a site that comes late).
 
         state() is called only where this site's own weights become the initial model, or a part of it; extras travel
-        beside them.
+        beside them. snapshot: of who registers with the capability EXACT_RESTART. Where the job asks for that, it is
+        saved before anything is sent, and in a process that comes back it has been loaded when the task is here.
         """
-        task = self._client.next_task()
+        self._snapshot = snapshot
+        if self._points is not None and self._points.empty:
+            self._save_point(None, {})
+        if self._swarm is not None:
+            self._swarm.start()
+        task = self._next()
+        if self._points is not None and self.attempt > 1:
+            self._load_point(self._points, task)
         if task.kind == "initial":
             arrays = state()
             self._send(self._update(task, arrays, 1, 0, {}, extras or {}), self._filters.initial)
-            task = self._client.next_task()
+            task = self._next()
         return self._received(task)
 
     def submit(
@@ -177,12 +199,13 @@ class Session:
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
         if held_back:
             update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
+        self._save_point(task, arrays)
         return self._send(update, lambda update: self._filters.outgoing(update, task))
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
         done = self._current().round
-        task = self._received(self._client.next_task())
+        task = self._received(self._next())
         up, down = self._client.bytes_up - self._up, self._client.bytes_down - self._down
         self.stats = RoundStats(done, up, down, time.monotonic() - self._began)
         return task
@@ -209,8 +232,11 @@ class Session:
         return self.next_task()
 
     def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
-        """The score of the global model that arrived last, on this site's own validation data."""
-        self._client.report(self._scored(metrics, num_examples))
+        """The score of the model that arrived last, on this site's own validation data: of the global one, or of the
+        one that `next_to_score` gave."""
+        version = self._to_score.version if self._to_score else None
+        self._client.report(self._scored(metrics, num_examples, version))
+        self._to_score = None
 
     def report_together(self, metrics: Mapping[str, float | Summary], num_examples: int) -> tuple[Metrics, bool]:
         """`report`, then wait for the other sites: (metrics of all together, whether the run ends with this model)."""
@@ -227,23 +253,37 @@ class Session:
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""
+        self._keep_final()
         with self._allowed():
             return self._filters.received(self._client.next_task(best=True))
 
+    def next_to_score(self) -> Task | None:
+        """Where the job wants cross-site evaluation, after the "final" task and its report: another model to evaluate
+        on this site's own validation data and then to `report` on; without a report it counts as one without metrics.
+
+        The global model (where it has no report yet), then every site's own; None when there is none left. A site that
+        calls this has registered with the capability CROSS_EVALUATION.
+        """
+        if not self.settings.cross_site:
+            return None
+        if self._to_score is not None:
+            self.report({}, 1)
+        self._keep_final()
+        task = self._client.next_task(evaluate=True)
+        if task.kind != "evaluate":
+            return None
+        with self._allowed():
+            self._to_score = self._filters.received(task)
+        return self._to_score
+
     def cross_evaluate(self, evaluate: Callable[[Arrays], tuple[Mapping[str, float | Summary], int]]) -> None:
-        """Where the job wants it, after the "final" task and its report: score the global model and every site's own.
+        """All that `next_to_score` gives, one after the other.
 
         evaluate(arrays) -> (metrics on this site's own validation data, how many examples they are of); the arrays
-        are valid for the call. A site that calls this registers with the capability "cross-evaluation".
+        are valid for the call.
         """
-        while self.settings.cross_site:
-            task = self._client.next_task(evaluate=True)
-            if task.kind != "evaluate":
-                return
-            with self._allowed():
-                task = self._filters.received(task)
-            metrics, num_examples = evaluate(task.arrays)
-            self._client.report(self._scored(metrics, num_examples, task.version))
+        while task := self.next_to_score():
+            self.report(*evaluate(task.arrays))
 
     def finish(
         self,
@@ -263,11 +303,9 @@ class Session:
         if export is not None and self._kit.simulated and final.config.get("export"):
             export(str(Path(self._kit.run, "model")))
             if load is not None:
-                kept = {name: np.copy(array) for name, array in final.arrays.items()}
-                best = self.best()
-                load(best.arrays)
+                load(self.best().arrays)
                 export(str(Path(self._kit.run, "best")))
-                load(kept)
+                load(self._current().arrays)
         self._end("all rounds are done", early=False)
 
     def leave(self, reason: str) -> None:
@@ -277,13 +315,48 @@ class Session:
     def hand_over(self) -> None:
         """End this attempt without leaving the run: another attempt of this site goes on in its place."""
         self.closed = True
+        if self._swarm is not None:
+            self._swarm.close()
         self._client.close()
+
+    def _next(self) -> Task:
+        return self._swarm.next_task() if self._swarm is not None else self._client.next_task()
 
     def _end(self, reason: str, *, early: bool) -> None:
         if not self.closed:
             self.closed = True
+            if self._swarm is not None:
+                self._swarm.close()
             self._client.leave(self._rules.leaving(reason, early=early), early=early)
             self._client.close()
+
+    def _keep_final(self) -> None:
+        """Other models are about to come into the buffer that the final one lies in: whoever is to export it needs a
+        copy."""
+        final = self._current()
+        if not self._kept_final and self._kit.simulated and final.config.get("export"):
+            copies = {name: np.copy(array) for name, array in final.arrays.items()}
+            self._task, self._kept_final = replace(final, arrays=copies), True
+
+    @property
+    def round_seed(self) -> int | None:
+        """What this round's random states begin from, of every framework that the script uses; None where the job does
+        not ask for exact restarts."""
+        return None if self._points is None else round_seed(self.settings.seed, self.name, self._current())
+
+    def _save_point(self, done: Task | None, arrays: Arrays) -> None:
+        """This site's state after the work for `done`, whose result is `arrays`."""
+        if self._points is not None and self._snapshot is not None:
+            held_back = dict(self._filters.held_back(arrays))
+            state = {"turn": self.turn, "held_back": held_back, "own": self._snapshot.save()}
+            self._points.save(done, state)
+
+    def _load_point(self, points: RestartPoints, task: Task) -> None:
+        state = points.before(task)
+        if state is not None and self._snapshot is not None:
+            self.turn = state["turn"]
+            self._filters.restore(state["held_back"])
+            self._snapshot.load(state["own"])
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
@@ -310,7 +383,8 @@ class Session:
             if self._rules.received(task):
                 self._filters.set_own(self._rules.filters, self._rules.budget)
             self._task = self._filters.received(task)
-        waited = task.kind == "train" and task.config.get("drawn") and (self.turn > 0 or self.attempt == 1)
+        counts = self.turn > 0 or self.attempt == 1 or self._points is not None
+        waited = task.kind == "train" and task.config.get("drawn") and counts
         self.turn = self.turn + 1 if waited else task.round
         return self._task
 
@@ -320,6 +394,8 @@ class Session:
             self._rules.may_travel([*update.arrays, *update.extras], update.round)
             sent = filtered(update)
             self._rules.outgoing(sent)
+            if self._swarm is not None and update.round > 0:  # the tensors go to the round's aggregator
+                sent = self._swarm.receipt(sent)
         return self._client.submit(sent)
 
     @contextmanager
@@ -349,76 +425,3 @@ class Session:
             content=self._content,
             encoding=self._encoding,
         )
-
-
-_sessions: dict[str, Session] = {}
-_said_alone = False
-
-
-def open_session(options: Options, *, framework: str, fresh: bool = False) -> Session | None:
-    """This process's session for the kit of `options`; joins the federation on first use.
-
-    None without a kit, after one line on stderr that says so (ConfigError with `required`), and in a process
-    forked from the one that joined. fresh: a new trainer begins; a session that is past its handshake hands over to
-    a new attempt (a notebook cell that is run twice).
-    """
-    kit = current_kit(options.kit)
-    if kit is None:
-        _alone(options, framework)
-        return None
-    session = _sessions.get(_key(kit))
-    if session is not None and session.pid != os.getpid():
-        return None
-    if session is not None and fresh and session.registered and not session.closed:
-        session.hand_over()  # leaving, even for a moment, could end a run that needs every site
-    if session is None or session.closed:
-        session = _sessions[_key(kit)] = _joined(kit, options, framework)
-    return session
-
-
-def close_sessions(reason: str, kit: Kit | None = None) -> None:
-    """Leave the runs of this process that have not ended: that of `kit`, else all of them. Runs by itself when the
-    interpreter exits."""
-    for key in list(_sessions) if kit is None else [_key(kit)]:
-        session = _sessions.pop(key, None)
-        if session is not None and session.pid == os.getpid() and not session.closed:
-            session.leave(reason)
-
-
-def _key(kit: Kit) -> str:
-    return f"{kit.server}/{kit.job}/{kit.site}"
-
-
-def _joined(kit: Kit, options: Options, framework: str) -> Session:
-    transport = _transport(kit)
-    try:
-        session = Session(kit, options, framework, transport)
-    except FederationError:
-        transport.close()
-        raise
-    atexit.register(close_sessions, "its script ended before the last round")
-    return session
-
-
-def _transport(kit: Kit) -> Transport:
-    if kit.server.startswith(memory.SCHEME):
-        return memory.connect(kit.server, kit.site)
-    from fl_runtime.transport.grpc import GrpcTransport  # here, so that nobody pays for it before connecting
-
-    if kit.credentials:
-        from fl_runtime.transport.tls import FileCredentials
-
-        return GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials)))
-    return GrpcTransport(kit.server, kit.token)
-
-
-def _alone(options: Options, framework: str) -> None:
-    global _said_alone
-    if options.required:
-        raise ConfigError(
-            "this script must run in a federation (required=True), but there is no startup kit",
-            fix="start it with `fl-adapters simulate`, set FL_ADAPTERS_KIT, or pass kit=",
-        )
-    if not _said_alone:
-        _said_alone = True
-        print(f"fl-adapters: no startup kit, so {framework} trains alone on this machine's data", file=sys.stderr)

@@ -5,7 +5,8 @@
 
 `check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
 their cases one by one, for a test each, and `correction_cases` those of an adapter that corrects gradients and trains
-personal models. None of this needs pytest, sockets or a framework.
+personal models, `cross_site_cases` those of one that scores other sites' models, `restart_cases` those of one that
+restarts exactly. None of this needs pytest, sockets or a framework.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fl_adapters.conformance_corrections import (
     CorrectionExample,
     correction_cases,
 )
+from fl_adapters.conformance_cross_site import CrossSiteCase, ScoredExample, cross_site_cases
+from fl_adapters.conformance_restart import RestartCase, restart_cases
 from fl_adapters.conformance_training import (
     PlainLoop,
     Trained,
@@ -27,7 +30,7 @@ from fl_adapters.conformance_training import (
     failing,
     training_cases,
 )
-from fl_adapters.local_federation import LocalFederation, Outcome, Place
+from fl_adapters.local_federation import Death, LocalFederation, Outcome, Place
 
 __all__ = [
     "AdapterCase",
@@ -36,10 +39,14 @@ __all__ = [
     "CorrectedLoop",
     "CorrectionCase",
     "CorrectionExample",
+    "CrossSiteCase",
+    "Death",
     "LocalFederation",
     "Outcome",
     "Place",
     "PlainLoop",
+    "RestartCase",
+    "ScoredExample",
     "Trained",
     "TrainingCase",
     "TrainingExample",
@@ -47,6 +54,8 @@ __all__ = [
     "check_adapter",
     "check_training",
     "correction_cases",
+    "cross_site_cases",
     "failing",
+    "restart_cases",
     "training_cases",
 ]

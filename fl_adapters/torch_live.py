@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fl_adapters import torch_ranks
 from fl_adapters.exchange import matches
 from fl_adapters.options import SiteSettings
+from fl_adapters.state_file import State
 from fl_adapters.torch_local import LocalWork
 from fl_adapters.torch_lora import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch_lora_factors import LoraFactors
+from fl_adapters.torch_restart import (
+    all_tensors,
+    load_optimizer,
+    load_tensors,
+    local_tensors,
+    packed_optimizer,
+    packed_tensors,
+)
 from fl_adapters.torch_state import TorchState, is_sharded
 from fl_adapters.torch_state_agreement import agreement
 from fl_adapters.torch_state_optimizer import OptimizerState
@@ -34,11 +43,12 @@ class LiveModel:
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
-        self._model, self._settings = model, settings
+        self._model, self._optimizers, self._settings = model, list(optimizers), settings
         travels = TorchState(model, settings.exchange, settings.keep_local)
         self._freezing = LoraFreezing(travels.tensors)
         self.state = lora_state(model, travels, settings)
         self._final: Arrays | None = None
+        self._final_local: Arrays = {}
         self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
         self.local = LocalWork(model, optimizers, self.state, settings.phases)
         if settings.optimizer_state == "average":
@@ -51,6 +61,11 @@ class LiveModel:
         """What a strategy may ask of this model."""
         lora = [CAPABILITY] if self._freezing.has_adapter else []
         return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
+
+    @property
+    def cross_site(self) -> bool:
+        """Whether the job wants every site's model evaluated here after the last round."""
+        return self._settings.cross_site
 
     @property
     def content(self) -> Content:
@@ -116,6 +131,24 @@ class LiveModel:
                 self._set_moments(dict(shared))
         self.local.begin(task, whole=True)
 
+    def kept(self) -> State:
+        """What this training carries from round to round and does not travel, for exact restarts."""
+        return {
+            "tensors": packed_tensors(self._local_tensors()),
+            "optimizers": [packed_optimizer(optimizer) for optimizer in self._optimizers],
+            "local": self.local.kept(),
+        }
+
+    def go_on(self, state: State) -> None:
+        """From what `kept` gave to another process of this site; before the first task is received."""
+        load_tensors(all_tensors(self._model), state["tensors"])  # what is trained may change from round to round
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            load_optimizer(optimizer, kept)
+        self.local.go_on(state["local"])
+
+    def _local_tensors(self) -> dict[str, Tensor]:
+        return local_tensors(self._model, list(self.state.tensors.values()))
+
     def resume(self, task: Task | None) -> None:
         """Go on in the middle of rank 0's task, on every rank, with the weights and moments that are there."""
         self.local.begin(task, whole=False)
@@ -127,15 +160,27 @@ class LiveModel:
         for name, array in shared:
             self.state.copy_in(name, array)
 
-    def receive_final(self, task: Task | None) -> None:
-        """Take in the final weights, and remember them: a framework may load others before training ends."""
+    def receive_final(self, task: Task | None, *, more: bool = False) -> None:
+        """Take in the final weights, and remember them: a framework may load others before training ends.
+
+        more: the framework will make steps still, which must not count for the tensors that stay here either.
+        """
         self.load(task.arrays if task else None)
         self._final = self.state.set_apart()
+        own = packed_tensors(self._local_tensors()) if more and not torch_ranks.several() else {}
+        self._final_local = {name: array.copy() for name, array in own.items()}
+
+    def keep_final(self) -> None:
+        """The final weights are in the model: remember them, as `receive_final` does."""
+        if self._final is None:
+            self._final = self.state.set_apart()
 
     def restore_final(self) -> None:
         """Back to the final weights, on every rank."""
         assert self._final is not None
         self.state.set_final(self._final)
+        if self._final_local:
+            load_tensors(self._local_tensors(), self._final_local)
 
     def _set_moments(self, arrays: Arrays) -> None:
         left = dict(arrays)

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fl_adapters import torch_ranks
-from fl_adapters.control_variate import ControlVariate
+from fl_adapters.control_variate import ControlVariate, put_control
 from fl_adapters.local_phases import Phase, SiteHome
+from fl_adapters.state_file import State
 from fl_adapters.torch_correction import GradientCorrection, StepMeter, is_plain_sgd
 from fl_adapters.torch_personal import PersonalModel
 from fl_adapters.torch_state import TorchState, as_tensor, numpy_dtype
@@ -41,6 +42,7 @@ class LocalWork:
         self._meter: StepMeter | None = None
         self._whole = True
         self._global: Phase | None = None
+        self._came: State | None = None  # the personal model of a process before this one
         self.home = SiteHome(Path(), 1, fresh=True)  # set by rank 0, for itself
 
     def begin(self, task: Task | None, *, whole: bool) -> None:
@@ -96,6 +98,16 @@ class LocalWork:
         if self._control is not None:
             self._control.submitted(status)
 
+    def kept(self) -> State:
+        """What this training would have after a round whose update has been counted, for exact restarts."""
+        control = None if self._control is None else self._control.kept()
+        return {"control": control, "personal": None if self.personal is None else self.personal.kept()}
+
+    def go_on(self, state: State) -> None:
+        """From what `kept` gave to another process of this site; before `begin`."""
+        put_control(self.home, state["control"])
+        self._came = state["personal"]
+
     def close(self) -> None:
         """Training is over, or goes on without the federation. Any rank by itself."""
         self.gradients.close()
@@ -137,6 +149,9 @@ class LocalWork:
             )
         if self.personal is None:
             self.personal = PersonalModel(self._module, self._optimizers)
+            if self._came is not None:
+                self.personal.go_on(self._came)
+                return
             kept = str(self.home.folder) if torch_ranks.is_rank_zero() and not self.home.fresh else None
             if (folder := torch_ranks.share(kept)) is not None:
                 self.personal.load(Path(folder))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fl_adapters.outputs import PERSONAL_FILE
+from fl_adapters.state_file import State
 from fl_adapters.torch_correction import plain
+from fl_adapters.torch_restart import load_tensors, packed, packed_optimizer, packed_tensors, states_of, unpacked
 from fl_adapters.torch_state import NamedTensors, as_array, as_tensor, differences, specs_of
 from fl_runtime.errors import StateMismatchError
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
@@ -92,6 +94,17 @@ class PersonalModel:
         for name, array in arrays.items():
             self._other[name].copy_(as_tensor(array))
         return True
+
+    def kept(self) -> State:
+        """The weights and the optimizers' state, for exact restarts; while the global model is in the module."""
+        states = [packed_optimizer(o, s)[1] for o, s in zip(self._optimizers, self._states, strict=True)]
+        return {"weights": packed_tensors(self._other), "states": states, "steps": packed(self._steps)}
+
+    def go_on(self, state: State) -> None:
+        """From what `kept` gave to another process of this site."""
+        load_tensors(self._other, state["weights"])
+        self._states = [states_of(o, s) for o, s in zip(self._optimizers, state["states"], strict=True)]
+        self._steps = unpacked(state["steps"])
 
     def _swapped_steps(self, index: int, optimizer: Any) -> list[Any]:
         coming, self._steps[index] = self._steps[index], [group.get(_STEP) for group in optimizer.param_groups]

@@ -7,13 +7,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fl_adapters import torch_ranks
+from fl_adapters.adapter import Snapshot
 from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.outputs import PERSONAL
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_adapters.torch_live import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.types import Arrays, Metrics, Task, Terms
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,15 @@ class Arrived:
     """A task, as every rank sees it. task: rank 0's own, None on the others. kind: of the task. round: its turn at
     this site, see `Session.turn`.
 
-    row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange.
+    row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange. seed: what the
+    round's random states begin from, where the job asks for exact restarts.
     """
 
     task: Task | None
     kind: str
     round: int
     row: Mapping[str, float] = field(default_factory=dict)
+    seed: int | None = None
 
     @property
     def arrays(self) -> Arrays | None:
@@ -66,8 +70,9 @@ class TorchSite:
         told = torch_ranks.share(torch_ranks.on_rank_zero(opened))
         return None if told is None else Joined(told[0], SiteSettings.from_json(told[1]), told[2])
 
-    def start(self, live: LiveModel, *, rounds: int, evaluates: bool) -> Arrived:
-        """The handshake and the first task. rounds: what the trainer's own budget amounts to."""
+    def start(self, live: LiveModel, *, rounds: int, evaluates: bool, snapshot: Snapshot | None = None) -> Arrived:
+        """The handshake and the first task. rounds: what the trainer's own budget amounts to. snapshot: of an adapter
+        that can restart exactly, where the job asks for it; loaded when this returns, if there is something to load."""
         arrays, facts = live.arrays(), live.agreement(self.framework)
 
         def started() -> Task:
@@ -78,11 +83,13 @@ class TorchSite:
                 agreement=facts,
                 rounds=rounds,
                 evaluates=evaluates,
-                capabilities=live.capabilities,
+                capabilities=live.capabilities
+                | ({CROSS_EVALUATION} if evaluates else frozenset())
+                | ({EXACT_RESTART} if snapshot else frozenset()),
                 terms=Terms(content=live.content),
                 encoding=live.encoding,
             )
-            return session.start(lambda: arrays)
+            return session.start(lambda: live.arrays() if snapshot else arrays, snapshot=snapshot)
 
         return self._begun(live, torch_ranks.on_rank_zero(started))
 
@@ -101,12 +108,13 @@ class TorchSite:
 
         def exchanged() -> Task:
             session = self.session()
+            extras = {**moments, **live.local.extras(arrays)}  # before the state is saved, which has part in them
             status = session.submit(
                 arrays,
                 num_examples=done.num_examples,
                 local_steps=done.local_steps,
                 metrics=done.metrics,
-                extras={**moments, **live.local.extras(arrays)},
+                extras=extras,
                 held_back=live.held_back,
             )
             live.local.submitted(status)
@@ -115,8 +123,26 @@ class TorchSite:
         return self._begun(live, torch_ranks.on_rank_zero(exchanged))
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """The score of the global model that arrived last, on so many validation examples."""
+        """The score of the model that arrived last, on so many validation examples."""
         torch_ranks.on_rank_zero(lambda: self.session().report(metrics, num_examples))
+
+    def cross_evaluate(self, live: LiveModel, evaluate: Callable[[], None]) -> None:
+        """Where the job wants it, once the final weights are in place and scored: every site's model in their place,
+        one after the other, and the final weights again. evaluate(): scores the model as it is, and calls `report`; a
+        model without a report counts as one without metrics."""
+        if not live.cross_site:
+            return
+        live.keep_final()
+        while self._load_next(live):
+            evaluate()
+        live.restore_final()
+
+    def _load_next(self, live: LiveModel) -> bool:
+        task = torch_ranks.on_rank_zero(lambda: self.session().next_to_score())
+        if not torch_ranks.share(task is not None):
+            return False
+        live.load(task.arrays if task else None)
+        return True
 
     def finish(self, live: LiveModel, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
         """The normal end: see `Session.finish`. A personal model is exported to this site's own folder."""
@@ -164,8 +190,9 @@ class TorchSite:
         return came
 
     def _arrived(self, task: Task | None) -> Arrived:
-        kind, number, row = torch_ranks.share([task.kind, self.session().turn, self._row()] if task else None)
-        return Arrived(task, kind, number, row)
+        told = [task.kind, self.session().turn, self._row(), self.session().round_seed] if task else None
+        kind, number, row, seed = torch_ranks.share(told)
+        return Arrived(task, kind, number, row, seed)
 
     def _row(self) -> dict[str, float]:
         stats = self.session().stats

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Transport
+from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.silence import WatchedCall, Watchman
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
@@ -47,6 +49,7 @@ _DAMAGED_TRIES = 4
 _GOODBYE_S = 10.0
 _BEATS = 4  # while a call is patient
 _ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
+_WITHOUT_MODEL = ("initial", "evaluated", "share", "aggregate")
 _random = random.Random()  # of our own: the user's random state is not ours to advance
 
 
@@ -66,16 +69,20 @@ class SiteClient:
     """One attempt of one site.
 
     Task arrays are views of one buffer that this object owns and reuses: they are valid until the next task.
-    bytes_up, bytes_down: message bytes of tasks and updates so far.
+    bytes_up, bytes_down: message bytes of tasks and updates so far, as if all had been sent. same_machine: the server
+    may be believed when it names a folder for large payloads.
     """
 
-    def __init__(self, transport: Transport, patience_s: float) -> None:
+    def __init__(self, transport: Transport, patience_s: float, *, same_machine: bool = False) -> None:
         self._transport, self._patience_s = transport, patience_s
         self._session = pb.Session()
         self._manifests: dict[bytes, Manifest] = {}
         self._sent_layouts: set[bytes] = set()
         self._buffer: Array = np.empty(0, np.uint8)
         self._incoming: _Incoming | None = None
+        self._same_machine = same_machine
+        self._shared: SharedFolder | None = None
+        self._large = False  # whether the weights are too large for a header
         self._presence: _Presence | None = None
         self._watchman = Watchman(patience_s)
         self._beats = False  # the server says in every call that waits that it is there
@@ -97,6 +104,8 @@ class SiteClient:
         self._session = pb.Session(
             job=settings["name"], attempt=reply.attempt, beat_s=self._patience_s / _BEATS if self._beats else 0.0
         )
+        if self._same_machine and reply.shared_folder:
+            self._shared = SharedFolder(Path(reply.shared_folder))
         self._presence = _Presence(self._begin, pb.SessionRequest(session=self._session))
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
 
@@ -125,12 +134,14 @@ class SiteClient:
         reply = self._unary("Register", request, pb.RegisterReply)
         self._manifests[manifest.layout] = manifest
         self._sent_layouts.add(manifest.layout)
+        self._large = manifest.nbytes > frames.INLINE_BYTES
         return reply.rounds
 
-    def next_task(self, *, best: bool = False, evaluate: bool = False) -> Task:
+    def next_task(self, *, best: bool = False, evaluate: bool = False, done: str = "") -> Task:
         """Wait for a task and receive its arrays. best: after the last round, the best round's model. evaluate: then,
-        another site's model to be scored, kind "evaluate", or "evaluated" when there is none left."""
-        return self._patiently(lambda: self._next_task(best, evaluate))
+        another site's model to be scored, kind "evaluate", or "evaluated" when there is none left. done: the stage of
+        the last "share" or "aggregate" that this site is through with; it is not given again."""
+        return self._patiently(lambda: self._next_task(best, evaluate, done))
 
     def submit(self, update: Update) -> str:
         """Send an update; returns what it counted as: used, late, carried or duplicate. Arrays are borrowed."""
@@ -150,6 +161,7 @@ class SiteClient:
             local_steps=update.local_steps,
             metrics_json=_metrics_json(update.metrics),
             payload=payload,
+            shared=self._shared is not None,
         )
         message = pb.UpdatePart(update=header).SerializeToString()
         status = self._patiently(lambda: self._send(message, [] if small else pieces))
@@ -242,24 +254,34 @@ class SiteClient:
         """Bytes of the transfer under way that have arrived at the other end, or here."""
         return self._incoming.receiver.arrived if self._incoming is not None else self._sent
 
-    def _next_task(self, best: bool, evaluate: bool) -> Task:
-        request = pb.NextRequest(session=self._session, layouts=list(self._manifests), best=best, evaluate=evaluate)
+    def _next_task(self, best: bool, evaluate: bool, done: str) -> Task:
+        request = pb.NextRequest(
+            session=self._session, layouts=list(self._manifests), best=best, evaluate=evaluate, done=done
+        )
         if self._incoming is not None:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
-        for message in self._call("Next", request.SerializeToString()):
-            if frames.is_frame(message):
-                if self._incoming is None:
-                    raise ProtocolError("a frame came before its header")
-                self._incoming.receiver.take(frames.frame_data(message))
-            else:
-                part = _parsed(pb.TaskPart, message)
-                if part.HasField("waiting"):
-                    continue
-                header = part.task
-                self._incoming = self._expect(header)
-            self.bytes_down += len(message)
+        request.shared = self._large and self._shared is not None
+        read = threading.Event()
+        first = request.SerializeToString()
+        try:
+            for message in self._call("Next", _until(first, read) if request.shared else first):
+                if frames.is_frame(message):
+                    if self._incoming is None:
+                        raise ProtocolError("a frame came before its header")
+                    self._incoming.receiver.take(frames.frame_data(message))
+                else:
+                    part = _parsed(pb.TaskPart, message)
+                    if part.HasField("waiting"):
+                        continue
+                    header = part.task
+                    self._incoming = self._expect(header)
+                    self.bytes_down += self._read(header.payload, self._incoming.receiver)
+                    read.set()
+                self.bytes_down += len(message)
+        finally:
+            read.set()  # whatever happened: nothing waits for it any more
         if header is None:
             raise ConnectionLostError("the server ended the call without a task")
         return self._task(header)
@@ -274,9 +296,9 @@ class SiteClient:
             manifest = Manifest.from_proto(payload.manifest)
             self._manifests[manifest.layout] = manifest
             self._sent_layouts.add(manifest.layout)
-        if header.kind in ("initial", "evaluated"):
-            manifest = Manifest(())
-        elif payload.layout in self._manifests:
+        if header.kind in _WITHOUT_MODEL:
+            return _Incoming(digest, frames.Receiver(Manifest(()), payload.digests, np.empty(0, np.uint8)))
+        if payload.layout in self._manifests:
             manifest = self._manifests[payload.layout]
         else:
             raise ProtocolError("a task refers to a layout that this site has not seen")
@@ -286,6 +308,17 @@ class SiteClient:
         if payload.inline:
             receiver.take(payload.inline)
         return _Incoming(digest, receiver)
+
+    def _read(self, payload: pb.Payload, receiver: frames.Receiver) -> int:
+        """Take a payload from the file that its header names, if it does; the bytes read."""
+        if not payload.file:
+            return 0
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        data = self._shared.payload(payload.file, receiver.manifest.nbytes).data
+        for start in range(receiver.arrived, len(data), frames.FRAME_BYTES):
+            receiver.take(data[start : start + frames.FRAME_BYTES])
+        return len(data)
 
     def _task(self, header: pb.TaskHeader) -> Task:
         assert self._incoming is not None
@@ -318,7 +351,9 @@ class SiteClient:
                 if first.HasField("accepted"):
                     return first.accepted.status
                 self._sent = first.send_from
-                offset.give(first.send_from)
+                if first.file:
+                    self._write(first.file, pieces)
+                offset.give(sum(map(len, pieces)) if first.file else first.send_from)
             finally:
                 offset.give(None)  # whatever happened: nobody waits for an offset for ever
         last = _parsed(pb.SubmitReply, next(replies, b""))
@@ -337,6 +372,19 @@ class SiteClient:
             yield message
             if self._under_way is not None:
                 self._under_way.moved()
+        if start == sum(map(len, pieces)):
+            yield frames.frame([])  # a file has it all
+
+    def _write(self, name: str, pieces: list[memoryview]) -> None:
+        """Fill the server's file with an update."""
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        nbytes, at = sum(map(len, pieces)), 0
+        target = self._shared.payload(name, nbytes)
+        for piece in pieces:
+            target[at : at + len(piece)] = piece
+            at += len(piece)
+        self.bytes_up += nbytes
 
 
 @dataclass(frozen=True)
@@ -345,6 +393,13 @@ class _Incoming:
 
     digest: bytes
     receiver: frames.Receiver
+
+
+def _until(message: bytes, event: threading.Event) -> Iterator[bytes]:
+    """The message, and an empty one when the event is set."""
+    yield message
+    event.wait()
+    yield b""
 
 
 class _Offset:

@@ -24,7 +24,11 @@ Settings: TypeAlias = Mapping[str, Any]
 """JSON values: what may travel beside tensors."""
 
 Content = Literal["weights", "delta", "encoded"]
-TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated"]
+
+EXACT_RESTART = "exact-restart"
+"""The capability that a job with `exact_restart` asks of every site."""
+
+TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Task:
 
     kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
     "final" (`arrays` is the global model after the last round), "best" (the best round's model), "evaluate" (a model
-    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these).
+    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these); where sites themselves form
+    the mean: "share" (send your update to the site `config["to"]`) and "aggregate" (form it: `config["sites"]`).
     version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one; what sites
     have sent, and others evaluate, has numbers behind the last round's.
     arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
@@ -107,6 +112,10 @@ class Report:
     num_examples: int
 
 
+CROSS_EVALUATION = "cross-evaluation"
+"""The capability of an adapter that scores other sites' models too, where the job wants it (`cross_site`)."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a site's script says of the run where the job is silent; all sites must say the same.
@@ -169,10 +178,11 @@ class RunSettings:
 class Event:
     """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
 
-    kind: joined, registered, started, round_started, task_sent, update, round_finished, report (a site has scored
+    kind: joined, registered, started, round_started, task_sent, update, aggregator (a site forms the mean of the round:
+    `Swarm`), round_finished, report (a site has scored
     the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
     with the matrix), round_dropped (an open round that is not needed), left, failed,
-    finished; a simulation adds starting and exited.
+    finished; a simulation adds starting, restarted and exited.
     time: seconds since the epoch. round, site: 0 and "" where they do not apply.
     """
 
@@ -246,6 +256,7 @@ class Strategy(Protocol):
     round 0, whose base is empty.
     linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
     weighted: the weights of the sites make a difference.
+    relayed: the aggregator runs at one of the sites, and the server gets what it makes, not the updates.
     """
 
     content: ClassVar[Content]
@@ -261,6 +272,14 @@ class Strategy(Protocol):
         ...
 
     @property
+    def relayed(self) -> bool: ...
+
+    @property
+    def spec(self) -> str:
+        """The strategy as text, as a job names it."""
+        ...
+
+    @property
     def buffer(self) -> int | None:
         """None: rounds. k: no site ever waits, and every k updates, of content "delta", make the next model."""
         ...
@@ -271,6 +290,10 @@ class Strategy(Protocol):
 
     def step(self, round: int, present: Sequence[str]) -> Step:
         """Who takes part in this round, of the sites that are there; the same for the same arguments."""
+        ...
+
+    def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
+        """Which of these models a site evaluates after the last round; the same for the same arguments."""
         ...
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,8 +17,8 @@ PUBLIC = {
         FedAdagrad FedAdam FedAvg FedAvgM FedBuff FedExLoRA FedIT FedNova FedProx FedSALoRA FedYogi
         FederationError FlexLoRA HandshakeError Job Krum NormBounding PermissionDeniedError PrivacyBudgetError
         Production ProofOfConcept ProtocolError QuorumError RoLoRA Scaffold Simulation Site SiteFailedError
-        SiteTask StateMismatchError StoreError TransferDamagedError TrimmedMean UpdateRefusedError __version__
-        connect site
+        SiteTask StateMismatchError StoreError Swarm TransferDamagedError TrimmedMean UpdateRefusedError
+        __version__ connect site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",
@@ -28,9 +28,10 @@ PUBLIC = {
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
     """,
     "fl_adapters.testing": """
-        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample LocalFederation Outcome Place
-        PlainLoop Trained TrainingCase TrainingExample adapter_cases check_adapter check_training correction_cases
-        failing training_cases
+        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
+        LocalFederation Outcome Place PlainLoop RestartCase ScoredExample Trained TrainingCase TrainingExample
+        adapter_cases check_adapter check_training correction_cases cross_site_cases failing restart_cases
+        training_cases
     """,
     "fl_runtime": "",  # not for users
 }

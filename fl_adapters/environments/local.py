@@ -6,6 +6,7 @@ import itertools
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fl_runtime.server.results import RunResult
 from fl_runtime.types import Event, Listener, RunSettings
 
 _POLL_S = 0.02
+_MOST_RESTARTS = 3  # of a site in one round: whatever kills it comes again
 _STOP_GRACE_S = 5.0  # between asking a site process to end and killing it
 _FAILED_GRACE_S = 10.0  # for the other sites to hear that the run has failed and to say so in their logs
 
@@ -123,12 +125,22 @@ def site_processes(server: JobServer, run: LocalRun) -> Iterator[SiteProcesses]:
 
 
 def follow(server: JobServer, processes: SiteProcesses, run: LocalRun) -> list[SiteExit]:
-    """Wait until every site's process has ended; tell the server of those that ended before their work was done."""
+    """Wait until every site's process has ended; tell the server of those that ended before their work was done.
+
+    With `exact_restart` a process that was killed is started again.
+    """
     exits: list[SiteExit] = []
+    restarts: Counter[tuple[str, str]] = Counter()
     failed_at: float | None = None
     while processes.running:
         over = server.wait(_POLL_S)
         for site, status in processes.ended():
+            stage = run.watch.stage(site)
+            if run.settings.exact_restart and status < 0 and not over and restarts[site, stage] < _MOST_RESTARTS:
+                restarts[site, stage] += 1
+                processes.start_again(site)
+                run.tell(Event("restarted", time.time(), site=site, data={"status": describe_status(status)}))
+                continue
             well = len(processes.running) + sum(item.clean for item in exits)
             exits.append(_exited(server, run, site, status, goes_on=well >= run.settings.min_sites))
         if over:

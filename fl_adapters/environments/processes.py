@@ -27,11 +27,13 @@ _THREADS = (
 
 @dataclass
 class SiteProcess:
-    """One site's process. log: where its stdout and stderr go."""
+    """One site's process. log: where its stdout and stderr go. command, environment: to start another one."""
 
     site: str
     log: Path
     process: subprocess.Popen[bytes]
+    command: Sequence[str]
+    environment: Mapping[str, str]
 
 
 class SiteProcesses:
@@ -42,11 +44,20 @@ class SiteProcesses:
 
     def __init__(self) -> None:
         self._running: dict[str, SiteProcess] = {}
+        self._over: dict[str, SiteProcess] = {}
         self._watchdog = _start_watchdog()
 
     def start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Run `command` in the current directory with nothing on stdin. Raises OSError if it cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._start(site, command, environment, log)
+
+    def start_again(self, site: str) -> None:
+        """Run the command of a site whose process has ended once more."""
+        item = self._over.pop(site)
+        self._start(site, item.command, item.environment, item.log)
+
+    def _start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         with open(log, "ab") as output:  # a run that goes on keeps what it said before
             process = subprocess.Popen(
                 command,
@@ -57,7 +68,7 @@ class SiteProcesses:
                 start_new_session=_POSIX,
                 creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
             )
-        self._running[site] = SiteProcess(site, log, process)
+        self._running[site] = SiteProcess(site, log, process, command, environment)
         self._tell("+", process.pid)
 
     @property
@@ -69,7 +80,7 @@ class SiteProcesses:
         """(site, exit status) of the processes that ended since the last call; status -N is death by signal N."""
         over = [item for item in self._running.values() if item.process.poll() is not None]
         for item in over:
-            del self._running[item.site]
+            self._over[item.site] = self._running.pop(item.site)
             _signal_group(item.process, kill=True)  # whatever it left behind, such as data loader workers
             self._tell("-", item.process.pid)
         return [(item.site, item.process.returncode) for item in over]

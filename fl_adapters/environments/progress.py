@@ -65,6 +65,8 @@ class RunView:
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])
             case "left":
                 site.state = "left" if data["early"] else "done"
+            case "restarted":
+                site.state = "restarted"
             case "exited":
                 site.state = "done" if data["clean"] else str(data["status"])
 
@@ -108,6 +110,8 @@ class ProgressLines:
                 self._settle(event.round)
             case "left" if data["early"] and not self._failed:
                 self._say(f"{event.site} is out: {data['reason']}")
+            case "restarted":
+                self._say(f"{event.site}: {data['status']}; started again")
             case "exited" if data["tail"]:
                 self._say("\n    | ".join([f"{event.site}: {data['status']}; {data['log']} ends with", *data["tail"]]))
             case "finished" | "failed":

@@ -37,13 +37,15 @@ from fl_runtime.types import Listener
 
 @dataclass(frozen=True)
 class Simulation:
-    """Runs a job's app once per site on this machine, over real gRPC on the loopback.
+    """Runs a job's app once per site on this machine, over real gRPC on the loopback. Models too large for a message
+    (1 MiB) lie in files that all processes map into memory.
 
     sites: how many, or their names; None takes the job's, else 3. args: arguments of the script.
     module: the job's app is a module (`python -m`). gpus: devices to deal out to the sites in turn.
     folder: where `runs/<job>` goes. port: of the server, 0 for a free one.
     listeners: called with each Event, one at a time, from threads of the server.
-    quiet: print nothing; else a line per round goes to stderr.
+    quiet: print nothing; else a line per round goes to stderr. share: False sends large models through the sockets
+    too, as between machines; the results are the same.
     """
 
     sites: int | Sequence[str] | None = None
@@ -54,6 +56,7 @@ class Simulation:
     port: int = 0
     listeners: Sequence[Listener] = ()
     quiet: bool = False
+    share: bool = True
 
     def run(self, job: Job) -> SimulationResult:
         """Run `job` to its end. Raises FederationError if it fails; Ctrl-C ends all site processes first."""
@@ -84,7 +87,7 @@ class Simulation:
         shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         watch = Watch()
         run = LocalRun(job.settings(sites), folder, watch, FanOut((watch, *self.listeners, *shown)))
-        with _server(run, self.port) as (server, tokens, address), site_processes(server, run) as processes:
+        with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
             run.tell(starting(run, command))
             self._start_sites(processes, command, run, tokens, address)
             exits = follow(server, processes, run)
@@ -113,12 +116,12 @@ class Simulation:
 
 
 @contextmanager
-def _server(run: LocalRun, port: int) -> Iterator[tuple[Server, dict[str, str], str]]:
+def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dict[str, str], str]]:
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
     fresh, address = not (run.folder / "server").exists(), ""
     try:
-        server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell])
+        server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell], share=share)
         try:
             if server.finished:
                 raise ConfigError("this run has finished", where=str(run.folder), fix="look at its model and history")

@@ -14,6 +14,7 @@ from fl_runtime.aggregation.lora_products import FedExLoRA, FlexLoRA, FLoRA
 from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
 from fl_runtime.aggregation.scaffold import Scaffold
 from fl_runtime.aggregation.spec import find
+from fl_runtime.aggregation.swarm import Swarm
 from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
@@ -39,6 +40,7 @@ __all__ = [
     "NormBounding",
     "RoLoRA",
     "Scaffold",
+    "Swarm",
     "TreeBagging",
     "TreeCyclic",
     "TreeHistogram",
@@ -59,6 +61,7 @@ _STRATEGIES = (
     Ditto,
     FedBuff,
     Cyclic,
+    Swarm,
     CoordinateMedian,
     TrimmedMean,
     Krum,

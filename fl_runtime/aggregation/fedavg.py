@@ -3,8 +3,11 @@ Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +19,10 @@ from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, S
 
 _BLOCK = 2**15
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
+_LARGE = 2**22
+"""Elements that are worth a thread."""
+_THREADS = min(os.cpu_count() or 1, 4)
+_pool = ThreadPoolExecutor(_THREADS, "fl-sum")
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class WeightedMean:
             before = self._weights.get(key, 0.0)
             self._weights[key] = before + update.weight
             share = update.weight / self._weights[key]
-            _fold(mean.reshape(-1), value.reshape(-1), share, first=not before)
+            _fold_all(mean.reshape(-1), value.reshape(-1), share, first=not before)
 
     def means(self) -> dict[str, Array]:
         """The means of the weights, floats in float32 or wider. Who changes them changes the result."""
@@ -115,16 +122,28 @@ def _accumulator(out: Array) -> Array:
     return out if wide == out.dtype else np.empty(out.shape, wide)
 
 
+def _fold_all(mean: Array, value: Array, share: float, *, first: bool) -> None:
+    """_fold, on several processors where the tensor is large; every element goes the same way."""
+    parts = max(1, min(_THREADS, mean.size // _LARGE))
+    edges = [mean.size * part // parts for part in range(parts + 1)]
+    mine, *others = (slice(start, stop) for start, stop in pairwise(edges))
+    elsewhere = [_pool.submit(_fold, mean[one], value[one], share, first=first) for one in others]
+    _fold(mean[mine], value[mine], share, first=first)
+    for part in elsewhere:
+        part.result()
+
+
 def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
     """One site's tensor into the running mean, block by block; both flat."""
+    if first:
+        mean[...] = value
+        return
     averaged = is_floating(mean.dtype)
     scratch = np.empty(min(_BLOCK, mean.size), mean.dtype)
     factor = np.asarray(share, mean.dtype)
     for block in blocks(mean.size):
         target = mean[block]
-        if first:
-            target[...] = value[block]
-        elif averaged:
+        if averaged:
             step = scratch[: target.size]
             np.subtract(value[block], target, out=step, dtype=mean.dtype, casting="unsafe")
             np.multiply(step, factor, out=step)

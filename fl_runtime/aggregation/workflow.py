@@ -19,6 +19,8 @@ A strategy is a workflow (all of them derive from `Workflow`); one with a course
 
         def step(self, round: int, present: Sequence[str]) -> Step:
             return self.broadcast(present[:2]) if round <= 5 else self.broadcast()
+
+After the last round, `scored_by` says which models a site evaluates, where the job wants that at all (`cross_site`).
 """
 
 from __future__ import annotations
@@ -36,9 +38,19 @@ class Workflow:
         """None: rounds, for which `step` is asked. k: no site ever waits, and every k updates make the next model."""
         return None
 
+    @property
+    def relayed(self) -> bool:
+        """Whether a site forms the sum of a round, and not the server."""
+        return False
+
     def step(self, round: int, present: Sequence[str]) -> Step:
         """What happens in a round (1, 2, ...). present: the sites that are there, in the job's order."""
         return self.broadcast()
+
+    def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
+        """In a job with `cross_site`, after the last round: which of these models, the "global" one and those of the
+        sites by their names, this site evaluates on its own data. By default all of them."""
+        return models
 
     @staticmethod
     def broadcast(to: Sequence[str] | None = None, *, answers: int | None = None) -> Step:

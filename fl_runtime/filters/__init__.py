@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import FactsFilter, Point, Structural, refuse
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
@@ -27,7 +28,16 @@ from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.filters.topk import TopK
 from fl_runtime.types import Settings, Strategy
 
-__all__ = ["Placed", "at_point", "check_filters", "known_filters", "make_filter", "placed"]
+__all__ = [
+    "Placed",
+    "at_point",
+    "check_cross_site",
+    "check_filters",
+    "check_repeatable",
+    "known_filters",
+    "make_filter",
+    "placed",
+]
 
 _SHIPPED: tuple[type[Any], ...] = (
     ExcludeVars,
@@ -104,6 +114,12 @@ def check_filters(
                 f"{type(item.filter).__name__} works on weights, which {type(strategy).__name__} does not take",
                 "leave it out: only what travels beside such updates can be filtered",
             )
+        if strategy is not None and strategy.relayed and not isinstance(item.filter, FactsFilter):
+            name, of = type(item.filter).__name__, type(strategy).__name__
+            raise refuse(
+                f"{name} works on weights, which the sites send each other under {of}",
+                "leave it out: only what travels beside them can be filtered",
+            )
         if strategy is not None and strategy.buffer and item.at in ("server_in", "server_out"):
             name, of = type(item.filter).__name__, type(strategy).__name__
             raise refuse(
@@ -116,6 +132,25 @@ def check_filters(
             _check_encrypted(item, found, strategy)
         if optimizer_state == "average" and item.at in ("site_out", "server_in"):
             check_extras(item.filter)
+
+
+def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> None:
+    """ConfigError where what the sites send is no model that others could evaluate."""
+    changing = [
+        type(f).__name__ for f in at_point(filters, "site_out") if not isinstance(f, (FactsFilter, ExcludeVars))
+    ]
+    if changing:
+        raise ConfigError(
+            f"cross_site evaluates what the sites have sent, and {changing[0]} makes that something else than a model",
+            where="cross_site",
+            fix="leave cross_site out of the job, or the filter",
+        )
+    if strategy is not None and (strategy.content != "weights" or strategy.relayed):
+        raise ConfigError(
+            f"cross_site evaluates the sites' weights, which the server does not get under {type(strategy).__name__}",
+            where="cross_site",
+            fix="leave cross_site out of the job, or choose another strategy",
+        )
 
 
 def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | None) -> None:
@@ -164,6 +199,17 @@ def check_extras(item: Any) -> None:
             'with optimizer_state="average", the control variates of scaffold',
             'use optimizer_state="keep" or "reset", and another strategy than scaffold',
         )
+
+
+def check_repeatable(filters: Iterable[Settings]) -> None:
+    """ConfigError for a filter with which no two runs end with the same bits, as `exact_restart` promises."""
+    for item in map(placed, filters):
+        if isinstance(item.filter, (GaussianDP, SVTPrivacy, HomomorphicCKKS)):
+            raise refuse(
+                f"{type(item.filter).__name__} draws from the operating system's randomness, so that no two runs end "
+                "with the same bits, as exact_restart promises",
+                "leave out one of the two",
+            )
 
 
 def encodings(filters: Iterable[Any]) -> list[Structural]:

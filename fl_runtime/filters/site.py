@@ -130,6 +130,14 @@ class SiteFilters:
         """Whether the server cannot read the model. After `agree`."""
         return self._cipher is not None
 
+    def held_back(self, arrays: Arrays) -> Arrays:
+        """Of this site's `arrays`, those that it goes on with in place of the global model's. Borrowed."""
+        return {n: a for n, a in arrays.items() if any(item.excludes(n) for item in self._held)}
+
+    def restore(self, held_back: Arrays) -> None:
+        """Go on with what `held_back` gave in another process of this site. After `agree`."""
+        self._keep_own(held_back)
+
     # -- what arrives ----------------------------------------------------------------------------------------
 
     def received(self, task: Task) -> Task:

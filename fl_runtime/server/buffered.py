@@ -18,7 +18,7 @@ from fl_runtime.filters.server import decoded
 from fl_runtime.server.members import Member
 from fl_runtime.server.reports import settle
 from fl_runtime.server.results import RoundResult
-from fl_runtime.server.state import Accepted, Model, Offer, Status
+from fl_runtime.server.state import Accepted, Model, Offer, Status, leased
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry, UpdateEntry
 from fl_runtime.types import Array, Arrays, ServerState, Update
@@ -51,7 +51,7 @@ class Buffer:
         if not member.active or run.model is None or run.rounds is None or number > run.rounds:
             return None
         self.began[member.name] = run.model.version
-        return run.leased("train", number, {}, run.model, member)
+        return leased("train", number, {}, run.model, member)
 
     def admit(self, run: Run, name: str, number: int) -> Status | None:
         if number <= run.last_used.get(name, 0):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fl_runtime.errors import StateMismatchError
+from fl_runtime.errors import ProtocolError, StateMismatchError
 from fl_runtime.server import limits
 from fl_runtime.server.encoding import travelling_manifest
+from fl_runtime.server.handover import check_receipt, without_tensors
 from fl_runtime.server.run import Run
 from fl_runtime.server.state import Model
 from fl_runtime.store.journal import ModelEntry
@@ -16,6 +17,10 @@ from fl_runtime.wire.manifest import Manifest, differences
 def check_layout(run: Run, manifest: Manifest, content: str, encoding: str) -> None:
     """StateMismatchError if a manifest does not hold the weights that the sites agreed on, as they are encoded.
     Called under the lock."""
+    if run.strategy.relayed and without_tensors(encoding):
+        if manifest.tensors:
+            raise ProtocolError("a receipt with tensors")
+        return
     agreed = next((m.registration.layout for m in run.members.values() if m.registration), b"")
     takes = run.strategy.content
     plain = content == takes == "weights" and not encoding and run.filters.encrypted is None
@@ -38,6 +43,10 @@ def check_layout(run: Run, manifest: Manifest, content: str, encoding: str) -> N
 def check_update(run: Run, update: Update) -> None:
     """Raises UpdateRefusedError or ProtocolError for an update that does not decode to finite weights, or that the
     strategy refuses."""
+    if run.strategy.relayed and update.round > 0:
+        check_receipt(update)
+        if without_tensors(update.encoding):
+            return
     with run.lock:
         model = run.model
         if model is not None:

@@ -11,6 +11,10 @@ from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _SHOWN = 8
+_FIXES = {
+    "cross_site": "give that site validation data and leave evaluate_global on, or leave cross_site out of the job",
+    "exact_restart": "leave exact_restart out of the job, or see docs/restart.md for what the script must add",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Member:
     attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
     streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
     it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
-    described: tensors in its manifests so far, of all attempts. expelled: why this attempt may do nothing any more.
+    described: tensors in its manifests so far, of all attempts. known: one of them has registered.
+    expelled: why this attempt may do nothing any more.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Member:
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
+    known: bool = False
     expelled: str = ""
 
     @property
@@ -95,17 +101,31 @@ def check_agreement(
     _check_rounds(registrations)
 
 
-def check_capabilities(registrations: Mapping[str, Registration], strategy: str, requires: frozenset[str]) -> None:
-    """Raises HandshakeError naming the first site whose adapter lacks what the strategy needs."""
+def check_latecomer(
+    name: str,
+    registration: Registration,
+    members: Mapping[str, Member],
+    manifests: Mapping[bytes, Manifest],
+    strategy: Strategy,
+) -> None:
+    """check_agreement for a site that registers once the run has begun: with the first of the others."""
+    others = {m.name: m.registration for m in members.values() if m.registration and m.name != name}
+    if others:
+        first = next(iter(others.items()))
+        check_agreement(dict([first, (name, registration)]), manifests, strategy)
+
+
+def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
+    """Raises HandshakeError naming the first site whose adapter lacks what `what`, the job's strategy or a setting of
+    it, needs."""
     for name, registration in registrations.items():
         weights = {"weights"} if registration.terms.content == "weights" else set()
         missing = requires - registration.capabilities - weights
         if missing:
             raise HandshakeError(
-                f"the strategy {strategy} needs the capability {', '.join(sorted(missing))}, "
-                f"which the adapter of {name} does not have",
+                f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not have",
                 where=f"handshake of {name}, before round 1",
-                fix="choose another strategy, or an adapter and version that support it",
+                fix=_FIXES.get(what, "choose another strategy, or an adapter and version that support it"),
             )
 
 

@@ -31,14 +31,13 @@ def recover(run: Run) -> None:
 
 
 def _recover(run: Run) -> None:
+    run.manifests.update({manifest.layout: manifest for manifest in run.journal.manifests()})  # sites count on it
     for name, attempt, registration in run.journal.sites():
         member = run.members[name]
         member.attempt = attempt
         member.absent_since = time.monotonic()
         if registration:
-            member.registration = Registration.from_json(registration)
-            manifest = run.journal.manifest(member.registration.layout)
-            run.manifests[manifest.layout] = manifest
+            member.registration, member.known = Registration.from_json(registration), True
     for name in run.journal.who_left():
         run.members[name].gone = "it left"
     run.rounds = run.journal.rounds()
@@ -106,10 +105,8 @@ def _best_of(run: Run, older: list[ModelEntry]) -> None:
 
 
 def _model(run: Run, entry: ModelEntry) -> Model:
-    manifest = run.journal.manifest(entry.layout)
-    run.manifests[manifest.layout] = manifest
-    blob = run.blobs.open(entry.blob, manifest)
-    if manifest.digests_of_payload(blob.buffer) != entry.digests:
+    blob = run.blobs.open(entry.blob, run.journal.manifest(entry.layout))
+    if blob.manifest.digests_of_payload(blob.buffer) != entry.digests:
         raise _damaged(run, blob, f"the model of round {entry.version}")
     return Model(entry, blob)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics import weighted_means
 from fl_runtime.errors import ConfigError, FederationError, QuorumError, RoundFailedError, StateMismatchError
+from fl_runtime.filters import check_cross_site
 from fl_runtime.server.buffered import Buffer, next_model
-from fl_runtime.server.cross_site import CAPABILITY
 from fl_runtime.server.filtering import hand_out
+from fl_runtime.server.handover import Relayed
 from fl_runtime.server.members import check_agreement, check_capabilities
 from fl_runtime.server.reports import settle
 from fl_runtime.server.results import RoundResult
@@ -22,7 +23,7 @@ from fl_runtime.server.state import Accepted, Model, OpenRound, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import KeptEntry, ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.types import Arrays, ServerState
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest, differences
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,14 @@ def _handshake(run: Run) -> None:
                 where="fraction",
                 fix="leave fraction out of the job",
             )
-        requires = run.strategy.requires | ({CAPABILITY} if settings.cross_site else frozenset())
-        check_capabilities(registrations, settings.strategy or run.terms.strategy, requires)
+        check_capabilities(
+            registrations, f"the strategy {settings.strategy or run.terms.strategy}", run.strategy.requires
+        )
+        if settings.cross_site:
+            check_cross_site(settings.filters, run.strategy)
+            check_capabilities(registrations, "cross_site", frozenset({CROSS_EVALUATION}))
+        if settings.exact_restart:
+            check_capabilities(registrations, "exact_restart", frozenset({EXACT_RESTART}))
         rounds = settings.rounds or max(r.rounds for r in registrations.values())
         if not rounds:
             raise ConfigError(
@@ -115,8 +122,8 @@ def _initial_model(run: Run) -> None:
     with run.lock:
 
         def ready() -> bool:
-            coming = [m.name for m in run.members.values() if not m.gone]  # one may have just been started again
-            _check_quorum(run, coming, "waiting for the initial model")
+            here = [m.name for m in run.members.values() if m.known and not m.gone]  # or on their way back
+            _check_quorum(run, here, "waiting for the initial model")
             run.published.notify_all()  # the source may have changed: another site is asked
             return run.model is not None
 
@@ -177,7 +184,7 @@ def _round(run: Run, number: int) -> None:
     """One round: open, collect in any order, sum in fixed order, commit, tell."""
     with run.lock:
         current = _open(run, number)
-        summing = _Summing(run, current)
+        summing = Relayed(run, current) if run.strategy.relayed else _Summing(run, current)
     try:
         while not _collected(run, current, summing):
             pass
@@ -211,7 +218,7 @@ def _open(run: Run, number: int) -> OpenRound:
     run.phase = "training"
     if run.open is None:
         enough = run.settings.min_sites
-        run.wait_until(lambda: len(_present(run)) >= enough or _none_can_come(run), run.settings.rejoin_s)
+        run.wait_until(lambda: _assembled(run, enough) or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
         _check_quorum(run, participants, f"at the start of round {number}")
         punctual = [name for name in participants if name not in run.silent]
@@ -298,7 +305,7 @@ class _Summing:
         return self.kept.views()[0]
 
 
-def _collected(run: Run, current: OpenRound, summing: _Summing) -> bool:
+def _collected(run: Run, current: OpenRound, summing: _Summing | Relayed) -> bool:
     """Wait for something to sum, and sum it without the lock; True when the round can close."""
     due = None
 
@@ -432,6 +439,12 @@ def _farewell(run: Run) -> None:
 
 def _present(run: Run) -> list[str]:
     return [m.name for m in run.members.values() if m.active]
+
+
+def _assembled(run: Run, enough: int) -> bool:
+    """Enough sites are there; for exact restarts none is on its way back either, since it could be drawn."""
+    returning = any(m.known and not m.gone and not m.active for m in run.members.values())
+    return len(_present(run)) >= enough and not (run.settings.exact_restart and returning)
 
 
 def _none_can_come(run: Run) -> bool:

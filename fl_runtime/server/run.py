@@ -28,14 +28,15 @@ from fl_runtime.server import limits
 from fl_runtime.server.buffered import Buffer
 from fl_runtime.server.cross_site import CrossSite
 from fl_runtime.server.events import Events
-from fl_runtime.server.members import Member, Registration, check_agreement
+from fl_runtime.server.handover import Handover, is_of_handover
+from fl_runtime.server.members import Member, Registration, check_latecomer
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.scores import Scores
 from fl_runtime.server.spool import Spool
-from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, Status
+from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, Status, leased
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal, ModelEntry, UpdateEntry
-from fl_runtime.types import RunSettings, Settings, Strategy, TaskKind, Terms, Update
+from fl_runtime.types import RunSettings, Strategy, TaskKind, Terms, Update
 from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Run:
         self.handed_out: Model | None = None  # the model as a filter has encoded it for the open round
         self.buffer = Buffer(self.strategy.buffer) if self.strategy.buffer else None
         self.cross_site = CrossSite(settings.cross_site)
+        self.handover: Handover | None = None  # while a site forms the mean of the open round
         self.without_score: set[str] = set()
         self.ended = threading.Event()
 
@@ -100,6 +102,8 @@ class Run:
             member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
             member.layouts.clear()
             member.attending, member.absent_since = 0, time.monotonic()
+            if self.strategy.relayed and self.open is not None and not self.open.closing:
+                self.leave_out(self.open, name)  # its update is gone with the process that had it
             self.journal.joined(name, member.attempt)
             self._note_left(name, False)
             self.events.emit("joined", site=name, attempt=member.attempt, version=version)
@@ -116,8 +120,8 @@ class Run:
             self.add_layout(manifest, member)
             member.layouts.add(manifest.layout)
             if self.rounds is not None:
-                self._check_latecomer(name, registration)
-            member.registration = registration
+                check_latecomer(name, registration, self.members, self.manifests, self.strategy)
+            member.registration, member.known = registration, True
             self.journal.registered(name, registration.to_json())
             self.events.emit(
                 "registered",
@@ -140,12 +144,6 @@ class Run:
                 return
             if beat_s is not None:
                 yield None
-
-    def _check_latecomer(self, name: str, registration: Registration) -> None:
-        others = {m.name: m.registration for m in self.members.values() if m.registration and m.name != name}
-        if others:
-            first = next(iter(others.items()))
-            check_agreement(dict([first, (name, registration)]), self.manifests, self.strategy)
 
     def attend(self, name: str, attempt: int) -> Member:
         with self.lock:
@@ -205,9 +203,10 @@ class Run:
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def wait_for_task(
-        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False
+        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False, done: str = ""
     ) -> Iterator[Offer | None]:
-        """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model."""
+        """Yields None every `beat_s` while there is nothing to do, then one offer with a leased model. done: see
+        `Handover.offer`."""
         if best:
             with self.lock:  # whoever asks for the best model has no score to give any more: nobody waits for it
                 self.without_score.add(name)
@@ -215,11 +214,11 @@ class Run:
         while True:
             with self.lock:
                 member = self._member(name, attempt)
-                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
+                offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best, done)
                 if offer is None:
                     self.published.wait(beat_s)
                     self._member(name, attempt)
-                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best)
+                    offer = self.cross_site.offer(self, member) if evaluate else self._offer(member, best, done)
             yield offer
             if offer is not None:
                 return
@@ -244,10 +243,11 @@ class Run:
                 self.blobs.free(model.blob)
 
     def initial_source(self) -> str | None:
-        """The site whose own weights become the initial model: the first registered one, in order."""
-        return next((m.name for m in self.members.values() if m.active), None)
+        """The site whose own weights become the initial model: the first registered one, in order. One that comes back
+        meanwhile stays it."""
+        return next((m.name for m in self.members.values() if m.known and not m.gone), None)
 
-    def _offer(self, member: Member, best: bool) -> Offer | None:
+    def _offer(self, member: Member, best: bool, done: str) -> Offer | None:
         self.silent.discard(member.name)
         if not member.active:
             return None
@@ -255,6 +255,8 @@ class Run:
             return Offer("initial", 0, {}, None, True)
         if self.buffer is not None and self.phase == "training":
             return self.buffer.offer(self, member)
+        if self.handover is not None:
+            return self.handover.offer(member, done)
         waits = self.open is not None and not self.open.takes(member.name)
         if self._collecting() and self.open and not waits and member.name not in self.open.accepted:
             if member.name not in self.open.participants:  # it came back while the round is open
@@ -262,13 +264,13 @@ class Run:
             if self.open.round == 0:
                 return Offer("initial", 0, self.open.config, None, True, self.open.stage)
             model, stage = self.handed_out or self.model, self.open.stage
-            return self.leased("train", self.open.round, self.open.config, model, member, stage)
+            return leased("train", self.open.round, self.open.config, model, member, stage)
         if self.phase == "done" and best:
             assert self.best is not None
             metrics = self.scores.of(self.best.version)
-            return self.leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
+            return leased("best", self.rounds or 0, {"metrics": metrics}, self.best, member)
         if self.phase in ("final", "done") and not best:
-            return self.leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
+            return leased("final", self.rounds or 0, {"export": member.name == self.exporter}, self.model, member)
         return None
 
     def _collecting(self) -> bool:
@@ -276,17 +278,6 @@ class Run:
         if self.phase != "training" or self.open is None or self.open.closing:
             return False
         return self.rounds is None or self.open.round <= self.rounds
-
-    def leased(
-        self, kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = ""
-    ) -> Offer:
-        """An offer of this model, which cannot be recycled until it is released."""
-        assert model is not None
-        model.leases += 1
-        layout = model.blob.manifest.layout
-        known = layout in member.layouts
-        member.layouts.add(layout)
-        return Offer(kind, round, config, model, known, stage)
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
@@ -309,6 +300,8 @@ class Run:
                 return None
             if self.buffer is not None and round > 0:
                 return self.buffer.admit(self, name, round)
+            if is_of_handover(stage):
+                return None if self.handover and self.handover.admits(name, attempt, stage) else "late"
             if round <= self.last_used.get(name, -1):
                 return "duplicate"
             while self.phase == "training" and (self.open is None or self.open.closing):
@@ -346,6 +339,9 @@ class Run:
                 self._emit_update(update, status if status == "late" else "buffered", bytes_up, self.buffer.since)
                 return status
             assert self.open is not None
+            if self.handover is not None and is_of_handover(update.stage):
+                self.open.bytes_up[update.site] = self.open.bytes_up.get(update.site, 0) + bytes_up
+                return self.handover.take(self, update, blob)
             try:
                 limits.check_extras(update, [item.update for item in self.open.accepted.values()])
             except FederationError:
@@ -411,6 +407,12 @@ class Run:
                 self.blobs.free(accepted.blob)
                 self.last_used[name] = self.open.round - 1
             self.open = None
+
+    def leave_out(self, current: OpenRound, name: str) -> None:
+        """A site's update does not count in this round after all. Called under the lock."""
+        if name in current.accepted:
+            self.blobs.free(current.accepted.pop(name).blob)
+            self.last_used[name] = current.round - 1
 
     def evaluators(self, version: int) -> set[str]:
         """Active sites that have promised to score each global model, as far as they get this one."""

@@ -20,7 +20,7 @@ from fl_runtime.server.service import FederationService
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
-from fl_runtime.types import Listener, RunSettings
+from fl_runtime.types import Listener, RunSettings, Strategy
 
 _THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
 _SPARE_THREADS = 8
@@ -31,7 +31,8 @@ class Server:
     """Runs one job in `folder`/server, continuing what its journal holds. `tokens`: site name -> secret.
 
     Threads of its own do all the work; the methods may be called from any thread. service: what a transport serves,
-    such as the memory transport of tests.
+    such as the memory transport of tests. share: all sites are on this machine and run for the same user: large
+    payloads stay in files that both sides map, and only what is said of them crosses the socket.
     """
 
     def __init__(
@@ -43,20 +44,23 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         listeners: Sequence[Listener] = (),
+        share: bool = False,
+        strategy: Strategy | None = None,
     ) -> None:
-        _check(settings)
+        """strategy: in place of the one that `settings` name, such as a workflow of one's own."""
+        _check(settings, strategy)
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
         try:
-            self._run = Run(settings, folder / "server", self._events)
+            self._run = Run(settings, folder / "server", self._events, strategy)
             recover(self._run)
             self._finished = self._run.journal.finished()
         except BaseException:
             self._events.close()
             self._lock.close()
             raise
-        self.service: Service = FederationService(self._run)
+        self.service: Service = FederationService(self._run, share=share)
         self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
 
@@ -162,8 +166,9 @@ class Server:
         self._lock.close()
 
 
-def _check(settings: RunSettings) -> None:
-    strategy = make_strategy(settings.strategy) if settings.strategy else None  # the sites may say
+def _check(settings: RunSettings, strategy: Strategy | None) -> None:
+    if strategy is None and settings.strategy:  # else the sites may say
+        strategy = make_strategy(settings.strategy)
     check_filters(settings.filters, settings.optimizer_state, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):
         raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")

@@ -22,8 +22,7 @@ from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
-from fl_runtime.wire import frames
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
@@ -35,10 +34,13 @@ _SHORTEST_BEAT_S = 0.1
 
 
 class FederationService:
-    """Answers the calls of one run's sites. `peer.name` is who the transport says is calling."""
+    """Answers the calls of one run's sites. `peer.name` is who the transport says is calling.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    share: sites on this machine read and write large payloads in the files of the run's blobs.
+    """
+
+    def __init__(self, run: Run, *, share: bool = False) -> None:
+        self._run, self._share = run, share
         self._relay = Relay(run.members)
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
@@ -87,6 +89,7 @@ class FederationService:
             count=len(self._run.members),
             settings_json=json.dumps(asdict(settings)),
             started=self._run.rounds is not None,
+            shared_folder=str(self._run.blobs.folder.resolve()) if self._share else "",
         ).SerializeToString()
 
     def _register(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -138,25 +141,31 @@ class FederationService:
         request = _first(pb.NextRequest, requests)
         attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
         beat_s = _beat_s(request.session) or BEAT_S
-        for offer in self._run.wait_for_task(peer.name, attempt, best, beat_s, evaluate=evaluate):
+        done = limits.check_text(request.done, "the stage of a request")
+        for offer in self._run.wait_for_task(peer.name, attempt, best, beat_s, evaluate=evaluate, done=done):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:
-                yield from self._sent(peer.name, offer, request)
+                yield from self._sent(peer.name, offer, request, requests)
 
-    def _sent(self, name: str, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
-        """The task's header and frames; the model is leased until the last of them is out."""
+    def _sent(self, name: str, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The task's header and frames, or a file in their place. The model is leased until the last frame is out, or
+        the site has said that it has read the file."""
         count = 0
+        shared = request.shared and self._share and _is_large(offer)
         try:
-            for message in self._messages(offer, request):
+            for message in self._messages(offer, request, shared):
                 count += len(message)
                 yield message
+            if shared and offer.model is not None:
+                next(requests, None)
+                count += offer.model.blob.manifest.nbytes
         finally:
             if offer.model is not None:
                 self._run.release(offer.model)
             self._run.count_bytes(offer.kind, offer.round, name, count)
 
-    def _messages(self, offer: Offer, request: pb.NextRequest) -> Iterator[bytes]:
+    def _messages(self, offer: Offer, request: pb.NextRequest, shared: bool) -> Iterator[bytes]:
         header = pb.TaskHeader(
             job=self._run.settings.name,
             round=offer.round,
@@ -180,6 +189,10 @@ class FederationService:
             ready[key] = pb.TaskPart(task=header).SerializeToString()
             yield ready[key]
             return
+        if shared:
+            header.payload.file = self._run.blobs.path(blob).name
+            yield pb.TaskPart(task=header).SerializeToString()
+            return
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
@@ -200,10 +213,11 @@ class FederationService:
                 if payload.inline:
                     transfer.receiver.take(payload.inline[transfer.receiver.arrived :])
                 elif transfer.receiver.manifest.nbytes:
-                    yield pb.SubmitReply(send_from=transfer.receiver.arrived).SerializeToString()
-                    received += _received(transfer, requests)
+                    shared = self._run.blobs.path(transfer.blob).name if header.shared and self._share else ""
+                    yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
+                    received += _written(transfer, requests) if shared else _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
-                check_finite({**arrays, **extras}, where=f"update of {name}, round {header.round}")
+                finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 check_update(self._run, update)
             except FederationError as error:
@@ -274,6 +288,20 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
         transfer.receiver.take(frames.frame_data(message))
         count += len(message)
     return count
+
+
+def _written(transfer: Transfer, requests: Iterator[bytes]) -> int:
+    """Wait for the word that the site has filled the rest of the file; returns how many bytes that were."""
+    if not frames.is_frame(next(requests, b"")):
+        raise ProtocolError("an upload ended before its file was filled")
+    before = transfer.receiver.arrived
+    transfer.receiver.written()
+    return transfer.receiver.arrived - before
+
+
+def _is_large(offer: Offer) -> bool:
+    """Whether it has a payload that does not fit into its header."""
+    return offer.model is not None and offer.model.blob.manifest.nbytes > frames.INLINE_BYTES
 
 
 def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:

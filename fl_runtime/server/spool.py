@@ -38,7 +38,7 @@ class Spool:
             if broken:
                 self._blobs.free(broken.blob)
             blob = self._blobs.create(f"upload-{next(self._number)}", manifest)
-        return Transfer(site, digest, blob, Receiver(manifest, digests, blob.buffer))
+        return Transfer(site, digest, blob, Receiver(manifest, digests, blob.buffer, finite=True))
 
     def broke(self, transfer: Transfer) -> None:
         """Keep what has arrived; an earlier broken transfer of the site is given up."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fl_runtime.server.members import Member
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.types import Settings, TaskKind, Update
@@ -81,3 +82,13 @@ class Offer:
 def stage_of(failed_tries: int) -> str:
     """What tells the tries at a round apart: "" for the first."""
     return str(failed_tries + 1) if failed_tries else ""
+
+
+def leased(kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = "") -> Offer:
+    """An offer of this model, which cannot be recycled until it is released. Call it under the run's lock."""
+    assert model is not None
+    model.leases += 1
+    layout = model.blob.manifest.layout
+    known = layout in member.layouts
+    member.layouts.add(layout)
+    return Offer(kind, round, config, model, known, stage)

@@ -39,11 +39,12 @@ class Blob:
 class Blobs:
     """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename and free.
 
+
     durable: `settle` waits for the disk.
     """
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
-        self._folder, self._durable = folder, durable
+        self.folder, self._durable = folder, durable
         self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +82,7 @@ class Blobs:
             raise StoreError(f"a blob cannot be read: {error.strerror}", where=str(path)) from error
 
     def path(self, blob: Blob) -> Path:
+        """Its file; the payload is at the end of it."""
         return self._path(blob.name)
 
     def rename(self, blob: Blob, name: str) -> None:
@@ -95,7 +97,7 @@ class Blobs:
         of the machine, this returns when its bytes and its name are on the device."""
         if self._durable:
             sync(self._path(blob.name))
-            sync(self._folder)
+            sync(self.folder)
 
     def free(self, blob: Blob) -> None:
         """The blob's file and mapping may be used again; nobody may hold views of it any more."""
@@ -111,12 +113,12 @@ class Blobs:
 
     def sweep(self, keep: set[str]) -> None:
         """Delete every file that is not in `keep`: what a killed server left behind."""
-        for path in self._folder.glob(f"*{_SUFFIX}"):
+        for path in self.folder.glob(f"*{_SUFFIX}"):
             if path.name.removesuffix(_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}{_SUFFIX}"
+        return self.folder / f"{name}{_SUFFIX}"
 
 
 def _mapped(descriptor: int, header_bytes: int) -> Array:

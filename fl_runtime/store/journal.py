@@ -254,6 +254,10 @@ class Journal:
             raise self._damaged("a layout")
         return manifest
 
+    def manifests(self) -> list[Manifest]:
+        """All that the server had seen."""
+        return [Manifest.from_proto(pb.Manifest.FromString(row[0])) for row in self._all("SELECT manifest FROM layout")]
+
     def models(self) -> list[ModelEntry]:
         return [ModelEntry(*row) for row in self._all("SELECT * FROM model ORDER BY version")]
 

@@ -97,7 +97,7 @@ class Tunnel:
         self._outgoing: queue.SimpleQueue[pb.TunnelPart | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._prefix = f"{session.attempt}:{id(self):x}"
-        self._closed = False
+        self._closed = self._ended = False
         self.bytes_up = self.bytes_down = 0
         self._outgoing.put(pb.TunnelPart(session=session))
         self._call: Call = transport.call("Tunnel", self._messages())
@@ -105,9 +105,11 @@ class Tunnel:
         self._thread.start()
 
     def open(self, peer: str, name: str) -> Stream:
-        """A stream to `peer`, whose end hears its name."""
+        """A stream to `peer`, whose end hears its name. ConnectionLostError if the call has ended."""
         stream = Stream(self._outgoing.put, peer, name, f"{self._prefix}:{next(self._numbers)}")
         with self._lock:
+            if self._ended:
+                raise ConnectionLostError("the way to other sites is broken: the call to the server has ended")
             self._streams[peer, stream.number] = stream
         self._outgoing.put(pb.TunnelPart(peer=peer, stream=stream.number, opened=name))
         return stream
@@ -153,6 +155,7 @@ class Tunnel:
 
     def _end_streams(self) -> None:
         with self._lock:
+            self._ended = True
             streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.take(pb.TunnelPart(closed=True))

@@ -8,6 +8,7 @@ between; in a simulation, where there are none, it is only kept from listening.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from fl_runtime.errors import ConfigError, ConnectionLostError
@@ -30,19 +31,24 @@ class Messages(Protocol):
     def close(self) -> None: ...
 
 
+def check_available(me: str) -> None:
+    """ConfigError where streams cannot be sealed, for want of a package. me: the site."""
+    if find_spec("cryptography") is None:
+        raise ConfigError(
+            "streams between sites are encrypted, and the package cryptography is not installed",
+            where=me,
+            fix="pip install cryptography",
+        )
+
+
 class SealedStream:
     """The same verbs. The first `send` or `receive` waits for the other end's key."""
 
     def __init__(self, inner: Messages, me: str, identity: StreamIdentity | None = None) -> None:
         """Sends this end's key, signed by `identity`. ConfigError where `cryptography` is not installed."""
-        try:
-            from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-        except ImportError:
-            raise ConfigError(
-                "streams between sites are encrypted, and the package cryptography is not installed",
-                where=me,
-                fix="pip install cryptography",
-            ) from None
+        check_available(me)
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
         self.peer, self.name = inner.peer, inner.name
         self._inner, self._me, self._identity = inner, me, identity
         self._private = X25519PrivateKey.generate()

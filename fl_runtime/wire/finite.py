@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
@@ -12,7 +14,11 @@ _BLOCK = 2**16
 
 def check_finite(arrays: Arrays, where: str) -> None:
     """UpdateRefusedError naming the tensors that hold NaN or infinite values."""
-    bad = [name for name, array in arrays.items() if not _finite(array)]
+    refuse([name for name, array in arrays.items() if not is_finite(array)], where)
+
+
+def refuse(bad: Sequence[str], where: str) -> None:
+    """UpdateRefusedError naming these tensors, if there are any."""
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise UpdateRefusedError(
@@ -23,11 +29,12 @@ def check_finite(arrays: Arrays, where: str) -> None:
         )
 
 
-def _finite(array: Array) -> bool:
+def is_finite(array: Array) -> bool:
+    """Whether no element is NaN or infinite."""
     if not is_floating(array.dtype) or array.size == 0:
         return True
     if array.dtype.kind == "c":
-        return _finite(array.real) and _finite(array.imag)
+        return is_finite(array.real) and is_finite(array.imag)
     flat = array.reshape(-1)
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]

@@ -14,8 +14,10 @@ import xxhash
 
 from fl_runtime.errors import ProtocolError, TransferDamagedError
 from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.dtypes import dtype_of
+from fl_runtime.wire.finite import is_finite
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
-from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.manifest import Manifest, TensorSpec
 
 FRAME_BYTES = 2 * 2**20
 INLINE_BYTES = 2**20
@@ -91,14 +93,19 @@ class Receiver:
     """Fills a uint8 buffer of `manifest.nbytes` bytes from frames, and checks every tensor as soon as it is whole.
 
     The buffer belongs to the caller. `arrived`: where a transfer that broke off goes on; behind the last tensor that
-    was whole and right where one was damaged.
+    was whole and right where one was damaged. finite: whether to look for NaN and infinite values too. Both happen
+    piece by piece, while the bytes are in the processor's cache and more of them are on their way.
     """
 
-    def __init__(self, manifest: Manifest, digests: bytes, buffer: Array) -> None:
+    def __init__(self, manifest: Manifest, digests: bytes, buffer: Array, *, finite: bool = False) -> None:
         if len(digests) != 8 * len(manifest.tensors):
             raise ProtocolError(f"{len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
         self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, 0
-        self._unchecked = list(reversed(manifest.payload_order))
+        self._finite = finite
+        self._at, self._seen = 0, 0  # tensors in payload order, and bytes, that have been checked
+        self._digest = xxhash.xxh3_64()
+        self.not_finite: list[str] = []
+        """Names of tensors with a NaN or infinite value; complete when finish() has returned."""
 
     def take(self, data: bytes | memoryview) -> None:
         """The next bytes. TransferDamagedError if a tensor that they complete is not what was sent."""
@@ -109,6 +116,12 @@ class Receiver:
         self.arrived = end
         self._check()
 
+    def written(self) -> None:
+        """What was missing has been put into the buffer by somebody else."""
+        while self.arrived < self.manifest.nbytes:
+            self.arrived = min(self.arrived + FRAME_BYTES, self.manifest.nbytes)
+            self._check()
+
     def finish(self) -> tuple[Arrays, Arrays]:
         """(arrays, extras), views of the buffer; ProtocolError if bytes are missing, TransferDamagedError if a
         digest is wrong."""
@@ -118,17 +131,32 @@ class Receiver:
         return self.manifest.views(self._buffer)
 
     def _check(self) -> None:
-        """The tensors that are whole now."""
-        while self._unchecked:
-            index = self._unchecked[-1]
+        """Everything between what has been checked and what has arrived."""
+        order = self.manifest.payload_order
+        while self._at < len(order):
+            index = order[self._at]
             spec, start = self.manifest.tensors[index], self.manifest.offsets[index]
-            end = start + spec.nbytes
-            if end > self.arrived:
+            stop = min(start + spec.nbytes, self.arrived)
+            self._digest.update(self._buffer[self._seen : stop].data)
+            if self._finite:
+                self._check_finite(spec, self._seen - start, self._buffer[start:stop])
+            self._seen = stop
+            if stop < start + spec.nbytes:
                 return
-            if xxhash.xxh3_64_digest(self._buffer[start:end].data) != self._digests[8 * index : 8 * index + 8]:
-                self.arrived = start
+            right = self._digest.digest() == self._digests[8 * index : 8 * index + 8]
+            self._digest.reset()
+            if not right:
+                self.arrived = self._seen = start
+                self.not_finite = [name for name in self.not_finite if name != spec.name]
                 raise TransferDamagedError(f"a tensor was damaged on the way: {spec.name}")
-            self._unchecked.pop()
+            self._at += 1
+
+    def _check_finite(self, spec: TensorSpec, seen: int, data: Array) -> None:
+        """The whole elements of a tensor's first bytes, but for those that its first `seen` bytes held."""
+        dtype = dtype_of(spec.dtype)
+        whole = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
+        if not is_finite(whole[seen // dtype.itemsize :]) and spec.name not in self.not_finite[-1:]:
+            self.not_finite.append(spec.name)
 
 
 def payload_digest(payload: pb.Payload) -> bytes:

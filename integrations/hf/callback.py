@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fl_adapters import torch_ranks
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.torch_live import LiveModel
+from fl_adapters.torch_restart import seed_round
 from fl_adapters.torch_site import Arrived, TorchSite
 from fl_runtime.types import Arrays
 
+from . import restart
 from . import trainer as hf
 from .budget import Budget, advance_schedule, warn_if_schedule_ends_early
 from .export import Exporter
@@ -41,6 +43,8 @@ class _Run:
     awaits_score: bool = False
     scores: dict[str, float] = field(default_factory=dict)
     scored_sizes: list[int] = field(default_factory=list)
+    seed: int | None = None  # of the round, for exact restarts
+    epochs_before: int = 0  # those of processes before this one; HF counts its own from 0
 
 
 class FederatedCallback(TrainerCallback):
@@ -109,15 +113,27 @@ class FederatedCallback(TrainerCallback):
             live = self._live = LiveModel(trained["model"], [trained["optimizer"]], run.settings)
             live.local.gradients.follow([trained["optimizer"]])
             rounds = run.budget.trainer_rounds(state)
-            first = self._site.start(live, rounds=rounds, evaluates=run.evaluates)
+            first = self._start(run, live, trainer, state, rounds, **trained)
             warn_if_schedule_ends_early(trained["lr_scheduler"], state.max_steps)
             steps_per_round = run.budget.steps_per_round(args, trained["train_dataloader"])
             self._begin(run, live, first, state, control, trained["lr_scheduler"], steps_per_round)
+            if run.epochs_before and run.evaluates:  # as the process before would have, had it not died
+                run.awaits_score = True
+                trainer.evaluate()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
+    ) -> None:
+        run = self._run
+        if run is not None and run.seed is not None and state.global_step == run.began:
+            seed_round(run.seed, trained["train_dataloader"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
         run = self._run
+        if run is not None:
+            state.epoch += run.epochs_before
         if run is not None and not run.over and run.budget.reached(state):
             self._exchange(run, args, state, control, trained["train_dataloader"])
 
@@ -164,6 +180,8 @@ class FederatedCallback(TrainerCallback):
         live.restore_final()
         if run.awaits_score:  # something kept HF from evaluating: let nobody wait for this site's score
             self._site.report({}, 1)
+        if run.evaluates:
+            self._site.cross_evaluate(live, lambda: self._evaluate(run))
         best = self._best() if args.load_best_model_at_end else None
         exporter = Exporter(trained["model"], trained["processing_class"], live.state)
         self._site.finish(live, exporter.export, exporter.load if run.evaluates else None)
@@ -181,6 +199,19 @@ class FederatedCallback(TrainerCallback):
         settings = joined.settings
         return _Run(joined.job, settings, Budget(settings.every, settings.rounds, settings.phases))
 
+    def _start(
+        self, run: _Run, live: LiveModel, trainer: Trainer, state: TrainerState, rounds: int, **trained: Any
+    ) -> Arrived:
+        if not run.settings.exact_restart:
+            return self._site.start(live, rounds=rounds, evaluates=run.evaluates)
+        scheduler, loader = trained["lr_scheduler"], trained["train_dataloader"]
+        restart.refuse(trainer, state, run.settings.every, trained["model"], scheduler, loader)
+        position = restart.Position(trainer, state, loader)
+        snapshot = restart.snapshot_of(trainer, live, scheduler, position)
+        first = self._site.start(live, rounds=rounds, evaluates=run.evaluates, snapshot=snapshot)
+        run.epochs_before = position.epochs_before
+        return first
+
     def _begin(
         self,
         run: _Run,
@@ -193,12 +224,12 @@ class FederatedCallback(TrainerCallback):
     ) -> None:
         """Take the first task in, wherever the trainer and the run stand after a restart."""
         number = first.round
-        run.round, run.began, run.loss_before = number, state.global_step, hf.loss_sum()
+        run.round, run.began, run.loss_before, run.seed = number, state.global_step, hf.loss_sum(), first.seed
         if first.kind == "final":
-            live.receive_final(first.task)
+            live.receive_final(first.task, more=True)  # HF makes a step before it looks
             run.over = control.should_training_stop = True
             return
-        if state.global_step > 0:
+        if state.global_step > 0 and not run.epochs_before:
             hf.check_checkpoint(state, run.job, run.budget.rounds_done(state), number)
         missing = (number - 1) * steps_per_round - state.global_step
         if missing >= 0:  # at the start of the round, or behind it; else in its middle, with the weights of that moment
@@ -238,9 +269,16 @@ class FederatedCallback(TrainerCallback):
             else:
                 live.receive(came.task)
             hf.log_round(state, control, came.row, run.job)
-            run.round, run.began, run.loss_before = came.round, state.global_step, loss
+            run.round, run.began, run.loss_before, run.seed = came.round, state.global_step, loss, came.seed
             if run.evaluates:
                 run.awaits_score = control.should_evaluate = True
+
+    def _evaluate(self, run: _Run) -> None:
+        """Score the model as it is by the trainer's own evaluation, which ends in `on_evaluate`."""
+        self._run, run.awaits_score = run, True
+        with self._site.leaving_on_error(self._forget):
+            hf.evaluate_unseen(hf.calling_trainer(), self)
+        self._run = None
 
     def _best(self) -> tuple[int, Arrays] | None:
         """The best round and its weights, on rank 0."""

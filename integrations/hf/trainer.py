@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from fl_adapters.options import SiteSettings
 from fl_runtime.errors import ConfigError
+
+_IGNORED = "ignore_keys_for_eval"  # what the user has given to `train()`, by its name there
 
 
 def calling_trainer() -> Trainer:
@@ -70,6 +72,26 @@ def log_round(state: TrainerState, control: TrainerControl, row: Mapping[str, fl
     state.log_history[-1]["federation_job"] = job
 
 
+def evaluate_unseen(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Evaluate the model as it is, after training, as HF does it within: of what comes of it only `callback` hears."""
+    handler, state, control = trainer.callback_handler, trainer.state, trainer.control
+    callbacks, rows, flags, training = (
+        handler.callbacks,
+        len(state.log_history),
+        vars(control).copy(),
+        trainer.is_in_train,
+    )
+    ignored = next((f.f_locals[_IGNORED] for f in _trainer_frames() if _IGNORED in f.f_locals), None)
+    handler.callbacks = [callback]
+    trainer.is_in_train = True  # else the model itself would be cast where the arguments say fp16_full_eval
+    try:
+        trainer.evaluate(ignore_keys=ignored)
+    finally:
+        handler.callbacks, trainer.is_in_train = callbacks, training
+        vars(control).update(flags)
+        del state.log_history[rows:]
+
+
 def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
     """Raise ConfigError for what cannot work in a federation, with the reason. Before the first step."""
     if trainer.is_deepspeed_enabled:
@@ -123,13 +145,18 @@ def _refused(reason: str, *, fix: str) -> ConfigError:
     return ConfigError(f"this cannot be federated: {reason}", where="TrainingArguments", fix=fix)
 
 
-def _trainer_frame() -> tuple[Trainer, FrameType]:
+def _trainer_frames() -> Iterator[FrameType]:
+    """The calls of a Trainer's methods that are under way, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner, frame
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            yield frame
         frame = frame.f_back
+
+
+def _trainer_frame() -> tuple[Trainer, FrameType]:
+    for frame in _trainer_frames():
+        return frame.f_locals["self"], frame
     raise ConfigError(
         "FederatedCallback works within a transformers.Trainer only",
         where="a hook called from elsewhere",

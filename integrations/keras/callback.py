@@ -13,11 +13,12 @@ import numpy as np
 from fl_adapters.local_phases import Phase
 from fl_adapters.options import Options
 from fl_adapters.outputs import PERSONAL
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Task
+from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Task
 
-from . import neighbours, scores
+from . import neighbours, restart, scores
 from .budget import Budget
 from .export import export
 from .fit_call import FitCall, calling_fit
@@ -84,6 +85,9 @@ class FederatedCallback(keras.callbacks.Callback):
                 where="on_train_begin",
                 fix="for a loop of your own use fl_adapters.connect()",
             )
+        with self._leaving_on_error():
+            if self._joined and self._fit is not None and self._session().settings.exact_restart:
+                self._begin_exactly(self._fit)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         with self._leaving_on_error():
@@ -92,6 +96,8 @@ class FederatedCallback(keras.callbacks.Callback):
         if self._run is not None and self._live is not None:
             self._live.local.show()
             self._run.begin_epoch(epoch)
+            if self._run.seed is not None and not self._run.epochs:
+                restart.begin_round(self._run.fit, self._run.seed)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         # Not on_train_batch_end: Keras would wait for the result of every step to show it to the callbacks.
@@ -167,6 +173,18 @@ class FederatedCallback(keras.callbacks.Callback):
             neighbours.move_outputs(fit.callbacks, session.output_dir)
             neighbours.put_first(self, fit.callbacks)
 
+    def _begin_exactly(self, fit: FitCall) -> None:
+        """`_begin` while fit can still be told with which epoch it begins."""
+        restart.refuse(fit, self._session().settings.every)
+        self._begin(fit.first)
+        run = self._run
+        assert run is not None
+        if self.model._initial_epoch and run.evaluates:  # as the process before would have, had it not died
+            run.awaits_score = True
+            self._evaluate(run)
+        if run.over:
+            self.model._initial_epoch = fit.epochs  # no step more
+
     def _begin(self, epoch: int) -> None:
         """The handshake and the first task, wherever fit, which is about to begin `epoch`, and the run stand."""
         session, model, fit = self._session(), self.model, self._fit
@@ -183,6 +201,7 @@ class FederatedCallback(keras.callbacks.Callback):
         budget.check(fit)
         if session.attempt == 1 and settings.rounds:
             budget.check_epochs(fit, epoch, 1, settings.rounds)
+        model._initial_epoch = None if settings.exact_restart else getattr(model, "_initial_epoch", None)
         live = self._live = LiveModel(model, settings, session.home)
         restored = getattr(model, "_initial_epoch", None) or 0  # by BackupAndRestore
         rounds = session.register(
@@ -190,11 +209,19 @@ class FederatedCallback(keras.callbacks.Callback):
             agreement=live.agreement,
             rounds=None if settings.rounds else budget.own_rounds(fit, 0 if restored else epoch),
             evaluates=evaluates,
-            capabilities=live.capabilities,
+            capabilities=live.capabilities
+            | ({CROSS_EVALUATION} if evaluates else frozenset())
+            | ({EXACT_RESTART} if settings.exact_restart else frozenset()),
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         run = self._run = Run(fit, budget, rounds, evaluates)
-        task = session.start(live.state.get_state)
+        snapshot = restart.FitSnapshot(model, live, epoch) if settings.exact_restart else None
+        task = session.start(live.state.get_state, snapshot=snapshot)
+        if snapshot is not None:
+            snapshot.run, run.seed = run, session.round_seed
+            if snapshot.epochs > epoch:
+                restored, epoch = snapshot.epochs - epoch, snapshot.epochs
+                model._initial_epoch = epoch
         run.take(task, session.turn)
         self._take_first(run, live, task, epoch, restored)
         if live.local.corrects:
@@ -265,6 +292,7 @@ class FederatedCallback(keras.callbacks.Callback):
         task = session.next_task()
         live.receive(task)
         run.take(task, session.turn)
+        run.seed = session.round_seed
         run.next_round(session.stats)
         run.meter.begin(model)
 
@@ -277,6 +305,7 @@ class FederatedCallback(keras.callbacks.Callback):
             best = task.version, {name: np.copy(array) for name, array in task.arrays.items()}
         live.local.close()
         live.restore_final()
+        self._cross_evaluate(run, live)
         if live.local.personal is not None:
             with live.local.personal.in_place():
                 export(model, str(session.home.folder / PERSONAL))
@@ -292,6 +321,16 @@ class FederatedCallback(keras.callbacks.Callback):
         """Score the global model that has just arrived where fit's own validation does not."""
         assert run.fit.validation is not None
         self._report(run, *scores.evaluated(self.model, run.fit.validation))
+
+    def _cross_evaluate(self, run: Run, live: LiveModel) -> None:
+        """Where the job wants it, score every site's model in the place of the final one."""
+        session = self._session()
+        if not (session.settings.cross_site and run.evaluates):
+            return
+        while task := session.next_to_score():
+            live.state.set_state(task.arrays)
+            self._evaluate(run)
+        live.restore_final()
 
     def _report(self, run: Run, metrics: dict[str, float], examples: int) -> None:
         run.awaits_score = False
@@ -319,4 +358,6 @@ class FederatedCallback(keras.callbacks.Callback):
     def _forget(self) -> None:
         if self._live is not None:
             self._live.local.close()
+        if self._run is not None and self._run.seed is not None:
+            self._model._initial_epoch = None  # the next fit is the user's own
         self._fit, self._joined, self._run, self._live = None, False, None, None

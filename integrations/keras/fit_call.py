@@ -16,12 +16,14 @@ class FitCall:
     """One call of `fit`, as it runs. Holds its live objects: keep it no longer than the call.
 
     callbacks: Keras's list of all callbacks. validation: arguments of `model.evaluate` for fit's own validation data.
+    first: the epoch that it begins with, as its caller says.
     """
 
     epochs: int
     iterator: Any
     callbacks: Any
     validation: Mapping[str, Any] | None
+    first: int = 0
 
     @property
     def steps(self) -> int | None:
@@ -70,4 +72,4 @@ def _call(local: Mapping[str, Any], callbacks: Any) -> FitCall:
             "batch_size": local["validation_batch_size"] or local["batch_size"],
             "steps": local["validation_steps"],
         }
-    return FitCall(int(local["epochs"]), local["epoch_iterator"], callbacks, validation)
+    return FitCall(int(local["epochs"]), local["epoch_iterator"], callbacks, validation, int(local["initial_epoch"]))

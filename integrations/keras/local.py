@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.control_variate import ControlVariate
+from fl_adapters.control_variate import ControlVariate, put_control
 from fl_adapters.local_phases import Phase, SiteHome
+from fl_adapters.state_file import State
 from fl_runtime.aggregation.local_terms import LocalTerms
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays, Task
@@ -38,6 +39,7 @@ class LocalWork:
         self._anchors: dict[str, Array] = {}
         self._whole = True
         self._global: Phase | None = None
+        self._came: State | None = None  # the personal model of a process before this one
 
     @property
     def corrects(self) -> bool:
@@ -117,6 +119,16 @@ class LocalWork:
         if self._control is not None:
             self._control.submitted(status)
 
+    def kept(self) -> State:
+        """What this training would have after a round whose update has been counted, for exact restarts."""
+        control = None if self._control is None else self._control.kept()
+        return {"control": control, "personal": None if self.personal is None else self.personal.kept()}
+
+    def go_on(self, state: State) -> None:
+        """From what `kept` gave to another process of this site; before `begin`."""
+        put_control(self._home, state["control"])
+        self._came = state["personal"]
+
     def close(self) -> None:
         """The optimizer is the user's again."""
         if self._gradients is not None:
@@ -151,7 +163,9 @@ class LocalWork:
         if self.personal is None:
             with self.hidden():
                 self.personal = PersonalModel(self._model)
-            if not self._home.fresh:
+            if self._came is not None:
+                self.personal.go_on(self._came)
+            elif not self._home.fresh:
                 self.personal.load(self._home.folder)
 
     def _check_seen(self, phase: Phase) -> None:

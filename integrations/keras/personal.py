@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fl_adapters.outputs import PERSONAL_FILE
+from fl_adapters.state_file import State
 from fl_runtime.errors import StateMismatchError
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
 from fl_runtime.types import Array
@@ -81,6 +82,14 @@ class PersonalModel:
             )
         self._other = {name: np.array(array) for name, array in arrays.items()}
         return True
+
+    def kept(self) -> State:
+        """The weights and the optimizer's state, for exact restarts; while the global model is in the model."""
+        return {"weights": self._other, "state": self._state}
+
+    def go_on(self, state: State) -> None:
+        """From what `kept` gave to another process of this site."""
+        self._other, self._state = state["weights"], state["state"]
 
 
 def _exchanged(variable: Any, value: Array) -> Array:

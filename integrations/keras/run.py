@@ -22,7 +22,8 @@ class Run:
     before: batches of this round in earlier epochs, less those of this epoch that belong to the round before.
     epochs: those of this round that are over. phase: of the round, counted from 0; before and epochs, and what is due,
     are those of the phase. due, stops: batch within the epoch at which the round ends, and from
-    which on a step is the last of the run. version: of the global model that arrived last.
+    which on a step is the last of the run. version: of the global model that arrived last. seed: of the round, for
+    exact restarts.
     """
 
     fit: FitCall
@@ -43,6 +44,7 @@ class Run:
     stopping: bool = False  # it is us who end this fit
     over: bool = False  # the final weights have arrived
     awaits_score: bool = False
+    seed: int | None = None
     row: dict[str, float] = field(default_factory=dict)
     arrived: dict[int, int] = field(default_factory=dict)  # version -> epoch at whose end it was there
 

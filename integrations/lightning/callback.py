@@ -15,10 +15,10 @@ from fl_adapters.kit import current_kit
 from fl_adapters.options import Options, SiteSettings
 from fl_adapters.torch_batches import rows_of
 from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_site import TorchSite
+from fl_adapters.torch_site import Arrived, TorchSite
 from fl_runtime.errors import ConfigError
 
-from . import outputs
+from . import outputs, restart
 from . import trainer as lightning
 from .budget import ENDLESS, Budget, Progress, advance_schedules, at_end, steps_per_epoch, warn_if_schedules_end_early
 from .export import Exporter
@@ -67,6 +67,7 @@ class _Run:
     logged: Mapping[str, Any] = field(default_factory=dict)  # callback_metrics when validation began
     restore_intervals: Callable[[], None] | None = None
     over: bool = False  # the final weights have arrived
+    seed: int | None = None  # of the round, for exact restarts
 
 
 class FederatedCallback(*callback_classes()):  # type: ignore[misc]
@@ -143,6 +144,11 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             with self._site.leaving_on_error(self._forget):
                 self._begin(self._run, trainer, pl_module)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        run = self._run
+        if run is not None and run.seed is not None and not run.progress.epochs:
+            restart.begin_round(trainer, run.seed)
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Gradients are complete and unscaled; Lightning clips them after this."""
         run = self._run
@@ -208,6 +214,8 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         with self._site.leaving_on_error(self._forget):
             if run.awaits_score:
                 lightning.validate_now(trainer)
+            if run.evaluates and run.live is not None:
+                self._site.cross_evaluate(run.live, lambda: self._evaluate(run, trainer))
             self._finish(run, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -256,16 +264,18 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         live = run.live = LiveModel(module, trainer.optimizers, run.settings)
         rounds = run.budget.rounds or run.budget.trainer_rounds(trainer)
         warn_if_schedules_end_early(trainer)
-        first = self._site.start(live, rounds=rounds, evaluates=run.evaluates)
-        number = first.round
+        first, came_back = self._start(run, live, trainer, module, rounds)
+        number, run.seed = first.round, first.seed
         if first.kind == "final":
             live.load(first.arrays)
             run.progress = Progress(number, trainer.global_step)
             run.over, run.awaits_score = True, run.evaluates
             lightning.stop(trainer)
             return
-        resumed = self._resumed_progress(run, trainer, number)
-        if resumed is not None and resumed.round == number:
+        resumed = None if came_back else self._resumed_progress(run, trainer, number)
+        if came_back:
+            run.progress = Progress.at(number, trainer.global_step, run.settings.every)
+        elif resumed is not None and resumed.round == number:
             run.progress = resumed
         else:
             self._catch_up(run, trainer, number)
@@ -273,6 +283,18 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             live.receive(first.task)
         else:  # we are in the middle of the round, with the weights of that moment
             live.resume(first.task)
+        if came_back and run.evaluates:  # as the process before would have, had it not died
+            run.awaits_score = True
+            lightning.validate_now(trainer)
+
+    def _start(self, run: _Run, live: LiveModel, trainer: Any, module: Any, rounds: int) -> tuple[Arrived, bool]:
+        """(the first task, whether the trainer is now where a process before this one left it)."""
+        if not run.settings.exact_restart:
+            return self._site.start(live, rounds=rounds, evaluates=run.evaluates), False
+        restart.refuse(trainer, module, run.settings.every)
+        position = restart.Position(trainer, self)
+        snapshot = restart.snapshot_of(trainer, live, position)
+        return self._site.start(live, rounds=rounds, evaluates=run.evaluates, snapshot=snapshot), position.came_back
 
     def _resumed_progress(self, run: _Run, trainer: Any, number: int) -> Progress | None:
         """Where the checkpoint that the trainer resumes from stands; None without one. ConfigError where it does not
@@ -325,7 +347,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
             run.progress = run.progress.next(run.progress.round, trainer.global_step, every)
             run.tally = _Tally()
             return False
-        number = came.round
+        number, run.seed = came.round, came.seed
         if came.kind == "final":
             live.load(came.arrays)
             run.over, number = True, number + 1  # the task after the last round bears its number still
@@ -337,6 +359,12 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         if run.over and not (in_batch and at_end(trainer, last_of_epoch=not run.progress.in_epoch)):
             lightning.stop(trainer)
         return True
+
+    def _evaluate(self, run: _Run, trainer: Any) -> None:
+        """Score the module as it is by Lightning's own validation, which ends in `on_validation_end`."""
+        run.awaits_score = True
+        with lightning.unseen(trainer, self):
+            lightning.validate_now(trainer)
 
     def _finish(self, run: _Run, trainer: Any, module: Any) -> None:
         assert run.live is not None

@@ -22,3 +22,10 @@ def callback_classes() -> tuple[Any, ...]:
     if not found:
         raise ImportError(f"Lightning is missing: pip install 'fl-adapters[lightning]' ({'; '.join(reasons)})")
     return tuple(found)
+
+
+def silent_logger(trainer: Any) -> Any:
+    """A logger that takes everything and keeps nothing, of the package that `trainer` is of."""
+    modules = [kind.__module__ for kind in type(trainer).__mro__]
+    package = next(name for name in _PACKAGES if any(module.startswith(f"{name}.") for module in modules))
+    return import_module(f"{package}.loggers.logger").DummyLogger()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fl_adapters.torch_batches import size_of
 from fl_runtime.errors import ConfigError
 
 from . import scores
+from .framework import silent_logger
 
 _STRATEGIES = {
     "FSDPStrategy": "FSDP keeps each rank's part of the weights alone, which new global weights would not reach",
@@ -22,6 +24,7 @@ _STRATEGIES = {
     "XLAStrategy": "several XLA devices have not been tried",
     "XLAFSDPStrategy": "several XLA devices have not been tried",
 }
+_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _CALLBACKS = {
     "StochasticWeightAveraging": "StochasticWeightAveraging puts an average of its own in place of the global weights",
     "WeightAveraging": "WeightAveraging puts an average of its own in place of the global weights",
@@ -107,6 +110,20 @@ def validate_now(trainer: Any) -> None:
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
+
+
+@contextmanager
+def unseen(trainer: Any, callback: Any) -> Iterator[None]:
+    """What is validated within this block leaves no trace: no other callback hears of it (none keeps it for the best),
+    no logger gets a row, and `trainer.callback_metrics` and their kin are afterwards what they were."""
+    callbacks, loggers, connector = trainer.callbacks, trainer.loggers, trainer._logger_connector
+    metrics = {name: dict(vars(connector)[name]) for name in _METRICS if name in vars(connector)}
+    trainer.callbacks, trainer.loggers = [callback], [silent_logger(trainer)] if loggers else []
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers
+        vars(connector).update(metrics)
 
 
 def validation_score(trainer: Any, before: Mapping[str, Any]) -> tuple[dict[str, float], int]:

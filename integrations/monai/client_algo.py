@@ -14,11 +14,12 @@ from monai.networks.utils import copy_model_state, get_state_dict
 
 from fl_adapters.exchange import selected
 from fl_adapters.options import Options, SiteSettings
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_adapters.torch_batches import size_of
 from fl_adapters.torch_state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Task
+from fl_runtime.types import CROSS_EVALUATION, Arrays, Task
 
 from .scores import plain_numbers
 
@@ -93,7 +94,13 @@ def _federated(
     first = _arrays(own, selected(own, session.settings.exchange, session.settings.keep_local))
     examples = options.num_examples or _training_examples(algo)
     evaluates = _evaluates(algo, session.settings)
-    session.register(first, agreement={"framework": _FRAMEWORK}, rounds=rounds, evaluates=evaluates)
+    session.register(
+        first,
+        agreement={"framework": _FRAMEWORK},
+        rounds=rounds,
+        evaluates=evaluates,
+        capabilities=frozenset({CROSS_EVALUATION}) if evaluates else frozenset(),
+    )
     task = session.start(lambda: first)
     while task.kind == "train":
         weights = _tensors(task.arrays)
@@ -107,8 +114,10 @@ def _federated(
         )
         numbers = {}
         if evaluates:
-            _report(algo, session, task, extra)
+            session.report(*_score(algo, task.arrays, extra))
     final = ExchangeObject(weights=_tensors(task.arrays), weight_type=WeightType.WEIGHTS)
+    if evaluates:
+        session.cross_evaluate(lambda arrays: _score(algo, arrays, extra))
     network = getattr(getattr(algo, "trainer", None), "network", None)
     if network is not None:
         copy_model_state(dst=network, src=final.weights)
@@ -181,10 +190,10 @@ def _evaluates(algo: ClientAlgo, settings: SiteSettings) -> bool:
     return possible if settings.evaluate_global is None else settings.evaluate_global
 
 
-def _report(algo: ClientAlgo, session: Session, task: Task, extra: dict[str, Any]) -> None:
-    found = algo.evaluate(ExchangeObject(weights=_tensors(task.arrays), weight_type=WeightType.WEIGHTS), extra)
+def _score(algo: ClientAlgo, arrays: Arrays, extra: dict[str, Any]) -> tuple[dict[str, float], int]:
+    found = algo.evaluate(ExchangeObject(weights=_tensors(arrays), weight_type=WeightType.WEIGHTS), extra)
     loader = getattr(getattr(algo, "evaluator", None), "data_loader", None)
-    session.report(plain_numbers(found.metrics or {}), size_of(loader, math.inf, 1) or 1)
+    return plain_numbers(found.metrics or {}), size_of(loader, math.inf, 1) or 1
 
 
 def _training_examples(algo: ClientAlgo) -> int:

@@ -19,10 +19,10 @@ from fl_adapters.torch_site import TorchSite
 from fl_runtime.errors import ConfigError
 
 from . import engine as facts
-from . import outputs
+from . import outputs, restart
 from .budget import Budget, Progress, advance_schedules, made_a_step, warn_if_schedules_end_early
 from .export import Exporter
-from .scores import scores_of
+from .scores import scores_of, unseen
 
 _FRAMEWORK = "monai"
 
@@ -64,6 +64,8 @@ class _Run:
     tally: _Tally = field(default_factory=_Tally)
     awaits_score: bool = False
     over: bool = False  # the final weights have arrived
+    seed: int | None = None  # of the round, for exact restarts
+    position: restart.Position | None = None  # likewise
 
 
 class FederatedHandler:
@@ -170,6 +172,8 @@ class FederatedHandler:
                 self._begin(run, engine)
                 if run.over:
                     engine.terminate()
+        if run.seed is not None and not run.progress.epochs and not run.over:
+            restart.begin_round(engine, run.seed)
 
     def _iteration_completed(self, engine: Any) -> None:
         run = self._run
@@ -225,6 +229,8 @@ class FederatedHandler:
                 )
             if run.awaits_score and run.validation is not None:
                 run.validation(engine)
+            if run.validation is not None and run.live is not None:
+                self._site.cross_evaluate(run.live, lambda: self._evaluate(run, engine))
             self._finish(run, engine)
 
     def _exception_raised(self, engine: Any, error: Exception) -> None:
@@ -253,9 +259,15 @@ class FederatedHandler:
         live.local.gradients.follow([engine.optimizer])
         rounds = run.budget.rounds or run.budget.trainer_rounds(engine)
         warn_if_schedules_end_early(engine, facts.attached(engine, LrScheduleHandler))
-        resumed = self._resumed_progress(run, engine)
-        first = self._site.start(live, rounds=rounds, evaluates=run.validation is not None)
-        number = first.round
+        resumed = None
+        if run.settings.exact_restart:
+            restart.refuse(engine, run.settings.every)
+            run.position = restart.Position(engine)
+        else:
+            resumed = self._resumed_progress(run, engine)
+        snapshot = run.position and restart.snapshot_of(engine, live, run.position)
+        first = self._site.start(live, rounds=rounds, evaluates=run.validation is not None, snapshot=snapshot)
+        number, run.seed = first.round, first.seed
         if first.kind == "final":
             live.load(first.arrays)
             run.progress, run.over, run.awaits_score = Progress(number), True, run.validation is not None
@@ -266,7 +278,9 @@ class FederatedHandler:
                 where=f"iteration {engine.state.iteration}",
                 fix="resume from an earlier checkpoint, or without one",
             )
-        if resumed is not None and resumed.round == number:
+        if run.position is not None and run.position.came_back:
+            run.progress = Progress(number, run.position.steps, run.position.steps)
+        elif resumed is not None and resumed.round == number:
             run.progress = resumed
         else:
             self._catch_up(run, engine, resumed or Progress(), number)
@@ -274,6 +288,11 @@ class FederatedHandler:
             live.receive(first.task)
         else:  # we are in the middle of the round, with the weights of that moment
             live.resume(first.task)
+        if run.position is not None and run.position.came_back:
+            if run.validation is not None:  # as the process before would have, had it not died
+                run.awaits_score = True
+                run.validation(engine)
+            restart.catch_up(engine)
 
     def _resumed_progress(self, run: _Run, engine: Any) -> Progress | None:
         """Where the checkpoint that the trainer resumes from stands; None without one. ConfigError where it does not
@@ -311,6 +330,8 @@ class FederatedHandler:
         after which it goes on. more: whether the trainer does."""
         live = run.live
         assert live is not None
+        if run.position is not None:
+            run.position.steps = run.progress.steps
         came = self._site.exchange(
             live,
             num_examples=run.examples or max(run.tally.rows * facts.ranks(), 1),
@@ -321,7 +342,7 @@ class FederatedHandler:
         if came is None:
             run.progress, run.tally = run.progress.next(run.progress.round), _Tally()
             return
-        number = came.round
+        number, run.seed = came.round, came.seed
         epoch_ends = not in_iteration or run.in_epoch == engine.state.epoch_length
         if came.kind == "final":
             live.load(came.arrays)
@@ -335,6 +356,13 @@ class FederatedHandler:
             run.awaits_score = True
             if not facts.validates_now(engine, run.validation, in_iteration=in_iteration, epoch_ends=epoch_ends):
                 run.validation(engine)  # its end finds its way to _validated
+
+    def _evaluate(self, run: _Run, engine: Any) -> None:
+        """Score the network as it is by the bundle's own evaluator, which ends in `_validated`."""
+        assert run.validation is not None
+        run.awaits_score = True
+        with unseen(run.validation.validator):
+            run.validation(engine)
 
     def _finish(self, run: _Run, engine: Any) -> None:
         assert run.live is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Events
-from monai.handlers import IgniteMetricHandler
+from ignite.metrics import Metric
+from monai.handlers import DecollateBatch, IgniteMetricHandler, PostProcessing
 
 from fl_adapters.metric_names import without_prefix
 
@@ -25,6 +28,33 @@ def scores_of(evaluator: Any) -> dict[str, float]:
         for key, number in _class_means(without_prefix(name), details, _first_class(evaluator, name)):
             found.setdefault(key, number)
     return found
+
+
+@contextmanager
+def unseen(evaluator: Any) -> Iterator[None]:
+    """What is evaluated within this block leaves no trace: of the handlers that MONAI and Ignite come with, those alone
+    run that the metrics need (no saver, logger, early stop or schedule), and the evaluator's state, with its best
+    metric, is afterwards what it was. Handlers of the user's own run."""
+    handlers, state = evaluator._event_handlers, vars(evaluator.state)
+    before = {name: dict(value) if isinstance(value, dict) else value for name, value in state.items()}
+    evaluator._event_handlers = defaultdict(list)
+    for event, given in handlers.items():
+        evaluator._event_handlers[event] = [item for item in given if _computes(item[0])]
+    try:
+        yield
+    finally:
+        evaluator._event_handlers = handlers
+        state.clear()
+        state.update(before)
+
+
+def _computes(handler: Any) -> bool:
+    hook = getattr(handler, "__wrapped__", handler)  # Ignite wraps those of every n-th event
+    owner = getattr(hook, "__self__", hook)
+    if isinstance(owner, (Metric, PostProcessing, DecollateBatch)):
+        return True
+    kind = owner if hasattr(owner, "__qualname__") else type(owner)
+    return not kind.__module__.startswith(("monai.handlers.", "ignite.handlers.", "ignite.contrib."))
 
 
 def plain_numbers(metrics: Mapping[str, Any], first_classes: Mapping[str, int] | None = None) -> dict[str, float]:

@@ -6,12 +6,14 @@ from typing import Protocol
 
 import xgboost
 
+from fl_adapters.restart import Keeping, seed_python
 from fl_adapters.session import Session
+from fl_adapters.state_file import State
 from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.types import Arrays, Metrics
 
 from .call import Mode, TrainCall
-from .model import SEEDING, grown_since, released
+from .model import SEEDING, grown_since, learning_rate, released
 from .rounds import TreeRounds
 from .scores import Evaluation, Log, Stopping, record, stopping_of
 
@@ -20,10 +22,12 @@ class Grower(Protocol):
     """Where the trees of a round come from.
 
     more: empty arrays that travel beside a model. extras: this site's part in the initial model.
+    exact: the trees depend on the model, this site's data and the number of the round alone.
     """
 
     more: Arrays
     extras: Arrays
+    exact: bool
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
         """The new trees of the round under way. The booster holds the global model, and may be changed."""
@@ -44,6 +48,7 @@ class OwnTrees:
     def __init__(self, call: TrainCall) -> None:
         self.more: Arrays = {}
         self.extras: Arrays = {}
+        self.exact = call.params.get("booster") != "dart"  # which drops trees by states of its own
         self._call = call
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
@@ -69,10 +74,17 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
     stopping, callbacks = stopping_of(call, names)
     rounds = TreeRounds(session, call, mode)
     terms = (stopping or Stopping("loss", False)).terms(rounds.strategy, rounds.boosts)
-    rounds.begin(booster, terms, evaluates=bool(names), more=grower.more, extras=grower.extras)
+    snapshot = _snapshot(booster, log) if grower.exact else None
+    rounds.begin(booster, terms, evaluates=bool(names), more=grower.more, extras=grower.extras, snapshot=snapshot)
     for callback in callbacks:
         booster = callback.before_training(booster)
+    if names and session.attempt > 1 and rounds.task is not None and rounds.task.version > 0:
+        # the process before may have died before it could say so, and the others wait to hear it
+        done = rounds.task.version * rounds.boosts - 1
+        _score(session, evaluation, booster, done, rounds, log, names)
     while not rounds.over:
+        if session.round_seed is not None:
+            seed_python(session.round_seed)  # for objectives and callbacks of the user's own
         first, last = rounds.begun, max(rounds.ends - 1, rounds.begun)
         if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # all of them are called
             break
@@ -80,10 +92,7 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
         if not rounds.exchange(booster, grown, grower.more, grower.metrics()):
             continue  # the round has come to nothing, and is opened again
         if names:
-            together, stops = session.report_together(evaluation.summaries(booster, last), evaluation.examples)
-            record(log, together, names)
-            if stops and not rounds.over:
-                rounds.next_task(booster)
+            _score(session, evaluation, booster, last, rounds, log, names)
         if True in [c.after_iteration(booster, last, log) for c in callbacks] and not rounds.over:
             break
     grower.close(gently=rounds.over)
@@ -98,6 +107,36 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
     if rounds.over and stopping is not None and stopping.save_best:
         booster = booster[: booster.best_iteration + 1]
     return released(booster)
+
+
+def _score(
+    session: Session,
+    evaluation: Evaluation,
+    booster: xgboost.Booster,
+    iteration: int,
+    rounds: TreeRounds,
+    log: Log,
+    names: list[str],
+) -> None:
+    """The model that has arrived, on this site's data; and what all sites make of it, which may end the run."""
+    together, stops = session.report_together(evaluation.summaries(booster, iteration), evaluation.examples)
+    record(log, together, names)
+    if stops and not rounds.over:
+        rounds.next_task(booster)
+
+
+def _snapshot(booster: xgboost.Booster, log: Log) -> Keeping:
+    """What a booster has beside the global model, for exact restarts."""
+
+    def save() -> State:
+        return {"learning_rate": learning_rate(booster), "attributes": booster.attributes(), "log": log}
+
+    def load(state: State) -> None:
+        booster.set_param({"learning_rate": state["learning_rate"]})
+        booster.set_attr(**state["attributes"])
+        log.update(state["log"])
+
+    return Keeping(save, load)
 
 
 def _mark_best(booster: xgboost.Booster, rounds: TreeRounds, stopping: Stopping) -> None:

@@ -41,6 +41,7 @@ class TreesOfAll:
         max_bin = int(call.params.get("max_bin", 256))
         told = summary(rows_of(call.dtrain), call.dtrain.feature_types, max_bin, quantile_rows, quantile_noise)
         self.extras: Arrays = told.to_arrays()
+        self.exact = False  # a generation that begins anew adds up in another order
         self._engine = Engine(session, call, collective_timeout_s)
         self._fresh = session.attempt > 1  # in the middle of a round, for all this process knows
         self._cuts: Arrays = {}

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import xgboost
 
+from fl_adapters.adapter import Snapshot
 from fl_adapters.session import Session
 from fl_runtime.aggregation.tree_document import TreeModel
 from fl_runtime.aggregation.trees import ENCODING
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Metrics, Task, Terms
+from fl_runtime.types import EXACT_RESTART, Arrays, Metrics, Task, Terms
 
 from . import model
 from .call import Mode, TrainCall, agreement
@@ -70,10 +71,12 @@ class TreeRounds:
         evaluates: bool,
         more: Arrays | None = None,
         extras: Arrays | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         """The handshake, and the first global model into the booster.
 
         more: what travels beside the model, empty; extras: this site's part in the initial model, beside its weight.
+        snapshot: of a training that can restart exactly.
         """
         call, session = self.call, self.session
         start = model.initial_model(call)
@@ -83,12 +86,12 @@ class TreeRounds:
             agreement=agreement(call, start) | {"every": f"{self.boosts} boosting rounds"},
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
-            capabilities=frozenset({self.strategy}),
+            capabilities=frozenset([self.strategy, *[EXACT_RESTART] * (snapshot is not None)]),
             terms=terms,
             encoding=ENCODING,
         )
         own = {**model.weight_extra(call.dtrain), **(extras or {})}
-        self._take(booster, session.start(lambda: {**start.to_arrays(), **(more or {})}, own))
+        self._take(booster, session.start(lambda: {**start.to_arrays(), **(more or {})}, own, snapshot))
 
     def exchange(
         self,

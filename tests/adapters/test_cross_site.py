@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import pytest
 import fl_adapters as fl
 from fl_adapters import heatmap
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.errors import HandshakeError
+from fl_runtime.aggregation import FedAvg
+from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.server.history import write_matrix
 from fl_runtime.types import Arrays
 
@@ -68,6 +71,26 @@ def test_the_matrix_is_that_of_plain_numpy(extras: bool) -> None:
     assert all(np.array_equal(arrays["w"], finals["site-1"]["w"]) for arrays in finals.values())
 
 
+@dataclass(frozen=True)
+class OwnModelsAtHome(FedAvg):
+    """Every site evaluates the global model and its own, and gets nobody else's."""
+
+    name: ClassVar[str] = "own-models-at-home"
+
+    def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
+        return [name for name in models if name in ("global", site)]
+
+
+def test_a_workflow_says_who_evaluates_what() -> None:
+    with LocalFederation(sites=3, rounds=3, cross_site=True, workflow=OwnModelsAtHome()) as federation:
+        federation.run(loop)
+        federation.result()
+    full = wanted(3)
+    kept = {m: {s: v for s, v in row.items() if m in ("global", s)} for m, row in full.items()}
+    found = matrix_of(federation)
+    assert {m: {s: pytest.approx(v["loss"]) for s, v in row.items()} for m, row in found.items()} == kept
+
+
 def test_a_site_that_was_not_drawn_last_is_there_with_its_last_update() -> None:
     with LocalFederation(sites=3, rounds=4, cross_site=True, fraction=0.3, min_sites=1) as federation:
         federation.run(loop)
@@ -109,6 +132,50 @@ def test_csv_json_and_heat_map(tmp_path: Path) -> None:
     picture = heatmap.draw(tmp_path)
     assert picture is not None
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_a_site_holds_back_is_that_of_the_global_model() -> None:
+    """`ExcludeVars`, and the factors of LoRA that nobody changes in a round."""
+    found: dict[str, list[list[float]]] = {}
+
+    def site(place: Place) -> None:
+        def evaluate(arrays: Arrays) -> tuple[dict[str, float], int]:
+            if place.index == 0:
+                found.setdefault(json.dumps([a.tolist() for a in arrays.values()]), [])
+            return {"loss": float(sum(a.sum() for a in arrays.values()))}, 1
+
+        with fl.connect(kit=place.kit) as joined:
+            initial = {"w": np.zeros(2), "kept": np.full(2, 7.0)}
+            for task in joined.tasks(initial=initial, evaluate=evaluate):
+                task.submit({n: a + place.index + 1 for n, a in task.arrays.items()}, num_examples=1)
+
+    filters = ({"name": "ExcludeVars", "names": ["kept"]},)
+    with LocalFederation(sites=2, rounds=1, cross_site=True, filters=filters) as federation:
+        federation.run(site)
+        federation.result()
+    assert list(found) == ["[[1.5, 1.5], [7.0, 7.0]]", "[[1.0, 1.0], [7.0, 7.0]]", "[[2.0, 2.0], [7.0, 7.0]]"]
+    assert {m: row["site-2"]["loss"] for m, row in matrix_of(federation).items()} == {
+        "global": 17,
+        "site-1": 16,
+        "site-2": 18,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"filters": [{"name": "Quantize", "to": "int8"}]}, "Quantize"),
+        ({"filters": [{"name": "PercentilePrivacy"}]}, "PercentilePrivacy"),
+        ({"strategy": "flora"}, "FLoRA"),
+        ({"strategy": "tree-bagging"}, "TreeBagging"),
+        ({"strategy": "fedbuff"}, "fedbuff"),
+    ],
+)
+def test_jobs_whose_sites_send_no_models_are_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match="cross_site") as caught:
+        fl.Job(app="train.py", rounds=2, cross_site=True, **fields)
+    assert named in str(caught.value)
+    fl.Job(app="train.py", rounds=2, cross_site=True, filters=[{"name": "RoundMetrics"}])
 
 
 SCRIPT = """

@@ -117,7 +117,8 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
         ({"name": ""}, "''"),
         ({"app": ""}, "app"),
         ({"filters": [{"name": "Noise"}]}, "there is no filter 'Noise'"),
-        ({"exact_restart": True}, "exact_restart is not available in this version"),
+        ({"exact_restart": True, "strategy": "fedbuff:k=2"}, "exact_restart needs rounds"),
+        ({"exact_restart": True, "filters": [{"name": "SVTPrivacy"}]}, "SVTPrivacy draws from the operating system"),
     ],
 )
 def test_a_bad_field_is_named(fields: dict[str, Any], wanted: str) -> None:

@@ -12,7 +12,7 @@ import fl_adapters
 from fl_adapters.control_variate import FILE, ControlVariate
 from fl_adapters.local_phases import SiteHome
 from fl_adapters.options import Options
-from fl_adapters.session import open_session
+from fl_adapters.sessions import open_session
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, LocalTerms, control_of
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError

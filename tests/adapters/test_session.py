@@ -16,7 +16,8 @@ import pytest
 
 import fl_adapters
 from fl_adapters.options import Options
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.errors import (
     AbortedError,
@@ -124,7 +125,7 @@ def test_a_forked_child_gets_no_session_and_ends_nobodys(one: tuple[LocalFederat
 
 
 def _in_the_child(place: Place) -> None:
-    from fl_adapters.session import close_sessions
+    from fl_adapters.sessions import close_sessions
 
     assert open_session(Options(kit=place.kit), framework="test") is None
     assert open_session(Options(kit=place.kit), framework="test", fresh=True) is None
@@ -147,7 +148,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_without_a_kit_one_line_says_so_once() -> None:
     done = in_a_process("""
-        from fl_adapters.session import open_session
+        from fl_adapters.sessions import open_session
         from fl_adapters.options import Options
         assert open_session(Options(), framework="my framework") is None
         assert open_session(Options(), framework="my framework") is None
@@ -337,7 +338,7 @@ def test_a_script_that_ends_early_is_known_at_once_and_not_after_a_timeout() -> 
             """
             import numpy as np
             from fl_adapters.options import Options
-            from fl_adapters.session import open_session
+            from fl_adapters.sessions import open_session
             open_session(Options(), framework="test")
             """,
             FL_ADAPTERS_KIT=federation.places[1].kit,

@@ -11,7 +11,8 @@ import pytest
 
 from fl_adapters.exchange import selected
 from fl_adapters.options import Exchange, Options
-from fl_adapters.session import Session, open_session
+from fl_adapters.session import Session
+from fl_adapters.sessions import open_session
 from fl_adapters.testing import (
     AdapterCase,
     AdapterExample,

@@ -237,3 +237,18 @@ def _until(condition: Any, what: str) -> None:
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, f"waited in vain for: {what}"
+
+
+@pytest.mark.slow
+def test_under_swarm_the_same_script_gives_the_bits_of_fedavg(bench: Any, here: Path) -> None:
+    """In a simulation, and with certificates, whose keys sign the streams between the sites."""
+    bench.script("train.py", HF)
+    for strategy in ("fedavg", "swarm"):
+        bench.json("simulate", "train.py", "--sites", "3", "--name", strategy, "--strategy", strategy)
+    Job(app="train.py", name="proof", strategy="swarm").run(ProofOfConcept(sites=3, quiet=True))
+    weights = read_tensors(Path("runs/fedavg/model/model.safetensors"))
+    for name in ("swarm", "proof"):
+        mine = read_tensors(Path("runs") / name / "model" / "model.safetensors")
+        assert all(mine[key].tobytes() == weights[key].tobytes() for key in weights)
+    events = [json.loads(line) for line in (Path("runs") / "proof" / "events.jsonl").read_text().splitlines()]
+    assert len({event["site"] for event in events if event["kind"] == "aggregator"}) == 3

@@ -128,6 +128,52 @@ def test_a_killed_site_is_named_with_its_signal_in_json(bench: Any) -> None:
     assert "SIGKILL" in error["what"]
 
 
+EXACT = """
+import os, pathlib, signal, sys
+import numpy as np
+import fl_adapters as fl
+
+kind, lives = sys.argv[1], 1 if sys.argv[1] == "undisturbed" else int(sys.argv[2])
+with fl.connect() as site:
+    momentum = np.zeros(3)
+    def load(state):
+        momentum[:] = state
+    for task in site.tasks(initial={"w": np.zeros(3)}, save=lambda: momentum, load=load):
+        died = pathlib.Path(f"died-{kind}-{task.round}-{len(list(pathlib.Path().glob('died-*')))}")
+        if kind != "undisturbed" and site.index == 1 and task.round == 2 and lives > int(died.name.split("-")[-1]):
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        momentum += np.random.normal(size=3)
+        task.submit({"w": task.arrays["w"] + momentum}, num_examples=1 + site.index)
+"""
+
+
+def test_with_exact_restart_a_killed_site_is_started_again_and_ends_with_the_same_bits(bench: Any) -> None:
+    script = bench.script("exact.py", EXACT)
+
+    def run(*arguments: str) -> tuple[bytes, str]:
+        text = f"app: {script.name}\nname: {arguments[0]}\nrounds: 3\nsites: 2\nexact_restart: true\n"
+        bench.script(f"{arguments[0]}.yml", text)
+        done = bench.run("simulate", script.name, *arguments, "--job", f"{arguments[0]}.yml")
+        assert done.returncode == 0, done.stderr
+        model = bench.folder / "runs" / arguments[0] / "model" / "model.safetensors"
+        return read_tensors(model)["w"].tobytes(), done.stdout + done.stderr  # the file has the job's name too
+
+    wanted, _ = run("undisturbed")
+    found, said = run("disturbed", "2")
+    assert found == wanted
+    assert said.count("site-2: killed by SIGKILL") == 2 and "started again" in said
+
+
+def test_a_site_that_is_killed_again_and_again_in_one_round_is_given_up(bench: Any) -> None:
+    script = bench.script("exact.py", EXACT)
+    bench.script("exact.yml", f"app: {script.name}\nrounds: 3\nsites: 2\nexact_restart: true\n")
+    done = bench.run("simulate", script.name, "disturbed", "99", "--job", "exact.yml")
+    assert done.returncode == 1
+    assert "site-2's process ended in round 2: killed by SIGKILL" in done.stderr
+    assert len(list(bench.folder.glob("died-*"))) == 4
+
+
 def test_with_a_lower_quorum_the_others_go_on(bench: Any) -> None:
     script = bench.script("dying.py", _failing_in_round_2('raise ValueError("the disk of site-2 is full")'))
     done = bench.run("simulate", script.name, "--rounds", "3", "--min-sites", "2", "--json")

@@ -50,9 +50,11 @@ class Watch:
 class Site:
     """One site's client, with the calls that tests make in a row."""
 
-    def __init__(self, name: str, transport: Transport, patience_s: float = WAIT_S) -> None:
+    def __init__(
+        self, name: str, transport: Transport, patience_s: float = WAIT_S, *, same_machine: bool = False
+    ) -> None:
         self.name, self.transport = name, transport
-        self.client = SiteClient(transport, patience_s)
+        self.client = SiteClient(transport, patience_s, same_machine=same_machine)
 
     def join(self) -> Welcome:
         self.welcome = self.client.join()
@@ -130,7 +132,15 @@ class Bench:
         self.server, self.names, self.watch, self.address = server, tuple(names), watch, address
         self.made: list[Site] = []
 
-    def site(self, name: str, *, address: str = "", token: str = "", patience_s: float = WAIT_S) -> Site:
+    def site(
+        self,
+        name: str,
+        *,
+        address: str = "",
+        token: str = "",
+        patience_s: float = WAIT_S,
+        same_machine: bool = False,
+    ) -> Site:
         """A new process of a site, as it were. address: go through a proxy."""
         transport: Transport
         if self.address:
@@ -139,7 +149,7 @@ class Bench:
             transport = GrpcTransport(address or self.address, token or f"secret of {name}")
         else:
             transport = MemoryTransport(self.server.service, name)
-        self.made.append(Site(name, transport, patience_s))
+        self.made.append(Site(name, transport, patience_s, same_machine=same_machine))
         return self.made[-1]
 
     def started(self, arrays: Arrays, **registration: Any) -> tuple[dict[str, Site], dict[str, Task]]:
@@ -154,12 +164,19 @@ class Bench:
 
 @contextmanager
 def serving(
-    folder: Path, sites: int | Sequence[str] = 2, *, sockets: bool = True, port: int = 0, **fields: Any
+    folder: Path,
+    sites: int | Sequence[str] = 2,
+    *,
+    sockets: bool = True,
+    port: int = 0,
+    share: bool = False,
+    **fields: Any,
 ) -> Iterator[Bench]:
     """A running server; whatever is left of the run is ended afterwards."""
     run = settings(sites, **fields)
     watch = Watch()
-    server = Server(run, folder, {name: f"secret of {name}" for name in run.sites}, port=port, listeners=[watch])
+    tokens = {name: f"secret of {name}" for name in run.sites}
+    server = Server(run, folder, tokens, port=port, listeners=[watch], share=share)
     if sockets:
         address = server.start()
     else:

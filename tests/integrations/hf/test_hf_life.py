@@ -21,7 +21,7 @@ import torch
 import hf_models as m
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.options import Options
-from fl_adapters.session import open_session
+from fl_adapters.sessions import open_session
 
 class Data(m.Tokens):
     def __getitem__(self, index):

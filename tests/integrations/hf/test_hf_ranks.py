@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import transformers
 
+from fl_adapters.torch_state import TorchState
+
 RANK = """
 import os
 os.environ.update(VALUES["ranks"], RANK=str(VALUES["rank"]), LOCAL_RANK=str(VALUES["rank"]))
@@ -105,6 +107,31 @@ def test_full_fine_tuning_on_two_ranks(federation) -> None:
     partner.ended()
     for _, _, weights in results:
         assert all(np.array_equal(weights[n], partner.received[-1][n]) for n in weights)
+
+
+WITH_VALIDATION = ONE_RANK.replace(
+    "model=model", "model=model, train_dataset=m.Tokens(32, seed=9), eval_dataset=m.Tokens(16, seed=6)"
+)
+
+
+def test_every_rank_scores_the_models_of_other_sites(federation) -> None:
+    run = federation(sites=2, rounds=2, cross_site=True)
+    # without it transformers 5 multiplies the loss of a classifier by the number of ranks, also in its own evaluation
+    plain_loss = {"average_tokens_across_devices": False}
+    ranks, other = two_ranks(run, DDP, arguments=plain_loss), run.fork(WITH_VALIDATION, {"policy": "keep"}, number=2)
+    results, final = [rank.result() for rank in ranks], other.result()
+    for _, _, weights in results:
+        assert all(np.array_equal(weights[n.replace(".weight", ".default.weight")], final[n]) for n in lora(final))
+    model = m.adapted(m.classifier())
+    TorchState(model).set_state(run.model())
+    by_hand = [m.trainer(None, model=model, eval_dataset=m.Tokens(16, seed=s)).evaluate()["eval_loss"] for s in (5, 6)]
+    (event,) = run.events_of("cross_site")
+    matrix = event.data["matrix"]
+    assert sorted(matrix) == ["global", "site-1", "site-2"]
+    assert all(sorted(row) == ["site-1", "site-2"] for row in matrix.values())
+    found = [matrix["global"][site]["loss"] for site in ("site-1", "site-2")]
+    assert found == pytest.approx(by_hand, abs=1e-6)
+    assert all(matrix["site-1"][site]["loss"] != matrix["site-2"][site]["loss"] for site in ("site-1", "site-2"))
 
 
 def test_failure_of_the_run_reaches_every_rank(federation) -> None:

@@ -19,7 +19,7 @@ from fl_adapters.testing import LocalFederation
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself
 
 HERE = Path(__file__).parent
-ON_EACH = ("test_keras_conformance.py", "test_keras_exchange.py", "test_keras_corrections.py")
+ON_EACH = ("test_keras_conformance.py", "test_keras_exchange.py", "test_keras_corrections.py", "test_keras_restart.py")
 
 
 @pytest.mark.slow

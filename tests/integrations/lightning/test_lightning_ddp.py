@@ -51,6 +51,7 @@ def partner(run: Any, **more: Any) -> threading.Thread:
 @pytest.mark.parametrize(("strategy", "phases"), [("fedavg", 1), ("fedprox:mu=0.5", 1), ("scaffold", 1), ("ditto", 2)])
 def test_two_ranks_end_as_one_process_would(federation, tmp_path, strategy, phases) -> None:
     settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2, "strategy": strategy}
+    settings["cross_site"] = strategy == "fedavg"
     plain = federation(**settings)
     plain.run(lambda place: fit(m.package(), place.kit, devices=1))
     run = federation(sockets=True, states=None, **settings)
@@ -72,6 +73,11 @@ def test_two_ranks_end_as_one_process_would(federation, tmp_path, strategy, phas
     assert examples[0] == examples[1] == [m.ROWS] * 3 and len(losses[0]) == 3
     scores = [[e.data["metrics"]["loss"] for e in t if e.kind == "report"] for t in told]
     assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-5)  # means over the ranks
+    if settings["cross_site"]:
+        mine, alone = (next(e.data for e in one.events if e.kind == "cross_site")["matrix"] for one in (run, plain))
+        assert {model: sorted(row) for model, row in mine.items()} == {m: ["site-1", "site-2"] for m in alone}
+        for model in alone:
+            assert mine[model]["site-1"] == pytest.approx(alone[model]["site-1"], abs=1e-5)
 
 
 @pytest.mark.slow

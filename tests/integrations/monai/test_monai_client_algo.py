@@ -177,3 +177,21 @@ def test_statistics_of_the_data_go_once_and_only_if_asked_for(federation, tmp_pa
     assert told[0]["stats/train/data_count"] == 4 and told[0]["stats/train/fail_count"] == 0
     assert any(name.startswith("stats/train/data_stats/image_stats") for name in told[0])
     assert not any(name.startswith("stats/") for name in told[1])
+
+
+def test_the_models_of_other_sites(federation) -> None:
+    """A site's own model is what it has sent: its step on top of the mean of the round before."""
+    run = federation(sites=2, rounds=2, cross_site=True)
+    steps = [1, 4]
+    finals = run.run(
+        lambda place: run_client_algo(Adding(steps[place.index]), kit=place.kit, num_examples=1, keep_local=["own"])
+    )
+    run.result()
+    before, mean = 1 + 2.5, 1 + 2 * 2.5
+    wanted = {"global": mean, "site-1": before + 1, "site-2": before + 4}
+    (event,) = [e for e in run.events if e.kind == "cross_site"]
+    for model, row in event.data["matrix"].items():
+        assert {site: metrics["mean"] for site, metrics in row.items()} == pytest.approx(
+            dict.fromkeys(("site-1", "site-2"), wanted[model])
+        )
+    assert all(final.weights["w"].tolist() == pytest.approx([mean] * 3) for final in finals.values())

@@ -58,7 +58,7 @@ def partner(run: Any, **more: Any) -> threading.Thread:
 
 @pytest.mark.slow
 def test_two_ranks_end_as_one_process_would(federation, tmp_path) -> None:
-    settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2}
+    settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2, "cross_site": True}
     plain = federation(**settings)
     plain.run(lambda place: train(place.kit, ranks=1))
     run = federation(sockets=True, states=None, **settings)
@@ -78,6 +78,10 @@ def test_two_ranks_end_as_one_process_would(federation, tmp_path) -> None:
     assert examples[0] == examples[1] == [m.ROWS] * 3
     scores = [[e.data["metrics"]["loss"] for e in t if e.kind == "report"] for t in told]
     assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-5)  # over the rows of both ranks
+    mine, alone = (next(e.data for e in one.events if e.kind == "cross_site")["matrix"] for one in (run, plain))
+    assert {model: sorted(row) for model, row in mine.items()} == {m: ["site-1", "site-2"] for m in alone}
+    for model in alone:
+        assert mine[model]["site-1"] == pytest.approx(alone[model]["site-1"], abs=1e-5)
     assert torch.load(run.folder / "model" / "model.pt", weights_only=True).keys() == plain.model().keys()
 
 

@@ -24,18 +24,20 @@ class Manifest(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("layout", "manifest", "total_bytes", "digests", "inline")
+    __slots__ = ("layout", "manifest", "total_bytes", "digests", "inline", "file")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
     layout: bytes
     manifest: Manifest
     total_bytes: int
     digests: bytes
     inline: bytes
-    def __init__(self, layout: _Optional[bytes] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., total_bytes: _Optional[int] = ..., digests: _Optional[bytes] = ..., inline: _Optional[bytes] = ...) -> None: ...
+    file: str
+    def __init__(self, layout: _Optional[bytes] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., total_bytes: _Optional[int] = ..., digests: _Optional[bytes] = ..., inline: _Optional[bytes] = ..., file: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
     __slots__ = ("protocol_min", "protocol_max", "features", "version", "job")
@@ -52,7 +54,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "features", "version", "attempt", "site", "index", "count", "settings_json", "started")
+    __slots__ = ("protocol", "features", "version", "attempt", "site", "index", "count", "settings_json", "started", "shared_folder")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +64,7 @@ class JoinReply(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FOLDER_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     version: str
@@ -71,7 +74,8 @@ class JoinReply(_message.Message):
     count: int
     settings_json: str
     started: bool
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ...) -> None: ...
+    shared_folder: str
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ..., shared_folder: _Optional[str] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("job", "attempt", "beat_s")
@@ -140,7 +144,7 @@ class RegisterReply(_message.Message):
     def __init__(self, rounds: _Optional[int] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
 
 class NextRequest(_message.Message):
-    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate")
+    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate", "shared", "done")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +152,8 @@ class NextRequest(_message.Message):
     RESUME_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layouts: _containers.RepeatedScalarFieldContainer[bytes]
     resume_from: int
@@ -155,7 +161,9 @@ class NextRequest(_message.Message):
     resume_digest: bytes
     best: bool
     evaluate: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ...) -> None: ...
+    shared: bool
+    done: str
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ..., shared: bool = ..., done: _Optional[str] = ...) -> None: ...
 
 class TaskHeader(_message.Message):
     __slots__ = ("job", "round", "stage", "kind", "version", "config_json", "payload", "offset")
@@ -196,7 +204,7 @@ class TaskPart(_message.Message):
     def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., task: _Optional[_Union[TaskHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload")
+    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +215,7 @@ class UpdateHeader(_message.Message):
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     session: Session
     round: int
     stage: str
@@ -217,7 +226,8 @@ class UpdateHeader(_message.Message):
     local_steps: int
     metrics_json: str
     payload: Payload
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+    shared: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ...) -> None: ...
 
 class UpdatePart(_message.Message):
     __slots__ = ("update", "data")
@@ -228,12 +238,14 @@ class UpdatePart(_message.Message):
     def __init__(self, update: _Optional[_Union[UpdateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ("send_from", "accepted")
+    __slots__ = ("send_from", "accepted", "file")
     SEND_FROM_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
     send_from: int
     accepted: Accepted
-    def __init__(self, send_from: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ...) -> None: ...
+    file: str
+    def __init__(self, send_from: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., file: _Optional[str] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("status",)

@@ -1,0 +1,185 @@
+"""What memory a run takes, and whether it stays so.
+
+    memory.py soak [--rounds 2000] [--mib 4]     server and sites of one long simulation: memory, open files, threads
+    memory.py sites [--sites 2 8 64] [--mib 64]  the server's memory by the number of sites, over gRPC
+
+Memory is a process's anonymous and shared memory after a round, in MiB; what it maps of files is stated apart, since
+the system takes that back when it needs to. Linux only. Ends with status 1 where anything grows by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fl_adapters import Job, Simulation
+from fl_runtime.client import SiteClient
+from fl_runtime.server import Server
+from fl_runtime.transport.grpc import GrpcTransport
+from fl_runtime.types import Event, RunSettings, Update
+from fl_runtime.wire.manifest import Manifest
+
+HERE = Path(__file__).parent
+WARM = 50
+ALLOWED = 1.05
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One process at one moment."""
+
+    own_mib: float
+    files_mib: float
+    open_files: int
+    threads: int
+
+    @classmethod
+    def of(cls, pid: int) -> Sample:
+        kib = defaultdict(int, _numbers(Path(f"/proc/{pid}/smaps_rollup").read_text()))
+        status = _numbers(Path(f"/proc/{pid}/status").read_text())
+        own = kib["Anonymous"] + status["RssShmem"]
+        return cls(own / 1024, (kib["Rss"] - own) / 1024, len(os.listdir(f"/proc/{pid}/fd")), status["Threads"])
+
+
+def _numbers(text: str) -> dict[str, int]:
+    rows = (line.split() for line in text.splitlines())
+    return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def soak(rounds: int, mib: float, console: Console) -> bool:
+    """True where nothing has grown after the first rounds."""
+    taken: dict[str, list[Sample]] = defaultdict(list)
+
+    def sample(event: Event) -> None:
+        if event.kind != "round_finished" or event.round < WARM or event.round % 10:
+            return
+        taken["server"].append(Sample.of(os.getpid()))
+        for index, pid in enumerate(_children(), 1):
+            taken[f"site-{index}"].append(Sample.of(pid))
+        if event.round % 100 == 0:
+            console.print(f"round {event.round}: server {taken['server'][-1].own_mib:.0f} MiB")
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = Simulation(sites=2, args=(str(mib),), folder=folder, quiet=True, listeners=[sample])
+        Job(app=str(HERE / "bare_site.py"), rounds=rounds).run(environment)
+    table = Table("process", "after round", "memory, MiB", "files, MiB", "open files", "threads", title=f"{mib:g} MiB")
+    flat = True
+    for name, samples in taken.items():
+        settled = samples[: max(len(samples) // 10, 1)]
+        first = Sample(*(max(getattr(s, field) for s in settled) for field in Sample.__dataclass_fields__))
+        last = samples[-1]
+        for when, one in ((WARM, first), (rounds, last)):
+            row = f"{one.own_mib:.1f}", f"{one.files_mib:.1f}", str(one.open_files), str(one.threads)
+            table.add_row(name, str(when), *row)
+        flat &= last.own_mib <= ALLOWED * first.own_mib
+        flat &= last.open_files <= first.open_files and last.threads <= first.threads
+    console.print(table)
+    return flat
+
+
+def _children() -> list[int]:
+    """Processes that this one has started and that still run the sites' script."""
+    found = Path("/proc/self/task").glob("*/children")
+    pids = sorted(int(pid) for file in found for pid in file.read_text().split())
+    return [pid for pid in pids if b"bare_site.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def by_sites(counts: list[int], mib: float, console: Console) -> bool:
+    """True where the server's memory does not grow with the number of sites."""
+    table = Table("sites", "memory of the server, MiB", "files, MiB", "threads", title=f"{mib:g} MiB, over gRPC")
+    own = []
+    for count in counts:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a server for every row
+            most = pool.submit(_server, count, mib).result()
+        own.append(most.own_mib)
+        table.add_row(str(count), f"{most.own_mib:.1f}", f"{most.files_mib:.1f}", str(most.threads))
+    console.print(table)
+    return max(own) <= ALLOWED * own[0]
+
+
+def _server(count: int, mib: float, rounds: int = 3) -> Sample:
+    """The largest of the samples after each round of a server in this process; its sites are threads of another."""
+    names = tuple(f"site-{n}" for n in range(1, count + 1))
+    settings = RunSettings(name="memory", sites=names, min_sites=count, rounds=rounds)
+    samples: list[Sample] = []
+
+    def sample(event: Event) -> None:
+        if event.kind == "round_finished":
+            samples.append(Sample.of(os.getpid()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(settings, Path(folder), {name: name for name in names}, listeners=[sample])
+        address = server.start()
+        sites = multiprocessing.get_context("spawn").Process(target=_sites, args=(address, names, mib))
+        sites.start()
+        if not server.wait(600):
+            sys.exit("the run did not end within 600 s")
+        sites.join()
+        server.close()
+    return max(samples, key=lambda one: one.own_mib)
+
+
+def _sites(address: str, names: tuple[str, ...], mib: float) -> None:
+    weights = {"w": np.zeros(int(mib * 2**18), np.float32)}
+    threads = [threading.Thread(target=_site, args=(address, name, weights)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _site(address: str, name: str, weights: Mapping[str, Any]) -> None:
+    """A site that sends its weights back as they are."""
+    client = SiteClient(GrpcTransport(address, name), 60.0)
+    attempt = client.join().attempt
+    client.register(
+        Manifest.of(dict(weights)), agreement={}, info={}, capabilities=frozenset(), rounds=0, evaluates=False
+    )
+    while (task := client.next_task()).kind in ("initial", "train"):
+        update = Update(
+            job=task.job,
+            round=task.round,
+            stage=task.stage,
+            site=name,
+            attempt=attempt,
+            base_version=task.version,
+            arrays=dict(weights),
+            num_examples=1,
+        )
+        client.submit(update)
+    client.leave("done", early=False)
+    client.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("soak")
+    one.add_argument("--rounds", type=int, default=2000)
+    one.add_argument("--mib", type=float, default=4.0)
+    other = commands.add_parser("sites")
+    other.add_argument("--sites", type=int, nargs="+", default=[2, 8, 64])
+    other.add_argument("--mib", type=float, default=64.0)
+    args = parser.parse_args()
+    console = Console()
+    flat = soak(args.rounds, args.mib, console) if args.command == "soak" else by_sites(args.sites, args.mib, console)
+    if not flat:
+        sys.exit("it grows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A site's own state on its own disk: nested lists and dicts of plain values and arrays, in one safetensors file.
+
+The arrays are its tensors, named "0", "1", ...; what holds them together is JSON, in the tensor "json". Nothing is
+pickled, and nothing in a file is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fl_runtime.errors import ConfigError
+from fl_runtime.store.tensorfile import disk_error, header_of, read_tensors
+from fl_runtime.types import Array
+from fl_runtime.wire.dtypes import DTYPES
+from fl_runtime.wire.manifest import Manifest
+
+State: TypeAlias = Any
+"""None, bool, int, float, str, bytes, a NumPy array or number, or a list, tuple or dict of these; keys of a dict are
+str or int."""
+
+_JSON = "json"
+_KNOWN = {dtype.newbyteorder("=") for dtype in DTYPES.values()}
+
+
+def write_state(path: Path, state: State, *, recycled: Path | None = None) -> int:
+    """Write `state` so that `path` is there whole or as before. Returns the file's bytes.
+
+    recycled: a file that nobody needs, to be overwritten: several times faster than a new one where it is large.
+    Raises ConfigError for a value of another type, with its place in the state, and StoreError for a failing disk.
+    """
+    arrays: dict[str, Array] = {}
+    text = json.dumps(_packed(state, arrays, "state")).encode()
+    arrays[_JSON] = np.frombuffer(text, np.uint8)
+    manifest = Manifest.of(arrays)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if recycled is not None and recycled.exists():
+            os.replace(recycled, partial)
+        with open(partial, "r+b" if partial.exists() else "wb") as file:
+            file.write(header_of(manifest))
+            for piece in manifest.pieces(arrays, {}):
+                file.write(piece)
+            size = file.tell()
+            file.truncate()
+        os.replace(partial, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return size
+
+
+def read_state(path: Path) -> State:
+    """What `write_state` wrote; the arrays are the caller's own. ConfigError if this is not such a file."""
+    arrays = read_tensors(path)
+    try:
+        return _unpacked(json.loads(arrays[_JSON].tobytes()), arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this is no state of a site: {error!r}", where=str(path), fix="delete the file: the site begins anew"
+        ) from None
+
+
+def _packed(value: Any, arrays: dict[str, Array], where: str) -> Any:
+    """`value` as JSON; everything but plain values is a list whose first item says what it is."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.newbyteorder("=") not in _KNOWN:
+            raise _refused(f"an array of dtype {value.dtype}", where)
+        name = str(len(arrays))
+        arrays[name] = np.asarray(value)
+        return ["array" if isinstance(value, np.ndarray) else "number", name]
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return [kind, *(_packed(item, arrays, f"{where}[{index}]") for index, item in enumerate(value))]
+    if isinstance(value, Mapping):
+        return ["dict", *([_key(k, where), _packed(v, arrays, f"{where}[{k!r}]")] for k, v in value.items())]
+    if isinstance(value, str | bool | int | float):  # their subclasses, such as enumerations of strings
+        plain = next(kind for kind in (str, bool, int, float) if isinstance(value, kind))
+        return plain(value)
+    raise _refused(f"a {type(value).__name__}", where)
+
+
+def _key(key: Any, where: str) -> str | int:
+    if isinstance(key, str):
+        return str(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return int(key)
+    raise _refused(f"a dict with the key {key!r}", where)
+
+
+def _unpacked(value: Any, arrays: Mapping[str, Array]) -> State:
+    if not isinstance(value, list):
+        return value
+    kind, *items = value
+    if kind in ("array", "number"):
+        array = np.array(arrays[items[0]])
+        return array if kind == "array" else array[()]
+    if kind == "bytes":
+        return bytes.fromhex(items[0])
+    if kind == "dict":
+        return {key: _unpacked(item, arrays) for key, item in items}
+    unpacked = [_unpacked(item, arrays) for item in items]
+    if kind == "tuple":
+        return tuple(unpacked)
+    if kind != "list":
+        raise ValueError(f"unknown kind {kind!r}")
+    return unpacked
+
+
+def _refused(what: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"{what} cannot be kept for a restart",
+        where=where,
+        fix="keep plain values, lists, dicts and NumPy arrays; or leave exact_restart out of the job",
+    )

@@ -1,0 +1,47 @@
+"""Runs scripts in forks of a process that has imported a framework already: `python warm_process.py MODULE...`.
+
+A line on stdin, an object of JSON, is a request: {"script", "kit", "log"} starts one and answers with its process id,
+{"status": pid} answers with its exit status, null while it runs.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+
+
+def run(script: str, kit: str, log: str) -> None:
+    """In the fork: what `python script` would do."""
+    with open(log, "ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(os.path.dirname(log))
+    os.environ["FL_ADAPTERS_KIT"] = kit
+    status = 1
+    try:
+        runpy.run_path(script, run_name="__main__")
+        atexit._run_exitfuncs()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for line in sys.stdin:
+    request = json.loads(line)
+    if "status" in request:
+        pid, status = os.waitpid(request["status"], os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    else:
+        answer = os.fork()
+        if not answer:
+            run(**request)
+    print(json.dumps(answer), flush=True)
