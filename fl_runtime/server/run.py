@@ -105,7 +105,7 @@ class Run:
             if self.strategy.relayed and self.open is not None and not self.open.closing:
                 self.leave_out(self.open, name)  # its update is gone with the process that had it
             self.journal.joined(name, member.attempt)
-            self._note_left(name, False)
+            self.journal.left(name, False)
             self.events.emit("joined", site=name, attempt=member.attempt, version=version)
             self.changed.notify_all()
             self.published.notify_all()  # calls of the attempt before wait there
@@ -191,14 +191,8 @@ class Run:
     def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
         with self.lock:
             self._member(name, attempt)
-            self._note_left(name, True)
+            self.journal.left(name, True)
             self.gone(name, reason, early=early)
-
-    def _note_left(self, name: str, left: bool) -> None:
-        """So that a server that is started again does not wait for who has left."""
-        before = self.journal.who_left()
-        if left != (name in before):
-            self.journal.left([*before, name] if left else [other for other in before if other != name])
 
     # -- tasks -----------------------------------------------------------------------------------------------
 

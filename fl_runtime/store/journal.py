@@ -137,10 +137,14 @@ class Journal:
         self._run("INSERT INTO site VALUES (?, ?, NULL) ON CONFLICT (name) DO UPDATE SET attempt=excluded.attempt",
                   site, attempt)  # fmt: skip
 
-    def left(self, sites: Sequence[str]) -> None:
-        """Who has left of its own will, and has not come back."""
+    def left(self, site: str, left: bool) -> None:
+        """That a site has left, or is back: a server that is started again does not wait for who has left."""
+        before = self.who_left()
+        if left == (site in before):
+            return
+        now = [*before, site] if left else [other for other in before if other != site]
         with self._mapped_errors(), self._transaction():
-            self._put("left", json.dumps(list(sites)))
+            self._put("left", json.dumps(now))
 
     def who_left(self) -> list[str]:
         found: list[str] = json.loads(self._get("left") or "[]")
