@@ -15,7 +15,8 @@ from study import Study, readdressed, until
 
 from fl_adapters.kit import read_kit
 from fl_adapters.options import Options
-from fl_adapters.session import Session, _transport
+from fl_adapters.session import Session
+from fl_adapters.sessions import _transport
 from fl_adapters.site_rules import GovernedSite
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, PrivacyBudgetError
 from fl_runtime.filters.ledger import Ledger
