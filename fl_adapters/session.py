@@ -86,12 +86,12 @@ class Session:
         self._to_score: Task | None = None
         self._content: Content = "weights"
         self._encoding = ""
+        self._swarm: SwarmSite | None = None
         with self._allowed():
             self._rules.joined(welcome.settings, framework)
             if self.settings.exact_restart:
                 check_repeatable(self._rules.filters)
             self._filters = SiteFilters(welcome.settings.get("filters", ()), self._rules.filters, self._home())
-            self._swarm: SwarmSite | None = None
             if is_swarm(self.settings.strategy):
                 deadline_s = float(welcome.settings["deadline_s"])
                 self._swarm = SwarmSite(self._client, self.name, self.sealed, kit.patience_s, deadline_s)

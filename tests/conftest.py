@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from fl_runtime.transport.tls_setting import only_tls_1_3
 
 only_tls_1_3()  # for tests/trust, as `fl-adapters server` does; gRPC reads it once, and some imports make it start
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras takes one for the whole process, when first imported
+
+with suppress(ImportError):  # loaded after MONAI or Lightning in the same process, it crashes when it makes a key
+    import tenseal  # noqa: F401
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job, which what it starts would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
