@@ -313,12 +313,15 @@ class SiteClient:
         """Take a payload from the file that its header names, if it does; the bytes read."""
         if not payload.file:
             return 0
-        if self._shared is None:
-            raise ProtocolError("the server names a file, but this site shares none with it")
-        data = self._shared.payload(payload.file, receiver.manifest.nbytes).data
+        data = self._shared_file(payload.file, receiver.manifest.nbytes).data
         for start in range(receiver.arrived, len(data), frames.FRAME_BYTES):
             receiver.take(data[start : start + frames.FRAME_BYTES])
         return len(data)
+
+    def _shared_file(self, name: str, nbytes: int) -> Array:
+        if self._shared is None:
+            raise ProtocolError("the server names a file, but this site shares none with it")
+        return self._shared.payload(name, nbytes)
 
     def _task(self, header: pb.TaskHeader) -> Task:
         assert self._incoming is not None
@@ -377,10 +380,8 @@ class SiteClient:
 
     def _write(self, name: str, pieces: list[memoryview]) -> None:
         """Fill the server's file with an update."""
-        if self._shared is None:
-            raise ProtocolError("the server names a file, but this site shares none with it")
         nbytes, at = sum(map(len, pieces)), 0
-        target = self._shared.payload(name, nbytes)
+        target = self._shared_file(name, nbytes)
         for piece in pieces:
             target[at : at + len(piece)] = piece
             at += len(piece)

@@ -161,12 +161,16 @@ class Receiver:
 
 def payload_digest(payload: pb.Payload) -> bytes:
     """16 bytes that identify layout and contents: what makes resending idempotent."""
-    return xxhash.xxh3_128_digest(payload.layout + payload.digests)
+    return _identity(payload.layout, payload.digests)
 
 
 def digest_of(manifest: Manifest, digests: bytes) -> bytes:
     """The same, of tensors that lie here."""
-    return xxhash.xxh3_128_digest(manifest.layout + digests)
+    return _identity(manifest.layout, digests)
+
+
+def _identity(layout: bytes, digests: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(layout + digests)
 
 
 def _varint(value: int) -> bytes:
