@@ -71,7 +71,7 @@ class RunningJob:
             raise
         _save(self.folder, self._current, settings, submitter)
         audit.write("job started" if fresh else "job continued", submitter, job=settings.name, sites=settings.sites)
-        self._closing = False
+        self._closing = self._ending = False
         self._thread = threading.Thread(target=self._follow, name="fl-job", daemon=True)
         self.server.begin()
         self._thread.start()
@@ -110,10 +110,13 @@ class RunningJob:
         }
 
     def close(self) -> None:
-        """Leave a job that has not ended as it is: it can be continued."""
+        """Leave a job that has not ended as it is: it can be continued. One that is just ending is waited for."""
         with self._lock:
             self._closing = True
-        if not self.over:
+            ending = self._ending
+        if ending:
+            self._thread.join()
+        else:
             self.server.close()
             self._history.close()
 
@@ -136,6 +139,7 @@ class RunningJob:
         with self._lock:
             if self._closing:
                 return
+            self._ending = True
         try:
             self._finish()
         except (StoreError, OSError) as error:  # its job.json stays the current one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import time
 from pathlib import Path
 
 import numpy as np
@@ -73,23 +72,25 @@ def _other_key() -> object:
     return new_key().public_key()
 
 
+_SHORT_DAYS = 10 / 86_400  # 10 s: enough to join and start on a busy machine
+
+
 def test_a_certificate_is_renewed_while_the_run_goes_on(study: Study) -> None:
     """North's and the server's certificates run out in the middle of a round; new ones are installed before."""
     for name in ("north", "server"):
-        short = study.authority.renew(name, days=4 / 86_400)
+        short = study.authority.renew(name, days=_SHORT_DAYS)
         install(study.kits / name, short, "mail")
     study.server.close()
     study.start()
     study.job(rounds=2)
     sites = [study.site(name) for name in study.sites]
     tasks = started(sites, W)
-    began = time.monotonic()
-    old = read_kit(study.kits / "north").certificate
+    old = [read_kit(study.kits / name).certificate for name in ("north", "server")]
 
     ran("cert", "renew", "north", "server", "--authority", study.authority.folder, "--out", study.folder / "new")
     for name in ("north", "server"):
         ran("cert", "install", study.folder / "new" / f"{name}.pem", "--kit", study.kits / name)
-    until(lambda: time.monotonic() > began + 5, "the old certificates to run out")  # they last 4 s
+    until(lambda: all(each.days_left() < 0 for each in old), "the old certificates to run out")
 
     def finish(site: object) -> None:
         for number in (1, 2):
@@ -103,12 +104,12 @@ def test_a_certificate_is_renewed_while_the_run_goes_on(study: Study) -> None:
     outcome = study.server.outcome("job")
     assert outcome["error"] is None
     assert [item["missing"] for item in outcome["rounds"]] == [(), ()]
-    assert old.days_left() < 0 < read_kit(study.kits / "north").certificate.days_left()
+    assert read_kit(study.kits / "north").certificate.days_left() > 0
     assert all(site.welcome.attempt == 1 for site in sites), "nobody had to join again"
 
 
 def test_an_expired_certificate_that_nobody_renewed_ends_open_calls(study: Study) -> None:
-    install(study.kits / "north", study.authority.renew("north", days=2 / 86_400), "mail")
+    install(study.kits / "north", study.authority.renew("north", days=_SHORT_DAYS), "mail")
     study.job(min_sites=1)
     sites = [study.site("north", patience_s=0.5), study.site("south")]
     tasks = started(sites, W)
