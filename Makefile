@@ -48,7 +48,7 @@ define tests
 	@{ $(1)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel . && \
 	   $(1)/bin/python -m pip install --no-deps --target build/installed build/wheel/*.whl; } > build/log.txt 2>&1 \
 	  || { tail -n 20 build/log.txt; exit 1; }
-	@PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 endef
 
 .PHONY: help
