@@ -87,6 +87,7 @@ class SiteClient:
         self._watchman = Watchman(patience_s)
         self._beats = False  # the server says in every call that waits that it is there
         self._under_way: WatchedCall | None = None
+        self._frame_bytes = frames.FRAME_BYTES
         self._sent = 0  # of an upload, the bytes that the server has
         self._heard = 0  # messages of the server: as long as it grows, the server is within reach
         self._closed = False
@@ -106,6 +107,7 @@ class SiteClient:
         )
         if self._same_machine and reply.shared_folder:
             self._shared = SharedFolder(Path(reply.shared_folder))
+        self._frame_bytes = frames.frame_bytes(reply.count)
         self._presence = _Presence(self._begin, pb.SessionRequest(session=self._session))
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
 
@@ -314,8 +316,8 @@ class SiteClient:
         if not payload.file:
             return 0
         data = self._shared_file(payload.file, receiver.manifest.nbytes).data
-        for start in range(receiver.arrived, len(data), frames.FRAME_BYTES):
-            receiver.take(data[start : start + frames.FRAME_BYTES])
+        self._buffer[receiver.arrived :] = data[receiver.arrived :]
+        receiver.filled()
         return len(data)
 
     def _shared_file(self, name: str, nbytes: int) -> Array:
@@ -370,7 +372,7 @@ class SiteClient:
         start = offset.wait()
         if start is None:
             return
-        for message in frames.frames(pieces, start):
+        for message in frames.frames(pieces, start, self._frame_bytes):
             self.bytes_up += len(message)
             yield message
             if self._under_way is not None:

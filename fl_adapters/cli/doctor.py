@@ -122,7 +122,7 @@ def _echo() -> str:
         from fl_runtime.transport.grpc import GrpcServer, GrpcTransport, tokens_to_names
     except ImportError as error:
         return f"gRPC cannot be imported: {error}"
-    server = GrpcServer(_Echo(), tokens_to_names({"doctor": "secret"}), 1)
+    server = GrpcServer(_Echo(), tokens_to_names({"doctor": "secret"}), 1, 1)
     client = GrpcTransport(server.start("127.0.0.1", 0), "secret")
     try:
         answer = list(client.call("Join", b"ping"))

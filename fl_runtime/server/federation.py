@@ -68,7 +68,7 @@ class FederationServer:
         from fl_runtime.transport.tls import FileCredentials
 
         threads = CALLS_EACH * (len(self._kit.sites) + 8) + 16
-        server = GrpcServer(self._guard, None, threads, FileCredentials(self._kit.folder))
+        server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
         left = unfinished(self._folder)
         address = server.start(self._host, self._port)
         self._stop_serving = server.stop

@@ -69,7 +69,7 @@ class Server:
         from fl_runtime.transport.grpc import GrpcServer, tokens_to_names
 
         threads = _THREADS_PER_SITE * len(self._tokens) + _SPARE_THREADS
-        server = GrpcServer(self.service, tokens_to_names(self._tokens), threads)
+        server = GrpcServer(self.service, tokens_to_names(self._tokens), threads, len(self._tokens))
         address = server.start(self._host, self._port)
         self._stop_serving = server.stop
         self.begin()

@@ -196,7 +196,7 @@ class FederationService:
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
-        yield from frames.frames(pieces, header.offset)
+        yield from frames.frames(pieces, header.offset, frames.frame_bytes(len(self._run.settings.sites)))
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
@@ -295,7 +295,7 @@ def _written(transfer: Transfer, requests: Iterator[bytes]) -> int:
     if not frames.is_frame(next(requests, b"")):
         raise ProtocolError("an upload ended before its file was filled")
     before = transfer.receiver.arrived
-    transfer.receiver.written()
+    transfer.receiver.filled()
     return transfer.receiver.arrived - before
 
 

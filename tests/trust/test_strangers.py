@@ -106,7 +106,7 @@ def test_a_sites_certificate_is_no_servers(study: Study) -> None:
             asked.append(method)
             yield b""
 
-    impostor = GrpcServer(Impostor(), None, 2, FileCredentials(study.kits / "south"))
+    impostor = GrpcServer(Impostor(), None, 2, 2, FileCredentials(study.kits / "south"))
     address = impostor.start("127.0.0.1", 0)
     site = Site("north", GrpcTransport(address, credentials=FileCredentials(study.kits / "north")), 0.2)
     assert isinstance(refused(site.join), ConnectionLostError)
