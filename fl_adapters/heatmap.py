@@ -13,12 +13,12 @@ def draw(folder: Path) -> Path | None:
     None where there is no such file, or no matplotlib.
     """
     source = folder / "cross_site.json"
+    if not source.exists():  # most runs: they should not wait for an import
+        return None
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    if not source.exists():
         return None
     matrix: dict[str, dict[str, dict[str, float]]] = json.loads(source.read_text(encoding="utf-8"))
     models, sites = list(matrix), list(dict.fromkeys(site for row in matrix.values() for site in row))
