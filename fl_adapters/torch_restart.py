@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_adapters import torch_ranks
+from fl_adapters.options import Every
 from fl_adapters.restart import seed_python
 from fl_adapters.state_file import State
 from fl_adapters.torch_correction import plain
@@ -126,6 +127,19 @@ def refuse_inexact(module: nn.Module, loader: Any) -> None:
             "the random states of data loader workers that live on are out of reach",
             "set persistent_workers=False: workers that begin anew with each epoch are seeded",
         )
+
+
+def refuse_parts(every: Every, framework: str, resumed: str | None, fix: str) -> None:
+    """Raise ConfigError for rounds that end within an epoch of `framework`, and for a trainer that has begun already:
+    `resumed` says by what and where, `fix` what to leave out."""
+    if every.epochs is None:
+        raise refused(
+            f"{framework} begins an epoch's data at its beginning only, and with a budget in steps rounds end within "
+            "epochs",
+            'count the round in epochs: every="epoch"',
+        )
+    if resumed:
+        raise ConfigError("exact_restart brings the trainer back by itself", where=resumed, fix=fix)
 
 
 def refused(reason: str, fix: str) -> ConfigError:

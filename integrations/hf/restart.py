@@ -12,9 +12,8 @@ from transformers.trainer_callback import ExportableState
 from fl_adapters.options import Every
 from fl_adapters.state_file import State
 from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_restart import refuse_inexact, refused, samplers_of
+from fl_adapters.torch_restart import refuse_inexact, refuse_parts, refused, samplers_of
 from fl_adapters.torch_snapshot import TorchSnapshot
-from fl_runtime.errors import ConfigError
 
 _POSITION = (
     "global_step",
@@ -70,17 +69,8 @@ def snapshot_of(trainer: Trainer, live: LiveModel, scheduler: Any, position: Pos
 def refuse(trainer: Trainer, state: TrainerState, every: Every, model: Any, scheduler: Any, loader: Any) -> None:
     """Raise ConfigError, before round 1, for what cannot be restarted exactly, with the reason."""
     refuse_inexact(model, loader)
-    if every.epochs is None:
-        raise refused(
-            "HF begins an epoch's data at its beginning only, and with a budget in steps rounds end within epochs",
-            'count the round in epochs: every="epoch"',
-        )
-    if state.global_step > 0:
-        raise ConfigError(
-            "exact_restart brings the trainer back by itself",
-            where=f"resume_from_checkpoint, at step {state.global_step}",
-            fix="call trainer.train() without resume_from_checkpoint",
-        )
+    resumed = f"resume_from_checkpoint, at step {state.global_step}" if state.global_step > 0 else None
+    refuse_parts(every, "HF", resumed, "call trainer.train() without resume_from_checkpoint")
     if hasattr(getattr(scheduler, "scheduler", scheduler), "is_better") or trainer.args.lr_scheduler_type in _BY_METRIC:
         raise refused("a schedule that follows a metric is not kept yet", "choose one that follows the steps")
     _refuse_other_samplers(samplers_of(loader)[1:], loader)

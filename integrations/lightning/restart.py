@@ -8,9 +8,8 @@ from typing import Any
 from fl_adapters.options import Every
 from fl_adapters.state_file import State
 from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_restart import refuse_inexact, refused, seed_round
+from fl_adapters.torch_restart import refuse_inexact, refuse_parts, refused, seed_round
 from fl_adapters.torch_snapshot import TorchSnapshot
-from fl_runtime.errors import ConfigError
 
 
 @dataclass
@@ -69,17 +68,8 @@ def refuse(trainer: Any, module: Any, every: Every) -> None:
     """Raise ConfigError, before round 1, for what cannot be restarted exactly, with the reason."""
     for loader in _loaders(trainer):
         refuse_inexact(module, loader)
-    if every.epochs is None:
-        raise refused(
-            "Lightning begins an epoch's data at its beginning, and with a budget in steps rounds end within epochs",
-            'count the round in epochs: every="epoch"',
-        )
-    if trainer.global_step > 0:
-        raise ConfigError(
-            "exact_restart brings the trainer back by itself",
-            where=f"ckpt_path, at step {trainer.global_step}",
-            fix="call trainer.fit() without ckpt_path",
-        )
+    resumed = f"ckpt_path, at step {trainer.global_step}" if trainer.global_step > 0 else None
+    refuse_parts(every, "Lightning", resumed, "call trainer.fit() without ckpt_path")
     if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
         raise refused("a schedule that follows a metric is not kept yet", "choose one that follows steps or epochs")
 

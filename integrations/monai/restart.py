@@ -14,9 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fl_adapters.options import Every
 from fl_adapters.state_file import State
 from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_restart import refuse_inexact, refused, seed_round
+from fl_adapters.torch_restart import refuse_inexact, refuse_parts, refused, seed_round
 from fl_adapters.torch_snapshot import TorchSnapshot
-from fl_runtime.errors import ConfigError
 
 from . import engine as facts
 
@@ -69,17 +68,8 @@ def catch_up(engine: Any) -> None:
 def refuse(engine: Any, every: Every) -> None:
     """Raise ConfigError, before round 1, for what cannot be restarted exactly, with the reason."""
     refuse_inexact(engine.network, engine.data_loader)
-    if every.epochs is None:
-        raise refused(
-            "Ignite begins an epoch's data at its beginning only, and with a budget in steps rounds end within epochs",
-            'count the round in epochs: every="epoch"',
-        )
-    if engine.state.iteration > 0:
-        raise ConfigError(
-            "exact_restart brings the trainer back by itself",
-            where=f"CheckpointLoader, at iteration {engine.state.iteration}",
-            fix="load no checkpoint of the trainer",
-        )
+    resumed = f"CheckpointLoader, at iteration {engine.state.iteration}" if engine.state.iteration > 0 else None
+    refuse_parts(every, "Ignite", resumed, "load no checkpoint of the trainer")
     for kind, (reason, fix) in _FOREIGN.items():
         if facts.attached(engine, kind):
             raise refused(reason, fix)
