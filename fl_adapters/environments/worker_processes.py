@@ -1,0 +1,290 @@
+"""The worker processes of virtual sites on this machine. Models and updates lie in mapped files, in no message."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import selectors
+import shutil
+import socket
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fl_adapters.environments import worker
+from fl_adapters.environments.function import First, Function, Place, order_fields
+from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
+from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
+from fl_runtime.server.virtual import Done, Failed, Order
+from fl_runtime.store.blobs import Blob, Blobs
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.manifest import Manifest
+
+_TRIES = 3
+"""Of an order whose worker died: what kills one at the same site three times will kill every other."""
+_CHUNK_BYTES = 2**16
+
+
+class Launcher(Protocol):
+    """How a worker process comes to be, and ends."""
+
+    def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
+        """theirs: its end of the line. ours: what it must not keep open, for then nobody would hear it hang up."""
+        ...
+
+    def kill(self, name: str) -> None: ...
+    def status(self, name: str) -> int:
+        """Waits for its end; as subprocess has it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Importing:
+    """Fresh interpreters, which import the function by its name. environments: one per worker."""
+
+    def __init__(self, app: str, logs: Path, environments: Mapping[str, Mapping[str, str]]) -> None:
+        self._app, self._logs, self._environments = app, logs, environments
+        self._processes = SiteProcesses()
+        self._ended: dict[str, int] = {}
+
+    def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
+        own = str(theirs.fileno())
+        command = [sys.executable, "-m", worker.__name__, own, self._app]
+        self._ended.pop(name, None)
+        self._processes.start(name, command, self._environments[name], self._logs / f"{name}.txt", (theirs.fileno(),))
+
+    def kill(self, name: str) -> None:
+        if name in self._processes.running:
+            self._processes.kill(name)
+
+    def status(self, name: str) -> int:
+        while name not in self._ended:
+            self._ended.update(self._processes.ended())
+        return self._ended[name]
+
+    def close(self) -> None:
+        self._processes.close()
+
+
+class Forking:
+    """Children of this process, which have the function because they are copies of it."""
+
+    def __init__(self, function: Function, logs: Path) -> None:
+        if os.name != "posix":
+            raise ConfigError(
+                "this system cannot copy processes, so workers cannot have a function that is given as an object",
+                where="Simulation(function=)",
+                fix='name it instead: Job(app="train.py:train")',
+            )
+        self._function, self._logs = function, logs
+        self._context = multiprocessing.get_context("fork")
+        self._children: dict[str, Any] = {}
+
+    def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        arguments = (theirs, tuple(ours), self._logs / f"{name}.txt")
+        child = self._context.Process(target=self._child, args=arguments, daemon=True)
+        child.start()
+        self._children[name] = child
+
+    def kill(self, name: str) -> None:
+        self._children[name].kill()
+
+    def status(self, name: str) -> int:
+        self._children[name].join()
+        return int(self._children[name].exitcode)
+
+    def close(self) -> None:
+        for child in self._children.values():
+            child.kill()
+            child.join()
+
+    def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
+        for other in ours:
+            other.close()
+        sys.stdout = sys.stderr = open(log, "a", buffering=1, encoding="utf-8")
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        worker.serve(line, self._function, None)
+
+
+@dataclass
+class _Worker:
+    """One process. blob: what the update of its order is written to."""
+
+    name: str
+    line: socket.socket
+    order: Order | None = None
+    blob: Blob | None = None
+    heard: bytes = b""
+
+
+class WorkerProcesses:
+    """See fl_runtime.server.virtual.Workers. A worker that dies is replaced, and its order given out again.
+
+    folder: for the files of updates; made here, and deleted by `close`.
+    """
+
+    def __init__(self, launcher: Launcher, names: Sequence[str], folder: Path, logs: Path) -> None:
+        self._launcher, self._folder, self._logs = launcher, folder, logs
+        self._blobs = Blobs(folder)
+        self._selector = selectors.DefaultSelector()
+        self._workers: dict[str, _Worker] = {}
+        self._again: list[Order] = []
+        self._deaths: Counter[tuple[str, int]] = Counter()
+        self._held: dict[int, Blob] = {}
+        self._place: Place | None = None
+        self._manifest = Manifest(())
+        self._model = ""
+        try:
+            for name in names:
+                self._start(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def initial(self) -> Arrays:
+        """The first weights, as the function's module gives them in a worker. Raises the worker's error."""
+        path = self._folder / "initial.safetensors"
+        first = next(iter(self._workers.values()))
+        self._say(first, {"initial": str(path)})
+        answer = None
+        while answer is None:
+            self._selector.select()
+            try:
+                answer = next(iter(self._answers(first)), None)
+            except ConnectionError:
+                raise self._died(first, "before round 1") from None
+        for kind in ("failed", "broken"):
+            if kind in answer:
+                raise FederationError.from_wire(answer[kind])
+        return read_tensors(path)
+
+    def begin(self, place: Place, manifest: Manifest) -> None:
+        """Before the first order: what the workers need to know."""
+        self._place, self._manifest = place, manifest
+        for each in self._workers.values():
+            self._say(each, {"place": asdict(place)})
+
+    @property
+    def room(self) -> int:
+        return sum(each.order is None for each in self._workers.values()) - len(self._again)
+
+    def publish(self, file: Path, payload: Array) -> None:
+        self._model = str(file)
+
+    def give(self, order: Order) -> None:
+        free = next(each for each in self._workers.values() if each.order is None)
+        free.order = order
+        free.blob = self._blobs.create(f"{order.site}-{free.name}", self._manifest)
+        fields = order_fields(order.site, order.index, order.round, order.stage, order.config)
+        files = {"model": self._model, "update": str(self._blobs.path(free.blob)), "nbytes": self._manifest.nbytes}
+        self._say(free, {**fields, **files})
+
+    def wait(self, timeout_s: float) -> list[Done | Failed]:
+        found: list[Done | Failed] = []
+        for key, _ in self._selector.select(timeout_s):
+            each: _Worker = key.data
+            try:
+                found += [self._outcome(each, answer) for answer in self._answers(each)]
+            except ConnectionError:
+                found += self._replaced(each)
+        while self._again and any(each.order is None for each in self._workers.values()):
+            self.give(self._again.pop())
+        return found
+
+    def release(self, done: Done) -> None:
+        self._blobs.free(self._held.pop(id(done)))
+
+    def drop(self) -> None:
+        self._again.clear()
+        for each in list(self._workers.values()):
+            if each.order is not None:
+                self._launcher.kill(each.name)
+                self._launcher.status(each.name)
+                self._restart(each)
+
+    def close(self) -> None:
+        """No worker is left when this is over."""
+        for each in self._workers.values():
+            self._selector.unregister(each.line)
+            each.line.close()
+        self._workers.clear()
+        self._launcher.close()
+        self._selector.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, name: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._launcher.start(name, theirs, [ours, *(each.line for each in self._workers.values())])
+        self._workers[name] = _Worker(name, ours)
+        self._selector.register(ours, selectors.EVENT_READ, self._workers[name])
+        if self._place is not None:
+            self._say(self._workers[name], {"place": asdict(self._place)})
+
+    def _restart(self, each: _Worker) -> None:
+        self._selector.unregister(each.line)
+        each.line.close()
+        if each.blob is not None:
+            self._blobs.free(each.blob)
+        self._start(each.name)
+
+    def _say(self, each: _Worker, message: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # a dead worker is met when its answer is waited for
+            each.line.sendall(json.dumps(message).encode() + b"\n")
+
+    def _answers(self, each: _Worker) -> list[dict[str, Any]]:
+        """The whole lines that have come. ConnectionError when there will be no more."""
+        data = each.line.recv(_CHUNK_BYTES)
+        if not data:
+            raise ConnectionError
+        *lines, each.heard = (each.heard + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def _outcome(self, each: _Worker, answer: dict[str, Any]) -> Done | Failed:
+        order, blob = each.order, each.blob
+        if "broken" in answer:  # it cannot even begin, and no other will
+            raise FederationError.from_wire(answer["broken"])
+        assert order is not None and blob is not None
+        each.order = each.blob = None
+        if "failed" in answer:
+            self._blobs.free(blob)
+            return Failed(order, FederationError.from_wire(answer["failed"]))
+        scored = answer.pop("scored")
+        done = Done(order, blob.buffer, **answer, scored=(scored[0], scored[1]) if scored else None)
+        self._held[id(done)] = blob
+        return done
+
+    def _replaced(self, each: _Worker) -> list[Done | Failed]:
+        """A new process for one that has ended; its order is begun again, unless it has killed too many."""
+        order = each.order
+        key = (order.site, order.round) if order else ("", 0)
+        self._deaths[key] += 1
+        last = self._deaths[key] == _TRIES
+        when = f"at {order.site} in round {order.round}" if order else "with nothing to do"
+        error = self._died(each, f"{when}, {_TRIES} times" if last else when)
+        if last and order is None:
+            raise error
+        self._restart(each)
+        if order is not None and last:
+            return [Failed(order, error)]
+        self._again += [order] if order else []
+        return []
+
+    def _died(self, each: _Worker, when: str) -> SiteFailedError:
+        status = describe_status(self._launcher.status(each.name))
+        log = self._logs / f"{each.name}.txt"
+        lines = [f"{log}, which ends with", *(f"    | {line}" for line in tail(log, 8))]
+        return SiteFailedError(
+            f"a worker process died {when}: {status}",
+            where="\n".join(lines),
+            fix="look at what the function does there; give fewer workers if memory runs out",
+        )
