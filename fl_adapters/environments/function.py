@@ -104,8 +104,8 @@ class Worker:
         self._manifest = Manifest(tuple(specs))
 
     def work(self, order: Mapping[str, Any], model: Array, out: Array) -> dict[str, Any]:
-        """The facts of the site's update, whose tensors are then in `out`. model, out: uint8, laid out alike; `model` is
-        only read. Raises a FederationError that names site and round.
+        """The facts of the site's update, whose tensors are then in `out`. model, out: uint8, laid out alike; the
+        model is only read. Raises a FederationError that names site and round.
 
         Random states of Python and NumPy are seeded for (job's seed, site, round), so that it does not matter which
         worker does it, and after what.

@@ -6,8 +6,8 @@ object travels that way too. Nothing of it reaches a federation's wire.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,18 @@ class _Actor:
     """In the worker."""
 
     def __init__(self, app: str, function: Function | None) -> None:
-        self._function: Function
+        self._app, self._function = app, function
         self._initial: First | None = None
-        if function is None:
-            self._function, self._initial = load(app)
-        else:
-            self._function = function
         self._worker: Worker | None = None
+
+    def ready(self) -> dict[str, str]:
+        """The error of a function that cannot be had, else nothing."""
+        try:
+            if self._function is None:
+                self._function, self._initial = load(self._app)
+        except FederationError as error:
+            return error.to_wire()
+        return {}
 
     def initial(self) -> dict[str, Any]:
         try:
@@ -42,6 +47,7 @@ class _Actor:
             return {"failed": error.to_wire()}
 
     def begin(self, place: Place) -> None:
+        assert self._function is not None
         self._worker = Worker(self._function, place)
 
     def work(self, order: dict[str, Any], model: Array) -> tuple[dict[str, Any], Array]:
@@ -78,14 +84,21 @@ class RayWorkers:
         self._ours = not ray.is_initialized()
         if self._ours:
             ray.init(include_dashboard=False, log_to_driver=False)
-        self._make = lambda: ray.remote(num_cpus=1)(_Actor).remote(app, function)
+        self._make: Callable[[], Any] = lambda: self._ray.remote(num_cpus=1)(_Actor).remote(app, function)
         self._place: Place | None = None
         self._model: Any = None
         self._under: dict[Any, _Under] = {}
         self._again: list[Order] = []
         self._deaths: Counter[tuple[str, int]] = Counter()
+        self._starting: dict[Any, Any] = {}
         found = count or int(ray.cluster_resources().get("CPU", 1))
         self._free: list[Any] = [self._make() for _ in range(max(found, 1))]
+        try:
+            for actor in self._free:
+                self._check(actor.ready.remote())
+        except BaseException:
+            self.close()
+            raise
 
     def initial(self) -> Arrays:
         """The first weights, as the function's module gives them in a worker."""
@@ -118,13 +131,16 @@ class RayWorkers:
         self._under[facts] = _Under(order, actor, tensors)
 
     def wait(self, timeout_s: float) -> list[Done | Failed]:
-        if not self._under:
-            time.sleep(timeout_s)  # only where a caller waits for nothing
-            return []
-        ready, _ = self._ray.wait(list(self._under), timeout=timeout_s, fetch_local=True)
+        ready, _ = self._ray.wait([*self._under, *self._starting], timeout=timeout_s)
         found: list[Done | Failed] = []
         for reference in ready:
-            found += self._outcome(reference, self._under.pop(reference))
+            if reference in self._starting:
+                actor = self._starting.pop(reference)
+                self._check(reference)
+                actor.begin.remote(self._place)
+                self._free.append(actor)
+            else:
+                found += self._outcome(reference, self._under.pop(reference))
         while self._again and self._free:
             self.give(self._again.pop())
         return found
@@ -140,7 +156,7 @@ class RayWorkers:
 
     def close(self) -> None:
         """End the actors, and Ray where it was started here."""
-        for actor in [*self._free, *(under.actor for under in self._under.values())]:
+        for actor in [*self._free, *self._starting.values(), *(under.actor for under in self._under.values())]:
             self._ray.kill(actor)
         if self._ours:
             self._ray.shutdown()
@@ -169,9 +185,17 @@ class RayWorkers:
 
     def _replace(self, actor: Any) -> None:
         self._ray.kill(actor)
-        self._free.append(self._make())
-        if self._place is not None:
-            self._free[-1].begin.remote(self._place)
+        fresh = self._make()
+        self._starting[fresh.ready.remote()] = fresh
+
+    def _check(self, ready: Any) -> None:
+        """Raises the error of an actor that cannot have the function."""
+        try:
+            error = self._ray.get(ready)
+        except self._ray.exceptions.RayError as failed:
+            raise _explained(failed, "before it was ready") from failed
+        if error:
+            raise FederationError.from_wire(error)
 
 
 def _explained(error: Exception, when: str) -> SiteFailedError:

@@ -16,7 +16,8 @@ _FILE = "simulation.json"
 
 @dataclass(frozen=True)
 class Started:
-    """sites, args, module, gpus, engine, workers: see Simulation. directory: where the scripts run; relative paths are of it."""
+    """sites, args, module, gpus, engine, workers: see Simulation. directory: where the scripts run; relative paths are
+    of it."""
 
     sites: tuple[str, ...]
     args: tuple[str, ...] = ()

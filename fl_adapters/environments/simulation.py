@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fl_adapters.environments import resuming
-from fl_adapters.environments.function import First, Function
 from fl_adapters.environments.local import (
     LocalRun,
     SimulationResult,
@@ -27,7 +27,6 @@ from fl_adapters.environments.local import (
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.resuming import Started
-from fl_adapters.environments.virtual import Engine, Virtual, simulate
 from fl_adapters.environments.watch import FanOut, Watch
 from fl_adapters.job import Job
 from fl_adapters.kit import Kit
@@ -35,6 +34,10 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
 from fl_runtime.server.history import History
 from fl_runtime.types import Listener
+
+if TYPE_CHECKING:
+    from fl_adapters.environments.function import First, Function
+    from fl_adapters.environments.virtual import Engine, Virtual
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ class Simulation:
 
     def resume(self, folder: str | Path) -> SimulationResult:
         """Go on with the run in `folder` (`runs/<job>`), which ended with an error or was killed, where it stopped. Of
-        this object only `port`, `listeners`, `quiet` and `function` count; job, sites and arguments are those that the
-        run began with. What of a site's state comes back is up to its script. ConfigError for a run that has finished."""
+        this object only `port`, `listeners`, `quiet` and `function` (with `initial`) count; job, sites and arguments
+        are those that the run began with. What of a site's state comes back is up to its script. ConfigError for a run
+        that has finished."""
         began = time.monotonic()
         folder = Path(folder).resolve()
         started, job = resuming.read(folder)
@@ -107,7 +111,7 @@ class Simulation:
         virtual = self._virtual()
         if virtual:
             virtual.check(job, run.settings)
-            return simulate(virtual, job, run, began)
+            return virtual.run(job, run, began)
         with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
             run.tell(starting(run, command))
             self._start_sites(processes, command, run, tokens, address)
@@ -124,6 +128,8 @@ class Simulation:
                         fix='give engine="processes" too, or leave it out',
                     )
             return None
+        from fl_adapters.environments.virtual import Virtual
+
         return Virtual(self.engine, self.workers, self.function, self.initial, self.gpus)
 
     def _start_sites(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +54,12 @@ class Virtual:
             )
         check_settings(settings, make_strategy(str(job.strategy)))
 
+    def run(self, job: Job, run: LocalRun, began: float) -> SimulationResult:
+        """A run in its folder, from the beginning or from where its journal stands, to its end."""
+        run.tell(starting(run, [sys.executable, job.app]))
+        with _workers(self, job, run) as team:
+            return _simulated(self, job, run, team, began)
+
 
 class _Team(Workers, Protocol):
     def initial(self) -> Arrays: ...
@@ -61,34 +67,36 @@ class _Team(Workers, Protocol):
     def close(self) -> None: ...
 
 
-def simulate(virtual: Virtual, job: Job, run: LocalRun, began: float) -> SimulationResult:
-    """A run in its folder, from the beginning or from where its journal stands, to its end."""
-    run.tell(starting(run, [sys.executable, job.app]))
-    with _workers(virtual, job, run) as team:
-        initial = _initial(virtual, job, team)
-        manifest = Manifest.of(initial)
-        settings = run.settings
-        exchanges_all = settings.exchange is None or isinstance(settings.exchange, str)
-        place = Place(
-            settings.name, len(settings.sites), settings.rounds or 0, settings.seed, described(manifest), exchanges_all
-        )
-        team.begin(place, manifest)
-        history = History(run.folder)
+def _simulated(virtual: Virtual, job: Job, run: LocalRun, team: _Team, began: float) -> SimulationResult:
+    initial = _initial(virtual, job, team)
+    manifest, settings = Manifest.of(initial), run.settings
+    place = Place(
+        job=settings.name,
+        count=len(settings.sites),
+        rounds=settings.rounds or 0,
+        seed=settings.seed,
+        layout=described(manifest),
+        exchanges_all=settings.exchange is None or isinstance(settings.exchange, str),
+    )
+    team.begin(place, manifest)
+    history = History(run.folder)
+    try:
+        server = Server(settings, run.folder, {}, listeners=[history, run.tell], loop=course(initial, team))
         try:
-            server = Server(settings, run.folder, {}, listeners=[history, run.tell], loop=course(initial, team))
-            try:
-                _follow(server, run.folder)
-                return result_of(server, run, None, began)
-            finally:
-                server.close()
+            _follow(server, run.folder)
+            return result_of(server, run, None, began)
         finally:
-            history.close()
+            server.close()
+    finally:
+        history.close()
 
 
 def _follow(server: Server, folder: Path) -> None:
     """To the end of the run; Ctrl-C ends it in an orderly way."""
     if server.finished:
         raise ConfigError("this run has finished", where=str(folder), fix="look at its model and history")
+    for name in ("model", "best"):  # of a run that goes on: how far it had come
+        shutil.rmtree(folder / name, ignore_errors=True)
     server.begin()
     try:
         while not server.wait(3600.0):

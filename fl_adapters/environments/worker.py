@@ -30,6 +30,7 @@ def serve(line: socket.socket, function: Function, initial: First | None) -> Non
         return folders.setdefault(folder, SharedFolder(Path(folder))).payload(name, nbytes)
 
     with line, line.makefile("rwb", buffering=0) as pipe:
+        _say(pipe, {"ready": True})
         for message in pipe:
             asked = json.loads(message)
             try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fl_adapters.environments import worker
-from fl_adapters.environments.function import First, Function, Place, order_fields
+from fl_adapters.environments.function import Function, Place, order_fields
 from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server.virtual import Done, Failed, Order
@@ -109,7 +109,7 @@ class Forking:
     def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
         for other in ours:
             other.close()
-        sys.stdout = sys.stderr = open(log, "a", buffering=1, encoding="utf-8")
+        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")  # in a notebook not 1 and 2
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
         worker.serve(line, self._function, None)
@@ -117,13 +117,18 @@ class Forking:
 
 @dataclass
 class _Worker:
-    """One process. blob: what the update of its order is written to."""
+    """One process. ready: it has the function. blob: what the update of its order is written to."""
 
     name: str
     line: socket.socket
+    ready: bool = False
     order: Order | None = None
     blob: Blob | None = None
     heard: bytes = b""
+
+    @property
+    def free(self) -> bool:
+        return self.ready and self.order is None
 
 
 class WorkerProcesses:
@@ -155,33 +160,40 @@ class WorkerProcesses:
         path = self._folder / "initial.safetensors"
         first = next(iter(self._workers.values()))
         self._say(first, {"initial": str(path)})
-        answer = None
-        while answer is None:
-            self._selector.select()
-            try:
-                answer = next(iter(self._answers(first)), None)
-            except ConnectionError:
-                raise self._died(first, "before round 1") from None
-        for kind in ("failed", "broken"):
-            if kind in answer:
-                raise FederationError.from_wire(answer[kind])
+        while not any("written" in answer for answer in self._first_answers(first)):
+            pass
         return read_tensors(path)
 
     def begin(self, place: Place, manifest: Manifest) -> None:
-        """Before the first order: what the workers need to know."""
+        """Before the first order: what the workers need to know. Returns when all are ready; raises the error of one
+        that cannot be."""
         self._place, self._manifest = place, manifest
         for each in self._workers.values():
+            while not each.ready:
+                self._first_answers(each)
             self._say(each, {"place": asdict(place)})
+
+    def _first_answers(self, each: _Worker) -> list[dict[str, Any]]:
+        """Waits for them. Here a death is not forgiven."""
+        try:
+            answers = self._answers(each)
+        except ConnectionError:
+            raise self._died(each, "before round 1") from None
+        for answer in answers:
+            each.ready |= "ready" in answer
+            if "failed" in answer:
+                raise FederationError.from_wire(answer["failed"])
+        return answers
 
     @property
     def room(self) -> int:
-        return sum(each.order is None for each in self._workers.values()) - len(self._again)
+        return sum(each.free for each in self._workers.values()) - len(self._again)
 
     def publish(self, file: Path, payload: Array) -> None:
         self._model = str(file)
 
     def give(self, order: Order) -> None:
-        free = next(each for each in self._workers.values() if each.order is None)
+        free = next(each for each in self._workers.values() if each.free)
         free.order = order
         free.blob = self._blobs.create(f"{order.site}-{free.name}", self._manifest)
         fields = order_fields(order.site, order.index, order.round, order.stage, order.config)
@@ -193,10 +205,11 @@ class WorkerProcesses:
         for key, _ in self._selector.select(timeout_s):
             each: _Worker = key.data
             try:
-                found += [self._outcome(each, answer) for answer in self._answers(each)]
+                for answer in self._answers(each):
+                    found += self._outcome(each, answer)
             except ConnectionError:
                 found += self._replaced(each)
-        while self._again and any(each.order is None for each in self._workers.values()):
+        while self._again and any(each.free for each in self._workers.values()):
             self.give(self._again.pop())
         return found
 
@@ -242,26 +255,31 @@ class WorkerProcesses:
             each.line.sendall(json.dumps(message).encode() + b"\n")
 
     def _answers(self, each: _Worker) -> list[dict[str, Any]]:
-        """The whole lines that have come. ConnectionError when there will be no more."""
+        """The whole lines that have come; waits for some bytes. ConnectionError when there will be no more."""
         data = each.line.recv(_CHUNK_BYTES)
         if not data:
             raise ConnectionError
         *lines, each.heard = (each.heard + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        answers = [json.loads(line) for line in lines]
+        for answer in answers:
+            if "broken" in answer:  # it cannot even begin, and no other will
+                raise FederationError.from_wire(answer["broken"])
+        return answers
 
-    def _outcome(self, each: _Worker, answer: dict[str, Any]) -> Done | Failed:
+    def _outcome(self, each: _Worker, answer: dict[str, Any]) -> list[Done | Failed]:
+        if "ready" in answer:
+            each.ready = True
+            return []
         order, blob = each.order, each.blob
-        if "broken" in answer:  # it cannot even begin, and no other will
-            raise FederationError.from_wire(answer["broken"])
         assert order is not None and blob is not None
         each.order = each.blob = None
         if "failed" in answer:
             self._blobs.free(blob)
-            return Failed(order, FederationError.from_wire(answer["failed"]))
+            return [Failed(order, FederationError.from_wire(answer["failed"]))]
         scored = answer.pop("scored")
         done = Done(order, blob.buffer, **answer, scored=(scored[0], scored[1]) if scored else None)
         self._held[id(done)] = blob
-        return done
+        return [done]
 
     def _replaced(self, each: _Worker) -> list[Done | Failed]:
         """A new process for one that has ended; its order is begun again, unless it has killed too many."""
@@ -273,6 +291,8 @@ class WorkerProcesses:
         error = self._died(each, f"{when}, {_TRIES} times" if last else when)
         if last and order is None:
             raise error
+        with open(self._logs / f"{each.name}.txt", "a", encoding="utf-8") as log:
+            print(f"fl-adapters: {error.what}; a new process takes its place", file=log)
         self._restart(each)
         if order is not None and last:
             return [Failed(order, error)]

@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from fl_runtime.errors import ConfigError, FederationError, QuorumError, StateMismatchError
+from fl_runtime.errors import ConfigError, FederationError, StateMismatchError
 from fl_runtime.filters import placed
 from fl_runtime.server import reports
 from fl_runtime.server.members import Registration, check_capabilities
@@ -29,7 +29,6 @@ from fl_runtime.wire.manifest import Manifest, differences
 
 _BEAT_S = 0.2  # how soon it is noticed that the run was aborted
 _NOT_SPOOLED = Blob("", Manifest(()), np.empty(0, np.uint8))
-_IN_PROCESS_POINTS = ("server_in",)
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,7 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
         "keep_local": bool(settings.keep_local),
         "optimizer_state": settings.optimizer_state not in (None, "reset"),
         f"the strategy {strategy.spec}": strategy.relayed or bool(strategy.buffer) or strategy.content != "weights",
-        **{
-            f"the filter {f['name']} at {at}": at not in _IN_PROCESS_POINTS
-            for f in settings.filters
-            if (at := placed(f).at)
-        },
+        **{f"the filter {f['name']} at {at}": at != "server_in" for f in settings.filters if (at := placed(f).at)},
     }
     for what, there in wanted.items():
         if there:
@@ -159,13 +154,14 @@ def _begin(run: Run, manifest: Manifest) -> None:
             )
         run.journal.agreed(settings.rounds, run.terms)
         run.rounds = settings.rounds
+        filters: dict[str, Any] = {"filters": list(settings.filters)} if settings.filters else {}
         run.events.emit(
             "started",
             rounds=run.rounds,
             sites=list(run.members),
             tensors=len(manifest.tensors),
             bytes=manifest.nbytes,
-            **({"filters": list(settings.filters)} if settings.filters else {}),
+            **filters,
         )
 
 
