@@ -6,6 +6,7 @@ object travels that way too. Nothing of it reaches a federation's wire.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class RayWorkers:
         self._ray: Any = ray
         self._ours = not ray.is_initialized()
         if self._ours:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a simulation calls nobody unasked
             ray.init(include_dashboard=False, log_to_driver=False)
         self._make: Callable[[], Any] = lambda: self._ray.remote(num_cpus=1)(_Actor).remote(app, function)
         self._place: Place | None = None

@@ -134,7 +134,8 @@ def _ray(virtual: Virtual, job: Job) -> _Team:
 
 
 def _processes(virtual: Virtual, job: Job, run: LocalRun) -> _Team:
-    from fl_adapters.environments.worker_processes import Forking, Importing, Launcher, WorkerProcesses
+    from fl_adapters.environments.worker_launch import Forking, Importing, Launcher
+    from fl_adapters.environments.worker_processes import WorkerProcesses
 
     count = min(virtual.workers or available_cores(), run.settings.sites_per_round)
     names = [f"worker-{number}" for number in range(1, count + 1)]

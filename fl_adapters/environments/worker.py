@@ -1,6 +1,6 @@
 """A worker process of virtual sites: reads orders from a socket, a line of JSON each, and answers in the same way.
 
-    python -m fl_adapters.environments.worker DESCRIPTOR APP     (started by worker_processes.py)
+    python -m fl_adapters.environments.worker DESCRIPTOR APP     (started by worker_launch.py)
 
 Tensors are not in the lines: they lie in files that both sides map.
 """

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import selectors
 import shutil
 import socket
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fl_adapters.environments import worker
-from fl_adapters.environments.function import Function, Place, order_fields
-from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
-from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
+from fl_adapters.environments.function import Place, order_fields
+from fl_adapters.environments.processes import describe_status, tail
+from fl_adapters.environments.worker_launch import Launcher
+from fl_runtime.errors import FederationError, SiteFailedError
 from fl_runtime.server.virtual import Done, Failed, Order
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.tensorfile import read_tensors
@@ -29,90 +26,6 @@ from fl_runtime.wire.manifest import Manifest
 _TRIES = 3
 """Of an order whose worker died: what kills one at the same site three times will kill every other."""
 _CHUNK_BYTES = 2**16
-
-
-class Launcher(Protocol):
-    """How a worker process comes to be, and ends."""
-
-    def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
-        """theirs: its end of the line. ours: what it must not keep open, for then nobody would hear it hang up."""
-        ...
-
-    def kill(self, name: str) -> None: ...
-    def status(self, name: str) -> int:
-        """Waits for its end; as subprocess has it."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Importing:
-    """Fresh interpreters, which import the function by its name. environments: one per worker."""
-
-    def __init__(self, app: str, logs: Path, environments: Mapping[str, Mapping[str, str]]) -> None:
-        self._app, self._logs, self._environments = app, logs, environments
-        self._processes = SiteProcesses()
-        self._ended: dict[str, int] = {}
-
-    def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
-        own = str(theirs.fileno())
-        command = [sys.executable, "-m", worker.__name__, own, self._app]
-        self._ended.pop(name, None)
-        self._processes.start(name, command, self._environments[name], self._logs / f"{name}.txt", (theirs.fileno(),))
-
-    def kill(self, name: str) -> None:
-        if name in self._processes.running:
-            self._processes.kill(name)
-
-    def status(self, name: str) -> int:
-        while name not in self._ended:
-            self._ended.update(self._processes.ended())
-        return self._ended[name]
-
-    def close(self) -> None:
-        self._processes.close()
-
-
-class Forking:
-    """Children of this process, which have the function because they are copies of it."""
-
-    def __init__(self, function: Function, logs: Path) -> None:
-        if os.name != "posix":
-            raise ConfigError(
-                "this system cannot copy processes, so workers cannot have a function that is given as an object",
-                where="Simulation(function=)",
-                fix='name it instead: Job(app="train.py:train")',
-            )
-        self._function, self._logs = function, logs
-        self._context = multiprocessing.get_context("fork")
-        self._children: dict[str, Any] = {}
-
-    def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
-        self._logs.mkdir(parents=True, exist_ok=True)
-        arguments = (theirs, tuple(ours), self._logs / f"{name}.txt")
-        child = self._context.Process(target=self._child, args=arguments, daemon=True)
-        child.start()
-        self._children[name] = child
-
-    def kill(self, name: str) -> None:
-        self._children[name].kill()
-
-    def status(self, name: str) -> int:
-        self._children[name].join()
-        return int(self._children[name].exitcode)
-
-    def close(self) -> None:
-        for child in self._children.values():
-            child.kill()
-            child.join()
-
-    def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
-        for other in ours:
-            other.close()
-        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")  # in a notebook not 1 and 2
-        os.dup2(sys.stdout.fileno(), 1)
-        os.dup2(sys.stdout.fileno(), 2)
-        worker.serve(line, self._function, None)
 
 
 @dataclass
