@@ -1,7 +1,8 @@
-"""The bare exchange on NVIDIA FLARE's simulator, for peers.py.   usage: peer_flare.py SITES ROUNDS MIB
+"""The bare exchange on NVIDIA FLARE, for peers.py.   usage: peer_flare.py simulator|poc SITES ROUNDS MIB
 
-Runs in FLARE's environment; its sites run peer_flare_site.py. Prints one JSON object: seconds of the rounds, from one
-arrival of the global model at site-1 to the next. The last round is not among them: nothing arrives after it.
+simulator: all in one process tree. poc: its "proof of concept", a server and sites as processes of their own. Runs in
+FLARE's environment; the sites run peer_flare_site.py. Prints one JSON object: seconds of the rounds, from one arrival
+of the global model at site-1 to the next. The last round is not among them: nothing arrives after it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ import json
 import os
 import sys
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
-from nvflare.recipe import SimEnv
+from nvflare.recipe import PocEnv, SimEnv
 
 HERE = Path(__file__).parent.resolve()
+_LONGEST_S = 1800.0
 
 
-def main(sites: int, rounds: int, mib: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+def main(kind: str, sites: int, rounds: int, mib: float) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.chdir(HERE)  # the recipe takes a script by its relative name
-        os.environ["ARRIVALS"] = f"{folder}/arrivals.txt"
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        os.environ.update(ARRIVALS=f"{folder}/arrivals.txt", HOME=folder, PATH=path)
+        os.environ["NVFLARE_POC_WORKSPACE"] = f"{folder}/poc"
         np.save(f"{folder}/zeros.npy", np.zeros(int(mib * 2**18), np.float32))
         recipe = NumpyFedAvgRecipe(
             name="bare",
@@ -34,13 +39,28 @@ def main(sites: int, rounds: int, mib: float) -> None:
             train_script="peer_flare_site.py",
             train_args="",
         )
-        run = recipe.execute(SimEnv(num_clients=sites, num_threads=sites, workspace_root=f"{folder}/workspace"))
-        print(run.get_status(), file=sys.stderr)
+        if kind == "simulator":
+            recipe.execute(SimEnv(num_clients=sites, num_threads=sites, workspace_root=f"{folder}/workspace"))
+        else:
+            deployed(recipe, sites)
         lines = Path(os.environ["ARRIVALS"]).read_text().split()
     arrivals, values = [float(line) for line in lines[::2]], [float(line) for line in lines[1::2]]
     seconds = [after - before for before, after in pairwise(arrivals)]
     print(json.dumps({"round_s": seconds, "value": values[-1] + 1}), flush=True)
 
 
+def deployed(recipe: NumpyFedAvgRecipe, sites: int) -> None:
+    environment = PocEnv(num_clients=sites)
+    try:
+        run = recipe.execute(environment)
+        end = time.monotonic() + _LONGEST_S
+        while not any(word in str(environment.get_job_status(run.get_job_id())) for word in ("FINISHED", "ABORT")):
+            if time.monotonic() > end:
+                sys.exit(f"the run took more than {_LONGEST_S:g} s")
+            time.sleep(0.5)
+    finally:
+        environment.stop(clean_up=False)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

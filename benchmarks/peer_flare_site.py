@@ -17,6 +17,6 @@ while flare.is_running():
     weights = model.params[NPConstants.NUMPY_KEY]
     if first:
         with open(os.environ["ARRIVALS"], "a") as arrivals:
-            print(time.time(), float(weights.flat[-1]), file=arrivals)
+            arrivals.write(f"{time.time()} {float(weights.flat[-1])}\n")  # FLARE has a print of its own
     changed = {NPConstants.NUMPY_KEY: weights + 1}
     flare.send(flare.FLModel(params=changed, params_type=flare.ParamsType.FULL, current_round=model.current_round))

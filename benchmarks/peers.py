@@ -1,14 +1,15 @@
 """The bare exchange side by side, in turn in one run: sites add 1 to every weight, nothing is trained.
 
 fl-adapters (a simulation with large models in shared files; one with everything over gRPC), a raw gRPC stream of the
-same bytes, Flower's simulation, and NVIDIA FLARE's simulator. The peers come from the package index, each into an
-environment of its own (--cache), on the first call.
+same bytes, Flower (its simulation; a SuperLink and SuperNodes) and NVIDIA FLARE (its simulator; its proof of concept,
+whose ports 8002 and 8003 must be free). The peers come from the package index, each into an environment of its own
+(--cache), on the first call.
 
-    peers.py [--mib 1 256] [--sites 2] [--rounds 5]
+    peers.py [--mib 1 256] [--sites 2] [--rounds 10]
     peers.py --virtual [--sites 100 1000] [--rounds 3] [--mib 1]      virtual sites, beside Flower's simulation
     peers.py --only ours raw                                          without the peers
 
-Seconds of a round: the median of all but the first; of the start and the end: all that the command takes beside its
+Seconds of a round: the median of all but the first two; of the start and the end: all that the command takes beside its
 rounds. Memory: the peak of the summed PSS of all processes, and without pages of files. Leaves peers.csv, peers.md and,
 with matplotlib, peers.png in --out. Linux only.
 """
@@ -30,9 +31,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peer_environments import python_of
-from tree_memory import PeakMemory
+from tree_memory import PeakMemory, adopt_orphans, end_descendants
 
 HERE = Path(__file__).parent.resolve()
+LARGE_MIB = 64
 _TAIL = 30
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -52,8 +54,10 @@ OURS = Contender("fl-adapters, simulation", "ours", "peer_ours.py", ("simulation
 GRPC = Contender("fl-adapters, over gRPC", "ours", "peer_ours.py", ("grpc",))
 VIRTUAL = Contender("fl-adapters, virtual sites", "ours", "peer_ours.py", ("virtual",))
 RAW = Contender("raw gRPC stream", "raw", "raw_grpc.py")
-FLOWER = Contender("Flower 1.41.0, simulation", "flower", "peer_flower.py", peer="flower")
-FLARE = Contender("FLARE 2.9.0, simulator", "nvflare", "peer_flare.py", peer="nvflare")
+FLOWER = Contender("Flower 1.41.0, simulation", "flower", "peer_flower.py", ("simulation",), peer="flower")
+FLOWER_GRPC = Contender("Flower 1.41.0, deployed", "flower", "peer_flower.py", ("deployed",), peer="flower")
+FLARE = Contender("FLARE 2.9.0, simulator", "nvflare", "peer_flare.py", ("simulator",), peer="nvflare")
+FLARE_GRPC = Contender("FLARE 2.9.0, PoC", "nvflare", "peer_flare.py", ("poc",), peer="nvflare")
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,10 @@ def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **_QUIET}
         )
-        with PeakMemory(process.pid) as memory:
+        with PeakMemory() as memory:
             out, _ = process.communicate()
         wall_s = time.monotonic() - began
+        end_descendants()
         if process.returncode:
             log.seek(0)
             said = "".join([out, *log.readlines()][-_TAIL:])
@@ -96,7 +101,7 @@ def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -
     if not math.isclose(found["value"], rounds, rel_tol=1e-4):  # not everybody's mean of equal numbers is that number
         sys.exit(f"{one.name} came to {found['value']} after {rounds} rounds")
     seconds = found["round_s"]
-    settled = seconds[1:] or seconds
+    settled = seconds[2:] or seconds[1:] or seconds
     around_s = wall_s - sum(seconds)
     if len(seconds) < rounds:  # FLARE's last round is not seen
         around_s -= statistics.median(settled)
@@ -189,19 +194,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=float, nargs="+")
     parser.add_argument("--sites", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=int, help="default: 3 of virtual sites, else 10, of large models 5")
     parser.add_argument("--virtual", action="store_true")
     parser.add_argument("--only", nargs="+", choices=["ours", "raw", "flower", "nvflare"])
     parser.add_argument("--json", action="store_true", help="the rows as one JSON list on stdout")
     parser.add_argument("--cache", type=Path, default=HERE.parent / ".venv-peers", help="of the environments")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
     args = parser.parse_args()
-    contenders = [VIRTUAL, FLOWER] if args.virtual else [OURS, GRPC, RAW, FLOWER, FLARE]
+    adopt_orphans()
+    contenders = [VIRTUAL, FLOWER] if args.virtual else [OURS, GRPC, RAW, FLOWER, FLARE, FLOWER_GRPC, FLARE_GRPC]
     contenders = [one for one in contenders if not args.only or one.group in args.only]
-    rounds = args.rounds or (3 if args.virtual else 5)
     rows: list[Row] = []
     for mib in args.mib or ([1.0] if args.virtual else [1.0, 256.0]):
         for sites in args.sites or ([100, 1000] if args.virtual else [2]):
+            rounds = args.rounds or (3 if args.virtual else 5 if mib >= LARGE_MIB else 10)
             for one in contenders:
                 print(f"{one.name}: {sites} sites, {mib:g} MiB, {rounds} rounds", file=sys.stderr, flush=True)
                 rows.append(measured(one, sites, rounds, mib, args.cache))

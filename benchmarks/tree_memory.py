@@ -1,7 +1,9 @@
-"""The peak memory of a process and all that descend from it, while it runs. Linux only."""
+"""The peak memory of all processes that this one has started, whoever has started them in turn. Linux only."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import TracebackType
 import psutil
 
 INTERVAL_S = 0.1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
@@ -20,12 +23,25 @@ class Peak:
     without_files_mib: float = 0.0
 
 
-class PeakMemory:
-    """Samples the tree below a process, in a thread, within a `with` block."""
+def adopt_orphans() -> None:
+    """Processes whose parents end become children of this one, and so stay in its tree."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def __init__(self, pid: int) -> None:
+
+def end_descendants() -> None:
+    """Kill what is left below this process."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+class PeakMemory:
+    """Samples all descendants of this process, in a thread, within a `with` block."""
+
+    def __init__(self) -> None:
         self.peak = Peak()
-        self._root = psutil.Process(pid)
+        self._root = psutil.Process(os.getpid())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -42,7 +58,7 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._over.wait(INTERVAL_S):
             try:
-                tree = [self._root, *self._root.children(recursive=True)]
+                tree = self._root.children(recursive=True)
             except psutil.Error:
                 return
             now = [_pss_kib(process.pid) for process in tree]
