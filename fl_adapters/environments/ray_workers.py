@@ -121,7 +121,7 @@ class RayWorkers:
 
     @property
     def room(self) -> int:
-        return len(self._free) - len(self._again)
+        return max(len(self._free) - len(self._again), 0)
 
     def publish(self, file: Path, payload: Array) -> None:
         self._model = self._ray.put(np.array(payload))

@@ -130,7 +130,7 @@ class Simulation:
             return None
         from fl_adapters.environments.virtual import Virtual
 
-        return Virtual(self.engine, self.workers, self.function, self.initial, self.gpus)
+        return Virtual(self.engine, self.workers, self.function, self.initial, self.gpus, self.args)
 
     def _start_sites(
         self, processes: SiteProcesses, command: list[str], run: LocalRun, tokens: dict[str, str], address: str

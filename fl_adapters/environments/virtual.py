@@ -39,6 +39,7 @@ class Virtual:
     function: Function | None = None
     initial: First | None = None
     gpus: Sequence[str | int] = ()
+    args: Sequence[str] = ()
 
     def check(self, job: Job, settings: RunSettings) -> None:
         """ConfigError for what cannot work, before a folder is made."""
@@ -52,13 +53,25 @@ class Virtual:
                 where="app",
                 fix='name it as in Job(app="train.py:train"), or leave engine out to run the script at every site',
             )
+        if self.args and (self.engine == "ray" or self.function is not None):
+            raise ConfigError(
+                "arguments are for a module that workers import from a command line, and these do not",
+                where="args",
+                fix="leave args out, and use environment variables or a closure",
+            )
         check_settings(settings, make_strategy(str(job.strategy)))
 
     def run(self, job: Job, run: LocalRun, began: float) -> SimulationResult:
         """A run in its folder, from the beginning or from where its journal stands, to its end."""
+        journal = run.folder / "server" / "journal.sqlite"
         run.tell(starting(run, [sys.executable, job.app]))
-        with _workers(self, job, run) as team:
-            return _simulated(self, job, run, team, began)
+        try:
+            with _workers(self, job, run) as team:
+                return _simulated(self, job, run, team, began)
+        except BaseException:
+            if not journal.exists():  # nothing has run: the name stays free
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
 
 
 class _Team(Workers, Protocol):
@@ -149,7 +162,7 @@ def _processes(virtual: Virtual, job: Job, run: LocalRun) -> _Team:
         for index, name in enumerate(names):
             if virtual.gpus:
                 environments[name]["CUDA_VISIBLE_DEVICES"] = str(virtual.gpus[index % len(virtual.gpus)])
-        launcher = Importing(job.app, logs, environments)
+        launcher = Importing(job.app, virtual.args, logs, environments)
     return WorkerProcesses(launcher, names, run.folder / "server" / "updates", logs)
 
 

@@ -1,6 +1,6 @@
 """A worker process of virtual sites: reads orders from a socket, a line of JSON each, and answers in the same way.
 
-    python -m fl_adapters.environments.worker DESCRIPTOR APP     (started by worker_launch.py)
+    python -m fl_adapters.environments.worker DESCRIPTOR APP [ARGS...]     (started by worker_launch.py)
 
 Tensors are not in the lines: they lie in files that both sides map.
 """
@@ -69,7 +69,7 @@ def _explained(error: Exception, what: str) -> SiteFailedError:
 
 def main() -> None:
     line, app = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
-    del sys.argv[1:]  # a module that reads its arguments must not take ours for its own
+    sys.argv[:] = sys.argv[2:]  # the rest is for the function's module
     try:
         function, initial = load(app)
     except FederationError as error:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from fl_adapters.environments import worker
 from fl_adapters.environments.function import Function
 from fl_adapters.environments.processes import SiteProcesses
 from fl_runtime.errors import ConfigError
+
+_ENDING_S = 5.0
+_POLL_S = 0.005
 
 
 class Launcher(Protocol):
@@ -25,23 +29,26 @@ class Launcher(Protocol):
 
     def kill(self, name: str) -> None: ...
     def status(self, name: str) -> int:
-        """Waits for its end; as subprocess has it."""
+        """Waits for its end, which is near, and brings it about if it does not come; as subprocess has it."""
         ...
 
     def close(self) -> None: ...
 
 
 class Importing:
-    """Fresh interpreters, which import the function by its name. environments: one per worker."""
+    """Fresh interpreters, which import the function by its name. args: what the function's module finds in sys.argv.
+    environments: one per worker."""
 
-    def __init__(self, app: str, logs: Path, environments: Mapping[str, Mapping[str, str]]) -> None:
-        self._app, self._logs, self._environments = app, logs, environments
+    def __init__(
+        self, app: str, args: Sequence[str], logs: Path, environments: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        self._app, self._logs, self._environments = (app, *args), logs, environments
         self._processes = SiteProcesses()
         self._ended: dict[str, int] = {}
 
     def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
         own = str(theirs.fileno())
-        command = [sys.executable, "-m", worker.__name__, own, self._app]
+        command = [sys.executable, "-m", worker.__name__, own, *self._app]
         self._ended.pop(name, None)
         self._processes.start(name, command, self._environments[name], self._logs / f"{name}.txt", (theirs.fileno(),))
 
@@ -50,8 +57,12 @@ class Importing:
             self._processes.kill(name)
 
     def status(self, name: str) -> int:
+        patience = time.monotonic() + _ENDING_S
         while name not in self._ended:
             self._ended.update(self._processes.ended())
+            if time.monotonic() > patience:
+                self.kill(name)
+            time.sleep(_POLL_S)
         return self._ended[name]
 
     def close(self) -> None:
@@ -83,6 +94,8 @@ class Forking:
         self._children[name].kill()
 
     def status(self, name: str) -> int:
+        self._children[name].join(_ENDING_S)
+        self._children[name].kill()
         self._children[name].join()
         return int(self._children[name].exitcode)
 

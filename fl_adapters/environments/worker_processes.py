@@ -100,7 +100,7 @@ class WorkerProcesses:
 
     @property
     def room(self) -> int:
-        return sum(each.free for each in self._workers.values()) - len(self._again)
+        return max(sum(each.free for each in self._workers.values()) - len(self._again), 0)
 
     def publish(self, file: Path, payload: Array) -> None:
         self._model = str(file)

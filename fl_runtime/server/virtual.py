@@ -93,7 +93,10 @@ class Workers(Protocol):
 
 
 def check_settings(settings: RunSettings, strategy: Strategy) -> None:
-    """ConfigError for what a job wants of its sites and virtual ones do not have: a memory, and each other."""
+    """ConfigError for what a job wants of its sites and virtual ones do not have: a budget of their own, a memory, and
+    each other."""
+    if not settings.rounds:
+        raise ConfigError("a function has no budget of rounds", where="rounds", fix="give --rounds R or Job(rounds=R)")
     wanted = {
         "cross_site": settings.cross_site,
         "keep_local": bool(settings.keep_local),
@@ -148,10 +151,7 @@ def _begin(run: Run, manifest: Manifest) -> None:
         run.agree(Terms())
         first = next(iter(run.members))
         check_capabilities({first: registration}, f"the strategy {run.strategy.spec}", run.strategy.requires)
-        if not settings.rounds:
-            raise ConfigError(
-                "a function has no budget of rounds", where="rounds", fix="give --rounds R or Job(rounds=R)"
-            )
+        assert settings.rounds is not None
         run.journal.agreed(settings.rounds, run.terms)
         run.rounds = settings.rounds
         filters: dict[str, Any] = {"filters": list(settings.filters)} if settings.filters else {}
@@ -174,7 +174,8 @@ def _round(run: Run, number: int, workers: Workers) -> None:
     try:
         collecting.all()
         with run.lock:
-            reports.settle(run, number - 1)  # scores of the model before came with the updates
+            if run.scores.reported(number - 1):  # scores of the model before came with the updates
+                reports.settle(run, number - 1)
         if run.rounds is not None and number > run.rounds:
             summing.give_up()
             current.accepted.clear()
@@ -182,7 +183,6 @@ def _round(run: Run, number: int, workers: Workers) -> None:
             return
         blob = summing.finish()
     except FederationError:
-        workers.drop()
         summing.give_up()
         raise
     finally:

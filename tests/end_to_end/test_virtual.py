@@ -86,7 +86,7 @@ def script(text: str) -> str:
 
 def simulated(app: str, *, sites: int = 50, rounds: int = 3, workers: int = 2, **options: Any) -> SimulationResult:
     known = {"engine": "processes", "quiet": True} | {
-        name: options.pop(name) for name in ("engine", "function", "initial", "listeners", "folder") if name in options
+        name: options.pop(name) for name in ("engine", "function", "initial", "listeners", "args") if name in options
     }
     return Job(app=app, rounds=rounds, **options).run(Simulation(sites=sites, workers=workers, **known))
 
@@ -199,6 +199,27 @@ def test_what_is_submitted_may_be_any_view_of_what_came(here: Path) -> None:
     )
     found = model_of(result)
     np.testing.assert_array_equal([found["a"], found["b"]], [np.ones(3), np.zeros(3)])
+
+
+def test_arguments_reach_the_module(bench: Any) -> None:
+    bench.script(
+        "train.py",
+        """
+import sys
+import numpy as np
+
+STEP = int(sys.argv[1])
+
+def initial():
+    return {"w": np.zeros(2, np.float32)}
+
+def train(task, site):
+    task.submit({"w": task.arrays["w"] + STEP}, num_examples=1)
+""",
+    )
+    found = bench.json("simulate", "train.py:train", "5", "--sites", "3", "--rounds", "2", "--engine", "processes")
+    model = read_tensors(Path(found["model"]) / "model.safetensors")
+    np.testing.assert_array_equal(model["w"], [10, 10])
 
 
 FAILING = """
@@ -368,12 +389,14 @@ def test_a_bad_result_is_refused_with_site_and_round(
         ({"strategy": "fedbuff"}, "fedbuff needs sites with"),
         ({"filters": [{"name": "Quantize", "to": "int8"}]}, "the filter Quantize at site_out needs sites"),
         ({"function": print}, "nobody gives the first weights"),
+        ({"function": print, "initial": {"w": np.zeros(2)}, "args": ("a",)}, "arguments are for a module"),
     ],
 )
 def test_what_cannot_work_is_refused(here: Path, options: dict[str, Any], said: str) -> None:
     script(NOISY)
     with pytest.raises(FederationError, match=said):
         simulated(**{"app": "train.py:train", "sites": 3} | options)
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())  # the name stays free
 
 
 def test_a_strategy_that_needs_a_capability_is_refused(here: Path) -> None:
