@@ -21,6 +21,7 @@ import csv
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,10 +88,12 @@ def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **_QUIET}
         )
-        with PeakMemory() as memory:
-            out, _ = process.communicate()
-        wall_s = time.monotonic() - began
-        end_descendants()
+        try:
+            with PeakMemory() as memory:
+                out, _ = process.communicate()
+            wall_s = time.monotonic() - began
+        finally:
+            end_descendants()  # peers leave processes behind, and this script may be interrupted
         if process.returncode:
             log.seek(0)
             said = "".join([out, *log.readlines()][-_TAIL:])
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
     args = parser.parse_args()
     adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     contenders = [VIRTUAL, FLOWER] if args.virtual else [OURS, GRPC, RAW, FLOWER, FLARE, FLOWER_GRPC, FLARE_GRPC]
     contenders = [one for one in contenders if not args.only or one.group in args.only]
     rows: list[Row] = []
@@ -211,7 +215,7 @@ def main() -> None:
             for one in contenders:
                 print(f"{one.name}: {sites} sites, {mib:g} MiB, {rounds} rounds", file=sys.stderr, flush=True)
                 rows.append(measured(one, sites, rounds, mib, args.cache))
-    write(rows, args.out)
+                write(rows, args.out)  # what there is, should a later one fail
     print(json.dumps([asdict(row) for row in rows]) if args.json else markdown(rows))
 
 
