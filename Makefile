@@ -99,6 +99,11 @@ chaos: $(VENV)/.stamp  ## runs under faults: CHAOS_FAULTS of them, as CHAOS_SEED
 bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the other
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script $(ARGS); done
 
+.PHONY: bench-peers
+bench-peers: $(VENV)/.stamp  ## the same exchange on ours, Flower and NVIDIA FLARE; installs the two into .venv-peers
+	@$(VENV)/bin/python benchmarks/peers.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/peers.py --virtual --out runs/peers-virtual $(ARGS)
+
 .PHONY: proto
 proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py and .pyi from the .proto
 	@$(PROTOC)/bin/python -m grpc_tools.protoc -I fl_runtime/wire --python_out=fl_runtime/wire \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -124,12 +124,32 @@ def _nothing(state: State) -> None:
     """What a loop without a `load` does with its state."""
 
 
+class Recipient(Protocol):
+    """Where the result of a task goes: a Session, or the worker of a virtual site. exchanges_all: every tensor given is
+    meant to travel."""
+
+    @property
+    def round_seed(self) -> int | None: ...
+    @property
+    def exchanges_all(self) -> bool: ...
+    def submit(
+        self,
+        arrays: Arrays,
+        *,
+        num_examples: int,
+        local_steps: int,
+        metrics: Metrics,
+        extras: Arrays | None = None,
+    ) -> str: ...
+    def report(self, metrics: Metrics, num_examples: int) -> None: ...
+
+
 class SiteTask:
     """One round's work. round, rounds: which of how many. arrays: the global model, valid until the next task and
-    free to be changed in place. config: what the strategy says to the sites. seed: with `exact_restart` what to seed
-    this round's shuffling with, below 2**63; else None."""
+    free to be changed in place. config: what the strategy says to the sites. seed: with `exact_restart`, and at virtual
+    sites, what to seed this round's shuffling with, below 2**63; else None."""
 
-    def __init__(self, task: Task, rounds: int, session: Session | None, options: Options) -> None:
+    def __init__(self, task: Task, rounds: int, session: Recipient | None, options: Options) -> None:
         self._session, self._options = session, options
         self.round, self.rounds = task.round, rounds
         self.arrays: Arrays = task.arrays
@@ -178,5 +198,4 @@ class SiteTask:
     def _foreign(self, name: str) -> bool:
         """Whether a submitted tensor is one that nobody asked for, rather than one that stays at the site."""
         assert self._session is not None
-        settings = self._session.settings
-        return settings.exchange in ("auto", "trainable", "all") and not settings.keep_local
+        return self._session.exchanges_all

@@ -344,6 +344,11 @@ class Session:
         not ask for exact restarts."""
         return None if self._points is None else round_seed(self.settings.seed, self.name, self._current())
 
+    @property
+    def exchanges_all(self) -> bool:
+        """Whether all that an adapter gives is meant to travel, rather than what patterns admit."""
+        return isinstance(self.settings.exchange, str) and not self.settings.keep_local
+
     def _save_point(self, done: Task | None, arrays: Arrays) -> None:
         """This site's state after the work for `done`, whose result is `arrays`."""
         if self._points is not None and self._snapshot is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +28,28 @@ class Site:
     personal: Path | None = field(default=None, compare=False)
 
 
+_virtual: ContextVar[Site | None] = ContextVar("virtual site", default=None)
+
+
+@contextmanager
+def standing_at(place: Site) -> Iterator[None]:
+    """Within this, `site()` is `place`: a worker that virtual sites share is one of them after the other."""
+    token = _virtual.set(place)
+    try:
+        yield
+    finally:
+        _virtual.reset(token)
+
+
 def site(kit: str | None = None) -> Site:
     """The site that this process is: from the kit in folder `kit`, else in `$FL_ADAPTERS_KIT`.
 
     Without a kit the script runs alone: `Site(name="local", index=0, count=1, job="")`.
     Raises ConfigError when the kit cannot be read.
     """
+    virtual = _virtual.get()
+    if virtual is not None and kit is None:
+        return virtual
     found = current_kit(kit)
     if found is None:
         return Site(name="local", index=0, count=1, job="")

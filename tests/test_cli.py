@@ -237,6 +237,31 @@ def test_the_live_table_follows_the_run() -> None:
         assert text in shown, text
 
 
+def test_the_live_table_shows_many_sites_by_their_states() -> None:
+    from rich.console import Console
+
+    names = [f"site-{number}" for number in range(1, 101)]
+    facts = {"num_examples": 10, "local_steps": 1, "bytes_up": 1000, "bytes_down": 1000, "seconds": 0.5}
+    console = Console(record=True, width=120, force_terminal=True)
+    with live_table(console) as listener:
+        listener(Event("starting", 0.0, data={"job": "j", "folder": "runs/j", "sites": names, "command": ""}))
+        listener(Event("started", 0.0, data={"rounds": 4, "sites": names, "tensors": 1, "bytes": 1}))
+        listener(Event("round_started", 0.0, 1, data={"sites": names}))
+        for number, name in enumerate(names[:60]):
+            listener(Event("task_sent", 0.0, 1, name, {"bytes": 1000}))
+            loss = {"train_loss": float(number % 2)}
+            if number < 40:
+                listener(Event("update", 0.0, 1, name, {"status": "used", "metrics": loss, **facts}))
+    shown = console.export_text()
+    rows = [line.replace("│", " ").split() for line in shown.splitlines() if line.startswith("│")][-3:]
+    assert [row[:3] for row in rows] == [
+        ["40", "sites", "starting"],
+        ["20", "sites", "training"],
+        ["40", "sites", "waiting"],
+    ]
+    assert rows[-1][4:6] == ["0.5", "400"]
+
+
 FEDERATION = ("provision", "unpack", "server", "run", "status", "audit verify")
 FEDERATION += tuple(f"cert {name}" for name in ("request", "sign", "install", "renew", "revoke", "list"))
 

@@ -56,7 +56,8 @@ Examples:
   fl-adapters simulate train.py --sites 3 --rounds 5
   fl-adapters simulate train.py --lr 0.1 --sites 3        --lr goes to the script
   fl-adapters simulate train.py --sites 3 -- --name mine  --name goes to the script
-  fl-adapters simulate -m package.train --job job.yml --json""",
+  fl-adapters simulate -m package.train --job job.yml --json
+  fl-adapters simulate train.py:step --sites 1000 --rounds 9 --engine processes    many sites, a few processes""",
 )
 def simulate(
     script: _Script = "",
@@ -73,10 +74,12 @@ def simulate(
     name: Annotated[str | None, typer.Option(help="The job's name. Default: from the script and the time.")] = None,
     folder: Annotated[Path, typer.Option(help="Where the run's folder goes.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="The server's port; 0 takes a free one.", min=0, max=65535)] = 0,
+    engine: Annotated[str | None, typer.Option(help="Virtual sites: processes, or ray.")] = None,
+    workers: Annotated[int | None, typer.Option(help="That carry out their work. Default: one per core.")] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Run SCRIPT once per site on this machine, federated.
+    """Run SCRIPT once per site on this machine, federated; with --engine a function for each of many virtual sites.
 
     The options below are recognised anywhere before "--". Any other option after SCRIPT, and all that follows
     "--", goes to the script. Each site's output is in runs/JOB/sites/SITE/log.txt, the results are in runs/JOB.
@@ -103,6 +106,8 @@ def simulate(
         gpus=tuple(filter(None, gpus.split(","))),
         folder=folder,
         port=port,
+        engine=engine,
+        workers=workers,
     )
     sys.exit(command.run(wanted, as_json))
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fl_adapters.environments.local import SimulationResult
 
 _ROUNDS_SHOWN = 30
+_SITES_SHOWN = 24
+"""More sites than these are shown by their states: nobody reads a thousand rows, and no screen has them."""
 _COLUMNS = ("site", "state", "round", "loss", "examples", "up", "down", "seconds")
 
 
@@ -49,7 +51,9 @@ def _table(view: RunView) -> RenderableType:
     table = Table(title=_title(view), title_justify="left", title_style="bold")
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("site", "state") else "right", no_wrap=True)
-    for name, site in list(view.sites.items()):
+    sites = dict(view.sites)
+    rows = list(sites.items()) if len(sites) <= _SITES_SHOWN else _by_state(list(sites.values()))
+    for name, site in rows:
         table.add_row(name, *_cells(site))
     lines = [f"{time.monotonic() - view.began:.0f} s"]
     if view.folder:
@@ -58,6 +62,28 @@ def _table(view: RunView) -> RenderableType:
     if finished is not None:
         lines.insert(0, f"round {finished}: {metrics_text(view.metrics[finished])}")
     return Group(table, Text("   ".join(lines), style="dim"))
+
+
+def _by_state(sites: list[SiteView]) -> list[tuple[str, SiteView]]:
+    """A row per state: how many sites, the newest round of any, mean loss, sums of examples and bytes, and the longest
+    time."""
+    states: dict[str, list[SiteView]] = {}
+    for site in sites:
+        states.setdefault(site.state, []).append(site)
+    return [(f"{len(group)} sites", _together(state, group)) for state, group in sorted(states.items())]
+
+
+def _together(state: str, group: list[SiteView]) -> SiteView:
+    losses = [site.loss for site in group if site.loss is not None]
+    return SiteView(
+        state=state,
+        round=max(site.round for site in group),
+        loss=sum(losses) / len(losses) if losses else None,
+        examples=sum(site.examples or 0 for site in group) or None,
+        bytes_up=sum(site.bytes_up for site in group),
+        bytes_down=sum(site.bytes_down for site in group),
+        seconds=max((site.seconds for site in group if site.seconds is not None), default=None),
+    )
 
 
 def _title(view: RunView) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
     from fl_adapters.environments.local import SimulationResult
+    from fl_adapters.environments.virtual import Engine
     from fl_adapters.job import Job
 
 
@@ -35,6 +36,8 @@ class Wanted:
     gpus: tuple[str, ...]
     folder: Path
     port: int
+    engine: str | None = None
+    workers: int | None = None
 
 
 def run(wanted: Wanted, as_json: bool) -> int:
@@ -123,6 +126,8 @@ def _simulated(wanted: Wanted, job: Job, console: Console) -> SimulationResult:
             gpus=wanted.gpus,
             folder=wanted.folder,
             port=wanted.port,
+            engine=cast("Engine | None", wanted.engine),  # Simulation refuses others
+            workers=wanted.workers,
             listeners=(listener,),
             quiet=True,
         )
@@ -132,7 +137,8 @@ def _simulated(wanted: Wanted, job: Job, console: Console) -> SimulationResult:
 def _sum_up(result: SimulationResult, console: Console) -> None:
     console.print(rounds_table(result))
     shown = {"model": result.model, "best": result.best, "history": result.folder / "history.csv"}
-    for name, path in {**shown, "logs": result.folder / "sites"}.items():
+    logs = next((folder for name in ("workers", "sites") if (folder := result.folder / name).exists()), None)
+    for name, path in {**shown, "logs": logs}.items():
         if path is not None:
             best = f" (round {result.best_round})" if name == "best" else ""
             console.print(f"{name:8} {_short(path)}{best}", highlight=False, soft_wrap=True)

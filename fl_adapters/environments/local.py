@@ -181,11 +181,12 @@ def _exported(server: JobServer, folder: Path, which: Literal["final", "best"]) 
     return folder if folder.exists() or server.export(folder, which) is not None else None
 
 
-def result_of(server: JobServer, run: LocalRun, exits: list[SiteExit], began: float) -> SimulationResult:
-    """The result of a run that finished. Raises the error of one that did not."""
+def result_of(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, began: float) -> SimulationResult:
+    """The result of a run that finished. Raises the error of one that did not. exits: None where no site has a process
+    of its own."""
     result = server.result()
     model, best = _exported(server, run.folder / "model", "final"), _exported(server, run.folder / "best", "best")
-    error = verdict(result.error, exits, run.settings)
+    error = result.error if exits is None else verdict(result.error, exits, run.settings)
     if error is not None:
         raise error
     heatmap.draw(run.folder)

@@ -27,13 +27,14 @@ _THREADS = (
 
 @dataclass
 class SiteProcess:
-    """One site's process. log: where its stdout and stderr go. command, environment: to start another one."""
+    """One site's process. log: where its stdout and stderr go. The rest: to start another one."""
 
     site: str
     log: Path
     process: subprocess.Popen[bytes]
     command: Sequence[str]
     environment: Mapping[str, str]
+    descriptors: Sequence[int] = ()
 
 
 class SiteProcesses:
@@ -47,17 +48,32 @@ class SiteProcesses:
         self._over: dict[str, SiteProcess] = {}
         self._watchdog = _start_watchdog()
 
-    def start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Run `command` in the current directory with nothing on stdin. Raises OSError if it cannot be started."""
+    def start(
+        self,
+        site: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """Run `command` in the current directory with nothing on stdin. descriptors: open files that it inherits.
+        Raises OSError if it cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._start(site, command, environment, log)
+        self._start(site, command, environment, log, descriptors)
 
     def start_again(self, site: str) -> None:
         """Run the command of a site whose process has ended once more."""
         item = self._over.pop(site)
-        self._start(site, item.command, item.environment, item.log)
+        self._start(site, item.command, item.environment, item.log, item.descriptors)
 
-    def _start(self, site: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def _start(
+        self,
+        site: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        descriptors: Sequence[int],
+    ) -> None:
         with open(log, "ab") as output:  # a run that goes on keeps what it said before
             process = subprocess.Popen(
                 command,
@@ -66,10 +82,15 @@ class SiteProcesses:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=_POSIX,
+                pass_fds=descriptors,
                 creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
             )
-        self._running[site] = SiteProcess(site, log, process, command, environment)
+        self._running[site] = SiteProcess(site, log, process, command, environment, descriptors)
         self._tell("+", process.pid)
+
+    def kill(self, site: str) -> None:
+        """End one of them at once; `ended` tells of it."""
+        _signal_group(self._running[site].process, kill=True)
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -126,18 +147,21 @@ def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[
 
     port: a free one for the site's own process group (DDP). gpu: the only device it sees, None leaves that alone.
     """
-    threads = str(max(1, available_cores() // sites))
-    defaults = {
-        **dict.fromkeys(_THREADS, threads),
-        "PYTHONUNBUFFERED": "1",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-    }
     # PET_MASTER_PORT is what torchrun reads where it is the site's own command
     own = {KIT_VARIABLE: str(kit), "MASTER_PORT": str(port), "PET_MASTER_PORT": str(port)}
     if gpu is not None:
         own["CUDA_VISIBLE_DEVICES"] = gpu
-    return {**defaults, **os.environ, **own}
+    return {**thread_settings(sites), **os.environ, **own}
+
+
+def thread_settings(processes: int) -> dict[str, str]:
+    """What lets so many processes share this machine, where the user has not said otherwise."""
+    return {
+        **dict.fromkeys(_THREADS, str(max(1, available_cores() // processes))),
+        "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
 
 
 def available_cores() -> int:

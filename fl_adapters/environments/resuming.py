@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError
@@ -16,12 +16,15 @@ _FILE = "simulation.json"
 
 @dataclass(frozen=True)
 class Started:
-    """sites, args, module, gpus: see Simulation. directory: where the scripts run; relative paths are of it."""
+    """sites, args, module, gpus, engine, workers: see Simulation. directory: where the scripts run; relative paths are
+    of it."""
 
     sites: tuple[str, ...]
     args: tuple[str, ...] = ()
     module: bool = False
     gpus: tuple[str, ...] = ()
+    engine: Literal["processes", "ray"] | None = None
+    workers: int | None = None
     directory: str = ""
 
 

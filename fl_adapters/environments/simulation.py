@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fl_adapters.environments import resuming
 from fl_adapters.environments.local import (
@@ -34,6 +35,10 @@ from fl_runtime.server import Server
 from fl_runtime.server.history import History
 from fl_runtime.types import Listener
 
+if TYPE_CHECKING:
+    from fl_adapters.environments.function import First, Function
+    from fl_adapters.environments.virtual import Engine, Virtual
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -46,6 +51,12 @@ class Simulation:
     listeners: called with each Event, one at a time, from threads of the server.
     quiet: print nothing; else a line per round goes to stderr. share: False sends large models through the sockets
     too, as between machines; the results are the same.
+
+    engine: None runs the script in a process per site. With "processes", or "ray" (a cluster, too), the sites are
+    virtual: the job's app names a function, `train.py:train` or `package.module:train`, and a few workers call
+    `train(task, site)` for every site and round; see docs/simulation.md. workers: how many; None: one per core.
+    function: the function itself, in place of the app's; workers are then copies of this process. initial: with
+    `function`, the first weights (name -> array), or a function that gives them.
     """
 
     sites: int | Sequence[str] | None = None
@@ -57,28 +68,38 @@ class Simulation:
     listeners: Sequence[Listener] = ()
     quiet: bool = False
     share: bool = True
+    engine: Engine | None = None
+    workers: int | None = None
+    function: Function | None = None
+    initial: First | None = None
 
     def run(self, job: Job) -> SimulationResult:
         """Run `job` to its end. Raises FederationError if it fails; Ctrl-C ends all site processes first."""
         began = time.monotonic()
-        command = script_command(job, self.args, module=self.module)
+        virtual = self._virtual()
+        command = [] if virtual else script_command(job, self.args, module=self.module)
         sites = sites_of(job, self.sites)
-        job.settings(sites)  # what is wrong with the job shows before a folder is made
+        settings = job.settings(sites)  # what is wrong with the job shows before a folder is made
+        if virtual:
+            virtual.check(job, settings)
         folder = make_run_folder(Path(self.folder).resolve(), job)
         job = job.model_copy(update={"name": folder.name})
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
-        resuming.note(folder, Started(tuple(sites), tuple(self.args), self.module, tuple(map(str, self.gpus))))
+        gpus = tuple(map(str, self.gpus))
+        resuming.note(folder, Started(sites, tuple(self.args), self.module, gpus, self.engine, self.workers))
         return self._run(job, sites, folder, command, began)
 
     def resume(self, folder: str | Path) -> SimulationResult:
         """Go on with the run in `folder` (`runs/<job>`), which ended with an error or was killed, where it stopped. Of
-        this object only `port`, `listeners` and `quiet` count; job, sites and arguments are those that the run began
-        with. What of a site's state comes back is up to its script. ConfigError for a run that has finished."""
+        this object only `port`, `listeners`, `quiet` and `function` (with `initial`) count; job, sites and arguments
+        are those that the run began with. What of a site's state comes back is up to its script. ConfigError for a run
+        that has finished."""
         began = time.monotonic()
         folder = Path(folder).resolve()
         started, job = resuming.read(folder)
         again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
-        command = script_command(job, started.args, module=started.module)
+        again = replace(again, engine=started.engine, workers=started.workers)
+        command = [] if started.engine else script_command(job, started.args, module=started.module)
         return again._run(job, started.sites, folder, command, began)
 
     def _run(
@@ -87,11 +108,29 @@ class Simulation:
         shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         watch = Watch()
         run = LocalRun(job.settings(sites), folder, watch, FanOut((watch, *self.listeners, *shown)))
+        virtual = self._virtual()
+        if virtual:
+            virtual.check(job, run.settings)
+            return virtual.run(job, run, began)
         with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
             run.tell(starting(run, command))
             self._start_sites(processes, command, run, tokens, address)
             exits = follow(server, processes, run)
             return result_of(server, run, exits, began)
+
+    def _virtual(self) -> Virtual | None:
+        if self.engine is None:
+            for name, given in (("workers", self.workers), ("function", self.function), ("initial", self.initial)):
+                if given is not None:
+                    raise ConfigError(
+                        f"{name} is for virtual sites",
+                        where=f"Simulation({name}=)",
+                        fix='give engine="processes" too, or leave it out',
+                    )
+            return None
+        from fl_adapters.environments.virtual import Virtual
+
+        return Virtual(self.engine, self.workers, self.function, self.initial, self.gpus, self.args)
 
     def _start_sites(
         self, processes: SiteProcesses, command: list[str], run: LocalRun, tokens: dict[str, str], address: str

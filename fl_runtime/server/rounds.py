@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,14 @@ _TRIES = 4  # at a round that comes to nothing
 
 
 def drive(run: Run) -> None:
-    """From where the run stands to its end. Errors end the run; every waiting site gets them."""
+    """From where the run stands to its end, with sites that call."""
+    follow(run, _course)
+
+
+def follow(run: Run, course: Callable[[Run], None]) -> None:
+    """A run's course to its end. Errors end the run; every waiting site gets them."""
     try:
-        _handshake(run)
-        _initial_model(run)
-        assert run.model is not None
-        assert run.rounds is not None
-        if run.buffer is not None:
-            _without_rounds(run, run.buffer)
-        else:
-            while run.model.version < run.rounds:  # a round may find that the run ends before it
-                _round(run, run.model.version + 1)
-        _last_scores(run)
-        _cross_scores(run)
-        _farewell(run)
+        course(run)
     except FederationError as error:
         run.fail(error)
     except Exception as error:
@@ -53,6 +48,21 @@ def drive(run: Run) -> None:
         run.fail(FederationError(f"the server failed: {error!r}", fix="see its log; the run can be continued"))
     finally:
         run.ended.set()
+
+
+def _course(run: Run) -> None:
+    _handshake(run)
+    _initial_model(run)
+    assert run.model is not None
+    assert run.rounds is not None
+    if run.buffer is not None:
+        _without_rounds(run, run.buffer)
+    else:
+        while run.model.version < run.rounds:  # a round may find that the run ends before it
+            _round(run, run.model.version + 1)
+    last_scores(run)
+    _cross_scores(run)
+    _farewell(run)
 
 
 def _handshake(run: Run) -> None:
@@ -63,11 +73,11 @@ def _handshake(run: Run) -> None:
             return
 
         def settled() -> bool:
-            _check_quorum(run, [m.name for m in run.members.values() if not m.gone], "before round 1")
+            check_quorum(run, [m.name for m in run.members.values() if not m.gone], "before round 1")
             return all(m.active for m in run.members.values() if not m.gone)
 
         if not run.wait_until(settled, settings.deadline_s):
-            _check_quorum(run, [m.name for m in run.members.values() if m.active], "at the start's deadline")
+            check_quorum(run, [m.name for m in run.members.values() if m.active], "at the start's deadline")
         registrations = {m.name: m.registration for m in run.members.values() if m.active and m.registration}
         check_agreement(registrations, run.manifests, run.strategy)
         run.agree(next(iter(registrations.values())).terms)
@@ -123,7 +133,7 @@ def _initial_model(run: Run) -> None:
 
         def ready() -> bool:
             here = [m.name for m in run.members.values() if m.known and not m.gone]  # or on their way back
-            _check_quorum(run, here, "waiting for the initial model")
+            check_quorum(run, here, "waiting for the initial model")
             run.published.notify_all()  # the source may have changed: another site is asked
             return run.model is not None
 
@@ -168,7 +178,7 @@ def _without_rounds(run: Run, buffer: Buffer) -> None:
         run.published.notify_all()
 
     def ready() -> bool:
-        _check_quorum(run, [m.name for m in run.members.values() if m.attempt and not m.gone], "in training")
+        check_quorum(run, [m.name for m in run.members.values() if m.attempt and not m.gone], "in training")
         return bool(buffer.due(run)) or buffer.finished(run)
 
     while True:
@@ -183,8 +193,8 @@ def _without_rounds(run: Run, buffer: Buffer) -> None:
 def _round(run: Run, number: int) -> None:
     """One round: open, collect in any order, sum in fixed order, commit, tell."""
     with run.lock:
-        current = _open(run, number)
-        summing = Relayed(run, current) if run.strategy.relayed else _Summing(run, current)
+        current = open_round(run, number)
+        summing = Relayed(run, current) if run.strategy.relayed else Summing(run, current)
     try:
         while not _collected(run, current, summing):
             pass
@@ -199,7 +209,11 @@ def _round(run: Run, number: int) -> None:
         return
     digests = blob.manifest.digests_of_payload(blob.buffer)
     with run.lock:
-        _commit(run, current, blob, digests, summing.kept)
+        commit(run, current, blob, digests, summing.kept)
+        for accepted in current.accepted.values():
+            freed = run.cross_site.keep(accepted) if current.round > 0 else accepted.blob
+            if freed is not None:
+                run.blobs.free(freed)
 
 
 def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
@@ -213,14 +227,14 @@ def _again(run: Run, current: OpenRound, error: RoundFailedError) -> None:
         run.drop_open(again=failed)
 
 
-def _open(run: Run, number: int) -> OpenRound:
+def open_round(run: Run, number: int) -> OpenRound:
     """The round that the journal knows as open, or a new one for all present sites."""
     run.phase = "training"
     if run.open is None:
         enough = run.settings.min_sites
         run.wait_until(lambda: _assembled(run, enough) or _none_can_come(run), run.settings.rejoin_s)
         participants = _present(run)
-        _check_quorum(run, participants, f"at the start of round {number}")
+        check_quorum(run, participants, f"at the start of round {number}")
         punctual = [name for name in participants if name not in run.silent]
         participants = punctual if len(punctual) >= enough else participants
         participants = asked(run.settings, run.strategy, number, participants)
@@ -233,7 +247,7 @@ def _open(run: Run, number: int) -> OpenRound:
     return run.open
 
 
-class _Summing:
+class Summing:
     """Sums updates as soon as the fixed order (that of the job's sites) allows; finish() takes the rest."""
 
     def __init__(self, run: Run, current: OpenRound) -> None:
@@ -305,7 +319,7 @@ class _Summing:
         return self.kept.views()[0]
 
 
-def _collected(run: Run, current: OpenRound, summing: _Summing | Relayed) -> bool:
+def _collected(run: Run, current: OpenRound, summing: Summing | Relayed) -> bool:
     """Wait for something to sum, and sum it without the lock; True when the round can close."""
     due = None
 
@@ -319,7 +333,7 @@ def _collected(run: Run, current: OpenRound, summing: _Summing | Relayed) -> boo
         in_time = run.wait_until(something, left)
         if due is None:
             if not in_time:
-                _check_deadline(run, current)
+                check_deadline(run, current)
             current.closing = True
             return True
     summing.add(due)
@@ -335,10 +349,10 @@ def _complete(run: Run, current: OpenRound) -> bool:
     pending = [n for n in current.participants if n not in current.accepted and not run.members[n].gone]
     counted = [*current.accepted, *pending]
     if current.drawn and len(counted) < _needed(run, current):
-        _check_quorum(run, _present(run), f"in round {current.round}")
+        check_quorum(run, _present(run), f"in round {current.round}")
         raise RoundFailedError(f"{len(counted)} of the sites that were chosen are left", fix="look at their logs")
     if not current.drawn:
-        _check_quorum(run, counted, f"in round {current.round}")
+        check_quorum(run, counted, f"in round {current.round}")
     return not pending or (current.answers is not None and len(current.accepted) >= current.answers)
 
 
@@ -347,7 +361,7 @@ def _needed(run: Run, current: OpenRound) -> int:
     return max(min(run.settings.min_sites, len(current.participants)), 1)
 
 
-def _check_deadline(run: Run, current: OpenRound) -> None:
+def check_deadline(run: Run, current: OpenRound) -> None:
     if len(current.accepted) < _needed(run, current):
         late = [n for n in current.participants if n not in current.accepted]
         raise QuorumError(
@@ -357,7 +371,7 @@ def _check_deadline(run: Run, current: OpenRound) -> None:
         )
 
 
-def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob | None) -> None:
+def commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob | None) -> None:
     """The result becomes the global model, first in the journal, then for everybody. Called under the lock."""
     updates = [a.update for a in current.accepted.values()]
     metrics = weighted_means((u.metrics, u.num_examples) for u in sorted(updates, key=lambda u: u.site))
@@ -381,10 +395,6 @@ def _commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob
         run.scores.trained(current.round, metrics)
         run.events.emit("round_finished", current.round, **_without_round(result))
     run.published.notify_all()
-    for accepted in current.accepted.values():
-        freed = run.cross_site.keep(accepted) if current.round > 0 else accepted.blob
-        if freed is not None:
-            run.blobs.free(freed)
     if previous is not None:
         if previous.kept is not None:
             run.blobs.free(previous.kept)
@@ -404,7 +414,7 @@ def _keep_better(run: Run, model: Model) -> None:
         run.retire(model)
 
 
-def _last_scores(run: Run) -> None:
+def last_scores(run: Run) -> None:
     """Hand out the final model, wait for its scores, and decide which round was the best."""
     with run.lock:
         run.phase, run.exporter = "final", run.initial_source() or ""
@@ -451,7 +461,7 @@ def _none_can_come(run: Run) -> bool:
     return all(m.active or m.gone for m in run.members.values())
 
 
-def _check_quorum(run: Run, counted: list[str], when: str) -> None:
+def check_quorum(run: Run, counted: list[str], when: str) -> None:
     if len(counted) < max(run.settings.min_sites, 1):
         reasons = [f"{m.name}: {m.gone}" for m in run.members.values() if m.gone]
         raise QuorumError(

@@ -330,7 +330,7 @@ class Run:
                 return "used"
             if self.buffer is not None:
                 status = self.buffer.accept(self, update, blob, digest, header, bytes_up)
-                self._emit_update(update, status if status == "late" else "buffered", bytes_up, self.buffer.since)
+                self.emit_update(update, status if status == "late" else "buffered", bytes_up, self.buffer.since)
                 return status
             assert self.open is not None
             if self.handover is not None and is_of_handover(update.stage):
@@ -351,10 +351,10 @@ class Run:
             self.open.accepted[update.site] = Accepted(update, blob, digest)
             self.last_used[update.site] = update.round
             status = "used" if update.round == self.open.round else "carried"
-            self._emit_update(update, status, bytes_up, self.open.began, self.open)
+            self.emit_update(update, status, bytes_up, self.open.began, self.open)
             return status
 
-    def _emit_update(
+    def emit_update(
         self, update: Update, status: str, bytes_up: int, began: float, open: OpenRound | None = None
     ) -> None:
         self.events.emit(

@@ -46,8 +46,10 @@ class Server:
         listeners: Sequence[Listener] = (),
         share: bool = False,
         strategy: Strategy | None = None,
+        loop: Callable[[Run], None] = drive,
     ) -> None:
-        """strategy: in place of the one that `settings` name, such as a workflow of one's own."""
+        """strategy: in place of the one that `settings` name, such as a workflow of one's own. loop: takes the run from
+        where it stands to its end, where that is not for sites that call."""
         _check(settings, strategy)
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
@@ -61,7 +63,7 @@ class Server:
             self._lock.close()
             raise
         self.service: Service = FederationService(self._run, share=share)
-        self._loop = threading.Thread(target=drive, args=(self._run,), name="fl-rounds", daemon=True)
+        self._loop = threading.Thread(target=loop, args=(self._run,), name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:

@@ -1,0 +1,26 @@
+"""The peers in virtual environments of their own, made once and kept in a folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TORCH = "torch==2.13.0"
+PEERS = {
+    "flower": ("flwr[simulation]==1.41.0", TORCH),
+    "nvflare": ("nvflare==2.9.0", TORCH),
+}
+
+
+def python_of(peer: str, cache: Path) -> Path:
+    """The interpreter of a peer's environment, which is made if it is not there or is for other versions."""
+    folder = cache / peer
+    python, done = folder / "bin" / "python", folder / "installed.txt"
+    wanted = "\n".join(PEERS[peer])
+    if not done.exists() or done.read_text() != wanted:
+        print(f"installing {', '.join(PEERS[peer])} into {folder}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS[peer]], check=True)
+        done.write_text(wanted)
+    return python.absolute()

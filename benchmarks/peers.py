@@ -1,0 +1,223 @@
+"""The bare exchange side by side, in turn in one run: sites add 1 to every weight, nothing is trained.
+
+fl-adapters (a simulation with large models in shared files; one with everything over gRPC), a raw gRPC stream of the
+same bytes, Flower (its simulation; a SuperLink and SuperNodes) and NVIDIA FLARE (its simulator; its proof of concept,
+whose ports 8002 and 8003 must be free). The peers come from the package index, each into an environment of its own
+(--cache), on the first call.
+
+    peers.py [--mib 1 256] [--sites 2] [--rounds 10]
+    peers.py --virtual [--sites 100 1000] [--rounds 3] [--mib 1]      virtual sites, beside Flower's simulation
+    peers.py --only ours raw                                          without the peers
+
+Seconds of a round: the median of all but the first two; of the start and the end: all that the command takes beside its
+rounds. Memory: the peak of the summed PSS of all processes, and without pages of files. Leaves peers.csv, peers.md and,
+with matplotlib, peers.png in --out. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peer_environments import python_of
+from tree_memory import PeakMemory, adopt_orphans, end_descendants
+
+HERE = Path(__file__).parent.resolve()
+LARGE_MIB = 64
+_TAIL = 30
+_QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A command that runs the exchange: `script ARGS SITES ROUNDS MIB`. peer: whose environment it needs."""
+
+    name: str
+    group: str
+    script: str
+    args: tuple[str, ...] = ()
+    peer: str = ""
+
+
+OURS = Contender("fl-adapters, simulation", "ours", "peer_ours.py", ("simulation",))
+GRPC = Contender("fl-adapters, over gRPC", "ours", "peer_ours.py", ("grpc",))
+VIRTUAL = Contender("fl-adapters, virtual sites", "ours", "peer_ours.py", ("virtual",))
+RAW = Contender("raw gRPC stream", "raw", "raw_grpc.py")
+FLOWER = Contender("Flower 1.41.0, simulation", "flower", "peer_flower.py", ("simulation",), peer="flower")
+FLOWER_GRPC = Contender("Flower 1.41.0, deployed", "flower", "peer_flower.py", ("deployed",), peer="flower")
+FLARE = Contender("FLARE 2.9.0, simulator", "nvflare", "peer_flare.py", ("simulator",), peer="nvflare")
+FLARE_GRPC = Contender("FLARE 2.9.0, PoC", "nvflare", "peer_flare.py", ("poc",), peer="nvflare")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. load: the machine's before it, over one minute."""
+
+    name: str
+    sites: int
+    mib: float
+    rounds: int
+    round_s: float
+    slowest_s: float
+    around_s: float
+    peak_mib: float
+    without_files_mib: float
+    load: float
+
+
+def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -> Row:
+    """Run it in a process of its own. Ends this script if it fails, with the end of what it said."""
+    python = str(python_of(one.peer, cache)) if one.peer else sys.executable
+    size = f"{mib:g}"
+    numbers = [size, str(sites), str(rounds)] if one is RAW else [str(sites), str(rounds), size]
+    command = [python, str(HERE / one.script), *one.args, *numbers]
+    load, began = os.getloadavg()[0], time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **_QUIET}
+        )
+        try:
+            with PeakMemory() as memory:
+                out, _ = process.communicate()
+            wall_s = time.monotonic() - began
+        finally:
+            end_descendants()  # peers leave processes behind, and this script may be interrupted
+        if process.returncode:
+            log.seek(0)
+            said = "".join([out, *log.readlines()][-_TAIL:])
+            sys.exit(f"{' '.join(command)} failed with status {process.returncode}:\n{said}")
+    found = json.loads(next(line for line in reversed(out.splitlines()) if line[:1] in "[{"))
+    if isinstance(found, list):  # raw_grpc.py
+        found = {"round_s": found, "value": float(rounds)}
+    if not math.isclose(found["value"], rounds, rel_tol=1e-4):  # not everybody's mean of equal numbers is that number
+        sys.exit(f"{one.name} came to {found['value']} after {rounds} rounds")
+    seconds = found["round_s"]
+    settled = seconds[2:] or seconds[1:] or seconds
+    around_s = wall_s - sum(seconds)
+    if len(seconds) < rounds:  # FLARE's last round is not seen
+        around_s -= statistics.median(settled)
+    peak = memory.peak
+    return Row(
+        name=one.name,
+        sites=sites,
+        mib=mib,
+        rounds=rounds,
+        round_s=statistics.median(settled),
+        slowest_s=max(settled),
+        around_s=around_s,
+        peak_mib=peak.all_mib,
+        without_files_mib=peak.without_files_mib,
+        load=load,
+    )
+
+
+def cells(row: Row) -> list[str]:
+    """As the tables show it."""
+    return [
+        row.name,
+        str(row.sites),
+        f"{row.mib:g}",
+        f"{row.round_s:.3g}",
+        f"{row.slowest_s:.3g}",
+        f"{row.around_s:.1f}",
+        f"{row.peak_mib:.0f}",
+        f"{row.without_files_mib:.0f}",
+        f"{row.load:.1f}",
+    ]
+
+
+HEADS = (
+    "",
+    "sites",
+    "MiB",
+    "a round, s",
+    "slowest, s",
+    "start and end, s",
+    "peak memory, MiB",
+    "without files, MiB",
+    "load before",
+)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table whose columns are aligned in plain text too."""
+    lines = [list(HEADS), *(cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """peers.csv, peers.md and peers.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "peers.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(asdict(rows[0])))
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+    (out / "peers.md").write_text(markdown(rows), encoding="utf-8")
+    try:
+        draw(rows, out / "peers.png")
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A panel per number of sites and size: seconds of a round, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row.sites, row.mib) for row in rows))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.2), squeeze=False, layout="constrained")
+    for (sites, mib), ax in zip(panels, axes[0], strict=True):
+        mine = [row for row in rows if (row.sites, row.mib) == (sites, mib)][::-1]
+        bars = ax.barh([row.name for row in mine], [row.round_s for row in mine])
+        ax.bar_label(bars, [f" {row.round_s:.3g} s" for row in mine])
+        ax.set(xscale="log", title=f"{sites} sites, {mib:g} MiB", xlabel="seconds of a round, no training")
+        ax.margins(x=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=float, nargs="+")
+    parser.add_argument("--sites", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, help="default: 3 of virtual sites, else 10, of large models 5")
+    parser.add_argument("--virtual", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=["ours", "raw", "flower", "nvflare"])
+    parser.add_argument("--json", action="store_true", help="the rows as one JSON list on stdout")
+    parser.add_argument("--cache", type=Path, default=HERE.parent / ".venv-peers", help="of the environments")
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"))
+    args = parser.parse_args()
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    contenders = [VIRTUAL, FLOWER] if args.virtual else [OURS, GRPC, RAW, FLOWER, FLARE, FLOWER_GRPC, FLARE_GRPC]
+    contenders = [one for one in contenders if not args.only or one.group in args.only]
+    rows: list[Row] = []
+    for mib in args.mib or ([1.0] if args.virtual else [1.0, 256.0]):
+        for sites in args.sites or ([100, 1000] if args.virtual else [2]):
+            rounds = args.rounds or (3 if args.virtual else 5 if mib >= LARGE_MIB else 10)
+            for one in contenders:
+                print(f"{one.name}: {sites} sites, {mib:g} MiB, {rounds} rounds", file=sys.stderr, flush=True)
+                rows.append(measured(one, sites, rounds, mib, args.cache))
+                write(rows, args.out)  # what there is, should a later one fail
+    print(json.dumps([asdict(row) for row in rows]) if args.json else markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

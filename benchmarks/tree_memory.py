@@ -1,0 +1,76 @@
+"""The peak memory of all processes that this one has started, whoever has started them in turn. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+INTERVAL_S = 0.1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class Peak:
+    """The largest sums of PSS, in MiB: of all pages, and without those of files, which the system takes back."""
+
+    all_mib: float = 0.0
+    without_files_mib: float = 0.0
+
+
+def adopt_orphans() -> None:
+    """Processes whose parents end become children of this one, and so stay in its tree."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants() -> None:
+    """Kill what is left below this process."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+class PeakMemory:
+    """Samples all descendants of this process, in a thread, within a `with` block."""
+
+    def __init__(self) -> None:
+        self.peak = Peak()
+        self._root = psutil.Process(os.getpid())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(INTERVAL_S):
+            try:
+                tree = self._root.children(recursive=True)
+            except psutil.Error:
+                return
+            now = [_pss_kib(process.pid) for process in tree]
+            self.peak.all_mib = max(self.peak.all_mib, sum(both for both, _ in now) / 1024)
+            self.peak.without_files_mib = max(self.peak.without_files_mib, sum(own for _, own in now) / 1024)
+
+
+def _pss_kib(pid: int) -> tuple[int, int]:
+    """(all, without files) of one process; nothing of one that has ended."""
+    try:
+        rows = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+    except OSError:
+        return 0, 0
+    found = {row[0]: int(row[1]) for row in rows}
+    return found["Pss:"], found["Pss:"] - found.get("Pss_File:", 0)

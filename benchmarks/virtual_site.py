@@ -1,0 +1,22 @@
+"""Virtual sites that add 1 to every weight of a model of $MIB MiB (1 by default)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+import fl_adapters as fl
+
+
+def initial() -> dict[str, Any]:
+    """The first weights: zeros."""
+    return {"w": np.zeros(int(float(os.environ.get("MIB", "1")) * 2**18), np.float32)}
+
+
+def train(task: fl.SiteTask, site: fl.Site) -> None:
+    """One site's round."""
+    weights = task.arrays["w"]
+    weights += 1
+    task.submit({"w": weights}, num_examples=1)

@@ -1,0 +1,447 @@
+"""Virtual sites as users meet them: a function in a file, a few real worker processes, results of a simulation."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import fl_adapters as fl
+from fl_adapters import Job, Simulation
+from fl_adapters.environments.local import SimulationResult
+from fl_runtime.errors import (
+    ConfigError,
+    FederationError,
+    HandshakeError,
+    SiteFailedError,
+    StateMismatchError,
+    UpdateRefusedError,
+)
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.types import Event
+
+# Noise that is seeded by site and round, so the oracle below needs no more than the fixed order of the sites.
+NOISY = """
+import numpy as np
+import fl_adapters as fl
+
+def initial():
+    return {"w": np.zeros((40, 3), np.float32), "b": np.ones(7, np.float32)}
+
+def train(task, site):
+    assert fl.site() == site
+    rng = np.random.default_rng([site.index, task.round])
+    arrays = {name: array + rng.normal(size=array.shape).astype(np.float32) for name, array in task.arrays.items()}
+    task.submit(arrays, num_examples=site.index % 5 + 1, local_steps=2, metrics={"train_loss": 1.0 / task.round})
+"""
+
+
+def noisy(index: int, round: int, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the site sends; drawn in the order of the names, as above."""
+    rng = np.random.default_rng([index, round])
+    return {name: array + rng.normal(size=array.shape).astype(np.float32) for name, array in model.items()}
+
+
+def averaged(sites: int, rounds: int, chosen: Callable[[int], list[int]] | None = None) -> dict[str, Any]:
+    """FedAvg in plain NumPy, in the order of the sites: the running mean, in float32."""
+    model = {"w": np.zeros((40, 3), np.float32), "b": np.ones(7, np.float32)}
+    for round in range(1, rounds + 1):
+        total, mean = 0, model
+        for index in chosen(round) if chosen else range(sites):
+            update, weight = noisy(index, round, model), index % 5 + 1
+            total += weight
+            share = np.float32(weight / total)
+            mean = update if total == weight else {n: mean[n] + (update[n] - mean[n]) * share for n in mean}
+        model = mean
+    return model
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert {name: array.tobytes() for name, array in found.items()} == {n: a.tobytes() for n, a in expected.items()}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the test's own to be in. However a run ends, none of its processes is left."""
+    monkeypatch.chdir(tmp_path)
+    before = psutil.Process().children(recursive=True)
+    yield tmp_path
+    started = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+def script(text: str) -> str:
+    Path("train.py").write_text(textwrap.dedent(text))
+    return "train.py:train"
+
+
+def simulated(app: str, *, sites: int = 50, rounds: int = 3, workers: int = 2, **options: Any) -> SimulationResult:
+    known = {"engine": "processes", "quiet": True} | {
+        name: options.pop(name) for name in ("engine", "function", "initial", "listeners", "args") if name in options
+    }
+    return Job(app=app, rounds=rounds, **options).run(Simulation(sites=sites, workers=workers, **known))
+
+
+def model_of(result: SimulationResult) -> Mapping[str, Any]:
+    assert result.model is not None
+    return read_tensors(result.model / "model.safetensors")
+
+
+def test_the_mean_is_that_of_numpy_whatever_the_number_of_workers(here: Path) -> None:
+    app = script(NOISY)
+    for workers in (1, 3):
+        result = simulated(app, workers=workers)
+        assert_same(model_of(result), averaged(50, 3))
+
+    assert [len(item.sites) for item in result.rounds] == [50, 50, 50]
+    assert result.rounds[0].bytes_up == 50 * (120 + 7) * 4 == result.rounds[0].bytes_down
+    assert result.rounds[1].metrics == {"train_loss": 0.5}
+    rows = list(csv.DictReader((result.folder / "history.csv").open()))
+    third = [row for row in rows if row["round"] == "3"]
+    assert [row["site"] for row in third] == [*(f"site-{n}" for n in range(1, 51)), "global"]
+    assert {row["status"] for row in third[:-1]} == {"used"}
+    assert third[6]["num_examples"] == "2"
+    assert third[-1]["num_examples"] == str(sum(i % 5 + 1 for i in range(50)))
+    assert not (result.folder / "server" / "updates").exists()
+
+
+def test_a_fraction_of_the_sites_takes_part(here: Path) -> None:
+    result = simulated(script(NOISY), fraction=0.2, seed=5)
+
+    taken = [[int(site.removeprefix("site-")) - 1 for site in item.sites] for item in result.rounds]
+    assert [len(sites) for sites in taken] == [10, 10, 10]
+    assert taken[0] != taken[1]
+    assert_same(model_of(result), averaged(50, 3, lambda round: taken[round - 1]))
+
+
+def test_a_strategy_that_needs_all_updates_at_once_gets_them(here: Path) -> None:
+    result = simulated(script(NOISY), sites=21, rounds=2, strategy="median")
+
+    model: Mapping[str, Any] = {"w": np.zeros((40, 3), np.float32), "b": np.ones(7, np.float32)}
+    for round in (1, 2):
+        updates = [noisy(index, round, model) for index in range(21)]
+        model = {name: np.median([update[name] for update in updates], axis=0) for name in model}
+    assert_same(model_of(result), model)
+
+
+def test_the_global_random_states_are_the_sites_own(here: Path) -> None:
+    app = script("""
+        import random
+        import numpy as np
+
+        def initial():
+            return {"w": np.zeros(4)}
+
+        def train(task, site):
+            drawn = np.random.rand(4) + random.random() + task.seed % 7
+            task.submit({"w": task.arrays["w"] + drawn}, num_examples=1)
+    """)
+    one, three, other = (
+        model_of(simulated(app, sites=7, workers=workers, seed=seed)) for workers, seed in ((1, 1), (3, 1), (3, 2))
+    )
+    assert_same(one, three)
+    assert one["w"].tobytes() != other["w"].tobytes()
+
+
+def test_a_function_of_a_notebook_is_given_as_it_is(here: Path) -> None:
+    step = np.float32(2)
+
+    def train(task: fl.SiteTask, site: fl.Site) -> None:
+        task.submit({"w": task.arrays["w"] + step}, num_examples=1)
+
+    result = simulated("a notebook", function=train, initial={"w": np.zeros(3, np.float32)})
+    np.testing.assert_array_equal(model_of(result)["w"], np.full(3, 6, np.float32))
+
+
+def test_scores_of_the_global_model_choose_the_best_round(here: Path) -> None:
+    result = simulated(
+        script("""
+            import numpy as np
+
+            def initial():
+                return {"w": np.zeros(2, np.float32)}
+
+            def train(task, site):
+                task.report({"loss": abs(float(task.arrays["w"][0]) - 2)}, 10)
+                task.arrays["w"][:] += 1
+                task.submit(task.arrays, num_examples=3)
+        """),
+        rounds=4,
+    )
+    assert result.best_round == 2
+    assert [item.metrics.get("loss") for item in result.rounds] == [1.0, 0.0, 1.0, None]
+    assert result.best is not None
+    np.testing.assert_array_equal(read_tensors(result.best / "model.safetensors")["w"], [2, 2])
+
+
+def test_what_is_submitted_may_be_any_view_of_what_came(here: Path) -> None:
+    """The task's arrays are where the update is written to, which must not show."""
+    result = simulated(
+        script("""
+            import numpy as np
+
+            def initial():
+                return {"a": np.zeros(3, np.float32), "b": np.ones(3, np.float32)}
+
+            def train(task, site):
+                task.submit({"b": task.arrays["a"], "a": task.arrays["b"][::-1]}, num_examples=1)
+        """),
+        rounds=1,
+    )
+    found = model_of(result)
+    np.testing.assert_array_equal([found["a"], found["b"]], [np.ones(3), np.zeros(3)])
+
+
+def test_arguments_reach_the_module(bench: Any) -> None:
+    bench.script(
+        "train.py",
+        """
+import sys
+import numpy as np
+
+STEP = int(sys.argv[1])
+
+def initial():
+    return {"w": np.zeros(2, np.float32)}
+
+def train(task, site):
+    task.submit({"w": task.arrays["w"] + STEP}, num_examples=1)
+""",
+    )
+    found = bench.json("simulate", "train.py:train", "5", "--sites", "3", "--rounds", "2", "--engine", "processes")
+    model = read_tensors(Path(found["model"]) / "model.safetensors")
+    np.testing.assert_array_equal(model["w"], [10, 10])
+
+
+FAILING = """
+import numpy as np
+
+def initial():
+    return {"w": np.zeros(4, np.float32)}
+
+def train(task, site):
+    if site.name == "site-7" and task.round == 2:
+        raise ValueError("no data here")
+    task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+"""
+
+
+def test_an_error_names_site_round_and_exception(here: Path) -> None:
+    with pytest.raises(
+        SiteFailedError, match="site-7's function failed in round 2: ValueError: no data here"
+    ) as raised:
+        simulated(script(FAILING))
+    assert 'raise ValueError("no data here")' in raised.value.where
+
+
+def test_a_quorum_goes_on_without_a_site_that_failed(here: Path) -> None:
+    result = simulated(script(FAILING), min_sites=49)
+
+    assert [len(item.sites) for item in result.rounds] == [50, 49, 49]
+    assert result.rounds[1].missing == ("site-7",)
+    np.testing.assert_array_equal(model_of(result)["w"], np.full(4, 3, np.float32))
+
+
+def test_a_run_that_ended_with_an_error_goes_on_from_its_last_round(here: Path) -> None:
+    app = script(NOISY + "    if site.index == 30 and task.round == 3 and not __import__('os').path.exists('mended'):\n"
+                 "        raise OSError('broken')\n")  # fmt: skip
+    with pytest.raises(SiteFailedError, match="round 3: OSError: broken"):
+        simulated(app, rounds=4, name="mine")
+    Path("mended").touch()
+    result = Simulation(quiet=True).resume(Path("runs", "mine"))
+
+    assert len(result.rounds) == 4
+    assert_same(model_of(result), averaged(50, 4))
+    with pytest.raises(ConfigError, match="has finished"):
+        Simulation(quiet=True).resume(Path("runs", "mine"))
+
+
+DYING = """
+import os, signal
+import numpy as np
+
+def initial():
+    return {"w": np.zeros(4, np.float32)}
+
+def train(task, site):
+    if site.name == "site-3" and task.round == 2:
+        deaths = len(os.listdir("deaths"))
+        if deaths < %d:
+            open(f"deaths/{deaths}", "w").close()
+            print("about to die", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    task.submit({"w": task.arrays["w"] + site.index}, num_examples=1)
+"""
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_order_of_a_worker_that_dies_is_done_by_another(here: Path, forked: bool) -> None:
+    Path("deaths").mkdir()
+    app, options = script(DYING % 2), {}
+    if forked:
+        found: dict[str, Any] = {}
+        exec(DYING % 2, found)
+        options = {"function": found["train"], "initial": found["initial"]}
+    result = simulated(app, sites=5, **options)
+
+    assert len(os.listdir("deaths")) == 2
+    np.testing.assert_allclose(model_of(result)["w"], np.full(4, 6, np.float32), rtol=1e-6)
+
+
+def test_a_site_that_kills_every_worker_is_named(here: Path) -> None:
+    Path("deaths").mkdir()
+    with pytest.raises(SiteFailedError, match="site-3 in round 2, 3 times: killed by SIGKILL") as raised:
+        simulated(script(DYING % 99), sites=5)
+    assert "about to die" in raised.value.where
+    assert len(os.listdir("deaths")) == 3
+
+
+def test_a_site_that_takes_too_long_is_left_out_at_the_deadline(here: Path) -> None:
+    result = simulated(
+        script("""
+            import threading
+            import numpy as np
+
+            def initial():
+                return {"w": np.zeros(4, np.float32)}
+
+            def train(task, site):
+                if site.name == "site-2" and task.round == 1:
+                    threading.Event().wait()
+                task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+        """),
+        sites=4,
+        rounds=2,
+        min_sites=3,
+        deadline_s=3,
+    )
+    assert [item.missing for item in result.rounds] == [("site-2",), ()]
+
+
+def test_ctrl_c_ends_the_workers_and_the_run(here: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if event.kind == "round_finished" and event.round == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        simulated(script(NOISY), rounds=100_000, listeners=[interrupt])
+    assert not [thread for thread in threading.enumerate() if thread.name == "fl-rounds"]
+
+
+SUBMITTING = """
+import numpy as np
+
+def initial():
+    return {"w": np.zeros(4, np.float32)}
+
+def train(task, site):
+    %s
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "said"),
+    [
+        ("pass", ConfigError, "ended without a result in round 1"),
+        (
+            "task.submit({'w': np.zeros(5, np.float32)}, num_examples=1)",
+            StateMismatchError,
+            r"float32\[4\] != float32\[5\]",
+        ),
+        (
+            "task.submit({'w': task.arrays['w'] + np.nan}, num_examples=1)",
+            UpdateRefusedError,
+            "NaN or infinite values in w",
+        ),
+        ("task.submit(task.arrays, num_examples=0)", UpdateRefusedError, "num_examples is 0"),
+        ("task.submit(task.arrays, num_examples=1, extras=task.arrays)", ConfigError, "no extras"),
+    ],
+)
+def test_a_bad_result_is_refused_with_site_and_round(
+    here: Path, line: str, kind: type[FederationError], said: str
+) -> None:
+    with pytest.raises(kind, match=said) as raised:
+        simulated(script(SUBMITTING % line), sites=3, workers=1)
+    assert "site-1, round 1" in raised.value.where
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"app": "train.py"}, "does not name one"),
+        ({"app": "train.py:nothing"}, "has no function nothing"),
+        ({"app": "absent.py:train"}, "there is no script absent.py"),
+        ({"app": "absent.module:train"}, "cannot be imported: ModuleNotFoundError"),
+        ({"engine": "threads"}, "no engine 'threads'"),
+        ({"workers": 0}, "0 workers"),
+        ({"rounds": None}, "no budget of rounds"),
+        ({"cross_site": True}, "cross_site needs sites with"),
+        ({"keep_local": ["b"]}, "keep_local needs sites with"),
+        ({"strategy": "fedbuff"}, "fedbuff needs sites with"),
+        ({"filters": [{"name": "Quantize", "to": "int8"}]}, "the filter Quantize at site_out needs sites"),
+        ({"function": print}, "nobody gives the first weights"),
+        ({"function": print, "initial": {"w": np.zeros(2)}, "args": ("a",)}, "arguments are for a module"),
+    ],
+)
+def test_what_cannot_work_is_refused(here: Path, options: dict[str, Any], said: str) -> None:
+    script(NOISY)
+    with pytest.raises(FederationError, match=said):
+        simulated(**{"app": "train.py:train", "sites": 3} | options)
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())  # the name stays free
+
+
+def test_a_strategy_that_needs_a_capability_is_refused(here: Path) -> None:
+    with pytest.raises(HandshakeError, match="scaffold needs the capability"):
+        simulated(script(NOISY), sites=3, strategy="scaffold")
+
+
+def test_what_is_for_virtual_sites_alone_is_refused_without_an_engine(here: Path) -> None:
+    with pytest.raises(ConfigError, match="workers is for virtual sites"):
+        Job(app=script(NOISY), rounds=1).run(Simulation(sites=2, workers=2))
+
+
+def test_without_ray_the_extra_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match="needs Ray") as raised:
+        simulated(script(NOISY), engine="ray")
+    assert "fl-adapters[ray]" in raised.value.fix
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bits_and_replaces_workers_that_die(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fl-adapters[ray]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(fl.__file__).parents[1]), *_path()])))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        result = simulated(script(NOISY), engine="ray")
+        assert_same(model_of(result), averaged(50, 3))
+        Path("deaths").mkdir()
+        result = simulated(script(DYING % 1), engine="ray", sites=5)
+        assert len(os.listdir("deaths")) == 1
+        np.testing.assert_allclose(model_of(result)["w"], np.full(4, 6, np.float32), rtol=1e-6)
+        with pytest.raises(SiteFailedError, match="site-7's function failed in round 2: ValueError: no data here"):
+            simulated(script(FAILING), engine="ray")
+        assert ray.is_initialized()  # it was not the simulation's to end
+    finally:
+        ray.shutdown()
+
+
+def _path() -> list[str]:
+    return [os.environ.get("PYTHONPATH", "")]
+
+
+def test_the_command_line_has_virtual_sites_too(bench: Any) -> None:
+    bench.script("train.py", NOISY)
+    found = bench.json("simulate", "train.py:train", "--sites", "50", "--rounds", "2", "--engine", "processes",
+                       "--workers", "2")  # fmt: skip
+    assert (found["sites"], found["rounds"]) == (50, 2)
+    assert_same(read_tensors(Path(found["model"]) / "model.safetensors"), averaged(50, 2))
