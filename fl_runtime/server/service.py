@@ -185,8 +185,8 @@ class FederationService:
         header.version = entry.version
         header.payload.CopyFrom(frames.describe(blob.manifest, entry.digests, known=known))
         pieces = [blob.buffer.data]
-        if frames.inline(header.payload, pieces):
-            ready[key] = pb.TaskPart(task=header).SerializeToString()
+        if blob.manifest.nbytes <= frames.INLINE_BYTES:
+            ready[key] = frames.inlined(pb.TaskPart(task=header), pieces)
             yield ready[key]
             return
         if shared:

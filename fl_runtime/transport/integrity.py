@@ -30,10 +30,10 @@ def checked(message: bytes) -> bytes:
         except ProtocolError as error:
             raise _damaged(error.what) from None
         return message
-    content, digest = message[:-CHECK_BYTES], message[-CHECK_BYTES:]
-    if xxhash.xxh3_64_digest(content) != digest:
+    content = memoryview(message)[:-CHECK_BYTES]
+    if xxhash.xxh3_64_digest(content) != message[-CHECK_BYTES:]:
         raise _damaged("a message does not have the digest that it came with")
-    return content
+    return bytes(content)
 
 
 def check_of_call(path: str, authorization: str) -> str:

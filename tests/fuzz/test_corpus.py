@@ -31,7 +31,7 @@ def seeds() -> dict[str, bytes]:
     update = pb.UpdatePart(update=header).SerializeToString()
     body = b"".join(frames.frames(plain.pieces(ARRAYS, {})))
     inline = pb.UpdatePart(update=header)
-    frames.inline(inline.update.payload, plain.pieces(ARRAYS, {}))
+    inline.update.payload.inline = b"".join(plain.pieces(ARRAYS, {}))
     whole = inline.SerializeToString()
     register = pb.RegisterRequest(manifest=manifest.to_proto(), agreement={"every": "epoch"}, capabilities=["x"])
     part = pb.TunnelPart(session=pb.Session(job="job", attempt=1), peer="south", stream="s1", opened="ring", credit=9)

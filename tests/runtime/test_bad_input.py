@@ -290,7 +290,7 @@ def test_bytes_that_are_no_message_get_an_error_and_harm_nobody(tmp_path: Path, 
 def raw_update(site: Site, arrays: Arrays, **changes: Any) -> pb.UpdateHeader:
     manifest = Manifest.of(arrays)
     payload = frames.describe(manifest, manifest.digests(arrays, {}), known=False)
-    frames.inline(payload, manifest.pieces(arrays, {}))
+    payload.inline = b"".join(manifest.pieces(arrays, {}))
     header = pb.UpdateHeader(
         session=pb.Session(job="test", attempt=site.welcome.attempt),
         round=1,

@@ -318,6 +318,19 @@ def test_differences_name_every_tensor_once() -> None:
 # -- values that may not enter an average ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [0, 1, 100, 2**14, 2**20])
+def test_a_payload_in_its_header_is_what_protobuf_makes_of_it(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    pieces = [memoryview(data[: size // 3]), memoryview(data[size // 3 :])]
+    update = pb.UpdatePart(update=pb.UpdateHeader(round=7, payload=pb.Payload(layout=b"l" * 16, total_bytes=size)))
+    task = pb.TaskPart(task=pb.TaskHeader(job="j", version=3, payload=pb.Payload(digests=b"d" * 8)))
+    found = pb.UpdatePart.FromString(frames.inlined(update, pieces))
+    other = pb.TaskPart.FromString(frames.inlined(task, pieces))
+    update.update.payload.inline = task.task.payload.inline = data
+    assert found == update
+    assert other == task
+
+
 @pytest.mark.parametrize("name", [n for n, d in DTYPES.items() if is_floating(d)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_found_in_every_dtype(name: str, value: float) -> None:
