@@ -18,7 +18,7 @@ from fl_runtime.wire.frames import FRAME_BYTES
 
 MIB = 2**20
 PAYLOAD = 24 * MIB
-IN_FLIGHT = FRAME_BYTES + 10 * MIB
+IN_FLIGHT = FRAME_BYTES + 13 * MIB
 """What may have passed the proxy and not the last whole frame: HTTP/2's window and the sockets' buffers."""
 
 
