@@ -95,8 +95,9 @@ class ConnectedSite:
             yield current
             current.check_submitted()
             task = session.next_task()
-        self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}
+        self.arrays = task.arrays  # nothing else comes into this buffer
         if evaluate is not None:
+            self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}  # but for models to score
             session.cross_evaluate(evaluate)
         session.finish()
 
