@@ -375,11 +375,14 @@ def commit(run: Run, current: OpenRound, blob: Blob, digests: bytes, kept: Blob 
     """The result becomes the global model, first in the journal, then for everybody. Called under the lock."""
     updates = [a.update for a in current.accepted.values()]
     metrics = weighted_means((u.metrics, u.num_examples) for u in sorted(updates, key=lambda u: u.site))
+    sites = tuple(n for n in run.members if n in current.accepted)
+    if run.results and run.results[-1].sites == sites:
+        sites = run.results[-1].sites  # results are kept: thousands of rounds should not hold thousands of copies
     result = RoundResult(
         round=current.round,
         seconds=time.monotonic() - current.began,
         metrics=metrics,
-        sites=tuple(n for n in run.members if n in current.accepted),
+        sites=sites,
         missing=tuple(n for n in current.participants if n not in current.accepted),
         bytes_up=sum(current.bytes_up.values()),
         bytes_down=sum(current.bytes_down.values()),

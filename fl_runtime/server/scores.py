@@ -15,7 +15,7 @@ class Scores:
 
     def __init__(self, best_metric: str = "loss", best_mode: Literal["min", "max"] = "min") -> None:
         self.rank_by(best_metric, best_mode)
-        self._training: dict[int, dict[str, float]] = {}
+        self._training: dict[int, Metrics] = {}
         self._reports: dict[int, dict[str, tuple[Mapping[str, float | Summary], int]]] = {}
         self._settled: set[int] = set()
 
@@ -24,7 +24,8 @@ class Scores:
         self._sign = 1.0 if best_mode == "min" else -1.0
 
     def trained(self, round: int, metrics: Metrics) -> None:
-        self._training[round] = dict(metrics)
+        if metrics:
+            self._training[round] = metrics
 
     def report(self, version: int, site: str, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
         self._reports.setdefault(version, {})[site] = (metrics, num_examples)
@@ -39,7 +40,7 @@ class Scores:
     def of(self, round: int) -> dict[str, float]:
         """All metrics of a round; a report on its model outranks a training metric of the same name."""
         reports = self._reports.get(round, {})
-        return self._training.get(round, {}) | pooled(reports[site] for site in sorted(reports))
+        return dict(self._training.get(round, {})) | pooled(reports[site] for site in sorted(reports))
 
     def settle(self, version: int) -> bool:
         """Mark a version as scored for good; False if it was already."""
