@@ -92,7 +92,8 @@ class Federation:
         port = free_ports(1)[0]
         names = tuple(f"site-{index + 1}" for index in range(target.sites))
         fields: dict[str, Any] = {"name": "chaos", "sites": names, "min_sites": len(names), "rounds": target.rounds}
-        self.settings = RunSettings(**{**fields, "deadline_s": 600.0, "rejoin_s": 120.0, **target.settings})
+        fields |= {"deadline_s": 600.0, "rejoin_s": 120.0}
+        self.settings = RunSettings(**{**fields, "exact_restart": True, **target.settings})
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGES, os.environ.get("PYTHONPATH", "")])}
         environment |= {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         command = [
@@ -104,6 +105,7 @@ class Federation:
         ]
         self.server = Process("server", command, environment, folder / "server.txt")
         self.proxies = [TcpProxy(f"127.0.0.1:{port}") for _ in names]
+        self._met = [0] * len(names)  # connections of earlier processes of each site
         self.sites = []
         for index, name in enumerate(names):
             own = folder / name
@@ -112,12 +114,27 @@ class Federation:
             )
             kit.save(own / "kit")
             self.sites.append(
-                Process(name, target.command(own), {**environment, KIT_VARIABLE: str(own / "kit")}, own / "log.txt")
+                Process(name, target.command, {**environment, KIT_VARIABLE: str(own / "kit")}, own / "log.txt")
             )
 
     def start(self) -> None:
         for process in (self.server, *self.sites):
             process.start()
+
+    def gather(self, timeout_s: float) -> None:
+        """Wait until every site that has been started has found the server: the imports of its script are over."""
+        end = time.monotonic() + timeout_s
+        while not self.over and (
+            late := [site for site, absent in zip(self.sites, self._absent(), strict=True) if absent]
+        ):
+            self.watch()
+            if time.monotonic() > end:
+                self._hangs(late)
+            time.sleep(0.02)
+
+    def _absent(self) -> list[bool]:
+        zipped = zip(self.sites, self.proxies, self._met, strict=True)
+        return [site.status is None and proxy.connections == met for site, proxy, met in zipped]
 
     @property
     def over(self) -> bool:
@@ -149,7 +166,8 @@ class Federation:
 
     def suffer(self, fault: Fault) -> None:
         """Have a fault happen. Returns once it has, and what it has ended has been started again."""
-        site, proxy = self.sites[fault.site], self.proxies[fault.site]
+        number = fault.site % len(self.sites)
+        site, proxy = self.sites[number], self.proxies[number]
         before = proxy.fired
         match fault.kind:
             case "kill the server":
@@ -180,6 +198,10 @@ class Federation:
             if process.status is not None or self.over:
                 return
             process.kill()
+            self._met = [
+                proxy.connections if site is process else met
+                for site, proxy, met in zip(self.sites, self.proxies, self._met, strict=True)
+            ]
         self._count(fault)
         time.sleep(fault.for_s)
         with self._lock:
