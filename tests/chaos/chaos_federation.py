@@ -29,6 +29,7 @@ from fl_runtime.types import RunSettings
 _PACKAGES = str(Path(fl_adapters.__file__).parents[1])
 _FIRES_S = 3.0
 _LAST_WORDS_S = 5.0
+_EXIT_S = 90.0  # of an interpreter with a framework in it, on a busy machine
 
 
 class ChaosError(AssertionError):
@@ -229,15 +230,15 @@ class Federation:
 
     def finish(self, timeout_s: float) -> None:
         """Wait for the end of every process. ChaosError if it does not come, with what their threads were doing."""
-        end = time.monotonic() + timeout_s
-        while any(process.status is None for process in (self.server, *self.sites)):
+        end, alone, over = time.monotonic() + timeout_s, 0.0, False
+        while late := [process for process in (self.server, *self.sites) if process.status is None]:
             self.watch()
-            if self.over:
-                end = min(end, time.monotonic() + _LAST_WORDS_S)
-            if time.monotonic() > end:
-                late = [p for p in (self.server, *self.sites) if p.status is None]
-                if self.over and all(p.kills for p in late):
-                    return  # killed after its last word to the server, and started again after the end
+            now = time.monotonic()
+            if self.over and not over:
+                over, alone, end = True, now + _LAST_WORDS_S, now + _EXIT_S
+            if over and now > alone and all(process.kills for process in late):
+                return  # killed after its last word to the server, and started again after the end
+            if now > end:
                 self._hangs(late)
             time.sleep(0.02)
 
