@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--target", choices=targets, help="this one alone")
     parser.add_argument("--keep", type=Path, help="leave the folders of the runs here")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and no process is left behind
     on_frameworks = -(-args.faults // 5)
     shares: dict[Sequence[Target], int] = {FRAMEWORKS: on_frameworks, BARE: args.faults - on_frameworks}
     if args.target:
