@@ -31,7 +31,8 @@ def main() -> None:
             keras.layers.BatchNormalization(name="statistics"),
             keras.layers.Dropout(0.3),
             keras.layers.Dense(2, name="head"),
-        ]
+        ],
+        name="model",
     )
     model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     callbacks = [
@@ -42,7 +43,7 @@ def main() -> None:
     data, validation = rows(site().index), rows(99)
     model.fit(*data, batch_size=4, epochs=100, verbose=0, validation_data=validation, callbacks=callbacks)
     exchanged = [variable for variable in model.weights if "statistics" not in variable.path]
-    final({variable.path: keras.ops.convert_to_numpy(variable.value) for variable in exchanged})
+    final({variable.path.removeprefix("model/"): keras.ops.convert_to_numpy(variable.value) for variable in exchanged})
 
 
 if __name__ == "__main__":
