@@ -42,10 +42,9 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave the folders of the runs here")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and no process is left behind
-    on_frameworks = -(-args.faults // 5)
-    shares: dict[Sequence[Target], int] = {FRAMEWORKS: on_frameworks, BARE: args.faults - on_frameworks}
+    shares = shared_out(args.faults)
     if args.target:
-        shares = {(targets[args.target],): args.faults}
+        shares = {targets[args.target]: args.faults}
     began, tally = time.monotonic(), Tally()
     try:
         suffer(args.seed, shares, tally, args.keep)
@@ -57,20 +56,28 @@ def main() -> None:
     show(tally)
 
 
-def suffer(seed: int, shares: Mapping[Sequence[Target], int], tally: Tally, keep: Path | None = None) -> None:
-    """Runs until each group of targets has suffered its share of faults, its members in turn. Raises ChaosError."""
+def shared_out(wanted: int) -> dict[Target, int]:
+    """How many of so many faults fall on each target: a fifth on those of frameworks, or a few more."""
+    each = -(-wanted // (5 * len(FRAMEWORKS)))
+    rest = max(wanted - each * len(FRAMEWORKS), 0)
+    return {**dict.fromkeys(FRAMEWORKS, each), **dict.fromkeys(BARE, -(-rest // len(BARE)))}
+
+
+def suffer(seed: int, shares: Mapping[Target, int], tally: Tally, keep: Path | None = None) -> None:
+    """Runs until each target has suffered its share of faults, in turn. Raises ChaosError."""
     plan, runs = faults(seed), 0
+    tally.update({target.name: Counter() for target in shares})
 
-    def suffered(targets: Sequence[Target]) -> int:
-        return sum(total(tally.get(target.name, Counter())) for target in targets)
+    def missing(target: Target) -> int:
+        return shares[target] - total(tally[target.name])
 
-    while behind := [targets for targets, share in shares.items() if suffered(targets) < share]:
-        targets = min(behind, key=lambda targets: suffered(targets) / shares[targets])
-        target = min(targets, key=lambda target: suffered([target]))
-        counts = one_run(target, plan, shares[targets] - suffered(targets), keep and keep / f"run-{runs}")
-        tally.setdefault(target.name, Counter()).update(counts + Counter({"(runs)": 1}))
+    while any(missing(target) > 0 for target in shares):
+        target = max(shares, key=lambda target: missing(target) / max(shares[target], 1))
+        counts = one_run(target, plan, missing(target), keep and keep / f"run-{runs}")
+        tally[target.name].update(counts + Counter({"(runs)": 1}))
         runs += 1
-        print(f"run {runs}: {target.name}: {suffered([*BARE, *FRAMEWORKS])} faults so far", file=sys.stderr, flush=True)
+        so_far = sum(map(total, tally.values()))
+        print(f"run {runs}: {target.name}: {so_far} faults so far", file=sys.stderr, flush=True)
 
 
 def one_run(target: Target, plan: Iterator[Fault], most: int, keep: Path | None = None) -> Counter[str]:
