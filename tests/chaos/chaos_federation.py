@@ -43,10 +43,11 @@ class Process:
         self.name, self._command, self._environment, self.log = name, list(command), environment, log
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] = open(log, "ab")  # noqa: SIM115 (closed by close)
-        self.starts = self.kills = 0
+        self.kills = 0
+        self.lies_dead = False  # killed, and not started again yet
 
     def start(self) -> None:
-        self.starts += 1
+        self.lies_dead = False
         self._process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
         )
@@ -63,6 +64,7 @@ class Process:
     def kill(self) -> None:
         assert self._process is not None
         self.kills += 1
+        self.lies_dead = True
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
@@ -146,7 +148,7 @@ class Federation:
         """Raises ChaosError for a process that has ended on its own and not well. A full disk may end the server."""
         with self._lock:
             for process in (self.server, *self.sites):
-                if process.status not in (None, 0):
+                if process.status not in (None, 0) and not process.lies_dead:
                     if process is self.server and self._filled:
                         self._ended_by_the_disk()
                         continue
