@@ -26,7 +26,7 @@ from chaos_plan import Fault, faults
 from chaos_targets import BARE, FRAMEWORKS, Bits, Target
 
 _MIB = 256
-_RUN_S, _FAULT_S = 300.0, 15.0
+_RUN_S, _FAULT_S = 900.0, 15.0
 """How long a run may take: generous, since the machine may be busy; what hangs, hangs for ever."""
 
 Tally = dict[str, Counter[str]]

@@ -95,7 +95,7 @@ class Federation:
         port = free_ports(1)[0]
         names = tuple(f"site-{index + 1}" for index in range(target.sites))
         fields: dict[str, Any] = {"name": "chaos", "sites": names, "min_sites": len(names), "rounds": target.rounds}
-        fields |= {"deadline_s": 600.0, "rejoin_s": 120.0}
+        fields |= {"deadline_s": 1800.0, "rejoin_s": 900.0}  # beyond a restart on a machine that is busy
         self.settings = RunSettings(**{**fields, "exact_restart": True, **target.settings})
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGES, os.environ.get("PYTHONPATH", "")])}
         environment |= {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
