@@ -201,7 +201,7 @@ class FederationService:
     # -- updates and reports ---------------------------------------------------------------------------------
 
     def _submit(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        first = next(requests, b"")
+        first = _expected(requests, "an update ended before its header")
         header = _parsed(pb.UpdatePart, first).update
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
         facts, digest = _update_fields(header), frames.payload_digest(payload)
@@ -282,9 +282,9 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
     """Take frames until the payload is whole; returns the bytes of the messages."""
     count = 0
     while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
-        message = next(requests, b"")
+        message = _expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
         if not frames.is_frame(message):
-            raise ProtocolError(f"an upload ended after {transfer.receiver.arrived} bytes")
+            raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
         transfer.receiver.take(frames.frame_data(message))
         count += len(message)
     return count
@@ -292,8 +292,8 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
 
 def _written(transfer: Transfer, requests: Iterator[bytes]) -> int:
     """Wait for the word that the site has filled the rest of the file; returns how many bytes that were."""
-    if not frames.is_frame(next(requests, b"")):
-        raise ProtocolError("an upload ended before its file was filled")
+    if not frames.is_frame(_expected(requests, "an upload ended before its file was filled")):
+        raise ProtocolError("an upload has no frame where it says that its file is filled")
     before = transfer.receiver.arrived
     transfer.receiver.filled()
     return transfer.receiver.arrived - before
@@ -358,4 +358,13 @@ def _parsed(kind: type[M], message: bytes) -> M:
 
 
 def _first(kind: type[M], requests: Iterator[bytes]) -> M:
-    return _parsed(kind, next(requests, b""))
+    return _parsed(kind, _expected(requests, "a call ended before its first message"))
+
+
+def _expected(requests: Iterator[bytes], else_what: str) -> bytes:
+    """The next message. TransferDamagedError where the call has ended: of an HTTP/2 frame whose type is damaged nothing
+    arrives, and the site is to send it again."""
+    message = next(requests, None)
+    if message is None:
+        raise TransferDamagedError(else_what, fix="look at the network")
+    return message

@@ -78,23 +78,27 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
     rounds.begin(booster, terms, evaluates=bool(names), more=grower.more, extras=grower.extras, snapshot=snapshot)
     for callback in callbacks:
         booster = callback.before_training(booster)
-    if names and session.attempt > 1 and rounds.task is not None and rounds.task.version > 0:
-        # the process before may have died before it could say so, and the others wait to hear it
-        done = rounds.task.version * rounds.boosts - 1
-        _score(session, evaluation, booster, done, rounds, log, names)
-    while not rounds.over:
+
+    def done(last: int) -> bool:
+        """What follows an exchange, after iteration `last`: the score, and the callbacks, of which one may stop."""
+        if names:
+            _score(session, evaluation, booster, last, rounds, log, names)
+        return True in [callback.after_iteration(booster, last, log) for callback in callbacks]
+
+    stopped = False
+    if session.attempt > 1 and rounds.task is not None and rounds.task.version > 0:
+        # the process before may have died before it came to that: the others wait for the score, and what callbacks
+        # have set for the next round, such as a learning rate, is that of a training in which nothing happened
+        stopped = done(rounds.end_of(rounds.task.version) - 1)
+    while not rounds.over and not stopped:
         if session.round_seed is not None:
             seed_python(session.round_seed)  # for objectives and callbacks of the user's own
         first, last = rounds.begun, max(rounds.ends - 1, rounds.begun)
         if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # all of them are called
             break
         grown = grower.grow(booster, rounds)
-        if not rounds.exchange(booster, grown, grower.more, grower.metrics()):
-            continue  # the round has come to nothing, and is opened again
-        if names:
-            _score(session, evaluation, booster, last, rounds, log, names)
-        if True in [c.after_iteration(booster, last, log) for c in callbacks] and not rounds.over:
-            break
+        if rounds.exchange(booster, grown, grower.more, grower.metrics()):
+            stopped = done(last)  # else the round has come to nothing, and is opened again
     grower.close(gently=rounds.over)
     if rounds.over:
         if stopping is not None and stopping.rounds:

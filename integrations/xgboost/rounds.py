@@ -48,8 +48,12 @@ class TreeRounds:
 
     @property
     def ends(self) -> int:
-        """The iteration that the round under way ends before; a script's own budget may cut the last round short."""
-        end = self.round * self.boosts
+        """The iteration that the round under way ends before."""
+        return self.end_of(self.round)
+
+    def end_of(self, round: int) -> int:
+        """The same of any round; a script's own budget may cut the last one short."""
+        end = round * self.boosts
         return end if self.session.settings.rounds else min(end, self.call.num_boost_round)
 
     @property

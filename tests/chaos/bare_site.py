@@ -1,13 +1,9 @@
-"""A site without training, for the chaos suite: its result depends on its index, the round and the model alone, so
-that it may be killed anywhere and simply be started again.   usage: bare_site.py FOLDER KIB"""
+"""A site without training, for the chaos suite: its update depends on its index, the round, the model and a number that
+it carries from round to round, so that it may be killed anywhere and be started again.   usage: bare_site.py KIB"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,29 +23,29 @@ def initial(kib: int) -> Model:
     }
 
 
-def trained(model: Model, index: int, round: int) -> Model:
-    """Different for every site and round, and not associative to add up."""
+def trained(model: Model, index: int, round: int, carried: float) -> tuple[Model, float]:
+    """Different for every site and round, and not associative to add up; and what the next round is to be given."""
     rng = np.random.default_rng([index, round])
+    carried = 0.5 * carried + float(np.tanh(model["scalars"][0])) + rng.normal()
     return {
         name: (
-            0.5 * array + rng.normal() * 10.0**index + np.linspace(0, rng.normal(), array.size).reshape(array.shape)
+            0.5 * array + carried * 10.0**index + np.linspace(0, rng.normal(), array.size).reshape(array.shape)
         ).astype(array.dtype)
         for name, array in model.items()
-    }
+    }, carried
 
 
 def main() -> None:
-    folder, kib = Path(sys.argv[1]), int(sys.argv[2])
-    with fl.connect(required=True) as site, open(folder / "acknowledged.txt", "a") as acknowledged:
-        for task in site.tasks(initial=initial(kib)):
+    from site_notes import acknowledged, final
+
+    kib, own = int(sys.argv[1]), {"carried": 0.0}
+    with fl.connect(required=True) as site:
+        for task in site.tasks(initial=initial(kib), save=lambda: own, load=own.update):
             model = {name: np.asarray(array) for name, array in task.arrays.items()}
-            task.submit(trained(model, site.index, task.round), num_examples=site.index + 1)
-            acknowledged.write(f"{task.round}\n")
-            acknowledged.flush()
-        bits = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in site.arrays.items()}
-    partial = folder / "final.json.partial"
-    partial.write_text(json.dumps(bits))
-    os.replace(partial, folder / "final.json")
+            update, own["carried"] = trained(model, site.index, task.round, own["carried"])
+            task.submit(update, num_examples=site.index + 1)
+            acknowledged(task.round)
+        final({name: np.asarray(array) for name, array in site.arrays.items()})
 
 
 if __name__ == "__main__":

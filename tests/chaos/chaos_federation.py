@@ -29,6 +29,7 @@ from fl_runtime.types import RunSettings
 _PACKAGES = str(Path(fl_adapters.__file__).parents[1])
 _FIRES_S = 3.0
 _LAST_WORDS_S = 5.0
+_EXIT_S = 90.0  # of an interpreter with a framework in it, on a busy machine
 
 
 class ChaosError(AssertionError):
@@ -42,10 +43,11 @@ class Process:
         self.name, self._command, self._environment, self.log = name, list(command), environment, log
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] = open(log, "ab")  # noqa: SIM115 (closed by close)
-        self.starts = self.kills = 0
+        self.kills = 0
+        self.lies_dead = False  # killed, and not started again yet
 
     def start(self) -> None:
-        self.starts += 1
+        self.lies_dead = False
         self._process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
         )
@@ -62,6 +64,7 @@ class Process:
     def kill(self) -> None:
         assert self._process is not None
         self.kills += 1
+        self.lies_dead = True
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
@@ -92,7 +95,8 @@ class Federation:
         port = free_ports(1)[0]
         names = tuple(f"site-{index + 1}" for index in range(target.sites))
         fields: dict[str, Any] = {"name": "chaos", "sites": names, "min_sites": len(names), "rounds": target.rounds}
-        self.settings = RunSettings(**{**fields, "deadline_s": 600.0, "rejoin_s": 120.0, **target.settings})
+        fields |= {"deadline_s": 1800.0, "rejoin_s": 900.0}  # beyond a restart on a machine that is busy
+        self.settings = RunSettings(**{**fields, "exact_restart": True, **target.settings})
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGES, os.environ.get("PYTHONPATH", "")])}
         environment |= {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         command = [
@@ -104,6 +108,7 @@ class Federation:
         ]
         self.server = Process("server", command, environment, folder / "server.txt")
         self.proxies = [TcpProxy(f"127.0.0.1:{port}") for _ in names]
+        self._met = [0] * len(names)  # connections of earlier processes of each site
         self.sites = []
         for index, name in enumerate(names):
             own = folder / name
@@ -112,12 +117,27 @@ class Federation:
             )
             kit.save(own / "kit")
             self.sites.append(
-                Process(name, target.command(own), {**environment, KIT_VARIABLE: str(own / "kit")}, own / "log.txt")
+                Process(name, target.command, {**environment, KIT_VARIABLE: str(own / "kit")}, own / "log.txt")
             )
 
     def start(self) -> None:
         for process in (self.server, *self.sites):
             process.start()
+
+    def gather(self, timeout_s: float) -> None:
+        """Wait until every site that has been started has found the server: the imports of its script are over."""
+        end = time.monotonic() + timeout_s
+        while not self.over and (
+            late := [site for site, absent in zip(self.sites, self._absent(), strict=True) if absent]
+        ):
+            self.watch()
+            if time.monotonic() > end:
+                self._hangs(late)
+            time.sleep(0.02)
+
+    def _absent(self) -> list[bool]:
+        zipped = zip(self.sites, self.proxies, self._met, strict=True)
+        return [site.status is None and proxy.connections == met for site, proxy, met in zipped]
 
     @property
     def over(self) -> bool:
@@ -128,7 +148,7 @@ class Federation:
         """Raises ChaosError for a process that has ended on its own and not well. A full disk may end the server."""
         with self._lock:
             for process in (self.server, *self.sites):
-                if process.status not in (None, 0):
+                if process.status not in (None, 0) and not process.lies_dead:
                     if process is self.server and self._filled:
                         self._ended_by_the_disk()
                         continue
@@ -149,7 +169,8 @@ class Federation:
 
     def suffer(self, fault: Fault) -> None:
         """Have a fault happen. Returns once it has, and what it has ended has been started again."""
-        site, proxy = self.sites[fault.site], self.proxies[fault.site]
+        number = fault.site % len(self.sites)
+        site, proxy = self.sites[number], self.proxies[number]
         before = proxy.fired
         match fault.kind:
             case "kill the server":
@@ -180,6 +201,10 @@ class Federation:
             if process.status is not None or self.over:
                 return
             process.kill()
+            self._met = [
+                proxy.connections if site is process else met
+                for site, proxy, met in zip(self.sites, self.proxies, self._met, strict=True)
+            ]
         self._count(fault)
         time.sleep(fault.for_s)
         with self._lock:
@@ -207,15 +232,15 @@ class Federation:
 
     def finish(self, timeout_s: float) -> None:
         """Wait for the end of every process. ChaosError if it does not come, with what their threads were doing."""
-        end = time.monotonic() + timeout_s
-        while any(process.status is None for process in (self.server, *self.sites)):
+        end, alone, over = time.monotonic() + timeout_s, 0.0, False
+        while late := [process for process in (self.server, *self.sites) if process.status is None]:
             self.watch()
-            if self.over:
-                end = min(end, time.monotonic() + _LAST_WORDS_S)
-            if time.monotonic() > end:
-                late = [p for p in (self.server, *self.sites) if p.status is None]
-                if self.over and all(p.kills for p in late):
-                    return  # killed after its last word to the server, and started again after the end
+            now = time.monotonic()
+            if self.over and not over:
+                over, alone, end = True, now + _LAST_WORDS_S, now + _EXIT_S
+            if over and now > alone and all(process.kills for process in late):
+                return  # killed after its last word to the server, and started again after the end
+            if now > end:
                 self._hangs(late)
             time.sleep(0.02)
 

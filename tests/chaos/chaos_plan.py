@@ -19,11 +19,12 @@ KINDS = {
 """Every kind of fault, and its share. A silenced connection stays open and carries nothing any more."""
 
 _BYTES = 4 * 2**20
+_SITES = 6  # twos and threes alike
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. after_s: since the one before. site: index of the site that it concerns, if it concerns one.
+    """One fault. after_s: since the one before. site: which it concerns, if it concerns one; modulo how many there are.
 
     direction, at_bytes, flip: of a cut or a damaged byte: after so many further bytes up (from the site to the server)
     or down, and which bits of the byte are turned over. for_s: how long what was killed, delayed or filled stays so.
@@ -38,16 +39,16 @@ class Fault:
     for_s: float
 
 
-def faults(seed: int, sites: int, without: Collection[str] = ()) -> Iterator[Fault]:
+def faults(seed: int, without: Collection[str] = ()) -> Iterator[Fault]:
     """Faults without end, the same for the same arguments. without: kinds that are left out."""
-    rng = np.random.default_rng([seed, sites])
+    rng = np.random.default_rng(seed)
     kinds = [kind for kind in KINDS if kind not in without]
     shares = np.array([KINDS[kind] for kind in kinds])
     while True:
         yield Fault(
             kind=kinds[rng.choice(len(kinds), p=shares / shares.sum())],
             after_s=float(rng.choice([0.0, rng.uniform(0, 0.4)], p=[0.2, 0.8])),
-            site=int(rng.integers(sites)),
+            site=int(rng.integers(_SITES)),
             direction=("up", "down")[rng.integers(2)],
             # most bytes are of tensors: small numbers too, so that headers have their share
             at_bytes=int(_BYTES ** rng.uniform(0, 1)),

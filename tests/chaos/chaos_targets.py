@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,40 +17,70 @@ Bits = dict[str, bytes]
 """Name of a tensor -> its bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A script that takes part, and its run.
 
-    command: of a site's process, given the site's own folder, where it leaves `final.json` (`bits_of` of the final
-    model) and `acknowledged.txt` (a line per round that the server has acknowledged). It must end well when it is
+    command: of a site's process, which leaves in its own folder what site_notes.py says. It must end well when it is
     killed anywhere and started again with the same command. settings: of RunSettings. wanted(): the final model of
-    an undisturbed run.
+    an undisturbed run; None: it is found out by one. framework: the imports of one dominate a site's start, so that
+    faults wait until all sites are there (again).
     """
 
     name: str
-    command: Callable[[Path], list[str]]
+    command: Sequence[str]
     sites: int
     rounds: int
-    wanted: Callable[[], Bits]
+    wanted: Callable[[], Bits] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    framework: bool = False
+
+
+def _script(file: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / file), *arguments]
 
 
 def bare(kib: int, rounds: int, sites: int = 3) -> Target:
-    """A loop of its own without training: what a site sends depends on its index, the round and the model alone."""
+    """A loop of its own without training: what a site sends depends on its index, the rounds and the models alone."""
     return Target(
-        name=f"bare site, {kib} KiB, {rounds} rounds",
-        command=lambda folder: [sys.executable, str(HERE / "bare_site.py"), str(folder), str(kib)],
+        name=f"bare-{kib}",
+        command=_script("bare_site.py", str(kib)),
         sites=sites,
         rounds=rounds,
         wanted=lambda: _averaged(kib, rounds, sites),
     )
 
 
+def script(name: str, rounds: int, *arguments: str, **settings: Any) -> Target:
+    """An ordinary script of a framework, in `NAME_site.py`."""
+    return Target(
+        name="-".join([name, *arguments]),
+        command=_script(f"{name}_site.py", *arguments),
+        sites=2,
+        rounds=rounds,
+        settings=settings,
+        framework=True,
+    )
+
+
+BARE = (bare(3 * 2**10, 25), bare(200, 60), bare(9 * 2**10, 12))
+FRAMEWORKS = (
+    script("hf", 40),
+    script("lightning", 60),
+    script("keras", 60),
+    script("xgboost", 60, "bagging"),
+    script("xgboost", 60, "cyclic"),
+)
+
+
 def _averaged(kib: int, rounds: int, sites: int) -> Bits:
     """Federated averaging in plain NumPy, as docs/strategies.md writes it down: subtract, multiply, add."""
-    model = initial(kib)
+    model, carried = initial(kib), [0.0] * sites
     for number in range(1, rounds + 1):
-        updates = [trained(model, index, number) for index in range(sites)]
+        updates = []
+        for index in range(sites):
+            update, carried[index] = trained(model, index, number, carried[index])
+            updates.append(update)
         mean = {name: array.copy() for name, array in updates[0].items()}
         weight = 1
         for index in range(1, sites):

@@ -7,20 +7,25 @@ import sys
 import pytest
 from chaos import one_run, total
 from chaos_plan import faults
-from chaos_targets import bare
+from chaos_targets import Target, bare, script
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux for the disk that is filled")
 
 
 def test_faults_come_as_their_seed_says() -> None:
-    one, again, other = (faults(seed, 3) for seed in (1, 1, 2))
+    one, again, other = (faults(seed) for seed in (1, 1, 2))
     drawn = [next(one) for _ in range(50)]
     assert drawn == [next(again) for _ in range(50)]
     assert drawn != [next(other) for _ in range(50)]
 
 
 @pytest.mark.slow
-def test_a_run_under_faults_ends_with_the_bits_of_an_undisturbed_one() -> None:
+@pytest.mark.parametrize(
+    ("target", "most"),
+    [(bare(kib=3 * 2**10, rounds=12), 12), (script("xgboost", 30, "bagging"), 6)],  # whose imports are the shortest
+    ids=lambda given: given.name if isinstance(given, Target) else "",
+)
+def test_a_run_under_faults_ends_with_the_bits_of_an_undisturbed_one(target: Target, most: int) -> None:
     slow = {"silence a connection"}  # is noticed after the site's patience
-    counts = one_run(bare(kib=3 * 2**10, rounds=12), faults(7, 3, without=slow), most=12)
+    counts = one_run(target, faults(7, without=slow), most)
     assert total(counts) > 0

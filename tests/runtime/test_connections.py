@@ -12,7 +12,8 @@ import pytest
 from federation_bench import Bench, Site, serving, started, together
 from tcp_proxy import Direction, TcpProxy
 
-from fl_runtime.errors import ConnectionLostError
+from fl_runtime.errors import ConnectionLostError, TransferDamagedError
+from fl_runtime.transport.grpc import GrpcTransport
 from fl_runtime.types import Arrays, Report
 from fl_runtime.wire.frames import FRAME_BYTES
 
@@ -151,6 +152,17 @@ def test_a_damaged_byte_of_a_small_run_changes_nothing(tmp_path: Path, direction
     for final in finals.values():
         np.testing.assert_allclose(final["w"], np.full(8, 3 * (1 * 1 + 2 * 2) / 3), rtol=1e-12)
     assert all(result.sites == bench.names for result in bench.server.result().rounds)
+
+
+@pytest.mark.parametrize("method", ["Join", "Register", "Next", "Submit", "Score", "Leave"])
+def test_a_message_that_is_lost_whole_is_taken_for_damage(tmp_path: Path, method: str) -> None:
+    """HTTP/2 ignores a frame of an unknown type, which one wrong bit makes of any; a site then sends its message again,
+    where an error of protocol would have it leave."""
+    with serving(tmp_path, 1, rounds=1) as bench:
+        transport = GrpcTransport(bench.address, "secret of site-1")
+        with pytest.raises(TransferDamagedError, match="ended before its"):
+            list(transport.call(method, iter(())))
+        transport.close()
 
 
 def test_a_connection_that_stands_and_carries_nothing_is_made_again(tmp_path: Path) -> None:

@@ -108,14 +108,16 @@ sys.path.insert(0, {folder!r})
 import xgboost_data as d
 from fl_adapters import site
 from fl_adapters.xgboost import train
+from xgboost.callback import LearningRateScheduler
 params = d.BASE | {{"objective": "binary:logistic", "subsample": 0.6}}
-train(params, d.matrix(site().index), 100, mode={mode!r}, every=3, collective_timeout_s=15)
+falling = LearningRateScheduler(lambda iteration: 0.5 * 0.97**iteration)
+train(params, d.matrix(site().index), 100, mode={mode!r}, every=3, callbacks=[falling])
 """
 
 
 @pytest.mark.parametrize("mode", ["bagging", "cyclic"])
 def test_killed_at_random_instants(mode: str, tmp_path: Path) -> None:
-    """SIGKILL, with rows that are drawn."""
+    """SIGKILL, with rows that are drawn, and a rate that is set after each round."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), mode=mode))
     with WarmProcess("pandas", "xgboost") as warm:
