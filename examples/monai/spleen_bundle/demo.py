@@ -31,7 +31,7 @@ from comparison import Score, show  # noqa: E402
 from data import CENTRAL, HELD_OUT, SITES, TEST, bundle, prepare  # noqa: E402
 from fl_adapters import Job, Simulation  # noqa: E402
 
-ROUNDS = 40
+ROUNDS = 80
 AT_ONCE = 2  # trainings without the federation
 
 
@@ -81,7 +81,13 @@ def compare(
 
 def federated(setting: Setting) -> Path:
     """Run the federation; its folder. The best round is that with the highest Dice on the sites' own validation."""
-    job = Job(app="fl_adapters.monai", rounds=setting.rounds, best_metric="mean_dice", best_mode="max")
+    job = Job(
+        app="fl_adapters.monai",
+        rounds=setting.rounds,
+        optimizer_state="average",
+        best_metric="mean_dice",
+        best_mode="max",
+    )
     data = f"$'{setting.folder}/' + @federated_site.name"
     arguments = ["run", str(setting.bundle), *setting.arguments, "--dataset_dir", data]
     return job.run(Simulation(sites=SITES, module=True, args=arguments)).folder
