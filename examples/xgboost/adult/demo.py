@@ -90,7 +90,7 @@ def federated(mode: str, args: Any, test: xgboost.DMatrix, rows: int) -> tuple[R
     command = [sys.executable, "-m", "fl_adapters", "simulate", *script, "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--mode", mode, "--rounds", str(args.rounds), *given],
+        [*command, "--mode", mode, "--rounds", str(args.rounds), "--output", "runs/xgboost-demo.ubj", *given],
         capture_output=True,
         text=True,
         env=environment,
