@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tree_memory import numbers
 
 from fl_adapters import Job, Simulation
 from fl_runtime.client import SiteClient
@@ -49,15 +50,10 @@ class Sample:
 
     @classmethod
     def of(cls, pid: int) -> Sample:
-        kib = defaultdict(int, _numbers(Path(f"/proc/{pid}/smaps_rollup").read_text()))
-        status = _numbers(Path(f"/proc/{pid}/status").read_text())
+        kib = defaultdict(int, numbers(Path(f"/proc/{pid}/smaps_rollup").read_text()))
+        status = numbers(Path(f"/proc/{pid}/status").read_text())
         own = kib["Anonymous"] + status["RssShmem"]
         return cls(own / 1024, (kib["Rss"] - own) / 1024, len(os.listdir(f"/proc/{pid}/fd")), status["Threads"])
-
-
-def _numbers(text: str) -> dict[str, int]:
-    rows = (line.split() for line in text.splitlines())
-    return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def soak(rounds: int, mib: float, console: Console) -> bool:

@@ -66,11 +66,16 @@ class PeakMemory:
             self.peak.without_files_mib = max(self.peak.without_files_mib, sum(own for _, own in now) / 1024)
 
 
+def numbers(text: str) -> dict[str, int]:
+    """Name -> number of the lines of a file under /proc that have both, such as smaps_rollup (KiB) and status."""
+    rows = (line.split() for line in text.splitlines())
+    return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
 def _pss_kib(pid: int) -> tuple[int, int]:
     """(all, without files) of one process; nothing of one that has ended."""
     try:
-        rows = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+        found = numbers(Path(f"/proc/{pid}/smaps_rollup").read_text())
     except OSError:
         return 0, 0
-    found = {row[0]: int(row[1]) for row in rows}
-    return found["Pss:"], found["Pss:"] - found.get("Pss_File:", 0)
+    return found["Pss"], found["Pss"] - found.get("Pss_File", 0)

@@ -27,7 +27,7 @@ from fl_adapters.restart import RestartPoints, round_seed
 from fl_adapters.site_rules import rules_of
 from fl_adapters.swarm import CAPABILITY, SwarmSite, is_swarm
 from fl_runtime.client import SiteClient
-from fl_runtime.errors import ConfigError, FederationError, UpdateRefusedError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.exclude import ExcludeVars
@@ -38,7 +38,7 @@ from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.sealed import SealedStream
 from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import VERSION
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire.finite import check_finite, check_weight
 from fl_runtime.wire.manifest import Manifest
 
 
@@ -188,13 +188,9 @@ class Session:
         not finite or num_examples below 1.
         """
         task = self._current()
-        if num_examples < 1 or num_examples != int(num_examples):
-            raise UpdateRefusedError(
-                f"num_examples is {num_examples}; the weight of an update must be a whole number above zero",
-                where=f"update of {self.name}, round {task.round}",
-                fix="check that the site's training set is not empty, or pass num_examples=",
-            )
-        check_finite({**arrays, **(extras or {})}, where=f"update of {self.name}, round {task.round}")
+        where = f"update of {self.name}, round {task.round}"
+        check_weight(num_examples, where)
+        check_finite({**arrays, **(extras or {})}, where)
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
         if held_back:

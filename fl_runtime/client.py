@@ -150,16 +150,20 @@ class SiteClient:
         manifest = Manifest.of(update.arrays, update.extras)
         digests = manifest.digests(update.arrays, update.extras)
         pieces = manifest.pieces(update.arrays, update.extras)
-        part = pb.UpdatePart()
-        header = part.update
-        header.session.CopyFrom(self._session)
-        header.round, header.stage = update.round, update.stage
-        header.base_version = update.base_version
-        header.content, header.encoding = update.content, update.encoding
-        header.num_examples, header.local_steps = max(update.num_examples, 0), update.local_steps
-        header.metrics_json = _metrics_json(update.metrics)
-        header.shared = self._shared is not None
-        header.payload.CopyFrom(frames.describe(manifest, digests, known=manifest.layout in self._sent_layouts))
+        header = pb.UpdateHeader(
+            session=self._session,
+            round=update.round,
+            stage=update.stage,
+            base_version=update.base_version,
+            content=update.content,
+            encoding=update.encoding,
+            num_examples=max(update.num_examples, 0),
+            local_steps=update.local_steps,
+            metrics_json=_metrics_json(update.metrics),
+            payload=frames.describe(manifest, digests, known=manifest.layout in self._sent_layouts),
+            shared=self._shared is not None,
+        )
+        part = pb.UpdatePart(update=header)
         small = manifest.nbytes <= frames.INLINE_BYTES
         message = frames.inlined(part, pieces) if small else part.SerializeToString()
         status = self._patiently(lambda: self._send(message, [] if small else pieces))
@@ -311,7 +315,7 @@ class SiteClient:
         """Take a payload from the file that its header names, if it does; the bytes read."""
         if not payload.file:
             return 0
-        data = self._shared_file(payload.file, receiver.manifest.nbytes).data
+        data = self._shared_file(payload.file, receiver.manifest.nbytes)
         self._buffer[receiver.arrived :] = data[receiver.arrived :]
         receiver.filled()
         return len(data)

@@ -19,9 +19,9 @@ from fl_adapters.loop import SiteTask
 from fl_adapters.options import Options
 from fl_adapters.restart import round_seed, seed_python
 from fl_runtime.aggregation.metrics import plain
-from fl_runtime.errors import ConfigError, FederationError, SiteFailedError, StateMismatchError, UpdateRefusedError
-from fl_runtime.types import Array, Arrays, Metrics, Settings, Task
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.errors import ConfigError, FederationError, SiteFailedError, StateMismatchError
+from fl_runtime.types import Array, Arrays, Metrics, Task
+from fl_runtime.wire.finite import check_finite, check_weight
 from fl_runtime.wire.manifest import Manifest, TensorSpec, differences
 
 Function: TypeAlias = Callable[[SiteTask, where.Site], None]
@@ -157,12 +157,7 @@ class _Taken:
         metrics: Metrics,
         extras: Arrays | None = None,
     ) -> str:
-        if num_examples < 1 or num_examples != int(num_examples):
-            raise UpdateRefusedError(
-                f"num_examples is {num_examples}; the weight of an update must be a whole number above zero",
-                where=self._when,
-                fix="check that the site's training set is not empty",
-            )
+        check_weight(num_examples, where=self._when)
         if extras:
             raise ConfigError("virtual sites send weights alone, no extras", where=self._when, fix="leave extras out")
         if not self._fits(arrays):
@@ -217,8 +212,3 @@ def _failed(error: Exception, site: str, round: int) -> SiteFailedError:
         where="\n".join([f"{site}, round {round}", *(f"    | {line}" for line in frames)]),
         fix="correct the function; it was called in a worker, whose output is in the run's folder workers/",
     )
-
-
-def order_fields(site: str, index: int, round: int, stage: str, config: Settings) -> dict[str, Any]:
-    """What `Worker.work` takes, as JSON values."""
-    return {"site": site, "index": index, "round": round, "stage": stage, "config": dict(config)}

@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.environments.function import First, Function, Place, Worker, first_weights, load, order_fields
+from fl_adapters.environments.function import First, Function, Place, Worker, first_weights, load
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
-from fl_runtime.server.virtual import Done, Failed, Order
+from fl_runtime.server.virtual import TRIES, Done, Failed, Order
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest
-
-_TRIES = 3
 
 
 class _Actor:
@@ -128,8 +126,7 @@ class RayWorkers:
 
     def give(self, order: Order) -> None:
         actor = self._free.pop()
-        fields = order_fields(order.site, order.index, order.round, order.stage, order.config)
-        facts, tensors = actor.work.options(num_returns=2).remote(fields, self._model)
+        facts, tensors = actor.work.options(num_returns=2).remote(order.to_json(), self._model)
         self._under[facts] = _Under(order, actor, tensors)
 
     def wait(self, timeout_s: float) -> list[Done | Failed]:
@@ -166,22 +163,21 @@ class RayWorkers:
     def _outcome(self, reference: Any, under: _Under) -> list[Done | Failed]:
         order = under.order
         try:
-            facts = dict(self._ray.get(reference))
+            facts = self._ray.get(reference)
             payload = self._ray.get(under.tensors)
         except self._ray.exceptions.RayError as error:
             return self._lost(under, error)
         self._free.append(under.actor)
         if "failed" in facts:
             return [Failed(order, FederationError.from_wire(facts["failed"]))]
-        scored = facts.pop("scored")
-        return [Done(order, payload, **facts, scored=(scored[0], scored[1]) if scored else None)]
+        return [Done.of(order, payload, facts)]
 
     def _lost(self, under: _Under, error: Exception) -> list[Done | Failed]:
         order = under.order
         self._replace(under.actor)
         self._deaths[order.site, order.round] += 1
-        if self._deaths[order.site, order.round] == _TRIES:
-            return [Failed(order, _explained(error, f"at {order.site} in round {order.round}, {_TRIES} times"))]
+        if self._deaths[order.site, order.round] == TRIES:
+            return [Failed(order, _explained(error, f"at {order.site} in round {order.round}, {TRIES} times"))]
         self._again.append(order)
         return []
 

@@ -13,18 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.environments.function import Place, order_fields
+from fl_adapters.environments.function import Place
 from fl_adapters.environments.processes import describe_status, tail
 from fl_adapters.environments.worker_launch import Launcher
 from fl_runtime.errors import FederationError, SiteFailedError
-from fl_runtime.server.virtual import Done, Failed, Order
+from fl_runtime.server.virtual import TRIES, Done, Failed, Order
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest
 
-_TRIES = 3
-"""Of an order whose worker died: what kills one at the same site three times will kill every other."""
 _CHUNK_BYTES = 2**16
 
 
@@ -109,9 +107,8 @@ class WorkerProcesses:
         free = next(each for each in self._workers.values() if each.free)
         free.order = order
         free.blob = self._blobs.create(f"{order.site}-{free.name}", self._manifest)
-        fields = order_fields(order.site, order.index, order.round, order.stage, order.config)
         files = {"model": self._model, "update": str(self._blobs.path(free.blob)), "nbytes": self._manifest.nbytes}
-        self._say(free, {**fields, **files})
+        self._say(free, {**order.to_json(), **files})
 
     def wait(self, timeout_s: float) -> list[Done | Failed]:
         found: list[Done | Failed] = []
@@ -189,8 +186,7 @@ class WorkerProcesses:
         if "failed" in answer:
             self._blobs.free(blob)
             return [Failed(order, FederationError.from_wire(answer["failed"]))]
-        scored = answer.pop("scored")
-        done = Done(order, blob.buffer, **answer, scored=(scored[0], scored[1]) if scored else None)
+        done = Done.of(order, blob.buffer, answer)
         self._held[id(done)] = blob
         return [done]
 
@@ -199,9 +195,9 @@ class WorkerProcesses:
         order = each.order
         key = (order.site, order.round) if order else ("", 0)
         self._deaths[key] += 1
-        last = self._deaths[key] == _TRIES
+        last = self._deaths[key] == TRIES
         when = f"at {order.site} in round {order.round}" if order else "with nothing to do"
-        error = self._died(each, f"{when}, {_TRIES} times" if last else when)
+        error = self._died(each, f"{when}, {TRIES} times" if last else when)
         if last and order is None:
             raise error
         with open(self._logs / f"{each.name}.txt", "a", encoding="utf-8") as log:

@@ -101,21 +101,20 @@ def _handshake(run: Run) -> None:
                 "nobody says how many rounds to run: neither the job nor the training loop has a budget",
                 fix="give --rounds R or Job(rounds=R)",
             )
-        run.journal.agreed(rounds, run.terms)
-        run.rounds = rounds
         first = next(iter(registrations.values()))
-        manifest = run.manifests[first.layout]
-        filters: dict[str, Any] = {"filters": list(settings.filters)} if settings.filters else {}
-        run.events.emit(
-            "started",
-            rounds=rounds,
-            sites=list(registrations),
-            tensors=len(manifest.tensors),
-            bytes=manifest.nbytes,
-            **filters,
-        )
+        begin(run, rounds, list(registrations), run.manifests[first.layout])
         run.phase = "initial"
         run.published.notify_all()
+
+
+def begin(run: Run, rounds: int, sites: list[str], manifest: Manifest) -> None:
+    """What was agreed on, first in the journal, then for everybody. Called under the lock."""
+    run.journal.agreed(rounds, run.terms)
+    run.rounds = rounds
+    filters: dict[str, Any] = {"filters": list(run.settings.filters)} if run.settings.filters else {}
+    run.events.emit(
+        "started", rounds=rounds, sites=sites, tensors=len(manifest.tensors), bytes=manifest.nbytes, **filters
+    )
 
 
 def _initial_model(run: Run) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +20,15 @@ from fl_runtime.errors import ConfigError, FederationError, StateMismatchError
 from fl_runtime.filters import placed
 from fl_runtime.server import reports
 from fl_runtime.server.members import Registration, check_capabilities
-from fl_runtime.server.rounds import Summing, check_deadline, commit, follow, last_scores, open_round
+from fl_runtime.server.rounds import Summing, begin, check_deadline, commit, follow, last_scores, open_round
 from fl_runtime.server.run import Run
 from fl_runtime.server.state import Accepted, OpenRound
 from fl_runtime.store.blobs import Blob
 from fl_runtime.types import Array, Arrays, Metrics, Report, RunSettings, Settings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
 
+TRIES = 3
+"""Of an order whose worker died: what kills one at the same site three times will kill every other."""
 _BEAT_S = 0.2  # how soon it is noticed that the run was aborted
 _NOT_SPOOLED = Blob("", Manifest(()), np.empty(0, np.uint8))
 
@@ -40,6 +42,10 @@ class Order:
     round: int
     stage: str
     config: Settings
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is told to a worker."""
+        return {**vars(self), "config": dict(self.config)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Done:
     local_steps: int
     metrics: Metrics
     scored: tuple[Metrics, int] | None = None
+
+    @classmethod
+    def of(cls, order: Order, payload: Array, facts: Mapping[str, Any]) -> Done:
+        """facts: the other fields, as a worker tells them: JSON values."""
+        scored = facts["scored"]
+        return cls(order, payload, **{**facts, "scored": (scored[0], scored[1]) if scored else None})
 
 
 @dataclass(frozen=True)
@@ -152,17 +164,7 @@ def _begin(run: Run, manifest: Manifest) -> None:
         first = next(iter(run.members))
         check_capabilities({first: registration}, f"the strategy {run.strategy.spec}", run.strategy.requires)
         assert settings.rounds is not None
-        run.journal.agreed(settings.rounds, run.terms)
-        run.rounds = settings.rounds
-        filters: dict[str, Any] = {"filters": list(settings.filters)} if settings.filters else {}
-        run.events.emit(
-            "started",
-            rounds=run.rounds,
-            sites=list(run.members),
-            tensors=len(manifest.tensors),
-            bytes=manifest.nbytes,
-            **filters,
-        )
+        begin(run, settings.rounds, list(run.members), manifest)
 
 
 def _round(run: Run, number: int, workers: Workers) -> None:

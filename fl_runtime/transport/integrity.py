@@ -30,10 +30,10 @@ def checked(message: bytes) -> bytes:
         except ProtocolError as error:
             raise _damaged(error.what) from None
         return message
-    content = memoryview(message)[:-CHECK_BYTES]
-    if xxhash.xxh3_64_digest(content) != message[-CHECK_BYTES:]:
+    content, digest = message[:-CHECK_BYTES], message[-CHECK_BYTES:]
+    if xxhash.xxh3_64_digest(content) != digest:
         raise _damaged("a message does not have the digest that it came with")
-    return bytes(content)
+    return content
 
 
 def check_of_call(path: str, authorization: str) -> str:

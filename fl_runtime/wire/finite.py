@@ -1,4 +1,4 @@
-"""Nothing that is not a finite number may enter an average: checked by the site before it sends, and by the server."""
+"""What may enter an average: finite numbers, with a weight. The site checks before it sends; the server, too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ _BLOCK = 2**16
 def check_finite(arrays: Arrays, where: str) -> None:
     """UpdateRefusedError naming the tensors that hold NaN or infinite values."""
     refuse([name for name, array in arrays.items() if not is_finite(array)], where)
+
+
+def check_weight(num_examples: float, where: str) -> None:
+    """UpdateRefusedError for a number of examples that cannot be the weight of an update."""
+    if num_examples < 1 or num_examples != int(num_examples):
+        raise UpdateRefusedError(
+            f"num_examples is {num_examples}; the weight of an update must be a whole number above zero",
+            where=where,
+            fix="check that the site's training set is not empty, or pass num_examples=",
+        )
 
 
 def refuse(bad: Sequence[str], where: str) -> None:
