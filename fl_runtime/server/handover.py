@@ -120,12 +120,15 @@ class Relayed:
     def give_up(self) -> None:
         """There is nothing to give up."""
 
-    def finish(self) -> Blob:
-        """The mean that a site has formed. QuorumError where none can. Called without the lock."""
+    def finish(self) -> Blob | None:
+        """The mean that a site has formed. None where the round must take updates again, since a site that had given
+        its own has been started anew. QuorumError where there can be no mean. Called without the lock."""
         run = self._run
         with run.lock:
             while True:
                 run.wait_until(self._settled, run.settings.rejoin_s)
+                if self._taken_up_again():
+                    return None
                 handover = run.handover = self._begin()
                 run.events.emit("aggregator", handover.round, handover.aggregator, sites=list(handover.sites))
                 run.published.notify_all()
@@ -141,6 +144,21 @@ class Relayed:
         """Whether the sites are there, or gone for good: one whose connection is broken has its time to come back."""
         members = [self._run.members[name] for name in self._current.accepted]
         return all(member.attending or member.gone for member in members)
+
+    def _taken_up_again(self) -> bool:
+        """A site that was killed after its receipt, and is back, has nothing to share: it trains the round again."""
+        run, current = self._run, self._current
+        anew = [
+            name
+            for name, accepted in current.accepted.items()
+            if not run.members[name].gone and run.members[name].attempt != accepted.update.attempt
+        ]
+        for name in anew:
+            run.leave_out(current, name)
+        if anew:
+            current.closing = False
+            run.published.notify_all()
+        return bool(anew)
 
     def _begin(self) -> Handover:
         run, current = self._run, self._current

@@ -194,14 +194,16 @@ def _round(run: Run, number: int) -> None:
     with run.lock:
         current = open_round(run, number)
         summing = Relayed(run, current) if run.strategy.relayed else Summing(run, current)
+    blob = None
     try:
-        while not _collected(run, current, summing):
-            pass
-        if _not_needed(run, current):
-            summing.give_up()
-            run.drop_open()
-            return
-        blob = summing.finish()
+        while blob is None:
+            while not _collected(run, current, summing):
+                pass
+            if _not_needed(run, current):
+                summing.give_up()
+                run.drop_open()
+                return
+            blob = summing.finish()
     except RoundFailedError as error:
         summing.give_up()
         _again(run, current, error)

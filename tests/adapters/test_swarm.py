@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -323,28 +324,33 @@ def test_a_killed_server_goes_on_with_the_same_bits(when: str, tmp_path: Path, m
     assert same(model, wanted) and all(same(final, wanted) for final in finals)
 
 
-def test_a_site_that_comes_back_trains_the_round_again() -> None:
-    """Its first update is gone with the process that had it."""
-    back = threading.Event()
+@pytest.mark.parametrize("closing", [False, True], ids=["while others train", "when all have trained"])
+def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
+    """Its first update is gone with the process that had it, also where that was the last one of the round."""
+    dead, back = threading.Event(), threading.Event()
 
     def site(place: Place) -> Arrays:
         def before(round: int) -> None:
-            if place.index == 1 and round == 2 and not back.is_set():
+            if place.index != 1 and round == 2:
+                assert (dead if closing else back).wait(60)
+            elif round == 2:
                 session = open_session(Options(kit=place.kit), framework="test")
                 assert session is not None and session.attempt == 1
                 session.submit(initial(1), num_examples=1, local_steps=0, metrics={})  # of a process that dies now
                 session.hand_over()
                 raise DeathError
-            if place.index == 1:
-                back.set() if round == 2 else None
-            elif round == 2:
-                assert back.wait(60)
 
         try:
             return loop(place, before)
         except DeathError:
-            back.set()
-            return loop(place)
+            dead.set()
+            if closing:
+                current = federation.server._run.open
+                end = time.monotonic() + 60
+                while current is not None and not current.closing:
+                    assert time.monotonic() < end
+                    time.sleep(0.01)
+            return loop(place, lambda round: back.set())
 
     with LocalFederation(sites=3, rounds=3, seed=5, strategy="swarm") as federation:
         federation.run(site)
