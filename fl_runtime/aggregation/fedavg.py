@@ -17,7 +17,7 @@ from fl_runtime.aggregation.spec import choice
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update, is_floating
 
-_BLOCK = 2**15
+_BLOCK = 2**16
 """Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
 _LARGE = 2**22
 """Elements that are worth a thread."""

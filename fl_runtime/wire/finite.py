@@ -9,7 +9,7 @@ import numpy as np
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Array, Arrays, is_floating
 
-_BLOCK = 2**16
+_BLOCK = 2**17
 
 
 def check_finite(arrays: Arrays, where: str) -> None:
