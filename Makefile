@@ -81,6 +81,7 @@ test: lint  ## lint, types, and every test against the built wheel (ARGS='-k nam
 	$(call tests,$(VENV))
 
 .PHONY: test-oldest
+test-oldest: export USE_TF = 0  # transformers 4 takes up any TensorFlow, and fails beside Keras 3
 test-oldest: $(OLDEST)/.stamp  ## the tests with the oldest supported version of every dependency
 	$(call tests,$(OLDEST))
 
@@ -127,7 +128,7 @@ clean:  ## remove what building and testing left (not the environments, not runs
 
 .PHONY: distclean
 distclean: clean  ## also remove the environments
-	@rm -rf $(VENV) $(OLDEST) $(PROTOC)
+	@rm -rf $(VENV) $(OLDEST) $(PROTOC) .venv-peers
 
 $(VENV)/.stamp: pyproject.toml constraints/newest.txt
 	$(call environment,$(VENV),$(PYTHON))

@@ -39,7 +39,16 @@ def initial_model(call: TrainCall) -> TreeModel:
     booster = call.booster(
         {"max_depth": 1, "max_leaves": 0, "grow_policy": "depthwise"}
     )  # a stump makes XGBoost estimate it
-    booster.update(call.dtrain, 0, fobj=call.obj)
+    try:
+        booster.update(call.dtrain, 0, fobj=call.obj)
+    except xgboost.core.XGBoostError as error:
+        if "base_score" not in str(error):
+            raise
+        raise ConfigError(
+            f"XGBoost {xgboost.__version__} finds no base score for the rows of this site",
+            where="xgboost.train, before round 1",
+            fix="pass the same base_score in params at every site, such as 0.5, or use XGBoost 3.2 or later",
+        ) from None
     model = TreeModel.from_document(booster.save_raw("ubj")).iterations(1)
     return model if model.weight_drop is None else model.with_head(weight_drop=[])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,8 @@ ON_EACH = ("test_keras_conformance.py", "test_keras_exchange.py", "test_keras_co
 def test_the_suite_on_another_backend(backend: str) -> None:
     if not find_spec(backend):
         pytest.skip(f"{backend} is not installed")
+    if backend == "jax" and version("jax").startswith(("0.4.", "0.5.")):
+        pytest.skip("JAX 0.5 ends with a segmentation fault here (docs/keras.md)")
     found_at = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in ON_EACH)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ STATES = [(torch.get_rng_state, torch.set_rng_state)]
 ROWS, BATCH = 24, 8
 STEPS = ROWS // BATCH
 RATE = 0.05
+ACCUMULATES = "accumulation_steps" in inspect.signature(SupervisedTrainer).parameters  # MONAI 1.6 and later
 cross_entropy = nn.functional.cross_entropy
 
 

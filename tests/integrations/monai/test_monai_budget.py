@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -10,14 +9,11 @@ import monai_models as m
 import pytest
 import torch
 from ignite.engine import Events
-from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch.utils.data import DataLoader
 
 from fl_adapters.monai import FederatedHandler
 from fl_runtime.errors import ConfigError
-
-ACCUMULATES = "accumulation_steps" in inspect.signature(SupervisedTrainer).parameters  # MONAI 1.6 and later
 
 
 def train(run: Any, handlers: Any = (), *, handler: Any = None, net: Any = None, **options: Any) -> Any:
@@ -56,7 +52,7 @@ def test_trainer_runs_exactly_rounds_times_every(federation, every, own, iterati
     assert len(updates(run, "metrics")[0]) == 1
 
 
-@pytest.mark.skipif(not ACCUMULATES, reason="this MONAI cannot accumulate gradients")
+@pytest.mark.skipif(not m.ACCUMULATES, reason="this MONAI cannot accumulate gradients")
 @pytest.mark.parametrize(("every", "iterations", "steps"), [(2, 9, 2), ("epoch", 9, 2), (3, 14, 3)])
 def test_accumulated_batches_are_one_step(federation, every, iterations, steps) -> None:
     run = federation(rounds=3, every=every)

@@ -40,7 +40,7 @@ class Trees:
 
         falling = xgboost.callback.LearningRateScheduler(lambda round: 0.5 * 0.8**round)
         booster = train(
-            PARAMS | {"base_score": 0.0},
+            PARAMS | {"base_score": 0.5},
             d.matrix(site),
             epochs,
             obj=logistic,
