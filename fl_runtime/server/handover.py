@@ -188,10 +188,8 @@ class Relayed:
         return Handover(stage, current.round, aggregator, run.members[aggregator].attempt, sites, order)
 
     def _is_there(self, name: str) -> bool:
-        """Whether the process that has given the receipt still holds its update."""
-        member = self._run.members[name]
-        same = member.attempt == self._current.accepted[name].update.attempt
-        return same and not member.gone and self._failed_to_come[name] < _TRIES
+        """Whether a site, whose process is the one that has given the receipt, can still share its update."""
+        return not self._run.members[name].gone and self._failed_to_come[name] < _TRIES
 
     def _failed(self, handover: Handover) -> None:
         self._failed_to_form[handover.aggregator] += 1

@@ -274,8 +274,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 def _keep_freed_memory() -> None:
     """The C library on Linux gives freed memory back to the system as soon as there is twice as much of it as the
     largest block that was ever freed, up to a block of 32 MiB (mallopt(3), M_MMAP_THRESHOLD). After frames of 2 MiB
-    that is all the time, and fetching the pages again costs a quarter of a round. One block that is never touched and
-    freed makes it wait for 64 MiB. Elsewhere this does nothing."""
+    that is all the time, and fetching the pages again costs up to a quarter of a round. One block that is never touched
+    and freed makes it wait for 64 MiB. Elsewhere this does nothing."""
     np.empty(_LARGEST_KEPT_BYTES, np.uint8)
 
 

@@ -114,8 +114,7 @@ def export(booster: xgboost.Booster, folder: str) -> None:
 
 def released(booster: xgboost.Booster) -> xgboost.Booster:
     """The booster without its hold on the training data, as `xgboost.train` returns it."""
-    reset: Any = getattr(booster, "reset", None)
-    return reset() if reset is not None else booster
+    return booster.reset()
 
 
 def weight_extra(data: xgboost.DMatrix) -> dict[str, Array]:

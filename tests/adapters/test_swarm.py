@@ -346,8 +346,9 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
             dead.set()
             if closing:
                 current = federation.server._run.open
+                assert current is not None
                 end = time.monotonic() + 60
-                while current is not None and not current.closing:
+                while not current.closing:
                     assert time.monotonic() < end
                     time.sleep(0.01)
             return loop(place, lambda round: back.set())

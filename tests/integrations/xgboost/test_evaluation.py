@@ -13,6 +13,7 @@ import xgboost_data as d
 from fl_adapters import ConfigError, FederationError
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import train
+from fl_adapters.xgboost.call import installed_version
 from fl_runtime.server.history import History
 
 OPPOSITE = np.where(np.arange(len(d.X)) % 3 == 0, 1 - d.BINARY, d.BINARY)  # a third of the labels is wrong
@@ -73,7 +74,7 @@ def test_a_site_with_one_class_has_no_auc_and_counts_in_that_of_all() -> None:
     label = d.BINARY.copy()
     label[d.rows(2)] = 1
     params = {"objective": "binary:logistic", "eval_metric": "auc"}
-    if tuple(map(int, xgboost.__version__.split(".")[:2])) < (3, 2):
+    if installed_version() < (3, 2):
         with pytest.raises(FederationError, match="finds no base score"):
             run(params, 2, label)
         params["base_score"] = 0.5
