@@ -282,6 +282,10 @@ class SiteClient:
                     self.bytes_down += self._read(header.payload, self._incoming.receiver)
                     read.set()
                 self.bytes_down += len(message)
+        except TransferDamagedError:
+            if self._under_way is not None:
+                self._under_way.cancel(broken=True)  # the next try is made on another connection
+            raise
         finally:
             read.set()  # whatever happened: nothing waits for it any more
         if header is None:

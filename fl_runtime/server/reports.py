@@ -31,7 +31,7 @@ def score(run: Run, report: Report, attempt: int) -> None:
             metrics=plain(report.metrics),
             num_examples=report.num_examples,
         )
-        expected = run.evaluators(report.version)
+        expected = evaluators(run, report.version)
         if not crossed and expected and expected <= run.scores.reported(report.version):
             settle(run, report.version)
         run.changed.notify_all()
@@ -50,7 +50,7 @@ def wait_for_scores(
         with run.lock:
             run.check_attempt(name, attempt)
             if not run.scores.settled(version):
-                if run.evaluators(version) <= run.scores.reported(version) or time.monotonic() > deadline:
+                if evaluators(run, version) <= run.scores.reported(version) or time.monotonic() > deadline:
                     settle(run, version)
                 else:
                     run.published.wait(min(1.0, run.settings.deadline_s / 2, beat_s or math.inf))
@@ -61,6 +61,13 @@ def wait_for_scores(
             return
         if beat_s is not None:
             yield None
+
+
+def evaluators(run: Run, version: int) -> set[str]:
+    """Active sites that have promised to score each global model, as far as they get this one."""
+    asked = run.open if run.open and run.open.round == version + 1 else None
+    active = [m for m in run.members.values() if m.active and (asked is None or asked.takes(m.name))]
+    return {m.name for m in active if m.registration and m.registration.evaluates}
 
 
 def settle(run: Run, version: int) -> None:

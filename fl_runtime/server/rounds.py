@@ -16,7 +16,7 @@ from fl_runtime.server.buffered import Buffer, next_model
 from fl_runtime.server.filtering import hand_out
 from fl_runtime.server.handover import Relayed
 from fl_runtime.server.members import check_agreement, check_capabilities
-from fl_runtime.server.reports import settle
+from fl_runtime.server.reports import evaluators, settle
 from fl_runtime.server.results import RoundResult
 from fl_runtime.server.run import Run
 from fl_runtime.server.sampling import asked, opened
@@ -426,7 +426,7 @@ def last_scores(run: Run) -> None:
         assert run.model is not None
         last = run.model.version
         run.wait_until(
-            lambda: run.evaluators(last) <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
+            lambda: evaluators(run, last) <= run.scores.reported(last) | run.without_score, run.settings.deadline_s
         )
         settle(run, last)
         if run.best is None or run.scores.better(last, run.best.version):

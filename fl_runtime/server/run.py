@@ -372,9 +372,6 @@ class Run:
         )
         self.changed.notify_all()
 
-    def late(self, update_round: int, name: str, bytes_up: int) -> None:
-        self.events.emit("update", update_round, name, status="late", bytes_up=bytes_up)
-
     def commit_initial(self, blob: Blob) -> None:
         """Version 0, from the first site or from a file."""
         with self.lock:
@@ -407,12 +404,6 @@ class Run:
         if name in current.accepted:
             self.blobs.free(current.accepted.pop(name).blob)
             self.last_used[name] = current.round - 1
-
-    def evaluators(self, version: int) -> set[str]:
-        """Active sites that have promised to score each global model, as far as they get this one."""
-        asked = self.open if self.open and self.open.round == version + 1 else None
-        active = [m for m in self.members.values() if m.active and (asked is None or asked.takes(m.name))]
-        return {m.name for m in active if m.registration and m.registration.evaluates}
 
     # -- common ----------------------------------------------------------------------------------------------
 
@@ -447,6 +438,15 @@ class Run:
                     self.journal.ended(error)
                 except StoreError as failed:
                     log.error("the end of the run is not in its journal: %s", failed)
+
+    def halt(self) -> None:
+        """Stop where the journal stands, with nobody told: the server is closed, and may be started again."""
+        with self.lock:
+            if self.phase not in ("failed", "done"):
+                self.phase, self.error = "failed", StoreError("the server was closed", fix="start it again to go on")
+                self.published.notify_all()
+                self.changed.notify_all()
+            self.blobs.close()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """Wait (under the lock) for a condition of the run; False after `timeout_s`. Raises when the run failed."""

@@ -25,6 +25,7 @@ from fl_runtime.types import Listener, RunSettings, Strategy
 _THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
 _SPARE_THREADS = 8
 _GRACE_S = 0.5
+_LAST_STEP_S = 30.0  # the sum or the write to the disk that the round loop may be in when its server is closed
 
 
 class Server:
@@ -161,9 +162,13 @@ class Server:
             return path
 
     def close(self) -> None:
-        """Stop serving and deliver the last events. A run that has not ended can be continued later."""
+        """Stop serving and deliver the last events. A run that has not ended can be continued later, by another server:
+        nothing of this one touches its files any more."""
         if self._stop_serving:
             self._stop_serving(_GRACE_S)
+        self._run.halt()
+        if self._loop.is_alive():
+            self._loop.join(_LAST_STEP_S)
         self._events.close()
         self._lock.close()
 

@@ -231,7 +231,7 @@ class FederationService:
                 raise
             status = self._run.accept(update, transfer.blob, digest, facts, received)
         if status == "late":
-            self._run.late(header.round, name, len(first))
+            self._run.events.emit("update", header.round, name, status="late", bytes_up=len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
     def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:

@@ -37,8 +37,8 @@ class Blob:
 
 
 class Blobs:
-    """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename and free.
-
+    """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename, free and
+    close.
 
     durable: `settle` waits for the disk.
     """
@@ -46,6 +46,7 @@ class Blobs:
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
         self.folder, self._durable = folder, durable
         self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
+        self._closed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -101,6 +102,8 @@ class Blobs:
 
     def free(self, blob: Blob) -> None:
         """The blob's file and mapping may be used again; nobody may hold views of it any more."""
+        if self._closed:
+            return
         self.rename(blob, f"free-{id(blob):x}")
         layout = blob.manifest.layout
         free = self._free.pop(layout, [])
@@ -110,6 +113,10 @@ class Blobs:
             for old in self._free.pop(next(iter(self._free))):
                 with suppress(OSError):  # what is mapped cannot be deleted everywhere
                     self._path(old.name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """From now on `free` leaves every file alone: the folder may be another server's by then, or gone."""
+        self._closed = True
 
     def sweep(self, keep: set[str]) -> None:
         """Delete every file that is not in `keep`: what a killed server left behind."""

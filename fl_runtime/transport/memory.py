@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from fl_runtime.errors import ConnectionLostError
@@ -62,6 +62,7 @@ class _MemoryCall:
         self._lock = threading.Lock()
         self._gone: list[Callable[[], None]] = []
         self._ended = False
+        self._running = False
 
     def when_gone(self, callback: Callable[[], None]) -> bool:
         with self._lock:
@@ -73,17 +74,35 @@ class _MemoryCall:
         return self
 
     def __next__(self) -> bytes:
-        if self._ended:
-            raise ConnectionLostError("the call was cancelled")
+        with self._lock:
+            if self._ended:
+                raise ConnectionLostError("the call was cancelled")
+            self._running = True
         try:
-            return next(self.replies)
+            reply = next(self.replies)
         except BaseException:
+            self._running = False
             self.cancel()
             raise
+        with self._lock:
+            self._running = False
+            ended = self._ended
+        if ended:  # meanwhile, by another thread, which could not end the service's side itself
+            _end(self.replies)
+        return reply
 
     def cancel(self, *, broken: bool = False) -> None:
         with self._lock:
             callbacks, self._gone, self._ended = self._gone, [], True
+            idle = not self._running
         self._forget(self)
         for callback in callbacks:
             callback()
+        if idle:
+            _end(self.replies)
+
+
+def _end(replies: Iterator[bytes]) -> None:
+    """Have the service let go of what it holds for a call now, and not when the garbage collector finds it."""
+    if isinstance(replies, Generator):
+        replies.close()

@@ -24,6 +24,14 @@ class _Fault:
     flip: int = 0xFF
 
 
+@dataclass
+class _Line:
+    """One direction of one connection; `passed` bytes of it since it began, or since damage to each was planned."""
+
+    direction: Direction
+    passed: int = 0
+
+
 class TcpProxy:
     """Listens on a free port of the loopback and forwards to `target` ("host:port"). Counts what it forwards."""
 
@@ -31,6 +39,8 @@ class TcpProxy:
         self.target = target
         self._counts: dict[Direction, int] = {"up": 0, "down": 0}
         self._faults: list[_Fault] = []
+        self._lines: list[_Line] = []
+        self._each: dict[Direction, tuple[int, int]] = {}  # bytes to let pass, connections still to be damaged
         self._lock = threading.Condition()
         self._open: list[socket.socket] = []
         self.connections = 0
@@ -67,6 +77,13 @@ class TcpProxy:
     def damage_after(self, direction: Direction, more_bytes: int, flip: int = 0xFF) -> None:
         """Turn over these bits of one byte after so many further ones."""
         self._plan(direction, more_bytes, "damage", flip)
+
+    def damage_each(self, direction: Direction, after_bytes: int, times: int) -> None:
+        """Turn over a byte of this and each later connection, once in each, up to so many times."""
+        with self._lock:
+            self._each[direction] = (after_bytes, times)
+            for line in self._lines:
+                line.passed = 0
 
     def hold(self, seconds: float) -> None:
         """Let nothing pass for so long, and then all of it."""
@@ -117,9 +134,12 @@ class TcpProxy:
             threading.Thread(target=self._pump, args=("down", server, site), daemon=True).start()
 
     def _pump(self, direction: Direction, source: socket.socket, sink: socket.socket) -> None:
+        line = _Line(direction)
+        with self._lock:
+            self._lines.append(line)
         try:
             while data := source.recv(_CHUNK_BYTES):
-                data, cut = self._counted(direction, data)
+                data, cut = self._counted(line, data)
                 while (left := self._held_until - time.monotonic()) > 0:
                     time.sleep(left)
                 if source not in self._deaf:
@@ -131,11 +151,17 @@ class TcpProxy:
         _close(source)
         _close(sink)
 
-    def _counted(self, direction: Direction, data: bytes) -> tuple[bytes, bool]:
+    def _counted(self, line: _Line, data: bytes) -> tuple[bytes, bool]:
         """What to forward of `data`, and whether the connection ends after it."""
         with self._lock:
-            before = self._counts[direction]
+            direction, before = line.direction, self._counts[line.direction]
             cut = False
+            after, left = self._each.get(direction, (0, 0))
+            if left and line.passed <= after < line.passed + len(data):
+                data = _flipped(data, after - line.passed, 0xFF)
+                self._each[direction] = (after, left - 1)
+                self.fired += 1
+            line.passed += len(data)
             for fault in [f for f in self._faults if f.direction == direction and f.at < before + len(data)]:
                 self._faults.remove(fault)
                 self.fired += 1
@@ -143,10 +169,14 @@ class TcpProxy:
                 if fault.kind == "cut":
                     data, cut = data[:place], True
                     break
-                data = data[:place] + bytes([data[place] ^ fault.flip]) + data[place + 1 :]
+                data = _flipped(data, place, fault.flip)
             self._counts[direction] = before + len(data)
             self._lock.notify_all()
             return data, cut
+
+
+def _flipped(data: bytes, place: int, bits: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
 
 
 def _close(one: socket.socket) -> None:
