@@ -38,7 +38,7 @@ from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.sealed import SealedStream
 from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import VERSION
-from fl_runtime.wire.finite import check_finite, check_weight
+from fl_runtime.wire.finite import Inspected, check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
 
 
@@ -190,13 +190,13 @@ class Session:
         task = self._current()
         where = f"update of {self.name}, round {task.round}"
         check_weight(num_examples, where)
-        check_finite({**arrays, **(extras or {})}, where)
+        inspected = inspect(arrays, extras or {}, where)
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
         update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
         if held_back:
             update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
         self._save_point(task, arrays)
-        return self._send(update, lambda update: self._filters.outgoing(update, task))
+        return self._send(update, lambda update: self._filters.outgoing(update, task), inspected)
 
     def next_task(self) -> Task:
         """Wait for the round to close; the next task is of kind "train" or "final"."""
@@ -389,15 +389,15 @@ class Session:
         self.turn = self.turn + 1 if waited else task.round
         return self._task
 
-    def _send(self, update: Update, filtered: Callable[[Update], Update]) -> str:
-        """The one way out for arrays."""
+    def _send(self, update: Update, filtered: Callable[[Update], Update], inspected: Inspected | None = None) -> str:
+        """The one way out for arrays. inspected: what is known of those of `update`."""
         with self._allowed():
             self._rules.may_travel([*update.arrays, *update.extras], update.round)
             sent = filtered(update)
             self._rules.outgoing(sent)
             if self._swarm is not None and update.round > 0:  # the tensors go to the round's aggregator
                 sent = self._swarm.receipt(sent)
-        return self._client.submit(sent)
+        return self._client.submit(sent, inspected)
 
     @contextmanager
     def _allowed(self) -> Iterator[None]:

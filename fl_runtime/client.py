@@ -36,6 +36,7 @@ from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
+from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
@@ -145,10 +146,11 @@ class SiteClient:
         the last "share" or "aggregate" that this site is through with; it is not given again."""
         return self._patiently(lambda: self._next_task(best, evaluate, done))
 
-    def submit(self, update: Update) -> str:
-        """Send an update; returns what it counted as: used, late, carried or duplicate. Arrays are borrowed."""
+    def submit(self, update: Update, inspected: Inspected | None = None) -> str:
+        """Send an update; returns what it counted as: used, late, carried or duplicate. Arrays are borrowed.
+        inspected: what is known of some of them."""
         manifest = Manifest.of(update.arrays, update.extras)
-        digests = manifest.digests(update.arrays, update.extras)
+        digests = manifest.digests(update.arrays, update.extras, inspected)
         pieces = manifest.pieces(update.arrays, update.extras)
         header = pb.UpdateHeader(
             session=self._session,
@@ -162,6 +164,7 @@ class SiteClient:
             metrics_json=_metrics_json(update.metrics),
             payload=frames.describe(manifest, digests, known=manifest.layout in self._sent_layouts),
             shared=self._shared is not None,
+            finite=inspected is not None and inspected.covers(update.arrays, update.extras),
         )
         part = pb.UpdatePart(update=header)
         small = manifest.nbytes <= frames.INLINE_BYTES

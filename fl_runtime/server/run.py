@@ -220,8 +220,9 @@ class Run:
     def release(self, model: Model) -> None:
         with self.lock:
             model.leases -= 1
-            if model.retired and model.leases == 0:
-                self.blobs.free(model.blob)
+            model.frames = model.frames if model.leases else None
+            if model.retired:
+                self.recycle(model)
 
     def retire(self, model: Model) -> None:
         """A model that no later task will carry."""

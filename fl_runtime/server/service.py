@@ -18,7 +18,7 @@ from fl_runtime.server.members import Registration
 from fl_runtime.server.relay import Relay, first_part
 from fl_runtime.server.run import Run
 from fl_runtime.server.spool import Transfer
-from fl_runtime.server.state import Offer
+from fl_runtime.server.state import Model, Offer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
@@ -184,9 +184,8 @@ class FederationService:
             return
         header.version = entry.version
         header.payload.CopyFrom(frames.describe(blob.manifest, entry.digests, known=known))
-        pieces = [blob.buffer.data]
         if blob.manifest.nbytes <= frames.INLINE_BYTES:
-            ready[key] = frames.inlined(pb.TaskPart(task=header), pieces)
+            ready[key] = frames.inlined(pb.TaskPart(task=header), [blob.buffer.data])
             yield ready[key]
             return
         if shared:
@@ -196,7 +195,7 @@ class FederationService:
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
-        yield from frames.frames(pieces, header.offset, frames.frame_bytes(len(self._run.settings.sites)))
+        yield from _frames_of(self._run, offer.model).stream(header.offset)
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
@@ -215,7 +214,10 @@ class FederationService:
                 elif transfer.receiver.manifest.nbytes:
                     shared = self._run.blobs.path(transfer.blob).name if header.shared and self._share else ""
                     yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
-                    received += _written(transfer, requests) if shared else _received(transfer, requests)
+                    if shared:
+                        received += _written(transfer, requests, finite=header.finite)
+                    else:
+                        received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
@@ -290,13 +292,22 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
     return count
 
 
-def _written(transfer: Transfer, requests: Iterator[bytes]) -> int:
-    """Wait for the word that the site has filled the rest of the file; returns how many bytes that were."""
+def _written(transfer: Transfer, requests: Iterator[bytes], *, finite: bool) -> int:
+    """Wait for the word that the site has filled the rest of the file; returns how many bytes that were. finite: the
+    site has looked at its values."""
     if not frames.is_frame(_expected(requests, "an upload ended before its file was filled")):
         raise ProtocolError("an upload has no frame where it says that its file is filled")
     before = transfer.receiver.arrived
-    transfer.receiver.filled()
+    transfer.receiver.filled(finite=finite)
     return transfer.receiver.arrived - before
+
+
+def _frames_of(run: Run, model: Model) -> frames.SharedFrames:
+    """What all who stream a leased model share."""
+    with run.lock:
+        if model.frames is None:
+            model.frames = frames.SharedFrames(model.blob.buffer.data, frames.frame_bytes(len(run.settings.sites)))
+        return model.frames
 
 
 def _is_large(offer: Offer) -> bool:

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Array, Arrays, is_floating
+from fl_runtime.wire.dtypes import dtype_name, dtype_of
 
 _BLOCK = 2**17
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """Tensors that have been gone through once: they hold no NaN and no infinite value, and these are their digests.
+
+    It speaks of the very arrays that were given to `inspect`, while nobody writes to them.
+    """
+
+    tensors: Mapping[tuple[bool, str], tuple[Array, bytes]]
+
+    def digest(self, array: Array, name: str, *, extra: bool) -> bytes | None:
+        """xxh3-64 of its bytes; None for an array that has not been gone through."""
+        seen, digest = self.tensors.get((extra, name), (None, None))
+        return digest if seen is array else None
+
+    def covers(self, arrays: Arrays, extras: Arrays) -> bool:
+        """Whether it speaks of all of these."""
+        return all(
+            self.digest(array, name, extra=extra) is not None
+            for extra, tensors in ((False, arrays), (True, extras))
+            for name, array in tensors.items()
+        )
+
+
+def inspect(arrays: Arrays, extras: Arrays, where: str) -> Inspected:
+    """Look for NaN and infinite values and make the digests, in one pass over the memory. UpdateRefusedError naming the
+    tensors that hold such values."""
+    found: dict[tuple[bool, str], tuple[Array, bytes]] = {}
+    bad = []
+    for extra, tensors in ((False, arrays), (True, extras)):
+        for name, array in tensors.items():
+            digest, finite = _gone_through(array, name)
+            found[extra, name] = array, digest
+            if not finite:
+                bad.append(name)
+    refuse(bad, where)
+    return Inspected(found)
+
+
+def _gone_through(array: Array, name: str) -> tuple[bytes, bool]:
+    """The digest of its bytes as they travel, and whether it is finite. ConfigError for a dtype that cannot travel."""
+    flat = np.ascontiguousarray(array, dtype_of(dtype_name(array.dtype, tensor=name))).reshape(-1)
+    digest, finite = xxhash.xxh3_64(), True
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        digest.update(block.view(np.uint8).data)
+        finite = finite and is_finite(block)
+    return digest.digest(), finite
 
 
 def check_finite(arrays: Arrays, where: str) -> None:

@@ -18,6 +18,7 @@ import xxhash
 from fl_runtime.errors import ProtocolError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.dtypes import dtype_name, dtype_of
+from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 ShapeOf: TypeAlias = Callable[[str, tuple[int, ...]], tuple[int, ...]]
@@ -110,9 +111,13 @@ class Manifest:
         """The tensors as flat views of bytes, in payload order; copies only what is not contiguous little endian."""
         return [self._bytes_of(self.tensors[i], arrays, extras) for i in self.payload_order]
 
-    def digests(self, arrays: Arrays, extras: Arrays) -> bytes:
-        """xxh3-64 of every tensor's bytes, 8 bytes each, in manifest order."""
-        return b"".join(xxhash.xxh3_64_digest(self._bytes_of(t, arrays, extras)) for t in self.tensors)
+    def digests(self, arrays: Arrays, extras: Arrays, inspected: Inspected | None = None) -> bytes:
+        """xxh3-64 of every tensor's bytes, 8 bytes each, in manifest order. inspected: knows some of them already."""
+        found = []
+        for t in self.tensors:
+            known = inspected and inspected.digest((extras if t.extra else arrays)[t.name], t.name, extra=t.extra)
+            found.append(known or xxhash.xxh3_64_digest(self._bytes_of(t, arrays, extras)))
+        return b"".join(found)
 
     def digests_of_payload(self, buffer: Array) -> bytes:
         return b"".join(

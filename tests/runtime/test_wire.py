@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from fl_runtime.types import Array, Arrays, is_floating
 from fl_runtime.version import PROTOCOL, choose_protocol
 from fl_runtime.wire import frames
 from fl_runtime.wire.dtypes import DTYPES, dtype_name, dtype_of
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.wire.finite import check_finite, inspect
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import MAX_TENSORS, Manifest, differences
 
@@ -122,6 +123,26 @@ def test_frames_hold_the_bytes_from_any_offset_in_any_size(pieces: list[bytes], 
     messages = list(frames.frames([memoryview(p) for p in pieces], start, size))
     assert b"".join(bytes(frames.frame_data(m)) for m in messages) == payload[start:]
     assert all(len(frames.frame_data(m)) == size for m in messages[:-1])
+
+
+@given(st.binary(max_size=500), st.integers(0, 500), st.integers(1, 60))
+def test_frames_that_are_shared_hold_the_bytes_from_any_offset(payload: bytes, start: int, size: int) -> None:
+    shared = frames.SharedFrames(memoryview(payload), size)
+    first, second = list(shared.stream(0)), list(shared.stream(min(start, len(payload))))
+    assert b"".join(bytes(frames.frame_data(m)) for m in first) == payload
+    assert b"".join(bytes(frames.frame_data(m)) for m in second) == payload[start:]
+    assert all(len(frames.frame_data(m)) <= size for m in first + second)
+
+
+def test_who_streams_at_the_same_time_gets_the_same_frames_and_few_are_kept() -> None:
+    payload = np.zeros(24 * frames.FRAME_BYTES, np.uint8)
+    shared = frames.SharedFrames(payload.data, frames.FRAME_BYTES)
+    tracemalloc.start()
+    for one, two, three in zip(shared.stream(0), shared.stream(0), shared.stream(0), strict=True):
+        assert one is two is three
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 * frames.FRAME_BYTES
 
 
 @given(st.binary(max_size=300))
@@ -341,6 +362,24 @@ def test_values_that_are_not_finite_are_found_in_every_dtype(name: str, value: f
         check_finite({"fine": np.ones(3), "w": array[::2]}, "site-1, round 4")
     assert "fine" not in caught.value.what
     assert caught.value.where == "site-1, round 4"
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_one_pass_finds_the_digests_and_what_is_not_finite(name: str) -> None:
+    """For any layout in memory, and several blocks long."""
+    arrays = {"w": np.ones(300_000, np.float32).astype(DTYPES[name]), "s": np.zeros((), DTYPES[name])}
+    arrays |= {"turned": arrays["w"].reshape(500, 600).T, "big": arrays["w"].astype(DTYPES[name].newbyteorder(">"))}
+    extras = {"w": np.zeros((3, 0), DTYPES[name])}
+    manifest, found = Manifest.of(arrays, extras), inspect(arrays, extras, "here")
+    assert found.covers(arrays, extras)
+    assert manifest.digests(arrays, extras, found) == manifest.digests(arrays, extras)
+    other = {**arrays, "w": np.zeros_like(arrays["w"])}
+    assert not found.covers(other, extras)
+    assert manifest.digests(other, extras, found) == manifest.digests(other, extras)
+    if is_floating(DTYPES[name]):
+        arrays["w"][299_999] = np.nan
+        with pytest.raises(UpdateRefusedError, match="NaN or infinite values in w"):
+            inspect({"fine": np.ones(3), "w": arrays["w"]}, {}, "here")
 
 
 def test_integers_booleans_and_empty_tensors_are_always_finite() -> None:

@@ -204,7 +204,7 @@ class TaskPart(_message.Message):
     def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., task: _Optional[_Union[TaskHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared")
+    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared", "finite")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +216,7 @@ class UpdateHeader(_message.Message):
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    FINITE_FIELD_NUMBER: _ClassVar[int]
     session: Session
     round: int
     stage: str
@@ -227,7 +228,8 @@ class UpdateHeader(_message.Message):
     metrics_json: str
     payload: Payload
     shared: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ...) -> None: ...
+    finite: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ..., finite: bool = ...) -> None: ...
 
 class UpdatePart(_message.Message):
     __slots__ = ("update", "data")
