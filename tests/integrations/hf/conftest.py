@@ -168,6 +168,13 @@ class SiteProcess:
         self.process.join()
 
 
+@pytest.fixture(autouse=True)
+def precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own: transformers 4 puts the bf16=True of one TrainingArguments into the environment, where
+    those of all later tests would find it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture
 def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Federation]]:
     """federation(sites=1, rounds=2, ...): a running server; everything it started ends with the test."""
