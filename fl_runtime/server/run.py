@@ -428,7 +428,7 @@ class Run:
         """End the run with an error that every site gets too. One of the store alone halts it: it goes on where its
         journal stands when the server is started again, and the sites wait for that as for a server that is away."""
         with self.lock:
-            if self.phase in ("failed", "done"):
+            if self.phase in ("failed", "done") or self.blobs.closed:
                 return
             self.phase, self.error = "failed", error
             self.events.emit("failed", error=error.to_wire())
@@ -443,11 +443,9 @@ class Run:
     def halt(self) -> None:
         """Stop where the journal stands, with nobody told: the server is closed, and may be started again."""
         with self.lock:
-            if self.phase not in ("failed", "done"):
-                self.phase, self.error = "failed", StoreError("the server was closed", fix="start it again to go on")
-                self.published.notify_all()
-                self.changed.notify_all()
             self.blobs.close()
+            self.published.notify_all()
+            self.changed.notify_all()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """Wait (under the lock) for a condition of the run; False after `timeout_s`. Raises when the run failed."""
@@ -497,3 +495,5 @@ class Run:
     def _raise_if_failed(self) -> None:
         if self.error is not None:
             raise self.error
+        if self.blobs.closed:
+            raise StoreError("the server was closed", fix="start it again to go on")

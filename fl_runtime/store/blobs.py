@@ -46,7 +46,7 @@ class Blobs:
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
         self.folder, self._durable = folder, durable
         self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
-        self._closed = False
+        self.closed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,7 +102,7 @@ class Blobs:
 
     def free(self, blob: Blob) -> None:
         """The blob's file and mapping may be used again; nobody may hold views of it any more."""
-        if self._closed:
+        if self.closed:
             return
         self.rename(blob, f"free-{id(blob):x}")
         layout = blob.manifest.layout
@@ -116,7 +116,7 @@ class Blobs:
 
     def close(self) -> None:
         """From now on `free` leaves every file alone: the folder may be another server's by then, or gone."""
-        self._closed = True
+        self.closed = True
 
     def sweep(self, keep: set[str]) -> None:
         """Delete every file that is not in `keep`: what a killed server left behind."""
