@@ -18,7 +18,7 @@ from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, differences
 
-from .state import assign, is_variable, spec, to_host
+from .state import assign, spec, to_host
 
 _STEP = "step/iterations"
 _LISTS = ("_variables", "_trainable_variables")  # of an optimizer, that hold no state of their own
@@ -38,7 +38,7 @@ class OptimizerState:
         if policy == "keep":
             return
         for optimizer in optimizers(self._model):
-            if policy == "reset" and not is_variable(optimizer._learning_rate):
+            if policy == "reset" and not isinstance(optimizer._learning_rate, keras.Variable):
                 raise ConfigError(
                     "optimizer_state='reset' sets the optimizer's step counter to zero, and with it this learning-rate "
                     "schedule would begin again in every round",
@@ -96,7 +96,7 @@ class OptimizerState:
         trained = optimizer._trainable_variables
         covered = {id(optimizer._iterations), id(optimizer._learning_rate)}
         for attribute, value in sorted(vars(optimizer).items()):
-            if is_variable(value) and id(value) not in covered:
+            if isinstance(value, keras.Variable) and id(value) not in covered:
                 averaged[f"scalar/{attribute.strip('_')}"] = value  # such as Nadam's product of momenta
                 covered.add(id(value))
             elif attribute not in _LISTS and _is_slot(value, len(trained)):
@@ -127,9 +127,10 @@ class OptimizerState:
         )
 
 
-def _is_slot(value: object, count: int) -> bool:
+def _is_slot(value: Any, count: int) -> bool:
     """Whether an attribute of an optimizer holds one kind of state, a variable (or None) for each trained one."""
-    return isinstance(value, list) and len(value) == count > 0 and all(v is None or is_variable(v) for v in value)
+    listed = isinstance(value, list) and len(value) == count > 0
+    return listed and all(v is None or isinstance(v, keras.Variable) for v in value)
 
 
 def optimizers(model: Any) -> list[Any]:

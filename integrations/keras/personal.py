@@ -93,6 +93,6 @@ class PersonalModel:
 
 
 def _exchanged(variable: Any, value: Array) -> Array:
-    before = to_host(variable).copy()  # PyTorch and TensorFlow may give their own memory
+    before = to_host(variable)
     assign(variable, value)
     return before

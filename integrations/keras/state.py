@@ -78,11 +78,6 @@ def to_host(variable: Any) -> Array:
     return np.asarray(keras.ops.convert_to_numpy(variable), order="C")
 
 
-def is_variable(thing: object) -> bool:
-    """Whether this is a variable of Keras (`keras.Variable` is not the class of all of them before 3.8)."""
-    return hasattr(thing, "assign") and hasattr(thing, "path")
-
-
 def assign(variable: Any, array: Array) -> None:
     """Copy `array` into a Keras variable."""
     variable.assign(np.array(array))  # a copy: JAX and TensorFlow may keep the memory that they are given
