@@ -42,7 +42,7 @@ def value(number: float) -> Arrays:
 
 @pytest.mark.parametrize("late", ["drop", "carry"])
 def test_a_deadline_with_a_quorum_closes_the_round(tmp_path: Path, late: str) -> None:
-    with serving(tmp_path, 2, min_sites=1, deadline_s=1.5, late=late, rounds=2) as bench:
+    with serving(tmp_path, 2, min_sites=1, deadline_s=3.0, late=late, rounds=2) as bench:
         sites, tasks = bench.started(W)
         one, two = sites.values()
         assert one.submit(tasks["site-1"], value(4)) == "used"
@@ -64,7 +64,7 @@ def test_a_deadline_with_a_quorum_closes_the_round(tmp_path: Path, late: str) ->
 
 
 def test_a_deadline_without_a_quorum_ends_the_run_and_names_who_did_not_answer(tmp_path: Path) -> None:
-    with serving(tmp_path, 2, deadline_s=0.5) as bench:
+    with serving(tmp_path, 2, deadline_s=2.0) as bench:
         sites, tasks = bench.started(W)
         sites["site-1"].submit(tasks["site-1"], value(1))
         with pytest.raises(QuorumError, match="site-2") as caught:
@@ -257,7 +257,7 @@ def test_a_site_that_was_given_up_is_taken_back_when_its_connection_returns(tmp_
 
 
 def test_a_site_that_comes_after_the_start_takes_part(tmp_path: Path) -> None:
-    with serving(tmp_path, 2, min_sites=1, deadline_s=0.5, rounds=2) as bench:
+    with serving(tmp_path, 2, min_sites=1, deadline_s=2.0, rounds=2) as bench:
         one, two = bench.site("site-1"), bench.site("site-2")
         one.join()
         one.register(W)  # returns when the start's deadline has passed
@@ -304,7 +304,7 @@ def test_an_update_that_is_sent_again_counts_once(tmp_path: Path, late: str) -> 
 
 
 def test_a_carried_update_that_is_sent_again_counts_once(tmp_path: Path) -> None:
-    with serving(tmp_path, 2, min_sites=1, deadline_s=1.0, late="carry", rounds=3) as bench:
+    with serving(tmp_path, 2, min_sites=1, deadline_s=2.5, late="carry", rounds=3) as bench:
         sites, tasks = bench.started(W)
         one, two = sites.values()
         one.submit(tasks["site-1"], value(0))
@@ -361,7 +361,7 @@ class Noticing:
 def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it(tmp_path: Path, late: str) -> None:
     strategy, watch = HeldMean(), Watch()
     events = Events([watch])
-    run = Run(settings(2, min_sites=1, deadline_s=1.0, late=late, rounds=2), tmp_path, events, strategy)
+    run = Run(settings(2, min_sites=1, deadline_s=2.5, late=late, rounds=2), tmp_path, events, strategy)
     loop = threading.Thread(target=drive, args=(run,), daemon=True)
     loop.start()
     service = Noticing(FederationService(run), "site-2")
