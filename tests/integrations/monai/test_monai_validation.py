@@ -55,7 +55,7 @@ def two_sites(run: Any, first: bool = False, more: Any = lambda net: (), *, give
 
 
 def reports(run: Any, site: str = "site-1") -> list[float]:
-    run.server.wait(10)  # until its events have been delivered
+    run.server.wait(60)  # until its events have been delivered
     return [e.data["metrics"]["loss"] for e in run.events if e.kind == "report" and e.site == site]
 
 

@@ -76,7 +76,7 @@ def main() -> None:
         process.stdin.close()
     statuses = [process.wait(90) for process in processes]
     assert statuses == [0] * len(processes), statuses
-    assert server.wait(10)
+    assert server.wait(60)
     server.close()
 
 

@@ -30,7 +30,7 @@ def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) 
         return train(params, data, given.pop("rounds", 2), kit=place.kit, **given)
 
     with LocalFederation(sites=2, **federation) as run:
-        outcomes = run.outcomes({place.name: site for place in run.places}, check=False, timeout_s=15)
+        outcomes = run.outcomes({place.name: site for place in run.places}, check=False, timeout_s=60)
         assert not run.server.result().rounds
     errors = [outcome.error for outcome in outcomes.values()]
     assert all(isinstance(error, HandshakeError) for error in errors), errors
