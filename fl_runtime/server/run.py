@@ -495,5 +495,5 @@ class Run:
     def _raise_if_failed(self) -> None:
         if self.error is not None:
             raise self.error
-        if self.blobs.closed:
+        if self.blobs.closed and self.phase != "done":
             raise StoreError("the server was closed", fix="start it again to go on")
