@@ -93,12 +93,12 @@ class _MemoryCall:
 
     def cancel(self, *, broken: bool = False) -> None:
         with self._lock:
-            callbacks, self._gone, self._ended = self._gone, [], True
-            idle = not self._running
+            callbacks, self._gone = self._gone, []
+            ends, self._ended = not (self._ended or self._running), True
         self._forget(self)
         for callback in callbacks:
             callback()
-        if idle:
+        if ends:
             _end(self.replies)
 
 
