@@ -24,15 +24,16 @@ ON_EACH = ("test_keras_conformance.py", "test_keras_exchange.py", "test_keras_co
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", ON_EACH)  # one at a time, so that each stays far from the time allowed to a test
 @pytest.mark.parametrize("backend", [b for b in ("tensorflow", "torch", "jax") if b != keras.backend.backend()])
-def test_the_suite_on_another_backend(backend: str) -> None:
+def test_the_suite_on_another_backend(backend: str, file: str) -> None:
     if not find_spec(backend):
         pytest.skip(f"{backend} is not installed")
     if backend == "jax" and version("jax").startswith(("0.4.", "0.5.")):
         pytest.skip("JAX 0.5 gives wrong weights here and ends with a segmentation fault (docs/keras.md)")
     found_at = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in ON_EACH)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)],
         env=os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": found_at},
         capture_output=True,
         text=True,
