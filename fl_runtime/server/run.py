@@ -386,8 +386,8 @@ class Run:
             self.changed.notify_all()
 
     def _wants_initial(self, name: str) -> bool:
-        wanted = self.phase == "initial" and self.model is None and self.strategy.initial == "first"
-        return wanted and self.initial_source() == name
+        wanted = self.phase == "initial" and not self.model and not self.settings.initial
+        return wanted and self.strategy.initial == "first" and self.initial_source() == name
 
     def drop_open(self, again: int = 0) -> None:
         """The open round is not needed any more, or is to be opened again, for the `again`th time."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import Bench, Site, errors_at_once, serving, settings
+from federation_bench import Bench, Site, errors_at_once, serving, settings, together
 
 from fl_runtime import errors as all_errors
 from fl_runtime.errors import (
@@ -27,7 +27,12 @@ from fl_runtime.errors import (
     UpdateRefusedError,
 )
 from fl_runtime.server import Server
+from fl_runtime.server.events import Events
+from fl_runtime.server.rounds import _handshake
+from fl_runtime.server.run import Run
+from fl_runtime.server.service import FederationService
 from fl_runtime.store.tensorfile import write_tensors
+from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Arrays
 from fl_runtime.version import PROTOCOL
 from fl_runtime.wire import frames
@@ -126,6 +131,17 @@ def test_an_initial_model_that_is_no_tensor_file_is_refused(tmp_path: Path) -> N
         site.join()
         with pytest.raises(ConfigError, match="not a usable safetensors file"):
             _ = site.register(GOOD), site.client.next_task()
+
+
+def test_no_site_is_asked_for_weights_that_the_job_gives(tmp_path: Path) -> None:
+    """Not even between the handshake and the moment in which the server reads the file."""
+    run = Run(settings(1, initial=str(tmp_path / "start.safetensors")), tmp_path, Events(()))
+    site = Site("site-1", MemoryTransport(FederationService(run), "site-1"))
+    attempt = site.join().attempt
+    together(lambda: _handshake(run), lambda: site.register(GOOD))
+    assert run.phase == "initial"
+    assert next(run.wait_for_task("site-1", attempt, best=False, beat_s=0.01)) is None
+    site.vanish()
 
 
 # -- updates -------------------------------------------------------------------------------------------------------
