@@ -220,7 +220,6 @@ class Run:
     def release(self, model: Model) -> None:
         with self.lock:
             model.leases -= 1
-            model.frames = model.frames if model.leases else None
             if model.retired:
                 self.recycle(model)
 

@@ -18,7 +18,7 @@ from fl_runtime.server.members import Registration
 from fl_runtime.server.relay import Relay, first_part
 from fl_runtime.server.run import Run
 from fl_runtime.server.spool import Transfer
-from fl_runtime.server.state import Model, Offer
+from fl_runtime.server.state import Offer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
@@ -184,8 +184,9 @@ class FederationService:
             return
         header.version = entry.version
         header.payload.CopyFrom(frames.describe(blob.manifest, entry.digests, known=known))
+        pieces = [blob.buffer.data]
         if blob.manifest.nbytes <= frames.INLINE_BYTES:
-            ready[key] = frames.inlined(pb.TaskPart(task=header), [blob.buffer.data])
+            ready[key] = frames.inlined(pb.TaskPart(task=header), pieces)
             yield ready[key]
             return
         if shared:
@@ -195,7 +196,7 @@ class FederationService:
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
-        yield from _frames_of(self._run, offer.model).stream(header.offset)
+        yield from frames.frames(pieces, header.offset, frames.frame_bytes(len(self._run.settings.sites)))
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
@@ -300,14 +301,6 @@ def _written(transfer: Transfer, requests: Iterator[bytes], *, finite: bool) -> 
     before = transfer.receiver.arrived
     transfer.receiver.filled(finite=finite)
     return transfer.receiver.arrived - before
-
-
-def _frames_of(run: Run, model: Model) -> frames.SharedFrames:
-    """What all who stream a leased model share."""
-    with run.lock:
-        if model.frames is None:
-            model.frames = frames.SharedFrames(model.blob.buffer.data, frames.frame_bytes(len(run.settings.sites)))
-        return model.frames
 
 
 def _is_large(offer: Offer) -> bool:

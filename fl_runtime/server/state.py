@@ -9,7 +9,6 @@ from fl_runtime.server.members import Member
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
 from fl_runtime.types import Settings, TaskKind, Update
-from fl_runtime.wire.frames import SharedFrames
 
 Phase = Literal["joining", "initial", "training", "final", "done", "failed"]
 Status = Literal["used", "late", "carried", "duplicate"]
@@ -20,8 +19,7 @@ class Model:
     """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
 
     kept: what the strategy keeps at the server beside the newest model.
-    messages, frames: whole task messages of a small model, and the frames of a large one, so that it is encoded once
-    for all sites.
+    messages: whole task messages of a small model, so that it is encoded once for all sites.
     """
 
     entry: ModelEntry
@@ -30,7 +28,6 @@ class Model:
     leases: int = 0
     retired: bool = False
     messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
-    frames: SharedFrames | None = None
 
     @property
     def version(self) -> int:

@@ -7,7 +7,6 @@ takes neither memoryview nor bytearray) where a protobuf object would cost three
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,7 +22,6 @@ from fl_runtime.wire.manifest import Manifest, TensorSpec
 FRAME_BYTES = 2 * 2**20
 _SHORTEST_FRAME_BYTES = 2**16
 _FRAMES_BYTES = 2 * FRAME_BYTES
-_SHARED_BYTES = 4 * FRAME_BYTES
 _CHECKED_BYTES = 2**19  # of what arrives: with the copy of it, half of a core's cache
 INLINE_BYTES = 2**20
 """Payloads up to this size travel inside their header: one message each way is what makes small rounds quick."""
@@ -81,35 +79,6 @@ def frames(pieces: Sequence[memoryview], start: int = 0, most: int = FRAME_BYTES
                 batch, room = [], most
     if batch:
         yield frame(batch)
-
-
-class SharedFrames:
-    """The frames of one payload, cut once for all who stream it at about the same time; for any number of threads.
-
-    payload: flat, of bytes, and unchanged while anybody streams. The last few frames are kept, and nothing else.
-    """
-
-    def __init__(self, payload: memoryview, most: int) -> None:
-        """most: bytes in a frame."""
-        self._payload, self._most = payload, most
-        self._lock = threading.Lock()
-        self._recent: dict[int, bytes] = {}  # by where they begin, in the order in which they were cut
-
-    def stream(self, start: int) -> Iterator[bytes]:
-        """All frames from byte `start` on."""
-        while start < len(self._payload):
-            stop = min(start - start % self._most + self._most, len(self._payload))  # where everybody's frames end
-            yield self._cut(start, stop)
-            start = stop
-
-    def _cut(self, start: int, stop: int) -> bytes:
-        with self._lock:
-            found = self._recent.get(start)
-            if found is None:
-                found = self._recent[start] = frame([self._payload[start:stop]])
-                if len(self._recent) > _SHARED_BYTES // self._most:
-                    del self._recent[next(iter(self._recent))]
-            return found
 
 
 def describe(manifest: Manifest, digests: bytes, *, known: bool) -> pb.Payload:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -123,26 +122,6 @@ def test_frames_hold_the_bytes_from_any_offset_in_any_size(pieces: list[bytes], 
     messages = list(frames.frames([memoryview(p) for p in pieces], start, size))
     assert b"".join(bytes(frames.frame_data(m)) for m in messages) == payload[start:]
     assert all(len(frames.frame_data(m)) == size for m in messages[:-1])
-
-
-@given(st.binary(max_size=500), st.integers(0, 500), st.integers(1, 60))
-def test_frames_that_are_shared_hold_the_bytes_from_any_offset(payload: bytes, start: int, size: int) -> None:
-    shared = frames.SharedFrames(memoryview(payload), size)
-    first, second = list(shared.stream(0)), list(shared.stream(min(start, len(payload))))
-    assert b"".join(bytes(frames.frame_data(m)) for m in first) == payload
-    assert b"".join(bytes(frames.frame_data(m)) for m in second) == payload[start:]
-    assert all(len(frames.frame_data(m)) <= size for m in first + second)
-
-
-def test_who_streams_at_the_same_time_gets_the_same_frames_and_few_are_kept() -> None:
-    payload = np.zeros(24 * frames.FRAME_BYTES, np.uint8)
-    shared = frames.SharedFrames(payload.data, frames.FRAME_BYTES)
-    tracemalloc.start()
-    for one, two, three in zip(shared.stream(0), shared.stream(0), shared.stream(0), strict=True):
-        assert one is two is three
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert most < 8 * frames.FRAME_BYTES
 
 
 @given(st.binary(max_size=300))
