@@ -61,8 +61,8 @@ def soak(rounds: int, mib: float, console: Console) -> bool:
     taken: dict[str, list[Sample]] = defaultdict(list)
 
     def sample(event: Event) -> None:
-        if event.kind != "round_finished" or event.round < WARM or event.round % 10:
-            return
+        if event.kind != "round_finished" or event.round < WARM or event.round % 10 or event.round == rounds:
+            return  # after the last round sites write results and end
         taken["server"].append(Sample.of(os.getpid()))
         for index, pid in enumerate(_children(), 1):
             taken[f"site-{index}"].append(Sample.of(pid))
@@ -78,7 +78,7 @@ def soak(rounds: int, mib: float, console: Console) -> bool:
         settled = samples[: max(len(samples) // 10, 1)]
         first = Sample(*(max(getattr(s, field) for s in settled) for field in Sample.__dataclass_fields__))
         last = samples[-1]
-        for when, one in ((WARM, first), (rounds, last)):
+        for when, one in ((WARM, first), (rounds - 10, last)):
             row = f"{one.own_mib:.1f}", f"{one.files_mib:.1f}", str(one.open_files), str(one.threads)
             table.add_row(name, str(when), *row)
         flat &= last.own_mib <= ALLOWED * first.own_mib

@@ -9,7 +9,7 @@ from typing import Any
 from fl_runtime.errors import FederationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundResult:
     """A closed round. seconds: from opening to commit. metrics: means over the sites, validation included.
     sites: whose updates counted. missing: participants without one. bytes: of all sites, headers included."""

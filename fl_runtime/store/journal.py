@@ -98,6 +98,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA cache_size=-256")  # KiB: it is written from end to end, and hardly ever read
             self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             self._check()
             with self._transaction():
