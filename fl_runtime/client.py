@@ -233,11 +233,13 @@ class SiteClient:
         return self._patiently(call, patience_s)
 
     def _patiently(self, attempt: Callable[[], R], patience_s: float | None = None) -> R:
-        """Repeat a call over broken connections, with pauses that grow and vary, while patience lasts."""
+        """Repeat a call over broken connections, with pauses that grow and vary, while patience lasts. A call that has
+        been silent for all of it is made once more: what it has used up may have been the fault of its connection."""
         patience_s = self._patience_s if patience_s is None else patience_s
         given_up_at: float | None = None
-        pause_s, heard, damaged, held = _FIRST_PAUSE_S, self._heard, 0, 0
+        pause_s, heard, damaged, held, spared = _FIRST_PAUSE_S, self._heard, 0, 0, False
         while True:
+            began = time.monotonic()
             try:
                 return attempt()
             except (ConnectionLostError, StoreError) as error:  # a server whose disk is full may be back soon
@@ -247,7 +249,9 @@ class SiteClient:
                 if self._closed or damaged == _DAMAGED_TRIES:
                     raise
                 now = time.monotonic()
-                if given_up_at is None or self._heard != heard:
+                silent = now - began >= patience_s and not spared
+                if given_up_at is None or self._heard != heard or silent:
+                    spared = silent
                     given_up_at, pause_s, heard = now + patience_s, _FIRST_PAUSE_S, self._heard
                 if now > given_up_at:
                     what = f"{error.what}; gave up after {patience_s:g} s"

@@ -46,6 +46,7 @@ class TcpProxy:
         self.connections = 0
         self.fired = 0  # cuts and damages of those that were planned
         self.refuses = False  # new connections, while it is set
+        self.deaf_next = 0  # so many new connections stand and carry nothing
         self._held_until = 0.0
         self._deaf: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -130,6 +131,9 @@ class TcpProxy:
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open += [site, server]
+                if self.deaf_next:
+                    self.deaf_next -= 1
+                    self._deaf |= {site, server}
             threading.Thread(target=self._pump, args=("up", site, server), daemon=True).start()
             threading.Thread(target=self._pump, args=("down", server, site), daemon=True).start()
 

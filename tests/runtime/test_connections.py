@@ -179,6 +179,26 @@ def test_a_connection_that_stands_and_carries_nothing_is_made_again(tmp_path: Pa
         assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
 
 
+def test_a_silent_connection_after_a_broken_one_is_made_again_too(tmp_path: Path) -> None:
+    """The silence alone takes all of the patience that the break has begun."""
+    initial: Arrays = {"w": np.zeros(3)}
+    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address, patience_s=2.0)
+        tasks = started([one, two], initial)
+        two.submit(tasks["site-2"], {"w": np.ones(3)})
+
+        def meanwhile() -> None:
+            before, proxy.deaf_next = proxy.connections, 1
+            proxy.cut()
+            end = time.monotonic() + 30
+            while proxy.connections < before + 2 and time.monotonic() < end:  # the deaf one, and one that works
+                time.sleep(0.01)
+            one.submit(tasks["site-1"], {"w": np.ones(3)})
+
+        final, _ = together(two.client.next_task, meanwhile)
+        assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
+
+
 @pytest.mark.parametrize("call", ["register", "next_task", "report"])
 def test_a_site_that_waits_for_the_others_is_not_impatient(tmp_path: Path, call: str) -> None:
     """The server says meanwhile that it is there."""
