@@ -78,7 +78,7 @@ def soak(rounds: int, mib: float, console: Console) -> bool:
         settled = samples[: max(len(samples) // 10, 1)]
         first = Sample(*(max(getattr(s, field) for s in settled) for field in Sample.__dataclass_fields__))
         last = samples[-1]
-        for when, one in ((WARM, first), (rounds - 10, last)):
+        for when, one in ((WARM, first), ((rounds - 1) // 10 * 10, last)):
             row = f"{one.own_mib:.1f}", f"{one.files_mib:.1f}", str(one.open_files), str(one.threads)
             table.add_row(name, str(when), *row)
         flat &= last.own_mib <= ALLOWED * first.own_mib

@@ -441,19 +441,14 @@ def _cross_scores(run: Run) -> None:
     """Wait for the sites' scores of each other's models, and tell them."""
     if run.settings.cross_site:
         with run.lock:
-            run.wait_until(lambda: run.blobs.closed or run.cross_site.complete(run), run.settings.deadline_s)
-            if not run.blobs.closed:
-                run.events.emit("cross_site", run.rounds or 0, matrix=run.cross_site.matrix(run))
+            run.wait_until(lambda: run.cross_site.complete(run), run.settings.deadline_s)
+            run.events.emit("cross_site", run.rounds or 0, matrix=run.cross_site.matrix(run))
 
 
 def _farewell(run: Run) -> None:
     """Serve until every site has taken what it wants and left."""
-
-    def over() -> bool:
-        return run.blobs.closed or all(m.gone or not m.attempt for m in run.members.values())
-
     with run.lock:
-        run.wait_until(over, run.settings.deadline_s)
+        run.wait_until(lambda: all(m.gone or not m.attempt for m in run.members.values()), run.settings.deadline_s)
 
 
 def _present(run: Run) -> list[str]:

@@ -450,7 +450,7 @@ class Run:
         """Wait (under the lock) for a condition of the run; False after `timeout_s`. Raises when the run failed."""
         deadline = time.monotonic() + timeout_s
         while True:
-            self._raise_if_failed()
+            self._raise_if_failed(even_done=True)
             self._expire_absent()
             if ready():
                 return True
@@ -491,8 +491,8 @@ class Run:
             )
         return member
 
-    def _raise_if_failed(self) -> None:
+    def _raise_if_failed(self, *, even_done: bool = False) -> None:
         if self.error is not None:
             raise self.error
-        if self.blobs.closed and self.phase != "done":
+        if self.blobs.closed and (even_done or self.phase != "done"):  # what has ended well may still be asked about
             raise StoreError("the server was closed", fix="start it again to go on")

@@ -96,6 +96,12 @@ class TcpProxy:
         with self._lock:
             self._deaf |= set(self._open)
 
+    def wait_connected(self, count: int, timeout_s: float = 30.0) -> None:
+        """Until there have been so many connections."""
+        with self._lock:
+            if not self._lock.wait_for(lambda: self.connections >= count, timeout_s):
+                raise TimeoutError(f"{self.connections} of {count} connections in {timeout_s:g} s")
+
     def wait_fired(self, count: int, timeout_s: float) -> bool:
         """Until so many of the planned cuts and damages have happened; False if they have not."""
         with self._lock:
@@ -126,11 +132,12 @@ class TcpProxy:
             except OSError:
                 _close(site)
                 continue
-            self.connections += 1
             for one in (site, server):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open += [site, server]
+                self.connections += 1
+                self._lock.notify_all()
                 if self.deaf_next:
                     self.deaf_next -= 1
                     self._deaf |= {site, server}

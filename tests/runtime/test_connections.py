@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation_bench import Bench, Site, serving, started, together
+from federation_bench import WAIT_S, Bench, Site, serving, started, together
 from tcp_proxy import Direction, TcpProxy
 
 from fl_runtime.errors import ConnectionLostError, TransferDamagedError
@@ -164,39 +164,40 @@ def test_a_message_that_is_lost_whole_is_taken_for_damage(tmp_path: Path, method
         transport.close()
 
 
-def test_a_connection_that_stands_and_carries_nothing_is_made_again(tmp_path: Path) -> None:
+def a_waiting_site_survives(folder: Path, trouble: Callable[[TcpProxy], None], patience_s: float = WAIT_S) -> None:
+    """site-2 waits for the round to close, and has its trouble, before the other's update comes."""
     initial: Arrays = {"w": np.zeros(3)}
-    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
-        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address, patience_s=2.0)
+    with serving(folder, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address, patience_s=patience_s)
         tasks = started([one, two], initial)
         two.submit(tasks["site-2"], {"w": np.ones(3)})
 
         def meanwhile() -> None:
-            proxy.deafen()
+            trouble(proxy)
             one.submit(tasks["site-1"], {"w": np.ones(3)})
 
         final, _ = together(two.client.next_task, meanwhile)
         assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
+        assert not bench.watch.all("left")
+
+
+def test_waiting_sites_survive_a_broken_connection(tmp_path: Path) -> None:
+    a_waiting_site_survives(tmp_path, TcpProxy.cut)
+
+
+def test_a_connection_that_stands_and_carries_nothing_is_made_again(tmp_path: Path) -> None:
+    a_waiting_site_survives(tmp_path, TcpProxy.deafen, patience_s=2.0)
 
 
 def test_a_silent_connection_after_a_broken_one_is_made_again_too(tmp_path: Path) -> None:
     """The silence alone takes all of the patience that the break has begun."""
-    initial: Arrays = {"w": np.zeros(3)}
-    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
-        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address, patience_s=2.0)
-        tasks = started([one, two], initial)
-        two.submit(tasks["site-2"], {"w": np.ones(3)})
 
-        def meanwhile() -> None:
-            before, proxy.deaf_next = proxy.connections, 1
-            proxy.cut()
-            end = time.monotonic() + 30
-            while proxy.connections < before + 2 and time.monotonic() < end:  # the deaf one, and one that works
-                time.sleep(0.01)
-            one.submit(tasks["site-1"], {"w": np.ones(3)})
+    def trouble(proxy: TcpProxy) -> None:
+        before, proxy.deaf_next = proxy.connections, 1
+        proxy.cut()
+        proxy.wait_connected(before + 2)  # the deaf one, and one that works
 
-        final, _ = together(two.client.next_task, meanwhile)
-        assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
+    a_waiting_site_survives(tmp_path, trouble, patience_s=2.0)
 
 
 @pytest.mark.parametrize("call", ["register", "next_task", "report"])
@@ -235,22 +236,6 @@ def test_a_transfer_that_is_damaged_every_time_is_given_up(tmp_path: Path) -> No
             proxy.damage_after("down", MIB + number * PAYLOAD // 3)
         with pytest.raises(ConnectionLostError):
             site.client.next_task()
-
-
-def test_waiting_sites_survive_a_broken_connection(tmp_path: Path) -> None:
-    initial: Arrays = {"w": np.zeros(3)}
-    with serving(tmp_path, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
-        one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address)
-        tasks = started([one, two], initial)
-        two.submit(tasks["site-2"], {"w": np.ones(3)})
-
-        def meanwhile() -> None:
-            proxy.cut()
-            one.submit(tasks["site-1"], {"w": np.ones(3)})
-
-        final, _ = together(two.client.next_task, meanwhile)
-        assert (final.kind, final.arrays["w"].tolist()) == ("final", [1.0] * 3)
-        assert not bench.watch.all("left")
 
 
 def test_a_break_during_the_handshake_is_survived(tmp_path: Path) -> None:
