@@ -110,8 +110,9 @@ class Job(BaseModel):
         return job
 
     @classmethod
-    def from_file(cls, path: str | PurePath) -> Job:
-        """The job in a YAML file. Raises ConfigError that names the file and the field."""
+    def from_file(cls, path: str | PurePath, **given: Any) -> Job:
+        """The job in a YAML file. given: fields that count in place of the file's. Raises ConfigError that names the
+        file and the field."""
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -127,8 +128,10 @@ class Job(BaseModel):
                 fix="write one setting per line, such as `rounds: 10`",
             )
         try:
-            return cls(**{str(name): value for name, value in fields.items()})
+            return cls(**{**{str(name): value for name, value in fields.items()}, **given})
         except ConfigError as error:
+            if set(error.where.split(", ")) <= given.keys():  # the file does not say that
+                raise
             raise ConfigError(error.what, where=f"{path}: {error.where}".removesuffix(": "), fix=error.fix) from None
 
     def to_yaml(self) -> str:

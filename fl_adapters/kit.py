@@ -70,9 +70,10 @@ def read_kit(folder: str | os.PathLike[str]) -> Kit:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            "there is no startup kit here", where=str(file), fix=f"pass a kit's folder, or unset {KIT_VARIABLE}"
-        ) from None
+        from fl_runtime.trust.files import unpack_first
+
+        fix = unpack_first(file.parent) or f"pass a kit's folder, or unset {KIT_VARIABLE}"
+        raise ConfigError("there is no startup kit here", where=str(file), fix=fix) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the startup kit cannot be read: {error}", where=str(file), fix=_RENEW) from None
     return replace(_checked(fields, file), folder=str(folder))

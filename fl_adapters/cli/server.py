@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import reported, show_json
-from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.job import Job
 from fl_adapters.trust import needs_cryptography
 from fl_runtime.errors import ConfigError, FederationError
@@ -41,11 +41,16 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_j
             if kit.certificate.expires_soon:
                 print(f"the certificate ends in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
             name = None if job is None else _begun(server, job, kit.identity)
+            watched = name
             while not stop.wait(_LOOK_S):
                 if server.halted:
                     raise server.halted
-                if name is not None and server.wait_for_job(name, 0):
-                    return _ended(server.outcome(name), as_json)
+                watched = watched or server.running()
+                if watched is not None and server.wait_for_job(watched, 0):
+                    print(_summary(server.outcome(watched)), file=sys.stderr, flush=True)
+                    if watched == name:
+                        return _ended(server.outcome(watched), as_json)
+                    watched = None
             return 0
         finally:
             server.close()
@@ -58,6 +63,16 @@ def _begun(server: Any, job: Job, identity: Any) -> str:
         return running
     name: str = server.submit(job_fields(job), identity)
     return name
+
+
+def _summary(outcome: Mapping[str, Any]) -> str:
+    """A line about a job that has ended."""
+    if outcome["error"]:
+        state = f"failed: {outcome['error']['what']}"
+    else:
+        best = f", the best was {outcome['best_round']}" if outcome["best_round"] else ""
+        state = f"{counted(len(outcome['rounds']), 'round')}{best}"
+    return f"{outcome['job']}: {state}; results in {outcome['folder']}"
 
 
 def _ended(outcome: Mapping[str, Any], as_json: bool) -> int:

@@ -105,7 +105,7 @@ def _job(wanted: Wanted) -> Job:
     if wanted.app:
         given["app"] = wanted.app
     if wanted.job_file is not None:
-        given = {**Job.from_file(wanted.job_file).model_dump(exclude_unset=True), **given}
+        return Job.from_file(wanted.job_file, **given)
     if "app" not in given:
         raise ConfigError("there is nothing to run", where="SCRIPT", fix="name the training script, or give --job FILE")
     return Job(**given)

@@ -94,7 +94,7 @@ class ProgressLines:
         data = event.data
         match event.kind:
             case "starting":
-                self._say(f"{data['job']}: {data['command']} at {_counted(len(data['sites']), 'site')}")
+                self._say(f"{data['job']}: {data['command']} at {counted(len(data['sites']), 'site')}")
                 self._say(f"results in {data['folder']}")
             case "joined":
                 again = f" again (attempt {data['attempt']})" if data["attempt"] > 1 else ""
@@ -102,7 +102,7 @@ class ProgressLines:
             case "registered":
                 self._evaluates |= data["evaluates"]
             case "started":
-                self._say(f"{_counted(data['rounds'], 'round')} with {_counted(len(data['sites']), 'site')}")
+                self._say(f"{counted(data['rounds'], 'round')} with {counted(len(data['sites']), 'site')}")
             case "round_finished":
                 self._pending[event.round] = event
                 self._settle(event.round - 2 if self._evaluates else event.round)
@@ -127,7 +127,7 @@ class ProgressLines:
         missing = f", without {', '.join(data['missing'])}" if data["missing"] else ""
         self._say(
             f"round {event.round}/{self._view.rounds}: {metrics_text(self._view.metrics[event.round])}, "
-            f"{_counted(len(data['sites']), 'site')}{missing}, up {size_text(data['bytes_up'])}, "
+            f"{counted(len(data['sites']), 'site')}{missing}, up {size_text(data['bytes_up'])}, "
             f"down {size_text(data['bytes_down'])}, {data['seconds']:.2f} s"
         )
 
@@ -135,7 +135,8 @@ class ProgressLines:
         print(f"[{time.monotonic() - self._view.began:6.1f} s] {text}", file=self._out, flush=True)
 
 
-def _counted(number: int, thing: str) -> str:
+def counted(number: int, thing: str) -> str:
+    """1 round, 2 rounds."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

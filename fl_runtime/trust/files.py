@@ -35,9 +35,14 @@ def read_file(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"there is no {what} here: {error.strerror}", where=str(path), fix="check the path, or get a fresh kit"
-        ) from None
+        fix = unpack_first(path.parent) or "check the path, or get a fresh kit"
+        raise ConfigError(f"there is no {what} here: {error.strerror}", where=str(path), fix=fix) from None
+
+
+def unpack_first(kit: Path) -> str:
+    """What to do about a kit's folder that is missing since the kit is still packed; empty if that is not so."""
+    archive = kit if kit.suffix == ".zip" else kit.parent / f"{kit.name}.zip"
+    return f"the kit is packed: first run `fl-adapters unpack {archive}`" if archive.is_file() else ""
 
 
 def check_private(path: Path) -> None:

@@ -171,6 +171,16 @@ def test_a_bad_job_file_is_named_with_the_field(tmp_path: Path, text: str, wante
     assert str(file) in caught.value.where
 
 
+def test_what_is_given_counts_in_place_of_a_job_files_fields(tmp_path: Path) -> None:
+    file = tmp_path / "job.yml"
+    file.write_text("rounds: 3\nseed: 7\n")
+    job = Job.from_file(file, app="train.py", rounds=5)
+    assert (job.app, job.rounds, job.seed) == ("train.py", 5, 7)
+    with pytest.raises(ConfigError) as caught:
+        Job.from_file(file, app="train.py", rounds=0)
+    assert caught.value.where == "rounds", "the file is not at fault"
+
+
 def test_a_job_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         Job.from_file(tmp_path / "none.yml")

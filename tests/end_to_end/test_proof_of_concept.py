@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -144,7 +145,9 @@ def test_a_job_is_submitted_over_an_admins_kit_and_status_shows_it(bench: Any, a
     with pytest.raises(PermissionDeniedError, match="member mina of north-hospital may not submit a job"):
         Job(app="adding", name="second").run(Production(kit="kits/mina", quiet=True))
     server.terminate()
-    assert server.wait(30) == 0
+    _, err = server.communicate(timeout=30)
+    assert server.returncode == 0
+    assert re.search(f"first: 3 rounds.*; results in {ended['folder']}\n", err)
 
 
 @pytest.mark.parametrize("command", [["--job", "job.yml"], []], ids=["the same command", "without the job"])

@@ -152,7 +152,7 @@ def test_with_exact_restart_a_killed_site_is_started_again_and_ends_with_the_sam
     script = bench.script("exact.py", EXACT)
 
     def run(*arguments: str) -> tuple[bytes, str]:
-        text = f"app: {script.name}\nname: {arguments[0]}\nrounds: 3\nsites: 2\nexact_restart: true\n"
+        text = f"name: {arguments[0]}\nrounds: 3\nsites: 2\nexact_restart: true\n"
         bench.script(f"{arguments[0]}.yml", text)
         done = bench.run("simulate", script.name, *arguments, "--job", f"{arguments[0]}.yml")
         assert done.returncode == 0, done.stderr

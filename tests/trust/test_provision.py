@@ -210,6 +210,10 @@ def test_the_commands_zip_and_unpack(tmp_path: Path) -> None:
     (tmp_path / "project.yml").write_text(PROJECT)
     found = json.loads(command(tmp_path, "provision", "project.yml", "--zip", "--json").stdout)["kits"]["north"]
     assert not (tmp_path / "kits/north").exists()
+    for read in (read_kit, script_kit.read_kit):
+        for path in (tmp_path / "kits/north", tmp_path / "kits/north.zip"):
+            with pytest.raises(ConfigError, match=f"first run `fl-adapters unpack {tmp_path}/kits/north.zip`"):
+                read(path)
     done = command(tmp_path, "unpack", found["kit"], "--password", found["password"], "--json")
     assert done.returncode == 0, done.stderr
     assert read_kit(Path(tmp_path, json.loads(done.stdout)["kit"])).identity.name == "north"
