@@ -81,8 +81,6 @@ class LocalFederation:
     at the end. deaths: what goes wrong; without sockets. A death in a call is a SiteFailedError at the site, which may
     then begin anew. workflow: a strategy of one's own, in place of that which the settings name. settings: further
     fields of RunSettings; min_sites is the number of sites by default.
-
-    events: what has happened so far, complete after the `with` block.
     """
 
     def __init__(
@@ -110,10 +108,10 @@ class LocalFederation:
         self._deaths = _Deaths(deaths)
         self._temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="fl-adapters-")) if folder is None else Path(folder)
-        self.events: list[Event] = []
+        self._events: list[Event] = []
         self.tokens = {name: secrets.token_urlsafe(8) for name in names}
         self.server = Server(
-            self._settings, self.folder, self.tokens, listeners=[self.events.append], strategy=workflow
+            self._settings, self.folder, self.tokens, listeners=[self._events.append], strategy=workflow
         )
         self._serving = ExitStack()
         self.places: tuple[Place, ...] = ()
@@ -140,6 +138,12 @@ class LocalFederation:
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
         return False
+
+    @property
+    def events(self) -> list[Event]:
+        """All that has happened so far."""
+        self.server.delivered(_ENDING_S)
+        return list(self._events)
 
     def run(self, work: Callable[[Place], T], *, timeout_s: float = 120.0) -> dict[str, T]:
         """work(place) for every site at once, in a thread each; its values by site.

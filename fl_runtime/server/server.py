@@ -122,7 +122,11 @@ class Server:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """True once the run has ended, one way or the other, and its listeners have heard of it."""
-        return self._run.ended.wait(timeout_s) and self._events.delivered(timeout_s)
+        return self._run.ended.wait(timeout_s) and self.delivered(timeout_s)
+
+    def delivered(self, timeout_s: float | None = None) -> bool:
+        """True once the listeners have heard of all that has happened so far. Not for listeners."""
+        return self._events.delivered(timeout_s)
 
     def result(self) -> RunResult:
         """What there is so far."""
