@@ -10,8 +10,8 @@ whose ports 8002 and 8003 must be free). The peers come from the package index, 
     peers.py --only ours raw                                          without the peers
 
 Seconds of a round: the median of all but the first two; of the start and the end: all that the command takes beside its
-rounds. Memory: the peak of the summed PSS of all processes, and without pages of files. Leaves peers.csv, peers.md and,
-with matplotlib, peers.png in --out. Linux only.
+rounds. Memory: the peak of the summed PSS of all processes, and without pages of files; of large models in a run of its
+own. Leaves peers.csv, peers.md and, with matplotlib, peers.png in --out. Linux only.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tree_memory import PeakMemory, adopt_orphans, end_descendants
 
 HERE = Path(__file__).parent.resolve()
 LARGE_MIB = 64
+_MEMORY_ROUNDS = 3
 _TAIL = 30
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -78,32 +79,19 @@ class Row:
 
 
 def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -> Row:
-    """Run it in a process of its own. Ends this script if it fails, with the end of what it said."""
-    python = str(python_of(one.peer, cache)) if one.peer else sys.executable
-    size = f"{mib:g}"
-    numbers = [size, str(sites), str(rounds)] if one is RAW else [str(sites), str(rounds), size]
-    command = [python, str(HERE / one.script), *one.args, *numbers]
-    load, began = os.getloadavg()[0], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **_QUIET}
-        )
-        try:
-            with PeakMemory() as memory:
-                out, _ = process.communicate()
-            wall_s = time.monotonic() - began
-        finally:
-            end_descendants()  # peers leave processes behind, and this script may be interrupted
-        if process.returncode:
-            log.seek(0)
-            said = "".join([out, *log.readlines()][-_TAIL:])
-            sys.exit(f"{' '.join(command)} failed with status {process.returncode}:\n{said}")
-    found = json.loads(next(line for line in reversed(out.splitlines()) if line[:1] in "[{"))
-    if isinstance(found, list):  # raw_grpc.py
-        found = {"round_s": found, "value": float(rounds)}
-    if not math.isclose(found["value"], rounds, rel_tol=1e-4):  # not everybody's mean of equal numbers is that number
-        sys.exit(f"{one.name} came to {found['value']} after {rounds} rounds")
-    seconds = found["round_s"]
+    """Run it in a process of its own. Ends this script if it fails, with the end of what it said.
+
+    A large model is exchanged once more for its memory: a sample walks through all mapped pages, and so slows down by a
+    fifth and more what it looks at.
+    """
+    load, memory = os.getloadavg()[0], PeakMemory()
+    if mib < LARGE_MIB:
+        with memory:
+            seconds, wall_s = _exchanged(one, sites, rounds, mib, cache)
+    else:
+        seconds, wall_s = _exchanged(one, sites, rounds, mib, cache)
+        with memory:
+            _exchanged(one, sites, min(rounds, _MEMORY_ROUNDS), mib, cache)
     settled = seconds[2:] or seconds[1:] or seconds
     around_s = wall_s - sum(seconds)
     if len(seconds) < rounds:  # FLARE's last round is not seen
@@ -121,6 +109,34 @@ def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -
         without_files_mib=peak.without_files_mib,
         load=load,
     )
+
+
+def _exchanged(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -> tuple[list[float], float]:
+    """Seconds of the rounds, and of the whole command."""
+    python = str(python_of(one.peer, cache)) if one.peer else sys.executable
+    size = f"{mib:g}"
+    numbers = [size, str(sites), str(rounds)] if one is RAW else [str(sites), str(rounds), size]
+    command = [python, str(HERE / one.script), *one.args, *numbers]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **_QUIET}
+        )
+        try:
+            out, _ = process.communicate()
+            wall_s = time.monotonic() - began
+        finally:
+            end_descendants()  # peers leave processes behind, and this script may be interrupted
+        if process.returncode:
+            log.seek(0)
+            said = "".join([out, *log.readlines()][-_TAIL:])
+            sys.exit(f"{' '.join(command)} failed with status {process.returncode}:\n{said}")
+    found = json.loads(next(line for line in reversed(out.splitlines()) if line[:1] in "[{"))
+    if isinstance(found, list):  # raw_grpc.py
+        found = {"round_s": found, "value": float(rounds)}
+    if not math.isclose(found["value"], rounds, rel_tol=1e-4):  # not everybody's mean of equal numbers is that number
+        sys.exit(f"{one.name} came to {found['value']} after {rounds} rounds")
+    return found["round_s"], wall_s
 
 
 def cells(row: Row) -> list[str]:
