@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=float, nargs="+")
     parser.add_argument("--sites", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, help="default: 3 of virtual sites, else 10, of large models 5")
+    parser.add_argument("--rounds", type=int, help="default: 3 of virtual sites, else 10, of large models 8")
     parser.add_argument("--virtual", action="store_true")
     parser.add_argument("--only", nargs="+", choices=["ours", "raw", "flower", "nvflare"])
     parser.add_argument("--json", action="store_true", help="the rows as one JSON list on stdout")
@@ -227,7 +227,7 @@ def main() -> None:
     rows: list[Row] = []
     for mib in args.mib or ([1.0] if args.virtual else [1.0, 256.0]):
         for sites in args.sites or ([100, 1000] if args.virtual else [2]):
-            rounds = args.rounds or (3 if args.virtual else 5 if mib >= LARGE_MIB else 10)
+            rounds = args.rounds or (3 if args.virtual else 8 if mib >= LARGE_MIB else 10)
             for one in contenders:
                 print(f"{one.name}: {sites} sites, {mib:g} MiB, {rounds} rounds", file=sys.stderr, flush=True)
                 rows.append(measured(one, sites, rounds, mib, args.cache))
