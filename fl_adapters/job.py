@@ -128,7 +128,7 @@ class Job(BaseModel):
                 fix="write one setting per line, such as `rounds: 10`",
             )
         try:
-            return cls(**{**{str(name): value for name, value in fields.items()}, **given})
+            return cls(**{str(name): value for name, value in fields.items()} | given)
         except ConfigError as error:
             if set(error.where.split(", ")) <= given.keys():  # the file does not say that
                 raise
