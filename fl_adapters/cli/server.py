@@ -47,7 +47,7 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_j
                     raise server.halted
                 watched = watched or server.running()
                 if watched is not None and server.wait_for_job(watched, 0):
-                    print(_summary(server.outcome(watched)), file=sys.stderr, flush=True)
+                    print(_summary(server.outcome(watched), why=watched != name), file=sys.stderr, flush=True)
                     if watched == name:
                         return _ended(server.outcome(watched), as_json)
                     watched = None
@@ -65,10 +65,10 @@ def _begun(server: Any, job: Job, identity: Any) -> str:
     return name
 
 
-def _summary(outcome: Mapping[str, Any]) -> str:
-    """A line about a job that has ended."""
+def _summary(outcome: Mapping[str, Any], *, why: bool) -> str:
+    """A line about a job that has ended. why: with its error, where that is not told anyway."""
     if outcome["error"]:
-        state = f"failed: {outcome['error']['what']}"
+        state = f"failed: {outcome['error']['what']}" if why else "failed"
     else:
         best = f", the best was {outcome['best_round']}" if outcome["best_round"] else ""
         state = f"{counted(len(outcome['rounds']), 'round')}{best}"

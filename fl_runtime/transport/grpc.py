@@ -281,12 +281,14 @@ def _keep_freed_memory() -> None:
 
 def _arriving(sites: int) -> list[tuple[str, int]]:
     """How much a server takes in before it is asked for. gRPC's own estimate of what a connection can carry would give
-    each site as much as if it were alone: 10 MB and more, and the server's memory would grow with the sites."""
+    each site as much as if it were alone: 10 MB and more, and the server's memory would grow with the sites. Where
+    there are one or two it may: a round of 256 MiB is 5 % shorter, and a long line filled, for up to 40 MiB now and
+    then."""
     window = min(max(_ARRIVING_BYTES // max(sites, 1), _NARROWEST_BYTES), _WIDEST_BYTES)
     chunk = min(max(window // 16, 2**14), 2**20)
+    fixed = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", window)] if window < _WIDEST_BYTES else []
     return [
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", window),
+        *fixed,
         ("grpc.experimental.tcp_read_chunk_size", chunk),
         ("grpc.experimental.tcp_max_read_chunk_size", chunk),
     ]
