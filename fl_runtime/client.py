@@ -277,8 +277,8 @@ class SiteClient:
         try:
             for message in self._call("Next", _until(first, read) if request.shared else first):
                 if frames.is_frame(message):
-                    if self._incoming is None:
-                        raise ProtocolError("a frame came before its header")
+                    if header is None or self._incoming is None:
+                        raise TransferDamagedError("a frame came before its header", fix="look at the network")
                     self._incoming.receiver.take(frames.frame_data(message))
                 else:
                     part = _parsed(pb.TaskPart, message)

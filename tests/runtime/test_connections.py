@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from federation_bench import WAIT_S, Bench, Site, serving, started, together
 from tcp_proxy import Direction, TcpProxy
 
 from fl_runtime.errors import ConnectionLostError, TransferDamagedError
+from fl_runtime.transport.base import Call
 from fl_runtime.transport.grpc import GrpcTransport
 from fl_runtime.types import Arrays, Report
 from fl_runtime.wire.frames import FRAME_BYTES
@@ -164,6 +165,42 @@ def test_a_message_that_is_lost_whole_is_taken_for_damage(tmp_path: Path, method
         transport.close()
 
 
+class _Losing:
+    """A transport that loses the first reply of one of its calls for a task, the `lost`th from `armed` on."""
+
+    def __init__(self, inner: GrpcTransport, lost: int) -> None:
+        self._inner, self._left, self.armed = inner, lost, False
+
+    def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
+        call = self._inner.call(method, requests)
+        if self.armed and method == "Next":
+            self._left -= 1
+            if self._left == 0:
+                next(call)
+        return call
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_header_that_is_lost_before_its_frames_is_sent_again(tmp_path: Path, resumed: bool) -> None:
+    """In the first try at a download, and in one that goes on where another broke off."""
+    with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
+        transport = _Losing(GrpcTransport(proxy.address, "secret of site-1"), 2 if resumed else 1)
+        site = Site("site-1", transport, WAIT_S)
+        bench.made.append(site)
+        site.join()
+        site.register(weights(0))
+        site.submit(site.client.next_task(), weights(0))
+        transport.armed = True
+        if resumed:
+            proxy.cut_after("down", PAYLOAD // 2)
+        task = site.client.next_task()
+        assert task.arrays["w"].tobytes() == weights(0)["w"].tobytes()
+        site.submit(task, weights(1))
+
+
 def a_waiting_site_survives(folder: Path, trouble: Callable[[TcpProxy], None], patience_s: float = WAIT_S) -> None:
     """site-2 waits for the round to close, and has its trouble, before the other's update comes."""
     initial: Arrays = {"w": np.zeros(3)}
@@ -279,8 +316,6 @@ def test_a_server_that_is_gone_for_good_is_given_up_after_the_patience(tmp_path:
 def test_a_server_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with serving(tmp_path, 1) as bench, TcpProxy(bench.address) as proxy:
         pass  # the proxy's port is free again
-    from fl_runtime.transport.grpc import GrpcTransport
-
     site = Site("site-1", GrpcTransport(proxy.address, "token"), patience_s=0.2)
     with pytest.raises(ConnectionLostError, match=proxy.address):
         site.join()
