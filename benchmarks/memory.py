@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,9 @@ def soak(rounds: int, mib: float, console: Console) -> bool:
     table = Table("process", "after round", "memory, MiB", "files, MiB", "open files", "threads", title=f"{mib:g} MiB")
     flat = True
     for name, samples in taken.items():
-        settled = samples[: max(len(samples) // 10, 1)]
-        first = Sample(*(max(getattr(s, field) for s in settled) for field in Sample.__dataclass_fields__))
-        last = samples[-1]
+        tenth = max(len(samples) // 10, 1)
+        first = _overall(max, samples[:tenth])
+        last = _overall(statistics.median_high, samples[-tenth:])  # one alone may hold a message that is on its way
         for when, one in ((WARM, first), ((rounds - 1) // 10 * 10, last)):
             row = f"{one.own_mib:.1f}", f"{one.files_mib:.1f}", str(one.open_files), str(one.threads)
             table.add_row(name, str(when), *row)
@@ -85,6 +86,10 @@ def soak(rounds: int, mib: float, console: Console) -> bool:
         flat &= last.open_files <= first.open_files and last.threads <= first.threads
     console.print(table)
     return flat
+
+
+def _overall(of: Callable[[list[float]], float], samples: list[Sample]) -> Sample:
+    return Sample(*(of([getattr(sample, field) for sample in samples]) for field in Sample.__dataclass_fields__))
 
 
 def _children() -> list[int]:
