@@ -271,22 +271,23 @@ class SiteClient:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
+        incoming: _Incoming | None = None  # of this call; what an earlier one has left goes on only by its header
         request.shared = self._large and self._shared is not None
         read = threading.Event()
         first = request.SerializeToString()
         try:
             for message in self._call("Next", _until(first, read) if request.shared else first):
                 if frames.is_frame(message):
-                    if header is None or self._incoming is None:
+                    if incoming is None:
                         raise TransferDamagedError("a frame came before its header", fix="look at the network")
-                    self._incoming.receiver.take(frames.frame_data(message))
+                    incoming.receiver.take(frames.frame_data(message))
                 else:
                     part = _parsed(pb.TaskPart, message)
                     if part.HasField("waiting"):
                         continue
                     header = part.task
-                    self._incoming = self._expect(header)
-                    self.bytes_down += self._read(header.payload, self._incoming.receiver)
+                    self._incoming = incoming = self._expect(header)
+                    self.bytes_down += self._read(header.payload, incoming.receiver)
                     read.set()
                 self.bytes_down += len(message)
         except TransferDamagedError:
