@@ -33,6 +33,7 @@ from fl_adapters.kit import Kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
 from fl_runtime.server.history import History
+from fl_runtime.transport.heap import share_one_heap
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dic
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
     fresh, address = not (run.folder / "server").exists(), ""
+    if not share:
+        share_one_heap()  # as the command `server` does
     try:
         server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell], share=share)
         try:

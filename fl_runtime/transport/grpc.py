@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import numpy as np
 
 from fl_runtime.errors import (
     ConfigError,
@@ -25,6 +24,7 @@ from fl_runtime.errors import (
 )
 from fl_runtime.transport import integrity
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
+from fl_runtime.transport.heap import keep_freed_memory
 from fl_runtime.transport.tls import refuses_old_tls, server_credentials
 from fl_runtime.version import SERVER_NAME
 
@@ -56,10 +56,11 @@ _OPEN_PORT = [  # what a server adds that strangers can reach
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
 ]
-_LARGEST_KEPT_BYTES = 2**25 - 2**16
-_ARRIVING_BYTES = 8 * 2**20
-_NARROWEST_BYTES, _WIDEST_BYTES = 2**17, 2**22
-"""8 MiB under way fill a line of 1 Gbit/s whose answers take 65 ms."""
+_ARRIVING_BYTES = 11 * 2**20
+"""For what is on its way from all sites, and for their connections and threads. 8 MiB under way fill a line of 1 Gbit/s
+whose answers take 65 ms."""
+_SITE_BYTES = 2**17
+_NARROWEST_BYTES, _WIDEST_BYTES = 2**17, 6 * 2**20
 _ALL_METHODS = (*METHODS, *CONTROL_METHODS)
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 _BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
@@ -127,7 +128,7 @@ class _Line:
 
     @classmethod
     def open(cls, address: str, credentials: Credentials | None) -> _Line:
-        _keep_freed_memory()
+        keep_freed_memory()
         if credentials is None:
             channel = grpc.insecure_channel(address, options=_CLIENT)
         else:
@@ -189,7 +190,7 @@ class GrpcServer:
         credentials: Callable[[], Credentials] | None = None,
     ) -> None:
         assert (authenticate is None) != (credentials is None)
-        _keep_freed_memory()
+        keep_freed_memory()
         self._credentials = credentials
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fl-server")
         self._server = grpc.server(
@@ -271,24 +272,16 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return Peer("", context.add_callback, certificate, fault, context.peer(), context.cancel)
 
 
-def _keep_freed_memory() -> None:
-    """The C library on Linux gives freed memory back to the system as soon as there is twice as much of it as the
-    largest block that was ever freed, up to a block of 32 MiB (mallopt(3), M_MMAP_THRESHOLD). After frames of 2 MiB
-    that is all the time, and fetching the pages again costs up to a quarter of a round. One block that is never touched
-    and freed makes it wait for 64 MiB. Elsewhere this does nothing."""
-    np.empty(_LARGEST_KEPT_BYTES, np.uint8)
-
-
 def _arriving(sites: int) -> list[tuple[str, int]]:
-    """How much a server takes in before it is asked for. gRPC's own estimate of what a connection can carry would give
-    each site as much as if it were alone: 10 MB and more, and the server's memory would grow with the sites. Where
-    there are one or two it may: a round of 256 MiB is 5 % shorter, and a long line filled, for up to 40 MiB now and
-    then."""
-    window = min(max(_ARRIVING_BYTES // max(sites, 1), _NARROWEST_BYTES), _WIDEST_BYTES)
+    """How much a server takes in before it is asked for: what there is for all, less what a site takes of it anyway.
+    gRPC's own estimate of what a connection can carry would give each site as much as if it were alone, 10 MB and more,
+    and the server's memory would grow with the sites."""
+    share = _ARRIVING_BYTES // max(sites, 1) - _SITE_BYTES
+    window = min(max(share, _NARROWEST_BYTES), _WIDEST_BYTES)
     chunk = min(max(window // 16, 2**14), 2**20)
-    fixed = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", window)] if window < _WIDEST_BYTES else []
     return [
-        *fixed,
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", window),
         ("grpc.experimental.tcp_read_chunk_size", chunk),
         ("grpc.experimental.tcp_max_read_chunk_size", chunk),
     ]
