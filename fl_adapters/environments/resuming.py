@@ -40,9 +40,15 @@ def read(folder: Path) -> tuple[Started, Job]:
         fields: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         started = Started(**fields)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            "there is no simulation here to go on with", where=str(folder), fix="name the folder runs/JOB"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"there is no simulation here to go on with: {error}", where=str(folder), fix="name the folder runs/JOB"
+            f"how this simulation was started cannot be read: {error}",
+            where=str(folder / _FILE),
+            fix="start it again under another name",
         ) from None
     if Path(started.directory).resolve() != Path.cwd().resolve():
         raise ConfigError(

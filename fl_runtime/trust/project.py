@@ -106,12 +106,25 @@ def read_project(path: Path) -> Project:
         raise ConfigError(error.what, where=str(path), fix=error.fix) from None
 
 
+_PLAINLY = {
+    "missing": "is missing",
+    "extra_forbidden": "is not a field here",
+    "model_type": "should be fields, each with its value",
+    "tuple_type": "should be a list",
+    "string_type": "should be text",
+    "too_short": "is empty",
+}
+
+
 def findings(error: ValidationError) -> str:
     """What pydantic found, a sentence for each field."""
-    lines = []
+    lines, within = [], set()
     for item in error.errors(include_url=False):
         field = ".".join(map(str, item["loc"])) or "the file"
-        lines.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
+        if item["type"] == "too_short" and item["loc"] in within:
+            continue  # pydantic counts the good ones only
+        within.add(item["loc"][:1])
+        lines.append(f"{field}: {_PLAINLY.get(item['type']) or item['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
 
 

@@ -138,7 +138,8 @@ def test_a_kit_of_another_authority_is_refused(kits: Path, tmp_path: Path) -> No
         ('"127.0.0.1:18443"', "nowhere", "'nowhere' is no address"),
         ("name: north", "name: ../north", "name cannot be '../north'"),
         ("name: north", "name: authority", "'authority' is taken"),
-        ("federation:", "federtion:", "federation: Field required"),
+        ("federation:", "federtion:", "federation: is missing; federtion: is not a field here"),
+        ("name: north", "nam: north", "sites.0.name: is missing; sites.0.nam: is not a field here"),
         ("sites:", "sites: [", "is not YAML"),
     ],
 )
