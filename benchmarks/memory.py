@@ -1,7 +1,9 @@
 """What memory a run takes, and whether it stays so.
 
-    memory.py soak [--rounds 2000] [--mib 4]     server and sites of one long simulation: memory, open files, threads
-    memory.py sites [--sites 2 8 64] [--mib 64]  the server's memory by the number of sites, over gRPC
+    memory.py soak [--rounds 2000] [--mib 4]
+        server and sites of one long simulation: memory, open files, threads
+    memory.py sites [--sites 2 8 64] [--mib 64] [--servers 3]
+        the server's memory by the number of sites, over gRPC
 
 Memory is a process's anonymous and shared memory after a round, in MiB; what it maps of files is stated apart, since
 the system takes that back when it needs to. By the number of sites it is the median of several servers, each the most

@@ -48,7 +48,7 @@ def read(folder: Path) -> tuple[Started, Job]:
         raise ConfigError(
             f"how this simulation was started cannot be read: {error}",
             where=str(folder / _FILE),
-            fix="start it again under another name",
+            fix="make the file readable, or start the run again under another name",
         ) from None
     if Path(started.directory).resolve() != Path.cwd().resolve():
         raise ConfigError(

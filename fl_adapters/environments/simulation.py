@@ -157,11 +157,11 @@ class Simulation:
 
 @contextmanager
 def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dict[str, str], str]]:
+    if not share:
+        share_one_heap()  # as the command `server` does, whose exchange this shows on one machine
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
     fresh, address = not (run.folder / "server").exists(), ""
-    if not share:
-        share_one_heap()  # as the command `server` does
     try:
         server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell], share=share)
         try:

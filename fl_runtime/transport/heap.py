@@ -20,9 +20,10 @@ def keep_freed_memory() -> None:
 
 
 def share_one_heap() -> None:
-    """For a process that is nothing but a server, before it starts threads: they all take memory from one heap. With
-    heaps of their own (mallopt(3), M_ARENA_MAX: up to eight a core) what one has freed does not serve another, and a
-    server holds up to twice the memory, by which thread happened to get which message."""
+    """For a process whose work is to serve models over gRPC, before it starts threads: they all take memory from one
+    heap. With heaps of their own (mallopt(3), M_ARENA_MAX: up to eight a core) what one has freed does not serve
+    another, and a server holds up to twice the memory, by which thread happened to get which message. It lasts as long
+    as the process."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has one heap, and no such function
         if mallopt is not None:

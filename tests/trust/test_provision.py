@@ -140,6 +140,7 @@ def test_a_kit_of_another_authority_is_refused(kits: Path, tmp_path: Path) -> No
         ("name: north", "name: authority", "'authority' is taken"),
         ("federation:", "federtion:", "federation: is missing; federtion: is not a field here"),
         ("name: north", "nam: north", "sites.0.name: is missing; sites.0.nam: is not a field here"),
+        ('{address: "127.0.0.1:18443"}', "5", "server: should be fields, each with its value"),
         ("sites:", "sites: [", "is not YAML"),
     ],
 )
@@ -149,6 +150,15 @@ def test_a_project_that_cannot_work_is_refused_with_its_field(tmp_path: Path, ol
     with pytest.raises(ConfigError, match=says.replace(".", r"\.")) as caught:
         read_project(path)
     assert caught.value.where == str(path)
+
+
+def test_a_list_of_wrong_entries_only_is_not_called_empty(tmp_path: Path) -> None:
+    path = tmp_path / "project.yml"
+    path.write_text(PROJECT.replace("organisation: north-hospital}", "}").replace("organisation: south-hospital}", "}"))
+    with pytest.raises(ConfigError) as caught:
+        read_project(path)
+    assert "sites.0.organisation: is missing; sites.1.organisation: is missing" in caught.value.what
+    assert "empty" not in caught.value.what
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ from fl_adapters import FederationError, QuorumError
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import train
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="loopback addresses beside 127.0.0.1 are Linux's")
 MODES = [
     "bagging",
     "cyclic",
-    pytest.param("histogram", marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux")),
+    pytest.param("histogram", marks=LINUX),
 ]
 ROUNDS = 6
 VICTIM = "site-3"
@@ -124,7 +125,7 @@ def test_with_a_quorum_the_others_finish(bench: Any, mode: str) -> None:
     assert len(run.federation.result().rounds) == ROUNDS
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+@LINUX
 def test_a_frozen_site_is_done_without_after_the_deadline(bench: Any) -> None:
     """Its connections stay as they are, and the others' workers wait for it no longer than they are told."""
     run = bench("histogram", min_sites=2, deadline_s=8.0)
