@@ -2,13 +2,13 @@
 
     memory.py soak [--rounds 2000] [--mib 4]
         server and sites of one long simulation: memory, open files, threads
-    memory.py sites [--sites 2 8 64] [--mib 64] [--servers 3]
-        the server's memory by the number of sites, over gRPC
+    memory.py sites [--sites 2 8 64] [--mib 64] [--servers 3] [--plain]
+        the server's memory by the number of sites, over gRPC with mutual TLS; plain: as in a simulation
 
-Memory is a process's anonymous and shared memory after a round, in MiB; what it maps of files is stated apart, since
-the system takes that back when it needs to. By the number of sites it is the median of several servers, each the most
-of its three rounds, since how much arrives at once varies. Linux only. Ends with status 1 where anything grows by more
-than 5 %, or numbers of sites differ by more.
+Memory is a process's anonymous and shared memory, in MiB; what it maps of files is stated apart, since the system takes
+that back when it needs to. Over time it is looked at after rounds. By the number of sites it is the most of a sample
+every 0.2 s through three rounds, and the median of several servers, since how much arrives at once varies. Linux only.
+Ends with status 1 where anything grows by more than 5 %, or numbers of sites differ by more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sys
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,25 @@ from rich.table import Table
 from tree_memory import numbers
 
 from fl_adapters import Job, Simulation
+from fl_adapters.cli.server import job_fields, read_job
 from fl_runtime.client import SiteClient
 from fl_runtime.server import Server
+from fl_runtime.server.federation import FederationServer
 from fl_runtime.transport.grpc import GrpcTransport
 from fl_runtime.transport.heap import share_one_heap
+from fl_runtime.transport.tls import FileCredentials
+from fl_runtime.transport.tls_setting import only_tls_1_3
+from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.kits import read_kit, write_kit
+from fl_runtime.trust.project import AdminEntry, Project, ServerEntry, SiteEntry
 from fl_runtime.types import Event, RunSettings, Update
 from fl_runtime.wire.manifest import Manifest
 
 HERE = Path(__file__).parent
 WARM = 50
+ROUNDS = 3
+PATIENCE_S = 900.0
+EVERY_S = 0.2
 ALLOWED = 1.05
 
 
@@ -104,15 +114,15 @@ def _children() -> list[int]:
     return [pid for pid in pids if b"bare_site.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def by_sites(counts: list[int], mib: float, servers: int, console: Console) -> bool:
+def by_sites(counts: list[int], mib: float, servers: int, plain: bool, console: Console) -> bool:
     """True where the server's memory is the same for every number of sites."""
-    table = Table("sites", "server, MiB", "from", "to", "files, MiB", "threads", title=f"{mib:g} MiB, over gRPC")
+    line = "gRPC" if plain else "gRPC with mutual TLS"
+    table = Table("sites", "server, MiB", "from", "to", "files, MiB", "threads", title=f"{mib:g} MiB, over {line}")
     own = []
     for count in counts:
         taken = []
         for number in range(1, servers + 1):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a process for every server
-                taken.append(pool.submit(_server, count, mib).result())
+            taken.append(most_of_server(count, mib, plain))
             console.print(f"{count} sites, server {number} of {servers}: {taken[-1].own_mib:.1f} MiB")
         median = _overall(statistics.median, taken)
         own.append(median.own_mib)
@@ -122,41 +132,83 @@ def by_sites(counts: list[int], mib: float, servers: int, console: Console) -> b
     return max(own) <= ALLOWED * min(own)
 
 
-def _server(count: int, mib: float, rounds: int = 3) -> Sample:
-    """The largest of the samples after each round of a server in this process; its sites are threads of another."""
-    names = tuple(f"site-{n}" for n in range(1, count + 1))
-    settings = RunSettings(name="memory", sites=names, min_sites=count, rounds=rounds)
-    samples: list[Sample] = []
-    share_one_heap()  # as the command `server` does
-
-    def sample(event: Event) -> None:
-        if event.kind == "round_finished":
-            samples.append(Sample.of(os.getpid()))
-
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(settings, Path(folder), {name: name for name in names}, listeners=[sample])
-        address = server.start()
-        sites = multiprocessing.get_context("spawn").Process(target=_sites, args=(address, names, mib))
-        sites.start()
-        if not server.wait(600):
-            sys.exit("the run did not end within 600 s")
-        sites.join()
-        server.close()
+def most_of_server(count: int, mib: float, plain: bool) -> Sample:
+    """The largest of the samples of a server's process, taken while it serves three rounds."""
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(count, mib, plain))
+    process.start()
+    assert process.pid is not None
+    samples = []
+    while process.is_alive():
+        with suppress(OSError, KeyError):  # it ends
+            samples.append(Sample.of(process.pid))
+        process.join(EVERY_S)
+    if process.exitcode != 0:
+        sys.exit("the server has failed")
     return max(samples, key=lambda one: one.own_mib)
 
 
-def _sites(address: str, names: tuple[str, ...], mib: float) -> None:
+def _serve(count: int, mib: float, plain: bool) -> None:
+    """The server of a run in this process; its sites are threads of another."""
+    names = [f"site-{n}" for n in range(1, count + 1)]
+    only_tls_1_3()  # as the command `server` does
+    share_one_heap()
+    with tempfile.TemporaryDirectory() as folder:
+        (_plain_server if plain else _tls_server)(Path(folder), names, mib)
+
+
+def _plain_server(folder: Path, names: list[str], mib: float) -> None:
+    settings = RunSettings(name="memory", sites=tuple(names), min_sites=len(names), rounds=ROUNDS)
+    server = Server(settings, folder, {name: name for name in names})
+    with _sites(server.start(), names, mib, None):
+        ended = server.wait(PATIENCE_S)
+    server.close()
+    assert ended and not server.result().error, server.result().error
+
+
+def _tls_server(folder: Path, names: list[str], mib: float) -> None:
+    project = Project(
+        federation="memory",
+        server=ServerEntry(address="localhost:1", listen="127.0.0.1:0"),
+        sites=tuple(SiteEntry(name=name, organisation=name) for name in names),
+        admins=(AdminEntry(name="ada", organisation="memory", role="project-admin"),),
+    )
+    authority = Authority.create(folder / "authority", project)
+    for identity in project.participants():
+        write_kit(folder / identity.name, authority, identity)
+    server = FederationServer(read_kit(folder / "server", kind="server"), folder / "runs", read_job)
+    address = server.start()
+    job = Job(app="memory.py", name="memory", rounds=ROUNDS)
+    server.submit(job_fields(job), read_kit(folder / "ada").identity)
+    with _sites(address, names, mib, folder):
+        ended = server.wait_for_job(job.name, PATIENCE_S)
+    server.close()
+    assert ended and not server.outcome(job.name)["error"], "the run did not end"
+
+
+@contextmanager
+def _sites(address: str, names: list[str], mib: float, kits: Path | None) -> Iterator[None]:
+    process = multiprocessing.get_context("spawn").Process(target=_run_sites, args=(address, names, mib, kits))
+    process.start()
+    try:
+        yield
+        process.join()
+    finally:
+        process.kill()
+
+
+def _run_sites(address: str, names: list[str], mib: float, kits: Path | None) -> None:
     weights = {"w": np.zeros(int(mib * 2**18), np.float32)}
-    threads = [threading.Thread(target=_site, args=(address, name, weights)) for name in names]
+    threads = [threading.Thread(target=_site, args=(address, name, weights, kits)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def _site(address: str, name: str, weights: Mapping[str, Any]) -> None:
+def _site(address: str, name: str, weights: Mapping[str, Any], kits: Path | None) -> None:
     """A site that sends its weights back as they are."""
-    client = SiteClient(GrpcTransport(address, name), 60.0)
+    credentials = None if kits is None else FileCredentials(kits / name)
+    client = SiteClient(GrpcTransport(address, name if kits is None else "", credentials), 60.0)
     attempt = client.join().attempt
     client.register(
         Manifest.of(dict(weights)), agreement={}, info={}, capabilities=frozenset(), rounds=0, evaluates=False
@@ -187,12 +239,13 @@ def main() -> None:
     other.add_argument("--sites", type=int, nargs="+", default=[2, 8, 64])
     other.add_argument("--mib", type=float, default=64.0)
     other.add_argument("--servers", type=int, default=3)
+    other.add_argument("--plain", action="store_true")
     args = parser.parse_args()
     console = Console()
     if args.command == "soak":
         flat = soak(args.rounds, args.mib, console)
     else:
-        flat = by_sites(args.sites, args.mib, args.servers, console)
+        flat = by_sites(args.sites, args.mib, args.servers, args.plain, console)
     if not flat:
         sys.exit("it is not flat")
 

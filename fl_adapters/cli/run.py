@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,15 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
 
         site = GovernedSite(kit_folder)
         kit = read_script_kit(kit_folder)
-        control = ControlClient.of_kit(kit_folder, kit.server)
-        try:
-            with site.one_of_the_processes():
-                _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
+        with site.one_of_the_processes():
+            _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
+            with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:  # the command has a line of its own
                 job = control.ask("Assignment", patience_s=patience_s)
-                _say(f"{job['job']}, submitted by {job['submitted_by']}")
-                _check(site, kit, job)
-                status = _run(site, kit, job, command, results)
+            _say(f"{job['job']}, submitted by {job['submitted_by']}")
+            _check(site, kit, job)
+            status = _run(site, kit, job, command, results)
+            with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:
                 _tell_if_it_failed(control, kit, job, status)
-        finally:
-            control.close()
         if as_json:
             show_json({"job": job["job"], "site": kit.site, "status": status})
         return status if status >= 0 else 128 - status

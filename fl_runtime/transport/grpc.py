@@ -56,11 +56,19 @@ _OPEN_PORT = [  # what a server adds that strangers can reach
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
 ]
-_ARRIVING_BYTES = 11 * 2**20
-"""For what is on its way from all sites, and for their connections and threads. 8 MiB under way fill a line of 1 Gbit/s
-whose answers take 65 ms."""
-_SITE_BYTES = 2**17
-_NARROWEST_BYTES, _WIDEST_BYTES = 2**17, 6 * 2**20
+_NARROWEST_BYTES, _WIDEST_BYTES = 5 * 2**14, 2**23
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The server's memory for what is on its way from all sites, and what a site takes of it anyway: connection,
+    threads, and with TLS what is being decrypted. 8 MiB under way fill a line of 1 Gbit/s whose answers take 65 ms."""
+
+    total_bytes: int
+    site_bytes: int
+
+
+_PLAIN, _ENCRYPTED = _Room(11 * 2**20, 2**17), _Room(15 * 2**20, 7 * 2**15)
 _ALL_METHODS = (*METHODS, *CONTROL_METHODS)
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 _BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
@@ -194,7 +202,12 @@ class GrpcServer:
         self._credentials = credentials
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fl-server")
         self._server = grpc.server(
-            self._pool, options=[*_SERVER, *_arriving(sites), *(_OPEN_PORT if credentials else [])]
+            self._pool,
+            options=[
+                *_SERVER,
+                *_arriving(sites, _ENCRYPTED if credentials else _PLAIN),
+                *(_OPEN_PORT if credentials else []),
+            ],
         )
         self._handlers = _Handlers(service, authenticate)
         self._server.add_generic_rpc_handlers((self._handlers,))
@@ -272,11 +285,10 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return Peer("", context.add_callback, certificate, fault, context.peer(), context.cancel)
 
 
-def _arriving(sites: int) -> list[tuple[str, int]]:
-    """How much a server takes in before it is asked for: what there is for all, less what a site takes of it anyway.
-    gRPC's own estimate of what a connection can carry would give each site as much as if it were alone, 10 MB and more,
-    and the server's memory would grow with the sites."""
-    share = _ARRIVING_BYTES // max(sites, 1) - _SITE_BYTES
+def _arriving(sites: int, room: _Room) -> list[tuple[str, int]]:
+    """How much a server takes in before it is asked for. gRPC's own estimate of what a connection can carry would give
+    each site as much as if it were alone, 10 MB and more, and the server's memory would grow with the sites."""
+    share = room.total_bytes // max(sites, 1) - room.site_bytes
     window = min(max(share, _NARROWEST_BYTES), _WIDEST_BYTES)
     chunk = min(max(window // 16, 2**14), 2**20)
     return [

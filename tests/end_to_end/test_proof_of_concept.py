@@ -72,6 +72,21 @@ admins:
 """
 
 
+CONNECTIONS = """
+import os, time
+
+def of_parent():
+    files = f"/proc/{os.getppid()}/fd"
+    sockets = {os.readlink(f"{files}/{name}")[8:-1] for name in os.listdir(files)}
+    return sum(line.split()[9] in sockets for table in ("tcp", "tcp6") for line in open(f"/proc/net/{table}"))
+
+end = time.monotonic() + 20  # it is closed by a thread of its own
+while of_parent() and time.monotonic() < end:
+    time.sleep(0.01)
+print("connections:", of_parent())
+"""
+
+
 @pytest.fixture
 def here(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The bench's folder, as the working directory, with one thread for whatever runs."""
@@ -207,6 +222,16 @@ def test_a_command_that_ends_too_soon_is_said_to_the_others_at_once(bench: Any, 
     assert server.returncode == 1
     assert "its command ended before the last round (exit status 0)" in err
     assert time.monotonic() - began < 50, "rejoin_s was not waited for"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for connections in /proc")
+def test_a_site_has_no_second_connection_while_its_command_runs(bench: Any, federation: Path) -> None:
+    (bench.folder / "job.yml").write_text("name: lines\napp: x\nrounds: 3\n")
+    (bench.folder / "look.py").write_text(CONNECTIONS)
+    server = bench.start("server", "--kit", "kits/server", "--job", "job.yml")
+    site = bench.run("run", "--kit", "kits/site-1", "--", sys.executable, "look.py")
+    assert "connections: 0" in site.stdout
+    server.communicate(timeout=60)
 
 
 def test_commands_say_what_is_wrong_with_a_kit(bench: Any, federation: Path) -> None:

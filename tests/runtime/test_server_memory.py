@@ -53,6 +53,8 @@ def test_all_threads_of_a_server_take_memory_from_one_heap() -> None:
 
 
 @LINUX
-def test_sixteen_sites_take_no_more_of_the_servers_memory_than_two() -> None:
-    two, sixteen = (float(of_python(f"import memory; print(memory._server({n}, 16).own_mib)")) for n in (2, 16))
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "mutual TLS"])
+def test_sixteen_sites_take_no_more_of_the_servers_memory_than_two(plain: bool) -> None:
+    code = "import memory; print(memory.most_of_server({}, 16, plain={}).own_mib)"
+    two, sixteen = (float(of_python(code.format(n, plain))) for n in (2, 16))
     assert sixteen < 1.25 * two  # one server each, on a busy machine; benchmarks/memory.py takes several, and 5 %
