@@ -171,6 +171,17 @@ def test_doctor_looks_at_the_kit(checks: Any, tmp_path: Path, monkeypatch: pytes
     assert "no connection" in found["startup kit"]["detail"]
 
 
+def test_brackets_in_a_text_are_shown(invoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be markup: `[xgboost]` would not be seen, and a path like this one end in a traceback."""
+    folder = tmp_path / "a[" / "b]"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "300")
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.stderr
+    assert "a[/b]" in result.stdout
+
+
 def test_doctor_tells_old_from_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"numpy": "1.9.3", "grpcio": "1.85.1", "torch": "2.13.0+cpu", "fl-adapters": "0.1.0"}
 

@@ -8,10 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import console_for, reported, show_json
 from fl_adapters.trust import needs_cryptography
 
 
@@ -102,7 +101,7 @@ def revoke(name: str, authority: Path, kit: Path | None, as_json: bool) -> int:
 
 def listing(authority: Path, as_json: bool) -> int:
     """Every certificate that was signed, and what has become of it."""
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with reported(as_json), needs_cryptography():
         from fl_runtime.trust.authority import Authority
 
@@ -138,7 +137,7 @@ def listing(authority: Path, as_json: bool) -> int:
 
 def verify(folder: Path, kit: Path | None, as_json: bool) -> int:
     """Exit status 1 if the audit log was tampered with."""
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with reported(as_json), needs_cryptography():
         from fl_runtime.trust.audit import verify as check
 
@@ -169,6 +168,6 @@ def _facts(found: Any, state: str) -> dict[str, Any]:
 
 
 def _say(as_json: bool, text: str, **fields: Any) -> None:
-    Console(stderr=as_json).print(text, highlight=False, soft_wrap=True)
+    console_for(as_json).print(text, highlight=False, soft_wrap=True)
     if as_json:
         show_json(fields)

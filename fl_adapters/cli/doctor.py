@@ -15,11 +15,11 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fl_adapters.cli.checks import Check, Status
-from fl_adapters.cli.output import show_json
+from fl_adapters.cli.output import console_for, show_json
 from fl_adapters.environments.processes import available_cores
 from fl_adapters.kit import KIT_VARIABLE, read_kit
 from fl_runtime.errors import FederationError
@@ -32,7 +32,7 @@ _TIMEOUT_S = 10.0
 
 def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
     """Exit status 1 if there is a problem."""
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     console.print("fl-adapters doctor: checking", style="dim")
     checks = [*_machine(), *_packages(), _loopback(), _disk(folder), _open_files()]
     if kit is None:
@@ -56,8 +56,7 @@ def _table(checks: list[Check]) -> Table:
     for heading in ("found", "to do"):
         table.add_column(heading, overflow="fold")  # a fingerprint must be there to its end
     for check in checks:
-        style = _STYLES[check.status]
-        table.add_row(f"[{style}]{check.status}[/]", check.name, check.detail, check.fix)
+        table.add_row(Text(check.status, style=_STYLES[check.status]), check.name, check.detail, check.fix)
     return table
 
 

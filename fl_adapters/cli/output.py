@@ -7,13 +7,24 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fl_runtime.errors import AbortedError, FederationError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 INTERRUPTED = 130
+
+
+def console_for(as_json: bool) -> Console:
+    """A terminal that shows every text as it is: brackets in an error, a path or a name are no markup. On stderr where
+    stdout is for JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, markup=False, emoji=False)
 
 
 @contextmanager
@@ -32,11 +43,10 @@ def reported(as_json: bool) -> Iterator[None]:
 
 def show_error(error: FederationError, as_json: bool) -> None:
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.panel import Panel
         from rich.text import Text
 
-        Console(stderr=True).print(Panel(Text(str(error)), title="error", title_align="left", border_style="red"))
+        console_for(as_json=True).print(Panel(Text(str(error)), title="error", title_align="left", border_style="red"))
     else:
         print(f"error: {error}", file=sys.stderr, flush=True)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import console_for, reported, show_json
 from fl_adapters.kit import KIT_VARIABLE
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.ledger import LEDGER_FILE, Entry, Ledger, epsilon
@@ -29,7 +29,7 @@ def run(folder: Path | None, delta: float, as_json: bool) -> int:
             show_json({"delta": delta, "ledgers": found})
         else:
             for ledger in found:
-                _show(ledger, delta, Console())
+                _show(ledger, delta, console_for(as_json=False))
     return 0
 
 

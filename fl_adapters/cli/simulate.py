@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from rich.console import Console
 
 from fl_adapters.cli.live import live_table, rounds_table
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import console_for, reported, show_json
 from fl_adapters.environments.progress import ProgressLines
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Listener
@@ -42,7 +42,7 @@ class Wanted:
 
 def run(wanted: Wanted, as_json: bool) -> int:
     """Exit status 0: every round finished. Human output goes to stderr where stdout is for JSON."""
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
     with reported(as_json), _sigterm_as_ctrl_c():
         job = _job(wanted)
@@ -56,7 +56,7 @@ def run(wanted: Wanted, as_json: bool) -> int:
 
 def resume(folder: Path, as_json: bool) -> int:
     """Exit status 0: every round finished."""
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     console.print("fl-adapters job resume: starting", style="dim")
     with reported(as_json), _sigterm_as_ctrl_c():
         from fl_adapters.environments.simulation import Simulation

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import console_for, reported, show_json
 from fl_adapters.trust import needs_cryptography
 
 
 def run(kit_folder: Path, as_json: bool) -> int:
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with reported(as_json), needs_cryptography():
         from fl_runtime.control import ControlClient
         from fl_runtime.trust.kits import read_kit
