@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kits import make_kits
 from rich.console import Console
 from rich.table import Table
 from tree_memory import numbers
@@ -41,9 +42,7 @@ from fl_runtime.transport.grpc import GrpcTransport
 from fl_runtime.transport.heap import share_one_heap
 from fl_runtime.transport.tls import FileCredentials
 from fl_runtime.transport.tls_setting import only_tls_1_3
-from fl_runtime.trust.authority import Authority
-from fl_runtime.trust.kits import read_kit, write_kit
-from fl_runtime.trust.project import AdminEntry, Project, ServerEntry, SiteEntry
+from fl_runtime.trust.kits import read_kit
 from fl_runtime.types import Event, RunSettings, Update
 from fl_runtime.wire.manifest import Manifest
 
@@ -166,19 +165,12 @@ def _plain_server(folder: Path, names: list[str], mib: float) -> None:
 
 
 def _tls_server(folder: Path, names: list[str], mib: float) -> None:
-    project = Project(
-        federation="memory",
-        server=ServerEntry(address="localhost:1", listen="127.0.0.1:0"),
-        sites=tuple(SiteEntry(name=name, organisation=name) for name in names),
-        admins=(AdminEntry(name="ada", organisation="memory", role="project-admin"),),
-    )
-    authority = Authority.create(folder / "authority", project)
-    for identity in project.participants():
-        write_kit(folder / identity.name, authority, identity)
-    server = FederationServer(read_kit(folder / "server", kind="server"), folder / "runs", read_job)
+    make_kits(folder, names)
+    kit = read_kit(folder / "server", kind="server")
+    server = FederationServer(kit, folder / "runs", read_job, listen="127.0.0.1:0")
     address = server.start()
     job = Job(app="memory.py", name="memory", rounds=ROUNDS)
-    server.submit(job_fields(job), read_kit(folder / "ada").identity)
+    server.submit(job_fields(job), kit.identity)
     with _sites(address, names, mib, folder):
         ended = server.wait_for_job(job.name, PATIENCE_S)
     server.close()

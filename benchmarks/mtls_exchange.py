@@ -14,13 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kits import make_kits
 from rich.console import Console
 from rich.table import Table
 
 from fl_adapters import Job, ProofOfConcept
-from fl_runtime.trust.authority import Authority
-from fl_runtime.trust.kits import write_kit
-from fl_runtime.trust.project import Project, ServerEntry, SiteEntry
 
 HERE = Path(__file__).parent
 
@@ -35,15 +33,7 @@ def ours(mib: float, sites: int, rounds: int) -> list[float]:
 
 def raw(mib: float, sites: int, rounds: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
-        kits = Path(folder)
-        project = Project(
-            federation="raw",
-            server=ServerEntry(address="127.0.0.1:8443"),
-            sites=(SiteEntry(name="site-1", organisation="raw"),),
-        )
-        authority = Authority.create(kits / "authority", project)
-        for identity in project.participants():
-            write_kit(kits / identity.name, authority, identity)
+        make_kits(Path(folder), ["site-1"])
         command = [sys.executable, str(HERE / "raw_grpc.py"), str(mib), str(sites), str(rounds), folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
