@@ -39,6 +39,7 @@ LARGE_MIB = 64
 _MEMORY_ROUNDS = 3
 _TAIL = 30
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # what pip installs is compiled then; what is run from a checkout is not
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,10 @@ def _exchanged(one: Contender, sites: int, rounds: int, mib: float, cache: Path)
     size = f"{mib:g}"
     numbers = [size, str(sites), str(rounds)] if one is RAW else [str(sites), str(rounds), size]
     command = [python, str(HERE / one.script), *one.args, *numbers]
+    environment = {**os.environ, **_QUIET, **_COMPILED}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **_QUIET}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment)
         try:
             out, _ = process.communicate()
             wall_s = time.monotonic() - began

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.store.tensorfile import disk_error, header_of, read_tensors
+from fl_runtime.store.tensorfile import disk_error, header_of, read_tensors, write_pieces
 from fl_runtime.types import Array
 from fl_runtime.wire.dtypes import DTYPES
 from fl_runtime.wire.manifest import Manifest
@@ -45,8 +45,7 @@ def write_state(path: Path, state: State, *, recycled: Path | None = None) -> in
             os.replace(recycled, partial)
         with open(partial, "r+b" if partial.exists() else "wb") as file:
             file.write(header_of(manifest))
-            for piece in manifest.pieces(arrays, {}):
-                file.write(piece)
+            write_pieces(file, manifest.pieces(arrays, {}))
             size = file.tell()
             file.truncate()
         os.replace(partial, path)

@@ -30,6 +30,7 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Transport
+from fl_runtime.transport.heap import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.silence import WatchedCall, Watchman
 from fl_runtime.transport.tunnel import Stream, Tunnel
@@ -138,6 +139,8 @@ class SiteClient:
         self._manifests[manifest.layout] = manifest
         self._sent_layouts.add(manifest.layout)
         self._large = manifest.nbytes > frames.INLINE_BYTES
+        if not self._large or self._shared is None:
+            keep_freed_memory()  # the weights go in messages
         return reply.rounds
 
     def next_task(self, *, best: bool = False, evaluate: bool = False, done: str = "") -> Task:
@@ -188,6 +191,7 @@ class SiteClient:
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Streams to other sites, in a call of their own; see Tunnel. The caller closes it."""
+        keep_freed_memory()
         return Tunnel(self._transport, self._session, accept, lost)
 
     def leave(self, reason: str, *, early: bool) -> None:

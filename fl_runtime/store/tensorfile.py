@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fl_runtime.wire.manifest import Manifest, TensorSpec
 
 _ALIGN = 64
 _MAX_HEADER_BYTES = 100 * 2**20
+_WRITE_BYTES = 2**20
 EXTRA_PREFIX = "extra:"
 
 
@@ -51,8 +52,7 @@ def write_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(header_of(manifest, metadata))
-            for piece in manifest.pieces(arrays, {}):
-                file.write(piece)
+            write_pieces(file, manifest.pieces(arrays, {}))
         if durable:
             sync(partial)
         os.replace(partial, path)
@@ -60,6 +60,14 @@ def write_tensors(
             sync(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
+
+
+def write_pieces(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
+    """Write bytes (memoryviews of format "B") one after the other, a MiB at a time: Linux takes four times as long to
+    put a large model into a new file at once (0.09 and 0.4 s for 256 MiB; ext4, 6.18)."""
+    for piece in pieces:
+        for start in range(0, len(piece), _WRITE_BYTES):
+            file.write(piece[start : start + _WRITE_BYTES])
 
 
 def read_tensors(path: Path) -> Arrays:

@@ -136,7 +136,6 @@ class _Line:
 
     @classmethod
     def open(cls, address: str, credentials: Credentials | None) -> _Line:
-        keep_freed_memory()
         if credentials is None:
             channel = grpc.insecure_channel(address, options=_CLIENT)
         else:

@@ -15,7 +15,9 @@ def keep_freed_memory() -> None:
     """The C library gives freed memory back to the system as soon as there is twice as much of it as the largest block
     that was ever freed, up to a block of 32 MiB (mallopt(3), M_MMAP_THRESHOLD). After frames of 2 MiB that is all the
     time, and fetching the pages again costs up to a quarter of a round. One block that is never touched and freed makes
-    it wait for 64 MiB."""
+    it wait for 64 MiB. Only where messages carry the weights: an array of the script's own that has been freed
+    stays too, and where it had 4 MiB or more, for which NumPy asks for huge pages, Linux may fill its place with them
+    at any time later (khugepaged; Documentation/admin-guide/mm/transhuge.rst, max_ptes_none)."""
     np.empty(_LARGEST_KEPT_BYTES, np.uint8)
 
 
