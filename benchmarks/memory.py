@@ -2,7 +2,7 @@
 
     memory.py soak [--rounds 2000] [--mib 4]
         server and sites of one long simulation: memory, open files, threads
-    memory.py sites [--sites 2 8 64] [--mib 64] [--servers 3] [--plain]
+    memory.py sites [--sites 2 8 64] [--mib 64] [--servers 5] [--plain]
         the server's memory by the number of sites, over gRPC with mutual TLS; plain: as in a simulation
 
 Memory is a process's anonymous and shared memory, in MiB; what it maps of files is stated apart, since the system takes
@@ -246,7 +246,7 @@ def main() -> None:
     other = commands.add_parser("sites")
     other.add_argument("--sites", type=int, nargs="+", default=[2, 8, 64])
     other.add_argument("--mib", type=float, default=64.0)
-    other.add_argument("--servers", type=int, default=3)
+    other.add_argument("--servers", type=int, default=5)
     other.add_argument("--plain", action="store_true")
     args = parser.parse_args()
     console = Console()

@@ -105,6 +105,15 @@ def test_a_script_that_is_not_there(invoke: Any) -> None:
     assert "there is no script none.py" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["server", "run", "status", "cert request"])
+def test_the_kit_is_named_by_the_environment_too(invoke: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert invoke(*command.split()).exit_code == 2
+    monkeypatch.setenv("FL_ADAPTERS_KIT", "nowhere")
+    result = invoke(*command.split())
+    assert result.exit_code == 1
+    assert "nowhere" in result.stderr and "to do:" in result.stderr
+
+
 def test_the_command_line_starts_light() -> None:
     heavy = "('grpc', 'numpy', 'torch')"
     code = f"import sys, fl_adapters.cli; print([m for m in {heavy} if m in sys.modules])"

@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from fl_adapters.kit import KIT_VARIABLE
+
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
-_Kit = Annotated[Path, typer.Option("--kit", help="Folder of a startup kit.")]
+_Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of a startup kit.")]
 _Authority = Annotated[Path, typer.Option("--authority", help="Folder of the certificate authority.")]
 _Days = Annotated[float | None, typer.Option(help="Lifetime of the certificate. Default: the project's.")]
 
