@@ -191,7 +191,7 @@ class SiteClient:
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Streams to other sites, in a call of their own; see Tunnel. The caller closes it."""
-        keep_freed_memory()
+        keep_freed_memory()  # here they go in messages whatever their size
         return Tunnel(self._transport, self._session, accept, lost)
 
     def leave(self, reason: str, *, early: bool) -> None:
