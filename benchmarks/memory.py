@@ -39,9 +39,9 @@ from fl_adapters import Job, Simulation
 from fl_adapters.cli.server import job_fields, read_job
 from fl_runtime.client import SiteClient
 from fl_runtime.server import Server
-from fl_runtime.server.federation import FederationServer
+from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.transport.grpc import GrpcTransport
-from fl_runtime.transport.heap import share_one_heap
+from fl_runtime.transport.malloc import share_one_heap
 from fl_runtime.transport.tls import FileCredentials
 from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.trust.kits import read_kit

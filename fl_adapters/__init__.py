@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fl_adapters.environments.simulation import Simulation
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
-    from fl_adapters.where import Site, site
+    from fl_adapters.participant.identity import Site, site
     from fl_runtime.aggregation import (
         CoordinateMedian,
         Cyclic,
@@ -141,11 +141,11 @@ _LAZY = {
     "Scaffold": "fl_runtime.aggregation",
     "Swarm": "fl_runtime.aggregation",
     "Simulation": "fl_adapters.environments.simulation",
-    "Site": "fl_adapters.where",
+    "Site": "fl_adapters.participant.identity",
     "SiteTask": "fl_adapters.loop",
     "TrimmedMean": "fl_runtime.aggregation",
     "connect": "fl_adapters.loop",
-    "site": "fl_adapters.where",
+    "site": "fl_adapters.participant.identity",
 }
 
 # In a source checkout the integrations lie beside this package; in a wheel they are inside it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from fl_adapters.state_file import State
+from fl_adapters.participant.state_file import State
 from fl_runtime.types import Arrays
 
 

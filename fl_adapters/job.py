@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_adapters.options import Options
+from fl_adapters.participant.options import Options
 from fl_runtime.aggregation import make_strategy
-from fl_runtime.aggregation.local_terms import LocalTerms
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters import check_cross_site, check_filters, check_repeatable

@@ -8,12 +8,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from fl_adapters.exchange import selected
-from fl_adapters.options import Options, SiteSettings
-from fl_adapters.restart import Keeping, seed_python
-from fl_adapters.session import Session
-from fl_adapters.sessions import open_session
-from fl_adapters.state_file import State
+from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.restart import Keeping, seed_python
+from fl_adapters.participant.session import Session
+from fl_adapters.participant.state_file import State
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Settings, Task
 

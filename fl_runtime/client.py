@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-from fl_runtime.aggregation.metrics import to_json
+from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.errors import (
     ConfigError,
     ConnectionLostError,
@@ -30,10 +30,10 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport.base import Transport
-from fl_runtime.transport.heap import keep_freed_memory
+from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
-from fl_runtime.transport.silence import WatchedCall, Watchman
 from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.transport.watchdog import WatchedCall, Watchman
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames

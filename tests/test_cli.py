@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fl_adapters.cli import doctor
 from fl_adapters.cli.app import app
+from fl_adapters.cli.doctor import command as doctor
 from fl_adapters.cli.live import live_table
 from fl_adapters.cli.script_command import split
-from fl_adapters.kit import Kit
+from fl_adapters.participant.kit import Kit
 from fl_runtime.types import Event
 from fl_runtime.version import VERSION
 

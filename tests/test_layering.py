@@ -32,8 +32,8 @@ RUNTIME = {
 FRAMEWORKS = ("torch", "peft", "transformers", "accelerate", "trl", "datasets", "tensorflow", "keras", "jax", "flax")
 FRAMEWORKS += ("lightning", "pytorch_lightning", "monai", "ignite", "fire", "xgboost", "sklearn")
 OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
-    "torch": ("fl_adapters.torch_", "*"),
-    "peft": ("fl_adapters.torch_", "*"),
+    "torch": ("fl_adapters.torch.", "*"),
+    "peft": ("fl_adapters.torch.", "*"),
     "grpc": ("fl_runtime.transport",),
     "cryptography": ("fl_runtime.trust",),
     "dp_accounting": ("fl_runtime.filters",),
@@ -163,14 +163,14 @@ def test_no_file_is_longer_than_a_subject() -> None:
         ("fl_runtime.server.run", "def f():\n    from fl_adapters.job import Job"),
         ("fl_runtime.server.run", "import grpc"),
         ("fl_runtime.aggregation.fedavg", "import torch"),
-        ("fl_adapters.session", "import torch.distributed"),
-        ("fl_adapters.session", "from fl_adapters.hf import FederatedCallback"),
-        ("fl_adapters.session", "from integrations.hf import FederatedCallback"),
-        ("fl_adapters.session", "import pickle"),
+        ("fl_adapters.participant.session", "import torch.distributed"),
+        ("fl_adapters.participant.session", "from fl_adapters.hf import FederatedCallback"),
+        ("fl_adapters.participant.session", "from integrations.hf import FederatedCallback"),
+        ("fl_adapters.participant.session", "import pickle"),
         ("fl_adapters.job", "from fl_adapters.cli.output import reported"),
         ("fl_adapters.job", "from fl_adapters import testing"),
-        ("fl_adapters.torch_state", "torch.load(path)"),
-        ("fl_adapters.torch_state", "np.load(path, allow_pickle=True)"),
+        ("fl_adapters.torch.state", "torch.load(path)"),
+        ("fl_adapters.torch.state", "np.load(path, allow_pickle=True)"),
         ("fl_adapters.job", "eval('1')"),
         ("fl_adapters.job", "yaml.load(text)"),
     ],
@@ -184,9 +184,12 @@ def test_breaking_a_rule_is_noticed(module: str, source: str) -> None:
     [
         ("fl_runtime.transport.grpc", "import grpc"),
         ("fl_runtime.server.run", "from fl_runtime.store import journal"),
-        ("fl_adapters.torch_state", "import torch; torch.load(path, weights_only=True)"),
+        ("fl_adapters.torch.state", "import torch; torch.load(path, weights_only=True)"),
         ("fl_adapters.hf.callback", "import torch\nfrom ..session import open_session\nfrom . import state"),
-        ("fl_adapters.session", "from fl_runtime.client import Client\nimport re\nre.compile('x'); model.eval()"),
+        (
+            "fl_adapters.participant.session",
+            "from fl_runtime.client import Client\nimport re\nre.compile('x'); model.eval()",
+        ),
     ],
 )
 def test_keeping_the_rules_is_not(module: str, source: str) -> None:

@@ -129,7 +129,7 @@ def doctor(
 
     Exit status 1 if something is wrong that keeps a run from working.
     """
-    from fl_adapters.cli import doctor as command
+    from fl_adapters.cli.doctor import command
 
     sys.exit(command.run(folder, port, kit, as_json))
 

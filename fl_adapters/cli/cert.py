@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, reported, show_json
-from fl_adapters.trust import needs_cryptography
+from fl_adapters.environments.extras import needs_cryptography
 
 
 def request(kit: Path, as_json: bool) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fl_adapters.kit import KIT_VARIABLE
+from fl_adapters.participant.kit import KIT_VARIABLE
 
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 _Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of a startup kit.")]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, reported, show_json
-from fl_adapters.kit import KIT_VARIABLE
+from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.ledger import LEDGER_FILE, Entry, Ledger, epsilon
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import reported, show_json
+from fl_adapters.environments.extras import needs_cryptography
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.job import Job
-from fl_adapters.trust import needs_cryptography
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.transport.heap import share_one_heap
+from fl_runtime.transport.malloc import share_one_heap
 from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.types import RunSettings
 
@@ -24,7 +24,7 @@ _LOOK_S = 0.2
 def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C; with a job, after it: 1 if it failed."""
     with reported(as_json), needs_cryptography():
-        from fl_runtime.server.federation import FederationServer
+        from fl_runtime.server.federation.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
 
         kit = read_kit(kit_folder, kind="server")

@@ -20,7 +20,7 @@ from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
     from fl_adapters.environments.local import SimulationResult
-    from fl_adapters.environments.virtual import Engine
+    from fl_adapters.environments.virtual.run import Engine
     from fl_adapters.job import Job
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, reported, show_json
-from fl_adapters.trust import needs_cryptography
+from fl_adapters.environments.extras import needs_cryptography
 
 
 def run(kit_folder: Path, as_json: bool) -> int:

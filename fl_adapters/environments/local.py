@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fl_adapters import heatmap
+from fl_adapters.environments import heatmap
 from fl_adapters.environments.outcome import SiteExit, verdict
 from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
 from fl_adapters.environments.watch import Watch
 from fl_adapters.job import Job, site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult
-from fl_runtime.server.results import RunResult
+from fl_runtime.server.records.results import RunResult
 from fl_runtime.types import Event, Listener, RunSettings
 
 _POLL_S = 0.02

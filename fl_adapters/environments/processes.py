@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments import watchdog
-from fl_adapters.kit import KIT_VARIABLE
+from fl_adapters.environments import orphans
+from fl_adapters.participant.kit import KIT_VARIABLE
 
 _POSIX = os.name == "posix"
 _THREADS = (
@@ -112,7 +112,7 @@ class SiteProcesses:
         A KeyboardInterrupt meanwhile kills them at once. Returns when they are gone.
         """
         processes = [item.process for item in self._running.values()]
-        family = watchdog.descendants(process.pid for process in processes)
+        family = orphans.descendants(process.pid for process in processes)
         try:
             for process in processes:
                 _signal_group(process, kill=False)
@@ -124,7 +124,7 @@ class SiteProcesses:
         for process in processes:
             _signal_group(process, kill=True)
         if family:
-            watchdog.send(family, signal.SIGKILL, single=True)
+            orphans.send(family, signal.SIGKILL, single=True)
         for process in processes:
             process.wait()
         self.ended()
@@ -210,13 +210,13 @@ def describe_status(status: int) -> str:
 def _start_watchdog() -> subprocess.Popen[bytes] | None:
     if not _POSIX:
         return None
-    command = [sys.executable, "-I", "-S", watchdog.__file__]
+    command = [sys.executable, "-I", "-S", orphans.__file__]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _signal_group(process: subprocess.Popen[bytes], *, kill: bool) -> None:
     """To the process and all that it started and that stayed in its group."""
     if _POSIX:
-        watchdog.send([process.pid], signal.SIGKILL if kill else signal.SIGTERM)
+        orphans.send([process.pid], signal.SIGKILL if kill else signal.SIGTERM)
     else:
         process.terminate()  # on Windows there is no politer way

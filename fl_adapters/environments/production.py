@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_adapters.environments.extras import needs_cryptography
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.environments.watch import FanOut
 from fl_adapters.job import Job
-from fl_adapters.trust import needs_cryptography
 from fl_runtime.control import ControlClient
 from fl_runtime.server import RoundResult
 from fl_runtime.types import Event, Listener

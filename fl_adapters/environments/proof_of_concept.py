@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_adapters.environments.extras import needs_cryptography
 from fl_adapters.environments.local import (
     LocalRun,
     SimulationResult,
@@ -29,8 +30,7 @@ from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.environments.watch import FanOut, Watch
 from fl_adapters.job import Job
-from fl_adapters.kit import KIT_VARIABLE
-from fl_adapters.trust import needs_cryptography
+from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.control import ControlClient
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.types import Listener

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fl_adapters.job import Job
 from fl_runtime.control import ControlClient
 from fl_runtime.errors import FederationError
-from fl_runtime.server.results import RoundResult, RunResult
+from fl_runtime.server.records.results import RoundResult, RunResult
 from fl_runtime.types import Event, Listener
 
 

@@ -29,16 +29,16 @@ from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.resuming import Started
 from fl_adapters.environments.watch import FanOut, Watch
 from fl_adapters.job import Job
-from fl_adapters.kit import Kit
+from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
-from fl_runtime.server.history import History
-from fl_runtime.transport.heap import share_one_heap
+from fl_runtime.server.records.history import History
+from fl_runtime.transport.malloc import share_one_heap
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
-    from fl_adapters.environments.function import First, Function
-    from fl_adapters.environments.virtual import Engine, Virtual
+    from fl_adapters.environments.virtual.function import First, Function
+    from fl_adapters.environments.virtual.run import Engine, Virtual
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Simulation:
                         fix='give engine="processes" too, or leave it out',
                     )
             return None
-        from fl_adapters.environments.virtual import Virtual
+        from fl_adapters.environments.virtual.run import Virtual
 
         return Virtual(self.engine, self.workers, self.function, self.initial, self.gpus, self.args)
 

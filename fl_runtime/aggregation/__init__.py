@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from fl_runtime.aggregation.corrections.ditto import Ditto
+from fl_runtime.aggregation.corrections.fedprox import FedProx
+from fl_runtime.aggregation.corrections.scaffold import Scaffold
 from fl_runtime.aggregation.cyclic import Cyclic
-from fl_runtime.aggregation.ditto import Ditto
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.fedbuff import FedBuff
 from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
-from fl_runtime.aggregation.fedprox import FedProx
-from fl_runtime.aggregation.lora import FedIT, FedSALoRA, FFALoRA, RoLoRA
-from fl_runtime.aggregation.lora_products import FedExLoRA, FlexLoRA, FLoRA
+from fl_runtime.aggregation.lora.products import FedExLoRA, FlexLoRA, FLoRA
+from fl_runtime.aggregation.lora.strategies import FedIT, FedSALoRA, FFALoRA, RoLoRA
 from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
-from fl_runtime.aggregation.scaffold import Scaffold
 from fl_runtime.aggregation.spec import find
 from fl_runtime.aggregation.swarm import Swarm
-from fl_runtime.aggregation.trees import TreeBagging, TreeCyclic, TreeHistogram
+from fl_runtime.aggregation.trees.strategies import TreeBagging, TreeCyclic, TreeHistogram
 from fl_runtime.types import Strategy
 
 __all__ = [

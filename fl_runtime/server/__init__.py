@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fl_runtime.server.results import RoundResult, RunResult
+from fl_runtime.server.records.results import RoundResult, RunResult
 from fl_runtime.server.server import Server
 
 __all__ = ["RoundResult", "RunResult", "Server"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fl_runtime.errors import ProtocolError, StateMismatchError
 from fl_runtime.server import limits
+from fl_runtime.server.courses.swarm import check_receipt, without_tensors
 from fl_runtime.server.encoding import travelling_manifest
-from fl_runtime.server.handover import check_receipt, without_tensors
 from fl_runtime.server.run import Run
 from fl_runtime.server.state import Model
 from fl_runtime.store.journal import ModelEntry

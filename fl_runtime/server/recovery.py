@@ -6,12 +6,12 @@ import time
 
 from google.protobuf.message import DecodeError
 
-from fl_runtime.aggregation.metrics import from_json
+from fl_runtime.aggregation.metrics.pooling import from_json
 from fl_runtime.errors import ProtocolError, StoreError
+from fl_runtime.server.courses.sampling import opened
 from fl_runtime.server.members import Registration
-from fl_runtime.server.results import RoundResult
+from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.run import Run
-from fl_runtime.server.sampling import opened
 from fl_runtime.server.state import Accepted, Model, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import RESTORE, ModelEntry, UpdateEntry

@@ -25,13 +25,13 @@ from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.server import ServerFilters, what_ran
 from fl_runtime.server import limits
-from fl_runtime.server.buffered import Buffer
-from fl_runtime.server.cross_site import CrossSite
-from fl_runtime.server.events import Events
-from fl_runtime.server.handover import Handover, is_of_handover
+from fl_runtime.server.courses.buffered import Buffer
+from fl_runtime.server.courses.cross_site import CrossSite
+from fl_runtime.server.courses.scores import Scores
+from fl_runtime.server.courses.swarm import Handover, is_of_handover
 from fl_runtime.server.members import Member, Registration, check_latecomer
-from fl_runtime.server.results import RoundResult
-from fl_runtime.server.scores import Scores
+from fl_runtime.server.records.events import Events
+from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.spool import Spool
 from fl_runtime.server.state import Accepted, Model, Offer, OpenRound, Phase, Status, leased
 from fl_runtime.store.blobs import Blob, Blobs

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
 from fl_runtime.filters import check_filters
-from fl_runtime.server.events import Events
+from fl_runtime.server.courses.rounds import drive
+from fl_runtime.server.records.events import Events
+from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.recovery import recover
-from fl_runtime.server.results import RunResult
-from fl_runtime.server.rounds import drive
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.store.lock import FolderLock

@@ -10,9 +10,10 @@ from typing import Any, TypeVar, get_args
 
 from google.protobuf.message import DecodeError, Message
 
-from fl_runtime.aggregation.metrics import from_json, plain
+from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
-from fl_runtime.server import limits, reports
+from fl_runtime.server import limits
+from fl_runtime.server.courses import reports
 from fl_runtime.server.filtering import check_layout, check_update
 from fl_runtime.server.members import Registration
 from fl_runtime.server.relay import Relay, first_part

@@ -24,7 +24,7 @@ from fl_runtime.errors import (
 )
 from fl_runtime.transport import integrity
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
-from fl_runtime.transport.heap import keep_freed_memory
+from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.tls import refuses_old_tls, server_credentials
 from fl_runtime.version import SERVER_NAME
 

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from fl_adapters.options import Every
-from fl_adapters.torch_schedule import advance, horizon_of
+from fl_adapters.participant.options import Every
+from fl_adapters.torch.schedule import advance, horizon_of
 from fl_runtime.errors import ConfigError
 
 

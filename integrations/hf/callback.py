@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fl_adapters import torch_ranks
-from fl_adapters.options import Options, SiteSettings
-from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_restart import seed_round
-from fl_adapters.torch_site import Arrived, TorchSite
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.torch import ranks
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.restart import seed_round
+from fl_adapters.torch.site import Arrived, TorchSite
 from fl_runtime.types import Arrays
 
 from . import restart
@@ -186,7 +186,7 @@ class FederatedCallback(TrainerCallback):
         exporter = Exporter(trained["model"], trained["processing_class"], live.state)
         self._site.finish(live, exporter.export, exporter.load if run.evaluates else None)
         if args.load_best_model_at_end:
-            point_to_best(args, state, torch_ranks.share(best[0] if best else None))
+            point_to_best(args, state, ranks.share(best[0] if best else None))
             live.load(best[1] if best else None)
 
     def _join(self, args: TrainingArguments) -> _Run | None:
@@ -287,7 +287,7 @@ class FederatedCallback(TrainerCallback):
             task = self._site.session().best()
             return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
 
-        return torch_ranks.on_rank_zero(fetched)
+        return ranks.on_rank_zero(fetched)
 
     @property
     def _site(self) -> TorchSite:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fl_adapters.torch_state import TorchState, is_sharded, unwrap
+from fl_adapters.torch.state import TorchState, is_sharded, unwrap
 from fl_runtime.types import Arrays
 
 

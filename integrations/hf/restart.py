@@ -9,11 +9,11 @@ from accelerate.data_loader import SeedableRandomSampler
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from fl_adapters.options import Every
-from fl_adapters.state_file import State
-from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_restart import refuse_inexact, refuse_parts, refused, samplers_of
-from fl_adapters.torch_snapshot import TorchSnapshot
+from fl_adapters.participant.options import Every
+from fl_adapters.participant.state_file import State
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.restart import refuse_inexact, refuse_parts, refused, samplers_of
+from fl_adapters.torch.snapshot import TorchSnapshot
 
 _POSITION = (
     "global_step",

@@ -13,7 +13,7 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from fl_adapters.options import SiteSettings
+from fl_adapters.participant.options import SiteSettings
 from fl_runtime.errors import ConfigError
 
 _IGNORED = "ignore_keys_for_eval"  # what the user has given to `train()`, by its name there

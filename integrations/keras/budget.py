@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from fl_adapters.options import Every
+from fl_adapters.participant.options import Every
 from fl_runtime.errors import ConfigError
 
 from .fit_call import FitCall

@@ -10,11 +10,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from fl_adapters.local_phases import Phase
-from fl_adapters.options import Options
-from fl_adapters.outputs import PERSONAL
-from fl_adapters.session import Session
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.local_phases import Phase
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.outputs import PERSONAL
+from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Task
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.local_phases import SiteHome
-from fl_adapters.options import SiteSettings
-from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
+from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.options import SiteSettings
+from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 

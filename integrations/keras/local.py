@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.control_variate import ControlVariate, put_control
-from fl_adapters.local_phases import Phase, SiteHome
-from fl_adapters.state_file import State
-from fl_runtime.aggregation.local_terms import LocalTerms
+from fl_adapters.participant.control_variate import ControlVariate, put_control
+from fl_adapters.participant.local_phases import Phase, SiteHome
+from fl_adapters.participant.state_file import State
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays, Task
 

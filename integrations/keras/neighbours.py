@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from fl_adapters.options import SiteSettings
+from fl_adapters.participant.options import SiteSettings
 from fl_runtime.errors import ConfigError
 
 _PATHS = {

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from fl_adapters.options import OptimizerPolicy
+from fl_adapters.participant.options import OptimizerPolicy
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, differences

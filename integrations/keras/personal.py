@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.outputs import PERSONAL_FILE
-from fl_adapters.state_file import State
+from fl_adapters.participant.outputs import PERSONAL_FILE
+from fl_adapters.participant.state_file import State
 from fl_runtime.errors import StateMismatchError
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
 from fl_runtime.types import Array

@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
-from fl_adapters.options import Every
-from fl_adapters.state_file import State
+from fl_adapters.participant.options import Every
+from fl_adapters.participant.state_file import State
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array
 
@@ -105,7 +105,7 @@ def begin_round(fit: FitCall, seed: int) -> None:
     keras.utils.set_random_seed(seed % 2**32)
     data = fit.iterator.data_adapter
     if type(data).__name__ == _LOADER:
-        from fl_adapters.torch_restart import seed_round
+        from fl_adapters.torch.restart import seed_round
 
         seed_round(seed, data._dataloader)
     elif keras.backend.backend() == "tensorflow" and data._shuffle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fl_adapters.session import RoundStats
+from fl_adapters.participant.session import RoundStats
 from fl_runtime.types import Task
 
 from .budget import Budget

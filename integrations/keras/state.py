@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import xxhash
 
-from fl_adapters.exchange import matches, selected
-from fl_adapters.options import Exchange
+from fl_adapters.participant.exchange import matches, selected
+from fl_adapters.participant.options import Exchange
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, TensorSpec, differences

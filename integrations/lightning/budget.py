@@ -7,8 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from fl_adapters import torch_schedule
-from fl_adapters.options import Every
+from fl_adapters.participant.options import Every
+from fl_adapters.torch import schedule
 from fl_runtime.errors import ConfigError
 
 ENDLESS = -1  # Lightning's way to say that there is no limit
@@ -116,7 +116,7 @@ def warn_if_schedules_end_early(trainer: Any) -> None:
     if steps is None and epochs is not None and per_epoch:
         steps = epochs * per_epoch
     for config in _stepped_by_lightning(trainer):
-        horizon = torch_schedule.horizon_of(config.scheduler)
+        horizon = schedule.horizon_of(config.scheduler)
         total = epochs if config.interval == "epoch" else steps
         if horizon is not None and total is not None and horizon * config.frequency < total:
             what = "epochs" if config.interval == "epoch" else "optimizer steps"
@@ -132,7 +132,7 @@ def advance_schedules(trainer: Any, epochs: int, steps: int) -> None:
     """Move the schedules to where the other sites are."""
     for config in _stepped_by_lightning(trainer):
         count = epochs if config.interval == "epoch" else steps
-        torch_schedule.advance(config.scheduler, max(count, 0) // config.frequency)
+        schedule.advance(config.scheduler, max(count, 0) // config.frequency)
 
 
 def _stepped_by_lightning(trainer: Any) -> list[Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from fl_adapters.kit import current_kit
-from fl_adapters.options import Options, SiteSettings
-from fl_adapters.torch_batches import rows_of
-from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_site import Arrived, TorchSite
+from fl_adapters.participant.kit import current_kit
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.torch.batches import rows_of
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.site import Arrived, TorchSite
 from fl_runtime.errors import ConfigError
 
 from . import outputs, restart

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 from fl_runtime.types import Arrays
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fl_adapters.kit import Kit
-from fl_adapters.outputs import placed
+from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.outputs import placed
 
 _FOLDERS_OF_A_LOGGER = ("_root_dir", "_save_dir")  # of TensorBoardLogger and CSVLogger, which number their versions
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from fl_adapters.options import SiteSettings
-from fl_adapters.torch_batches import size_of
+from fl_adapters.participant.options import SiteSettings
+from fl_adapters.torch.batches import size_of
 from fl_runtime.errors import ConfigError
 
 from . import scores

@@ -10,7 +10,7 @@ from typing import Any
 import fire
 from monai.bundle import ConfigParser
 
-from fl_adapters.kit import KIT_VARIABLE
+from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.errors import ConfigError, FederationError
 
 from .bundle import workflow_of

@@ -10,8 +10,8 @@ from typing import Any
 
 from monai.handlers import LrScheduleHandler
 
-from fl_adapters import torch_schedule
-from fl_adapters.options import Every
+from fl_adapters.participant.options import Every
+from fl_adapters.torch import schedule
 from fl_runtime.errors import ConfigError
 
 ENDLESS = 2**31 - 1
@@ -119,7 +119,7 @@ def warn_if_schedules_end_early(engine: Any, handlers: Iterable[LrScheduleHandle
     if epochs == ENDLESS:
         return
     for handler in handlers:
-        horizon = torch_schedule.horizon_of(handler.lr_scheduler)
+        horizon = schedule.horizon_of(handler.lr_scheduler)
         total = epochs if handler.epoch_level else epochs * length if length else None
         if horizon is not None and total is not None and horizon < total:
             what = "epochs" if handler.epoch_level else "iterations"
@@ -133,4 +133,4 @@ def warn_if_schedules_end_early(engine: Any, handlers: Iterable[LrScheduleHandle
 def advance_schedules(handlers: Iterable[LrScheduleHandler], epochs: int, iterations: int) -> None:
     """Move the schedules on, to where the other sites are."""
     for handler in handlers:
-        torch_schedule.advance(handler.lr_scheduler, max(epochs if handler.epoch_level else iterations, 0))
+        schedule.advance(handler.lr_scheduler, max(epochs if handler.epoch_level else iterations, 0))

@@ -11,9 +11,9 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from fl_adapters.kit import Kit, current_kit
-from fl_adapters.outputs import claimed_path, placed
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.kit import Kit, current_kit
+from fl_adapters.participant.outputs import claimed_path, placed
+from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
 HANDLER, SITE = "federated_handler", "federated_site"

@@ -12,12 +12,12 @@ from monai.fl.utils.constants import ExtraItems, FlStatistics, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 from monai.networks.utils import copy_model_state, get_state_dict
 
-from fl_adapters.exchange import selected
-from fl_adapters.options import Options, SiteSettings
-from fl_adapters.session import Session
-from fl_adapters.sessions import open_session
-from fl_adapters.torch_batches import size_of
-from fl_adapters.torch_state import as_array, as_tensor
+from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.session import Session
+from fl_adapters.torch.batches import size_of
+from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import CROSS_EVALUATION, Arrays, Task
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from monai.handlers import ValidationHandler
 from torch.nn.parameter import is_lazy
 
-from fl_adapters.options import SiteSettings
-from fl_adapters.torch_batches import rows_of, size_of
-from fl_adapters.torch_state import unwrap
+from fl_adapters.participant.options import SiteSettings
+from fl_adapters.torch.batches import rows_of, size_of
+from fl_adapters.torch.state import unwrap
 from fl_runtime.errors import ConfigError
 
 from .budget import ENDLESS

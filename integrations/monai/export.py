@@ -7,7 +7,7 @@ import os
 import torch
 from safetensors.torch import save_model
 
-from fl_adapters.torch_state import TorchState, unwrap
+from fl_adapters.torch.state import TorchState, unwrap
 from fl_runtime.types import Arrays
 
 

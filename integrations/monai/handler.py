@@ -12,10 +12,10 @@ import torch
 from ignite.engine import Events
 from monai.handlers import LrScheduleHandler, ValidationHandler
 
-from fl_adapters.kit import current_kit
-from fl_adapters.options import Options, SiteSettings
-from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_site import TorchSite
+from fl_adapters.participant.kit import current_kit
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.site import TorchSite
 from fl_runtime.errors import ConfigError
 
 from . import engine as facts

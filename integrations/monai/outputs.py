@@ -7,8 +7,8 @@ from typing import Any
 
 from monai.handlers import CheckpointSaver, MetricsSaver
 
-from fl_adapters.kit import Kit
-from fl_adapters.outputs import placed
+from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.outputs import placed
 
 from .engine import attached
 

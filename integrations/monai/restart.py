@@ -11,11 +11,11 @@ from monai.data.utils import set_rnd
 from monai.handlers import LrScheduleHandler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fl_adapters.options import Every
-from fl_adapters.state_file import State
-from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_restart import refuse_inexact, refuse_parts, refused, seed_round
-from fl_adapters.torch_snapshot import TorchSnapshot
+from fl_adapters.participant.options import Every
+from fl_adapters.participant.state_file import State
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.restart import refuse_inexact, refuse_parts, refused, seed_round
+from fl_adapters.torch.snapshot import TorchSnapshot
 
 from . import engine as facts
 

@@ -13,7 +13,7 @@ from ignite.engine import Events
 from ignite.metrics import Metric
 from monai.handlers import DecollateBatch, IgniteMetricHandler, PostProcessing
 
-from fl_adapters.metric_names import without_prefix
+from fl_adapters.participant.metric_names import without_prefix
 
 
 def scores_of(evaluator: Any) -> dict[str, float]:

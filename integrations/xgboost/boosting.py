@@ -6,10 +6,10 @@ from typing import Protocol
 
 import xgboost
 
-from fl_adapters.restart import Keeping, seed_python
-from fl_adapters.session import Session
-from fl_adapters.state_file import State
-from fl_runtime.aggregation.tree_document import TreeModel
+from fl_adapters.participant.restart import Keeping, seed_python
+from fl_adapters.participant.session import Session
+from fl_adapters.participant.state_file import State
+from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.types import Arrays, Metrics
 
 from .call import Mode, TrainCall

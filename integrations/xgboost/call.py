@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import xgboost
 
-from fl_adapters.options import Options
-from fl_runtime.aggregation.tree_document import TreeModel
+from fl_adapters.participant.options import Options
+from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.errors import ConfigError
 
 Mode = Literal["bagging", "cyclic", "histogram"]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import xgboost
 
-from fl_adapters.options import Options
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
 from .call import TrainCall, check_options, checked_params

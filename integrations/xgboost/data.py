@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xgboost
 
-from fl_runtime.aggregation.quantiles import Summary
+from fl_runtime.aggregation.metrics.quantiles import Summary
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array
 

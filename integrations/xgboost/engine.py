@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import xgboost
 
-from fl_adapters.session import Session
-from fl_runtime.aggregation.tree_document import TreeModel
+from fl_adapters.participant.session import Session
+from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.types import Array, Arrays

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import xgboost
 
-from fl_adapters.session import Session
-from fl_runtime.aggregation.quantiles import CUTS
-from fl_runtime.aggregation.tree_document import TreeModel
-from fl_runtime.aggregation.trees import FAILED
+from fl_adapters.participant.session import Session
+from fl_runtime.aggregation.metrics.quantiles import CUTS
+from fl_runtime.aggregation.trees.document import TreeModel
+from fl_runtime.aggregation.trees.strategies import FAILED
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Metrics
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import xgboost
 
-from fl_runtime.aggregation import ubjson
-from fl_runtime.aggregation.tree_document import TreeModel, masked
+from fl_runtime.aggregation.trees import ubjson
+from fl_runtime.aggregation.trees.document import TreeModel, masked
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays
 
@@ -118,7 +118,7 @@ def released(booster: xgboost.Booster) -> xgboost.Booster:
 
 
 def weight_extra(data: xgboost.DMatrix) -> dict[str, Array]:
-    from fl_runtime.aggregation.trees import WEIGHT
+    from fl_runtime.aggregation.trees.strategies import WEIGHT
 
     return {WEIGHT: np.array([rows_weight(data)], np.float64)}
 

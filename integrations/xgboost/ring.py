@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.transport.tunnel import Stream
-from fl_runtime.trust.sealed import SealedStream
+from fl_runtime.trust.secure_stream import SealedStream
 
 log = logging.getLogger(__name__)
 

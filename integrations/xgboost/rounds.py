@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import xgboost
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.session import Session
-from fl_runtime.aggregation.tree_document import TreeModel
-from fl_runtime.aggregation.trees import ENCODING
+from fl_adapters.participant.session import Session
+from fl_runtime.aggregation.trees.document import TreeModel
+from fl_runtime.aggregation.trees.strategies import ENCODING
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import EXACT_RESTART, Arrays, Metrics, Task, Terms
 

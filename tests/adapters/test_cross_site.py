@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import fl_adapters as fl
-from fl_adapters import heatmap
+from fl_adapters.environments import heatmap
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import ConfigError, HandshakeError
-from fl_runtime.server.history import write_matrix
+from fl_runtime.server.records.history import write_matrix
 from fl_runtime.types import Arrays
 
 CENTRES = np.array([[0.0, 1.0], [4.0, 0.0], [-2.0, 6.0]])

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import fl_adapters as fl
-from fl_adapters.kit import read_kit
+from fl_adapters.participant.kit import read_kit
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import CoordinateMedian, FedAvg
 from fl_runtime.errors import ConfigError, HandshakeError, UpdateRefusedError

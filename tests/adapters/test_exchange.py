@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fl_adapters.exchange import matches, selected
+from fl_adapters.participant.exchange import matches, selected
 from fl_runtime.errors import ConfigError
 
 NAMES = ["body.0.weight", "body.0.bias", "norm.weight", "norm.running_mean", "head.weight"]

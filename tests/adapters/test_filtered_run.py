@@ -20,7 +20,7 @@ from fl_runtime.errors import FederationError, ProtocolError, StateMismatchError
 from fl_runtime.filters.base import Home
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.server import Server
-from fl_runtime.server.history import History
+from fl_runtime.server.records.history import History
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Array, Arrays, RunSettings, Settings, Task, Update
 from fl_runtime.wire.manifest import Manifest

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fl_adapters.job import Job, site_names
-from fl_adapters.kit import Kit, current_kit, read_kit
-from fl_adapters.where import Site, site
+from fl_adapters.participant.identity import Site, site
+from fl_adapters.participant.kit import Kit, current_kit, read_kit
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import ConfigError
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import fl_adapters
-from fl_adapters.control_variate import FILE, ControlVariate
-from fl_adapters.local_phases import SiteHome
-from fl_adapters.options import Options
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.control_variate import FILE, ControlVariate
+from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.registry import open_session
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, LocalTerms, control_of
+from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, LocalTerms, control_of
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Array, Arrays

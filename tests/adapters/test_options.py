@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_adapters.options import Every, Options, SiteSettings
+from fl_adapters.participant.options import Every, Options, SiteSettings
 from fl_runtime.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fl_adapters.kit import Kit
-from fl_adapters.outputs import claimed_path, placed
+from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.outputs import claimed_path, placed
 from fl_runtime.errors import ConfigError
 
 

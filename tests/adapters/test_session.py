@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import fl_adapters
-from fl_adapters.options import Options
-from fl_adapters.session import Session
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.session import Session
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.errors import (
     AbortedError,
@@ -100,7 +100,7 @@ def test_a_cell_that_is_run_twice_goes_on_as_a_new_attempt_of_a_run_that_needs_i
 
 
 def test_a_second_process_takes_over_and_the_first_one_is_told(one: tuple[LocalFederation, Place]) -> None:
-    from fl_adapters.kit import read_kit
+    from fl_adapters.participant.kit import read_kit
     from fl_runtime.transport.memory import MemoryTransport
 
     federation, place = one
@@ -125,7 +125,7 @@ def test_a_forked_child_gets_no_session_and_ends_nobodys(one: tuple[LocalFederat
 
 
 def _in_the_child(place: Place) -> None:
-    from fl_adapters.sessions import close_sessions
+    from fl_adapters.participant.registry import close_sessions
 
     assert open_session(Options(kit=place.kit), framework="test") is None
     assert open_session(Options(kit=place.kit), framework="test", fresh=True) is None
@@ -148,8 +148,8 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_without_a_kit_one_line_says_so_once() -> None:
     done = in_a_process("""
-        from fl_adapters.sessions import open_session
-        from fl_adapters.options import Options
+        from fl_adapters.participant.registry import open_session
+        from fl_adapters.participant.options import Options
         assert open_session(Options(), framework="my framework") is None
         assert open_session(Options(), framework="my framework") is None
         import sys
@@ -337,8 +337,8 @@ def test_a_script_that_ends_early_is_known_at_once_and_not_after_a_timeout() -> 
         done = in_a_process(
             """
             import numpy as np
-            from fl_adapters.options import Options
-            from fl_adapters.sessions import open_session
+            from fl_adapters.participant.options import Options
+            from fl_adapters.participant.registry import open_session
             open_session(Options(), framework="test")
             """,
             FL_ADAPTERS_KIT=federation.places[1].kit,
@@ -352,7 +352,7 @@ def test_a_reconnect_leaves_the_users_random_state_alone() -> None:
     """The pauses between two tries vary at random, but not at the cost of a training that was seeded."""
     import random
 
-    from fl_adapters.kit import Kit
+    from fl_adapters.participant.kit import Kit
     from fl_runtime.transport.memory import MemoryTransport
 
     class Broken:

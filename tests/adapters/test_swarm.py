@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import fl_adapters as fl
-from fl_adapters.kit import Kit
-from fl_adapters.options import Options
-from fl_adapters.sessions import open_session
-from fl_adapters.swarm import SwarmSite
+from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.swarm import SwarmSite
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation.swarm import in_turn
 from fl_runtime.errors import ConfigError, ProtocolError, QuorumError

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fl_adapters.exchange import selected
-from fl_adapters.options import Exchange, Options
-from fl_adapters.session import Session
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.options import Exchange, Options
+from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.session import Session
 from fl_adapters.testing import (
     AdapterCase,
     AdapterExample,

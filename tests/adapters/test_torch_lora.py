@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fl_adapters.options import Options, SiteSettings
-from fl_adapters.torch_live import LiveModel
-from fl_adapters.torch_lora import LoraFreezing
-from fl_adapters.torch_lora_factors import LoraFactors
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.lora import LoraFreezing
+from fl_adapters.torch.lora_factors import LoraFactors
 from fl_runtime.aggregation import FedExLoRA, FlexLoRA, FLoRA, make_strategy
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Arrays, Task
@@ -207,7 +207,7 @@ def test_ranks_and_scales_must_agree_only_where_they_have_to() -> None:
 def test_freezing_is_refused_where_several_ranks_train(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     freezing = LoraFreezing(dict(model.named_parameters()))
-    monkeypatch.setattr("fl_adapters.torch_ranks.several", lambda: True)
+    monkeypatch.setattr("fl_adapters.torch.ranks.several", lambda: True)
     freezing.begin({}, over=False)
     with pytest.raises(ConfigError, match="cannot be frozen while several ranks train"):
         freezing.begin({"lora_frozen": "A"}, over=False)

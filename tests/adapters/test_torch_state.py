@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from fl_adapters.torch_state import TorchState, as_array, as_tensor, travelling, unwrap
-from fl_adapters.torch_state_agreement import agreement, fingerprint
-from fl_adapters.torch_state_optimizer import OptimizerState
+from fl_adapters.torch.agreement import agreement, fingerprint
+from fl_adapters.torch.optimizer_state import OptimizerState
+from fl_adapters.torch.state import TorchState, as_array, as_tensor, travelling, unwrap
 from fl_runtime.errors import ConfigError, StateMismatchError
 
 peft = pytest.importorskip("peft")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fl_adapters.testing import AdapterCase, AdapterExample, adapter_cases
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 
 peft = pytest.importorskip("peft")
 

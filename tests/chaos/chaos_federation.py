@@ -23,7 +23,7 @@ from tcp_proxy import TcpProxy
 
 import fl_adapters
 from fl_adapters.environments.processes import free_ports
-from fl_adapters.kit import KIT_VARIABLE, Kit
+from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_runtime.types import RunSettings
 
 _PACKAGES = str(Path(fl_adapters.__file__).parents[1])

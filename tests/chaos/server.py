@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fl_runtime.errors import FederationError
 from fl_runtime.server import Server
-from fl_runtime.server.history import History
+from fl_runtime.server.records.history import History
 from fl_runtime.types import RunSettings
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.kit import KIT_VARIABLE
+from fl_adapters.participant.kit import KIT_VARIABLE
 
 FOLDER = Path(os.environ[KIT_VARIABLE]).parent
 

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server import service
-from fl_runtime.server.federation import _object
+from fl_runtime.server.federation.federation import _object
 from fl_runtime.server.relay import first_part
 from fl_runtime.trust.identity import Identity
 from fl_runtime.wire import frames

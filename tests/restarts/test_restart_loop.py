@@ -17,8 +17,8 @@ import restarted_loop
 from killed_sites import WarmProcess, run_sites
 
 import fl_adapters as fl
-from fl_adapters.restart import RestartPoints
-from fl_adapters.state_file import read_state, write_state
+from fl_adapters.participant.restart import RestartPoints
+from fl_adapters.participant.state_file import read_state, write_state
 from fl_adapters.testing import Death, LocalFederation, Place, RestartCase, Trained, failing, restart_cases
 from fl_runtime.errors import ConfigError, HandshakeError, StoreError
 from fl_runtime.types import Arrays, Task

@@ -25,8 +25,8 @@ from tcp_proxy import TcpProxy
 
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import AbortedError, FederationError, QuorumError, StateMismatchError
-from fl_runtime.server.events import Events
-from fl_runtime.server.rounds import drive
+from fl_runtime.server.courses.rounds import drive
+from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.transport.base import Peer, Service

@@ -27,8 +27,8 @@ from fl_runtime.errors import (
     UpdateRefusedError,
 )
 from fl_runtime.server import Server
-from fl_runtime.server.events import Events
-from fl_runtime.server.rounds import _handshake
+from fl_runtime.server.courses.rounds import _handshake
+from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.store.tensorfile import write_tensors

@@ -14,7 +14,7 @@ from test_restart import server_process
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import ConfigError, QuorumError, UpdateRefusedError
-from fl_runtime.server.history import History
+from fl_runtime.server.records.history import History
 from fl_runtime.types import Array, Arrays, Task
 
 ORDER = (0, 0, 1, 0, 2, 1, 0, 2, 1, 1, 2, 2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fl_runtime.errors import StoreError
-from fl_runtime.server.history import History
+from fl_runtime.server.records.history import History
 from fl_runtime.types import Event
 
 

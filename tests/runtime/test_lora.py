@@ -11,9 +11,9 @@ from federation_bench import Site, errors_together, serving
 
 from fl_adapters import Job
 from fl_runtime.aggregation import FedExLoRA, FlexLoRA, FLoRA, RoLoRA, known_strategies, make_strategy
-from fl_runtime.aggregation.lora_algebra import factorized
-from fl_runtime.aggregation.lora_names import Pair, pairs_of
-from fl_runtime.aggregation.lora_products import ENCODING, LoraProducts
+from fl_runtime.aggregation.lora.algebra import factorized
+from fl_runtime.aggregation.lora.names import Pair, pairs_of
+from fl_runtime.aggregation.lora.products import ENCODING, LoraProducts
 from fl_runtime.errors import ConfigError, HandshakeError, StateMismatchError, UpdateRefusedError
 from fl_runtime.types import Array, Arrays, ServerState, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest

@@ -11,7 +11,7 @@ from federation_bench import Bench, ended, serving
 from numpy_rounds import EXAMPLES, assert_same, reference, rounds_of, weights
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.server.sampling import drawn
+from fl_runtime.server.courses.sampling import drawn
 from fl_runtime.types import Array, Report, RunSettings, Task, Terms
 from fl_runtime.wire.manifest import Manifest
 

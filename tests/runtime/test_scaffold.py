@@ -10,7 +10,7 @@ import pytest
 from federation_bench import Site, registered, together
 from test_restart import ServerProcess, server_process
 
-from fl_runtime.aggregation.local_terms import GRADIENT_CORRECTION, control_extras, control_of
+from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, control_extras, control_of
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Task
 

@@ -15,7 +15,7 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts the
 
 HEAPS = """
 import ctypes, threading, xml.etree.ElementTree as tree
-from fl_runtime.transport.heap import share_one_heap
+from fl_runtime.transport.malloc import share_one_heap
 
 share_one_heap()
 libc = ctypes.CDLL(None)

@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 from federation_bench import Bench, Site, at_once, serving
 
-from fl_runtime.aggregation import ubjson
-from fl_runtime.aggregation.metrics import area_under_curve, area_under_precision_recall, from_json, pooled, to_json
-from fl_runtime.aggregation.quantiles import Summary as QuantileSummary
-from fl_runtime.aggregation.tree_document import TreeModel
-from fl_runtime.aggregation.trees import ENCODING, FAILED
+from fl_runtime.aggregation.metrics.pooling import (
+    area_under_curve,
+    area_under_precision_recall,
+    from_json,
+    pooled,
+    to_json,
+)
+from fl_runtime.aggregation.metrics.quantiles import Summary as QuantileSummary
+from fl_runtime.aggregation.trees.document import TreeModel
+from fl_runtime.aggregation.trees.strategies import ENCODING, FAILED, ubjson
 from fl_runtime.errors import ConfigError, HandshakeError, RoundFailedError, UpdateRefusedError
 from fl_runtime.types import Arrays, Report, Summary, Terms
 from fl_runtime.wire.manifest import Manifest

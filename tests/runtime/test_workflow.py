@@ -119,7 +119,7 @@ def test_a_workflow_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> None:
     """See tests/runtime/test_restart.py for a server that is killed; this is what it reads from its journal."""
-    from fl_runtime.server.events import Events
+    from fl_runtime.server.records.events import Events
     from fl_runtime.server.recovery import recover
 
     with serving(tmp_path, 3, sockets=False, rounds=5, strategy="cyclic") as bench:

@@ -16,7 +16,7 @@ from federation_bench import Site
 
 from fl_adapters.cli.server import read_job
 from fl_runtime.control import ControlClient
-from fl_runtime.server.federation import FederationServer
+from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.transport.base import Credentials
 from fl_runtime.transport.grpc import GrpcTransport
 from fl_runtime.transport.tls import FileCredentials

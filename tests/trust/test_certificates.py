@@ -13,7 +13,7 @@ from study import Study, project, until
 from typer.testing import CliRunner
 
 from fl_adapters.cli.app import app
-from fl_adapters.cli.kit_checks import kit_checks
+from fl_adapters.cli.doctor.kit_checks import kit_checks
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import install, make_request, read_kit, write_kit

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from study import Study, readdressed, until
 
-from fl_adapters.kit import read_kit
-from fl_adapters.options import Options
-from fl_adapters.session import Session
-from fl_adapters.sessions import _transport
-from fl_adapters.site_rules import GovernedSite
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.policy_gate import GovernedSite
+from fl_adapters.participant.registry import _transport
+from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, PrivacyBudgetError
 from fl_runtime.filters.ledger import Ledger
 from fl_runtime.trust.audit import entries

@@ -15,7 +15,7 @@ from fl_runtime.errors import ConnectionLostError
 from fl_runtime.trust.certificates import new_key, read_key, sign
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CERTIFICATE, KEY
-from fl_runtime.trust.sealed import SealedStream
+from fl_runtime.trust.secure_stream import SealedStream
 from fl_runtime.trust.stream_identity import StreamIdentity
 
 Between = Callable[[bytes], bytes]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import xgboost
-from fl_runtime.aggregation.quantiles import merged
+from fl_runtime.aggregation.metrics.quantiles import merged
 from rich.console import Console
 from rich.table import Table
 from train import PARAMS

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for hf_models
 
 from fl_adapters import connect
 from fl_adapters.testing import LocalFederation
-from fl_adapters.torch_state import TorchState
-from fl_adapters.torch_state_agreement import agreement
+from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.state import TorchState
 from fl_runtime.server import RunResult
 from fl_runtime.types import Arrays, Event
 

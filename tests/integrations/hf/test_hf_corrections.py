@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fl_adapters import site
-from fl_adapters.conformance import require_same_bits
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.testing import CorrectionCase, LocalFederation, correction_cases
+from fl_adapters.testing.conformance.adapter import require_same_bits
 from fl_runtime.errors import ConfigError
 from fl_runtime.store.tensorfile import read_tensors
 

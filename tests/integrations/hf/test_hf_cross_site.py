@@ -13,9 +13,9 @@ from hf_example import BATCH, CLIP, RATE
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.session import Session
+from fl_adapters.participant.session import Session
 from fl_adapters.testing import CrossSiteCase, LocalFederation, Trained, cross_site_cases
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 from fl_runtime.types import Arrays
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import PrivacyBudgetError
 
 CHAINS = {

@@ -15,8 +15,8 @@ from torch import nn
 
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.hf.trainer import refuse_unsupported
-from fl_adapters.options import Every, SiteSettings
-from fl_adapters.torch_state import TorchState
+from fl_adapters.participant.options import Every, SiteSettings
+from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import ConfigError
 
 

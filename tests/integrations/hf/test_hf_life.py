@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerCallback
 
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import ConfigError
 
 WORKERS = """
@@ -20,8 +20,8 @@ import os
 import torch
 import hf_models as m
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.options import Options
-from fl_adapters.sessions import open_session
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.registry import open_session
 
 class Data(m.Tokens):
     def __getitem__(self, index):

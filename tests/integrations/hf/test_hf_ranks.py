@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import transformers
 
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 
 RANK = """
 import os
@@ -92,7 +92,7 @@ def lora(arrays) -> list[str]:
 ONE_RANK = """
 import hf_models as m
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 
 model = m.adapted(m.classifier())
 m.trainer(FederatedCallback(optimizer_state=VALUES["policy"]), model=model).train()

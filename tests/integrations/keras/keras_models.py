@@ -9,13 +9,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from fl_adapters.conformance import copied
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.keras.names import named_variables
 from fl_adapters.keras.state import KerasState, to_host
-from fl_adapters.local_federation import State
 from fl_adapters.loop import connect
 from fl_adapters.testing import Correct, LocalFederation, Place, Trained, failing
+from fl_adapters.testing.conformance.adapter import copied
+from fl_adapters.testing.local_federation import State
 from fl_runtime.types import Array, Arrays
 
 BATCH, BATCHES = 4, 3

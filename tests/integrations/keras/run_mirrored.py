@@ -14,9 +14,9 @@ import keras
 import keras_models as m
 import tensorflow as tf
 
-from fl_adapters.conformance import require_close, require_same_bits
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.testing import LocalFederation
+from fl_adapters.testing.conformance.adapter import require_close, require_same_bits
 
 CPU = tf.config.list_physical_devices("CPU")[0]
 

@@ -13,9 +13,9 @@ import keras
 import keras_models as m
 import pytest
 
-from fl_adapters.conformance import require_same_bits
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.testing import LocalFederation
+from fl_adapters.testing.conformance.adapter import require_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from fl_adapters import site
-from fl_adapters.conformance import require_close, require_same_bits
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.keras.state import to_host
 from fl_adapters.testing import LocalFederation, correction_cases
+from fl_adapters.testing.conformance.adapter import require_close, require_same_bits
 from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.store.tensorfile import read_tensors
 

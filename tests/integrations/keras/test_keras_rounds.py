@@ -7,11 +7,11 @@ import keras_models as m
 import numpy as np
 import pytest
 
-from fl_adapters.conformance import require_same_bits
 from fl_adapters.keras import FederatedCallback
 from fl_adapters.keras.names import named_variables
 from fl_adapters.keras.state import KerasState
 from fl_adapters.testing import LocalFederation
+from fl_adapters.testing.conformance.adapter import require_same_bits
 from fl_runtime.errors import ConfigError, HandshakeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fl_adapters.testing import AdapterExample, adapter_cases, training_cases
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 
 
 @pytest.mark.parametrize("case", training_cases(), ids=lambda case: case.__name__)

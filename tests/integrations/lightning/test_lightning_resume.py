@@ -14,8 +14,8 @@ from site_process import SiteProcess
 
 from fl_adapters import connect
 from fl_adapters.lightning import FederatedCallback
-from fl_adapters.torch_state import TorchState
-from fl_adapters.torch_state_agreement import agreement
+from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import ConfigError
 
 

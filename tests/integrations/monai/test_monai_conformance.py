@@ -10,7 +10,7 @@ import torch
 from monai.networks.nets import UNet
 
 from fl_adapters.testing import AdapterExample, adapter_cases, training_cases
-from fl_adapters.torch_state import TorchState
+from fl_adapters.torch.state import TorchState
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])

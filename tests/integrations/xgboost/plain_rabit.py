@@ -20,7 +20,7 @@ from xgboost import collective
 from xgboost.tracker import RabitTracker
 
 from fl_adapters.xgboost.model import without_categories
-from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.aggregation.trees.document import TreeModel
 
 
 def grow(index: int | None, kind: str, reference: Any, model: bytearray, rounds: int) -> xgboost.Booster:

@@ -14,7 +14,7 @@ from pathlib import Path
 import run_site
 import xgboost_data as d
 
-from fl_adapters.kit import Kit
+from fl_adapters.participant.kit import Kit
 from fl_runtime.server import Server
 from fl_runtime.types import RunSettings
 

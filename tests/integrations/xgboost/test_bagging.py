@@ -12,7 +12,7 @@ import xgboost_data as d
 
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedCallback, train
-from fl_runtime.aggregation.tree_document import TreeModel
+from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from fl_adapters import ConfigError, FederationError
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import train
 from fl_adapters.xgboost.call import installed_version
-from fl_runtime.server.history import History
+from fl_runtime.server.records.history import History
 
 OPPOSITE = np.where(np.arange(len(d.X)) % 3 == 0, 1 - d.BINARY, d.BINARY)  # a third of the labels is wrong
 

@@ -20,7 +20,7 @@ from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import engine, train
 from fl_adapters.xgboost.data import rows_of, summary
 from fl_adapters.xgboost.engine import reference_rows
-from fl_runtime.aggregation.quantiles import merged
+from fl_runtime.aggregation.metrics.quantiles import merged
 
 pytest.importorskip("cryptography")
 if sys.platform != "linux":

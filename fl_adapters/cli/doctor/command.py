@@ -1,0 +1,200 @@
+"""`fl-adapters doctor`: what is installed, what this machine allows, and what to do about what is wrong."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from fl_adapters.cli.doctor.checks import Check, Status
+from fl_adapters.cli.output import console_for, show_json
+from fl_adapters.environments.processes import available_cores
+from fl_adapters.participant.kit import KIT_VARIABLE, read_kit
+from fl_runtime.errors import FederationError
+
+_STYLES: dict[Status, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
+_NEEDED_BYTES = 2**30
+_NEEDED_FILES = 1024
+_TIMEOUT_S = 10.0
+
+
+def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
+    """Exit status 1 if there is a problem."""
+    console = console_for(as_json)
+    console.print("fl-adapters doctor: checking", style="dim")
+    checks = [*_machine(), *_packages(), _loopback(), _disk(folder), _open_files()]
+    if kit is None:
+        checks.append(_kit())
+    else:
+        from fl_adapters.cli.doctor.kit_checks import kit_checks
+
+        checks += kit_checks(kit)
+    if port:
+        checks.append(_port(port))
+    problems = [check for check in checks if check.status == "problem"]
+    console.print(_table(checks))
+    console.print(f"problems: {len(problems)}" if problems else "nothing is wrong", highlight=False)
+    if as_json:
+        show_json({"ok": not problems, "checks": [asdict(check) for check in checks]})
+    return 1 if problems else 0
+
+
+def _table(checks: list[Check]) -> Table:
+    table = Table("", "check", show_lines=False)
+    for heading in ("found", "to do"):
+        table.add_column(heading, overflow="fold")  # a fingerprint must be there to its end
+    for check in checks:
+        table.add_row(Text(check.status, style=_STYLES[check.status]), check.name, check.detail, check.fix)
+    return table
+
+
+def _machine() -> Iterator[Check]:
+    version = platform.python_version()
+    good = sys.version_info >= (3, 11)
+    yield Check("python", "ok" if good else "problem", f"{version} {sys.executable}", "" if good else "3.11 or newer")
+    yield Check("platform", "ok", f"{platform.platform()}, {available_cores()} cores")
+
+
+def _packages() -> Iterator[Check]:
+    """Ours, and what its own metadata asks for: the base dependencies, and of the extras what is installed."""
+    try:
+        yield Check("fl-adapters", "ok", metadata.version("fl-adapters"))
+        wanted = metadata.requires("fl-adapters") or []
+    except metadata.PackageNotFoundError:
+        yield Check("fl-adapters", "note", "not installed as a package", "pip install fl-adapters")
+        return
+    seen: set[str] = set()
+    for line in wanted:
+        match = re.match(r"([\w.-]+)[^;]*?(?:>=\s*([\w.]+))?[^;]*(?:;(.*))?$", line)
+        if match is None or match[1] in seen:
+            continue
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", match[3] or "")
+        if extra is None or extra[1] not in ("dev", "test"):
+            seen.add(match[1])
+            yield _package(match[1], match[2] or "", extra[1] if extra else "")
+
+
+def _package(name: str, floor: str, extra: str) -> Check:
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if extra:
+            return Check(name, "ok", f"not installed, needed by [{extra}] alone")
+        return Check(name, "problem", "missing", f"pip install '{name}>={floor}'")
+    if floor and _numbers(found) < _numbers(floor):
+        return Check(name, "problem", f"{found} is too old", f"pip install '{name}>={floor}'")
+    return Check(name, "ok", f"{found} (at least {floor})" if floor else found)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu -> (2, 13), without zeros at the end."""
+    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", version, maxsplit=1)[0])]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _loopback() -> Check:
+    """A call over a real connection of this machine to itself."""
+    found = _within(_TIMEOUT_S, _echo)
+    if found == "":
+        return Check("gRPC on the loopback", "ok", "a message went there and back")
+    fix = "allow connections to 127.0.0.1; if a proxy is set, put 127.0.0.1 into $no_proxy"
+    return Check("gRPC on the loopback", "problem", found or f"no answer within {_TIMEOUT_S:g} s", fix)
+
+
+def _echo() -> str:
+    """What went wrong, empty if it works."""
+    try:
+        from fl_runtime.transport.grpc import GrpcServer, GrpcTransport, tokens_to_names
+    except ImportError as error:
+        return f"gRPC cannot be imported: {error}"
+    server = GrpcServer(_Echo(), tokens_to_names({"doctor": "secret"}), 1, 1)
+    client = GrpcTransport(server.start("127.0.0.1", 0), "secret")
+    try:
+        answer = list(client.call("Join", b"ping"))
+        return "" if answer == [b"ping"] else "a message came back changed"
+    except FederationError as error:
+        return error.what
+    finally:
+        client.close()
+        server.stop(0)
+
+
+class _Echo:
+    """A service that answers with what it was sent."""
+
+    def handle(self, method: str, peer: object, requests: Iterator[bytes]) -> Iterator[bytes]:
+        yield from requests
+
+
+def _within(timeout_s: float, work: Callable[[], str]) -> str | None:
+    """The result of `work`, None if it takes longer; it is left to itself then."""
+    results: list[str] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return results[0] if results else None
+
+
+def _port(port: int) -> Check:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return Check(f"port {port}", "problem", error.strerror or str(error), "choose another, or end who uses it")
+    return Check(f"port {port}", "ok", "free")
+
+
+def _disk(folder: Path) -> Check:
+    parent = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        return Check("disk", "problem", f"{parent}: {error.strerror}", "choose another place with --folder")
+    free = shutil.disk_usage(parent).free
+    detail = f"{parent} is writable, {free / 2**30:.1f} GiB free"
+    if free < _NEEDED_BYTES:
+        return Check("disk", "note", detail, "a run needs a few times the model's size per site")
+    return Check("disk", "ok", detail)
+
+
+def _open_files() -> Check:
+    if os.name != "posix":
+        return Check("open files", "ok", "no limit to set here")
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _NEEDED_FILES:
+        return Check("open files", "note", f"at most {soft}", f"ulimit -n {_NEEDED_FILES} for more than a few sites")
+    return Check("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
+
+
+def _kit() -> Check:
+    folder = os.environ.get(KIT_VARIABLE)
+    if not folder:
+        return Check("startup kit", "ok", f"{KIT_VARIABLE} is not set: scripts run alone")
+    try:
+        kit = read_kit(folder)
+    except FederationError as error:
+        return Check("startup kit", "problem", f"{error.what} ({error.where})", error.fix)
+    host, _, port = kit.server.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3.0).close()
+    except (OSError, ValueError) as error:
+        detail = f"{kit.site} of {kit.job}: no connection to {kit.server}: {error}"
+        return Check("startup kit", "problem", detail, "start the server, or check the firewall and the kit's address")
+    return Check("startup kit", "ok", f"{kit.site} of {kit.job}, server {kit.server} answers")

@@ -1,0 +1,154 @@
+"""`fl-adapters doctor --kit`: a startup kit, its certificate, the way to the server, and the server's clock."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl_adapters.cli.doctor.checks import Check
+from fl_runtime.errors import ConnectionLostError, FederationError
+
+if TYPE_CHECKING:
+    from fl_runtime.trust.certificates import Certificate
+    from fl_runtime.trust.kits import StartupKit
+
+_TIMEOUT_S = 5.0
+_CLOCK_S = 60.0
+_AUTHORITY_DAYS = 180
+
+
+def kit_checks(folder: Path) -> Iterator[Check]:
+    """From the files to the server; stops where the next check could only fail for the same reason."""
+    try:
+        from fl_runtime.trust.kits import read_kit
+        from fl_runtime.trust.policy import read_policy
+
+        kit = read_kit(folder)
+    except ModuleNotFoundError as error:
+        yield Check("startup kit", "problem", f"{error.name} is missing", "pip install 'fl-adapters[trust]'")
+        return
+    except FederationError as error:
+        yield Check("startup kit", "problem", f"{error.what} ({error.where})", error.fix)
+        return
+    yield Check("startup kit", "ok", f"{kit.identity} in {kit.identity.federation}; files, key and signature are good")
+    yield _authority(kit)
+    yield _certificate(kit.certificate)
+    if kit.identity.kind == "site":
+        try:
+            read_policy(kit.policy_file)
+            yield Check("policy", "ok", str(kit.policy_file))
+        except FederationError as error:
+            yield Check("policy", "problem", f"{error.what} ({error.where})", error.fix)
+    if kit.identity.kind == "server":
+        yield _listening(kit.listen)
+    else:
+        yield from _server(kit)
+
+
+def _authority(kit: StartupKit) -> Check:
+    from fl_runtime.trust.certificates import ends
+
+    until = ends((kit.folder / "ca.pem").read_bytes())
+    found = f"until {until:%Y-%m-%d}, fingerprint {kit.authority}"
+    if (until - datetime.now(UTC)).days < _AUTHORITY_DAYS:
+        return Check("authority", "note", found, "provision a new federation before it ends")
+    return Check("authority", "ok", found)
+
+
+def _certificate(certificate: Certificate) -> Check:
+    days, now = certificate.days_left(), datetime.now(UTC)
+    until = f"until {certificate.not_after:%Y-%m-%d %H:%M} UTC, {days:.1f} days"
+    if days < 0:
+        fix = "check this machine's clock; else have the authority renew it and run `fl-adapters cert install`"
+        return Check("certificate", "problem", f"expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC", fix)
+    if now < certificate.not_before:
+        return Check("certificate", "problem", "it is not valid yet", "set this machine's clock")
+    if certificate.expires_soon:
+        return Check(
+            "certificate", "note", until, "have the authority run `fl-adapters cert renew`, then `cert install`"
+        )
+    return Check("certificate", "ok", until)
+
+
+def _listening(listen: str) -> Check:
+    from fl_runtime.trust.project import split_address
+
+    host, port = split_address(listen)
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        why = error.strerror or str(error)
+        return Check(f"port {port}", "note", f"{host}: {why}", "if that is not the server itself: choose with --listen")
+    return Check(f"port {port}", "ok", f"{host}: free")
+
+
+def _server(kit: StartupKit) -> Iterator[Check]:
+    from fl_runtime.trust.project import split_address
+
+    host, port = split_address(kit.address)
+    try:
+        found = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+        yield Check("server's name", "ok", f"{host} is {', '.join(found)}")
+    except OSError as error:
+        yield Check("server's name", "problem", f"{host}: {error.strerror}", "check DNS, or put it into /etc/hosts")
+        return
+    try:
+        socket.create_connection((host, port), _TIMEOUT_S).close()
+        yield Check("server's port", "ok", f"{port} takes connections")
+    except OSError as error:
+        fix = f"start the server; let TCP to {kit.address} out of this network; sites need no port of their own"
+        yield Check("server's port", "problem", f"{port}: {error.strerror or error}", fix)
+        return
+    problem = _handshake(kit, host, port)
+    if problem:
+        yield Check(
+            "TLS", "problem", problem, "it must be this federation's server, with nothing that opens TLS between"
+        )
+        return
+    yield Check("TLS", "ok", "1.3; the server's certificate is this federation's")
+    yield _clock(kit)
+
+
+def _handshake(kit: StartupKit, host: str, port: int) -> str:
+    """What is wrong with the server's side of TLS, empty if nothing is."""
+    from fl_runtime.version import SERVER_NAME
+
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(kit.folder / "ca.pem"))
+    context.load_cert_chain(kit.folder / "certificate.pem", kit.folder / "key.pem")
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host, port), _TIMEOUT_S) as plain:
+            context.wrap_socket(plain, server_hostname=SERVER_NAME).close()
+    except ssl.SSLCertVerificationError as error:
+        return f"the server's certificate: {error.verify_message}"
+    except (OSError, ssl.SSLError) as error:
+        return str(error)
+    return ""
+
+
+def _clock(kit: StartupKit) -> Check:
+    from fl_runtime.control import ControlClient
+
+    control = ControlClient.of_kit(kit.folder, kit.address)
+    try:
+        before = time.time()
+        server = float(control.ask("Status")["time"])
+        apart = abs(server - (before + time.time()) / 2)
+    except ConnectionLostError as error:
+        fix = "the server does not take this certificate: is it expired there, or from another federation?"
+        return Check("server", "problem", error.what, fix)
+    except FederationError as error:
+        return Check("server", "problem", error.what, error.fix)
+    finally:
+        control.close()
+    if apart > _CLOCK_S:
+        return Check("clock", "problem", f"{apart:.0f} s apart from the server's", "set the clock, best by NTP")
+    return Check("clock", "ok", f"{apart:.1f} s apart from the server's")

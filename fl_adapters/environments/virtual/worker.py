@@ -1,0 +1,85 @@
+"""A worker process of virtual sites: reads orders from a socket, a line of JSON each, and answers in the same way.
+
+    python -m fl_adapters.environments.virtual.worker DESCRIPTOR APP [ARGS...]     (started by worker_launch.py)
+
+Tensors are not in the lines: they lie in files that both sides map.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fl_adapters.environments.virtual.function import First, Function, Place, Worker, first_weights, load
+from fl_runtime.errors import FederationError, SiteFailedError
+from fl_runtime.store.tensorfile import write_tensors
+from fl_runtime.transport.shared import SharedFolder
+
+
+def serve(line: socket.socket, function: Function, initial: First | None) -> None:
+    """Until the other side hangs up."""
+    worker: Worker | None = None
+    folders: dict[str, SharedFolder] = {}
+
+    def mapped(path: str, nbytes: int) -> Any:
+        folder, _, name = path.rpartition("/")
+        return folders.setdefault(folder, SharedFolder(Path(folder))).payload(name, nbytes)
+
+    with line, line.makefile("rwb", buffering=0) as pipe:
+        _say(pipe, {"ready": True})
+        for message in pipe:
+            asked = json.loads(message)
+            try:
+                if "initial" in asked:
+                    write_tensors(Path(asked["initial"]), first_weights(initial))
+                    answer: dict[str, Any] = {"written": True}
+                elif "place" in asked:
+                    worker = Worker(function, Place(**asked["place"]))
+                    continue
+                else:
+                    assert worker is not None
+                    nbytes = asked["nbytes"]
+                    answer = worker.work(asked, mapped(asked["model"], nbytes), mapped(asked["update"], nbytes))
+            except FederationError as error:
+                traceback.print_exc()  # for the log
+                answer = {"failed": error.to_wire()}
+            except Exception as error:
+                traceback.print_exc()
+                answer = {"failed": _explained(error, "gave no first weights").to_wire()}
+            _say(pipe, answer)
+
+
+def _say(pipe: Any, answer: dict[str, Any]) -> None:
+    sys.stdout.flush()
+    pipe.write(json.dumps(answer).encode() + b"\n")
+
+
+def _explained(error: Exception, what: str) -> SiteFailedError:
+    frames = "".join(traceback.format_exception(error)[-4:]).rstrip().splitlines()
+    return SiteFailedError(
+        f"the virtual sites' module {what}: {type(error).__name__}: {error}",
+        where="\n".join(["in a worker:", *(f"    | {frame}" for frame in frames)]),
+        fix="correct it there",
+    )
+
+
+def main() -> None:
+    line, app = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
+    sys.argv[:] = sys.argv[2:]  # the rest is for the function's module
+    try:
+        function, initial = load(app)
+    except FederationError as error:
+        line.sendall(json.dumps({"broken": error.to_wire()}).encode() + b"\n")
+    except Exception as error:
+        traceback.print_exc()
+        line.sendall(json.dumps({"broken": _explained(error, "cannot be imported").to_wire()}).encode() + b"\n")
+    else:
+        serve(line, function, initial)
+
+
+if __name__ == "__main__":
+    main()

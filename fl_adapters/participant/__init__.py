@@ -1,0 +1,1 @@
+"""One site's part in a federation: join, agree, exchange round by round, leave."""

@@ -1,0 +1,1 @@
+"""The conformance suite: the cases that every adapter must pass."""

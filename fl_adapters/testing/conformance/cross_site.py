@@ -1,0 +1,125 @@
+"""What an adapter must do that scores other sites' models on this site's validation data: a case per promise; public in
+testing.py.
+
+The oracle is a plain loop without a federation, whose weights the example itself scores on each site's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from fl_adapters.participant.exchange import matches
+from fl_adapters.testing.conformance.adapter import require, require_close, require_same_bits
+from fl_adapters.testing.conformance.training import ByHand, Trained, TrainingExample, by_hand
+from fl_adapters.testing.local_federation import LocalFederation
+from fl_runtime.errors import HandshakeError
+from fl_runtime.types import Arrays
+
+_ROUNDS = 3
+_TOLERANCE = 1e-5
+
+
+class ScoredExample(TrainingExample, Protocol):
+    """A small training job with validation data, other data at every site, that scores each global model on it.
+
+    Validating must not draw from the random states that training draws from, since the plain loop does not validate.
+    """
+
+    def score(self, site: int, weights: Arrays) -> Mapping[str, float]:
+        """Metrics of these weights, every tensor of the model, on the validation data of a site, without the adapter;
+        under the names that the adapter gives them."""
+        ...
+
+
+CrossSiteCase: TypeAlias = Callable[[ScoredExample], None]
+
+
+def cross_site_cases() -> tuple[CrossSiteCase, ...]:
+    """All cases, for `pytest.mark.parametrize("case", cross_site_cases(), ids=lambda case: case.__name__)`."""
+    return (
+        every_model_is_scored_on_every_sites_data,
+        layers_that_stay_are_those_of_the_site_that_scores,
+        a_site_that_does_not_evaluate_is_refused_before_round_1,
+    )
+
+
+def every_model_is_scored_on_every_sites_data(example: ScoredExample) -> None:
+    """Also: the final weights are back afterwards, bit for bit, and the run's own numbers know nothing of it."""
+    final, trained, matrix, scored = _federated(example)
+    for name, result in trained.items():
+        require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
+    hand = by_hand(example, "keep", [[0, 1]] * _ROUNDS, example.steps_per_epoch + 1, list(final))
+    require_close(final, hand.final)
+    _require_matrix(matrix, _matrix_by_hand(example, hand, list(final)))
+    require(scored == list(range(1, _ROUNDS + 1)), f"scored as global models were {scored}")
+
+
+def layers_that_stay_are_those_of_the_site_that_scores(example: ScoredExample) -> None:
+    final, _, matrix, _ = _federated(example, keep_local=(example.personal,))
+    require(not any(matches(name, [example.personal]) for name in final), f"{example.personal} reached the server")
+    hand = by_hand(example, "keep", [[0, 1]] * _ROUNDS, example.steps_per_epoch + 1, list(final))
+    _require_matrix(matrix, _matrix_by_hand(example, hand, list(final)))
+
+
+def a_site_that_does_not_evaluate_is_refused_before_round_1(example: ScoredExample) -> None:
+    def site(place: Any) -> Trained:
+        arguments = {"evaluate_global": False} if place.index == 1 else {}
+        return example.train(place.index, kit=place.kit, epochs=100, **arguments)
+
+    with LocalFederation(sites=2, states=example.states, rounds=_ROUNDS, cross_site=True) as federation:
+        outcomes = federation.outcomes({place.name: site for place in federation.places}, check=False)
+    for name, outcome in outcomes.items():
+        require(isinstance(outcome.error, HandshakeError), f"{name} got {outcome.error!r} and no HandshakeError")
+        require("cross-evaluation" in str(outcome.error), f"the error does not say what is missing: {outcome.error}")
+        require("site-2" in str(outcome.error), f"the error does not name the site: {outcome.error}")
+    require(not [e for e in federation.events if e.kind == "round_started"], "a round was started")
+
+
+def _federated(
+    example: ScoredExample, **settings: Any
+) -> tuple[Arrays, dict[str, Trained], Mapping[str, Any], Sequence[int]]:
+    """(final model, what the sites have, the matrix, the global models that site-1 has scored, by number)."""
+    every = example.steps_per_epoch + 1  # rounds that end within epochs
+    with LocalFederation(
+        sites=2, states=example.states, rounds=_ROUNDS, every=every, cross_site=True, **settings
+    ) as federation:
+        trained = federation.run(lambda place: example.train(place.index, kit=place.kit, epochs=100))
+        federation.result()
+        final = federation.model()
+    for name, result in trained.items():
+        steps = _ROUNDS * every
+        require(result.steps == steps, f"{name} made {result.steps} optimizer steps in place of {steps}")
+    found = [event.data["matrix"] for event in federation.events if event.kind == "cross_site"]
+    require(len(found) == 1, f"there are {len(found)} matrices")
+    scored = [e.round for e in federation.events if e.kind == "report" and e.site == "site-1"]
+    return final, trained, found[0], scored
+
+
+def _matrix_by_hand(
+    example: ScoredExample, hand: ByHand, names: list[str]
+) -> dict[str, dict[str, Mapping[str, float]]]:
+    """Every model with what stays at the site whose data it is scored on."""
+    models = {f"site-{site + 1}": own for site, own in hand.own.items()}
+    return {
+        model: {
+            f"site-{site + 1}": example.score(site, {**own, **{name: weights[name] for name in names}})
+            for site, own in hand.own.items()
+        }
+        for model, weights in {"global": hand.final, **models}.items()
+    }
+
+
+def _require_matrix(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]], wanted: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> None:
+    require(sorted(found) == sorted(wanted), f"the models are {sorted(found)} and not {sorted(wanted)}")
+    for model, row in wanted.items():
+        require(sorted(found[model]) == sorted(row), f"{model} was scored by {sorted(found[model])}")
+        for site, metrics in row.items():
+            for metric, value in metrics.items():
+                got = found[model][site].get(metric)
+                close = got is not None and np.isclose(got, value, rtol=_TOLERANCE, atol=_TOLERANCE)
+                require(bool(close), f"the {metric} of {model} on the data of {site} is {got} and not {value}")

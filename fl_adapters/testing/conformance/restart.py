@@ -1,0 +1,90 @@
+"""What `exact_restart` promises, in every framework that has it: one case per moment of death; public in testing.py.
+
+A site's training call ends by an error, of which the server hears nothing, and the same call begins anew: that is what
+a process that is killed and started again does, but for what is left in this process's memory, which must not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fl_adapters.testing.conformance.adapter import require, require_same_bits
+from fl_adapters.testing.conformance.training import TrainingExample
+from fl_adapters.testing.local_federation import Death, LocalFederation, Place
+from fl_runtime.types import Arrays, Settings
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class RestartCase:
+    """What befalls the two sites of a run. deaths: how their processes end. in_training: one ends by an error of its
+    own, in the second epoch. settings: further ones of the job. A call with an example raises AssertionError where the
+    run does not end as one does in which nothing happened."""
+
+    name: str
+    deaths: Sequence[Death]
+    in_training: bool = False
+    settings: Settings = field(default_factory=dict)
+
+    def __call__(self, example: TrainingExample) -> None:
+        """The run with these deaths ends with the bits of one without: the global model, and all that each site has."""
+        wanted, wanted_own = _run(example, (), 0, self.settings)
+        fail_at = example.steps_per_epoch + 2 if self.in_training else 0
+        found, own = _run(example, self.deaths, fail_at, self.settings)
+        require_same_bits(found, wanted, "the global model after a restart: ")
+        for name, weights in wanted_own.items():
+            require_same_bits(own[name], weights, f"the weights of {name} after a restart: ")
+
+
+def restart_cases(**settings: Any) -> tuple[RestartCase, ...]:
+    """All cases, for `pytest.mark.parametrize("case", restart_cases(), ids=lambda case: case.name)`. settings: of the
+    job, such as its strategy."""
+    again = (
+        Death("site-1", "Submit", 2),
+        Death("site-1", "Submit", 3, heard=True),
+        Death("site-2", "Submit", 3),
+        Death("site-2", "Submit", 4),
+    )
+    return (
+        RestartCase("killed while it trains", [Death("site-2")], True, settings),
+        RestartCase("killed before the initial model is sent", [Death("site-1", "Submit", 1)], False, settings),
+        RestartCase("killed with its update not sent", [Death("site-2", "Submit", 2)], False, settings),
+        RestartCase("killed with its update accepted", [Death("site-2", "Submit", 1, heard=True)], False, settings),
+        RestartCase("killed with a task not begun", [Death("site-2", "Next", 2, heard=True)], False, settings),
+        RestartCase("killed after the last round", [Death("site-2", "Submit", _ROUNDS, heard=True)], False, settings),
+        RestartCase("killed again and again", again, False, settings),
+    )
+
+
+def _run(
+    example: TrainingExample, deaths: Sequence[Death], fail_at: int, settings: Settings
+) -> tuple[Arrays, dict[str, Arrays]]:
+    left = {site: sum(death.site == site for death in deaths) for site in ("site-1", "site-2")}
+
+    def site(place: Place) -> Arrays:
+        fails = fail_at if left[place.name] else 0
+        while True:
+            try:
+                arguments: dict[str, Any] = {"kit": place.kit, "epochs": 100}
+                if example.personal:
+                    arguments["keep_local"] = [example.personal]
+                return example.train(place.index, fail_at=fails, **arguments).weights
+            except Exception as error:
+                if not left[place.name]:
+                    raise
+                left[place.name], fails = left[place.name] - 1, 0
+                require("died" in str(error) or "told to fail" in str(error), f"{place.name} failed: {error!r}")
+
+    exact: dict[str, Any] = {"rounds": _ROUNDS, "exact_restart": True, **settings}
+    with LocalFederation(sites=2, states=example.states, deaths=deaths, **exact) as federation:
+        own = federation.run(site)
+        require(len(federation.result().rounds) == _ROUNDS, "the run has not had its rounds")
+        require(not any(left.values()), f"nobody has died in place of {left}")
+        exported = federation.server.export(federation.folder / "final")
+        require(exported is not None, "there is no global model")
+        return {"model": np.fromfile(str(exported), np.uint8)}, own

@@ -1,0 +1,1 @@
+"""What all PyTorch trainers share: a model's state in and out, local work, restarts, LoRA, ranks."""

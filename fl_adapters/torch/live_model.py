@@ -1,0 +1,201 @@
+"""A live torch model and its optimizers as the federation sees them, on every rank of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fl_adapters.participant.exchange import matches
+from fl_adapters.participant.options import SiteSettings
+from fl_adapters.participant.state_file import State
+from fl_adapters.torch import ranks
+from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.local_work import LocalWork
+from fl_adapters.torch.lora import LoraFreezing, lora_facts, lora_state
+from fl_adapters.torch.lora_factors import LoraFactors
+from fl_adapters.torch.optimizer_state import OptimizerState
+from fl_adapters.torch.restart import (
+    all_tensors,
+    load_optimizer,
+    load_tensors,
+    local_tensors,
+    packed_optimizer,
+    packed_tensors,
+)
+from fl_adapters.torch.state import TorchState, is_sharded
+from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
+from fl_runtime.aggregation.lora.names import CAPABILITY
+from fl_runtime.aggregation.lora.products import ENCODING
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays, Content, Task
+
+
+class LiveModel:
+    """Weights and moments out and in, by `settings`. Holds the live tensors: it belongs to one training run and is
+    never copied along with a callback.
+
+    Calls are collective: every rank makes them, with rank 0's task or None. Raises ConfigError, when made, for a
+    model that cannot travel and for optimizers whose state cannot be averaged where `settings` ask for it.
+
+    local: what the job's strategy asks of local training.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
+        self._model, self._optimizers, self._settings = model, list(optimizers), settings
+        travels = TorchState(model, settings.exchange, settings.keep_local)
+        self._freezing = LoraFreezing(travels.tensors)
+        self.state = lora_state(model, travels, settings)
+        self._final: Arrays | None = None
+        self._final_local: Arrays = {}
+        self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
+        self.local = LocalWork(model, optimizers, self.state, settings.phases)
+        if settings.optimizer_state == "average":
+            self._refuse_shared_parameters()
+            for moments in self._moments:
+                moments.refuse_if_not_averageable()
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What a strategy may ask of this model."""
+        lora = [CAPABILITY] if self._freezing.has_adapter else []
+        return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
+
+    @property
+    def cross_site(self) -> bool:
+        """Whether the job wants every site's model evaluated here after the last round."""
+        return self._settings.cross_site
+
+    @property
+    def content(self) -> Content:
+        """Of the updates."""
+        return "encoded" if self.encoding else "weights"
+
+    @property
+    def encoding(self) -> str:
+        """Of the updates: "" for plain weights."""
+        return ENCODING if isinstance(self.state, LoraFactors) else ""
+
+    @property
+    def held_back(self) -> tuple[str, ...]:
+        """Patterns of agreed tensors that `arrays` leaves out, since nobody changes them in this round."""
+        return tuple(p for p in self._freezing.held_back if any(matches(name, [p]) for name in self.state.tensors))
+
+    def agreement(self, framework: str) -> dict[str, str]:
+        """What must be equal at all sites; on rank 0, empty on the others."""
+        gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
+        if not (ranks.is_rank_zero() or gathers):
+            return {}
+        exchange, keep_local = self._settings.exchange, self._settings.keep_local
+        facts = agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
+        return lora_facts(facts, self._settings.strategy, self._freezing.factors)
+
+    def arrays(self) -> Arrays:
+        """What travels, on rank 0; empty on the others. Borrowed until the next call."""
+        if not ranks.is_rank_zero():
+            return {}
+        held_back = self.held_back
+        return {name: array for name, array in self.state.get_state().items() if not matches(name, held_back)}
+
+    def moments(self) -> Arrays:
+        """The optimizer moments that travel beside the weights; empty unless they are averaged."""
+        average = self._settings.optimizer_state == "average"
+        if not average or not ranks.is_rank_zero():
+            return {}
+        return {name: array for moments in self._moments for name, array in moments.get().items()}
+
+    def begin(self, task: Task | None, *, over: bool) -> None:
+        """What rank 0's task says of the round beside its weights, on every rank. over: there is no round any more.
+
+        Also for a task that is not received, since a trainer goes on in the middle of its round.
+        """
+        self._freezing.begin(ranks.share(dict(task.config) if task else None), over=over)
+        if isinstance(self.state, LoraFactors) and not over:
+            specs, shared = ranks.share_arrays(task.arrays if task else None)
+            self.state.check(specs)
+            for name, array in shared:
+                self.state.copy_in(name, array, base_alone=True)
+
+    def receive(self, task: Task | None) -> None:
+        """Take rank 0's task in, on every rank: the weights in place, then the policy for the optimizers, then what the
+        strategy asks of the round."""
+        self.load(task.arrays if task else None)
+        if self._settings.optimizer_state == "reset":
+            for state in self._moments:
+                state.reset()
+        if self._settings.optimizer_state == "average":
+            moments = {name: task.extras[name] for name in without_control(task.extras)} if task else None
+            specs, shared = ranks.share_arrays(moments)
+            if specs:
+                self._set_moments(dict(shared))
+        self.local.begin(task, whole=True)
+
+    def kept(self) -> State:
+        """What this training carries from round to round and does not travel, for exact restarts."""
+        return {
+            "tensors": packed_tensors(self._local_tensors()),
+            "optimizers": [packed_optimizer(optimizer) for optimizer in self._optimizers],
+            "local": self.local.kept(),
+        }
+
+    def go_on(self, state: State) -> None:
+        """From what `kept` gave to another process of this site; before the first task is received."""
+        load_tensors(all_tensors(self._model), state["tensors"])  # what is trained may change from round to round
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            load_optimizer(optimizer, kept)
+        self.local.go_on(state["local"])
+
+    def _local_tensors(self) -> dict[str, Tensor]:
+        return local_tensors(self._model, list(self.state.tensors.values()))
+
+    def resume(self, task: Task | None) -> None:
+        """Go on in the middle of rank 0's task, on every rank, with the weights and moments that are there."""
+        self.local.begin(task, whole=False)
+
+    def load(self, arrays: Arrays | None) -> None:
+        """Set rank 0's `arrays` on every rank, in place."""
+        specs, shared = ranks.share_arrays(arrays)
+        self.state.check(specs)
+        for name, array in shared:
+            self.state.copy_in(name, array)
+
+    def receive_final(self, task: Task | None, *, more: bool = False) -> None:
+        """Take in the final weights, and remember them: a framework may load others before training ends.
+
+        more: the framework will make steps still, which must not count for the tensors that stay here either.
+        """
+        self.load(task.arrays if task else None)
+        self._final = self.state.set_apart()
+        own = packed_tensors(self._local_tensors()) if more and not ranks.several() else {}
+        self._final_local = {name: array.copy() for name, array in own.items()}
+
+    def keep_final(self) -> None:
+        """The final weights are in the model: remember them, as `receive_final` does."""
+        if self._final is None:
+            self._final = self.state.set_apart()
+
+    def restore_final(self) -> None:
+        """Back to the final weights, on every rank."""
+        assert self._final is not None
+        self.state.set_final(self._final)
+        if self._final_local:
+            load_tensors(self._local_tensors(), self._final_local)
+
+    def _set_moments(self, arrays: Arrays) -> None:
+        left = dict(arrays)
+        for moments in self._moments[1:]:
+            moments.set({name: left.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
+        if self._moments:
+            self._moments[0].set(left)  # the rest, and what belongs to none of them: that is refused
+
+    def _refuse_shared_parameters(self) -> None:
+        seen = set[str]()
+        for moments in self._moments:
+            if shared := seen & moments.names:
+                raise ConfigError(
+                    "optimizer_state='average' cannot tell the moments of two optimizers of one parameter apart",
+                    where=sorted(shared)[0],
+                    fix="use optimizer_state='keep' or 'reset', or give each optimizer parameters of its own",
+                )
+            seen |= moments.names

@@ -1,0 +1,136 @@
+"""Distributed training within one site: rank 0 alone talks to the federation, the others follow it.
+
+Everything here is a collective of the default process group: all ranks make the same calls in the same order.
+Without an initialised process group, or with one rank, each is a plain call.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fl_adapters.torch.state import Specs, as_tensor, specs_of
+from fl_runtime.errors import FederationError
+from fl_runtime.types import Array, Arrays
+from fl_runtime.wire.dtypes import dtype_of
+
+T = TypeVar("T")
+_WAITING, _DONE, _FAILED = 0, 1, 2
+_LONGEST_SILENCE_S = 2.0
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_rank_zero() -> bool:
+    return not several() or dist.get_rank() == 0
+
+
+def on_rank_zero(work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 and wait for it on every rank; its result on rank 0, None on the others.
+
+    `work` may block for much longer than the process group's timeout: it runs in a thread of its own while rank 0
+    tells the others "still waiting". What it raises on rank 0 is raised on every rank; an error that is not ours
+    reaches the others as a FederationError that names it.
+    """
+    if not several():
+        return work()
+    if dist.get_rank() == 0:
+        return _run_and_tell(work)
+    while (flag := int(_broadcast(torch.tensor([_WAITING])))) == _WAITING:
+        pass
+    if flag == _FAILED:
+        raise FederationError.from_wire(share(None))
+    return None
+
+
+def share(value: Any) -> Any:
+    """Rank 0's `value`, a JSON value, on every rank."""
+    if not several():
+        return value
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if is_rank_zero() else None
+    size = int(_broadcast(torch.tensor([0 if data is None else data.numel()])))
+    data = _broadcast(torch.empty(size, dtype=torch.uint8) if data is None else data)
+    return json.loads(data.cpu().numpy().tobytes())
+
+
+def share_arrays(arrays: Arrays | None) -> tuple[Specs, Iterator[tuple[str, Array]]]:
+    """Rank 0's `arrays` on every rank: what they are, and then one after the other, as raw bytes of any dtype.
+
+    The iterator is a collective too: every rank takes it to its end, or none takes it at all. On the other ranks an
+    array is fresh and theirs.
+    """
+    if not several():
+        assert arrays is not None
+        return specs_of(arrays), iter(arrays.items())
+    told = share([[n, list(shape), dtype] for n, (shape, dtype) in specs_of(arrays or {}).items()])
+    specs = {name: (tuple(shape), dtype) for name, shape, dtype in told}
+    return specs, _arrays_one_by_one(specs, arrays)
+
+
+def _arrays_one_by_one(specs: Specs, arrays: Arrays | None) -> Iterator[tuple[str, Array]]:
+    for name, (shape, dtype) in specs.items():
+        array = arrays[name] if arrays is not None and is_rank_zero() else np.empty(shape, dtype=dtype_of(dtype))
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if flat.size:
+            received = _broadcast(as_tensor(flat))
+            if not is_rank_zero():
+                array = received.cpu().numpy().view(array.dtype).reshape(shape)
+        yield name, array
+
+
+def _run_and_tell(work: Callable[[], T]) -> T:
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # the current device is a thread's own
+            outcome.append(work())
+        except BaseException as error:  # handed to the main thread, which raises it
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="fl-adapters-rank-zero", daemon=True)
+    thread.start()
+    silence_s = min(_LONGEST_SILENCE_S, _timeout_s() / 5)
+    while True:
+        thread.join(silence_s)
+        if not thread.is_alive():
+            break
+        _broadcast(torch.tensor([_WAITING]))
+    if not failure:
+        _broadcast(torch.tensor([_DONE]))
+        return outcome[0]
+    _broadcast(torch.tensor([_FAILED]))
+    error = failure[0]
+    ours = error if isinstance(error, FederationError) else FederationError(f"rank 0 failed: {error!r}", where="rank 0")
+    share(ours.to_wire())
+    raise error
+
+
+def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor, by the default process group; on the device that its backend can reach."""
+    if "gloo" not in str(dist.get_backend_config()):
+        tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def _timeout_s() -> float:
+    """The default process group's timeout, where torch tells; else its usual half hour."""
+    group: Any = dist.group.WORLD
+    try:
+        options = group._get_backend(torch.device("cpu")).options
+        return float(options._timeout.total_seconds())
+    except (AttributeError, RuntimeError):
+        return 1800.0

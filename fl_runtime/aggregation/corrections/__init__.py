@@ -1,0 +1,1 @@
+"""Strategies that also change local training: FedProx, SCAFFOLD, Ditto."""

@@ -1,0 +1,1 @@
+"""Metrics pooled over sites."""

@@ -1,0 +1,1 @@
+"""Strategies for tree ensembles (XGBoost), on the JSON document of a model."""

@@ -1,0 +1,230 @@
+"""A boosted tree model as arrays, and the little of XGBoost's model document that aggregation has to know.
+
+A model travels as three arrays: `head`, its UBJSON document without trees; `trees`, the trees' own UBJSON one after
+the other; `ends`, where each of them ends. So trees can be appended without reading those that are there already.
+The arrays are longer than what they hold (`sizes` says how long that is), in steps of an eighth, so that a growing
+model keeps its layout, and the server its recycled files, for many rounds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fl_runtime.aggregation.trees import ubjson
+from fl_runtime.errors import ProtocolError, UpdateRefusedError
+from fl_runtime.types import Array, Arrays
+
+NAMES = ("head", "trees", "ends", "sizes")
+_ROOT_PARENT = 2147483647
+_MAX_TREES = 10_000_000
+
+
+@dataclass(frozen=True)
+class TreeModel:
+    """head: the document, without trees. trees: one encoded document each."""
+
+    head: dict[str, Any]
+    trees: tuple[bytes | memoryview, ...] = ()
+
+    @classmethod
+    def from_document(cls, data: bytes | bytearray) -> TreeModel:
+        """Of a model file or `Booster.save_raw`, UBJSON or JSON. ProtocolError for anything else."""
+        text = data[1:2] in (b'"', b" ", b"\n", b"\t", b"\r")
+        try:
+            document = _typed(json.loads(data)) if text else ubjson.loads(data)
+            model = booster_model(document)
+            trees = tuple(ubjson.dumps(tree) for tree in model["trees"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ProtocolError("this is no model of XGBoost with trees") from None
+        model["trees"] = []
+        return cls(document, trees)
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> TreeModel:
+        """The trees are views of `arrays`. ProtocolError if they do not hold a model."""
+        try:
+            head, trees, ends = (arrays[name][:size] for name, size in zip(NAMES, arrays["sizes"], strict=False))
+            cuts = [0, *ends.tolist()]
+            if cuts != sorted(cuts) or cuts[-1] != len(trees) or len(arrays["sizes"]) != 3:
+                raise ProtocolError("the trees of a model do not lie one after the other")
+            document = ubjson.loads(head.tobytes())
+            booster_model(document)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ProtocolError("these arrays hold no model of trees") from None
+        data = np.ascontiguousarray(trees).data
+        return cls(document, tuple(data[a:b] for a, b in pairwise(cuts)))
+
+    def to_arrays(self) -> dict[str, Array]:
+        head = np.frombuffer(ubjson.dumps(self.head), np.uint8)
+        trees = np.frombuffer(b"".join(self.trees), np.uint8)
+        ends = np.cumsum([len(tree) for tree in self.trees], dtype=np.int64)
+        sizes = np.array([len(head), len(trees), len(ends)], np.int64)
+        return {"head": _padded(head), "trees": _padded(trees), "ends": _padded(ends), "sizes": sizes}
+
+    def document(self) -> bytes:
+        """What `Booster.load_model` takes, and a `.ubj` file."""
+        model = self.model
+        model["trees"] = [ubjson.Raw(tree) for tree in self.trees]
+        try:
+            return ubjson.dumps(self.head)
+        finally:
+            model["trees"] = []
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The part of `head` with `tree_info` and `iteration_indptr`."""
+        return booster_model(self.head)
+
+    @property
+    def rounds(self) -> int:
+        return len(self.model["iteration_indptr"]) - 1
+
+    @property
+    def weight_drop(self) -> list[float] | None:
+        """A weight per tree: of dart, and since XGBoost 3.3 of every model; else None."""
+        found = _weights_place(self.head).get("weight_drop")
+        return None if found is None else [float(weight) for weight in found]
+
+    def iterations(self, begin: int) -> TreeModel:
+        """The boosting rounds from `begin` on, with the weights of all trees left as they are (dart)."""
+        model = self.model
+        start = [int(at) for at in model["iteration_indptr"]][begin:]
+        cut = {
+            **model,
+            "tree_info": [int(group) for group in model["tree_info"]][start[0] :],
+            "iteration_indptr": [at - start[0] for at in start],
+            "gbtree_model_param": model["gbtree_model_param"] | {"num_trees": str(len(self.trees) - start[0])},
+        }
+        return TreeModel(_with_model(self.head, cut), self.trees[start[0] :])
+
+    def with_head(self, model: dict[str, Any] | None = None, weight_drop: Sequence[float] | None = None) -> TreeModel:
+        head = _with_model(self.head, dict(model or self.model))
+        if weight_drop is not None:
+            _weights_place(head)["weight_drop"] = [np.float32(weight) for weight in weight_drop]
+        return TreeModel(head, self.trees)
+
+
+def booster_model(document: dict[str, Any]) -> dict[str, Any]:
+    booster = document["learner"]["gradient_booster"]
+    model: dict[str, Any] = booster["gbtree"]["model"] if "gbtree" in booster else booster["model"]
+    return model
+
+
+def base_score(head: dict[str, Any]) -> list[float]:
+    """One number, or one per class (XGBoost 3.1 and later)."""
+    text = str(head["learner"]["learner_model_param"]["base_score"])
+    return [float(part) for part in text.strip("[]").split(",")]
+
+
+def with_base_score(head: dict[str, Any], scores: Iterable[float]) -> dict[str, Any]:
+    """The head with a base score that XGBoost does not estimate again."""
+    learner = head["learner"]
+    before = str(learner["learner_model_param"]["base_score"])
+    text = ",".join(str(np.float32(score)) for score in scores)
+    text = f"[{text}]" if before.startswith("[") else text
+    params = learner["learner_model_param"] | {"base_score": text, "boost_from_average": "0"}
+    return {**head, "learner": {**learner, "learner_model_param": params}}
+
+
+def scaled(tree: dict[str, Any], share: float) -> dict[str, Any]:
+    """The tree with its leaves times `share`: float32 times float64, rounded to float32, once."""
+    if share == 1.0:
+        return tree
+    leaves = np.asarray(tree["left_children"]) == -1
+    values = np.asarray(tree["split_conditions"], np.float32).copy()
+    values[leaves] = (values[leaves].astype(np.float64) * share).astype(np.float32)
+    weights = (np.asarray(tree["base_weights"], np.float32).astype(np.float64) * share).astype(np.float32)
+    return {**tree, "split_conditions": values, "base_weights": weights}
+
+
+def masked(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without what it tells of the data beyond its splits and leaves: numbers of rows and gains."""
+    leaves = np.asarray(tree["left_children"]) == -1
+    weights = np.where(leaves, np.asarray(tree["base_weights"], np.float32), np.float32(0))
+    empty = np.zeros(len(leaves), np.float32)
+    return {**tree, "base_weights": weights, "loss_changes": empty, "sum_hessian": empty}
+
+
+def check_tree(tree: dict[str, Any], features: int) -> None:
+    """UpdateRefusedError for a tree that would crash, hang or poison whoever predicts with it."""
+    try:
+        nodes = int(tree["tree_param"]["num_nodes"])
+        left, right, parents = (np.asarray(tree[k]) for k in ("left_children", "right_children", "parents"))
+        conditions, indices = np.asarray(tree["split_conditions"], np.float32), np.asarray(tree["split_indices"])
+        per_node = [left, right, parents, conditions, indices, *(np.asarray(tree[k]) for k in _PER_NODE)]
+        children = np.concatenate([left[left != -1], right[right != -1]])
+        good = (
+            nodes >= 1
+            and int(tree["tree_param"]["size_leaf_vector"]) <= 1
+            and all(len(values) == nodes for values in per_node)
+            and np.array_equal(left == -1, right == -1)
+            and bool(np.all((children > 0) & (children < nodes)))
+            and len(np.unique(children)) == len(children)
+            and bool(np.all((indices >= 0) & (indices < max(features, 1))))
+            and bool(np.all(np.isfinite(conditions[left == -1])))
+            and not np.any(np.isnan(conditions[np.asarray(tree["split_type"]) == 0]))  # of categories it is unused
+        )
+        good = good and _categories_fit(tree, nodes)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        raise UpdateRefusedError("a tree of this update is not a sound one", fix="check the site's XGBoost")
+
+
+_PER_NODE = ("base_weights", "default_left", "loss_changes", "split_type", "sum_hessian")
+
+
+def _categories_fit(tree: dict[str, Any], nodes: int) -> bool:
+    categories, starts = np.asarray(tree["categories"]), np.asarray(tree["categories_segments"])
+    sizes, owners = np.asarray(tree["categories_sizes"]), np.asarray(tree["categories_nodes"])
+    if not len(starts) == len(sizes) == len(owners):
+        return False
+    within = np.all((starts >= 0) & (sizes >= 0) & (starts + sizes <= len(categories)))
+    owned = np.all((owners >= 0) & (owners < nodes)) and np.all((categories >= 0) & (categories < 2**24))
+    categorical = np.flatnonzero(np.asarray(tree["split_type"]) == 1)
+    return bool(within and owned) and set(categorical.tolist()) <= set(owners.tolist())
+
+
+def _weights_place(head: dict[str, Any]) -> dict[str, Any]:
+    """Where the trees' weights are: since XGBoost 3.4 in the model, before that beside it."""
+    model, booster = booster_model(head), head["learner"]["gradient_booster"]
+    return model if "weight_drop" in model else booster
+
+
+def _with_model(head: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    learner, booster = head["learner"], head["learner"]["gradient_booster"]
+    if "gbtree" in booster:
+        booster = {**booster, "gbtree": {**booster["gbtree"], "model": model}}
+    else:
+        booster = {**booster, "model": model}
+    return {**head, "learner": {**learner, "gradient_booster": booster}}
+
+
+def _padded(array: Array) -> Array:
+    """Room for up to an eighth more, so that few lengths occur."""
+    step = max(64, 1 << max(len(array).bit_length() - 3, 0))
+    return np.concatenate([array, np.zeros(-len(array) % step, array.dtype)])
+
+
+_INTS = ("left_children", "right_children", "parents", "split_indices", "categories", "categories_nodes")
+_KINDS: dict[str, Any] = dict.fromkeys(_INTS, np.int32) | dict.fromkeys(
+    ("categories_segments", "categories_sizes"), np.int64
+)
+_KINDS |= dict.fromkeys(("split_conditions", "base_weights", "loss_changes", "sum_hessian"), np.float32)
+_KINDS |= dict.fromkeys(("default_left", "split_type"), np.uint8)
+
+
+def _typed(document: Any) -> Any:
+    """A parsed JSON document with the trees' arrays typed as UBJSON has them."""
+    model = booster_model(document)
+    model["trees"] = [
+        {name: np.array(value, _KINDS[name]) if name in _KINDS else value for name, value in tree.items()}
+        for tree in model["trees"]
+    ]
+    return document

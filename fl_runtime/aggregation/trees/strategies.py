@@ -1,0 +1,343 @@
+"""Strategies for boosted trees: the sites grow trees, the server puts them together. XGBoost is not needed here.
+
+Bagging ("boosting of forests"): every site boosts on the current global model, and all their new trees are appended,
+leaves scaled by the site's share of the examples, so that the round's step is the weighted mean of the sites' steps.
+Cyclic: in each round one site boosts, in turn. Histogram: the sites grow the same trees together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from fl_runtime.aggregation.metrics.quantiles import Summary, merged
+from fl_runtime.aggregation.spec import Described
+from fl_runtime.aggregation.trees import ubjson
+from fl_runtime.aggregation.trees.document import (
+    NAMES,
+    TreeModel,
+    base_score,
+    check_tree,
+    scaled,
+    with_base_score,
+)
+from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedError
+from fl_runtime.types import Aggregator, Allocate, Arrays, Content, ServerState, Settings, Update
+
+ENCODING = "xgboost-trees"
+_GROUPS = ("num_class", "num_target")
+"""What a round has a tree for each of."""
+
+FAILED = "fl_adapters.failed"
+"""Attribute of a model whose site could not complete the round: why."""
+
+WEIGHT = "weight"
+"""Extra of a contribution to the initial model: the sum of the weights of the site's rows, float64[1]."""
+
+
+@dataclass(frozen=True)
+class TreeStrategy(Described):
+    """What all strategies for trees have in common."""
+
+    content: ClassVar[Content] = "encoded"
+    initial: ClassVar[Literal["first", "all"]] = "all"
+    linear: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
+
+    def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Models of trees grow."""
+        return (-1,) * len(shape)
+
+    def check(self, update: Update) -> None:
+        """Every tree is read: one that is not sound would reach every other site."""
+        where = f"update of {update.site}, round {update.round}"
+        if (update.content, update.encoding) != ("encoded", ENCODING):
+            raise UpdateRefusedError(f"an update of content {update.content!r} where trees are wanted", where=where)
+        try:
+            model = TreeModel.from_arrays(update.arrays)
+            features = int(model.head["learner"]["learner_model_param"]["num_feature"])
+            groups = max(*(int(model.head["learner"]["learner_model_param"][name]) for name in _GROUPS), 1)
+            info, starts = list(model.model["tree_info"]), [int(at) for at in model.model["iteration_indptr"]]
+            if len(info) != len(model.trees) or not all(0 <= group < groups for group in info):
+                raise ProtocolError("its trees do not have a class each")
+            if starts[0] != 0 or starts != sorted(starts) or starts[-1] != len(info):
+                raise ProtocolError("its boosting rounds do not hold its trees")
+            if not np.isfinite(model.weight_drop or []).all():
+                raise ProtocolError("its trees do not have a weight each")
+            for tree in model.trees:
+                check_tree(ubjson.loads(tree), features)
+            if update.round == 0 and not (np.isfinite(base_score(model.head)).all() and _weight(update) >= 0):
+                raise ProtocolError("its base score is not a number")
+        except (ProtocolError, UpdateRefusedError) as error:
+            raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise UpdateRefusedError("an update that holds no model of trees", where=where) from None
+
+    def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
+        return "model.ubj", TreeModel.from_arrays(arrays).document()
+
+
+@dataclass(frozen=True)
+class TreeBagging(TreeStrategy):
+    """All sites' new trees, each with its site's share of the examples."""
+
+    name: ClassVar[str] = "tree-bagging"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-bagging"})
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {}
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        return _Appending(base, allocate) if base else _Beginning(allocate)
+
+
+@dataclass(frozen=True)
+class TreeCyclic(TreeStrategy):
+    """The trees of one site a round, the sites taking turns in their order; `turn` in the task says whose it is.
+
+    Should that site drop out of its round, the round is opened again, and the turn is that of who is there then.
+    """
+
+    name: ClassVar[str] = "tree-cyclic"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-cyclic"})
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
+
+
+@dataclass(frozen=True)
+class TreeHistogram(TreeStrategy):
+    """The sites have grown the same trees together, by summing histograms among themselves; the server keeps them.
+
+    `members` in a task are the sites that do so in its round. Where one of them does not complete it, nobody's trees
+    count and the round is opened again. The initial model brings cut points made of all sites' quantile summaries.
+    """
+
+    name: ClassVar[str] = "tree-histogram"
+    requires: ClassVar[frozenset[str]] = frozenset({"tree-histogram"})
+
+    def configure(self, round: int, sites: Sequence[str]) -> Settings:
+        return {"members": list(sites)} if round > 0 else {}
+
+    def check(self, update: Update) -> None:
+        super().check(update)
+        if update.round == 0:
+            try:
+                Summary.from_arrays(update.extras)
+            except ProtocolError as error:
+                raise UpdateRefusedError(error.what, where=f"update of {update.site}, round 0") from None
+
+    def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
+        return _Together(base, allocate, config["members"]) if base else _BeginningWithCuts(allocate)
+
+
+class _Beginning:
+    """Round 0: the model without trees (or the one that all sites go on from) with a base score for all sites.
+
+    Its value is the mean of the sites' own, weighted by the weights of their rows: what XGBoost estimates on all
+    rows together for objectives whose base score is a mean.
+    """
+
+    def __init__(self, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._model: TreeModel | None = None
+        self._sum: list[float] = []
+        self._weight = 0.0
+        self._given = set[str]()
+
+    def add(self, update: Update) -> None:
+        model = TreeModel.from_arrays(update.arrays)
+        scores, weight = base_score(model.head), _weight(update)
+        if self._model is None:
+            self._model = TreeModel(model.head, tuple(bytes(tree) for tree in model.trees))
+            self._sum = [0.0] * len(scores)
+        if len(scores) != len(self._sum):
+            raise UpdateRefusedError(
+                f"a base score of {len(scores)} numbers, while others have {len(self._sum)}",
+                where=f"site {update.site}",
+                fix="use the same objective, and the same version of XGBoost on either side of 3.1, at every site",
+            )
+        self._sum = [total + score * weight for total, score in zip(self._sum, scores, strict=True)]
+        self._weight += weight
+        self._given.add(str(model.head["learner"]["learner_model_param"]["base_score"]))
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        assert self._model is not None
+        scores = base_score(self._model.head)
+        if len(self._given) > 1 and self._weight:
+            scores = [total / self._weight for total in self._sum]
+        model = TreeModel(with_base_score(self._model.head, scores), self._model.trees)
+        return _stored(model, self._allocate, self._more())
+
+    def _more(self) -> Arrays:
+        return {}
+
+
+class _BeginningWithCuts(_Beginning):
+    def __init__(self, allocate: Allocate) -> None:
+        super().__init__(allocate)
+        self._summaries: list[Summary] = []
+
+    def add(self, update: Update) -> None:
+        super().add(update)
+        self._summaries.append(Summary.from_arrays({name: np.copy(array) for name, array in update.extras.items()}))
+
+    def _more(self) -> Arrays:
+        return merged(self._summaries)
+
+
+class _Together:
+    """All members' trees, which must be the same."""
+
+    def __init__(self, base: Arrays, allocate: Allocate, members: Sequence[str]) -> None:
+        self._base, self._allocate, self._members = base, allocate, members
+        self._complete: dict[str, bytes] = {}
+        self._first: Update | None = None
+        self._failures: list[str] = []
+
+    def add(self, update: Update) -> None:
+        model = TreeModel.from_arrays(update.arrays)
+        error = model.head["learner"]["attributes"].get(FAILED)
+        if error is not None:
+            self._failures.append(f"{update.site}: {error[:200]}")
+        elif update.site in self._members:
+            self._complete[update.site] = hashlib.sha256(b"".join(model.trees)).digest()
+            self._first = self._first or update
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        missing = [name for name in self._members if name not in self._complete]
+        if missing or self._first is None:
+            raise RoundFailedError(
+                "the histograms were not summed to the end; without trees: " + ", ".join(missing),
+                where="; ".join(self._failures),
+                fix="look at the logs of these sites",
+            )
+        if len(set(self._complete.values())) > 1:
+            raise RoundFailedError(
+                "the sites have grown different trees of the same histograms",
+                fix="use the same version of XGBoost and the same parameters at every site",
+            )
+        appending = _Appending(self._base, self._allocate, only=self._first.site)
+        appending.add(self._first)
+        return appending.result()
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """One site's part of a round."""
+
+    site: str
+    examples: int
+    model: TreeModel
+    trees: tuple[dict[str, Any], ...]
+
+
+class _Appending:
+    """The base model and the sites' new trees. only: takes those of this site alone."""
+
+    def __init__(self, base: Arrays, allocate: Allocate, only: str | None = None) -> None:
+        self._base, self._allocate, self._only = TreeModel.from_arrays(base), allocate, only
+        self._kept = {name: array for name, array in base.items() if name not in NAMES}
+        self._parts: list[_Grown] = []
+
+    def add(self, update: Update) -> None:
+        if self._only in (None, update.site):
+            model = TreeModel.from_arrays(update.arrays)
+            _check_same(self._base, model, update)
+            trees = tuple(ubjson.loads(tree) for tree in model.trees)
+            self._parts.append(_Grown(update.site, update.num_examples, model, trees))
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        if not self._parts:
+            raise RoundFailedError(f"no trees came from {self._only}, whose turn it is")
+        total = sum(part.examples for part in self._parts)
+        shares = [part.examples / total for part in self._parts]
+        model, trees = dict(self._base.model), list(self._base.trees)
+        info, starts = list(model["tree_info"]), list(model["iteration_indptr"])
+        weights, own = self._weights(shares)
+        for number in range(max((part.model.rounds for part in self._parts), default=0)):
+            for group, share, part, index in self._of_round(number, shares):
+                if weights is not None:
+                    weights.append(own[part.site][index])
+                trees.append(ubjson.dumps({**scaled(part.trees[index], share), "id": len(trees)}))
+                info.append(group)
+            starts.append(len(trees))
+        model |= {"tree_info": info, "iteration_indptr": starts}
+        model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
+        grown = TreeModel(self._base.head, tuple(trees)).with_head(model, weights)
+        return _stored(grown, self._allocate, self._kept)
+
+    def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
+        """(class, share, part, index of the tree in it) of a local boosting round: by class, then by site."""
+        found = []
+        for share, part in zip(shares, self._parts, strict=True):
+            starts = part.model.model["iteration_indptr"]
+            if number + 1 < len(starts):
+                info = part.model.model["tree_info"]
+                found += [(int(info[i]), share, part, i) for i in range(int(starts[number]), int(starts[number + 1]))]
+        return sorted(found, key=lambda item: item[0])
+
+    def _weights(self, shares: list[float]) -> tuple[list[float] | None, dict[str, list[float]]]:
+        """(the base's weights, site -> its new trees' weights). dart lowers the former, here by the sites' mean."""
+        old = self._base.weight_drop
+        if old is None:
+            return None, {}
+        lowered, own = [], {}
+        for part in self._parts:
+            told = part.model.weight_drop or []
+            whole = len(told) == len(old) + len(part.trees)
+            lowered.append(told[: len(old)] if whole else old)
+            own[part.site] = told[len(old) :] if whole else told
+        return [float(weight) for weight in np.average(lowered, axis=0, weights=shares)], own
+
+
+def _check_same(base: TreeModel, grown: TreeModel, update: Update) -> None:
+    """What the handshake compared is still so: classes, features, kind of booster."""
+    for what, found, wanted in (
+        ("features", _param(grown, "num_feature"), _param(base, "num_feature")),
+        ("classes", _param(grown, "num_class"), _param(base, "num_class")),
+        ("targets", _param(grown, "num_target"), _param(base, "num_target")),
+        ("booster", _booster(grown), _booster(base)),
+        ("weights of trees", len(grown.weight_drop or []), _weights_wanted(base, grown)),
+    ):
+        if found != wanted:
+            raise UpdateRefusedError(
+                f"an update with {what} {found} does not extend a model with {what} {wanted}",
+                where=f"site {update.site}, round {update.round}",
+                fix="train with the same parameters from the first round to the last",
+            )
+
+
+def _param(model: TreeModel, name: str) -> str:
+    return str(model.head["learner"]["learner_model_param"][name])
+
+
+def _booster(model: TreeModel) -> str:
+    return str(model.head["learner"]["gradient_booster"]["name"])
+
+
+def _weights_wanted(base: TreeModel, grown: TreeModel) -> int:
+    """One per new tree, or per tree of base and update together; none where the booster knows none."""
+    if base.weight_drop is None:
+        return 0
+    new = len(grown.trees)
+    return new if len(grown.weight_drop or []) == new else len(base.weight_drop) + new
+
+
+def _weight(update: Update) -> float:
+    return float(update.extras[WEIGHT][0])
+
+
+def _stored(model: TreeModel, allocate: Allocate, more: Arrays) -> tuple[Arrays, Arrays]:
+    arrays = {**model.to_arrays(), **more}
+    out, extras = allocate(arrays, {})
+    for name, array in arrays.items():
+        out[name][...] = array
+    return out, extras

@@ -1,0 +1,1 @@
+"""The server of a provisioned federation: who may call, and the queue of jobs."""

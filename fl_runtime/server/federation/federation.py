@@ -1,0 +1,279 @@
+"""The server of a provisioned federation: one port, mutual TLS, jobs one after another.
+
+Calls about jobs carry JSON: one object in, objects out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError, StoreError
+from fl_runtime.server.federation.guard import CALLS_EACH, Guard
+from fl_runtime.server.federation.jobs import RunningJob, past_outcome, unfinished
+from fl_runtime.transport.base import Peer
+from fl_runtime.trust import permissions
+from fl_runtime.trust.audit import AuditLog
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.kits import CRL, StartupKit
+from fl_runtime.trust.project import split_address
+from fl_runtime.trust.revocation import RevocationList
+from fl_runtime.types import Listener, RunSettings
+from fl_runtime.version import VERSION
+
+log = logging.getLogger(__name__)
+
+ReadJob = Callable[[Mapping[str, Any], Sequence[str]], RunSettings]
+"""read(fields, names of the project's sites) -> settings. Checks everything; raises ConfigError."""
+
+BEAT_S = 10.0
+ABORT_S = 10.0
+_REQUEST_BYTES = 2**18
+_GRACE_S = 0.5
+
+
+class FederationServer:
+    """Serves the federation of a server's kit. Runs go to `folder`, the audit log to the kit.
+
+    A job that was running when the server was killed goes on. Threads of its own do all the work.
+    halted: the store has failed (a full disk, say): nothing runs any more until the server is started again.
+    """
+
+    def __init__(
+        self, kit: StartupKit, folder: Path, read_job: ReadJob, *, listen: str = "", listeners: Sequence[Listener] = ()
+    ) -> None:
+        self._kit, self._folder, self._read_job, self._listeners = kit, folder, read_job, tuple(listeners)
+        self._host, self._port = split_address(listen or kit.listen)
+        self.audit = AuditLog(kit.folder, kit.folder)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._job: RunningJob | None = None
+        self._past: dict[str, Mapping[str, Any]] = {}
+        self._closed = False
+        self.halted: StoreError | None = None
+        revoked = RevocationList(kit.folder / CRL, (kit.folder / "ca.pem").read_bytes())
+        federation = kit.identity.federation
+        self._guard = Guard(self, self, federation, revoked, self.audit, self._expelled)
+        self._stop_serving: Callable[[float], None] | None = None
+
+    def start(self) -> str:
+        """Serve, and go on with an unfinished job; returns "host:port". ConfigError when the port is in use."""
+        from fl_runtime.transport.grpc import GrpcServer
+        from fl_runtime.transport.tls import FileCredentials
+
+        threads = CALLS_EACH * (len(self._kit.sites) + 8) + 16
+        server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
+        left = unfinished(self._folder)
+        address = server.start(self._host, self._port)
+        self._stop_serving = server.stop
+        self.audit.write("server started", self._kit.identity, address=address, version=VERSION)
+        if left:
+            self._begin(left.settings, left.submitter)
+        return address
+
+    def submit(self, fields: Mapping[str, Any], submitter: Identity) -> str:
+        """Start a job; its name. ConfigError while another one runs, or where the settings cannot work."""
+        with self._lock:
+            if self._job is not None and not self._job.over:
+                raise ConfigError(
+                    f"the job {self._job.settings.name} is running", fix="wait until it has finished, or abort it"
+                )
+            settings = self._read_job(fields, self._kit.sites)
+            if settings.initial:
+                raise ConfigError(
+                    "a submitted job cannot name a file with initial weights", where="initial", fix="leave it out"
+                )
+            if (self._folder / settings.name).exists():
+                raise ConfigError(f"there was a job {settings.name} already", where="name", fix="choose another name")
+            self._begin(replace(settings, submitted_by=submitter.uri), submitter)
+            return settings.name
+
+    def running(self) -> str | None:
+        """The name of the job that runs."""
+        with self._lock:
+            return self._job.settings.name if self._job is not None and not self._job.over else None
+
+    def close(self) -> None:
+        """Stop serving. A job that has not ended goes on when the server is started again."""
+        with self._lock:
+            self._closed = True
+            job = self._job
+            self._changed.notify_all()
+        if self._stop_serving:
+            self._stop_serving(_GRACE_S)
+        self._guard.close()
+        if job is not None:
+            job.close()
+        self.audit.write("server stopped", self._kit.identity)
+
+    def wait_for_job(self, name: str, timeout_s: float | None = None) -> bool:
+        """True once the job has ended and its results are written."""
+        with self._lock:
+            ended = self._changed.wait_for(lambda: name in self._past or self._closed or self.halted, timeout_s)
+            return bool(ended) and name in self._past
+
+    def outcome(self, name: str) -> Mapping[str, Any]:
+        """How a job that has ended did: rounds, error, ..."""
+        with self._lock:
+            return self._past[name]
+
+    def _begin(self, settings: RunSettings, submitter: Identity) -> None:
+        with self._lock:
+            self._job = RunningJob(
+                settings, submitter, self._folder, self.audit, self._listeners, self._guard.who, self._ended
+            )
+            self._changed.notify_all()
+
+    def _ended(self, job: RunningJob) -> None:
+        with self._lock:
+            self.halted = job.halted
+            if job.halted is None:
+                self._past[job.settings.name] = job.outcome()
+            self._changed.notify_all()
+
+    def _expelled(self, name: str, reason: str) -> None:
+        with self._lock:
+            if self._job is not None:
+                self._job.server.expel(name, reason)
+
+    # -- calls of a job's sites --------------------------------------------------------------------------------
+
+    def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """A call within the job that runs; the guard has established who is calling."""
+        with self._lock:
+            job = self._job
+        if job is None:
+            raise ConfigError("no job is running", fix="start the script with `fl-adapters run`, which waits for one")
+        if peer.name not in job.settings.sites:
+            raise PermissionDeniedError(
+                f"{peer.name} is not a site of the job {job.settings.name}",
+                where=f"rule sites: {', '.join(job.settings.sites)}",
+                fix="submit a job with this site",
+            )
+        return job.server.service.handle(method, peer, requests)
+
+    # -- calls about jobs --------------------------------------------------------------------------------------
+
+    def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
+        fields = _object(request)
+        answers: Mapping[str, Callable[[Identity, Mapping[str, Any]], Iterator[Mapping[str, Any]]]] = {
+            "Assignment": self._assignment,
+            "Status": self._status,
+            "SubmitJob": self._submit_job,
+            "AbortJob": self._abort_job,
+            "Watch": self._watch,
+            "Revoke": self._revoke,
+        }
+        if caller.kind == "admin":
+            self.audit.write(f"called {method}", caller, address=peer.address, request=_shown(fields))
+        for answer in answers[method](caller, fields):
+            yield json.dumps(answer).encode()
+
+    def _assignment(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Waits until there is a job for this site; says that it waits, now and then."""
+        while True:
+            with self._lock:
+                if not self._waits_for(caller.name):
+                    self._changed.wait(BEAT_S)
+                if self.halted:
+                    raise self.halted
+                job = self._job if self._waits_for(caller.name) else None
+                if self._closed:
+                    raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
+            if job is None:
+                yield {"waiting": True}
+                continue
+            settings = job.settings
+            yield {
+                "job": settings.name,
+                "app": settings.app,
+                "strategy": settings.strategy,
+                "submitted_by": settings.submitted_by,
+                "index": settings.sites.index(caller.name),
+                "count": len(settings.sites),
+            }
+            return
+
+    def _waits_for(self, site: str) -> bool:
+        job = self._job
+        return job is not None and not job.over and site in job.settings.sites and site not in job.done
+
+    def _status(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        with self._lock:
+            job = self._job
+            past = dict(list(self._past.items())[-20:])
+        running = None
+        if job is not None and not job.over:
+            running = {"job": job.settings.name, "submitted_by": str(job.submitter), **job.server.state()}
+        yield {
+            "federation": self._kit.identity.federation,
+            "version": VERSION,
+            "time": time.time(),
+            "you": caller.uri,
+            "sites": list(self._kit.sites),
+            "running": running,
+            "ended": past,
+        }
+
+    def _submit_job(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        yield {"job": self.submit(_field(fields, "job", dict), caller)}
+
+    def _abort_job(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        job = self._named(_field(fields, "job", str))
+        permissions.check_job(caller, "AbortJob", job.submitter)
+        job.server.abort(f"{caller} has aborted it")
+        name = job.settings.name
+        yield {"job": name, "ended": self.wait_for_job(name, ABORT_S)}  # so that the next one can be submitted
+
+    def _watch(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        name = _field(fields, "job", str)
+        with self._lock:
+            current = self._job is not None and self._job.settings.name == name
+        past = None if current else past_outcome(self._folder, name)
+        if past is not None:
+            yield {"ended": past}
+            return
+        job = self._named(name)
+        first = fields.get("from", 0)
+        for number, event in job.events_from(first if isinstance(first, int) else 0, BEAT_S):
+            yield {"waiting": True} if event is None else {"number": number, "event": event}
+        yield {"ended": job.outcome()}
+
+    def _revoke(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        ended = self._guard.put_in_force(_field(fields, "crl", str).encode())
+        yield {"ended": ended}
+
+    def _named(self, name: str) -> RunningJob:
+        with self._lock:
+            if self._job is None or self._job.settings.name != name:
+                raise ConfigError(f"the job {name[:100]!r} is not running", fix="see `fl-adapters status`")
+            return self._job
+
+
+def _object(request: bytes) -> Mapping[str, Any]:
+    try:
+        if len(request) > _REQUEST_BYTES:
+            raise ValueError
+        fields = json.loads(request or b"{}")
+        if isinstance(fields, dict):
+            return fields
+    except (ValueError, RecursionError):
+        pass
+    raise ProtocolError(f"a request is no JSON object of at most {_REQUEST_BYTES} bytes")
+
+
+def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(name)
+    if not isinstance(value, kind):
+        raise ProtocolError(f"the request has no {name!r} of type {kind.__name__}")
+    return value
+
+
+def _shown(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in fields.items() if name != "crl"}
