@@ -9,13 +9,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.restart import Keeping, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Settings, Task
+from fl_runtime.types import Arrays, Metrics, Settings, Task
 
 
 def connect(**options: Any) -> ConnectedSite:
@@ -85,7 +86,8 @@ class ConnectedSite:
             agreement=agreement or {},
             rounds=rounds,
             evaluates=False,
-            capabilities=frozenset([*[CROSS_EVALUATION] * bool(evaluate), *[EXACT_RESTART] * bool(save)]),
+            cross_evaluates=evaluate is not None,
+            restarts=save is not None,
         )
         task = session.start(lambda: mine, snapshot=Keeping(save, load or _nothing) if save else None)
         while task.kind == "train":
@@ -133,15 +135,7 @@ class Recipient(Protocol):
     def round_seed(self) -> int | None: ...
     @property
     def exchanges_all(self) -> bool: ...
-    def submit(
-        self,
-        arrays: Arrays,
-        *,
-        num_examples: int,
-        local_steps: int,
-        metrics: Metrics,
-        extras: Arrays | None = None,
-    ) -> str: ...
+    def submit(self, arrays: Arrays, result: LocalResult, *, extras: Arrays | None = None) -> str: ...
     def report(self, metrics: Metrics, num_examples: int) -> None: ...
 
 
@@ -176,9 +170,7 @@ class SiteTask:
             sent = {name: np.asarray(arrays[name]) for name in self.arrays if name in arrays}
             self._session.submit(
                 sent | {name: np.asarray(a) for name, a in arrays.items() if name not in sent and self._foreign(name)},
-                num_examples=self._options.num_examples or num_examples,
-                local_steps=local_steps,
-                metrics=metrics or {},
+                LocalResult(self._options.num_examples or num_examples, local_steps, metrics or {}),
                 extras=extras,
             )
         self.submitted = arrays

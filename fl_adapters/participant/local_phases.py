@@ -1,14 +1,13 @@
-"""What a strategy that reaches into local training needs to know of a site, and what a phase of a round came to."""
+"""What a strategy that changes local training needs to know about a site."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import PERSONAL_MODEL
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Metrics
 
 
 def local_phases(strategy: str | None) -> int:
@@ -27,17 +26,3 @@ class SiteHome:
     folder: Path
     sites: int
     fresh: bool
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What training for one budget came to: what an update says of it."""
-
-    num_examples: int
-    local_steps: int
-    metrics: Metrics
-
-    def with_personal(self, metrics: Metrics) -> Phase:
-        """Also the metrics of the personal model's phase: its "train_loss" is "train_personal_loss"."""
-        own = {name.replace("train_", "train_personal_", 1): value for name, value in metrics.items()}
-        return replace(self, metrics={**own, **self.metrics})

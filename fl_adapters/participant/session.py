@@ -21,6 +21,7 @@ import numpy as np
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, claimed_path, own_folder
 from fl_adapters.participant.policy_gate import rules_of
@@ -36,7 +37,18 @@ from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.secure_stream import SealedStream
-from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
+from fl_runtime.types import (
+    CROSS_EVALUATION,
+    EXACT_RESTART,
+    Arrays,
+    Content,
+    Metrics,
+    Report,
+    Summary,
+    Task,
+    Terms,
+    Update,
+)
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import Inspected, check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
@@ -50,6 +62,18 @@ class RoundStats:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+
+
+def session_capabilities(*, cross_evaluates: bool, restarts: bool, swarm: bool) -> frozenset[str]:
+    """The capabilities that a session declares at the handshake, beside those of its adapter.
+
+    Args:
+        cross_evaluates: Whether the adapter evaluates the models of other sites after the last round.
+        restarts: Whether the adapter can save and restore all of its state at round boundaries.
+        swarm: Whether this site can aggregate a round itself.
+    """
+    declared = {CROSS_EVALUATION: cross_evaluates, EXACT_RESTART: restarts, CAPABILITY: swarm}
+    return frozenset(name for name, available in declared.items() if available)
 
 
 class Session:
@@ -110,17 +134,33 @@ class Session:
         agreement: Mapping[str, str],
         rounds: int | None,
         evaluates: bool,
+        cross_evaluates: bool = False,
+        restarts: bool = False,
         capabilities: frozenset[str] = frozenset(),
         terms: Terms | None = None,
         encoding: str = "",
     ) -> int:
-        """The handshake: names, shapes and dtypes of `state`, and `agreement`, must be equal at all sites.
+        """Register this site's model with the server, and wait until all sites have done so.
 
-        rounds: what the trainer's own budget amounts to; it decides where the job does not. terms: what the script says
-        where the job is silent, such as the strategy that fits its updates. encoding: of updates whose content is
-        "encoded"; their arrays may change their shapes, not their names and dtypes. Waits for the other sites and
-        returns the run's rounds. Raises StateMismatchError or HandshakeError, at every site alike, and
-        UpdateRefusedError if `state` holds values that are not finite.
+        Args:
+            state: The tensors that will travel. Names, shapes and dtypes must be equal at all sites.
+            agreement: Further facts that must be equal at all sites.
+            rounds: Number of rounds in the trainer's own budget, used only if the job does not specify `rounds`.
+            evaluates: Whether this site reports the score of every global model.
+            cross_evaluates: Whether this site calls `next_to_score` after the last round.
+            restarts: Whether this site passes a snapshot to `start`, so that it supports exact restarts.
+            capabilities: The adapter's own capabilities.
+            terms: Settings from the script for what the job leaves open, such as the strategy that fits its updates.
+            encoding: Encoding of updates whose content is "encoded". The shapes of their arrays may differ from
+                those of `state`; names and dtypes may not.
+
+        Returns:
+            The number of rounds of the run.
+
+        Raises:
+            StateMismatchError: The models of the sites differ. Raised at every site.
+            HandshakeError: The sites disagree in something else. Raised at every site.
+            UpdateRefusedError: `state` holds values that are not finite.
         """
         check_finite(state, where=f"the model of {self.name}, before round 1")
         terms = terms or Terms()
@@ -139,7 +179,8 @@ class Session:
             Manifest.of(state),
             agreement=shared,
             info=self._rules.info(info),
-            capabilities=capabilities | ({CAPABILITY} if self._swarm else frozenset()),
+            capabilities=capabilities
+            | session_capabilities(cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None),
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
             terms=terms,
@@ -154,7 +195,7 @@ class Session:
         """The first task: kind "train", or "final" when the run is over already (a site that comes late).
 
         state() is called only where this site's own weights become the initial model, or a part of it; extras travel
-        beside them. snapshot: of who registers with the capability EXACT_RESTART. Where the job asks for that, it is
+        beside them. snapshot: of who registers with `restarts`. Where the job asks for that, it is
         saved before anything is sent, and in a process that comes back it has been loaded when the task is here.
         """
         self._snapshot = snapshot
@@ -167,17 +208,15 @@ class Session:
             self._load_point(self._points, task)
         if task.kind == "initial":
             arrays = state()
-            self._send(self._update(task, arrays, 1, 0, {}, extras or {}), self._filters.initial)
+            self._send(self._update(task, arrays, LocalResult(1, 0, {}), extras or {}), self._filters.initial)
             task = self._next()
         return self._received(task)
 
     def submit(
         self,
         arrays: Arrays,
+        result: LocalResult,
         *,
-        num_examples: int,
-        local_steps: int,
-        metrics: Metrics,
         extras: Arrays | None = None,
         held_back: tuple[str, ...] = (),
     ) -> str:
@@ -189,10 +228,10 @@ class Session:
         """
         task = self._current()
         where = f"update of {self.name}, round {task.round}"
-        check_weight(num_examples, where)
+        check_weight(result.num_examples, where)
         inspected = inspect(arrays, extras or {}, where)
         self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
-        update = self._update(task, arrays, int(num_examples), local_steps, metrics, extras or {})
+        update = self._update(task, arrays, result, extras or {})
         if held_back:
             update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
         self._save_point(task, arrays)
@@ -209,22 +248,13 @@ class Session:
     def exchange(
         self,
         arrays: Arrays,
+        result: LocalResult,
         *,
-        num_examples: int,
-        local_steps: int,
-        metrics: Metrics,
         extras: Arrays | None = None,
         held_back: tuple[str, ...] = (),
     ) -> Task:
         """`submit`, then `next_task`."""
-        self.submit(
-            arrays,
-            num_examples=num_examples,
-            local_steps=local_steps,
-            metrics=metrics,
-            extras=extras,
-            held_back=held_back,
-        )
+        self.submit(arrays, result, extras=extras, held_back=held_back)
         return self.next_task()
 
     def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
@@ -258,7 +288,7 @@ class Session:
         on this site's own validation data and then to `report` on; without a report it counts as one without metrics.
 
         The global model (where it has no report yet), then every site's own; None when there is none left. A site that
-        calls this has registered with the capability CROSS_EVALUATION.
+        calls this has registered with `cross_evaluates`.
         """
         if not self.settings.cross_site:
             return None
@@ -408,9 +438,7 @@ class Session:
             self.leave(error.what)
             raise
 
-    def _update(
-        self, task: Task, arrays: Arrays, num_examples: int, local_steps: int, metrics: Metrics, extras: Arrays
-    ) -> Update:
+    def _update(self, task: Task, arrays: Arrays, result: LocalResult, extras: Arrays) -> Update:
         return Update(
             job=self.job,
             round=task.round,
@@ -419,9 +447,9 @@ class Session:
             attempt=self.attempt,
             base_version=task.version,
             arrays=arrays,
-            num_examples=num_examples,
-            local_steps=local_steps,
-            metrics=metrics,
+            num_examples=int(result.num_examples),
+            local_steps=result.local_steps,
+            metrics=result.metrics,
             extras=extras,
             content=self._content,
             encoding=self._encoding,

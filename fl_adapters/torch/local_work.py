@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fl_adapters.participant.control_variate import ControlVariate, put_control
-from fl_adapters.participant.local_phases import Phase, SiteHome
+from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.correction import GradientCorrection, StepMeter, is_plain_sgd
@@ -41,7 +42,7 @@ class LocalWork:
         self._anchors: dict[str, Tensor] = {}
         self._meter: StepMeter | None = None
         self._whole = True
-        self._global: Phase | None = None
+        self._global: LocalResult | None = None
         self._came: State | None = None  # the personal model of a process before this one
         self.home = SiteHome(Path(), 1, fresh=True)  # set by rank 0, for itself
 
@@ -63,7 +64,7 @@ class LocalWork:
             self._prepare_personal(number, whole=whole)
         self._correct(task)
 
-    def phase_ended(self, phase: Phase, *, more: bool) -> Phase | None:
+    def phase_ended(self, phase: LocalResult, *, more: bool) -> LocalResult | None:
         """The trainer has used up the budget once. None: it does so once more, for the personal model, which is in the
         module now; else what to send with the weights that are in the module. more: whether the trainer goes on."""
         self._check_seen(phase)
@@ -156,7 +157,7 @@ class LocalWork:
             if (folder := ranks.share(kept)) is not None:
                 self.personal.load(Path(folder))
 
-    def _check_seen(self, phase: Phase) -> None:
+    def _check_seen(self, phase: LocalResult) -> None:
         asked = self._terms.corrects or (self.personal is not None and self.personal.active)
         if asked and phase.local_steps and not self.gradients.steps:
             raise ConfigError(

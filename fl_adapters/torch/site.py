@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.participant.local_phases import Phase
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
 from fl_adapters.participant.registry import open_session
@@ -15,7 +15,7 @@ from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Arrays, Metrics, Task, Terms
+from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class TorchSite:
                 agreement=facts,
                 rounds=rounds,
                 evaluates=evaluates,
-                capabilities=live.capabilities
-                | ({CROSS_EVALUATION} if evaluates else frozenset())
-                | ({EXACT_RESTART} if snapshot else frozenset()),
+                cross_evaluates=evaluates,
+                restarts=snapshot is not None,
+                capabilities=live.capabilities,
                 terms=Terms(content=live.content),
                 encoding=live.encoding,
             )
@@ -93,15 +93,13 @@ class TorchSite:
 
         return self._begun(live, ranks.on_rank_zero(started))
 
-    def exchange(
-        self, live: LiveModel, *, num_examples: int, local_steps: int, metrics: Metrics, more: bool
-    ) -> Arrived | None:
+    def exchange(self, live: LiveModel, result: LocalResult, *, more: bool) -> Arrived | None:
         """A round's budget is used up: this site's weights out, and the next task in; the live model is not changed.
 
         None where the round has a second phase: it begins now, with the personal model in place of the global one, and
         takes the same budget again. more: whether the trainer goes on after this step; without that it has no such.
         """
-        done = live.local.phase_ended(Phase(num_examples, local_steps, metrics), more=more)
+        done = live.local.phase_ended(result, more=more)
         if done is None:
             return None
         arrays, moments = live.arrays(), live.moments()
@@ -109,14 +107,7 @@ class TorchSite:
         def exchanged() -> Task:
             session = self.session()
             extras = {**moments, **live.local.extras(arrays)}  # before the state is saved, which has part in them
-            status = session.submit(
-                arrays,
-                num_examples=done.num_examples,
-                local_steps=done.local_steps,
-                metrics=done.metrics,
-                extras=extras,
-                held_back=live.held_back,
-            )
+            status = session.submit(arrays, done, extras=extras, held_back=live.held_back)
             live.local.submitted(status)
             return session.next_task()
 

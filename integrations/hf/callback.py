@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
@@ -253,13 +254,12 @@ class FederatedCallback(TrainerCallback):
         assert live is not None
         with self._site.leaving_on_error(self._forget):
             steps, loss = state.global_step - run.began, hf.loss_sum()
-            came = self._site.exchange(
-                live,
+            result = LocalResult(
                 num_examples=self.options.num_examples or hf.training_examples(args, dataloader, steps),
                 local_steps=steps,
                 metrics=hf.round_metrics(loss, run.loss_before, steps),
-                more=state.global_step < state.max_steps,
             )
+            came = self._site.exchange(live, result, more=state.global_step < state.max_steps)
             if came is None:
                 run.began, run.loss_before = state.global_step, loss
                 return

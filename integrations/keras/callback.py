@@ -10,13 +10,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from fl_adapters.participant.local_phases import Phase
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.outputs import PERSONAL
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import CROSS_EVALUATION, EXACT_RESTART, Task
+from fl_runtime.types import Task
 
 from . import neighbours, restart, scores
 from .budget import Budget
@@ -209,9 +209,9 @@ class FederatedCallback(keras.callbacks.Callback):
             agreement=live.agreement,
             rounds=None if settings.rounds else budget.own_rounds(fit, 0 if restored else epoch),
             evaluates=evaluates,
-            capabilities=live.capabilities
-            | ({CROSS_EVALUATION} if evaluates else frozenset())
-            | ({EXACT_RESTART} if settings.exact_restart else frozenset()),
+            cross_evaluates=evaluates,
+            restarts=settings.exact_restart,
+            capabilities=live.capabilities,
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         run = self._run = Run(fit, budget, rounds, evaluates)
@@ -280,14 +280,14 @@ class FederatedCallback(keras.callbacks.Callback):
                 where="the data has no length, and train_step keeps no count",
                 fix="pass FederatedCallback(num_examples=...)",
             )
-        phase = Phase(examples, batches // run.budget.accumulation, metrics)
-        done = live.local.phase_ended(phase, more=not run.at_end)
+        result = LocalResult(examples, batches // run.budget.accumulation, metrics)
+        done = live.local.phase_ended(result, more=not run.at_end)
         if done is None:
             run.next_phase()
             run.meter.begin(model)
             return
         weights = live.state.get_state()
-        status = session.submit(weights, **vars(done), extras=live.extras(weights))
+        status = session.submit(weights, done, extras=live.extras(weights))
         live.local.submitted(status)
         task = session.next_task()
         live.receive(task)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fl_adapters.participant.control_variate import ControlVariate, put_control
-from fl_adapters.participant.local_phases import Phase, SiteHome
+from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.state_file import State
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.errors import ConfigError
@@ -38,7 +39,7 @@ class LocalWork:
         self._control: ControlVariate | None = None
         self._anchors: dict[str, Array] = {}
         self._whole = True
-        self._global: Phase | None = None
+        self._global: LocalResult | None = None
         self._came: State | None = None  # the personal model of a process before this one
 
     @property
@@ -86,7 +87,7 @@ class LocalWork:
         offsets = self._offsets(task) if terms.control_variates else None
         self._correction().begin(mu=terms.proximal_mu, anchors=self._anchors, offsets=offsets)
 
-    def phase_ended(self, phase: Phase, *, more: bool) -> Phase | None:
+    def phase_ended(self, phase: LocalResult, *, more: bool) -> LocalResult | None:
         """`fit` has used up the budget once. None: it does so once more, for the personal model, which is in the model
         now; else what to send with the weights that are in the model. more: whether `fit` goes on."""
         self._check_seen(phase)
@@ -168,7 +169,7 @@ class LocalWork:
             elif not self._home.fresh:
                 self.personal.load(self._home.folder)
 
-    def _check_seen(self, phase: Phase) -> None:
+    def _check_seen(self, phase: LocalResult) -> None:
         asked = self._terms.corrects or (self.personal is not None and self.personal.active)
         if asked and phase.local_steps and self._gradients is not None and not self._gradients.steps:
             raise ConfigError(

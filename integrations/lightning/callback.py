@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fl_adapters.participant.kit import current_kit
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.torch.batches import rows_of
 from fl_adapters.torch.live_model import LiveModel
@@ -335,14 +336,13 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         first phase, after which it goes on. more: whether the trainer does."""
         live, every = run.live, run.settings.every
         assert live is not None
-        came = self._site.exchange(
-            live,
+        result = LocalResult(
             num_examples=run.examples or max(run.tally.rows * trainer.world_size, 1),
             local_steps=trainer.global_step - run.progress.began,
             # Lightning divides the loss that it tells by the batches that it accumulates
             metrics=run.tally.mean_loss(trainer.accumulate_grad_batches if module.automatic_optimization else 1),
-            more=more,
         )
+        came = self._site.exchange(live, result, more=more)
         if came is None:
             run.progress = run.progress.next(run.progress.round, trainer.global_step, every)
             run.tally = _Tally()

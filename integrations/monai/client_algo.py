@@ -13,13 +13,14 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from monai.networks.utils import copy_model_state, get_state_dict
 
 from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch.batches import size_of
 from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import CROSS_EVALUATION, Arrays, Task
+from fl_runtime.types import Arrays, Task
 
 from .scores import plain_numbers
 
@@ -99,19 +100,16 @@ def _federated(
         agreement={"framework": _FRAMEWORK},
         rounds=rounds,
         evaluates=evaluates,
-        capabilities=frozenset({CROSS_EVALUATION}) if evaluates else frozenset(),
+        cross_evaluates=evaluates,
     )
     task = session.start(lambda: first)
     while task.kind == "train":
         weights = _tensors(task.arrays)
         algo.train(ExchangeObject(weights=weights, weight_type=WeightType.WEIGHTS), extra)
         given = algo.get_weights(extra)
-        task = session.exchange(
-            _arrays(_new_weights(given, task), task.arrays),
-            num_examples=examples,
-            local_steps=int((given.statistics or {}).get(FlStatistics.NUM_EXECUTED_ITERATIONS, 0)),
-            metrics=numbers,
-        )
+        steps = int((given.statistics or {}).get(FlStatistics.NUM_EXECUTED_ITERATIONS, 0))
+        new = _arrays(_new_weights(given, task), task.arrays)
+        task = session.exchange(new, LocalResult(examples, steps, numbers))
         numbers = {}
         if evaluates:
             session.report(*_score(algo, task.arrays, extra))

@@ -13,6 +13,7 @@ from ignite.engine import Events
 from monai.handlers import LrScheduleHandler, ValidationHandler
 
 from fl_adapters.participant.kit import current_kit
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.site import TorchSite
@@ -332,13 +333,12 @@ class FederatedHandler:
         assert live is not None
         if run.position is not None:
             run.position.steps = run.progress.steps
-        came = self._site.exchange(
-            live,
+        result = LocalResult(
             num_examples=run.examples or max(run.tally.rows * facts.ranks(), 1),
             local_steps=run.progress.steps - run.progress.began,
             metrics=run.tally.mean_loss(),
-            more=more,
         )
+        came = self._site.exchange(live, result, more=more)
         if came is None:
             run.progress, run.tally = run.progress.next(run.progress.round), _Tally()
             return

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import xgboost
 
 from fl_adapters.adapter import Snapshot
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.session import Session
 from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.aggregation.trees.strategies import ENCODING
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import EXACT_RESTART, Arrays, Metrics, Task, Terms
+from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 from . import model
 from .call import Mode, TrainCall, agreement
@@ -90,7 +91,8 @@ class TreeRounds:
             agreement=agreement(call, start) | {"every": f"{self.boosts} boosting rounds"},
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
-            capabilities=frozenset([self.strategy, *[EXACT_RESTART] * (snapshot is not None)]),
+            restarts=snapshot is not None,
+            capabilities=frozenset([self.strategy]),
             terms=terms,
             encoding=ENCODING,
         )
@@ -110,12 +112,9 @@ class TreeRounds:
         """
         call, before = self.call, self.task
         assert before is not None
-        task = self.session.exchange(
-            {**grown.to_arrays(), **(more or {})},
-            num_examples=call.options.num_examples or call.dtrain.num_row(),
-            local_steps=grown.rounds,
-            metrics=metrics or {},
-        )
+        examples = call.options.num_examples or call.dtrain.num_row()
+        result = LocalResult(examples, grown.rounds, metrics or {})
+        task = self.session.exchange({**grown.to_arrays(), **(more or {})}, result)
         self._take(booster, task)
         return task.version != before.version
 

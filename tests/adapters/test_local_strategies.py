@@ -11,6 +11,7 @@ import pytest
 import fl_adapters
 from fl_adapters.participant.control_variate import FILE, ControlVariate
 from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.testing import LocalFederation, Place
@@ -85,7 +86,7 @@ def quadratic(place: Place) -> Array:
         for _ in range(STEPS):
             w = w - RATE * (gradient(place.index, w) + offset)
         extras = control.end_by_rates({"w": w}, {"w": STEPS * RATE})
-        status = session.submit({"w": w}, num_examples=1, local_steps=STEPS, metrics={}, extras=extras)
+        status = session.submit({"w": w}, LocalResult(1, STEPS, {}), extras=extras)
         control.submitted(status)
         task = session.next_task()
     session.finish()

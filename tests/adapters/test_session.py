@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fl_adapters
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
@@ -49,7 +50,7 @@ def to_the_end(session: Session, state: Arrays = W) -> list[float]:
     """Adds 1 a round; the final weights."""
     task = session.start(lambda: state)
     while task.kind == "train":
-        task = session.exchange({"w": task.arrays["w"] + 1}, num_examples=1, local_steps=1, metrics={})
+        task = session.exchange({"w": task.arrays["w"] + 1}, LocalResult(1, 1, {}))
     final = [float(value) for value in task.arrays["w"]]
     session.finish()
     return final
@@ -81,12 +82,12 @@ def test_a_cell_that_is_run_twice_goes_on_as_a_new_attempt_of_a_run_that_needs_i
         def twice(place: Place) -> tuple[int, list[float]]:
             first = registered(place)
             task = first.start(lambda: W)
-            first.exchange({"w": task.arrays["w"] + 1}, num_examples=1, local_steps=1, metrics={})
+            first.exchange({"w": task.arrays["w"] + 1}, LocalResult(1, 1, {}))
             second = opened(place, fresh=True)
             assert second is not first
             second.register(W, agreement={}, rounds=None, evaluates=False)
             with pytest.raises(ConfigError, match="has ended"):
-                first.submit(W, num_examples=1, local_steps=1, metrics={})
+                first.submit(W, LocalResult(1, 1, {}))
             return second.attempt, to_the_end(second)
 
         def once(place: Place) -> tuple[int, list[float]]:
@@ -108,7 +109,7 @@ def test_a_second_process_takes_over_and_the_first_one_is_told(one: tuple[LocalF
     task = old.start(lambda: W)
     new = Session(read_kit(place.kit), Options(), "test", MemoryTransport(federation.server.service, "site-1"))
     with pytest.raises(AbortedError, match="attempt 2 has taken over"):
-        old.exchange(task.arrays, num_examples=1, local_steps=1, metrics={})
+        old.exchange(task.arrays, LocalResult(1, 1, {}))
     new.leave("enough")
 
 
@@ -248,10 +249,10 @@ def test_updates_that_cannot_count_are_refused_before_anything_is_sent(
     task = session.start(lambda: W)
     arrays = {"w": np.full(3, bad.get("w", 1.0), np.float32)}
     with pytest.raises(UpdateRefusedError) as caught:
-        session.submit(arrays, num_examples=bad.get("num_examples", 1), local_steps=1, metrics={})
+        session.submit(arrays, LocalResult(bad.get("num_examples", 1), 1, {}))
     assert caught.value.where == "update of site-1, round 1"
     assert ("num_examples is" in caught.value.what) == ("num_examples" in bad)
-    task = session.exchange(task.arrays, num_examples=1, local_steps=1, metrics={})
+    task = session.exchange(task.arrays, LocalResult(1, 1, {}))
     assert task.round == 2
 
 
@@ -259,7 +260,7 @@ def test_an_exchange_tells_what_it_cost(one: tuple[LocalFederation, Place]) -> N
     _, place = one
     session = registered(place, {"w": np.zeros(10_000)})
     session.start(lambda: {"w": np.zeros(10_000)})
-    session.exchange({"w": np.ones(10_000)}, num_examples=1, local_steps=1, metrics={})
+    session.exchange({"w": np.ones(10_000)}, LocalResult(1, 1, {}))
     assert session.stats.round == 1
     for count in (session.stats.bytes_up, session.stats.bytes_down):
         assert 80_000 <= count < 82_000
@@ -270,7 +271,7 @@ def test_calls_without_a_task_are_refused_with_words(one: tuple[LocalFederation,
     _, place = one
     session = registered(place)
     for call in (
-        lambda: session.submit(W, num_examples=1, local_steps=1, metrics={}),
+        lambda: session.submit(W, LocalResult(1, 1, {})),
         lambda: session.next_task(),
         lambda: session.report({"loss": 1.0}, 1),
         lambda: session.finish(),
@@ -303,7 +304,7 @@ def test_one_site_writes_the_model_and_the_best_round_of_the_run() -> None:
             session.report({"loss": losses[task.version]}, 10)
             if task.kind == "final":
                 break
-            task = session.exchange({"w": task.arrays["w"] + 1}, num_examples=1, local_steps=1, metrics={})
+            task = session.exchange({"w": task.arrays["w"] + 1}, LocalResult(1, 1, {}))
         live[...] = task.arrays["w"]
 
         def export(folder: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import fl_adapters as fl
 from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.swarm import SwarmSite
@@ -336,7 +337,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
             elif round == 2:
                 session = open_session(Options(kit=place.kit), framework="test")
                 assert session is not None and session.attempt == 1
-                session.submit(initial(1), num_examples=1, local_steps=0, metrics={})  # of a process that dies now
+                session.submit(initial(1), LocalResult(1, 0, {}))  # of a process that dies now
                 session.hand_over()
                 raise DeathError
 

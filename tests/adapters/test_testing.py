@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Exchange, Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
@@ -180,9 +181,7 @@ class ToyCallback:
     def after_step(self, trainer: ToyTrainer) -> None:
         if self.session is None or trainer.steps % self.every:
             return
-        task = self.session.exchange(
-            self.state(trainer), num_examples=trainer.rows, local_steps=self.every, metrics={"train_loss": 1.0}
-        )
+        task = self.session.exchange(self.state(trainer), LocalResult(trainer.rows, self.every, {"train_loss": 1.0}))
         self.load(trainer, task.arrays)
         if task.kind == "final":
             trainer.max_steps = trainer.steps
@@ -290,7 +289,7 @@ def test_sites_take_turns_with_random_states_of_their_own() -> None:
         task, drawn = session.start(lambda: {"w": np.zeros(2)}), []
         while task.kind == "train":
             drawn.append(np.random.random())
-            task = session.exchange({"w": task.arrays["w"]}, num_examples=1, local_steps=1, metrics={})
+            task = session.exchange({"w": task.arrays["w"]}, LocalResult(1, 1, {}))
         session.finish()
         return drawn
 

@@ -14,6 +14,7 @@ import pytest
 from study import Study, readdressed, until
 
 from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.policy_gate import GovernedSite
 from fl_adapters.participant.registry import _transport
@@ -51,9 +52,7 @@ def take_part(
             session.report({"loss": 0.123456, "patients": 12.0}, 11)
             task = session.exchange(
                 {n: a + np.float32(step) for n, a in task.arrays.items()},
-                num_examples=num_examples,
-                local_steps=1,
-                metrics={"train_loss": 0.98765, "patients": 12.0},
+                LocalResult(num_examples, 1, {"train_loss": 0.98765, "patients": 12.0}),
             )
         session.report({"loss": 0.123456, "patients": 12.0}, 11)
         final = {n: a.copy() for n, a in task.arrays.items()}

@@ -16,6 +16,7 @@ import numpy as np
 
 from fl_adapters.loop import SiteTask
 from fl_adapters.participant import identity
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.restart import round_seed, seed_python
 from fl_runtime.aggregation.metrics.pooling import plain
@@ -148,16 +149,8 @@ class _Taken:
         self.facts: dict[str, Any] | None = None
         self._scored: tuple[Metrics, int] | None = None
 
-    def submit(
-        self,
-        arrays: Arrays,
-        *,
-        num_examples: int,
-        local_steps: int,
-        metrics: Metrics,
-        extras: Arrays | None = None,
-    ) -> str:
-        check_weight(num_examples, where=self._when)
+    def submit(self, arrays: Arrays, result: LocalResult, *, extras: Arrays | None = None) -> str:
+        check_weight(result.num_examples, where=self._when)
         if extras:
             raise ConfigError("virtual sites send weights alone, no extras", where=self._when, fix="leave extras out")
         if not self._fits(arrays):
@@ -174,9 +167,9 @@ class _Taken:
             if array is not self._mine[name]:
                 self._mine[name][...] = array
         self.facts = {
-            "num_examples": int(num_examples),
-            "local_steps": int(local_steps),
-            "metrics": {name: float(value) for name, value in metrics.items()},
+            "num_examples": int(result.num_examples),
+            "local_steps": int(result.local_steps),
+            "metrics": {name: float(value) for name, value in result.metrics.items()},
             "scored": self._scored,
         }
         return "used"

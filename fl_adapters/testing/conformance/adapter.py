@@ -14,6 +14,7 @@ import numpy as np
 
 from fl_adapters.adapter import Adapter
 from fl_adapters.participant.exchange import matches
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Exchange, Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.testing.local_federation import LocalFederation, Place
@@ -177,7 +178,7 @@ def a_federation_equals_the_average_by_hand(example: AdapterExample) -> None:
         while task.kind == "train":
             adapter.set_state(task.arrays)
             adapter.set_state(_trained(adapter.get_state(), place.index, task.round))
-            task = session.exchange(adapter.get_state(), num_examples=examples[place.index], local_steps=1, metrics={})
+            task = session.exchange(adapter.get_state(), LocalResult(examples[place.index], 1, {}))
         adapter.set_state(task.arrays)
         session.finish()
         return copied(adapter.get_state())
