@@ -1,1 +1,1 @@
-"""What the server keeps: a journal (SQLite) and blobs (files of tensors, mapped into memory)."""
+"""The server's storage: a journal in SQLite, and blobs (tensor files mapped into memory)."""

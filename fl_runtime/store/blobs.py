@@ -1,8 +1,9 @@
-"""Blobs: payloads on disk, mapped into memory, so that the server's memory does not grow with sites.
+"""Blobs: payloads in memory-mapped files, so that the server's memory does not grow with the number of sites.
 
-A blob file is preallocated (a full disk is met then, not as a bus error in the mapping) and recycled with its
-mapping: a reused mapping takes bytes about twenty times faster than a fresh file does. The process may be killed
-at any moment: what was written to a mapping is in the page cache and survives it.
+A blob is a safetensors file (see store/tensorfile.py). Its space is allocated when it is created: a full disk is then
+an error at once, not a bus error during a later write. Files are recycled with their mapping, because writing to a
+reused mapping is about twenty times faster than writing to a new file. The process may be killed at any moment: bytes
+written to a mapping are in the page cache and survive.
 """
 
 from __future__ import annotations
@@ -26,21 +27,38 @@ _FREE_LAYOUTS = 4
 
 @dataclass
 class Blob:
-    """One file of tensors. `buffer` is the payload, uint8, `manifest.nbytes` long, shared with the file."""
+    """One tensor file that is mapped into memory.
+
+    Attributes:
+        name: File name in the folder, without suffix; `Blobs.rename` changes it.
+        manifest: The tensors in the file.
+        buffer: The payload, uint8, `manifest.nbytes` long. Writing to it writes to the file.
+    """
 
     name: str
     manifest: Manifest
     buffer: Array
 
     def views(self) -> tuple[Arrays, Arrays]:
+        """Return (arrays, extras) as views of the buffer; they are valid until the blob is freed."""
         return self.manifest.views(self.buffer)
 
 
 class Blobs:
-    """The blobs of one folder, by name. Not thread-safe: callers hold the run's lock for create, rename, free and
-    close.
+    """The blobs in one folder.
 
-    durable: `settle` waits for the disk.
+    It is not thread-safe: callers hold the run's lock for `create`, `rename`, `free` and `close`.
+
+    Args:
+        folder: Folder of the files; created if missing.
+        durable: Whether `settle` waits until data is on the device (the job's durability "power").
+
+    Attributes:
+        folder: Folder of the files.
+        closed: Whether `close` has been called.
+
+    Raises:
+        StoreError: If the folder cannot be created.
     """
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
@@ -53,7 +71,18 @@ class Blobs:
             raise disk_error(error, folder) from error
 
     def create(self, name: str, manifest: Manifest) -> Blob:
-        """A blob to be filled; its contents are undefined. StoreError when the disk is full."""
+        """Create a blob, or recycle a freed one of the same layout.
+
+        Args:
+            name: Its name; an existing file of that name is replaced.
+            manifest: The tensors that it will hold.
+
+        Returns:
+            A blob with undefined contents.
+
+        Raises:
+            StoreError: If the disk is full or cannot be written.
+        """
         path = self._path(name)
         if self._free.get(manifest.layout):
             blob = self._free[manifest.layout].pop()
@@ -72,21 +101,37 @@ class Blobs:
             raise disk_error(error, path) from error
 
     def open(self, name: str, manifest: Manifest) -> Blob:
-        """A blob that is there already. StoreError if it is missing or not as long as its manifest says."""
+        """Open a blob that was written earlier, for example before a restart.
+
+        Args:
+            name: Its name.
+            manifest: The tensors that the journal says it holds.
+
+        Returns:
+            The blob with its contents.
+
+        Raises:
+            StoreError: If the file is missing or its size does not match the manifest.
+        """
         path, header = self._path(name), header_of(manifest)
         try:
             with open(path, "r+b") as file:
                 if os.fstat(file.fileno()).st_size != len(header) + manifest.nbytes:
-                    raise StoreError("a blob does not have the size that the journal says", where=str(path))
+                    raise StoreError("the size of this file differs from the journal's record of it", where=str(path))
                 return Blob(name, manifest, _mapped(file.fileno(), len(header)))
         except OSError as error:
-            raise StoreError(f"a blob cannot be read: {error.strerror}", where=str(path)) from error
+            raise StoreError(f"this file of tensors cannot be read: {error.strerror}", where=str(path)) from error
 
     def path(self, blob: Blob) -> Path:
-        """Its file; the payload is at the end of it."""
+        """Return the path of a blob's file; the payload is the end of the file."""
         return self._path(blob.name)
 
     def rename(self, blob: Blob, name: str) -> None:
+        """Rename a blob and its file, replacing a file of that name.
+
+        Raises:
+            StoreError: If the file cannot be renamed.
+        """
         try:
             os.replace(self._path(blob.name), self._path(name))
         except OSError as error:
@@ -94,14 +139,19 @@ class Blobs:
         blob.name = name
 
     def settle(self, blob: Blob) -> None:
-        """The blob is whole and has its name: what is said of it from now on must hold. Where that includes the death
-        of the machine, this returns when its bytes and its name are on the device."""
+        """Make a blob that is complete and has its final name durable, before the journal refers to it.
+
+        With `durable`, this returns when its bytes and its name are on the device. Otherwise it does nothing.
+
+        Raises:
+            StoreError: If the device reports an error.
+        """
         if self._durable:
             sync(self._path(blob.name))
             sync(self.folder)
 
     def free(self, blob: Blob) -> None:
-        """The blob's file and mapping may be used again; nobody may hold views of it any more."""
+        """Give a blob's file and mapping back for reuse; nobody may use views of it afterwards."""
         if self.closed:
             return
         self.rename(blob, f"free-{id(blob):x}")
@@ -109,17 +159,21 @@ class Blobs:
         free = self._free.pop(layout, [])
         free.append(blob)
         self._free[layout] = free
-        while len(self._free) > _FREE_LAYOUTS:  # a layout that does not come back must not hold the disk
+        while len(self._free) > _FREE_LAYOUTS:  # layouts that are not used again must not fill the disk
             for old in self._free.pop(next(iter(self._free))):
-                with suppress(OSError):  # what is mapped cannot be deleted everywhere
+                with suppress(OSError):  # Windows does not delete mapped files
                     self._path(old.name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """From now on `free` leaves every file alone: the folder may be another server's by then, or gone."""
+        """Stop recycling: `free` does nothing from now on, since the folder may belong to another server or be gone."""
         self.closed = True
 
     def sweep(self, keep: set[str]) -> None:
-        """Delete every file that is not in `keep`: what a killed server left behind."""
+        """Delete the files that a killed server left behind.
+
+        Args:
+            keep: Names of the blobs to leave alone.
+        """
         for path in self.folder.glob(f"*{_SUFFIX}"):
             if path.name.removesuffix(_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)
@@ -136,7 +190,7 @@ def _preallocate(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
         return
-    os.lseek(descriptor, 0, os.SEEK_END)  # macOS and Windows have no such call: write the zeros
+    os.lseek(descriptor, 0, os.SEEK_END)  # macOS and Windows lack posix_fallocate: write zeros
     left = size - os.lseek(descriptor, 0, os.SEEK_CUR)
     zeros = bytes(2**20)
     while left > 0:

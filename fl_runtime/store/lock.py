@@ -1,4 +1,4 @@
-"""One server at a time for a run's folder: two that write the same journal and blobs would ruin both."""
+"""Lock on a run's folder: two servers that write the same journal and blobs would damage both."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ _FILE = "lock"
 
 
 class FolderLock:
-    """Held from the moment it is made until `close`, or the death of the process. Where there is no POSIX it holds
-    nobody up."""
+    """Exclusive lock on a folder, held from construction until `close` or the death of the process.
+
+    On systems without POSIX file locks (Windows) it does nothing.
+
+    Args:
+        folder: The folder to lock; created if missing.
+
+    Raises:
+        StoreError: If another process holds the lock, or the folder cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """StoreError if somebody else has it."""
         self._descriptor = -1
         try:
             import fcntl
@@ -29,13 +36,14 @@ class FolderLock:
         except BlockingIOError:
             self.close()
             raise StoreError(
-                "another server has this run", where=str(folder), fix="wait until it has ended, or stop it"
+                "another server is running this job", where=str(folder), fix="wait until it has ended, or stop it"
             ) from None
         except OSError as error:
             self.close()
             raise disk_error(error, folder / _FILE) from error
 
     def close(self) -> None:
+        """Release the lock; further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

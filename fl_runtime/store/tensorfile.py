@@ -1,8 +1,14 @@
 """Tensor files in the safetensors format (https://github.com/huggingface/safetensors, "Format").
 
-Eight bytes give the length of a JSON header, then the header, then the payload. Ours is padded with blanks so
-that the payload begins at a multiple of 64 bytes. Written and read here, and not with the library, because a
-server blob is filled in place through a mapping, with dtypes that torch-free safetensors does not build arrays of.
+    8 bytes     N: length of the header in bytes, unsigned, little endian
+    N bytes     header: a JSON object in UTF-8, padded with blanks so that the payload begins at a multiple of 64
+    the rest    payload: the bytes of all tensors, C-contiguous, little endian, without gaps (see wire/manifest.py)
+
+The header maps each tensor name to {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, with offsets
+counted from the start of the payload. "__metadata__" maps text to text. Names of extras carry the prefix "extra:".
+
+The `safetensors` library is not used for two reasons: the server fills a file in place through a memory mapping, and
+the library's NumPy side does not build arrays of bfloat16 and float8.
 """
 
 from __future__ import annotations
@@ -28,7 +34,15 @@ EXTRA_PREFIX = "extra:"
 
 
 def header_of(manifest: Manifest, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes before the payload."""
+    """Make everything in a file before its payload: the length and the padded header.
+
+    Args:
+        manifest: The tensors of the payload.
+        metadata: Text entries for "__metadata__".
+
+    Returns:
+        The bytes; their number is a multiple of 64.
+    """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for spec, start in zip(manifest.tensors, manifest.offsets, strict=True):
         fields[(EXTRA_PREFIX if spec.extra else "") + spec.name] = {
@@ -44,8 +58,18 @@ def header_of(manifest: Manifest, metadata: Mapping[str, str] | None = None) -> 
 def write_tensors(
     path: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None, *, durable: bool = False
 ) -> None:
-    """Write a safetensors file; a file that is there is replaced only once the new one is whole. durable: and is on the
-    device when this returns."""
+    """Write a safetensors file, replacing an existing one only when the new one is complete.
+
+    Args:
+        path: The file; its folder is created if missing.
+        arrays: The tensors.
+        metadata: Text entries for "__metadata__".
+        durable: Whether to return only when the file is on the device.
+
+    Raises:
+        StoreError: If the disk is full or cannot be written.
+        ConfigError: If a dtype is not supported.
+    """
     manifest = Manifest.of(arrays)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -63,15 +87,31 @@ def write_tensors(
 
 
 def write_pieces(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
-    """Write bytes (memoryviews of format "B") one after the other, a MiB at a time: Linux takes four times as long to
-    put a large model into a new file at once (0.09 and 0.4 s for 256 MiB; ext4, 6.18)."""
+    """Write views of bytes one after the other, one MiB at a time.
+
+    A single large write to a new file takes four times as long (256 MiB: 0.4 s against 0.09 s; ext4, Linux 6.18).
+
+    Args:
+        file: A binary file that is open for writing.
+        pieces: Flat views of bytes (format "B").
+    """
     for piece in pieces:
         for start in range(0, len(piece), _WRITE_BYTES):
             file.write(piece[start : start + _WRITE_BYTES])
 
 
 def read_tensors(path: Path) -> Arrays:
-    """The tensors of a safetensors file, mapped copy-on-write. ConfigError if it is not one."""
+    """Read a safetensors file without copying it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensor name -> array, mapped copy-on-write: writing to an array changes neither the file nor other readers.
+
+    Raises:
+        ConfigError: If the file cannot be read or is not a safetensors file.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -86,21 +126,38 @@ def read_tensors(path: Path) -> Arrays:
         raise ConfigError(f"the tensor file cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"this is not a usable safetensors file: {error}", where=str(path), fix="give a .safetensors file"
+            f"this is not a usable safetensors file: {error}",
+            where=str(path),
+            fix="pass a file in the .safetensors format",
         ) from None
 
 
 def disk_error(error: OSError, path: Path) -> StoreError:
-    """Our error for a failed write, with what to do about the common causes."""
+    """Make the StoreError of a failed write.
+
+    Args:
+        error: What the operating system reported.
+        path: The file or folder that was written.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
     return StoreError(
         f"cannot write: {error.strerror or error}", where=str(path), fix="free disk space or choose another folder"
     )
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, however it was written (a mapping too), or a folder's names are on the device. StoreError."""
+    """Wait until a file's contents, or a folder's entries, are on the device.
+
+    Args:
+        path: A file, also one written through a mapping, or a folder.
+
+    Raises:
+        StoreError: If the device reports an error.
+    """
     if path.is_dir() and os.name != "posix":
-        return  # where folders cannot be opened, the file system keeps names by itself
+        return  # Windows does not open folders; its file systems journal the entries
     try:
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:

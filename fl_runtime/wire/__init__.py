@@ -1,1 +1,1 @@
-"""What goes over the wire: manifests, frames and the protobuf messages of package fl.v1."""
+"""The wire format: tensor manifests, payload frames, and the protobuf messages of package `fl.v1`."""

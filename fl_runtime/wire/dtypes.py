@@ -1,4 +1,7 @@
-"""The element types that travel, by one canonical name each, and their safetensors codes."""
+"""The supported element types: canonical names, NumPy dtypes, and safetensors codes.
+
+The canonical name is that of NumPy or `ml_dtypes` ("float32", "bfloat16", "float8_e4m3fn"). Manifests use these names.
+"""
 
 from __future__ import annotations
 
@@ -38,27 +41,52 @@ _FROM_CODE = {code: name for name, code in _CODES.items()}
 
 
 def dtype_name(dtype: np.dtype[Any], *, tensor: str) -> str:
-    """Canonical name of a dtype, whatever its byte order; ConfigError if it cannot travel."""
+    """Return the canonical name of a dtype; the byte order does not matter.
+
+    Args:
+        dtype: The dtype of an array.
+        tensor: Name of the tensor, for the error message.
+
+    Returns:
+        One of the keys of `DTYPES`.
+
+    Raises:
+        ConfigError: If arrays of this dtype cannot be sent.
+    """
     name = _NAMES.get(dtype.newbyteorder("<"))
     if name is None:
         raise ConfigError(
-            f"tensor {tensor!r} has dtype {dtype}, which cannot travel",
+            f"tensor {tensor!r} has dtype {dtype}, which cannot be sent",
             fix=f"convert it to one of {', '.join(DTYPES)}, or keep it at the site with keep_local=[{tensor!r}]",
         )
     return name
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """The NumPy dtype (little endian) of a canonical name; ProtocolError if unknown."""
+    """Return the little-endian NumPy dtype of a canonical name.
+
+    Args:
+        name: A canonical name, usually read from a manifest.
+
+    Returns:
+        The dtype, little endian on every machine.
+
+    Raises:
+        ProtocolError: If this version does not know the name.
+    """
     try:
         return DTYPES[name]
     except KeyError:
-        raise ProtocolError(f"unknown dtype {name!r}", fix="upgrade the older of the two sides") from None
+        raise ProtocolError(
+            f"unknown dtype {name!r}", fix="upgrade fl-adapters on the side with the older version"
+        ) from None
 
 
 def safetensors_code(name: str) -> str:
+    """Return the safetensors code of a canonical name: "F32" for "float32"."""
     return _CODES[name]
 
 
 def name_from_safetensors(code: str) -> str | None:
+    """Return the canonical name of a safetensors code, or None if the code is not supported."""
     return _FROM_CODE.get(code)

@@ -1,4 +1,4 @@
-"""What may enter an average: finite numbers, with a weight. The site checks before it sends; the server, too."""
+"""Checks for NaN, infinite values and the weight of an update, used by sites before sending and by the server."""
 
 from __future__ import annotations
 
@@ -17,20 +17,32 @@ _BLOCK = 2**17
 
 @dataclass(frozen=True)
 class Inspected:
-    """Tensors that have been gone through once: they hold no NaN and no infinite value, and these are their digests.
+    """Digests of tensors that `inspect` found to be finite.
 
-    It speaks of the very arrays that were given to `inspect`, while nobody writes to them.
+    It is valid for the array objects that were given to `inspect`, and only until someone writes to them.
+
+    Attributes:
+        tensors: (whether the tensor is an extra, name) -> (the array, xxh3-64 of its bytes).
     """
 
     tensors: Mapping[tuple[bool, str], tuple[Array, bytes]]
 
     def digest(self, array: Array, name: str, *, extra: bool) -> bytes | None:
-        """xxh3-64 of its bytes; None for an array that has not been gone through."""
-        seen, digest = self.tensors.get((extra, name), (None, None))
-        return digest if seen is array else None
+        """Return the xxh3-64 of an inspected array, or None for any other array object.
+
+        Args:
+            array: The array itself; an equal copy does not count.
+            name: Its tensor name.
+            extra: Whether it is one of the update's extras.
+
+        Returns:
+            Eight bytes, or None.
+        """
+        inspected, digest = self.tensors.get((extra, name), (None, None))
+        return digest if inspected is array else None
 
     def covers(self, arrays: Arrays, extras: Arrays) -> bool:
-        """Whether it speaks of all of these."""
+        """Whether all of these arrays were inspected."""
         return all(
             self.digest(array, name, extra=extra) is not None
             for extra, tensors in ((False, arrays), (True, extras))
@@ -39,22 +51,34 @@ class Inspected:
 
 
 def inspect(arrays: Arrays, extras: Arrays, where: str) -> Inspected:
-    """Look for NaN and infinite values and make the digests, in one pass over the memory. UpdateRefusedError naming the
-    tensors that hold such values."""
-    found: dict[tuple[bool, str], tuple[Array, bytes]] = {}
+    """Check that tensors are finite and compute their digests, in one pass over the memory.
+
+    Args:
+        arrays: The weights of an update.
+        extras: The arrays that travel beside them.
+        where: Location for the error message, such as the site and round.
+
+    Returns:
+        The digests, so that sending need not read the memory again.
+
+    Raises:
+        UpdateRefusedError: If tensors hold NaN or infinite values; the message names them.
+        ConfigError: If a dtype cannot be sent.
+    """
+    inspected: dict[tuple[bool, str], tuple[Array, bytes]] = {}
     bad = []
     for extra, tensors in ((False, arrays), (True, extras)):
         for name, array in tensors.items():
-            digest, finite = _gone_through(array, name)
-            found[extra, name] = array, digest
+            digest, finite = _digest_and_finite(array, name)
+            inspected[extra, name] = array, digest
             if not finite:
                 bad.append(name)
     refuse(bad, where)
-    return Inspected(found)
+    return Inspected(inspected)
 
 
-def _gone_through(array: Array, name: str) -> tuple[bytes, bool]:
-    """The digest of its bytes as they travel, and whether it is finite. ConfigError for a dtype that cannot travel."""
+def _digest_and_finite(array: Array, name: str) -> tuple[bytes, bool]:
+    """Return the digest of the little-endian bytes, and whether all elements are finite."""
     flat = np.ascontiguousarray(array, dtype_of(dtype_name(array.dtype, tensor=name))).reshape(-1)
     digest, finite = xxhash.xxh3_64(), True
     for start in range(0, flat.size, _BLOCK):
@@ -65,12 +89,28 @@ def _gone_through(array: Array, name: str) -> tuple[bytes, bool]:
 
 
 def check_finite(arrays: Arrays, where: str) -> None:
-    """UpdateRefusedError naming the tensors that hold NaN or infinite values."""
+    """Refuse arrays that hold NaN or infinite values.
+
+    Args:
+        arrays: Tensors to check.
+        where: Location for the error message.
+
+    Raises:
+        UpdateRefusedError: If any value is not finite; the message names the tensors.
+    """
     refuse([name for name, array in arrays.items() if not is_finite(array)], where)
 
 
 def check_weight(num_examples: float, where: str) -> None:
-    """UpdateRefusedError for a number of examples that cannot be the weight of an update."""
+    """Refuse a number of examples that cannot be the weight of an update.
+
+    Args:
+        num_examples: Number of training examples behind the update.
+        where: Location for the error message.
+
+    Raises:
+        UpdateRefusedError: If it is not a whole number of at least 1.
+    """
     if num_examples < 1 or num_examples != int(num_examples):
         raise UpdateRefusedError(
             f"num_examples is {num_examples}; the weight of an update must be a whole number above zero",
@@ -80,19 +120,27 @@ def check_weight(num_examples: float, where: str) -> None:
 
 
 def refuse(bad: Sequence[str], where: str) -> None:
-    """UpdateRefusedError naming these tensors, if there are any."""
+    """Raise UpdateRefusedError for tensors that are not finite; do nothing for an empty list.
+
+    Args:
+        bad: Names of tensors with NaN or infinite values.
+        where: Location for the error message.
+
+    Raises:
+        UpdateRefusedError: If `bad` is not empty; the message names the first five.
+    """
     if bad:
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise UpdateRefusedError(
-            f"NaN or infinite values in {shown}",
+            f"NaN or infinite values in {names}",
             where=where,
-            fix="lower the learning rate or clip gradients; keep tensors that are infinite on purpose at the site "
-            "with keep_local",
+            fix="lower the learning rate or clip gradients; if a tensor is infinite on purpose, exclude it from the "
+            "exchange with keep_local",
         )
 
 
 def is_finite(array: Array) -> bool:
-    """Whether no element is NaN or infinite."""
+    """Whether an array holds no NaN and no infinite value; always true for integers and booleans."""
     if not is_floating(array.dtype) or array.size == 0:
         return True
     if array.dtype.kind == "c":
@@ -102,7 +150,7 @@ def is_finite(array: Array) -> bool:
         block = flat[start : start + _BLOCK]
         if block.dtype.kind == "V" or block.dtype.itemsize < 4:
             block = block.astype(np.float32)
-        # min and max carry NaN and infinities along, and need no array of booleans
+        # min and max propagate NaN and infinities, and need no temporary array of booleans
         if not (np.isfinite(block.max()) and np.isfinite(block.min())):
             return False
     return True

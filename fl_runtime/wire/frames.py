@@ -1,8 +1,13 @@
-"""Raw frames: cutting a payload into messages, and putting it together again.
+"""Payload frames: cutting a payload into messages, and assembling it at the receiver.
 
-A frame on the wire is the protobuf encoding of a message whose single field is `bytes data = 15`: the tag byte
-0x7a, the length as a varint, the bytes. Writing that by hand costs one copy (the one that gRPC forces, since it
-takes neither memoryview nor bytearray) where a protobuf object would cost three.
+Frame format, the protobuf encoding of a message whose only field is `bytes data = 15`:
+
+    0x7a      tag: field 15, length-delimited
+    varint    number of data bytes
+    bytes     the data: a slice of the payload (see wire/manifest.py)
+
+Frames are written and parsed by hand. That costs one copy, which gRPC forces because it accepts neither memoryview nor
+bytearray. A protobuf object would cost three.
 """
 
 from __future__ import annotations
@@ -22,33 +27,53 @@ from fl_runtime.wire.manifest import Manifest, TensorSpec
 FRAME_BYTES = 2 * 2**20
 _SHORTEST_FRAME_BYTES = 2**16
 _FRAMES_BYTES = 2 * FRAME_BYTES
-_CHECKED_BYTES = 2**19  # of what arrives: with the copy of it, half of a core's cache
+_CHECKED_BYTES = 2**19  # with its copy, half of the cache of a typical core
 INLINE_BYTES = 2**20
-"""Payloads up to this size travel inside their header: one message each way is what makes small rounds quick."""
+"""Largest payload that travels inside its header: small rounds then need one message each way."""
 _TAG = 0x7A
 
 
 def frame_bytes(sites: int) -> int:
-    """How long frames are where so many sites exchange with one server: it holds one of each, so the more there are,
-    the shorter they get, down to where calls would cost more than copies."""
+    """Return the frame size in bytes for a number of sites.
+
+    The server holds one frame of every site, so frames become shorter as sites become more. Below 64 KiB the cost of
+    the calls would exceed that of the copies.
+
+    Args:
+        sites: Number of sites that exchange with one server.
+
+    Returns:
+        Data bytes per frame, between 64 KiB and 2 MiB.
+    """
     return min(max(_FRAMES_BYTES // max(sites, 1), _SHORTEST_FRAME_BYTES), FRAME_BYTES)
 
 
 def frame(pieces: Sequence[memoryview]) -> bytes:
-    """One frame holding the pieces back to back."""
+    """Make one frame of pieces of bytes, back to back."""
     return b"".join((bytes([_TAG]), _varint(sum(len(p) for p in pieces)), *pieces))
 
 
 def is_frame(message: bytes) -> bool:
+    """Whether a message is a frame, judged by its first byte."""
     return bool(message) and message[0] == _TAG
 
 
 def frame_data(message: bytes) -> memoryview:
-    """The bytes of a frame, without a copy; valid as long as `message`."""
+    """Return the data of a frame without copying it.
+
+    Args:
+        message: A frame, see `is_frame`.
+
+    Returns:
+        A view of `message`.
+
+    Raises:
+        ProtocolError: If the length does not match the message.
+    """
     length, shift, at = 0, 0, 1
     while True:
         if at >= len(message) or shift > 35:
-            raise ProtocolError("a frame ends within its length")
+            raise ProtocolError("a frame ends before its length field does")
         byte = message[at]
         at += 1
         length |= (byte & 0x7F) << shift
@@ -61,8 +86,16 @@ def frame_data(message: bytes) -> memoryview:
 
 
 def frames(pieces: Sequence[memoryview], start: int = 0, most: int = FRAME_BYTES) -> Iterator[bytes]:
-    """Cut flat pieces of bytes, taken back to back, into frames of at most `most` bytes, from byte `start` on. Small
-    tensors share a frame."""
+    """Cut a payload into frames; small tensors share a frame.
+
+    Args:
+        pieces: Flat views of bytes (format "B") that make up the payload, see `Manifest.pieces`.
+        start: Offset of the first byte to send, when a transfer resumes.
+        most: Largest number of data bytes in a frame.
+
+    Yields:
+        Frames in payload order.
+    """
     batch: list[memoryview] = []
     room = most
     for piece in pieces:
@@ -82,7 +115,16 @@ def frames(pieces: Sequence[memoryview], start: int = 0, most: int = FRAME_BYTES
 
 
 def describe(manifest: Manifest, digests: bytes, *, known: bool) -> pb.Payload:
-    """The header of a payload; `known`: the receiver has seen this layout, so names need not travel again."""
+    """Make the header of a payload.
+
+    Args:
+        manifest: The tensors of the payload.
+        digests: xxh3-64 of every tensor, see `Manifest.digests`.
+        known: Whether the receiver has this layout already. The manifest is then left out.
+
+    Returns:
+        The protobuf message, without the payload itself.
+    """
     return pb.Payload(
         layout=manifest.layout,
         manifest=None if known else manifest.to_proto(),
@@ -92,11 +134,18 @@ def describe(manifest: Manifest, digests: bytes, *, known: bool) -> pb.Payload:
 
 
 def inlined(part: pb.UpdatePart | pb.TaskPart, pieces: Sequence[memoryview]) -> bytes:
-    """The message of a header that brings its payload, of at most INLINE_BYTES, along.
+    """Serialize a header together with its payload.
 
-    The bytes are written behind the rest, as the same fields once more, which a parser joins (protobuf's encoding,
-    "Last One Wins"). That costs one copy; set in an object and serialized, 1 MiB takes several, into memory that is
-    fresh each time: 3 ms.
+    The payload is appended by writing the same fields a second time, which a protobuf parser merges (protobuf's
+    encoding guide, "Last One Wins"). That costs one copy. Setting the field and serializing the object copies 1 MiB
+    several times into fresh memory, which takes 3 ms.
+
+    Args:
+        part: Header of a task or an update whose payload has no `inline` bytes yet.
+        pieces: The payload, of at most `INLINE_BYTES` bytes in total.
+
+    Returns:
+        The serialized message.
     """
     header = pb.UpdateHeader if isinstance(part, pb.UpdatePart) else pb.TaskHeader
     prefix, length = b"", sum(len(piece) for piece in pieces)
@@ -107,11 +156,23 @@ def inlined(part: pb.UpdatePart | pb.TaskPart, pieces: Sequence[memoryview]) -> 
 
 
 class Receiver:
-    """Fills a uint8 buffer of `manifest.nbytes` bytes from frames, and checks every tensor as soon as it is whole.
+    """Fills a buffer from the data of frames and verifies each tensor's digest as soon as it is complete.
 
-    The buffer belongs to the caller. `arrived`: where a transfer that broke off goes on; behind the last tensor that
-    was whole and right where one was damaged. finite: whether to look for NaN and infinite values too. Both happen
-    piece by piece, while the bytes are in the processor's cache and more of them are on their way.
+    Digests and finite values are checked piece by piece, while the bytes are in the processor's cache.
+
+    Args:
+        manifest: The tensors that the payload holds.
+        digests: xxh3-64 of every tensor, in manifest order.
+        buffer: uint8, `manifest.nbytes` long. It belongs to the caller, who must keep it until `finish` has returned.
+        finite: Whether to look for NaN and infinite values as well.
+
+    Attributes:
+        manifest: The tensors that the payload holds.
+        arrived: Offset at which an interrupted transfer continues. After a damaged tensor, the start of that tensor.
+        not_finite: Names of the tensors with NaN or infinite values; complete when `finish` has returned.
+
+    Raises:
+        ProtocolError: If the digests do not match the number of tensors.
     """
 
     def __init__(self, manifest: Manifest, digests: bytes, buffer: Array, *, finite: bool = False) -> None:
@@ -119,13 +180,21 @@ class Receiver:
             raise ProtocolError(f"{len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
         self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, 0
         self._finite = finite
-        self._at, self._seen = 0, 0  # tensors in payload order, and bytes, that have been checked
+        self._at, self._seen = 0, 0  # number of tensors (in payload order) and of bytes checked so far
         self._digest, self._compares = xxhash.xxh3_64(), True
         self.not_finite: list[str] = []
-        """Names of tensors with a NaN or infinite value; complete when finish() has returned."""
 
     def take(self, data: bytes | memoryview) -> None:
-        """The next bytes. TransferDamagedError if a tensor that they complete is not what was sent."""
+        """Copy the next bytes of the payload into the buffer and check them.
+
+        Args:
+            data: The data of a frame; not used after the call.
+
+        Raises:
+            ProtocolError: If there are more bytes than the manifest announces.
+            TransferDamagedError: If a tensor completed by these bytes has a wrong digest. `arrived` then points to
+                its start.
+        """
         end = self.arrived + len(data)
         if end > self.manifest.nbytes:
             raise ProtocolError(f"more bytes than the manifest announces ({end} > {self.manifest.nbytes})")
@@ -137,22 +206,34 @@ class Receiver:
             self._check()
 
     def filled(self, *, finite: bool = False) -> None:
-        """What was missing has been put into the buffer within this machine, where nothing damages it on the way.
-        finite: by a site that has looked for NaN and infinite values itself."""
+        """Mark the buffer as complete after the sender wrote the rest into it through a shared file.
+
+        Digests are not compared, because no network lies between the two processes.
+
+        Args:
+            finite: Whether the sender has checked for NaN and infinite values itself.
+        """
         self._compares, self._finite = False, self._finite and not finite
         self.arrived = self.manifest.nbytes
         self._check()
 
     def finish(self) -> tuple[Arrays, Arrays]:
-        """(arrays, extras), views of the buffer; ProtocolError if bytes are missing, TransferDamagedError if a
-        digest is wrong."""
+        """Complete the transfer.
+
+        Returns:
+            (arrays, extras): views of the buffer.
+
+        Raises:
+            ProtocolError: If bytes are missing.
+            TransferDamagedError: If a digest is wrong.
+        """
         if self.arrived != self.manifest.nbytes:
             raise ProtocolError(f"a transfer ended after {self.arrived} of {self.manifest.nbytes} bytes")
         self._check()
         return self.manifest.views(self._buffer)
 
     def _check(self) -> None:
-        """Everything between what has been checked and what has arrived."""
+        """Check the bytes that arrived since the last check."""
         order = self.manifest.payload_order
         while self._at < len(order):
             index = order[self._at]
@@ -170,11 +251,11 @@ class Receiver:
             if not right:
                 self.arrived = self._seen = start
                 self.not_finite = [name for name in self.not_finite if name != spec.name]
-                raise TransferDamagedError(f"a tensor was damaged on the way: {spec.name}")
+                raise TransferDamagedError(f"a tensor was damaged in transfer: {spec.name}")
             self._at += 1
 
     def _check_finite(self, spec: TensorSpec, seen: int, data: Array) -> None:
-        """The whole elements of a tensor's first bytes, but for those that its first `seen` bytes held."""
+        """Check the complete elements in a tensor's first bytes; those within the first `seen` bytes are skipped."""
         dtype = dtype_of(spec.dtype)
         whole = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
         if not is_finite(whole[seen // dtype.itemsize :]) and spec.name not in self.not_finite[-1:]:
@@ -182,12 +263,27 @@ class Receiver:
 
 
 def payload_digest(payload: pb.Payload) -> bytes:
-    """16 bytes that identify layout and contents: what makes resending idempotent."""
+    """Return the identifier of a payload's layout and contents, so that resending is idempotent.
+
+    Args:
+        payload: Header of the payload.
+
+    Returns:
+        xxh3-128 of the layout and the tensor digests, 16 bytes.
+    """
     return _identity(payload.layout, payload.digests)
 
 
 def digest_of(manifest: Manifest, digests: bytes) -> bytes:
-    """The same, of tensors that lie here."""
+    """Return the identifier that `payload_digest` gives, for tensors in memory.
+
+    Args:
+        manifest: The tensors of the payload.
+        digests: xxh3-64 of every tensor, in manifest order.
+
+    Returns:
+        xxh3-128 of the layout and the tensor digests, 16 bytes.
+    """
     return _identity(manifest.layout, digests)
 
 

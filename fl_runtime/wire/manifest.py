@@ -1,7 +1,11 @@
-"""What tensors there are: names, dtypes, shapes, and where each lies in the payload.
+"""The manifest: names, dtypes and shapes of the tensors in a payload, and the offset of each.
 
-The payload is all tensors back to back, little endian, the largest item size first and otherwise in the given
-order: so every tensor is aligned, there are no gaps, and a payload behind a header is a valid safetensors file.
+Payload format: the bytes of all tensors back to back, without gaps.
+
+* Each tensor is C-contiguous and little endian.
+* Tensors are ordered by item size, largest first. Tensors of one item size keep the order of the manifest.
+  So every tensor begins at a multiple of its item size.
+* A safetensors header followed by a payload is a valid safetensors file (see store/tensorfile.py).
 """
 
 from __future__ import annotations
@@ -31,7 +35,14 @@ MAX_TENSOR_BYTES = 2**46
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: canonical dtype name, shape, and whether it is an extra (travels beside the weights)."""
+    """Name, dtype and shape of one tensor.
+
+    Attributes:
+        name: Tensor name, unique among the weights and among the extras.
+        dtype: Canonical dtype name, a key of `fl_runtime.wire.dtypes.DTYPES`.
+        shape: Length of each dimension.
+        extra: Whether it travels beside the weights (optimizer moments, control variates).
+    """
 
     name: str
     dtype: str
@@ -40,6 +51,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
     def __str__(self) -> str:
@@ -48,18 +60,44 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An ordered list of tensors. Two manifests with the same `layout` describe the same payload."""
+    """An ordered list of tensor specifications; manifests with equal `layout` describe the same payload format.
+
+    Attributes:
+        tensors: The specifications, weights first.
+    """
 
     tensors: tuple[TensorSpec, ...]
 
     @classmethod
     def of(cls, arrays: Arrays, extras: Arrays | None = None) -> Manifest:
-        """The manifest of host arrays; ConfigError for a dtype that cannot travel."""
+        """Make the manifest of host arrays.
+
+        Args:
+            arrays: The weights, in the order in which they shall travel.
+            extras: The arrays that travel beside them.
+
+        Returns:
+            A manifest in the same order, weights first.
+
+        Raises:
+            ConfigError: If a dtype cannot be sent.
+        """
         return cls((*_specs(arrays, extra=False), *_specs(extras or {}, extra=True)))
 
     @classmethod
     def from_proto(cls, message: pb.Manifest) -> Manifest:
-        """Checks everything a hostile peer could send; ProtocolError names the offending entry."""
+        """Read a manifest from its protobuf message, which may come from a hostile peer.
+
+        Args:
+            message: The message as received.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ProtocolError: If a limit is exceeded, a name is unusable or given twice, or a dtype is unknown. The
+                message names the tensor.
+        """
         if len(message.tensors) > MAX_TENSORS:
             raise ProtocolError(f"a manifest of {len(message.tensors)} tensors; the limit is {MAX_TENSORS}")
         specs = tuple(_checked(t) for t in message.tensors)
@@ -68,13 +106,14 @@ class Manifest:
         return cls(specs)
 
     def to_proto(self) -> pb.Manifest:
+        """Return the protobuf message of this manifest."""
         return pb.Manifest(
             tensors=[pb.Tensor(name=t.name, dtype=t.dtype, shape=t.shape, extra=t.extra) for t in self.tensors]
         )
 
     @cached_property
     def layout(self) -> bytes:
-        """16 bytes that identify names, dtypes, shapes and their order."""
+        """Identifier of the names, dtypes, shapes and their order: xxh3-128, 16 bytes."""
         digest = xxhash.xxh3_128()
         for t in self.tensors:
             digest.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.extra}\n".encode())
@@ -82,7 +121,7 @@ class Manifest:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each tensor begins in the payload, in manifest order."""
+        """Byte offset of each tensor in the payload, in manifest order."""
         starts, at = [0] * len(self.tensors), 0
         for index in self.payload_order:
             starts[index] = at
@@ -91,15 +130,24 @@ class Manifest:
 
     @cached_property
     def payload_order(self) -> tuple[int, ...]:
+        """Indices of `tensors` in the order in which their bytes stand in the payload."""
         sizes = [dtype_of(t.dtype).itemsize for t in self.tensors]
         return tuple(sorted(range(len(sizes)), key=lambda i: -sizes[i]))
 
     @cached_property
     def nbytes(self) -> int:
+        """Size of the whole payload in bytes."""
         return sum(t.nbytes for t in self.tensors)
 
     def views(self, buffer: Array) -> tuple[Arrays, Arrays]:
-        """(arrays, extras) as views of a uint8 buffer of `nbytes` bytes; they live as long as the buffer."""
+        """Return the tensors of a payload without copying them.
+
+        Args:
+            buffer: The payload, uint8, `nbytes` long.
+
+        Returns:
+            (arrays, extras): views of the buffer, writable if it is.
+        """
         arrays: dict[str, Array] = {}
         extras: dict[str, Array] = {}
         for spec, start in zip(self.tensors, self.offsets, strict=True):
@@ -108,18 +156,36 @@ class Manifest:
         return arrays, extras
 
     def pieces(self, arrays: Arrays, extras: Arrays) -> list[memoryview]:
-        """The tensors as flat views of bytes, in payload order; copies only what is not contiguous little endian."""
+        """Return the bytes of the tensors in payload order.
+
+        Args:
+            arrays: The weights named in this manifest.
+            extras: The extras named in this manifest.
+
+        Returns:
+            One flat view (format "B") per tensor. Only arrays that are not contiguous or not little endian are copied.
+        """
         return [self._bytes_of(self.tensors[i], arrays, extras) for i in self.payload_order]
 
     def digests(self, arrays: Arrays, extras: Arrays, inspected: Inspected | None = None) -> bytes:
-        """xxh3-64 of every tensor's bytes, 8 bytes each, in manifest order. inspected: knows some of them already."""
-        found = []
+        """Compute the digest of every tensor.
+
+        Args:
+            arrays: The weights named in this manifest.
+            extras: The extras named in this manifest.
+            inspected: Digests that are known already; they are not computed again.
+
+        Returns:
+            xxh3-64 of each tensor's bytes, 8 bytes each, in manifest order.
+        """
+        digests = []
         for t in self.tensors:
             known = inspected and inspected.digest((extras if t.extra else arrays)[t.name], t.name, extra=t.extra)
-            found.append(known or xxhash.xxh3_64_digest(self._bytes_of(t, arrays, extras)))
-        return b"".join(found)
+            digests.append(known or xxhash.xxh3_64_digest(self._bytes_of(t, arrays, extras)))
+        return b"".join(digests)
 
     def digests_of_payload(self, buffer: Array) -> bytes:
+        """Compute the same digests from a payload: a uint8 buffer of `nbytes` bytes."""
         return b"".join(
             xxhash.xxh3_64_digest(buffer[start : start + spec.nbytes].data)
             for spec, start in zip(self.tensors, self.offsets, strict=True)
@@ -133,9 +199,15 @@ class Manifest:
 
 
 def differences(ours: Manifest, theirs: Manifest, shape_of: ShapeOf | None = None) -> list[str]:
-    """One line per weight tensor that differs; empty when the weights agree. Extras do not count.
+    """Compare the weights of two manifests; extras are ignored.
 
-    shape_of(name, shape): the part of a shape that counts; None: all of it.
+    Args:
+        ours: The manifest on the left of each line.
+        theirs: The manifest on the right of each line.
+        shape_of: Maps (name, shape) to the part of the shape that must agree. None compares whole shapes.
+
+    Returns:
+        One line per tensor that differs or is missing on one side; empty if the weights agree.
     """
     a = {t.name: t for t in ours.tensors if not t.extra}
     b = {t.name: t for t in theirs.tensors if not t.extra}
@@ -159,13 +231,15 @@ def _specs(arrays: Mapping[str, Array], *, extra: bool) -> Iterable[TensorSpec]:
 
 def _checked(tensor: pb.Tensor) -> TensorSpec:
     name, shape = tensor.name, tuple(tensor.shape)
-    shown = name[:60]
+    label = name[:60]
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-        raise ProtocolError(f"tensor name {shown!r} is empty, longer than {MAX_NAME_CHARS} or not printable")
+        raise ProtocolError(
+            f"tensor name {label!r} is empty, has more than {MAX_NAME_CHARS} characters, or is not printable"
+        )
     if len(shape) > MAX_DIMENSIONS:
-        raise ProtocolError(f"tensor {shown!r} has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
+        raise ProtocolError(f"tensor {label!r} has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
     spec = TensorSpec(name, tensor.dtype, shape, tensor.extra)
-    sides = math.prod(max(side, 1) for side in shape)  # NumPy bounds these too, whether or not another side is zero
+    sides = math.prod(max(side, 1) for side in shape)  # NumPy limits the other sides even if one of them is zero
     if sides * dtype_of(spec.dtype).itemsize > MAX_TENSOR_BYTES:
-        raise ProtocolError(f"tensor {shown!r} of shape {list(shape)} is larger than {MAX_TENSOR_BYTES} bytes")
+        raise ProtocolError(f"tensor {label!r} of shape {list(shape)} is larger than {MAX_TENSOR_BYTES} bytes")
     return spec

@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_is_resumed(bench: Bench, until: Callable[[Callabl
     log = bench.folder / "runs" / "study" / "sites" / "site-2" / "log.txt"
     until(lambda: log.exists() and "in round 3" in log.read_text(), "round 3")
     twice = bench.run("job", "resume", "runs/study")
-    assert "another server has this run" in twice.stderr
+    assert "another server is running this job" in twice.stderr
     process.send_signal(signal.SIGKILL)
     process.wait()
     (bench.folder / "hang").unlink()
