@@ -56,7 +56,7 @@ _KEPT = "CREATE TABLE IF NOT EXISTS kept (version INTEGER PRIMARY KEY, blob TEXT
 _DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(RunSettings) if f.default is not MISSING}))
 """Values of the settings that journals of earlier versions lack."""
 
-RESTORE = "restore the file from a backup, or start the job again under another name"
+RESTORE = "restore the file from a copy, or start the job again under another name"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Journal:
             raise StoreError(
                 f"the journal has schema version {found}; this version of fl-adapters reads {SCHEMA_VERSION}",
                 where=str(path),
-                fix="continue the run with the version of fl-adapters that started it, or upgrade",
+                fix="continue the run with the version that started it, or upgrade fl-adapters",
             )
 
     def begin(self, settings: RunSettings) -> None:
