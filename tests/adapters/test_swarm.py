@@ -371,7 +371,7 @@ def test_the_server_takes_no_update_and_no_strangers_mean() -> None:
         assert session is not None
         session.register({"w": np.zeros(3)}, agreement={}, rounds=None, evaluates=False)
         task = session.start(lambda: {"w": np.zeros(3)})
-        update = session._update(task, {"w": np.ones(3)}, 1, 0, {}, {})
+        update = session._update(task, {"w": np.ones(3)}, LocalResult(1, 0, {}), {})
         for stage in ("", "swarm-1-0123456789abcdef"):
             try:
                 refused.append(session._client.submit(replace(update, stage=stage)))
