@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fl_adapters.cli import federation_app, job_app
+from fl_adapters.cli import job_app
+from fl_adapters.cli.federation import app as federation_app
 from fl_adapters.cli.script_command import ScriptCommand
 from fl_runtime.version import VERSION
 
@@ -97,7 +98,7 @@ def simulate(
         "optimizer_state": optimizer_state,
         "name": name,
     }
-    wanted = command.Wanted(
+    wanted = command.SimulateOptions(
         app=script,
         job_file=job,
         settings={field: value for field, value in settings.items() if value is not None},

@@ -6,7 +6,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from fl_adapters.cli.output import reported, show_error
+from fl_adapters.cli.output import report_errors, show_error
 from fl_runtime.errors import ConfigError
 
 _ADAPTER = "fl_adapters.monai"
@@ -15,7 +15,7 @@ _ADAPTER = "fl_adapters.monai"
 def run(arguments: Sequence[str]) -> int:
     """Run the adapter's own command in this process. Exit status 1 where MONAI is not installed."""
     sys.argv = ["fl-adapters bundle", *arguments]
-    with reported(False):
+    with report_errors(False):
         try:
             runpy.run_module(_ADAPTER, run_name="__main__", alter_sys=True)
         except ImportError as error:

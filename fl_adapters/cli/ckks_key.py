@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters import at_point
@@ -14,7 +14,7 @@ from fl_runtime.filters.ckks_key import make_key
 
 def run(file: Path, job: Path | None, as_json: bool) -> int:
     """Exit status 0 if the key was made."""
-    with reported(as_json):
+    with report_errors(as_json):
         fingerprint = make_key(file, _settings(job))
         if as_json:
             show_json({"file": str(file), "fingerprint": fingerprint})

@@ -28,7 +28,7 @@ def console_for(as_json: bool) -> Console:
 
 
 @contextmanager
-def reported(as_json: bool) -> Iterator[None]:
+def report_errors(as_json: bool) -> Iterator[None]:
     """Turns our errors and Ctrl-C into a message on stderr, with `as_json` also a JSON object, and an exit status."""
     try:
         yield

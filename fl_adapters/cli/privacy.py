@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_adapters.cli.output import console_for, reported, show_json
+from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.ledger import LEDGER_FILE, Entry, Ledger, epsilon
@@ -21,7 +21,7 @@ _SHOWN = 20
 
 def run(folder: Path | None, delta: float, as_json: bool) -> int:
     """Exit status 0 also for an empty ledger."""
-    with reported(as_json):
+    with report_errors(as_json):
         if not 0 < delta < 1:
             raise ConfigError(f"delta is {delta:g}", where="--delta", fix="give a number between 0 and 1, such as 1e-5")
         found = [_ledger(path, delta) for path in _paths(_folder(folder))]

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from rich.console import Console
 
 from fl_adapters.cli.live import live_table, rounds_table
-from fl_adapters.cli.output import console_for, reported, show_json
+from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
     from fl_adapters.environments.local import SimulationResult
-    from fl_adapters.environments.virtual.run import Engine
+    from fl_adapters.environments.virtual.simulation import Engine
     from fl_adapters.job import Job
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SimulateOptions:
     """The command line. settings: fields of the job that were given as options, as they were typed."""
 
     app: str
@@ -40,11 +40,11 @@ class Wanted:
     workers: int | None = None
 
 
-def run(wanted: Wanted, as_json: bool) -> int:
+def run(wanted: SimulateOptions, as_json: bool) -> int:
     """Exit status 0: every round finished. Human output goes to stderr where stdout is for JSON."""
     console = console_for(as_json)
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
-    with reported(as_json), _sigterm_as_ctrl_c():
+    with report_errors(as_json), _sigterm_as_ctrl_c():
         job = _job(wanted)
         result = _simulated(wanted, job, console)
         if as_json:
@@ -58,7 +58,7 @@ def resume(folder: Path, as_json: bool) -> int:
     """Exit status 0: every round finished."""
     console = console_for(as_json)
     console.print("fl-adapters job resume: starting", style="dim")
-    with reported(as_json), _sigterm_as_ctrl_c():
+    with report_errors(as_json), _sigterm_as_ctrl_c():
         from fl_adapters.environments.simulation import Simulation
 
         with _listening(console) as listener:
@@ -94,7 +94,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _job(wanted: Wanted) -> Job:
+def _job(wanted: SimulateOptions) -> Job:
     from fl_adapters.job import Job
 
     given = dict(wanted.settings)
@@ -116,7 +116,7 @@ def _sites(text: str) -> int | tuple[str, ...]:
     return int(text) if text.lstrip("-").isdigit() else tuple(name.strip() for name in text.split(","))
 
 
-def _simulated(wanted: Wanted, job: Job, console: Console) -> SimulationResult:
+def _simulated(wanted: SimulateOptions, job: Job, console: Console) -> SimulationResult:
     from fl_adapters.environments.simulation import Simulation
 
     with _listening(console) as listener:

@@ -1,1 +1,1 @@
-"""Where a job runs. `fl_adapters.Simulation` is here; each environment is imported when it is used."""
+"""Environments that a job runs in: `Simulation`, `ProofOfConcept`, `Production`. Each is imported on first use."""

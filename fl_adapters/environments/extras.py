@@ -1,4 +1,4 @@
-"""Telling people who lack the extra [trust] how to get it."""
+"""The error for a missing extra `[trust]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fl_runtime.errors import ConfigError
 
 @contextmanager
 def needs_cryptography() -> Iterator[None]:
-    """Turns a missing `cryptography` within its block into a ConfigError that says what to install."""
+    """Turn a missing `cryptography` in this block into a ConfigError that says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The matrix of a cross-site evaluation as a picture. Needs matplotlib, which nothing else of ours does."""
+"""Picture of the cross-site evaluation matrix. Drawn only if matplotlib, an optional package, is installed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 
 def draw(folder: Path) -> Path | None:
-    """Draw folder/cross_site.json as cross_site.png, a panel per metric: whose model (rows) on whose data (columns).
+    """Draw `cross_site.json` as `cross_site.png`: a panel per metric, a row per model, a column per site's data.
 
-    None where there is no such file, or no matplotlib.
+    Args:
+        folder: Folder of the run. The picture is written beside the JSON file.
+
+    Returns:
+        Path of the picture, or None without a `cross_site.json` or without matplotlib.
     """
     source = folder / "cross_site.json"
-    if not source.exists():  # most runs: they should not wait for an import
+    if not source.exists():  # checked first: most runs have none and should not wait for the import of matplotlib
         return None
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""What environments on this machine share: a run's folder, its site processes, its end and its result."""
+"""Parts that all environments on this machine share: the run's folder, its site processes and its result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from fl_adapters.environments import heatmap
-from fl_adapters.environments.outcome import SiteExit, verdict
+from fl_adapters.environments.listeners import RunTracker
+from fl_adapters.environments.outcome import SiteExit, run_error
 from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
-from fl_adapters.environments.watch import Watch
 from fl_adapters.job import Job, site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult
@@ -24,26 +24,40 @@ from fl_runtime.server.records.results import RunResult
 from fl_runtime.types import Event, Listener, RunSettings
 
 _POLL_S = 0.02
-_MOST_RESTARTS = 3  # of a site in one round: whatever kills it comes again
+_MOST_RESTARTS = 3  # per site and round: whatever kills a site three times will kill it again
 _STOP_GRACE_S = 5.0  # between asking a site process to end and killing it
-_FAILED_GRACE_S = 10.0  # for the other sites to hear that the run has failed and to say so in their logs
+_FAILED_GRACE_S = 10.0  # lets the other sites hear of the failure and write it to their logs
 
 
 class JobServer(Protocol):
-    """A job's server, in this process or in another. See fl_runtime.server.Server."""
+    """Server of a job, in this process (`fl_runtime.server.Server`) or in another (`RemoteJob`)."""
 
-    def site_left(self, name: str, reason: str) -> None: ...
-    def abort(self, reason: str) -> None: ...
-    def wait(self, timeout_s: float | None = None) -> bool: ...
-    def result(self) -> RunResult: ...
-    def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None: ...
+    def site_left(self, name: str, reason: str) -> None:
+        """Record that a site is gone, unless it has already left by itself."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """End the run early."""
+        ...
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end of the run; False if it has not ended within `timeout_s` seconds."""
+        ...
+
+    def result(self) -> RunResult:
+        """Rounds, bytes and error so far."""
+        ...
+
+    def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
+        """Write a global model into `folder`; None if there is no such model."""
+        ...
 
 
 DEFAULT_SITES = 3
 
 
 def script_command(job: Job, args: Sequence[str], *, module: bool) -> list[str]:
-    """The command that runs a job's app, once per site. ConfigError if there is no such script."""
+    """The command that runs a job's app at every site. Raises ConfigError if the script does not exist."""
     if module:
         return [sys.executable, "-m", job.app, *args]
     if not Path(job.app).exists():
@@ -53,28 +67,45 @@ def script_command(job: Job, args: Sequence[str], *, module: bool) -> list[str]:
     return [sys.executable, job.app, *args]
 
 
-def sites_of(job: Job, wanted: int | Sequence[str] | None) -> tuple[str, ...]:
-    """The names of the sites: the environment's, else the job's, else 3. ConfigError where both say, and differ."""
-    found = wanted if wanted is not None else job.sites
-    sites = site_names(DEFAULT_SITES if found is None else found)
+def select_sites(job: Job, requested: int | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the sites: those of the environment, else those of the job, else three.
+
+    Args:
+        job: The job. The file of its initial model, if it names one, must exist.
+        requested: The environment's sites, as a number or as names; None leaves the choice to the job.
+
+    Raises:
+        ConfigError: Job and environment name different sites, or the initial model's file is missing.
+    """
+    chosen = requested if requested is not None else job.sites
+    sites = site_names(DEFAULT_SITES if chosen is None else chosen)
     if job.sites is not None and site_names(job.sites) != sites:
         raise ConfigError(
-            f"the job is for sites {job.sites!r}, the environment for {wanted!r}",
+            f"the job names sites {job.sites!r}, the environment {requested!r}",
             where="sites",
-            fix="leave one of the two out",
+            fix="give sites in one of the two only",
         )
     if job.initial is not None and not Path(job.initial).is_file():
-        raise ConfigError(f"there is no file {job.initial}", where="initial", fix="check the path")
+        raise ConfigError(f"there is no file {job.initial}", where="initial", fix="check the path of the initial model")
     return sites
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What a run on this machine gives back when it has finished.
+    """Result of a finished run on this machine.
 
-    folder: `runs/<job>`. wall_s: from the call of `run` to the end of the last site's process; startup_s: to the
-    start of round 1. bytes_up, bytes_down: of all sites and rounds, counted by the transport, up is site to server.
-    model, best: folders with the final and the best round's model; None if there is none.
+    Attributes:
+        job: Name of the job, which is also the name of its folder.
+        folder: The run's folder, `runs/<job>`.
+        sites: Names of the sites, in order.
+        rounds: One `RoundResult` per round, in order: metrics, sites, bytes and seconds.
+        best_round: Number of the round with the best score, or None if no site reported the score to compare.
+        wall_s: Seconds from the call of `run` to the end of the last site's process.
+        startup_s: Seconds from the call of `run` to the start of round 1.
+        bytes_up: Bytes from sites to the server over all rounds, as counted by the transport.
+        bytes_down: Bytes from the server to sites over all rounds, as counted by the transport.
+        model: Folder with the final global model, or None if there is none.
+        best: Folder with the model of `best_round`, or None if there is none.
     """
 
     job: str
@@ -92,18 +123,27 @@ class SimulationResult:
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A run's settings and folder, and who hears of it."""
+    """A run on this machine: its settings, its folder, and the listeners of its events.
+
+    Attributes:
+        settings: Settings of the run.
+        folder: The run's folder, `runs/<job>`.
+        tracker: Listener that the environment itself asks for the state of the sites.
+        tell: Listener that passes an event on to all others, `tracker` included.
+    """
 
     settings: RunSettings
     folder: Path
-    watch: Watch
+    tracker: RunTracker
     tell: Listener
 
     def log(self, site: str) -> Path:
+        """File for the output of a site's process."""
         return self.folder / "sites" / site / "log.txt"
 
 
-def starting(run: LocalRun, command: Sequence[str]) -> Event:
+def starting_event(run: LocalRun, command: Sequence[str]) -> Event:
+    """The event that opens a run: what is run, where, and by whom."""
     shown = shlex.join(["python", *command[1:]])
     data = {"job": run.settings.name, "folder": str(run.folder), "sites": run.settings.sites, "command": shown}
     return Event("starting", time.time(), data=data)
@@ -111,7 +151,7 @@ def starting(run: LocalRun, command: Sequence[str]) -> Event:
 
 @contextmanager
 def site_processes(server: JobServer, run: LocalRun) -> Iterator[SiteProcesses]:
-    """The site processes; none is left when this is over. Ctrl-C asks them to end, a second one kills them."""
+    """Site processes for the length of this block; none survives it. Ctrl-C asks them to end, a second one kills them."""
     processes = SiteProcesses()
     try:
         yield processes
@@ -125,9 +165,12 @@ def site_processes(server: JobServer, run: LocalRun) -> Iterator[SiteProcesses]:
 
 
 def follow(server: JobServer, processes: SiteProcesses, run: LocalRun) -> list[SiteExit]:
-    """Wait until every site's process has ended; tell the server of those that ended before their work was done.
+    """Wait until every site's process has ended, and tell the server of sites that ended too early.
 
-    With `exact_restart` a process that was killed is started again.
+    With `exact_restart`, a process that was killed is started again.
+
+    Returns:
+        The end of each site's process, in the order in which they ended.
     """
     exits: list[SiteExit] = []
     restarts: Counter[tuple[str, str]] = Counter()
@@ -135,7 +178,7 @@ def follow(server: JobServer, processes: SiteProcesses, run: LocalRun) -> list[S
     while processes.running:
         over = server.wait(_POLL_S)
         for site, status in processes.ended():
-            stage = run.watch.stage(site)
+            stage = run.tracker.progress_of(site)
             if run.settings.exact_restart and status < 0 and not over and restarts[site, stage] < _MOST_RESTARTS:
                 restarts[site, stage] += 1
                 processes.start_again(site)
@@ -154,39 +197,48 @@ def follow(server: JobServer, processes: SiteProcesses, run: LocalRun) -> list[S
 
 
 def _exited(server: JobServer, run: LocalRun, site: str, status: int, *, goes_on: bool) -> SiteExit:
-    server.site_left(site, f"its process ended: {describe_status(status)}")  # nothing new if it has left itself
-    clean = not run.watch.left_early(site) and status == 0
+    server.site_left(site, f"its process ended: {describe_status(status)}")  # no effect if the site has left by itself
+    clean = not run.tracker.left_early(site) and status == 0
     log = run.log(site)
-    found = SiteExit(
+    ended = SiteExit(
         site=site,
         status=status,
-        joined=site in run.watch.joined,
+        joined=site in run.tracker.joined,
         clean=clean,
-        first=site == run.watch.first_out,
-        when=run.watch.stage(site),
+        first=site == run.tracker.first_dropout,
+        when=run.tracker.progress_of(site),
         log=log,
         tail=() if clean else tuple(tail(log)),
     )
-    # where the run ends because of it, the error shows the log; where it goes on, nobody else would
-    shown = list(found.tail) if goes_on else []
-    data = {"clean": clean, "status": describe_status(status), "log": str(log), "tail": shown}
+    # If the run ends because of this site, the error shows the log. If it continues, this event must.
+    lines = list(ended.tail) if goes_on else []
+    data = {"clean": clean, "status": describe_status(status), "log": str(log), "tail": lines}
     run.tell(Event("exited", time.time(), site=site, data=data))
-    return found
+    return ended
 
 
 def _exported(server: JobServer, folder: Path, which: Literal["final", "best"]) -> Path | None:
-    """What the first site's process has written in its framework's format, else plain safetensors."""
-    if not server.result().rounds:  # there is nothing but the initial model
+    """The model as the first site's process wrote it in its framework's format, else as plain safetensors."""
+    if not server.result().rounds:  # only the initial model exists
         return None
     return folder if folder.exists() or server.export(folder, which) is not None else None
 
 
-def result_of(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, began: float) -> SimulationResult:
-    """The result of a run that finished. Raises the error of one that did not. exits: None where no site has a process
-    of its own."""
+def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, began: float) -> SimulationResult:
+    """The result of a finished run.
+
+    Args:
+        server: The job's server, after the end of the run.
+        run: The run.
+        exits: Ends of the site processes; None if sites have no processes of their own.
+        began: Start of the run in seconds of `time.monotonic`.
+
+    Raises:
+        FederationError: The run failed; the error is the cause.
+    """
     result = server.result()
     model, best = _exported(server, run.folder / "model", "final"), _exported(server, run.folder / "best", "best")
-    error = result.error if exits is None else verdict(result.error, exits, run.settings)
+    error = result.error if exits is None else run_error(result.error, exits, run.settings)
     if error is not None:
         raise error
     heatmap.draw(run.folder)
@@ -197,7 +249,7 @@ def result_of(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, be
         rounds=result.rounds,
         best_round=result.best_round,
         wall_s=time.monotonic() - began,
-        startup_s=(run.watch.started or time.monotonic()) - began,
+        startup_s=(run.tracker.started or time.monotonic()) - began,
         bytes_up=result.bytes_up,
         bytes_down=result.bytes_down,
         model=model,
@@ -206,21 +258,21 @@ def result_of(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, be
 
 
 def make_run_folder(folder: Path, job: Job) -> Path:
-    """A folder of this run's own. A name that nobody chose gets a number if it is taken."""
-    chosen = "name" in job.model_fields_set
+    """Make a new folder for this run. A default name that is taken gets a number; a chosen one is an error."""
+    is_chosen = "name" in job.model_fields_set
     for number in itertools.count(1):
         path = folder / (job.name if number == 1 else f"{job.name}-{number}")
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            if chosen:
+            if is_chosen:
                 raise ConfigError(
                     f"{path} exists already, from an earlier run",
                     where="name",
-                    fix=f"choose another name for the job, or go on with that run: fl-adapters job resume {path}",
+                    fix=f"choose another name for the job, or continue that run: fl-adapters job resume {path}",
                 ) from None
         except OSError as error:
-            raise ConfigError(f"{path} cannot be made: {error.strerror}", fix="choose another folder") from None
+            raise ConfigError(f"cannot make the folder {path}: {error.strerror}", fix="choose another folder") from None
         else:
             return path
     raise AssertionError

@@ -1,8 +1,8 @@
-"""Run as a script of its own by `SiteProcesses`: ends the site processes if the process that started them dies.
+"""Helper process of `SiteProcesses`: ends the site processes if the process that started them dies.
 
-It reads "+PID" and "-PID" lines from stdin: process groups that are to die with the parent, and ones that no longer
-exist. The end of stdin means that the parent is gone, however it went; then what is left on the list is killed.
-Standard library only, POSIX only.
+`SiteProcesses` runs this file as a script. It reads lines from stdin: "+PID" adds a process group to its list, "-PID"
+removes one that has ended. At the end of stdin the parent is gone, and all groups still on the list are killed. It uses
+the standard library only, since it starts without site-packages, and runs on POSIX only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ GRACE_S = 3.0
 
 
 def main() -> None:
+    """Keep the list until stdin ends, then end what is on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     groups: set[int] = set()
     for line in sys.stdin:
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 def send(targets: Iterable[int], number: int, *, single: bool = False) -> bool:
-    """Signal process groups, or `single` processes; True if any is still there."""
+    """Send a signal to process groups, or to `single` processes. True if any of them still exists."""
     found = False
     for target in targets:
         try:
@@ -47,15 +48,18 @@ def send(targets: Iterable[int], number: int, *, single: bool = False) -> bool:
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
-    """Children of these processes, and theirs, and so on. A launcher such as torchrun gives its workers process
-    groups of their own, so that killing the launcher's group leaves them. Linux only; empty elsewhere.
+    """All descendants of these processes. Linux only; empty elsewhere.
+
+    Killing a process group is not enough: launchers such as torchrun put their workers into groups of their own.
     """
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()  # the name in brackets may hold anything
+                    fields = (
+                        file.read().rpartition(b")")[2].split()
+                    )  # the program's name, in brackets, may contain spaces and brackets
             except OSError:
                 continue
             children.setdefault(int(fields[1]), []).append(int(name))

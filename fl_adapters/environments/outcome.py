@@ -1,4 +1,4 @@
-"""What a simulation came to: which site's end, if any, is the error to show."""
+"""Finds the error to show for a failed simulation: often the end of one site's process explains all the others."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ _CONSEQUENCES = (QuorumError, AbortedError, SiteFailedError)
 class SiteExit:
     """How a site's process ended.
 
-    status: as subprocess has it, negative for a signal. joined: it reached the server. clean: status 0, and it left
-    the run by itself. first: no other site had dropped out before. when: such as "in round 3".
-    tail: last lines of its log, empty if clean.
+    Attributes:
+        site: Name of the site.
+        status: Exit status as `subprocess` reports it; -N stands for death by signal N.
+        joined: Whether the site reached the server.
+        clean: Whether the status is 0 and the site left after its last round.
+        first: Whether this site was the first to drop out.
+        when: Progress of the run at that time, such as "in round 3".
+        log: Path of the site's log.
+        tail: Last lines of the log; empty if the process ended cleanly.
     """
 
     site: str
@@ -33,11 +39,18 @@ class SiteExit:
     tail: tuple[str, ...]
 
 
-def verdict(error: FederationError | None, exits: Sequence[SiteExit], settings: RunSettings) -> FederationError | None:
-    """The error of the run, None if it is a success.
+def run_error(
+    error: FederationError | None, exits: Sequence[SiteExit], settings: RunSettings
+) -> FederationError | None:
+    """The error to show for a run, or None if it succeeded.
 
-    error: what the server says. Where that is only the consequence of a site's end, that site's own end is shown.
-    A run whose rounds all finished has still failed if fewer than `min_sites` scripts ended well after it.
+    A server error that only follows from a site's end is replaced by that end. A run whose rounds all finished still
+    failed if fewer than `min_sites` scripts ended with status 0.
+
+    Args:
+        error: The server's error, if any.
+        exits: Ends of all site processes.
+        settings: Settings of the run.
     """
     failed = [item for item in exits if item.status != 0]
     if error is None:
@@ -58,11 +71,11 @@ def _explained(item: SiteExit, settings: RunSettings) -> FederationError:
             "or use fl_adapters.connect() in a loop of your own",
         )
     if item.status == 0:
-        fix = "let the script take part until the rounds are over"
+        fix = "let the script take part until the last round"
     else:
-        fix = "correct what the log says"
+        fix = "correct the error in the log"
     if 1 < settings.min_sites == len(settings.sites) and item.when != AFTER_THE_LAST_ROUND:
-        fix += f", or set min_sites below {settings.min_sites} to go on without a site"
+        fix += f", or set min_sites below {settings.min_sites} to continue without a site"
     return SiteFailedError(
         f"{item.site}'s process ended {item.when}: {describe_status(item.status)}", where=_log_and_tail(item), fix=fix
     )
@@ -71,4 +84,4 @@ def _explained(item: SiteExit, settings: RunSettings) -> FederationError:
 def _log_and_tail(item: SiteExit) -> str:
     if not item.tail:
         return f"{item.log} (empty)"
-    return "\n".join([f"{item.log}, which ends with", *(f"    | {line}" for line in item.tail)])
+    return "\n".join([f"{item.log} ends with", *(f"    | {line}" for line in item.tail)])

@@ -1,4 +1,4 @@
-"""The site processes of a simulation: how each is started, watched and ended."""
+"""Starts, watches and ends the site processes of a simulation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _THREADS = (
 
 @dataclass
 class SiteProcess:
-    """One site's process. log: where its stdout and stderr go. The rest: to start another one."""
+    """One site's process, with all that is needed to start it again. `log` receives its stdout and stderr."""
 
     site: str
     log: Path
@@ -38,15 +38,15 @@ class SiteProcess:
 
 
 class SiteProcesses:
-    """Starts site processes, each in a process group of its own, and sees to it that none outlives this process.
+    """Site processes, each in a process group of its own. None of them outlives this process.
 
-    Used from one thread. On POSIX a small watchdog process ends them if this process is killed outright.
+    Use it from one thread. On POSIX a small helper process (`orphans.py`) ends them if this process is killed.
     """
 
     def __init__(self) -> None:
         self._running: dict[str, SiteProcess] = {}
         self._over: dict[str, SiteProcess] = {}
-        self._watchdog = _start_watchdog()
+        self._reaper = _start_reaper()
 
     def start(
         self,
@@ -56,13 +56,23 @@ class SiteProcesses:
         log: Path,
         descriptors: Sequence[int] = (),
     ) -> None:
-        """Run `command` in the current directory with nothing on stdin. descriptors: open files that it inherits.
-        Raises OSError if it cannot be started."""
+        """Run `command` in the current directory with an empty stdin.
+
+        Args:
+            site: Name of the site, by which the process is known here.
+            command: The command line.
+            environment: The complete environment of the process.
+            log: File that stdout and stderr are appended to; its folder is made.
+            descriptors: Open file descriptors that the process inherits.
+
+        Raises:
+            OSError: The command cannot be started.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start(site, command, environment, log, descriptors)
 
     def start_again(self, site: str) -> None:
-        """Run the command of a site whose process has ended once more."""
+        """Start a site's ended process again, with the same command and log."""
         item = self._over.pop(site)
         self._start(site, item.command, item.environment, item.log, item.descriptors)
 
@@ -74,7 +84,7 @@ class SiteProcesses:
         log: Path,
         descriptors: Sequence[int],
     ) -> None:
-        with open(log, "ab") as output:  # a run that goes on keeps what it said before
+        with open(log, "ab") as output:  # a restarted or resumed site keeps its earlier output
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -89,27 +99,27 @@ class SiteProcesses:
         self._tell("+", process.pid)
 
     def kill(self, site: str) -> None:
-        """End one of them at once; `ended` tells of it."""
+        """Kill a site's process at once; `ended` then reports it."""
         _signal_group(self._running[site].process, kill=True)
 
     @property
     def running(self) -> tuple[str, ...]:
-        """Sites whose process has not been seen to end."""
+        """Sites whose process `ended` has not reported yet."""
         return tuple(self._running)
 
     def ended(self) -> list[tuple[str, int]]:
-        """(site, exit status) of the processes that ended since the last call; status -N is death by signal N."""
+        """(site, exit status) of the processes that ended since the last call. Status -N is death by signal N."""
         over = [item for item in self._running.values() if item.process.poll() is not None]
         for item in over:
             self._over[item.site] = self._running.pop(item.site)
-            _signal_group(item.process, kill=True)  # whatever it left behind, such as data loader workers
+            _signal_group(item.process, kill=True)  # its remaining children, such as data loader workers
             self._tell("-", item.process.pid)
         return [(item.site, item.process.returncode) for item in over]
 
     def stop(self, grace_s: float) -> None:
-        """End all of them: a polite request, and after `grace_s` seconds no more waiting.
+        """Ask all processes to end, and kill those that still run after `grace_s` seconds.
 
-        A KeyboardInterrupt meanwhile kills them at once. Returns when they are gone.
+        A KeyboardInterrupt meanwhile kills them at once. Returns when all are gone.
         """
         processes = [item.process for item in self._running.values()]
         family = orphans.descendants(process.pid for process in processes)
@@ -130,24 +140,28 @@ class SiteProcesses:
         self.ended()
 
     def close(self) -> None:
-        """Kill what still runs and let the watchdog go."""
+        """Kill all remaining processes, then end the helper process."""
         self.stop(grace_s=0.0)
-        if self._watchdog is not None and self._watchdog.stdin is not None:
-            self._watchdog.stdin.close()
-            self._watchdog.wait()
+        if self._reaper is not None and self._reaper.stdin is not None:
+            self._reaper.stdin.close()
+            self._reaper.wait()
 
     def _tell(self, sign: str, process_id: int) -> None:
-        if self._watchdog is not None and self._watchdog.stdin is not None:
-            self._watchdog.stdin.write(f"{sign}{process_id}\n".encode())
-            self._watchdog.stdin.flush()
+        if self._reaper is not None and self._reaper.stdin is not None:
+            self._reaper.stdin.write(f"{sign}{process_id}\n".encode())
+            self._reaper.stdin.flush()
 
 
 def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[str, str]:
-    """This process's environment with what a simulated site needs. Whatever the user has set stays.
+    """This process's environment variables, with those that a simulated site needs. Settings of the user stay.
 
-    port: a free one for the site's own process group (DDP). gpu: the only device it sees, None leaves that alone.
+    Args:
+        kit: Folder of the site's startup kit.
+        sites: Number of sites that share this machine's cores.
+        port: Free TCP port for the site's own distributed training (DDP).
+        gpu: The only device that the site may use; None leaves `CUDA_VISIBLE_DEVICES` alone.
     """
-    # PET_MASTER_PORT is what torchrun reads where it is the site's own command
+    # torchrun reads PET_MASTER_PORT if it is the site's command
     own = {KIT_VARIABLE: str(kit), "MASTER_PORT": str(port), "PET_MASTER_PORT": str(port)}
     if gpu is not None:
         own["CUDA_VISIBLE_DEVICES"] = gpu
@@ -155,7 +169,7 @@ def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[
 
 
 def thread_settings(processes: int) -> dict[str, str]:
-    """What lets so many processes share this machine, where the user has not said otherwise."""
+    """Environment variables that let this many processes share the machine's cores and GPUs."""
     return {
         **dict.fromkeys(_THREADS, str(max(1, available_cores() // processes))),
         "PYTHONUNBUFFERED": "1",
@@ -165,14 +179,14 @@ def thread_settings(processes: int) -> dict[str, str]:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports of the loopback that nobody listens on now."""
+    """Distinct TCP ports of the loopback that are free at this moment."""
     sockets = []
     try:
         for _ in range(count):
@@ -185,7 +199,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def tail(log: Path, lines: int = 20, chunk_bytes: int = 16_384) -> list[str]:
-    """The last lines of a log, without blank ones at the end."""
+    """The last lines of a log, without trailing blank ones. Reads at most `chunk_bytes` from its end."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - chunk_bytes))
@@ -196,7 +210,7 @@ def tail(log: Path, lines: int = 20, chunk_bytes: int = 16_384) -> list[str]:
 
 
 def describe_status(status: int) -> str:
-    """Such as: exit status 1, killed by SIGKILL."""
+    """Exit status in words, such as "exit status 1" or "killed by SIGKILL"."""
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -207,7 +221,7 @@ def describe_status(status: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def _start_watchdog() -> subprocess.Popen[bytes] | None:
+def _start_reaper() -> subprocess.Popen[bytes] | None:
     if not _POSIX:
         return None
     command = [sys.executable, "-I", "-S", orphans.__file__]
@@ -215,8 +229,8 @@ def _start_watchdog() -> subprocess.Popen[bytes] | None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], *, kill: bool) -> None:
-    """To the process and all that it started and that stayed in its group."""
+    """Signal a process and all of its children that stayed in its process group."""
     if _POSIX:
         orphans.send([process.pid], signal.SIGKILL if kill else signal.SIGTERM)
     else:
-        process.terminate()  # on Windows there is no politer way
+        process.terminate()  # Windows has no gentler way

@@ -1,4 +1,4 @@
-"""A job on a real federation, over an admin's kit. The sites run `fl-adapters run`, under their own policies."""
+"""Runs a job on a real federation, with an admin's startup kit. The sites run `fl-adapters run`, under their policies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
-from fl_adapters.environments.watch import FanOut
 from fl_adapters.job import Job
 from fl_runtime.control import ControlClient
 from fl_runtime.server import RoundResult
@@ -20,9 +20,16 @@ from fl_runtime.types import Event, Listener
 
 @dataclass(frozen=True)
 class ProductionResult:
-    """What a finished job gives back. folder: `runs/<job>` on the server's machine, where the models are.
+    """Result of a finished job on a real federation.
 
-    bytes_up, bytes_down: of all sites and rounds, up is site to server.
+    Attributes:
+        job: Name of the job.
+        folder: The run's folder, `runs/<job>`, on the server's machine. The models are there.
+        rounds: One `RoundResult` per round, in order: metrics, sites, bytes and seconds.
+        best_round: Number of the round with the best score, or None if no site reported the score to compare.
+        wall_s: Seconds from the call of `run` to the end of the job.
+        bytes_up: Bytes from sites to the server over all rounds.
+        bytes_down: Bytes from the server to sites over all rounds.
     """
 
     job: str
@@ -36,11 +43,19 @@ class ProductionResult:
 
 @dataclass(frozen=True)
 class Production:
-    """Submits a job to the federation of an admin's kit and follows it to its end.
+    """Submits a job to a real federation and follows it to its end.
 
-    kit: the admin's startup kit. Who may submit is for the server's table of permissions and each site's policy to
-    say. patience_s: how long a server that does not answer is waited for; it goes on with the job when it is back.
-    listeners, quiet: as in Simulation.
+    The server's permissions (docs/permissions.md) and each site's policy decide whether the admin may submit it.
+
+    Attributes:
+        kit: Folder of the admin's startup kit.
+        listeners: Functions that are called with each `Event`, one at a time, from a thread of this object.
+        quiet: Print nothing. Otherwise one line per round goes to stderr.
+        patience_s: Seconds to wait for a server that does not answer. The server continues the job when it is back.
+
+    Example:
+        >>> job = Job(app="spleen", rounds=20)
+        >>> result = job.run(Production(kit="kits/ada"))
     """
 
     kit: str | Path
@@ -49,7 +64,17 @@ class Production:
     patience_s: float = 600.0
 
     def run(self, job: Job) -> ProductionResult:
-        """Run `job` to its end. Raises FederationError if it is refused or fails; Ctrl-C aborts it."""
+        """Run a job to its end. Ctrl-C aborts it at the server.
+
+        Args:
+            job: The job. Its `app` is a name that the sites' policies map to a command.
+
+        Returns:
+            The result of the finished job.
+
+        Raises:
+            FederationError: The job was refused, or failed.
+        """
         began = time.monotonic()
         with needs_cryptography():
             from fl_runtime.trust.kits import read_kit

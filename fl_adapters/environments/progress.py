@@ -1,4 +1,4 @@
-"""What a run looks like while it goes on: a view kept up to date by events, and a plain line per round."""
+"""Shows the progress of a run: a view that events keep up to date, and a printer of one line per round."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from fl_runtime.types import Event
 
 @dataclass
 class SiteView:
-    """One site's row. loss: of the global model on its own validation data if it reports that, else its training
-    loss. examples: of its last update; bytes since the start of the run; seconds: of its last round.
+    """State of one site, as a row of the live table shows it.
+
+    Attributes:
+        state: What the site is doing, in one word or the exit status of its process.
+        round: Number of the round that the site works on.
+        loss: Loss of the global model on the site's validation data if the site reports it, else its training loss.
+        reports_loss: Whether `loss` is a validation loss.
+        examples: Training examples behind the site's last update.
+        bytes_up: Bytes sent to the server since the start of the run.
+        bytes_down: Bytes received from the server since the start of the run.
+        seconds: Duration of the site's last round.
     """
 
     state: str = "starting"
@@ -28,7 +37,17 @@ class SiteView:
 
 @dataclass
 class RunView:
-    """A listener that keeps what a table or a line shows. metrics: aggregated ones, by round."""
+    """Listener that keeps the current state of a run for a table or a line.
+
+    Attributes:
+        job: Name of the job.
+        folder: The run's folder.
+        sites: State of each site, by name.
+        round: Number of the newest round.
+        rounds: Number of rounds in all, or None before it is known.
+        metrics: Aggregated metrics by round.
+        began: Time at which this view was made, in seconds of `time.monotonic`.
+    """
 
     job: str = ""
     folder: str = ""
@@ -80,14 +99,14 @@ class RunView:
 
 
 class ProgressLines:
-    """A listener that writes a line per round, and one when a site joins or drops out, to a stream."""
+    """Listener that writes one line to a stream for each round, and for each site that joins or drops out."""
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
         self._view = RunView()
         self._evaluates = False
-        self._failed = False  # what the other sites do then is no news
-        self._pending: dict[int, Event] = {}  # finished rounds whose scores are still on their way
+        self._failed = False  # sites that leave after a failure are not worth a line
+        self._pending: dict[int, Event] = {}  # finished rounds whose scores have not arrived yet
 
     def __call__(self, event: Event) -> None:
         self._view(event)
@@ -109,7 +128,7 @@ class ProgressLines:
             case "scored":
                 self._settle(event.round)
             case "left" if data["early"] and not self._failed:
-                self._say(f"{event.site} is out: {data['reason']}")
+                self._say(f"{event.site} dropped out: {data['reason']}")
             case "restarted":
                 self._say(f"{event.site}: {data['status']}; started again")
             case "exited" if data["tail"]:
@@ -136,7 +155,7 @@ class ProgressLines:
 
 
 def counted(number: int, thing: str) -> str:
-    """1 round, 2 rounds."""
+    """A number with its noun: "1 round", "2 rounds"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
@@ -145,7 +164,7 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 
 
 def size_text(size_bytes: int) -> str:
-    """1.2 MB: decimal units, as network tools have them."""
+    """A size such as "1.2 MB", in decimal units as network tools use them."""
     size, unit = float(size_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:

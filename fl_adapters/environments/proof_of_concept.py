@@ -1,4 +1,4 @@
-"""A whole federation on this machine, as it would be in production: separate processes, mutual TLS, startup kits."""
+"""Runs a whole federation on this machine as in production: separate processes, mutual TLS and startup kits."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
     SimulationResult,
     follow,
-    result_of,
+    make_result,
     script_command,
+    select_sites,
     site_processes,
-    sites_of,
-    starting,
+    starting_event,
 )
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment, tail
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
-from fl_adapters.environments.watch import FanOut, Watch
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.control import ControlClient
@@ -43,10 +43,23 @@ _CLI = (sys.executable, "-m", "fl_adapters.cli")
 
 @dataclass(frozen=True)
 class ProofOfConcept:
-    """Provisions a federation into a temporary folder, then starts `fl-adapters server` and, for each site,
-    `fl-adapters run` with the job's app, all as processes of their own that talk over mutual TLS.
+    """Runs a job on this machine as in production: real server and site commands, startup kits and mutual TLS.
 
-    The arguments are those of Simulation, and so is the result.
+    A federation is provisioned into a temporary folder. Then `fl-adapters server` and, for each site,
+    `fl-adapters run` with the job's app start as processes of their own. Needs the extra `[trust]`.
+
+    Attributes:
+        sites: Number of sites, or their names. None takes the job's sites, else three.
+        args: Arguments of the script.
+        module: Whether the job's app is a module to run with `python -m`.
+        gpus: CUDA devices that the sites get in turn. Empty leaves `CUDA_VISIBLE_DEVICES` alone.
+        folder: Folder that the run's own folder, named after the job, is made in.
+        port: TCP port of the server; 0 takes a free one.
+        listeners: Functions that are called with each `Event`, one at a time, from other threads.
+        quiet: Print nothing. Otherwise one line per round goes to stderr.
+
+    Example:
+        >>> result = Job(app="train.py", rounds=5).run(ProofOfConcept(sites=3))
     """
 
     sites: int | Sequence[str] | None = None
@@ -59,27 +72,37 @@ class ProofOfConcept:
     quiet: bool = False
 
     def run(self, job: Job) -> SimulationResult:
-        """Run `job` to its end. Raises FederationError if it fails; Ctrl-C ends all processes first."""
+        """Run a job to its end. Ctrl-C ends all processes before it is raised again.
+
+        Args:
+            job: The job. Its `app` is the script that every site runs.
+
+        Returns:
+            The result of the finished run, as of a `Simulation`.
+
+        Raises:
+            FederationError: The run failed; the error names the cause.
+        """
         began = time.monotonic()
         command = script_command(job, self.args, module=self.module)
-        sites = sites_of(job, self.sites)
+        sites = select_sites(job, self.sites)
         folder = Path(self.folder).resolve()
         job = job.model_copy(update={"name": _free_name(folder, job), "sites": sites})
         shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
-        watch = Watch()
-        tell = FanOut((watch, *self.listeners, *shown))
-        run = LocalRun(job.settings(sites), folder / job.name, watch, tell)
+        tracker = RunTracker()
+        tell = FanOut((tracker, *self.listeners, *shown))
+        run = LocalRun(job.settings(sites), folder / job.name, tracker, tell)
         with needs_cryptography(), tempfile.TemporaryDirectory(prefix="fl-adapters-poc-") as temporary:
             kits = Path(temporary)
             address = f"127.0.0.1:{self.port or free_ports(1)[0]}"
             _provision(kits, sites, address)
             with _server(kits, folder) as control:
-                tell(starting(run, command))
+                tell(starting_event(run, command))
                 remote = RemoteJob(control, job, tell, _PATIENCE_S)
                 with site_processes(remote, run) as processes:
                     self._start_sites(processes, command, run, kits)
                     exits = follow(remote, processes, run)
-                    return result_of(remote, run, exits, began)
+                    return make_result(remote, run, exits, began)
 
     def _start_sites(self, processes: SiteProcesses, command: list[str], run: LocalRun, kits: Path) -> None:
         sites = run.settings.sites
@@ -112,7 +135,7 @@ def _provision(kits: Path, sites: Sequence[str], address: str) -> None:
 
 @contextmanager
 def _server(kits: Path, folder: Path) -> Iterator[ControlClient]:
-    """The server's process, and an admin's line to it. SiteFailedError with its last words if it does not start."""
+    """Run the server's process during this block, and connect to it as the admin."""
     log = kits / "server.log"
     environment = {name: value for name, value in os.environ.items() if name != KIT_VARIABLE}
     command = [*_CLI, "server", "--kit", str(kits / "server"), "--folder", str(folder)]
@@ -121,7 +144,7 @@ def _server(kits: Path, folder: Path) -> Iterator[ControlClient]:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        control = _reached(kits, process, log)
+        control = _connect(kits, process, log)
         try:
             yield control
         finally:
@@ -135,7 +158,8 @@ def _server(kits: Path, folder: Path) -> Iterator[ControlClient]:
             process.wait()
 
 
-def _reached(kits: Path, process: subprocess.Popen[bytes], log: Path) -> ControlClient:
+def _connect(kits: Path, process: subprocess.Popen[bytes], log: Path) -> ControlClient:
+    """Wait until the server answers. Raises SiteFailedError with the end of its log if it does not start."""
     from fl_runtime.trust.kits import read_kit
 
     kit = read_kit(kits / _ADMIN)
@@ -150,12 +174,12 @@ def _reached(kits: Path, process: subprocess.Popen[bytes], log: Path) -> Control
                 time.sleep(0.05)
                 continue
             control.close()
-            said = "\n".join(f"    | {line}" for line in tail(log)) or f"    | {error}"
-            raise SiteFailedError(f"the server did not start:\n{said}", fix="correct what it says") from None
+            lines = "\n".join(f"    | {line}" for line in tail(log)) or f"    | {error}"
+            raise SiteFailedError(f"the server did not start:\n{lines}", fix="correct the error above") from None
 
 
 def _free_name(folder: Path, job: Job) -> str:
-    """The job's name, with a number if it is taken and nobody chose it."""
+    """The job's name. A default name that is taken gets a number; a chosen one is an error."""
     if "name" in job.model_fields_set and (folder / job.name).exists():
         raise ConfigError(
             f"{folder / job.name} exists already, from an earlier run",

@@ -1,4 +1,4 @@
-"""A job that runs on a federation's server, seen from here: submit it, hear its events, get its result."""
+"""Submits a job to a federation's server, follows its events and fetches its result."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from fl_runtime.types import Event, Listener
 
 
 class RemoteJob:
-    """A submitted job. tell(event) is called for each of its events, by a thread of this object.
+    """A job on a federation's server. Creating this object submits it.
 
-    patience_s: how long a server that does not answer is waited for.
+    Args:
+        control: Connection to the server as an admin. The caller closes it.
+        job: The job.
+        tell: Listener that a thread of this object calls with each event of the job.
+        patience_s: Seconds to wait for a server that does not answer.
     """
 
     def __init__(self, control: ControlClient, job: Job, tell: Listener, patience_s: float) -> None:
@@ -31,10 +35,10 @@ class RemoteJob:
         self._thread.start()
 
     def site_left(self, name: str, reason: str) -> None:
-        """The server hears it from `fl-adapters run` at the site."""
+        """Do nothing: `fl-adapters run` at the site tells the server."""
 
     def abort(self, reason: str) -> None:
-        """Ask the server to end the job; nothing if it has ended."""
+        """Ask the server to end the job. Does nothing if the job has ended."""
         try:
             self._control.ask("AbortJob", job=self.name, reason=reason)
         except FederationError:
@@ -42,23 +46,23 @@ class RemoteJob:
                 raise
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once the job has ended and its results are written."""
+        """Wait for the job to end and its results to be written; False after `timeout_s` seconds without that."""
         return self._ended.wait(timeout_s)
 
     def result(self) -> RunResult:
-        """What there is, once the job has ended; before, nothing."""
-        found = self.outcome
-        error = FederationError.from_wire(found["error"]) if found.get("error") else self._error
+        """Result of the job. Empty before the job has ended."""
+        outcome = self.outcome
+        error = FederationError.from_wire(outcome["error"]) if outcome.get("error") else self._error
         return RunResult(
-            rounds=tuple(RoundResult.from_json(item) for item in found.get("rounds", ())),
-            best_round=found.get("best_round"),
+            rounds=tuple(RoundResult.from_json(item) for item in outcome.get("rounds", ())),
+            best_round=outcome.get("best_round"),
             error=error,
-            bytes_up=found.get("bytes_up", 0),
-            bytes_down=found.get("bytes_down", 0),
+            bytes_up=outcome.get("bytes_up", 0),
+            bytes_down=outcome.get("bytes_down", 0),
         )
 
     def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
-        """The server writes the models by itself."""
+        """Folder with a model that the server wrote by itself; None if it is not there."""
         return folder if folder.exists() else None
 
     def _follow(self) -> None:

@@ -1,4 +1,4 @@
-"""How a simulation was started, kept in its folder so that it can go on after an error or a kill."""
+"""Saves the arguments of a simulation in its folder, so that the simulation can be resumed after an error or a kill."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ _FILE = "simulation.json"
 
 
 @dataclass(frozen=True)
-class Started:
-    """sites, args, module, gpus, engine, workers: see Simulation. directory: where the scripts run; relative paths are
-    of it."""
+class StartArguments:
+    """Arguments that a simulation was started with. See `Simulation` for all but `directory`.
+
+    Attributes:
+        sites: Names of the sites.
+        args: Arguments of the script.
+        module: Whether the app is a module.
+        gpus: CUDA devices of the sites.
+        engine: Engine of virtual sites, or None.
+        workers: Number of workers of virtual sites, or None.
+        directory: Working directory of the scripts, to which relative paths refer.
+    """
 
     sites: tuple[str, ...]
     args: tuple[str, ...] = ()
@@ -28,31 +37,35 @@ class Started:
     directory: str = ""
 
 
-def note(folder: Path, started: Started) -> None:
+def save(folder: Path, started: StartArguments) -> None:
+    """Write the arguments into the run's folder, with the current directory."""
     fields = {**asdict(started), "directory": os.getcwd()}
     (folder / _FILE).write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 
-def read(folder: Path) -> tuple[Started, Job]:
-    """How the run in `folder` was started, and its job. ConfigError if there is none, or if it was started in another
-    directory than this one."""
+def load(folder: Path) -> tuple[StartArguments, Job]:
+    """The arguments and the job of the run in `folder`.
+
+    Raises:
+        ConfigError: There is no simulation in `folder`, or it was started in another working directory.
+    """
     try:
         fields: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        started = Started(**fields)
+        started = StartArguments(**fields)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
-            "there is no simulation here to go on with", where=str(folder), fix="name the folder runs/JOB"
+            "there is no simulation to resume here", where=str(folder), fix="name its folder, runs/JOB"
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"how this simulation was started cannot be read: {error}",
+            f"cannot read the arguments of this simulation: {error}",
             where=str(folder / _FILE),
             fix="make the file readable, or start the run again under another name",
         ) from None
     if Path(started.directory).resolve() != Path.cwd().resolve():
         raise ConfigError(
-            "the run was started in another directory, and its scripts run there",
+            "this run was started in another directory, in which its scripts must run",
             where=started.directory,
             fix=f"cd {started.directory}",
         )

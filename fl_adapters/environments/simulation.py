@@ -1,4 +1,4 @@
-"""A federation on this machine: the server in this process, and a process per site that runs the user's script."""
+"""Simulates a federation on this machine: the server in this process, and one process per site with the user's script."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.environments import resuming
+from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
     SimulationResult,
     follow,
+    make_result,
     make_run_folder,
-    result_of,
     script_command,
+    select_sites,
     site_processes,
-    sites_of,
-    starting,
+    starting_event,
 )
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.progress import ProgressLines
-from fl_adapters.environments.resuming import Started
-from fl_adapters.environments.watch import FanOut, Watch
+from fl_adapters.environments.resuming import StartArguments
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
@@ -37,27 +37,41 @@ from fl_runtime.transport.malloc import share_one_heap
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
-    from fl_adapters.environments.virtual.function import First, Function
-    from fl_adapters.environments.virtual.run import Engine, Virtual
+    from fl_adapters.environments.virtual.function import InitialWeights, SiteFunction
+    from fl_adapters.environments.virtual.simulation import Engine, VirtualSimulation
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """Runs a job's app once per site on this machine, over real gRPC on the loopback. Models too large for a message
-    (1 MiB) lie in files that all processes map into memory.
+    """Runs a job's script once per site on this machine, each in a process of its own.
 
-    sites: how many, or their names; None takes the job's, else 3. args: arguments of the script.
-    module: the job's app is a module (`python -m`). gpus: devices to deal out to the sites in turn.
-    folder: where `runs/<job>` goes. port: of the server, 0 for a free one.
-    listeners: called with each Event, one at a time, from threads of the server.
-    quiet: print nothing; else a line per round goes to stderr. share: False sends large models through the sockets
-    too, as between machines; the results are the same.
+    Sites and server talk over real gRPC on the loopback. Models above 1 MiB lie in files that all processes map into
+    memory.
 
-    engine: None runs the script in a process per site. With "processes", or "ray" (a cluster, too), the sites are
-    virtual: the job's app names a function, `train.py:train` or `package.module:train`, and a few workers call
-    `train(task, site)` for every site and round; see docs/simulation.md. workers: how many; None: one per core.
-    function: the function itself, in place of the app's; workers are then copies of this process. initial: with
-    `function`, the first weights (name -> array), or a function that gives them.
+    With an `engine`, sites are virtual: the job's app names a function, `train.py:train` or `package.module:train`,
+    and a few workers call `train(task, site)` for every site and round (docs/simulation.md).
+
+    Attributes:
+        sites: Number of sites, or their names. None takes the job's sites, else three: `site-1` to `site-3`.
+        args: Arguments of the script.
+        module: Whether the job's app is a module to run with `python -m`.
+        gpus: CUDA devices that the sites get in turn. Empty leaves `CUDA_VISIBLE_DEVICES` alone.
+        folder: Folder that the run's own folder, named after the job, is made in.
+        port: TCP port of the server; 0 takes a free one.
+        listeners: Functions that are called with each `Event`, one at a time, from threads of the server.
+        quiet: Print nothing. Otherwise one line per round goes to stderr.
+        share: Whether large models lie in shared files. False sends them through the sockets, as between machines;
+            the results are the same.
+        engine: None for a process per site. "processes" or "ray" for virtual sites with worker processes on this
+            machine or on a Ray cluster.
+        workers: Number of workers for virtual sites. None starts one per CPU core.
+        function: Function for virtual sites, in place of the one that the app names. With "processes", workers are
+            then forked copies of this process.
+        initial: First weights for `function`: a dict of name to NumPy array, or a function that returns one.
+
+    Example:
+        >>> result = Job(app="train.py", rounds=5).run(Simulation(sites=3))
+        >>> result.rounds[-1].metrics
     """
 
     sites: int | Sequence[str] | None = None
@@ -71,33 +85,55 @@ class Simulation:
     share: bool = True
     engine: Engine | None = None
     workers: int | None = None
-    function: Function | None = None
-    initial: First | None = None
+    function: SiteFunction | None = None
+    initial: InitialWeights | None = None
 
     def run(self, job: Job) -> SimulationResult:
-        """Run `job` to its end. Raises FederationError if it fails; Ctrl-C ends all site processes first."""
+        """Run a job to its end. Ctrl-C ends all site processes before it is raised again.
+
+        Args:
+            job: The job. Its `app` is the script that every site runs, or the function of virtual sites.
+
+        Returns:
+            The result of the finished run.
+
+        Raises:
+            ConfigError: Job and simulation do not fit together, or the run's folder exists. Nothing was started.
+            FederationError: The run failed; the error names the cause and the log to read.
+        """
         began = time.monotonic()
         virtual = self._virtual()
         command = [] if virtual else script_command(job, self.args, module=self.module)
-        sites = sites_of(job, self.sites)
-        settings = job.settings(sites)  # what is wrong with the job shows before a folder is made
+        sites = select_sites(job, self.sites)
+        settings = job.settings(sites)  # reports mistakes in the job before a folder is made
         if virtual:
             virtual.check(job, settings)
         folder = make_run_folder(Path(self.folder).resolve(), job)
         job = job.model_copy(update={"name": folder.name})
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
         gpus = tuple(map(str, self.gpus))
-        resuming.note(folder, Started(sites, tuple(self.args), self.module, gpus, self.engine, self.workers))
+        resuming.save(folder, StartArguments(sites, tuple(self.args), self.module, gpus, self.engine, self.workers))
         return self._run(job, sites, folder, command, began)
 
     def resume(self, folder: str | Path) -> SimulationResult:
-        """Go on with the run in `folder` (`runs/<job>`), which ended with an error or was killed, where it stopped. Of
-        this object only `port`, `listeners`, `quiet` and `function` (with `initial`) count; job, sites and arguments
-        are those that the run began with. What of a site's state comes back is up to its script. ConfigError for a run
-        that has finished."""
+        """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
+
+        Job, sites and arguments are those that the run was started with. Of this object, only `port`, `listeners`,
+        `quiet`, `share`, `function` and `initial` are used. The script decides what it restores of its own state.
+
+        Args:
+            folder: The run's folder, `runs/<job>`.
+
+        Returns:
+            The result of the finished run, with all of its rounds.
+
+        Raises:
+            ConfigError: The folder holds no simulation, or one that has finished or belongs to another directory.
+            FederationError: The run failed again; the error names the cause.
+        """
         began = time.monotonic()
         folder = Path(folder).resolve()
-        started, job = resuming.read(folder)
+        started, job = resuming.load(folder)
         again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
         again = replace(again, engine=started.engine, workers=started.workers)
         command = [] if started.engine else script_command(job, started.args, module=started.module)
@@ -107,19 +143,19 @@ class Simulation:
         self, job: Job, sites: tuple[str, ...], folder: Path, command: list[str], began: float
     ) -> SimulationResult:
         shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
-        watch = Watch()
-        run = LocalRun(job.settings(sites), folder, watch, FanOut((watch, *self.listeners, *shown)))
+        tracker = RunTracker()
+        run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, *self.listeners, *shown)))
         virtual = self._virtual()
         if virtual:
             virtual.check(job, run.settings)
             return virtual.run(job, run, began)
         with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
-            run.tell(starting(run, command))
+            run.tell(starting_event(run, command))
             self._start_sites(processes, command, run, tokens, address)
             exits = follow(server, processes, run)
-            return result_of(server, run, exits, began)
+            return make_result(server, run, exits, began)
 
-    def _virtual(self) -> Virtual | None:
+    def _virtual(self) -> VirtualSimulation | None:
         if self.engine is None:
             for name, given in (("workers", self.workers), ("function", self.function), ("initial", self.initial)):
                 if given is not None:
@@ -129,9 +165,9 @@ class Simulation:
                         fix='give engine="processes" too, or leave it out',
                     )
             return None
-        from fl_adapters.environments.virtual.run import Virtual
+        from fl_adapters.environments.virtual.simulation import VirtualSimulation
 
-        return Virtual(self.engine, self.workers, self.function, self.initial, self.gpus, self.args)
+        return VirtualSimulation(self.engine, self.workers, self.function, self.initial, self.gpus, self.args)
 
     def _start_sites(
         self, processes: SiteProcesses, command: list[str], run: LocalRun, tokens: dict[str, str], address: str
@@ -158,7 +194,7 @@ class Simulation:
 @contextmanager
 def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dict[str, str], str]]:
     if not share:
-        share_one_heap()  # as the command `server` does, whose exchange this shows on one machine
+        share_one_heap()  # as `fl-adapters server` does, since share=False shows its exchange
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
     fresh, address = not (run.folder / "server").exists(), ""
@@ -166,8 +202,8 @@ def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dic
         server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell], share=share)
         try:
             if server.finished:
-                raise ConfigError("this run has finished", where=str(run.folder), fix="look at its model and history")
-            for name in ("model", "best"):  # of a run that goes on: how far it had come
+                raise ConfigError("this run has finished", where=str(run.folder), fix="see its model and history there")
+            for name in ("model", "best"):  # of a resumed run: outdated
                 shutil.rmtree(run.folder / name, ignore_errors=True)
             address = server.start()
             yield server, tokens, address
@@ -175,5 +211,5 @@ def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dic
             server.close()  # delivers the last events
     finally:
         history.close()
-        if fresh and not address:  # nothing has run: the name stays free
+        if fresh and not address:  # nothing ran, so leave the name free
             shutil.rmtree(run.folder, ignore_errors=True)

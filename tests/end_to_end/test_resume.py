@@ -70,5 +70,5 @@ def test_a_run_that_was_killed_is_resumed(bench: Bench, until: Callable[[Callabl
 def test_a_folder_without_a_run_is_named(bench: Bench) -> None:
     done = bench.run("job", "resume", "runs/nothing")
     assert done.returncode == 1
-    assert "there is no simulation here to go on with\n" in done.stderr
+    assert "there is no simulation to resume here\n" in done.stderr
     assert "runs/nothing" in done.stderr

@@ -351,7 +351,7 @@ def train(task, site):
 @pytest.mark.parametrize(
     ("line", "kind", "said"),
     [
-        ("pass", ConfigError, "ended without a result in round 1"),
+        ("pass", ConfigError, "returned without a submitted update in round 1"),
         (
             "task.submit({'w': np.zeros(5, np.float32)}, num_examples=1)",
             StateMismatchError,
@@ -363,7 +363,7 @@ def train(task, site):
             "NaN or infinite values in w",
         ),
         ("task.submit(task.arrays, num_examples=0)", UpdateRefusedError, "num_examples is 0"),
-        ("task.submit(task.arrays, num_examples=1, extras=task.arrays)", ConfigError, "no extras"),
+        ("task.submit(task.arrays, num_examples=1, extras=task.arrays)", ConfigError, "cannot send extras"),
     ],
 )
 def test_a_bad_result_is_refused_with_site_and_round(
@@ -388,8 +388,8 @@ def test_a_bad_result_is_refused_with_site_and_round(
         ({"keep_local": ["b"]}, "keep_local needs sites with"),
         ({"strategy": "fedbuff"}, "fedbuff needs sites with"),
         ({"filters": [{"name": "Quantize", "to": "int8"}]}, "the filter Quantize at site_out needs sites"),
-        ({"function": print}, "nobody gives the first weights"),
-        ({"function": print, "initial": {"w": np.zeros(2)}, "args": ("a",)}, "arguments are for a module"),
+        ({"function": print}, "there are no initial weights"),
+        ({"function": print, "initial": {"w": np.zeros(2)}, "args": ("a",)}, "take no command-line arguments"),
     ],
 )
 def test_what_cannot_work_is_refused(here: Path, options: dict[str, Any], said: str) -> None:

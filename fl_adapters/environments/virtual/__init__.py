@@ -1,1 +1,1 @@
-"""Hundreds of sites in a few worker processes: each site's round is a function."""
+"""Virtual sites: simulates hundreds of sites in a few worker processes that call a function for each site and round."""

@@ -1,4 +1,4 @@
-"""The function that virtual sites share: where it is found, and how it is called for one site and round."""
+"""Loads the function that virtual sites share, and calls it for one site and round."""
 
 from __future__ import annotations
 
@@ -25,19 +25,27 @@ from fl_runtime.types import Array, Arrays, Metrics, Task
 from fl_runtime.wire.finite import check_finite, check_weight
 from fl_runtime.wire.manifest import Manifest, TensorSpec, differences
 
-Function: TypeAlias = Callable[[SiteTask, identity.Site], None]
-"""function(task, site): one site's work of one round, which ends with `task.submit(...)`."""
-First: TypeAlias = Callable[[], Arrays] | Arrays
-"""The first weights, or what gives them."""
+SiteFunction: TypeAlias = Callable[[SiteTask, identity.Site], None]
+"""One site's work of one round: function(task, site) ends with `task.submit(...)`."""
+InitialWeights: TypeAlias = Callable[[], Arrays] | Arrays
+"""Weights before round 1 by name, or a function that returns them."""
 
 _MODULE = "fl_virtual_site"
 _FRAMES = 6
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a worker knows of the run. count: of the sites. layout: see `described`. seed: the job's. exchanges_all:
-    the job does not pick tensors by patterns."""
+class RunInfo:
+    """Facts of the run that every worker needs.
+
+    Attributes:
+        job: Name of the job.
+        count: Number of sites.
+        rounds: Number of rounds.
+        seed: Seed of the job, or None.
+        layout: Names, dtypes and shapes of the weights, as `encode_layout` writes them.
+        exchanges_all: Whether all tensors travel; False if the job selects some by patterns.
+    """
 
     job: str
     count: int
@@ -47,20 +55,23 @@ class Place:
     exchanges_all: bool = True
 
 
-def named(app: str) -> bool:
-    """Whether an app is the name of a function: `train.py:train` or `package.module:train`."""
-    place, colon, name = app.rpartition(":")
-    return bool(colon) and name.isidentifier() and bool(place)
+def names_function(app: str) -> bool:
+    """Whether an app names a function, as `train.py:train` or `package.module:train`."""
+    module, colon, name = app.rpartition(":")
+    return bool(colon) and name.isidentifier() and bool(module)
 
 
-def load(app: str) -> tuple[Function, First | None]:
-    """The function that `app` names, and `initial` beside it if there is one. ConfigError if there is no such thing;
-    errors of the module itself are raised as they are."""
-    place, _, name = app.rpartition(":")
-    if place.endswith(".py"):
-        path = Path(place)
+def load(app: str) -> tuple[SiteFunction, InitialWeights | None]:
+    """Import the function that `app` names, and `initial` from the same module if it exists.
+
+    Raises:
+        ConfigError: There is no such script or function. Errors of the module itself are raised as they are.
+    """
+    module_name, _, name = app.rpartition(":")
+    if module_name.endswith(".py"):
+        path = Path(module_name)
         if not path.is_file():
-            raise ConfigError(f"there is no script {place}", where=str(Path.cwd()), fix="check the path")
+            raise ConfigError(f"there is no script {module_name}", where=str(Path.cwd()), fix="check the path")
         sys.path.insert(0, str(path.resolve().parent))  # as Python does for a script
         spec = importlib.util.spec_from_file_location(_MODULE, path)
         assert spec is not None and spec.loader is not None
@@ -69,76 +80,91 @@ def load(app: str) -> tuple[Function, First | None]:
         spec.loader.exec_module(module)
     else:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-        module = importlib.import_module(place)
+        module = importlib.import_module(module_name)
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(
-            f"{place} has no function {name}", where=app, fix="name one that is at the module's top level"
+            f"{module_name} has no function {name}", where=app, fix="name a function at the module's top level"
         )
     return function, getattr(module, "initial", None)
 
 
-def first_weights(initial: First | None) -> Arrays:
-    """ConfigError if there are none."""
-    found = initial() if callable(initial) else initial
-    if not found or not isinstance(found, Mapping):
+def initial_weights(initial: InitialWeights | None) -> Arrays:
+    """The weights before round 1 as NumPy arrays. Raises ConfigError if there are none."""
+    arrays = initial() if callable(initial) else initial
+    if not arrays or not isinstance(arrays, Mapping):
         raise ConfigError(
-            "nobody gives the first weights",
+            "there are no initial weights",
             where="initial",
-            fix="write a function initial() beside the other that returns a dict of name -> NumPy array, "
-            "or give a file with Job(initial=)",
+            fix="write a function initial() in the same module that returns a dict of name -> NumPy array, "
+            "or name a file with Job(initial=)",
         )
-    return {name: np.asarray(array) for name, array in found.items()}
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def described(manifest: Manifest) -> str:
-    """A manifest of weights as text; `Worker` reads it."""
+def encode_layout(manifest: Manifest) -> str:
+    """Names, dtypes and shapes of a manifest as JSON, for `OrderRunner`."""
     return json.dumps([(t.name, t.dtype, t.shape) for t in manifest.tensors])
 
 
-class Worker:
-    """Carries out one order after the other in this process."""
+class OrderRunner:
+    """Runs orders, one after the other, in this process: calls the function for a site and a round.
 
-    def __init__(self, function: Function, place: Place) -> None:
-        self._function, self._place, self._options = function, place, Options()
-        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(place.layout)]
+    Args:
+        function: The function that all sites share.
+        info: Facts of the run.
+    """
+
+    def __init__(self, function: SiteFunction, info: RunInfo) -> None:
+        self._function, self._info, self._options = function, info, Options()
+        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(info.layout)]
         self._manifest = Manifest(tuple(specs))
 
     def work(self, order: Mapping[str, Any], model: Array, out: Array) -> dict[str, Any]:
-        """The facts of the site's update, whose tensors are then in `out`. model, out: uint8, laid out alike; the
-        model is only read. Raises a FederationError that names site and round.
+        """Run one order.
 
-        Random states of Python and NumPy are seeded for (job's seed, site, round), so that it does not matter which
-        worker does it, and after what.
+        The random states of Python and NumPy are seeded by the job's seed, the site and the round. The result does
+        not depend on which worker runs the order, nor on what it ran before.
+
+        Args:
+            order: The fields of an `Order`.
+            model: Global weights as uint8, laid out as `RunInfo.layout` says. Only read.
+            out: Buffer of the same size that receives the site's weights.
+
+        Returns:
+            All of the update but its tensors: `num_examples`, `local_steps`, `metrics` and `scored`.
+
+        Raises:
+            FederationError: The function failed, or submitted nothing. The error names site and round.
         """
-        place, site = self._place, str(order["site"])
+        info, site = self._info, str(order["site"])
         when = f"{site}, round {order['round']}"
         out[:] = model
         arrays, _ = self._manifest.views(out)
         version = order["round"] - 1
-        task = Task(place.job, order["round"], order["stage"], "train", version, arrays, config=order["config"])
-        seed = round_seed(place.seed, site, task)
+        task = Task(info.job, order["round"], order["stage"], "train", version, arrays, config=order["config"])
+        seed = round_seed(info.seed, site, task)
         seed_python(seed)
-        taken = _Taken(self._manifest, arrays, out, when, seed, exchanges_all=place.exchanges_all)
-        here = identity.Site(name=site, index=order["index"], count=place.count, job=place.job)
+        recipient = _UpdateRecipient(self._manifest, arrays, out, when, seed, exchanges_all=info.exchanges_all)
+        here = identity.Site(name=site, index=order["index"], count=info.count, job=info.job)
         try:
             with identity.standing_at(here):
-                self._function(SiteTask(task, place.rounds, taken, self._options), here)
+                self._function(SiteTask(task, info.rounds, recipient, self._options), here)
         except FederationError as error:
-            raise _at(error, when) from error
+            raise _with_place(error, when) from error
         except Exception as error:
             raise _failed(error, site, order["round"]) from error
-        if taken.facts is None:
+        if recipient.facts is None:
             raise ConfigError(
-                f"{site}'s function ended without a result in round {order['round']}",
+                f"{site}'s function returned without a submitted update in round {order['round']}",
                 where=when,
-                fix="call task.submit(arrays, num_examples=...) in it",
+                fix="call task.submit(arrays, num_examples=...) in the function",
             )
-        return taken.facts
+        return recipient.facts
 
 
-class _Taken:
-    """Where a task's result goes: into the buffer that the server reads. See `loop.Recipient`."""
+class _UpdateRecipient:
+    """Writes the update of one task into the buffer that the server reads. Implements `loop.Recipient`."""
 
     def __init__(
         self, manifest: Manifest, mine: Arrays, buffer: Array, when: str, seed: int, *, exchanges_all: bool
@@ -152,18 +178,18 @@ class _Taken:
     def submit(self, arrays: Arrays, result: LocalResult, *, extras: Arrays | None = None) -> str:
         check_weight(result.num_examples, where=self._when)
         if extras:
-            raise ConfigError("virtual sites send weights alone, no extras", where=self._when, fix="leave extras out")
+            raise ConfigError("virtual sites cannot send extras", where=self._when, fix="leave extras out")
         if not self._fits(arrays):
             lines = differences(self._manifest, Manifest.of(arrays))
             raise StateMismatchError(
                 f"an update differs from the model in {len(lines)} tensors (model != update):\n    "
                 + "\n    ".join(lines[:8]),
                 where=self._when,
-                fix="submit what initial() has: the same names, shapes and dtypes",
+                fix="submit arrays with the names, shapes and dtypes of initial()",
             )
         check_finite(arrays, where=self._when)
-        apart = {name: self._apart(name, array) for name, array in arrays.items()}
-        for name, array in apart.items():
+        separate = {name: self._detach(name, array) for name, array in arrays.items()}
+        for name, array in separate.items():
             if array is not self._mine[name]:
                 self._mine[name][...] = array
         self.facts = {
@@ -184,24 +210,24 @@ class _Taken:
         same = arrays.keys() == mine.keys()
         return same and all(a.shape == mine[n].shape and a.dtype == mine[n].dtype for n, a in arrays.items())
 
-    def _apart(self, name: str, array: Array) -> Array:
-        """An array that writing to the buffer does not change, or the very one that is there."""
+    def _detach(self, name: str, array: Array) -> Array:
+        """Copy an array that shares memory with another part of the buffer, which writing there would change."""
         if array is self._mine[name] or not np.may_share_memory(array, self._buffer):
             return array
         return np.array(array)
 
 
-def _at(error: FederationError, when: str) -> FederationError:
-    at = error.where if when in error.where else f"{when}: {error.where}".removesuffix(": ")
-    return FederationError.from_wire({**error.to_wire(), "where": at})
+def _with_place(error: FederationError, when: str) -> FederationError:
+    where = error.where if when in error.where else f"{when}: {error.where}".removesuffix(": ")
+    return FederationError.from_wire({**error.to_wire(), "where": where})
 
 
 def _failed(error: Exception, site: str, round: int) -> SiteFailedError:
-    """With the end of the trace, from the user's function on."""
+    """The error of a function, with the last lines of its traceback."""
     lines = traceback.format_exception(error)
     frames = "".join(lines[-_FRAMES:]).rstrip().splitlines()
     return SiteFailedError(
         f"{site}'s function failed in round {round}: {type(error).__name__}: {error}",
         where="\n".join([f"{site}, round {round}", *(f"    | {line}" for line in frames)]),
-        fix="correct the function; it was called in a worker, whose output is in the run's folder workers/",
+        fix="correct the function; the output of its worker is in the run's folder workers/",
     )

@@ -1,4 +1,4 @@
-"""How the worker processes of virtual sites are started: as interpreters that import the function, or as copies."""
+"""Starts the worker processes of virtual sites: new interpreters that import the function, or forked copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from fl_adapters.environments.processes import SiteProcesses
 from fl_adapters.environments.virtual import worker
-from fl_adapters.environments.virtual.function import Function
+from fl_adapters.environments.virtual.function import SiteFunction
 from fl_runtime.errors import ConfigError
 
 _ENDING_S = 5.0
@@ -21,23 +21,40 @@ _POLL_S = 0.005
 
 
 class Launcher(Protocol):
-    """How a worker process comes to be, and ends."""
+    """Starts and ends worker processes, which it knows by name."""
 
     def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
-        """theirs: its end of the line. ours: what it must not keep open, for then nobody would hear it hang up."""
+        """Start a worker process.
+
+        Args:
+            name: Name of the worker.
+            theirs: The worker's end of the socket that carries its orders.
+            ours: Sockets of this process. The worker must close them, else the end of another worker goes unnoticed.
+        """
         ...
 
-    def kill(self, name: str) -> None: ...
+    def kill(self, name: str) -> None:
+        """Kill a worker process at once."""
+        ...
+
     def status(self, name: str) -> int:
-        """Waits for its end, which is near, and brings it about if it does not come; as subprocess has it."""
+        """Exit status of a worker that is ending, as `subprocess` reports it. Kills the worker if it does not end soon."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Kill all workers."""
+        ...
 
 
 class Importing:
-    """Fresh interpreters, which import the function by its name. args: what the function's module finds in sys.argv.
-    environments: one per worker."""
+    """Launches workers as new interpreters that import the function by its name.
+
+    Args:
+        app: Name of the function, such as `train.py:train`.
+        args: Command-line arguments that the function's module finds in `sys.argv`.
+        logs: Folder for the workers' output.
+        environments: Environment variables of each worker, by its name.
+    """
 
     def __init__(
         self, app: str, args: Sequence[str], logs: Path, environments: Mapping[str, Mapping[str, str]]
@@ -70,12 +87,20 @@ class Importing:
 
 
 class Forking:
-    """Children of this process, which have the function because they are copies of it."""
+    """Launches workers as forked copies of this process, which therefore have the function.
 
-    def __init__(self, function: Function, logs: Path) -> None:
+    Args:
+        function: The function that all sites share.
+        logs: Folder for the workers' output.
+
+    Raises:
+        ConfigError: The system cannot fork.
+    """
+
+    def __init__(self, function: SiteFunction, logs: Path) -> None:
         if os.name != "posix":
             raise ConfigError(
-                "this system cannot copy processes, so workers cannot have a function that is given as an object",
+                "this system cannot fork, so workers cannot use a function that is passed as an object",
                 where="Simulation(function=)",
                 fix='name it instead: Job(app="train.py:train")',
             )
@@ -107,7 +132,9 @@ class Forking:
     def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
         for other in ours:
             other.close()
-        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")  # in a notebook not 1 and 2
+        sys.stdout = sys.stderr = log.open(
+            "a", buffering=1, encoding="utf-8"
+        )  # a notebook's stdout and stderr are not descriptors 1 and 2
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
         worker.serve(line, self._function, None)

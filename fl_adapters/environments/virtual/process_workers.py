@@ -1,4 +1,4 @@
-"""The worker processes of virtual sites on this machine. Models and updates lie in mapped files, in no message."""
+"""Worker processes for virtual sites on this machine. Models and updates travel in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.environments.processes import describe_status, tail
-from fl_adapters.environments.virtual.function import Place
+from fl_adapters.environments.virtual.function import RunInfo
 from fl_adapters.environments.virtual.launch import Launcher
 from fl_runtime.errors import FederationError, SiteFailedError
 from fl_runtime.server.courses.virtual import TRIES, Done, Failed, Order
@@ -27,36 +27,51 @@ _CHUNK_BYTES = 2**16
 
 
 @dataclass
-class _Worker:
-    """One process. ready: it has the function. blob: what the update of its order is written to."""
+class _WorkerProcess:
+    """One worker process.
+
+    Attributes:
+        name: Name of the worker.
+        line: Socket for its orders and answers.
+        ready: Whether it has loaded the function.
+        order: The order that it works on, or None.
+        blob: Buffer for the update of that order, or None.
+        unread: Bytes of an incomplete answer.
+    """
 
     name: str
     line: socket.socket
     ready: bool = False
     order: Order | None = None
     blob: Blob | None = None
-    heard: bytes = b""
+    unread: bytes = b""
 
     @property
     def free(self) -> bool:
         return self.ready and self.order is None
 
 
-class WorkerProcesses:
-    """See fl_runtime.server.courses.virtual.Workers. A worker that dies is replaced, and its order given out again.
+class ProcessWorkers:
+    """Worker processes on this machine; implements `fl_runtime.server.courses.virtual.Workers`.
 
-    folder: for the files of updates; made here, and deleted by `close`.
+    A worker that dies is replaced, and its order is run again.
+
+    Args:
+        launcher: Starts and ends the processes.
+        names: Names of the workers.
+        folder: Folder for the files of updates. `close` deletes it.
+        logs: Folder with the workers' output, for error messages.
     """
 
     def __init__(self, launcher: Launcher, names: Sequence[str], folder: Path, logs: Path) -> None:
         self._launcher, self._folder, self._logs = launcher, folder, logs
         self._blobs = Blobs(folder)
         self._selector = selectors.DefaultSelector()
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, _WorkerProcess] = {}
         self._again: list[Order] = []
         self._deaths: Counter[tuple[str, int]] = Counter()
         self._held: dict[int, Blob] = {}
-        self._place: Place | None = None
+        self._info: RunInfo | None = None
         self._manifest = Manifest(())
         self._model = ""
         try:
@@ -67,7 +82,7 @@ class WorkerProcesses:
             raise
 
     def initial(self) -> Arrays:
-        """The first weights, as the function's module gives them in a worker. Raises the worker's error."""
+        """Initial weights as the function's module returns them in a worker. Raises the worker's error."""
         path = self._folder / "initial.safetensors"
         first = next(iter(self._workers.values()))
         self._say(first, {"initial": str(path)})
@@ -75,17 +90,20 @@ class WorkerProcesses:
             pass
         return read_tensors(path)
 
-    def begin(self, place: Place, manifest: Manifest) -> None:
-        """Before the first order: what the workers need to know. Returns when all are ready; raises the error of one
-        that cannot be."""
-        self._place, self._manifest = place, manifest
+    def begin(self, info: RunInfo, manifest: Manifest) -> None:
+        """Tell all workers about the run, before the first order, and wait until they are ready.
+
+        Raises:
+            FederationError: A worker cannot load the function, or died.
+        """
+        self._info, self._manifest = info, manifest
         for each in self._workers.values():
             while not each.ready:
                 self._first_answers(each)
-            self._say(each, {"place": asdict(place)})
+            self._say(each, {"run": asdict(info)})
 
-    def _first_answers(self, each: _Worker) -> list[dict[str, Any]]:
-        """Waits for them. Here a death is not forgiven."""
+    def _first_answers(self, each: _WorkerProcess) -> list[dict[str, Any]]:
+        """Wait for answers before round 1, when a worker that dies is not replaced."""
         try:
             answers = self._answers(each)
         except ConnectionError:
@@ -113,7 +131,7 @@ class WorkerProcesses:
     def wait(self, timeout_s: float) -> list[Done | Failed]:
         found: list[Done | Failed] = []
         for key, _ in self._selector.select(timeout_s):
-            each: _Worker = key.data
+            each: _WorkerProcess = key.data
             try:
                 for answer in self._answers(each):
                     found += self._outcome(each, answer)
@@ -135,7 +153,7 @@ class WorkerProcesses:
                 self._restart(each)
 
     def close(self) -> None:
-        """No worker is left when this is over."""
+        """End all workers and delete the files of their updates."""
         for each in self._workers.values():
             self._selector.unregister(each.line)
             each.line.close()
@@ -148,35 +166,35 @@ class WorkerProcesses:
         ours, theirs = socket.socketpair()
         with theirs:
             self._launcher.start(name, theirs, [ours, *(each.line for each in self._workers.values())])
-        self._workers[name] = _Worker(name, ours)
+        self._workers[name] = _WorkerProcess(name, ours)
         self._selector.register(ours, selectors.EVENT_READ, self._workers[name])
-        if self._place is not None:
-            self._say(self._workers[name], {"place": asdict(self._place)})
+        if self._info is not None:
+            self._say(self._workers[name], {"run": asdict(self._info)})
 
-    def _restart(self, each: _Worker) -> None:
+    def _restart(self, each: _WorkerProcess) -> None:
         self._selector.unregister(each.line)
         each.line.close()
         if each.blob is not None:
             self._blobs.free(each.blob)
         self._start(each.name)
 
-    def _say(self, each: _Worker, message: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # a dead worker is met when its answer is waited for
+    def _say(self, each: _WorkerProcess, message: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # `_answers` reports a dead worker
             each.line.sendall(json.dumps(message).encode() + b"\n")
 
-    def _answers(self, each: _Worker) -> list[dict[str, Any]]:
-        """The whole lines that have come; waits for some bytes. ConnectionError when there will be no more."""
+    def _answers(self, each: _WorkerProcess) -> list[dict[str, Any]]:
+        """Wait for bytes and return the complete answers among them. Raises ConnectionError if the worker has ended."""
         data = each.line.recv(_CHUNK_BYTES)
         if not data:
             raise ConnectionError
-        *lines, each.heard = (each.heard + data).split(b"\n")
+        *lines, each.unread = (each.unread + data).split(b"\n")
         answers = [json.loads(line) for line in lines]
         for answer in answers:
-            if "broken" in answer:  # it cannot even begin, and no other will
+            if "broken" in answer:  # it cannot load the function, and neither can others
                 raise FederationError.from_wire(answer["broken"])
         return answers
 
-    def _outcome(self, each: _Worker, answer: dict[str, Any]) -> list[Done | Failed]:
+    def _outcome(self, each: _WorkerProcess, answer: dict[str, Any]) -> list[Done | Failed]:
         if "ready" in answer:
             each.ready = True
             return []
@@ -190,13 +208,13 @@ class WorkerProcesses:
         self._held[id(done)] = blob
         return [done]
 
-    def _replaced(self, each: _Worker) -> list[Done | Failed]:
-        """A new process for one that has ended; its order is begun again, unless it has killed too many."""
+    def _replaced(self, each: _WorkerProcess) -> list[Done | Failed]:
+        """Replace a worker that has ended. Its order runs again, unless it has ended several workers already."""
         order = each.order
         key = (order.site, order.round) if order else ("", 0)
         self._deaths[key] += 1
         last = self._deaths[key] == TRIES
-        when = f"at {order.site} in round {order.round}" if order else "with nothing to do"
+        when = f"at {order.site} in round {order.round}" if order else "between orders"
         error = self._died(each, f"{when}, {TRIES} times" if last else when)
         if last and order is None:
             raise error
@@ -208,12 +226,12 @@ class WorkerProcesses:
         self._again += [order] if order else []
         return []
 
-    def _died(self, each: _Worker, when: str) -> SiteFailedError:
+    def _died(self, each: _WorkerProcess, when: str) -> SiteFailedError:
         status = describe_status(self._launcher.status(each.name))
         log = self._logs / f"{each.name}.txt"
-        lines = [f"{log}, which ends with", *(f"    | {line}" for line in tail(log, 8))]
+        lines = [f"{log} ends with", *(f"    | {line}" for line in tail(log, 8))]
         return SiteFailedError(
             f"a worker process died {when}: {status}",
             where="\n".join(lines),
-            fix="look at what the function does there; give fewer workers if memory runs out",
+            fix="check the function for what ends its process; use fewer workers if memory runs out",
         )

@@ -1,8 +1,8 @@
-"""A worker process of virtual sites: reads orders from a socket, a line of JSON each, and answers in the same way.
+"""Worker process of virtual sites: reads orders from a socket, one JSON line each, and answers with one JSON line.
 
-    python -m fl_adapters.environments.virtual.worker DESCRIPTOR APP [ARGS...]     (started by worker_launch.py)
+    python -m fl_adapters.environments.virtual.worker DESCRIPTOR APP [ARGS...]     (started by launch.py)
 
-Tensors are not in the lines: they lie in files that both sides map.
+Tensors do not travel in these lines. They lie in files that both processes map into memory.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.environments.virtual.function import First, Function, Place, Worker, first_weights, load
+from fl_adapters.environments.virtual.function import (
+    InitialWeights,
+    OrderRunner,
+    RunInfo,
+    SiteFunction,
+    initial_weights,
+    load,
+)
 from fl_runtime.errors import FederationError, SiteFailedError
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.shared import SharedFolder
 
 
-def serve(line: socket.socket, function: Function, initial: First | None) -> None:
-    """Until the other side hangs up."""
-    worker: Worker | None = None
+def serve(line: socket.socket, function: SiteFunction, initial: InitialWeights | None) -> None:
+    """Answer orders until the other side closes the socket."""
+    worker: OrderRunner | None = None
     folders: dict[str, SharedFolder] = {}
 
     def mapped(path: str, nbytes: int) -> Any:
@@ -35,21 +42,21 @@ def serve(line: socket.socket, function: Function, initial: First | None) -> Non
             asked = json.loads(message)
             try:
                 if "initial" in asked:
-                    write_tensors(Path(asked["initial"]), first_weights(initial))
+                    write_tensors(Path(asked["initial"]), initial_weights(initial))
                     answer: dict[str, Any] = {"written": True}
-                elif "place" in asked:
-                    worker = Worker(function, Place(**asked["place"]))
+                elif "run" in asked:
+                    worker = OrderRunner(function, RunInfo(**asked["run"]))
                     continue
                 else:
                     assert worker is not None
                     nbytes = asked["nbytes"]
                     answer = worker.work(asked, mapped(asked["model"], nbytes), mapped(asked["update"], nbytes))
             except FederationError as error:
-                traceback.print_exc()  # for the log
+                traceback.print_exc()  # into the worker's log
                 answer = {"failed": error.to_wire()}
             except Exception as error:
                 traceback.print_exc()
-                answer = {"failed": _explained(error, "gave no first weights").to_wire()}
+                answer = {"failed": _explained(error, "gave no initial weights").to_wire()}
             _say(pipe, answer)
 
 
@@ -63,13 +70,13 @@ def _explained(error: Exception, what: str) -> SiteFailedError:
     return SiteFailedError(
         f"the virtual sites' module {what}: {type(error).__name__}: {error}",
         where="\n".join(["in a worker:", *(f"    | {frame}" for frame in frames)]),
-        fix="correct it there",
+        fix="correct the module",
     )
 
 
 def main() -> None:
     line, app = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
-    sys.argv[:] = sys.argv[2:]  # the rest is for the function's module
+    sys.argv[:] = sys.argv[2:]  # the module sees its own arguments only
     try:
         function, initial = load(app)
     except FederationError as error:

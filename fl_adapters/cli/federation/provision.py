@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_adapters.cli.output import console_for, reported, show_json
+from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.extras import needs_cryptography
 
 
 def provision(project: Path, out: Path, as_zip: bool, password: str, without_keys: bool, as_json: bool) -> int:
     """Kits for all participants that have none yet in `out`; an authority in `out`/authority if there is none."""
     console = console_for(as_json)
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.errors import ConfigError
         from fl_runtime.trust.archive import new_password, write_archive
         from fl_runtime.trust.authority import Authority, save_project
@@ -67,7 +67,7 @@ def _show(console: Console, kits: dict[str, dict[str, Any]], fingerprint: str) -
 
 def unpack(archive: Path, out: Path | None, password: str, as_json: bool) -> int:
     console = console_for(as_json)
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.archive import read_archive
         from fl_runtime.trust.kits import read_unsigned
 

@@ -1,4 +1,4 @@
-"""The simulation's own ears: what it remembers of a run, and how all listeners hear of it."""
+"""Listener that turns server events into the simulation's result, and one that passes events on to several others."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from fl_adapters.environments.outcome import AFTER_THE_LAST_ROUND
 from fl_runtime.types import Event, Listener
 
 
-class Watch:
-    """A listener that remembers what the simulation itself needs to know.
+class RunTracker:
+    """Listener that records which sites joined or left, and how far the run has come.
 
-    joined: sites that reached the server. first_out: the first site that dropped out early, "" if none has.
-    started: when round 1 began, monotonic seconds.
+    Attributes:
+        joined: Names of the sites that reached the server.
+        first_dropout: Name of the site that dropped out first, or "" if none has.
+        started: Start of round 1 in seconds of `time.monotonic`, or None before it.
     """
 
     def __init__(self) -> None:
         self.joined: set[str] = set()
-        self.first_out = ""
+        self.first_dropout = ""
         self._round = 0
         self._finished = False
         self.started: float | None = None
@@ -38,12 +40,12 @@ class Watch:
                 self._finished = True
             elif event.kind == "left":
                 self._left[event.site] = event.data["early"]
-                if event.data["early"] and not self.first_out:
-                    self.first_out = event.site
+                if event.data["early"] and not self.first_dropout:
+                    self.first_dropout = event.site
                 self._changed.notify_all()
 
-    def stage(self, site: str) -> str:
-        """How far the run has come, as seen by a site: such as "in round 3"."""
+    def progress_of(self, site: str) -> str:
+        """How far the run has come for a site, as the end of a sentence: "in round 3"."""
         if self._finished:
             return AFTER_THE_LAST_ROUND
         if site not in self.joined:
@@ -51,14 +53,14 @@ class Watch:
         return f"in round {self._round}" if self._round else "before round 1"
 
     def left_early(self, site: str, timeout_s: float = 2.0) -> bool:
-        """Whether a site that is known to have left did so early; waits for the event that says so."""
+        """Whether a site left before the end of the run. Waits for its "left" event, which may still be on its way."""
         with self._changed:
             self._changed.wait_for(lambda: site in self._left, timeout_s)
             return self._left.get(site, True)
 
 
 class FanOut:
-    """One listener made of several, called by the server's threads and by the simulation, one event at a time."""
+    """Listener that passes each event to several listeners, one event at a time, whichever thread it comes from."""
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = list(listeners)
@@ -69,6 +71,6 @@ class FanOut:
             for listener in tuple(self._listeners):
                 try:
                     listener(event)
-                except Exception as error:  # somebody's listener must not end the run
+                except Exception as error:  # a user's listener must not end the run
                     self._listeners.remove(listener)
-                    print(f"fl-adapters: a listener failed and is left out from now on: {error!r}", file=sys.stderr)
+                    print(f"fl-adapters: a listener failed and gets no more events: {error!r}", file=sys.stderr)

@@ -59,7 +59,7 @@ def provision(
 
     Run again after adding somebody to the project: kits that are there stay as they are.
     """
-    from fl_adapters.cli import provision as command
+    from fl_adapters.cli.federation import provision as command
 
     sys.exit(command.provision(project, out, as_zip, password, without_keys, as_json))
 
@@ -73,7 +73,7 @@ def unpack(
     as_json: _Json = False,
 ) -> None:
     """Unpack a kit that `provision --zip` has made. 7-Zip and WinZip open it too."""
-    from fl_adapters.cli import provision as command
+    from fl_adapters.cli.federation import provision as command
 
     sys.exit(command.unpack(archive, out, password, as_json))
 
@@ -86,7 +86,7 @@ def server(
     as_json: _Json = False,
 ) -> None:
     """The server of a federation: one port, mutual TLS. SIGTERM and Ctrl-C stop it; a job goes on when it is back."""
-    from fl_adapters.cli import server as command
+    from fl_adapters.cli.federation import server as command
 
     sys.exit(command.run(kit, folder, listen, job, as_json))
 
@@ -105,21 +105,21 @@ def run(
     The site's policy (policy.yml in the kit) decides whether it takes part and what leaves. Exit status: the
     command's.
     """
-    from fl_adapters.cli import run as module
+    from fl_adapters.cli.federation import run as module
 
     sys.exit(module.run(kit, tuple(command or ()), results, patience_s, as_json))
 
 
 def status(kit: _Kit, as_json: _Json = False) -> None:
     """What the federation's server is doing: job, round, sites."""
-    from fl_adapters.cli import status as command
+    from fl_adapters.cli.federation import status as command
 
     sys.exit(command.run(kit, as_json))
 
 
 def cert_request(kit: _Kit, as_json: _Json = False) -> None:
     """Make a new private key in the kit, which stays there, and a request to have it signed."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.request(kit, as_json))
 
@@ -132,7 +132,7 @@ def cert_sign(
     as_json: _Json = False,
 ) -> None:
     """Sign a request, if it comes from somebody in the project."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.sign(request, authority, out, days, as_json))
 
@@ -141,7 +141,7 @@ def cert_install(
     certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE.pem")], kit: _Kit, as_json: _Json = False
 ) -> None:
     """Put a signed or renewed certificate into its kit. What is running takes it up by itself."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.install(certificate, kit, as_json))
 
@@ -154,7 +154,7 @@ def cert_renew(
     as_json: _Json = False,
 ) -> None:
     """New certificates for the same keys. Send them out; `cert install` puts them in force without stopping a run."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.renew(names or (), authority, out, days, as_json))
 
@@ -166,14 +166,14 @@ def cert_revoke(
     as_json: _Json = False,
 ) -> None:
     """Make all certificates of NAME worthless, on open connections too."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.revoke(name, authority, kit, as_json))
 
 
 def cert_list(authority: _Authority, as_json: _Json = False) -> None:
     """Every certificate, until when it is valid, and what has become of it."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.listing(authority, as_json))
 
@@ -184,7 +184,7 @@ def audit_verify(
     as_json: _Json = False,
 ) -> None:
     """Find lines of the audit log that were edited, removed or moved. Exit status 1 if there are any."""
-    from fl_adapters.cli import cert as command
+    from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.verify(folder, kit, as_json))
 

@@ -1,4 +1,4 @@
-"""Virtual sites: a simulation of many sites whose work is a function, carried out by a few workers."""
+"""Simulates many virtual sites: a few workers call one function for every site and round."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fl_adapters.environments.local import LocalRun, SimulationResult, result_of, starting
+from fl_adapters.environments.local import LocalRun, SimulationResult, make_result, starting_event
 from fl_adapters.environments.processes import available_cores, thread_settings
-from fl_adapters.environments.virtual.function import First, Function, Place, described, first_weights, named
+from fl_adapters.environments.virtual.function import (
+    InitialWeights,
+    RunInfo,
+    SiteFunction,
+    encode_layout,
+    initial_weights,
+    names_function,
+)
 from fl_adapters.job import Job
 from fl_adapters.participant.exchange import selected
 from fl_runtime.aggregation import make_strategy
@@ -31,73 +38,86 @@ _MANY = 256
 
 
 @dataclass(frozen=True)
-class Virtual:
-    """What a Simulation says of its workers; see there."""
+class VirtualSimulation:
+    """A simulation of virtual sites. `Simulation` documents the fields.
+
+    Attributes:
+        engine: "processes" or "ray".
+        workers: Number of workers, or None for one per core.
+        function: The function itself, or None to import the one that the app names.
+        initial: Weights before round 1, for `function`.
+        gpus: CUDA devices that the workers get in turn.
+        args: Command-line arguments for the function's module.
+    """
 
     engine: Engine
     workers: int | None = None
-    function: Function | None = None
-    initial: First | None = None
+    function: SiteFunction | None = None
+    initial: InitialWeights | None = None
     gpus: Sequence[str | int] = ()
     args: Sequence[str] = ()
 
     def check(self, job: Job, settings: RunSettings) -> None:
-        """ConfigError for what cannot work, before a folder is made."""
+        """Raise ConfigError for settings that cannot work, before a folder is made."""
         if self.engine not in ("processes", "ray"):
             raise ConfigError(f"there is no engine {self.engine!r}", where="engine", fix='use "processes" or "ray"')
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"{self.workers} workers cannot work", where="workers", fix="give at least 1")
-        if self.function is None and not named(job.app):
+            raise ConfigError(f"{self.workers} workers are too few", where="workers", fix="give at least 1")
+        if self.function is None and not names_function(job.app):
             raise ConfigError(
-                f"virtual sites share a function, and {job.app} does not name one",
+                f"virtual sites need a function, and {job.app} does not name one",
                 where="app",
                 fix='name it as in Job(app="train.py:train"), or leave engine out to run the script at every site',
             )
         if self.args and (self.engine == "ray" or self.function is not None):
             raise ConfigError(
-                "arguments are for a module that workers import from a command line, and these do not",
+                "these workers take no command-line arguments",
                 where="args",
-                fix="leave args out, and use environment variables or a closure",
+                fix="leave args out; use environment variables or a closure instead",
             )
         check_settings(settings, make_strategy(str(job.strategy)))
 
     def run(self, job: Job, run: LocalRun, began: float) -> SimulationResult:
-        """A run in its folder, from the beginning or from where its journal stands, to its end."""
+        """Run the job to its end, from round 1 or from where the run's journal ends."""
         journal = run.folder / "server" / "journal.sqlite"
-        run.tell(starting(run, [sys.executable, job.app]))
+        run.tell(starting_event(run, [sys.executable, job.app]))
         try:
-            with _workers(self, job, run) as team:
-                return _simulated(self, job, run, team, began)
+            with _workers(self, job, run) as pool:
+                return _simulated(self, job, run, pool, began)
         except BaseException:
-            if not journal.exists():  # nothing has run: the name stays free
+            if not journal.exists():  # nothing ran, so leave the name free
                 shutil.rmtree(run.folder, ignore_errors=True)
             raise
 
 
-class _Team(Workers, Protocol):
+class _WorkerPool(Workers, Protocol):
+    """Workers with a life: they give the initial weights, hear of the run, and end."""
+
     def initial(self) -> Arrays: ...
-    def begin(self, place: Place, manifest: Manifest) -> None: ...
+    def begin(self, info: RunInfo, manifest: Manifest) -> None: ...
     def close(self) -> None: ...
 
 
-def _simulated(virtual: Virtual, job: Job, run: LocalRun, team: _Team, began: float) -> SimulationResult:
-    initial = _initial(virtual, job, team)
+def _simulated(
+    virtual: VirtualSimulation, job: Job, run: LocalRun, pool: _WorkerPool, began: float
+) -> SimulationResult:
+    initial = _initial(virtual, job, pool)
     manifest, settings = Manifest.of(initial), run.settings
-    place = Place(
+    info = RunInfo(
         job=settings.name,
         count=len(settings.sites),
         rounds=settings.rounds or 0,
         seed=settings.seed,
-        layout=described(manifest),
+        layout=encode_layout(manifest),
         exchanges_all=settings.exchange is None or isinstance(settings.exchange, str),
     )
-    team.begin(place, manifest)
+    pool.begin(info, manifest)
     history = History(run.folder)
     try:
-        server = Server(settings, run.folder, {}, listeners=[history, run.tell], loop=course(initial, team))
+        server = Server(settings, run.folder, {}, listeners=[history, run.tell], loop=course(initial, pool))
         try:
             _follow(server, run.folder)
-            return result_of(server, run, None, began)
+            return make_result(server, run, None, began)
         finally:
             server.close()
     finally:
@@ -105,10 +125,10 @@ def _simulated(virtual: Virtual, job: Job, run: LocalRun, team: _Team, began: fl
 
 
 def _follow(server: Server, folder: Path) -> None:
-    """To the end of the run; Ctrl-C ends it in an orderly way."""
+    """Wait for the end of the run. Ctrl-C aborts it and keeps the model so far."""
     if server.finished:
-        raise ConfigError("this run has finished", where=str(folder), fix="look at its model and history")
-    for name in ("model", "best"):  # of a run that goes on: how far it had come
+        raise ConfigError("this run has finished", where=str(folder), fix="see its model and history there")
+    for name in ("model", "best"):  # of a resumed run: outdated
         shutil.rmtree(folder / name, ignore_errors=True)
     server.begin()
     try:
@@ -121,34 +141,34 @@ def _follow(server: Server, folder: Path) -> None:
         raise
 
 
-def _initial(virtual: Virtual, job: Job, team: _Team) -> Arrays:
+def _initial(virtual: VirtualSimulation, job: Job, pool: _WorkerPool) -> Arrays:
     if job.initial is not None:
         arrays = read_tensors(Path(job.initial))
     elif virtual.function is not None or virtual.initial is not None:
-        arrays = first_weights(virtual.initial)
+        arrays = initial_weights(virtual.initial)
     else:
-        arrays = team.initial()
+        arrays = pool.initial()
     return {name: arrays[name] for name in selected(arrays, job.exchange or "auto", ())}
 
 
 @contextmanager
-def _workers(virtual: Virtual, job: Job, run: LocalRun) -> Iterator[_Team]:
-    team = _ray(virtual, job) if virtual.engine == "ray" else _processes(virtual, job, run)
+def _workers(virtual: VirtualSimulation, job: Job, run: LocalRun) -> Iterator[_WorkerPool]:
+    pool = _ray(virtual, job) if virtual.engine == "ray" else _processes(virtual, job, run)
     try:
-        yield team
+        yield pool
     finally:
-        team.close()
+        pool.close()
 
 
-def _ray(virtual: Virtual, job: Job) -> _Team:
+def _ray(virtual: VirtualSimulation, job: Job) -> _WorkerPool:
     from fl_adapters.environments.virtual.ray_workers import RayWorkers
 
     return RayWorkers(job.app, virtual.function, virtual.workers)
 
 
-def _processes(virtual: Virtual, job: Job, run: LocalRun) -> _Team:
+def _processes(virtual: VirtualSimulation, job: Job, run: LocalRun) -> _WorkerPool:
     from fl_adapters.environments.virtual.launch import Forking, Importing, Launcher
-    from fl_adapters.environments.virtual.process_workers import WorkerProcesses
+    from fl_adapters.environments.virtual.process_workers import ProcessWorkers
 
     count = min(virtual.workers or available_cores(), run.settings.sites_per_round)
     names = [f"worker-{number}" for number in range(1, count + 1)]
@@ -163,11 +183,11 @@ def _processes(virtual: Virtual, job: Job, run: LocalRun) -> _Team:
             if virtual.gpus:
                 environments[name]["CUDA_VISIBLE_DEVICES"] = str(virtual.gpus[index % len(virtual.gpus)])
         launcher = Importing(job.app, virtual.args, logs, environments)
-    return WorkerProcesses(launcher, names, run.folder / "server" / "updates", logs)
+    return ProcessWorkers(launcher, names, run.folder / "server" / "updates", logs)
 
 
 def _more_open_files(settings: RunSettings) -> None:
-    """A strategy that needs all updates at once maps a file for each; shells often allow 1024."""
+    """Raise the limit of open files: strategies that need all updates at once map one per site; shells allow 1024."""
     if settings.sites_per_round < _MANY or os.name != "posix":
         return
     import resource

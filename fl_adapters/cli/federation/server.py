@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.extras import needs_cryptography
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.job import Job
@@ -23,7 +23,7 @@ _LOOK_S = 0.2
 
 def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C; with a job, after it: 1 if it failed."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.server.federation.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
 

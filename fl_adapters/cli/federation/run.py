@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.cli.output import reported, show_json
+from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.extras import needs_cryptography
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
@@ -24,7 +24,7 @@ _PATIENCE_S = 30.0
 
 def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float, as_json: bool) -> int:
     """The command's exit status; 1 where it could not be run."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_adapters.participant.policy_gate import GovernedSite
         from fl_runtime.control import ControlClient
 

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_adapters.cli.output import console_for, reported, show_json
+from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.extras import needs_cryptography
 
 
 def run(kit_folder: Path, as_json: bool) -> int:
     console = console_for(as_json)
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.control import ControlClient
         from fl_runtime.trust.kits import read_kit
 

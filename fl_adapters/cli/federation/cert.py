@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
-from fl_adapters.cli.output import console_for, reported, show_json
+from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.extras import needs_cryptography
 
 
 def request(kit: Path, as_json: bool) -> int:
     """A new key in the kit, and the request to have it signed."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.kits import make_request
 
         path = make_request(kit)
@@ -26,7 +26,7 @@ def request(kit: Path, as_json: bool) -> int:
 
 def sign(request_file: Path, authority: Path, out: Path | None, days: float | None, as_json: bool) -> int:
     """A certificate for a request, for who the project says it is from."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.errors import ConfigError
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.certificates import read_request
@@ -49,7 +49,7 @@ def sign(request_file: Path, authority: Path, out: Path | None, days: float | No
 
 def install(certificate: Path, kit: Path, as_json: bool) -> int:
     """A signed or renewed certificate into its kit, at once in force."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.files import read_file
         from fl_runtime.trust.kits import install as put
 
@@ -60,7 +60,7 @@ def install(certificate: Path, kit: Path, as_json: bool) -> int:
 
 def renew(names: Sequence[str], authority: Path, out: Path, days: float | None, as_json: bool) -> int:
     """New certificates for the same keys: of `names`, else of all that end soon."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.files import write_file
 
@@ -78,7 +78,7 @@ def renew(names: Sequence[str], authority: Path, out: Path, days: float | None, 
 
 def revoke(name: str, authority: Path, kit: Path | None, as_json: bool) -> int:
     """All certificates of NAME count for nothing; with an admin's kit, at the server at once."""
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.control import ControlClient
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.kits import read_kit
@@ -102,7 +102,7 @@ def revoke(name: str, authority: Path, kit: Path | None, as_json: bool) -> int:
 def listing(authority: Path, as_json: bool) -> int:
     """Every certificate that was signed, and what has become of it."""
     console = console_for(as_json)
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.authority import Authority
 
         keeper = Authority(authority)
@@ -138,7 +138,7 @@ def listing(authority: Path, as_json: bool) -> int:
 def verify(folder: Path, kit: Path | None, as_json: bool) -> int:
     """Exit status 1 if the audit log was tampered with."""
     console = console_for(as_json)
-    with reported(as_json), needs_cryptography():
+    with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.audit import verify as check
 
         count, findings = check(folder, kit)
