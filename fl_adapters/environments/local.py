@@ -151,7 +151,7 @@ def starting_event(run: LocalRun, command: Sequence[str]) -> Event:
 
 @contextmanager
 def site_processes(server: JobServer, run: LocalRun) -> Iterator[SiteProcesses]:
-    """Site processes for the length of this block; none survives it. Ctrl-C asks them to end, a second one kills them."""
+    """Give site processes to this block; none survives it. Ctrl-C asks them to end, a second Ctrl-C kills them."""
     processes = SiteProcesses()
     try:
         yield processes

@@ -57,9 +57,7 @@ def descendants(roots: Iterable[int]) -> set[int]:
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = (
-                        file.read().rpartition(b")")[2].split()
-                    )  # the program's name, in brackets, may contain spaces and brackets
+                    fields = file.read().rpartition(b")")[2].split()  # after the name, which may hold any character
             except OSError:
                 continue
             children.setdefault(int(fields[1]), []).append(int(name))

@@ -1,4 +1,4 @@
-"""Runs a job on a real federation, with an admin's startup kit. The sites run `fl-adapters run`, under their policies."""
+"""Runs a job on a real federation with an admin's startup kit. Sites run `fl-adapters run` under their policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulates a federation on this machine: the server in this process, and one process per site with the user's script."""
+"""Simulates a federation on this machine: the server in this process, the user's script in a process per site."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Launcher(Protocol):
         ...
 
     def status(self, name: str) -> int:
-        """Exit status of a worker that is ending, as `subprocess` reports it. Kills the worker if it does not end soon."""
+        """Wait for a worker that is ending, and kill it after a while. Returns its exit status, as of `subprocess`."""
         ...
 
     def close(self) -> None:
@@ -132,9 +132,7 @@ class Forking:
     def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
         for other in ours:
             other.close()
-        sys.stdout = sys.stderr = log.open(
-            "a", buffering=1, encoding="utf-8"
-        )  # a notebook's stdout and stderr are not descriptors 1 and 2
+        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")  # not 1 and 2 in a notebook
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
         worker.serve(line, self._function, None)
