@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
-from fl_adapters.participant.local_phases import local_phases
+from fl_adapters.participant.local_work.phases import local_phases
 from fl_runtime.errors import ConfigError
 
 Exchange: TypeAlias = str | tuple[str, ...]

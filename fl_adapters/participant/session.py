@@ -20,12 +20,12 @@ import numpy as np
 
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.local_phases import SiteHome
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, claimed_path, own_folder
 from fl_adapters.participant.policy_gate import rules_of
 from fl_adapters.participant.restart import RestartPoints, round_seed
+from fl_adapters.participant.site_home import SiteHome
 from fl_adapters.participant.swarm import CAPABILITY, SwarmSite, is_swarm
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, FederationError

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fl_adapters.participant.exchange import matches
+from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.agreement import agreement
-from fl_adapters.torch.local_work import LocalWork
+from fl_adapters.torch.local_backend import TorchLocalBackend
 from fl_adapters.torch.lora import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch.lora_factors import LoraFactors
 from fl_adapters.torch.optimizer_state import OptimizerState
@@ -39,7 +40,8 @@ class LiveModel:
     Calls are collective: every rank makes them, with rank 0's task or None. Raises ConfigError, when made, for a
     model that cannot travel and for optimizers whose state cannot be averaged where `settings` ask for it.
 
-    local: what the job's strategy asks of local training.
+    local: what the job's strategy asks of local training. gradients: the correction, which the adapter connects with
+    the trainer's optimizer steps.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
@@ -50,7 +52,9 @@ class LiveModel:
         self._final: Arrays | None = None
         self._final_local: Arrays = {}
         self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
-        self.local = LocalWork(model, optimizers, self.state, settings.phases)
+        backend = TorchLocalBackend(model, optimizers, self.state)
+        self.gradients = backend.gradients
+        self.local = LocalWork(backend, phases=settings.phases)
         if settings.optimizer_state == "average":
             self._refuse_shared_parameters()
             for moments in self._moments:
@@ -129,14 +133,14 @@ class LiveModel:
             specs, shared = ranks.share_arrays(moments)
             if specs:
                 self._set_moments(dict(shared))
-        self.local.begin(task, whole=True)
+        self.local.begin(task)
 
     def kept(self) -> State:
         """What this training carries from round to round and does not travel, for exact restarts."""
         return {
             "tensors": packed_tensors(self._local_tensors()),
             "optimizers": [packed_optimizer(optimizer) for optimizer in self._optimizers],
-            "local": self.local.kept(),
+            "local": self.local.state_dict(),
         }
 
     def go_on(self, state: State) -> None:
@@ -144,14 +148,14 @@ class LiveModel:
         load_tensors(all_tensors(self._model), state["tensors"])  # what is trained may change from round to round
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, kept)
-        self.local.go_on(state["local"])
+        self.local.load_state_dict(state["local"])
 
     def _local_tensors(self) -> dict[str, Tensor]:
         return local_tensors(self._model, list(self.state.tensors.values()))
 
     def resume(self, task: Task | None) -> None:
         """Go on in the middle of rank 0's task, on every rank, with the weights and moments that are there."""
-        self.local.begin(task, whole=False)
+        self.local.begin(task, resumed=True)
 
     def load(self, arrays: Arrays | None) -> None:
         """Set rank 0's `arrays` on every rank, in place."""

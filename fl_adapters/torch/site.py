@@ -99,7 +99,7 @@ class TorchSite:
         None where the round has a second phase: it begins now, with the personal model in place of the global one, and
         takes the same budget again. more: whether the trainer goes on after this step; without that it has no such.
         """
-        done = live.local.phase_ended(result, more=more)
+        done = live.local.end_phase(result, more=more)
         if done is None:
             return None
         arrays, moments = live.arrays(), live.moments()

@@ -112,7 +112,7 @@ class FederatedCallback(TrainerCallback):
             if self._live is not None:
                 self._live.local.close()  # of a training that was interrupted
             live = self._live = LiveModel(trained["model"], [trained["optimizer"]], run.settings)
-            live.local.gradients.follow([trained["optimizer"]])
+            live.gradients.follow([trained["optimizer"]])
             rounds = run.budget.trainer_rounds(state)
             first = self._start(run, live, trainer, state, rounds, **trained)
             warn_if_schedule_ends_early(trained["lr_scheduler"], state.max_steps)

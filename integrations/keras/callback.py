@@ -94,7 +94,7 @@ class FederatedCallback(keras.callbacks.Callback):
             if self._joined and self._run is None:
                 self._begin(epoch)
         if self._run is not None and self._live is not None:
-            self._live.local.show()
+            self._live.corrections.show()
             self._run.begin_epoch(epoch)
             if self._run.seed is not None and not self._run.epochs:
                 restart.begin_round(self._run.fit, self._run.seed)
@@ -128,7 +128,7 @@ class FederatedCallback(keras.callbacks.Callback):
         if run is None:
             return
         if self._live is not None:
-            self._live.local.hide()  # before others save the model
+            self._live.corrections.hide()  # before others save the model
         if run.awaits_score:
             with self._leaving_on_error():
                 self._evaluate(run)
@@ -224,7 +224,7 @@ class FederatedCallback(keras.callbacks.Callback):
                 model._initial_epoch = epoch
         run.take(task, session.turn)
         self._take_first(run, live, task, epoch, restored)
-        if live.local.corrects:
+        if live.corrections.attached:
             neighbours.refuse_saving_within_epochs(fit.callbacks)
 
     def _take_first(self, run: Run, live: LiveModel, task: Task, epoch: int, restored: int) -> None:
@@ -281,7 +281,7 @@ class FederatedCallback(keras.callbacks.Callback):
                 fix="pass FederatedCallback(num_examples=...)",
             )
         result = LocalResult(examples, batches // run.budget.accumulation, metrics)
-        done = live.local.phase_ended(result, more=not run.at_end)
+        done = live.local.end_phase(result, more=not run.at_end)
         if done is None:
             run.next_phase()
             run.meter.begin(model)

@@ -8,8 +8,7 @@ training function is made anew when the correction begins and when it ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -31,7 +30,7 @@ class GradientCorrection:
 
     offsets: whether there are any. gradients: whether the sums of the gradients are kept, as they come.
 
-    Its variables are the optimizer's while the model trains; `hidden` takes them off, for whoever saves or looks at
+    Its variables are the optimizer's while the model trains; `hide` takes them off, for whoever saves or looks at
     the optimizer. Only for a model with one optimizer.
     """
 
@@ -69,20 +68,14 @@ class GradientCorrection:
         """It has not. The model must not train meanwhile."""
         vars(self._optimizer)["_variables"] = self._variables
 
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """`hide` within this block."""
-        self.hide()
-        try:
-            yield
-        finally:
-            self.show()
-
-    def begin(self, *, mu: float = 0.0, anchors: Arrays | None = None, offsets: Arrays | None = None) -> None:
-        """What holds from the next step on; nothing is noted as yet."""
-        assign(self._mu, np.array(mu, np.float32))
-        for name, array in (anchors or {}).items():
+    def set_anchors(self, anchors: Arrays) -> None:
+        """Copy the weights that the proximal term pulls to, by variable name."""
+        for name, array in anchors.items():
             assign(self._anchors[name], array)
+
+    def begin(self, *, mu: float = 0.0, offsets: Arrays | None = None) -> None:
+        """Choose what corrects the gradients from the next step on, and forget the steps so far."""
+        assign(self._mu, np.array(mu, np.float32))
         for name, array in (offsets or {}).items():
             assign(self._offsets[name], array)
         for variable in (self._rates, self._steps, *self._sums.values()):

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.participant.local_phases import SiteHome
+from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
+from fl_adapters.participant.site_home import SiteHome
 from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 
 from .correction import can_correct
 from .fit_call import FitCall
-from .local import LocalWork
+from .local_backend import KerasLocalBackend
 from .optimizer import OptimizerState
 from .state import KerasState
 
@@ -32,7 +33,9 @@ class LiveModel:
         self.moments = OptimizerState(model, self.state.variables)
         self.moments.check(settings.optimizer_state)
         policy = settings.optimizer_state
-        self.local = LocalWork(model, self.state, settings.phases, home)
+        self.corrections = KerasLocalBackend(model, self.state)
+        self.local = LocalWork(self.corrections, phases=settings.phases)
+        self.local.home = home
         correcting = {GRADIENT_CORRECTION, PERSONAL_MODEL} if can_correct(model) else set()
         self.capabilities = self.state.capabilities | correcting
         self.agreement = {**self.state.agreement(model), **self.moments.agreement(policy)}
@@ -41,7 +44,7 @@ class LiveModel:
     def extras(self, weights: Arrays) -> Arrays:
         """What travels beside these `weights` of a round: the optimizer's moments, if they are averaged, and what the
         strategy asks for."""
-        with self.local.hidden():
+        with self.corrections.hidden():
             moments = self.moments.get() if self._settings.optimizer_state == "average" else {}
         return {**moments, **self.local.extras(weights)}
 
@@ -49,16 +52,16 @@ class LiveModel:
         """The weights of a task, then the policy for the optimizer, then what the strategy asks of the round. Final
         weights are kept for `restore_final`."""
         self.state.set_state(task.arrays)
-        with self.local.hidden():
+        with self.corrections.hidden():
             self._receive_moments(task)
         if task.kind == "final":
             self._final = {name: np.copy(array) for name, array in task.arrays.items()}
         else:
-            self.local.begin(task, whole=True)
+            self.local.begin(task)
 
     def resume(self, task: Task) -> None:
         """Go on in the middle of a task, with the weights and the optimizer that are there."""
-        self.local.begin(task, whole=False)
+        self.local.begin(task, resumed=True)
 
     def _receive_moments(self, task: Task) -> None:
         if self._settings.optimizer_state == "reset":

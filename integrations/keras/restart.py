@@ -40,13 +40,13 @@ class FitSnapshot:
                     optimizer.build(model.trainable_variables)
 
     def save(self) -> State:
-        with self._live.local.hidden():
+        with self._live.corrections.hidden():
             return {
                 "epochs": self.epochs if self.run is None or not self.run.round else self.run.epoch + 1,
                 "weights": {name: to_host(variable) for name, variable in self._weights().items()},
                 "seeds": [to_host(variable) for variable in self._seeds()],
                 "optimizers": [[to_host(v) for v in optimizer.variables] for optimizer in _optimizers(self._model)],
-                "local": self._live.local.kept(),
+                "local": self._live.local.state_dict(),
             }
 
     def load(self, state: State) -> None:
@@ -56,7 +56,7 @@ class FitSnapshot:
         _set(self._seeds(), state["seeds"])
         for optimizer, values in zip(_optimizers(self._model), state["optimizers"], strict=True):
             _set(optimizer.variables, values)
-        self._live.local.go_on(state["local"])
+        self._live.local.load_state_dict(state["local"])
 
     def _weights(self) -> dict[str, Any]:
         """What training may change and that does not travel."""

@@ -156,7 +156,7 @@ class FederatedCallback(*callback_classes()):  # type: ignore[misc]
         if run is not None and run.live is not None:
             with self._site.leaving_on_error(self._forget):
                 scale, may_skip = lightning.loss_scaling(trainer, optimizer)
-                run.live.local.gradients.add(optimizer, scale=scale, may_skip=may_skip)
+                run.live.gradients.add(optimizer, scale=scale, may_skip=may_skip)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         run = self._run

@@ -257,7 +257,7 @@ class FederatedHandler:
             run.validation.validator.add_event_handler(Events.COMPLETED, self._validated)
         run.examples = self.options.num_examples or facts.training_examples(engine)
         live = run.live = LiveModel(engine.network, [engine.optimizer], run.settings)
-        live.local.gradients.follow([engine.optimizer])
+        live.gradients.follow([engine.optimizer])
         rounds = run.budget.rounds or run.budget.trainer_rounds(engine)
         warn_if_schedules_end_early(engine, facts.attached(engine, LrScheduleHandler))
         resumed = None

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import fl_adapters
-from fl_adapters.participant.control_variate import FILE, ControlVariate
-from fl_adapters.participant.local_phases import SiteHome
 from fl_adapters.participant.local_result import LocalResult
+from fl_adapters.participant.local_work.control_variate import FILE, ControlVariate
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.site_home import SiteHome
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, LocalTerms, control_of
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError
@@ -151,4 +151,4 @@ def test_the_first_process_of_a_run_takes_nothing_from_another(tmp_path: Path) -
 def test_a_round_seen_in_part_leaves_the_control_variate(tmp_path: Path) -> None:
     control = ControlVariate(SiteHome(tmp_path, 1, fresh=True), {"w": F32})
     control.begin({"w": np.ones(2, np.float32)}, {})
-    assert control_of(control.end_without())["w"].tolist() == [0.0, 0.0]
+    assert control_of(control.end_unchanged())["w"].tolist() == [0.0, 0.0]

@@ -1,0 +1,1 @@
+"""Local training as a strategy requires it (FedProx, SCAFFOLD, Ditto), independent of the training framework."""

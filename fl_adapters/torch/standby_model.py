@@ -1,0 +1,77 @@
+"""A second set of weights and optimizer state for a torch module, for a site's personal model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fl_adapters.participant.state_file import State
+from fl_adapters.torch.correction import plain
+from fl_adapters.torch.restart import load_tensors, packed, packed_optimizer, packed_tensors, states_of, unpacked
+from fl_adapters.torch.state import NamedTensors, as_array, as_tensor
+from fl_runtime.types import Arrays
+
+_STEP = "step"
+
+
+class TorchStandbyModel:
+    """A `StandbyModel` for a torch module and its optimizers.
+
+    Weights are copied into the live tensors; the optimizers' state tensors change hands without a copy. Learning
+    rates belong to the training loop, so both sets use the same.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Any]) -> None:
+        self._live = {
+            name: tensor
+            for name, tensor in NamedTensors.of(module).tensors.items()
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        }
+        self._weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        self._optimizers = [plain(optimizer) for optimizer in optimizers]
+        self._states: list[dict[Any, Any]] = [{} for _ in self._optimizers]
+        self._steps: list[list[Any]] = [[_zero(g.get(_STEP)) for g in o.param_groups] for o in self._optimizers]
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, tensor in self._live.items():
+            leaving = tensor.detach().clone()
+            tensor.copy_(self._weights[name])
+            self._weights[name] = leaving
+        for index, optimizer in enumerate(self._optimizers):
+            leaving_state = dict(optimizer.state)
+            optimizer.state.clear()
+            optimizer.state.update(self._states[index])
+            self._states[index] = leaving_state
+            for group, step in zip(optimizer.param_groups, self._swap_steps(index, optimizer), strict=True):
+                if _STEP in group:  # some optimizers count steps in the parameter group
+                    group[_STEP] = step
+
+    @torch.no_grad()
+    def weights(self) -> Arrays:
+        return {name: as_array(tensor.cpu()) for name, tensor in self._weights.items()}
+
+    @torch.no_grad()
+    def set_weights(self, arrays: Arrays) -> None:
+        for name, array in arrays.items():
+            self._weights[name].copy_(as_tensor(array))
+
+    def state_dict(self) -> State:
+        states = [packed_optimizer(o, s)[1] for o, s in zip(self._optimizers, self._states, strict=True)]
+        return {"weights": packed_tensors(self._weights), "states": states, "steps": packed(self._steps)}
+
+    def load_state_dict(self, state: State) -> None:
+        load_tensors(self._weights, state["weights"])
+        self._states = [states_of(o, s) for o, s in zip(self._optimizers, state["states"], strict=True)]
+        self._steps = unpacked(state["steps"])
+
+    def _swap_steps(self, index: int, optimizer: Any) -> list[Any]:
+        coming, self._steps[index] = self._steps[index], [group.get(_STEP) for group in optimizer.param_groups]
+        return coming
+
+
+def _zero(step: Any) -> Any:
+    return torch.zeros_like(step) if isinstance(step, Tensor) else step and 0
