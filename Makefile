@@ -93,7 +93,7 @@ lint: $(VENV)/.stamp  ## ruff (rules and format) and mypy
 
 .PHONY: chaos
 chaos: $(VENV)/.stamp  ## runs under faults: CHAOS_FAULTS of them, as CHAOS_SEED says; each must end as if undisturbed
-	@PYTHONPATH=$(CURDIR):tests/runtime $(VENV)/bin/python tests/chaos/chaos.py --seed $(CHAOS_SEED) \
+	@PYTHONPATH=$(CURDIR):tests/_support $(VENV)/bin/python tests/chaos/chaos.py --seed $(CHAOS_SEED) \
 	  --faults $(CHAOS_FAULTS) $(ARGS)
 
 .PHONY: bench

@@ -11,7 +11,7 @@ import pytest
 
 from fl_runtime.transport.tls_setting import only_tls_1_3
 
-only_tls_1_3()  # for tests/trust, as `fl-adapters server` does; gRPC reads it once, and some imports make it start
+only_tls_1_3()  # as `fl-adapters server` does; gRPC reads it once, and some imports make it start
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras takes one for the whole process, when first imported
 
 with suppress(ImportError):  # loaded after MONAI or Lightning in the same process, it crashes when it makes a key

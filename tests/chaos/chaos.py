@@ -2,7 +2,7 @@
 
 A fifth of the faults fall on scripts of Hugging Face, Lightning, Keras and XGBoost, the rest on a bare loop.
 
-usage: PYTHONPATH=tests/runtime python tests/chaos/chaos.py [--seed 0] [--faults 500] [--target NAME] [--keep FOLDER]
+usage: PYTHONPATH=tests/_support python tests/chaos/chaos.py [--seed 0] [--faults 500] [--target NAME] [--keep FOLDER]
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["fl_runtime"]):
-    sys.path.insert(0, str(Path(__file__).parent))
-    from decoder import one
+    sys.path.insert(0, str(Path(__file__).parents[1] / "_support"))
+    from fuzzed_decoders import one
 
 if __name__ == "__main__":
     atheris.Setup(sys.argv, one)

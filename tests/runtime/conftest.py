@@ -1,8 +1,17 @@
-"""Makes the helpers beside the tests importable."""
+"""Fixtures of the runtime's tests."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # for federation_bench and tcp_proxy
+import pytest
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Any]:
+    """A federation of two sites with its server running, in this process."""
+    with import_module("study").Study(tmp_path) as study:
+        yield study

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import runpy
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))  # for hf_models
+
+import hf_models
 
 from fl_adapters import connect
 from fl_adapters.testing import LocalFederation
@@ -140,7 +140,7 @@ class SiteProcess:
             "kit": kit,
             "values": values,
         }
-        runner = str(Path(__file__).parent / "run_site.py")
+        runner = str(Path(hf_models.__file__).with_name("hf_site_process.py"))
         self.process = _forks.Process(target=runpy.run_path, args=(runner, {"TASK": task}), daemon=False)
         self.process.start()
 

@@ -173,7 +173,7 @@ def test_torchrun_outlives_a_round_of_three_process_group_timeouts(federation, t
     environment = {
         **os.environ,
         "FL_ADAPTERS_KIT": run.kit(),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(m.__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     done = subprocess.run([*command, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)

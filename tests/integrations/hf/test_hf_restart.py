@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import hf_models as m
 import pytest
 from hf_example import Example, made, rows_of, weights_of
+from killed_sites import WarmProcess, run_sites
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
-
-from killed_sites import WarmProcess, run_sites
 
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.testing import RestartCase, Trained, restart_cases
@@ -62,7 +58,7 @@ def test_lora(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     """SIGKILL: AdamW with a falling rate, dropout, shuffling, a layer that stays."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(folder=str(Path(m.__file__).parent)))
     with WarmProcess("torch", "transformers.trainer") as warm:
         wanted = run_sites(tmp_path / "undisturbed", script, warm=warm, rounds=6)
         assert run_sites(tmp_path / "disturbed", script, warm=warm, kills=5, seed=4, rounds=6) == wanted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,6 @@ else:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    sys.path.insert(0, str(Path(__file__).parent))  # for keras_models
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_sites_on_different_backends_train_together() -> None:
     other = "jax" if keras.backend.backend() == "torch" else "torch"
     if not find_spec(other):
         pytest.skip(f"{other} is not installed")
-    found_at = os.pathsep.join([str(HERE), *(path for path in sys.path if path)])
+    found_at = os.pathsep.join(path for path in sys.path if path)
     with LocalFederation(sites=2, rounds=2, optimizer_state="average", sockets=True) as federation:
         first, second = federation.places
         environment = os.environ | {"KERAS_BACKEND": other, "PYTHONPATH": found_at, "FL_ADAPTERS_KIT": second.kit}
@@ -72,9 +72,9 @@ def test_sites_on_different_backends_train_together() -> None:
 def test_mirrored_strategy() -> None:
     if not find_spec("tensorflow"):
         pytest.skip("tensorflow is not installed")
-    found_at = os.pathsep.join([str(HERE), *(path for path in sys.path if path)])
+    found_at = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, str(HERE / "run_mirrored.py")],
+        [sys.executable, str(Path(m.__file__).with_name("keras_mirrored_sites.py"))],
         env=os.environ | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": found_at},
         capture_output=True,
         text=True,

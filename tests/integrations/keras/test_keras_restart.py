@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,6 @@ import keras
 import keras_models as m
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
-
 from killed_sites import WarmProcess, run_sites
 
 from fl_adapters.keras import FederatedCallback
@@ -40,7 +36,7 @@ class Example(m.Example):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 import test_keras_restart
 from fl_adapters import site
 test_keras_restart.Example().train(site().index, epochs=100, keep_local=["batch_normalization/*"])
@@ -63,7 +59,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str) -> None:
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     """SIGKILL, in processes that have the seeds of nobody."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(folders=[str(Path(path).parent) for path in (m.__file__, __file__)]))
     with WarmProcess("keras", "pytest", KERAS_BACKEND=BACKEND) as process:
         wanted = run_sites(tmp_path / "undisturbed", script, warm=process, rounds=6)
         assert run_sites(tmp_path / "disturbed", script, warm=process, kills=2, seed=3, rounds=6) == wanted

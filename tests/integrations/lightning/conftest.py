@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ pytest.importorskip("torch")
 if not any(__import__("importlib.util").util.find_spec(name) for name in ("lightning", "pytorch_lightning")):
     pytest.skip("Lightning is not installed", allow_module_level=True)
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))  # for lightning_models
 
 import lightning_models
 import torch

@@ -11,19 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import lightning_ddp_site
 import lightning_models as m
 import pytest
 import torch
-from ddp_site import fit
+from lightning_ddp_site import fit
 
-HERE = Path(__file__).parent
 TIMEOUT_S = 240
 
 
 def on_two_ranks(kit: str, folder: Path) -> tuple[int, str]:
     """(exit status, output) of a site that trains on two ranks; each leaves a file in `folder`."""
     folder.mkdir()
-    command = [sys.executable, str(HERE / "ddp_site.py"), m.PACKAGES[0], str(folder)]
+    command = [sys.executable, lightning_ddp_site.__file__, m.PACKAGES[0], str(folder)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

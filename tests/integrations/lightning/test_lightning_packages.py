@@ -44,7 +44,7 @@ def test_trainer_takes_the_callback_without_a_list(pl) -> None:
 @pytest.mark.parametrize("package", m.PACKAGES)
 def test_one_package_is_enough(package, tmp_path) -> None:
     other = next((name for name in ("lightning", "pytorch_lightning") if not package.startswith(name)), None)
-    code = ALONE.format(other=other, package=package, folder=str(Path(__file__).parent))
+    code = ALONE.format(other=other, package=package, folder=str(Path(m.__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps 6 rounds 2" in done.stdout

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning_models as m
 import pytest
 import torch
-from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
-
 from killed_sites import WarmProcess, run_sites
+from torch.utils.data import DataLoader
 
 from fl_adapters.lightning import FederatedCallback
 from fl_adapters.testing import Death, LocalFederation, Place, RestartCase, restart_cases
@@ -42,7 +38,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str, pl: Any) -> None:
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     """SIGKILL: AdamW with a falling rate, dropout, shuffling, batch statistics that stay."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(folder=str(Path(m.__file__).parent)))
     with WarmProcess("lightning.pytorch") as warm:
         wanted = run_sites(tmp_path / "undisturbed", script, warm=warm, rounds=5)
         assert run_sites(tmp_path / "disturbed", script, warm=warm, kills=4, seed=2, rounds=5) == wanted

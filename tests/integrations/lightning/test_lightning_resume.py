@@ -10,7 +10,7 @@ from typing import Any
 import lightning_models as m
 import pytest
 import torch
-from site_process import SiteProcess
+from lightning_site_process import SiteProcess
 
 from fl_adapters import connect
 from fl_adapters.lightning import FederatedCallback

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ pytest.importorskip("torch")
 pytest.importorskip("monai")
 pytest.importorskip("ignite")
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))  # for monai_models
 
 import monai_models
 import torch

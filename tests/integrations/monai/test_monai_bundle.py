@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bundles
+import monai_bundles
 import monai_models as m
 import pytest
 import torch
@@ -66,7 +66,7 @@ def updates(run: Any, field: str) -> list[Any]:
 )
 def test_bundles_of_all_dialects(site, tmp_path, file, dialect) -> None:
     run = site(rounds=3)
-    folder = bundles.write(tmp_path / "bundle", bundles.config(**dialect), file)
+    folder = monai_bundles.write(tmp_path / "bundle", monai_bundles.config(**dialect), file)
     run_bundle(folder)
     assert len(run.result().rounds) == 3
     assert updates(run, "local_steps") == [3] * 3 and updates(run, "num_examples") == [6] * 3
@@ -81,7 +81,7 @@ def test_bundles_of_all_dialects(site, tmp_path, file, dialect) -> None:
 def test_federation_of_one_site_trains_as_the_bundle_alone(site, tmp_path, monkeypatch) -> None:
     """The trainer is made when it would have been made: with the random state of that moment, and the same schedule."""
     early = ["run", "$monai.utils.set_determinism(seed=7)"]
-    folder = bundles.write(tmp_path / "bundle", bundles.config(run=early, initialize=[]))
+    folder = monai_bundles.write(tmp_path / "bundle", monai_bundles.config(run=early, initialize=[]))
     weights = []
     for rounds in (None, 3):
         run = site(rounds=rounds) if rounds else None
@@ -106,10 +106,10 @@ def keeping(kept: dict[str, Any], attach: Any) -> Any:
     return attached
 
 
-@pytest.mark.parametrize("kind", [bundles.nifti, bundles.dicom], ids=["nifti", "dicom"])
+@pytest.mark.parametrize("kind", [monai_bundles.nifti, monai_bundles.dicom], ids=["nifti", "dicom"])
 def test_medical_images_through_monais_readers(site, tmp_path, kind) -> None:
     run = site(rounds=2)
-    folder = bundles.write(tmp_path / "bundle", bundles.config(files=kind(tmp_path / "volumes")))
+    folder = monai_bundles.write(tmp_path / "bundle", monai_bundles.config(files=kind(tmp_path / "volumes")))
     run_bundle(folder)
     assert updates(run, "num_examples") == [4, 4]
     lines = [e.data["metrics"] for e in run.events if e.kind == "report"]
@@ -126,14 +126,14 @@ def test_medical_images_through_monais_readers(site, tmp_path, kind) -> None:
 )
 def test_arguments_of_the_handler_and_of_the_bundle(site, tmp_path, override, steps) -> None:
     run = site(rounds=2)
-    run_bundle(bundles.write(tmp_path / "bundle", bundles.config()), **override)
+    run_bundle(monai_bundles.write(tmp_path / "bundle", monai_bundles.config()), **override)
     assert updates(run, "local_steps") == steps
 
 
 def test_bundle_computes_with_the_epochs_of_the_federation(site, tmp_path, capsys) -> None:
     site(rounds=4, every="2 epochs")
-    made = bundles.config(finalize=["$print('horizon', @lr_scheduler.T_max, @num_epochs)"], epochs="num_epochs")
-    run_bundle(bundles.write(tmp_path / "bundle", made))
+    made = monai_bundles.config(finalize=["$print('horizon', @lr_scheduler.T_max, @num_epochs)"], epochs="num_epochs")
+    run_bundle(monai_bundles.write(tmp_path / "bundle", made))
     assert "horizon 8 8" in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def workflow(folder: str, fragment: dict[str, Any] | None = None) -> ConfigWorkf
 )
 def test_fragment_of_configuration_merged_by_hand(site, tmp_path, fragment) -> None:
     run = site(rounds=2)
-    bundle = workflow(bundles.write(tmp_path / "bundle", bundles.config()), fragment)
+    bundle = workflow(monai_bundles.write(tmp_path / "bundle", monai_bundles.config()), fragment)
     bundle.initialize()
     bundle.run()
     assert updates(run, "local_steps") == [2, 2]
@@ -171,7 +171,7 @@ def test_fragment_of_configuration_merged_by_hand(site, tmp_path, fragment) -> N
 
 def test_handler_attached_to_an_initialised_workflow(site, tmp_path) -> None:
     run = site(rounds=2)
-    bundle = workflow(bundles.write(tmp_path / "bundle", bundles.config()))
+    bundle = workflow(monai_bundles.write(tmp_path / "bundle", monai_bundles.config()))
     bundle.initialize()
     FederatedHandler(every=2).attach(bundle.trainer)
     bundle.run()
@@ -180,9 +180,9 @@ def test_handler_attached_to_an_initialised_workflow(site, tmp_path) -> None:
 
 def test_bundle_that_has_the_handler_already_gets_no_second_one(site, tmp_path) -> None:
     run = site(rounds=2)
-    made = bundles.config()
+    made = monai_bundles.config()
     made["train"]["handlers"].append({"_target_": TARGET, "every": 2})
-    run_bundle(bundles.write(tmp_path / "bundle", made))
+    run_bundle(monai_bundles.write(tmp_path / "bundle", made))
     assert updates(run, "local_steps") == [2, 2]
 
 
@@ -191,7 +191,7 @@ def test_bundle_that_has_the_handler_already_gets_no_second_one(site, tmp_path) 
 
 def test_bundle_without_a_trainer_says_where_it_looked(tmp_path) -> None:
     made = {"network": {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}, "run": "$@network(1)"}
-    folder = bundles.write(tmp_path / "bundle", {**made, "trainer": {"lr": 1}})
+    folder = monai_bundles.write(tmp_path / "bundle", {**made, "trainer": {"lr": 1}})
     with pytest.raises(ConfigError, match="'train#trainer', 'trainer'") as error:
         run_bundle(folder)
     assert "train.json" in str(error.value) and "--trainer_id" in str(error.value)
@@ -200,9 +200,9 @@ def test_bundle_without_a_trainer_says_where_it_looked(tmp_path) -> None:
 
 
 def test_bundle_with_several_trainers(site, tmp_path) -> None:
-    made = bundles.config(trainer="train#first")
+    made = monai_bundles.config(trainer="train#first")
     made["train"]["second"] = dict(made["train"]["first"])
-    folder = bundles.write(tmp_path / "bundle", made)
+    folder = monai_bundles.write(tmp_path / "bundle", made)
     with pytest.raises(ConfigError, match="train#first, train#second"):
         run_bundle(folder)
     run = site(rounds=1)
@@ -211,8 +211,8 @@ def test_bundle_with_several_trainers(site, tmp_path) -> None:
 
 
 def test_bundle_without_anything_to_run(tmp_path) -> None:
-    made = bundles.config(run="go")
-    folder = bundles.write(tmp_path / "bundle", made)
+    made = monai_bundles.config(run="go")
+    folder = monai_bundles.write(tmp_path / "bundle", made)
     with pytest.raises(ConfigError, match="'run' and 'training'") as error:
         run_bundle(folder)
     assert "go" in error.value.fix and "--run_id" in error.value.fix
@@ -227,7 +227,7 @@ def test_folder_that_is_no_bundle(tmp_path) -> None:
 
 def test_error_of_the_federation_is_not_buried_in_those_of_expressions(site, tmp_path) -> None:
     run = site(rounds=2)
-    folder = bundles.write(tmp_path / "bundle", bundles.config())
+    folder = monai_bundles.write(tmp_path / "bundle", monai_bundles.config())
     with pytest.raises(ConfigError, match="matches no tensor"):
         run_bundle(folder, **{"federated_handler#keep_local": ["nothing.*"]})
     with pytest.raises(QuorumError, match="matches no tensor"):
@@ -243,10 +243,10 @@ def test_error_of_the_federation_is_not_buried_in_those_of_expressions(site, tmp
 @pytest.mark.slow
 def test_simulated_bundle(tmp_path) -> None:
     """Each site with data and weights of its own; JSON at the end; an outside file of the bundle's is not touched."""
-    made = bundles.config(seed="$@federated_site.index")
+    made = monai_bundles.config(seed="$@federated_site.index")
     data = made["train"]["trainer"]["train_data_loader"]["dataset"]
-    data["data"] = bundles.MADE.replace("manual_seed({seed})", "manual_seed(@seed)").format(count="2 + 2 * @seed")
-    bundles.write(tmp_path / "spleen", made)
+    data["data"] = monai_bundles.MADE.replace("manual_seed({seed})", "manual_seed(@seed)").format(count="2 + 2 * @seed")
+    monai_bundles.write(tmp_path / "spleen", made)
     done = command(
         *("simulate", "-m", "fl_adapters.monai", "run", "spleen", "--sites", "2", "--rounds", "2", "--json"),
         *("--lr_scheduler#T_max", "5"),
@@ -263,7 +263,7 @@ def test_simulated_bundle(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_command_runs_a_bundle_alone_and_with_a_kit(federation, tmp_path) -> None:
-    folder = bundles.write(tmp_path / "bundle", bundles.config())
+    folder = monai_bundles.write(tmp_path / "bundle", monai_bundles.config())
     alone = command("bundle", "run", folder, "--epochs", "1")
     assert alone.returncode == 0, alone.stderr
     assert alone.stderr.count("no startup kit") == 1 and Path(folder, "models", "model.pt").is_file()

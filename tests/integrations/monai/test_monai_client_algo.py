@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import bundles
+import monai_bundles
 import monai_models as m
 import numpy as np
 import pytest
@@ -138,10 +138,10 @@ def test_names_that_differ_between_sites_are_refused(federation) -> None:
 
 def bundle(folder: Path, **more: Any) -> str:
     """A bundle with an evaluation configuration beside its training."""
-    made = bundles.config(**more)
+    made = monai_bundles.config(**more)
     made["train"]["dataset"] = made["train"]["trainer"]["train_data_loader"]["dataset"]
     made["validate"]["dataset"] = made["validate"]["evaluator"]["val_data_loader"]["dataset"]
-    root = bundles.write(folder, made)
+    root = monai_bundles.write(folder, made)
     Path(root, "configs", "evaluate.json").write_text('{"run": "$@validate#evaluator.run()"}')
     return root
 
@@ -163,7 +163,7 @@ def test_monais_own_algorithm(federation, tmp_path, differences) -> None:
 
 
 def test_statistics_of_the_data_go_once_and_only_if_asked_for(federation, tmp_path) -> None:
-    files = bundles.nifti(tmp_path / "volumes")
+    files = monai_bundles.nifti(tmp_path / "volumes")
     root = bundle(tmp_path / "bundle", files=files, dataset_dir=str(tmp_path / "volumes"))
     asked = {FlStatistics.HIST_BINS: [10], FlStatistics.HIST_RANGE: [[0, 1]]}
     run = federation(rounds=2)

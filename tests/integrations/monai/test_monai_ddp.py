@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import monai_ddp_site
 import monai_models as m
 import pytest
 import torch
 from monai_ddp_site import train
 
-SITE = Path(__file__).with_name("monai_ddp_site.py")
+SITE = Path(monai_ddp_site.__file__)
 TIMEOUT_S = 240
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,10 @@ import pytest
 import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
+from killed_sites import WarmProcess, run_sites
 from monai.data import DataLoader, Dataset
 from monai.handlers import LrScheduleHandler
 from monai.transforms import RandGaussianNoised
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
-
-from killed_sites import WarmProcess, run_sites
 
 from fl_adapters.monai import FederatedHandler
 from fl_adapters.testing import Death, LocalFederation, Place, RestartCase, Trained, restart_cases
@@ -46,7 +42,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str) -> None:
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     """SIGKILL: AdamW with a falling rate, dropout, shuffling, batch statistics that stay."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(folder=str(Path(m.__file__).parent)))
     with WarmProcess("monai.engines", "monai.handlers", "ignite.metrics") as warm:
         wanted = run_sites(tmp_path / "undisturbed", script, warm=warm, rounds=5)
         assert run_sites(tmp_path / "disturbed", script, warm=warm, kills=4, seed=2, rounds=5) == wanted

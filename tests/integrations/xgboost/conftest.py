@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +12,6 @@ if not find_spec("xgboost"):
     collect_ignore_glob = ["test_*"]
 else:
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(Path(__file__).parent))  # for xgboost_data
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,6 @@ import numpy as np
 import pytest
 import xgboost
 import xgboost_data as d
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "restarts"))
-
 from killed_sites import WarmProcess, run_sites
 
 from fl_adapters.testing import Death, LocalFederation, Place, RestartCase, Trained, failing, restart_cases
@@ -119,7 +115,7 @@ train(params, d.matrix(site().index), 100, mode={mode!r}, every=3, callbacks=[fa
 def test_killed_at_random_instants(mode: str, tmp_path: Path) -> None:
     """SIGKILL, with rows that are drawn, and a rate that is set after each round."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), mode=mode))
+    script.write_text(SCRIPT.format(folder=str(Path(d.__file__).parent), mode=mode))
     with WarmProcess("pandas", "xgboost") as warm:
         wanted = run_sites(tmp_path / "undisturbed", script, warm=warm, rounds=8)
         assert run_sites(tmp_path / "disturbed", script, warm=warm, kills=4, seed=5, rounds=8) == wanted

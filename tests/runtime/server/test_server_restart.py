@@ -2,90 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import WAIT_S, Site, at_once, registered, serving, settings, started, together
+from federation_bench import WAIT_S, Site, at_once, registered, serving, started, together
+from server_process import server_process
 from tcp_proxy import TcpProxy
 
-import fl_runtime
-from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.transport.grpc import GrpcTransport
-from fl_runtime.types import Arrays, Report, RunSettings, Task
+from fl_runtime.types import Arrays, Report, Task
 from fl_runtime.wire.manifest import Manifest
-
-SERVER = """
-import json, sys
-from pathlib import Path
-from fl_runtime.server import Server
-from fl_runtime.types import RunSettings
-
-folder, port, fields = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-run = RunSettings(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-server = Server(run, folder, {name: "secret of " + name for name in run.sites}, port=port)
-print(server.start(), flush=True)
-server.wait()
-error = server.result().error
-server.export(folder / "model")
-server.close()
-sys.exit(str(error) if error else 0)
-"""
-
-
-class ServerProcess:
-    """A server in a process of its own, always on the same port."""
-
-    def __init__(self, folder: Path, run: RunSettings) -> None:
-        self.folder, self._run = folder, run
-        self.address = "127.0.0.1:0"
-        self.start()
-
-    def start(self) -> None:
-        port = self.address.rpartition(":")[2]
-        root = str(Path(fl_runtime.__file__).parents[1])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(self.folder), port, json.dumps(asdict(self._run))],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
-        assert self.address, "the server did not start"
-
-    def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(WAIT_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def finished(self) -> Arrays:
-        """The model of a run that has ended well."""
-        assert self._process.wait(WAIT_S) == 0
-        return read_tensors(self.folder / "model" / "model.safetensors")
-
-    def site(self, name: str, address: str = "") -> Site:
-        return Site(name, GrpcTransport(address or self.address, f"secret of {name}"))
-
-
-@contextmanager
-def server_process(folder: Path, sites: int, **fields: Any) -> Iterator[ServerProcess]:
-    process = ServerProcess(folder, settings(sites, **fields))
-    try:
-        yield process
-    finally:
-        process.kill()
 
 
 def trained(task: Task, site: str) -> Arrays:

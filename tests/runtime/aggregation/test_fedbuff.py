@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from federation_bench import Bench, Site, at_once, ended, serving
 from numpy_rounds import EXAMPLES
-from test_restart import server_process
+from server_process import server_process
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import ConfigError, QuorumError, UpdateRefusedError

@@ -31,7 +31,7 @@ def test_every_call_has_a_rule_and_the_document_is_current() -> None:
     assert set(TABLE) == {*METHODS, *CONTROL_METHODS}
     document = Path(inspect.getfile(permissions)).parents[2] / "docs/permissions.md"
     if not document.exists():
-        document = Path(__file__).parents[2] / "docs/permissions.md"  # the tests run against an installed wheel
+        document = Path(__file__).parents[3] / "docs/permissions.md"  # the tests run against an installed wheel
     assert document.read_text("utf-8") == permissions.as_markdown(), "run `make permissions`"
 
 

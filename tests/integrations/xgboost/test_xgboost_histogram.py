@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plain_rabit
 import pytest
 import xgboost
 import xgboost_data as d
+import xgboost_plain_rabit
 
 import fl_adapters
 from fl_adapters.testing import LocalFederation
@@ -79,9 +79,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ..
     for number, kind in enumerate(KINDS):
         found[kind] = federated(kind)
         np.savez(folder / f"{number}.npz", reference=reference(kind), model=np.frombuffer(found[kind][0], np.uint8))
-    path = [str(Path(fl_adapters.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(fl_adapters.__file__).parents[1]), str(Path(d.__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, plain_rabit.__file__, folder, str(ROUNDS), *KINDS]
+    command = [sys.executable, xgboost_plain_rabit.__file__, folder, str(ROUNDS), *KINDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return {kind: (*found[kind], (folder / f"{n}.ubj").read_bytes()) for n, kind in enumerate(KINDS)}
@@ -106,7 +106,7 @@ def test_trees_are_those_of_plain_rabit(trained: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOT_CENTRAL])
 def test_trees_are_those_of_all_rows_in_one_place(trained: Any, kind: str) -> None:
     initial, boosters, _ = trained[kind]
-    central = plain_rabit.grow(None, kind, reference(kind), initial, ROUNDS)
+    central = xgboost_plain_rabit.grow(None, kind, reference(kind), initial, ROUNDS)
     ours, theirs = trees(boosters["site-2"].save_raw("ubj"))[1], trees(central.save_raw("ubj"))[1]
     for name in ("split_indices", "left_children", "default_left", "categories"):
         assert [tree[name] for tree in ours] == [tree[name] for tree in theirs]

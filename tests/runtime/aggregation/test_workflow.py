@@ -118,7 +118,7 @@ def test_a_workflow_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> None:
-    """See tests/runtime/test_restart.py for a server that is killed; this is what it reads from its journal."""
+    """What a restarted server reads from its journal; runtime/server/test_server_restart.py kills the server."""
     from fl_runtime.server.records.events import Events
     from fl_runtime.server.recovery import recover
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own figures of a process")
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts the heaps of glibc")
 

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import monai_models as m
 import torch
 import torch.distributed as dist

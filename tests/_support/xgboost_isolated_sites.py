@@ -1,6 +1,8 @@
 """Run as a script in a user and network namespace of its own: sites that can reach the server and nothing else.
 
-Each site has a network namespace whose only way out is a cable to the server's. usage: sites_apart.py FOLDER ISOLATED
+Each site has a network namespace whose only way out is a cable to the server's.
+
+usage: xgboost_isolated_sites.py FOLDER ISOLATED
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import run_site
 import xgboost_data as d
+import xgboost_site_process
 
 from fl_adapters.participant.kit import Kit
 from fl_runtime.server import Server
@@ -61,7 +63,7 @@ def main() -> None:
     for index, name in enumerate(d.SITES):
         kit = Kit("apart", name, index, len(d.SITES), f"10.9.{index}.1:{port}", f"secret of {name}")
         arguments = [str(kit.save(folder / name)), "histogram", "6", "0", str(folder / f"{name}.ubj")]
-        script = SITE_SCRIPT.format(isolated=isolated, arguments=arguments, script=run_site.__file__)
+        script = SITE_SCRIPT.format(isolated=isolated, arguments=arguments, script=xgboost_site_process.__file__)
         processes.append(connected(index, [sys.executable, "-c", script]))
 
     def reaches(index: int, host: str) -> bool:

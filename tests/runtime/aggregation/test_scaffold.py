@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from federation_bench import Site, registered, together
-from test_restart import ServerProcess, server_process
+from server_process import ServerProcess, server_process
 
 from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, control_extras, control_of
 from fl_runtime.errors import UpdateRefusedError

@@ -1,4 +1,7 @@
-"""Run as a script: one site that may kill or freeze itself. usage: run_site.py KIT MODE ROUNDS DIES_AT MODEL"""
+"""Run as a script: one site that may kill or freeze itself.
+
+usage: xgboost_site_process.py KIT MODE ROUNDS DIES_AT MODEL
+"""
 
 from __future__ import annotations
 

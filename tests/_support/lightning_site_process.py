@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ def fit(kit: str | None, folder: Path, values: dict[str, Any], out: Path) -> Non
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.path.insert(0, str(Path(__file__).parent))
     import lightning_models as m
     import torch
 

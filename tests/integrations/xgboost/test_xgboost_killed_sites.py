@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import run_site
 import xgboost
 import xgboost_data as d
+import xgboost_site_process
 
 import fl_adapters
 from fl_adapters import FederationError, QuorumError
@@ -45,12 +45,12 @@ class Bench:
         place = next(place for place in self.federation.places if place.name == VICTIM)
         path = [
             str(Path(fl_adapters.__file__).parents[1]),
-            str(Path(__file__).parent),
+            str(Path(d.__file__).parent),
             os.environ.get("PYTHONPATH", ""),
         ]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         arguments = [place.kit, self.mode, str(ROUNDS), str(dies_at), str(self.folder / "model.ubj")]
-        process = subprocess.Popen([sys.executable, run_site.__file__, *arguments], env=environment)
+        process = subprocess.Popen([sys.executable, xgboost_site_process.__file__, *arguments], env=environment)
         self.processes.append(process)
         return process
 

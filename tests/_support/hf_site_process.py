@@ -12,7 +12,6 @@ import sys
 import traceback
 
 task = globals()["TASK"]
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 with open(task["log"], "w") as log:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

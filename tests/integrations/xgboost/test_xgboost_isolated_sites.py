@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sites_apart
 import xgboost
 import xgboost_data as d
+import xgboost_isolated_sites
 
 import fl_adapters
 from fl_adapters.testing import LocalFederation
@@ -35,9 +35,9 @@ def why_not() -> str:
 def test_sites_that_reach_only_the_server_grow_the_trees_of_all(tmp_path: Path, worker: str) -> None:
     if reason := why_not():
         pytest.skip(reason)
-    path = [str(Path(fl_adapters.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(fl_adapters.__file__).parents[1]), str(Path(d.__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    command = [*NAMESPACES, sys.executable, sites_apart.__file__, tmp_path, worker]
+    command = [*NAMESPACES, sys.executable, xgboost_isolated_sites.__file__, tmp_path, worker]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     models = [bytearray((tmp_path / f"{name}.ubj").read_bytes()) for name in d.SITES]
