@@ -1,1 +1,1 @@
-"""The shared runtime beneath every adapter: transport, journal, aggregation. Knows no training framework."""
+"""The runtime below all adapters: wire format, transport, store, aggregation, server. Imports no training framework."""

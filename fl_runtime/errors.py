@@ -1,7 +1,7 @@
-"""Every error of fl-adapters. Each says what is wrong, where, and what to do about it.
+"""All errors of fl-adapters. Each says what is wrong, where, and what to do about it.
 
-The tree is small on purpose: a class exists where a caller would handle it differently. Errors cross the
-network as (code, what, where, fix) and come out at the other end as the same class; nothing is unpickled.
+A class exists only where a caller would handle it differently. Errors cross the network as the texts (code, what,
+where, fix) and become the same class at the other end; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ from typing import ClassVar
 
 
 class FederationError(Exception):
-    """Base of all our errors.
+    """Base class of all errors of fl-adapters.
 
-    what: one sentence naming what is wrong.  where: the file, site, round or tensor concerned.
-    fix: what the reader can do about it.  `where` and `fix` may be empty.
+    Args:
+        what: What is wrong, in one sentence.
+        where: The file, site, round or tensor concerned; may be empty.
+        fix: What the reader can do about it; may be empty.
+
+    Attributes:
+        code: Identifier of the class on the network.
+        what: What is wrong, in one sentence.
+        where: The file, site, round or tensor concerned.
+        fix: What the reader can do about it.
     """
 
     code: ClassVar[str] = "error"
@@ -35,96 +43,110 @@ class FederationError(Exception):
         return _rebuild, (self.code, self.what, self.where, self.fix)
 
     def to_wire(self) -> dict[str, str]:
-        """What crosses the network; `from_wire` makes the same error of it."""
+        """Return the error as texts for the network.
+
+        Returns:
+            The fields `code`, `what`, `where` and `fix`, which `from_wire` reads.
+        """
         return {"code": self.code, "what": self.what, "where": self.where, "fix": self.fix}
 
     @staticmethod
     def from_wire(fields: Mapping[str, str]) -> FederationError:
-        """The error that `to_wire` described; an unknown code becomes a plain FederationError."""
+        """Return the error that `to_wire` described.
+
+        Args:
+            fields: The fields of `to_wire`. Missing ones count as empty.
+
+        Returns:
+            An error of the class with this code, or a plain FederationError if the code is unknown.
+        """
         get = {k: str(fields.get(k, "")) for k in ("code", "what", "where", "fix")}
         return _rebuild(get["code"], get["what"], get["where"], get["fix"])
 
 
 class ConfigError(FederationError):
-    """A setting, argument, job file or startup kit that cannot work as it stands."""
+    """A setting, an argument, a job file or a startup kit cannot work as it stands."""
 
     code = "config"
 
 
 class HandshakeError(FederationError):
-    """The sites do not agree on something they must agree on; raised before round 1."""
+    """The sites do not agree on something that must be equal. Raised before round 1."""
 
     code = "handshake"
 
 
 class StateMismatchError(HandshakeError):
-    """Two sets of tensors differ in names, shapes or dtypes; the message lists the differences."""
+    """Two sets of tensors differ in names, shapes or dtypes. The message lists the differences."""
 
     code = "state-mismatch"
 
 
 class ProtocolError(FederationError):
-    """Bytes that do not follow the protocol, or a version that this side does not speak."""
+    """Received bytes do not follow the protocol, or belong to a version of it that is not supported here."""
 
     code = "protocol"
 
 
 class UpdateRefusedError(FederationError):
-    """An update the server (or the site's own check) does not take: not finite, no examples, fenced off."""
+    """An update is not accepted, by the server or by the site's own check before sending.
+
+    Reasons are values that are not finite, no examples, or a later attempt of the same site.
+    """
 
     code = "update-refused"
 
 
 class ConnectionLostError(FederationError):
-    """The server could not be reached for longer than the kit's patience."""
+    """The server could not be reached for longer than the `patience_s` of the startup kit."""
 
     code = "connection-lost"
 
 
 class TransferDamagedError(ConnectionLostError):
-    """Something arrived with a wrong digest; like a broken connection, a reason to send it again."""
+    """Data arrived with a wrong digest. Like a broken connection, this is a reason to send it again."""
 
     code = "damaged"
 
 
 class PermissionDeniedError(FederationError):
-    """Who is calling may not do this."""
+    """The caller is not allowed to do this, by its role, its certificate or the site's policy."""
 
     code = "permission-denied"
 
 
 class PrivacyBudgetError(FederationError):
-    """What is to be sent would exceed the privacy budget of a site, or of the run."""
+    """Sending this would exceed the privacy budget of the site or of the run."""
 
     code = "privacy-budget"
 
 
 class QuorumError(FederationError):
-    """Fewer sites are left than the job needs."""
+    """Fewer sites are left than the job needs for a round."""
 
     code = "quorum"
 
 
 class AbortedError(FederationError):
-    """The run was ended by someone or by another error; `what` says by which."""
+    """The run was ended by a person or by another error, which `what` names."""
 
     code = "aborted"
 
 
 class StoreError(FederationError):
-    """The disk, a blob or the journal failed: full, read-only, torn, or from a newer version."""
+    """Reading or writing state on disk failed: the disk is full or read-only, or a file is damaged or too new."""
 
     code = "store"
 
 
 class RoundFailedError(FederationError):
-    """The updates of a round do not make a result; the round can be opened again."""
+    """The updates of a round make no model. The server can open the round again."""
 
     code = "round-failed"
 
 
 class SiteFailedError(FederationError):
-    """A site's own process ended before its work was done."""
+    """The process of a site ended before its work was done."""
 
     code = "site-failed"
 

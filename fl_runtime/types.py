@@ -1,4 +1,7 @@
-"""The few types that everything speaks. All frozen; arrays inside are borrowed unless a docstring says otherwise."""
+"""Core types that all parts of the package share: tasks, updates, reports, settings, and the strategy protocol.
+
+All dataclasses are frozen. Arrays in them are borrowed from their owner unless a docstring says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,67 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""A NumPy array of any dtype and shape, in host memory."""
+
 Arrays: TypeAlias = Mapping[str, Array]
 """Tensor name -> host array, in a fixed order. bfloat16 and float8 are the `ml_dtypes` dtypes."""
 
-
-def is_floating(dtype: np.dtype[Any]) -> bool:
-    """True for what is averaged (floats of any width, complex); integers and booleans are not."""
-    return dtype.kind in "fcV" and dtype.names is None
-
-
 Metrics: TypeAlias = Mapping[str, float]
+"""Metric name -> value."""
+
 Settings: TypeAlias = Mapping[str, Any]
-"""JSON values: what may travel beside tensors."""
+"""Values that JSON can hold, by name: all that may travel beside arrays."""
 
 Content = Literal["weights", "delta", "encoded"]
-
-EXACT_RESTART = "exact-restart"
-"""The capability that a job with `exact_restart` asks of every site."""
+"""What the arrays of an update hold: new weights, their difference to the base model, or an encoding of its own."""
 
 TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
+"""What a task asks for; see `Task`."""
+
+EXACT_RESTART = "exact-restart"
+"""Capability of a site that can save and restore all of its state. Jobs with `exact_restart` require it."""
+
+CROSS_EVALUATION = "cross-evaluation"
+"""Capability of a site that can evaluate other sites' models. Jobs with `cross_site` require it."""
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Return whether tensors of this dtype are averaged.
+
+    Args:
+        dtype: Any NumPy dtype, those of `ml_dtypes` included.
+
+    Returns:
+        True for floats of any width and for complex numbers, False for integers and booleans.
+    """
+    return dtype.kind in "fcV" and dtype.names is None
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the server asks of a site.
+    """A request of the server to one site.
 
-    kind: "initial" (send your weights, they become version 0), "train" (train one round from `arrays`),
-    "final" (`arrays` is the global model after the last round), "best" (the best round's model), "evaluate" (a model
-    to be scored: `config["model"]` says whose), "evaluated" (there is no more of these); where sites themselves form
-    the mean: "share" (send your update to the site `config["to"]`) and "aggregate" (form it: `config["sites"]`).
-    version: number of the global model in `arrays`: the round whose result it is, 0 for the initial one; what sites
-    have sent, and others evaluate, has numbers behind the last round's.
-    arrays, extras: views of the receiver's buffer, valid until its next task arrives; they may be written to.
-    config: settings of this task (strategy parameters, what to export); JSON values.
+    The kinds of tasks:
+
+    - "initial": send your weights; they become version 0 of the global model.
+    - "train": train one round, starting from `arrays`.
+    - "final": the run is over; `arrays` is the global model after the last round.
+    - "best": `arrays` is the global model of the best round.
+    - "evaluate": evaluate `arrays` on your validation data; `config["model"]` names whose model it is.
+    - "evaluated": no model is left to evaluate.
+    - "share" (swarm only): send your update to the site `config["to"]`.
+    - "aggregate" (swarm only): aggregate the updates of `config["sites"]`.
+
+    Attributes:
+        job: Name of the job.
+        round: Number of the round, from 1; 0 for the initial model.
+        stage: Label that distinguishes attempts at the same round: "" for the first.
+        kind: What the site is to do.
+        version: Version of the model in `arrays`: the round that produced it, 0 for the initial model. Models of
+            single sites, which others evaluate, have versions above that of the last round.
+        arrays: The model. Views of the receiver's buffer, valid until its next task arrives. May be written to.
+        extras: Arrays that travel beside the model, such as optimizer moments. Owned like `arrays`.
+        config: Settings of this task, such as the strategy's parameters.
     """
 
     job: str
@@ -57,12 +88,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Update:
-    """What a site sends back: its arrays after local work on a task.
+    """The answer of a site to a task: its arrays after local training.
 
-    content: what `arrays` holds: the new weights, their difference to the base version, or content that only
-    `encoding` explains. extras: arrays that travel beside the weights (optimizer moments, control variates).
-    num_examples: the weight of this update in an average, > 0. local_steps: optimizer steps of this round.
-    site_weight: what the job multiplies it by; known to the server alone.
+    Attributes:
+        job: Name of the job.
+        round: Round of the task that this answers.
+        stage: Stage of that task.
+        site: Name of the site.
+        attempt: Number of the site's process in this run, from 1. The server refuses updates of earlier attempts.
+        base_version: Version of the global model that training started from.
+        arrays: The trained tensors, as `content` says.
+        num_examples: Number of training examples, above 0: the weight of this update in an average.
+        local_steps: Number of optimizer steps in this round, 0 if not counted.
+        metrics: Training metrics of this round.
+        content: What `arrays` holds.
+        encoding: How `arrays` is encoded if `content` is "encoded": JSON of the filters that ran, or an adapter's
+            own name. "" for plain arrays.
+        extras: Arrays that travel beside the weights, such as optimizer moments or control variates.
+        site_weight: Factor from the job's `site_weights`. Set by the server; not sent by sites.
     """
 
     job: str
@@ -82,17 +125,20 @@ class Update:
 
     @property
     def weight(self) -> float:
-        """What counts in an average."""
+        """Weight of this update in an average: the number of examples times the job's factor for the site."""
         return self.num_examples * self.site_weight
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a site's part of a metric comes to, where the mean of the sites' values is not the metric of all data.
+    """One site's contribution to a metric that cannot be pooled as a mean of the sites' values.
 
-    value: on the site's own data. weight: of its data in that metric. kind: "mean" and "root_mean" (of squares)
-    are pooled from value and weight; "auc" and "aucpr" from `histogram`, score bin -> (weight of negatives, of
-    positives), bins in ascending order of the score.
+    Attributes:
+        kind: How the contributions are pooled. "mean" and "root_mean" (of squares) are pooled from `value` and
+            `weight`; "auc" and "aucpr" from `histogram`.
+        value: The metric on the site's own data.
+        weight: Weight of the site's data in the metric.
+        histogram: Score bin -> (weight of the negatives, weight of the positives), in ascending order of the score.
     """
 
     kind: Literal["mean", "root_mean", "auc", "aucpr"]
@@ -103,7 +149,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """Metrics of a global model on a site's own validation data. version: which global model was scored."""
+    """Metrics of a model on one site's own validation data.
+
+    Attributes:
+        job: Name of the job.
+        version: Version of the model that was evaluated.
+        site: Name of the site.
+        metrics: Metric name -> value, or a `Summary` of it.
+        num_examples: Number of validation examples: the weight of the values in the mean over sites.
+    """
 
     job: str
     version: int
@@ -112,17 +166,17 @@ class Report:
     num_examples: int
 
 
-CROSS_EVALUATION = "cross-evaluation"
-"""The capability of an adapter that scores other sites' models too, where the job wants it (`cross_site`)."""
-
-
 @dataclass(frozen=True)
 class Terms:
-    """What a site's script says of the run where the job is silent; all sites must say the same.
+    """Settings that the sites' scripts propose where the job is silent. All sites must propose the same.
 
-    content: what its updates hold. strategy: the one that fits them. best_metric, best_mode: which round is the
-    best one. patience: the run ends when the best round is so many rounds back; None: it does not. min_delta: by
-    how much a better metric must be better, for that.
+    Attributes:
+        content: What the arrays of updates hold.
+        strategy: The strategy that fits these updates, as text.
+        best_metric: Metric that decides which round is the best.
+        best_mode: Whether lower or higher values of that metric are better.
+        patience: Number of rounds without a better metric after which the run ends; None never ends it early.
+        min_delta: Least difference of the metric that counts as better, for `patience`.
     """
 
     content: Content = "weights"
@@ -135,10 +189,35 @@ class Terms:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of one job, as the server and the sites read them. See `fl_adapters.Job` for what each means.
+    """The settings of one job as the server and the sites read them. `fl_adapters.Job` describes each in full.
 
-    app, submitted_by: what the sites run, and the identity (URI) of who submitted it; empty in a simulation.
-    strategy, best_metric, best_mode, patience: None leaves them to the `Terms` of the sites.
+    Attributes:
+        name: Name of the job.
+        sites: Names of the sites, in the order in which updates are summed.
+        min_sites: Number of updates that a round needs (the quorum).
+        rounds: Number of rounds; None leaves it to the sites' trainers, which must agree.
+        strategy: The strategy as text; None leaves it to the sites' `Terms`.
+        deadline_s: Seconds after which a round closes with the updates that are there.
+        late: What happens to an update that arrives after its round has closed.
+        every: Local budget between two exchanges; None leaves it to the scripts.
+        exchange: Which tensors travel; None leaves it to the scripts.
+        keep_local: Name patterns of tensors that never leave a site.
+        optimizer_state: What happens to optimizer state at an exchange; None leaves it to the scripts.
+        filters: Filters on the way, in order, as tables of settings.
+        initial: Path of a safetensors file with the initial model; None takes the first site's weights.
+        best_metric: Metric that decides which round is the best; None leaves it to the sites' `Terms`.
+        best_mode: Whether lower or higher is better; None leaves it to the sites' `Terms`.
+        seed: Seed of everything random in the run; None means 0 where a number is needed.
+        exact_restart: Whether a restarted site must end with the same bits.
+        rejoin_s: Seconds to wait for a site whose connection is gone before `min_sites` decides.
+        app: Name of what the sites run.
+        submitted_by: Identity (URI) of who submitted the job; "" in a simulation.
+        fraction: Share of the sites that take part in a round, above 0 and at most 1.
+        site_weights: Site name -> factor of its weight; 1 for sites not named.
+        patience: Rounds without a better metric after which the run ends; None leaves it to the sites' `Terms`.
+        min_delta: Least difference of the metric that counts as better, for `patience`.
+        cross_site: Whether every site evaluates every site's model after the last round.
+        durability: Whether acknowledged updates survive the death of processes, or also a power failure.
     """
 
     name: str
@@ -170,20 +249,32 @@ class RunSettings:
 
     @property
     def sites_per_round(self) -> int:
-        """How many sites a round has: `fraction` of all, rounded up."""
+        """Number of sites in a round: `fraction` of all sites, rounded up."""
         return max(1, math.ceil(self.fraction * len(self.sites) - 1e-9))
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run; a line of events.jsonl, and what a live table listens to.
+    """Something that happened in a run: a line of events.jsonl, and what listeners such as the live table receive.
 
-    kind: joined, registered, started, round_started, task_sent, update, aggregator (a site forms the mean of the round:
-    `Swarm`), round_finished, report (a site has scored
-    the model of `round`), scored (all have), cross_score (a site has scored another's model), cross_site (all have,
-    with the matrix), round_dropped (an open round that is not needed), left, failed,
-    finished; a simulation adds starting, restarted and exited.
-    time: seconds since the epoch. round, site: 0 and "" where they do not apply.
+    The kinds of events:
+
+    - "joined", "registered", "left": a site joined, finished its handshake, or left.
+    - "started", "finished", "failed": the run began, ended, or failed.
+    - "round_started", "round_finished": a round was opened, or its model was committed.
+    - "round_dropped": an open round turned out not to be needed.
+    - "task_sent", "update": a site received a task, or its update arrived.
+    - "aggregator": under swarm, a site was chosen to aggregate the round.
+    - "report", "scored": one site evaluated the model of `round`, or all of them did.
+    - "cross_score", "cross_site": a site evaluated another site's model, or all did (with the matrix).
+    - "starting", "restarted", "exited": a site's process in a simulation.
+
+    Attributes:
+        kind: What happened.
+        time: When, in seconds since the epoch.
+        round: Number of the round, 0 if the event belongs to none.
+        site: Name of the site, "" if the event belongs to none.
+        data: Further facts of this kind of event; JSON values.
     """
 
     kind: str
@@ -194,26 +285,29 @@ class Event:
 
 
 Listener: TypeAlias = Callable[[Event], None]
-
-
-class Filter(Protocol):
-    """Changes an update (or the arrays of a task) on its way; may work in place on the arrays it is given."""
-
-    def __call__(self, update: Update, task: Task) -> Update: ...
+"""A function that receives every event of a run, in order. The server calls it from a thread for events alone."""
 
 
 class Aggregator(Protocol):
-    """One round's sum. Updates come in a fixed order, whatever the order of arrival."""
+    """The sum of one round's updates, which arrive in the fixed order of the job's sites."""
 
     def add(self, update: Update) -> None:
-        """Take one update into the sum. The arrays are borrowed until `result` has been called: they lie on the
-        server's disk, mapped, so holding them costs no memory."""
+        """Add one update.
+
+        Args:
+            update: The update. Its arrays are borrowed until `result` returns. They are memory-mapped files of the
+                server, so keeping references to them costs no memory.
+        """
         ...
 
     def result(self) -> tuple[Arrays, Arrays]:
-        """(arrays, extras) of the next global model, in the buffers that the strategy was given.
+        """Return the next global model, after the last `add`.
 
-        Raises RoundFailedError where these updates come to nothing: the round is opened again.
+        Returns:
+            The arrays and the extras of the model, in the buffers from the strategy's `allocate`.
+
+        Raises:
+            RoundFailedError: These updates make no model. The server opens the round again.
         """
         ...
 
@@ -223,23 +317,27 @@ Allocate: TypeAlias = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 
 
 @dataclass(frozen=True)
-class Step:
-    """What happens in a round: the global model goes to some sites, and what they make of it comes back.
+class RoundPlan:
+    """Who takes part in a round, and how many updates close it.
 
-    to: the sites, None for all that are there. answers: how many updates the round waits for; None: all of them.
+    Attributes:
+        sites: Names of the sites that train; None for all that are present.
+        answers: Number of updates that the round waits for; None for those of all its sites.
     """
 
-    to: tuple[str, ...] | None = None
+    sites: tuple[str, ...] | None = None
     answers: int | None = None
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the rounds before have left beside the weights, and where this one leaves its own.
+    """Arrays that a strategy carries from round to round beside the weights.
 
-    extras: those of the global model, which have travelled to the sites. kept: what the aggregator of the last round
-    has kept; empty in the first. keep(arrays): writable arrays of the same names, shapes and dtypes, which are
-    committed together with the next model, never leave the server, and are the next round's `kept`.
+    Attributes:
+        extras: Extras of the current global model, which the sites received with it.
+        kept: Arrays that the aggregator of the last round saved with `keep`; empty in the first round. Read-only.
+        keep: Function from example arrays to writable arrays of the same names, shapes and dtypes. They are
+            committed together with the next model, never leave the server, and are `kept` in the next round.
     """
 
     extras: Arrays = field(default_factory=dict)
@@ -248,15 +346,17 @@ class ServerState:
 
 
 class Strategy(Protocol):
-    """How a round's updates become the next global model. Runs at the server, in NumPy alone.
+    """How the updates of a round become the next global model. Runs at the server and uses NumPy alone.
 
-    content: what the updates hold. The tensors of "weights" are those of the handshake; those of "encoded" have
-    the same names and dtypes, and shapes that may change from round to round as `agreed_shape` says.
-    initial: whose contribution the initial model is: the first site's, or made of all sites' by an aggregator of
-    round 0, whose base is empty.
-    linear: the weighted mean of the updates is all that it needs of them, so somebody else may form that.
-    weighted: the weights of the sites make a difference.
-    relayed: the aggregator runs at one of the sites, and the server gets what it makes, not the updates.
+    `plan_round`, `scored_by` and `configure` must return the same for the same arguments, since a restarted server asks
+    again.
+
+    Attributes:
+        content: What the arrays of updates hold. Tensors of "weights" are those of the handshake. Tensors of
+            "encoded" have the same names and dtypes; their shapes may change as `agreed_shape` allows.
+        initial: Where the initial model comes from: the first site, or all sites through an aggregator of round 0,
+            whose base model is empty.
+        weighted: Whether `site_weights` of the job have an effect.
     """
 
     content: ClassVar[Content]
@@ -264,55 +364,127 @@ class Strategy(Protocol):
     weighted: ClassVar[bool]
 
     @property
-    def linear(self) -> bool: ...
+    def linear(self) -> bool:
+        """Whether the weighted mean of the updates is all that the strategy needs from them.
 
-    @property
-    def requires(self) -> frozenset[str]:
-        """Capabilities that every site's adapter must have declared; "weights" is that of content "weights"."""
+        Others may then compute that mean: under encryption, the sum of ciphertexts.
+        """
         ...
 
     @property
-    def relayed(self) -> bool: ...
+    def requires(self) -> frozenset[str]:
+        """Capabilities that the adapter of every site must declare; "weights" means updates of content "weights"."""
+        ...
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a site runs the aggregator (swarm), so that the server receives its result and not the updates."""
+        ...
 
     @property
     def spec(self) -> str:
-        """The strategy as text, as a job names it."""
+        """The strategy as text, as a job names it: "name:argument=value,..."."""
         ...
 
     @property
     def buffer(self) -> int | None:
-        """None: rounds. k: no site ever waits, and every k updates, of content "delta", make the next model."""
+        """Number of updates the server collects before it makes a new global model; None for synchronous rounds.
+
+        With a number, sites never wait for each other, and their updates have content "delta".
+        """
         ...
 
     def check_sites(self, fewest: int) -> None:
-        """ConfigError if a round cannot work with `fewest` updates, the fewest that the job lets it close with."""
+        """Check that a round can work with few updates.
+
+        Args:
+            fewest: Least number of updates with which the job lets a round close.
+
+        Raises:
+            ConfigError: The strategy needs more.
+        """
         ...
 
-    def step(self, round: int, present: Sequence[str]) -> Step:
-        """Who takes part in this round, of the sites that are there; the same for the same arguments."""
+    def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
+        """Choose the sites of a round.
+
+        Args:
+            round: Number of the round, from 1.
+            present: Names of the sites that are connected, in the job's order.
+
+        Returns:
+            Who takes part, and how many updates close the round.
+        """
         ...
 
     def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
-        """Which of these models a site evaluates after the last round; the same for the same arguments."""
+        """Choose the models that a site evaluates after the last round, in jobs with `cross_site`.
+
+        Args:
+            site: Name of the site.
+            models: "global", and the names of the sites whose models there are.
+
+        Returns:
+            A subset of `models`, in the order in which the site gets them.
+        """
         ...
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What all sites, and all updates, must have in common of a tensor's shape: -1 where they may differ."""
+        """Return what must be equal in a tensor's shape at all sites and in all updates.
+
+        Args:
+            name: Name of the tensor.
+            shape: Its shape at one site.
+
+        Returns:
+            The shape, with -1 for dimensions that may differ.
+        """
         ...
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """Settings that travel with the tasks of this round; the same for the same arguments."""
+        """Return the settings that travel with the tasks of a round.
+
+        Args:
+            round: Number of the round; 0 for the initial model.
+            sites: Names of the sites that take part.
+
+        Returns:
+            JSON values. They become the `config` of every task of the round.
+        """
         ...
 
     def check(self, update: Update) -> None:
-        """Raises UpdateRefusedError for an update that no aggregator should see. May be called by many threads."""
+        """Check an update before it is accepted. May be called by several threads at a time.
+
+        Args:
+            update: An update that fits the model.
+
+        Raises:
+            UpdateRefusedError: No aggregator should see this update. Its site is told so.
+        """
         ...
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """For one round. base: the global model so far. config: what `configure` said. May be called again for the
-        same round, when its sum has to begin anew."""
+        """Begin the sum of a round. Called again for the same round if the sum has to start over.
+
+        Args:
+            base: The current global model. Read-only.
+            allocate: Makes the buffers of the next model.
+            config: What `configure` returned for this round.
+            state: Arrays from earlier rounds.
+
+        Returns:
+            A new aggregator.
+        """
         ...
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
-        """(file name, content) of a global model in a format of its own; None: a plain file of tensors."""
+        """Return a global model in a file format of its own.
+
+        Args:
+            arrays: The model.
+
+        Returns:
+            The file's name and bytes; None for a plain safetensors file.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The version of fl-adapters, whose only source this is (packaging reads it unimported), and of the protocol."""
+"""Version of fl-adapters and of its network protocol. Packaging reads this file without importing it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from fl_runtime.errors import ProtocolError
 VERSION = "0.1.0"
 
 PROTOCOL = 1
-"""The protocol that this version speaks, the one and only so far; see wire/fl/v1/federation.proto."""
+"""Protocol number of this version, the only one so far; see wire/fl/v1/federation.proto."""
 
 FEATURES: tuple[str, ...] = ("beats",)
-"""Optional parts of the protocol that this side can do; both sides use what both name."""
+"""Optional parts of the protocol that this version supports. Two sides use those that both name."""
 
 SERVER_NAME = "server.fl-adapters.internal"
-"""The name that sites expect in the server's certificate, whatever its address: only the authority gives it out."""
+"""Name that sites expect in the server's certificate, whatever its address. Only the authority issues it."""
 
 
 def choose_protocol(lowest: int, highest: int, version: str) -> int:
-    """The protocol to speak with a site of fl-adapters `version` that speaks `lowest` to `highest`.
+    """Choose the protocol for the connection to one site.
 
-    Raises ProtocolError, naming the side to upgrade, where there is none in common.
+    Args:
+        lowest: Lowest protocol number that the site supports.
+        highest: Highest protocol number that the site supports.
+        version: The site's version of fl-adapters; "" if unknown.
+
+    Returns:
+        The protocol number that both sides use.
+
+    Raises:
+        ProtocolError: No number is supported by both sides. The message names the side to upgrade.
     """
     if lowest <= PROTOCOL <= highest:
         return PROTOCOL

@@ -11,7 +11,7 @@ import numpy as np
 from fl_runtime.aggregation.base import WeightsStrategy
 from fl_runtime.aggregation.fedavg import WeightedMean
 from fl_runtime.aggregation.spec import choice
-from fl_runtime.types import Aggregator, Allocate, Arrays, ServerState, Settings, Step
+from fl_runtime.types import Aggregator, Allocate, Arrays, RoundPlan, ServerState, Settings
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Cyclic(WeightsStrategy):
     weighted: ClassVar[bool] = False
     order: Literal["fixed", "shuffled"] = choice("fixed", "shuffled")
 
-    def step(self, round: int, present: Sequence[str]) -> Step:
+    def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
         """The turn of one site."""
         if self.order == "fixed":
             return self.relay(present, round)

@@ -12,7 +12,7 @@ from fl_runtime.aggregation.base import WeightsStrategy, is_statistic
 from fl_runtime.aggregation.fedavg import accumulator_dtype, blocks
 from fl_runtime.aggregation.spec import choice, number
 from fl_runtime.errors import ConfigError, UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Step, Update, is_floating
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, RoundPlan, ServerState, Settings, Update, is_floating
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FedBuff(WeightsStrategy):
                 fix='use optimizer_state="keep" or "reset"',
             )
 
-    def step(self, round: int, present: Sequence[str]) -> Step:
+    def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
         """There are no rounds of all."""
         raise ConfigError("FedBuff has no rounds", fix="use it with a server that buffers")
 

@@ -1,6 +1,6 @@
 """Workflows: who gets the model in which round. A run of rounds in which all sites train is only the simplest.
 
-A workflow is a function from the number of a round to a `Step`. It keeps nothing between rounds and draws nothing
+A workflow is a function from the number of a round to a `RoundPlan`. It keeps nothing between rounds and draws nothing
 that the arguments do not decide, so a server that is killed asks again and goes on where it stood; every step is
 journaled, and its result is the next global model, by the strategy's aggregator. `Workflow` gives the verbs:
 
@@ -17,7 +17,7 @@ A strategy is a workflow (all of them derive from `Workflow`); one with a course
     class TwoHospitalsFirst(FedAvg):
         name: ClassVar[str] = "two-hospitals-first"
 
-        def step(self, round: int, present: Sequence[str]) -> Step:
+        def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
             return self.broadcast(present[:2]) if round <= 5 else self.broadcast()
 
 After the last round, `scored_by` says which models a site evaluates, where the job wants that at all (`cross_site`).
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fl_runtime.types import Step
+from fl_runtime.types import RoundPlan
 
 
 class Workflow:
@@ -43,7 +43,7 @@ class Workflow:
         """Whether a site forms the sum of a round, and not the server."""
         return False
 
-    def step(self, round: int, present: Sequence[str]) -> Step:
+    def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
         """What happens in a round (1, 2, ...). present: the sites that are there, in the job's order."""
         return self.broadcast()
 
@@ -53,17 +53,17 @@ class Workflow:
         return models
 
     @staticmethod
-    def broadcast(to: Sequence[str] | None = None, *, answers: int | None = None) -> Step:
+    def broadcast(to: Sequence[str] | None = None, *, answers: int | None = None) -> RoundPlan:
         """The global model to these sites, None: to all that are there; the round waits for so many answers, None:
         for all."""
-        return Step(None if to is None else tuple(to), answers)
+        return RoundPlan(None if to is None else tuple(to), answers)
 
     @staticmethod
-    def send(site: str) -> Step:
+    def send(site: str) -> RoundPlan:
         """The global model to one site."""
-        return Step((site,))
+        return RoundPlan((site,))
 
     @classmethod
-    def relay(cls, sites: Sequence[str], round: int) -> Step:
+    def relay(cls, sites: Sequence[str], round: int) -> RoundPlan:
         """The round's place in laps from the first of these sites to the last, again and again."""
         return cls.send(sites[(round - 1) % len(sites)])

@@ -233,7 +233,9 @@ def _checked(tensor: pb.Tensor) -> TensorSpec:
     name, shape = tensor.name, tuple(tensor.shape)
     label = name[:60]
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-        raise ProtocolError(f"tensor name {label!r} is empty, longer than {MAX_NAME_CHARS} characters, or not printable")
+        raise ProtocolError(
+            f"tensor name {label!r} is empty, longer than {MAX_NAME_CHARS} characters, or not printable"
+        )
     if len(shape) > MAX_DIMENSIONS:
         raise ProtocolError(f"tensor {label!r} has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
     spec = TensorSpec(name, tensor.dtype, shape, tensor.extra)

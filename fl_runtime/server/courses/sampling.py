@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fl_runtime.server.state import OpenRound
-from fl_runtime.types import RunSettings, Step, Strategy
+from fl_runtime.types import RoundPlan, RunSettings, Strategy
 
 
 def asked(settings: RunSettings, strategy: Strategy, round: int, present: Sequence[str]) -> list[str]:
@@ -17,18 +17,18 @@ def asked(settings: RunSettings, strategy: Strategy, round: int, present: Sequen
         return list(present)
     if settings.fraction < 1:
         return drawn(settings, round, present)
-    to = strategy.step(round, present).to
-    return [name for name in present if to is None or name in to]
+    chosen = strategy.plan_round(round, present).sites
+    return [name for name in present if chosen is None or name in chosen]
 
 
 def opened(settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str) -> OpenRound:
     """The round with these participants; the same after a restart of the server. Its clock begins now."""
     config = dict(strategy.configure(round, participants))
-    step = strategy.step(round, participants) if round else Step()
-    chosen = round > 0 and (settings.fraction < 1 or step.to is not None)
+    plan = strategy.plan_round(round, participants) if round else RoundPlan()
+    chosen = round > 0 and (settings.fraction < 1 or plan.sites is not None)
     if chosen:
         config["drawn"] = True  # so that a site that waits is not taken for one that comes back late
-    return OpenRound(round, list(participants), config, time.monotonic(), stage, drawn=chosen, answers=step.answers)
+    return OpenRound(round, list(participants), config, time.monotonic(), stage, drawn=chosen, answers=plan.answers)
 
 
 def drawn(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:

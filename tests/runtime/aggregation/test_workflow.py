@@ -14,7 +14,7 @@ from numpy_rounds import assert_same, pulled, reference, rounds_of, weights
 
 from fl_runtime.aggregation import Cyclic, FedAvg
 from fl_runtime.server.run import Run
-from fl_runtime.types import Array, Step, Task
+from fl_runtime.types import Array, RoundPlan, Task
 
 
 def one(x: Array, parts: list[Array], number: int, memory: Any) -> Array:
@@ -38,7 +38,7 @@ def test_cyclic_shuffles_every_lap(tmp_path: Path) -> None:
 def test_every_site_has_its_turn_in_a_lap() -> None:
     names = ["north", "south", "east", "west"]
     for order in ("fixed", "shuffled"):
-        turns = [Cyclic(order=order).step(number, names).to for number in range(1, 9)]  # type: ignore[arg-type]
+        turns = [Cyclic(order=order).plan_round(number, names).sites for number in range(1, 9)]  # type: ignore[arg-type]
         assert sorted(turns[:4]) == sorted(turns[4:]) == sorted((name,) for name in names)  # type: ignore[type-var]
 
 
@@ -62,7 +62,7 @@ class Own(FedAvg):
 
     name: ClassVar[str] = "own"
 
-    def step(self, round: int, present: Sequence[str]) -> Step:
+    def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
         return [
             self.send(present[-1]),
             self.broadcast(present[:2]),
