@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from federation_bench import Site
 
-from fl_adapters.cli.server import read_job
+from fl_adapters.cli.federation.server import read_job
 from fl_runtime.control import ControlClient
 from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.transport.base import Credentials
