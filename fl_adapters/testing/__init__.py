@@ -1,12 +1,18 @@
-"""For those who write adapters and training loops: a whole federation inside one process, and the conformance suite.
+"""Tools for authors of adapters and training loops: a federation inside one process, and the conformance suite.
 
     with LocalFederation(sites=2, rounds=3) as federation:
         weights = federation.run(lambda place: train(kit=place.kit))
 
-`check_adapter` and `check_training` hold every adapter to the same standard; `adapter_cases` and `training_cases` give
-their cases one by one, for a test each, and `correction_cases` those of an adapter that corrects gradients and trains
-personal models, `cross_site_cases` those of one that scores other sites' models, `restart_cases` those of one that
-restarts exactly. None of this needs pytest, sockets or a framework.
+The conformance suite holds every adapter to the same promises. Each promise is a case; each group of cases asks for an
+example that the adapter's author writes:
+
+- `adapter_cases` (all at once: `check_adapter`): reading and writing the state of a model.
+- `training_cases` (all at once: `check_training`): a whole federated training, compared with a plain loop.
+- `correction_cases`: strategies that change gradients or train personal models (FedProx, SCAFFOLD, Ditto).
+- `cross_site_cases`: scoring other sites' models on a site's validation data.
+- `restart_cases`: sites that are killed and restart exactly (`exact_restart`).
+
+None of this needs pytest, sockets or a framework.
 """
 
 from __future__ import annotations

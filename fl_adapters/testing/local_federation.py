@@ -1,4 +1,4 @@
-"""A whole federation inside one process, for tests of adapters and of training loops; public in testing.py."""
+"""A whole federation inside one process, for tests of adapters and training loops. Part of `fl_adapters.testing`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 T = TypeVar("T")
 
 State = tuple[Callable[[], Any], Callable[[Any], None]]
-"""(get, set) of something that belongs to the process, such as `(torch.get_rng_state, torch.set_rng_state)`."""
+"""Getter and setter of a state that belongs to the process, such as `(torch.get_rng_state, torch.set_rng_state)`."""
 
 _ENDING_S = 5.0
 _PYTHON: State = (random.getstate, random.setstate)
@@ -42,7 +42,14 @@ _NUMPY: State = (np.random.get_state, np.random.set_state)
 
 @dataclass(frozen=True)
 class Place:
-    """One site's place in a federation. kit: its startup kit, for `kit=` or `$FL_ADAPTERS_KIT`."""
+    """One site's place in a `LocalFederation`.
+
+    Attributes:
+        name: Name of the site.
+        index: Position of the site, from 0.
+        count: Number of sites.
+        kit: Folder of the site's startup kit, for an adapter's argument `kit=` or for `$FL_ADAPTERS_KIT`.
+    """
 
     name: str
     index: int
@@ -52,7 +59,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What a site's work came to: its value, or the error that ended it."""
+    """Result of a site's work: its return value, or the error that ended it.
+
+    Attributes:
+        value: Return value of the work; None if it raised.
+        error: The exception that it raised; None if it returned.
+    """
 
     value: T | None = None
     error: BaseException | None = None
@@ -60,9 +72,16 @@ class Outcome(Generic[T]):
 
 @dataclass(frozen=True)
 class Death:
-    """The process of a site dies in a call to the server: the `number`th of `method` ("Next", "Submit", ...) that it
-    makes, counted from 1; before the server hears of it, or (heard) after it has answered. method "": elsewhere, by an
-    error of its own. Either way the server does not hear it leave.
+    """A site's process that dies during a run, in a call to the server or elsewhere.
+
+    At the site, a death in a call is a `SiteFailedError`; the test may then start the site's work again. The server
+    never hears that the site has left.
+
+    Attributes:
+        site: Name of the site.
+        method: Call in which it dies, such as "Next" or "Submit". "" stands for an error in the site's own code.
+        number: Which of the site's calls of `method`, counted from 1.
+        heard: Whether the site dies after the server's answer. False: before the server receives the call.
     """
 
     site: str
@@ -72,15 +91,36 @@ class Death:
 
 
 class LocalFederation:
-    """A server in this process and startup kits for its sites: a simulation without processes or sockets.
+    """A server in this process, and startup kits for its sites: a simulation without processes or sockets.
 
-    sites: how many, or their names. sockets: serve over gRPC on the loopback, so that other processes can take part.
-    states: what a site must have for itself although it belongs to the process, such as a framework's random
-    state; with it (an empty list will do) the sites run one at a time, and each goes on with its own states, those
-    of Python and NumPy included. folder: of the run, as `runs/<job>` would be; a temporary one by default, deleted
-    at the end. deaths: what goes wrong; without sockets. A death in a call is a SiteFailedError at the site, which may
-    then begin anew. workflow: a strategy of one's own, in place of that which the settings name. settings: further
-    fields of RunSettings; min_sites is the number of sites by default.
+    Use it in a `with` block: the kits exist inside of it, and its end stops the run.
+
+    Args:
+        sites: Number of sites, or their names.
+        sockets: Serve over gRPC on the loopback, so that other processes can take part.
+        states: Getters and setters of states that belong to the process but that each site needs for itself, such as a
+            framework's random state. With it (an empty list will do), sites run one at a time, each with states of
+            its own; those of Python and NumPy are always included.
+        folder: Folder of the run, with the layout of `runs/<job>`. By default a temporary one that is deleted.
+        name: Name of the job.
+        deaths: Sites that die during the run, and when. Not supported with `sockets`.
+        workflow: Strategy object in place of the one that `settings` name.
+        **settings: Further fields of `RunSettings`, such as `rounds`, `every` and `strategy`. `min_sites` is the number
+            of sites by default.
+
+    Attributes:
+        folder: Folder of the run.
+        places: One `Place` per site, in order; empty before the `with` block.
+        server: The server itself.
+        tokens: Secret of each site, by name.
+
+    Raises:
+        ConfigError: The settings do not fit together.
+
+    Example:
+        >>> with LocalFederation(sites=2, rounds=3) as federation:
+        ...     weights = federation.run(lambda place: train(kit=place.kit))
+        ...     model = federation.model()
     """
 
     def __init__(
@@ -100,9 +140,9 @@ class LocalFederation:
         self._sockets = sockets
         if states is not None and is_swarm(self._settings.strategy):
             raise ConfigError(
-                "under swarm sites wait for each other, and with states= they run one at a time",
+                "sites of a swarm wait for each other, but with states= they run one at a time",
                 where="LocalFederation",
-                fix="leave states out, and give the sites processes of their own where they share random states",
+                fix="leave states out, or run the sites in processes of their own",
             )
         self._turns = None if states is None else _Turns([_PYTHON, _NUMPY, *states])
         self._deaths = _Deaths(deaths)
@@ -129,7 +169,7 @@ class LocalFederation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        self.server.abort("the test is over")  # changes nothing for a run that has ended
+        self.server.abort("the test is over")  # no effect on a run that has ended
         for place in self.places:
             close_sessions("the test is over", read_kit(place.kit))
         self.server.wait(_ENDING_S)
@@ -141,15 +181,25 @@ class LocalFederation:
 
     @property
     def events(self) -> list[Event]:
-        """All that has happened so far."""
+        """All events of the run so far, in order; the caller's own list."""
         self.server.delivered(_ENDING_S)
         return list(self._events)
 
     def run(self, work: Callable[[Place], T], *, timeout_s: float = 120.0) -> dict[str, T]:
-        """work(place) for every site at once, in a thread each; its values by site.
+        """Run the same work at every site, in one thread per site.
 
-        When work returns, its session is closed, as the end of a script would do. Raises the first error of any
-        site, after all have ended.
+        When `work` returns, the site's session is closed, as the end of a script would do.
+
+        Args:
+            work: Function that is called with each site's `Place`, typically one that trains with `kit=place.kit`.
+            timeout_s: Seconds to wait for all sites together.
+
+        Returns:
+            Return values of `work` by site.
+
+        Raises:
+            BaseException: The first error of any site, after all sites have ended.
+            TimeoutError: A site has not ended in time. The run is aborted.
         """
         outcomes = self.outcomes({place.name: work for place in self.places}, timeout_s=timeout_s)
         return {name: outcome.value for name, outcome in outcomes.items()}  # type: ignore[misc]
@@ -157,7 +207,20 @@ class LocalFederation:
     def outcomes(
         self, work: Mapping[str, Callable[[Place], T]], *, timeout_s: float = 120.0, check: bool = True
     ) -> dict[str, Outcome[T]]:
-        """Like `run`, with work of its own for every site. check=False: errors are given back, and not raised."""
+        """Run different work at each site, in one thread per site.
+
+        Args:
+            work: Function for each site, by the site's name. Sites without one do not take part.
+            timeout_s: Seconds to wait for all sites together.
+            check: Whether to raise the first error of any site. False returns errors in the outcomes.
+
+        Returns:
+            Outcome of each site's work, by site.
+
+        Raises:
+            BaseException: With `check`, the first error of any site, after all sites have ended.
+            TimeoutError: A site has not ended in time. The run is aborted.
+        """
         outcomes: dict[str, Outcome[T]] = {}
         first: list[BaseException] = []
 
@@ -178,7 +241,18 @@ class LocalFederation:
         return {place.name: outcomes[place.name] for place in places}
 
     def result(self, timeout_s: float = 10.0) -> RunResult:
-        """What the run came to, once it has ended. Raises its error."""
+        """Wait for the end of the run and return its result.
+
+        Args:
+            timeout_s: Seconds to wait.
+
+        Returns:
+            Rounds, best round and bytes of the run.
+
+        Raises:
+            FederationError: The run failed; this is its error.
+            TimeoutError: The run has not ended in time, because a site has not left.
+        """
         if not self.server.wait(timeout_s):
             raise TimeoutError(f"the run has not ended within {timeout_s:g} s: a site has not left")
         result = self.server.result()
@@ -187,7 +261,17 @@ class LocalFederation:
         return result
 
     def model(self, which: Literal["final", "best"] = "final") -> Arrays:
-        """The global model, as the server would export it; the caller's own."""
+        """The global model as the server exports it.
+
+        Args:
+            which: "final" for the newest model, "best" for that of the best round.
+
+        Returns:
+            Arrays by tensor name, owned by the caller.
+
+        Raises:
+            FederationError: There is no such model yet.
+        """
         path = self.server.export(self.folder / which, which)
         if path is None:
             raise FederationError("there is no global model yet")
@@ -214,7 +298,7 @@ class LocalFederation:
                 site(place)
                 return
             with self._turns.taken():
-                self._turns.set(before)  # every site begins as a process of its own would
+                self._turns.set(before)  # every site starts like a new process
                 site(place)
 
         threads = [threading.Thread(target=in_turn, args=(p,), name=p.name, daemon=True) for p in places]
@@ -232,7 +316,7 @@ class LocalFederation:
 
 
 class _Turns:
-    """Lets one site's thread run at a time, each with its own states. A thread that waits for the server gives way."""
+    """Lets one site's thread run at a time, with its own states. A thread that waits for the server gives up its turn."""
 
     def __init__(self, states: Sequence[State]) -> None:
         self._states = states
@@ -250,7 +334,7 @@ class _Turns:
 
     @contextmanager
     def given_up(self) -> Iterator[None]:
-        """Others may run within this block. Threads that have no turn pass through."""
+        """Let other threads run during this block. Does nothing for a thread without a turn."""
         if self._owner != threading.get_ident():
             yield
             return
@@ -273,14 +357,14 @@ class _Turns:
 
 
 class _Deaths:
-    """Counts the calls of the sites that are to die, and ends them there. That they leave early is not heard."""
+    """Counts the calls of the sites that are to die, and ends those calls. Hides from the server that they leave."""
 
     def __init__(self, deaths: Sequence[Death]) -> None:
         self._deaths = deaths
         self._calls: Counter[tuple[str, str]] = Counter()
 
-    def along(self, service: Service, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """The service's replies, up to the death that comes in this call."""
+    def handle(self, service: Service, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The service's replies, up to the death of the site if it dies in this call."""
         mine = [death for death in self._deaths if death.site == peer.name]
         if mine and method == "Leave":
             first = next(requests)
@@ -297,7 +381,7 @@ class _Deaths:
 def _ended(site: str, replies: Iterator[bytes] | None = None) -> Iterator[bytes]:
     for _ in replies or ():
         pass
-    raise SiteFailedError(f"the process of {site} has died", where="as the test wants it")
+    raise SiteFailedError(f"the process of {site} has died", where="as the test requested")
     yield b""
 
 
@@ -305,7 +389,7 @@ def _ended(site: str, replies: Iterator[bytes] | None = None) -> Iterator[bytes]
 class _TurnService:
     """A service whose callers give up their turn while they wait for its replies.
 
-    The memory transport runs a call in the caller's own thread, so this is where that thread waits.
+    The memory transport runs a call in the caller's own thread, so that thread waits here.
     """
 
     service: Service
@@ -313,7 +397,7 @@ class _TurnService:
     deaths: _Deaths
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        replies = self.deaths.along(self.service, method, peer, requests)
+        replies = self.deaths.handle(self.service, method, peer, requests)
         return replies if self.turns is None else self._given_up(self.turns, replies)
 
     def _given_up(self, turns: _Turns, replies: Iterator[bytes]) -> Iterator[bytes]:

@@ -1,1 +1,1 @@
-"""The conformance suite: the cases that every adapter must pass."""
+"""Conformance suite: the cases that every adapter must pass. `fl_adapters.testing` exports them."""

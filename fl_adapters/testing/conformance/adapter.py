@@ -1,7 +1,7 @@
-"""What every adapter must do with the state of a model: one case per promise; public in testing.py.
+"""Conformance cases for reading and writing a model's state: one case per promise. Part of `fl_adapters.testing`.
 
-A case is a function that raises AssertionError with a sentence of its own. To add one, write it and list it in
-`adapter_cases`. What the whole training of a framework must do is in conformance_training.py.
+A case is a function that takes the example and raises AssertionError with a sentence of its own. To add a case, write
+it and list it in `adapter_cases`. `training.py` has the cases for whole trainings.
 """
 
 from __future__ import annotations
@@ -23,22 +23,39 @@ from fl_runtime.types import Array, Arrays, is_floating
 from fl_runtime.wire.manifest import Manifest
 
 MakeAdapter: TypeAlias = Callable[[int, Exchange, tuple[str, ...]], Adapter]
-"""make(seed, exchange, keep_local): an adapter over a small fresh model; the seed decides its weights, nothing else."""
+"""make(seed, exchange, keep_local) returns an adapter over a small new model; the seed decides the weights alone."""
 
 
 @dataclass(frozen=True)
 class AdapterExample:
-    """What the suite is told about an adapter.
+    """An adapter under test, for `adapter_cases`.
 
-    make: see MakeAdapter. identities(adapter): whatever `set_state` must leave as it is, as a value to compare, such
-    as `[(id(p), p.device) for p in model.parameters()]`.
+    Attributes:
+        make: Called as make(seed, exchange, keep_local), several times in a case. Returns an `Adapter` over a small
+            new model. Models of different seeds differ in their weights and in nothing else. `exchange` and
+            `keep_local` select what travels, as the arguments of a callback do; patterns without a match must raise
+            ConfigError, here or in the first `get_state`.
+        identities: Called with an adapter before and after `set_state`. Returns a value that `set_state` must not
+            change, which is compared by ==, such as `[(id(p), p.device) for p in model.parameters()]`.
+
+    Example:
+        >>> example = AdapterExample(make=make_adapter, identities=parameter_ids)
+        >>> for case in adapter_cases():
+        ...     case(example)
     """
 
     make: MakeAdapter
     identities: Callable[[Adapter], object]
 
     def fresh(self, seed: int = 0) -> Adapter:
-        """An adapter of which everything travels that travels by default."""
+        """Make an adapter with the default selection of what travels.
+
+        Args:
+            seed: Seed of the weights.
+
+        Returns:
+            A new adapter.
+        """
         return self.make(seed, "auto", ())
 
 
@@ -46,7 +63,16 @@ AdapterCase: TypeAlias = Callable[[AdapterExample], None]
 
 
 def adapter_cases() -> tuple[AdapterCase, ...]:
-    """All cases, for `pytest.mark.parametrize("case", adapter_cases(), ids=lambda case: case.__name__)`."""
+    """All cases for the state of a model, as functions that take an `AdapterExample`.
+
+    Returns:
+        The cases. A case raises AssertionError if the adapter breaks its promise.
+
+    Example:
+        >>> @pytest.mark.parametrize("case", adapter_cases(), ids=lambda case: case.__name__)
+        ... def test_adapter(case):
+        ...     case(AdapterExample(make_adapter, identities))
+    """
     return (
         names_and_shapes_do_not_depend_on_the_weights,
         state_survives_bit_for_bit,
@@ -62,7 +88,15 @@ def adapter_cases() -> tuple[AdapterCase, ...]:
 
 
 def check_adapter(make_adapter: MakeAdapter, *, identities: Callable[[Adapter], object]) -> None:
-    """Run every case. Raises AssertionError naming the first that fails."""
+    """Run every case of `adapter_cases`.
+
+    Args:
+        make_adapter: Makes an adapter; see `AdapterExample.make`.
+        identities: What `set_state` must leave unchanged; see `AdapterExample.identities`.
+
+    Raises:
+        AssertionError: A case fails; the message begins with the name of the first one.
+    """
     example = AdapterExample(make_adapter, identities)
     for case in adapter_cases():
         try:
@@ -92,7 +126,7 @@ def extreme_values_survive_bit_for_bit(example: AdapterExample) -> None:
 
 
 def what_arrives_is_copied(example: AdapterExample) -> None:
-    """The session's buffer is overwritten by the next task: the model must not be a view of it."""
+    """The next task overwrites the session's buffer, so the model must not be a view of it."""
     adapter = example.fresh(0)
     arriving = copied(example.fresh(1).get_state())
     wanted = copied(arriving)
@@ -124,10 +158,10 @@ def mismatches_are_refused_and_change_nothing(example: AdapterExample) -> None:
     adapter = example.fresh(0)
     before = copied(adapter.get_state())
     good = copied(example.fresh(1).get_state())
-    name = list(good)[-1]  # the last: an adapter that checks while it copies has changed the others by then
+    name = list(good)[-1]  # an adapter that checks while it copies has changed all others before the last
     wrong: dict[str, Arrays] = {
         "a missing tensor": {key: array for key, array in good.items() if key != name},
-        "an extra tensor": {**good, "nobody.knows.this": np.zeros(2, np.float32)},
+        "an extra tensor": {**good, "unknown.tensor": np.zeros(2, np.float32)},
         "another shape": {**good, name: np.zeros((*good[name].shape, 2), good[name].dtype)},
         "another dtype": {**good, name: good[name].astype(np.float64 if good[name].dtype != np.float64 else np.int8)},
     }
@@ -135,10 +169,10 @@ def mismatches_are_refused_and_change_nothing(example: AdapterExample) -> None:
         try:
             adapter.set_state(arrays)
         except StateMismatchError as error:
-            named = "nobody.knows.this" if what == "an extra tensor" else name
+            named = "unknown.tensor" if what == "an extra tensor" else name
             require(named in str(error), f"the error about {what} does not name {named!r}: {error}")
         else:
-            raise AssertionError(f"set_state took {what}")
+            raise AssertionError(f"set_state accepted {what}")
         require_same_bits(adapter.get_state(), before, f"after {what} was refused, ")
 
 
@@ -165,7 +199,7 @@ def patterns_without_a_match_are_refused(example: AdapterExample) -> None:
 
 
 def a_federation_equals_the_average_by_hand(example: AdapterExample) -> None:
-    """Three sites, two rounds, uneven numbers of examples, against a plain loop in float64; then the last weights."""
+    """Three sites, two rounds and uneven numbers of examples give the mean of a plain loop in float64 at every site."""
     examples, rounds = (5, 1, 10), 2
     adapters = [example.fresh(seed) for seed in range(3)]
 
@@ -195,12 +229,12 @@ def a_federation_equals_the_average_by_hand(example: AdapterExample) -> None:
 
 
 def copied(arrays: Arrays) -> dict[str, Array]:
-    """Arrays of our own: what an adapter gives is borrowed."""
+    """Copies of arrays that an adapter lends until its next call."""
     return {name: np.array(array) for name, array in arrays.items()}
 
 
 def mean_by_hand(states: list[dict[str, Array]], examples: tuple[int, ...]) -> dict[str, Array]:
-    """The oracle: the weighted mean in float64, the maximum of integers; in the tensors' own dtypes."""
+    """Expected result of a round, in the tensors' dtypes: weighted mean in float64 for floats, maximum for integers."""
     total = sum(examples)
     means = {}
     for name, like in states[0].items():
@@ -215,11 +249,13 @@ def mean_by_hand(states: list[dict[str, Array]], examples: tuple[int, ...]) -> d
 
 
 def require(condition: bool, sentence: str) -> None:
+    """Raise AssertionError with a sentence unless the condition holds."""
     if not condition:
         raise AssertionError(sentence)
 
 
 def require_same_bits(found: Arrays, wanted: Arrays, where: str = "") -> None:
+    """Raise AssertionError unless names, order, dtypes, shapes and bytes are equal."""
     require(list(found) == list(wanted), f"{where}the names are {list(found)} and not {list(wanted)}")
     for name, array in wanted.items():
         mine = found[name]
@@ -229,7 +265,10 @@ def require_same_bits(found: Arrays, wanted: Arrays, where: str = "") -> None:
 
 
 def require_close(found: Arrays, wanted: Mapping[str, Array], tolerance: float = 1e-6) -> None:
-    """Equal to `tolerance` (or to the precision of a narrower dtype), relative to the largest value of each tensor."""
+    """Raise AssertionError unless the values are close, relative to the largest value of each tensor.
+
+    The limit is `tolerance`, or twice the precision of the dtype if that is coarser. Integers must be equal.
+    """
     require(sorted(found) == sorted(wanted), f"the names are {sorted(found)} and not {sorted(wanted)}")
     for name, array in wanted.items():
         if not is_floating(array.dtype):
@@ -243,7 +282,7 @@ def require_close(found: Arrays, wanted: Mapping[str, Array], tolerance: float =
 
 
 def _precision(dtype: np.dtype[np.generic]) -> float:
-    """The distance of 1 from the next number of a dtype."""
+    """The distance from 1 to the next larger number of a dtype."""
     one = np.ones(1, dtype)
     step = 1.0
     while (one.astype(np.float64) + step).astype(dtype).astype(np.float64)[0] > 1.0 and step > 1e-7:
@@ -252,7 +291,7 @@ def _precision(dtype: np.dtype[np.generic]) -> float:
 
 
 def _trained(state: Arrays, site: int, number: int) -> dict[str, Array]:
-    """What stands in for training: another value for every site and round, small enough for any float."""
+    """Stand-in for training: values that differ for every site and round, small enough for any float dtype."""
     trained = {}
     for name, array in state.items():
         if is_floating(array.dtype):
@@ -265,7 +304,7 @@ def _trained(state: Arrays, site: int, number: int) -> dict[str, Array]:
 
 
 def _extreme(array: Array) -> Array:
-    """Values that only an exact copy keeps: minus zero, the smallest and the largest number, and one in between."""
+    """Bit patterns that only an exact copy keeps: minus zero, the smallest numbers of both signs, and one more."""
     if array.dtype == np.bool_:
         return ~array
     bits = np.dtype(f"u{array.dtype.itemsize}") if array.dtype.itemsize <= 8 else np.dtype("u8")
@@ -277,5 +316,5 @@ def _extreme(array: Array) -> Array:
 
 
 def _literally(name: str) -> str:
-    """A pattern that matches this name alone."""
+    """A pattern that matches this one name."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)

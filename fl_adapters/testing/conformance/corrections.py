@@ -1,8 +1,7 @@
-"""What the strategies that reach into local training must do in every framework: a case per promise; public in
-testing.py.
+"""Conformance cases for strategies that change local training: FedProx, SCAFFOLD, Ditto. Part of `fl_adapters.testing`.
 
-The framework under test gives a training job and, beside it, a plain loop of its own in which gradients can be
-changed at the place where its adapter changes them; the formulas here are written down once more, in NumPy.
+An adapter's author writes a training job and a plain loop whose gradients can be changed in the place where the adapter
+changes them. The cases hold the strategies' formulas in NumPy, independent of the package's own.
 """
 
 from __future__ import annotations
@@ -22,38 +21,56 @@ from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Array, Arrays
 
 Correct: TypeAlias = Callable[[str, Array, Array], Array]
-"""correct(name, weight, gradient): the gradient to take in place of this one."""
+"""correct(name, weight, gradient) returns the gradient to use instead, as an array of the same shape."""
 
-_EXAMPLES = (3, 1)  # the sites' numbers of examples
+_EXAMPLES = (3, 1)  # num_examples of the two sites
 _ROUNDS = 3
 
 
 class CorrectedLoop(PlainLoop, Protocol):
     """A plain loop whose gradients can be changed, after accumulation and before the optimizer's step.
 
-    correct: called for each trained tensor at each step; None leaves the gradients as they are. rates: the learning
-    rate of each step so far. Both know nothing of a step that loss scaling leaves out.
+    Steps that loss scaling skips count for neither attribute.
+
+    Attributes:
+        correct: Called as correct(name, weight, gradient) for each trained tensor at each step; returns the gradient
+            to use. None leaves gradients as they are. The suite sets it.
+        rates: Learning rate of each step so far.
     """
 
     correct: Correct | None
     rates: list[float]
 
     def exchange_optimizer(self, state: Any) -> Any:
-        """Put this state (None: that of a fresh optimizer) in place of the optimizer's, which is given back; learning
-        rates stay."""
+        """Replace the optimizer's state; learning rates stay as they are.
+
+        Args:
+            state: State to install, as an earlier call returned it. None installs the state of a new optimizer.
+
+        Returns:
+            The state that was replaced, unaffected by later steps.
+        """
         ...
 
 
 class CorrectionExample(TrainingExample, Protocol):
-    """A small training job whose plain loop can be corrected. plain_sgd: its optimizer is SGD without momentum."""
+    """A small training job whose plain loop can be corrected, for `correction_cases`."""
 
     @property
     def plain_sgd(self) -> bool:
-        """Whether SCAFFOLD takes its option II here."""
+        """Whether the optimizer is SGD without momentum, for which SCAFFOLD uses its option II."""
         ...
 
     def plain(self, site: int, *, total_steps: int) -> CorrectedLoop:
-        """The same without fl-adapters, seeded alike."""
+        """Build the same training without fl-adapters, with the same seeds.
+
+        Args:
+            site: Number of the site: 0 or 1.
+            total_steps: Optimizer steps of the whole training, which a learning-rate schedule spans.
+
+        Returns:
+            The loop, before its first step, with `correct` set to None.
+        """
         ...
 
 
@@ -61,7 +78,19 @@ CorrectionCase: TypeAlias = Callable[[CorrectionExample], None]
 
 
 def correction_cases() -> tuple[CorrectionCase, ...]:
-    """All cases, for `pytest.mark.parametrize("case", correction_cases(), ids=lambda case: case.__name__)`."""
+    """All cases for corrected gradients and personal models, as functions that take a `CorrectionExample`.
+
+    Each compares the final global model with plain loops under the strategy's formulas. Ditto's personal models are
+    compared too.
+
+    Returns:
+        The cases. A case raises AssertionError if the adapter breaks its promise.
+
+    Example:
+        >>> @pytest.mark.parametrize("case", correction_cases(), ids=lambda case: case.__name__)
+        ... def test_corrections(case):
+        ...     case(Example())
+    """
     return (
         fedprox_equals_a_plain_loop,
         what_stays_at_the_site_is_not_corrected,
@@ -88,21 +117,24 @@ def scaffold_equals_a_plain_loop(example: CorrectionExample) -> None:
 
 
 def ditto_equals_a_plain_loop(example: CorrectionExample) -> None:
-    """The global model as if there were no other, and a personal one for each site."""
+    """The global model is that of FedAvg, and each site has a personal model."""
     final, personal = _federated(example, "ditto:lam=0.5", phases=2)
     wanted, wanted_personal = _ditto(example, 0.5, list(final))
     require_close(final, wanted)
     for found, by_hand in zip(personal, wanted_personal, strict=True):
-        shown = {name: array for name, array in by_hand.items() if name in found}
-        require(set(final) <= set(shown), f"the personal model has {sorted(found)} only")
-        require_close(found, shown)
-        require(any(found[name].tobytes() != final[name].tobytes() for name in final), "it is the global model")
+        expected = {name: array for name, array in by_hand.items() if name in found}
+        require(set(final) <= set(expected), f"the personal model has {sorted(found)} only")
+        require_close(found, expected)
+        require(
+            any(found[name].tobytes() != final[name].tobytes() for name in final),
+            "the personal model equals the global model",
+        )
 
 
 def _federated(
     example: CorrectionExample, strategy: str, *, phases: int = 1, **settings: Any
 ) -> tuple[Arrays, list[dict[str, Array]]]:
-    """The final global model, and what each site has kept of a personal one."""
+    """Train in a federation. Returns the final global model and each site's personal model, if the strategy has one."""
     every = example.steps_per_epoch + 1  # rounds that end within epochs
     with LocalFederation(
         sites=2, states=example.states, rounds=_ROUNDS, every=every, strategy=strategy, **settings
@@ -119,45 +151,47 @@ def _federated(
     for name, result in trained.items():
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
         steps = _ROUNDS * every * phases
-        require(result.steps == steps, f"{name} made {result.steps} optimizer steps in place of {steps}")
+        require(result.steps == steps, f"{name} made {result.steps} optimizer steps instead of {steps}")
     require(updates == [every] * len(updates), f"the rounds had {updates} steps, not {every} each")
     return final, personal
 
 
-class _Hand:
-    """Two sites' plain loops, each with random states of its own; what a federation does, without one."""
+class _HandLoops:
+    """The plain loops of two sites, each with its own random states, and the average of their weights."""
 
     def __init__(self, example: CorrectionExample, names: list[str], phases: int = 1) -> None:
         self.every, self.names, self._states_of = example.steps_per_epoch + 1, names, example.states
-        self._before = self._got()
+        self._before = self._current_states()
         self.loops, self._states = [], []
         for site in range(2):
-            self._put(self._before)
+            self._set_states(self._before)
             self.loops.append(example.plain(site, total_steps=_ROUNDS * self.every * phases))
-            self._states.append(self._got())
+            self._states.append(self._current_states())
         self.weights = {name: np.array(self.loops[0].weights()[name]) for name in names}
-        self._put(self._before)
+        self._set_states(self._before)
 
     @contextmanager
     def turn(self, site: int) -> Iterator[CorrectedLoop]:
-        """This site's loop, with the global weights in its model."""
+        """Give this block a site's loop, with its random states and the global weights in its model."""
         loop = self.loops[site]
-        self._put(self._states[site])
+        self._set_states(self._states[site])
         loop.load({**copied(loop.weights()), **self.weights})
         yield loop
-        self._states[site] = self._got()
-        self._put(self._before)
+        self._states[site] = self._current_states()
+        self._set_states(self._before)
 
     def travelling(self, loop: CorrectedLoop) -> dict[str, Array]:
+        """Copies of the tensors that travel."""
         return {name: np.array(loop.weights()[name]) for name in self.names}
 
     def average(self, states: list[dict[str, Array]]) -> None:
+        """Make the weighted mean of the sites' weights the new global weights."""
         self.weights = mean_by_hand(states, _EXAMPLES)
 
-    def _got(self) -> list[Any]:
+    def _current_states(self) -> list[Any]:
         return [get() for get, _ in self._states_of]
 
-    def _put(self, values: Sequence[Any]) -> None:
+    def _set_states(self, values: Sequence[Any]) -> None:
         for (_, set_state), value in zip(self._states_of, values, strict=True):
             set_state(value)
 
@@ -170,7 +204,7 @@ def _proximal(mu: float, anchors: dict[str, Array]) -> Correct:
 
 
 def _controlled(c: dict[str, Array], own: dict[str, Array], names: list[str], seen: dict[str, list[Array]]) -> Correct:
-    """Notes the gradients in `seen` as they come."""
+    """SCAFFOLD's correction with control variates `c` and `own`. Appends the uncorrected gradients to `seen`."""
 
     def correct(name: str, weight: Array, gradient: Array) -> Array:
         if name not in names:
@@ -182,7 +216,7 @@ def _controlled(c: dict[str, Array], own: dict[str, Array], names: list[str], se
 
 
 def _fedprox(example: CorrectionExample, mu: float, names: list[str]) -> dict[str, Array]:
-    hand = _Hand(example, names)
+    hand = _HandLoops(example, names)
     for _ in range(_ROUNDS):
         states = []
         for site in range(2):
@@ -195,8 +229,8 @@ def _fedprox(example: CorrectionExample, mu: float, names: list[str]) -> dict[st
 
 
 def _scaffold(example: CorrectionExample, names: list[str]) -> dict[str, Array]:
-    """Karimireddy et al. 2020, Algorithm 1; option II for plain SGD, else the mean of the gradients."""
-    hand = _Hand(example, names)
+    """SCAFFOLD, Karimireddy et al. 2020, Algorithm 1: option II for plain SGD, else the mean of the gradients."""
+    hand = _HandLoops(example, names)
     share = [n / sum(_EXAMPLES) for n in _EXAMPLES]
     c: dict[str, Array] = {}
     own: list[dict[str, Array]] = [{}, {}]
@@ -228,8 +262,8 @@ def _scaffold(example: CorrectionExample, names: list[str]) -> dict[str, Array]:
 def _ditto(
     example: CorrectionExample, lam: float, names: list[str]
 ) -> tuple[dict[str, Array], tuple[dict[str, Array], dict[str, Array]]]:
-    """Li et al. 2021, Algorithm 1: the global weights, and each site's personal ones."""
-    hand = _Hand(example, names, phases=2)
+    """Ditto, Li et al. 2021, Algorithm 1. Returns the global weights and each site's personal weights."""
+    hand = _HandLoops(example, names, phases=2)
     personal: list[dict[str, Array]] = [{}, {}]
     optimizers: list[Any] = [None, None]
     for _ in range(_ROUNDS):

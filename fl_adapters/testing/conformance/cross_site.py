@@ -1,7 +1,7 @@
-"""What an adapter must do that scores other sites' models on this site's validation data: a case per promise; public in
-testing.py.
+"""Conformance cases for cross-site evaluation: scoring every site's model on every site's validation data.
 
-The oracle is a plain loop without a federation, whose weights the example itself scores on each site's data.
+Part of `fl_adapters.testing`. The expected scores come from plain loops without a federation, whose weights the example
+itself scores on each site's data.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ _TOLERANCE = 1e-5
 
 
 class ScoredExample(TrainingExample, Protocol):
-    """A small training job with validation data, other data at every site, that scores each global model on it.
+    """A small training job with validation data at every site, for `cross_site_cases`.
 
-    Validating must not draw from the random states that training draws from, since the plain loop does not validate.
+    The sites' validation data must differ. The training scores each arriving global model on it. Validation must not
+    draw from the random states that training uses, since the plain loop does not validate.
     """
 
     def score(self, site: int, weights: Arrays) -> Mapping[str, float]:
-        """Metrics of these weights, every tensor of the model, on the validation data of a site, without the adapter;
-        under the names that the adapter gives them."""
+        """Score weights on a site's validation data, without the adapter.
+
+        Args:
+            site: Number of the site whose data is used: 0 or 1.
+            weights: Every tensor of the model, by name.
+
+        Returns:
+            Metrics under the names that the adapter reports.
+        """
         ...
 
 
@@ -38,7 +46,19 @@ CrossSiteCase: TypeAlias = Callable[[ScoredExample], None]
 
 
 def cross_site_cases() -> tuple[CrossSiteCase, ...]:
-    """All cases, for `pytest.mark.parametrize("case", cross_site_cases(), ids=lambda case: case.__name__)`."""
+    """All cases for cross-site evaluation, as functions that take a `ScoredExample`.
+
+    They compare the matrix of scores (a row per model, a column per site's data) with scores of plain loops, and
+    check that the final weights are untouched and that a site without validation is refused.
+
+    Returns:
+        The cases. A case raises AssertionError if the adapter breaks its promise.
+
+    Example:
+        >>> @pytest.mark.parametrize("case", cross_site_cases(), ids=lambda case: case.__name__)
+        ... def test_cross_site(case):
+        ...     case(Example())
+    """
     return (
         every_model_is_scored_on_every_sites_data,
         layers_that_stay_are_those_of_the_site_that_scores,
@@ -47,14 +67,14 @@ def cross_site_cases() -> tuple[CrossSiteCase, ...]:
 
 
 def every_model_is_scored_on_every_sites_data(example: ScoredExample) -> None:
-    """Also: the final weights are back afterwards, bit for bit, and the run's own numbers know nothing of it."""
+    """The final weights are back afterwards, bit for bit, and the scores of the run's rounds are unaffected."""
     final, trained, matrix, scored = _federated(example)
     for name, result in trained.items():
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
     hand = by_hand(example, "keep", [[0, 1]] * _ROUNDS, example.steps_per_epoch + 1, list(final))
     require_close(final, hand.final)
     _require_matrix(matrix, _matrix_by_hand(example, hand, list(final)))
-    require(scored == list(range(1, _ROUNDS + 1)), f"scored as global models were {scored}")
+    require(scored == list(range(1, _ROUNDS + 1)), f"site-1 reported scores of the global models {scored}")
 
 
 def layers_that_stay_are_those_of_the_site_that_scores(example: ScoredExample) -> None:
@@ -81,7 +101,7 @@ def a_site_that_does_not_evaluate_is_refused_before_round_1(example: ScoredExamp
 def _federated(
     example: ScoredExample, **settings: Any
 ) -> tuple[Arrays, dict[str, Trained], Mapping[str, Any], Sequence[int]]:
-    """(final model, what the sites have, the matrix, the global models that site-1 has scored, by number)."""
+    """Train in a federation. Returns the final model, the sites' results, the matrix, and the rounds site-1 scored."""
     every = example.steps_per_epoch + 1  # rounds that end within epochs
     with LocalFederation(
         sites=2, states=example.states, rounds=_ROUNDS, every=every, cross_site=True, **settings
@@ -91,9 +111,9 @@ def _federated(
         final = federation.model()
     for name, result in trained.items():
         steps = _ROUNDS * every
-        require(result.steps == steps, f"{name} made {result.steps} optimizer steps in place of {steps}")
+        require(result.steps == steps, f"{name} made {result.steps} optimizer steps instead of {steps}")
     found = [event.data["matrix"] for event in federation.events if event.kind == "cross_site"]
-    require(len(found) == 1, f"there are {len(found)} matrices")
+    require(len(found) == 1, f"the run has {len(found)} cross-site matrices instead of 1")
     scored = [e.round for e in federation.events if e.kind == "report" and e.site == "site-1"]
     return final, trained, found[0], scored
 
@@ -101,7 +121,7 @@ def _federated(
 def _matrix_by_hand(
     example: ScoredExample, hand: ByHand, names: list[str]
 ) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Every model with what stays at the site whose data it is scored on."""
+    """Expected matrix. Tensors that stay at a site are those of the site whose data is used."""
     models = {f"site-{site + 1}": own for site, own in hand.own.items()}
     return {
         model: {

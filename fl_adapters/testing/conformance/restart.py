@@ -1,7 +1,7 @@
-"""What `exact_restart` promises, in every framework that has it: one case per moment of death; public in testing.py.
+"""Conformance cases for `exact_restart`: one case per moment at which a site dies. Part of `fl_adapters.testing`.
 
-A site's training call ends by an error, of which the server hears nothing, and the same call begins anew: that is what
-a process that is killed and started again does, but for what is left in this process's memory, which must not matter.
+A site's training call ends by an error that the server does not hear of, and the same call starts again. This is what a
+killed and restarted process does, except that this process keeps its memory, which must not matter.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class RestartCase:
-    """What befalls the two sites of a run. deaths: how their processes end. in_training: one ends by an error of its
-    own, in the second epoch. settings: further ones of the job. A call with an example raises AssertionError where the
-    run does not end as one does in which nothing happened."""
+    """A run of two sites in which some die and start again. Call it with a `TrainingExample`.
+
+    Attributes:
+        name: Name of the case, such as "killed while it trains".
+        deaths: Which sites die, and in which calls.
+        in_training: Whether a site fails in its own code, in the second epoch.
+        settings: Further settings of the job, such as its strategy.
+    """
 
     name: str
     deaths: Sequence[Death]
@@ -32,7 +37,14 @@ class RestartCase:
     settings: Settings = field(default_factory=dict)
 
     def __call__(self, example: TrainingExample) -> None:
-        """The run with these deaths ends with the bits of one without: the global model, and all that each site has."""
+        """Compare the run with one in which no site dies, bit for bit.
+
+        Args:
+            example: The training job. All of its sites run under `exact_restart`.
+
+        Raises:
+            AssertionError: The global model or a site's weights differ.
+        """
         wanted, wanted_own = _run(example, (), 0, self.settings)
         fail_at = example.steps_per_epoch + 2 if self.in_training else 0
         found, own = _run(example, self.deaths, fail_at, self.settings)
@@ -42,8 +54,19 @@ class RestartCase:
 
 
 def restart_cases(**settings: Any) -> tuple[RestartCase, ...]:
-    """All cases, for `pytest.mark.parametrize("case", restart_cases(), ids=lambda case: case.name)`. settings: of the
-    job, such as its strategy."""
+    """All cases for exact restarts, to be called with a `TrainingExample`.
+
+    Args:
+        **settings: Further settings of the job, such as its strategy.
+
+    Returns:
+        The cases. A case raises AssertionError if a restart changes the result.
+
+    Example:
+        >>> @pytest.mark.parametrize("case", restart_cases(), ids=lambda case: case.name)
+        ... def test_restart(case):
+        ...     case(Example())
+    """
     again = (
         Death("site-1", "Submit", 2),
         Death("site-1", "Submit", 3, heard=True),
@@ -64,10 +87,10 @@ def restart_cases(**settings: Any) -> tuple[RestartCase, ...]:
 def _run(
     example: TrainingExample, deaths: Sequence[Death], fail_at: int, settings: Settings
 ) -> tuple[Arrays, dict[str, Arrays]]:
-    left = {site: sum(death.site == site for death in deaths) for site in ("site-1", "site-2")}
+    deaths_left = {site: sum(death.site == site for death in deaths) for site in ("site-1", "site-2")}
 
     def site(place: Place) -> Arrays:
-        fails = fail_at if left[place.name] else 0
+        fails = fail_at if deaths_left[place.name] else 0
         while True:
             try:
                 arguments: dict[str, Any] = {"kit": place.kit, "epochs": 100}
@@ -75,16 +98,16 @@ def _run(
                     arguments["keep_local"] = [example.personal]
                 return example.train(place.index, fail_at=fails, **arguments).weights
             except Exception as error:
-                if not left[place.name]:
+                if not deaths_left[place.name]:
                     raise
-                left[place.name], fails = left[place.name] - 1, 0
+                deaths_left[place.name], fails = deaths_left[place.name] - 1, 0
                 require("died" in str(error) or "told to fail" in str(error), f"{place.name} failed: {error!r}")
 
     exact: dict[str, Any] = {"rounds": _ROUNDS, "exact_restart": True, **settings}
     with LocalFederation(sites=2, states=example.states, deaths=deaths, **exact) as federation:
         own = federation.run(site)
-        require(len(federation.result().rounds) == _ROUNDS, "the run has not had its rounds")
-        require(not any(left.values()), f"nobody has died in place of {left}")
+        require(len(federation.result().rounds) == _ROUNDS, "the run ended before its last round")
+        require(not any(deaths_left.values()), f"these deaths did not happen: {deaths_left}")
         exported = federation.server.export(federation.folder / "final")
         require(exported is not None, "there is no global model")
         return {"model": np.fromfile(str(exported), np.uint8)}, own

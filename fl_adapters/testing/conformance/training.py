@@ -1,7 +1,7 @@
-"""What a whole federated training must do in every framework: one case per promise; public in testing.py.
+"""Conformance cases for a whole federated training: one case per promise. Part of `fl_adapters.testing`.
 
-The framework under test gives a small training job of its own (`TrainingExample`); the cases run it in a
-`LocalFederation`, its sites one at a time in threads, and beside it a plain loop that averages by hand.
+An adapter's author writes a small training job (`TrainingExample`). The cases run it at two sites of a
+`LocalFederation`, one at a time in threads, and compare the weights with a plain loop that averages by hand.
 """
 
 from __future__ import annotations
@@ -23,66 +23,122 @@ _FAILING = "this site was told to fail"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training call has left. weights: every tensor of the model, the caller's own. steps: of the optimizer."""
+    """Result of `TrainingExample.train`.
+
+    Attributes:
+        weights: Every tensor of the model after the call, by the adapter's names, tensors that stay at the site
+            included. Copies that later training does not change.
+        steps: Number of optimizer steps that the call made.
+    """
 
     weights: Arrays
     steps: int
 
 
 class PlainLoop(Protocol):
-    """One site's training without fl-adapters: the same model, data, order and schedule, driven from outside."""
+    """One site's training without fl-adapters, driven step by step: the reference that results are compared with.
+
+    It has the same model, data, order of batches, optimizer and schedule as `TrainingExample.train`.
+    """
 
     @property
     def num_examples(self) -> int:
-        """Rows of its training set: its weight in the average."""
+        """Number of rows in the site's training set, which is the site's weight in the average."""
         ...
 
     def weights(self) -> Arrays:
-        """Every tensor of the model."""
+        """Return every tensor of the model.
+
+        Returns:
+            Arrays by tensor name. The suite copies them before the next call.
+        """
         ...
 
     def load(self, arrays: Arrays) -> None:
-        """Set those tensors; the optimizer stays as it is."""
+        """Write weights into the model. The optimizer's state stays as it is.
+
+        Args:
+            arrays: Every tensor of the model, by name.
+        """
         ...
 
     def reset_optimizer(self) -> None:
-        """Moments and step counters to zero, the schedule untouched."""
+        """Set the optimizer's moments and step counters to zero. The learning-rate schedule keeps its position."""
         ...
 
     def train(self, steps: int) -> None:
-        """So many further optimizer steps."""
+        """Continue training for a number of optimizer steps, across epochs if need be.
+
+        Args:
+            steps: Number of optimizer steps.
+        """
         ...
 
 
 class TrainingExample(Protocol):
-    """A small training job, of less than a second. Plain attributes do for the three properties."""
+    """A small training job in the framework under test, for `training_cases`.
+
+    It should train in less than a second. The three properties may be plain attributes. The cases call both methods for
+    sites 0 and 1, possibly from different threads, but never at the same time.
+
+    Example:
+        >>> class Example:
+        ...     steps_per_epoch = 4
+        ...     personal = "head.*"
+        ...     states = [(torch.get_rng_state, torch.set_rng_state)]
+        ...
+        ...     def train(self, site, *, epochs, different=False, fail_at=0, **arguments):
+        ...         model, data = build(site, different)
+        ...         trainer = Trainer(model, data, epochs, callbacks=[FederatedCallback(**arguments)])
+        ...         trainer.train()
+        ...         return Trained(weights_of(model), trainer.state.global_step)
+    """
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch, the same at every site."""
+        """Number of optimizer steps in an epoch, the same at every site."""
         ...
 
     @property
     def personal(self) -> str:
-        """A pattern that matches some, but not all, of the floating tensors."""
+        """Name pattern that matches some of the floating-point tensors, but not all. The cases keep these local."""
         ...
 
     @property
     def states(self) -> Sequence[State]:
-        """What belongs to the process but must not be shared by sites, such as the framework's random state."""
+        """Getters and setters of states that sites must not share, such as the framework's random state."""
         ...
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
-        """Seed for `site`, build model, data and trainer, run the framework's own call with the callback made from
-        `arguments` (kit, every, ...).
+        """Train at one site with the framework's own call and the adapter's callback.
 
-        epochs: the trainer's own budget. different: build another model than the others. fail_at: call
-        `failing()` in the user's code (a data set, a forward pass) at this optimizer step, counted from 1.
+        Seed everything for `site`, then build model, data and trainer, and call `fit`, `train` or the like. All
+        errors must leave this method, since the cases look at them.
+
+        Args:
+            site: Number of the site: 0 or 1. Seeds the weights and selects the data.
+            epochs: The trainer's own budget, in epochs.
+            different: Whether to build a model whose tensors differ in name or shape from those of other sites.
+            fail_at: Optimizer step, counted from 1, in which the user's code (a data set, a forward pass) calls
+                `failing()`. 0 for no failure.
+            **arguments: Arguments for the callback, such as `kit`, `every`, `keep_local` and `num_examples`. Without
+                `kit` the training runs outside a federation.
+
+        Returns:
+            Weights and steps after the call.
         """
         ...
 
     def plain(self, site: int, *, total_steps: int) -> PlainLoop:
-        """The same without fl-adapters, seeded alike; total_steps: what a schedule is sized for."""
+        """Build the same training without fl-adapters, with the same seeds.
+
+        Args:
+            site: Number of the site: 0 or 1.
+            total_steps: Optimizer steps of the whole training, which a learning-rate schedule spans.
+
+        Returns:
+            The loop, before its first step.
+        """
         ...
 
 
@@ -90,7 +146,19 @@ TrainingCase: TypeAlias = Callable[[TrainingExample], None]
 
 
 def training_cases() -> tuple[TrainingCase, ...]:
-    """All cases, for `pytest.mark.parametrize("case", training_cases(), ids=lambda case: case.__name__)`."""
+    """All cases for a whole training, as functions that take a `TrainingExample`.
+
+    They compare weights with a plain loop, count optimizer steps, and check that a site with another model is
+    refused, that a failing site is done without or ends the run, and that the script also trains alone.
+
+    Returns:
+        The cases. A case raises AssertionError if the adapter breaks its promise.
+
+    Example:
+        >>> @pytest.mark.parametrize("case", training_cases(), ids=lambda case: case.__name__)
+        ... def test_training(case):
+        ...     case(Example())
+    """
     return (
         equals_a_plain_loop_with_kept_optimizer,
         equals_a_plain_loop_with_reset_optimizer,
@@ -108,7 +176,14 @@ def training_cases() -> tuple[TrainingCase, ...]:
 
 
 def check_training(example: TrainingExample) -> None:
-    """Run every case. Raises AssertionError naming the first that fails."""
+    """Run every case of `training_cases`.
+
+    Args:
+        example: The training job.
+
+    Raises:
+        AssertionError: A case fails; the message begins with the name of the first one.
+    """
     for case in training_cases():
         try:
             case(example)
@@ -117,7 +192,11 @@ def check_training(example: TrainingExample) -> None:
 
 
 def failing() -> None:
-    """What the code of a site that is to fail calls."""
+    """Raise the error that the cases expect of a failing site. `TrainingExample.train` calls it at step `fail_at`.
+
+    Raises:
+        RuntimeError: Always.
+    """
     raise RuntimeError(_FAILING)
 
 
@@ -149,7 +228,7 @@ def the_trainers_own_budget_decides_without_rounds(example: TrainingExample) -> 
     with _federation(example) as federation:
         trained = federation.run(lambda place: example.train(place.index, kit=place.kit, epochs=3))
         rounds = len(federation.result().rounds)
-    require(rounds == 3, f"3 epochs of one round each became {rounds} rounds")
+    require(rounds == 3, f"a budget of 3 epochs became {rounds} rounds instead of 3")
     _require_steps(trained, 3 * example.steps_per_epoch)
 
 
@@ -164,7 +243,7 @@ def local_tensors_stay(example: TrainingExample) -> None:
     kept = [name for name in first if matches(name, patterns)]
     require(bool(kept), f"{patterns} matches none of {list(first)}")
     travelled = [name for name in kept if name in model]
-    require(not travelled, f"{travelled} reached the server in spite of keep_local")
+    require(not travelled, f"{travelled} reached the server despite keep_local")
     require(any(first[n].tobytes() != second[n].tobytes() for n in kept), "the sites' own tensors are the same")
     for name in model:
         require(first[name].tobytes() == second[name].tobytes(), f"{name} differs between the sites after training")
@@ -178,7 +257,7 @@ def alone_the_script_trains_as_if_nothing_were_there(example: TrainingExample) -
     plain = example.plain(0, total_steps=steps)
     plain.train(steps)
     _restore(example.states, before)
-    require(trained.steps == steps, f"{trained.steps} steps in place of {steps}")
+    require(trained.steps == steps, f"{trained.steps} optimizer steps instead of {steps}")
     require_close(trained.weights, copied(plain.weights()))
 
 
@@ -205,12 +284,15 @@ def another_model_is_refused_before_the_first_step(example: TrainingExample) -> 
 
 
 def a_site_that_is_not_drawn_waits(example: TrainingExample) -> None:
-    rounds, every = 2 * example.steps_per_epoch, example.steps_per_epoch + 1  # whole epochs, in all
+    rounds, every = 2 * example.steps_per_epoch, example.steps_per_epoch + 1  # whole epochs in total
     with _federation(example, rounds=rounds, every=every, fraction=0.5, seed=2, min_sites=1) as federation:
         trained = federation.run(lambda place: example.train(place.index, kit=place.kit, epochs=100))
         final = federation.model()
         drawn = [[list(trained).index(name) for name in result.sites] for result in federation.result().rounds]
-    require(sorted({len(sites) for sites in drawn}) == [1] and len({*map(tuple, drawn)}) == 2, f"drawn were {drawn}")
+    require(
+        sorted({len(sites) for sites in drawn}) == [1] and len({*map(tuple, drawn)}) == 2,
+        f"the sampled sites are {drawn}",
+    )
     for name, result in trained.items():
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
     _require_local_steps(federation.events, every)
@@ -269,7 +351,12 @@ def _equals_plain_loop(example: TrainingExample, policy: Literal["keep", "reset"
 
 @dataclass(frozen=True)
 class ByHand:
-    """final: the global model after the last round. own: by a site's number, all its weights as it sent the last."""
+    """Result of a federated training that was computed by hand.
+
+    Attributes:
+        final: The global model after the last round.
+        own: All weights of each site at the end of its last round, by the site's number.
+    """
 
     final: dict[str, Array]
     own: dict[int, dict[str, Array]]
@@ -278,9 +365,14 @@ class ByHand:
 def by_hand(
     example: TrainingExample, policy: str, rounds: Sequence[Sequence[int]], every: int, names: list[str]
 ) -> ByHand:
-    """The oracle: each site's plain loop in turn, with its own random states, and the mean in float64.
+    """Expected result of a federated training: plain loops with their own random states, averaged in float64.
 
-    rounds: the numbers of the sites that take part in each.
+    Args:
+        example: The training job.
+        policy: Optimizer policy at each exchange, "keep" or "reset".
+        rounds: Numbers of the sites that take part in each round.
+        every: Optimizer steps in a round.
+        names: Names of the tensors that travel.
     """
     before = [get() for get, _ in example.states]
     loops, states, own = [], [], dict[int, dict[str, Array]]()
@@ -320,10 +412,10 @@ def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 def _require_steps(trained: dict[str, Trained], steps: int) -> None:
     for name, result in trained.items():
-        require(result.steps == steps, f"{name} made {result.steps} optimizer steps in place of {steps}")
+        require(result.steps == steps, f"{name} made {result.steps} optimizer steps instead of {steps}")
 
 
 def _require_local_steps(events: Sequence[Event], steps: int) -> None:
-    """round 0: sites may give an initial model, which takes no steps."""
+    """Check the steps that updates report. Round 0 is left out: an initial model takes no steps."""
     found = [event.data["local_steps"] for event in _of_kind(events, "update") if event.round > 0]
     require(found == [steps] * len(found), f"the rounds had {found} optimizer steps, not {steps} each")
