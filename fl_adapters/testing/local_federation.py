@@ -316,7 +316,7 @@ class LocalFederation:
 
 
 class _Turns:
-    """Lets one site's thread run at a time, with its own states. A thread that waits for the server gives up its turn."""
+    """Lets one site's thread run at a time, with its own states. A thread that waits for the server gives way."""
 
     def __init__(self, states: Sequence[State]) -> None:
         self._states = states
