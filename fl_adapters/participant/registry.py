@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fl_adapters.participant.kit import Kit, current_kit
@@ -37,6 +39,42 @@ def open_session(options: Options, *, framework: str, fresh: bool = False) -> Se
     if session is None or session.closed:
         session = _sessions[_key(kit)] = _joined(kit, options, framework)
     return session
+
+
+def running_session(options: Options, *, framework: str) -> Session:
+    """Return this process's session in the middle of a run.
+
+    Args:
+        options: The adapter's arguments, as they were given to `open_session`.
+        framework: Name of the adapter's framework.
+
+    Raises:
+        ConfigError: If the startup kit has disappeared since the run began.
+    """
+    session = open_session(options, framework=framework)
+    if session is None:
+        raise ConfigError(
+            "the startup kit has disappeared in the middle of a run",
+            where=framework,
+            fix="leave $FL_ADAPTERS_KIT and the kit's folder as they are until training has ended",
+        )
+    return session
+
+
+@contextmanager
+def leaving_on_error(leave: Callable[[str], object]) -> Iterator[None]:
+    """Leave the run as soon as the block raises, so that other sites need not wait for this process to end.
+
+    Args:
+        leave: Ends this site's part in the run. It is called with the error as text; a FederationError of its own is
+            ignored, so that the first error is the one that is raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with suppress(FederationError):
+            leave(f"{type(error).__name__}: {error}")
+        raise
 
 
 def close_sessions(reason: str, kit: Kit | None = None) -> None:

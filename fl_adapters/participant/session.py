@@ -56,12 +56,28 @@ from fl_runtime.wire.manifest import Manifest
 
 @dataclass(frozen=True)
 class RoundStats:
-    """The exchange that ended last. seconds: from submitting to having the next task, waiting included."""
+    """Statistics of the last exchange.
+
+    Attributes:
+        round: Number of the round that it ended.
+        bytes_up: Bytes that this site sent.
+        bytes_down: Bytes that this site received.
+        seconds: Time from submitting until the next task was here, including the wait for other sites.
+    """
 
     round: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+
+    def log_row(self) -> dict[str, float]:
+        """Return the exchange as a row for the framework's own loggers: `federation_round`, bytes and seconds."""
+        return {
+            "federation_round": self.round,
+            "federation_bytes_up": self.bytes_up,
+            "federation_bytes_down": self.bytes_down,
+            "federation_seconds": round(self.seconds, 6),
+        }
 
 
 def session_capabilities(*, cross_evaluates: bool, restarts: bool, swarm: bool) -> frozenset[str]:

@@ -10,11 +10,11 @@ from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
-from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import FederationError
 from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 
@@ -170,10 +170,7 @@ class TorchSite:
 
     def session(self) -> Session:
         """Rank 0's session."""
-        session = open_session(self.options, framework=self.framework)
-        if session is None:
-            raise ConfigError("the startup kit is gone", where=f"{self.framework}, in the middle of a run")
-        return session
+        return running_session(self.options, framework=self.framework)
 
     def _begun(self, live: LiveModel, task: Task | None) -> Arrived:
         came = self._arrived(task)
@@ -181,15 +178,9 @@ class TorchSite:
         return came
 
     def _arrived(self, task: Task | None) -> Arrived:
-        told = [task.kind, self.session().turn, self._row(), self.session().round_seed] if task else None
-        kind, number, row, seed = ranks.share(told)
+        facts = None
+        if task is not None:
+            session = self.session()
+            facts = [task.kind, session.turn, session.stats.log_row(), session.round_seed]
+        kind, number, row, seed = ranks.share(facts)
         return Arrived(task, kind, number, row, seed)
-
-    def _row(self) -> dict[str, float]:
-        stats = self.session().stats
-        return {
-            "federation_round": stats.round,
-            "federation_bytes_up": stats.bytes_up,
-            "federation_bytes_down": stats.bytes_down,
-            "federation_seconds": round(stats.seconds, 6),
-        }
