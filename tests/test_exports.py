@@ -1,4 +1,4 @@
-"""The public names: a list to change on purpose, each name importable on its own and documented."""
+"""The public names: those of tests/_support/public_names.py, each importable on its own and documented."""
 
 from __future__ import annotations
 
@@ -10,31 +10,8 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+from public_names import PUBLIC
 
-PUBLIC = {
-    "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto FFALoRA FLoRA
-        FedAdagrad FedAdam FedAvg FedAvgM FedBuff FedExLoRA FedIT FedNova FedProx FedSALoRA FedYogi
-        FederationError FlexLoRA HandshakeError Job Krum NormBounding PermissionDeniedError PrivacyBudgetError
-        Production ProofOfConcept ProtocolError QuorumError RoLoRA Scaffold Simulation Site SiteFailedError
-        SiteTask StateMismatchError StoreError Swarm TransferDamagedError TrimmedMean UpdateRefusedError
-        __version__ connect site
-    """,
-    "fl_adapters.hf": "FederatedCallback",
-    "fl_adapters.keras": "FederatedCallback",
-    "fl_adapters.lightning": "FederatedCallback",
-    "fl_adapters.monai": "FederatedHandler run_client_algo",
-    "fl_adapters.xgboost": """
-        FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
-    """,
-    "fl_adapters.testing": """
-        AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
-        LocalFederation Outcome Place PlainLoop RestartCase ScoredExample Trained TrainingCase TrainingExample
-        adapter_cases check_adapter check_training correction_cases cross_site_cases failing restart_cases
-        training_cases
-    """,
-    "fl_runtime": "",  # not for users
-}
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
 
 

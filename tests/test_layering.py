@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES = 500
+from source_tree import INTEGRATIONS, SOURCES, imports
 
 # Part of fl_runtime -> the parts that it may import besides itself. A new part must be given its place here.
 GROUND = {"types", "errors", "version"}
@@ -49,38 +46,6 @@ TOP = {
 # Modules and calls that run or unpickle what they are given.
 FORBIDDEN_MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "builtins.eval", "builtins.exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
-
-INTEGRATIONS = {path.name for path in (ROOT / "integrations").iterdir() if (path / "__init__.py").exists()}
-
-
-def module_name(path: Path) -> str:
-    """The name a file is imported by: integrations/hf/x.py is fl_adapters.hf.x."""
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    if parts[0] == "integrations" and len(parts) > 2:
-        parts[0] = "fl_adapters"
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-SOURCES = {
-    module_name(path): path
-    for package in ("fl_runtime", "fl_adapters", "integrations")
-    for path in sorted((ROOT / package).rglob("*.py"))
-    if not path.stem.endswith("_pb2")
-}
-
-
-def imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of all imports, those in functions and under TYPE_CHECKING included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = module.split(".")[: -node.level + is_package or None]
-                base = ".".join([*above, base] if base else above)
-            for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}"
 
 
 def integration_of(module: str) -> str | None:
@@ -146,11 +111,6 @@ def test_source_keeps_to_its_floor(module: str) -> None:
 
 def test_every_part_of_the_runtime_has_a_place() -> None:
     assert {name.split(".")[1] for name in SOURCES if name.startswith("fl_runtime.")} <= set(RUNTIME)
-
-
-def test_no_file_is_longer_than_a_subject() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in SOURCES.values()}
-    assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
 @pytest.mark.parametrize(
