@@ -323,7 +323,7 @@ class Journal:
         return int(value) if value else None
 
     def terms(self) -> Terms:
-        """Return the terms that the sites' scripts agreed on; the defaults before the handshake and in older journals."""
+        """Return the terms that the sites' scripts agreed on; defaults before the handshake and in older journals."""
         value = self._get("terms")
         return Terms(**json.loads(value)) if value else Terms()
 
