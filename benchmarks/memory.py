@@ -41,7 +41,7 @@ from fl_runtime.client import SiteClient
 from fl_runtime.server import Server
 from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.transport.grpc import GrpcTransport
-from fl_runtime.transport.malloc import share_one_heap
+from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.transport.tls import FileCredentials
 from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.trust.kits import read_kit
@@ -166,7 +166,7 @@ def _serve(count: int, mib: float, plain: bool) -> None:
     """The server of a run in this process; its sites are threads of another."""
     names = [f"site-{n}" for n in range(1, count + 1)]
     only_tls_1_3()  # as the command `server` does
-    share_one_heap()
+    use_one_arena()
     with tempfile.TemporaryDirectory() as folder:
         (_plain_server if plain else _tls_server)(Path(folder), names, mib)
 

@@ -33,7 +33,7 @@ from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
-from fl_runtime.transport.watchdog import WatchedCall, Watchman
+from fl_runtime.transport.watchdog import Watchdog, WatchedCall
 from fl_runtime.types import Array, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
@@ -86,7 +86,7 @@ class SiteClient:
         self._shared: SharedFolder | None = None
         self._large = False  # whether the weights are too large for a header
         self._presence: _Presence | None = None
-        self._watchman = Watchman(patience_s)
+        self._watchdog = Watchdog(patience_s)
         self._beats = False  # the server says in every call that waits that it is there
         self._under_way: WatchedCall | None = None
         self._frame_bytes = frames.FRAME_BYTES
@@ -208,14 +208,14 @@ class SiteClient:
         self._closed = True
         if self._presence is not None:
             self._presence.close()
-        self._watchman.close()
+        self._watchdog.close()
         self._transport.close()
 
     # -- calls -----------------------------------------------------------------------------------------------
 
     def _begin(self, method: str, requests: bytes | Iterator[bytes]) -> WatchedCall:
         call = self._transport.call(method, requests)
-        return self._watchman.begin(call, watched=self._beats or method in _ALWAYS_ANSWERED)
+        return self._watchdog.begin(call, watched=self._beats or method in _ALWAYS_ANSWERED)
 
     def _call(self, method: str, requests: bytes | Iterator[bytes]) -> Iterator[bytes]:
         with self._begin(method, requests) as call:

@@ -33,7 +33,7 @@ from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
 from fl_runtime.server.records.history import History
-from fl_runtime.transport.malloc import share_one_heap
+from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Simulation:
 @contextmanager
 def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dict[str, str], str]]:
     if not share:
-        share_one_heap()  # as `fl-adapters server` does, since share=False shows its exchange
+        use_one_arena()  # as `fl-adapters server` does, since share=False shows its exchange
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
     history = History(run.folder)
     fresh, address = not (run.folder / "server").exists(), ""

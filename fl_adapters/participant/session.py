@@ -36,7 +36,7 @@ from fl_runtime.filters.site import SiteFilters
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
-from fl_runtime.trust.secure_stream import SealedStream
+from fl_runtime.trust.secure_stream import SecureStream
 from fl_runtime.types import (
     CROSS_EVALUATION,
     EXACT_RESTART,
@@ -288,10 +288,10 @@ class Session:
         """Streams to other sites through the server; the caller closes it."""
         return self._client.tunnel(accept, lost)
 
-    def sealed(self, stream: Stream) -> SealedStream:
+    def sealed(self, stream: Stream) -> SecureStream:
         """A stream that the server cannot read; call its `meet` first. Sends this end's key, signed where the sites
         have certificates."""
-        return SealedStream(stream, self.name, self._rules.stream_identity())
+        return SecureStream(stream, self.name, self._rules.stream_identity())
 
     def best(self) -> Task:
         """After the "final" task: the best round's model, once all sites have reported on the last one."""

@@ -21,7 +21,7 @@ from fl_runtime.aggregation.swarm import CAPABILITY, RECEIPT, missing
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
-from fl_runtime.trust.secure_stream import SealedStream, check_available
+from fl_runtime.trust.secure_stream import SecureStream, check_available
 from fl_runtime.types import Array, Arrays, ServerState, Task, Update
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
@@ -45,7 +45,7 @@ def is_swarm(strategy: str | None) -> bool:
 
 
 class Seal(Protocol):
-    def __call__(self, stream: Stream) -> SealedStream: ...
+    def __call__(self, stream: Stream) -> SecureStream: ...
 
 
 class SwarmSite:
@@ -225,7 +225,7 @@ class _Incoming:
     def __init__(self, peer: str, name: str, open_stream: Callable[[str, str], Stream], seal: Seal) -> None:
         self._peer, self._name, self._open, self._seal = peer, name, open_stream, seal
         self._stream: Stream | None = None
-        self._sealed: SealedStream | None = None
+        self._sealed: SecureStream | None = None
         self._try()
 
     def received(self, like: Update, buffer: Array, patience_s: float) -> Update:
@@ -251,7 +251,7 @@ class _Incoming:
         if self._stream is not None:
             self._stream.close()
 
-    def _met(self, patience_s: float) -> SealedStream:
+    def _met(self, patience_s: float) -> SecureStream:
         """The stream, once the other end has answered; it may be on its way back to the server."""
         until = time.monotonic() + min(_REACH_S, patience_s)
         while True:

@@ -1,7 +1,10 @@
-"""How bytes get from a site to the server and back. Import `grpc` or `memory` from here only where you connect."""
+"""Transports: how bytes travel between a site and the server.
+
+Import the modules `grpc` and `memory` only where a connection is made, since importing gRPC is slow.
+"""
 
 import os
 
-# Read when gRPC is loaded. With it, every process forked from this one (a data loader's worker) would get threads of
-# gRPC that go on with this one's connection; a worker has no part in that.
+# gRPC reads this when it is loaded. With fork support, processes forked from this one (data loader workers) would get
+# gRPC threads that continue with this process's connection.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -1,7 +1,7 @@
-"""The contract of a transport: named calls that carry byte messages both ways. It knows no message types.
+"""The contract of a transport: named calls that carry byte messages in both directions.
 
-A site makes calls; the server's service answers them. Every call has the same shape, a sequence of messages up
-and a sequence down, so a further one (a byte stream between two sites, say) needs no new transport code.
+A site makes calls; the server's service answers them. Every call is a sequence of messages up and a sequence of
+messages down, so a new kind of call needs no new transport code. A transport does not know the types of messages.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
+"""Calls within a job; their messages are protobuf (wire/fl/v1/federation.proto)."""
 CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke")
-"""Calls about jobs rather than within one: their messages are JSON. See server/federation.py."""
+"""Calls about jobs; their messages are JSON (server/federation)."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is calling, as the transport has established it: by name, or by a certificate whose key it has proved to
-    hold and whose authority is ours.
+    """The caller of one call, as authenticated by the transport.
 
-    certificate: PEM, empty without TLS. fault: why such a connection is not good enough, empty if it is. address: where
-    it calls from, for the log. hang_up() ends the call, from any thread. when_gone(callback) calls back once, from a
-    thread of the transport, when this call ends or its connection breaks; False: it is gone already.
+    Attributes:
+        name: The caller's name; empty if `certificate` identifies it.
+        when_gone: `when_gone(callback)` registers a function that is called once, in a thread of the transport, when
+            the call ends or its connection breaks. Returns False if that has happened already.
+        certificate: PEM of a certificate that our authority signed and whose key the caller holds. Empty without TLS.
+        fault: Why the connection is not secure enough, or empty.
+        address: The network address that it calls from, for the log.
+        hang_up: Ends the call; may be called from any thread.
     """
 
     name: str
@@ -35,7 +40,13 @@ class Peer:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What proves who we are, and whom we believe: PEM. key: private, never shown."""
+    """Key and certificates for mutual TLS, as PEM.
+
+    Attributes:
+        key: This process's private key; left out of the representation.
+        certificate: This process's certificate.
+        authority: Certificate of the authority whose participants are accepted.
+    """
 
     key: bytes = field(repr=False)
     certificate: bytes
@@ -43,32 +54,70 @@ class Credentials:
 
 
 class Service(Protocol):
-    """The server's side: answers calls. `handle` runs in a thread of the transport and may block."""
+    """The server's side of a transport: it answers calls."""
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """The replies to a call, as they become ready. Raises FederationError; the caller gets the same error."""
+        """Answer one call. It runs in a thread of the transport and may block.
+
+        Args:
+            method: One of `METHODS` or `CONTROL_METHODS`.
+            peer: The caller.
+            requests: The caller's messages; iterating blocks until the next one arrives.
+
+        Yields:
+            The replies, each sent as soon as it is yielded.
+
+        Raises:
+            FederationError: To refuse the call; the caller gets the same error.
+        """
         ...
 
 
 class Call(Protocol):
-    """A call under way: its replies, once each. Iterating blocks; `cancel` ends it from any thread.
+    """A call in progress: an iterator over its replies that blocks until the next one arrives."""
 
-    broken: its connection is not to be trusted any more, so later calls make a new one.
-    """
+    def __iter__(self) -> Iterator[bytes]:
+        """Return the call itself."""
+        ...
 
-    def __iter__(self) -> Iterator[bytes]: ...
-    def __next__(self) -> bytes: ...
-    def cancel(self, *, broken: bool = False) -> None: ...
+    def __next__(self) -> bytes:
+        """Wait for the next reply.
 
-
-class Transport(Protocol):
-    """The site's side. Threads may share it. Nothing connects before the first call."""
-
-    def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
-        """Start a call with one message, or with a stream of them.
-
-        Iterating raises the service's FederationError, or ConnectionLostError if the server cannot be reached.
+        Raises:
+            StopIteration: When the service has sent its last reply.
+            FederationError: The error with which the service refused the call.
+            ConnectionLostError: If the server cannot be reached or the connection breaks.
+            TransferDamagedError: If a message arrived damaged.
         """
         ...
 
-    def close(self) -> None: ...
+    def cancel(self, *, broken: bool = False) -> None:
+        """End the call; may be called from any thread.
+
+        Args:
+            broken: Whether the connection is to be given up, so that later calls make a new one.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """The site's side of a transport. Threads may share one. It connects with the first call."""
+
+    def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
+        """Start a call.
+
+        Args:
+            method: One of `METHODS` or `CONTROL_METHODS`.
+            requests: One message, or an iterable of messages that a thread of the transport consumes.
+
+        Returns:
+            The call, whose replies the caller iterates over.
+
+        Raises:
+            ConnectionLostError: If the transport has been closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the connection; calls that still run end with ConnectionLostError."""
+        ...

@@ -1,4 +1,7 @@
-"""gRPC: the only place that imports it. Messages pass through as bytes; errors travel as trailing metadata."""
+"""The gRPC transport. Messages pass through as bytes; errors travel as trailing metadata.
+
+No module outside this folder imports gRPC.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ log = logging.getLogger(__name__)
 
 _SERVICE = "fl.v1.Federation"
 _ERROR_KEY = "fl-error-bin"
-_ERROR_BYTES = {"what": 4_000, "where": 1_000, "fix": 1_000}  # metadata of 8 KiB is what gRPC always lets through
+_ERROR_BYTES = {"what": 4_000, "where": 1_000, "fix": 1_000}  # gRPC always accepts up to 8 KiB of metadata
+_CHECK_NETWORK = "check the network between this machine and the server"
 _MESSAGE_BYTES = 8 * 2**20
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -42,16 +46,16 @@ _COMMON: list[tuple[str, int]] = [
 _CLIENT = [
     *_COMMON,
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.enable_retries", 0),  # ours resume a transfer where it stopped; gRPC's would begin again
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel must not share what an old one waits for
+    ("grpc.enable_retries", 0),  # our retries resume a transfer; gRPC's would start it again
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel must not wait for the connection of an old one
 ]
 _SERVER = [
     *_COMMON,
-    ("grpc.so_reuseport", 0),  # else a second server takes half of the first one's sites
+    ("grpc.so_reuseport", 0),  # else a second server could bind the same port and get half of the sites
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 20_000),
 ]
-_OPEN_PORT = [  # what a server adds that strangers can reach
+_OPEN_PORT = [  # additional options of a server that strangers can reach
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
@@ -60,29 +64,35 @@ _NARROWEST_BYTES, _WIDEST_BYTES = 5 * 2**14, 7 * 2**20
 
 
 @dataclass(frozen=True)
-class _Room:
-    """The server's memory for what is on its way from all sites, and what a site takes of it anyway: connection,
-    threads, and with TLS what is being decrypted. 7 MiB under way fill a line of 1 Gbit/s whose answers take 58 ms."""
+class _ReceiveMemory:
+    """The server's memory for data in transit from all sites.
+
+    total_bytes: for all sites together. site_bytes: what a site's connection, threads and TLS decryption take of it.
+    A window of 7 MiB fills a line of 1 Gbit/s with a round-trip time of 58 ms.
+    """
 
     total_bytes: int
     site_bytes: int
 
 
-_PLAIN, _ENCRYPTED = _Room(11 * 2**20, 2**17), _Room(15 * 2**20, 7 * 2**15)
+_PLAIN, _ENCRYPTED = _ReceiveMemory(11 * 2**20, 2**17), _ReceiveMemory(15 * 2**20, 7 * 2**15)
 _ALL_METHODS = (*METHODS, *CONTROL_METHODS)
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 _BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
-"""What gRPC makes of bytes that are no HTTP/2."""
+"""Status codes that gRPC reports when the received bytes are not valid HTTP/2."""
 
 
 class GrpcTransport:
-    """A site's channel to the server. One HTTP/2 connection, opened by the first call.
+    """A site's connection to the server: one HTTP/2 connection, opened by the first call.
 
-    A lost connection is made anew by the next call, on a channel of its own: an old one waits between its attempts
-    for longer than it is told to (5 to 11 s in grpcio 1.62 to 1.78), and refuses calls meanwhile.
+    After a lost connection, the next call opens a new channel. The old channel would wait between its attempts for
+    longer than configured (5 to 11 s in grpcio 1.62 to 1.78) and refuse calls meanwhile.
 
-    address: host:port. token: proves who we are in a simulation on the loopback. credentials: do so everywhere else,
-    with mutual TLS; called before every call, so that a renewed certificate is taken up by the next one.
+    Args:
+        address: The server's "host:port".
+        token: Secret that authenticates the site in a simulation on the loopback.
+        credentials: Returns the credentials for mutual TLS. It is called before every call, so the next call uses a
+            renewed certificate. None means a plain connection with `token`.
     """
 
     def __init__(self, address: str, token: str = "", credentials: Callable[[], Credentials] | None = None) -> None:
@@ -90,27 +100,28 @@ class GrpcTransport:
         self._authorization = f"Bearer {token}" if token else ""
         self._credentials: Callable[[], Credentials | None] = credentials or (lambda: None)
         self._lock = threading.Lock()
-        self._line = _Line.open(address, self._credentials())
+        self._channel = _Channel.open(address, self._credentials())
         self._closed = False
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
+        """Start a call, see `Transport.call`."""
         with self._lock:
             if self._closed:
                 raise ConnectionLostError(f"the connection to {self._address} has been closed")
             credentials = self._credentials()
-            if self._line.lost.is_set() or credentials is not self._line.credentials:
-                self._line = _Line.open(self._address, credentials)  # calls that still run keep the old one
-            line = self._line
+            if self._channel.lost.is_set() or credentials is not self._channel.credentials:
+                self._channel = _Channel.open(self._address, credentials)  # running calls keep the old one
+            channel = self._channel
         try:
             if isinstance(requests, bytes):
                 message = integrity.with_check(requests) if self._plain else requests
-                started = line.single[method](message, metadata=self._metadata(method))
+                started = channel.single[method](message, metadata=self._metadata(method))
             else:
                 messages = map(integrity.with_check, requests) if self._plain else iter(requests)
-                started = line.streamed[method](messages, metadata=self._metadata(method))
+                started = channel.streamed[method](messages, metadata=self._metadata(method))
         except ValueError as error:  # closed by another thread
             raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
-        return _GrpcCall(started, self._address, line.lost, self._plain)
+        return _GrpcCall(started, self._address, channel.lost, self._plain)
 
     def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
         if not self._plain:
@@ -119,23 +130,24 @@ class GrpcTransport:
         return (("authorization", self._authorization), (integrity.CHECK_KEY, check))
 
     def close(self) -> None:
+        """Close the connection and end its calls."""
         with self._lock:
             self._closed = True
-            self._line.channel.close()
+            self._channel.grpc_channel.close()
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A gRPC channel and its calls. lost: set by the first of them that finds no connection, or a damaged one."""
+class _Channel:
+    """A gRPC channel and its methods. The first call that finds the connection lost or damaged sets `lost`."""
 
-    channel: Any
+    grpc_channel: Any
     single: Mapping[str, Any]
     streamed: Mapping[str, Any]
     lost: threading.Event
     credentials: Credentials | None
 
     @classmethod
-    def open(cls, address: str, credentials: Credentials | None) -> _Line:
+    def open(cls, address: str, credentials: Credentials | None) -> _Channel:
         if credentials is None:
             channel = grpc.insecure_channel(address, options=_CLIENT)
         else:
@@ -149,7 +161,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _GrpcCall:
-    """Replies of a gRPC call, with gRPC's errors mapped to ours in this one place."""
+    """The replies of a gRPC call. It maps gRPC's errors to ours."""
 
     started: Any
     address: str
@@ -169,10 +181,10 @@ class _GrpcCall:
             self.cancel(broken=True)
             raise
         except grpc.RpcError as error:
-            found = _our_error(error, self.address, self.plain)
-            if error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(found, TransferDamagedError):
+            ours = _our_error(error, self.address, self.plain)
+            if error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(ours, TransferDamagedError):
                 self.lost.set()
-            raise found from None
+            raise ours from None
 
     def cancel(self, *, broken: bool = False) -> None:
         if broken:
@@ -181,11 +193,18 @@ class _GrpcCall:
 
 
 class GrpcServer:
-    """Serves one service on one port.
+    """A gRPC server for one service on one port.
 
-    sites: how many are expected, which share the memory for what is on its way.
-    authenticate: the caller's name from the metadata of its call. With credentials instead, nobody gets to call
-    without a certificate of their authority, over TLS 1.3; `Peer.certificate` is then who it is.
+    Callers are authenticated in one of two ways, by `authenticate` or by `credentials`; exactly one must be given.
+
+    Args:
+        service: Answers the calls.
+        authenticate: Returns the caller's name from the metadata of its call, or raises PermissionDeniedError. For
+            plain connections on the loopback.
+        threads: Number of calls that are answered at the same time; further calls wait.
+        sites: Expected number of sites, which share the memory for data in transit.
+        credentials: Returns the server's credentials for mutual TLS 1.3. Only callers with a certificate of the same
+            authority are accepted, and `Peer.certificate` says who they are.
     """
 
     def __init__(
@@ -204,7 +223,7 @@ class GrpcServer:
             self._pool,
             options=[
                 *_SERVER,
-                *_arriving(sites, _ENCRYPTED if credentials else _PLAIN),
+                *_flow_control(sites, _ENCRYPTED if credentials else _PLAIN),
                 *(_OPEN_PORT if credentials else []),
             ],
         )
@@ -212,7 +231,18 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers((self._handlers,))
 
     def start(self, host: str, port: int) -> str:
-        """Bind and serve; returns "host:port". ConfigError when the port cannot be had."""
+        """Bind the port and start to serve.
+
+        Args:
+            host: Address to listen on, such as "127.0.0.1" or "0.0.0.0".
+            port: Port number; 0 takes any free port.
+
+        Returns:
+            "host:port" with the actual port.
+
+        Raises:
+            ConfigError: If the port cannot be used.
+        """
         _check_port(host, port)
         if self._credentials is None:
             bound = self._server.add_insecure_port(f"{host}:{port}")
@@ -223,20 +253,27 @@ class GrpcServer:
         return f"{host}:{bound}"
 
     def stop(self, grace_s: float) -> None:
-        """Refuse new calls, give running ones `grace_s` seconds, then end them."""
+        """Refuse new calls, let running calls finish for `grace_s` seconds, then end them."""
         self._server.stop(grace_s).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def tokens_to_names(tokens: Mapping[str, str]) -> Callable[[Mapping[str, str]], str]:
-    """Authentication for simulations: a secret per site (name -> token), valid for one run."""
+    """Make the `authenticate` function of a simulation, in which every site has a secret of its own.
+
+    Args:
+        tokens: Site name -> its secret, valid for one run.
+
+    Returns:
+        A function from a call's metadata to the site's name. It raises PermissionDeniedError for an unknown secret.
+    """
 
     def authenticate(metadata: Mapping[str, str]) -> str:
         offered = metadata.get("authorization", "").removeprefix("Bearer ")
         for name, token in tokens.items():
             if hmac.compare_digest(offered.encode(), token.encode()):
                 return name
-        raise PermissionDeniedError("the caller is not a site of this run", fix="use the startup kit of this run")
+        raise PermissionDeniedError("this process is not a site of this run", fix="use the startup kit of this run")
 
     return authenticate
 
@@ -264,11 +301,12 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                     yield from self._service.handle(method, self._peer(method, context), requests)
             except FederationError as error:
                 _abort(context, error, plain)
-            except grpc.RpcError:  # the caller went away while we read from it
+            except grpc.RpcError:  # the caller disconnected while we read from it
                 return
             except Exception as error:
                 log.exception("call %s failed", method)
-                _abort(context, FederationError(f"the server failed in {method}: {error!r}", fix="see its log"), plain)
+                what = f"the server failed in {method}: {error!r}"
+                _abort(context, FederationError(what, fix="see the server's log"), plain)
 
         return answer
 
@@ -280,14 +318,16 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         facts = context.auth_context()
         version = facts.get("ssl_tls_version", [b"TLSv1.3" if self.old_tls_refused else b"an unknown TLS"])[0].decode()
         fault = "" if version == "TLSv1.3" else f"its connection uses {version}"
-        certificate: bytes = facts["x509_pem_cert"][0]  # the handshake has asked for one
+        certificate: bytes = facts["x509_pem_cert"][0]  # present, since the TLS handshake requires one
         return Peer("", context.add_callback, certificate, fault, context.peer(), context.cancel)
 
 
-def _arriving(sites: int, room: _Room) -> list[tuple[str, int]]:
-    """How much a server takes in before it is asked for. gRPC's own estimate of what a connection can carry would give
-    each site as much as if it were alone, 10 MB and more, and the server's memory would grow with the sites."""
-    share = room.total_bytes // max(sites, 1) - room.site_bytes
+def _flow_control(sites: int, memory: _ReceiveMemory) -> list[tuple[str, int]]:
+    """Return the options that limit how much data the server receives ahead of need, per site.
+
+    gRPC's own estimate would allow every connection 10 MB and more, so the server's memory would grow with the sites.
+    """
+    share = memory.total_bytes // max(sites, 1) - memory.site_bytes
     window = min(max(share, _NARROWEST_BYTES), _WIDEST_BYTES)
     chunk = min(max(window // 16, 2**14), 2**20)
     return [
@@ -299,16 +339,16 @@ def _arriving(sites: int, room: _Room) -> list[tuple[str, int]]:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Try the port with a plain socket first: gRPC would write its own lines to stderr and name no cause."""
+    """Bind the port with a plain socket first: gRPC's failure would print to stderr and name no cause."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for us
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # gRPC can bind a port in TIME_WAIT
             probe.bind(address)
     except OSError as error:
         raise ConfigError(
             f"port {port} on {host} cannot be used: {error.strerror or error}",
-            fix="stop the program that has it, choose another port, or port 0 for any free one",
+            fix="stop the program that uses it, choose another port, or pass 0 to take any free one",
         ) from None
 
 
@@ -317,10 +357,10 @@ def _path(method: str) -> str:
 
 
 def _undamaged(method: str, metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """The metadata of a call over a plain connection. TransferDamagedError if they are not as they were sent."""
+    """Verify the check sum in the metadata of a call over a plain connection."""
     check = metadata.get(integrity.CHECK_KEY, "")
     if check != integrity.check_of_call(_path(method), metadata.get("authorization", "")):
-        raise TransferDamagedError("a call's metadata were damaged on the way", fix="look at the network")
+        raise TransferDamagedError("the metadata of a call was damaged in transfer", fix=_CHECK_NETWORK)
     return metadata
 
 
@@ -347,5 +387,5 @@ def _our_error(error: Any, address: str, plain: bool) -> FederationError:
         )
     what = f"the server at {address} answered {error.code().name}: {error.details()}"
     if plain or error.code() in _BROKEN:
-        return TransferDamagedError(what, fix="look at the network, and check that it is our server that answers there")
+        return TransferDamagedError(what, fix=f"{_CHECK_NETWORK}, and that an fl-adapters server listens there")
     return ProtocolError(what)

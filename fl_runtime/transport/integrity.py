@@ -1,7 +1,10 @@
-"""Check sums for connections that have none of their own.
+"""Check sums for connections without TLS, that is, for simulations on the loopback.
 
-TLS notices every changed byte. A simulation on the loopback has no TLS, so every message but frames of tensors, whose
-digests travel in the header before them, gets 8 bytes of xxh3 behind it. Both ends are always of the same version.
+TLS detects every changed byte. Without it, 8 bytes of xxh3-64 follow each message. Frames carry none, because the
+digests of their tensors travel in the header before them. Both ends always have the same version of fl-adapters.
+
+No library replaces this: gRPC's Python interface offers no check sum of messages, and TLS on the loopback, the usual
+answer, would encrypt every tensor of a simulation for nothing. The hash itself is that of `xxhash`.
 """
 
 from __future__ import annotations
@@ -18,12 +21,22 @@ CHECK_KEY = "fl-check"
 
 
 def with_check(message: bytes) -> bytes:
-    """The message as it travels."""
+    """Return a message followed by its check sum; a frame is returned as it is."""
     return message if frames.is_frame(message) else message + xxhash.xxh3_64_digest(message)
 
 
 def checked(message: bytes) -> bytes:
-    """The message as it was before it travelled. TransferDamagedError if it is not that any more."""
+    """Verify and remove the check sum of a received message.
+
+    Args:
+        message: The message as received.
+
+    Returns:
+        The message as it was given to `with_check`.
+
+    Raises:
+        TransferDamagedError: If the check sum is wrong, or a frame has the wrong length.
+    """
     if frames.is_frame(message):
         try:
             frames.frame_data(message)
@@ -32,26 +45,32 @@ def checked(message: bytes) -> bytes:
         return message
     content, digest = message[:-CHECK_BYTES], message[-CHECK_BYTES:]
     if xxhash.xxh3_64_digest(content) != digest:
-        raise _damaged("a message does not have the digest that it came with")
+        raise _damaged("a message has a wrong check sum")
     return content
 
 
 def check_of_call(path: str, authorization: str) -> str:
-    """What a call's metadata says of the rest of it, so that a damaged name is not taken for a stranger's."""
+    """Return the check sum of a call's path and authorization, as hexadecimal digits.
+
+    It tells a damaged token from the token of a stranger: the first is retried, the second refused.
+    """
     return xxhash.xxh3_64_hexdigest(f"{path}\0{authorization}".encode())
 
 
 def error_with_check(error: bytes) -> bytes:
+    """Return a serialized error followed by its check sum."""
     return error + xxhash.xxh3_64_digest(error)
 
 
 def checked_error(data: bytes) -> FederationError:
-    """The error that the other end has raised; TransferDamagedError for one that has been damaged on the way."""
+    """Return the error that the other end raised, or a TransferDamagedError if its check sum is wrong."""
     content, digest = data[:-CHECK_BYTES], data[-CHECK_BYTES:]
     if xxhash.xxh3_64_digest(content) != digest:
-        return _damaged("an error does not have the digest that it came with")
+        return _damaged("an error has a wrong check sum")
     return FederationError.from_wire(json.loads(content))
 
 
 def _damaged(what: str) -> TransferDamagedError:
-    return TransferDamagedError(f"a connection has damaged what it carries: {what}", fix="look at the network")
+    return TransferDamagedError(
+        f"data was damaged in transfer: {what}", fix="check the network between this machine and the server"
+    )

@@ -1,4 +1,4 @@
-"""A transport without sockets: calls go straight to a service in the same process. For tests and small tools."""
+"""In-process transport: calls go directly to a service in the same process. For tests and small tools."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ _numbers = itertools.count(1)
 
 @contextmanager
 def serving(service: Service) -> Iterator[str]:
-    """Makes a service reachable by others in this process, under the address that is yielded ("memory:1")."""
+    """Make a service reachable within this process.
+
+    Args:
+        service: The service that answers the calls.
+
+    Yields:
+        Its address, such as "memory:1", valid inside the `with` block.
+    """
     address = f"{SCHEME}{next(_numbers)}"
     _services[address] = service
     try:
@@ -27,21 +34,38 @@ def serving(service: Service) -> Iterator[str]:
 
 
 def connect(address: str, name: str) -> MemoryTransport:
-    """The site `name`'s side of what serves at `address`. ConnectionLostError if nothing does."""
+    """Connect to a service in this process.
+
+    Args:
+        address: An address that `serving` yielded.
+        name: The site's name; there is no authentication.
+
+    Returns:
+        The site's transport.
+
+    Raises:
+        ConnectionLostError: If no service has this address, or not any more.
+    """
     try:
         return MemoryTransport(_services[address], name)
     except KeyError:
-        raise ConnectionLostError(f"nothing serves at {address} in this process (any more)") from None
+        raise ConnectionLostError(f"no service in this process has the address {address} (any more)") from None
 
 
 class MemoryTransport:
-    """The site `name`'s side of a service. The same messages pass as over gRPC, so the same codec is exercised."""
+    """A site's transport to a service in the same process. It carries the same messages as gRPC.
+
+    Args:
+        service: The service that answers the calls.
+        name: The site's name; there is no authentication.
+    """
 
     def __init__(self, service: Service, name: str) -> None:
         self._service, self._name = service, name
         self._open: set[_MemoryCall] = set()
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
+        """Start a call, see `Transport.call`."""
         messages = iter([requests] if isinstance(requests, bytes) else requests)
         call = _MemoryCall(self._open.discard)
         call.replies = self._service.handle(method, Peer(self._name, call.when_gone, hang_up=call.cancel), messages)
@@ -49,7 +73,7 @@ class MemoryTransport:
         return call
 
     def close(self) -> None:
-        """End every call, as a broken connection would."""
+        """Cancel every call, as a broken connection would."""
         for call in list(self._open):
             call.cancel()
 
@@ -87,7 +111,7 @@ class _MemoryCall:
         with self._lock:
             self._running = False
             ended = self._ended
-        if ended:  # meanwhile, by another thread, which could not end the service's side itself
+        if ended:  # cancelled by another thread, which could not close a generator that was running
             _end(self.replies)
         return reply
 
@@ -103,6 +127,6 @@ class _MemoryCall:
 
 
 def _end(replies: Iterator[bytes]) -> None:
-    """Have the service let go of what it holds for a call now, and not when the garbage collector finds it."""
+    """Close the service's generator now, so that it releases its resources before garbage collection."""
     if isinstance(replies, Generator):
         replies.close()

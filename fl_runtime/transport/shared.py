@@ -1,6 +1,7 @@
-"""Payloads in files that the server and a site on the same machine both map into memory: tensors cross no socket.
+"""Shared payload files: a site on the server's machine maps them into memory, so tensors cross no socket.
 
-Calls, headers and digests are those of every transport; where frames would follow, a header names a file instead.
+Calls, headers and digests are the same as over any transport. Only the frames are missing: the header names a file in
+the shared folder, and the payload is the end of that file.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ _MOST = 8
 
 
 class SharedFolder:
-    """A site's view of the server's files. Not thread-safe.
+    """A site's access to the server's payload files. It is not thread-safe.
 
-    Mappings are kept and found again whatever a file is called then, since filling a fresh one costs several times as
-    much. A file that is mapped here keeps its number, so that no other file can be mistaken for it.
+    It caches mappings by inode, because a fresh mapping is several times slower to fill and the server renames files.
+    An inode cannot be reused while its file is mapped.
+
+    Args:
+        folder: The folder that the server named in its reply to `Join`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,15 +33,30 @@ class SharedFolder:
         self._mapped: dict[tuple[int, int], Array] = {}
 
     def payload(self, name: str, nbytes: int) -> Array:
-        """The last `nbytes` bytes of a file, uint8, shared with the server. ConnectionLostError if it is not there."""
+        """Map the payload of a file.
+
+        Args:
+            name: File name as the server's header gives it.
+            nbytes: Size of the payload, which is the end of the file.
+
+        Returns:
+            The payload, uint8, `nbytes` long. It is shared with the server: writing to it writes to the file. The
+            server's protocol says until when the site may use it.
+
+        Raises:
+            ProtocolError: If `name` is not a plain file name, or the file is shorter than the payload.
+            ConnectionLostError: If the file cannot be opened.
+        """
         if Path(name).name != name:
-            raise ProtocolError(f"{name!r} is no file of the shared folder")
+            raise ProtocolError(f"{name!r} is not a file name in the shared folder")
         try:
             with open(self._folder / name, "r+b") as file:
-                found = os.fstat(file.fileno())
-                if found.st_size < max(nbytes, 1):
-                    raise ProtocolError(f"the shared file {name} has {found.st_size} bytes, not {nbytes} or more")
-                key = (found.st_dev, found.st_ino)
+                status = os.fstat(file.fileno())
+                if status.st_size < max(nbytes, 1):
+                    raise ProtocolError(
+                        f"the shared file {name} has {status.st_size} bytes, expected at least {nbytes}"
+                    )
+                key = (status.st_dev, status.st_ino)
                 whole = self._mapped.pop(key, None)
                 if whole is None:
                     whole = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)

@@ -1,8 +1,8 @@
-"""Mutual TLS for gRPC: TLS 1.3 alone, certificates that are taken up from their files when they change.
+"""Mutual TLS 1.3 for gRPC, with certificates that are read again when their files change.
 
-gRPC's Python side has no setting for the lowest TLS version, so it is made impossible to agree on an older one: our
-certificates have P-256 keys, and the ciphers that are left for TLS 1.2 need an RSA key. BoringSSL's ciphers of TLS 1.3
-are not affected. gRPC reads that setting once, when it starts: `tls_setting.only_tls_1_3` must have been called before.
+gRPC's Python interface cannot set a minimum TLS version. Older versions are excluded by their ciphers: the only cipher
+left for TLS 1.2 needs an RSA key, and our certificates have P-256 keys. The ciphers of TLS 1.3 are not affected. gRPC
+reads the cipher setting once, when it starts, so `tls_setting.only_tls_1_3` must be called before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ _TIMEOUT_S = 5.0
 
 
 class FileCredentials:
-    """The credentials in a folder's key.pem, certificate.pem and ca.pem; the same object until a file changes."""
+    """Loads credentials from key.pem, certificate.pem and ca.pem, again whenever one of the files changes.
+
+    Calling it returns the current `Credentials`: the same object until a file changes.
+
+    Args:
+        folder: Folder with the three files, usually a startup kit.
+
+    Raises:
+        ConfigError: If a file is missing or cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files = [folder / name for name in ("key.pem", "certificate.pem", "ca.pem")]
@@ -43,31 +52,39 @@ class FileCredentials:
                 raise ConfigError(
                     f"the startup kit is not complete: {error.strerror}",
                     where=str(error.filename),
-                    fix="get a fresh kit, or install its certificate with `fl-adapters cert install`",
+                    fix="get a new kit, or install its certificate with `fl-adapters cert install`",
                 ) from None
-        return self._current  # a file that is gone for a moment changes nothing
+        return self._current  # a file that is missing while it is replaced does not matter
 
 
 def server_credentials(load: Callable[[], Credentials]) -> Any:
-    """gRPC's server credentials: every handshake takes the newest certificate; callers must have one too."""
+    """Make gRPC server credentials that require a certificate of every caller.
+
+    Args:
+        load: Returns the current credentials, and the same object while they are unchanged. Called at each handshake.
+
+    Returns:
+        The object for gRPC's `add_secure_port`.
+    """
     current = load()
 
-    def configuration(found: Credentials) -> Any:
-        return grpc.ssl_server_certificate_configuration([(found.key, found.certificate)], found.authority)
+    def configuration(credentials: Credentials) -> Any:
+        pair = (credentials.key, credentials.certificate)
+        return grpc.ssl_server_certificate_configuration([pair], credentials.authority)
 
     def fetch() -> Any:
         nonlocal current
-        found = load()
-        if found is current:
+        newest = load()
+        if newest is current:
             return None
-        current = found
-        return configuration(found)
+        current = newest
+        return configuration(newest)
 
     return grpc.dynamic_ssl_server_credentials(configuration(current), fetch, require_client_authentication=True)
 
 
 def refuses_old_tls(host: str, port: int) -> bool:
-    """Whether our own server answers a TLS 1.2 greeting with an alert, or not at all."""
+    """Test whether our own server refuses TLS 1.2: it answers the greeting with an alert, or closes the connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -77,7 +94,7 @@ def refuses_old_tls(host: str, port: int) -> bool:
         greeting.do_handshake()
     except ssl.SSLWantReadError:
         pass
-    except ssl.SSLError:  # this machine's own OpenSSL does not speak it any more
+    except ssl.SSLError:  # this machine's OpenSSL does not offer TLS 1.2 any more
         return False
     try:
         with socket.create_connection((_reachable(host), port), _TIMEOUT_S) as connection:

@@ -1,4 +1,4 @@
-"""The one setting of gRPC that must be made before it is used."""
+"""The TLS setting of gRPC that must be made before gRPC is loaded."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def only_tls_1_3() -> None:
-    """Take TLS 1.2 off the table for servers of this process, and of ours alone: call it before gRPC is used.
+    """Exclude TLS 1.2 from the gRPC servers of this process. Call it before gRPC is loaded, in server processes only.
 
-    What is left for TLS 1.2 needs an RSA key, and our certificates have P-256 keys. Other gRPC clients of the process
-    would lose TLS 1.2 with such servers too, so a site's process does not call it.
+    The only cipher left for TLS 1.2 needs an RSA key, and our certificates have P-256 keys. The setting also affects
+    gRPC clients in the process when they connect to servers with P-256 keys, so a site's process does not call it.
     """
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else a line on stderr for every stranger that knocks
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC prints a line for every failed handshake

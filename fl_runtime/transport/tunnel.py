@@ -1,7 +1,7 @@
-"""Named, flow-controlled byte streams between two sites through the server: a site's end of them.
+"""A site's end of named, flow-controlled byte streams between two sites, which the server relays.
 
-All streams of a site share one call. Either end may send up to `WINDOW_BYTES` more than the other has taken, so a
-slow reader holds back its own stream's writer and nobody else, and the server's memory stays bounded.
+All streams of a site share one call. Each end may send up to `WINDOW_BYTES` more than the other has received. So a slow
+reader blocks only the writer of its own stream, and the server's memory stays bounded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,21 @@ MESSAGE_BYTES = 2**20
 
 
 class Stream:
-    """One end of a stream. Messages arrive whole and in order; one thread may send while another receives."""
+    """One end of a stream between two sites. One thread may send while another receives.
+
+    Data of up to `MESSAGE_BYTES` arrives as one message, longer data as several, in order.
+
+    Args:
+        send: Hands a part to the tunnel; must not block.
+        peer: Name of the site at the other end.
+        name: What the stream is for; both ends know it.
+        number: Identifier, unique between the two sites.
+
+    Attributes:
+        peer: Name of the site at the other end.
+        name: What the stream is for.
+        number: Identifier, unique between the two sites.
+    """
 
     def __init__(self, send: Callable[[pb.TunnelPart], None], peer: str, name: str, number: str) -> None:
         self.peer, self.name, self.number = peer, name, number
@@ -35,7 +49,14 @@ class Stream:
         self._mine_closed = self._theirs_closed = False
 
     def send(self, data: bytes) -> None:
-        """Waits while the other end has too much to take. ConnectionLostError if there is no other end any more."""
+        """Send data; blocks while the other end has a full window to receive.
+
+        Args:
+            data: The bytes; copied, so the caller may reuse a buffer.
+
+        Raises:
+            ConnectionLostError: If either end has closed the stream, or the call to the server has ended.
+        """
         view = memoryview(data)
         for start in range(0, len(view), MESSAGE_BYTES):
             piece = bytes(view[start : start + MESSAGE_BYTES])
@@ -48,7 +69,11 @@ class Stream:
             self._send(pb.TunnelPart(peer=self.peer, stream=self.number, data=piece))
 
     def receive(self) -> bytes:
-        """The next message; b"" when the other end has closed, or this one has."""
+        """Wait for the next message.
+
+        Returns:
+            The message, or b"" if either end has closed the stream or the call to the server has ended.
+        """
         with self._changed:
             while not self._arrived and not self._theirs_closed and not self._mine_closed:
                 self._changed.wait()
@@ -59,7 +84,7 @@ class Stream:
         return data
 
     def close(self) -> None:
-        """Both ways; may be called more than once and by any thread."""
+        """Close both directions; may be called repeatedly and from any thread."""
         with self._changed:
             if self._mine_closed:
                 return
@@ -68,7 +93,7 @@ class Stream:
         self._send(pb.TunnelPart(peer=self.peer, stream=self.number, closed=True))
 
     def take(self, part: pb.TunnelPart) -> None:
-        """For the tunnel: a part of this stream has arrived."""
+        """Take a part that has arrived for this stream; called by the tunnel."""
         with self._changed:
             if part.data:
                 self._arrived.append(part.data)
@@ -78,10 +103,17 @@ class Stream:
 
 
 class Tunnel:
-    """A site's streams. accept(stream) is called, in a thread of the tunnel, for each that another site opens; it
-    must return at once. lost(): called once when the call has ended other than by `close`.
+    """All streams of a site, carried by one call to the server.
 
-    bytes_up, bytes_down: of the messages so far.
+    Args:
+        transport: The connection to the server.
+        session: Job and attempt of the site.
+        accept: Called with each stream that another site opens, in a thread of the tunnel; must return at once.
+        lost: Called once if the call ends other than by `close`.
+
+    Attributes:
+        bytes_up: Number of bytes sent so far.
+        bytes_down: Number of bytes received so far.
     """
 
     def __init__(
@@ -105,16 +137,28 @@ class Tunnel:
         self._thread.start()
 
     def open(self, peer: str, name: str) -> Stream:
-        """A stream to `peer`, whose end hears its name. ConnectionLostError if the call has ended."""
+        """Open a stream to another site.
+
+        Args:
+            peer: Name of the other site.
+            name: What the stream is for; the other site's `accept` sees it as `stream.name`.
+
+        Returns:
+            This site's end; it can be written to at once.
+
+        Raises:
+            ConnectionLostError: If the call to the server has ended.
+        """
         stream = Stream(self._outgoing.put, peer, name, f"{self._prefix}:{next(self._numbers)}")
         with self._lock:
             if self._ended:
-                raise ConnectionLostError("the way to other sites is broken: the call to the server has ended")
+                raise ConnectionLostError("other sites cannot be reached: the call to the server has ended")
             self._streams[peer, stream.number] = stream
         self._outgoing.put(pb.TunnelPart(peer=peer, stream=stream.number, opened=name))
         return stream
 
     def close(self) -> None:
+        """Close all streams and end the call."""
         self._closed = True
         self._outgoing.put(None)
         self._call.cancel()

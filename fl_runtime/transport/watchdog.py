@@ -1,7 +1,8 @@
-"""Calls in which nothing happens any more, although their connection stands: they are ended, and made again.
+"""Watchdog: ends calls that have been silent for too long although their connection stands.
 
-A connection that loses or damages bytes can leave a call at both ends waiting for the other. So the other end says
-now and then that it is there, and a call in which nothing has been heard for too long is given up.
+A connection that loses or damages bytes can leave both ends of a call waiting for each other. The server therefore
+sends a sign of life in every call that waits (feature "beats"). A call without any is cancelled, and its caller makes
+it again on a new connection.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from fl_runtime.transport.base import Call
 
 
 class WatchedCall:
-    """A call that ends with ConnectionLostError when nothing comes for `silence_s` while its replies are waited for.
-    It is a context that ends being watched."""
+    """A call that ends with ConnectionLostError after too long a wait for its next reply.
+
+    Use it as a context manager: leaving the `with` block ends the watch, not the call.
+
+    Args:
+        call: The call to watch.
+        silence_s: Longest wait for a reply, in seconds.
+        forget: Called with this object to end the watch.
+    """
 
     def __init__(self, call: Call, silence_s: float, forget: Callable[[WatchedCall], None]) -> None:
         self._call, self._silence_s, self._forget = call, silence_s, forget
@@ -39,22 +47,23 @@ class WatchedCall:
         except ConnectionLostError as error:
             if self._silent:
                 raise ConnectionLostError(
-                    f"nothing has come from the server for {self._silence_s:g} s", where=error.where, fix=error.fix
+                    f"the server has sent nothing for {self._silence_s:g} s", where=error.where, fix=error.fix
                 ) from None
             raise
         finally:
             self._waiting_since = None
 
     def moved(self) -> None:
-        """Something has happened other than a reply: a part of the request has gone out."""
+        """Restart the wait, because a part of the request has been sent."""
         if self._waiting_since is not None:
             self._waiting_since = time.monotonic()
 
     def cancel(self, *, broken: bool = False) -> None:
+        """End the call, see `Call.cancel`."""
         self._call.cancel(broken=broken)
 
     def left_s(self) -> float:
-        """How long it may still be silent; gives it up when that is over."""
+        """Return the seconds that the call may still be silent; cancel it if there are none left."""
         since = self._waiting_since
         if since is None:
             return self._silence_s
@@ -65,8 +74,12 @@ class WatchedCall:
         return left
 
 
-class Watchman:
-    """Watches calls from a thread of its own, which sleeps while none of them can have been silent for too long."""
+class Watchdog:
+    """Watches calls from one thread, which sleeps until the earliest time at which a call can be overdue.
+
+    Args:
+        silence_s: Longest wait for a reply, in seconds.
+    """
 
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
@@ -76,20 +89,30 @@ class Watchman:
         threading.Thread(target=self._watch, name="fl-silence", daemon=True).start()
 
     def begin(self, call: Call, *, watched: bool) -> WatchedCall:
-        """watched: the other end says in this call that it is there, or answers it at once."""
-        found = WatchedCall(call, self._silence_s, self._end)
+        """Start to watch a call.
+
+        Args:
+            call: The call, just started.
+            watched: Whether the server sends signs of life in this call, or answers it at once. False: the call may
+                be silent for any time.
+
+        Returns:
+            The call to use in its place.
+        """
+        watched_call = WatchedCall(call, self._silence_s, self._end)
         if watched:
             with self._changed:
-                self._calls.add(found)
+                self._calls.add(watched_call)
                 if len(self._calls) == 1:
                     self._changed.notify()
-        return found
+        return watched_call
 
     def _end(self, call: WatchedCall) -> None:
         with self._changed:
             self._calls.discard(call)
 
     def close(self) -> None:
+        """End the thread; the calls themselves go on."""
         with self._changed:
             self._closed = True
             self._changed.notify()

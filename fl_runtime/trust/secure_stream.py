@@ -41,7 +41,7 @@ def check_available(me: str) -> None:
         )
 
 
-class SealedStream:
+class SecureStream:
     """The same verbs. The first `send` or `receive` waits for the other end's key."""
 
     def __init__(self, inner: Messages, me: str, identity: StreamIdentity | None = None) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.transport.tunnel import Stream
-from fl_runtime.trust.secure_stream import SealedStream
+from fl_runtime.trust.secure_stream import SecureStream
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _PORTS = re.compile(rb'\{[^{}]*"error_port"[^{}]*\}')
 _START_BYTES = 65_536
 _READ_BYTES = 2**18
 
-T = TypeVar("T", socket.socket, SealedStream)
+T = TypeVar("T", socket.socket, SecureStream)
 
 
 class Sockets:
@@ -75,7 +75,7 @@ class Ring:
         generation: str,
         sockets: Sockets,
         open_stream: Callable[[str, str], Stream],
-        seal: Callable[[Stream], SealedStream],
+        seal: Callable[[Stream], SecureStream],
         network: str,
         tracker_port: int | None,
     ) -> None:
@@ -83,7 +83,7 @@ class Ring:
         self._sockets, self._open_stream, self._seal = sockets, open_stream, seal
         self._network, self._tracker_port = network, tracker_port
         self._lock = threading.Lock()
-        self._things: list[socket.socket | SealedStream] = []
+        self._things: list[socket.socket | SecureStream] = []
         self._closed = False
         self._ports: dict[str, int] = {}
 
@@ -178,13 +178,13 @@ class Ring:
 
     # -- plumbing --------------------------------------------------------------------------------------------------
 
-    def _sealed(self, peer: str, kind: str) -> SealedStream:
+    def _sealed(self, peer: str, kind: str) -> SecureStream:
         stream = self._keep(self._seal(self._open_stream(peer, f"{self._generation}|{kind}")))
         stream.meet()
         return stream
 
     def _join(
-        self, connection: socket.socket, stream: SealedStream, look: Callable[[bytes], None] | None = None
+        self, connection: socket.socket, stream: SecureStream, look: Callable[[bytes], None] | None = None
     ) -> None:
         """Carry bytes both ways until both ends have finished, or one breaks."""
         down = threading.Thread(target=lambda: self._guarded(lambda: _from_stream(stream, connection)), daemon=True)
@@ -246,7 +246,7 @@ class Ring:
         return f"127.0.{1 + number // 250}.{1 + number % 250}"
 
 
-def _to_stream(connection: socket.socket, stream: SealedStream, look: Callable[[bytes], None] | None) -> None:
+def _to_stream(connection: socket.socket, stream: SecureStream, look: Callable[[bytes], None] | None) -> None:
     while data := connection.recv(_READ_BYTES):
         if look is not None:
             look(data)
@@ -254,7 +254,7 @@ def _to_stream(connection: socket.socket, stream: SealedStream, look: Callable[[
     stream.send(b"")  # the end of this direction
 
 
-def _from_stream(stream: SealedStream, connection: socket.socket) -> None:
+def _from_stream(stream: SecureStream, connection: socket.socket) -> None:
     while data := stream.receive():
         connection.sendall(data)
     with suppress(OSError):
@@ -270,7 +270,7 @@ def _pipe(source: socket.socket, target: socket.socket, look: Callable[[bytes], 
         target.shutdown(socket.SHUT_WR)
 
 
-def _shut(thing: socket.socket | SealedStream) -> None:
+def _shut(thing: socket.socket | SecureStream) -> None:
     if isinstance(thing, socket.socket):
         with suppress(OSError):
             thing.shutdown(socket.SHUT_RDWR)  # wakes whoever waits on it

@@ -14,7 +14,7 @@ from fl_adapters.environments.extras import needs_cryptography
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
-from fl_runtime.transport.malloc import share_one_heap
+from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.types import RunSettings
 
@@ -29,7 +29,7 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_j
 
         kit = read_kit(kit_folder, kind="server")
         only_tls_1_3()  # before gRPC is used
-        share_one_heap()
+        use_one_arena()
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
         lines = ProgressLines(sys.stderr)

@@ -15,9 +15,9 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts the
 
 HEAPS = """
 import ctypes, threading, xml.etree.ElementTree as tree
-from fl_runtime.transport.malloc import share_one_heap
+from fl_runtime.transport.malloc import use_one_arena
 
-share_one_heap()
+use_one_arena()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.open_memstream.restype = ctypes.c_void_p

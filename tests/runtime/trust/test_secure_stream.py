@@ -15,7 +15,7 @@ from fl_runtime.errors import ConnectionLostError
 from fl_runtime.trust.certificates import new_key, read_key, sign
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CERTIFICATE, KEY
-from fl_runtime.trust.secure_stream import SealedStream
+from fl_runtime.trust.secure_stream import SecureStream
 from fl_runtime.trust.stream_identity import StreamIdentity
 
 Between = Callable[[bytes], bytes]
@@ -60,8 +60,8 @@ def kits(tmp_path: Path) -> Path:
 
 def test_both_ends_are_who_their_certificates_say(kits: Path) -> None:
     north, south = ends()
-    first = SealedStream(north, "north", StreamIdentity(kits / "north"))
-    second = SealedStream(south, "south", StreamIdentity(kits / "south"))
+    first = SecureStream(north, "north", StreamIdentity(kits / "north"))
+    second = SecureStream(south, "south", StreamIdentity(kits / "south"))
     first.meet()
     second.meet()
     first.send(b"sums of gradients")
@@ -112,7 +112,7 @@ def test_a_key_that_is_not_the_other_sites_own_ends_the_stream(kits: Path, tmp_p
             mine = StreamIdentity(kits / "south").signed(b"k" * 32, "north", "1.1|tracker")
             between = lambda data: mine  # noqa: E731
     north, south = ends(between, names)
-    SealedStream(north, "north", StreamIdentity(kits / "north"))
-    second = SealedStream(south, "south", StreamIdentity(kits / "south"))
+    SecureStream(north, "north", StreamIdentity(kits / "north"))
+    second = SecureStream(south, "south", StreamIdentity(kits / "south"))
     with pytest.raises(ConnectionLostError, match="is not signed by the site north"):
         second.meet()
