@@ -119,7 +119,7 @@ def test_files_outside_the_folder_cannot_be_named(tmp_path: Path) -> None:
     (tmp_path / "inside" / "short").write_bytes(bytes(8))
     shared = SharedFolder(tmp_path / "inside")
     for name, what in (
-        ("../secret", "no file of the shared folder"),
+        ("../secret", "is not a file name in the shared folder"),
         ("short", "has 8 bytes"),
         ("x", "cannot be opened"),
     ):
