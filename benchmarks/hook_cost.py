@@ -1,7 +1,7 @@
-"""What the adapters cost between exchanges: the share of a training loop's time that is spent inside our hooks.
+"""Measure what the adapters cost between exchanges: the share of a training loop's time that is spent in our hooks.
 
-One site trains for one long round, with steps of 10 ms and more; every hook of the adapter is timed, and those few
-that wait for the server (the first and the exchange) are left out. Each framework runs in a process of its own.
+One site trains for one long round, with steps of 10 ms and more. Every hook of the adapter is timed. The few that wait
+for the server are left out. Each framework runs in a process of its own.
 
 usage: hook_cost.py [hf|lightning|keras-tensorflow|keras-torch|keras-jax|monai ...] [--steps 300]
 """
@@ -19,47 +19,57 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 
 STEP_S = 0.010
 LIMIT = 0.01
-ROWS = 8  # of a batch
+ROWS = 8  # in a batch
 
 
 @dataclass
 class Hooks:
-    """seconds: of every call of a timed hook."""
+    """Times of an adapter's hooks.
+
+    Attributes:
+        seconds: Duration of each call of a hook, in their order. A hook that another one calls is part of that one.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    _within: bool = False
 
     def timed(self, callback: Any, prefix: str = "on_") -> Any:
-        """The same object, its hooks timed; a hook that another of them calls counts once."""
-        hooks = [n for n in vars(type(callback)) if n.startswith(prefix) and not n.startswith("__")]
-        for name in hooks:
-            setattr(callback, name, self._timed(getattr(callback, name)))
+        """Time the methods of `callback` whose names begin with `prefix`, and return it."""
+        for name, member in vars(type(callback)).items():
+            if name.startswith(prefix) and not name.startswith("__") and isinstance(member, FunctionType):
+                setattr(callback, name, self._timed(getattr(callback, name)))
         return callback
 
     def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(hook)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._within:
+                return hook(*args, **kwargs)
+            self._within = True
             began = time.perf_counter()
             try:
                 return hook(*args, **kwargs)
             finally:
                 self.seconds.append(time.perf_counter() - began)
+                self._within = False
 
         return timed
 
     def between_exchanges_s(self) -> float:
-        """All calls but those that join, exchange, and end the run."""
+        """Sum of all calls but the four that join, begin, exchange, and end the run."""
         return sum(sorted(self.seconds)[:-4])
 
 
 @contextmanager
 def federation() -> Iterator[str]:
-    """The startup kit of the only site."""
+    """Run a federation of one site; yields the path of its startup kit."""
     from fl_adapters.testing import LocalFederation
 
     with LocalFederation(sites=1, rounds=1) as run:

@@ -156,3 +156,53 @@ def _policy(value: Any) -> OptimizerPolicy | None:
     if value is not None and value not in _POLICIES:
         raise ConfigError(f"optimizer_state={value!r} is not known", fix=f"give one of {', '.join(_POLICIES)}")
     return value  # type: ignore[no-any-return]
+
+
+class SharedArguments:
+    """Base of the callbacks: the constructor arguments that every adapter shares, keyword-only.
+
+    Args:
+        kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
+            `fl-adapters simulate` set. Without a kit the script trains alone.
+        every: Local budget between two exchanges: "epoch", "2 epochs", or a number of optimizer steps. Default: the
+            job's, else "epoch".
+        exchange: What travels: "auto" (trained parameters and buffers; of a PEFT model its adapter), "trainable",
+            "all", or a list of name patterns such as `["encoder.*"]`. Default: the job's, else "auto".
+        keep_local: Name patterns of tensors that never leave this site. Added to the job's own.
+        optimizer_state: What becomes of the optimizer when new global weights arrive: "keep", "reset" its moments, or
+            "average" them over the sites. Default: the job's, else "keep".
+        evaluate_global: Whether each global model is scored on the trainer's own validation data, so that the server
+            can pick the best round. Default: yes if there is validation data.
+        num_examples: Weight of this site in the average, above 0. Default: the size of its training set.
+        required: Raise an error instead of training alone if there is no startup kit.
+
+    Raises:
+        ConfigError: If a value cannot work.
+
+    Attributes:
+        options: The arguments, checked.
+    """
+
+    def __init__(
+        self,
+        *,
+        kit: str | None = None,
+        every: str | int | None = None,
+        exchange: str | Sequence[str] | None = None,
+        keep_local: Sequence[str] = (),
+        optimizer_state: str | None = None,
+        evaluate_global: bool | None = None,
+        num_examples: int | None = None,
+        required: bool = False,
+    ) -> None:
+        super().__init__()
+        self.options = Options(
+            kit=kit,
+            every=every,
+            exchange=exchange,
+            keep_local=keep_local,
+            optimizer_state=optimizer_state,
+            evaluate_global=evaluate_global,
+            num_examples=num_examples,
+            required=required,
+        )

@@ -1,4 +1,4 @@
-"""A live torch model and its optimizers as the federation sees them, on every rank of a site."""
+"""A live torch model and its optimizers, as the federation sees them on every rank of a site."""
 
 from __future__ import annotations
 
@@ -34,14 +34,23 @@ from fl_runtime.types import Arrays, Content, Task
 
 
 class LiveModel:
-    """Weights and moments out and in, by `settings`. Holds the live tensors: it belongs to one training run and is
-    never copied along with a callback.
+    """Weights and optimizer moments of a live training, out to the federation and in from it.
 
-    Calls are collective: every rank makes them, with rank 0's task or None. Raises ConfigError, when made, for a
-    model that cannot travel and for optimizers whose state cannot be averaged where `settings` ask for it.
+    Holds the live tensors: it belongs to one training and is never copied along with a callback. Calls are collective:
+    every rank makes them, with rank 0's task or None.
 
-    local: what the job's strategy asks of local training. gradients: the correction, which the adapter connects with
-    the trainer's optimizer steps.
+    Args:
+        model: The module that is trained, in its wrapper (DDP, FSDP2) if it has one.
+        optimizers: All its optimizers.
+        settings: Settings that hold at this site.
+
+    Raises:
+        ConfigError: If the model cannot travel, or the state of its optimizers cannot be averaged as `settings` ask.
+
+    Attributes:
+        state: The tensors that travel.
+        local: Local-training changes required by the job's strategy.
+        gradients: Gradient corrections, which the adapter connects with the trainer's optimizer steps.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
@@ -62,32 +71,32 @@ class LiveModel:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What a strategy may ask of this model."""
+        """Capabilities that a strategy may require of this model."""
         lora = [CAPABILITY] if self._freezing.has_adapter else []
         return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
 
     @property
     def cross_site(self) -> bool:
-        """Whether the job wants every site's model evaluated here after the last round."""
+        """Whether every site's model is evaluated here after the last round."""
         return self._settings.cross_site
 
     @property
     def content(self) -> Content:
-        """Of the updates."""
+        """What an update of this model contains: full weights, or encoded arrays."""
         return "encoded" if self.encoding else "weights"
 
     @property
     def encoding(self) -> str:
-        """Of the updates: "" for plain weights."""
+        """Encoding of the arrays in an update; "" for plain weights."""
         return ENCODING if isinstance(self.state, LoraFactors) else ""
 
     @property
     def held_back(self) -> tuple[str, ...]:
-        """Patterns of agreed tensors that `arrays` leaves out, since nobody changes them in this round."""
+        """Name patterns of agreed tensors that `arrays` leaves out, because they are frozen in this round."""
         return tuple(p for p in self._freezing.held_back if any(matches(name, [p]) for name in self.state.tensors))
 
     def agreement(self, framework: str) -> dict[str, str]:
-        """What must be equal at all sites; on rank 0, empty on the others."""
+        """Facts that must be equal at all sites, by name. Empty on other ranks than 0."""
         gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
         if not (ranks.is_rank_zero() or gathers):
             return {}
@@ -96,23 +105,25 @@ class LiveModel:
         return lora_facts(facts, self._settings.strategy, self._freezing.factors)
 
     def arrays(self) -> Arrays:
-        """What travels, on rank 0; empty on the others. Borrowed until the next call."""
+        """Weights that travel, on rank 0; empty on the others. Borrowed until the next call."""
         if not ranks.is_rank_zero():
             return {}
         held_back = self.held_back
         return {name: array for name, array in self.state.get_state().items() if not matches(name, held_back)}
 
     def moments(self) -> Arrays:
-        """The optimizer moments that travel beside the weights; empty unless they are averaged."""
+        """Optimizer moments that travel beside the weights, on rank 0. Empty unless they are averaged."""
         average = self._settings.optimizer_state == "average"
         if not average or not ranks.is_rank_zero():
             return {}
         return {name: array for moments in self._moments for name, array in moments.get().items()}
 
     def begin(self, task: Task | None, *, over: bool) -> None:
-        """What rank 0's task says of the round beside its weights, on every rank. over: there is no round any more.
+        """Prepare for the round of rank 0's task. Comes before `receive` or `resume`.
 
-        Also for a task that is not received, since a trainer goes on in the middle of its round.
+        Args:
+            task: The task, on rank 0; None on the others.
+            over: Whether the task holds the final weights, and no round follows.
         """
         self._freezing.begin(ranks.share(dict(task.config) if task else None), over=over)
         if isinstance(self.state, LoraFactors) and not over:
@@ -122,8 +133,11 @@ class LiveModel:
                 self.state.copy_in(name, array, base_alone=True)
 
     def receive(self, task: Task | None) -> None:
-        """Take rank 0's task in, on every rank: the weights in place, then the policy for the optimizers, then what the
-        strategy asks of the round."""
+        """Begin the round of rank 0's task: set its weights, apply the optimizer policy, prepare the strategy's terms.
+
+        Args:
+            task: The task, on rank 0; None on the others.
+        """
         self.load(task.arrays if task else None)
         if self._settings.optimizer_state == "reset":
             for state in self._moments:
@@ -135,39 +149,56 @@ class LiveModel:
                 self._set_moments(dict(shared))
         self.local.begin(task)
 
-    def kept(self) -> State:
-        """What this training carries from round to round and does not travel, for exact restarts."""
+    def state_dict(self) -> State:
+        """State that outlives a round and does not travel, for exact restarts. Views of live tensors."""
         return {
             "tensors": packed_tensors(self._local_tensors()),
             "optimizers": [packed_optimizer(optimizer) for optimizer in self._optimizers],
             "local": self.local.state_dict(),
         }
 
-    def go_on(self, state: State) -> None:
-        """From what `kept` gave to another process of this site; before the first task is received."""
-        load_tensors(all_tensors(self._model), state["tensors"])  # what is trained may change from round to round
-        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, kept)
+    def load_state_dict(self, state: State) -> None:
+        """Go on from the state of another process of this site. Comes before the first task is received.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        load_tensors(all_tensors(self._model), state["tensors"])  # all, since other parameters may be frozen by now
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            load_optimizer(optimizer, saved)
         self.local.load_state_dict(state["local"])
 
     def _local_tensors(self) -> dict[str, Tensor]:
         return local_tensors(self._model, list(self.state.tensors.values()))
 
     def resume(self, task: Task | None) -> None:
-        """Go on in the middle of rank 0's task, on every rank, with the weights and moments that are there."""
+        """Go on in the middle of the round of rank 0's task, with the weights and moments that are in place.
+
+        Args:
+            task: The task, on rank 0; None on the others.
+        """
         self.local.begin(task, resumed=True)
 
     def load(self, arrays: Arrays | None) -> None:
-        """Set rank 0's `arrays` on every rank, in place."""
+        """Set weights on every rank, in place.
+
+        Args:
+            arrays: The weights, on rank 0; None on the others.
+
+        Raises:
+            StateMismatchError: If they do not fit the model. Nothing is changed then.
+        """
         specs, shared = ranks.share_arrays(arrays)
         self.state.check(specs)
         for name, array in shared:
             self.state.copy_in(name, array)
 
     def receive_final(self, task: Task | None, *, more: bool = False) -> None:
-        """Take in the final weights, and remember them: a framework may load others before training ends.
+        """Set the final weights and keep a copy for `restore_final`: the trainer may change them before it ends.
 
-        more: the framework will make steps still, which must not count for the tensors that stay here either.
+        Args:
+            task: The final task, on rank 0; None on the others.
+            more: Whether the trainer will make further steps. Then the tensors that do not travel are copied too.
         """
         self.load(task.arrays if task else None)
         self._final = self.state.set_apart()
@@ -175,12 +206,12 @@ class LiveModel:
         self._final_local = {name: array.copy() for name, array in own.items()}
 
     def keep_final(self) -> None:
-        """The final weights are in the model: remember them, as `receive_final` does."""
+        """Keep a copy of the final weights, which are in the model, for `restore_final`."""
         if self._final is None:
             self._final = self.state.set_apart()
 
     def restore_final(self) -> None:
-        """Back to the final weights, on every rank."""
+        """Put the final weights back, on every rank."""
         assert self._final is not None
         self.state.set_final(self._final)
         if self._final_local:

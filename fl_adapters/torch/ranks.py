@@ -30,6 +30,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def world_size() -> int:
+    """How many processes train together at this site."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_rank_zero() -> bool:
     return not several() or dist.get_rank() == 0
 

@@ -1,17 +1,19 @@
-"""Exact restarts of torch trainers: the parts of a training's state, as plain values and arrays, and its random states.
+"""Exact restarts of torch trainers: a training's state as plain values and arrays, and the seeds of its random states.
 
-State goes into the very objects that are there, bit for bit: `load_state_dict` of an optimizer would cast moments to
-the dtype of their parameter.
+State is loaded into the objects that exist, bit for bit. An optimizer's own `load_state_dict` is not used: it would
+cast moments to the dtype of their parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.options import Every
 from fl_adapters.participant.restart import seed_python
 from fl_adapters.participant.state_file import State
@@ -24,8 +26,64 @@ from fl_runtime.types import Array
 _TENSOR, _DEVICE = "torch.Tensor", "device"
 
 
+class Stateful(Protocol):
+    """Whatever gives its state and takes it back: a schedule, a gradient scaler, a live model."""
+
+    def state_dict(self) -> Any:
+        """State to save. It may hold references to live tensors."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Go on from a state that `state_dict` gave."""
+        ...
+
+
+@dataclass
+class TorchSnapshot:
+    """State of one training that outlives a round and does not travel. Implements `fl_adapters.adapter.Snapshot`.
+
+    Attributes:
+        live: The live model, with its local tensors and its optimizers.
+        stateful: Other objects with a state, by names that the next process gives them too: schedules, scalers.
+        own: Position of the trainer, and whatever else its adapter saves.
+        loaded: Whether `load` has been called: an earlier process of this site had saved a state.
+    """
+
+    live: Stateful
+    stateful: Mapping[str, Any]
+    own: Snapshot
+    loaded: bool = False
+
+    def save(self) -> State:
+        """State between two rounds, with views of live tensors: borrowed until the training goes on."""
+        parts = {name: packed(part.state_dict()) for name, part in self.stateful.items()}
+        return {"live": self.live.state_dict(), "stateful": parts, "own": packed(self.own.save())}
+
+    def load(self, state: State) -> None:
+        """Go on from a state that `save` gave in an earlier process of this site.
+
+        Args:
+            state: The saved state.
+
+        Raises:
+            ConfigError: If the state is of a training with other parts.
+        """
+        if state["stateful"].keys() != self.stateful.keys():
+            raise ConfigError(
+                f"this training saves {', '.join(self.stateful) or 'nothing'} beside its optimizers, but the process "
+                f"before saved {', '.join(state['stateful']) or 'nothing'}",
+                where="the saved state of this site",
+                fix="start the site again with the same script",
+            )
+        self.live.load_state_dict(state["live"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(unpacked(state["stateful"][name]))
+        self.own.load(unpacked(state["own"]))
+        self.loaded = True
+
+
 def packed(value: Any) -> State:
-    """`value` with arrays in place of its tensors: views of those on the host, so borrowed until they change."""
+    """Replace the tensors in `value` by arrays. Those of host tensors are views, borrowed until the tensors change."""
     if isinstance(value, Tensor):
         return {_TENSOR: as_array(value.detach().cpu().contiguous()), _DEVICE: str(value.device)}
     if isinstance(value, Mapping):
@@ -36,7 +94,7 @@ def packed(value: Any) -> State:
 
 
 def unpacked(state: State) -> Any:
-    """What `packed` was given, tensors on their devices."""
+    """Reverse `packed`: tensors are on their devices again."""
     if isinstance(state, dict):
         if _TENSOR in state:
             return as_tensor(state[_TENSOR]).to(state[_DEVICE])
@@ -47,17 +105,17 @@ def unpacked(state: State) -> Any:
 
 
 def packed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Arrays by name: views of tensors on the host, so borrowed until they change."""
+    """Convert tensors to arrays. Those of host tensors are views, borrowed until the tensors change."""
     return {name: as_array(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def load_tensors(tensors: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
-    """Copy `arrays` into live `tensors`, of which there may be more. ConfigError where they are of another model."""
+    """Copy `arrays` into the live tensors of the same names. Raises ConfigError for those of another model."""
     fits = {n: n in tensors and tuple(tensors[n].shape) == array.shape for n, array in arrays.items()}
     if not all(fits.values()):
         raise ConfigError(
-            "what this site kept before its restart is of another model",
+            "what this site saved before its restart is of another model",
             where=", ".join([name for name, same in fits.items() if not same][:4]),
             fix="start the site again with the same script",
         )
@@ -66,7 +124,10 @@ def load_tensors(tensors: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> 
 
 
 def packed_optimizer(optimizer: Any, states: Mapping[Any, Any] | None = None) -> State:
-    """Groups and state, by the order of the parameters. states: of other weights than those in the module."""
+    """Groups and states of an optimizer, in the order of its parameters.
+
+    `states` are used in place of the optimizer's own: those of a personal model that is not in the module now.
+    """
     own = plain(optimizer)
     states = own.state if states is None else states
     groups = [{key: packed(value) for key, value in g.items() if key != "params"} for g in own.param_groups]
@@ -74,7 +135,7 @@ def packed_optimizer(optimizer: Any, states: Mapping[Any, Any] | None = None) ->
 
 
 def load_optimizer(optimizer: Any, state: State) -> None:
-    """Set what `packed_optimizer` gave, in a process that comes back."""
+    """Set what `packed_optimizer` gave in an earlier process."""
     own, (groups, states) = plain(optimizer), state
     if [len(g["params"]) for g in own.param_groups] != [len(part) for part in states]:
         raise ConfigError(
@@ -89,7 +150,7 @@ def load_optimizer(optimizer: Any, state: State) -> None:
 
 
 def states_of(optimizer: Any, states: State) -> dict[Any, Any]:
-    """Parameter -> state, of the second part of `packed_optimizer`."""
+    """State by parameter, from the second part of what `packed_optimizer` gives."""
     return {
         parameter: unpacked(value)
         for group, part in zip(plain(optimizer).param_groups, states, strict=True)
@@ -99,8 +160,10 @@ def states_of(optimizer: Any, states: State) -> dict[Any, Any]:
 
 
 def local_tensors(module: nn.Module, travelling: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What training may change now and that does not travel: trained parameters, and buffers, also those that the
-    model's own state_dict leaves out."""
+    """Tensors that training may change and that do not travel: trained parameters, and all buffers.
+
+    Includes buffers that the model's own state_dict leaves out.
+    """
     travels = {id(tensor) for tensor in travelling}
     return {
         name: tensor
@@ -110,31 +173,32 @@ def local_tensors(module: nn.Module, travelling: Sequence[Tensor]) -> dict[str, 
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every live parameter and buffer by its own name."""
+    """Every live parameter and buffer, by its name in the unwrapped module."""
     module = unwrap(module)
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def refuse_inexact(module: nn.Module, loader: Any) -> None:
-    """Raise ConfigError for what `exact_restart` cannot keep. loader: the training data's DataLoader, or what stands
-    for it."""
+    """Raise ConfigError for a model or a training DataLoader that `exact_restart` does not support."""
     if ranks.several():
-        raise refused("several processes for one site are not kept yet", "train with one process at each site")
+        raise refused("several processes for one site are not supported yet", "train with one process at each site")
     if any(is_sharded(parameter) for parameter in module.parameters()):
-        raise refused("a sharded model is not kept yet", "train with one process at each site")
+        raise refused("a sharded model is not supported yet", "train with one process at each site")
     if getattr(loader, "persistent_workers", False):
         raise refused(
-            "the random states of data loader workers that live on are out of reach",
-            "set persistent_workers=False: workers that begin anew with each epoch are seeded",
+            "the random states of persistent data loader workers cannot be set",
+            "set persistent_workers=False: workers that start anew with each epoch are seeded",
         )
 
 
 def refuse_parts(every: Every, framework: str, resumed: str | None, fix: str) -> None:
-    """Raise ConfigError for rounds that end within an epoch of `framework`, and for a trainer that has begun already:
-    `resumed` says by what and where, `fix` what to leave out."""
+    """Raise ConfigError for rounds that end within an epoch, and for a trainer that resumed by itself.
+
+    `resumed` names the checkpoint from which it resumed, if it did; `fix` says how to start without it.
+    """
     if every.epochs is None:
         raise refused(
-            f"{framework} begins an epoch's data at its beginning only, and with a budget in steps rounds end within "
+            f"{framework} can begin an epoch's data only at its start, and with a budget in steps rounds end within "
             "epochs",
             'count the round in epochs: every="epoch"',
         )
@@ -143,12 +207,16 @@ def refuse_parts(every: Every, framework: str, resumed: str | None, fix: str) ->
 
 
 def refused(reason: str, fix: str) -> ConfigError:
-    return ConfigError(f"exact_restart cannot be kept here: {reason}", where="the trainer", fix=fix)
+    """Make the error for a training that cannot be restarted exactly."""
+    return ConfigError(f"exact_restart is not possible here: {reason}", where="the trainer", fix=fix)
 
 
 def seed_round(seed: int, loader: Any = None) -> None:
-    """All random states that a round draws from: those of Python, NumPy and torch, on every device, and the generators
-    that the training data's loader and samplers have of their own."""
+    """Seed all random states that a round draws from.
+
+    These are the global ones of Python, NumPy and torch, on every device, and the generators of the training data's
+    loader and samplers.
+    """
     seed_python(seed)
     torch.manual_seed(seed)
     for part in samplers_of(loader):
@@ -158,7 +226,7 @@ def seed_round(seed: int, loader: Any = None) -> None:
 
 
 def samplers_of(loader: Any) -> list[Any]:
-    """A data loader and all samplers within it, each once."""
+    """The data loader and all samplers within it, each once."""
     found: list[Any] = []
     left = [loader]
     while left:

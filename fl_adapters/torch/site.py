@@ -1,9 +1,8 @@
-"""A site's session as the callback of a torch trainer uses it: rank 0 talks to the federation, every rank follows."""
+"""A site's session on all ranks of a torch trainer: rank 0 talks to the federation, the others follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fl_adapters.adapter import Snapshot
@@ -14,14 +13,19 @@ from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
-from fl_runtime.errors import FederationError
 from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What the federation asks for. folders: output folders by the names they were given under, moved where they
-    belong to this site alone."""
+    """What a site knows once it has joined, the same on every rank.
+
+    Attributes:
+        job: Name of the run.
+        settings: Settings that hold at this site.
+        folders: Output folders to use, by the names under which `join` was given others. Those of a simulated site lie
+            below its run.
+    """
 
     job: str
     settings: SiteSettings
@@ -30,11 +34,14 @@ class Joined:
 
 @dataclass(frozen=True)
 class Arrived:
-    """A task, as every rank sees it. task: rank 0's own, None on the others. kind: of the task. round: its turn at
-    this site, see `Session.turn`.
+    """A task that has arrived at this site.
 
-    row: the federation's part of the framework's own logs: round, bytes and seconds of the exchange. seed: what the
-    round's random states begin from, where the job asks for exact restarts.
+    Attributes:
+        task: The task, on rank 0 alone.
+        kind: Its kind: "train" or "final".
+        round: Number of rounds this site has trained, this one included; see `Session.turn`.
+        row: Round, bytes and seconds of the last exchange, for the framework's own logs.
+        seed: Seed of the round's random states, for jobs with `exact_restart`; else None.
     """
 
     task: Task | None
@@ -45,20 +52,31 @@ class Arrived:
 
     @property
     def arrays(self) -> Arrays | None:
-        """The global weights, on rank 0; views of the session's buffer, valid until the next task."""
+        """The global weights, on rank 0: views of the session's buffer, valid until the next task."""
         return self.task.arrays if self.task else None
 
 
 @dataclass(frozen=True)
 class TorchSite:
-    """Holds no session: that belongs to the process. All methods but `leave` and `session` are collective: every rank
-    calls them. May block for as long as other sites take. Raise FederationError, on every rank."""
+    """The federation as a torch trainer reaches it. Holds no session: that belongs to the process.
+
+    All methods but `leave` and `session` are collective: every rank calls them, and a FederationError on rank 0 is
+    raised on every rank. They may block for as long as other sites take.
+
+    Attributes:
+        options: The script's own arguments.
+        framework: Name of the framework, which must be the same at all sites.
+    """
 
     options: Options
     framework: str
 
     def join(self, folders: Mapping[str, str] | None = None) -> Joined | None:
-        """Open the session, a new one for each training; None outside a federation."""
+        """Open a new session for one training; None outside a federation.
+
+        Args:
+            folders: Output folders of the trainer, by any names.
+        """
 
         def opened() -> tuple[str, object, dict[str, str]] | None:
             session = open_session(self.options, framework=self.framework, fresh=True)
@@ -67,12 +85,21 @@ class TorchSite:
             moved = {name: session.output_dir(path) for name, path in (folders or {}).items()}
             return session.job, session.settings.to_json(), moved
 
-        told = ranks.share(ranks.on_rank_zero(opened))
-        return None if told is None else Joined(told[0], SiteSettings.from_json(told[1]), told[2])
+        joined = ranks.share(ranks.on_rank_zero(opened))
+        return None if joined is None else Joined(joined[0], SiteSettings.from_json(joined[1]), joined[2])
 
-    def start(self, live: LiveModel, *, rounds: int, evaluates: bool, snapshot: Snapshot | None = None) -> Arrived:
-        """The handshake and the first task. rounds: what the trainer's own budget amounts to. snapshot: of an adapter
-        that can restart exactly, where the job asks for it; loaded when this returns, if there is something to load."""
+    def start(
+        self, live: LiveModel, *, rounds: int | None, evaluates: bool, snapshot: Snapshot | None = None
+    ) -> Arrived:
+        """Make the handshake and receive the first task.
+
+        Args:
+            live: The model. Its weights become the initial global ones if the server asks this site for them.
+            rounds: Number of rounds that the trainer's own length amounts to.
+            evaluates: Whether this site scores each global model.
+            snapshot: State of an adapter that restarts exactly, for jobs with `exact_restart`. In a process that comes
+                back it has been loaded when this returns.
+        """
         arrays, facts = live.arrays(), live.agreement(self.framework)
 
         def started() -> Task:
@@ -94,10 +121,16 @@ class TorchSite:
         return self._begun(live, ranks.on_rank_zero(started))
 
     def exchange(self, live: LiveModel, result: LocalResult, *, more: bool) -> Arrived | None:
-        """A round's budget is used up: this site's weights out, and the next task in; the live model is not changed.
+        """Send this site's weights, and wait for the next task. The live model is not changed.
 
-        None where the round has a second phase: it begins now, with the personal model in place of the global one, and
-        takes the same budget again. more: whether the trainer goes on after this step; without that it has no such.
+        Args:
+            live: The trained model.
+            result: Result of the training since the last exchange.
+            more: Whether the trainer could go on after this step. If not, a round has no second phase.
+
+        Returns:
+            The next task, or None if the round has a second phase. It begins now, with the personal model in place of
+            the global one, and trains the same budget again.
         """
         done = live.local.end_phase(result, more=more)
         if done is None:
@@ -106,7 +139,7 @@ class TorchSite:
 
         def exchanged() -> Task:
             session = self.session()
-            extras = {**moments, **live.local.extras(arrays)}  # before the state is saved, which has part in them
+            extras = {**moments, **live.local.extras(arrays)}  # before `submit` saves a state that depends on them
             status = session.submit(arrays, done, extras=extras, held_back=live.held_back)
             live.local.submitted(status)
             return session.next_task()
@@ -114,13 +147,15 @@ class TorchSite:
         return self._begun(live, ranks.on_rank_zero(exchanged))
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """The score of the model that arrived last, on so many validation examples."""
+        """Report the score of the model that arrived last, on `num_examples` validation examples."""
         ranks.on_rank_zero(lambda: self.session().report(metrics, num_examples))
 
     def cross_evaluate(self, live: LiveModel, evaluate: Callable[[], None]) -> None:
-        """Where the job wants it, once the final weights are in place and scored: every site's model in their place,
-        one after the other, and the final weights again. evaluate(): scores the model as it is, and calls `report`; a
-        model without a report counts as one without metrics."""
+        """Score every site's model here, if the job wants that; then put the final weights back.
+
+        Called when the final weights are in the model and have been scored. `evaluate()` scores the model as it is and
+        calls `report`. A model without a report counts as one without metrics.
+        """
         if not live.cross_site:
             return
         live.keep_final()
@@ -136,7 +171,7 @@ class TorchSite:
         return True
 
     def finish(self, live: LiveModel, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
-        """The normal end: see `Session.finish`. A personal model is exported to this site's own folder."""
+        """Leave the run after its last round; see `Session.finish`. Exports a personal model to this site's folder."""
         live.local.close()
         personal = live.local.personal
 
@@ -150,32 +185,18 @@ class TorchSite:
         ranks.on_rank_zero(finished)
 
     def leave(self, reason: str) -> None:
-        """The early end: the quorum decides whether the run goes on. Any rank may call it; rank 0's call counts."""
+        """Leave the run early: the quorum decides whether it goes on. Not collective; only rank 0 has a say."""
         if ranks.is_rank_zero():
             self.session().leave(reason)
 
-    @contextmanager
-    def leaving_on_error(self, forget: Callable[[], object | None]) -> Iterator[None]:
-        """An error in a hook ends this site's part in the run at once, not only when the process ends.
-
-        forget: makes the callback forget its run, and returns what it was; None if there was none.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if forget() is not None:
-                with suppress(FederationError):  # the first error is the one to tell
-                    self.leave(f"{type(error).__name__}: {error}")
-            raise
-
     def session(self) -> Session:
-        """Rank 0's session."""
+        """The session, on rank 0."""
         return running_session(self.options, framework=self.framework)
 
     def _begun(self, live: LiveModel, task: Task | None) -> Arrived:
-        came = self._arrived(task)
-        live.begin(task, over=came.kind == "final")
-        return came
+        arrived = self._arrived(task)
+        live.begin(task, over=arrived.kind == "final")
+        return arrived
 
     def _arrived(self, task: Task | None) -> Arrived:
         facts = None

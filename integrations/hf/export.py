@@ -1,4 +1,4 @@
-"""The results of a run in the formats of transformers and PEFT."""
+"""Results of a run in the formats of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fl_adapters.torch.state import TorchState, is_sharded, unwrap
-from fl_runtime.types import Arrays
+from fl_adapters.torch.state import is_sharded, unwrap
 
 
 class Exporter:
-    """Writes the trainer's model, and loads other weights to be written; on rank 0 alone."""
+    """Writes the trainer's model and its tokenizer or processor. Used on rank 0 alone."""
 
-    def __init__(self, model: nn.Module, processing_class: Any, state: TorchState) -> None:
-        self._model, self._processing_class, self._state = unwrap(model), processing_class, state
-
-    def load(self, arrays: Arrays) -> None:
-        """Make `arrays` the weights of the model."""
-        self._state.set_state(arrays)
+    def __init__(self, model: nn.Module, processing_class: Any) -> None:
+        self._model, self._processing_class = unwrap(model), processing_class
 
     def export(self, folder: str) -> None:
-        """Write to `folder` by `save_pretrained` (a PEFT model writes its adapter), else as `model.safetensors`;
-        the tokenizer or processor beside it.
+        """Write the model as it is to `folder`, with `save_pretrained` if it has that, else as `model.safetensors`.
 
-        A PEFT adapter opens with `PeftModel.from_pretrained(base, folder)`.
+        A PEFT model writes its adapter, which opens with `PeftModel.from_pretrained(base, folder)`.
         """
         os.makedirs(folder, exist_ok=True)
         if isinstance(self._model, PeftModel):
@@ -42,7 +36,7 @@ class Exporter:
             self._processing_class.save_pretrained(folder)
 
     def _unsharded(self) -> dict[str, Tensor] | None:
-        """What PEFT may look at where the base is sharded, and gathering it would need all ranks; else None."""
+        """Tensors that one rank can read alone, if the base is sharded over ranks; else None."""
         if not any(is_sharded(parameter) for parameter in self._model.parameters()):
             return None
         return {name: tensor for name, tensor in self._model.state_dict().items() if not is_sharded(tensor)}

@@ -1,4 +1,4 @@
-"""HF's evaluation metrics as the score of a global model."""
+"""Evaluation metrics of the Trainer as the score of a global model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 
 def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """HF's metrics without the "eval_" prefix, and without what tells of speed instead of quality."""
+    """Metrics of quality without the prefix "eval_". Metrics of speed are left out."""
     plain = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
     return {
         name: float(value)
@@ -20,8 +20,38 @@ def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+class Score:
+    """Score of one global model, collected over the trainer's validation sets, which HF evaluates one by one."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, float] = {}
+        self._sizes: list[int] = []
+
+    def add(
+        self, metrics: Mapping[str, float], examples: int, names: Sequence[str]
+    ) -> tuple[dict[str, float], int] | None:
+        """Add the evaluation of one set.
+
+        Args:
+            metrics: Metrics as HF names them.
+            examples: Size of the set.
+            names: Names of all sets in the order in which HF evaluates them; empty for a single set without a name.
+
+        Returns:
+            The score and the number of examples behind it, or None if other sets are still to be evaluated. The next
+            call then begins a new score.
+        """
+        self._metrics |= plain_metrics(metrics)
+        self._sizes.append(examples)
+        if len(self._sizes) < len(names):
+            return None
+        score = pooled(self._metrics, names, self._sizes) if names else self._metrics, sum(self._sizes)
+        self._metrics, self._sizes = {}, []
+        return score
+
+
 def pooled(metrics: dict[str, float], names: Sequence[str], sizes: Sequence[int]) -> dict[str, float]:
-    """`metrics`, and for several validation sets ("<set>_loss" each) also the mean over the sets, by their sizes."""
+    """`metrics` of several sets ("<set>_loss"), and for each metric the mean over the sets, weighted by their sizes."""
     means: dict[str, float] = {}
     for metric in [m.removeprefix(f"{names[0]}_") for m in metrics if m.startswith(f"{names[0]}_")]:
         values = [metrics.get(f"{name}_{metric}") for name in names]
@@ -31,7 +61,7 @@ def pooled(metrics: dict[str, float], names: Sequence[str], sizes: Sequence[int]
 
 
 def point_to_best(args: TrainingArguments, state: TrainerState, version: int) -> None:
-    """Make HF's note of the best model mean the best global round: its checkpoint and score where they exist."""
+    """Let HF's record of the best model name the best global round, with its checkpoint and score if they exist."""
     row = next((r for r in state.log_history if r.get("federation_round") == version and r.get("step")), None)
     step = row["step"] if row else None
     folder = os.path.join(args.output_dir, f"checkpoint-{step}")

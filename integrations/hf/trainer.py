@@ -1,4 +1,7 @@
-"""What a callback is not told: facts of the Trainer whose hook is running, and what cannot be federated."""
+"""Trainer facts that `transformers` does not pass to callbacks, and trainer features that cannot be federated.
+
+All access to private attributes of transformers stands here. Checked in transformers 4.57.6 and 5.23.0.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from transformers.trainer_utils import has_length
 from fl_adapters.participant.options import SiteSettings
 from fl_runtime.errors import ConfigError
 
-_IGNORED = "ignore_keys_for_eval"  # what the user has given to `train()`, by its name there
+_IGNORED = "ignore_keys_for_eval"  # argument of `train()`, by its name there
 
 
 def calling_trainer() -> Trainer:
@@ -25,11 +28,12 @@ def calling_trainer() -> Trainer:
 
 
 def has_validation_data(trainer: Trainer) -> bool:
+    """Whether the trainer can evaluate."""
     return trainer.eval_dataset is not None
 
 
 def training_examples(args: TrainingArguments, dataloader: Any, steps: int) -> int:
-    """Size of the training set over all ranks; without a length, the examples seen in `steps` optimizer steps."""
+    """Size of the training set over all ranks. Without a length, the examples seen in `steps` optimizer steps."""
     dataset = getattr(dataloader, "dataset", None)
     if isinstance(dataset, IterableDatasetShard):  # one rank's share
         dataset = dataset.dataset
@@ -40,7 +44,7 @@ def training_examples(args: TrainingArguments, dataloader: Any, steps: int) -> i
 
 
 def validation_examples(dataloader: Any) -> int:
-    """Size of the validation set whose evaluation has just ended."""
+    """Size of the validation set whose evaluation has just ended; 1 if unknown."""
     dataset = getattr(dataloader, "dataset", None)
     if dataset is not None and has_length(dataset):
         return max(len(dataset), 1)
@@ -48,39 +52,38 @@ def validation_examples(dataloader: Any) -> int:
 
 
 def loss_sum() -> float | None:
-    """The sum of HF's own training loss over the optimizer steps of this `train()` so far; None if out of reach.
+    """Sum of HF's training loss over the optimizer steps of this `train()` so far; None if out of reach.
 
-    HF adds the losses up on the device; this is read once a round, so that no step waits for it.
+    HF adds the losses up on the device. This is read once a round, so that no step waits for it.
     """
     trainer, frame = _trainer_frame()
-    running = getattr(trainer, "_tr_loss", None)  # transformers 5
+    running = getattr(trainer, "_tr_loss", None)  # transformers 5.23.0
     if running is None:
-        running = frame.f_locals.get("tr_loss")  # transformers 4
+        running = frame.f_locals.get("tr_loss")  # transformers 4.57.6
     if not isinstance(running, torch.Tensor):
         return None
-    return float(running.item()) + float(getattr(trainer, "_total_loss_scalar", 0.0))
+    logged = getattr(trainer, "_total_loss_scalar", 0.0)  # transformers 4.57.6 and 5.23.0
+    return float(running.item()) + float(logged)
 
 
-def log_round(state: TrainerState, control: TrainerControl, row: Mapping[str, float], job: str) -> None:
-    """Write `row` to HF's own log: log_history and every logger. `job` is noted in log_history beside it.
+def log_round(
+    trainer: Trainer, state: TrainerState, control: TrainerControl, row: Mapping[str, float], job: str
+) -> None:
+    """Write `row` to HF's own log: log_history and every logger. log_history also gets the name of the run.
 
     A subclass's `log` is left out on purpose: SFTTrainer's would take the metrics of the user's own next row.
     """
     should_log = control.should_log
-    Trainer.log(calling_trainer(), dict(row))
+    Trainer.log(trainer, dict(row))
     control.should_log = should_log  # logging clears the user's own wish to log at this step
     state.log_history[-1]["federation_job"] = job
 
 
 def evaluate_unseen(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Evaluate the model as it is, after training, as HF does it within: of what comes of it only `callback` hears."""
+    """Evaluate the model as it is, without a trace in the trainer's state. Only the hooks of `callback` are called."""
     handler, state, control = trainer.callback_handler, trainer.state, trainer.control
-    callbacks, rows, flags, training = (
-        handler.callbacks,
-        len(state.log_history),
-        vars(control).copy(),
-        trainer.is_in_train,
-    )
+    callbacks, rows, training = handler.callbacks, len(state.log_history), trainer.is_in_train
+    flags = vars(control).copy()
     ignored = next((f.f_locals[_IGNORED] for f in _trainer_frames() if _IGNORED in f.f_locals), None)
     handler.callbacks = [callback]
     trainer.is_in_train = True  # else the model itself would be cast where the arguments say fp16_full_eval
@@ -93,7 +96,7 @@ def evaluate_unseen(trainer: Trainer, callback: TrainerCallback) -> None:
 
 
 def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
-    """Raise ConfigError for what cannot work in a federation, with the reason. Before the first step."""
+    """Raise ConfigError, before the first step, for a trainer that cannot be federated."""
     if trainer.is_deepspeed_enabled:
         raise _refused(
             "DeepSpeed keeps master copies of the weights that new global weights would not reach",
@@ -105,7 +108,7 @@ def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: Site
             fix="use DDP, or for a PEFT adapter load the base with from_pretrained(distributed_config=...) of "
             "transformers 5, which shards it by FSDP2",
         )
-    if getattr(trainer.model, "_tp_size", None) not in (None, 1):
+    if getattr(trainer.model, "_tp_size", None) not in (None, 1):  # transformers 4.57.6 and 5.23.0
         raise _refused("tensor parallelism has not been tested with it", fix="use DDP, or FSDP2 with a PEFT adapter")
     if args.auto_find_batch_size:
         raise _refused(
@@ -120,15 +123,16 @@ def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: Site
 
 
 def refuse_search(state: TrainerState) -> None:
+    """Raise ConfigError for a trial of `hyperparameter_search`."""
     if state.is_hyper_param_search:
         raise _refused("a hyperparameter search trains many models", fix="search first, then train in the federation")
 
 
 def _refuse_other_best(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
-    """`load_best_model_at_end` means the best global round: both must mean the same by best."""
+    """Refuse `load_best_model_at_end` if the trainer and the job pick the best round by different scores."""
     if settings.evaluate_global is False or not has_validation_data(trainer):
         raise _refused(
-            "load_best_model_at_end means the best global round, which nobody scores with evaluate_global=False",
+            "load_best_model_at_end means the best global round, but no round is scored with evaluate_global=False",
             fix="leave evaluate_global on, or set load_best_model_at_end=False",
         )
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
@@ -146,7 +150,7 @@ def _refused(reason: str, *, fix: str) -> ConfigError:
 
 
 def _trainer_frames() -> Iterator[FrameType]:
-    """The calls of a Trainer's methods that are under way, the innermost first."""
+    """Frames of the Trainer's methods on this thread's call stack, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
@@ -165,30 +169,24 @@ def _trainer_frame() -> tuple[Trainer, FrameType]:
 
 
 def round_metrics(loss_now: float | None, loss_before: float | None, steps: int) -> dict[str, float]:
-    """{"train_loss": mean over the round}, from `loss_sum` at its ends; empty where that is unknown or not finite."""
+    """{"train_loss": mean over the round} from `loss_sum` at both ends; empty if that is unknown or not finite."""
     if loss_now is None or loss_before is None or steps < 1 or not math.isfinite(loss_now - loss_before):
         return {}
     return {"train_loss": (loss_now - loss_before) / steps}
 
 
 def mark_run(state: TrainerState, job: str) -> None:
-    """Note in log_history, and so in every checkpoint from here on, which run this trainer is a part of."""
+    """Note the name of the run in log_history, and so in every checkpoint from here on."""
     state.log_history.append({"federation_job": job, "step": state.global_step})
 
 
-def check_checkpoint(state: TrainerState, job: str, rounds_done: int, current_round: int) -> None:
-    """Raise ConfigError where `resume_from_checkpoint` does not lead into the run as it stands."""
-    of = next((row["federation_job"] for row in reversed(state.log_history) if "federation_job" in row), None)
-    where = f"checkpoint at step {state.global_step}"
-    if of != job:
-        raise ConfigError(
-            f"the checkpoint is {f'of the run {of!r}' if of else 'of no federated run'}, and this is {job!r}",
-            where=where,
-            fix="begin a new run from its weights: load them with from_pretrained, without resume_from_checkpoint",
-        )
-    if rounds_done >= current_round:
-        raise ConfigError(
-            f"the checkpoint has {rounds_done} rounds behind it, but the federation is in round {current_round}",
-            where=where,
-            fix="resume from an earlier checkpoint, or without one",
-        )
+def run_of_checkpoint(state: TrainerState) -> str | None:
+    """Name of the run in which a checkpoint was saved, by its log_history; None if outside a federation."""
+    return next((row["federation_job"] for row in reversed(state.log_history) if "federation_job" in row), None)
+
+
+def set_first_step(trainer: Trainer, step: int) -> None:
+    """Let HF's means of losses and of speed begin at `step`, after an exact restart."""
+    # transformers 4.57.6 and 5.23.0 have the first, 5.23.0 alone the second
+    for name in ("_globalstep_last_logged", "_initial_global_step"):
+        setattr(trainer, name, step)

@@ -1,4 +1,4 @@
-"""The results of a run, as a Lightning checkpoint."""
+"""Results of a run, as a Lightning checkpoint."""
 
 from __future__ import annotations
 
@@ -8,25 +8,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 
-from fl_adapters.torch.state import TorchState
-from fl_runtime.types import Arrays
+from .trainer import weights_checkpoint
 
 
 class Exporter:
-    """Writes the trainer's model, and loads other weights to be written, on rank 0 alone."""
+    """Writes the trainer's module. Used on rank 0 alone."""
 
-    def __init__(self, trainer: Any, module: torch.nn.Module, state: TorchState) -> None:
-        self._trainer, self._module, self._state = trainer, module, state
-
-    def load(self, arrays: Arrays) -> None:
-        """Make `arrays` the weights that `export` writes."""
-        self._state.set_state(arrays)
+    def __init__(self, trainer: Any, module: torch.nn.Module) -> None:
+        self._trainer, self._module = trainer, module
 
     def export(self, folder: str) -> None:
-        """Write `model.ckpt`, weights and hyperparameters without the state of training, for
-        `MyModule.load_from_checkpoint`; and `model.safetensors`, for `safetensors.torch.load_model`."""
+        """Write the module as it is to `folder`.
+
+        `model.ckpt` holds weights and hyperparameters, without the state of training, for
+        `MyModule.load_from_checkpoint`. `model.safetensors` is for `safetensors.torch.load_model`.
+        """
         os.makedirs(folder, exist_ok=True)
-        # not trainer.save_checkpoint: that is a collective, and rank 0 is alone here
-        checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-        torch.save(checkpoint, os.path.join(folder, "model.ckpt"))
+        torch.save(weights_checkpoint(self._trainer), os.path.join(folder, "model.ckpt"))
         save_model(self._module, os.path.join(folder, "model.safetensors"))

@@ -1,4 +1,4 @@
-"""The two packages that Lightning comes in: what a callback of both inherits from."""
+"""The two packages in which Lightning is published, and the classes of each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def callback_classes() -> tuple[Any, ...]:
-    """`Callback` of each package that is installed. The two classes have nothing in common but their hooks.
+    """The class `Callback` of each installed package, for a callback of both to inherit from.
 
-    Raises ImportError, with the reasons, where there is neither.
+    Raises ImportError, with the reasons, if neither package is installed.
     """
     found, reasons = [], []
     for package in _PACKAGES:
@@ -25,7 +25,7 @@ def callback_classes() -> tuple[Any, ...]:
 
 
 def silent_logger(trainer: Any) -> Any:
-    """A logger that takes everything and keeps nothing, of the package that `trainer` is of."""
+    """A logger that discards everything, from the package of `trainer`."""
     modules = [kind.__module__ for kind in type(trainer).__mro__]
     package = next(name for name in _PACKAGES if any(module.startswith(f"{name}.") for module in modules))
     return import_module(f"{package}.loggers.logger").DummyLogger()

@@ -1,4 +1,4 @@
-"""Where Lightning writes: the folders of a simulated site are moved below its run."""
+"""Output folders of Lightning: those of a simulated site are moved below its run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.outputs import placed
 
-_FOLDERS_OF_A_LOGGER = ("_root_dir", "_save_dir")  # of TensorBoardLogger and CSVLogger, which number their versions
+from .trainer import move_logger, set_root_folder
 
 
 def move(trainer: Any, kit: Kit | None) -> None:
@@ -18,11 +18,9 @@ def move(trainer: Any, kit: Kit | None) -> None:
     """
     if kit is None or not kit.simulated:
         return
-    trainer._default_root_dir = placed(kit, trainer.default_root_dir)
+    set_root_folder(trainer, placed(kit, trainer.default_root_dir))
     for logger in trainer.loggers:
-        for name in _FOLDERS_OF_A_LOGGER:
-            if isinstance(folder := getattr(logger, name, None), str):
-                setattr(logger, name, placed(kit, folder))
+        move_logger(logger, lambda folder: placed(kit, folder))
     for checkpoint in trainer.checkpoint_callbacks:
         if getattr(checkpoint, "dirpath", None):
             checkpoint.dirpath = placed(kit, os.fspath(checkpoint.dirpath))

@@ -1,4 +1,4 @@
-"""What a validation run has logged, as the score of a global model."""
+"""Metrics that a validation has logged, as the score of a global model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SET = "/dataloader_idx_"
 
 
 def plain_metrics(logged: Mapping[str, float], sizes: Sequence[int]) -> dict[str, float]:
-    """Metrics without a prefix that says no more than "validation": "val_loss" becomes "loss".
+    """Metrics without a prefix that means "validation": "val_loss" becomes "loss".
 
-    sizes: examples of each validation set. With several sets Lightning logs "val_loss/dataloader_idx_0" and so on:
-    these are given too, and "loss" is their mean by the sizes of the sets.
+    `sizes` are the examples of each validation set. With several sets Lightning logs "val_loss/dataloader_idx_0" and
+    so on. These are kept, and "loss" is added: their mean, weighted by the sizes of the sets.
     """
     plain: dict[str, float] = {}
     per_set: dict[str, list[tuple[float, int]]] = {}

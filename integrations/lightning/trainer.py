@@ -1,4 +1,7 @@
-"""Facts of a Lightning Trainer, what can be asked of it, and what cannot be federated."""
+"""Facts of a Lightning Trainer, what it can be asked to do, and what cannot be federated.
+
+All access to private attributes of Lightning stands here. Checked in lightning 2.4.0 and 2.6.6.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,14 @@ from . import scores
 from .framework import silent_logger
 
 _STRATEGIES = {
-    "FSDPStrategy": "FSDP keeps each rank's part of the weights alone, which new global weights would not reach",
-    "ModelParallelStrategy": "parameters that are split over ranks have not been tried",
+    "FSDPStrategy": "FSDP keeps a part of the weights on each rank, which new global weights would not reach",
+    "ModelParallelStrategy": "parameters that are split over ranks have not been tested",
     "DeepSpeedStrategy": "DeepSpeed keeps master copies of the weights that new global weights would not reach",
-    "XLAStrategy": "several XLA devices have not been tried",
-    "XLAFSDPStrategy": "several XLA devices have not been tried",
+    "XLAStrategy": "several XLA devices have not been tested",
+    "XLAFSDPStrategy": "several XLA devices have not been tested",
 }
+_FOLDERS_OF_A_LOGGER = ("_root_dir", "_save_dir")  # TensorBoardLogger, CSVLogger; lightning 2.4.0 and 2.6.6
+# of lightning's logger connector, in 2.4.0 and 2.6.6
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _CALLBACKS = {
     "StochasticWeightAveraging": "StochasticWeightAveraging puts an average of its own in place of the global weights",
@@ -32,7 +37,7 @@ _CALLBACKS = {
 
 
 def refuse_unsupported(trainer: Any, callback_class: type) -> None:
-    """Raise ConfigError for what cannot work in a federation, with the reason. In `setup`, before anything else."""
+    """Raise ConfigError for a trainer that cannot be federated. Call in `setup`, before anything else."""
     if sum(isinstance(callback, callback_class) for callback in trainer.callbacks) > 1:
         raise ConfigError("FederatedCallback is given twice", where="Trainer(callbacks=...)", fix="give it once")
     for names, what in ((_STRATEGIES, [trainer.strategy]), (_CALLBACKS, trainer.callbacks)):
@@ -50,7 +55,7 @@ def refuse_unsupported(trainer: Any, callback_class: type) -> None:
 
 
 def refuse_lazy_parameters(module: torch.nn.Module) -> None:
-    """Raise ConfigError where parameters have no shape as yet: what travels could not be agreed on."""
+    """Raise ConfigError for parameters without a shape: the sites could not agree on what travels."""
     lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise ConfigError(
@@ -61,7 +66,7 @@ def refuse_lazy_parameters(module: torch.nn.Module) -> None:
 
 
 def evaluates(trainer: Any, settings: SiteSettings) -> bool:
-    """Whether each global model is evaluated here. Raises ConfigError where it must be and cannot be."""
+    """Whether each global model is evaluated here. Raises ConfigError if it must be, and cannot be."""
     possible = _has_validation_data(trainer)
     if settings.evaluate_global and not possible:
         raise ConfigError(
@@ -74,7 +79,8 @@ def evaluates(trainer: Any, settings: SiteSettings) -> bool:
 
 def _has_validation_data(trainer: Any) -> bool:
     loop = trainer.fit_loop.epoch_loop.val_loop
-    return bool(trainer.enable_validation and loop._data_source.is_defined())
+    source = loop._data_source  # lightning 2.4.0 and 2.6.6
+    return bool(trainer.enable_validation and source.is_defined())
 
 
 def is_last_batch(trainer: Any, batch_idx: int) -> bool:
@@ -88,15 +94,17 @@ def stop(trainer: Any) -> None:
 
 
 def validate_next(trainer: Any) -> Callable[[], None]:
-    """Let Lightning's own loop run validation right after this batch, whatever its interval. Call the result when it
-    has begun: the trainer's intervals are then what they were."""
+    """Let Lightning's own loop validate right after this batch, whatever the trainer's interval.
+
+    Returns a function to call when validation has begun: it gives the trainer its own intervals back.
+    """
     names = ("val_check_batch", "check_val_every_n_epoch", "_last_val_time")
     before = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
     trainer.val_check_batch = 1
     if trainer.check_val_every_n_epoch is not None:
         trainer.check_val_every_n_epoch = 1
     if before.get("_last_val_time") is not None:
-        trainer._last_val_time = -math.inf  # for an interval of the clock
+        trainer._last_val_time = -math.inf  # an interval of the clock, in lightning 2.6.6
 
     def restore() -> None:
         for name in ("val_check_batch", "check_val_every_n_epoch"):
@@ -114,9 +122,13 @@ def validate_now(trainer: Any) -> None:
 
 @contextmanager
 def unseen(trainer: Any, callback: Any) -> Iterator[None]:
-    """What is validated within this block leaves no trace: no other callback hears of it (none keeps it for the best),
-    no logger gets a row, and `trainer.callback_metrics` and their kin are afterwards what they were."""
-    callbacks, loggers, connector = trainer.callbacks, trainer.loggers, trainer._logger_connector
+    """Validate within this block without a trace.
+
+    No other callback hears of it, so that none takes it for its best; no logger gets a row; and
+    `trainer.callback_metrics` and the like are restored afterwards.
+    """
+    callbacks, loggers = trainer.callbacks, trainer.loggers
+    connector = trainer._logger_connector  # lightning 2.4.0 and 2.6.6
     metrics = {name: dict(vars(connector)[name]) for name in _METRICS if name in vars(connector)}
     trainer.callbacks, trainer.loggers = [callback], [silent_logger(trainer)] if loggers else []
     try:
@@ -127,9 +139,9 @@ def unseen(trainer: Any, callback: Any) -> Iterator[None]:
 
 
 def validation_score(trainer: Any, before: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-    """(metrics, examples) of the validation run that is just ending; metrics are means over the ranks.
+    """Metrics of the validation that is just ending, means over the ranks; and the examples behind them.
 
-    before: `trainer.callback_metrics` when it began; what is still the same tensor there was logged by training.
+    `before` is `trainer.callback_metrics` when it began: a tensor that is still the same was logged by training.
     """
     logged = {name: v for name, v in trainer.callback_metrics.items() if v is not before.get(name)}
     values = {}
@@ -138,19 +150,58 @@ def validation_score(trainer: Any, before: Mapping[str, Any]) -> tuple[dict[str,
         if value.numel() == 1:
             values[name] = float(trainer.strategy.reduce(value.reshape(()), reduce_op="mean"))
     loop = trainer.fit_loop.epoch_loop.val_loop
+    loaders = loop._combined_loader.flattened  # lightning 2.4.0 and 2.6.6
     sizes = [
         size_of(loader, batches, trainer.world_size) or 1
-        for loader, batches in zip(loop._combined_loader.flattened, loop.max_batches, strict=True)
+        for loader, batches in zip(loaders, loop.max_batches, strict=True)
     ]
     return scores.plain_metrics(values, sizes), max(sum(sizes), 1)
 
 
 def training_examples(trainer: Any) -> int | None:
-    """Size of the training set over all ranks, as far as an epoch uses it; the largest of several. None without a
-    length."""
-    loaders = trainer.fit_loop._combined_loader.flattened
-    sizes = [size_of(loader, trainer.num_training_batches, trainer.world_size) for loader in loaders]
+    """Training examples that an epoch uses, over all ranks; of several loaders the most. None without a length."""
+    batches, ranks = trainer.num_training_batches, trainer.world_size
+    sizes = [size_of(loader, batches, ranks) for loader in training_loaders(trainer)]
     return max((size for size in sizes if size), default=None)
+
+
+def training_loaders(trainer: Any) -> list[Any]:
+    """The loaders of the training data."""
+    return list(trainer.fit_loop._combined_loader.flattened)  # lightning 2.4.0 and 2.6.6
+
+
+def begin_data_anew(trainer: Any) -> None:
+    """Let the first epoch draw its data again, from random states that were seeded since."""
+    iter(trainer.fit_loop._data_fetcher)  # lightning 2.4.0 and 2.6.6
+
+
+def batches_that_stepped(trainer: Any) -> int:
+    """Lightning's own count of batches after which optimizers made a step: the x axis of its logs."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)  # lightning 2.4.0 and 2.6.6
+
+
+def set_batches_that_stepped(trainer: Any, count: int) -> None:
+    """Set the count that `batches_that_stepped` gives."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = count  # lightning 2.4.0 and 2.6.6
+
+
+def set_root_folder(trainer: Any, folder: str) -> None:
+    """Set the folder below which Lightning writes by default."""
+    trainer._default_root_dir = folder  # lightning 2.4.0 and 2.6.6
+
+
+def move_logger(logger: Any, moved: Callable[[str], str]) -> None:
+    """Replace the folders of a file logger by `moved(folder)`."""
+    for name in _FOLDERS_OF_A_LOGGER:
+        if isinstance(folder := getattr(logger, name, None), str):
+            setattr(logger, name, moved(folder))
+
+
+def weights_checkpoint(trainer: Any) -> dict[str, Any]:
+    """A checkpoint without the state of training. `trainer.save_checkpoint` is a collective; this runs on one rank."""
+    connector = trainer._checkpoint_connector  # lightning 2.4.0 and 2.6.6
+    checkpoint: dict[str, Any] = connector.dump_checkpoint(weights_only=True)
+    return checkpoint
 
 
 def loss_of(outputs: Any) -> torch.Tensor | None:
@@ -160,16 +211,16 @@ def loss_of(outputs: Any) -> torch.Tensor | None:
 
 
 def loss_scaling(trainer: Any, optimizer: Any) -> tuple[float | None, bool]:
-    """(what the gradients are multiplied by still, whether their step may be left out) just before a step."""
+    """Just before a step: the factor that the gradients still contain, and whether a scaler may skip the step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
         return None, False
-    by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused: it unscales within its step
+    by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch 2.13.0, fused: unscales in its step
     return (scaler.get_scale() if by_itself else None), True
 
 
 def log_row(trainer: Any, module: Any, row: Mapping[str, float], *, in_batch: bool) -> None:
-    """Write `row` to every logger, and to `trainer.callback_metrics`, where file names of checkpoints find it."""
+    """Write `row` to every logger, and to `trainer.callback_metrics`, so that checkpoint file names can use it."""
     for logger in trainer.loggers:
         logger.log_metrics({"epoch": trainer.current_epoch, **row}, step=trainer.global_step)
     module.log_dict(dict(row), on_step=in_batch, on_epoch=not in_batch, logger=False, batch_size=1)

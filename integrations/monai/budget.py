@@ -1,100 +1,44 @@
-"""Rounds in Ignite's own terms: how long the trainer must run, and where in its loop a round ends."""
+"""Rounds in Ignite's own terms: how long the trainer must run, and what that means for learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from monai.handlers import LrScheduleHandler
 
-from fl_adapters.participant.options import Every
 from fl_adapters.torch import schedule
-from fl_runtime.errors import ConfigError
+from fl_adapters.torch.progress import RoundBudget, warn_if_schedule_ends_early
 
 ENDLESS = 2**31 - 1
-"""Epochs of a run whose length in epochs is not known: it ends with the last round."""
+"""Epochs of a run whose length in epochs is unknown. It ends with the last round."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """`rounds` times `every`, each `phases` times over; rounds is None where the trainer's own budget decides."""
-
-    every: Every
-    rounds: int | None
-    phases: int = 1
-
-    def apply(self, engine: Any) -> None:
-        """Make the trainer run exactly the federation's budget. While `STARTED` is fired."""
-        if self.rounds is None:
-            return
-        if self.every.epochs is not None:
-            engine.state.max_epochs = self.rounds * self.phases * self.every.epochs
-        else:
-            per_epoch = steps_per_epoch(engine)
-            steps = self.rounds * self.phases * (self.every.steps or 0)
-            engine.state.max_epochs = math.ceil(steps / per_epoch) if per_epoch else ENDLESS
-
-    def trainer_rounds(self, engine: Any) -> int:
-        """The rounds that the trainer's own budget amounts to; the last may be shorter. ConfigError if unknown."""
-        epochs, per_epoch = engine.state.max_epochs, steps_per_epoch(engine)
-        if self.every.epochs is not None:
-            return math.ceil(epochs / (self.phases * self.every.epochs))
-        if per_epoch is None:
-            raise ConfigError(
-                "nobody says how many rounds this run has: the job has none, and an epoch has no known length",
-                where="MONAI trainer",
-                fix="set rounds in the job (simulate --rounds N), or epoch_length of the trainer",
-            )
-        return math.ceil(epochs * per_epoch / (self.phases * (self.every.steps or 1)))
-
-    def before(self, round: int, engine: Any) -> tuple[int | None, int | None]:
-        """(epochs, iterations) that a site has behind it when `round` begins; None where that is not known."""
-        length, per_epoch = engine.state.epoch_length, steps_per_epoch(engine)
-        if self.every.epochs is not None:
-            epochs = (round - 1) * self.phases * self.every.epochs
-            return epochs, epochs * length if length else None
-        steps = (round - 1) * self.phases * (self.every.steps or 0)
-        if not length or not per_epoch:
-            return None, steps * accumulation(engine)
-        epochs, left = divmod(steps, per_epoch)
-        return epochs, epochs * length + min(left * accumulation(engine), length)
+def apply(budget: RoundBudget, engine: Any) -> None:
+    """Make the trainer run exactly the federation's budget. Call while `STARTED` is fired."""
+    if budget.rounds is None:
+        return
+    if budget.epochs_per_round is not None:
+        engine.state.max_epochs = budget.rounds * budget.epochs_per_round
+    else:
+        per_epoch, steps = steps_per_epoch(engine), budget.rounds * (budget.steps_per_round or 0)
+        engine.state.max_epochs = math.ceil(steps / per_epoch) if per_epoch else ENDLESS
 
 
-@dataclass
-class Progress:
-    """Where a site stands in its run. Plain values, which checkpoints hold.
-
-    steps: of the optimizer, so far. began: what they were when the round did. epochs: whole epochs of this round
-    behind us. phase: of the round, counted from 0; began and epochs are those of the phase.
-    """
-
-    round: int = 0
-    steps: int = 0
-    began: int = 0
-    epochs: int = 0
-    phase: int = 0
-
-    @property
-    def at_beginning(self) -> bool:
-        """Whether nothing of the round is done as yet."""
-        return self.steps == self.began and not self.epochs and not self.phase
-
-    def complete(self, every: Every) -> bool:
-        """Whether the budget of the round is used up."""
-        if every.steps is not None:
-            return self.steps - self.began >= every.steps
-        return self.epochs >= (every.epochs or 1)
-
-    def next(self, round: int) -> Progress:
-        """The beginning of `round`, or of the next phase of this one."""
-        return Progress(round, self.steps, self.steps, phase=self.phase + 1 if round == self.round else 0)
+def trainer_rounds(budget: RoundBudget, engine: Any) -> int:
+    """Number of rounds that the trainer's own length amounts to. Raises ConfigError if that is unknown."""
+    return budget.rounds_within(
+        epochs=engine.state.max_epochs,
+        steps=None,
+        per_epoch=steps_per_epoch(engine),
+        where="MONAI trainer",
+        fix="epoch_length of the trainer",
+    )
 
 
 def accumulation(engine: Any) -> int:
-    """Batches to an optimizer step."""
+    """Number of batches whose gradients make one optimizer step."""
     return int(getattr(engine, "accumulation_steps", 1))
 
 
@@ -114,23 +58,28 @@ def made_a_step(engine: Any) -> bool:
 
 
 def warn_if_schedules_end_early(engine: Any, handlers: Iterable[LrScheduleHandler]) -> None:
-    """A learning-rate schedule with a horizon of its own is left alone; say so where it ends before the run does."""
+    """Warn about each learning-rate schedule of the user's that ends before the run does."""
     epochs, length = engine.state.max_epochs, engine.state.epoch_length
     if epochs == ENDLESS:
         return
+    iterations = epochs * length if length else None
     for handler in handlers:
-        horizon = schedule.horizon_of(handler.lr_scheduler)
-        total = epochs if handler.epoch_level else epochs * length if length else None
-        if horizon is not None and total is not None and horizon < total:
-            what = "epochs" if handler.epoch_level else "iterations"
-            warnings.warn(
-                f"the learning-rate schedule {type(handler.lr_scheduler).__name__} ends after {horizon} of the {total} "
-                f"{what} of this federated run; make it as long as the rounds take",
-                stacklevel=2,
-            )
+        total, unit = (epochs, "epochs") if handler.epoch_level else (iterations, "iterations")
+        warn_if_schedule_ends_early(handler.lr_scheduler, total, unit)
 
 
-def advance_schedules(handlers: Iterable[LrScheduleHandler], epochs: int, iterations: int) -> None:
-    """Move the schedules on, to where the other sites are."""
+def advance_schedules(engine: Any, handlers: Iterable[LrScheduleHandler], epochs: int, steps: int | None) -> None:
+    """Move the schedules to where a site stands that has made so many epochs and optimizer steps."""
+    done = max(engine.state.epoch - 1, 0)  # the epoch that begins now is not done
+    missing = _iterations(engine, epochs, steps) - engine.state.iteration
     for handler in handlers:
-        schedule.advance(handler.lr_scheduler, max(epochs if handler.epoch_level else iterations, 0))
+        schedule.advance(handler.lr_scheduler, max(epochs - done if handler.epoch_level else missing, 0))
+
+
+def _iterations(engine: Any, epochs: int, steps: int | None) -> int:
+    """Iterations of a site that has made so many epochs, and optimizer steps in all; 0 if unknown."""
+    length, per_epoch = engine.state.epoch_length, steps_per_epoch(engine)
+    if not length or not per_epoch:
+        return (steps or 0) * accumulation(engine)
+    left = (steps or 0) - epochs * per_epoch
+    return int(epochs * length + min(left * accumulation(engine), length))

@@ -1,4 +1,4 @@
-"""The results of a run, as MONAI keeps a network."""
+"""Results of a run, in the formats in which MONAI keeps a network."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import os
 import torch
 from safetensors.torch import save_model
 
-from fl_adapters.torch.state import TorchState, unwrap
-from fl_runtime.types import Arrays
+from fl_adapters.torch.state import unwrap
 
 
 class Exporter:
-    """Writes the trainer's network, and loads other weights to be written, on rank 0 alone."""
+    """Writes the trainer's network. Used on rank 0 alone."""
 
-    def __init__(self, network: torch.nn.Module, state: TorchState) -> None:
-        self._network, self._state = unwrap(network), state
-
-    def load(self, arrays: Arrays) -> None:
-        """Make `arrays` the weights that `export` writes."""
-        self._state.set_state(arrays)
+    def __init__(self, network: torch.nn.Module) -> None:
+        self._network = unwrap(network)
 
     def export(self, folder: str) -> None:
-        """Write `model.pt`, a state dict such as bundles keep in `models/`, for MONAI's `CheckpointLoader` and
-        `torch.load(path, weights_only=True)`; and `model.safetensors`, for `safetensors.torch.load_model`."""
+        """Write the network as it is to `folder`.
+
+        `model.pt` is a state dict such as bundles keep in `models/`, for MONAI's `CheckpointLoader` and for
+        `torch.load(path, weights_only=True)`. `model.safetensors` is for `safetensors.torch.load_model`.
+        """
         os.makedirs(folder, exist_ok=True)
         torch.save(self._network.state_dict(), os.path.join(folder, "model.pt"))
         save_model(self._network, os.path.join(folder, "model.safetensors"))

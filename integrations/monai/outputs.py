@@ -1,4 +1,4 @@
-"""Where MONAI's handlers write: the folders of a simulated site are moved below its run."""
+"""Output folders of MONAI's handlers: those of a simulated site are moved below its run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from monai.handlers import CheckpointSaver, MetricsSaver
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.outputs import placed
 
-from .engine import attached
-
-_CHECKPOINTS = ("_final_checkpoint", "_key_metric_checkpoint", "_interval_checkpoint")
+from .trainer import attached, checkpoints_of
 
 
 def move(engine: Any, kit: Kit | None) -> None:
@@ -22,11 +20,11 @@ def move(engine: Any, kit: Kit | None) -> None:
     """
     if kit is None or not kit.simulated:
         return
-    for saver in (*attached(engine, CheckpointSaver), *attached(engine, MetricsSaver)):
+    savers = attached(engine, CheckpointSaver)
+    for saver in (*savers, *attached(engine, MetricsSaver)):
         saver.save_dir = placed(kit, os.fspath(saver.save_dir))
-        for name in _CHECKPOINTS:
-            checkpoint = getattr(saver, name, None)
-            if checkpoint is not None:  # each has a disk saver of its own, made with the folder of that time
-                disk = checkpoint.save_handler
-                disk.dirname = type(disk.dirname)(saver.save_dir)  # text in older releases of Ignite, else a Path
-                os.makedirs(saver.save_dir, exist_ok=True)
+    for saver in savers:
+        for checkpoint in checkpoints_of(saver):  # each was made with the folder as it was then
+            disk = checkpoint.save_handler
+            disk.dirname = type(disk.dirname)(saver.save_dir)  # str in older releases of Ignite, else Path
+            os.makedirs(saver.save_dir, exist_ok=True)

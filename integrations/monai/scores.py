@@ -1,4 +1,4 @@
-"""What an evaluator has found, as the score of a global model."""
+"""Metrics of an evaluator as the score of a global model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from monai.handlers import DecollateBatch, IgniteMetricHandler, PostProcessing
 
 from fl_adapters.participant.metric_names import without_prefix
 
+from .trainer import event_handlers, metric_name, set_event_handlers
+
 
 def scores_of(evaluator: Any) -> dict[str, float]:
     """The evaluator's metrics as plain numbers: "val_mean_dice" becomes "mean_dice".
 
-    A metric with a value per class gives one for each, "mean_dice_1" and so on, numbered like MONAI numbers them;
-    so does one whose mean alone is told but whose details per image and class are kept (`save_details`).
+    A metric with a value per class gives one number for each, "mean_dice_1" and so on, numbered as MONAI does. So does
+    a metric that reports its mean alone, but keeps details per image and class (`save_details`).
     """
     firsts = {name: _first_class(evaluator, name) for name in evaluator.state.metrics}
     found = plain_numbers(evaluator.state.metrics, firsts)
@@ -32,23 +34,27 @@ def scores_of(evaluator: Any) -> dict[str, float]:
 
 @contextmanager
 def unseen(evaluator: Any) -> Iterator[None]:
-    """What is evaluated within this block leaves no trace: of the handlers that MONAI and Ignite come with, those alone
-    run that the metrics need (no saver, logger, early stop or schedule), and the evaluator's state, with its best
-    metric, is afterwards what it was. Handlers of the user's own run."""
-    handlers, state = evaluator._event_handlers, vars(evaluator.state)
+    """Evaluate within this block without a trace.
+
+    Of the handlers of MONAI and Ignite only those run that the metrics need: no saver, logger, early stop or schedule.
+    Handlers of the user's own run. The evaluator's state, with its best metric, is restored afterwards.
+    """
+    handlers, state = event_handlers(evaluator), vars(evaluator.state)
     before = {name: dict(value) if isinstance(value, dict) else value for name, value in state.items()}
-    evaluator._event_handlers = defaultdict(list)
+    computing: dict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)
     for event, given in handlers.items():
-        evaluator._event_handlers[event] = [item for item in given if _computes(item[0])]
+        computing[event] = [item for item in given if _computes(item[0])]
+    set_event_handlers(evaluator, computing)
     try:
         yield
     finally:
-        evaluator._event_handlers = handlers
+        set_event_handlers(evaluator, handlers)
         state.clear()
         state.update(before)
 
 
 def _computes(handler: Any) -> bool:
+    """Whether a handler computes metrics, or is not from MONAI or Ignite."""
     hook = getattr(handler, "__wrapped__", handler)  # Ignite wraps those of every n-th event
     owner = getattr(hook, "__self__", hook)
     if isinstance(owner, (Metric, PostProcessing, DecollateBatch)):
@@ -58,7 +64,7 @@ def _computes(handler: Any) -> bool:
 
 
 def plain_numbers(metrics: Mapping[str, Any], first_classes: Mapping[str, int] | None = None) -> dict[str, float]:
-    """Metrics as plain numbers. first_classes: the number of a metric's first class, by its name; 0 by default."""
+    """Metrics as plain numbers. `first_classes` has the number of a metric's first class, by its name; else 0."""
     found: dict[str, float] = {}
     inner = {key for value in metrics.values() if isinstance(value, Mapping) for key in value}
     for name, value in metrics.items():
@@ -82,7 +88,7 @@ def _numbers(name: str, value: Any, first: int) -> Iterator[tuple[str, float]]:
 
 
 def _class_means(name: str, details: Any, first: int) -> Iterator[tuple[str, float]]:
-    """Means over the images of details [images, classes]; an image without a class counts for nothing there."""
+    """Means over the images of details [images, classes]. An image without a class is left out of that class."""
     array = _array(details)
     if array is None or array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind != "f":
         return
@@ -92,16 +98,16 @@ def _class_means(name: str, details: Any, first: int) -> Iterator[tuple[str, flo
 
 
 def _first_class(evaluator: Any, name: str) -> int:
-    """The number of a metric's first class: 1 where it leaves the background out."""
-    for handler, _, _ in evaluator._event_handlers[Events.EPOCH_COMPLETED]:
+    """Number of a metric's first class: 1 if it leaves the background out, else 0."""
+    for handler, _, _ in event_handlers(evaluator)[Events.EPOCH_COMPLETED]:
         metric = getattr(handler, "__self__", None)
-        if isinstance(metric, IgniteMetricHandler) and metric._name == name:
+        if isinstance(metric, IgniteMetricHandler) and metric_name(metric) == name:
             return int(not getattr(metric.metric_fn, "include_background", True))
     return 0
 
 
 def _array(value: Any) -> np.ndarray[Any, Any] | None:
-    """`value` as an array of numbers; None where it is something else."""
+    """`value` as an array of numbers, or None if it is something else."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if not isinstance(value, (int, float, np.ndarray, np.generic, list, tuple)):

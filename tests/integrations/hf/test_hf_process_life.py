@@ -222,7 +222,7 @@ def test_checkpoint_ahead_of_the_federation_is_refused(federation) -> None:
     trainer.train()
     checkpoint = Path(trainer.args.output_dir, "checkpoint-4").resolve()
     anew = federation(rounds=2)  # a job of the same name, begun anew
-    with pytest.raises(ConfigError, match="1 rounds behind it, but the federation is in round 1"):
+    with pytest.raises(ConfigError, match="is of round 2, but the federation is in round 1"):
         m.trainer(FederatedCallback(kit=anew.kit())).train(resume_from_checkpoint=str(checkpoint))
 
 

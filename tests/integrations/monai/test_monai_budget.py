@@ -106,7 +106,7 @@ def test_trainers_own_budget_decides_without_rounds(federation, every, epochs, r
 def test_no_budget_at_all_is_an_error_before_the_first_step(federation) -> None:
     run = federation(rounds=None, every=5)
     seen = m.Losses()
-    with pytest.raises(ConfigError, match="how many rounds"):
+    with pytest.raises(ConfigError, match="how long this run is"):
         train(run, [seen], data=DataLoader(m.Endless(), batch_size=m.BATCH))
     assert seen.losses == []
 

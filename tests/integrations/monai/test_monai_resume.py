@@ -162,7 +162,7 @@ def test_late_site_takes_the_final_weights_and_scores_them(federation) -> None:
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"net", "trainer"}, "nothing says of which run"),
+        ({"net", "trainer"}, "of no federated run"),
         ({"net", "trainer", "federation"}, "of the run 'first', and this is 'second'"),
     ],
 )

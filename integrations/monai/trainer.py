@@ -1,4 +1,8 @@
-"""Facts of a MONAI trainer and its handlers, and what cannot be federated."""
+"""Facts of a MONAI trainer and its handlers, what they can be asked to do, and what cannot be federated.
+
+All access to private attributes of Ignite and MONAI stands here. Checked in Ignite 0.4.11 and 0.5.5, and in MONAI
+1.4.0 and 1.6.1.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from monai.handlers import ValidationHandler
+from monai.handlers import CheckpointSaver, ValidationHandler
 from torch.nn.parameter import is_lazy
 
 from fl_adapters.participant.options import SiteSettings
+from fl_adapters.torch import ranks
 from fl_adapters.torch.batches import rows_of, size_of
 from fl_adapters.torch.state import unwrap
 from fl_runtime.errors import ConfigError
@@ -20,6 +24,23 @@ from fl_runtime.errors import ConfigError
 from .budget import ENDLESS
 
 H = TypeVar("H")
+_CHECKPOINTS = ("_final_checkpoint", "_key_metric_checkpoint", "_interval_checkpoint")  # MONAI 1.4.0 and 1.6.1
+
+
+def event_handlers(engine: Any) -> dict[Any, list[tuple[Any, Any, Any]]]:
+    """Handlers by event, each as (handler, arguments, keyword arguments). The engine's own dict."""
+    handlers: dict[Any, list[tuple[Any, Any, Any]]] = engine._event_handlers  # Ignite 0.4.11 and 0.5.5
+    return handlers
+
+
+def set_event_handlers(engine: Any, handlers: dict[Any, list[tuple[Any, Any, Any]]]) -> None:
+    """Replace all handlers of an engine."""
+    engine._event_handlers = handlers  # Ignite 0.4.11 and 0.5.5
+
+
+def is_only_handler(engine: Any, event: Any) -> bool:
+    """Whether `event` has exactly one handler."""
+    return len(event_handlers(engine)[event]) == 1
 
 
 def put_first(engine: Any, event: Any, hook: Callable[..., None]) -> None:
@@ -27,7 +48,7 @@ def put_first(engine: Any, event: Any, hook: Callable[..., None]) -> None:
 
     Ignite runs handlers in the order in which they were attached and has no other way to say which comes first.
     """
-    handlers = engine._event_handlers[event]
+    handlers = event_handlers(engine)[event]
     if not engine.has_event_handler(hook, event):
         engine.add_event_handler(event, hook)
     place = next(i for i, (handler, _, _) in enumerate(handlers) if handler == hook)
@@ -35,9 +56,9 @@ def put_first(engine: Any, event: Any, hook: Callable[..., None]) -> None:
 
 
 def attached(engine: Any, kind: type[H]) -> list[H]:
-    """The handlers of this kind, each once, in the order in which they were attached."""
+    """Attached handlers of class `kind`, each once, in the order in which they were attached."""
     found: dict[int, H] = {}
-    for handlers in list(engine._event_handlers.values()):
+    for handlers in list(event_handlers(engine).values()):
         for handler, _, _ in handlers:
             hook = getattr(handler, "__wrapped__", handler)  # Ignite wraps those of every n-th event
             owner = getattr(hook, "__self__", hook)
@@ -59,7 +80,7 @@ def refuse_unsupported(engine: Any) -> None:
 
 
 def refuse_lazy_parameters(network: torch.nn.Module) -> None:
-    """Raise ConfigError where parameters have no shape as yet: what travels could not be agreed on."""
+    """Raise ConfigError for parameters without a shape: the sites could not agree on what travels."""
     lazy = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise ConfigError(
@@ -70,9 +91,9 @@ def refuse_lazy_parameters(network: torch.nn.Module) -> None:
 
 
 def validator_of(engine: Any, settings: SiteSettings) -> ValidationHandler | None:
-    """The ValidationHandler that scores each global model; None where there is none, or none is wanted.
+    """The ValidationHandler that scores each global model; None without one, and with `evaluate_global=False`.
 
-    Raises ConfigError where one is wanted and there is none for the network that is trained.
+    Raises ConfigError for `evaluate_global=True` if no handler validates the network that is trained.
     """
     if settings.evaluate_global is False:
         return None
@@ -97,7 +118,7 @@ def validator_of(engine: Any, settings: SiteSettings) -> ValidationHandler | Non
 def validates_now(engine: Any, handler: ValidationHandler, *, in_iteration: bool, epoch_ends: bool) -> bool:
     """Whether the handler itself is about to validate the weights as they are.
 
-    in_iteration: whether handlers of this iteration are still to run. epoch_ends: whether those of an epoch are.
+    `in_iteration` says whether handlers of this iteration are still to run, `epoch_ends` whether those of an epoch are.
     """
     if handler.epoch_level:
         return epoch_ends and engine.state.epoch % handler.interval == 0
@@ -105,26 +126,21 @@ def validates_now(engine: Any, handler: ValidationHandler, *, in_iteration: bool
 
 
 def training_examples(engine: Any) -> int | None:
-    """Size of the training set over all ranks, as far as an epoch uses it; None without a length."""
+    """Training examples that an epoch uses, over all ranks; None without a length."""
     batches = engine.state.epoch_length
-    return size_of(engine.data_loader, math.inf if batches is None else batches, ranks())
+    return size_of(engine.data_loader, math.inf if batches is None else batches, ranks.world_size())
 
 
 def validation_examples(evaluator: Any) -> int:
-    """Size of the validation set; 1 where it is not known."""
+    """Size of the validation set over all ranks; 1 if unknown."""
     batches = evaluator.state.epoch_length
-    return size_of(evaluator.data_loader, math.inf if batches is None else batches, ranks()) or 1
-
-
-def ranks() -> int:
-    """How many processes train together at this site."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return size_of(evaluator.data_loader, math.inf if batches is None else batches, ranks.world_size()) or 1
 
 
 def loss_of(engine: Any) -> torch.Tensor | float | None:
     """The loss of the iteration that has just ended, undivided by accumulation; None if its output has none."""
     output = engine.state.output
-    if isinstance(output, list) and output:  # decollated: every example bears the loss of its batch
+    if isinstance(output, list) and output:  # decollated: every example has the loss of its batch
         output = output[0]
     if isinstance(output, Mapping):
         output = output.get("loss")
@@ -157,3 +173,18 @@ def at_last_iteration(engine: Any) -> bool:
 def has_ended(engine: Any) -> bool:
     """Whether the epoch that is ending is the trainer's last."""
     return engine.state.max_epochs != ENDLESS and engine.state.epoch >= engine.state.max_epochs
+
+
+def begin_data_anew(engine: Any) -> None:
+    """Let this epoch draw its data anew. Otherwise Ignite asks the iterator of the epoch before for one batch more."""
+    engine._dataloader_iter, engine._init_iter = None, 0  # Ignite 0.4.11 and 0.5.5
+
+
+def checkpoints_of(saver: CheckpointSaver) -> list[Any]:
+    """Ignite's checkpoints within MONAI's handler, each with a disk saver of its own."""
+    return [made for name in _CHECKPOINTS if (made := getattr(saver, name, None)) is not None]
+
+
+def metric_name(handler: Any) -> str:
+    """Name under which a metric of MONAI appears in the evaluator's state."""
+    return str(handler._name)  # MONAI 1.4.0 and 1.6.1

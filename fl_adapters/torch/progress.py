@@ -1,0 +1,206 @@
+"""Rounds in a trainer's own terms: how long a run is, where a site stands in it, and what a round has trained on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fl_adapters.participant.options import Every, SiteSettings
+from fl_adapters.torch import ranks
+from fl_adapters.torch.schedule import horizon_of
+from fl_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RoundBudget:
+    """The length of a federated run: `rounds` times `phases` times `every`.
+
+    Attributes:
+        every: Local budget of one phase, in whole epochs or in optimizer steps.
+        rounds: Number of rounds that the job asks for. None if the trainer's own length decides.
+        phases: How often a round trains its budget: twice for a strategy with personal models (Ditto), else once.
+    """
+
+    every: Every
+    rounds: int | None
+    phases: int = 1
+
+    @classmethod
+    def of(cls, settings: SiteSettings) -> RoundBudget:
+        """Budget of the job, as it holds at this site."""
+        return cls(settings.every, settings.rounds, settings.phases)
+
+    @property
+    def epochs_per_round(self) -> int | None:
+        """Epochs of a round with all its phases. None if rounds are counted in steps."""
+        return None if self.every.epochs is None else self.phases * self.every.epochs
+
+    @property
+    def steps_per_round(self) -> int | None:
+        """Optimizer steps of a round with all its phases. None if rounds are counted in epochs."""
+        return None if self.every.steps is None else self.phases * self.every.steps
+
+    def rounds_within(
+        self, *, epochs: int | None, steps: int | None, per_epoch: int | None, where: str, fix: str
+    ) -> int:
+        """Count the rounds that fit into a trainer's own length. The last one may be shorter.
+
+        Args:
+            epochs: Epochs after which the trainer stops, or None if it has no such limit.
+            steps: Optimizer steps after which the trainer stops, or None if it has no such limit.
+            per_epoch: Optimizer steps of an epoch, or None if unknown.
+            where: Name of the trainer, for the error.
+            fix: What the user can set at the trainer so that its length is known, for the error.
+
+        Returns:
+            The number of rounds.
+
+        Raises:
+            ConfigError: If the trainer's length is unknown.
+        """
+        if self.steps_per_round is not None:
+            limits = [steps, epochs * per_epoch if epochs is not None and per_epoch else None]
+        else:
+            limits = [epochs, math.ceil(steps / per_epoch) if steps is not None and per_epoch else None]
+        known = [limit for limit in limits if limit is not None]
+        if not known:
+            raise ConfigError(
+                "it is unknown how long this run is: the job sets no number of rounds, and the trainer has no length",
+                where=where,
+                fix=f"set rounds in the job (simulate --rounds N), or {fix}",
+            )
+        return math.ceil(min(known) / (self.steps_per_round or self.epochs_per_round or 1))
+
+    def before(self, round: int, per_epoch: int | None) -> tuple[int | None, int | None]:
+        """Epochs and optimizer steps that a site has made when a round begins.
+
+        Args:
+            round: Number of the round, counted from 1.
+            per_epoch: Optimizer steps of an epoch, or None if unknown.
+
+        Returns:
+            A pair (epochs, steps). Either is None if it cannot be told without `per_epoch`.
+        """
+        if self.steps_per_round is not None:
+            steps = (round - 1) * self.steps_per_round
+            return steps // per_epoch if per_epoch else None, steps
+        epochs = (round - 1) * (self.epochs_per_round or 1)
+        return epochs, epochs * per_epoch if per_epoch else None
+
+
+@dataclass
+class Progress:
+    """Where a site stands in its round. Plain values, so that checkpoints can hold it.
+
+    Attributes:
+        round: Number of the round, counted from 1.
+        steps: Optimizer steps of the whole run so far, as the trainer counts them.
+        began: Value of `steps` when this round, or this phase of it, began.
+        ends: Value of `steps` at which it ends, for a budget in steps.
+        epochs: Whole epochs made in this round, or in this phase of it.
+        in_epoch: Whether batches have been trained since the last epoch ended.
+        phase: Phase of the round, counted from 0.
+    """
+
+    round: int = 0
+    steps: int = 0
+    began: int = 0
+    ends: int = 0
+    epochs: int = 0
+    in_epoch: bool = False
+    phase: int = 0
+
+    @classmethod
+    def at(cls, round: int, steps: int, every: Every) -> Progress:
+        """Beginning of `round` for a trainer that has made `steps` optimizer steps."""
+        return cls(round, steps, steps, steps + (every.steps or 0))
+
+    @property
+    def at_beginning(self) -> bool:
+        """Whether nothing of the round has been trained yet."""
+        return self.steps == self.began and not self.epochs and not self.phase
+
+    def batch_ended(self, *, last_of_epoch: bool) -> None:
+        """Count one batch."""
+        self.in_epoch = not last_of_epoch
+        self.epochs += last_of_epoch
+
+    def complete(self, every: Every) -> bool:
+        """Whether the budget of this phase is used up."""
+        if every.steps is not None:
+            return self.steps >= self.ends
+        return self.epochs >= (every.epochs or 1)
+
+    def next(self, round: int, every: Every) -> Progress:
+        """Beginning of `round`, or of the next phase if that is the current round.
+
+        A budget in steps goes on from where this phase should have ended: with several optimizers a batch makes
+        several steps, and may end a round one step late.
+        """
+        ends = max(self.ends, self.steps - (every.steps or 0)) + (every.steps or 0)
+        phase = self.phase + 1 if round == self.round else 0
+        return Progress(round, self.steps, self.steps, ends, 0, self.in_epoch, phase)
+
+
+class Tally:
+    """Losses and examples of the round so far.
+
+    Attributes:
+        examples: Size of the training set over all ranks. None if unknown: then the examples of each batch are counted.
+        rows: Examples that this rank has seen in the round, if they are counted.
+    """
+
+    def __init__(self, examples: int | None = None) -> None:
+        self.examples = examples
+        self.rows = 0
+        self._loss: torch.Tensor | float = 0.0
+        self._batches = 0
+
+    def add_loss(self, loss: torch.Tensor | float | None) -> None:
+        """Add the loss of one batch, if it has one. A tensor stays on its device, so that no step waits for it."""
+        if loss is not None:
+            wide = loss.float() if isinstance(loss, torch.Tensor) and loss.element_size() < 4 else loss
+            self._loss = self._loss + wide
+            self._batches += 1
+
+    def num_examples(self) -> int:
+        """Weight of this site's update: the size of the training set, else the examples seen by all ranks."""
+        return self.examples or max(self.rows * ranks.world_size(), 1)
+
+    def mean_loss(self, factor: float = 1) -> dict[str, float]:
+        """Training metrics of the round.
+
+        Args:
+            factor: What each loss was divided by before it was added, such as the batches of an accumulated step.
+
+        Returns:
+            `{"train_loss": mean over the batches}`, or an empty dict if the mean is unknown or not finite.
+        """
+        mean = float(self._loss) * factor / self._batches if self._batches else math.nan
+        return {"train_loss": mean} if math.isfinite(mean) else {}
+
+    def reset(self) -> None:
+        """Begin the next round, or the next phase."""
+        self.rows, self._loss, self._batches = 0, 0.0, 0
+
+
+def warn_if_schedule_ends_early(scheduler: Any, total: int | None, unit: str, *, frequency: int = 1) -> None:
+    """Warn if a learning-rate schedule that the user made ends before the run does. It is left as it is.
+
+    Args:
+        scheduler: A scheduler of torch, of transformers or of MONAI.
+        total: Length of the run in the units that the scheduler counts, or None if unknown.
+        unit: What the scheduler counts, for the message: "epochs", "optimizer steps".
+        frequency: After how many units the scheduler makes a step.
+    """
+    horizon = horizon_of(scheduler)
+    if horizon is not None and total is not None and horizon * frequency < total:
+        warnings.warn(
+            f"the learning-rate schedule {type(scheduler).__name__} ends after {horizon * frequency} of the {total} "
+            f"{unit} of this federated run; make it as long as the run, or let the trainer size it",
+            stacklevel=3,
+        )

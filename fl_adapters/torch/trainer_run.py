@@ -1,0 +1,484 @@
+"""One federated training of a torch trainer, from joining to leaving, over a small port that a framework implements.
+
+An adapter consists of hooks (of the framework, or of a loop of its own) and of a `TrainerPort`. The hooks call a
+`TrainerRun`, which talks to the federation through rank 0 and asks the port for whatever the trainer must do. All
+methods are collective unless they say otherwise: every rank of a site calls them, in the same order.
+
+The calls of one training, in their order:
+
+1. `TrainerRun.join(options, framework)` when the trainer is set up. It returns None outside a federation. `run.budget`
+   says how long the trainer must run; the adapter sets the trainer's length, or refuses to start. Everything that can
+   raise between here and the end belongs into `with run.leaving_on_error():`, so that the other sites hear of it.
+2. `run.begin(port, model, optimizers, ...)` before the first batch, when the optimizers exist and checkpoints have
+   been loaded. The handshake waits for the other sites. Afterwards the model holds the global weights of
+   `run.progress.round` or, if the trainer resumed within a round, its own. If `run.over` is true then, the run had
+   ended before this site came (back): the model holds the final weights, and the port was asked to stop.
+3. While the trainer trains, the adapter keeps `run.progress` up to date (`steps`, `batch_ended`) and counts losses in
+   `run.tally`. An adapter with exact restarts seeds each round's data from `run.seed` where the round begins.
+4. `run.exchange(num_examples, metrics, more=...)` whenever `run.progress.complete(run.settings.every)`, or when the
+   trainer ends. It sends the weights, waits for the others and sets the next global weights in place. Afterwards the
+   port logs the round, is asked for validation (`validate_next`), and to stop after the last round (`run.over`).
+5. `run.report(metrics, num_examples)` when a validation has ended and `run.awaits_score` is true.
+6. `run.finish(export)` when the trainer has ended and `run.over` is true; `run.stop_early(where)` when it ended before.
+   After an error in the trainer itself `run.fail(error)`.
+
+After any end `run.active` is false, and every further hook must do nothing. A `TrainerRun` may be pickled and copied:
+a copy made before `begin` takes the original's place, a later one is inactive and holds no tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from torch import nn
+
+from fl_adapters.participant.local_result import LocalResult
+from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.torch import ranks
+from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.progress import Progress, RoundBudget, Tally
+from fl_adapters.torch.restart import TorchSnapshot, refused
+from fl_adapters.torch.site import Arrived, Joined, TorchSite
+from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.types import Arrays, Metrics
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint from which a trainer resumed before `TrainerRun.begin`.
+
+    Attributes:
+        job: Name of the run in which the checkpoint was saved. None if it was saved outside a federation.
+        progress: Where the site stood in that run.
+        within_round: Whether the checkpoint was saved in the middle of a round.
+        where: Name of the checkpoint for messages, such as "ckpt_path, at step 6".
+        fix: What to do instead of resuming, if the checkpoint is of another run.
+    """
+
+    job: str | None
+    progress: Progress
+    within_round: bool
+    where: str
+    fix: str
+
+
+class TrainerPort(Protocol):
+    """What `TrainerRun` needs of a trainer. An adapter inherits from it and implements at least the first five.
+
+    Called on every rank, in the thread that trains. A port belongs to one training and may hold the trainer's objects.
+    """
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps that the trainer has made so far, those before a resume included."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Where the trainer stands, for messages: "step 6 of 12"."""
+        ...
+
+    def stop(self) -> None:
+        """Let the trainer end as soon as it can: the final weights are in the model."""
+        ...
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Write a row about the round that just ended to the framework's own loggers.
+
+        Args:
+            row: `federation_round`, `federation_bytes_up`, `federation_bytes_down`, and `federation_seconds`.
+        """
+        ...
+
+    def validate(self) -> None:
+        """Score the model as it is on the trainer's own validation data, now.
+
+        The adapter passes the result to `TrainerRun.report`, here or in a hook. Only called if the run `evaluates`.
+        """
+        ...
+
+    def validate_next(self) -> None:
+        """Let the trainer validate before it trains on. Replace it where the trainer has a validation of its own."""
+        self.validate()
+
+    def validate_unseen(self) -> None:
+        """Like `validate`, but without a trace in the trainer's logs, checkpoints and best scores.
+
+        The model holds another site's weights. Replace it where `validate` leaves a trace.
+        """
+        self.validate()
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch, or None if unknown."""
+        return None
+
+    def resumed(self) -> Resumed | None:
+        """The checkpoint that the trainer resumed from, or None if it starts from the beginning."""
+        return None
+
+    def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
+        """Move the learning-rate schedules on to where the other sites are.
+
+        Args:
+            epochs: Epochs that the other sites have made, or None if unknown.
+            steps: Optimizer steps that the other sites have made, or None if unknown.
+        """
+
+    def snapshot(self, live: LiveModel) -> TorchSnapshot:
+        """State of this training that is saved after each round, for jobs with `exact_restart`.
+
+        Args:
+            live: The model and its optimizers, whose state the snapshot includes.
+
+        Returns:
+            The snapshot. After its `load`, `steps` is the number of steps that the process before had made.
+
+        Raises:
+            ConfigError: If this training cannot be restarted exactly, with the reason.
+        """
+        raise refused("this adapter does not save the state of its trainer", "set exact_restart: false in the job")
+
+
+P = TypeVar("P", bound=TrainerPort)
+
+
+class TrainerRun(Generic[P]):
+    """One training of this site within a federation. The module docstring lists the calls in their order.
+
+    Attributes:
+        options: The script's own arguments.
+        joined: What the federation asks for: job, settings, output folders.
+        budget: Length of the run in rounds, epochs and steps.
+        active: Whether this site takes part. False once it has finished, left, or failed.
+        progress: Where the site stands in its round. The adapter keeps it up to date.
+        tally: Losses and examples of the round. The adapter adds to it.
+        evaluates: Whether each global model is scored here.
+        awaits_score: Whether the model in place still has to be scored.
+        over: Whether the final weights have arrived.
+        seed: Seed of the round's random states, for jobs with `exact_restart`; else None.
+        came_back: Whether a snapshot of an earlier process was loaded, so that the trainer goes on from there.
+    """
+
+    def __init__(self, options: Options, site: TorchSite, joined: Joined) -> None:
+        self.options, self.joined, self.budget = options, joined, RoundBudget.of(joined.settings)
+        self.active = True
+        self.progress = Progress()
+        self.tally = Tally()
+        self.evaluates = self.awaits_score = False
+        self.over = False
+        self.seed: int | None = None
+        self.came_back = False
+        self._site = site
+        self._live: LiveModel | None = None
+        self._port: P | None = None
+        self._keeps_final = False
+
+    @classmethod
+    def join(cls, options: Options, framework: str, folders: Mapping[str, str] | None = None) -> TrainerRun[P] | None:
+        """Join the federation for one training.
+
+        Args:
+            options: The script's own arguments.
+            framework: Name of the framework. It must be the same at all sites.
+            folders: Output folders of the trainer, by any names. `joined.folders` has those to use instead.
+
+        Returns:
+            The run, or None outside a federation.
+        """
+        site = TorchSite(options, framework)
+        joined = site.join(folders)
+        return None if joined is None else cls(options, site, joined)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Live tensors stay behind. A copy of a training that has begun does not take part."""
+        return {**self.__dict__, "active": self.active and self._live is None, "_live": None, "_port": None}
+
+    @property
+    def settings(self) -> SiteSettings:
+        """Settings that hold at this site: the script's arguments, then the job's, then the defaults."""
+        return self.joined.settings
+
+    @property
+    def begun(self) -> bool:
+        """Whether `begin` has been called, and the training has not ended."""
+        return self._live is not None
+
+    @property
+    def live(self) -> LiveModel:
+        """The model and its optimizers. Only between `begin` and the end."""
+        assert self._live is not None
+        return self._live
+
+    @property
+    def port(self) -> P:
+        """The trainer. Only between `begin` and the end."""
+        assert self._port is not None
+        return self._port
+
+    def begin(
+        self,
+        port: P,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        *,
+        rounds: int | None,
+        evaluates: bool,
+        examples: int | None = None,
+        follow: bool = True,
+        keep_final: bool = False,
+    ) -> None:
+        """Make the handshake and take the first task, wherever the trainer and the run stand after a restart.
+
+        Args:
+            port: The trainer.
+            model: The module that is trained, in its wrapper (DDP, FSDP2) if it has one.
+            optimizers: All its optimizers.
+            rounds: Number of rounds that the trainer's own length amounts to. Used if the job does not set it.
+            evaluates: Whether this site scores each global model.
+            examples: Size of the training set over all ranks, or None if unknown.
+            follow: Correct gradients in a hook on each optimizer's own `step`. If False, the adapter calls `correct`.
+            keep_final: The trainer may change the weights after it was told to stop: keep a copy of the final ones,
+                and put them back in `finish`.
+
+        Raises:
+            ConfigError: If the model, the optimizers or the checkpoint do not fit the run.
+            FederationError: If the sites do not fit together, or the run has failed.
+        """
+        with self.leaving_on_error():
+            if self._live is not None:
+                self._live.local.close()  # of a training that was interrupted
+            self._port, self.evaluates, self._keeps_final = port, evaluates, keep_final
+            self.tally = Tally(self.options.num_examples or examples)
+            live = self._live = LiveModel(model, optimizers, self.settings)
+            if follow:
+                live.gradients.follow(optimizers)
+            snapshot = port.snapshot(live) if self.settings.exact_restart else None
+            resumed = self._checked(port.resumed())
+            first = self._site.start(live, rounds=rounds, evaluates=evaluates, snapshot=snapshot)
+            self.came_back = snapshot is not None and snapshot.loaded and port.steps > 0
+            self._take_first(first, resumed)
+
+    def correct(self, optimizer: Any, *, scale: Any = None, may_skip: bool = False) -> None:
+        """Correct the gradients before a step of `optimizer`, as the strategy asks (FedProx, SCAFFOLD, Ditto).
+
+        Only for adapters that began with `follow=False`. Not collective.
+
+        Args:
+            optimizer: The optimizer that is about to make a step.
+            scale: Factor that the gradients still contain, or None.
+            may_skip: Whether a gradient scaler may leave this step out.
+        """
+        if self._live is not None:
+            with self.leaving_on_error():
+                self._live.gradients.add(optimizer, scale=scale, may_skip=may_skip)
+
+    def exchange(self, num_examples: int, metrics: Metrics, *, more: bool) -> bool:
+        """End a round: send this site's weights, wait for the others, and set the new global weights in place.
+
+        `progress.steps` must be up to date.
+
+        Args:
+            num_examples: Weight of this site in the average.
+            metrics: Training metrics of the round, such as `train_loss`.
+            more: Whether the trainer could go on after this step.
+
+        Returns:
+            False if the round has a second phase, which begins now with the personal model; else True.
+
+        Raises:
+            FederationError: If the run has failed, or the update was refused.
+        """
+        with self.leaving_on_error():
+            local_steps = self.progress.steps - self.progress.began
+            arrived = self._site.exchange(self.live, LocalResult(num_examples, local_steps, metrics), more=more)
+            self.tally.reset()
+            if arrived is None:
+                self.progress = self.progress.next(self.progress.round, self.settings.every)
+                return False
+            self._take_next(arrived)
+            return True
+
+    def report(self, metrics: Metrics, num_examples: int) -> None:
+        """Report the score of the model in place. Does nothing if no score is awaited.
+
+        Args:
+            metrics: Validation metrics, means over all ranks.
+            num_examples: Size of the validation set over all ranks.
+        """
+        if self.awaits_score:
+            with self.leaving_on_error():
+                self.awaits_score = False
+                self._site.report(metrics, num_examples)
+
+    def finish(self, export: Callable[[str], None], *, end_with_best: bool = False) -> int | None:
+        """End the training after the last round. The model holds the final weights.
+
+        Args:
+            export: `export(folder)` writes the model as it is, in the framework's format. Called on rank 0 alone.
+            end_with_best: Leave the weights of the best round in the model instead of the final ones.
+
+        Returns:
+            The best round's number, if `end_with_best`; else None.
+
+        Raises:
+            ConfigError: If the final weights have not arrived: the trainer had nothing more to train.
+        """
+        with self.leaving_on_error():
+            if not self.over:
+                raise ConfigError(
+                    f"the trainer has ended, but the federation is in round {self.progress.round}",
+                    where=self.port.where,
+                    fix="resume from an earlier checkpoint, or without one",
+                )
+            live = self.live
+            if self._keeps_final:
+                live.restore_final()
+            if self.awaits_score:
+                self.port.validate()
+            self.report({}, 1)  # if even that gave no score, let nobody wait for one
+            if self.evaluates:
+                self._site.cross_evaluate(live, self._score_unseen)
+            best = self._best() if end_with_best else None
+            self._site.finish(live, export, live.state.set_state if self.evaluates else None)
+            self._forget()
+            if not end_with_best:
+                return None
+            live.load(best[1] if best else None)
+            version: int = ranks.share(best[0] if best else None)
+            return version
+
+    def stop_early(self, where: str) -> None:
+        """Leave the run because the trainer has ended before the last round, by an early stop for example.
+
+        The quorum decides whether the run goes on without this site. Not collective.
+
+        Args:
+            where: Where the trainer stands: "step 6 of 12".
+        """
+        self._forget()
+        self._site.leave(f"the trainer stopped at {where}, in round {self.progress.round}")
+
+    def fail(self, error: BaseException) -> None:
+        """Leave the run because of an error in the trainer. Not collective.
+
+        Does nothing for a KeyboardInterrupt: an interrupted notebook cell may be run again.
+        """
+        if self.active:
+            self._forget()
+            if not isinstance(error, KeyboardInterrupt):
+                self._site.leave(f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def leaving_on_error(self) -> Iterator[None]:
+        """Leave the run at once if the block raises, so that the other sites do not wait for this process to end."""
+        try:
+            yield
+        except BaseException as error:
+            if self.active:
+                self._forget()
+                with suppress(FederationError):  # the first error is the one to raise
+                    self._site.leave(f"{type(error).__name__}: {error}")
+            raise
+
+    def _checked(self, resumed: Resumed | None) -> Resumed | None:
+        """Refuse a checkpoint of another run."""
+        if resumed is not None and resumed.job != self.joined.job:
+            origin = f"of the run {resumed.job!r}" if resumed.job else "of no federated run"
+            raise ConfigError(
+                f"the checkpoint is {origin}, and this is {self.joined.job!r}", where=resumed.where, fix=resumed.fix
+            )
+        return resumed
+
+    def _take_first(self, first: Arrived, resumed: Resumed | None) -> None:
+        live, port, number = self.live, self.port, first.round
+        self.seed = first.seed
+        if first.kind == "final":
+            self._load_final(first, more=True)
+            self.progress = Progress.at(number, port.steps, self.settings.every)
+            self.awaits_score = self.evaluates
+            port.stop()
+            return
+        if resumed is not None and resumed.progress.round > number:
+            raise ConfigError(
+                f"the checkpoint is of round {resumed.progress.round}, but the federation is in round {number}",
+                where=resumed.where,
+                fix="resume from an earlier checkpoint, or without one",
+            )
+        within_round = False
+        if self.came_back:
+            self.progress = Progress.at(number, port.steps, self.settings.every)
+        elif resumed is not None and resumed.progress.round == number:
+            self.progress, within_round = resumed.progress, resumed.within_round
+        else:
+            self._catch_up(number)
+        if within_round:
+            live.resume(first.task)
+        else:
+            live.receive(first.task)
+        if self.came_back and self.evaluates:  # the process before would have scored this model, had it not died
+            self.awaits_score = True
+            port.validate()
+
+    def _catch_up(self, number: int) -> None:
+        """Begin with round `number`: the first, or a later one if the other sites have gone on without this one."""
+        port = self.port
+        self.progress = Progress.at(number, port.steps, self.settings.every)
+        if number == 1:
+            return
+        epochs, steps = self.budget.before(number, port.steps_per_epoch)
+        behind = "" if steps is None else f"{max(steps - port.steps, 0)} steps "
+        warnings.warn(
+            f"this site comes back {behind}behind round {number}, at {port.where}: it goes on with the round, and with "
+            "the learning rate of the round",
+            stacklevel=3,
+        )
+        port.advance_schedules(epochs, steps)
+
+    def _take_next(self, arrived: Arrived) -> None:
+        number, self.seed = arrived.round, arrived.seed
+        if arrived.kind == "final":
+            self._load_final(arrived, more=False)
+            self.over, number = True, number + 1  # the final task has the number of the last round
+        else:
+            self.live.receive(arrived.task)
+        self.progress = self.progress.next(number, self.settings.every)
+        self.port.log(arrived.row)
+        if self.over:
+            self.port.stop()
+        if self.evaluates:
+            self.awaits_score = True
+            self.port.validate_next()
+
+    def _load_final(self, arrived: Arrived, *, more: bool) -> None:
+        self.over = True
+        if self._keeps_final:
+            self.live.receive_final(arrived.task, more=more)
+        else:
+            self.live.load(arrived.arrays)
+
+    def _score_unseen(self) -> None:
+        self.awaits_score = True
+        self.port.validate_unseen()
+        self.awaits_score = False
+
+    def _best(self) -> tuple[int, Arrays] | None:
+        """The best round and its weights, on rank 0."""
+
+        def fetched() -> tuple[int, Arrays]:
+            task = self._site.session().best()
+            return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
+
+        return ranks.on_rank_zero(fetched)
+
+    def _forget(self) -> None:
+        """End this site's part, and let go of the trainer and the model."""
+        self.active = False
+        if self._live is not None:
+            self._live.local.close()
+        self._live = self._port = None
