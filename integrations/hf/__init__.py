@@ -1,4 +1,4 @@
-"""Federated training with the Hugging Face `transformers.Trainer`, and what builds on it (`trl`'s SFTTrainer)."""
+"""Federated training with Hugging Face's `transformers.Trainer` and trainers built on it, such as `trl.SFTTrainer`."""
 
 from __future__ import annotations
 

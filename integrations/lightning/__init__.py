@@ -1,4 +1,4 @@
-"""Federated training with Lightning: the `Trainer` of `lightning.pytorch` and that of `pytorch_lightning`."""
+"""Federated training with Lightning, for the `Trainer` of `lightning.pytorch` and of `pytorch_lightning`."""
 
 from __future__ import annotations
 

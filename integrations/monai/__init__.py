@@ -1,4 +1,4 @@
-"""Federated training with MONAI: a handler for its trainers, bundles as they are, and its client algorithms."""
+"""Federated training with MONAI: a handler for its trainers, unmodified bundles, and client algorithms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ try:
     import monai.handlers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"MONAI is missing, or what its engines need: pip install 'fl-adapters[monai]' ({error})"
+        f"MONAI or a package that its engines need is missing: pip install 'fl-adapters[monai]' ({error})"
     ) from error
 
 from .client_algo import run_client_algo

@@ -1,4 +1,4 @@
-"""`fl-adapters bundle run DIR [ARGUMENTS]`, and `python -m fl_adapters.monai run DIR [ARGUMENTS]`."""
+"""Command line for bundles: `fl-adapters bundle run DIR`, and `python -m fl_adapters.monai run DIR`."""
 
 from __future__ import annotations
 
@@ -30,18 +30,26 @@ def run(
     kit: str | None = None,
     **override: Any,
 ) -> None:
-    """Run the bundle in folder BUNDLE, unmodified, as a participant of a federation; without a startup kit, alone.
+    """Run an unmodified bundle as a participant of a federation. Without a startup kit it runs alone.
 
-    The arguments are those of `python -m monai.bundle run`: --id VALUE overrides a part of the configuration. Besides
-    these:
+    The arguments are those of `python -m monai.bundle run`, and a few more. --id VALUE overrides a part of the
+    configuration.
 
     Args:
-        bundle: the bundle's folder, or one of its configurations. By default configs/train.json, .yaml or .yml.
-        run_id: what to run. By default "run", else "training".
-        trainer_id: the bundle's trainer. By default "train#trainer", else "trainer".
-        kit: folder of the site's startup kit; by default $FL_ADAPTERS_KIT.
-        override: --federated_handler#every 2 and the like are arguments of FederatedHandler. In expressions,
-            @federated_site has the name, index and count of this site: --dataset_dir '$"data/" + @federated_site.name'
+        bundle: Folder of the bundle, or one of its configurations. In a folder: configs/train.json, .yaml or .yml.
+        run_id: Id of what to run. Default: "run", else "training".
+        init_id: Id of what to run before it. Default: MONAI's.
+        final_id: Id of what to run after it. Default: MONAI's.
+        meta_file: Metadata of the bundle. Default: MONAI's.
+        config_file: Configuration to use instead, a file or a list of files.
+        logging_file: Configuration of Python's logging. Default: MONAI's.
+        tracking: Settings of an experiment tracker, as MONAI takes them.
+        args_file: File with default values for all these arguments.
+        trainer_id: Id of the bundle's trainer. Default: "train#trainer", else "trainer".
+        kit: Folder of this site's startup kit. Default: $FL_ADAPTERS_KIT.
+        **override: Other parts of the configuration. --federated_handler#every 2 and the like are arguments of
+            FederatedHandler. In expressions, @federated_site has the name, index and count of this site:
+            --dataset_dir '$"data/" + @federated_site.name'
     """
     if kit is not None:
         os.environ[KIT_VARIABLE] = kit
@@ -58,7 +66,7 @@ def run(
         workflow.initialize()
         workflow.run()
         workflow.finalize()
-    except RuntimeError as error:  # what MONAI makes of an error in an expression
+    except RuntimeError as error:  # MONAI wraps errors in expressions
         ours = _ours_within(error)
         if ours is None:
             raise
@@ -66,7 +74,7 @@ def run(
 
 
 def _ours_within(error: BaseException) -> FederationError | None:
-    """The error of the federation that brought about `error`, if it was one."""
+    """The FederationError that caused `error`, or None if another error did."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FederationError):
         cause = cause.__cause__
@@ -74,7 +82,7 @@ def _ours_within(error: BaseException) -> FederationError | None:
 
 
 def main() -> None:
-    """Exits with status 1, and a message without a traceback, where the federation or the bundle is at fault."""
+    """Run the command. A FederationError is printed without a traceback, and the exit status is 1."""
     try:
         fire.Fire({"run": run}, name="fl-adapters bundle")
     except FederationError as error:

@@ -1,4 +1,4 @@
-"""An unmodified MONAI bundle as a participant: finding its trainer, and joining the handler to it before it runs."""
+"""Unmodified MONAI bundles as participants: find the trainer in a bundle's config, and attach the handler to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
 HANDLER, SITE = "federated_handler", "federated_site"
-"""Ids that are added to a bundle's config: for its own expressions, and to be overridden on the command line."""
+"""Ids added to a bundle's config. Its expressions may use them, and the command line may override their parts."""
 
 _CONFIGS = [
     f"{folder}{name}.{ending}"
@@ -32,9 +32,9 @@ _FOLDERS = ("save_dir", "log_dir", "output_dir")
 
 
 def config_files(bundle: Path, given: Any = None) -> list[str]:
-    """The bundle's training configuration, or what was given: relative to the working directory or to the bundle.
+    """Files of the bundle's training configuration, or the given ones, which may be relative to the bundle.
 
-    Raises ConfigError that says where it was looked for.
+    Raises ConfigError, with the places that were searched, if there is none.
     """
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
@@ -52,19 +52,19 @@ def config_files(bundle: Path, given: Any = None) -> list[str]:
 
 
 def root_of(bundle: Path) -> Path:
-    """The bundle's folder, where `bundle` may be one of its configurations."""
+    """The bundle's folder, given the folder or one of its configurations."""
     folder = bundle.parent if bundle.is_file() else bundle
     return folder.parent if folder.name == "configs" else folder
 
 
 def find_run(parser: ConfigParser, given: str | None, where: str) -> str:
-    """The id of what the bundle runs. Raises ConfigError that says where it looked."""
+    """Id of what the bundle runs. Raises ConfigError, with the ids that were tried, if there is none."""
     candidates = _RUNS if given is None else (given,)
     for name in candidates:
         if name in parser:
             return name
     raise ConfigError(
-        f"nothing says what this bundle runs; looked for {' and '.join(repr(name) for name in candidates)}",
+        f"this bundle has no entry to run; looked for {' and '.join(repr(name) for name in candidates)}",
         where=where,
         fix="name the entry: --run_id ID. At the top of the configuration are: "
         + ", ".join(name for name in parser.get() if not name.startswith(("_", HANDLER, SITE))),
@@ -72,9 +72,9 @@ def find_run(parser: ConfigParser, given: str | None, where: str) -> str:
 
 
 def find_trainer(parser: ConfigParser, given: str | None, where: str) -> str:
-    """The id of the bundle's trainer: `train#trainer`, `trainer`, or the one component that is called a trainer.
+    """Id of the bundle's trainer: `train#trainer`, `trainer`, or the only component whose class is called a trainer.
 
-    Raises ConfigError that says where it looked.
+    Raises ConfigError, with the ids that were tried, if there is none.
     """
     for name in _TRAINERS if given is None else (given,):
         if _makes_something(parser.get(name)):
@@ -92,10 +92,10 @@ def find_trainer(parser: ConfigParser, given: str | None, where: str) -> str:
 
 
 def add_handler(parser: ConfigParser, run_id: str, trainer_id: str) -> None:
-    """Let the bundle attach the handler to its trainer, right before the first step of its run that uses it.
+    """Let the bundle attach the handler to its trainer, right before the first step of its run that uses the trainer.
 
-    There and not in the list of handlers, which bundles cut and filter; and not earlier, so that the trainer is made
-    when it would have been made, with the random state of that moment.
+    The list of handlers would be the wrong place: bundles cut and filter it. An earlier step would be wrong too: the
+    trainer must be made when the bundle makes it, with the random state of that moment.
     """
     steps = parser[run_id]
     steps = list(steps) if isinstance(steps, list) else [steps]
@@ -106,13 +106,16 @@ def add_handler(parser: ConfigParser, run_id: str, trainer_id: str) -> None:
 
 
 def has_handler(parser: ConfigParser) -> bool:
-    """Whether the bundle has the handler in its own configuration, merged by hand."""
+    """Whether the bundle names the handler in its own configuration."""
     return any(component["_target_"] == _TARGET and i != HANDLER for i, component in _components(parser.get()))
 
 
 def set_epochs(parser: ConfigParser, trainer_id: str, overridden: Mapping[str, Any]) -> None:
-    """Set the bundle's own number of epochs, whatever its name, to the federation's: what the bundle computes from it,
-    such as the length of a learning-rate schedule, then fits all rounds. For rounds of epochs, on one process."""
+    """Set the bundle's own number of epochs, whatever its id, to that of the federation.
+
+    What the bundle computes from it then fits all rounds, such as the length of a learning-rate schedule. Only for
+    rounds counted in epochs, and on one process.
+    """
     refers = re.fullmatch(r"\$?@([\w#:]+)", str(parser.get(f"{trainer_id}#max_epochs")))
     if refers is None or refers[1] in overridden or refers[1] not in parser or _several_processes():
         return
@@ -122,8 +125,10 @@ def set_epochs(parser: ConfigParser, trainer_id: str, overridden: Mapping[str, A
 
 
 def place_outputs(parser: ConfigParser, root: Path, kit: Kit | None) -> None:
-    """In a simulation, move the folders that handlers and transforms write to below the site's own: those within the
-    bundle, and those within the working directory. Before anything is made from the config."""
+    """In a simulation, move the output folders of handlers and transforms below the site's own.
+
+    Moves folders within the bundle and within the working directory. Comes before anything is made from the config.
+    """
     if kit is None or not kit.simulated:
         return
     for name, component in list(_components(parser.get())):
@@ -139,9 +144,16 @@ def place_outputs(parser: ConfigParser, root: Path, kit: Kit | None) -> None:
 
 
 def workflow_of(bundle: Path, override: Mapping[str, Any], **given: Any) -> ConfigWorkflow:
-    """The bundle as MONAI's own workflow, ready to be initialised, with the handler joined to its trainer.
+    """The bundle as MONAI's own workflow, ready to be initialised, with the handler attached to its trainer.
 
-    given: run_id, init_id, final_id, meta_file, config_file, logging_file, tracking, and trainer_id; each may be None.
+    Args:
+        bundle: Folder of the bundle, or one of its configurations.
+        override: Parts of the configuration to override, by id.
+        **given: `run_id`, `init_id`, `final_id`, `meta_file`, `config_file`, `logging_file`, `tracking` as MONAI takes
+            them, and `trainer_id`. Each may be None.
+
+    Raises:
+        ConfigError: If the bundle has no training configuration, nothing to run, or no trainer.
     """
     trainer_id, run_id = given.pop("trainer_id", None), given.pop("run_id", None)
     files = config_files(bundle, given.pop("config_file", None))
@@ -153,7 +165,7 @@ def workflow_of(bundle: Path, override: Mapping[str, Any], **given: Any) -> Conf
         added["bundle_root"] = str(root)
     options = {name: value for name, value in given.items() if value is not None}
     workflow = ConfigWorkflow(config_file=files, workflow_type="train", **options, **{**added, **override})
-    workflow.parser.parse()  # what refers to other files and places ("%") is filled in
+    workflow.parser.parse()  # resolves references to other files and places ("%")
     workflow.run_id = find_run(workflow.parser, run_id, where)
     trainer = find_trainer(workflow.parser, trainer_id, where)
     if not has_handler(workflow.parser):
@@ -164,7 +176,7 @@ def workflow_of(bundle: Path, override: Mapping[str, Any], **given: Any) -> Conf
 
 
 def _components(config: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(id, config) of everything that is made from a `_target_`."""
+    """Id and config of every component, that is of everything with a `_target_`."""
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     if isinstance(config, dict) and isinstance(config.get("_target_"), str):
         yield name, config

@@ -1,4 +1,4 @@
-"""A `monai.fl.client.ClientAlgo`, such as `MonaiAlgo`, driven by the rounds of a federation."""
+"""Federated rounds for MONAI's client algorithms: any `monai.fl.client.ClientAlgo`, such as `MonaiAlgo`."""
 
 from __future__ import annotations
 
@@ -41,18 +41,34 @@ def run_client_algo(
     num_examples: int | None = None,
     required: bool = False,
 ) -> ExchangeObject:
-    """Initialise `algo`, train it through all rounds of the federation, finalise it; the final global weights.
+    """Train a MONAI client algorithm through all rounds of the federation.
 
-    Each round the algorithm gets the global weights by `train`, for as long as it thinks right (`local_epochs` of
-    MonaiAlgo), and gives its own, or their difference, by `get_weights`. Where it can, it scores each global model by
-    `evaluate`. A `trainer` that it has ends with the final weights. Outside a federation it trains one round alone.
+    Each round the algorithm gets the global weights through `train`, trains for as long as it decides (`local_epochs`
+    of `MonaiAlgo`), and gives its own weights, or their difference, through `get_weights`. If it can evaluate, it
+    scores each global model. If it has a `trainer`, that ends with the final weights. Outside a federation it trains
+    one round alone.
 
-    initial: the weights to begin with where the job has none, by name; by default those of `algo.trainer.network`,
-    else what `get_weights` gives before training. rounds: where the job does not say. stats_extra: what to ask
-    `get_data_stats` of `stats` for (by default of `algo`), once; all single numbers that it gives go to the server as
-    metrics of the first round, and nothing goes without it. The other arguments are those of every adapter.
+    Args:
+        algo: The algorithm. It is initialised here, and finalised at the end, whatever happens.
+        initial: Weights to begin with if the job has none, by name. Default: those of `algo.trainer.network`, else
+            what `get_weights` gives before training.
+        rounds: Number of rounds, if the job does not set it.
+        stats: The algorithm that computes statistics. Default: `algo`.
+        stats_extra: Argument for one call of `get_data_stats`. All single numbers in its result are sent to the server
+            as metrics of the first round. Default: no call, and nothing is sent.
+        kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`.
+        exchange: What travels: "all", or a list of name patterns. Default: the job's, else everything.
+        keep_local: Name patterns of tensors that never leave this site. They are added to the job's own.
+        evaluate_global: Whether the algorithm scores each global model. Default: yes if it can evaluate.
+        num_examples: Weight of this site in the average. Default: the size of the training set of `algo.trainer`.
+        required: Raise ConfigError instead of training alone if there is no startup kit.
 
-    Raises ConfigError for an algorithm that gives no weights, and where its number of examples is not known.
+    Returns:
+        The final global weights.
+
+    Raises:
+        ConfigError: If the algorithm gives no weights, or the number of its examples is unknown.
+        FederationError: If the run has failed.
     """
     options = Options(
         kit=kit,
@@ -138,7 +154,7 @@ def _alone(algo: ClientAlgo, initial: Mapping[str, torch.Tensor] | None, extra: 
 
 def _weights_before_training(algo: ClientAlgo, extra: dict[str, Any]) -> Mapping[str, torch.Tensor]:
     network = getattr(getattr(algo, "trainer", None), "network", None)
-    if network is not None:  # differences, which it may send, there are none as yet
+    if network is not None:  # `get_weights` might give differences, and there are none yet
         return {name: tensor.detach().cpu().clone() for name, tensor in get_state_dict(network).items()}
     given = algo.get_weights(extra)
     if not given.weights or given.weight_type != WeightType.WEIGHTS:
@@ -151,7 +167,7 @@ def _weights_before_training(algo: ClientAlgo, extra: dict[str, Any]) -> Mapping
 
 
 def _new_weights(given: ExchangeObject, task: Task) -> dict[str, torch.Tensor]:
-    """The algorithm's weights after a round; a difference is added to what the round began with."""
+    """The algorithm's weights after a round. A difference is added to the weights with which the round began."""
     if not given.is_valid_weights():
         raise ConfigError(
             f"get_weights() gave no weights in round {task.round}",
@@ -166,13 +182,13 @@ def _new_weights(given: ExchangeObject, task: Task) -> dict[str, torch.Tensor]:
 
 
 def _arrays(weights: Mapping[str, Any], names: Iterable[str]) -> Arrays:
-    """Those of `names` that there are; the server knows what is missing."""
+    """Weights by name, as arrays. Names that the algorithm does not give are left out, and the server refuses that."""
     tensors = {name: torch.as_tensor(weights[name]) for name in names if name in weights}
     return {name: as_array(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
 
 
 def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
-    """Tensors of the algorithm's own: the arrays are the session's."""
+    """Copies as tensors, since the arrays are views of the session's buffer."""
     return {name: as_tensor(array).clone() for name, array in arrays.items()}
 
 
@@ -189,16 +205,16 @@ def _evaluates(algo: ClientAlgo, settings: SiteSettings) -> bool:
 
 
 def _score(algo: ClientAlgo, arrays: Arrays, extra: dict[str, Any]) -> tuple[dict[str, float], int]:
-    found = algo.evaluate(ExchangeObject(weights=_tensors(arrays), weight_type=WeightType.WEIGHTS), extra)
+    score = algo.evaluate(ExchangeObject(weights=_tensors(arrays), weight_type=WeightType.WEIGHTS), extra)
     loader = getattr(getattr(algo, "evaluator", None), "data_loader", None)
-    return plain_numbers(found.metrics or {}), size_of(loader, math.inf, 1) or 1
+    return plain_numbers(score.metrics or {}), size_of(loader, math.inf, 1) or 1
 
 
 def _training_examples(algo: ClientAlgo) -> int:
     examples = size_of(getattr(getattr(algo, "trainer", None), "data_loader", None), math.inf, 1)
     if not examples:
         raise ConfigError(
-            "the number of this site's training examples is not known",
+            "the number of this site's training examples is unknown",
             where=type(algo).__name__,
             fix="pass num_examples=: it is the weight of this site in the average",
         )
@@ -206,7 +222,7 @@ def _training_examples(algo: ClientAlgo) -> int:
 
 
 def _numbers(given: ExchangeObject) -> Iterator[tuple[str, float]]:
-    """("stats/train/data_count", 12.0) and so on: every single number of the statistics; nothing of lists."""
+    """Every single number of the statistics, such as ("stats/train/data_count", 12.0). Lists are left out."""
 
     def walk(value: Any, name: str) -> Iterator[tuple[str, float]]:
         if isinstance(value, Mapping):
