@@ -1,4 +1,4 @@
-"""The command line, `fl-adapters`. Each command's module is imported when the command is run."""
+"""The command line `fl-adapters`. The module of a command is imported when the command runs."""
 
 from fl_adapters.cli.app import main
 

@@ -1,4 +1,7 @@
-"""The commands and their options. What they do is in modules of their own, imported when needed."""
+"""Command line `fl-adapters`: the commands for one machine and their options. Each command's code is in its own module.
+
+Modules of commands are imported when a command runs, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from fl_runtime.version import VERSION
 
 app = typer.Typer(
     name="fl-adapters",
-    help="Federated learning for training scripts that work.",
+    help="Federated learning with training scripts that already work.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: the examples keep their lines
+    rich_markup_mode=None,  # plain help keeps the lines of the examples
 )
 
 
 def main() -> None:
-    """What the `fl-adapters` command calls. Exits with status 0 on success, 1 on a failure, 2 on wrong usage."""
+    """Entry point of the command `fl-adapters`. Exits with status 0 on success, 1 on failure and 2 on wrong usage."""
     app(prog_name="fl-adapters")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"fl-adapters {VERSION}")
         raise typer.Exit
 
@@ -44,10 +47,10 @@ def _options(
 
 
 _Script = Annotated[
-    str, typer.Argument(metavar="SCRIPT", help="The training script (with -m: the module). Left out: the job's app.")
+    str, typer.Argument(metavar="SCRIPT", help="Training script; with -m, a module. Default: the app of --job.")
 ]
 _Args = Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
 @app.command(
@@ -58,33 +61,60 @@ Examples:
   fl-adapters simulate train.py --lr 0.1 --sites 3        --lr goes to the script
   fl-adapters simulate train.py --sites 3 -- --name mine  --name goes to the script
   fl-adapters simulate -m package.train --job job.yml --json
-  fl-adapters simulate train.py:step --sites 1000 --rounds 9 --engine processes    many sites, a few processes""",
+  fl-adapters simulate train.py:step --sites 1000 --rounds 9 --engine processes    many sites, few processes""",
 )
 def simulate(
     script: _Script = "",
     args: _Args = None,
-    sites: Annotated[str | None, typer.Option(help="How many sites, or their names: a,b,c. Default: 3.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Without it the trainer's own budget decides.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="fedavg, or such as fedavg:weights=equal.")] = None,
-    job: Annotated[Path | None, typer.Option(help="A job file (YAML); options given here win over it.")] = None,
-    gpus: Annotated[str, typer.Option(help="Devices to deal out to the sites in turn: 0,1")] = "",
-    every: Annotated[str | None, typer.Option(help='Between exchanges: "epoch", "2 epochs", or steps.')] = None,
-    min_sites: Annotated[int | None, typer.Option(help="Updates a round needs. Default: every site's.")] = None,
-    deadline_s: Annotated[float | None, typer.Option(help="A round's deadline. Default: a day.")] = None,
-    optimizer_state: Annotated[str | None, typer.Option(help="keep, reset or average.")] = None,
-    name: Annotated[str | None, typer.Option(help="The job's name. Default: from the script and the time.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where the run's folder goes.")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="The server's port; 0 takes a free one.", min=0, max=65535)] = 0,
-    engine: Annotated[str | None, typer.Option(help="Virtual sites: processes, or ray.")] = None,
-    workers: Annotated[int | None, typer.Option(help="That carry out their work. Default: one per core.")] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="Number of sites, or their names: north,south. Default: the job's, else 3.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Number of rounds. Default: the job's, else as many as the trainer's own budget.")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="Strategy and its options, such as fedprox:mu=0.1. Default: fedavg."),
+    ] = None,
+    job: Annotated[
+        Path | None, typer.Option(help="Job file (YAML). Options on the command line replace its fields.")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="CUDA devices that the sites get in turn: 0,1. Default: all see all.")] = "",
+    every: Annotated[
+        str | None,
+        typer.Option(help='Training between exchanges: "epoch", "2 epochs", or a number of optimizer steps.'),
+    ] = None,
+    min_sites: Annotated[
+        int | None, typer.Option(help="Number of updates that a round needs. Default: one from every site.")
+    ] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option(help="Seconds after which a round closes without late sites. Default: a day.")
+    ] = None,
+    optimizer_state: Annotated[
+        str | None,
+        typer.Option(help="Optimizer state after new weights arrive: keep, reset or average. Default: keep."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job and of its folder. Default: from the script and the time.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Folder that the run's own folder is made in.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="TCP port of the server; 0 takes a free one.", min=0, max=65535)] = 0,
+    engine: Annotated[
+        str | None, typer.Option(help="Simulate virtual sites with: processes, or ray. Default: a process per site.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of workers for virtual sites. Default: one per core.")
+    ] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Run SCRIPT once per site on this machine, federated; with --engine a function for each of many virtual sites.
+    """Run a training script as a federation on this machine, once per site.
 
-    The options below are recognised anywhere before "--". Any other option after SCRIPT, and all that follows
-    "--", goes to the script. Each site's output is in runs/JOB/sites/SITE/log.txt, the results are in runs/JOB.
-    Ctrl-C ends all sites. Exit status 0 only if every round finished.
+    With --engine, SCRIPT names a function (train.py:step) that a few workers call for each of many virtual sites.
+
+    The options below may stand anywhere before "--". Any other option after SCRIPT, and all that follows "--", goes
+    to the script. The output of each site is in runs/JOB/sites/SITE/log.txt, the results are in runs/JOB. Ctrl-C ends
+    all sites. The exit status is 0 only if every round finished.
     """
     from fl_adapters.cli import simulate as command
 
@@ -98,7 +128,7 @@ def simulate(
         "optimizer_state": optimizer_state,
         "name": name,
     }
-    wanted = command.SimulateOptions(
+    options = command.SimulateOptions(
         app=script,
         job_file=job,
         settings={field: value for field, value in settings.items() if value is not None},
@@ -110,7 +140,7 @@ def simulate(
         engine=engine,
         workers=workers,
     )
-    sys.exit(command.run(wanted, as_json))
+    sys.exit(command.run(options, as_json))
 
 
 @app.command(
@@ -121,14 +151,17 @@ Examples:
   fl-adapters doctor --kit kits/north"""
 )
 def doctor(
-    folder: Annotated[Path, typer.Option(help="Where runs go.")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="Is this port free? 0: any.", min=0, max=65535)] = 0,
-    kit: Annotated[Path | None, typer.Option(help="A startup kit to check: files, certificate, server, clock.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for runs, to check its disk.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="TCP port to check; 0 checks none.", min=0, max=65535)] = 0,
+    kit: Annotated[
+        Path | None, typer.Option(help="Startup kit to check: its files, certificate, server and clock.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Check versions, ports, disk and the startup kit, and say what to do about what is wrong.
+    """Check this machine and a startup kit, and say how to fix what is wrong.
 
-    Exit status 1 if something is wrong that keeps a run from working.
+    Checks versions, ports, disk and limits; with --kit also the certificate, the way to the server and its clock. The
+    exit status is 1 if a problem keeps runs from working.
     """
     from fl_adapters.cli.doctor import command
 
@@ -143,15 +176,16 @@ Examples:
 )
 def privacy(
     folder: Annotated[
-        Path | None, typer.Argument(help="A startup kit, or the folder of a run. Default: $FL_ADAPTERS_KIT.")
+        Path | None, typer.Argument(help="Startup kit, or folder of a run. Default: $FL_ADAPTERS_KIT.")
     ] = None,
-    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
+    delta: Annotated[float, typer.Option(help="Delta at which epsilon is stated, between 0 and 1.")] = 1e-5,
     as_json: _Json = False,
 ) -> None:
-    """Show the privacy ledger: what left under differential privacy, and the epsilon it adds up to.
+    """Show the privacy ledger: what left a site under differential privacy, and the total epsilon.
 
-    Epsilon holds for whole updates of a site, in the adjacency of the filter that spent it (docs/filters.md). noise is
-    relative to what one unit can change: the standard deviation of gaussian, the scale of laplace, the epsilon of pure.
+    Epsilon holds for whole updates of a site, in the adjacency of the filter that spent it (docs/filters.md). The
+    column noise is relative to what one unit can change: the standard deviation of gaussian, the scale of laplace, the
+    epsilon of pure.
     """
     from fl_adapters.cli import privacy as command
 
@@ -166,14 +200,17 @@ Examples:
   fl-adapters ckks-key ckks.key --job job.yml""",
 )
 def ckks_key(
-    file: Annotated[Path, typer.Argument(help="Where to write it: ckks.key in a site's startup kit.")],
-    job: Annotated[Path | None, typer.Option(help="A job file whose HomomorphicCKKS says the parameters.")] = None,
+    file: Annotated[Path, typer.Argument(help="File to write: ckks.key in a site's startup kit.")],
+    job: Annotated[
+        Path | None,
+        typer.Option(help="Job file whose filter HomomorphicCKKS has other parameters than the default."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Make the key of HomomorphicCKKS, once, at one of the sites.
+    """Make the sites' common key for encrypted averages (HomomorphicCKKS). Do this once, at one site.
 
-    Every site of the federation needs a copy as ckks.key in its startup kit; the server must never have one. Who has
-    it can read every update. The fingerprint that is shown is of the public part and may be compared by telephone.
+    Every site needs a copy as ckks.key in its startup kit. The server must never have one: whoever has it can read
+    every update. The fingerprint shown is that of the public part; sites may compare it by telephone.
     """
     from fl_adapters.cli import ckks_key as command
 
@@ -190,13 +227,15 @@ Examples:
   fl-adapters simulate -m fl_adapters.monai run my_bundle --sites 4 --rounds 10""",
 )
 def bundle(
-    arguments: Annotated[list[str], typer.Argument(metavar="run DIR [ARGUMENTS]", help="See `bundle run -- --help`.")],
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="run DIR [ARGUMENTS]", help="See `fl-adapters bundle run -- --help`.")
+    ],
 ) -> None:
-    """Run a MONAI bundle, unmodified, as a participant of a federation.
+    """Run an unmodified MONAI bundle as a participant of a federation.
 
-    DIR is the bundle's folder. --kit names the startup kit, else $FL_ADAPTERS_KIT does; all other ARGUMENTS are those
-    of `python -m monai.bundle run`: --id VALUE overrides a part of the bundle's configuration. In expressions
-    @federated_site.name and .index tell this site from the others:
+    DIR is the bundle's folder. --kit names the startup kit; without it, $FL_ADAPTERS_KIT does. All other ARGUMENTS are
+    those of `python -m monai.bundle run`: --id VALUE replaces a part of the bundle's configuration. Expressions may use
+    the name and index of this site:
 
     --dataset_dir '$"data/" + @federated_site.name'
     """

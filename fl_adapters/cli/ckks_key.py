@@ -1,4 +1,4 @@
-"""`fl-adapters ckks-key`: the sites' common key for encrypted averages."""
+"""Command `fl-adapters ckks-key`: makes the sites' common key for encrypted averages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fl_runtime.filters.ckks_key import make_key
 
 
 def run(file: Path, job: Path | None, as_json: bool) -> int:
-    """Exit status 0 if the key was made."""
+    """Make the key. Returns exit status 0."""
     with report_errors(as_json):
         fingerprint = make_key(file, _settings(job))
         if as_json:
             show_json({"file": str(file), "fingerprint": fingerprint})
         else:
             print(f"{file}: key {fingerprint}")
-            print("Give a copy to every site, as ckks.key in its startup kit, and never to the server.")
+            print("Copy it to every site as ckks.key in the startup kit, and never to the server.")
     return 0
 
 
@@ -30,4 +30,4 @@ def _settings(job: Path | None) -> HomomorphicCKKS:
     for item in at_point(Job.from_file(job).filters, "site_out"):
         if isinstance(item, HomomorphicCKKS):
             return item
-    raise ConfigError("this job does not encrypt", where=str(job), fix="add HomomorphicCKKS to its filters")
+    raise ConfigError("this job has no filter HomomorphicCKKS", where=str(job), fix="add it to the job's filters")

@@ -1,4 +1,4 @@
-"""The live table of a simulation, and the table of its rounds at the end."""
+"""Live table of a running simulation, and the table of its rounds at the end."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 _ROUNDS_SHOWN = 30
 _SITES_SHOWN = 24
-"""More sites than these are shown by their states: nobody reads a thousand rows, and no screen has them."""
+"""Largest number of sites with a row each. Above it, the table has a row per state."""
 _COLUMNS = ("site", "state", "round", "loss", "examples", "up", "down", "seconds")
 
 
 class _LiveView:
-    """A listener: keeps the view, and prints what must not scroll away with the table."""
+    """Listener that updates the view, and prints log lines of failed sites above the table."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -40,7 +40,7 @@ class _LiveView:
 
 @contextmanager
 def live_table(console: Console) -> Iterator[_LiveView]:
-    """Shows a table that follows the events given to the listener that this yields."""
+    """Show a table during this block, and give the block the listener that feeds the table."""
     listener = _LiveView(console)
     with Live(console=console, get_renderable=lambda: _table(listener.view), refresh_per_second=5) as live:
         yield listener
@@ -65,15 +65,15 @@ def _table(view: RunView) -> RenderableType:
 
 
 def _by_state(sites: list[SiteView]) -> list[tuple[str, SiteView]]:
-    """A row per state: how many sites, the newest round of any, mean loss, sums of examples and bytes, and the longest
-    time."""
+    """One row per state of sites, labelled with their number."""
     states: dict[str, list[SiteView]] = {}
     for site in sites:
         states.setdefault(site.state, []).append(site)
-    return [(f"{len(group)} sites", _together(state, group)) for state, group in sorted(states.items())]
+    return [(f"{len(group)} sites", _combine(state, group)) for state, group in sorted(states.items())]
 
 
-def _together(state: str, group: list[SiteView]) -> SiteView:
+def _combine(state: str, group: list[SiteView]) -> SiteView:
+    """Sites in the same state as one row: newest round, mean loss, sums of examples and bytes, longest time."""
     losses = [site.loss for site in group if site.loss is not None]
     return SiteView(
         state=state,
@@ -108,11 +108,11 @@ def _cells(site: SiteView) -> list[str]:
 
 
 def rounds_table(result: SimulationResult) -> Table:
-    """A row per round; of many rounds the last ones."""
+    """Table with one row per round, limited to the last rounds."""
     shown = result.rounds[-_ROUNDS_SHOWN:]
     metrics = list(dict.fromkeys(name for item in shown for name in item.metrics))
     left_out = len(result.rounds) - len(shown)
-    table = Table(title=f"{result.job}", caption=f"{left_out} rounds before these" if left_out else None)
+    table = Table(title=f"{result.job}", caption=f"{left_out} earlier rounds are not shown" if left_out else None)
     table.add_column("round", justify="right")
     for name in (*metrics, "sites", "up", "down", "seconds"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""How commands speak: errors as a short panel, results as JSON."""
+"""Output of the commands: errors as a short panel on stderr, results as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ INTERRUPTED = 130
 
 
 def console_for(as_json: bool) -> Console:
-    """A terminal that shows every text as it is: brackets in an error, a path or a name are no markup. On stderr where
-    stdout is for JSON."""
+    """Console for human-readable output: stdout, or stderr if stdout is reserved for JSON.
+
+    It shows text as it is. Brackets in an error, a path or a name are not markup.
+    """
     from rich.console import Console
 
     return Console(stderr=as_json, markup=False, emoji=False)
@@ -29,19 +31,20 @@ def console_for(as_json: bool) -> Console:
 
 @contextmanager
 def report_errors(as_json: bool) -> Iterator[None]:
-    """Turns our errors and Ctrl-C into a message on stderr, with `as_json` also a JSON object, and an exit status."""
+    """Turn a FederationError or Ctrl-C in this block into a message (with `as_json` also JSON) and an exit status."""
     try:
         yield
     except FederationError as error:
         show_error(error, as_json)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        stopped = AbortedError("stopped by Ctrl-C", fix="start it again; what the run has left can be inspected")
+        stopped = AbortedError("stopped by Ctrl-C", fix="start it again, or inspect the files that the run has written")
         show_error(stopped, as_json)
         raise typer.Exit(INTERRUPTED) from None
 
 
 def show_error(error: FederationError, as_json: bool) -> None:
+    """Print an error to stderr, as a panel on a terminal; with `as_json` also as JSON to stdout."""
     if sys.stderr.isatty():
         from rich.panel import Panel
         from rich.text import Text
@@ -54,11 +57,12 @@ def show_error(error: FederationError, as_json: bool) -> None:
 
 
 def show_json(fields: Mapping[str, Any]) -> None:
+    """Print one JSON object as one line on stdout."""
     print(json.dumps(_plain(fields), allow_nan=False), flush=True)
 
 
 def _plain(value: Any) -> Any:
-    """NaN and infinities, which JSON does not have, become null."""
+    """Replace NaN and infinities, which JSON lacks, by null."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

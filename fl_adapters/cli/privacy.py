@@ -1,4 +1,4 @@
-"""`fl-adapters privacy`: what has been spent of a privacy budget, and by whom."""
+"""Command `fl-adapters privacy`: shows what has been spent of a privacy budget, and by which jobs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _SHOWN = 20
 
 
 def run(folder: Path | None, delta: float, as_json: bool) -> int:
-    """Exit status 0 also for an empty ledger."""
+    """Show all ledgers in a folder. Returns exit status 0."""
     with report_errors(as_json):
         if not 0 < delta < 1:
-            raise ConfigError(f"delta is {delta:g}", where="--delta", fix="give a number between 0 and 1, such as 1e-5")
+            raise ConfigError(
+                f"delta {delta:g} is out of range", where="--delta", fix="give a number between 0 and 1, such as 1e-5"
+            )
         found = [_ledger(path, delta) for path in _paths(_folder(folder))]
         if as_json:
             show_json({"delta": delta, "ledgers": found})
@@ -37,7 +39,7 @@ def _folder(given: Path | None) -> Path:
     name = given or os.environ.get(KIT_VARIABLE)
     if name is None:
         raise ConfigError(
-            "there is no kit to look into", where="FOLDER", fix=f"name a kit's or a run's folder, or set {KIT_VARIABLE}"
+            "no folder was named", where="FOLDER", fix=f"name a startup kit or a run's folder, or set {KIT_VARIABLE}"
         )
     return Path(name)
 
@@ -46,10 +48,10 @@ def _paths(folder: Path) -> list[Path]:
     found = sorted(folder.rglob(LEDGER_FILE)) if folder.is_dir() else []
     if not found:
         raise ConfigError(
-            "there is no privacy ledger here",
+            "there is no privacy ledger in this folder",
             where=str(folder),
-            fix="name the folder of a startup kit, or runs/JOB; a ledger begins with the first round of a filter with "
-            "a privacy budget",
+            fix="name a startup kit, or runs/JOB; a ledger begins with the first round of a filter with a privacy "
+            "budget",
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Telling our options from the script's: `simulate train.py --lr 0.1 --sites 3`."""
+"""Separates our options from the script's in a line such as `simulate train.py --lr 0.1 --sites 3`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,36 @@ from typer.core import TyperCommand
 
 @dataclass(frozen=True)
 class Split:
-    """A command line taken apart. script: None if there is none. rest: what goes to the script."""
+    """A command line, split into our options and the script's.
+
+    Attributes:
+        ours: Our options, with their values.
+        script: Name of the script, or None.
+        rest: Arguments of the script.
+        doubtful: Options that go to the script but resemble ours, as pairs (given, ours).
+    """
 
     ours: list[str]
     script: str | None
     rest: list[str]
-    doubtful: list[tuple[str, str]]  # (given, ours that it resembles)
+    doubtful: list[tuple[str, str]]
 
 
 def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> Split:
-    """Our options wherever they stand before "--"; the first word is the script, all else after it is the script's.
+    """Split a command line. Our options may stand anywhere before "--"; the first other word is the script.
 
-    takes_value: our options, and whether the next word is their value. An unknown option before the script stays
-    with ours, where it is an error.
+    An unknown option before the script counts as ours, and the parser reports it. After the script it is the script's.
+
+    Args:
+        args: Words of the command line.
+        takes_value: Our options, and whether each takes the next word as its value.
+
+    Returns:
+        The parts.
     """
     head, _, after = _partition(list(args))
     ours: list[str] = []
-    words: list[str] = []  # the script and what goes to it
+    words: list[str] = []  # the script and its arguments
     doubtful: list[tuple[str, str]] = []
     queue = iter(head)
     for word in queue:
@@ -39,7 +52,7 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> Split:
             if takes_value[name] and "=" not in word:
                 value = next(queue, None)
                 if value is None:
-                    return Split([word], None, [], [])  # an error, which the parser words
+                    return Split([word], None, [], [])  # the parser reports the missing value
                 ours.append(value)
         elif word.startswith("-") and not words:
             ours.append(word)
@@ -58,7 +71,7 @@ def _partition(args: list[str]) -> tuple[list[str], bool, list[str]]:
 
 
 class ScriptCommand(TyperCommand):
-    """A command whose first argument is a script and that leaves unknown options to it."""
+    """A command whose first argument is a script, which gets all unknown options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and self.no_args_is_help:

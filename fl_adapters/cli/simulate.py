@@ -1,4 +1,4 @@
-"""`fl-adapters simulate`: builds the job, shows the run while it goes on, and sums it up."""
+"""Commands `fl-adapters simulate` and `job resume`: build the job, show the run's progress, and sum it up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SimulateOptions:
-    """The command line. settings: fields of the job that were given as options, as they were typed."""
+    """Options of `fl-adapters simulate`.
+
+    Attributes:
+        app: The script or module, or "" to use that of the job file.
+        job_file: Job file, or None.
+        settings: Fields of the job that were given as options, as they were typed.
+        args: Arguments of the script.
+        module: Whether `app` is a module.
+        gpus: CUDA devices of the sites.
+        folder: Folder for runs.
+        port: TCP port of the server, or 0.
+        engine: Engine of virtual sites, or None.
+        workers: Number of workers of virtual sites, or None.
+    """
 
     app: str
     job_file: Path | None
@@ -40,22 +53,22 @@ class SimulateOptions:
     workers: int | None = None
 
 
-def run(wanted: SimulateOptions, as_json: bool) -> int:
-    """Exit status 0: every round finished. Human output goes to stderr where stdout is for JSON."""
+def run(options: SimulateOptions, as_json: bool) -> int:
+    """Run the simulation. Returns exit status 0 if every round finished."""
     console = console_for(as_json)
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
     with report_errors(as_json), _sigterm_as_ctrl_c():
-        job = _job(wanted)
-        result = _simulated(wanted, job, console)
+        job = _make_job(options)
+        result = _simulate(options, job, console)
         if as_json:
-            show_json(_json(result))
+            show_json(_json_fields(result))
         else:
             _sum_up(result, console)
     return 0
 
 
 def resume(folder: Path, as_json: bool) -> int:
-    """Exit status 0: every round finished."""
+    """Continue the simulation in a folder. Returns exit status 0 if every round finished."""
     console = console_for(as_json)
     console.print("fl-adapters job resume: starting", style="dim")
     with report_errors(as_json), _sigterm_as_ctrl_c():
@@ -64,7 +77,7 @@ def resume(folder: Path, as_json: bool) -> int:
         with _listening(console) as listener:
             result = Simulation(listeners=(listener,), quiet=True).resume(folder)
         if as_json:
-            show_json(_json(result))
+            show_json(_json_fields(result))
         else:
             _sum_up(result, console)
     return 0
@@ -72,7 +85,7 @@ def resume(folder: Path, as_json: bool) -> int:
 
 @contextmanager
 def _listening(console: Console) -> Iterator[Listener]:
-    """Who shows the run while it goes on: a live table, or lines where there is no terminal."""
+    """Give this block a listener that shows progress: a live table on a terminal, else lines."""
     if not console.is_terminal:
         yield ProgressLines(console.file)
         return
@@ -82,7 +95,7 @@ def _listening(console: Console) -> Iterator[Listener]:
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Job schedulers and CI end a command with SIGTERM: the sites are to end in the same orderly way."""
+    """Treat SIGTERM, which job schedulers and CI send, as Ctrl-C, so that the sites end in the same orderly way."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -94,40 +107,40 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _job(wanted: SimulateOptions) -> Job:
+def _make_job(options: SimulateOptions) -> Job:
     from fl_adapters.job import Job
 
-    given = dict(wanted.settings)
+    given = dict(options.settings)
     if "sites" in given:
         given["sites"] = _sites(given["sites"])
     if str(given.get("every", "")).isdigit():
         given["every"] = int(given["every"])
-    if wanted.app:
-        given["app"] = wanted.app
-    if wanted.job_file is not None:
-        return Job.from_file(wanted.job_file, **given)
+    if options.app:
+        given["app"] = options.app
+    if options.job_file is not None:
+        return Job.from_file(options.job_file, **given)
     if "app" not in given:
         raise ConfigError("there is nothing to run", where="SCRIPT", fix="name the training script, or give --job FILE")
     return Job(**given)
 
 
 def _sites(text: str) -> int | tuple[str, ...]:
-    """3, or names: north,south."""
+    """Parse a number of sites, or names such as "north,south"."""
     return int(text) if text.lstrip("-").isdigit() else tuple(name.strip() for name in text.split(","))
 
 
-def _simulated(wanted: SimulateOptions, job: Job, console: Console) -> SimulationResult:
+def _simulate(options: SimulateOptions, job: Job, console: Console) -> SimulationResult:
     from fl_adapters.environments.simulation import Simulation
 
     with _listening(console) as listener:
         simulation = Simulation(
-            args=wanted.args,
-            module=wanted.module,
-            gpus=wanted.gpus,
-            folder=wanted.folder,
-            port=wanted.port,
-            engine=cast("Engine | None", wanted.engine),  # Simulation refuses others
-            workers=wanted.workers,
+            args=options.args,
+            module=options.module,
+            gpus=options.gpus,
+            folder=options.folder,
+            port=options.port,
+            engine=cast("Engine | None", options.engine),  # Simulation refuses others
+            workers=options.workers,
             listeners=(listener,),
             quiet=True,
         )
@@ -135,10 +148,11 @@ def _simulated(wanted: SimulateOptions, job: Job, console: Console) -> Simulatio
 
 
 def _sum_up(result: SimulationResult, console: Console) -> None:
+    """Print the rounds and where the results are."""
     console.print(rounds_table(result))
-    shown = {"model": result.model, "best": result.best, "history": result.folder / "history.csv"}
+    paths = {"model": result.model, "best": result.best, "history": result.folder / "history.csv"}
     logs = next((folder for name in ("workers", "sites") if (folder := result.folder / name).exists()), None)
-    for name, path in {**shown, "logs": logs}.items():
+    for name, path in {**paths, "logs": logs}.items():
         if path is not None:
             best = f" (round {result.best_round})" if name == "best" else ""
             console.print(f"{name:8} {_short(path)}{best}", highlight=False, soft_wrap=True)
@@ -149,7 +163,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _json(result: SimulationResult) -> dict[str, Any]:
+def _json_fields(result: SimulationResult) -> dict[str, Any]:
     return {
         "job": result.job,
         "rounds": len(result.rounds),

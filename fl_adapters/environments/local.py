@@ -74,6 +74,9 @@ def select_sites(job: Job, requested: int | Sequence[str] | None) -> tuple[str, 
         job: The job. The file of its initial model, if it names one, must exist.
         requested: The environment's sites, as a number or as names; None leaves the choice to the job.
 
+    Returns:
+        The names, in order.
+
     Raises:
         ConfigError: Job and environment name different sites, or the initial model's file is missing.
     """
@@ -167,10 +170,7 @@ def site_processes(server: JobServer, run: LocalRun) -> Iterator[SiteProcesses]:
 def follow(server: JobServer, processes: SiteProcesses, run: LocalRun) -> list[SiteExit]:
     """Wait until every site's process has ended, and tell the server of sites that ended too early.
 
-    With `exact_restart`, a process that was killed is started again.
-
-    Returns:
-        The end of each site's process, in the order in which they ended.
+    With `exact_restart`, a process that was killed is started again. Returns how each site's process ended.
     """
     exits: list[SiteExit] = []
     restarts: Counter[tuple[str, str]] = Counter()
@@ -232,6 +232,9 @@ def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, 
         run: The run.
         exits: Ends of the site processes; None if sites have no processes of their own.
         began: Start of the run in seconds of `time.monotonic`.
+
+    Returns:
+        The result, with paths of the exported models.
 
     Raises:
         FederationError: The run failed; the error is the cause.

@@ -51,6 +51,9 @@ def run_error(
         error: The server's error, if any.
         exits: Ends of all site processes.
         settings: Settings of the run.
+
+    Returns:
+        The error, with the end of the log of the site that caused it.
     """
     failed = [item for item in exits if item.status != 0]
     if error is None:

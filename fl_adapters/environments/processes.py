@@ -160,6 +160,9 @@ def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[
         sites: Number of sites that share this machine's cores.
         port: Free TCP port for the site's own distributed training (DDP).
         gpu: The only device that the site may use; None leaves `CUDA_VISIBLE_DEVICES` alone.
+
+    Returns:
+        The complete environment for the site's process.
     """
     # torchrun reads PET_MASTER_PORT if it is the site's command
     own = {KIT_VARIABLE: str(kit), "MASTER_PORT": str(port), "PET_MASTER_PORT": str(port)}

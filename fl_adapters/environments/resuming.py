@@ -46,8 +46,7 @@ def save(folder: Path, started: StartArguments) -> None:
 def load(folder: Path) -> tuple[StartArguments, Job]:
     """The arguments and the job of the run in `folder`.
 
-    Raises:
-        ConfigError: There is no simulation in `folder`, or it was started in another working directory.
+    Raises ConfigError if there is no simulation in `folder`, or if it was started in another working directory.
     """
     try:
         fields: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""The command `doctor`: what is wrong with an installation or a startup kit, and what to do about it."""
+"""Command `fl-adapters doctor`: finds what is wrong with an installation or a startup kit, and says how to fix it."""

@@ -1,4 +1,4 @@
-"""What `doctor` finds."""
+"""Result of one check of `fl-adapters doctor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ Status: TypeAlias = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. A "problem" keeps runs from working; a "note" may matter to some."""
+    """Result of one check.
+
+    Attributes:
+        name: What was checked.
+        status: "ok"; "note" for what may matter to some; "problem" for what keeps runs from working.
+        detail: What was found.
+        fix: What to do, or "".
+    """
 
     name: str
     status: Status

@@ -1,4 +1,4 @@
-"""`fl-adapters doctor`: what is installed, what this machine allows, and what to do about what is wrong."""
+"""Command `fl-adapters doctor`: checks what is installed and what this machine allows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TIMEOUT_S = 10.0
 
 
 def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
-    """Exit status 1 if there is a problem."""
+    """Run all checks and show them. Returns exit status 1 if there is a problem."""
     console = console_for(as_json)
     console.print("fl-adapters doctor: checking", style="dim")
     checks = [*_machine(), *_packages(), _loopback(), _disk(folder), _open_files()]
@@ -54,7 +54,7 @@ def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
 def _table(checks: list[Check]) -> Table:
     table = Table("", "check", show_lines=False)
     for heading in ("found", "to do"):
-        table.add_column(heading, overflow="fold")  # a fingerprint must be there to its end
+        table.add_column(heading, overflow="fold")  # fold, so that a fingerprint is shown in full
     for check in checks:
         table.add_row(Text(check.status, style=_STYLES[check.status]), check.name, check.detail, check.fix)
     return table
@@ -68,7 +68,7 @@ def _machine() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    """Ours, and what its own metadata asks for: the base dependencies, and of the extras what is installed."""
+    """Checks of fl-adapters and of the packages in its metadata. Packages of extras may be missing."""
     try:
         yield Check("fl-adapters", "ok", metadata.version("fl-adapters"))
         wanted = metadata.requires("fl-adapters") or []
@@ -91,7 +91,7 @@ def _package(name: str, floor: str, extra: str) -> Check:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         if extra:
-            return Check(name, "ok", f"not installed, needed by [{extra}] alone")
+            return Check(name, "ok", f"not installed; only [{extra}] needs it")
         return Check(name, "problem", "missing", f"pip install '{name}>={floor}'")
     if floor and _numbers(found) < _numbers(floor):
         return Check(name, "problem", f"{found} is too old", f"pip install '{name}>={floor}'")
@@ -99,7 +99,7 @@ def _package(name: str, floor: str, extra: str) -> Check:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu -> (2, 13), without zeros at the end."""
+    """Numbers of a version without trailing zeros: (2, 13) for "2.13.0+cpu"."""
     numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", version, maxsplit=1)[0])]
     while numbers and numbers[-1] == 0:
         numbers.pop()
@@ -107,16 +107,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _loopback() -> Check:
-    """A call over a real connection of this machine to itself."""
-    found = _within(_TIMEOUT_S, _echo)
-    if found == "":
-        return Check("gRPC on the loopback", "ok", "a message went there and back")
+    """Send a message over a real gRPC connection of this machine to itself."""
+    error = _within(_TIMEOUT_S, _echo)
+    if error == "":
+        return Check("gRPC on the loopback", "ok", "a message made the round trip")
     fix = "allow connections to 127.0.0.1; if a proxy is set, put 127.0.0.1 into $no_proxy"
-    return Check("gRPC on the loopback", "problem", found or f"no answer within {_TIMEOUT_S:g} s", fix)
+    return Check("gRPC on the loopback", "problem", error or f"no answer within {_TIMEOUT_S:g} s", fix)
 
 
 def _echo() -> str:
-    """What went wrong, empty if it works."""
+    """Send a message and get it back. Returns what went wrong, or ""."""
     try:
         from fl_runtime.transport.grpc import GrpcServer, GrpcTransport, tokens_to_names
     except ImportError as error:
@@ -125,7 +125,7 @@ def _echo() -> str:
     client = GrpcTransport(server.start("127.0.0.1", 0), "secret")
     try:
         answer = list(client.call("Join", b"ping"))
-        return "" if answer == [b"ping"] else "a message came back changed"
+        return "" if answer == [b"ping"] else "the message came back changed"
     except FederationError as error:
         return error.what
     finally:
@@ -134,14 +134,14 @@ def _echo() -> str:
 
 
 class _Echo:
-    """A service that answers with what it was sent."""
+    """A service that sends every message back."""
 
     def handle(self, method: str, peer: object, requests: Iterator[bytes]) -> Iterator[bytes]:
         yield from requests
 
 
 def _within(timeout_s: float, work: Callable[[], str]) -> str | None:
-    """The result of `work`, None if it takes longer; it is left to itself then."""
+    """The result of `work`, or None if it takes longer than `timeout_s` seconds. Its thread then continues alone."""
     results: list[str] = []
     thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()
@@ -154,7 +154,12 @@ def _port(port: int) -> Check:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            return Check(f"port {port}", "problem", error.strerror or str(error), "choose another, or end who uses it")
+            return Check(
+                f"port {port}",
+                "problem",
+                error.strerror or str(error),
+                "choose another port, or end the program that uses it",
+            )
     return Check(f"port {port}", "ok", "free")
 
 
@@ -164,7 +169,7 @@ def _disk(folder: Path) -> Check:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        return Check("disk", "problem", f"{parent}: {error.strerror}", "choose another place with --folder")
+        return Check("disk", "problem", f"{parent}: {error.strerror}", "choose another folder with --folder")
     free = shutil.disk_usage(parent).free
     detail = f"{parent} is writable, {free / 2**30:.1f} GiB free"
     if free < _NEEDED_BYTES:
@@ -174,7 +179,7 @@ def _disk(folder: Path) -> Check:
 
 def _open_files() -> Check:
     if os.name != "posix":
-        return Check("open files", "ok", "no limit to set here")
+        return Check("open files", "ok", "this system has no such limit")
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""`fl-adapters doctor --kit`: a startup kit, its certificate, the way to the server, and the server's clock."""
+"""Checks of `fl-adapters doctor --kit`: the kit's files, its certificate, the way to the server, and the clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ _AUTHORITY_DAYS = 180
 
 
 def kit_checks(folder: Path) -> Iterator[Check]:
-    """From the files to the server; stops where the next check could only fail for the same reason."""
+    """Checks from the files to the server. Stops where the next check could only fail for the same reason.
+
+    Args:
+        folder: Folder of the startup kit.
+
+    Yields:
+        The checks, in order.
+    """
     try:
         from fl_runtime.trust.kits import read_kit
         from fl_runtime.trust.policy import read_policy
@@ -54,20 +61,22 @@ def _authority(kit: StartupKit) -> Check:
     from fl_runtime.trust.certificates import ends
 
     until = ends((kit.folder / "ca.pem").read_bytes())
-    found = f"until {until:%Y-%m-%d}, fingerprint {kit.authority}"
+    detail = f"valid until {until:%Y-%m-%d}, fingerprint {kit.authority}"
     if (until - datetime.now(UTC)).days < _AUTHORITY_DAYS:
-        return Check("authority", "note", found, "provision a new federation before it ends")
-    return Check("authority", "ok", found)
+        return Check("authority", "note", detail, "provision a new federation before it expires")
+    return Check("authority", "ok", detail)
 
 
 def _certificate(certificate: Certificate) -> Check:
     days, now = certificate.days_left(), datetime.now(UTC)
-    until = f"until {certificate.not_after:%Y-%m-%d %H:%M} UTC, {days:.1f} days"
+    until = f"valid until {certificate.not_after:%Y-%m-%d %H:%M} UTC, {days:.1f} days"
     if days < 0:
-        fix = "check this machine's clock; else have the authority renew it and run `fl-adapters cert install`"
+        fix = (
+            "check this machine's clock; if it is right, have the authority renew it and run `fl-adapters cert install`"
+        )
         return Check("certificate", "problem", f"expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC", fix)
     if now < certificate.not_before:
-        return Check("certificate", "problem", "it is not valid yet", "set this machine's clock")
+        return Check("certificate", "problem", "not valid yet", "set this machine's clock")
     if certificate.expires_soon:
         return Check(
             "certificate", "note", until, "have the authority run `fl-adapters cert renew`, then `cert install`"
@@ -85,7 +94,12 @@ def _listening(listen: str) -> Check:
             probe.bind((host, port))
     except OSError as error:
         why = error.strerror or str(error)
-        return Check(f"port {port}", "note", f"{host}: {why}", "if that is not the server itself: choose with --listen")
+        return Check(
+            f"port {port}",
+            "note",
+            f"{host}: {why}",
+            "fine if the server itself uses it; else choose another with --listen",
+        )
     return Check(f"port {port}", "ok", f"{host}: free")
 
 
@@ -94,30 +108,30 @@ def _server(kit: StartupKit) -> Iterator[Check]:
 
     host, port = split_address(kit.address)
     try:
-        found = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
-        yield Check("server's name", "ok", f"{host} is {', '.join(found)}")
+        addresses = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+        yield Check("server's name", "ok", f"{host} is {', '.join(addresses)}")
     except OSError as error:
-        yield Check("server's name", "problem", f"{host}: {error.strerror}", "check DNS, or put it into /etc/hosts")
+        yield Check("server's name", "problem", f"{host}: {error.strerror}", "check DNS, or add the name to /etc/hosts")
         return
     try:
         socket.create_connection((host, port), _TIMEOUT_S).close()
-        yield Check("server's port", "ok", f"{port} takes connections")
+        yield Check("server's port", "ok", f"{port} accepts connections")
     except OSError as error:
-        fix = f"start the server; let TCP to {kit.address} out of this network; sites need no port of their own"
+        fix = f"start the server; allow outgoing TCP to {kit.address} in this network; sites need no open port"
         yield Check("server's port", "problem", f"{port}: {error.strerror or error}", fix)
         return
     problem = _handshake(kit, host, port)
     if problem:
         yield Check(
-            "TLS", "problem", problem, "it must be this federation's server, with nothing that opens TLS between"
+            "TLS", "problem", problem, "it must be this federation's server, without a proxy that opens TLS in between"
         )
         return
-    yield Check("TLS", "ok", "1.3; the server's certificate is this federation's")
+    yield Check("TLS", "ok", "version 1.3; the server's certificate is from this federation")
     yield _clock(kit)
 
 
 def _handshake(kit: StartupKit, host: str, port: int) -> str:
-    """What is wrong with the server's side of TLS, empty if nothing is."""
+    """Make a TLS connection to the server. Returns what went wrong, or ""."""
     from fl_runtime.version import SERVER_NAME
 
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(kit.folder / "ca.pem"))
@@ -143,12 +157,14 @@ def _clock(kit: StartupKit) -> Check:
         server = float(control.ask("Status")["time"])
         apart = abs(server - (before + time.time()) / 2)
     except ConnectionLostError as error:
-        fix = "the server does not take this certificate: is it expired there, or from another federation?"
+        fix = "the server refuses this certificate: check whether it is expired, revoked, or from another federation"
         return Check("server", "problem", error.what, fix)
     except FederationError as error:
         return Check("server", "problem", error.what, error.fix)
     finally:
         control.close()
     if apart > _CLOCK_S:
-        return Check("clock", "problem", f"{apart:.0f} s apart from the server's", "set the clock, best by NTP")
-    return Check("clock", "ok", f"{apart:.1f} s apart from the server's")
+        return Check(
+            "clock", "problem", f"{apart:.0f} s apart from the server's clock", "set this machine's clock, best by NTP"
+        )
+    return Check("clock", "ok", f"{apart:.1f} s apart from the server's clock")

@@ -1,4 +1,4 @@
-"""The commands of a provisioned federation, and their options. What they do is in modules of their own."""
+"""Commands of a provisioned federation and their options. Each command's code is in its own module."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import typer
 
 from fl_adapters.participant.kit import KIT_VARIABLE
 
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
-_Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of a startup kit.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+_Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the startup kit.")]
 _Authority = Annotated[Path, typer.Option("--authority", help="Folder of the certificate authority.")]
-_Days = Annotated[float | None, typer.Option(help="Lifetime of the certificate. Default: the project's.")]
+_Days = Annotated[
+    float | None, typer.Option(help="Lifetime of the certificate in days. Default: that of the project file.")
+]
 
 cert = typer.Typer(
-    name="cert", help="Certificates over their life.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+    name="cert",
+    help="Request, sign, install, renew, revoke and list certificates.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
 )
 audit = typer.Typer(
-    name="audit", help="The audit log.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+    name="audit", help="Check the audit log.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
 )
 
 
@@ -44,20 +50,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def provision(
-    project: Annotated[Path, typer.Argument(metavar="PROJECT.yml", help="Who takes part.")],
-    out: Annotated[Path, typer.Option(help="Where the kits go.")] = Path("kits"),
-    as_zip: Annotated[bool, typer.Option("--zip", help="An encrypted zip (AES-256) for each kit.")] = False,
+    project: Annotated[Path, typer.Argument(metavar="PROJECT.yml", help="Project file, which lists the participants.")],
+    out: Annotated[Path, typer.Option(help="Folder for the kits and the certificate authority.")] = Path("kits"),
+    as_zip: Annotated[bool, typer.Option("--zip", help="Make an encrypted zip (AES-256) of each kit.")] = False,
     password: Annotated[
-        str, typer.Option(envvar="FL_ADAPTERS_PASSWORD", help="Of the zips. Default: a fresh one for each.")
+        str, typer.Option(envvar="FL_ADAPTERS_PASSWORD", help="Password of all zips. Default: a random one for each.")
     ] = "",
     without_keys: Annotated[
-        bool, typer.Option("--without-keys", help="Participants make their own keys with `cert request`.")
+        bool, typer.Option("--without-keys", help="Make no keys: participants make theirs with `cert request`.")
     ] = False,
     as_json: _Json = False,
 ) -> None:
-    """Make the certificate authority and one startup kit per participant.
+    """Make a certificate authority and one startup kit per participant.
 
-    Run again after adding somebody to the project: kits that are there stay as they are.
+    Run it again after adding participants to the project file: existing kits stay as they are.
     """
     from fl_adapters.cli.federation import provision as command
 
@@ -65,14 +71,14 @@ def provision(
 
 
 def unpack(
-    archive: Annotated[Path, typer.Argument(metavar="KIT.zip", help="A kit that came by mail.")],
-    out: Annotated[Path | None, typer.Option(help="The kit's folder. Default: the zip's name.")] = None,
+    archive: Annotated[Path, typer.Argument(metavar="KIT.zip", help="Kit that `provision --zip` made.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the kit. Default: the zip's name.")] = None,
     password: Annotated[
-        str, typer.Option(envvar="FL_ADAPTERS_PASSWORD", prompt=True, hide_input=True, help="Of the zip.")
+        str, typer.Option(envvar="FL_ADAPTERS_PASSWORD", prompt=True, hide_input=True, help="Password of the zip.")
     ] = "",
     as_json: _Json = False,
 ) -> None:
-    """Unpack a kit that `provision --zip` has made. 7-Zip and WinZip open it too."""
+    """Unpack a startup kit from an encrypted zip. 7-Zip and WinZip can open it too."""
     from fl_adapters.cli.federation import provision as command
 
     sys.exit(command.unpack(archive, out, password, as_json))
@@ -80,12 +86,17 @@ def unpack(
 
 def server(
     kit: _Kit,
-    folder: Annotated[Path, typer.Option(help="Where runs go; the audit log is in the kit.")] = Path("runs"),
-    listen: Annotated[str, typer.Option(help="host:port to bind. Default: the kit's.")] = "",
-    job: Annotated[Path | None, typer.Option(help="Run this job (YAML) and end. Default: wait for jobs.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for runs. The audit log is in the kit.")] = Path("runs"),
+    listen: Annotated[str, typer.Option(help="Address to bind, as host:port. Default: the kit's.")] = "",
+    job: Annotated[
+        Path | None, typer.Option(help="Job file (YAML) to run, after which the server ends. Default: wait for jobs.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """The server of a federation: one port, mutual TLS. SIGTERM and Ctrl-C stop it; a job goes on when it is back."""
+    """Run the server of a federation: one port, mutual TLS.
+
+    SIGTERM and Ctrl-C stop it. Started again with the same folder, it continues the job that was running.
+    """
     from fl_adapters.cli.federation import server as command
 
     sys.exit(command.run(kit, folder, listen, job, as_json))
@@ -93,17 +104,20 @@ def server(
 
 def run(
     kit: _Kit,
-    command: Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND", help="Any training command.")] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the framework's own output and model, as in a simulation.")
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND", help="Training command. Default: that of the policy."),
     ] = None,
-    patience_s: Annotated[float, typer.Option(help="How long a server that is not there is waited for.")] = 3600.0,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for the framework's output and model, laid out as in a simulation.")
+    ] = None,
+    patience_s: Annotated[float, typer.Option(help="Seconds to wait for a server that does not answer.")] = 3600.0,
     as_json: _Json = False,
 ) -> None:
-    """Wait for a job and run COMMAND for it, as a participant. The site opens no port.
+    """Wait for a job and run COMMAND as a participant. The site opens no port.
 
-    The site's policy (policy.yml in the kit) decides whether it takes part and what leaves. Exit status: the
-    command's.
+    The site's policy (policy.yml in the kit) decides whether it takes part and what may leave. The exit status is that
+    of COMMAND.
     """
     from fl_adapters.cli.federation import run as module
 
@@ -111,36 +125,42 @@ def run(
 
 
 def status(kit: _Kit, as_json: _Json = False) -> None:
-    """What the federation's server is doing: job, round, sites."""
+    """Show what the federation's server is doing: its job, round and sites."""
     from fl_adapters.cli.federation import status as command
 
     sys.exit(command.run(kit, as_json))
 
 
 def cert_request(kit: _Kit, as_json: _Json = False) -> None:
-    """Make a new private key in the kit, which stays there, and a request to have it signed."""
+    """Make a new private key in the kit, where it stays, and a request to have it signed."""
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.request(kit, as_json))
 
 
 def cert_sign(
-    request: Annotated[Path, typer.Argument(metavar="REQUEST.pem")],
+    request: Annotated[Path, typer.Argument(metavar="REQUEST.pem", help="Request of a participant.")],
     authority: _Authority,
-    out: Annotated[Path | None, typer.Option(help="The certificate. Default: NAME.pem beside the request.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the certificate. Default: NAME.pem beside the request.")
+    ] = None,
     days: _Days = None,
     as_json: _Json = False,
 ) -> None:
-    """Sign a request, if it comes from somebody in the project."""
+    """Sign the request of a participant of the project."""
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.sign(request, authority, out, days, as_json))
 
 
 def cert_install(
-    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE.pem")], kit: _Kit, as_json: _Json = False
+    certificate: Annotated[
+        Path, typer.Argument(metavar="CERTIFICATE.pem", help="Certificate from `cert sign` or `cert renew`.")
+    ],
+    kit: _Kit,
+    as_json: _Json = False,
 ) -> None:
-    """Put a signed or renewed certificate into its kit. What is running takes it up by itself."""
+    """Install a signed or renewed certificate into its kit. Running processes start to use it by themselves."""
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.install(certificate, kit, as_json))
@@ -148,43 +168,49 @@ def cert_install(
 
 def cert_renew(
     authority: _Authority,
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Default: all that end soon.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the certificates go.")] = Path("renewed"),
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Participants. Default: all that expire soon."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the certificates.")] = Path("renewed"),
     days: _Days = None,
     as_json: _Json = False,
 ) -> None:
-    """New certificates for the same keys. Send them out; `cert install` puts them in force without stopping a run."""
+    """Make new certificates for the same keys.
+
+    Send them to the participants: `cert install` puts them to use without stopping a run.
+    """
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.renew(names or (), authority, out, days, as_json))
 
 
 def cert_revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Participant.")],
     authority: _Authority,
-    kit: Annotated[Path | None, typer.Option(help="A project admin's kit: the server is told at once.")] = None,
+    kit: Annotated[Path | None, typer.Option(help="Kit of a project admin, to tell the server at once.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Make all certificates of NAME worthless, on open connections too."""
+    """Revoke all certificates of a participant, also for open connections."""
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.revoke(name, authority, kit, as_json))
 
 
 def cert_list(authority: _Authority, as_json: _Json = False) -> None:
-    """Every certificate, until when it is valid, and what has become of it."""
+    """List all certificates, with the end of their validity and their state."""
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.listing(authority, as_json))
 
 
 def audit_verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="That holds audit.jsonl.")],
-    kit: Annotated[Path | None, typer.Option(help="The kit that must have signed it.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with audit.jsonl.")],
+    kit: Annotated[Path | None, typer.Option(help="Startup kit that must have signed the log.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Find lines of the audit log that were edited, removed or moved. Exit status 1 if there are any."""
-    from fl_adapters.cli.federation import cert as command
+    """Find lines of the audit log that were edited, removed or moved. The exit status is 1 if there are any."""
+    from fl_adapters.cli.federation import audit as command
 
     sys.exit(command.verify(folder, kit, as_json))
 

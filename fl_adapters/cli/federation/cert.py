@@ -1,9 +1,8 @@
-"""`fl-adapters cert ...`: certificates over their life, and `audit verify`."""
+"""Commands `fl-adapters cert ...`: request, sign, install, renew, revoke and list certificates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,110 +14,120 @@ from fl_adapters.environments.extras import needs_cryptography
 
 
 def request(kit: Path, as_json: bool) -> int:
-    """A new key in the kit, and the request to have it signed."""
+    """Make a new key in the kit, and a request to have it signed."""
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.kits import make_request
 
         path = make_request(kit)
-        _say(as_json, f"send {path} to the authority; the key stays here", request=str(path))
+        _print_result(
+            as_json, f"send {path} to the certificate authority; the private key stays here", request=str(path)
+        )
     return 0
 
 
-def sign(request_file: Path, authority: Path, out: Path | None, days: float | None, as_json: bool) -> int:
-    """A certificate for a request, for who the project says it is from."""
+def sign(request_file: Path, authority_folder: Path, out: Path | None, days: float | None, as_json: bool) -> int:
+    """Sign a request, if the project knows its participant."""
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.errors import ConfigError
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.certificates import read_request
         from fl_runtime.trust.files import read_file, write_file
 
-        keeper = Authority(authority)
-        asked, key = read_request(read_file(request_file, "signing request"), str(request_file))
-        known = keeper.project.participant(asked.name)
-        if asked != known:
+        authority = Authority(authority_folder)
+        claimed, key = read_request(read_file(request_file, "signing request"), str(request_file))
+        known = authority.project.participant(claimed.name)
+        if claimed != known:
             raise ConfigError(
-                f"the request is from {asked}; the project says {known}",
+                f"the request names {claimed}, the project {known}",
                 where=str(request_file),
-                fix="make the request with the kit of this federation, or correct the project",
+                fix="make the request with a startup kit of this federation, or correct the project file",
             )
         path = out or request_file.with_name(f"{known.name}.pem")
-        write_file(path, keeper.issue(known, key, days=days))
-        _say(as_json, f"{known}: {path}; install it with `fl-adapters cert install`", certificate=str(path))
+        write_file(path, authority.issue(known, key, days=days))
+        _print_result(as_json, f"{known}: {path}; install it with `fl-adapters cert install`", certificate=str(path))
     return 0
 
 
 def install(certificate: Path, kit: Path, as_json: bool) -> int:
-    """A signed or renewed certificate into its kit, at once in force."""
+    """Install a signed or renewed certificate into its kit. Running processes use it at once."""
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.files import read_file
-        from fl_runtime.trust.kits import install as put
+        from fl_runtime.trust.kits import install as install_in_kit
 
-        found = put(kit, read_file(certificate, "certificate"), str(certificate))
-        _say(as_json, f"{found.identity}: until {found.not_after:%Y-%m-%d %H:%M} UTC", **_facts(found, "valid"))
+        installed = install_in_kit(kit, read_file(certificate, "certificate"), str(certificate))
+        text = f"{installed.identity}: valid until {installed.not_after:%Y-%m-%d %H:%M} UTC"
+        _print_result(as_json, text, **_facts(installed, "valid"))
     return 0
 
 
-def renew(names: Sequence[str], authority: Path, out: Path, days: float | None, as_json: bool) -> int:
-    """New certificates for the same keys: of `names`, else of all that end soon."""
+def renew(names: Sequence[str], authority_folder: Path, out: Path, days: float | None, as_json: bool) -> int:
+    """Make new certificates for the same keys: those of `names`, else all that expire soon."""
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.files import write_file
 
-        keeper = Authority(authority)
-        due = list(names) or [name for name, found in _newest(keeper).items() if found.expires_soon]
+        authority = Authority(authority_folder)
+        due = list(names) or [name for name, item in _newest(authority).items() if item.expires_soon]
         renewed = {}
         for name in due:
             path = out / f"{name}.pem"
-            write_file(path, keeper.renew(name, days=days))
+            write_file(path, authority.renew(name, days=days))
             renewed[name] = str(path)
-        text = "\n".join(f"{name}: {path}" for name, path in renewed.items()) or "none ends soon"
-        _say(as_json, text, renewed=renewed)
+        text = "\n".join(f"{name}: {path}" for name, path in renewed.items()) or "no certificate expires soon"
+        _print_result(as_json, text, renewed=renewed)
     return 0
 
 
-def revoke(name: str, authority: Path, kit: Path | None, as_json: bool) -> int:
-    """All certificates of NAME count for nothing; with an admin's kit, at the server at once."""
+def revoke(name: str, authority_folder: Path, kit: Path | None, as_json: bool) -> int:
+    """Revoke all certificates of a participant; with an admin's kit, tell the server at once."""
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.control import ControlClient
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.kits import read_kit
 
-        mine = None if kit is None else read_kit(kit, kind="admin")
-        keeper = Authority(authority)
-        revoked, crl = keeper.revoke(name)
-        told: dict[str, Any] = {}
-        if mine is not None:
-            control = ControlClient.of_kit(mine.folder, mine.address)
+        admin = None if kit is None else read_kit(kit, kind="admin")
+        authority = Authority(authority_folder)
+        revoked, crl = authority.revoke(name)
+        answer: dict[str, Any] = {}
+        if admin is not None:
+            control = ControlClient.of_kit(admin.folder, admin.address)
             try:
-                told = control.ask("Revoke", crl=crl.decode())
+                answer = control.ask("Revoke", crl=crl.decode())
             finally:
                 control.close()
-        where = "the server knows" if mine else f"copy {keeper.folder / 'crl.pem'} into the server's kit"
+        next_step = (
+            "the server refuses them now" if admin else f"copy {authority.folder / 'crl.pem'} to the server's kit"
+        )
         serials = [f"{item.serial:x}" for item in revoked]
-        _say(as_json, f"{name}: certificates revoked: {len(revoked)}; {where}", serials=serials, server=told or None)
+        _print_result(
+            as_json,
+            f"{name}: certificates revoked: {len(revoked)}; {next_step}",
+            serials=serials,
+            server=answer or None,
+        )
     return 0
 
 
-def listing(authority: Path, as_json: bool) -> int:
-    """Every certificate that was signed, and what has become of it."""
+def listing(authority_folder: Path, as_json: bool) -> int:
+    """List every certificate that was signed, with its state."""
     console = console_for(as_json)
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.authority import Authority
 
-        keeper = Authority(authority)
-        revoked, newest = keeper.revoked(), _newest(keeper)
+        authority = Authority(authority_folder)
+        revoked, newest = authority.revoked(), _newest(authority)
         rows = []
-        for found in keeper.issued():
+        for item in authority.issued():
             state = "valid"
-            if found.serial in revoked:
-                state = f"revoked {revoked[found.serial]}"
-            elif found.not_after < datetime.now(UTC):
+            if item.serial in revoked:
+                state = f"revoked {revoked[item.serial]}"
+            elif item.not_after < datetime.now(UTC):
                 state = "expired"
-            elif newest[found.identity.name].serial != found.serial:
+            elif newest[item.identity.name].serial != item.serial:
                 state = "replaced"
-            elif found.expires_soon:
+            elif item.expires_soon:
                 state = "ends soon"
-            rows.append(_facts(found, state))
+            rows.append(_facts(item, state))
         table = Table("name", "who", "valid until", "days left", "state", "serial")
         for row in rows:
             table.add_row(
@@ -131,43 +140,31 @@ def listing(authority: Path, as_json: bool) -> int:
             )
         console.print(table)
         if as_json:
-            show_json({"authority": keeper.fingerprint, "certificates": rows})
+            show_json({"authority": authority.fingerprint, "certificates": rows})
     return 0
 
 
-def verify(folder: Path, kit: Path | None, as_json: bool) -> int:
-    """Exit status 1 if the audit log was tampered with."""
-    console = console_for(as_json)
-    with report_errors(as_json), needs_cryptography():
-        from fl_runtime.trust.audit import verify as check
-
-        count, findings = check(folder, kit)
-        for finding in findings:
-            console.print(f"line {finding.line}: {finding.what}" if finding.line else finding.what, highlight=False)
-        console.print(f"{count} lines, {len(findings)} problems" if findings else f"{count} lines, nothing is wrong")
-        if as_json:
-            show_json({"ok": not findings, "lines": count, "findings": [asdict(finding) for finding in findings]})
-    return 1 if findings else 0
+def _newest(authority: Any) -> dict[str, Any]:
+    """The newest certificate of each participant that is not revoked, by name."""
+    revoked = authority.revoked()
+    return {item.identity.name: item for item in authority.issued() if item.serial not in revoked}
 
 
-def _newest(keeper: Any) -> dict[str, Any]:
-    revoked = keeper.revoked()
-    return {found.identity.name: found for found in keeper.issued() if found.serial not in revoked}
-
-
-def _facts(found: Any, state: str) -> dict[str, Any]:
+def _facts(certificate: Any, state: str) -> dict[str, Any]:
+    """A certificate as JSON fields."""
     return {
-        "name": found.identity.name,
-        "who": str(found.identity),
-        "not_before": found.not_before.isoformat(),
-        "not_after": found.not_after.isoformat(timespec="minutes"),
-        "days_left": round(found.days_left(), 3),
+        "name": certificate.identity.name,
+        "who": str(certificate.identity),
+        "not_before": certificate.not_before.isoformat(),
+        "not_after": certificate.not_after.isoformat(timespec="minutes"),
+        "days_left": round(certificate.days_left(), 3),
         "state": state,
-        "serial": f"{found.serial:x}",
+        "serial": f"{certificate.serial:x}",
     }
 
 
-def _say(as_json: bool, text: str, **fields: Any) -> None:
+def _print_result(as_json: bool, text: str, **fields: Any) -> None:
+    """Print a line for people, and with `as_json` the fields as JSON."""
     console_for(as_json).print(text, highlight=False, soft_wrap=True)
     if as_json:
         show_json(fields)

@@ -1,4 +1,4 @@
-"""`fl-adapters provision` and `unpack`: startup kits."""
+"""Commands `fl-adapters provision` and `unpack`: make and unpack startup kits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fl_adapters.environments.extras import needs_cryptography
 
 
 def provision(project: Path, out: Path, as_zip: bool, password: str, without_keys: bool, as_json: bool) -> int:
-    """Kits for all participants that have none yet in `out`; an authority in `out`/authority if there is none."""
+    """Make kits for all participants without one in `out`, and the authority in `out`/authority if there is none."""
     console = console_for(as_json)
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.errors import ConfigError
@@ -22,21 +22,21 @@ def provision(project: Path, out: Path, as_zip: bool, password: str, without_key
         from fl_runtime.trust.kits import write_kit
         from fl_runtime.trust.project import read_project
 
-        wanted = read_project(project)
+        new_project = read_project(project)
         folder = out / "authority"
         if (folder / "ca.key").exists():
             authority = Authority(folder)
-            if authority.project.federation != wanted.federation:
+            if authority.project.federation != new_project.federation:
                 raise ConfigError(
-                    f"{folder} is the authority of {authority.project.federation}, not of {wanted.federation}",
+                    f"{folder} is the authority of {authority.project.federation}, not of {new_project.federation}",
                     fix="choose another folder with --out",
                 )
-            save_project(folder, wanted)
+            save_project(folder, new_project)
             authority = Authority(folder)
         else:
-            authority = Authority.create(folder, wanted)
+            authority = Authority.create(folder, new_project)
         kits: dict[str, dict[str, Any]] = {}
-        for identity in wanted.participants():
+        for identity in new_project.participants():
             kit = out / identity.name
             if kit.exists() or (as_zip and kit.with_name(f"{kit.name}.zip").exists()):
                 continue
@@ -45,14 +45,14 @@ def provision(project: Path, out: Path, as_zip: bool, password: str, without_key
             if as_zip:
                 import shutil
 
-                chosen = password or new_password()
+                kit_password = password or new_password()
                 path = kit.with_name(f"{kit.name}.zip")
-                write_archive(path, kit, chosen)
+                write_archive(path, kit, kit_password)
                 shutil.rmtree(kit)
-                kits[identity.name] |= {"kit": str(path), "password": chosen}
+                kits[identity.name] |= {"kit": str(path), "password": kit_password}
         _show(console, kits, authority.fingerprint)
         if as_json:
-            show_json({"federation": wanted.federation, "authority": authority.fingerprint, "kits": kits})
+            show_json({"federation": new_project.federation, "authority": authority.fingerprint, "kits": kits})
     return 0
 
 
@@ -62,10 +62,13 @@ def _show(console: Console, kits: dict[str, dict[str, Any]], fingerprint: str) -
         table.add_row(kit["identity"], kit["kit"], *([kit["password"]] if "password" in kit else []))
     console.print(table if kits else "every participant has a kit already")
     console.print(f"the authority's fingerprint: {fingerprint}", highlight=False, soft_wrap=True)
-    console.print("keep the folder `authority` to yourself: whoever has its key can be anybody", highlight=False)
+    console.print(
+        "keep the folder `authority` secret: whoever has its key can pose as any participant", highlight=False
+    )
 
 
 def unpack(archive: Path, out: Path | None, password: str, as_json: bool) -> int:
+    """Unpack an encrypted kit. Returns exit status 0."""
     console = console_for(as_json)
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.trust.archive import read_archive

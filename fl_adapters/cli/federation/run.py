@@ -1,4 +1,4 @@
-"""`fl-adapters run`: wait for a job, check it against the site's policy, and run a training command for it."""
+"""Command `fl-adapters run`: waits for a job, checks it against the site's policy, and runs a training command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATIENCE_S = 30.0
 
 
 def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float, as_json: bool) -> int:
-    """The command's exit status; 1 where it could not be run."""
+    """Run the command. Returns its exit status, as a shell does: 128 + N after signal N."""
     with report_errors(as_json), needs_cryptography():
         from fl_adapters.participant.policy_gate import GovernedSite
         from fl_runtime.control import ControlClient
@@ -32,20 +32,20 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
         kit = read_script_kit(kit_folder)
         with site.one_of_the_processes():
             _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
-            with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:  # the command has a line of its own
+            with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:  # the command connects by itself
                 job = control.ask("Assignment", patience_s=patience_s)
-            _say(f"{job['job']}, submitted by {job['submitted_by']}")
+            _say(f"job {job['job']}, submitted by {job['submitted_by']}")
             _check(site, kit, job)
             status = _run(site, kit, job, command, results)
             with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:
-                _tell_if_it_failed(control, kit, job, status)
+                _report_early_end(control, kit, job, status)
         if as_json:
             show_json({"job": job["job"], "site": kit.site, "status": status})
         return status if status >= 0 else 128 - status
 
 
 def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
-    """Raises the policy's refusal, after the server has been told, so that no other site waits for this one."""
+    """Check the job against the policy. Tells the server of a refusal before raising it, so that no site waits."""
     try:
         site.check({**job, "name": job["job"]})
     except PermissionDeniedError as error:
@@ -54,9 +54,10 @@ def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
 
 
 def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], results: Path | None) -> int:
+    """Run the command, or the policy's command for the job's app, with a kit of its own."""
     words = list(command) or shlex.split(site.app_command(job["app"]))
     with tempfile.TemporaryDirectory(prefix="fl-adapters-kit-") as folder:
-        mine = Kit(
+        command_kit = Kit(
             job=job["job"],
             site=kit.site,
             index=job["index"],
@@ -68,7 +69,7 @@ def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], re
             simulated=results is not None,
             patience_s=kit.patience_s,
         )
-        environment = {**os.environ, **site.environment(), KIT_VARIABLE: str(mine.save(Path(folder, "kit")))}
+        environment = {**os.environ, **site.environment(), KIT_VARIABLE: str(command_kit.save(Path(folder, "kit")))}
         site.record("command started", job=job["job"], command=words)
         try:
             process = subprocess.Popen(words, env=environment)
@@ -85,7 +86,7 @@ def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], re
 
 @contextmanager
 def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM goes on to the command; Ctrl-C reaches it by itself."""
+    """Pass SIGTERM on to the command during this block. Ctrl-C reaches the command without help."""
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
@@ -97,8 +98,8 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell_if_it_failed(control: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
-    """A command that ended before its work was done: the server hears it now, and not by and by."""
+def _report_early_end(control: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
+    """Tell the server at once of a command that ended before the last round."""
     try:
         running = control.ask("Status")["running"]
     except ConnectionLostError:
@@ -110,11 +111,12 @@ def _tell_if_it_failed(control: Any, kit: Kit, job: Mapping[str, Any], status: i
             raise SiteFailedError(
                 "the command ended before the last round",
                 where=job["job"],
-                fix="let it take part until the rounds are over: FederatedCallback(), or fl_adapters.connect()",
+                fix="let it take part until the last round, with FederatedCallback() or fl_adapters.connect()",
             )
 
 
 def _leave(kit: Kit, reason: str) -> None:
+    """Leave the job early in the name of the site."""
     from fl_runtime.client import SiteClient
     from fl_runtime.transport.grpc import GrpcTransport
     from fl_runtime.transport.tls import FileCredentials
@@ -124,7 +126,7 @@ def _leave(kit: Kit, reason: str) -> None:
         client.join()
         client.leave(reason, early=True)
     except FederationError as error:
-        _say(f"the server could not be told: {error.what}")
+        _say(f"could not tell the server: {error.what}")
     finally:
         client.close()
 

@@ -1,4 +1,4 @@
-"""`fl-adapters server`: the server of a real federation, until it is told to stop."""
+"""Command `fl-adapters server`: serves a federation until it is stopped, or runs one job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOOK_S = 0.2
 
 
 def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
-    """Exit status 0 after SIGTERM or Ctrl-C; with a job, after it: 1 if it failed."""
+    """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.server.federation.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
@@ -41,25 +41,25 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_j
             address = server.start()
             print(f"{kit.identity.federation}: serving at {address} as {kit.address}", file=sys.stderr, flush=True)
             if kit.certificate.expires_soon:
-                print(f"the certificate ends in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
-            name = None if job is None else _begun(server, job, kit.identity)
+                print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
+            name = None if job is None else _start_job(server, job, kit.identity)
             watched = name
             while not stop.wait(_LOOK_S):
                 if server.halted:
                     raise server.halted
                 watched = watched or server.running()
                 if watched is not None and server.wait_for_job(watched, 0):
-                    print(_summary(server.outcome(watched), why=watched != name), file=sys.stderr, flush=True)
+                    print(_summary(server.outcome(watched), with_error=watched != name), file=sys.stderr, flush=True)
                     if watched == name:
-                        return _ended(server.outcome(watched), as_json)
+                        return _finish(server.outcome(watched), as_json)
                     watched = None
             return 0
         finally:
             server.close()
 
 
-def _begun(server: Any, job: Job, identity: Any) -> str:
-    """The name of the job of the file, which goes on where a server with the same command was stopped or killed."""
+def _start_job(server: Any, job: Job, identity: Any) -> str:
+    """Submit the file's job, or continue it if an earlier server left it running. Returns its name."""
     running: str | None = server.running()
     if running is not None and (running == job.name or "name" not in job.model_fields_set):
         return running
@@ -67,17 +67,17 @@ def _begun(server: Any, job: Job, identity: Any) -> str:
     return name
 
 
-def _summary(outcome: Mapping[str, Any], *, why: bool) -> str:
-    """A line about a job that has ended. why: with its error, where that is not told anyway."""
+def _summary(outcome: Mapping[str, Any], *, with_error: bool) -> str:
+    """One line about a job that has ended. `with_error` adds its error, for jobs whose error is not shown otherwise."""
     if outcome["error"]:
-        state = f"failed: {outcome['error']['what']}" if why else "failed"
+        state = f"failed: {outcome['error']['what']}" if with_error else "failed"
     else:
-        best = f", the best was {outcome['best_round']}" if outcome["best_round"] else ""
+        best = f", the best was round {outcome['best_round']}" if outcome["best_round"] else ""
         state = f"{counted(len(outcome['rounds']), 'round')}{best}"
     return f"{outcome['job']}: {state}; results in {outcome['folder']}"
 
 
-def _ended(outcome: Mapping[str, Any], as_json: bool) -> int:
+def _finish(outcome: Mapping[str, Any], as_json: bool) -> int:
     if as_json:
         show_json(outcome)
     if outcome["error"]:
@@ -86,31 +86,44 @@ def _ended(outcome: Mapping[str, Any], as_json: bool) -> int:
 
 
 def job_fields(job: Job) -> dict[str, Any]:
-    """A job as it travels to a server: JSON values. A name that nobody chose is chosen now."""
+    """A job as JSON values for its server. A job without a name gets one now."""
     return {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
 
 
 def read_job(fields: Mapping[str, Any], known: Sequence[str]) -> RunSettings:
-    """The settings of a submitted job, checked as one in a file is. known: the project's sites."""
+    """The settings of a submitted job, checked like those of a job file.
+
+    Args:
+        fields: Fields of the job, as `job_fields` gives them.
+        known: Names of the project's sites.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: The fields are not those of a job, or its sites are not in this federation.
+    """
     try:
         job = Job(**{str(name): value for name, value in fields.items()})
     except TypeError as error:
-        raise ConfigError(f"this is no job: {error}", fix="submit one with `fl_adapters.Production`") from None
+        raise ConfigError(
+            f"these are not the fields of a job: {error}", fix="submit it with `fl_adapters.Production`"
+        ) from None
     sites = tuple(known) if job.sites is None or job.sites == len(known) else job.sites
     if isinstance(sites, int):
         raise ConfigError(
             f"the job is for {sites} sites, the federation has {len(known)}", where="sites", fix="name the sites"
         )
-    strangers = [name for name in sites if name not in known]
-    if strangers:
+    unknown = [name for name in sites if name not in known]
+    if unknown:
         raise ConfigError(
-            f"{', '.join(strangers)} is not in this federation", where="sites", fix=f"its sites are {', '.join(known)}"
+            f"not in this federation: {', '.join(unknown)}", where="sites", fix=f"its sites are {', '.join(known)}"
         )
     return job.settings(sites)
 
 
 def _raise_file_limit() -> None:
-    """As many connections as the system lets us have: idle ones of strangers must not keep sites out."""
+    """Allow as many open files as the system permits, so that idle connections of strangers cannot keep sites out."""
     try:
         import resource
     except ImportError:  # not POSIX

@@ -1,4 +1,4 @@
-"""`fl-adapters status`: what a federation's server is doing."""
+"""Command `fl-adapters status`: shows the jobs of a federation's server."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fl_adapters.environments.extras import needs_cryptography
 
 
 def run(kit_folder: Path, as_json: bool) -> int:
+    """Ask the server and show its answer. Returns exit status 0."""
     console = console_for(as_json)
     with report_errors(as_json), needs_cryptography():
         from fl_runtime.control import ControlClient
@@ -22,20 +23,20 @@ def run(kit_folder: Path, as_json: bool) -> int:
         kit = read_kit(kit_folder)
         control = ControlClient.of_kit(kit.folder, kit.address)
         try:
-            found = control.ask("Status")
+            status = control.ask("Status")
         finally:
             control.close()
-        _show(console, found)
+        _show(console, status)
         if as_json:
-            show_json(found)
+            show_json(status)
     return 0
 
 
-def _show(console: Console, found: Mapping[str, Any]) -> None:
+def _show(console: Console, status: Mapping[str, Any]) -> None:
     console.print(
-        f"{found['federation']}, fl-adapters {found['version']}: {len(found['sites'])} sites", highlight=False
+        f"{status['federation']}, fl-adapters {status['version']}: {len(status['sites'])} sites", highlight=False
     )
-    job = found["running"]
+    job = status["running"]
     if job is None:
         console.print("no job is running")
     else:
@@ -47,6 +48,6 @@ def _show(console: Console, found: Mapping[str, Any]) -> None:
         for site, state in job["sites"].items():
             table.add_row(site, state)
         console.print(table)
-    for name, past in found["ended"].items():
-        how = f"failed: {past['error']['what']}" if past["error"] else f"finished, {len(past['rounds'])} rounds"
-        console.print(f"{name}: {how}", highlight=False, soft_wrap=True)
+    for name, past in status["ended"].items():
+        outcome = f"failed: {past['error']['what']}" if past["error"] else f"finished, {len(past['rounds'])} rounds"
+        console.print(f"{name}: {outcome}", highlight=False, soft_wrap=True)

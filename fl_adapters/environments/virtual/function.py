@@ -64,8 +64,7 @@ def names_function(app: str) -> bool:
 def load(app: str) -> tuple[SiteFunction, InitialWeights | None]:
     """Import the function that `app` names, and `initial` from the same module if it exists.
 
-    Raises:
-        ConfigError: There is no such script or function. Errors of the module itself are raised as they are.
+    Raises ConfigError if there is no such script or function. Errors of the module itself are raised as they are.
     """
     module_name, _, name = app.rpartition(":")
     if module_name.endswith(".py"):

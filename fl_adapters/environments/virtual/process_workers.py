@@ -93,8 +93,7 @@ class ProcessWorkers:
     def begin(self, info: RunInfo, manifest: Manifest) -> None:
         """Tell all workers about the run, before the first order, and wait until they are ready.
 
-        Raises:
-            FederationError: A worker cannot load the function, or died.
+        Raises the error of a worker that cannot load the function or died.
         """
         self._info, self._manifest = info, manifest
         for each in self._workers.values():

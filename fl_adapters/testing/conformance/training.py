@@ -373,6 +373,9 @@ def by_hand(
         rounds: Numbers of the sites that take part in each round.
         every: Optimizer steps in a round.
         names: Names of the tensors that travel.
+
+    Returns:
+        The final global model, and each site's own weights.
     """
     before = [get() for get, _ in example.states]
     loops, states, own = [], [], dict[int, dict[str, Array]]()

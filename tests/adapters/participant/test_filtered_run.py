@@ -333,7 +333,11 @@ def test_the_ledger_of_nothing_is_an_error_that_says_where_to_look(tmp_path: Pat
     done = subprocess.run(
         [sys.executable, "-m", "fl_adapters", "privacy", str(tmp_path)], capture_output=True, text=True
     )
-    assert done.returncode == 1 and "there is no privacy ledger here" in done.stderr and str(tmp_path) in done.stderr
+    assert (
+        done.returncode == 1
+        and "there is no privacy ledger in this folder" in done.stderr
+        and str(tmp_path) in done.stderr
+    )
 
 
 @pytest.mark.parametrize("strategy", ["median", "fedadam:lr=0.5", "trimmed-mean:trim=0.34", "fedavgm:momentum=0.5"])
