@@ -1,14 +1,11 @@
-"""Bounds on what one site may have the server keep: in memory, in the journal, in the history, on disk.
-
-All are far above what an honest site sends.
-"""
+"""Per-site limits on server memory, journal, history and disk. All are far above what an honest site sends."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
-from fl_runtime.server.members import Member
+from fl_runtime.server.registration import Member
 from fl_runtime.types import Update
 from fl_runtime.wire.manifest import Manifest
 
@@ -17,16 +14,16 @@ MAX_ENTRIES = 256
 MAX_TEXT_CHARS = 4_096
 MAX_ENCODING_CHARS = 2**16
 MAX_COUNT = 2**53
-"""Examples and steps of one round: more would not fit a double, nor the journal."""
+"""Most examples and steps of one round. More would fit neither a double nor the journal."""
 
 MAX_DESCRIBED = 500_000
-"""Tensors that one site may describe in one run, over all its manifests."""
+"""Most tensors that one site may describe in one run, over all its manifests."""
 
 _EXTRA_TIMES, _EXTRA_BYTES = 8, 2**27
 
 
 def check_table(fields: Mapping[str, str], what: str) -> None:
-    """The free fields of a registration."""
+    """Limit the number and length of the free fields of a registration."""
     if len(fields) > MAX_ENTRIES or any(len(k) + len(v) > MAX_TEXT_CHARS for k, v in fields.items()):
         raise ProtocolError(f"{what} of a registration has more than {MAX_ENTRIES} entries, or one that is too long")
 
@@ -49,7 +46,7 @@ def check_metrics(metrics: object) -> None:
 
 
 def check_described(member: Member, manifest: Manifest) -> None:
-    """Counts a manifest that the server has not seen before. Called under the run's lock."""
+    """Count the tensors of a manifest that the server has not seen before. Called under the run's lock."""
     member.described += len(manifest.tensors)
     if member.described > MAX_DESCRIBED:
         raise ProtocolError(
@@ -59,8 +56,7 @@ def check_described(member: Member, manifest: Manifest) -> None:
 
 
 def check_size(manifest: Manifest, model_bytes: int) -> None:
-    """What travels beside the weights may be larger than they are (moments, control variates), and trees and factors
-    grow; within reason."""
+    """Limit the size of an update. Moments and control variates may exceed the weights; trees and factors may grow."""
     most = _EXTRA_TIMES * model_bytes + _EXTRA_BYTES
     if manifest.nbytes > most:
         raise ProtocolError(
@@ -70,7 +66,7 @@ def check_size(manifest: Manifest, model_bytes: int) -> None:
 
 
 def check_extras(update: Update, accepted: Sequence[Update]) -> None:
-    """What travels beside the weights must be the same from all sites of a round: their sum needs it."""
+    """UpdateRefusedError if the extra tensors of an update are not those of the round's other updates."""
     first = next(iter(accepted), update)
     if update.content == first.content == "weights":
         mine, others = Manifest.of({}, update.extras), Manifest.of({}, first.extras)

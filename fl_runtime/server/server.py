@@ -1,4 +1,4 @@
-"""A job's server as one object: what `fl-adapters simulate` embeds."""
+"""The server of one job as one object, to be embedded in a process such as that of `fl-adapters simulate`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any, Literal
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
 from fl_runtime.filters import check_filters
-from fl_runtime.server.courses.rounds import drive
+from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.records.results import RunResult
-from fl_runtime.server.recovery import recover
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
 from fl_runtime.store.lock import FolderLock
@@ -22,18 +21,28 @@ from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings, Strategy
 
-_THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and the call of an attempt that takes over
+_THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and a call of the process that takes over
 _SPARE_THREADS = 8
 _GRACE_S = 0.5
-_LAST_STEP_S = 30.0  # the sum or the write to the disk that the round loop may be in when its server is closed
+_LAST_STEP_S = 30.0  # the sum or the write to the disk that the run may be in when its server is closed
 
 
 class Server:
-    """Runs one job in `folder`/server, continuing what its journal holds. `tokens`: site name -> secret.
+    """The server of one job: it runs the job in `folder`/server, from the beginning or from where its journal stands.
 
-    Threads of its own do all the work; the methods may be called from any thread. service: what a transport serves,
-    such as the memory transport of tests. share: all sites are on this machine and run for the same user: large
-    payloads stay in files that both sides map, and only what is said of them crosses the socket.
+    Threads of its own do all the work. Its methods may be called from any thread.
+
+    Attributes:
+        service: The service that a transport serves, such as the memory transport of tests.
+
+    Example:
+        ```python
+        server = Server(settings, Path("runs/job"), {"site-1": "secret 1", "site-2": "secret 2"})
+        address = server.start()
+        server.wait()
+        server.export(Path("runs/job/model"))
+        server.close()
+        ```
     """
 
     def __init__(
@@ -47,28 +56,51 @@ class Server:
         listeners: Sequence[Listener] = (),
         share: bool = False,
         strategy: Strategy | None = None,
-        loop: Callable[[Run], None] = drive,
+        virtual: VirtualSites | None = None,
     ) -> None:
-        """strategy: in place of the one that `settings` name, such as a workflow of one's own. loop: takes the run from
-        where it stands to its end, where that is not for sites that call."""
+        """Open the job's folder, and recover the run if its journal holds one.
+
+        Args:
+            settings: The job's settings.
+            folder: Folder of the run; the server's part of it is the folder `server` in it.
+            tokens: Secret of every site, by its name. Who sends the secret is the site.
+            host: Address to serve on.
+            port: Port to serve on, or 0 for a free one.
+            listeners: Called with each event of the run, one at a time and in order.
+            share: True if all sites run on this machine, for the same user. Large payloads then stay in files that both
+                sides map, and only messages about them cross the socket.
+            strategy: A strategy to use in place of the one that `settings` name, such as a workflow of one's own.
+            virtual: The sites, if they have no processes that call the server.
+
+        Raises:
+            ConfigError: The settings cannot work, or the folder holds a run with other settings.
+            StoreError: The folder is in use by another server, cannot be written, or is damaged.
+        """
         _check(settings, strategy)
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
         try:
-            self._run = Run(settings, folder / "server", self._events, strategy)
-            recover(self._run)
-            self._finished = self._run.journal.finished()
+            self._run = Run(settings, folder / "server", self._events, strategy, virtual)
+            self._run.recover()
+            self._finished = self._run.state.journal.finished()
         except BaseException:
             self._events.close()
             self._lock.close()
             raise
         self.service: Service = FederationService(self._run, share=share)
-        self._loop = threading.Thread(target=loop, args=(self._run,), name="fl-rounds", daemon=True)
+        self._loop = threading.Thread(target=self._run.drive, name="fl-rounds", daemon=True)
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
-        """Serve over gRPC and begin the run; returns "host:port". ConfigError when the port is in use."""
+        """Serve over gRPC and begin the run.
+
+        Returns:
+            The address that sites connect to, as "host:port".
+
+        Raises:
+            ConfigError: The port is in use.
+        """
         from fl_runtime.transport.grpc import GrpcServer, tokens_to_names
 
         threads = _THREADS_PER_SITE * len(self._tokens) + _SPARE_THREADS
@@ -79,79 +111,116 @@ class Server:
         return address
 
     def begin(self) -> None:
-        """Start the round loop alone, for a service that is not served over gRPC."""
+        """Begin the run without serving over gRPC. Something else must serve `service`."""
         self._loop.start()
 
     def site_left(self, name: str, reason: str) -> None:
-        """The site's process is known to be dead."""
-        self._run.gone(name, reason, early=True)
+        """Tell the run that a site's process is known to be dead.
+
+        Args:
+            name: Name of the site.
+            reason: Why it is dead, for the events and error messages.
+        """
+        self._run.membership.gone(name, reason, early=True)
 
     def expel(self, name: str, reason: str) -> None:
-        """The site may not take part any more; nothing that it has under way counts."""
-        self._run.expel(name, reason)
+        """Exclude a site that may not take part any more. Its calls under way are refused.
+
+        Args:
+            name: Name of the site.
+            reason: Why, for the events and for the site's error.
+        """
+        self._run.membership.expel(name, reason)
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands, for people: phase, round, rounds, and each site's state."""
-        run = self._run
-        with run.lock:
-            sites = {
-                m.name: f"gone: {m.gone}"
-                if m.gone
-                else "taking part"
-                if m.active
-                else "joined"
-                if m.attempt
-                else "awaited"
-                for m in run.members.values()
-            }
+        """Where the run stands, for people to read.
+
+        Returns:
+            JSON values: `phase`, `round` (under way, or closed last), `rounds` (None before the handshake), `sites`
+            (name to state), and `error` (None unless the run failed).
+        """
+        state = self._run.state
+        with state.lock:
             return {
-                "phase": run.phase,
-                "round": run.open.round if run.open else len(run.results),
-                "rounds": run.rounds,
-                "sites": sites,
-                "error": run.error.to_wire() if run.error else None,
+                "phase": state.phase,
+                "round": state.open.round if state.open else len(state.results),
+                "rounds": state.plan.rounds,
+                "sites": {member.name: member.standing for member in self._run.membership.members.values()},
+                "error": state.error.to_wire() if state.error else None,
             }
 
     @property
     def finished(self) -> bool:
-        """The run had ended well before this server was made: there is nothing to go on with."""
+        """True if the run had ended well before this server was made, so that there is nothing to continue."""
         return self._finished
 
     def abort(self, reason: str) -> None:
-        self._run.fail(AbortedError(reason))
+        """End the run with an AbortedError that every site gets.
+
+        Args:
+            reason: The message of that error.
+        """
+        self._run.state.fail(AbortedError(reason))
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once the run has ended, one way or the other, and its listeners have heard of it."""
+        """Wait until the run is done or has failed, and its listeners have been called with all events.
+
+        Args:
+            timeout_s: How long to wait, in seconds; None for as long as it takes.
+
+        Returns:
+            True once the run has ended, False after the timeout.
+        """
         return self._run.ended.wait(timeout_s) and self.delivered(timeout_s)
 
     def delivered(self, timeout_s: float | None = None) -> bool:
-        """True once the listeners have heard of all that has happened so far. Not for listeners."""
+        """Wait until the listeners have been called with all events so far. Must not be called by a listener.
+
+        Args:
+            timeout_s: How long to wait, in seconds; None for as long as it takes.
+
+        Returns:
+            True once they have, False after the timeout.
+        """
         return self._events.delivered(timeout_s)
 
     def result(self) -> RunResult:
-        """What there is so far."""
-        run = self._run
-        with run.lock:
-            rounds = tuple(replace(r, metrics=run.scores.of(r.round)) for r in run.results)
+        """The rounds so far, with the validation metrics that sites have reported.
+
+        Returns:
+            A snapshot; it does not change while the run goes on.
+        """
+        state, scores = self._run.state, self._run.scoring.scores
+        with state.lock:
+            rounds = tuple(replace(r, metrics=scores.of(r.round)) for r in state.results)
             return RunResult(
                 rounds=rounds,
-                best_round=run.best.version if run.best else None,
-                error=run.error,
+                best_round=state.models.best_version,
+                error=state.error,
                 bytes_up=sum(r.bytes_up for r in rounds),
                 bytes_down=sum(r.bytes_down for r in rounds),
             )
 
     def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
-        """Write the global model as folder/model.safetensors, or in the strategy's own format; returns the file.
+        """Write a global model as `folder`/model.safetensors, or in the strategy's own format.
 
-        None if there is no such model yet.
+        Args:
+            folder: Folder to write to; it is made if it does not exist.
+            which: The newest model, or the best one so far.
+
+        Returns:
+            The file, or None if there is no such model yet.
+
+        Raises:
+            StoreError: The file cannot be written.
         """
-        with self._run.lock:
-            model = self._run.model if which == "final" else self._run.best
+        state = self._run.state
+        with state.lock:
+            model = state.models.newest if which == "final" else state.models.best
             if model is None:
                 return None
-            durable = self._run.settings.durability == "power"
-            own = self._run.strategy.export(model.blob.views()[0])
+            durable = state.settings.durability == "power"
+            own = state.plan.strategy.export(model.blob.views()[0])
             if own is not None:
                 name, content = own
                 folder.mkdir(parents=True, exist_ok=True)
@@ -161,16 +230,18 @@ class Server:
                     sync(folder)
                 return folder / name
             path = folder / "model.safetensors"
-            metadata = {"format": "pt", "job": self._run.settings.name, "round": str(model.version)}
+            metadata = {"format": "pt", "job": state.settings.name, "round": str(model.version)}
             write_tensors(path, model.blob.views()[0], metadata, durable=durable)
             return path
 
     def close(self) -> None:
-        """Stop serving and deliver the last events. A run that has not ended can be continued later, by another server:
-        nothing of this one touches its files any more."""
+        """Stop serving and deliver the last events. Nothing touches the run's files any more when it returns.
+
+        A run that has not ended can be continued later, by another server for the same folder.
+        """
         if self._stop_serving:
             self._stop_serving(_GRACE_S)
-        self._run.halt()
+        self._run.state.halt()
         if self._loop.is_alive():
             self._loop.join(_LAST_STEP_S)
         self._events.close()

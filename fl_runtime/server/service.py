@@ -13,13 +13,11 @@ from google.protobuf.message import DecodeError, Message
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
 from fl_runtime.server import limits
-from fl_runtime.server.courses import reports
-from fl_runtime.server.filtering import check_layout, check_update
-from fl_runtime.server.members import Registration
+from fl_runtime.server.courses.base import Offer, Upload
+from fl_runtime.server.registration import Registration
 from fl_runtime.server.relay import Relay, first_part
 from fl_runtime.server.run import Run
-from fl_runtime.server.spool import Transfer
-from fl_runtime.server.state import Offer
+from fl_runtime.server.spool import Spool, Transfer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
@@ -41,8 +39,9 @@ class FederationService:
     """
 
     def __init__(self, run: Run, *, share: bool = False) -> None:
-        self._run, self._share = run, share
-        self._relay = Relay(run.members)
+        self._run, self._state, self._share = run, run.state, share
+        self._spool = Spool(run.state.blobs, run.state.lock)
+        self._relay = Relay(run.membership.members)
         self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,
@@ -62,12 +61,12 @@ class FederationService:
         try:
             yield from self._methods[method](peer, requests)
         except StoreError as error:  # nothing more can be promised
-            self._run.fail(error)
+            self._state.fail(error)
             raise
 
     def _attempt(self, session: pb.Session) -> int:
         """The attempt that a call speaks for; a call of an earlier job must not count in this one."""
-        if session.job not in ("", self._run.settings.name):
+        if session.job not in ("", self._state.settings.name):
             raise ProtocolError(f"the job {session.job[:100]!r} does not run here any more", fix="start the site again")
         return session.attempt
 
@@ -76,10 +75,10 @@ class FederationService:
     def _join(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.JoinRequest, requests)
         protocol = choose_protocol(request.protocol_min, request.protocol_max, request.version)
-        settings = self._run.settings
+        settings = self._state.settings
         if request.job not in ("", settings.name):
             raise ProtocolError(f"this server runs the job {settings.name!r}, not {request.job!r}")
-        member = self._run.join(peer.name, request.version[:100])
+        member = self._run.membership.join(peer.name, request.version[:100])
         yield pb.JoinReply(
             protocol=protocol,
             features=FEATURES,
@@ -87,10 +86,10 @@ class FederationService:
             attempt=member.attempt,
             site=member.name,
             index=member.index,
-            count=len(self._run.members),
+            count=len(self._run.membership.members),
             settings_json=json.dumps(asdict(settings)),
-            started=self._run.rounds is not None,
-            shared_folder=str(self._run.blobs.folder.resolve()) if self._share else "",
+            started=self._state.plan.rounds is not None,
+            shared_folder=str(self._state.blobs.folder.resolve()) if self._share else "",
         ).SerializeToString()
 
     def _register(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -109,7 +108,7 @@ class FederationService:
             terms=_terms(request.terms_json),
         )
         attempt, beat_s = self._attempt(request.session), _beat_s(request.session)
-        for rounds in self._run.register(peer.name, attempt, manifest, registration, beat_s):
+        for rounds in self._run.membership.register(peer.name, attempt, manifest, registration, beat_s):
             reply = pb.RegisterReply(waiting=pb.Waiting()) if rounds is None else pb.RegisterReply(rounds=rounds)
             yield reply.SerializeToString()
 
@@ -117,18 +116,18 @@ class FederationService:
         session = _first(pb.SessionRequest, requests).session
         attempt, beat_s = self._attempt(session), _beat_s(session)
         ended = threading.Event()
-        self._run.attend(peer.name, attempt)
+        self._run.membership.attend(peer.name, attempt)
         try:
             if peer.when_gone(ended.set):
                 yield pb.Notice(kind="attending").SerializeToString()
                 while not ended.wait(beat_s):
                     yield pb.Notice(kind="waiting").SerializeToString()
         finally:
-            self._run.absent(peer.name, attempt)
+            self._run.membership.absent(peer.name, attempt)
 
     def _leave(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.LeaveRequest, requests)
-        self._run.leave(peer.name, self._attempt(request.session), request.reason[:500], early=request.early)
+        self._run.membership.leave(peer.name, self._attempt(request.session), request.reason[:500], early=request.early)
         yield pb.Done().SerializeToString()
 
     def _tunnel(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -163,12 +162,12 @@ class FederationService:
                 count += offer.model.blob.manifest.nbytes
         finally:
             if offer.model is not None:
-                self._run.release(offer.model)
-            self._run.count_bytes(offer.kind, offer.round, name, count)
+                self._state.models.release(offer.model)
+            self._run.task_sent(offer.kind, offer.round, name, count)
 
     def _messages(self, offer: Offer, request: pb.NextRequest, shared: bool) -> Iterator[bytes]:
         header = pb.TaskHeader(
-            job=self._run.settings.name,
+            job=self._state.settings.name,
             round=offer.round,
             stage=offer.stage,
             kind=offer.kind,
@@ -191,13 +190,13 @@ class FederationService:
             yield ready[key]
             return
         if shared:
-            header.payload.file = self._run.blobs.path(blob).name
+            header.payload.file = self._state.blobs.path(blob).name
             yield pb.TaskPart(task=header).SerializeToString()
             return
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
-        yield from frames.frames(pieces, header.offset, frames.frame_bytes(len(self._run.settings.sites)))
+        yield from frames.frames(pieces, header.offset, frames.frame_bytes(len(self._state.settings.sites)))
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
@@ -208,13 +207,13 @@ class FederationService:
         facts, digest = _update_fields(header), frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
-            transfer = self._run.spool.begin(name, digest, self._manifest(name, header), payload.digests)
+            transfer = self._spool.begin(name, digest, self._manifest(name, header), payload.digests)
             received = len(first)
             try:
                 if payload.inline:
                     transfer.receiver.take(payload.inline[transfer.receiver.arrived :])
                 elif transfer.receiver.manifest.nbytes:
-                    shared = self._run.blobs.path(transfer.blob).name if header.shared and self._share else ""
+                    shared = self._state.blobs.path(transfer.blob).name if header.shared and self._share else ""
                     yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
                     if shared:
                         received += _written(transfer, requests, finite=header.finite)
@@ -222,37 +221,38 @@ class FederationService:
                         received += _received(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
-                update = Update(job=self._run.settings.name, site=name, arrays=arrays, extras=extras, **facts)
-                check_update(self._run, update)
+                update = Update(job=self._state.settings.name, site=name, arrays=arrays, extras=extras, **facts)
+                self._run.course.checks.check_values(update)
             except FederationError as error:
                 if isinstance(error, TransferDamagedError):  # what is right of it is kept
-                    self._run.spool.broke(transfer)
+                    self._spool.broke(transfer)
                 else:
-                    self._run.spool.drop(transfer)
+                    self._spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: what has arrived is kept for the next attempt
-                self._run.spool.broke(transfer)
+                self._spool.broke(transfer)
                 raise
-            status = self._run.accept(update, transfer.blob, digest, facts, received)
+            status = self._run.accept(Upload(update, transfer.blob, digest, facts, received))
         if status == "late":
-            self._run.events.emit("update", header.round, name, status="late", bytes_up=len(first))
+            self._state.events.emit("update", header.round, name, status="late", bytes_up=len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
     def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:
         """The manifest of an update, which must have the weights that were agreed on (extras may be added), or what
         the filters that it names make of them."""
         payload, how = header.payload, (header.content, header.encoding)
-        with self._run.lock:
+        with self._state.lock:
+            checks = self._run.course.checks
             if payload.HasField("manifest"):
                 manifest = Manifest.from_proto(payload.manifest)
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
-                check_layout(self._run, manifest, *how)  # before it is kept
-                self._run.add_layout(manifest, self._run.members[name])
-            elif payload.layout not in self._run.manifests:
+                checks.check_layout(manifest, *how)  # before it is kept
+                self._run.membership.describe(self._run.membership.members[name], manifest)
+            elif payload.layout not in self._state.layouts:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
-            manifest = self._run.manifests[payload.layout]
-            check_layout(self._run, manifest, *how)
+            manifest = self._state.layouts[payload.layout]
+            checks.check_layout(manifest, *how)
         if payload.inline and len(payload.inline) != manifest.nbytes:
             raise ProtocolError(f"an update brings {len(payload.inline)} bytes; its tensors have {manifest.nbytes}")
         if payload.total_bytes != manifest.nbytes:
@@ -263,14 +263,14 @@ class FederationService:
         request = _first(pb.ScoreRequest, requests)
         metrics = _metrics(request.metrics_json)
         examples = max(limits.check_count(request.num_examples, "num_examples"), 1)
-        report = Report(self._run.settings.name, request.version, peer.name, metrics, examples)
+        report = Report(self._state.settings.name, request.version, peer.name, metrics, examples)
         attempt = self._attempt(request.session)
-        reports.score(self._run, report, attempt)
+        self._run.score(report, attempt)
         if not request.wait:
             yield pb.ScoreReply().SerializeToString()
             return
         beat_s = _beat_s(request.session)
-        for found in reports.wait_for_scores(self._run, peer.name, attempt, request.version, beat_s):
+        for found in self._run.scoring.wait_for(peer.name, attempt, request.version, beat_s):
             if found is None:
                 yield pb.ScoreReply(waiting=pb.Waiting()).SerializeToString()
             else:

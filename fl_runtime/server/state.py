@@ -1,41 +1,37 @@
-"""What a run consists of while it goes on: models, the open round, offers. Changed only under the run's lock."""
+"""The state of one run: journal, files, models, phase and results, behind one lock."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from fl_runtime.server.members import Member
-from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry
-from fl_runtime.types import Settings, TaskKind, Update
+from fl_runtime.aggregation import make_strategy
+from fl_runtime.errors import FederationError, StoreError
+from fl_runtime.filters import check_filters
+from fl_runtime.filters.base import Home
+from fl_runtime.filters.server import ServerFilters, what_ran
+from fl_runtime.server.models import Models
+from fl_runtime.server.records.events import Events
+from fl_runtime.server.records.results import RoundResult
+from fl_runtime.store.blobs import Blob, Blobs
+from fl_runtime.store.journal import Journal
+from fl_runtime.types import RunSettings, Settings, Strategy, Terms, Update
+from fl_runtime.wire.manifest import Manifest
 
-Phase = Literal["joining", "initial", "training", "final", "done", "failed"]
-Status = Literal["used", "late", "carried", "duplicate"]
+log = logging.getLogger(__name__)
 
-
-@dataclass
-class Model:
-    """A committed global model. `leases` counts the calls that are streaming it; it is recycled after the last.
-
-    kept: what the strategy keeps at the server beside the newest model.
-    messages: whole task messages of a small model, so that it is encoded once for all sites.
-    """
-
-    entry: ModelEntry
-    blob: Blob
-    kept: Blob | None = None
-    leases: int = 0
-    retired: bool = False
-    messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
-
-    @property
-    def version(self) -> int:
-        return self.entry.version
+RunPhase = Literal["joining", "initial", "training", "final", "done", "failed"]
 
 
 @dataclass(frozen=True)
 class Accepted:
+    """An update that counts in a round or buffer, and the file that its tensors lie in."""
+
     update: Update
     blob: Blob
     digest: bytes
@@ -43,11 +39,20 @@ class Accepted:
 
 @dataclass
 class OpenRound:
-    """The round under way. bytes_down, bytes_up: per site, as counted by the service.
+    """The round under way. Changed only under the run's lock.
 
-    closing: it takes no more updates; the last of them are being summed. drawn: the participants are a sample, and
-    nobody else joins them. answers: how many updates it waits for, None: for all of them. stage: "" for the first
-    try at the round, then "2", "3".
+    Attributes:
+        round: Number of the round; 0 makes the initial model.
+        participants: Names of the sites whose updates the round waits for.
+        config: Settings that travel with the round's tasks.
+        began: When the round was opened, in monotonic seconds.
+        stage: "" for the first try at the round, then "2", "3", and so on.
+        accepted: Updates that count so far, by site.
+        bytes_down: Bytes of tasks sent in this round, by site.
+        bytes_up: Bytes of updates received in this round, by site.
+        closing: True once the round takes no more updates; the last of them are being summed.
+        drawn: True if the participants are a selection that no other site may join.
+        answers: Number of updates the round waits for, or None to wait for all participants.
     """
 
     round: int
@@ -62,33 +67,172 @@ class OpenRound:
     drawn: bool = False
     answers: int | None = None
 
-    def takes(self, name: str) -> bool:
-        """Whether a site may contribute."""
-        return not self.drawn or name in self.participants
+    def takes(self, site: str) -> bool:
+        """Whether this site may contribute to the round."""
+        return not self.drawn or site in self.participants
 
 
 @dataclass(frozen=True)
-class Offer:
-    """A task for one site. `model` is leased: whoever takes the offer calls Run.release(model)."""
+class Plan:
+    """What is trained, and for how long.
 
-    kind: TaskKind
-    round: int
-    config: Settings
-    model: Model | None
-    layout_known: bool
-    stage: str = ""
+    Attributes:
+        strategy: The strategy that makes the global models.
+        terms: What the sites' scripts agreed on at the handshake; the defaults before it.
+        rounds: Number of the last round, or None before the handshake.
+        negotiable: True if the sites' terms name the strategy, because the job does not.
+    """
+
+    strategy: Strategy
+    terms: Terms = field(default_factory=Terms)
+    rounds: int | None = None
+    negotiable: bool = False
+
+
+class RunState:
+    """State of one run, shared by the objects that drive it.
+
+    Every field is read and changed under `lock` only. `changed` and `published` are conditions of that lock: `changed`
+    wakes the thread that drives the run, `published` wakes the sites' calls that wait for a task or a result. What
+    others are told must be in the journal before. Nothing that takes long, such as summing, happens under the lock.
+
+    Attributes:
+        settings: The job's settings.
+        events: Where the run's events are emitted.
+        journal: The record that a killed server continues from.
+        blobs: The files of models and updates.
+        layouts: Every manifest that has been used in this run, by its layout digest.
+        filters: The job's filters at the server.
+        models: The newest and the best global model.
+        plan: Strategy, terms and number of rounds.
+        phase: Where the run stands, from "joining" to "done" or "failed".
+        open: The round under way; None between rounds, and always None in a buffered run.
+        results: The rounds that are closed, in order.
+        error: Why the run failed, or None.
+    """
+
+    def __init__(self, settings: RunSettings, folder: Path, events: Events, strategy: Strategy | None = None) -> None:
+        """Open the run's folder, or make it.
+
+        Args:
+            settings: The job's settings. The journal must have none, or the same.
+            folder: Folder for the journal and the blobs.
+            events: Where to emit the run's events.
+            strategy: A strategy to use in place of the one that `settings`, or else the sites' terms, name.
+        """
+        self.settings, self.events = settings, events
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.published = threading.Condition(self.lock)
+        negotiable = strategy is None and settings.strategy is None
+        self.plan = Plan(strategy or make_strategy(settings.strategy or Terms().strategy), negotiable=negotiable)
+        durable = settings.durability == "power"
+        self.journal = Journal(folder / "journal.sqlite", durable=durable)
+        self.journal.begin(settings)
+        self.blobs = Blobs(folder / "blobs", durable=durable)
+        self.layouts: dict[bytes, Manifest] = {}
+        self.filters = ServerFilters(settings.filters, Home(job=settings.name, folder=folder))
+        self.models = Models(self.journal, self.blobs, self.lock)
+        self.phase: RunPhase = "joining"
+        self.open: OpenRound | None = None
+        self.results: list[RoundResult] = []
+        self.error: FederationError | None = None
+
+    def agree(self, terms: Terms) -> None:
+        """Adopt the sites' terms where the job leaves them open. ConfigError if the job's filters do not fit them."""
+        strategy = make_strategy(terms.strategy) if self.plan.negotiable else self.plan.strategy
+        self.plan = replace(self.plan, strategy=strategy, terms=terms)
+        check_filters(self.settings.filters, self.settings.optimizer_state, strategy)
+
+    def begin(self, rounds: int, sites: Sequence[str], manifest: Manifest) -> None:
+        """Record that the sites have agreed on `rounds` rounds of the model that `manifest` describes."""
+        self.journal.agreed(rounds, self.plan.terms)
+        self.plan = replace(self.plan, rounds=rounds)
+        filters: dict[str, Any] = {"filters": list(self.settings.filters)} if self.settings.filters else {}
+        self.events.emit(
+            "started", rounds=rounds, sites=list(sites), tensors=len(manifest.tensors), bytes=manifest.nbytes, **filters
+        )
+
+    def restore_plan(self) -> None:
+        """Restore the number of rounds and the sites' terms from the journal, if they had agreed."""
+        self.plan = replace(self.plan, rounds=self.journal.rounds())
+        if self.plan.rounds is not None:
+            self.agree(self.journal.terms())
+
+    def stop_after(self, round: int) -> None:
+        """Make `round` the last round of the run."""
+        self.plan = replace(self.plan, rounds=round)
+        self.journal.agreed(round, self.plan.terms)
+        self.changed.notify_all()
+
+    def enter(self, phase: RunPhase) -> None:
+        """Go on to the next phase, and wake the sites' calls."""
+        self.phase = phase
+        self.published.notify_all()
+
+    def add_layout(self, manifest: Manifest) -> None:
+        """Keep a manifest, so that later messages can refer to it by its layout digest."""
+        if manifest.layout not in self.layouts:
+            self.layouts[manifest.layout] = manifest
+            self.journal.layout(manifest)
+
+    def emit_update(
+        self, update: Update, status: str, *, round: int, began: float, bytes_up: int, bytes_down: int
+    ) -> None:
+        """Emit the event of an update that has arrived, and wake the thread that drives the run."""
+        self.events.emit(
+            "update",
+            round,
+            update.site,
+            status=status,
+            num_examples=update.num_examples,
+            local_steps=update.local_steps,
+            metrics=dict(update.metrics),
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
+            seconds=time.monotonic() - began,
+            **({"filters": list(ran)} if (ran := what_ran(update.encoding)) else {}),
+        )
+        self.changed.notify_all()
+
+    def fail(self, error: FederationError) -> None:
+        """End the run with an error that every site gets too.
+
+        A StoreError alone halts the run: it is not recorded as the end, so that the run continues from its journal when
+        the server is started again. Sites wait for that as for a server that is away.
+        """
+        with self.lock:
+            if self.phase in ("failed", "done") or self.blobs.closed:
+                return
+            self.phase, self.error = "failed", error
+            self.events.emit("failed", error=error.to_wire())
+            self.published.notify_all()
+            self.changed.notify_all()
+            if not isinstance(error, StoreError):
+                try:
+                    self.journal.ended(error)
+                except StoreError as failure:
+                    log.error("the end of the run could not be recorded in its journal: %s", failure)
+
+    def halt(self) -> None:
+        """Stop where the journal stands, because the server is being closed. It may be started again."""
+        with self.lock:
+            self.blobs.close()
+            self.published.notify_all()
+            self.changed.notify_all()
+
+    def raise_if_ended(self, *, even_done: bool = False) -> None:
+        """Raise the error of a run that failed, or StoreError if the server was closed before the run was done.
+
+        Args:
+            even_done: Raise for a closed server also if the run is done. Without it, sites may still ask about the end.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.blobs.closed and (even_done or self.phase != "done"):
+            raise StoreError("the server was closed", fix="start it again to go on")
 
 
 def stage_of(failed_tries: int) -> str:
-    """What tells the tries at a round apart: "" for the first."""
+    """Name of a try at a round: "" for the first, then "2", "3", and so on."""
     return str(failed_tries + 1) if failed_tries else ""
-
-
-def leased(kind: TaskKind, round: int, config: Settings, model: Model | None, member: Member, stage: str = "") -> Offer:
-    """An offer of this model, which cannot be recycled until it is released. Call it under the run's lock."""
-    assert model is not None
-    model.leases += 1
-    layout = model.blob.manifest.layout
-    known = layout in member.layouts
-    member.layouts.add(layout)
-    return Offer(kind, round, config, model, known, stage)

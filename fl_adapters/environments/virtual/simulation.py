@@ -26,7 +26,7 @@ from fl_adapters.participant.exchange import selected
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
-from fl_runtime.server.courses.virtual import Workers, check_settings, course
+from fl_runtime.server.courses.virtual import VirtualSites, Workers, check_settings
 from fl_runtime.server.records.history import History
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Arrays, RunSettings
@@ -114,7 +114,7 @@ def _simulated(
     pool.begin(info, manifest)
     history = History(run.folder)
     try:
-        server = Server(settings, run.folder, {}, listeners=[history, run.tell], loop=course(initial, pool))
+        server = Server(settings, run.folder, {}, listeners=[history, run.tell], virtual=VirtualSites(initial, pool))
         try:
             _follow(server, run.folder)
             return make_result(server, run, None, began)

@@ -1,177 +1,227 @@
-"""Runs without rounds: sites never wait, and every k updates make the next model (see aggregation/fedbuff.py).
+"""Buffered runs: sites never wait, and every k updates make the next model (see aggregation/fedbuff.py).
 
-Each site has rounds of its own: its n-th update is its round n. The buffer is journaled update by update, so what was
-acknowledged counts after the server was killed, too. A model that some site has begun with is kept, on disk, until the
-site has answered, since its update is taken as a difference to that model.
+Each site has rounds of its own: its n-th update is its round n. The buffer is journaled update by update, so that what
+was acknowledged also counts after the server was killed. A model that some site has begun with is kept on disk until
+the site has answered, because its update is taken as a difference to that model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from fl_runtime.aggregation.fedbuff import difference
 from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.filters.server import decoded
-from fl_runtime.server.courses.reports import settle
-from fl_runtime.server.members import Member
+from fl_runtime.server.courses.base import Offer, Status, Upload, leased
+from fl_runtime.server.courses.initial import InitialModel
+from fl_runtime.server.courses.rounds import event_fields
+from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.models import Model
 from fl_runtime.server.records.results import RoundResult
-from fl_runtime.server.state import Accepted, Model, Offer, Status, leased
+from fl_runtime.server.recovery import load_model, load_update
+from fl_runtime.server.registration import Member
+from fl_runtime.server.state import Accepted, RunState
+from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry, UpdateEntry
-from fl_runtime.types import Array, Arrays, ServerState, Update
+from fl_runtime.store.journal import ModelEntry, RoundEntry, UpdateEntry
+from fl_runtime.types import Array, Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest
 
-if TYPE_CHECKING:
-    from fl_runtime.server.run import Run
 
+class Buffered:
+    """A run without rounds: every `size` updates make the next model. A `Course`."""
 
-@dataclass
-class Buffer:
-    """What has come and is not in a model yet. Used under the run's lock.
+    def __init__(
+        self, state: RunState, membership: Membership, scoring: Scoring, initial: InitialModel, size: int
+    ) -> None:
+        self._state, self._membership, self._scoring = state, membership, scoring
+        self._initial, self._size = initial, size
+        self.checks = TensorChecks(state, membership)
+        self._waiting: list[Accepted] = []  # updates that are not in a model yet, in the order of arrival
+        self._models: dict[int, Model] = {}  # older models that are still needed, by version
+        self._began: dict[str, int] = {}  # version that a site trains on; missing after a restart, when it may be any
+        self._last_used: dict[str, int] = {}
+        self._since = time.monotonic()  # of the model that is being made, as are the bytes
+        self._bytes_up = self._bytes_down = 0
 
-    waiting: in the order of arrival. models: older ones that are still needed, by version. began: the version that a
-    site trains on; one that is not known (after a restart) may be any. since, bytes_up, bytes_down: of the model that
-    is being made.
-    """
-
-    size: int
-    waiting: list[Accepted] = field(default_factory=list)
-    models: dict[int, Model] = field(default_factory=dict)
-    began: dict[str, int] = field(default_factory=dict)
-    since: float = field(default_factory=time.monotonic)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def offer(self, run: Run, member: Member) -> Offer | None:
-        """The newest model at once, as long as the site has rounds of its own to do."""
-        number = run.last_used.get(member.name, 0) + 1
-        if not member.active or run.model is None or run.rounds is None or number > run.rounds:
+    def offer(self, member: Member, done: str) -> Offer | None:
+        """The newest model, as long as the site has rounds of its own left."""
+        state, number = self._state, self._last_used.get(member.name, 0) + 1
+        newest, rounds = state.models.newest, state.plan.rounds
+        if newest is None or rounds is None or number > rounds:
             return None
-        self.began[member.name] = run.model.version
-        return leased("train", number, {}, run.model, member)
+        self._began[member.name] = newest.version
+        return leased("train", number, {}, newest, member)
 
-    def admit(self, run: Run, name: str, number: int) -> Status | None:
-        if number <= run.last_used.get(name, 0):
+    def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
+        last = self._last_used.get(site, 0)
+        if round <= last:
             return "duplicate"
-        return None if run.phase == "training" and number == run.last_used.get(name, 0) + 1 else "late"
+        return None if self._state.phase == "training" and round == last + 1 else "late"
 
-    def accept(
-        self, run: Run, update: Update, blob: Blob, digest: bytes, header: Mapping[str, Any], bytes_up: int
-    ) -> Status:
-        """Journaled, then counted. Takes over the blob, unless the model that it began with is gone."""
-        known = {*self.models, run.model.version if run.model else None}
-        if update.base_version not in known:
-            run.blobs.free(blob)
-            return "late"
-        index = run.members[update.site].index
-        run.blobs.rename(blob, f"update-{update.round}-{index}")
-        run.blobs.settle(blob)
-        run.journal.buffered(UpdateEntry(update.round, update.site, digest, blob.name, blob.manifest.layout, header))
-        self.waiting.append(Accepted(update, blob, digest))
-        run.last_used[update.site] = update.round
-        self.bytes_up += bytes_up
-        return "used"
+    def accept(self, upload: Upload) -> Status:
+        """Count an update, unless the model that it began with is gone."""
+        state, update, blob = self._state, upload.update, upload.blob
+        if update.base_version in {*self._models, state.models.version}:
+            index = self._membership.members[update.site].index
+            state.blobs.rename(blob, f"update-{update.round}-{index}")
+            state.blobs.settle(blob)
+            layout = blob.manifest.layout
+            entry = UpdateEntry(update.round, update.site, upload.digest, blob.name, layout, upload.header)
+            state.journal.buffered(entry)
+            self._waiting.append(Accepted(update, blob, upload.digest))
+            self._last_used[update.site] = update.round
+            self._bytes_up += upload.bytes_up
+            status: Status = "used"
+        else:
+            state.blobs.free(blob)
+            status = "late"
+        told = status if status == "late" else "buffered"
+        state.emit_update(update, told, round=update.round, began=self._since, bytes_up=upload.bytes_up, bytes_down=0)
+        return status
 
-    def finished(self, run: Run) -> bool:
-        """Whether nobody has anything more to send: sites have sent their last, are gone, or have never come."""
-        expected = [m for m in run.members.values() if m.attempt and not m.gone]
-        return all(run.last_used.get(m.name, 0) >= (run.rounds or 0) for m in expected)
+    def task_sent(self, site: str, round: int, nbytes: int) -> None:
+        self._bytes_down += nbytes
 
-    def due(self, run: Run) -> list[Accepted]:
-        """What makes the next model now: k updates, or at the end what is left."""
-        if len(self.waiting) >= self.size or self.finished(run):
-            return self.waiting[: self.size]
-        return []
+    def drive(self) -> None:
+        """Make models of the updates that arrive, until no site has anything more to send."""
+        self._initial.obtain()
+        state, membership = self._state, self._membership
+        with state.lock:
+            self._since = time.monotonic()
+            if state.models.newest is not None and state.models.version == 0:
+                state.events.emit("round_started", 1, sites=[])
+            state.enter("training")
 
-    def needed(self, run: Run) -> set[int]:
+        def ready() -> bool:
+            membership.check_quorum(membership.joined(), "in training")
+            return bool(self._due()) or self._finished()
+
+        while True:
+            with state.lock:
+                in_time = membership.wait_until(ready, state.settings.deadline_s)
+                due = self._due() if in_time else self._waiting[: self._size]
+                if not due:
+                    return  # all are done; or nothing has come for so long that nobody is waited for any more
+            self._next_model(due)
+
+    def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
+        state, models = self._state, self._state.models
+        self._last_used = state.journal.last_used()
+        self._waiting = [load_update(state, entry) for entry in state.journal.buffer()]
+        self._models = {entry.version: load_model(state, entry) for entry in state.journal.models()[:-1]}
+        for version, model in self._models.items():
+            if version > 0 and self._scoring.better(version, models.best_version):
+                models.best = model
+        return {m.blob.name for m in self._models.values()} | {a.blob.name for a in self._waiting}
+
+    def _finished(self) -> bool:
+        """Whether no site has anything more to send: each has sent its last, is gone, or has never come."""
+        rounds = self._state.plan.rounds or 0
+        return all(self._last_used.get(name, 0) >= rounds for name in self._membership.joined())
+
+    def _due(self) -> list[Accepted]:
+        """The updates that make the next model now: a full buffer or, at the end, what is left."""
+        full = len(self._waiting) >= self._size
+        return self._waiting[: self._size] if full or self._finished() else []
+
+    def _next_model(self, due: list[Accepted]) -> None:
+        """Make the next model of the updates that are due."""
+        state, made = self._state, list[Blob]()
+        with state.lock:
+            newest = state.models.newest
+            assert newest is not None
+
+        def allocate(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
+            manifest = Manifest.of(arrays, extras)
+            with state.lock:
+                state.add_layout(manifest)
+                made.append(state.blobs.create(f"model-{newest.version + 1}", manifest))
+            return made[-1].views()
+
+        base = newest.blob.views()[0]
+        aggregator = state.plan.strategy.aggregator(base, allocate, {"version": newest.version}, ServerState())
+        for accepted in due:
+            began = self._models.get(accepted.update.base_version, newest).blob.views()[0]
+            weight = state.settings.site_weights.get(accepted.update.site, 1.0)
+            update = decoded(accepted.update, began)
+            arrays = _Differences(update.arrays, began, base)
+            aggregator.add(replace(update, arrays=arrays, content="delta", site_weight=weight))
+        aggregator.result()
+        digests = made[0].manifest.digests_of_payload(made[0].buffer)
+        with state.lock:
+            self._commit(newest, due, made[0], digests)
+
+    def _commit(self, previous: Model, due: list[Accepted], blob: Blob, digests: bytes) -> None:
+        state, number = self._state, previous.version + 1
+        updates = sorted((a.update for a in due), key=lambda u: (u.site, u.round))
+        metrics = weighted_means((u.metrics, u.num_examples) for u in updates)
+        result = self._result(number, {u.site for u in updates}, metrics)
+        left = self._waiting[len(due) :]
+        entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
+        state.blobs.settle(blob)
+        state.journal.round_opened(number, result.sites, time.time())
+        still_buffered = [(a.update.site, a.update.round) for a in left]
+        state.journal.committed(entry, number, result.to_json(), buffered=still_buffered)
+        state.models.newest, self._waiting, self._since = Model(entry, blob), left, time.monotonic()
+        self._bytes_up = self._bytes_down = 0
+        state.results.append(result)
+        self._scoring.scores.trained(number, result.metrics)
+        state.events.emit(
+            "round_finished",
+            number,
+            buffered=True,
+            **event_fields(result),
+            num_examples=sum(u.num_examples for u in updates),
+            local_steps=sum(u.local_steps for u in updates),
+        )
+        state.published.notify_all()
+        for accepted in due:
+            state.blobs.free(accepted.blob)
+        self._models[previous.version] = previous
+        self._forget(previous)
+
+    def _result(self, number: int, senders: set[str], metrics: Mapping[str, float]) -> RoundResult:
+        return RoundResult(
+            round=number,
+            seconds=time.monotonic() - self._since,
+            metrics=metrics,
+            sites=tuple(name for name in self._membership.members if name in senders),
+            missing=(),
+            bytes_up=self._bytes_up,
+            bytes_down=self._bytes_down,
+        )
+
+    def _forget(self, previous: Model) -> None:
+        """Recycle the models that no update can begin with any more, but for the best."""
+        models = self._state.models
+        self._scoring.settle(previous.version)
+        if previous.version > 0 and self._scoring.better(previous.version, models.best_version):
+            models.best = previous
+        needed = self._needed() | ({models.best.version} if models.best else set())
+        for version in [version for version in self._models if version not in needed]:
+            models.retire(self._models.pop(version))
+
+    def _needed(self) -> set[int]:
         """Versions that an update on its way, or in the buffer, may have begun with."""
-        versions = {accepted.update.base_version for accepted in self.waiting}
-        for member in run.members.values():
-            if not member.gone and run.last_used.get(member.name, 0) < (run.rounds or 0):
-                if member.name not in self.began:
-                    return set(self.models)
-                versions.add(self.began[member.name])
+        rounds = self._state.plan.rounds or 0
+        versions = {accepted.update.base_version for accepted in self._waiting}
+        for name in self._membership.remaining():
+            if self._last_used.get(name, 0) < rounds:
+                if name not in self._began:
+                    return set(self._models)
+                versions.add(self._began[name])
         return versions
 
 
-def next_model(run: Run, buffer: Buffer, due: list[Accepted]) -> None:
-    """The updates that are due become the next model."""
-    with run.lock:
-        assert run.model is not None
-        newest, made = run.model, list[Blob]()
-
-    def allocate(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
-        manifest = Manifest.of(arrays, extras)
-        with run.lock:
-            run.add_layout(manifest)
-            made.append(run.blobs.create(f"model-{newest.version + 1}", manifest))
-        return made[-1].views()
-
-    base = newest.blob.views()[0]
-    aggregator = run.strategy.aggregator(base, allocate, {"version": newest.version}, ServerState())
-    for accepted in due:
-        began = buffer.models.get(accepted.update.base_version, newest).blob.views()[0]
-        weight = run.settings.site_weights.get(accepted.update.site, 1.0)
-        update = decoded(accepted.update, began)
-        arrays = _Differences(update.arrays, began, base)
-        aggregator.add(replace(update, arrays=arrays, content="delta", site_weight=weight))
-    aggregator.result()
-    digests = made[0].manifest.digests_of_payload(made[0].buffer)
-    with run.lock:
-        _commit(run, buffer, due, made[0], digests)
-
-
-def _commit(run: Run, buffer: Buffer, due: list[Accepted], blob: Blob, digests: bytes) -> None:
-    previous = run.model
-    assert previous is not None
-    number = previous.version + 1
-    updates = sorted((a.update for a in due), key=lambda u: (u.site, u.round))
-    metrics = weighted_means((u.metrics, u.num_examples) for u in updates)
-    senders = {u.site for u in updates}
-    names = tuple(name for name in run.members if name in senders)
-    result = RoundResult(
-        round=number,
-        seconds=time.monotonic() - buffer.since,
-        metrics=metrics,
-        sites=names,
-        missing=(),
-        bytes_up=buffer.bytes_up,
-        bytes_down=buffer.bytes_down,
-    )
-    left = buffer.waiting[len(due) :]
-    entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
-    run.blobs.settle(blob)
-    run.journal.round_opened(number, names, time.time())
-    run.journal.committed(entry, number, result.to_json(), buffered=[(a.update.site, a.update.round) for a in left])
-    run.model, buffer.waiting, buffer.since = Model(entry, blob), left, time.monotonic()
-    buffer.bytes_up = buffer.bytes_down = 0
-    run.results.append(result)
-    run.scores.trained(number, metrics)
-    told = {k: v for k, v in result.to_json().items() if k != "round"}
-    told |= {"num_examples": sum(u.num_examples for u in updates), "local_steps": sum(u.local_steps for u in updates)}
-    run.events.emit("round_finished", number, buffered=True, **told)
-    run.published.notify_all()
-    for accepted in due:
-        run.blobs.free(accepted.blob)
-    buffer.models[previous.version] = previous
-    _forget(run, buffer, previous)
-
-
-def _forget(run: Run, buffer: Buffer, previous: Model) -> None:
-    """Models that no update can begin with any more are recycled, but for the best."""
-    settle(run, previous.version)
-    if previous.version > 0 and run.scores.better(previous.version, run.best.version if run.best else None):
-        run.best = previous
-    needed = buffer.needed(run) | ({run.best.version} if run.best else set())
-    for version in [version for version in buffer.models if version not in needed]:
-        run.retire(buffer.models.pop(version))
-
-
 class _Differences(Mapping[str, Array]):
-    """D_i of every tensor, made when it is asked for; of one that the site has held back, as if it had not changed."""
+    """Each tensor's difference to the model that the site began with, made when it is asked for.
+
+    A tensor that the site has held back counts as unchanged.
+    """
 
     def __init__(self, arrays: Arrays, began: Arrays, newest: Arrays) -> None:
         self._arrays, self._began, self._newest = arrays, began, newest

@@ -1,41 +1,55 @@
-"""Cross-site evaluation: after the last round, every site scores the global model and every site's own.
+"""Cross-site evaluation: after the last round, every site scores the global model and every site's own model.
 
-A site's own model is what it has sent last, as far as that are weights as they are: what filters have changed or
-encoded is nobody's model, and has no row. Tensors that a site has held back are those of the final global model.
+A site's own model is the last update that it sent, if that holds plain weights. An update that filters have changed or
+encoded is no model of the site, and has no row in the matrix. Tensors that a site has held back are taken from the
+final global model.
 
-Scores are kept like those of global models, under numbers behind the
-last round's: rounds + 1 + the site's index. Each site asks for one model after the other and nobody waits for anybody;
-the matrix is told when all are through, or at the deadline.
+Scores are kept like those of global models, under version numbers after the last round's: rounds + 1 + the site's
+index. Each site asks for one model after the other, and no site waits for another. The matrix is emitted when all sites
+have scored all models, or at the deadline.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from fl_runtime.aggregation.metrics.pooling import plain
-from fl_runtime.server.members import Member
-from fl_runtime.server.state import Accepted, Model, Offer, leased
+from fl_runtime.filters import check_cross_site
+from fl_runtime.server.courses.base import Offer, leased
+from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.models import Model
+from fl_runtime.server.recovery import load_update
+from fl_runtime.server.registration import Member, Registration, check_capabilities
+from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
-from fl_runtime.types import Arrays
+from fl_runtime.types import CROSS_EVALUATION, Arrays, Report
 from fl_runtime.wire.manifest import Manifest
-
-if TYPE_CHECKING:
-    from fl_runtime.server.run import Run
 
 GLOBAL = "global"
 
 
-class CrossSite:
-    """The sites' own models of one run. Used under the run's lock."""
+class CrossEvaluation:
+    """The cross-site evaluation of one run; without `cross_site` in the job, it has nothing to do.
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
+    Called under the run's lock, except `conclude`.
+    """
+
+    def __init__(self, state: RunState, membership: Membership, scoring: Scoring) -> None:
+        self._state, self._membership, self._scoring = state, membership, scoring
+        self._wanted = state.settings.cross_site
         self._last: dict[str, Accepted] = {}
         self._models: dict[str, Model] = {}
 
+    def check(self, registrations: Mapping[str, Registration]) -> None:
+        """Raise ConfigError or HandshakeError if the sites' own models cannot be evaluated."""
+        if self._wanted:
+            check_cross_site(self._state.settings.filters, self._state.plan.strategy)
+            check_capabilities(registrations, "cross_site", frozenset({CROSS_EVALUATION}))
+
     def keep(self, accepted: Accepted) -> Blob | None:
-        """Takes over the blob of an update whose round is closed; gives back one that is not needed any more."""
+        """Take over the file of an update whose round is closed. Returns a file that is not needed any more, if any."""
         if not self._wanted or accepted.update.content != "weights":
             return accepted.blob
         site = accepted.update.site
@@ -43,62 +57,85 @@ class CrossSite:
         self._last[site] = accepted
         return before.blob if before else None
 
-    def knows(self, run: Run, version: int) -> bool:
+    def covers(self, version: int) -> bool:
         """Whether a version is the number of a site's own model."""
-        return self._wanted and run.rounds is not None and version > run.rounds
+        rounds = self._state.plan.rounds
+        return self._wanted and rounds is not None and version > rounds
 
-    def offer(self, run: Run, member: Member) -> Offer | None:
-        """The next model that this site has not scored, or the word that there is none; None: too soon."""
-        if run.phase not in ("final", "done") or not member.active:
+    def report(self, report: Report) -> None:
+        """Take a site's report on another site's model."""
+        self._scoring.record(report, "cross_score")
+
+    def offer(self, member: Member) -> Offer | None:
+        """The next model that this site has not scored, or word that there is none. None before the last round ends."""
+        state = self._state
+        if state.phase not in ("final", "done") or not member.active:
             return None
-        for name, version in self._asked(run, member.name).items():
-            if member.name not in run.scores.reported(version):
-                config = {"model": name}
-                model = run.model if name == GLOBAL else self._model(run, name, version)
-                return leased("evaluate", run.rounds or 0, config, model, member)
-        return Offer("evaluated", run.rounds or 0, {}, None, True)
+        for name, version in self._asked(member.name).items():
+            if member.name not in self._scoring.scores.reported(version):
+                model = state.models.newest if name == GLOBAL else self._model(name, version)
+                return leased("evaluate", state.plan.rounds or 0, {"model": name}, model, member)
+        return Offer("evaluated", state.plan.rounds or 0, {}, None, True)
 
-    def complete(self, run: Run) -> bool:
-        """Whether every site that is there has scored every model that it is asked for."""
-        active = [m.name for m in run.members.values() if m.active]
-        return all(name in run.scores.reported(v) for name in active for v in self._asked(run, name).values())
+    def conclude(self) -> None:
+        """Wait until all sites have scored all models, or for the deadline, and emit the matrix."""
+        state = self._state
+        if self._wanted:
+            with state.lock:
+                self._membership.wait_until(self._complete, state.settings.deadline_s)
+                state.events.emit("cross_site", state.plan.rounds or 0, matrix=self._matrix())
 
-    def matrix(self, run: Run) -> dict[str, dict[str, dict[str, float]]]:
-        """Whose model -> on whose data -> metrics."""
+    def recover(self) -> set[str]:
+        """Restore the sites' last updates from the journal; returns the names of their files."""
+        state, names = self._state, set[str]()
+        if self._wanted and state.models.newest:
+            for entry in state.journal.last_updates():
+                if 0 < entry.round <= state.models.version:
+                    self.keep(load_update(state, entry))
+                    names.add(entry.blob)
+        return names
+
+    def _complete(self) -> bool:
+        """Whether every site that is present has scored every model that it is asked for."""
+        reported = self._scoring.scores.reported
+        return all(name in reported(v) for name in self._membership.present() for v in self._asked(name).values())
+
+    def _matrix(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Metrics by model, then by the site that scored it."""
         return {
-            name: {site: plain(metrics) for site, metrics in sorted(run.scores.by_site(version).items())}
-            for name, version in self._numbers(run).items()
+            name: {site: plain(metrics) for site, metrics in sorted(self._scoring.scores.by_site(version).items())}
+            for name, version in self._numbers().items()
         }
 
-    def _asked(self, run: Run, site: str) -> dict[str, int]:
-        """The models that a site evaluates, as the workflow says, by their numbers."""
-        numbers = self._numbers(run)
-        wanted = set(run.strategy.scored_by(site, tuple(numbers)))
+    def _asked(self, site: str) -> dict[str, int]:
+        """Numbers of the models that the strategy asks a site to evaluate, by name."""
+        numbers = self._numbers()
+        wanted = set(self._state.plan.strategy.scored_by(site, tuple(numbers)))
         return {name: number for name, number in numbers.items() if name in wanted}
 
-    def _numbers(self, run: Run) -> dict[str, int]:
-        """The number of every model under which its scores are kept."""
-        last = run.rounds or 0
-        sites = {m.name: last + 1 + m.index for m in run.members.values() if m.name in self._last}
+    def _numbers(self) -> dict[str, int]:
+        """The version number under which each model's scores are kept."""
+        last = self._state.plan.rounds or 0
+        sites = {m.name: last + 1 + m.index for m in self._membership.members.values() if m.name in self._last}
         return {GLOBAL: last} | sites
 
-    def _model(self, run: Run, name: str, version: int) -> Model:
+    def _model(self, name: str, version: int) -> Model:
         if name not in self._models:
-            assert run.model is not None
-            blob, final = self._last[name].blob, run.model.blob.views()[0]
+            newest = self._state.models.newest
+            assert newest is not None
+            blob, final = self._last[name].blob, newest.blob.views()[0]
             arrays, extras = blob.views()
             if extras or len(arrays) < len(final):
-                blob = _copy(run, f"own-{version}", {key: arrays.get(key, final[key]) for key in final})
+                blob = self._copied(f"own-{version}", {key: arrays.get(key, final[key]) for key in final})
             digests = blob.manifest.digests_of_payload(blob.buffer)
             self._models[name] = Model(ModelEntry(version, blob.name, blob.manifest.layout, digests), blob)
         return self._models[name]
 
-
-def _copy(run: Run, name: str, arrays: Arrays) -> Blob:
-    """The tensors of a model alone: extras (of the optimizer, say) are nobody else's business."""
-    manifest = Manifest.of(arrays)
-    run.add_layout(manifest)
-    blob = run.blobs.create(name, manifest)
-    for key, target in blob.views()[0].items():
-        target[...] = arrays[key]
-    return blob
+    def _copied(self, name: str, arrays: Arrays) -> Blob:
+        """A file with the tensors of a model alone: extras, such as an optimizer's, are not for other sites."""
+        manifest = Manifest.of(arrays)
+        self._state.add_layout(manifest)
+        blob = self._state.blobs.create(name, manifest)
+        for key, target in blob.views()[0].items():
+            target[...] = arrays[key]
+        return blob

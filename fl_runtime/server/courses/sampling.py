@@ -12,7 +12,7 @@ from fl_runtime.types import RoundPlan, RunSettings, Strategy
 
 
 def asked(settings: RunSettings, strategy: Strategy, round: int, present: Sequence[str]) -> list[str]:
-    """Who takes part in a round, of the sites that are there. All give their part to an initial model, in round 0."""
+    """The participants of a round among the sites that are present. All of them contribute to an initial model."""
     if round == 0:
         return list(present)
     if settings.fraction < 1:
@@ -22,7 +22,7 @@ def asked(settings: RunSettings, strategy: Strategy, round: int, present: Sequen
 
 
 def opened(settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str) -> OpenRound:
-    """The round with these participants; the same after a restart of the server. Its clock begins now."""
+    """The round with these participants, the same after a restart of the server. Its clock begins now."""
     config = dict(strategy.configure(round, participants))
     plan = strategy.plan_round(round, participants) if round else RoundPlan()
     chosen = round > 0 and (settings.fraction < 1 or plan.sites is not None)
@@ -32,10 +32,10 @@ def opened(settings: RunSettings, strategy: Strategy, round: int, participants: 
 
 
 def drawn(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:
-    """The sites of a round, in the job's order, of those that are present.
+    """A random sample of the present sites, in the job's order.
 
-    All sites of the job are shuffled by its seed (0 if it has none) and the round, and the first that are present
-    count: the same for the same arguments, and a site that is away does not change the order of the others.
+    All sites of the job are shuffled by its seed (0 if it has none) and the round; the first ones that are present are
+    the sample. So the result depends on the arguments alone, and a site that is away does not reorder the others.
     """
     order = np.random.default_rng([settings.seed or 0, round]).permutation(len(settings.sites))
     able = [settings.sites[index] for index in order if settings.sites[index] in present]

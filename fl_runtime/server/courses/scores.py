@@ -1,36 +1,55 @@
-"""Metrics of a run: of all sites together, and which round is the best."""
+"""Metrics of every global model: from training, and from the sites' reports; and which model is the best."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from fl_runtime.aggregation.metrics.pooling import pooled
 from fl_runtime.types import Metrics, Summary
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How models are compared.
+
+    Attributes:
+        metric: Name of the metric.
+        mode: Whether a lower ("min") or a higher ("max") value is better.
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+
+    def cost(self, metrics: Mapping[str, float]) -> float | None:
+        """The metric as a number of which less is better; None if it is missing or NaN."""
+        value = metrics.get(self.metric)
+        if value is None or math.isnan(value):
+            return None
+        return value if self.mode == "min" else -value
+
+
 class Scores:
     """Metrics per round: those of the sites' updates, and those of their reports on the resulting global model."""
 
-    def __init__(self, best_metric: str = "loss", best_mode: Literal["min", "max"] = "min") -> None:
-        self.rank_by(best_metric, best_mode)
+    def __init__(self) -> None:
         self._training: dict[int, Metrics] = {}
         self._reports: dict[int, dict[str, tuple[Mapping[str, float | Summary], int]]] = {}
         self._settled: set[int] = set()
 
-    def rank_by(self, best_metric: str, best_mode: Literal["min", "max"]) -> None:
-        self._metric = best_metric
-        self._sign = 1.0 if best_mode == "min" else -1.0
-
     def trained(self, round: int, metrics: Metrics) -> None:
+        """Keep the metrics of a round's updates."""
         if metrics:
             self._training[round] = metrics
 
     def report(self, version: int, site: str, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
+        """Keep a site's metrics of a model, in place of earlier ones of the same."""
         self._reports.setdefault(version, {})[site] = (metrics, num_examples)
 
     def reported(self, version: int) -> set[str]:
+        """Names of the sites that have reported on a version."""
         return set(self._reports.get(version, {}))
 
     def by_site(self, version: int) -> dict[str, Mapping[str, float | Summary]]:
@@ -50,28 +69,25 @@ class Scores:
         return True
 
     def settled(self, version: int) -> bool:
+        """Whether a version is scored for good."""
         return version in self._settled
 
-    def patience_spent(self, version: int, patience: int, min_delta: float) -> bool:
-        """Whether `patience` rounds up to `version` have brought nothing better than what was before them.
+    def patience_spent(self, ranking: Ranking, version: int, patience: int, min_delta: float) -> bool:
+        """Whether none of the last `patience` rounds up to `version` was better than those before, by `min_delta`.
 
-        Rounds without the metric count as no better; without it in any round there is nothing to lose patience with.
+        Rounds without the metric count as no better. A run in which no round has the metric is never out of patience.
         """
         best, since = None, 0
         for number in range(1, version + 1):
-            value = self.of(number).get(self._metric)
+            cost = ranking.cost(self.of(number))
             since += 1
-            if value is not None and not math.isnan(value):
-                value = self._sign * value
-                if best is None or value < best - min_delta:
-                    best, since = value, 0
+            if cost is not None and (best is None or cost < best - min_delta):
+                best, since = cost, 0
         return best is not None and since >= patience
 
-    def better(self, challenger: int, champion: int | None) -> bool:
-        """Whether a round's model beats the best one so far. Without the metric the later round wins."""
+    def better(self, ranking: Ranking, challenger: int, champion: int | None) -> bool:
+        """Whether a round's model beats the best one so far. If neither has the metric, the challenger wins."""
         if champion is None:
             return True
-        new, old = self.of(challenger).get(self._metric), self.of(champion).get(self._metric)
-        if new is None or math.isnan(new):
-            return old is None or math.isnan(old)
-        return old is None or math.isnan(old) or self._sign * new < self._sign * old
+        new, old = ranking.cost(self.of(challenger)), ranking.cost(self.of(champion))
+        return old is None or (new is not None and new < old)

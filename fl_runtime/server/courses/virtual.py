@@ -1,15 +1,16 @@
-"""Rounds for virtual sites: no process of a site calls the server; it hands each site's task to one of a few workers.
+"""Virtual sites: no process of a site calls the server; it gives each site's task to one of a few workers.
 
-Journal, sampling, strategies, sums, events and results are those of every run. What differs: an update is summed as
-soon as the fixed order of the sites allows, and is neither spooled nor journaled, since nobody has been told that it is
-safe. A server that is killed in a round does that round again, from the same model and with the same seeds.
+Journal, sampling, strategies, sums, events and results are those of every run. Two things differ. An update is summed
+as soon as the fixed order of the sites allows, and it is neither spooled nor journaled, since no site has been told
+that it is safe. And a server that is killed in a round does that round again, from the same model and with the same
+seeds.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,24 +19,38 @@ import numpy as np
 
 from fl_runtime.errors import ConfigError, FederationError, StateMismatchError
 from fl_runtime.filters import placed
-from fl_runtime.server.courses import reports
-from fl_runtime.server.courses.rounds import Summing, begin, check_deadline, commit, follow, last_scores, open_round
-from fl_runtime.server.members import Registration, check_capabilities
-from fl_runtime.server.run import Run
-from fl_runtime.server.state import Accepted, OpenRound
+from fl_runtime.server.courses.base import Offer, Status, Upload
+from fl_runtime.server.courses.initial import InitialModel
+from fl_runtime.server.courses.rounds import Rounds
+from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.summing import Summing
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.registration import Member, Registration, check_capabilities
+from fl_runtime.server.state import Accepted, OpenRound, RunState
+from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.blobs import Blob
+from fl_runtime.store.journal import RoundEntry
 from fl_runtime.types import Array, Arrays, Metrics, Report, RunSettings, Settings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
 
 TRIES = 3
-"""Of an order whose worker died: what kills one at the same site three times will kill every other."""
+"""How often an order is given out whose worker died. What kills three workers at the same site will kill them all."""
+
 _BEAT_S = 0.2  # how soon it is noticed that the run was aborted
 _NOT_SPOOLED = Blob("", Manifest(()), np.empty(0, np.uint8))
 
 
 @dataclass(frozen=True)
 class Order:
-    """One site's task of one round, for any worker. config: what the strategy says to the sites."""
+    """One site's task of one round, for any worker.
+
+    Attributes:
+        site: Name of the site.
+        index: Its place in the job's list of sites.
+        round: Number of the round.
+        stage: Which try at the round this is.
+        config: Settings of the strategy for this round; JSON values.
+    """
 
     site: str
     index: int
@@ -44,15 +59,21 @@ class Order:
     config: Settings
 
     def to_json(self) -> dict[str, Any]:
-        """As it is told to a worker."""
+        """The order as JSON values, for a worker in another process."""
         return {**vars(self), "config": dict(self.config)}
 
 
 @dataclass(frozen=True)
 class Done:
-    """An order that was carried out. payload: the tensors, uint8, laid out as the model's; borrowed until `release`.
+    """An order that was carried out.
 
-    scored: (metrics, number of examples) of the model that the order began with, where the site has scored it.
+    Attributes:
+        order: The order.
+        payload: The updated tensors as bytes (uint8), laid out as the model's. Borrowed until `Workers.release`.
+        num_examples: Weight of the update in an average.
+        local_steps: Optimizer steps that the site has done.
+        metrics: Metrics of the training.
+        scored: Metrics and number of examples of the model that the order began with, or None if it was not scored.
     """
 
     order: Order
@@ -64,14 +85,25 @@ class Done:
 
     @classmethod
     def of(cls, order: Order, payload: Array, facts: Mapping[str, Any]) -> Done:
-        """facts: the other fields, as a worker tells them: JSON values."""
+        """The outcome of an order, from the JSON values that a worker sent.
+
+        Args:
+            order: The order.
+            payload: The updated tensors, as in the attribute of this name.
+            facts: The remaining fields, by name.
+        """
         scored = facts["scored"]
         return cls(order, payload, **{**facts, "scored": (scored[0], scored[1]) if scored else None})
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An order that came to nothing, and why."""
+    """An order that failed.
+
+    Attributes:
+        order: The order.
+        error: Why it failed.
+    """
 
     order: Order
     error: FederationError
@@ -82,31 +114,60 @@ class Workers(Protocol):
 
     @property
     def room(self) -> int:
-        """How many orders would be begun at once."""
+        """How many more orders would be begun at once."""
         ...
 
     def publish(self, file: Path, payload: Array) -> None:
-        """The model that all orders from now on begin with: a file that ends with the payload, and the payload."""
+        """Set the model that all orders from now on begin with.
+
+        Args:
+            file: A file that ends with the model's tensors.
+            payload: The same tensors as bytes (uint8), mapped from that file; borrowed until the next call.
+        """
         ...
 
-    def give(self, order: Order) -> None: ...
+    def give(self, order: Order) -> None:
+        """Have a worker carry out an order.
+
+        Args:
+            order: The order. It is begun at once if `room` is not 0.
+        """
+        ...
 
     def wait(self, timeout_s: float) -> Sequence[Done | Failed]:
-        """What has come back; at the latest after `timeout_s`, and then perhaps nothing."""
+        """Wait until at least one order has been carried out or has failed.
+
+        Args:
+            timeout_s: How long to wait, in seconds.
+
+        Returns:
+            The outcomes that have not been returned before; none after the timeout.
+        """
         ...
 
     def release(self, done: Done) -> None:
-        """Its payload is not needed any more."""
+        """Reuse the buffer of an outcome whose payload is not needed any more.
+
+        Args:
+            done: The outcome.
+        """
         ...
 
     def drop(self) -> None:
-        """Orders under way are not needed any more; nothing of them will come back."""
+        """Give up the orders under way; `wait` returns none of them."""
         ...
 
 
 def check_settings(settings: RunSettings, strategy: Strategy) -> None:
-    """ConfigError for what a job wants of its sites and virtual ones do not have: a budget of their own, a memory, and
-    each other."""
+    """ConfigError for settings that need sites with a budget, a memory, or a process of their own.
+
+    Args:
+        settings: The job's settings.
+        strategy: The job's strategy.
+
+    Raises:
+        ConfigError: Virtual sites cannot do what a setting asks for.
+    """
     if not settings.rounds:
         raise ConfigError("a function has no budget of rounds", where="rounds", fix="give --rounds R or Job(rounds=R)")
     wanted = {
@@ -116,8 +177,8 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
         f"the strategy {strategy.spec}": strategy.relayed or bool(strategy.buffer) or strategy.content != "weights",
         **{f"the filter {f['name']} at {at}": at != "server_in" for f in settings.filters if (at := placed(f).at)},
     }
-    for what, there in wanted.items():
-        if there:
+    for what, is_set in wanted.items():
+        if is_set:
             raise ConfigError(
                 f"{what} needs sites with a process and a memory of their own, which virtual sites are not",
                 where="engine",
@@ -125,149 +186,205 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
             )
 
 
-def course(initial: Arrays, workers: Workers) -> Callable[[Run], None]:
-    """What drives a run of virtual sites, to be given to a Server. initial: the first model, where the journal holds
-    none, and the measure of all updates."""
-    return lambda run: follow(run, lambda run: _course(run, initial, workers))
+@dataclass(frozen=True)
+class VirtualSites:
+    """Sites without processes of their own, to be given to a `Server`.
+
+    Attributes:
+        initial: The initial model, if the journal holds none. All updates must have its tensors.
+        workers: The processes that carry out the sites' work.
+    """
+
+    initial: Arrays
+    workers: Workers
 
 
-def _course(run: Run, initial: Arrays, workers: Workers) -> None:
-    manifest = Manifest.of(initial)
-    _begin(run, manifest)
-    if run.model is None:
-        with run.lock:
-            blob = run.blobs.create("model-0", manifest)
-            for name, target in blob.views()[0].items():
-                target[...] = initial[name]
-            run.commit_initial(blob)
-    assert run.model is not None
-    lines = differences(manifest, run.model.blob.manifest)
-    if lines:
-        raise StateMismatchError("the first weights are not those that the run began with: " + "; ".join(lines[:8]))
-    assert run.rounds is not None
-    while run.model.version < run.rounds:  # patience may end the run before
-        _round(run, run.model.version + 1, workers)
-    last_scores(run)
+class Virtual:
+    """Rounds whose participants are orders to workers. No site calls the server. A `Course`."""
 
+    def __init__(
+        self,
+        state: RunState,
+        membership: Membership,
+        scoring: Scoring,
+        initial: InitialModel,
+        sites: VirtualSites,
+    ) -> None:
+        self._state, self._membership, self._scoring, self._initial = state, membership, scoring, initial
+        self._sites = sites
+        self._rounds = Rounds(state, membership, scoring)
+        self.checks = TensorChecks(state, membership)
 
-def _begin(run: Run, manifest: Manifest) -> None:
-    """What the handshake is where all sites are one function."""
-    settings = run.settings
-    with run.lock:
+    def offer(self, member: Member, done: str) -> Offer | None:
+        return None
+
+    def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
+        return "late"
+
+    def accept(self, upload: Upload) -> Status:
+        """Never called, since no update is admitted."""
+        raise NotImplementedError
+
+    def task_sent(self, site: str, round: int, nbytes: int) -> None:
+        """Do nothing: orders are counted where they are given."""
+
+    def drive(self) -> None:
+        state, manifest = self._state, Manifest.of(self._sites.initial)
+        with state.lock:
+            self._register(manifest)
+            if state.models.newest is None:
+                blob = state.blobs.create("model-0", manifest)
+                for name, target in blob.views()[0].items():
+                    target[...] = self._sites.initial[name]
+                self._initial.commit(blob)
+        assert state.models.newest is not None
+        lines = differences(manifest, state.models.newest.blob.manifest)
+        if lines:
+            raise StateMismatchError(
+                "the first weights are not those that the run began with: " + "; ".join(lines[:8]),
+                fix="continue the run with the function and initial weights that it began with",
+            )
+        assert state.plan.rounds is not None
+        while state.models.version < state.plan.rounds:  # patience may end the run before
+            self._round(state.models.version + 1)
+
+    def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
+        return self._rounds.recover(unfinished)
+
+    def _register(self, manifest: Manifest) -> None:
+        """Register every site, in place of a handshake: all of them are the same function."""
+        state, members = self._state, self._membership.members
         registration = Registration(manifest.layout, {}, {}, frozenset(), 0, False, Terms())
-        for member in run.members.values():
-            member.attempt, member.known, member.registration, member.gone = 1, True, registration, ""
-        run.add_layout(manifest)
-        if run.rounds is not None:
+        for member in members.values():
+            member.known, member.registration, member.gone = True, registration, ""
+        state.add_layout(manifest)
+        if state.plan.rounds is not None:
             return
-        run.agree(Terms())
-        first = next(iter(run.members))
-        check_capabilities({first: registration}, f"the strategy {run.strategy.spec}", run.strategy.requires)
-        assert settings.rounds is not None
-        begin(run, settings.rounds, list(run.members), manifest)
+        state.agree(Terms())
+        first, strategy = next(iter(members)), state.plan.strategy
+        check_capabilities({first: registration}, f"the strategy {strategy.spec}", strategy.requires)
+        assert state.settings.rounds is not None
+        state.begin(state.settings.rounds, list(members), manifest)
 
-
-def _round(run: Run, number: int, workers: Workers) -> None:
-    """One round: open, hand out, sum in fixed order, commit."""
-    with run.lock:
-        current = open_round(run, number)
-        summing = Summing(run, current)
-    collecting = _Collecting(run, current, summing, workers)
-    try:
-        collecting.all()
-        with run.lock:
-            if run.scores.reported(number - 1):  # scores of the model before came with the updates
-                reports.settle(run, number - 1)
-        if run.rounds is not None and number > run.rounds:
+    def _round(self, number: int) -> None:
+        """One round: open, give orders, sum in fixed order, commit."""
+        state, rounds = self._state, self._rounds
+        with state.lock:
+            current = rounds.open(number)
+            summing = Summing(state, current)
+        collection = _Collection(state, self._membership, self._scoring, rounds, current, summing, self._sites.workers)
+        try:
+            collection.run()
+            with state.lock:
+                if self._scoring.scores.reported(number - 1):  # scores of the model before came with the updates
+                    self._scoring.settle(number - 1)
+            if rounds.not_needed(current):
+                summing.give_up()
+                current.accepted.clear()
+                rounds.drop()
+                return
+            blob = summing.finish()
+        except FederationError:
             summing.give_up()
-            current.accepted.clear()
-            run.drop_open()
-            return
-        blob = summing.finish()
-    except FederationError:
-        summing.give_up()
-        raise
-    finally:
-        collecting.release()
-    digests = blob.manifest.digests_of_payload(blob.buffer)
-    with run.lock:
-        commit(run, current, blob, digests, summing.kept)
+            raise
+        finally:
+            collection.release()
+        digests = blob.manifest.digests_of_payload(blob.buffer)
+        with state.lock:
+            rounds.commit(current, blob, digests, summing.kept)
 
 
-class _Collecting:
-    """One round's orders and what comes back. Updates are summed in the order of the sites; those of a strategy that
-    needs only their running mean are released at once, so a few buffers do for any number of sites."""
+class _Collection:
+    """One round's orders, and the sum of what comes back.
 
-    def __init__(self, run: Run, current: OpenRound, summing: Summing, workers: Workers) -> None:
-        self._run, self._current, self._summing, self._workers = run, current, summing, workers
+    Updates are summed in the order of the sites. A strategy that needs only their running mean has them released at
+    once, so a few buffers are enough for any number of sites.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        membership: Membership,
+        scoring: Scoring,
+        rounds: Rounds,
+        current: OpenRound,
+        summing: Summing,
+        workers: Workers,
+    ) -> None:
+        self._state, self._membership, self._scoring, self._rounds = state, membership, scoring, rounds
+        self._current, self._summing, self._workers = current, summing, workers
         self._order = deque(current.participants)  # whose update is summed next
-        self._here: dict[str, Done] = {}
-        self._out: set[str] = set()
+        self._arrived: dict[str, Done] = {}
+        self._failed: set[str] = set()
         self._held: list[Done] = []
-        self._streams = run.strategy.linear and not run.settings.filters
+        self._streams = state.plan.strategy.linear and not state.settings.filters
+        assert state.models.newest is not None
+        self._model = state.models.newest
 
-    def all(self) -> None:
-        """Every participant's update has been summed, or it is out; or the deadline has come, with a quorum."""
-        run, current, workers = self._run, self._current, self._workers
-        assert run.model is not None
-        model = run.model
-        workers.publish(run.blobs.path(model.blob), model.blob.buffer)
+    def run(self) -> None:
+        """Return once every order has been carried out or has failed, or at the deadline if there is a quorum."""
+        state, current, workers, model = self._state, self._current, self._workers, self._model
+        workers.publish(state.blobs.path(model.blob), model.blob.buffer)
         left = deque(self._orders())
-        deadline = current.began + run.settings.deadline_s
+        deadline = current.began + state.settings.deadline_s
         while self._order:
-            if run.error is not None:
-                raise run.error
+            if state.error is not None:
+                raise state.error
             while left and workers.room:
                 order = left.popleft()
                 workers.give(order)
-                run.count_bytes("train", current.round, order.site, model.blob.manifest.nbytes)
+                self._count_order(order, model.blob.manifest.nbytes)
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                self._late()
+                self._close_late()
                 return
-            for found in workers.wait(min(left_s, _BEAT_S)):
-                self._take(found)
+            for outcome in workers.wait(min(left_s, _BEAT_S)):
+                self._take(outcome)
             self._sum()
 
     def release(self) -> None:
-        """The round is over: nobody reads the updates any more."""
-        for done in [*self._held, *self._here.values()]:
+        """Give back the updates that are still held: the round is over."""
+        for done in [*self._held, *self._arrived.values()]:
             self._workers.release(done)
-        self._held, self._here = [], {}
+        self._held, self._arrived = [], {}
 
     def _orders(self) -> list[Order]:
-        current, members = self._current, self._run.members
+        current, members = self._current, self._membership.members
         return [Order(n, members[n].index, current.round, current.stage, current.config) for n in current.participants]
 
-    def _take(self, found: Done | Failed) -> None:
-        site = found.order.site
-        if isinstance(found, Done):
-            self._here[site] = found
+    def _count_order(self, order: Order, nbytes: int) -> None:
+        current, site = self._current, order.site
+        with self._state.lock:
+            current.bytes_down[site] = current.bytes_down.get(site, 0) + nbytes
+            self._state.events.emit("task_sent", current.round, site, task="train", bytes=nbytes)
+
+    def _take(self, outcome: Done | Failed) -> None:
+        site = outcome.order.site
+        if isinstance(outcome, Done):
+            self._arrived[site] = outcome
             return
-        run = self._run
-        self._out.add(site)
-        run.gone(site, f"{found.error.what}", early=True)
-        if len(self._current.participants) - len(self._out) < max(run.settings.min_sites, 1):
-            raise found.error
+        self._failed.add(site)
+        self._membership.gone(site, outcome.error.what, early=True)
+        if len(self._current.participants) - len(self._failed) < max(self._state.settings.min_sites, 1):
+            raise outcome.error
 
     def _sum(self) -> None:
-        """What has come, as far as the order allows."""
-        while self._order and (self._order[0] in self._here or self._order[0] in self._out):
+        """Sum what has arrived, as far as the order of the sites allows."""
+        while self._order and (self._order[0] in self._arrived or self._order[0] in self._failed):
             site = self._order.popleft()
-            if site in self._here:
-                self._add(self._here.pop(site))
+            if site in self._arrived:
+                self._add(self._arrived.pop(site))
 
     def _add(self, done: Done) -> None:
-        run, current, site = self._run, self._current, done.order.site
-        assert run.model is not None
-        arrays, extras = run.model.blob.manifest.views(done.payload)
+        state, current, site = self._state, self._current, done.order.site
+        arrays, extras = self._model.blob.manifest.views(done.payload)
         update = Update(
-            job=run.settings.name,
+            job=state.settings.name,
             round=current.round,
             stage=current.stage,
             site=site,
             attempt=1,
-            base_version=run.model.version,
+            base_version=self._model.version,
             arrays=arrays,
             extras=extras,
             num_examples=done.num_examples,
@@ -275,23 +392,26 @@ class _Collecting:
             metrics=done.metrics,
         )
         if done.scored is not None:
-            reports.score(run, Report(run.settings.name, run.model.version, site, *done.scored), 1)
-        run.strategy.check(update)
+            report = Report(state.settings.name, self._model.version, site, *done.scored)
+            with state.lock:
+                self._scoring.report(report)
+        state.plan.strategy.check(update)
         self._summing.add(Accepted(update, _NOT_SPOOLED, b""))
         if self._streams:
             self._workers.release(done)
         else:
             self._held.append(done)
         size = len(done.payload)
-        with run.lock:
+        with state.lock:
             current.accepted[site] = Accepted(replace(update, arrays={}, extras={}), _NOT_SPOOLED, b"")
             current.bytes_up[site] = size
-            run.emit_update(update, "used", size, current.began, current)
+            down = current.bytes_down.get(site, 0)
+            state.emit_update(update, "used", round=current.round, began=current.began, bytes_up=size, bytes_down=down)
 
-    def _late(self) -> None:
-        """The deadline: those that are there count, if they are enough."""
+    def _close_late(self) -> None:
+        """Close the round at its deadline with the updates that are there, if they are enough."""
         for site in list(self._order):
-            if site in self._here:
-                self._add(self._here.pop(site))
-        check_deadline(self._run, self._current)
+            if site in self._arrived:
+                self._add(self._arrived.pop(site))
+        self._rounds.check_deadline(self._current)
         self._workers.drop()

@@ -1,4 +1,4 @@
-"""The sites of a run, as the server sees them: who has joined, what they registered, who is gone."""
+"""What sites register at the handshake, and the comparison of their registrations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fl_runtime.errors import HandshakeError, StateMismatchError
 from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
-_SHOWN = 8
+_LISTED = 8
 _FIXES = {
     "cross_site": "give that site validation data and leave evaluate_global on, or leave cross_site out of the job",
     "exact_restart": "leave exact_restart out of the job, or see docs/restart.md for what the script must add",
@@ -19,7 +19,17 @@ _FIXES = {
 
 @dataclass(frozen=True)
 class Registration:
-    """What a site said at the handshake. `agreement` must be equal everywhere, `info` is only shown."""
+    """What one site registered at the handshake.
+
+    Attributes:
+        layout: Layout digest of the tensors that the site exchanges.
+        agreement: Names and values that must be equal at all sites.
+        info: Names and values for people to read.
+        capabilities: Capabilities of the site's adapter.
+        rounds: The trainer's own number of rounds, 0 without a budget.
+        evaluates: True if the site will score each global model.
+        terms: The script's terms; they too must be equal at all sites.
+    """
 
     layout: bytes
     agreement: Mapping[str, str]
@@ -30,6 +40,7 @@ class Registration:
     terms: Terms = field(default_factory=Terms)
 
     def to_json(self) -> dict[str, Any]:
+        """The registration as JSON values, for the journal."""
         return {
             "layout": self.layout.hex(),
             "agreement": dict(self.agreement),
@@ -42,6 +53,7 @@ class Registration:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Registration:
+        """The registration that `to_json` was called on."""
         return cls(
             bytes.fromhex(fields["layout"]),
             fields["agreement"],
@@ -55,13 +67,22 @@ class Registration:
 
 @dataclass
 class Member:
-    """One site. Changed only under the run's lock.
+    """One site as the server sees it. Changed only under the run's lock.
 
-    attempt: how many processes of this site have joined; older ones are fenced off. attending: open presence
-    streams of this attempt. absent_since: monotonic seconds, None while present or before the first join. gone: why
-    it no longer counts; it may come back. lost: it is gone because it was absent for too long, not of its own will.
-    described: tensors in its manifests so far, of all attempts. known: one of them has registered.
-    expelled: why this attempt may do nothing any more.
+    Attributes:
+        name: Name of the site.
+        index: Its place in the job's list of sites.
+        attempt: How many processes of this site have joined. Only the last one is listened to.
+        attending: Number of open presence streams of this attempt.
+        absent_since: Since when no stream has been open, in monotonic seconds. None while the site is present, and
+            before it has ever joined.
+        gone: Why the site no longer counts, or "". It may come back.
+        lost: True if the site is gone because it was absent for too long.
+        registration: What this attempt registered, or None before that.
+        layouts: Layout digests that this attempt knows, so that their manifests need not be sent again.
+        described: Number of tensors in the manifests that the site has sent, over all attempts.
+        known: True if any attempt has registered.
+        expelled: Why this attempt may not take part any more, or "".
     """
 
     name: str
@@ -79,23 +100,39 @@ class Member:
 
     @property
     def active(self) -> bool:
+        """Whether the site has registered and is not gone."""
         return self.registration is not None and not self.gone
+
+    @property
+    def standing(self) -> str:
+        """Where the site stands, as a human-readable message."""
+        if self.gone:
+            return f"gone: {self.gone}"
+        if self.active:
+            return "taking part"
+        return "joined" if self.attempt else "awaited"
 
 
 def check_agreement(
-    registrations: Mapping[str, Registration], manifests: Mapping[bytes, Manifest], strategy: Strategy
+    registrations: Mapping[str, Registration], layouts: Mapping[bytes, Manifest], strategy: Strategy
 ) -> None:
-    """All sites must exchange the same tensors and agree on what they declared; the first site is the measure.
-    strategy: says what shapes may differ.
+    """Check that all sites exchange the same tensors and agree on what they declared. Each is compared with the first.
 
-    Raises StateMismatchError or HandshakeError, naming sites, tensors and values.
+    Args:
+        registrations: Registrations by site.
+        layouts: Manifests by layout digest.
+        strategy: Says which shapes may differ between sites.
+
+    Raises:
+        StateMismatchError: The tensors differ; the message names sites and tensors.
+        HandshakeError: Declared values, terms or numbers of rounds differ.
     """
     names = list(registrations)
     first = registrations[names[0]]
     for name in names[1:]:
         other = registrations[name]
         declared = _declared_differences(first, other)
-        tensors = differences(manifests[first.layout], manifests[other.layout], strategy.agreed_shape)
+        tensors = differences(layouts[first.layout], layouts[other.layout], strategy.agreed_shape)
         if declared or tensors:
             raise _disagreement(names[0], name, declared, tensors)
     _check_rounds(registrations)
@@ -105,19 +142,24 @@ def check_latecomer(
     name: str,
     registration: Registration,
     members: Mapping[str, Member],
-    manifests: Mapping[bytes, Manifest],
+    layouts: Mapping[bytes, Manifest],
     strategy: Strategy,
 ) -> None:
-    """check_agreement for a site that registers once the run has begun: with the first of the others."""
+    """`check_agreement` for a site that registers after the run has begun: it is compared with the first other site."""
     others = {m.name: m.registration for m in members.values() if m.registration and m.name != name}
     if others:
         first = next(iter(others.items()))
-        check_agreement(dict([first, (name, registration)]), manifests, strategy)
+        check_agreement(dict([first, (name, registration)]), layouts, strategy)
 
 
 def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
-    """Raises HandshakeError naming the first site whose adapter lacks what `what`, the job's strategy or a setting of
-    it, needs."""
+    """HandshakeError if a site's adapter lacks a capability. It names the first such site.
+
+    Args:
+        registrations: Registrations by site.
+        what: What needs the capabilities: the job's strategy, or the name of a setting.
+        requires: The capabilities that every site needs.
+    """
     for name, registration in registrations.items():
         weights = {"weights"} if registration.terms.content == "weights" else set()
         missing = requires - registration.capabilities - weights
@@ -139,27 +181,27 @@ def _declared_differences(first: Registration, other: Registration) -> list[str]
 
 
 def _disagreement(first: str, other: str, declared: list[str], tensors: list[str]) -> HandshakeError:
-    """What two sites do not have in common: settings first, since they are often the cause of the tensors."""
-    shown = declared + tensors[:_SHOWN]
-    if len(tensors) > _SHOWN:
-        shown.append(f"... and {len(tensors) - _SHOWN} more tensors")
+    """The error for two sites that differ. Settings come first, since they often cause differences in tensors."""
+    lines = declared + tensors[:_LISTED]
+    if len(tensors) > _LISTED:
+        lines.append(f"... and {len(tensors) - _LISTED} more tensors")
     count = f" in {len(tensors)} tensors" if tensors else ""
     kind = StateMismatchError if tensors else HandshakeError
     fix = "build the same model at every site, or leave what may differ at home with keep_local"
     return kind(
-        f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(shown),
+        f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(lines),
         where=f"handshake of {first} and {other}, before round 1",
         fix=fix if tensors else "give both the same settings",
     )
 
 
 def _check_rounds(registrations: Mapping[str, Registration]) -> None:
-    """The budgets of the trainers, where the job does not say; one without a budget follows the others."""
+    """HandshakeError if trainers have different budgets. A trainer without one follows the others."""
     budgets = {name: r.rounds for name, r in registrations.items() if r.rounds}
     if len(set(budgets.values())) > 1:
         raise HandshakeError(
             "the sites' trainers are set for different numbers of rounds: "
-            + ", ".join(f"{name}: {rounds}" for name, rounds in list(budgets.items())[:_SHOWN]),
+            + ", ".join(f"{name}: {rounds}" for name, rounds in list(budgets.items())[:_LISTED]),
             where="handshake, before round 1",
             fix="give all the same budget, or fix the number of rounds for all with --rounds or Job(rounds=)",
         )

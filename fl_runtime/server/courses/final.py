@@ -1,0 +1,56 @@
+"""The end of a run: every site gets the final model, and its scores decide which round was the best."""
+
+from __future__ import annotations
+
+from fl_runtime.server.courses.base import Offer, leased
+from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.registration import Member
+from fl_runtime.server.state import RunState
+
+
+class FinalModel:
+    """The final and the best model, as the sites get them. Called under the run's lock, except `conclude`."""
+
+    def __init__(self, state: RunState, membership: Membership, scoring: Scoring) -> None:
+        self._state, self._membership, self._scoring = state, membership, scoring
+        self._exporter = ""
+        self._without_score: set[str] = set()
+
+    def expect_no_score(self, site: str) -> None:
+        """Do not wait for this site's score of the final model: it has asked for the best model already."""
+        self._without_score.add(site)
+        self._state.changed.notify_all()
+
+    def offer(self, member: Member, best: bool) -> Offer | None:
+        """The final model or, with `best`, the best one. None while it is not known yet."""
+        state, rounds = self._state, self._state.plan.rounds or 0
+        if best:
+            champion = state.models.best
+            if state.phase != "done":
+                return None
+            assert champion is not None
+            metrics = self._scoring.scores.of(champion.version)
+            return leased("best", rounds, {"metrics": metrics}, champion, member)
+        if state.phase not in ("final", "done"):
+            return None
+        return leased("final", rounds, {"export": member.name == self._exporter}, state.models.newest, member)
+
+    def conclude(self) -> None:
+        """Hand out the final model, wait for its scores, and decide which round was the best."""
+        state, scoring = self._state, self._scoring
+        with state.lock:
+            self._exporter = self._membership.initial_source() or ""
+            state.enter("final")
+            models, last = state.models, state.models.version
+            self._membership.wait_until(
+                lambda: scoring.evaluators(last) <= scoring.scores.reported(last) | self._without_score,
+                state.settings.deadline_s,
+            )
+            scoring.settle(last)
+            if models.best is None or scoring.better(last, models.best.version):
+                models.best = models.newest
+            state.journal.ended(None)
+            assert models.best is not None
+            state.events.emit("finished", rounds=state.plan.rounds, best_round=models.best.version)
+            state.enter("done")

@@ -1,0 +1,92 @@
+"""The initial model, version 0: a site's own weights, or the tensors of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fl_runtime.errors import ConfigError, QuorumError, StateMismatchError
+from fl_runtime.server.courses.base import Offer
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.models import Model
+from fl_runtime.server.state import RunState
+from fl_runtime.store.blobs import Blob
+from fl_runtime.store.journal import ModelEntry
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.wire.manifest import Manifest, differences
+
+
+class InitialModel:
+    """Where the initial model comes from, and its commit. `wanted_from`, `offer` and `commit` need the run's lock."""
+
+    def __init__(self, state: RunState, membership: Membership) -> None:
+        self._state, self._membership = state, membership
+
+    def wanted_from(self, site: str) -> bool:
+        """Whether this site's own weights are to become the initial model."""
+        state = self._state
+        wanted = state.phase == "initial" and not state.models.newest and not state.settings.initial
+        first = state.plan.strategy.initial == "first"
+        return wanted and first and self._membership.initial_source() == site
+
+    def offer(self, site: str) -> Offer | None:
+        """The task of sending the initial weights, if they are this site's to send."""
+        return Offer("initial", 0, {}, None, True) if self.wanted_from(site) else None
+
+    def obtain(self) -> None:
+        """Wait until the initial model is there. QuorumError if no site sends it before the deadline."""
+        state, membership = self._state, self._membership
+        with state.lock:
+            if state.models.newest is not None:
+                return
+            state.phase = "initial"
+            if state.settings.initial:
+                self._read(Path(state.settings.initial))
+                return
+
+            def ready() -> bool:
+                membership.check_quorum(membership.known(), "waiting for the initial model")
+                state.published.notify_all()  # the source may have changed: another site is asked
+                return state.models.newest is not None
+
+            if not membership.wait_until(ready, state.settings.deadline_s):
+                raise QuorumError(
+                    f"{membership.initial_source()} did not send the initial model within "
+                    f"{state.settings.deadline_s:g} s",
+                    fix="raise deadline_s, or give the initial weights as a file with Job(initial=)",
+                )
+
+    def commit(self, blob: Blob) -> None:
+        """Make a filled file version 0 of the global model."""
+        state = self._state
+        state.blobs.rename(blob, "model-0")
+        state.blobs.settle(blob)
+        state.add_layout(blob.manifest)
+        digests = blob.manifest.digests_of_payload(blob.buffer)
+        entry = ModelEntry(0, blob.name, blob.manifest.layout, digests)
+        state.journal.committed(entry, 0, {})
+        state.models.newest = Model(entry, blob)
+        state.changed.notify_all()
+
+    def _read(self, path: Path) -> None:
+        arrays = read_tensors(path)
+        registration = next(m.registration for m in self._membership.members.values() if m.active)
+        assert registration is not None
+        expected = self._state.layouts[registration.layout]
+        if self._state.plan.strategy.initial == "all":
+            raise ConfigError(
+                "this strategy makes its initial model of all sites' data",
+                where="initial",
+                fix="leave initial out of the job",
+            )
+        lines = differences(expected, Manifest.of(arrays))
+        if lines:
+            raise StateMismatchError(
+                f"the initial model differs from the sites' in {len(lines)} tensors (site != file):\n    "
+                + "\n    ".join(lines[:8]),
+                where=str(path),
+                fix="give a file with exactly the tensors that the sites exchange",
+            )
+        blob = self._state.blobs.create("model-0", Manifest(tuple(t for t in expected.tensors if not t.extra)))
+        for name, target in blob.views()[0].items():
+            target[...] = arrays[name]
+        self.commit(blob)

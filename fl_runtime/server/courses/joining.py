@@ -1,0 +1,103 @@
+"""The handshake: all sites register and agree, and the run gets its course."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fl_runtime.errors import ConfigError
+from fl_runtime.server.courses.base import Course, Offer, Status, Upload
+from fl_runtime.server.courses.cross_site import CrossEvaluation
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.registration import Member, Registration, check_agreement, check_capabilities
+from fl_runtime.server.state import RunState
+from fl_runtime.server.update_checks import TensorChecks
+from fl_runtime.store.journal import RoundEntry
+from fl_runtime.types import EXACT_RESTART
+
+
+class Joining:
+    """The course of a run whose sites have not agreed yet. It ends by driving the course that they agreed on."""
+
+    def __init__(
+        self, state: RunState, membership: Membership, cross_site: CrossEvaluation, agreed: Callable[[], Course]
+    ) -> None:
+        """Compose the course.
+
+        Args:
+            state: The run's state.
+            membership: Its sites.
+            cross_site: Checks whether the sites can do a cross-site evaluation, if the job wants one.
+            agreed: Called under the lock once the sites have agreed; returns the course that the run has from then on.
+        """
+        self._state, self._membership, self._cross_site, self._agreed = state, membership, cross_site, agreed
+        self.checks = TensorChecks(state, membership)
+
+    def offer(self, member: Member, done: str) -> Offer | None:
+        return None
+
+    def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
+        return "late" if round else "duplicate"
+
+    def accept(self, upload: Upload) -> Status:
+        """Never called, since no update is admitted."""
+        raise NotImplementedError
+
+    def task_sent(self, site: str, round: int, nbytes: int) -> None:
+        """Do nothing: no tasks are sent yet."""
+
+    def drive(self) -> None:
+        self.handshake().drive()
+
+    def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
+        return set()
+
+    def handshake(self) -> Course:
+        """Wait until all sites that are not gone have registered, and compare what they registered.
+
+        Returns:
+            The course that they agreed on.
+
+        Raises:
+            QuorumError: Too few sites are left, or have registered before the deadline.
+            HandshakeError: They do not agree, or an adapter lacks a capability that the job needs.
+            StateMismatchError: Their models differ.
+            ConfigError: The job's settings do not fit what the sites registered.
+        """
+        state, membership, settings = self._state, self._membership, self._state.settings
+        with state.lock:
+            if not membership.wait_until(self._all_registered, settings.deadline_s):
+                membership.check_quorum(membership.present(), "at the start's deadline")
+            registrations = {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
+            first = next(iter(registrations.values()))
+            check_agreement(registrations, state.layouts, state.plan.strategy)
+            state.agree(first.terms)
+            self._check_strategy(registrations)
+            self._cross_site.check(registrations)
+            if settings.exact_restart:
+                check_capabilities(registrations, "exact_restart", frozenset({EXACT_RESTART}))
+            rounds = settings.rounds or max(r.rounds for r in registrations.values())
+            if not rounds:
+                raise ConfigError(
+                    "the number of rounds is not specified: neither the job nor the training loop has a budget",
+                    fix="give --rounds R or Job(rounds=R)",
+                )
+            state.begin(rounds, list(registrations), state.layouts[first.layout])
+            course = self._agreed()
+            state.enter("initial")
+            return course
+
+    def _all_registered(self) -> bool:
+        members = self._membership.members.values()
+        self._membership.check_quorum(self._membership.remaining(), "before round 1")
+        return all(m.active for m in members if not m.gone)
+
+    def _check_strategy(self, registrations: dict[str, Registration]) -> None:
+        settings, plan = self._state.settings, self._state.plan
+        name = f"the strategy {settings.strategy or plan.terms.strategy}"
+        if settings.fraction < 1 and plan.strategy.content == "encoded":
+            raise ConfigError(
+                f"{name} needs all sites in every round",
+                where="fraction",
+                fix="leave fraction out of the job",
+            )
+        check_capabilities(registrations, name, plan.strategy.requires)

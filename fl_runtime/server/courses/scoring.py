@@ -1,0 +1,121 @@
+"""Scoring of global models: sites report metrics, the server pools them and tells every site."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+from fl_runtime.aggregation.metrics.pooling import plain, to_json
+from fl_runtime.errors import ProtocolError
+from fl_runtime.server.courses.scores import Ranking, Scores
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.models import Model
+from fl_runtime.server.state import RunState
+from fl_runtime.types import Metrics, Report
+
+
+class Scoring:
+    """The scores of one run's global models, and the choice of the best model.
+
+    Called under the run's lock, except `wait_for`.
+
+    Attributes:
+        scores: All metrics so far.
+        on_settled: Called with a version when its scores are complete. A course sets it; None does nothing.
+    """
+
+    def __init__(self, state: RunState, membership: Membership) -> None:
+        self._state, self._membership = state, membership
+        self.scores = Scores()
+        self.on_settled: Callable[[int], None] | None = None
+
+    def report(self, report: Report) -> None:
+        """Take a site's report on a global model. ProtocolError if there is no such model yet."""
+        newest = self._state.models.version
+        if report.version > newest:
+            raise ProtocolError(f"a score of model {report.version}, but the newest is {newest}")
+        self.record(report, "report")
+        expected = self.evaluators(report.version)
+        if expected and expected <= self.scores.reported(report.version):
+            self.settle(report.version)
+
+    def record(self, report: Report, kind: str) -> None:
+        """Keep a report, first in the journal. `kind` names its event."""
+        state = self._state
+        state.journal.scored(report.version, report.site, to_json(report.metrics), report.num_examples)
+        self.scores.report(report.version, report.site, report.metrics, report.num_examples)
+        metrics = plain(report.metrics)
+        state.events.emit(kind, report.version, report.site, metrics=metrics, num_examples=report.num_examples)
+
+    def wait_for(
+        self, name: str, attempt: int, version: int, beat_s: float | None
+    ) -> Iterator[tuple[Metrics, bool] | None]:
+        """Wait until all sites have reported on a version; at most for half of a round's deadline.
+
+        Yields:
+            None every `beat_s` seconds of waiting, then the pooled metrics and whether the run ends with this version.
+        """
+        state = self._state
+        deadline = time.monotonic() + state.settings.deadline_s / 2
+        while True:
+            with state.lock:
+                self._membership.caller(name, attempt)
+                if not self.scores.settled(version):
+                    if self.evaluators(version) <= self.scores.reported(version) or time.monotonic() > deadline:
+                        self.settle(version)
+                    else:
+                        state.published.wait(min(1.0, state.settings.deadline_s / 2, beat_s or math.inf))
+                over = self.scores.settled(version)
+                rounds = state.plan.rounds
+                answer = self.scores.of(version), rounds is not None and version >= rounds
+            if over:
+                yield answer
+                return
+            if beat_s is not None:
+                yield None
+
+    def evaluators(self, version: int) -> set[str]:
+        """Names of the active sites that will score this version: they have promised to, and the model goes to them."""
+        open_round = self._state.open
+        asked = open_round if open_round and open_round.round == version + 1 else None
+        active = [m for m in self._membership.members.values() if m.active and (asked is None or asked.takes(m.name))]
+        return {m.name for m in active if m.registration and m.registration.evaluates}
+
+    def settle(self, version: int) -> None:
+        """Close the scores of a version, once, and tell the listeners and the sites that wait for them."""
+        if self.scores.settle(version):
+            best = self._state.models.best_version
+            leading = version if self.better(version, best) else best
+            self._state.events.emit("scored", version, metrics=self.scores.of(version), best_round=leading)
+            if self.on_settled is not None:
+                self.on_settled(version)
+            self._state.published.notify_all()
+
+    def keep_better(self, model: Model) -> None:
+        """Keep a model that is no longer the newest if it is the best so far; recycle the loser."""
+        models = self._state.models
+        if model.version == 0:
+            models.retire(model)
+            return
+        self.settle(model.version)
+        if self.better(model.version, models.best_version):
+            model, models.best = models.best or model, model
+        if model is not models.best:
+            models.retire(model)
+
+    def better(self, challenger: int, champion: int | None) -> bool:
+        """Whether the model of round `challenger` beats that of round `champion`, or there is no champion yet."""
+        return self.scores.better(self._ranking(), challenger, champion)
+
+    def out_of_patience(self, version: int) -> bool:
+        """Whether the job's patience, or else that of the sites' terms, is spent with this version."""
+        settings = self._state.settings
+        by = settings if settings.patience else self._state.plan.terms
+        if not by.patience:
+            return False
+        return self.scores.patience_spent(self._ranking(), version, by.patience, by.min_delta)
+
+    def _ranking(self) -> Ranking:
+        settings, terms = self._state.settings, self._state.plan.terms
+        return Ranking(settings.best_metric or terms.best_metric, settings.best_mode or terms.best_mode)

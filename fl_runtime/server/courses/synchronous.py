@@ -1,0 +1,209 @@
+"""Synchronous rounds: the participants train on the same global model, and their updates make the next one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from fl_runtime.errors import FederationError, ProtocolError, RoundFailedError
+from fl_runtime.server import limits
+from fl_runtime.server.courses.base import Offer, RoundSum, Status, Upload, leased
+from fl_runtime.server.courses.cross_site import CrossEvaluation
+from fl_runtime.server.courses.initial import InitialModel
+from fl_runtime.server.courses.rounds import Rounds
+from fl_runtime.server.courses.summing import Summing
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.registration import Member
+from fl_runtime.server.state import Accepted, OpenRound, RunState
+from fl_runtime.server.update_checks import TensorChecks
+from fl_runtime.store.journal import RoundEntry, UpdateEntry
+
+log = logging.getLogger(__name__)
+
+_TRIES = 4
+"""How often a round may fail before the run does."""
+
+
+class Synchronous:
+    """The course of most runs: one round after the other, each with a quorum and a deadline. A `Course`."""
+
+    def __init__(
+        self,
+        state: RunState,
+        membership: Membership,
+        rounds: Rounds,
+        initial: InitialModel,
+        cross_site: CrossEvaluation,
+        summing: Callable[[OpenRound], RoundSum] | None = None,
+    ) -> None:
+        """Compose the course.
+
+        Args:
+            state: The run's state.
+            membership: Its sites.
+            rounds: Opens and commits the rounds.
+            initial: Where the initial model comes from.
+            cross_site: Takes over the files of updates whose round is closed.
+            summing: Makes the sum of a round's updates; by default the server sums them in a fixed order.
+        """
+        self._state, self._membership, self._rounds = state, membership, rounds
+        self._initial, self._cross_site = initial, cross_site
+        self._summing = summing or (lambda current: Summing(state, current))
+        self.checks = TensorChecks(state, membership)
+
+    def offer(self, member: Member, done: str) -> Offer | None:
+        self._rounds.silent.discard(member.name)
+        current, name = self._state.open, member.name
+        if current is None or not self._collecting(current) or not current.takes(name) or name in current.accepted:
+            return None
+        if name not in current.participants:  # it came back while the round is open
+            current.participants.append(name)
+        if current.round == 0:
+            return Offer("initial", 0, current.config, None, True, current.stage)
+        return leased("train", current.round, current.config, self._rounds.model_to_send, member, current.stage)
+
+    def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
+        state = self._state
+        if round <= self._rounds.last_used.get(site, -1):
+            return "duplicate"
+        while state.phase == "training" and (state.open is None or state.open.closing):
+            state.published.wait()
+            self._membership.caller(site, attempt)
+        current = state.open
+        if round == 0 and (current is None or current.round != 0):
+            return "duplicate"  # the initial model is there, or another site's is wanted
+        if current is None or (round < current.round and state.settings.late == "drop"):
+            return "late"
+        if not self._collecting(current) or (round == current.round and stage != current.stage):
+            return "late"  # the run ends before this round, or it has been opened again
+        if round == current.round and not current.takes(site):
+            return "late"  # it was not asked
+        if round > current.round:
+            raise ProtocolError(f"an update for round {round}, but round {current.round} is open")
+        return "duplicate" if site in current.accepted else None
+
+    def accept(self, upload: Upload) -> Status:
+        state, current, update, blob = self._state, self._state.open, upload.update, upload.blob
+        assert current is not None
+        try:
+            limits.check_extras(update, [item.update for item in current.accepted.values()])
+        except FederationError:
+            state.blobs.free(blob)
+            raise
+        if update.site not in current.participants:  # carried in by a site that missed the opening
+            current.participants.append(update.site)
+        current.bytes_up[update.site] = upload.bytes_up
+        state.blobs.rename(blob, f"update-{current.round}-{self._membership.members[update.site].index}")
+        state.blobs.settle(blob)
+        layout = blob.manifest.layout
+        entry = UpdateEntry(current.round, update.site, upload.digest, blob.name, layout, upload.header)
+        state.journal.accepted(entry)
+        current.accepted[update.site] = Accepted(update, blob, upload.digest)
+        self._rounds.last_used[update.site] = update.round
+        status: Status = "used" if update.round == current.round else "carried"
+        state.emit_update(
+            update,
+            status,
+            round=current.round,
+            began=current.began,
+            bytes_up=upload.bytes_up,
+            bytes_down=current.bytes_down.get(update.site, 0),
+        )
+        return status
+
+    def task_sent(self, site: str, round: int, nbytes: int) -> None:
+        current = self._state.open
+        if current and current.round == round:
+            current.bytes_down[site] = current.bytes_down.get(site, 0) + nbytes
+
+    def drive(self) -> None:
+        state = self._state
+        if state.plan.strategy.initial == "all" and not state.settings.initial:
+            while state.models.newest is None:
+                self._round(0)
+        else:
+            self._initial.obtain()
+        assert state.plan.rounds is not None
+        while state.models.version < state.plan.rounds:  # a round may find that the run ends before it
+            self._round(state.models.version + 1)
+
+    def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
+        return self._rounds.recover(unfinished)
+
+    def _collecting(self, current: OpenRound) -> bool:
+        """Whether the open round takes updates: it is not closing, and the run does not end before it."""
+        return self._state.phase == "training" and not current.closing and not self._rounds.not_needed(current)
+
+    def _round(self, number: int) -> None:
+        """One round: open, collect updates in any order, sum them in fixed order, commit."""
+        state, rounds = self._state, self._rounds
+        with state.lock:
+            current = rounds.open(number)
+            summing = self._summing(current)
+        blob = None
+        try:
+            while blob is None:
+                while not self._collected(current, summing):
+                    pass
+                if rounds.not_needed(current):
+                    summing.give_up()
+                    rounds.drop()
+                    return
+                blob = summing.finish()
+        except RoundFailedError as error:
+            summing.give_up()
+            self._try_again(current, error)
+            return
+        digests = blob.manifest.digests_of_payload(blob.buffer)
+        with state.lock:
+            rounds.commit(current, blob, digests, summing.kept)
+            for accepted in current.accepted.values():
+                freed = self._cross_site.keep(accepted) if current.round > 0 else accepted.blob
+                if freed is not None:
+                    state.blobs.free(freed)
+
+    def _try_again(self, current: OpenRound, error: RoundFailedError) -> None:
+        """Drop a round that failed. It is opened again with the sites that are present then and are not silent."""
+        state = self._state
+        failed = state.journal.repeats(current.round) + 1
+        log.warning("round %s failed: %s", current.round, error.what)
+        if failed == _TRIES:
+            raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)
+        with state.lock:
+            self._rounds.silent |= set(current.participants) - set(current.accepted)
+            self._rounds.drop(again=failed)
+
+    def _collected(self, current: OpenRound, summing: RoundSum) -> bool:
+        """Wait for an update to sum, and sum it without the lock. True when the round can close."""
+        rounds = self._rounds
+        due: Accepted | None = None
+
+        def ready() -> bool:
+            nonlocal due
+            due = summing.next_in_order()
+            return due is not None or rounds.not_needed(current) or self._complete(current)
+
+        with self._state.lock:
+            left = current.began + self._state.settings.deadline_s - time.monotonic()
+            in_time = self._membership.wait_until(ready, left)
+            if due is None:
+                if not in_time:
+                    rounds.check_deadline(current)
+                current.closing = True
+                return True
+        summing.add(due)
+        return False
+
+    def _complete(self, current: OpenRound) -> bool:
+        """Whether the round has all the updates that it waits for: those of a quorum, or as many as are wanted."""
+        membership = self._membership
+        pending = [n for n in current.participants if n not in current.accepted and not membership.members[n].gone]
+        counted = [*current.accepted, *pending]
+        when = f"in round {current.round}"
+        if not current.drawn:
+            membership.check_quorum(counted, when)
+        elif len(counted) < self._rounds.needed(current):
+            membership.check_quorum(membership.present(), when)
+            raise RoundFailedError(f"{len(counted)} of the sites that were chosen are left", fix="look at their logs")
+        return not pending or (current.answers is not None and len(current.accepted) >= current.answers)

@@ -1,0 +1,260 @@
+"""The membership of a run: which sites have joined and registered, which are present, and which are gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from fl_runtime.errors import AbortedError, PermissionDeniedError, ProtocolError, QuorumError
+from fl_runtime.server import limits
+from fl_runtime.server.registration import Member, Registration, check_latecomer
+from fl_runtime.server.state import RunState
+from fl_runtime.wire.manifest import Manifest
+
+
+class Membership:
+    """The sites of one run.
+
+    The methods that answer a site's call (`join`, `register`, `attend`, `absent`, `gone`, `expel`, `leave`) take the
+    run's lock themselves; the others are called under it.
+
+    Attributes:
+        members: Every site of the job by name, in the job's order.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self.members = {name: Member(name, index) for index, name in enumerate(state.settings.sites)}
+
+    # -- calls of sites --------------------------------------------------------------------------------------
+
+    def join(self, name: str, version: str) -> Member:
+        """Begin a new attempt of a site. Calls of its earlier attempts are refused from now on."""
+        state = self._state
+        with state.lock:
+            state.raise_if_ended()
+            member = self._named(name)
+            member.attempt += 1
+            member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
+            member.layouts.clear()
+            member.attending, member.absent_since = 0, time.monotonic()
+            state.journal.joined(name, member.attempt)
+            state.journal.left(name, False)
+            state.events.emit("joined", site=name, attempt=member.attempt, version=version)
+            state.changed.notify_all()
+            state.published.notify_all()  # calls of the attempt before wait there
+            return member
+
+    def register(
+        self, name: str, attempt: int, manifest: Manifest, registration: Registration, beat_s: float | None
+    ) -> Iterator[int | None]:
+        """Register a site, and wait until all sites have agreed.
+
+        Yields:
+            None every `beat_s` seconds of waiting, then the run's number of rounds.
+        """
+        state = self._state
+        with state.lock:
+            member = self.caller(name, attempt)
+            self.describe(member, manifest)
+            member.layouts.add(manifest.layout)
+            if state.plan.rounds is not None:
+                check_latecomer(name, registration, self.members, state.layouts, state.plan.strategy)
+            member.registration, member.known = registration, True
+            state.journal.registered(name, registration.to_json())
+            state.events.emit(
+                "registered",
+                site=name,
+                tensors=len(manifest.tensors),
+                bytes=manifest.nbytes,
+                evaluates=registration.evaluates,
+                info=dict(registration.info),
+            )
+            state.changed.notify_all()
+        while True:
+            with state.lock:
+                self.caller(name, attempt)
+                if state.plan.rounds is None:
+                    state.published.wait(beat_s)
+                    self.caller(name, attempt)
+                rounds = state.plan.rounds
+            if rounds is not None:
+                yield rounds
+                return
+            if beat_s is not None:
+                yield None
+
+    def attend(self, name: str, attempt: int) -> Member:
+        """Note that a site has opened a presence stream."""
+        state = self._state
+        with state.lock:
+            member = self.caller(name, attempt)
+            member.attending += 1
+            member.absent_since = None
+            if member.lost:  # it was given up too soon
+                member.gone, member.lost = "", False
+                state.events.emit("joined", site=name, attempt=attempt, version="")
+                state.published.notify_all()
+            state.changed.notify_all()
+            return member
+
+    def absent(self, name: str, attempt: int) -> None:
+        """Note that a presence stream has ended. The site has `rejoin_s` seconds to come back."""
+        with self._state.lock:
+            member = self.members[name]
+            if attempt != member.attempt:
+                return
+            member.attending -= 1
+            if member.attending == 0 and not member.gone:
+                member.absent_since = time.monotonic()
+                self._state.changed.notify_all()
+
+    def gone(self, name: str, reason: str, *, early: bool) -> None:
+        """Stop counting on a site that has left, or whose process is known to be dead."""
+        with self._state.lock:
+            member = self.members[name]
+            if member.gone:
+                return
+            member.gone = reason or "it left"
+            self._state.events.emit("left", site=name, reason=member.gone, early=early)
+            self._state.changed.notify_all()
+
+    def expel(self, name: str, reason: str) -> None:
+        """Exclude a site that may not take part any more. Its calls under way are refused."""
+        with self._state.lock:
+            member = self.members.get(name)
+            if member is None or self._state.phase in ("failed", "done"):
+                return
+            member.expelled = reason
+            self.gone(name, reason, early=True)
+            self._state.published.notify_all()
+
+    def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
+        """Let a site go that says goodbye. A server that is started again does not wait for it."""
+        with self._state.lock:
+            self.caller(name, attempt)
+            self._state.journal.left(name, True)
+            self.gone(name, reason, early=early)
+
+    def caller(self, name: str, attempt: int) -> Member:
+        """The member that a call speaks for.
+
+        Raises the run's error if it failed, PermissionDeniedError for an expelled site, and AbortedError for a process
+        whose site has been started again since.
+        """
+        self._state.raise_if_ended()
+        member = self._named(name)
+        if member.expelled:
+            raise PermissionDeniedError(
+                f"{name} may not take part any more: {member.expelled}",
+                where=f"rule certificate: {member.expelled}",
+                fix="join again with a new certificate",
+            )
+        if attempt != member.attempt:
+            raise AbortedError(
+                f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",
+                where=name,
+                fix="run one process per site; this one can be stopped",
+            )
+        return member
+
+    def describe(self, member: Member, manifest: Manifest) -> None:
+        """Keep a manifest that a site has sent, within the site's limit."""
+        if manifest.layout not in self._state.layouts:
+            limits.check_described(member, manifest)
+            self._state.add_layout(manifest)
+
+    # -- who is there ----------------------------------------------------------------------------------------
+
+    def present(self) -> list[str]:
+        """Names of the sites that have registered and are not gone."""
+        return [m.name for m in self.members.values() if m.active]
+
+    def remaining(self) -> list[str]:
+        """Names of the sites that are not gone, whether they have come already or not."""
+        return [m.name for m in self.members.values() if not m.gone]
+
+    def joined(self) -> list[str]:
+        """Names of the sites that have joined and are not gone."""
+        return [m.name for m in self.members.values() if m.attempt and not m.gone]
+
+    def known(self) -> list[str]:
+        """Names of the sites that have ever registered and are not gone; some may be on their way back."""
+        return [m.name for m in self.members.values() if m.known and not m.gone]
+
+    def initial_source(self) -> str | None:
+        """The site whose own weights become the initial model: the first known one, in the job's order.
+
+        A site that is started again meanwhile remains the source.
+        """
+        return next(iter(self.known()), None)
+
+    def check_quorum(self, counted: Sequence[str], when: str) -> None:
+        """QuorumError, which names the sites that are gone, if fewer than `min_sites` sites are counted."""
+        needed = self._state.settings.min_sites
+        if len(counted) < max(needed, 1):
+            raise QuorumError(
+                f"{len(counted)} of at least {needed} sites are left {when}",
+                where=self.reasons(),
+                fix="look at the log of the site that left; lower min_sites to go on without it",
+            )
+
+    def reasons(self) -> str:
+        """Why each site that is gone is gone, as a human-readable message."""
+        return "; ".join(f"{m.name}: {m.gone}" for m in self.members.values() if m.gone)
+
+    # -- waiting ---------------------------------------------------------------------------------------------
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait under the lock until `ready()` is true. Sites that are absent for too long become gone meanwhile.
+
+        Returns:
+            True once `ready()` is true, False after `timeout_s` seconds.
+
+        Raises:
+            FederationError: The run failed, or the server was closed.
+        """
+        state = self._state
+        deadline = time.monotonic() + timeout_s
+        while True:
+            state.raise_if_ended(even_done=True)
+            self._expire_absent()
+            if ready():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            state.changed.wait(min([left, *self._absences()]))
+
+    def wait_for_quorum(self) -> None:
+        """Wait until enough sites are present to open a round, or no absent one can still come back in time."""
+        self.wait_until(lambda: self._assembled() or self._none_can_come(), self._state.settings.rejoin_s)
+
+    def _assembled(self) -> bool:
+        settings = self._state.settings
+        enough = len(self.present()) >= settings.min_sites
+        # for an exact restart, a site on its way back must not be missed: it could be drawn
+        returning = any(m.known and not m.gone and not m.active for m in self.members.values())
+        return enough and not (settings.exact_restart and returning)
+
+    def _none_can_come(self) -> bool:
+        return all(m.active or m.gone for m in self.members.values())
+
+    def _absences(self) -> list[float]:
+        """Seconds until each absent site is given up."""
+        now, limit = time.monotonic(), self._state.settings.rejoin_s
+        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and not m.gone]
+        return [max(w, 0.0) + 0.01 for w in waits]
+
+    def _expire_absent(self) -> None:
+        limit = self._state.settings.rejoin_s
+        for m in self.members.values():
+            if not m.gone and m.absent_since and time.monotonic() - m.absent_since > limit:
+                m.lost = True
+                self.gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
+
+    def _named(self, name: str) -> Member:
+        member = self.members.get(name)
+        if member is None:
+            raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
+        return member
