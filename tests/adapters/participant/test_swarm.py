@@ -346,7 +346,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
         except DeathError:
             dead.set()
             if closing:
-                current = federation.server._run.open
+                current = federation.server._run.state.open
                 assert current is not None
                 end = time.monotonic() + 60
                 while not current.closing:
@@ -387,7 +387,7 @@ def test_the_server_takes_no_update_and_no_strangers_mean() -> None:
     with LocalFederation(sites=2, rounds=1, strategy="swarm") as federation:
         federation.outcomes({place.name: site for place in federation.places}, check=False)
     assert any("receipts" in what for what in refused) and "late" in refused
-    assert any("a receipt with tensors" in what for what in refused)
+    assert any("a swarm receipt must not hold tensors" in what for what in refused)
     assert "used" not in refused
 
 

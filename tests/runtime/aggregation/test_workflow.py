@@ -84,7 +84,7 @@ def registered(bench: Bench) -> dict[str, Site]:
 
 @pytest.mark.parametrize("late", ["drop", "carry"])
 def test_a_workflow_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str) -> None:
-    monkeypatch.setattr("fl_runtime.server.run.make_strategy", lambda spec: Own())
+    monkeypatch.setattr("fl_runtime.server.state.make_strategy", lambda spec: Own())
     with serving(tmp_path, 3, sockets=False, rounds=4, late=late) as bench:
         sites = registered(bench)
 
@@ -120,18 +120,18 @@ def test_a_workflow_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> None:
     """What a restarted server reads from its journal; runtime/server/test_server_restart.py kills the server."""
     from fl_runtime.server.records.events import Events
-    from fl_runtime.server.recovery import recover
 
     with serving(tmp_path, 3, sockets=False, rounds=5, strategy="cyclic") as bench:
         sites = registered(bench)
         task = sites["site-1"].client.next_task()
         sites["site-1"].submit(task, {"w": np.ones(2)})
         assert sites["site-2"].client.next_task().round == 2
-        settings = bench.server._run.settings
+        settings = bench.server._run.state.settings
         run = Run(settings, tmp_path / "server", Events([]))
-        recover(run)
-        assert run.open is not None
-        assert (run.open.round, run.open.participants, run.open.drawn) == (2, ["site-2"], True)
+        run.recover()
+        current = run.state.open
+        assert current is not None
+        assert (current.round, current.participants, current.drawn) == (2, ["site-2"], True)
 
 
 def test_pulled_depends_on_the_site() -> None:

@@ -25,7 +25,6 @@ from tcp_proxy import TcpProxy
 
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import AbortedError, FederationError, QuorumError, StateMismatchError
-from fl_runtime.server.courses.rounds import drive
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
@@ -362,7 +361,7 @@ def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it
     strategy, watch = HeldMean(), Watch()
     events = Events([watch])
     run = Run(settings(2, min_sites=1, deadline_s=2.5, late=late, rounds=2), tmp_path, events, strategy)
-    loop = threading.Thread(target=drive, args=(run,), daemon=True)
+    loop = threading.Thread(target=run.drive, daemon=True)
     loop.start()
     service = Noticing(FederationService(run), "site-2")
     one, two = (Site(name, MemoryTransport(service, name)) for name in ("site-1", "site-2"))
@@ -376,13 +375,13 @@ def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it
 
     status, _ = together(lambda: two.submit(tasks["site-2"], value(8)), finished)
     first = watch.wait("round_finished")
-    run.fail(FederationError("the test is over"))
+    run.state.fail(FederationError("the test is over"))
     loop.join(WAIT_S)
     events.close()
     assert first.data["sites"] == ("site-1",)
     assert status == ("late" if late == "drop" else "carried")
-    assert run.model is not None
-    assert run.model.blob.views()[0]["w"].tolist() == [4.0] * 3
+    assert run.state.models.newest is not None
+    assert run.state.models.newest.blob.views()[0]["w"].tolist() == [4.0] * 3
 
 
 def test_an_aborted_run_reaches_every_waiting_site(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fl_runtime.errors import (
     UpdateRefusedError,
 )
 from fl_runtime.server import Server
-from fl_runtime.server.courses.rounds import _handshake
+from fl_runtime.server.courses.joining import Joining
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
 from fl_runtime.server.service import FederationService
@@ -138,8 +138,10 @@ def test_no_site_is_asked_for_weights_that_the_job_gives(tmp_path: Path) -> None
     run = Run(settings(1, initial=str(tmp_path / "start.safetensors")), tmp_path, Events(()))
     site = Site("site-1", MemoryTransport(FederationService(run), "site-1"))
     attempt = site.join().attempt
-    together(lambda: _handshake(run), lambda: site.register(GOOD))
-    assert run.phase == "initial"
+    joining = run.course
+    assert isinstance(joining, Joining)
+    together(joining.handshake, lambda: site.register(GOOD))
+    assert run.state.phase == "initial"
     assert next(run.wait_for_task("site-1", attempt, best=False, beat_s=0.01)) is None
     site.vanish()
 
