@@ -152,7 +152,7 @@ def test_nobody_says_how_many_rounds(tmp_path: Path) -> None:
     with serving(tmp_path, 1, rounds=None) as bench:
         site = bench.site("site-1")
         site.join()
-        with pytest.raises(ConfigError, match="how many rounds"):
+        with pytest.raises(ConfigError, match="number of rounds is not specified"):
             site.register({"w": np.zeros(1)})
 
 
