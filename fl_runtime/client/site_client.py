@@ -1,0 +1,258 @@
+"""The client that a site's process talks to the server with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_runtime.client.calls import PatientCalls
+from fl_runtime.client.presence import Presence
+from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
+from fl_runtime.errors import FederationError
+from fl_runtime.transport.base import Transport
+from fl_runtime.transport.malloc import keep_freed_memory
+from fl_runtime.transport.shared import SharedFolder
+from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.types import Metrics, Report, Task, Terms, Update
+from fl_runtime.version import FEATURES, PROTOCOL, VERSION
+from fl_runtime.wire import frames
+from fl_runtime.wire.finite import Inspected
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+_GOODBYE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The server's answer to a join.
+
+    Attributes:
+        site: Name of this site.
+        index: Its place in the job's list of sites.
+        count: Number of sites in the job.
+        attempt: Number of this process among those of the site.
+        settings: Settings of the job, with the fields of `RunSettings`.
+        started: True if the rounds have begun already.
+    """
+
+    site: str
+    index: int
+    count: int
+    attempt: int
+    settings: Mapping[str, Any]
+    started: bool
+
+
+class SiteClient:
+    """One process of one site, as it talks to the server.
+
+    Its methods block, and are called by one thread at a time, in this order: `join`, `register`, then `next_task` and
+    `submit` or `report` in turn, then `leave` and `close`. A call that meets a broken connection is repeated, and a
+    transfer resumes where it stopped, until the server has been out of reach for `patience_s` seconds.
+
+    Every method but `leave` and `close` raises ConnectionLostError when patience is spent, AbortedError when another
+    process of this site has taken over, and the run's error when the run has failed.
+
+    Example:
+        ```python
+        client = SiteClient(GrpcTransport(address, token), patience_s=300.0)
+        client.join()
+        client.register(
+            Manifest.of(weights), agreement={}, info={}, capabilities=frozenset(), rounds=0, evaluates=False
+        )
+        task = client.next_task()
+        ```
+    """
+
+    def __init__(self, transport: Transport, patience_s: float, *, same_machine: bool = False) -> None:
+        """Make a client that has not called the server yet.
+
+        Args:
+            transport: How to reach the server. The client closes it.
+            patience_s: How long the server may be out of reach, in seconds.
+            same_machine: Trust the server when it names a folder on this machine for large payloads.
+        """
+        self._transport, self._patience_s, self._same_machine = transport, patience_s, same_machine
+        self._calls, self._layouts = PatientCalls(transport, patience_s), Layouts()
+        self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
+        self._session = pb.Session()
+        self._presence: Presence | None = None
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of updates so far, message headers included; files count as if they had been sent."""
+        return self._uploads.nbytes
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of tasks so far, message headers included; files count as if they had been sent."""
+        return self._downloads.nbytes
+
+    def join(self, job: str = "") -> Welcome:
+        """Begin an attempt. The server refuses the calls of earlier processes of this site from now on.
+
+        Args:
+            job: Name of the job to join, or "" for whichever the server runs.
+
+        Returns:
+            Who this site is, and the job's settings.
+
+        Raises:
+            ProtocolError: The server runs another job, does not know this site, or has an incompatible version.
+        """
+        request = pb.JoinRequest(
+            protocol_min=PROTOCOL, protocol_max=PROTOCOL, features=FEATURES, version=VERSION, job=job
+        )
+        reply = self._calls.ask("Join", request, pb.JoinReply)
+        settings = json.loads(reply.settings_json)
+        beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
+        self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
+        if self._same_machine and reply.shared_folder:
+            self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
+        self._uploads.frame_bytes = frames.frame_bytes(reply.count)
+        self._presence = Presence(self._calls, self._session)
+        return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
+
+    def register(
+        self,
+        manifest: Manifest,
+        *,
+        agreement: Mapping[str, str],
+        info: Mapping[str, str],
+        capabilities: frozenset[str],
+        rounds: int,
+        evaluates: bool,
+        terms: Terms | None = None,
+    ) -> int:
+        """Register at the handshake, and wait until all sites have agreed.
+
+        Args:
+            manifest: Names, dtypes and shapes of the tensors that this site exchanges.
+            agreement: Names and values that must be equal at all sites.
+            info: Names and values for people to read.
+            capabilities: Capabilities of the site's adapter.
+            rounds: The trainer's own number of rounds, 0 without a budget.
+            evaluates: Promise to report a score of every global model.
+            terms: The script's terms, which must be equal at all sites; None for the defaults.
+
+        Returns:
+            The run's number of rounds.
+
+        Raises:
+            StateMismatchError: The sites' tensors differ.
+            HandshakeError: The sites do not agree, or an adapter lacks a capability that the job needs.
+        """
+        request = pb.RegisterRequest(
+            session=self._session,
+            manifest=manifest.to_proto(),
+            agreement=dict(agreement),
+            info=dict(info),
+            capabilities=sorted(capabilities),
+            rounds=rounds,
+            evaluates=evaluates,
+            terms_json=json.dumps(asdict(terms)) if terms else "",
+        )
+        reply = self._calls.ask("Register", request, pb.RegisterReply)
+        self._layouts.add(manifest)
+        self._downloads.large = manifest.nbytes > frames.INLINE_BYTES
+        if not self._downloads.large or self._downloads.shared is None:
+            keep_freed_memory()  # the weights go in messages
+        return reply.rounds
+
+    def next_task(self, *, best: bool = False, evaluate: bool = False, done: str = "") -> Task:
+        """Wait for a task and receive its arrays.
+
+        Args:
+            best: After the last round, ask for the best model in place of the final one.
+            evaluate: After the last round, ask for another site's model to be scored. The task's kind is "evaluate", or
+                "evaluated" when none is left.
+            done: Stage of the last "share" or "aggregate" task that this site is through with. It is not given again.
+
+        Returns:
+            The task. Its arrays are views of a buffer of this client, and valid until the next task is asked for.
+        """
+        request = pb.NextRequest(session=self._session, best=best, evaluate=evaluate, done=done)
+        return self._downloads.task(request)
+
+    def submit(self, update: Update, inspected: Inspected | None = None) -> str:
+        """Send an update. Sending the same one again is harmless.
+
+        Args:
+            update: The update. Its arrays are borrowed until this method returns.
+            inspected: What is known already about the values of some arrays, so that they need not be read again.
+
+        Returns:
+            What the update counted as: "used", "late", "carried" (counted in a later round) or "duplicate".
+
+        Raises:
+            UpdateRefusedError: The server refuses the update, for example because a value is not finite.
+            StateMismatchError: Its tensors are not those that this site registered.
+            ConfigError: A metric is not a number.
+        """
+        return self._uploads.update(self._session, update, inspected)
+
+    def report(self, report: Report, *, wait: bool = False) -> tuple[Metrics, bool]:
+        """Report a score of a model.
+
+        Args:
+            report: The model's version, and its metrics on this site's validation data.
+            wait: Wait until all sites have reported on this version.
+
+        Returns:
+            The pooled metrics of all sites and whether the run ends with this version; `({}, False)` without `wait`.
+
+        Raises:
+            ProtocolError: There is no model of this version yet.
+            ConfigError: A metric is not a number.
+        """
+        request = pb.ScoreRequest(
+            session=self._session,
+            version=report.version,
+            metrics_json=metrics_json(report.metrics),
+            num_examples=report.num_examples,
+            wait=wait,
+        )
+        reply = self._calls.ask("Score", request, pb.ScoreReply)
+        return json.loads(reply.metrics_json or "{}"), reply.stop
+
+    def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
+        """Open streams to other sites, which the server relays in a call of their own.
+
+        Args:
+            accept: Called with every stream that another site opens, by a thread of the tunnel.
+            lost: Called when the connection of the tunnel is lost.
+
+        Returns:
+            The tunnel. The caller closes it.
+        """
+        keep_freed_memory()  # here they go in messages whatever their size
+        return Tunnel(self._transport, self._session, accept, lost)
+
+    def leave(self, reason: str, *, early: bool) -> None:
+        """Leave the run. Errors are logged and not raised.
+
+        A server that is out of reach is tried for a few seconds only. It finds out by itself that the site is gone.
+
+        Args:
+            reason: Why this site leaves, for the events and the other sites' error messages.
+            early: True if the run goes on without this site.
+        """
+        patience_s = min(_GOODBYE_S, self._patience_s)
+        try:
+            request = pb.LeaveRequest(session=self._session, reason=reason, early=early)
+            self._calls.ask("Leave", request, pb.Done, patience_s)
+        except FederationError as error:
+            log.info("left without an answer of the server: %s", error)
+
+    def close(self) -> None:
+        """Close the connection. May be called more than once, and while another thread is in a call."""
+        if self._presence is not None:
+            self._presence.close()
+        self._calls.close()
