@@ -1,4 +1,4 @@
-"""Fixtures of all tests."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: one that came last would run alone while the other cores wait."""
+    """Run files with slow tests first: a slow one at the end would run alone while the other cores wait."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of data sets: $FL_ADAPTERS_DATA, else ../shared/data beside the project; skips where there is none."""
+    """The folder of data sets: $FL_ADAPTERS_DATA, else ../shared/data beside the project. Skips if there is none."""
     folder = Path(os.environ.get("FL_ADAPTERS_DATA", _ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data sets in {folder}; name their folder in FL_ADAPTERS_DATA")

@@ -1,4 +1,4 @@
-"""The public names: those of tests/_support/public_names.py, each importable on its own and documented."""
+"""The public names of tests/_support/public_names.py: each is importable on its own and documented."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_public_thing_is_documented(module: str, name: str) -> None:
 
 
 def undocumented(thing: Any, name: str) -> Iterator[str]:
-    """The names of `thing` and of its public methods that have no docstring (a hook may inherit its framework's)."""
+    """Yield the names of `thing` and its public methods without a docstring; a hook may inherit its framework's."""
     written = (thing.__doc__ or "").strip()
     if not written or written.startswith(f"{thing.__name__}("):  # what @dataclass makes up
         yield name
@@ -53,7 +53,7 @@ def undocumented(thing: Any, name: str) -> Iterator[str]:
 
 
 def test_each_name_can_come_first() -> None:
-    """Whatever is imported first works: no order of imports is needed (a cycle would show here)."""
+    """Any name may be imported first; an import circle would show here."""
     modules = {f"from {module} import {name}" for module, name in NAMES if module == "fl_adapters"}
     for statement in sorted(modules):
         done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True)
@@ -61,14 +61,14 @@ def test_each_name_can_come_first() -> None:
 
 
 def test_integrations_come_in_their_own_right() -> None:
-    """`fl_adapters.hf` is there after `import fl_adapters` only once imported: no framework comes unasked."""
+    """After `import fl_adapters` alone, `fl_adapters.hf` is not loaded: no framework is imported unasked."""
     code = "import fl_adapters, sys; print('fl_adapters.hf' in sys.modules, hasattr(fl_adapters, 'hf'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
 
 def test_no_module_hides_a_public_name() -> None:
-    """Importing `fl_adapters.x` sets the attribute `x` of the package: a function of that name would be gone."""
+    """Importing `fl_adapters.x` sets the attribute `x` of the package, which would hide a function of that name."""
     import pkgutil
 
     import fl_adapters

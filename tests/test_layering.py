@@ -1,4 +1,4 @@
-"""Who may import whom, and what no source file may do; read from the source, nothing is imported here."""
+"""The table of who may import whom, and what no source file may do. Sources are read, not imported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def integration_of(module: str) -> str | None:
 
 
 def import_fault(importer: str, target: str) -> str | None:
-    """Why `importer` may not import `target`, or None where it may."""
+    """Return why `importer` may not import `target`, or None if it may."""
     top, _, rest = target.partition(".")
     if top in FORBIDDEN_MODULES:
         return "runs or unpickles what it is given"

@@ -1,4 +1,4 @@
-"""What users get: the wheel built from this tree, its files, its metadata, and what importing it costs."""
+"""What users get: the wheel built from this tree, its files and metadata, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HEAVY = (
 
 
 def in_wheel(path: Path) -> str:
-    """Where a source file belongs in the wheel."""
+    """Return where a source file belongs in the wheel."""
     return path.relative_to(ROOT).as_posix().replace("integrations/", "fl_adapters/", 1)
 
 
@@ -54,7 +54,7 @@ def shipped_sources() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution, built from a copy of the tree: nothing left of earlier builds gets in."""
+    """The wheel, built from a source distribution of a copy of the tree, so that no earlier build gets in."""
     tree = tmp_path_factory.mktemp("tree")
     for top in SOURCES:
         shutil.copytree(ROOT / top, tree / top, ignore=shutil.ignore_patterns("__pycache__"))
@@ -76,7 +76,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(code: str, *, path: Path, cwd: Path) -> str:
-    """stdout of `code` in a fresh interpreter that finds our packages in `path`."""
+    """Return the output of `code` in a fresh interpreter that finds our packages in `path`."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
@@ -136,7 +136,7 @@ def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
 
 
 def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
-    """No dependency is missing, none is idle, and the README says of each why it is there."""
+    """No dependency is missing or unused, and the README says why each is there."""
     imported = set[str]()
     for path in [*(ROOT / "fl_runtime").rglob("*.py"), *(ROOT / "fl_adapters").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -1,4 +1,4 @@
-"""Sites driven from a test, over real sockets or in memory, one call at a time or in threads."""
+"""A server and sites that a test drives: over sockets or in memory, call by call or in threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 30.0
 
 
 class Watch:
-    """A listener that tests wait on."""
+    """A server's listener that tests wait on."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -40,7 +40,7 @@ class Watch:
         return [e for e in list(self.events) if e.kind == kind and site in ("", e.site)]
 
     def wait(self, kind: str, site: str = "", count: int = 1) -> Event:
-        """The `count`-th event of this kind, once it has happened."""
+        """Wait for the `count`-th event of this kind, and return it."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self.all(kind, site)) >= count, WAIT_S):
                 raise TimeoutError(f"no {kind} {site} within {WAIT_S:g} s: {[(e.kind, e.site) for e in self.events]}")
@@ -48,7 +48,7 @@ class Watch:
 
 
 class Site:
-    """One site's client, with the calls that tests make in a row."""
+    """One site's client, with the sequences of calls that tests make."""
 
     def __init__(
         self, name: str, transport: Transport, patience_s: float = WAIT_S, *, same_machine: bool = False
@@ -79,7 +79,7 @@ class Site:
         )
 
     def start(self, arrays: Arrays) -> Task:
-        """The first task; gives `arrays` as the initial model where the server asks."""
+        """Return the first task, after sending `arrays` as the initial model if the server asks for it."""
         task = self.client.next_task()
         if task.kind == "initial":
             self.submit(task, arrays)
@@ -103,7 +103,7 @@ class Site:
     def take_part(
         self, arrays: Arrays, change: Callable[[Task], Arrays], num_examples: int = 1, **registration: Any
     ) -> Arrays:
-        """Join, register and answer every task with change(task); the final weights."""
+        """Join, register and answer every task with change(task); return the final weights."""
         self.join()
         self.register(arrays, **registration)
         task = self.start(arrays)
@@ -116,7 +116,7 @@ class Site:
         return final
 
     def vanish(self) -> None:
-        """Go without a word, as a killed process does."""
+        """Stop without leaving, as a killed process does."""
         self.client.close()
 
 
@@ -126,7 +126,11 @@ def settings(sites: int | Sequence[str] = 2, **fields: Any) -> RunSettings:
 
 
 class Bench:
-    """A server and its sites. address: "host:port" of the server, "" in memory."""
+    """A running server and its sites.
+
+    Attributes:
+        address: The server's "host:port"; empty in memory.
+    """
 
     def __init__(self, server: Server, names: Sequence[str], watch: Watch, address: str) -> None:
         self.server, self.names, self.watch, self.address = server, tuple(names), watch, address
@@ -141,7 +145,7 @@ class Bench:
         patience_s: float = WAIT_S,
         same_machine: bool = False,
     ) -> Site:
-        """A new process of a site, as it were. address: go through a proxy."""
+        """Connect one more process of a site, through the proxy at `address` if one is given."""
         transport: Transport
         if self.address:
             from fl_runtime.transport.grpc import GrpcTransport
@@ -153,12 +157,12 @@ class Bench:
         return self.made[-1]
 
     def started(self, arrays: Arrays, **registration: Any) -> tuple[dict[str, Site], dict[str, Task]]:
-        """All sites, joined and registered, and their first tasks."""
+        """Join and register all sites; return their first tasks."""
         sites = {name: self.site(name) for name in self.names}
         return sites, started(sites.values(), arrays, **registration)
 
     def run(self, work: Callable[[str], T]) -> dict[str, T]:
-        """work(name) for every site at once."""
+        """Call work(name) for every site, each in its own thread."""
         return dict(zip(self.names, at_once(self.names, work), strict=True))
 
 
@@ -172,7 +176,7 @@ def serving(
     share: bool = False,
     **fields: Any,
 ) -> Iterator[Bench]:
-    """A running server; whatever is left of the run is ended afterwards."""
+    """Run a server, and end what is left of its run afterwards."""
     run = settings(sites, **fields)
     watch = Watch()
     tokens = {name: f"secret of {name}" for name in run.sites}
@@ -196,44 +200,47 @@ def serving(
 
 
 def started(sites: Iterable[Site], arrays: Arrays, **registration: Any) -> dict[str, Task]:
-    """Join and register these sites; their first tasks."""
+    """Join and register these sites; return their first tasks."""
     registered(sites := list(sites), arrays, **registration)
     return {site.name: site.start(arrays) for site in sites}
 
 
 def registered(sites: Iterable[Site], arrays: Arrays, **registration: Any) -> list[int]:
-    """Join and register these sites at once; the rounds that each is told."""
+    """Join and register these sites at once; return the number of rounds that each is told."""
     for site in (sites := list(sites)):
         site.join()
     return at_once(sites, lambda site: site.register(arrays, **registration))
 
 
 def at_once(items: Iterable[K], work: Callable[[K], T]) -> list[T]:
-    """work(item) for all in threads, in order; the first error in that order, once all have ended."""
+    """Call work(item) for each item in its own thread, and return the results in order.
+
+    When all have ended, the first error in the order of the items is raised.
+    """
     with ThreadPoolExecutor(64) as pool:
         futures = [pool.submit(work, item) for item in items]
         return [future.result(WAIT_S * 2) for future in futures]
 
 
 def errors_at_once(items: Iterable[K], work: Callable[[K], object]) -> list[BaseException | None]:
-    """What work(item) raises, for all in threads."""
+    """Call work(item) for each item in its own thread; return the errors that they raise."""
     with ThreadPoolExecutor(64) as pool:
         futures = [pool.submit(work, item) for item in items]
         return [future.exception(WAIT_S * 2) for future in futures]
 
 
 def errors_together(*calls: Callable[[], object]) -> list[BaseException | None]:
-    """What these calls raise, each in a thread of its own."""
+    """Make each call in its own thread; return the errors that they raise."""
     return errors_at_once(calls, lambda call: call())
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
-    """What these calls return, each in a thread of its own."""
+    """Make each call in its own thread; return the results."""
     return at_once(calls, lambda call: call())
 
 
 def ended(server: Server) -> None:
-    """Wait for the end of the run; raises its error."""
+    """Wait for the end of the run, and raise its error if it failed."""
     assert server.wait(WAIT_S), "the run did not end"
     error = server.result().error
     if error is not None:

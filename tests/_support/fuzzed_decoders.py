@@ -1,7 +1,7 @@
-"""What a byte string from the network may do to the decoders: raise our own errors, and nothing else.
+"""The decoders of bytes from the network, as the fuzzer and the corpus test call them.
 
-`one(data)` is both the fuzz target (fuzz_decoder.py) and what the tests replay the corpus with. The first byte chooses
-the decoder, so that one corpus serves all of them.
+Bad bytes may raise our own errors and nothing else. The first byte of an input chooses the decoder, so one corpus
+serves all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KNOWN = Manifest.of({"a": np.zeros((3, 2), np.float32), "b": np.zeros(5, np.int
 
 
 def one(data: bytes) -> None:
-    """Decode; our own errors are what must come of bad bytes, anything else is a finding."""
+    """Decode one input. Our own errors are the right answer to bad bytes; any other error is a finding."""
     decode = DECODERS[data[0] % len(DECODERS)] if data else None
     if decode is not None:
         try:
@@ -38,7 +38,7 @@ def one(data: bytes) -> None:
 
 
 def manifest(data: bytes) -> None:
-    """Names, dtypes and shapes; the buffer, if it is small enough to be made, is cut without gaps or overlaps."""
+    """A manifest: if its buffer is small enough to allocate, the tensors cover it without gaps or overlaps."""
     found = Manifest.from_proto(_parsed(pb.Manifest, data))
     assert Manifest.from_proto(found.to_proto()) == found
     differences(_KNOWN, found)
@@ -50,14 +50,14 @@ def manifest(data: bytes) -> None:
 
 
 def frame(data: bytes) -> None:
-    """A frame by itself, read by us and by protobuf: what we read, protobuf must read as well."""
+    """A single frame: what our reader accepts, protobuf must accept too."""
     if frames.is_frame(data):
         inside = bytes(frames.frame_data(data))
         assert _parsed(pb.UpdatePart, data).data == inside
 
 
 def transfer(data: bytes) -> None:
-    """A whole upload: a header, then frames of 64 bytes cut from the rest; nothing is written past the buffer."""
+    """A whole upload: a header, then the rest cut into frames of 64 bytes. Nothing is written past the buffer."""
     size = int.from_bytes(data[:2], "big")
     header = _parsed(pb.UpdatePart, data[2 : 2 + size]).update
     service._update_fields(header)
@@ -92,12 +92,12 @@ def tunnel(data: bytes) -> None:
 
 
 def control(data: bytes) -> None:
-    """A request about jobs."""
+    """A control request, such as those about jobs."""
     assert isinstance(_object(data), dict)
 
 
 def identity(data: bytes) -> None:
-    """The name in a certificate: what is one comes out as it went in."""
+    """The identity in a certificate: a valid one survives a round trip."""
     found = Identity.from_uri(data.decode("utf-8", "replace"))
     assert Identity.from_uri(found.uri) == found
 

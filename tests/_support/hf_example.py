@@ -1,4 +1,4 @@
-"""The training job of the conformance suite: a tiny module with dropout, trained by `Trainer` and by a plain loop."""
+"""The conformance suite's training job: a tiny module with dropout, trained by `Trainer` and by a plain loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS, BATCH, RATE, CLIP = 8, 2, 0.05, 0.5
 
 
 class Net(nn.Module):
-    """fail_at: the forward pass that fails, counted from 1."""
+    """A small network whose `fail_at`-th forward pass fails, counted from 1."""
 
     def __init__(self, width: int = 3, fail_at: int = 0) -> None:
         super().__init__()
@@ -51,8 +51,10 @@ def weights_of(net: nn.Module) -> Arrays:
 
 
 class PlainLoop:
-    """What `Trainer` does with these arguments, in plain torch: AdamW or SGD, a linear schedule, clipping, its order of
-    the rows. Gradients are corrected after they are clipped."""
+    """The same training as `Trainer`, in plain PyTorch: AdamW or SGD, linear schedule, clipping and order of rows.
+
+    Gradients are corrected after clipping.
+    """
 
     num_examples = ROWS
 
@@ -100,7 +102,10 @@ class PlainLoop:
             self.schedule.step()
 
     def shuffled(self) -> list[int]:
-        """accelerate's order of this epoch; a DataLoader also draws a number that it does not use without workers."""
+        """Return accelerate's order of the rows in this epoch.
+
+        A DataLoader also draws one number that it does not use without workers; so does this.
+        """
         generator = torch.Generator().manual_seed(self.epoch + self.site)
         self.epoch += 1
         torch.empty((), dtype=torch.int64).random_()
@@ -115,7 +120,13 @@ def corrected(net: nn.Module, correct: Correct) -> None:
 
 
 class Example:
-    """accumulate, bf16, kind ("adam", "sgd"): of the Trainer's options."""
+    """The training job of the suite.
+
+    Attributes:
+        accumulate: Batches per optimizer step.
+        bf16: Whether to train in bfloat16.
+        kind: The optimizer, "adam" or "sgd".
+    """
 
     personal = "head.*"
     states = ((torch.get_rng_state, torch.set_rng_state),)

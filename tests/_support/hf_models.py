@@ -1,4 +1,4 @@
-"""Small random models and data, made in code; the same at every site that asks with the same seed."""
+"""Small random models and data, made in code; the same seed gives the same ones at every site."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tokens(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Sentences(Tokens):
-    """The same rows as language-model samples."""
+    """The rows of `Tokens` as samples for a language model."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         labels = self.tokens[index].clone()
@@ -44,7 +44,7 @@ class Sentences(Tokens):
 
 
 class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Rows without a length."""
+    """A dataset of rows without a length."""
 
     def __iter__(self) -> Any:
         rows, index = Tokens(64), 0
@@ -85,7 +85,7 @@ def decoder(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
 
 
 def adapted(model: nn.Module, method: str = "lora", *, r: int = 2, seed: int = 1, **options: Any) -> nn.Module:
-    """`model` under a PEFT adapter with random weights on both sides."""
+    """Return `model` under a PEFT adapter whose two factors are both random."""
     torch.manual_seed(seed)
     decodes = isinstance(model, LlamaForCausalLM)
     target = ["q_proj", "v_proj"] if decodes else ["query", "value"]
@@ -99,7 +99,7 @@ def adapted(model: nn.Module, method: str = "lora", *, r: int = 2, seed: int = 1
 
 
 def arguments(**changed: Any) -> TrainingArguments:
-    """Quiet arguments for the CPU; 8 rows per step."""
+    """Return quiet TrainingArguments for the CPU, with 8 rows per step."""
     fields: dict[str, Any] = {
         "output_dir": "out",
         "use_cpu": True,
@@ -116,7 +116,7 @@ def arguments(**changed: Any) -> TrainingArguments:
 
 
 def trainer(callback: Any = None, **given: Any) -> Trainer:
-    """A Trainer over 32 rows (4 steps an epoch); arguments of TrainingArguments among `given`."""
+    """Return a Trainer over 32 rows, 4 steps an epoch. Names of TrainingArguments in `given` are passed on."""
     own = ("model", "train_dataset", "eval_dataset", "compute_metrics", "optimizers", "callbacks", "processing_class")
     fields: dict[str, Any] = {"train_dataset": Tokens(32), **{k: given.pop(k) for k in own if k in given}}
     fields["model"] = fields.get("model") or adapted(classifier())
@@ -125,7 +125,7 @@ def trainer(callback: Any = None, **given: Any) -> Trainer:
 
 
 class InOrder(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """`data` row by row, never shuffled, with its length."""
+    """Rows of `data` in order, never shuffled, with a length."""
 
     def __init__(self, data: Tokens) -> None:
         self.data = data
@@ -138,6 +138,8 @@ class InOrder(torch.utils.data.IterableDataset[dict[str, Any]]):
 
 
 def to_compare(lora: bool, dropout: float) -> tuple[nn.Module, type[Tokens]]:
-    """A model, and its kind of data, whose gradients are none of them zero but for rounding: Adam would blow the
-    rounding up (BERT's key biases are such, when they are trained)."""
+    """Return a model and its kind of data, in which no gradient is zero up to rounding.
+
+    Adam would amplify such rounding errors. BERT's key biases have gradients like that, so BERT is used with LoRA only.
+    """
     return (adapted(classifier(dropout)), Tokens) if lora else (decoder(dropout), Sentences)

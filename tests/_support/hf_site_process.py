@@ -1,7 +1,7 @@
-"""What a site's process runs, forked from a warm process: the program of a test, with its output in a file.
+"""The program of a site's process, forked from a warm process: runs a test's program and stores its result.
 
-Given as a global: TASK, a dict of program, folder, log, out, kit, values. The program finds `VALUES` and `KIT`, and
-leaves its result in `RESULT`.
+The global TASK is a dict of program, folder, log, out, kit and values. The program finds `VALUES` and `KIT`, and leaves
+its result in `RESULT`.
 """
 
 import atexit

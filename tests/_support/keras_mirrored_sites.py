@@ -1,7 +1,7 @@
-"""A site that trains on two devices (tf.distribute.MirroredStrategy) beside one that trains on one; run on its own.
+"""A script: one site trains on two devices (tf.distribute.MirroredStrategy) beside one that trains on one.
 
-The mean over 8 rows of a batch is the same on one device and on two, so both sites and both policies must end with
-the same weights as a federation whose sites have one device each.
+The mean over the 8 rows of a batch is the same on one device and on two. So both sites, under both policies, must end
+with the weights of a federation whose sites have one device each.
 """
 
 from __future__ import annotations

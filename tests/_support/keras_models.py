@@ -1,4 +1,4 @@
-"""Small models and data for the tests, and a training of them with and without a federation."""
+"""Small Keras models and data, and trainings of them with and without a federation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ else:
 
 
 def classifier(*, seed: int = 0, width: int = 5, dropout: float = 0.3) -> keras.Model:
-    """Dense, batch normalization, dropout, and a head of its own name."""
+    """Return a classifier with dense layers, batch normalization, dropout, and a head with its own name."""
     keras.utils.set_random_seed(seed)
     return keras.Sequential(
         [
@@ -45,7 +45,7 @@ def classifier(*, seed: int = 0, width: int = 5, dropout: float = 0.3) -> keras.
 
 
 def rows(seed: int, size: int = ROWS) -> tuple[Array, Array]:
-    """Points of three classes; `seed` draws other ones."""
+    """Return points of three classes, drawn with `seed`."""
     draw = np.random.RandomState(seed)
     labels = draw.randint(0, 3, size)
     return (draw.normal(size=(size, 6)) + labels[:, None]).astype("float32"), labels.astype("int32")
@@ -64,7 +64,7 @@ def fit(model: keras.Model, data: tuple[Array, Array], *callbacks: Any, **option
 
 
 def weights(model: keras.Model) -> dict[str, Array]:
-    """All weights by our names."""
+    """Return all weights under the names that travel."""
     return {name: to_host(named.variable) for name, named in named_variables(model).items()}
 
 
@@ -74,7 +74,7 @@ def load(model: keras.Model, arrays: Arrays) -> None:
 
 
 class Counter(keras.callbacks.Callback):
-    """Counts batches, and fails at one of them."""
+    """Counts batches, and fails at a given one."""
 
     def __init__(self, fail_at: int = 0) -> None:
         super().__init__()
@@ -103,9 +103,10 @@ def with_partner(
     work: Callable[[Arrays], Arrays] = lambda arrays: {n: a / 2 for n, a in arrays.items()},
     model: keras.Model | None = None,
 ) -> tuple[Any, list[dict[str, Array]]]:
-    """train(kit) as the first of two sites; the second answers each round with `work`.
+    """Run train(kit) as the first of two sites; the second answers each round with `work`.
 
-    Returns (what train has left, the global models in their order).
+    Returns:
+        What `train` returns, and the global models in order.
     """
     state = KerasState(model or classifier())
     received: list[dict[str, Array]] = []
@@ -124,7 +125,7 @@ def with_partner(
 
 
 class Executions(keras.callbacks.Callback):
-    """The hooks' own numbers: where each call of the compiled function begins."""
+    """Notes where each call of the compiled step function begins, by the hooks' own numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ class Executions(keras.callbacks.Callback):
 
 
 def trained(callback: keras.callbacks.Callback | None = None, size: int = ROWS, **options):
-    """(the federation's events of the kind update, the beginnings of steps) of one site."""
+    """Train one site; return the federation's update events, and where its steps began."""
     compile_options = {k: options.pop(k) for k in ("steps_per_execution", "optimizer") if k in options}
     settings = options.pop("settings")
     executions = Executions()
@@ -154,7 +155,7 @@ def cell(kit: str, *callbacks: keras.callbacks.Callback, epochs: int = 4, **opti
 
 
 class Example:
-    """The training job that the conformance suite runs."""
+    """The training job of the conformance suite."""
 
     steps_per_epoch = BATCHES
     personal = "batch_normalization/*"
@@ -174,7 +175,7 @@ class Example:
 
 
 class RepeatedFit:
-    """The oracle: one `fit` after the other, over the very batches that are next."""
+    """The reference: one `fit` after another over the next batches."""
 
     num_examples = ROWS
 
@@ -201,9 +202,13 @@ class RepeatedFit:
 
 
 class CorrectedExample(Example):
-    """The same with a plain loop that takes its gradients by itself. kind: "adam", "sgd". clipnorm: of each tensor.
+    """The training job beside a plain loop that computes its own gradients.
 
-    accumulate: batches in a step of the optimizer. policy: of the layers' dtypes, such as "mixed_float16".
+    Attributes:
+        kind: The optimizer, "adam" or "sgd".
+        clipnorm: Limit for the norm of each gradient.
+        accumulate: Batches per optimizer step.
+        policy: The layers' dtype policy, such as "mixed_float16".
     """
 
     def __init__(self, kind: str, clipnorm: float | None = None, accumulate: int = 1, policy: str = "float32") -> None:
@@ -242,7 +247,7 @@ class CorrectedExample(Example):
 
 
 class OwnGradients(RepeatedFit):
-    """The oracle for corrections: gradients by the backend's own means, clipped, corrected and applied here."""
+    """The reference for corrections: gradients by the backend's own means, clipped, corrected and applied here."""
 
     def __init__(self, model: keras.Model, data: tuple[Array, Array], clipnorm: float | None, accumulate: int) -> None:
         super().__init__(model, data)
@@ -281,7 +286,7 @@ class OwnGradients(RepeatedFit):
 
 
 def gradients_of(model: keras.Model, x: Array, y: Array) -> tuple[list[Array], np.float32]:
-    """(one gradient for each trainable variable, what loss scaling has multiplied them by)."""
+    """Return a gradient for each trainable variable, and the factor of loss scaling in them."""
     optimizer, scale = model.optimizer, np.float32(1)
     if hasattr(optimizer, "inner_optimizer"):
         if not optimizer.built:

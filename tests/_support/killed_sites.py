@@ -1,4 +1,4 @@
-"""Sites in processes of their own that are killed outright (SIGKILL) and started again with the same command."""
+"""Sites in their own processes, killed with SIGKILL and started again with the same command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMEOUT_S = 120
 
 
 class Process(Protocol):
-    """A site's process: subprocess.Popen, or what has these of it."""
+    """A site's process: the part of `subprocess.Popen` that is used here."""
 
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> int: ...
@@ -31,9 +31,11 @@ class Process(Protocol):
 def run_sites(
     folder: Path, script: Path, *, warm: WarmProcess | None = None, kills: int = 0, seed: int = 0, **settings: Any
 ) -> bytes:
-    """The file of the final global model of two sites that run `script`, with `exact_restart`.
+    """Run `script` at two sites under `exact_restart`; return the file of the final global model.
 
-    warm: forks of it run the script; None: a fresh Python. kills, seed: see `killed`.
+    Args:
+        warm: Process whose forks run the script; None runs it in a fresh Python.
+        kills, seed: As in `killed`.
     """
 
     def start(place: Place) -> Process:
@@ -48,7 +50,7 @@ def run_sites(
 
 
 class WarmProcess:
-    """A process that has imported these modules, and forks sites: each begins within milliseconds."""
+    """A process that has imported the given modules and forks sites, each of which starts within milliseconds."""
 
     def __init__(self, *modules: str, **environment: str) -> None:
         command = [sys.executable, str(Path(__file__).parent / "warm_process.py"), *modules]
@@ -95,8 +97,10 @@ class _Forked:
 
 
 def killed(federation: LocalFederation, start: Callable[[Place], Process], rounds: int, kills: int, seed: int) -> None:
-    """Run both sites to a good end. kills: how many times one of them is killed, and started again by `start`: in
-    rounds, and at moments within them, that `seed` draws."""
+    """Run both sites to a good end while killing them `kills` times.
+
+    The killed site is started again with `start`. `seed` decides the rounds of the kills and the moments within them.
+    """
     processes = {place.name: start(place) for place in federation.places}
     try:
         for site, ready, moment_s in _plan(federation, kills, seed, rounds):
@@ -122,7 +126,7 @@ def killed(federation: LocalFederation, start: Callable[[Place], Process], round
 def _plan(
     federation: LocalFederation, kills: int, seed: int, rounds: int
 ) -> Sequence[tuple[Place, Callable[[], bool], float]]:
-    """(who, when its round has begun, how many seconds after that)."""
+    """Return, for each kill, which site, in which round, and how many seconds after the round began."""
     rng = np.random.default_rng(seed)
 
     def in_round(site: str, number: int) -> Callable[[], bool]:

@@ -1,6 +1,6 @@
-"""A site that trains with DDP on two processes, which Lightning's launcher starts: this script, once more per rank.
+"""A script: a site that trains with DDP on two processes. Lightning's launcher runs it once more for each rank.
 
-Arguments: the package of Lightning, and a folder for what each rank ends with.
+Arguments: the package of Lightning, and a folder for each rank's result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fl_adapters.lightning import FederatedCallback
 
 
 def fit(pl: Any, kit: str | None, devices: int, **more: Any) -> tuple[Any, Any]:
-    """One fit over batches of as many rows, whatever the number of devices; (trainer, module)."""
+    """Fit with the same batches whatever the number of devices; return the trainer and the module."""
     torch.manual_seed(0)
     module = m.module(pl, net=nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), **more)
     options: dict[str, Any] = {}
@@ -32,8 +32,10 @@ def fit(pl: Any, kit: str | None, devices: int, **more: Any) -> tuple[Any, Any]:
 
 
 def share(data: Any, ranks: int) -> DataLoader:
-    """This rank's rows, in order: Lightning's own sampler would shuffle them, and differently for each number of
-    ranks. Every rank's n-th batches make up the n-th batch of a single process."""
+    """Return this rank's rows in order. Together the ranks' n-th batches are the n-th batch of a single process.
+
+    Lightning's own sampler would shuffle the rows, differently for each number of ranks.
+    """
     sampler = DistributedSampler(data, ranks, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
     return DataLoader(data, batch_size=m.BATCH // ranks, sampler=sampler)
 

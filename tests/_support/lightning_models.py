@@ -1,4 +1,4 @@
-"""Small modules, data and trainers, made in code, for either package of Lightning; the same for the same seed."""
+"""Small modules, data and trainers for both packages of Lightning; the same seed gives the same ones."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def package(name: str = PACKAGES[0]) -> Any:
 
 
 def network(width: int = 8, dropout: float = 0.25) -> nn.Sequential:
-    """Batch normalisation for its buffers, dropout for its random numbers. No bias below it: its gradient would be
-    zero but for rounding, which Adam blows up."""
+    """Return a network with buffers (batch normalization) and random numbers (dropout).
+
+    The layer below the normalization has no bias: its gradient would be zero up to rounding, which Adam amplifies.
+    """
     return nn.Sequential(
         nn.Linear(4, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2)
     )
@@ -50,7 +52,7 @@ def validation(count: int = 16, seed: int = 99) -> DataLoader:
 
 
 class Endless(IterableDataset):
-    """Rows without a length: `count` of them."""
+    """A dataset of `count` rows without a length."""
 
     def __init__(self, count: int = ROWS) -> None:
         self.count = count
@@ -73,7 +75,7 @@ def linear_schedule(optimizer: Any, total_steps: int) -> Any:
 
 
 def module(pl: Any = None, *, net: nn.Module | None = None, kind: str = "adam", fail_at: int = 0, **more: Any) -> Any:
-    """A LightningModule over `network()`: one linear schedule over the run, and val_loss where there is data."""
+    """Return a LightningModule over `network()` with a linear schedule over the run; it logs val_loss."""
     pl = pl or package()
 
     class Classifier(pl.LightningModule):
@@ -114,7 +116,7 @@ def module(pl: Any = None, *, net: nn.Module | None = None, kind: str = "adam", 
 
 
 def trainer(callback: Any = None, *, pl: Any = None, callbacks: Any = (), **options: Any) -> Any:
-    """A quiet Trainer on the CPU."""
+    """Return a quiet Trainer on the CPU."""
     quiet = {
         "accelerator": "cpu",
         "devices": 1,
@@ -137,7 +139,7 @@ def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 class Loop:
-    """One site's training in plain PyTorch; what `PlainLoop` of the conformance suite asks for."""
+    """One site's training in plain PyTorch, as the conformance suite's `PlainLoop`."""
 
     num_examples = ROWS
 
@@ -213,7 +215,7 @@ def corrected(module: nn.Module, correct: Correct) -> None:
 
 
 class Example:
-    """The training job that the conformance suite runs. options: of the Trainer."""
+    """The training job of the conformance suite; `options` are passed to the Trainer."""
 
     personal = "net.1.*"
     states = STATES

@@ -1,4 +1,4 @@
-"""A site in a process of its own, forked from one that has imported Lightning already; it can be killed."""
+"""A site in its own process, forked from one that has imported Lightning; it can be killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _forks.set_forkserver_preload(["torch", "lightning.pytorch", "pytorch_lightning"
 
 
 def fit(kit: str | None, folder: Path, values: dict[str, Any], out: Path) -> None:
-    """What the process does: one fit with a checkpoint each epoch; saves its weights and learning rates to `out`."""
+    """Run one fit with a checkpoint per epoch, and save its weights and learning rates to `out`."""
     os.chdir(folder)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -48,12 +48,12 @@ class SiteProcess:
         self.process.start()
 
     def died(self) -> None:
-        """Wait for the death that was ordered."""
+        """Wait until the process has died as planned."""
         self.process.join(TIMEOUT_S)
         assert self.process.exitcode == 9, self.log
 
     def result(self) -> dict[str, Any]:
-        """What it saved. Fails with its log if it failed."""
+        """Return what the process saved, or fail with its log."""
         import torch
 
         self.process.join(TIMEOUT_S)
@@ -62,7 +62,7 @@ class SiteProcess:
 
     @property
     def log(self) -> str:
-        """What it printed."""
+        """Return what the process printed."""
         return (self.folder / "log.txt").read_text()
 
     def close(self) -> None:

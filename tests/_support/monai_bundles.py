@@ -1,4 +1,4 @@
-"""Small bundles in the dialects that bundles come in, on volumes made in code, as NIfTI, or as DICOM."""
+"""Small MONAI bundles in the usual dialects, on volumes from code, NIfTI or DICOM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MADE = "$[{{'image': x, 'label': (x > 0.4).float() + (x > 0.7).float()}} for x i
 
 
 def dataset(seed: int, count: int, files: Any = None) -> dict[str, Any]:
-    """Volumes of one channel and three classes; from `files` through MONAI's own readers."""
+    """Return a dataset of one-channel volumes with three classes; `files` are read by MONAI's own readers."""
     if files is None:
         return {"_target_": "Dataset", "data": MADE.format(seed=seed, count=count)}
     keys = ["image", "label"]
@@ -35,7 +35,7 @@ def dataset(seed: int, count: int, files: Any = None) -> dict[str, Any]:
 def config(
     *, trainer: str = "train#trainer", run: Any = "run", epochs: str = "epochs", files: Any = None, **more: Any
 ) -> dict[str, Any]:
-    """A training configuration; trainer, run and epochs are the ids of these."""
+    """Return a training configuration; `trainer`, `run` and `epochs` are the ids that it uses for these."""
     engine = {
         "_target_": "SupervisedTrainer",
         "max_epochs": f"@{epochs}",
@@ -113,7 +113,7 @@ def config(
 
 
 def write(folder: Path, made: dict[str, Any], name: str = "configs/train.json") -> str:
-    """Write the bundle; its folder."""
+    """Write the bundle, and return its folder."""
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(made) if file.suffix == ".json" else yaml.safe_dump(made))
@@ -122,7 +122,7 @@ def write(folder: Path, made: dict[str, Any], name: str = "configs/train.json") 
 
 
 def nifti(folder: Path, count: int = 4) -> list[dict[str, str]]:
-    """Volumes and their masks of three classes as NIfTI files."""
+    """Write volumes and masks of three classes as NIfTI files."""
     folder.mkdir(parents=True)
     files = []
     for i in range(count):
@@ -134,7 +134,7 @@ def nifti(folder: Path, count: int = 4) -> list[dict[str, str]]:
 
 
 def dicom(folder: Path, count: int = 4) -> list[dict[str, str]]:
-    """The same as DICOM series: a folder of slices each."""
+    """Write the same volumes as DICOM series, one folder of slices each."""
     files = []
     for i in range(count):
         pair = {"image": str(folder / f"image-{i}"), "label": str(folder / f"label-{i}")}
@@ -145,7 +145,7 @@ def dicom(folder: Path, count: int = 4) -> list[dict[str, str]]:
 
 
 def volume(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 image, uint16 mask), both 8^3."""
+    """Return a float32 image and a uint16 mask, both of 8^3 voxels."""
     image = np.random.default_rng(seed).random((SIDE, SIDE, SIDE), dtype=np.float32)
     return image, ((image > 0.4).astype(np.uint16) + (image > 0.7)).astype(np.uint16)
 

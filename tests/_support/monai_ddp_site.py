@@ -1,6 +1,6 @@
-"""One rank of a site that trains with DDP on two processes over gloo; the environment says which.
+"""A script: one rank of a site that trains with DDP on two processes over gloo. The environment holds the rank.
 
-Argument: a folder for what each rank ends with.
+Argument: a folder for each rank's result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fl_adapters.monai import FederatedHandler
 
 
 def train(kit: str | None, ranks: int, fail_at: int = 0) -> Any:
-    """One run over batches of as many rows, whatever the number of ranks; the trainer."""
+    """Train with the same batches whatever the number of ranks; return the trainer."""
     torch.manual_seed(0)
     net: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     if ranks > 1:
@@ -33,7 +33,7 @@ def train(kit: str | None, ranks: int, fail_at: int = 0) -> Any:
 
 
 def share(data: Any, ranks: int) -> DataLoader:
-    """This rank's rows, in order: every rank's n-th batches make up the n-th batch of a single process."""
+    """Return this rank's rows in order. Together the ranks' n-th batches are the n-th batch of a single process."""
     sampler = DistributedSampler(data, ranks, int(os.environ.get("RANK", "0")), shuffle=False)
     return DataLoader(data, batch_size=m.BATCH // ranks, sampler=sampler)
 

@@ -1,4 +1,4 @@
-"""Small networks, data and trainers, made in code; the same for the same seed."""
+"""Small networks, data and trainers; the same seed gives the same ones."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ cross_entropy = nn.functional.cross_entropy
 
 
 def network(width: int = 8, dropout: float = 0.25) -> nn.Sequential:
-    """Batch normalisation for its buffers, dropout for its random numbers. No bias below it: its gradient would be
-    zero but for rounding, which Adam blows up."""
+    """Return a network with buffers (batch normalization) and random numbers (dropout).
+
+    The layer below the normalization has no bias: its gradient would be zero up to rounding, which Adam amplifies.
+    """
     return nn.Sequential(
         nn.Linear(4, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2)
     )
@@ -50,7 +52,7 @@ class Rows(Dataset):
 
 
 class Endless(IterableDataset):
-    """Rows without a length: `count` of them."""
+    """A dataset of `count` rows without a length."""
 
     def __init__(self, count: int = ROWS) -> None:
         self.count = count
@@ -104,7 +106,7 @@ class Losses:
 
 
 def evaluator(net: nn.Module, data: Any = None, handlers: Sequence[Any] = (), **options: Any) -> SupervisedEvaluator:
-    """Scores `val_loss` on the validation data."""
+    """Return an evaluator that scores `val_loss` on the validation data."""
     return SupervisedEvaluator(
         device="cpu",
         val_data_loader=validation() if data is None else data,
@@ -124,7 +126,7 @@ def validates(net: nn.Module, interval: int = 1, handlers: Sequence[Any] = (), *
 def trainer(
     net: nn.Module, handlers: Sequence[Any] = (), *, data: Any = None, epochs: int = 1, **options: Any
 ) -> SupervisedTrainer:
-    """A trainer on the CPU, with a batch left as it is (no decollating) unless told otherwise."""
+    """Return a trainer on the CPU, by default without decollating batches."""
     fields = {"optimizer": optimizer_for(net), "decollate": False, **options}
     return SupervisedTrainer(
         device="cpu",
@@ -146,7 +148,7 @@ def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def loss_of(arrays: Mapping[str, Any], data: Any = None) -> float:
-    """The loss of these weights on the validation data, without MONAI."""
+    """Return the loss of these weights on the validation data, computed without MONAI."""
     net = network().eval()
     net.load_state_dict({name: torch.as_tensor(np.asarray(array)) for name, array in arrays.items()})
     batches = [(cross_entropy(net(b["image"]), b["label"]).item(), len(b["label"])) for b in data or validation()]
@@ -154,7 +156,7 @@ def loss_of(arrays: Mapping[str, Any], data: Any = None) -> float:
 
 
 class Loop:
-    """One site's training in plain PyTorch; what `PlainLoop` of the conformance suite asks for."""
+    """One site's training in plain PyTorch, as the conformance suite's `PlainLoop`."""
 
     num_examples = ROWS
 
@@ -192,7 +194,7 @@ class Loop:
             self.step()
 
     def step(self) -> None:
-        """As MONAI accumulates: what an epoch leaves over is a step of its own, divided all the same."""
+        """Take a step as MONAI accumulates: what an epoch leaves over is a step, divided all the same."""
         self.optimizer.zero_grad()
         for _ in range(self.accumulate):
             self.schedule_of_the_iteration()
@@ -209,7 +211,7 @@ class Loop:
         self.optimizer.step()
 
     def next_batch(self) -> dict[str, torch.Tensor]:
-        """Ignite asks an iterator for one more than it has, which draws another order of the rows."""
+        """Return the next batch. Ignite asks each iterator for one batch more than it has, which draws an order."""
         if self.seen % STEPS == 0:
             next(self.batches, None)
             self.batches = iter(self.loader)
@@ -217,7 +219,7 @@ class Loop:
         return next(self.batches)
 
     def schedule_of_the_iteration(self) -> None:
-        """LrScheduleHandler steps once per iteration, after it."""
+        """Step the schedule once per iteration, after it, as LrScheduleHandler does."""
         if self.seen:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch expects an optimizer step before each
@@ -225,7 +227,7 @@ class Loop:
 
 
 class Example:
-    """The training job that the conformance suite runs. options: of the trainer."""
+    """The training job of the conformance suite; `options` are passed to the trainer."""
 
     personal = "1.*"
     states = STATES

@@ -1,4 +1,4 @@
-"""Rounds through the real server with sites that do simple arithmetic, to be compared with plain NumPy."""
+"""Rounds through the real server whose sites do simple arithmetic, and the same rounds in plain NumPy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ STEPS = (4, 1, 9, 2, 6, 3, 8, 5)
 
 Model: TypeAlias = dict[str, Array]
 Trained: TypeAlias = Callable[[int, int, Array], Array]
-"""(site's index, round, tensor) -> the tensor after this site's work, in the dtype of what it is given."""
+"""(site's index, round, tensor) -> the tensor after this site's work, with the same dtype."""
 
 
 def pulled(index: int, round: int, x: Array) -> Array:
-    """Some of the way to a point of the site's own, which wanders."""
+    """Move a tensor part of the way to the site's own target, which differs in each round."""
     target = np.random.default_rng([index, round, x.size]).normal(size=x.shape)
     return np.asarray(x + 0.1 * STEPS[index] * (target - x)).astype(x.dtype)
 
 
 def weights() -> Model:
-    """Floats of three widths."""
+    """Return tensors of three floating-point widths."""
     rng = np.random.default_rng(0)
     return {"layer.weight": rng.normal(size=(40, 3)), "layer.bias": rng.normal(size=5).astype(np.float32)}
 
@@ -41,7 +41,7 @@ def rounds_of(
     trained: Trained = pulled,
     **fields: Any,
 ) -> list[Model]:
-    """The global model after each round, copied. fields: of RunSettings."""
+    """Return copies of the global model after each round; `fields` are those of RunSettings."""
     found: dict[int, Model] = {}
 
     with serving(folder, sites, sockets=False, rounds=rounds, strategy=strategy, **fields) as bench:
@@ -76,9 +76,11 @@ def reference(
     rounds: int = 4,
     trained: Trained = pulled,
 ) -> list[Model]:
-    """The same in float64 and one tensor at a time: next_model(x, what the sites made of it, round, memory).
+    """Compute the same rounds in float64, one tensor at a time.
 
-    sites: who takes part, in all rounds or by round.
+    Args:
+        next_model: Called as next_model(x, the sites' tensors, round, memory).
+        sites: Who takes part, in all rounds or by round.
     """
     models: list[Model] = []
 

@@ -1,4 +1,4 @@
-"""A loop of the user's own that carries much from round to round. Also a script, for a site's process."""
+"""A user's own training loop whose state carries over from round to round; also a script for a site's process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ ROWS, BATCH = 24, 4
 
 
 class Training:
-    """Linear regression on rows of its own, in two layers of which one may stay here: momentum, a learning rate that
-    falls, shuffled batches, dropped inputs. Every number of it depends on all that came before."""
+    """Linear regression in two layers, of which one may stay at the site.
+
+    It has momentum, a falling learning rate, shuffled batches and input dropout: every number depends on all before it.
+    """
 
     def __init__(self, site: int) -> None:
         rng = np.random.default_rng(site)
@@ -44,7 +46,7 @@ class Training:
 
 
 def run(site: int, epochs: int = 1, **options: Any) -> Arrays:
-    """Take part; this site's weights at the end."""
+    """Take part in the federation, and return this site's weights at the end."""
     training = Training(site)
     with fl.connect(**options) as place:
         for task in place.tasks(initial=training.weights, save=training.save, load=training.load):

@@ -1,4 +1,4 @@
-"""A server in a process of its own, which a test may kill and start again on the same folder."""
+"""A server in its own process, which a test may kill and start again on the same folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ sys.exit(str(error) if error else 0)
 
 
 class ServerProcess:
-    """A server in a process of its own, always on the same port."""
+    """A server in its own process that always listens on the same port."""
 
     def __init__(self, folder: Path, run: RunSettings) -> None:
         self.folder, self._run = folder, run
@@ -66,7 +66,7 @@ class ServerProcess:
         self._process.stdout.close()
 
     def finished(self) -> Arrays:
-        """The model of a run that has ended well."""
+        """Return the final model of a run that has ended well."""
         assert self._process.wait(WAIT_S) == 0
         return read_tensors(self.folder / "model" / "model.safetensors")
 

@@ -1,4 +1,4 @@
-"""The source files of this project as the tests of its rules read them: as text and syntax trees, never imported."""
+"""The project's source files as the tests of its rules read them: text and syntax trees, never imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DocumentedNode = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunction
 
 
 def module_name(path: Path) -> str:
-    """The name that a file is imported by: integrations/hf/x.py is fl_adapters.hf.x."""
+    """Return the name that a file is imported by: integrations/hf/x.py is fl_adapters.hf.x."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     if parts[0] == "integrations" and len(parts) > 2:
         parts[0] = "fl_adapters"
@@ -23,7 +23,7 @@ def module_name(path: Path) -> str:
 
 
 def python_files(*folders: str) -> list[Path]:
-    """All Python files below these folders of the project, without generated ones."""
+    """Return all Python files below these folders of the project, except generated ones."""
     found = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
     return [path for path in found if not path.stem.endswith("_pb2")]
 
@@ -33,7 +33,7 @@ SOURCES = {module_name(path): path for path in python_files(*PACKAGES)}
 
 
 def shown(path: Path, line: int | None = None) -> str:
-    """A file, and a line in it, as an editor opens it."""
+    """Return a file's path, and a line in it, as editors open it."""
     name = str(path.relative_to(ROOT))
     return name if line is None else f"{name}:{line}"
 
@@ -43,7 +43,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of all imports, those in functions and under TYPE_CHECKING included."""
+    """Yield the line and absolute name of every import, in functions and under TYPE_CHECKING too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -65,7 +65,7 @@ def methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
 
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
-    """(line, what it documents, text) of the docstrings of modules, classes, functions and assigned names."""
+    """Yield line, documented name and text of the docstrings of modules, classes, functions and assigned names."""
     for node in ast.walk(tree):
         if isinstance(node, DocumentedNode) and (text := ast.get_docstring(node)) is not None:
             yield node.body[0].lineno, getattr(node, "name", "the module"), text
@@ -77,7 +77,7 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
 
 
 def bare_text(node: ast.AST) -> str | None:
-    """The string that a statement consists of, or None for any other statement."""
+    """Return the string that a statement consists of, or None for any other statement."""
     value = node.value if isinstance(node, ast.Expr) else None
     return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
 

@@ -1,4 +1,4 @@
-"""A provisioned federation for tests: an authority, kits, a server over mutual TLS, clients with any certificate."""
+"""A provisioned federation: authority, kits, a server over mutual TLS, and clients with any certificate."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def project(address: str = "127.0.0.1:8443", sites: tuple[str, ...] = ("north", 
 
 
 class Study:
-    """Kits in folder/kits; the server in this process, on a port of its own."""
+    """A federation with its kits in folder/kits and its server in this process, on its own port."""
 
     def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south")) -> None:
         self.folder, self.kits, self.runs = folder, folder / "kits", folder / "runs"
@@ -79,18 +79,18 @@ class Study:
     # -- callers ----------------------------------------------------------------------------------------------
 
     def transport(self, name: str) -> GrpcTransport:
-        """With the files of a kit."""
+        """Return a transport that uses the certificate of a kit."""
         return self._closed(GrpcTransport(self.address, credentials=FileCredentials(self.kits / name)))
 
     def admin(self, name: str = "ada") -> ControlClient:
         return ControlClient(self.transport(name))
 
     def site(self, name: str, patience_s: float = WAIT_S) -> Site:
-        """A site's process, as it were."""
+        """Return a site's client, as one of its processes would have it."""
         return Site(name, self.transport(name), patience_s)
 
     def stranger(self, key: bytes, certificate: bytes, authority: bytes = b"") -> GrpcTransport:
-        """Somebody with any key and certificate."""
+        """Return a client with any key and certificate."""
         found = Credentials(key, certificate, authority or self.authority.pem)
         return self._closed(GrpcTransport(self.address, credentials=lambda: found))
 
@@ -103,13 +103,13 @@ class Study:
     def certificate(
         self, identity: Identity, *, begins_in_s: float = -60, ends_in_s: float = 3600
     ) -> tuple[bytes, bytes]:
-        """(key, certificate) of the authority, for any identity and time."""
+        """Return a key, and a certificate by the authority for any identity and time."""
         return certificate(self.authority._key, self.authority.pem, identity, begins_in_s, ends_in_s)
 
     # -- what happens -----------------------------------------------------------------------------------------
 
     def job(self, name: str = "job", by: str = "lena", **fields: Any) -> str:
-        """Submit a job; its name."""
+        """Submit a job, and return its name."""
         return str(self.admin(by).ask("SubmitJob", job={"app": "train", "name": name, "rounds": 2, **fields})["job"])
 
     def log(self, name: str = "server") -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ class Study:
 def certificate(
     authority_key: Any, authority_pem: bytes, identity: Identity, begins_in_s: float = -60, ends_in_s: float = 3600
 ) -> tuple[bytes, bytes]:
-    """(key, certificate) signed by this key."""
+    """Return a key, and a certificate signed with the given key."""
     key, now = new_key(), datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
@@ -139,7 +139,7 @@ def certificate(
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for a condition and return its value; fail, naming it, if it never holds."""
+    """Wait until a condition holds, and return its value. Fails with `what` if it never does."""
     end = time.monotonic() + WAIT_S
     while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for: {what}"
@@ -148,7 +148,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def readdressed(study: Study, name: str) -> Path:
-    """A kit of `name` with the address that the test's server has, as if it had been provisioned so."""
+    """Return the kit of `name` with the address of the test's server, as if it had been provisioned so."""
     folder = study.folder / "readdressed" / name
     if not folder.exists():
         moved = Project(**{**study.authority.project.model_dump(), "server": {"address": study.address}})

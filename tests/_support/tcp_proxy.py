@@ -1,4 +1,4 @@
-"""A TCP proxy between a site and the server that counts bytes, and cuts, delays and damages them on request."""
+"""A TCP proxy between a site and the server that counts bytes, and cuts, delays or damages them on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK_BYTES = 2**16
 
 @dataclass
 class _Fault:
-    """What happens once `at` bytes of a direction have passed: the connection is cut, or a byte is changed."""
+    """A planned fault: once `at` bytes of a direction have passed, the connection is cut or a byte is changed."""
 
     direction: Direction
     at: int
@@ -26,14 +26,18 @@ class _Fault:
 
 @dataclass
 class _Line:
-    """One direction of one connection; `passed` bytes of it since it began, or since damage to each was planned."""
+    """One direction of one connection.
+
+    Attributes:
+        passed: Bytes since the connection began, or since damage to each connection was planned.
+    """
 
     direction: Direction
     passed: int = 0
 
 
 class TcpProxy:
-    """Listens on a free port of the loopback and forwards to `target` ("host:port"). Counts what it forwards."""
+    """A proxy on a free loopback port that forwards to `target` ("host:port") and counts the bytes."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -61,49 +65,49 @@ class TcpProxy:
         self.cut()
 
     def counted(self) -> tuple[int, int]:
-        """Bytes (up, down) so far; up is from the site to the server."""
+        """Return the bytes so far as (up, down); up is from the site to the server."""
         with self._lock:
             return self._counts["up"], self._counts["down"]
 
     def wait_for(self, direction: Direction, total_bytes: int, timeout_s: float = 30.0) -> None:
-        """Until so many bytes have passed."""
+        """Wait until this many bytes have passed."""
         with self._lock:
             if not self._lock.wait_for(lambda: self._counts[direction] >= total_bytes, timeout_s):
                 raise TimeoutError(f"{self._counts[direction]} of {total_bytes} bytes {direction} in {timeout_s:g} s")
 
     def cut_after(self, direction: Direction, more_bytes: int) -> None:
-        """Break the connection once so many further bytes have passed; later connections work again."""
+        """Break the connection after this many further bytes; later connections work again."""
         self._plan(direction, more_bytes, "cut")
 
     def damage_after(self, direction: Direction, more_bytes: int, flip: int = 0xFF) -> None:
-        """Turn over these bits of one byte after so many further ones."""
+        """Flip bits of one byte after this many further bytes."""
         self._plan(direction, more_bytes, "damage", flip)
 
     def damage_each(self, direction: Direction, after_bytes: int, times: int) -> None:
-        """Turn over a byte of this and each later connection, once in each, up to so many times."""
+        """Change one byte in this and in each later connection, up to this many times."""
         with self._lock:
             self._each[direction] = (after_bytes, times)
             for line in self._lines:
                 line.passed = 0
 
     def hold(self, seconds: float) -> None:
-        """Let nothing pass for so long, and then all of it."""
+        """Hold all bytes back for this long, then forward them."""
         with self._lock:
             self._held_until = max(self._held_until, time.monotonic() + seconds)
 
     def deafen(self) -> None:
-        """The connections that there are now stay open, and carry nothing any more; later ones work."""
+        """Keep the present connections open, but forward nothing on them any more; later ones work."""
         with self._lock:
             self._deaf |= set(self._open)
 
     def wait_connected(self, count: int, timeout_s: float = 30.0) -> None:
-        """Until there have been so many connections."""
+        """Wait until there have been this many connections."""
         with self._lock:
             if not self._lock.wait_for(lambda: self.connections >= count, timeout_s):
                 raise TimeoutError(f"{self.connections} of {count} connections in {timeout_s:g} s")
 
     def wait_fired(self, count: int, timeout_s: float) -> bool:
-        """Until so many of the planned cuts and damages have happened; False if they have not."""
+        """Wait until this many planned faults have happened; return False if they do not happen in time."""
         with self._lock:
             return self._lock.wait_for(lambda: self.fired >= count, timeout_s)
 
@@ -163,7 +167,7 @@ class TcpProxy:
         _close(sink)
 
     def _counted(self, line: _Line, data: bytes) -> tuple[bytes, bool]:
-        """What to forward of `data`, and whether the connection ends after it."""
+        """Return what to forward of `data`, and whether the connection ends after it."""
         with self._lock:
             direction, before = line.direction, self._counts[line.direction]
             cut = False

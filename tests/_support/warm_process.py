@@ -1,7 +1,7 @@
-"""Runs scripts in forks of a process that has imported a framework already: `python warm_process.py MODULE...`.
+"""Runs scripts in forks of a process that has already imported a framework: `python warm_process.py MODULE...`.
 
-A line on stdin, an object of JSON, is a request: {"script", "kit", "log"} starts one and answers with its process id,
-{"status": pid} answers with its exit status, null while it runs.
+Each line on stdin is a request in JSON. {"script", "kit", "log"} starts a script and answers with its process id.
+{"status": pid} answers with its exit status, or null while it runs.
 """
 
 import atexit
@@ -14,7 +14,7 @@ import traceback
 
 
 def run(script: str, kit: str, log: str) -> None:
-    """In the fork: what `python script` would do."""
+    """Do what `python script` would do, in the forked process."""
     with open(log, "ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)

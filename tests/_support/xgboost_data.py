@@ -1,4 +1,4 @@
-"""Small data for the XGBoost tests, dealt out unevenly, and models put together by hand."""
+"""Small data for the XGBoost tests, distributed unevenly, and models assembled by hand."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _DATA = ("label", "weight", "x", "qid", "enable_categorical")
 
 
 def parts(kind: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """(params, columns of the data, custom objective)."""
+    """Return the parameters, the data's columns and the custom objective of a kind of model."""
     given = dict(KINDS[kind])
     columns = {name: given.pop(name) for name in _DATA if name in given}
     obj = given.pop("obj", None)
@@ -91,7 +91,7 @@ def rows(index: int) -> slice:
 
 
 def matrix(index: int | None, label: Any = BINARY, x: Any = X, **columns: Any) -> xgboost.DMatrix:
-    """One site's data; None: all rows."""
+    """Return one site's data, or all rows for None."""
     mine = slice(None) if index is None else rows(index)
     part = x.iloc[mine] if hasattr(x, "iloc") else x[mine]
     columns = {name: value[mine] if isinstance(value, np.ndarray) else value for name, value in columns.items()}
@@ -103,7 +103,7 @@ def margins(booster: xgboost.Booster, data: xgboost.DMatrix) -> Any:
 
 
 class Keeper(xgboost.callback.TrainingCallback):
-    """Keeps the booster after every iteration that callbacks see."""
+    """A callback that keeps a copy of the booster after every iteration."""
 
     def __init__(self) -> None:
         self.models: list[bytearray] = []
@@ -120,7 +120,7 @@ class Keeper(xgboost.callback.TrainingCallback):
 
 
 def logistic(dies_at: int = 0) -> Any:
-    """A custom objective that kills its process in its `dies_at`th call, before a tree; freezes it where negative."""
+    """A custom objective that kills its process in its `dies_at`-th call, or freezes it if that is negative."""
     calls = itertools.count(1)
 
     def logistic(margins: Any, data: xgboost.DMatrix) -> Any:

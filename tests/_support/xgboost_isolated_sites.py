@@ -1,6 +1,6 @@
-"""Run as a script in a user and network namespace of its own: sites that can reach the server and nothing else.
+"""A script for its own user and network namespace: sites that can reach the server and nothing else.
 
-Each site has a network namespace whose only way out is a cable to the server's.
+Each site has a network namespace with one link, which leads to the server.
 
 usage: xgboost_isolated_sites.py FOLDER ISOLATED
 """
@@ -36,7 +36,7 @@ def ip(*words: str, inside: int | None = None) -> None:
 
 
 def connected(index: int, command: list[str]) -> subprocess.Popen[bytes]:
-    """A process in a network of its own: it is 10.9.<index>.2, the server's end of the cable is 10.9.<index>.1."""
+    """Start a process in its own network: its address is 10.9.<index>.2, the server's end is 10.9.<index>.1."""
     process = subprocess.Popen(
         ["unshare", "-n", "sh", "-c", 'read go; exec "$@"', "-", *command], stdin=subprocess.PIPE
     )

@@ -1,7 +1,9 @@
-"""Run as a script: the same training with XGBoost's own collective and nothing of ours, a process per site.
+"""A script: the same training with XGBoost's own collective and none of our code, one process per site.
 
-usage: plain_rabit.py FOLDER ROUNDS [KIND ...]; FOLDER/<number of kind>.npz holds what all begin from: reference rows
-and model. Leaves FOLDER/<number>.ubj, and prints the seconds per round of each.
+usage: xgboost_plain_rabit.py FOLDER ROUNDS [KIND ...]
+
+    FOLDER/<number of kind>.npz holds the reference rows and the model that all begin with. The script leaves
+    FOLDER/<number>.ubj, and prints the seconds per round of each kind.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fl_runtime.aggregation.trees.document import TreeModel
 
 
 def grow(index: int | None, kind: str, reference: Any, model: bytearray, rounds: int) -> xgboost.Booster:
-    """One worker's part; index None: all rows in one place."""
+    """Train as one worker, or on all rows in one place if `index` is None."""
     params, columns, obj = d.parts(kind)
     plain = d.matrix(index, **columns)
     shared = xgboost.QuantileDMatrix(

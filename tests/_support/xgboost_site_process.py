@@ -1,4 +1,4 @@
-"""Run as a script: one site that may kill or freeze itself.
+"""A script: one site that may kill or freeze itself.
 
 usage: xgboost_site_process.py KIT MODE ROUNDS DIES_AT MODEL
 """

@@ -1,4 +1,4 @@
-"""The plain loop: `with fl.connect() as site: for task in site.tasks(...)`, federated and alone."""
+"""The plain loop, `with fl.connect() as site: for task in site.tasks(...)`: in a federation and alone."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_numbers_and_lists_count_as_arrays() -> None:
 
 
 def outcomes_of(bad: Any, **settings: Any) -> dict[str, Outcome[Any]]:
-    """site-1 behaves, site-2 does `bad`."""
+    """Run site-1 well and site-2 with `bad`; return both outcomes."""
     with LocalFederation(sites=2, **{"rounds": 2, **settings}) as federation:
         return federation.outcomes({"site-1": loop, "site-2": bad}, check=False)
 
@@ -320,7 +320,7 @@ def test_tensors_that_cannot_travel_are_named() -> None:
 
 
 def test_a_loop_that_is_begun_again_goes_on_as_a_new_attempt() -> None:
-    """A notebook: the cell is interrupted in the middle of a round and run again; the others wait for it."""
+    """In a notebook a cell is interrupted within a round and run again; the others wait for it."""
 
     def interrupted(place: Place) -> Arrays:
         site = fl.connect(kit=place.kit)

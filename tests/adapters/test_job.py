@@ -1,4 +1,4 @@
-"""Jobs, kits and sites: settings that are checked where they are written."""
+"""Jobs, kits and sites: settings are checked where they are written."""
 
 from __future__ import annotations
 

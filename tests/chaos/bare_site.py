@@ -1,5 +1,9 @@
-"""A site without training, for the chaos suite: its update depends on its index, the round, the model and a number that
-it carries from round to round, so that it may be killed anywhere and be started again.   usage: bare_site.py KIB"""
+"""A site of the chaos suite without training, which may be killed anywhere and started again.
+
+Its update depends on its index, the round, the model and a number carried from round to round.
+
+usage: bare_site.py KIB
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ Model = dict[str, npt.NDArray[np.floating]]
 
 
 def initial(kib: int) -> Model:
-    """Tensors of several sizes and two types, `kib` KiB in all."""
+    """Return tensors of several sizes and two dtypes, `kib` KiB in all."""
     rest = kib * 2**10 - 8 * 16
     return {
         "large": np.zeros(rest // 8, np.float32),
@@ -24,7 +28,10 @@ def initial(kib: int) -> Model:
 
 
 def trained(model: Model, index: int, round: int, carried: float) -> tuple[Model, float]:
-    """Different for every site and round, and not associative to add up; and what the next round is to be given."""
+    """Return an update that differs for every site and round, and the number for the next round.
+
+    Sums of the updates are not associative, so a changed order would show.
+    """
     rng = np.random.default_rng([index, round])
     carried = 0.5 * carried + float(np.tanh(model["scalars"][0])) + rng.normal()
     return {

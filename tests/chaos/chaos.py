@@ -1,6 +1,6 @@
-"""The chaos suite: runs under faults that a seed decides, each of which must end as if there had been none.
+"""The chaos suite: runs under seeded faults, each of which must end as if there had been none.
 
-A fifth of the faults fall on scripts of Hugging Face, Lightning, Keras and XGBoost, the rest on a bare loop.
+A fifth of the faults hit scripts of Hugging Face, Lightning, Keras and XGBoost; the rest hit a bare loop.
 
 usage: PYTHONPATH=tests/_support python tests/chaos/chaos.py [--seed 0] [--faults 500] [--target NAME] [--keep FOLDER]
 """
@@ -27,10 +27,10 @@ from chaos_targets import BARE, FRAMEWORKS, Bits, Target
 
 _MIB = 256
 _RUN_S, _FAULT_S = 900.0, 15.0
-"""How long a run may take: generous, since the machine may be busy; what hangs, hangs for ever."""
+"""Time limits of a run, and of each fault in it: generous, since the machine may be busy; a hang lasts for ever."""
 
 Tally = dict[str, Counter[str]]
-"""Name of a target -> how many faults of each kind it has suffered, and "(runs)"."""
+"""Name of a target -> number of faults of each kind, and of "(runs)"."""
 
 
 def main() -> None:
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def shared_out(wanted: int) -> dict[Target, int]:
-    """How many of so many faults fall on each target: a fifth on those of frameworks, or a few more."""
+    """Divide the faults among the targets: at least a fifth to the frameworks."""
     each = -(-wanted // (5 * len(FRAMEWORKS)))
     rest = max(wanted - each * len(FRAMEWORKS), 0)
     return {**dict.fromkeys(FRAMEWORKS, each), **dict.fromkeys(BARE, -(-rest // len(BARE)))}
 
 
 def suffer(seed: int, shares: Mapping[Target, int], tally: Tally, keep: Path | None = None) -> None:
-    """Runs until each target has suffered its share of faults, in turn. Raises ChaosError."""
+    """Run the targets in turn until each has had its share of faults. Raises ChaosError."""
     plan, runs = faults(seed), 0
     tally.update({target.name: Counter() for target in shares})
 
@@ -81,7 +81,7 @@ def suffer(seed: int, shares: Mapping[Target, int], tally: Tally, keep: Path | N
 
 
 def one_run(target: Target, plan: Iterator[Fault], most: int, keep: Path | None = None) -> Counter[str]:
-    """A run under at most so many faults of the plan, and how many of each kind there were. Raises ChaosError."""
+    """Run a target under at most `most` faults of the plan; count them by kind. Raises ChaosError."""
     wanted = target.wanted() if target.wanted else undisturbed(target)
     with running(target, keep) as federation:
         while not federation.over and total(federation.counts) < most:
@@ -98,7 +98,7 @@ def one_run(target: Target, plan: Iterator[Fault], most: int, keep: Path | None 
 
 @cache
 def undisturbed(target: Target) -> Bits:
-    """What a run without faults comes to."""
+    """Return the final model of a run without faults."""
     with running(target) as federation:
         federation.finish(_RUN_S)
         wanted = model_of(federation)
@@ -108,7 +108,7 @@ def undisturbed(target: Target) -> Bits:
 
 @contextmanager
 def running(target: Target, keep: Path | None = None) -> Iterator[Federation]:
-    """Its processes, and a folder for them that is left in `keep`."""
+    """Start a target's processes in a folder, which is kept if `keep` names it."""
     folder = keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     disk = Disk(folder / "server", _MIB)
@@ -130,7 +130,7 @@ def total(counts: Counter[str]) -> int:
 
 
 def show(tally: Tally) -> None:
-    """A row per kind, a column per target."""
+    """Print a table: a row for each kind of fault, a column for each target."""
     kinds = sorted({kind for counts in tally.values() for kind in counts}, key=lambda kind: (kind[0] == "(", kind))
     print(" " * 32, *(f"{name:>{_width(name)}}" for name in tally), "    all")
     for kind in kinds:

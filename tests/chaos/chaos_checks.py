@@ -1,4 +1,4 @@
-"""What a run must be when it is over, whatever has happened to it."""
+"""Checks of a finished run, whatever faults it has been through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fl_runtime.store.tensorfile import read_tensors
 
 
 def model_of(federation: Federation) -> Bits:
-    """The final global model, from the file that the server has left."""
+    """Return the final global model from the file that the server wrote."""
     (file,) = (federation.disk.folder / "model").iterdir()
     if file.suffix == ".ubj":
         import xgboost
@@ -26,9 +26,11 @@ def model_of(federation: Federation) -> Bits:
 
 
 def check(federation: Federation, wanted: Bits) -> None:
-    """The same bits at the server and at every site; every update once. Raises ChaosError.
+    """Check that the server and every site have the same bits, and that each update counts once. Raises ChaosError.
 
-    wanted: the final model of an undisturbed run.
+    Args:
+        federation: The finished run.
+        wanted: The final model of an undisturbed run.
     """
     digests = _digests(wanted)
     _same(_digests(model_of(federation)), digests, "the server's model")
@@ -49,7 +51,7 @@ def _same(found: dict[str, str], wanted: dict[str, str], what: str) -> None:
 
 
 def _check_rounds(federation: Federation, server: Path) -> None:
-    """The journal: every round was closed once, with one update of every site; so was all that was acknowledged."""
+    """Check the journal: each round was closed once, with one update of every site and every acknowledged update."""
     with sqlite3.connect(server / "server" / "journal.sqlite") as db:
         rows = db.execute("SELECT round, result FROM round WHERE round > 0 ORDER BY round").fetchall()
     sites = {number: json.loads(result)["sites"] for number, result in rows if result}
@@ -64,7 +66,10 @@ def _check_rounds(federation: Federation, server: Path) -> None:
 
 
 def _check_history(federation: Federation, server: Path) -> None:
-    """history.csv has each round and site once at most (what a killed server had not written is missing there)."""
+    """Check that history.csv has each round and site at most once.
+
+    Rows that a killed server had not written yet are missing there.
+    """
     with open(server / "history.csv", newline="") as file:
         rows = Counter((row["round"], row["site"]) for row in csv.DictReader(file))
     twice = [key for key, count in rows.items() if count > 1]

@@ -1,5 +1,7 @@
-"""The server's disk, which can be filled: a small tmpfs where this machine lets us mount one, else a limit on how
-long the files of the server's process may become."""
+"""The server's disk, which a fault can fill.
+
+It is a small tmpfs where this machine allows mounting one, else a limit on the file sizes of the server's process.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _CHUNK = bytes(2**16)
 
 
 class Disk:
-    """`folder` and what it has room for. full: nothing more can be written there."""
+    """A folder of limited size, which can be filled so that no more can be written."""
 
     def __init__(self, folder: Path, mib: int) -> None:
         self.folder, self.full = folder, False
@@ -36,7 +38,7 @@ class Disk:
                 file.write(b"x" * 64)
 
     def free(self, process_id: int | None) -> None:
-        """process_id: the process that goes on with it, None if it has ended."""
+        """Make room again for the process `process_id`, or for none if it has ended (None)."""
         if self.mounted:
             (self.folder / "filler").unlink(missing_ok=True)
         elif process_id is not None:

@@ -1,4 +1,4 @@
-"""The processes of one run under faults: a server, sites, a proxy before each, and what each fault does to them."""
+"""The processes of one run: a server, sites and a proxy before each, and the effect of each fault on them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _EXIT_S = 90.0  # of an interpreter with a framework in it, on a busy machine
 
 
 class ChaosError(AssertionError):
-    """What a run under faults must not do, with the logs' ends."""
+    """The run under faults did something that it must not do; the message has the ends of the logs."""
 
 
 class Process:
-    """A process that is started again and again with the same command. Its output goes to one log."""
+    """A process that is started again and again with the same command, with all output in one log."""
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.name, self._command, self._environment, self.log = name, list(command), environment, log
@@ -69,7 +69,7 @@ class Process:
         self._process.wait()
 
     def dump(self) -> None:
-        """Have it write what its threads are doing to its log, and end."""
+        """Have the process write its threads' stacks to its log, and end."""
         if self._process and self.status is None:
             self._process.send_signal(signal.SIGABRT)
             with suppress(subprocess.TimeoutExpired):
@@ -85,7 +85,7 @@ class Process:
 
 
 class Federation:
-    """One run of a target in `folder`; the server's part of it lies on `disk`."""
+    """One run of a target in `folder`; the server's files are on `disk`."""
 
     def __init__(self, target: Target, folder: Path, disk: Disk) -> None:
         self.target, self.folder, self.disk = target, folder, disk
@@ -125,7 +125,7 @@ class Federation:
             process.start()
 
     def gather(self, timeout_s: float) -> None:
-        """Wait until every site that has been started has found the server: the imports of its script are over."""
+        """Wait until every started site has connected to the server, so that its script's imports are over."""
         end = time.monotonic() + timeout_s
         while not self.over and (
             late := [site for site, absent in zip(self.sites, self._absent(), strict=True) if absent]
@@ -141,11 +141,11 @@ class Federation:
 
     @property
     def over(self) -> bool:
-        """The server has ended well."""
+        """Whether the server has ended well."""
         return self.server.status == 0
 
     def watch(self) -> None:
-        """Raises ChaosError for a process that has ended on its own and not well. A full disk may end the server."""
+        """Raise ChaosError if a process has failed on its own. Only a full disk may end the server."""
         with self._lock:
             for process in (self.server, *self.sites):
                 if process.status not in (None, 0) and not process.lies_dead:
@@ -155,8 +155,10 @@ class Federation:
                     raise ChaosError(f"{process.name} ended with status {process.status}:\n{process.tail()}")
 
     def _ended_by_the_disk(self) -> None:
-        """A server that a full disk has ended must have said so, in our own words. It is started again once there is
-        room."""
+        """Start a server again that a full disk has ended, once there is room.
+
+        The server must have said so in a message of ours; else ChaosError.
+        """
         if self.disk.full:
             return
         if self.disk.mounted:  # else the limit was on its log too
@@ -168,7 +170,7 @@ class Federation:
         self.server.start()
 
     def suffer(self, fault: Fault) -> None:
-        """Have a fault happen. Returns once it has, and what it has ended has been started again."""
+        """Make a fault happen, and return once everything that it ended is running again."""
         number = fault.site % len(self.sites)
         site, proxy = self.sites[number], self.proxies[number]
         before = proxy.fired
@@ -231,7 +233,7 @@ class Federation:
     # -- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for the end of every process. ChaosError if it does not come, with what their threads were doing."""
+        """Wait for all processes to end. Raises ChaosError, with their threads' stacks, if they do not."""
         end, alone, over = time.monotonic() + timeout_s, 0.0, False
         while late := [process for process in (self.server, *self.sites) if process.status is None]:
             self.watch()
@@ -257,7 +259,7 @@ class Federation:
             proxy.__exit__()
 
     def ended_well(self) -> Iterator[Path]:
-        """The folders of the sites that were there to the end."""
+        """The folders of the sites that stayed to the end."""
         for site in self.sites:
             own = self.folder / site.name
             if (own / "final.json").exists():

@@ -1,4 +1,4 @@
-"""Which faults come when: a sequence that a seed decides. What takes them, and how, is in federation.py."""
+"""The sequence of faults, decided by a seed; chaos_federation.py carries them out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = {
     "silence a connection": 0.03,
     "fill the disk": 0.08,
 }
-"""Every kind of fault, and its share. A silenced connection stays open and carries nothing any more."""
+"""Every kind of fault, and its share. A silenced connection stays open but carries nothing any more."""
 
 _BYTES = 4 * 2**20
 _SITES = 6  # twos and threes alike
@@ -24,10 +24,16 @@ _SITES = 6  # twos and threes alike
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. after_s: since the one before. site: which it concerns, if it concerns one; modulo how many there are.
+    """One planned fault.
 
-    direction, at_bytes, flip: of a cut or a damaged byte: after so many further bytes up (from the site to the server)
-    or down, and which bits of the byte are turned over. for_s: how long what was killed, delayed or filled stays so.
+    Attributes:
+        kind: One of KINDS.
+        after_s: Seconds since the fault before.
+        site: Index of the site that it hits, modulo the number of sites.
+        direction: For a cut or a damaged byte: "up" is from the site to the server.
+        at_bytes: For a cut or a damaged byte: number of further bytes before it.
+        flip: Bits of the damaged byte that are flipped.
+        for_s: How long the process stays dead, the connection delayed or the disk full.
     """
 
     kind: str
@@ -40,7 +46,7 @@ class Fault:
 
 
 def faults(seed: int, without: Collection[str] = ()) -> Iterator[Fault]:
-    """Faults without end, the same for the same arguments. without: kinds that are left out."""
+    """Yield faults without end, the same for the same arguments; kinds in `without` are left out."""
     rng = np.random.default_rng(seed)
     kinds = [kind for kind in KINDS if kind not in without]
     shares = np.array([KINDS[kind] for kind in kinds])

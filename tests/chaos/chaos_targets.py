@@ -1,4 +1,4 @@
-"""What is run under faults: a script per site, and what its run must come to."""
+"""The targets of the chaos suite: a script per site, and the result that its run must have."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ Bits = dict[str, bytes]
 class Target:
     """A script that takes part, and its run.
 
-    command: of a site's process, which leaves in its own folder what site_notes.py says. It must end well when it is
-    killed anywhere and started again with the same command. settings: of RunSettings. wanted(): the final model of
-    an undisturbed run; None: it is found out by one. framework: the imports of one dominate a site's start, so that
-    faults wait until all sites are there (again).
+    Attributes:
+        name: Name in the table of faults.
+        command: Command of a site's process. It writes the files described in site_notes.py, and must end well when
+            killed anywhere and started again.
+        sites: Number of sites.
+        rounds: Number of rounds.
+        wanted: Returns the final model of an undisturbed run; None finds it out by such a run.
+        settings: Further fields of RunSettings.
+        framework: Whether imports dominate a site's start, so that faults wait until all sites are connected.
     """
 
     name: str
@@ -41,7 +46,10 @@ def _script(file: str, *arguments: str) -> list[str]:
 
 
 def bare(kib: int, rounds: int, sites: int = 3) -> Target:
-    """A loop of its own without training: what a site sends depends on its index, the rounds and the models alone."""
+    """Return a target whose sites run a loop without training.
+
+    What a site sends depends only on its index, the rounds and the models.
+    """
     return Target(
         name=f"bare-{kib}",
         command=_script("bare_site.py", str(kib)),
@@ -52,7 +60,7 @@ def bare(kib: int, rounds: int, sites: int = 3) -> Target:
 
 
 def script(name: str, rounds: int, *arguments: str, **settings: Any) -> Target:
-    """An ordinary script of a framework, in `NAME_site.py`."""
+    """Return a target that runs an ordinary script of a framework, in `NAME_site.py`."""
     return Target(
         name="-".join([name, *arguments]),
         command=_script(f"{name}_site.py", *arguments),
@@ -74,7 +82,7 @@ FRAMEWORKS = (
 
 
 def _averaged(kib: int, rounds: int, sites: int) -> Bits:
-    """Federated averaging in plain NumPy, as docs/strategies.md writes it down: subtract, multiply, add."""
+    """Compute federated averaging in plain NumPy as docs/strategies.md defines it: subtract, multiply, add."""
     model, carried = initial(kib), [0.0] * sites
     for number in range(1, rounds + 1):
         updates = []

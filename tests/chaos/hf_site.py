@@ -1,5 +1,7 @@
-"""A small BERT under Hugging Face's `Trainer`, for the chaos suite: AdamW, a falling rate, dropout, shuffling, a layer
-that stays at the site."""
+"""A small BERT under Hugging Face's `Trainer`, for the chaos suite.
+
+It has AdamW, a falling learning rate, dropout, shuffling, and a layer that stays at the site.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ ROWS, TOKENS, WORDS = 16, 8, 1000
 
 
 def rows(seed: int) -> list[dict[str, torch.Tensor]]:
-    """The label is whether the first word is of the first half."""
+    """Return rows whose label is whether the first word is in the first half of the vocabulary."""
     words = torch.randint(0, WORDS, (ROWS, TOKENS), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "labels": (row[0] < WORDS // 2).long()} for row in words]
 
 
 class Rounds(TrainerCallback):
-    """Notes each round that is done: one epoch each. It comes behind the federation's callback."""
+    """Notes each finished round of one epoch; it comes after the federation's callback."""
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         acknowledged(round(state.epoch))

@@ -1,5 +1,7 @@
-"""A small model under Keras' `fit`, for the chaos suite: Adam, a falling rate, dropout, shuffling, batch statistics
-that stay at the site. On PyTorch unless $KERAS_BACKEND says otherwise."""
+"""A small model under Keras' `fit`, for the chaos suite; on PyTorch unless $KERAS_BACKEND names another backend.
+
+It has Adam, a falling learning rate, dropout, shuffling, and batch statistics that stay at the site.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A small module under Lightning's `Trainer`, for the chaos suite: AdamW, a falling rate, dropout, shuffling, batch
-statistics that stay at the site."""
+"""A small module under Lightning's `Trainer`, for the chaos suite.
+
+It has AdamW, a falling learning rate, dropout, shuffling, and batch statistics that stay at the site.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Classifier(pl.LightningModule):
 
 
 class Rounds(pl.Callback):
-    """Notes each round that is done: one epoch each. It comes behind the federation's callback."""
+    """Notes each finished round of one epoch; it comes after the federation's callback."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         acknowledged(trainer.current_epoch + 1)

@@ -1,4 +1,4 @@
-"""The server of one run, in a process of its own: what `fl-adapters simulate` embeds.
+"""The server of one run in its own process, as `fl-adapters simulate` embeds it.
 
 usage: server.py FOLDER PORT SETTINGS (JSON)
 """

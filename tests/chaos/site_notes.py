@@ -1,4 +1,4 @@
-"""What a site of the chaos suite leaves in its own folder, beside the kit: `acknowledged.txt` and `final.json`."""
+"""The files that a site of the chaos suite writes beside its kit: `acknowledged.txt` and `final.json`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FOLDER = Path(os.environ[KIT_VARIABLE]).parent
 
 
 def acknowledged(round: int) -> None:
-    """The server has acknowledged this site's update of the round."""
+    """Note that the server has acknowledged this site's update of the round."""
     with open(FOLDER / "acknowledged.txt", "a") as file:
         file.write(f"{round}\n")
 
 
 def final(model: Mapping[str, Any]) -> None:
-    """The final model: name -> array or bytes, the names being those of the server's file."""
+    """Note the final model: name -> array or bytes, with the names of the server's file."""
     digests = {}
     for name, value in model.items():
         digests[name] = hashlib.sha256(value if isinstance(value, bytes) else value.tobytes()).hexdigest()

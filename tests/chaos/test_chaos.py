@@ -1,4 +1,4 @@
-"""The chaos suite in short; `make chaos` is the long form."""
+"""A short run of the chaos suite; `make chaos` is the long one."""
 
 from __future__ import annotations
 

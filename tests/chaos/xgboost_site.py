@@ -1,6 +1,7 @@
-"""Trees by `fl_adapters.xgboost.train`, for the chaos suite: rows and columns that are drawn, a rate that falls.
+"""Trees by `fl_adapters.xgboost.train`, for the chaos suite: sampled rows and columns, a falling learning rate.
 
-usage: xgboost_site.py bagging|cyclic"""
+usage: xgboost_site.py bagging|cyclic
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def matrix(seed: int, rows: int = ROWS) -> xgboost.DMatrix:
 
 
 class Rounds(xgboost.callback.TrainingCallback):
-    """Notes each round that is done: one iteration each."""
+    """Notes each finished round of one iteration."""
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         acknowledged(epoch + 1)

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: a process of its own, in a folder of its own, with scripts of the test."""
+"""The command line as a user runs it: in its own process and folder, with scripts of the test."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with fl.connect() as site:
 
 @dataclass
 class Bench:
-    """A working directory with scripts in it, and the command line."""
+    """A working directory with scripts, and the command line to run there."""
 
     folder: Path
     _started: list[subprocess.Popen[str]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Bench:
         return path
 
     def start(self, *args: str) -> subprocess.Popen[str]:
-        """`fl-adapters ARGS`, with stdout and stderr piped."""
+        """Start `fl-adapters ARGS` with stdout and stderr piped."""
         environment = {name: value for name, value in os.environ.items() if name != "FL_ADAPTERS_KIT"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGES, environment.get("PYTHONPATH")]))
         process = subprocess.Popen(
@@ -66,7 +66,7 @@ class Bench:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def json(self, *args: str) -> dict[str, Any]:
-        """The one object on stdout of a command that succeeds with --json."""
+        """Run a command with --json, which must succeed, and return the object that it prints."""
         done = self.run(*args, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -97,7 +97,7 @@ def adding(bench: Bench) -> str:
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], bool], str], None]:
-    """until(condition, what): wait for a condition; fail, naming what was waited for, if it never holds."""
+    """until(condition, what): wait until a condition holds, or fail with `what`."""
 
     def wait(condition: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + 60

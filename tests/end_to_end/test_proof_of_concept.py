@@ -1,4 +1,4 @@
-"""One script, three federations: simulated, a proof of concept, and provisioned with separate processes."""
+"""One script in three federations: simulated, as a proof of concept, and provisioned with separate processes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ print("connections:", of_parent())
 
 @pytest.fixture
 def here(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bench's folder, as the working directory, with one thread for whatever runs."""
+    """Make the bench's folder the working directory, with one thread for each process."""
     monkeypatch.chdir(bench.folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
@@ -99,7 +99,7 @@ def here(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def federation(bench: Any, here: Path) -> Path:
-    """Provisioned kits in `kits`, with an address that is free."""
+    """Provisioned kits in `kits`, with a free address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -252,7 +252,7 @@ def test_commands_say_what_is_wrong_with_a_kit(bench: Any, federation: Path) -> 
 
 
 def _reached(bench: Any) -> dict[str, Any]:
-    """The server's status, once it answers."""
+    """Return the server's status once it answers."""
     done: subprocess.CompletedProcess[str] = bench.run("status", "--kit", "kits/mina", "--json")
     end = time.monotonic() + 30
     while done.returncode and time.monotonic() < end:
@@ -269,7 +269,7 @@ def _until(condition: Any, what: str) -> None:
 
 @pytest.mark.slow
 def test_under_swarm_the_same_script_gives_the_bits_of_fedavg(bench: Any, here: Path) -> None:
-    """In a simulation, and with certificates, whose keys sign the streams between the sites."""
+    """In a simulation, and with certificates whose keys sign the streams between the sites."""
     bench.script("train.py", HF)
     for strategy in ("fedavg", "swarm"):
         bench.json("simulate", "train.py", "--sites", "3", "--name", strategy, "--strategy", strategy)

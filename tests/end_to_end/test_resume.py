@@ -1,4 +1,4 @@
-"""A simulation that ended with an error, or was killed outright, goes on where it stopped."""
+"""A simulation that failed or was killed continues where it stopped."""
 
 from __future__ import annotations
 

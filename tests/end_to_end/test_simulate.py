@@ -348,7 +348,7 @@ def test_killing_the_simulation_outright_ends_the_sites_too(bench: Any, until: A
 
 
 def _pids_of_sites(bench: Any, until: Any) -> list[int]:
-    """Site processes and what they have started, once both sites are in the middle of round 2."""
+    """Return the site processes and their children once both sites are in the middle of round 2."""
 
     def written() -> list[str]:
         return [path.read_text() for path in bench.folder.glob("pids-*")]

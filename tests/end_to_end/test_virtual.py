@@ -1,4 +1,4 @@
-"""Virtual sites as users meet them: a function in a file, a few real worker processes, results of a simulation."""
+"""Virtual sites as users meet them: a function in a file, a few real worker processes, a simulation's results."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def train(task, site):
 
 
 def noisy(index: int, round: int, model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the site sends; drawn in the order of the names, as above."""
+    """Return what the site sends, drawn in the order of the names as in the script above."""
     rng = np.random.default_rng([index, round])
     return {name: array + rng.normal(size=array.shape).astype(np.float32) for name, array in model.items()}
 
 
 def averaged(sites: int, rounds: int, chosen: Callable[[int], list[int]] | None = None) -> dict[str, Any]:
-    """FedAvg in plain NumPy, in the order of the sites: the running mean, in float32."""
+    """Compute FedAvg in plain NumPy: the running mean in float32, in the order of the sites."""
     model = {"w": np.zeros((40, 3), np.float32), "b": np.ones(7, np.float32)}
     for round in range(1, rounds + 1):
         total, mean = 0, model
@@ -71,7 +71,7 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of the test's own to be in. However a run ends, none of its processes is left."""
+    """A working directory for the test. No process of a run may be left afterwards."""
     monkeypatch.chdir(tmp_path)
     before = psutil.Process().children(recursive=True)
     yield tmp_path
@@ -184,7 +184,7 @@ def test_scores_of_the_global_model_choose_the_best_round(here: Path) -> None:
 
 
 def test_what_is_submitted_may_be_any_view_of_what_came(here: Path) -> None:
-    """The task's arrays are where the update is written to, which must not show."""
+    """Updates are written to the task's own arrays, which must not show."""
     result = simulated(
         script("""
             import numpy as np

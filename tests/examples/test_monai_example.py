@@ -1,4 +1,4 @@
-"""The MONAI example: volumes are dealt out fairly, and both bundles can be trained with them."""
+"""The MONAI example: its volumes are distributed fairly, and both bundles train on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prepared(data: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def volumes(folder: Path) -> list[str]:
-    """What is in each image of a folder, in the order of their names."""
+    """Return the content of each image of a folder, in the order of their names."""
     assert [p.name for p in sorted((folder / "labelsTr").iterdir())] == [
         p.name for p in sorted((folder / "imagesTr").iterdir())
     ]

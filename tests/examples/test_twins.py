@@ -1,4 +1,4 @@
-"""The shop window: a federated script is its local twin plus at most three lines, and the data is dealt out fairly."""
+"""The examples: a federated script is its local twin plus at most three lines, and its data is distributed fairly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_federated_twin_adds_at_most_three_lines_and_changes_none(federated: Pat
 
 @contextmanager
 def example(folder: Path) -> Iterator[ModuleType]:
-    """An example's data module, imported as its scripts do: from the folder that they lie in."""
+    """Return an example's data module, imported from its own folder as its scripts do."""
     before = list(sys.path)
     sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(f"data_of_{folder.parent.name}_{folder.name}", folder / "data.py")
@@ -49,7 +49,7 @@ def example(folder: Path) -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module", params=["text_classification", "causal_lm"])
 def texts(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, list[Any]]]:
-    """An example's data module, and the parts of its three sites."""
+    """Return an example's data module, and the parts of its three sites."""
     with example(EXAMPLES / "hf" / request.param) as module:
         yield module, [module.load(shard=f"{i}/3") for i in (1, 2, 3)]
 

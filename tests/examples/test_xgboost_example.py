@@ -1,4 +1,4 @@
-"""The XGBoost example on real data, five uneven sites: what its demo shows, in fewer rounds."""
+"""The XGBoost example on real data with five uneven sites: its demo in fewer rounds."""
 
 from __future__ import annotations
 

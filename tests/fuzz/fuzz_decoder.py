@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of the decoders with Atheris: `make fuzz` (FUZZ_S=60 by default).
 
-New inputs that reach new code go to .fuzz/; one that ends in anything but our own errors is kept as .fuzz/crash-*: put
-it into tests/fuzz/corpus, correct what it shows, and every later test run replays it.
+Inputs that reach new code go to .fuzz/. One that ends in any error but ours is kept as .fuzz/crash-*: put it into
+tests/fuzz/corpus and correct what it shows; every later test run replays it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fuzzer's corpus, replayed; and random bytes around it."""
+"""The fuzzer's corpus, replayed, and random bytes beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(3, 2), "b": np.arange(5, d
 
 
 def seeds() -> dict[str, bytes]:
-    """A good message for every decoder: what the corpus began with."""
+    """Return a valid message for every decoder, which the corpus began with."""
     manifest = Manifest.of(ARRAYS, {"m": np.zeros(2, np.float64)})
     plain = Manifest.of(ARRAYS)
     payload = frames.describe(plain, plain.digests(ARRAYS, {}), known=False)

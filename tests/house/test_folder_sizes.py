@@ -1,4 +1,4 @@
-"""How large folders and files may be."""
+"""Limits on the size of folders and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_LINES = 500
 
 
 def entries(folder: Path) -> list[str]:
-    """Modules and packages in a folder; files such as __init__.py, py.typed and generated ones do not count."""
+    """Return the modules and packages in a folder; __init__.py, py.typed and generated files do not count."""
     files = [path.name for path in folder.glob("*.py") if not path.name.startswith("__")]
     return sorted(files + [path.name for path in folder.iterdir() if path.is_dir() and any(path.rglob("*.py"))])
 

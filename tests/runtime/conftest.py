@@ -1,4 +1,4 @@
-"""Fixtures of the runtime's tests."""
+"""Fixtures shared by the runtime's tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ import pytest
 
 @pytest.fixture
 def study(tmp_path: Path) -> Iterator[Any]:
-    """A federation of two sites with its server running, in this process."""
+    """A federation of two sites with its server running in this process."""
     with import_module("study").Study(tmp_path) as study:
         yield study

@@ -1,4 +1,4 @@
-"""The command line without a run: options, help, version, doctor."""
+"""The command line without a run: options, help, version, `doctor`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Done:
 
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """`fl-adapters ARGS` in this process."""
+    """Run `fl-adapters ARGS` in this process."""
 
     def call(*args: str) -> Done:
         with pytest.raises(SystemExit) as end:
@@ -131,7 +131,7 @@ def test_version(invoke: Any) -> None:
 
 @pytest.fixture
 def checks(invoke: Callable[..., Done]) -> Callable[..., tuple[int, dict[str, dict[str, str]]]]:
-    """Exit status of `doctor`, and what it found by name."""
+    """Run `doctor`; return its exit status, and its findings by name."""
 
     def call(*args: str) -> tuple[int, dict[str, dict[str, str]]]:
         result = invoke("doctor", "--json", *args)
@@ -181,7 +181,7 @@ def test_doctor_looks_at_the_kit(checks: Any, tmp_path: Path, monkeypatch: pytes
 
 
 def test_brackets_in_a_text_are_shown(invoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would be markup: `[xgboost]` would not be seen, and a path like this one end in a traceback."""
+    """As markup, `[xgboost]` would not be printed, and a path like this one would end in a traceback."""
     folder = tmp_path / "a[" / "b]"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)

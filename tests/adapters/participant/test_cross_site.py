@@ -1,4 +1,4 @@
-"""Every site's model on every site's data, after the last round."""
+"""Cross-site evaluation: after the last round, every site's model is scored on every site's data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def distance(arrays: Arrays, index: int) -> float:
 
 
 def loop(place: Place, extras: bool = False, evaluates: bool = True) -> Arrays:
-    """Half of the way to the site's own point in every round."""
+    """Move half of the way to the site's own target in every round."""
 
     def evaluate(arrays: Arrays) -> tuple[dict[str, float], int]:
         return {"loss": distance(arrays, place.index)}, 1
@@ -73,7 +73,7 @@ def test_the_matrix_is_that_of_plain_numpy(extras: bool) -> None:
 
 @dataclass(frozen=True)
 class OwnModelsAtHome(FedAvg):
-    """Every site evaluates the global model and its own, and gets nobody else's."""
+    """A workflow in which every site scores the global model and its own, and receives no other site's."""
 
     name: ClassVar[str] = "own-models-at-home"
 
@@ -135,7 +135,7 @@ def test_csv_json_and_heat_map(tmp_path: Path) -> None:
 
 
 def test_what_a_site_holds_back_is_that_of_the_global_model() -> None:
-    """`ExcludeVars`, and the factors of LoRA that nobody changes in a round."""
+    """`ExcludeVars`, and LoRA factors that stay fixed in a round."""
     found: dict[str, list[list[float]]] = {}
 
     def site(place: Place) -> None:

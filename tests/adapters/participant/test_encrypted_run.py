@@ -1,4 +1,4 @@
-"""Averages of encrypted weights: equal to plain ones, and unreadable for the server."""
+"""Averages of encrypted weights equal plain averages, and the server cannot read them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def mean_of(cipher: Cipher, parts: list[Arrays], examples: list[int]) -> Arrays:
 
 
 def distance(found: Arrays, wanted: Arrays) -> float:
-    """Relative, in L2 over all tensors."""
+    """Return the relative L2 distance over all tensors."""
 
     def total(of: Callable[[str], Any]) -> float:
         return math.sqrt(sum(float(np.sum(np.asarray(of(name), np.float64) ** 2)) for name in wanted))

@@ -1,4 +1,4 @@
-"""`exact_restart`: a site that is killed and started again ends with the bits of a run without; a loop of its own."""
+"""`exact_restart` in a user's own loop: a site that is killed and started again ends with the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = Path(restarted_loop.__file__)
 
 
 class Example:
-    """The loop as the conformance suite wants it."""
+    """The loop as an example for the conformance suite."""
 
     steps_per_epoch = restarted_loop.ROWS // restarted_loop.BATCH
     personal = "head"
@@ -66,7 +66,7 @@ def test_killed_at_random_instants(tmp_path: Path, settings: dict[str, Any]) -> 
 
 
 def test_killed_with_nothing_warm(tmp_path: Path) -> None:
-    """The same command, in a fresh Python."""
+    """The same command in a fresh Python."""
     wanted = run_sites(tmp_path / "undisturbed", SCRIPT, rounds=4)
     assert run_sites(tmp_path / "disturbed", SCRIPT, kills=1, seed=1, rounds=4) == wanted
 
@@ -123,7 +123,7 @@ def test_a_state_that_cannot_be_kept_is_refused_before_round_1() -> None:
 
 
 def test_a_round_that_is_done_twice_and_rounds_that_are_not_drawn(tmp_path: Path) -> None:
-    """fraction: a site is asked in some rounds alone, and its state is that of the last of those."""
+    """With `fraction`, a site is sampled in some rounds only; its state is that of the last of those."""
 
     def run(deaths: list[Death], folder: str) -> Arrays:
         left = {death.site: 1 for death in deaths}
@@ -155,7 +155,7 @@ def task(round: int, stage: str = "") -> Task:
 
 
 def points_of(folder: Path) -> RestartPoints:
-    """Those of a process that comes back."""
+    """Return the restart points of a process that comes back."""
     return RestartPoints(folder, fresh=False)
 
 

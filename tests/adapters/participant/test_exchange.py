@@ -1,4 +1,4 @@
-"""Which tensors travel, by patterns."""
+"""Name patterns that choose which tensors travel."""
 
 from __future__ import annotations
 

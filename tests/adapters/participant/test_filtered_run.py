@@ -1,4 +1,4 @@
-"""Filters in a whole federation: at all four points, over sockets, whatever arrives first, and against liars."""
+"""Filters in a whole federation: at all four points, over sockets, in any order of arrival, and against lying sites."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def step(arrays: Arrays, index: int) -> dict[str, Array]:
 
 
 def loop(place: Place) -> Arrays:
-    """What a script does: its difference is the same in every round."""
+    """A training script whose weights change by the same difference in every round."""
     with fl.connect(kit=place.kit) as site:
         for task in site.tasks(initial=initial()):
             task.submit(step(task.arrays, place.index), num_examples=10 * (place.index + 1), metrics={"loss": 0.125})
@@ -49,7 +49,7 @@ def loop(place: Place) -> Arrays:
 
 
 def mean(difference: Callable[[Array], Array] = np.asarray) -> dict[str, Array]:
-    """One round by hand: differences weighted 10 to 20."""
+    """Compute one round by hand: the mean of the differences, weighted 10 to 20."""
     parts = [step(initial(), 0), step(initial(), 1)]
     found = {n: (10 * difference(parts[0][n]) + 20 * difference(parts[1][n])) / 30 for n in ("w", "head.b")}
     return {**found, "steps": np.array(1)}
@@ -137,7 +137,7 @@ def test_fewer_bytes_travel_and_the_last_model_travels_whole() -> None:
 
 
 def test_a_model_that_does_not_change_stays_as_it_is_through_every_encoding() -> None:
-    """bfloat16 and float16 models, frozen: no drift."""
+    """Frozen bfloat16 and float16 models must not drift."""
     rng = np.random.default_rng(0)
     frozen = {n: rng.normal(size=300).astype(d) for n, d in (("h", np.float16), ("w", np.float32))}
 
@@ -157,7 +157,7 @@ def test_a_model_that_does_not_change_stays_as_it_is_through_every_encoding() ->
 
 
 class Peer:
-    """One site, by hand."""
+    """One site, driven call by call."""
 
     def __init__(self, server: Server, name: str, filters: tuple[Settings, ...]) -> None:
         self.name, self.client = name, SiteClient(MemoryTransport(server.service, name), 30.0)
@@ -351,7 +351,7 @@ def test_the_ledger_of_nothing_is_an_error_that_says_where_to_look(tmp_path: Pat
     ids=["limited at the server", "held back", "half"],
 )
 def test_strategies_see_every_update_as_the_filters_leave_it(strategy: str, filters: tuple[Settings, ...]) -> None:
-    """The same as with the filter's effect worked out by each site."""
+    """The result equals that of sites which apply the filter's effect by themselves."""
 
     def run(filters: tuple[Settings, ...], by_hand: Callable[[str, Array], Array] | None = None) -> Arrays:
         def work(place: Place) -> Arrays:

@@ -1,4 +1,4 @@
-"""Strategies that reach into local training, seen from the job, the handshake and the site's folder."""
+"""Strategies that change local training, seen from the job, the handshake and the site's folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_strategy_object_is_its_text() -> None:
     [("fedprox", "gradient-correction"), ("scaffold", "gradient-correction"), ("ditto", "personal-model")],
 )
 def test_a_site_that_cannot_is_refused_before_round_1(strategy: str, capability: str) -> None:
-    """A loop of one's own declares nothing; nor does XGBoost, whose updates are no weights."""
+    """A user's own loop declares no capability, and neither does XGBoost, whose updates are not weights."""
     with LocalFederation(sites=["north", "south"], rounds=1, strategy=strategy) as federation:
 
         def site(place: Place) -> None:
@@ -63,7 +63,7 @@ def test_a_task_with_a_bad_term_is_refused(mu: Any) -> None:
 
 
 def target(site: int) -> Array:
-    """Each site pulls to a point of its own, with a stiffness of its own."""
+    """Return the point that a site pulls to; it differs from site to site."""
     return np.random.default_rng(site).normal(size=6).astype(np.float32)
 
 
@@ -72,7 +72,7 @@ def gradient(site: int, w: Array) -> Array:
 
 
 def quadratic(place: Place) -> Array:
-    """Plain SGD on one site's quadratic, corrected."""
+    """Run plain SGD on one site's quadratic loss, with corrected gradients."""
     session = open_session(Options(kit=place.kit), framework="NumPy")
     assert session is not None
     w = np.zeros(6, np.float32)
@@ -94,7 +94,7 @@ def quadratic(place: Place) -> Array:
 
 
 def by_hand(sites: int, lr: float) -> Array:
-    """Karimireddy et al. 2020, Algorithm 1, option II, in float64."""
+    """Run Karimireddy et al. 2020, Algorithm 1, option II, in float64."""
     x, c, own = np.zeros(6), np.zeros(6), [np.zeros(6) for _ in range(sites)]
     for _ in range(ROUNDS):
         moves, changes = [], []

@@ -1,4 +1,4 @@
-"""The arguments that all adapters share: what is taken, what is refused, and who decides."""
+"""The arguments shared by all adapters: what is accepted, what is refused, and which source takes precedence."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_script_beats_the_job() -> None:
 
 
 def test_what_stays_at_home_adds_up() -> None:
-    """Neither side can take a name off the other's list."""
+    """Neither the script nor the job can remove a name from the other's list."""
     assert SiteSettings.resolve(Options(keep_local=["head.*"]), JOB).keep_local == ("head.*", "body.norm.*")
 
 

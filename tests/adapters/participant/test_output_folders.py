@@ -1,4 +1,4 @@
-"""Where the sites of a simulation write, and what they may not share."""
+"""The folders that a simulation's sites write to, and paths that they must not share."""
 
 from __future__ import annotations
 

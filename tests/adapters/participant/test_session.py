@@ -1,4 +1,4 @@
-"""One site's session: shared by a process, handed over, closed, and what it refuses before anything is sent."""
+"""One site's session: shared by a process, detached, closed, and what it refuses before anything is sent."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def registered(place: Place, state: Arrays = W, *, evaluates: bool = False, **op
 
 
 def to_the_end(session: Session, state: Arrays = W) -> list[float]:
-    """Adds 1 a round; the final weights."""
+    """Add 1 in each round until the run ends; return the final weights."""
     task = session.start(lambda: state)
     while task.kind == "train":
         task = session.exchange({"w": task.arrays["w"] + 1}, LocalResult(1, 1, {}))
@@ -58,7 +58,7 @@ def to_the_end(session: Session, state: Arrays = W) -> list[float]:
 
 @pytest.fixture
 def one() -> Iterator[tuple[LocalFederation, Place]]:
-    """A federation of one site, of three rounds."""
+    """A federation of one site and three rounds."""
     with LocalFederation(sites=1, rounds=3) as federation:
         yield federation, federation.places[0]
 
@@ -76,7 +76,7 @@ def test_all_callbacks_of_a_process_share_a_kits_session(one: tuple[LocalFederat
 
 
 def test_a_cell_that_is_run_twice_goes_on_as_a_new_attempt_of_a_run_that_needs_it() -> None:
-    """Leaving and joining again would end a run whose every site is needed."""
+    """Leaving and joining again would end a run that needs every site."""
     with LocalFederation(sites=2, rounds=2) as federation:
 
         def twice(place: Place) -> tuple[int, list[float]]:
@@ -350,7 +350,7 @@ def test_a_script_that_ends_early_is_known_at_once_and_not_after_a_timeout() -> 
 
 
 def test_a_reconnect_leaves_the_users_random_state_alone() -> None:
-    """The pauses between two tries vary at random, but not at the cost of a training that was seeded."""
+    """The pauses between attempts are random, but must not change a seeded training."""
     import random
 
     from fl_adapters.participant.kit import Kit

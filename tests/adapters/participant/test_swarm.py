@@ -1,4 +1,4 @@
-"""The aggregator's role moves among the sites: same bits as FedAvg, and no update at the server."""
+"""Swarm rounds: the sites take turns to aggregate; the bits are FedAvg's, and the server sees no update."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_role_moves_and_the_server_holds_no_update() -> None:
 
 
 def test_what_others_could_read_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the relay passes on does not hold the weights, which are all the same here."""
+    """The bytes that the server relays do not contain the weights, which are all the same here."""
     from fl_runtime.server.relay import Relay
 
     passed: list[bytes] = []
@@ -175,10 +175,13 @@ class DeathError(Exception):
 
 
 def with_a_death(when: str, number: int, **settings: Any) -> tuple[dict[str, Any], LocalFederation, list[str]]:
-    """A site dies in round 2: in its training ("training"), as the aggregator ("aggregating"), or when it is to send
-    its update ("sharing"); the one whose turn is `number` places behind that of the round's aggregator.
+    """Run a swarm in which the site `number` turns behind the aggregator dies in round 2.
 
-    (outcomes, federation, its name and those of the sites that were the aggregator in round 2).
+    It dies in its training ("training"), as the aggregator ("aggregating"), or when it is to send its update
+    ("sharing").
+
+    Returns:
+        The outcomes, the federation, and the names of the victim and of the sites that aggregated in round 2.
     """
     names = [f"site-{n}" for n in range(1, 5)]
     fields = {"sites": 4, "rounds": 4, "seed": 5, "min_sites": 3, "strategy": "swarm", **settings}
@@ -327,7 +330,7 @@ def test_a_killed_server_goes_on_with_the_same_bits(when: str, tmp_path: Path, m
 
 @pytest.mark.parametrize("closing", [False, True], ids=["while others train", "when all have trained"])
 def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
-    """Its first update is gone with the process that had it, also where that was the last one of the round."""
+    """Its first update was lost with its process, even if it was the last one of the round."""
     dead, back = threading.Event(), threading.Event()
 
     def site(place: Place) -> Arrays:

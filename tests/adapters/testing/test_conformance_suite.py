@@ -1,4 +1,4 @@
-"""The conformance suite itself: a well-behaved toy framework passes, and each kind of misbehaviour is caught."""
+"""The conformance suite itself: a correct toy framework passes, and each kind of mistake is caught."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fl_runtime.wire.manifest import Manifest, differences
 
 
 class ToyState:
-    """An adapter over a dict of arrays, of many dtypes."""
+    """An adapter over a dict of arrays of many dtypes."""
 
     capabilities: frozenset[str] = frozenset()
 
@@ -122,7 +122,7 @@ def test_a_bad_adapter_is_caught(adapter: Any, found: str) -> None:
 
 
 class ToyTrainer:
-    """A framework in miniature: linear regression by SGD with momentum, shuffled by NumPy's global random state."""
+    """A tiny framework: linear regression by SGD with momentum, shuffled by NumPy's global random state."""
 
     batch, rows, lr = 2, 8, 0.05
 
@@ -158,7 +158,7 @@ class ToyTrainer:
 
 
 class ToyCallback:
-    """What an integration is made of, without anything that a real framework needs."""
+    """The parts of an integration, without anything that a real framework needs."""
 
     def __init__(self, **arguments: Any) -> None:
         self.options = Options(**arguments)

@@ -1,4 +1,4 @@
-"""Corrected gradients in plain loops of torch: what the step sees, with and without scaled losses."""
+"""Corrected gradients in plain PyTorch loops, with and without scaled losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def correction_of(model: Any, optimizer: Any, meter: StepMeter | None) -> Gradie
 
 
 def by_hand(kept: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(weights, mean gradients) after steps on these batches."""
+    """Return the weights and the mean gradients after steps on these batches."""
     model, sums = net(), dict[str, Any]()
     for batch in kept:
         model.zero_grad()
@@ -47,7 +47,7 @@ def by_hand(kept: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_steps_see_corrected_gradients_and_the_meter_their_own(scaled: bool) -> None:
-    """A step that the scaler leaves out, for an infinite gradient, is not counted."""
+    """A step that the scaler skips because of an infinite gradient is not counted."""
     model, meter = net(), StepMeter(gradients=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     correction_of(model, optimizer, meter)
@@ -67,7 +67,7 @@ def test_steps_see_corrected_gradients_and_the_meter_their_own(scaled: bool) -> 
 
 @pytest.mark.parametrize("scale", [None, 64.0])
 def test_gradients_that_are_scaled_still_get_a_scaled_correction(scale: float | None) -> None:
-    """As before the step of a fused optimizer, which unscales and checks by itself; a hook before the check."""
+    """A fused optimizer unscales and checks by itself, so the correction must come before."""
     model, meter = net(), StepMeter(gradients=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     correction = correction_of(model, optimizer, meter)

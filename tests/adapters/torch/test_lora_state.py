@@ -1,4 +1,4 @@
-"""The state of a LoRA model under strategies that sum products, and what is refused, on small models of PEFT."""
+"""The state of a LoRA model under strategies that sum products, and what is refused; small PEFT models."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_what_leaves_is_the_product_itself(options, scale) -> None:
 @pytest.mark.parametrize("rank", [1, 2, 5])
 @pytest.mark.parametrize("strategy", [FlexLoRA(), FedExLoRA(), FLoRA()])
 def test_what_arrives_is_what_the_model_computes(strategy, rank) -> None:
-    """All of it, where the base takes the rest; for FlexLoRA the part of the site's own rank."""
+    """The whole update if the base takes the remainder; for FlexLoRA the part of the site's own rank."""
     model = adapted()
     start = model.base_model.model.dense.get_base_layer().weight.detach().numpy().copy()
     state, arrays = state_of(model, strategy), sent(rank)
@@ -120,7 +120,7 @@ def test_back_in_the_middle_of_a_round_the_base_alone_is_set() -> None:
 
 
 def test_half_precision_base_does_not_drift() -> None:
-    """The change is added to the weight of the start, not to what the last round has left."""
+    """Changes are added to the initial weight, not to the weight that the last round left."""
     model = adapted(Net().to(torch.bfloat16))
     start = model.base_model.model.dense.get_base_layer().weight.detach().float()
     state = state_of(model, FLoRA())
@@ -142,7 +142,7 @@ def test_other_shapes_that_arrive_are_refused_before_anything_is_touched() -> No
 
 
 def quantised() -> nn.Module:
-    """What bitsandbytes leaves of a weight, as far as can be seen: bytes."""
+    """Return a weight as bitsandbytes would store it, as far as our code can see: bytes."""
     model = adapted()
     layer = model.base_model.model.dense.get_base_layer()
     layer.weight = nn.Parameter(torch.zeros(9, 6, dtype=torch.int8), requires_grad=False)

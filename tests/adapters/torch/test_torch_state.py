@@ -1,4 +1,4 @@
-"""What travels from a torch module, under which names, and the copies in both directions."""
+"""The tensors of a torch module that travel, their names, and the copies in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance suite on torch modules: a plain one of many dtypes with buffers, and PEFT models."""
+"""The conformance suite on torch modules: a plain one with many dtypes and buffers, and PEFT models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real server in the test's process, and sites: here, in a thread beside, or in forked processes."""
+"""Fixtures for HF: a real server in the test's process, and sites in it, in a thread, or in forked processes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Partner(threading.Thread):
             self.received.append(site.arrays)
 
     def ended(self) -> None:
-        """Wait for the end; raise what went wrong."""
+        """Wait for the end of the thread, and raise its error."""
         self.join(TIMEOUT_S)
         assert not self.is_alive(), "the partner did not come to its end"
         if self.error:
@@ -75,7 +75,7 @@ class Partner(threading.Thread):
 
 
 class Federation:
-    """A federation over real gRPC, its server in this process."""
+    """A federation over real gRPC, with its server in this process."""
 
     def __init__(self, sites: int, settings: dict[str, Any]) -> None:
         self._open = LocalFederation(sites=sites, sockets=True, **settings)
@@ -95,26 +95,26 @@ class Federation:
         number: int = 2,
         num_examples: int = 32,
     ) -> Partner:
-        """Site `number` in a thread; `model` says what travels and what must agree."""
+        """Start site `number` in a thread; `model` gives the tensors that travel and what must agree."""
         return Partner(self.kit(number), model, work, num_examples)
 
     def fork(self, program: str, values: Any = None, *, number: int | None = 1) -> SiteProcess:
-        """Run `program` (source text) in a warm process as site `number`, or outside the federation (None)."""
+        """Run `program` (source text) in a warm process as site `number`, or outside the federation for None."""
         folder = self.folder / f"process-{len(self._processes)}"
         process = SiteProcess(folder, program, values, self.kit(number) if number else None)
         self._processes.append(process)
         return process
 
     def ended(self) -> RunResult:
-        """The run's result; raises the error of a run that failed."""
+        """Return the run's result, or raise its error if it failed."""
         return self._open.result(TIMEOUT_S)
 
     def model(self) -> Arrays:
-        """The final global model, as the server has it."""
+        """Return the server's final global model."""
         return self._open.model()
 
     def events_of(self, kind: str, site: str | None = None) -> list[Event]:
-        """What happened, in order. Ends the federation, so that nothing is still on its way."""
+        """Return the events in order, after ending the federation so that none is still on its way."""
         self.close()
         return [event for event in self._open.events if event.kind == kind and site in (None, event.site)]
 
@@ -145,13 +145,13 @@ class SiteProcess:
         self.process.start()
 
     def result(self) -> Any:
-        """What the program left in RESULT. Fails with its log if it failed."""
+        """Return what the program left in RESULT, or fail with its log."""
         done = self._done()
         assert done["error"] is None, self.log.read_text()
         return done["result"]
 
     def error(self) -> str:
-        """The error that ended the program."""
+        """Return the error that ended the program."""
         done = self._done()
         assert done["error"] is not None, "the program ended well:\n" + self.log.read_text()
         return str(done["error"])
@@ -170,14 +170,16 @@ class SiteProcess:
 
 @pytest.fixture(autouse=True)
 def precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has its own: transformers 4 puts the bf16=True of one TrainingArguments into the environment, where
-    those of all later tests would find it."""
+    """Set the precision back after each test.
+
+    transformers 4 writes the bf16=True of a TrainingArguments into the environment, where later tests would find it.
+    """
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @pytest.fixture
 def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Federation]]:
-    """federation(sites=1, rounds=2, ...): a running server; everything it started ends with the test."""
+    """federation(sites=1, rounds=2, ...) starts a server; everything that it started ends with the test."""
     made: list[Federation] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)

@@ -1,4 +1,4 @@
-"""Rounds x `every` in the trainer's own loop, from hooks to a real server; one site, so that nothing waits."""
+"""Rounds x `every` in the trainer's own loop, with hooks and a real server; one site, so that nothing waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fl_runtime.errors import ConfigError
 
 
 class Rates(TrainerCallback):
-    """The learning rate that each step was made with."""
+    """Notes the learning rate of each step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []

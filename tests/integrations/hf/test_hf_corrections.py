@@ -1,4 +1,4 @@
-"""Corrected gradients and personal models under `Trainer`, beside its plain loop."""
+"""Corrected gradients and personal models under `Trainer`, compared with a plain loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_corrections(case: CorrectionCase, options: dict, tmp_path_factory: pyte
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalFederation]]:
-    """start(strategy="ditto", ...): a running federation of one site, in this process."""
+    """start(strategy="ditto", ...) starts a federation of one site in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
     with ExitStack() as running:
@@ -88,7 +88,7 @@ def test_another_process_goes_on_with_the_personal_model(start: Any) -> None:
 
 
 def test_a_training_that_was_interrupted_leaves_no_correction_behind(start: Any) -> None:
-    """The optimizer of the trainer is corrected once per step, and not at all without a federation."""
+    """The trainer's optimizer is corrected once per step, and never outside a federation."""
     run = start(rounds=3, strategy="fedprox:mu=0.5", every=2)
     trainer = made_trainer(run.places[0].kit, callbacks=(Interrupts(3),))
     with pytest.raises(KeyboardInterrupt):
@@ -99,7 +99,7 @@ def test_a_training_that_was_interrupted_leaves_no_correction_behind(start: Any)
 
 
 def test_an_optimizer_that_gradients_pass_by_is_refused(start: Any) -> None:
-    """As those do that step layer by layer, while gradients are computed."""
+    """Some optimizers step layer by layer while gradients are computed."""
     run = start(rounds=2, strategy="fedprox", every=2)
     trainer = made_trainer(run.places[0].kit)
     trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)

@@ -1,4 +1,4 @@
-"""Other sites' models on this site's validation data, by the trainer's own evaluation, without a trace in it."""
+"""Cross-site evaluation by the trainer's own evaluation, which leaves no trace in the trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fl_runtime.types import Arrays
 
 
 class Still(Trainer):
-    """Evaluation does not draw from the random state that dropout draws from."""
+    """A Trainer whose evaluation does not draw from the random state of dropout."""
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         before = torch.get_rng_state()
@@ -31,7 +31,7 @@ class Still(Trainer):
 
 
 class Scored(hf_example.Example):
-    """Two validation sets at each site; what HF calls "a_loss" and "b_loss"."""
+    """A training job with two validation sets, which HF logs as "a_loss" and "b_loss"."""
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
         net = hf_example.made(site)
@@ -87,7 +87,7 @@ class Ears(TrainerCallback):
 
 
 def plain_rows(state: Any) -> list[dict[str, Any]]:
-    """What HF has logged, without times."""
+    """Return HF's log without times."""
     timed = ("runtime", "per_second", "seconds")
     return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in state.log_history]
 
@@ -139,7 +139,7 @@ def test_the_trainer_knows_nothing_of_it(best: bool, tmp_path: Any) -> None:
 def test_what_strategies_leave_at_a_site_does_not_come_into_it(
     strategy: str, lora: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """Personal models, and factors that nobody changes in the last round: each model is what its site has sent."""
+    """Personal models and fixed LoRA factors stay out: each scored model is the one that its site has sent."""
     monkeypatch.chdir(tmp_path)
     sent: dict[str, dict[str, Any]] = {}
     submit = Session.submit

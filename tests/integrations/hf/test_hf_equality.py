@@ -1,7 +1,7 @@
 """The federation equals averaging by hand, to 1e-6: same batches, random states and thread count at each site.
 
-Two oracles without any of our code. In one, plain `Trainer`s take turns in one process, an epoch each, and NumPy
-averages between the epochs; dropout and shuffling are on. In the other there is no Trainer either: a torch loop.
+There are two references without any of our code. In one, plain `Trainer`s take turns in one process, an epoch each, and
+NumPy averages between the epochs; dropout and shuffling are on. The other is a plain PyTorch loop.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_equals_a_torch_loop_averaged_by_hand(federation, lora) -> None:
 
 
 def test_the_policies_differ_from_each_other(federation) -> None:
-    """Else the equalities above would not tell them apart."""
+    """Otherwise the equalities above could not tell the policies apart."""
     last = []
     for policy in ("keep", "reset", "average"):
         run = federation(sites=2, rounds=ROUNDS)

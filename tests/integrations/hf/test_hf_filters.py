@@ -1,4 +1,4 @@
-"""Filters beneath an HF Trainer: the script knows nothing of them, the run ends with what the server has."""
+"""Filters beneath an HF Trainer: the script does not know of them, and the run ends with the server's model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The strategies for LoRA through real Trainers: what each promises of the merged weights, W + s B A."""
+"""Strategies for LoRA with real Trainers: what each promises of the merged weights, W + s B A."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SHARES = np.array(ROWS) / sum(ROWS)
 
 
 def trained(federation: Any, strategy: str, ranks: tuple[int, int], rounds: int = 2, **values: Any) -> list[Any]:
-    """What the two sites have left."""
+    """Train two sites, and return their results."""
     run = federation(sites=2, rounds=rounds, strategy=strategy)
     sites = [
         run.fork(SITE, {"r": rank, "rows": rows, **values}, number=number)
@@ -94,7 +94,7 @@ def close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def means_hold(sites: list[Any], rounds: int = 2) -> None:
-    """After every round, both sites have the mean of what both had."""
+    """Check that after every round both sites have the mean of what they had before it."""
     for number in range(rounds):
         wanted = mean([site["before"][number] for site in sites])
         for site in sites:
@@ -130,7 +130,7 @@ def test_merged_weight_is_the_mean_of_the_sites(federation, strategy: str, ranks
 
 
 def test_flexlora_with_mixed_ranks(federation) -> None:
-    """Each site trains its own rank; the model at the end holds all of the global one."""
+    """Each site trains its own rank; the final model has all of the global one."""
     sites = trained(federation, "flexlora:rank=16", (2, 4))
     wanted = mean([site["before"][-1] for site in sites])
     for site, rank in zip(sites, (2, 4), strict=True):
@@ -168,7 +168,7 @@ def test_fedsa_keeps_b_at_the_site(federation) -> None:
 
 
 def test_what_travels(federation) -> None:
-    """FFA-LoRA and FedSA-LoRA name one factor alone; RoLoRA sends one to the server."""
+    """FFA-LoRA and FedSA-LoRA send one factor only; RoLoRA sends one to the server."""
     run = federation(rounds=2, strategy="ffa-lora")
     run.fork(SITE, {"r": 2, "rows": 16}).result()
     run.ended()
@@ -215,7 +215,7 @@ def test_other_ranks_are_refused_before_round_1(federation, strategy: str, ranks
 
 
 def test_best_round_at_the_end(federation) -> None:
-    """HF loads its own checkpoint first, of the rank that it had; what counts is the server's best round, whole."""
+    """HF first loads its own checkpoint, of the site's rank; the server's best round must replace it."""
     saving = {
         "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
         "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False,

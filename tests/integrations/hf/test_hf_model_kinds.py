@@ -1,4 +1,4 @@
-"""Kinds of models and trainers that people bring: one round each, with a second site that changes the weights."""
+"""Kinds of models and trainers that users bring: one round each, beside a second site that changes the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fl_runtime.errors import ConfigError
 
 
 class Plain(nn.Module):
-    """Not a model of transformers; with batch norm, whose counter is an integer."""
+    """A module outside transformers, with batch normalization, whose counter is an integer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_pattern_without_a_match_is_refused_before_the_first_step(federation) ->
     ],
 )
 def test_what_has_not_been_tested_is_refused_with_the_reason(feature, reason) -> None:
-    """None of these can be had on a CPU, so a stand-in tells what the Trainer would."""
+    """None of these runs on a CPU, so a stand-in reports what the Trainer would."""
     stand_in = SimpleNamespace(
         **{"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": None, "eval_dataset": None, **feature}
     )

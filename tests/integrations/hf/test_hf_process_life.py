@@ -1,4 +1,4 @@
-"""Living in somebody's trainer process: workers, copies of the callback, cells run twice, and sites that die."""
+"""Life in a user's trainer process: data workers, copies of the callback, cells run twice, and sites that die."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_copy_made_in_the_middle_of_a_run_leaves_the_model_alone(federation) -> 
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C, or an error, in the middle of a cell."""
+    """Presses Ctrl-C after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -157,7 +157,7 @@ def halved(_round: int, arrays):
 
 
 def whole(federation, **arguments):
-    """The end of a run in which nothing went wrong."""
+    """Run to the end without any interruption, and return the site's result."""
     run = federation(sites=2, rounds=3)
     partner = run.partner(m.adapted(m.classifier(0.1)), halved)
     result = run.fork(SITE, {"dies_at": None, "resume": None, "arguments": arguments}).result()
@@ -245,7 +245,7 @@ def test_error_in_the_users_code_ends_the_site_and_not_the_run(federation) -> No
 
 
 def test_second_training_in_one_process(federation) -> None:
-    """A script that trains twice, each time in a federation of its own."""
+    """A script that trains twice, each time in another federation."""
     for _ in range(2):
         run = federation(rounds=1)
         m.trainer(FederatedCallback(kit=run.kit())).train()

@@ -1,4 +1,4 @@
-"""Several ranks at one site: gloo on the CPU. Rank 0 alone talks, all ranks hold the same weights, nobody deadlocks."""
+"""Several ranks at one site, over gloo on the CPU: rank 0 alone talks, all hold the same weights, none deadlocks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 
 def two_ranks(run, program: str, **values):
-    """The program as the two ranks of site 1."""
+    """Run the program as the two ranks of site 1."""
     ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     given = {"policy": "keep", "lora": True, "arguments": {}, "ranks": ranks, **values}
     return [run.fork(RANK + program, {**given, "rank": rank}) for rank in (0, 1)]

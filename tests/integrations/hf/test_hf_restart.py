@@ -1,4 +1,4 @@
-"""`exact_restart` with `Trainer`: sites that die end with the bits of a run in which nobody did."""
+"""`exact_restart` with `Trainer`: sites that die end with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str, tmp_path: Path) -
 
 
 class Lora(Example):
-    """A transformer under LoRA."""
+    """The training job of a transformer under LoRA."""
 
     steps_per_epoch, personal = 4, ""
 
@@ -50,13 +50,13 @@ class Lora(Example):
 
 @pytest.mark.parametrize("strategy", ["flora", "ffa-lora"])
 def test_lora(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base weights follow the global factors, or a factor is frozen meanwhile."""
+    """The base weights follow the global factors, or a factor stays fixed meanwhile."""
     monkeypatch.chdir(tmp_path)
     restart_cases(strategy=strategy)[-1](Lora(str(tmp_path)))
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
-    """SIGKILL: AdamW with a falling rate, dropout, shuffling, a layer that stays."""
+    """SIGKILL, with AdamW, a falling learning rate, dropout, shuffling, and a layer that stays at the site."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(m.__file__).parent)))
     with WarmProcess("torch", "transformers.trainer") as warm:

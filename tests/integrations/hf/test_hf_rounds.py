@@ -1,4 +1,4 @@
-"""What a round does to the trainer: weights, evaluation, checkpoints, logs, and the results of the run."""
+"""What a round does to the trainer: weights, evaluation, checkpoints, logs, and the run's results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fl_runtime.errors import AbortedError, ConfigError, FederationError, StateM
 
 
 class Recorder(TrainerCallback):
-    """What travels, as the model has it when HF evaluates; and at which steps HF evaluates and saves."""
+    """Notes the travelling tensors when HF evaluates, and the steps at which it evaluates and saves."""
 
     def __init__(self, exchange="auto") -> None:
         self.evaluated: dict[int, dict] = {}

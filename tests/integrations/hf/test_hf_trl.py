@@ -1,4 +1,4 @@
-"""`trl`'s SFTTrainer, which is a Trainer, and its own metrics in the log."""
+"""The SFTTrainer of `trl`, which is a Trainer with metrics of its own in the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One backend of Keras for each test process: $KERAS_BACKEND, PyTorch by default."""
+"""Each test process has one backend of Keras: $KERAS_BACKEND, PyTorch by default."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ else:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test in a folder of its own, and in no federation but that which it makes."""
+    """Run each test in its own folder, outside any federation but its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)

@@ -1,4 +1,4 @@
-"""The other backends: Keras takes one for the life of a process, so each gets a process of its own."""
+"""The other backends. Keras has one for the life of a process, so each runs in its own process."""
 
 from __future__ import annotations
 

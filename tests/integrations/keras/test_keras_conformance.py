@@ -1,4 +1,4 @@
-"""The suite that holds every adapter to one standard, on the backend of this process."""
+"""The conformance suite on the backend of this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_narrow(seed, exchange, keep_local) -> KerasState:
 
 
 def identities(adapter: KerasState) -> object:
-    """The variables; and what lies under them, which JAX alone must replace."""
+    """Return the identities of the variables, and of the arrays under them unless JAX must replace those."""
     live = [id(v) for v in adapter.variables.values()]
     if keras.backend.backend() == "torch":
         live += [v.value.data_ptr() for v in adapter.variables.values()]

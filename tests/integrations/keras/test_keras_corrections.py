@@ -1,4 +1,4 @@
-"""Corrected gradients and personal models in `fit`, beside a loop of its own, on the backend of this process."""
+"""Corrected gradients and personal models in `fit`, compared with a plain loop, on the backend of this process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_corrections(case: str, option: str) -> None:
 
 
 def federated(model: Any, strategy: str, *callbacks: Any, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """A fit of two rounds of an epoch; (its federation, the final weights)."""
+    """Fit for two rounds of an epoch; return the federation and the final weights."""
     with LocalFederation(sites=1, rounds=2, strategy=strategy, **settings) as federation:
         m.fit(model, m.rows(0), FederatedCallback(kit=federation.places[0].kit), *callbacks, epochs=9)
         federation.result()
@@ -53,7 +53,7 @@ def sgd() -> Any:
 
 @pytest.mark.parametrize("strategy", ["fedprox:mu=5", "scaffold", "ditto"])
 def test_a_fit_before_and_a_fit_after_are_the_users_own(strategy: str) -> None:
-    """A step that an earlier fit has compiled is corrected, and a later one is not."""
+    """A step that an earlier fit has compiled is corrected; the step of a later fit is not."""
     model, other = sgd(), sgd()
     m.fit(model, m.rows(0))
     m.fit(other, m.rows(0))

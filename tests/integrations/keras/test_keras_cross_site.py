@@ -1,4 +1,4 @@
-"""Other sites' models on this site's validation data, by `model.evaluate`, without a trace in what `fit` leaves."""
+"""Cross-site evaluation by `model.evaluate`, which leaves no trace in what `fit` leaves."""
 
 from __future__ import annotations
 

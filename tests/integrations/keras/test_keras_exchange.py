@@ -1,4 +1,4 @@
-"""What depends on the backend: this file and the conformance suite run on each of them."""
+"""The parts that depend on the backend: this file and the conformance suite run on each of them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_averaged_moments_equal_those_averaged_by_hand() -> None:
 
 
 def test_a_reset_optimizer_begins_like_a_new_one() -> None:
-    """Adam's first step has the length of the learning rate for every weight, whatever came before."""
+    """After a reset, Adam's first step has the length of the learning rate for every weight."""
     steps = []
 
     class Steps(keras.callbacks.Callback):
@@ -100,7 +100,7 @@ def test_a_reset_optimizer_begins_like_a_new_one() -> None:
 
 @keras.saving.register_keras_serializable()
 class OwnStep(keras.Model):
-    """A custom train_step that any backend can run."""
+    """A model with a custom train_step that any backend can run."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Living in somebody's process: cells run twice, copies, interruptions and backups."""
+"""Life in a user's process: cells run twice, copies, interruptions and backups."""
 
 from __future__ import annotations
 

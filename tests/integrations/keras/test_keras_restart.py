@@ -1,4 +1,4 @@
-"""`exact_restart` with `fit`: sites that die end with the bits of a run in which nobody did."""
+"""`exact_restart` with `fit`: sites that die end with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = ALL if BACKEND != "tensorflow" else (ALL[0], *ALL[-2:])  # which takes i
 
 
 class Example(m.Example):
-    """Shuffled, with dropout, a rate that falls with the epochs, and Adam."""
+    """A training job with shuffling, dropout, Adam, and a learning rate that falls with the epochs."""
 
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
         model = m.compiled(m.classifier(seed=site))
@@ -57,7 +57,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str) -> None:
 @pytest.mark.skipif(BACKEND != "torch", reason="the others do not outlive a fork: each start would take long")
 @pytest.mark.slow
 def test_killed_at_random_instants(tmp_path: Path) -> None:
-    """SIGKILL, in processes that have the seeds of nobody."""
+    """SIGKILL, in processes that nobody has seeded."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(folders=[str(Path(path).parent) for path in (m.__file__, __file__)]))
     with WarmProcess("keras", "pytest", KERAS_BACKEND=BACKEND) as process:
@@ -66,7 +66,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 
 
 def test_rounds_of_two_epochs_with_validation(tmp_path: Path) -> None:
-    """All rounds are scored, and so the best is that of an undisturbed run."""
+    """All rounds are scored, so the best round is that of an undisturbed run."""
 
     def run(deaths: list[Death], folder: str) -> tuple[Any, Any]:
         left = len(deaths)

@@ -1,4 +1,4 @@
-"""What travels, what the other callbacks of `fit` see, and what a run leaves."""
+"""The tensors that travel, what the other callbacks of `fit` see, and the files that a run leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests of this folder need Lightning; each runs its federation within one process where it can."""
+"""Fixtures for Lightning; each federation runs within one process where it can."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fl_adapters.testing import LocalFederation
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, an empty working directory, no kit around, and none of Lightning's hints."""
+    """Give each test one thread, an empty working directory, no kit, and none of Lightning's hints."""
     threads, interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -39,7 +39,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Callable[..., LocalFederation]]:
-    """federation(sites=1, rounds=2, ...): a running server whose sites take turns in this process."""
+    """federation(sites=1, rounds=2, ...) starts a server whose sites take turns in this process."""
     running: list[LocalFederation] = []
 
     def make(sites: int = 1, **settings: Any) -> LocalFederation:
@@ -55,5 +55,5 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., LocalFederation]]:
 
 @pytest.fixture(params=lightning_models.PACKAGES)
 def pl(request: pytest.FixtureRequest) -> Any:
-    """`lightning.pytorch`, and then `pytorch_lightning`."""
+    """Both packages in turn: `lightning.pytorch` and `pytorch_lightning`."""
     return lightning_models.package(request.param)

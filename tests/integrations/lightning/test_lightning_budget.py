@@ -15,7 +15,7 @@ from fl_runtime.errors import ConfigError
 
 
 def fit(run: Any, *, module: Any = None, loader: Any = None, callback: Any = None, **options: Any) -> Any:
-    """A fit at the run's first site, here in the test's own thread; the trainer."""
+    """Fit as the run's first site in the test's own thread; return the trainer."""
     module = m.module() if module is None else module
     trainer = m.trainer(FederatedCallback(kit=run.places[0].kit, **(callback or {})), **options)
     trainer.fit(module, m.loader() if loader is None else loader)

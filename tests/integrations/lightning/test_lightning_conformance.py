@@ -1,4 +1,4 @@
-"""The suite that every adapter must pass, with Lightning's Trainer of both packages."""
+"""The conformance suite with the Trainer of both packages."""
 
 from __future__ import annotations
 

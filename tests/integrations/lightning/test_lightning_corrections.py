@@ -1,4 +1,4 @@
-"""Corrected gradients and personal models under Lightning, beside a plain loop: corrected before they are clipped."""
+"""Corrected gradients and personal models under Lightning, compared with a plain loop; corrections precede clipping."""
 
 from __future__ import annotations
 

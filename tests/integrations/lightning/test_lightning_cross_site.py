@@ -1,4 +1,4 @@
-"""Other sites' models on this site's validation data, by Lightning's own validation, without a trace in the trainer."""
+"""Cross-site evaluation by Lightning's own validation, which leaves no trace in the trainer."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TIMEOUT_S = 240
 
 
 def on_two_ranks(kit: str, folder: Path) -> tuple[int, str]:
-    """(exit status, output) of a site that trains on two ranks; each leaves a file in `folder`."""
+    """Train a site on two ranks; return its exit status and output. Each rank leaves a file in `folder`."""
     folder.mkdir()
     command = [sys.executable, lightning_ddp_site.__file__, m.PACKAGES[0], str(folder)]
     with socket.socket() as free:
@@ -36,7 +36,7 @@ def on_two_ranks(kit: str, folder: Path) -> tuple[int, str]:
 
 
 def partner(run: Any, **more: Any) -> threading.Thread:
-    """Site 2 on one rank, in a thread of the test."""
+    """Run site 2 on one rank, in a thread of the test."""
 
     def take_part() -> None:
         with suppress(Exception):

@@ -1,4 +1,4 @@
-"""The federation equals plain PyTorch loops that are averaged by hand, to 1e-6, also where the moments travel."""
+"""The federation equals plain PyTorch loops averaged by hand, to 1e-6, also when the moments travel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDS, SITES = 3, 2
 
 
 def by_hand(policy: str, every: int, accumulate: int) -> dict[str, np.ndarray]:
-    """Each site's loop in turn, with its own random state, and means in float64; all sites have as many rows."""
+    """Run each site's loop in turn with its own random state, and average in float64; all sites have as many rows."""
     before = torch.get_rng_state()
     loops, states = [], []
     for site in range(SITES):
@@ -73,7 +73,7 @@ def test_equals_torch_loops_averaged_by_hand(federation, policy, every, steps, a
 
 
 def test_the_policies_differ_from_each_other(federation) -> None:
-    """Else the equalities above would not tell them apart."""
+    """Otherwise the equalities above could not tell the policies apart."""
     last = [federated(federation, policy, 2, 1)[0] for policy in ("keep", "reset", "average")]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert max(np.abs(last[a][n] - last[b][n]).max() for n in last[a] if last[a][n].dtype.kind == "f") > 1e-5

@@ -1,4 +1,4 @@
-"""The strategies for LoRA under Lightning, whose modules wrap a PEFT model: the mean of the sites' merged weights."""
+"""Strategies for LoRA under Lightning, whose modules wrap a PEFT model: the mean of the sites' merged weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def merged(net: nn.Module) -> dict[str, np.ndarray]:
 
 
 class Before(m.package().Callback):
-    """Looks at the weights before they are exchanged: it comes before the federation's callback."""
+    """Notes the weights before they are exchanged; it comes before the federation's callback."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, np.ndarray]] = []

@@ -1,4 +1,4 @@
-"""Lightning comes in two packages with class hierarchies of their own; one of them is enough."""
+"""Lightning comes in two packages with separate class hierarchies; either of them is enough."""
 
 from __future__ import annotations
 

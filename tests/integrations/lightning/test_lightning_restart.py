@@ -1,4 +1,4 @@
-"""`exact_restart` with Lightning: sites that die end with the bits of a run in which nobody did."""
+"""`exact_restart` with Lightning: sites that die end with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str, pl: Any) -> None:
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
-    """SIGKILL: AdamW with a falling rate, dropout, shuffling, batch statistics that stay."""
+    """SIGKILL, with AdamW, a falling learning rate, dropout, shuffling, and batch statistics that stay at the site."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(m.__file__).parent)))
     with WarmProcess("lightning.pytorch") as warm:
@@ -45,10 +45,10 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 
 
 def test_rounds_of_two_epochs_with_validation_workers_and_other_callbacks(tmp_path: Path) -> None:
-    """A second run dies between its rounds and is scored as the first; early stopping counts the same."""
+    """A second run dies between its rounds and is scored like the first; early stopping counts the same."""
 
     class Augmented(torch.utils.data.Dataset):
-        """Draws in its worker."""
+        """A dataset that draws random numbers in its worker."""
 
         def __len__(self) -> int:
             return m.ROWS

@@ -33,7 +33,7 @@ def sites() -> Iterator[Callable[..., SiteProcess]]:
 
 
 def halving(kit: str) -> threading.Thread:
-    """Site 2, without a trainer: sends half of what it gets."""
+    """Run site 2 without a trainer: it sends half of each weight that it receives."""
 
     def take_part() -> None:
         module = m.module(dropout=0.0)
@@ -49,7 +49,7 @@ def halving(kit: str) -> threading.Thread:
 
 
 def run_of(federation: Any, sites: Any, **settings: Any) -> Callable[..., SiteProcess]:
-    """start(**values): a process of site 1, beside the halving site 2."""
+    """start(**values) starts a process of site 1 beside the halving site 2."""
     run = federation(sites=2, rounds=3, sockets=True, states=None, **settings)
     halving(run.places[1].kit)
     folder = run.folder / "process"
@@ -59,7 +59,7 @@ def run_of(federation: Any, sites: Any, **settings: Any) -> Callable[..., SitePr
 
 
 def checkpoints(start: Any) -> dict[int, str]:
-    """Optimizer step -> the file saved there, at site 1."""
+    """Return optimizer step -> the file saved there at site 1."""
     files = (start.run.folder / "sites" / "site-1").rglob("*.ckpt")
     return {int(path.stem.rpartition("=")[2]): str(path) for path in files}
 
@@ -95,7 +95,7 @@ def test_restart_without_a_checkpoint_takes_the_rounds_that_are_left(federation,
 
 
 def test_resumed_a_round_behind_the_federation(federation, sites) -> None:
-    """It had the weights of round 3 when it died, and no file that knows of them."""
+    """The site had the weights of round 3 when it died, but no checkpoint of them."""
     start = run_of(federation, sites)
     start(dies_at=6).died()
     again = start(resume=checkpoints(start)[3])
@@ -106,7 +106,7 @@ def test_resumed_a_round_behind_the_federation(federation, sites) -> None:
 
 
 def test_resumed_at_the_very_end_takes_the_final_weights(federation, sites) -> None:
-    """Nothing is left to train, so Lightning leaves out all hooks of training."""
+    """Nothing is left to train, so Lightning skips all hooks of training."""
     start = run_of(federation, sites)
     start(dies_at=9).died()  # it had the final weights, and had not said so
     done = checkpoint_at_its_end(start.run.places[0].kit, checkpoints(start)[6])
@@ -116,7 +116,7 @@ def test_resumed_at_the_very_end_takes_the_final_weights(federation, sites) -> N
 
 
 def checkpoint_at_its_end(kit: str, path: str) -> str:
-    """A checkpoint of step 6 whose loops say that they have done all of 9."""
+    """Return a checkpoint of step 6 whose loops claim that all 9 steps are done."""
     checkpoint = torch.load(path, weights_only=False)
     loops = checkpoint["loops"]["fit_loop"]
     for counts in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
@@ -133,7 +133,7 @@ def checkpoint_at_its_end(kit: str, path: str) -> str:
 
 
 def saved_by(callback: Any, folder: Path, **options: Any) -> str:
-    """The path of a checkpoint at the end of one epoch."""
+    """Return the path of a checkpoint at the end of one epoch."""
     trainer = m.trainer(callback, default_root_dir=folder, enable_checkpointing=True, **options)
     trainer.fit(m.module(), m.loader())
     return str(trainer.checkpoint_callback.best_model_path)

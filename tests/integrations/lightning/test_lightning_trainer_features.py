@@ -1,4 +1,4 @@
-"""Living in Lightning's trainer: optimizers of all kinds, its log, its folders, its checks, and what is refused."""
+"""Features of Lightning's trainer: optimizers, log, folders and sanity checks; and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fl_runtime.errors import ConfigError, FederationError
 
 
 def fit(run: Any, *, pl: Any = None, module: Any = None, validation: Any = None, **options: Any) -> Any:
-    """A fit at the run's first site, here in the test's own thread; (trainer, module)."""
+    """Fit as the run's first site in the test's own thread; return the trainer and the module."""
     module = m.module(pl) if module is None else module
     trainer = m.trainer(FederatedCallback(kit=run.places[0].kit), pl=pl, **options)
     trainer.fit(module, m.loader(), validation)
@@ -30,7 +30,7 @@ def fit(run: Any, *, pl: Any = None, module: Any = None, validation: Any = None,
 
 
 def halves(run: Any, make: Any, **options: Any) -> list[Any]:
-    """Two sites with modules from make(), different rows at each; their modules after the run."""
+    """Train two sites with modules from make() on different rows; return their modules."""
 
     def site(place: Any) -> Any:
         torch.manual_seed(place.index)
@@ -46,7 +46,7 @@ def halves(run: Any, make: Any, **options: Any) -> list[Any]:
 
 
 def two_optimizers(shared: bool = False) -> Any:
-    """A module that steps by itself, with an optimizer of its own kind for each half of it."""
+    """Return a module that steps by itself, with a different kind of optimizer for each of its halves."""
 
     class TwoHalves(m.package().LightningModule):
         def __init__(self) -> None:
@@ -230,7 +230,7 @@ def test_site_that_comes_back_after_the_last_round_ends_with_the_final_weights(f
 
 
 def interrupting(step: int) -> Any:
-    """A callback that presses Ctrl-C after this step."""
+    """Return a callback that presses Ctrl-C after this step."""
 
     class Interrupt(m.package().Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

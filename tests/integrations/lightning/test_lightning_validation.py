@@ -1,4 +1,4 @@
-"""What is validated, monitored and saved is the global model, and the metric belongs to the file beside it."""
+"""The global model is what is validated, monitored and saved, and a metric belongs to the file beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fl_runtime.errors import ConfigError
 
 
 def loss_of(arrays: Any, loader: Any = None) -> float:
-    """The loss of these weights on the validation data, without Lightning."""
+    """Return the loss of these weights on the validation data, computed without Lightning."""
     net = m.network().eval()
     net.load_state_dict({n.removeprefix("net."): torch.as_tensor(np.asarray(a)) for n, a in arrays.items()})
     losses = [(nn.functional.cross_entropy(net(x), y).item(), len(y)) for x, y in loader or m.validation()]
@@ -23,7 +23,7 @@ def loss_of(arrays: Any, loader: Any = None) -> float:
 
 
 class Watcher:
-    """What other callbacks see of validation and of the intervals of the trainer; made for one package."""
+    """Notes what other callbacks see of validation and of the trainer's intervals; made for one package."""
 
     def __new__(cls, pl: Any) -> Any:
         class Seen(pl.Callback):
@@ -44,7 +44,7 @@ class Watcher:
 
 
 def two_sites(run: Any, pl: Any, callbacks: Any = lambda: (), *, given: Any = None, **options: Any) -> list[Any]:
-    """Two sites that train on different rows and validate on the same; [(trainer, module, watcher)]."""
+    """Train two sites on different rows with the same validation data; return [(trainer, module, watcher)]."""
 
     def site(place: Any) -> Any:
         torch.manual_seed(place.index)

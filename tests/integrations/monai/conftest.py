@@ -1,4 +1,4 @@
-"""The tests of this folder need MONAI and Ignite; each runs its federation within one process where it can."""
+"""Fixtures for MONAI and Ignite; each federation runs within one process where it can."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fl_adapters.testing import LocalFederation
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, an empty working directory, no kit around, and no warnings of MONAI's own."""
+    """Give each test one thread, an empty working directory, no kit, and no warnings of MONAI's own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -37,7 +37,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Callable[..., LocalFederation]]:
-    """federation(sites=1, rounds=2, ...): a running server whose sites take turns in this process."""
+    """federation(sites=1, rounds=2, ...) starts a server whose sites take turns in this process."""
     running: list[LocalFederation] = []
 
     def make(sites: int = 1, **settings: Any) -> LocalFederation:

@@ -1,4 +1,4 @@
-"""Rounds x `every` in Ignite's loop, and what a round says about itself."""
+"""Rounds x `every` in Ignite's loop, and what a round reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fl_runtime.errors import ConfigError
 
 
 def train(run: Any, handlers: Any = (), *, handler: Any = None, net: Any = None, **options: Any) -> Any:
-    """A run at the federation's first site, here in the test's own thread; the trainer."""
+    """Train as the federation's first site in the test's own thread; return the trainer."""
     ours = FederatedHandler(kit=run.places[0].kit, **(handler or {}))
     training = m.trainer(net or m.network(), [*handlers, ours], **options)
     training.run()
@@ -145,7 +145,7 @@ def test_training_loss_of_the_round(federation, decollate) -> None:
 
 
 def test_iteration_update_of_the_users_own(federation) -> None:
-    """It returns what it likes, and fires none of MONAI's events."""
+    """It may return anything, and fires none of MONAI's events."""
     run = federation(rounds=2)
 
     def update(engine: Any, batch: Any) -> float:

@@ -1,4 +1,4 @@
-"""Bundles as they are become participants, in every dialect; and the ways to do it by hand."""
+"""Unmodified bundles become participants, in every dialect; and the same set up by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGET = "fl_adapters.monai.FederatedHandler"
 
 @pytest.fixture
 def site(federation, monkeypatch) -> Any:
-    """site(**settings): a run of one site, which this process is."""
+    """site(**settings) starts a run whose only site is this process."""
 
     def begin(**settings: Any) -> Any:
         run = federation(**settings)
@@ -35,7 +35,7 @@ def site(federation, monkeypatch) -> Any:
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`fl-adapters ...` in a process of its own."""
+    """Run `fl-adapters ...` in its own process."""
     path = os.pathsep.join(p for p in sys.path if p)
     return subprocess.run(
         [sys.executable, "-m", "fl_adapters", *arguments],
@@ -79,7 +79,7 @@ def test_bundles_of_all_dialects(site, tmp_path, file, dialect) -> None:
 
 
 def test_federation_of_one_site_trains_as_the_bundle_alone(site, tmp_path, monkeypatch) -> None:
-    """The trainer is made when it would have been made: with the random state of that moment, and the same schedule."""
+    """The trainer is created at its usual moment, with the same random state and the same schedule."""
     early = ["run", "$monai.utils.set_determinism(seed=7)"]
     folder = monai_bundles.write(tmp_path / "bundle", monai_bundles.config(run=early, initialize=[]))
     weights = []
@@ -97,7 +97,7 @@ def test_federation_of_one_site_trains_as_the_bundle_alone(site, tmp_path, monke
 
 
 def keeping(kept: dict[str, Any], attach: Any) -> Any:
-    """`attach` that also keeps the trainer."""
+    """Wrap `attach` so that it also keeps the trainer."""
 
     def attached(self: Any, engine: Any) -> None:
         kept["trainer"] = engine
@@ -242,7 +242,7 @@ def test_error_of_the_federation_is_not_buried_in_those_of_expressions(site, tmp
 
 @pytest.mark.slow
 def test_simulated_bundle(tmp_path) -> None:
-    """Each site with data and weights of its own; JSON at the end; an outside file of the bundle's is not touched."""
+    """Each site has its own data and weights; JSON at the end; a file outside the bundle is not touched."""
     made = monai_bundles.config(seed="$@federated_site.index")
     data = made["train"]["trainer"]["train_data_loader"]["dataset"]
     data["data"] = monai_bundles.MADE.replace("manual_seed({seed})", "manual_seed(@seed)").format(count="2 + 2 * @seed")

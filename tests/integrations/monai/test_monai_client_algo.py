@@ -1,4 +1,4 @@
-"""Client algorithms that somebody has already, driven by our rounds."""
+"""Existing client algorithms, driven by our rounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fl_runtime.errors import ConfigError
 
 
 class Adding(ClientAlgo):
-    """Adds its step to every weight; sends weights or differences."""
+    """A client algorithm that adds its step to every weight, and sends weights or differences."""
 
     def __init__(self, step: float, *, differences: bool = False, gives: Any = None) -> None:
         self.step, self.differences, self.gives = step, differences, gives
@@ -137,7 +137,7 @@ def test_names_that_differ_between_sites_are_refused(federation) -> None:
 
 
 def bundle(folder: Path, **more: Any) -> str:
-    """A bundle with an evaluation configuration beside its training."""
+    """Write a bundle with an evaluation configuration beside its training."""
     made = monai_bundles.config(**more)
     made["train"]["dataset"] = made["train"]["trainer"]["train_data_loader"]["dataset"]
     made["validate"]["dataset"] = made["validate"]["evaluator"]["val_data_loader"]["dataset"]

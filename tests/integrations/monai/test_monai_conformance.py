@@ -1,4 +1,4 @@
-"""The suite that every adapter must pass, with the handler at the start and at the end of the trainer's list."""
+"""The conformance suite, with the handler first and last in the trainer's list."""
 
 from __future__ import annotations
 

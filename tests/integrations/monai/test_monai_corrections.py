@@ -1,4 +1,4 @@
-"""Corrected gradients and personal models under a MONAI trainer, beside a plain loop."""
+"""Corrected gradients and personal models under a MONAI trainer, compared with a plain loop."""
 
 from __future__ import annotations
 

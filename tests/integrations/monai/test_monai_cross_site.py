@@ -1,4 +1,4 @@
-"""Other sites' models on this site's validation data, by the evaluator of the bundle, without a trace in it."""
+"""Cross-site evaluation by the bundle's evaluator, which leaves no trace in it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ TIMEOUT_S = 240
 
 
 def on_two_ranks(kit: str, folder: Path) -> list[tuple[int, str]]:
-    """(exit status, output) of each rank of a site; each leaves a file in `folder` if all is well."""
+    """Train a site on two ranks; return each one's exit status and output. Each leaves a file in `folder`."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def on_two_ranks(kit: str, folder: Path) -> list[tuple[int, str]]:
 
 
 def partner(run: Any, **more: Any) -> threading.Thread:
-    """Site 2 on one rank, in a thread of the test."""
+    """Run site 2 on one rank, in a thread of the test."""
 
     def take_part() -> None:
         with suppress(Exception):

@@ -1,4 +1,4 @@
-"""`exact_restart` with MONAI: sites that die end with the bits of a run in which nobody did."""
+"""`exact_restart` with MONAI: sites that die end with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_with_what_a_strategy_keeps_at_the_site(strategy: str) -> None:
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
-    """SIGKILL: AdamW with a falling rate, dropout, shuffling, batch statistics that stay."""
+    """SIGKILL, with AdamW, a falling learning rate, dropout, shuffling, and batch statistics that stay at the site."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(m.__file__).parent)))
     with WarmProcess("monai.engines", "monai.handlers", "ignite.metrics") as warm:
@@ -107,7 +107,7 @@ def refused(*handlers: Any, net: Any = None, every: Any = None, **options: Any) 
 
 
 class Steps:
-    """A schedule in a handler of the user's own."""
+    """A learning-rate schedule in a user's own handler."""
 
     def __init__(self, schedule: Any) -> None:
         self.schedule = schedule

@@ -24,7 +24,7 @@ TOTAL = 9
 
 
 def halving(kit: str) -> None:
-    """Site 2, without a trainer: sends half of what it gets."""
+    """Run site 2 without a trainer: it sends half of each weight that it receives."""
     net = m.network(dropout=0.0)  # here: the random state belongs to all threads
 
     def take_part() -> None:
@@ -38,14 +38,21 @@ def halving(kit: str) -> None:
 
 
 class Site:
-    """Site 1: a trainer that saves after every iteration, can be interrupted, and can go on from a file."""
+    """Site 1: its trainer saves after every iteration, can be interrupted, and can continue from a file."""
 
     def __init__(self, run: Any, saved_by: Site | None = None) -> None:
         self.kit = run.places[0].kit
         self.folder = saved_by.folder if saved_by else run.folder / "sites" / "site-1" / "kept"
 
     def train(self, *, until: int = 0, resume: int = 0, keys: Any = None, by_hand: bool = False) -> Any:
-        """until: Ctrl-C after this iteration. resume: from the file of this one. keys: of what the file has."""
+        """Train, and return the trainer.
+
+        Args:
+            until: Iteration after which Ctrl-C is pressed.
+            resume: Iteration whose file the training continues from.
+            keys: The parts that are saved and loaded; None for all.
+            by_hand: Whether to load the file by calling the loader, with max_epochs changed before.
+        """
         torch.manual_seed(0)
         net, self.seen = m.network(dropout=0.0), m.Losses()
         optimizer, ours = m.optimizer_for(net), FederatedHandler(kit=self.kit)
@@ -77,7 +84,7 @@ def interrupt() -> None:
 
 @pytest.fixture
 def start(federation) -> Callable[..., Any]:
-    """start(**settings): (the run, its site 1), beside the halving site 2."""
+    """start(**settings) returns the run and its site 1, beside the halving site 2."""
 
     def begin(saved_by: Site | None = None, **settings: Any) -> Any:
         run = federation(sites=2, rounds=3, states=None, **settings)

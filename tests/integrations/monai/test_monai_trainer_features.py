@@ -1,4 +1,4 @@
-"""Living in a MONAI trainer: optimizers, precision, its log, its folders, copies, and what is refused."""
+"""Features of MONAI's trainers: optimizers, precision, log, folders and copies; and what is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUND = "federation_round"
 
 
 def train(run: Any, handlers: Any = (), *, net: Any = None, **options: Any) -> Any:
-    """A run at the federation's first site, here in the test's own thread; the trainer."""
+    """Train as the federation's first site in the test's own thread; return the trainer."""
     ours = FederatedHandler(kit=run.places[0].kit)
     training = m.trainer(net or m.network(), [*handlers, ours], **options)
     training.run()
@@ -34,7 +34,7 @@ def train(run: Any, handlers: Any = (), *, net: Any = None, **options: Any) -> A
 
 
 def halves(run: Any, make: Any, **options: Any) -> list[Any]:
-    """Two sites with networks from make(), different rows at each; their networks after the run."""
+    """Train two sites with networks from make() on different rows; return their networks."""
 
     def site(place: Any) -> Any:
         torch.manual_seed(place.index)
@@ -57,7 +57,7 @@ def test_attached_by_hand_to_a_trainer_that_is_there(federation) -> None:
 
 
 def test_one_trainer_takes_part_in_one_run_after_another(federation) -> None:
-    """MONAI begins anew where a trainer has run all its epochs, and so do we."""
+    """MONAI starts again when a trainer has run all its epochs, and so does the handler."""
     runs = [federation(rounds=2, name=f"run-{i}") for i in range(2)]
     ours = FederatedHandler(kit=runs[0].places[0].kit)
     training = m.trainer(m.network(), [ours])
@@ -69,7 +69,7 @@ def test_one_trainer_takes_part_in_one_run_after_another(federation) -> None:
 
 
 def test_volumes_of_a_segmentation_trainer(federation) -> None:
-    """Decollated batches, MetaTensors, a U-Net with Dice loss, automatic mixed precision asked for."""
+    """Decollated batches, MetaTensors, a U-Net with Dice loss, and automatic mixed precision."""
     run = federation(sites=2, rounds=2)
 
     def site(place: Any) -> Any:
@@ -264,7 +264,7 @@ def test_copy_made_in_the_middle_of_a_run_leaves_the_network_alone(federation) -
 
 @pytest.mark.parametrize("others", [[], [StatsHandler(iteration_log=False)]])
 def test_error_of_the_users_own_is_raised_and_the_site_leaves(federation, others) -> None:
-    """Ignite swallows an error where somebody listens for errors and does not raise it again."""
+    """Ignite swallows an error if a handler listens for errors and does not raise it again."""
     run = federation(sites=2, rounds=3, min_sites=1)
 
     def site(place: Any) -> None:

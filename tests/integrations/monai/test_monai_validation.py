@@ -1,4 +1,4 @@
-"""What is validated, monitored and saved is the global model, and the metric belongs to the file beside it."""
+"""The global model is what is validated, monitored and saved, and a metric belongs to the file beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fl_runtime.errors import ConfigError
 
 
 class Watcher:
-    """What an evaluator was run on."""
+    """Notes the scores and weights of each run of an evaluator."""
 
     def __init__(self) -> None:
         self.validated: list[tuple[int, float]] = []
@@ -36,9 +36,11 @@ class Watcher:
 
 
 def two_sites(run: Any, first: bool = False, more: Any = lambda net: (), *, given: Any = None, **valid: Any) -> Any:
-    """Two sites that train on different rows and validate on the same; [(trainer, watcher)].
+    """Train two sites on different rows with the same validation data; return [(trainer, watcher)].
 
-    first: whether our handler comes before the others. more(net): further handlers of the evaluator.
+    Args:
+        first: Whether our handler comes before the others.
+        more: Called as more(net) for further handlers of the evaluator.
     """
 
     def site(place: Any) -> Any:
@@ -175,7 +177,7 @@ def test_evaluate_global_without_validation_is_refused(federation) -> None:
 
 
 def averaging(kit: str, **given: Any) -> Any:
-    """A trainer whose evaluator scores the exponential moving average of the network; (trainer, EMA handler)."""
+    """Return a trainer whose evaluator scores the exponential moving average of the network, and the EMA handler."""
     net = m.network()
     ema = EMAHandler(net, momentum=0.5)
     validation = ValidationHandler(1, m.evaluator(ema.ema_model))
@@ -232,7 +234,7 @@ def test_plateau_schedule_follows_global_scores(federation, every) -> None:
 
 
 def volumes(background: bool, reduction: str, labels: Any = False) -> Any:
-    """An evaluator with Dice over three classes of 8^3 volumes, run once; its network marks every voxel as class 1."""
+    """Run an evaluator with Dice over three classes of 8^3 volumes; its network marks every voxel as class 1."""
     net = UNet(3, 1, 3, (4, 8), (2,))
     label = torch.zeros(2, 1, 8, 8, 8)
     label[0, :, :4], label[1, :, :2], label[1, :, 6:] = 1, 1, 2

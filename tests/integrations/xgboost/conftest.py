@@ -1,4 +1,4 @@
-"""Tests of the XGBoost adapter: each in a folder of its own, one thread per site."""
+"""Fixtures for XGBoost: a folder for each test, one thread for each site."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ else:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test in a folder of its own, and in no federation but that which it makes."""
+    """Run each test in its own folder, outside any federation but its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)

@@ -1,4 +1,4 @@
-"""What sites must have in common is compared before round 1, and the difference is named."""
+"""What the sites must have in common is compared before round 1, and a difference is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ["age", "dose", "size", "rate", "site"]
 
 
 def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) -> HandshakeError:
-    """The error of both sites, trained with these arguments (data: of the matrix)."""
+    """Train both sites with these arguments, and return their error; `data` are arguments of the matrix."""
 
     def site(place: Any) -> xgboost.Booster:
         given = dict((first, second)[place.index])
@@ -77,7 +77,7 @@ def test_different_modes_are_refused() -> None:
 
 
 def test_different_versions_of_xgboost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their models differ: what one of them writes, the other may read wrongly without a word."""
+    """Their models differ: one version may silently misread what the other writes."""
     versions = {"site-1": (3, 2), "site-2": (3, 4)}
     monkeypatch.setattr(
         fl_adapters.xgboost.call, "installed_version", lambda: versions[threading.current_thread().name]

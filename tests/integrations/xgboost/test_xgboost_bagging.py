@@ -1,4 +1,4 @@
-"""Bagging and cyclic: global models against margins that are added by hand, for everything a model may be."""
+"""Bagging and cyclic modes: global models against margins added by hand, for every kind of model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fl_runtime.errors import ConfigError
 
 
 def federated(mode: str, kind: str, rounds: int, **options: Any) -> tuple[list[bytearray], dict[str, xgboost.Booster]]:
-    """(the global models from the first on, the boosters that the sites got)."""
+    """Train the sites; return the global models from the first on, and the sites' boosters."""
     params, columns, obj = d.parts(kind)
     keepers = {name: d.Keeper() for name in d.SITES}
     with LocalFederation(sites=d.SITES) as federation:
@@ -36,7 +36,7 @@ def federated(mode: str, kind: str, rounds: int, **options: Any) -> tuple[list[b
 
 
 def continued(kind: str, model: bytearray, index: int, iterations: range) -> Any:
-    """The margins on all rows of what one site makes of a model by itself."""
+    """Return the margins on all rows after one site has continued a model by itself."""
     params, columns, obj = d.parts(kind)
     data = d.matrix(index, **columns)
     booster = xgboost.Booster(params, [data], model_file=model)
@@ -109,7 +109,7 @@ def test_a_base_score_of_ones_own_stays() -> None:
 
 
 def test_filters_of_what_travels_beside_trees() -> None:
-    """Equal weights, and of the scores rounded numbers alone; the histograms behind a common AUC stay."""
+    """Sites have equal weights and send rounded scores only; the histograms behind a common AUC are withheld."""
     params = d.BASE | {"objective": "binary:logistic", "base_score": 0.5, "eval_metric": ["error", "auc", "logloss"]}
     logs: dict[str, dict[str, Any]] = {"site-1": {}, "site-2": {}}
     filters = (
@@ -149,7 +149,7 @@ def test_filters_of_weights_are_refused(name: str) -> None:
 
 
 def test_a_random_forest() -> None:
-    """One round of parallel trees: the mean of the sites' forests, by share."""
+    """One round of parallel trees gives the mean of the sites' forests, by share."""
     params = d.BASE | {"objective": "reg:squarederror", "num_parallel_tree": 20, "eta": 1.0, "base_score": 0.0}
     params |= {"subsample": 0.8, "colsample_bynode": 0.8, "seed_per_iteration": True}
     with LocalFederation(sites=d.SITES) as federation:
@@ -173,7 +173,7 @@ def test_results_can_be_sliced_and_gone_on_from() -> None:
 
 
 def as_before_3_3(model: bytearray) -> bytearray:
-    """The document of a dart model as XGBoost 2 to 3.2 wrote it."""
+    """Return the document of a dart model as XGBoost 2 to 3.2 wrote it."""
     document = json.loads(xgboost.Booster(model_file=model).save_raw("json"))
     booster = document["learner"]["gradient_booster"]
     inner = booster.get("gbtree", booster)["model"]

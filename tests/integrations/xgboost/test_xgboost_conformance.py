@@ -1,11 +1,16 @@
-"""The shared suite for whole trainings, as far as it is about more than tensors. A step is a round of boosting.
+"""The conformance suite for whole trainings, as far as it applies to trees. A step is a round of boosting.
 
-What is left out cannot apply. `equals_a_plain_loop_*` and `local_tensors_stay` compare means and parts of tensors;
-trees have neither (test_bagging.py has their plain loop). `a_site_that_fails_is_done_without` reads the server's model
-as tensors (test_deaths.py has the same); `a_site_that_is_not_drawn_waits`: trees need all sites in every round. All of
-`adapter_cases` is about tensors of the same names and shapes in every round, copied in place: a model of trees travels
-as one growing document. In cyclic mode a site trains in some rounds only, and histogram mode needs its sites at once,
-while the suite counts on all rounds and runs one site at a time.
+These cases cannot apply:
+
+- `equals_a_plain_loop_*` and `local_tensors_stay` compare means and parts of tensors. Trees have neither;
+  test_xgboost_bagging.py has their plain loop.
+- `a_site_that_fails_is_done_without` reads the server's model as tensors; test_xgboost_killed_sites.py tests the same.
+- `a_site_that_is_not_drawn_waits`: trees need all sites in every round.
+- All of `adapter_cases` expect tensors of the same names and shapes in every round, copied in place. A model of
+  trees travels as one growing document.
+
+In cyclic mode a site trains in some rounds only, and histogram mode needs its sites at once; the suite expects all
+rounds, and runs one site at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ def document(booster: xgboost.Booster) -> dict[str, Any]:
 
 
 class Trees:
-    """The suite's training job."""
+    """The training job of the suite."""
 
     steps_per_epoch, personal, states = 1, "", ()
 

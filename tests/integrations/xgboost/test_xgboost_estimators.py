@@ -1,4 +1,4 @@
-"""The scikit-learn estimators: `fit` in a federation gives what `train` gives, and the rest is XGBoost's own."""
+"""The scikit-learn estimators: in a federation `fit` equals `train`, and the rest is XGBoost's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation of the global model on all sites' data together, early stopping for all, and what the history says."""
+"""Evaluation of the global model on all sites' data together, early stopping for all, and the history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPPOSITE = np.where(np.arange(len(d.X)) % 3 == 0, 1 - d.BINARY, d.BINARY)  # a t
 
 
 def run(params: dict[str, Any], rounds: int, label: Any = d.BINARY, **options: Any) -> tuple[Any, ...]:
-    """(boosters, logs, result) of a federation that evaluates on shifted data of its own."""
+    """Train a federation whose sites evaluate on shifted data of their own; return boosters, logs and result."""
     logs: dict[str, Any] = {name: {} for name in d.SITES}
     columns = options.pop("columns", {})
     with LocalFederation(sites=d.SITES) as federation:

@@ -1,4 +1,4 @@
-"""Histogram mode: through the tunnel the trees of plain rabit, and those of training on all rows in one place."""
+"""Histogram mode: the same trees as XGBoost's own collective, and as training on all rows in one place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = [kind for kind in d.KINDS if kind != "exact"]
 
 
 def federated(kind: str, rounds: int = ROUNDS, **options: Any) -> tuple[bytearray, dict[str, xgboost.Booster]]:
-    """(the initial model, the sites' boosters)."""
+    """Train the sites; return the initial model and their boosters."""
     params, columns, obj = d.parts(kind)
     keeper = d.Keeper()
     callbacks = {"site-1": [keeper]}
@@ -64,7 +64,7 @@ def federated(kind: str, rounds: int = ROUNDS, **options: Any) -> tuple[bytearra
 
 
 def reference(kind: str) -> Any:
-    """The rows of which all make the same bins."""
+    """Return the rows from which all sites make the same bins."""
     params, columns, _ = d.parts(kind)
     matrices = [d.matrix(index, **columns) for index in range(len(d.SIZES))]
     told = [summary(rows_of(m), m.feature_types, params["max_bin"], MIN_ROWS, 0.0) for m in matrices]
@@ -73,7 +73,7 @@ def reference(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
-    """Kind -> (initial model, boosters of the sites, model of plain rabit)."""
+    """Kind of model -> (initial model, the sites' boosters, model of plain rabit)."""
     folder = tmp_path_factory.mktemp("rabit")
     found = {}
     for number, kind in enumerate(KINDS):
@@ -115,7 +115,7 @@ def test_trees_are_those_of_all_rows_in_one_place(trained: Any, kind: str) -> No
 
 
 def test_workers_that_share_a_network_meet_in_it(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no network of their own is allowed, sites on one machine cannot listen on each other's ports."""
+    """Without network namespaces, sites on one machine cannot listen on each other's ports."""
     monkeypatch.setattr(engine, "ISOLATED", False)
     _, boosters = federated("binary")
     assert boosters["site-1"].save_raw("ubj") == trained["binary"][1]["site-1"].save_raw("ubj")

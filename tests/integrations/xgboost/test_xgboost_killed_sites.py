@@ -1,4 +1,4 @@
-"""A site is killed in the middle of a round: the run ends clearly, goes on without it, or with it once it is back."""
+"""A site is killed within a round: the run ends clearly, or continues without it, or with it once it is back."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Bench:
         return process
 
     def others(self, collective_timeout_s: int = 15) -> dict[str, Any]:
-        """What becomes of the two sites in this process."""
+        """Run the two sites of this process; return their results."""
 
         def site(place: Any) -> xgboost.Booster:
             return train(
@@ -90,7 +90,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
 
 
 def dies(bench: Bench, dies_at: int, *, told: bool) -> threading.Thread:
-    """Starts the site that will die. told: the server hears at once, as in a simulation."""
+    """Start the site that will die; `told` makes the server hear of it at once, as in a simulation."""
     process = bench.start(dies_at)
 
     def wait() -> None:
@@ -127,7 +127,7 @@ def test_with_a_quorum_the_others_finish(bench: Any, mode: str) -> None:
 
 @LINUX
 def test_a_frozen_site_is_done_without_after_the_deadline(bench: Any) -> None:
-    """Its connections stay as they are, and the others' workers wait for it no longer than they are told."""
+    """Its connections stay open, and the others' workers wait for it no longer than their timeout."""
     run = bench("histogram", min_sites=2, deadline_s=8.0)
     run.start(-LAST_CALL["histogram"])
     boosters = [outcome.value for outcome in run.others(collective_timeout_s=4).values()]

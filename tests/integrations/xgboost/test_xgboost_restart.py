@@ -1,4 +1,4 @@
-"""`exact_restart` with XGBoost: sites that die end with the bits of a run in which nobody did."""
+"""`exact_restart` with XGBoost: sites that die end with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARAMS = d.BASE | {"objective": "binary:logistic", "subsample": 0.6, "colsample_
 
 
 class Trees:
-    """A learning rate that falls, rows and columns that are drawn, and an objective that draws too."""
+    """A training job with a falling learning rate, sampled rows and columns, and an objective that draws too."""
 
     steps_per_epoch, personal, states = 1, "", ()
 
@@ -57,8 +57,7 @@ def test_bagging(case: RestartCase) -> None:
 
 @pytest.mark.parametrize("strategy", ["tree-bagging", "tree-cyclic"])
 def test_the_scores_of_all_rounds_are_those_of_an_undisturbed_run(strategy: str, tmp_path: Path) -> None:
-    """Sites wait for each other's scores: one that comes back gives the score that is missing, and stops where the
-    others do."""
+    """Sites wait for each other: one that comes back sends the missing score, and stops where the others do."""
 
     def run(deaths: list[Death], folder: str) -> tuple[Any, Any]:
         left = len(deaths)
@@ -113,7 +112,7 @@ train(params, d.matrix(site().index), 100, mode={mode!r}, every=3, callbacks=[fa
 
 @pytest.mark.parametrize("mode", ["bagging", "cyclic"])
 def test_killed_at_random_instants(mode: str, tmp_path: Path) -> None:
-    """SIGKILL, with rows that are drawn, and a rate that is set after each round."""
+    """SIGKILL, with sampled rows and a learning rate that is set after each round."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(folder=str(Path(d.__file__).parent), mode=mode))
     with WarmProcess("pandas", "xgboost") as warm:

@@ -1,4 +1,4 @@
-"""FedAvg against float64 NumPy, and the promise that the bits depend on the set of updates alone."""
+"""FedAvg against float64 NumPy; its bits depend on the set of updates alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def averaged(updates: Sequence[Update]) -> tuple[Arrays, Arrays]:
 
 
 def mean_of(values: Sequence[Array], examples: Sequence[int]) -> Array:
-    """The weighted mean in float64 (complex128)."""
+    """Compute the weighted mean in float64 (complex128)."""
     wide = np.complex128 if values[0].dtype.kind == "c" else np.float64
     total = sum(v.astype(wide) * n for v, n in zip(values, examples, strict=True))
     return np.asarray(total / sum(examples))
@@ -160,7 +160,7 @@ def test_inputs_are_left_as_they_are() -> None:
 
 
 def test_every_order_of_arrival_gives_the_same_bits(tmp_path: Path) -> None:
-    """Three sites whose floats do not add up associatively, in all six orders, through the server itself."""
+    """Three sites whose floats are not associative to add, in all six orders, through the server itself."""
     weights = {
         "w": np.zeros(1000, np.float32),
         "b": np.zeros(70, ml_dtypes.bfloat16),

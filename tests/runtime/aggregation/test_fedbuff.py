@@ -1,4 +1,4 @@
-"""FedBuff: sites that never wait, through the real server, against a few lines of NumPy."""
+"""FedBuff, whose sites never wait, through the real server and against a few lines of NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fl_runtime.server.records.history import History
 from fl_runtime.types import Array, Arrays, Task
 
 ORDER = (0, 0, 1, 0, 2, 1, 0, 2, 1, 1, 2, 2)
-"""Who sends, one after the other: three sites, four updates each, the last of them late."""
+"""The order of the updates: three sites, four updates each, the last of them late."""
 
 
 def start() -> dict[str, Array]:
@@ -101,7 +101,7 @@ def test_every_model_is_that_of_plain_numpy(tmp_path: Path, spec: str, arguments
 
 
 def test_a_slow_site_holds_nobody_up(tmp_path: Path) -> None:
-    """It sends its second update when the others have sent their last: in rounds, all would wait for ever."""
+    """It sends its second update after the others' last: synchronous rounds would wait for ever."""
     rounds = 5
     with serving(tmp_path, 3, sockets=False, rounds=rounds, strategy="fedbuff:k=2") as bench:
 

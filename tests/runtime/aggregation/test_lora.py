@@ -1,4 +1,4 @@
-"""What each strategy for LoRA promises of the weights it makes, against plain matrices in NumPy."""
+"""What each strategy for LoRA promises of the weights that it makes, against plain matrices in NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Median, trimmed mean, Krum and norm bounding: against NumPy, and against two of eight sites that lie."""
+"""Median, trimmed mean, Krum and norm bounding: against NumPy, and with two of eight sites lying."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def test_four_rounds_are_those_of_plain_numpy(tmp_path: Path, spec: str, plain: 
 
 @pytest.mark.parametrize("spec", ["krum:f=2,m=3", "norm-bounding:bound=0.7"])
 def test_norms_and_distances_are_over_all_tensors(tmp_path: Path, spec: str) -> None:
-    """A model in two pieces is treated as the same model in one, though a piece alone would be judged otherwise."""
+    """A model in two tensors is treated like the same model in one, though each alone would be judged differently."""
     whole = {"w": np.arange(40_000.0) / 10_000}
     split = {"a": whole["w"][:35_000], "b": whole["w"][35_000:].reshape(50, 100)}
 
     def noisy(index: int, number: int, x: Array) -> Array:
-        """The same noise, whichever way the model is cut."""
+        """Add noise that does not depend on how the model is cut into tensors."""
         noise = np.random.default_rng([index, number]).normal(size=40_000) * (1 + index)
         part = {40_000: noise, 35_000: noise[:35_000], 5_000: noise[35_000:]}[x.size]
         return np.asarray(x + part.reshape(x.shape))
@@ -136,7 +136,7 @@ def logistic_regression(w: Array, x: Array, y: Array, steps: int = 10, lr: float
 
 
 def accuracy(folder: Path, strategy: str, liars: int) -> float:
-    """In percent, after some rounds."""
+    """Return the accuracy in percent after some rounds."""
     sites, (test_x, test_y) = digits()
 
     def trained(index: int, number: int, w: Array) -> Array:
@@ -214,7 +214,7 @@ def test_any_order_of_arrival_gives_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["median", "krum:f=3,m=4", "norm-bounding"])
 def test_memory_does_not_grow_with_the_model(spec: str) -> None:
-    """Updates and the result lie in mapped files; here they are arrays that exist before the counting begins."""
+    """Updates and the result lie in mapped files; here they are arrays that exist before counting begins."""
     size, sites = 2**21, 10
     base = {"w": np.zeros(size, np.float32)}
     updates = [Update("job", 1, "", f"site-{i}", 1, 0, {"w": np.full(size, i, np.float32)}, 1) for i in range(sites)]

@@ -1,4 +1,4 @@
-"""SCAFFOLD's c: it is a part of the committed model, so a server that is killed goes on with it."""
+"""SCAFFOLD's control variate c is a part of the committed model, so a killed server continues with it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def sites_of(server: ServerProcess) -> list[Site]:
 
 
 def answer(site: Site, task: Task) -> str:
-    """Weights and a share of c that differ for each site and round."""
+    """Return weights and a share of c that differ for each site and round."""
     draw = np.random.default_rng([int(site.name[-1]), task.round])
     weights = {name: array + draw.normal(size=SIZE).astype(np.float32) for name, array in task.arrays.items()}
     return site.submit(task, weights, extras=control_extras({"w": draw.normal(size=SIZE).astype(np.float32)}))
 
 
 def run(folder: Path, between: Callable[[ServerProcess], None]) -> list[bytes]:
-    """What each round begins with, c included; `between` comes after one site's update of each round."""
+    """Return what each round begins with, c included; `between` is called after one site's update of each round."""
     seen = []
     with server_process(folder, 2, rounds=ROUNDS, strategy="scaffold") as server:
         first, second = sites_of(server)

@@ -61,7 +61,7 @@ def fednova(x: Array, parts: list[Array], number: int, memory: dict[str, Any]) -
 
 
 def fednova_momentum(x: Array, parts: list[Array], number: int, memory: dict[str, Any]) -> Array:
-    """a_i as the sum over the site's steps of how often each gradient is added to the weights."""
+    """Compute a_i as a sum over the site's steps: how often each gradient is added to the weights."""
     p = N / N.sum()
     a = np.array([sum(sum(0.9**k for k in range(t - s)) for s in range(t)) for t in STEPS[:3]])
     return np.asarray(x + (p @ a) * sum(p[i] * (parts[i] - x) / a[i] for i in range(3)))
@@ -87,7 +87,7 @@ def test_four_rounds_are_those_of_plain_numpy(tmp_path: Path, spec: str, plain: 
 
 @pytest.mark.parametrize("spec", ["fedadam:lr=0.1", "fedavgm", "fednova"])
 def test_what_is_no_parameter_is_averaged_as_ever(tmp_path: Path, spec: str) -> None:
-    """Counters stay whole, and a running variance never steps below zero."""
+    """Counters stay integers, and a running variance never goes below zero."""
     initial: Model = {
         "bn.running_var": np.full(4, 1e-3, np.float32),
         "bn/moving_variance": np.full(4, 1e-3, np.float32),
@@ -110,7 +110,7 @@ def test_what_is_no_parameter_is_averaged_as_ever(tmp_path: Path, spec: str) -> 
 
 @pytest.mark.parametrize("spec", ["fedadam:lr=0.1", "fednova"])
 def test_moments_of_narrow_weights_are_wide(tmp_path: Path, spec: str) -> None:
-    """bfloat16 has 8 bits: the steps are those of float32, and only each round's model is rounded to it."""
+    """bfloat16 has 8 bits: steps are taken in float32, and only each round's model is rounded."""
     initial = {"w": np.linspace(-2, 2, 33).astype(ml_dtypes.bfloat16)}
     wide = {"w": initial["w"].astype(np.float32)}
     found = rounds_of(tmp_path / "narrow", spec, initial, rounds=2)

@@ -1,4 +1,4 @@
-"""Strategies as a user writes them: "name:argument=value", or objects with checked arguments."""
+"""Strategies as users write them: "name:argument=value", or objects with checked arguments."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The server's side of content that is not weights: who proposes the strategy, round 0, rounds opened again, stopping.
+"""The server's side of tree models: who proposes the strategy, round 0, reopened rounds, stopping.
 
-Uses documents of trees made by hand: XGBoost is not needed.
+The documents of trees are made by hand, so XGBoost is not needed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def head(base: str = "5E-1", trees: int = 0) -> dict[str, Any]:
 
 
 def stump(low: float, high: float, **changes: Any) -> dict[str, Any]:
-    """x0 < 0.5: low, else high."""
+    """Return a tree with one split: `low` for x0 < 0.5, else `high`."""
     values = np.array([0.5, low, high], np.float32)
     none, longs = np.empty(0, np.int32), np.empty(0, np.int64)
     tree = {
@@ -101,7 +101,7 @@ def submit(site: Site, task: Any, arrays: Arrays, examples: int = 1, **extras: A
 
 
 def begun(bench: Bench, mode: str = "tree-bagging", weights: tuple[float, ...] = (1.0, 1.0), **fields: Any) -> Any:
-    """Sites past round 0, whose base scores are 0.2 and 0.6, and their first tasks."""
+    """Return sites past round 0, whose base scores are 0.2 and 0.6, and their first tasks."""
     sites = [bench.site(name) for name in bench.names]
     at_once(sites, lambda site: register(site, mode, **fields))
     for number, site in enumerate(sites):
@@ -133,7 +133,7 @@ def test_sites_propose_the_strategy_and_the_first_model_is_made_of_all(tmp_path:
 @pytest.mark.parametrize("place", ["beside the model", "in the model"])  # XGBoost until 3.3, and since then
 @pytest.mark.parametrize("told", ["all weights", "those of its trees"])
 def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: Path, place: str, told: str) -> None:
-    """Two sites append a stump each; in round 2 one of them, or both, say what weights the trees before have now."""
+    """Two sites append a stump each. In round 2 one or both send new weights for the trees before."""
 
     def weighted(arrays: Arrays, weights: list[float]) -> Arrays:
         model = TreeModel.from_arrays(arrays)
@@ -217,7 +217,7 @@ def test_weights_are_refused_where_trees_are_wanted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed_at", ["round 0", "round 1"])
 def test_a_run_of_trees_survives_its_server(tmp_path: Path, killed_at: str) -> None:
-    """What was accepted before a restart is in the result, at round 0 and later."""
+    """An update accepted before a restart is in the result, in round 0 and later."""
     undisturbed = tmp_path / "a"
     with serving(undisturbed, 2, rounds=1) as bench:
         sites, tasks = begun(bench)

@@ -1,4 +1,4 @@
-"""Who gets the model in which round: cyclic weight transfer, and workflows made of the verbs."""
+"""Workflows, which choose the sites of each round: cyclic weight transfer, and those made of the verbs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_turn_of_a_site_that_is_gone_passes_to_another(tmp_path: Path) -> No
 
 @dataclass(frozen=True)
 class Own(FedAvg):
-    """One site, then two, then whoever is first of all, then all."""
+    """A workflow of one site, then two, then the first one present, then all."""
 
     name: ClassVar[str] = "own"
 
@@ -135,5 +135,5 @@ def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> N
 
 
 def test_pulled_depends_on_the_site() -> None:
-    """Else the tests above would show nothing."""
+    """Otherwise the tests above would show nothing."""
     assert not np.allclose(pulled(0, 1, np.zeros(3)), pulled(1, 1, np.zeros(3)))

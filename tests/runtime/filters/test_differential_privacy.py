@@ -1,4 +1,4 @@
-"""Differential privacy: the noise that leaves, the ledger that is kept, and the epsilon that is claimed."""
+"""Differential privacy: the noise on updates, the ledger, and the epsilon that is claimed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model() -> dict[str, Array]:
 
 
 def moved(base: Arrays, length: float) -> dict[str, Array]:
-    """`base` plus a difference whose L2 norm is `length`, the counter further on."""
+    """Return `base` plus a difference of L2 norm `length`, with the counter increased."""
     rng = np.random.default_rng(1)
     real = {n: rng.normal(size=a.shape) for n, a in base.items() if n != "steps"}
     norm = math.sqrt(sum(float((d**2).sum()) for d in real.values()))
@@ -198,7 +198,7 @@ def test_everything_that_was_spent_only_ever_adds() -> None:
 
 
 def test_the_closed_form_of_one_gaussian_release_agrees() -> None:
-    """Balle and Wang 2018, theorem 8: delta(epsilon) of the Gaussian mechanism, without any grid."""
+    """Balle and Wang 2018, theorem 8: delta(epsilon) of the Gaussian mechanism, without a grid."""
 
     def normal(x: float) -> float:
         return 0.5 * math.erfc(-x / math.sqrt(2))

@@ -1,4 +1,4 @@
-"""Each filter by itself, against NumPy, and what settings it takes."""
+"""Each filter by itself against NumPy, and the settings that it accepts."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_topk_takes_no_indices_that_lie(index: list[int]) -> None:
 
 @pytest.mark.parametrize("chain", [[{"name": "Quantize", "to": "int4"}], [{"name": "TopK"}, {"name": "Quantize"}]])
 def test_what_an_encoding_loses_comes_later(chain: list[Settings]) -> None:
-    """With error feedback the sum of all that was decoded is the sum of all differences, up to what is still kept."""
+    """With error feedback, all decoded updates add up to all differences, minus what is still held back."""
     from fl_runtime.filters.server import decoded
 
     base = {"w": np.zeros(4000, np.float32)}

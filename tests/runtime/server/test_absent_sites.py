@@ -1,4 +1,4 @@
-"""Sites that are late, gone, or come back: no round hangs, and no update is lost or counted twice."""
+"""Sites that are late, absent, or come back: no round hangs, and no update is lost or counted twice."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_an_update_of_a_dead_attempt_counts_and_its_successor_waits_for_the_next
 
 
 def test_a_site_that_comes_back_within_a_round_is_counted_wherever_it_stands_in_the_order(tmp_path: Path) -> None:
-    """site-1 is absent when the round opens, and the others' updates are summed already when it returns."""
+    """site-1 is absent when the round opens, and the others' updates are already summed when it returns."""
     with serving(tmp_path, 4, min_sites=2, rejoin_s=0.6, rounds=2) as bench:
         sites, tasks = bench.started(W)
         sites["site-1"].client.leave("away for a moment", early=True)
@@ -339,7 +339,7 @@ class HeldMean(FedAvg):
 
 
 class Noticing:
-    """A service that tells when the header of a site's update has arrived."""
+    """A service that tells the test when the header of a site's update has arrived."""
 
     def __init__(self, service: Service, site: str) -> None:
         self._service, self._site = service, site

@@ -1,4 +1,4 @@
-"""A federation over real sockets, from the first call of the sites to the final model."""
+"""A federation over real sockets, from the sites' first call to the final model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plus(amount: float) -> Callable[[Task], Arrays]:
 
 
 def run_all(bench: Bench, initial: Callable[[int], Arrays], examples: tuple[int, ...]) -> dict[str, Arrays]:
-    """Every site adds its number; the final weights by site."""
+    """Run sites that each add their number; return the final weights by site."""
 
     def site(name: str) -> Arrays:
         index = bench.names.index(name)
@@ -70,7 +70,7 @@ def test_64_mib_of_several_tensors_survive_the_round_trip(tmp_path: Path) -> Non
 
 
 def test_every_dtype_travels_end_to_end(tmp_path: Path) -> None:
-    """Identical updates: whatever is aggregated must come back bit for bit, scalars and empty tensors included."""
+    """Identical updates must come back bit for bit, scalars and empty tensors included."""
     rng = np.random.default_rng(0)
     initial: dict[str, Array] = {}
     for name, dtype in DTYPES.items():

@@ -1,4 +1,4 @@
-"""What a run leaves for people: events.jsonl, history.csv, TensorBoard scalars."""
+"""The files of a run for people: events.jsonl, history.csv, TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def update(round: int, site: str, loss: float, *, status: str = "used", examples
 
 
 def one_round(number: int, sites: tuple[str, ...] = ("a", "b"), missing: tuple[str, ...] = ()) -> list[Event]:
-    """A round as the server tells it: its model's scores come after the next round has begun."""
+    """Return a round's events in the server's order: a model's scores come after the next round has begun."""
     everyone = [*sites, *missing]
     return [
         event("round_started", number, sites=everyone),

@@ -1,4 +1,4 @@
-"""A fraction of the sites in each round, weights of sites, and the end when nothing gets better."""
+"""Sampled sites, weights of sites, and early stopping of the run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_round_draws_anew_and_the_seed_decides() -> None:
 
 
 def joined(bench: Bench) -> dict[str, Any]:
-    """All sites, registered, as those who score each model."""
+    """Register all sites, each of which scores every model."""
     sites = {name: bench.site(name) for name in bench.names}
     for site in sites.values():
         site.join()
@@ -66,7 +66,7 @@ def joined(bench: Bench) -> dict[str, Any]:
 
 
 def first_task(bench: Bench, sites: dict[str, Any]) -> tuple[list[str], dict[str, Task]]:
-    """Who takes part in round 1, and their tasks."""
+    """Give the initial model; return who takes part in round 1, and their tasks."""
     initial = sites["site-1"].client.next_task()
     sites["site-1"].submit(initial, {"w": np.zeros(2)})
     names = bench.watch.wait("round_started").data["sites"]
@@ -148,7 +148,7 @@ def test_weights_of_sites_with_different_numbers_of_steps(tmp_path: Path) -> Non
 
 
 def losses_until_the_end(folder: Path, losses: list[float], **fields: Any) -> list[int]:
-    """The rounds that were run, where the model of round r scores losses[r]."""
+    """Return the rounds that were run when the model of round r scores losses[r]."""
     with serving(folder, 1, sockets=False, rounds=len(losses) - 1, **fields) as bench:
         sites = joined(bench)
         _, tasks = first_task(bench, sites)

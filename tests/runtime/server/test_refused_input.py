@@ -1,4 +1,4 @@
-"""What cannot work is refused with what is wrong, where, and what to do: at the site, at the server, before round 1."""
+"""Bad input is refused before round 1, at the site and the server, with what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ GOOD: Arrays = {"a.weight": np.zeros((3, 2), np.float32), "b.bias": np.zeros(2, 
 
 
 def registering(bench: Bench, states: list[Arrays], **each: list[Any]) -> list[BaseException | None]:
-    """What every site gets from its handshake."""
+    """Register every site, and return the error that each gets, or None."""
     sites = [bench.site(name) for name in bench.names]
     for site in sites:
         site.join()
@@ -134,7 +134,7 @@ def test_an_initial_model_that_is_no_tensor_file_is_refused(tmp_path: Path) -> N
 
 
 def test_no_site_is_asked_for_weights_that_the_job_gives(tmp_path: Path) -> None:
-    """Not even between the handshake and the moment in which the server reads the file."""
+    """Not even between the handshake and the moment when the server reads the file."""
     run = Run(settings(1, initial=str(tmp_path / "start.safetensors")), tmp_path, Events(()))
     site = Site("site-1", MemoryTransport(FederationService(run), "site-1"))
     attempt = site.join().attempt
@@ -275,7 +275,7 @@ def test_a_site_cannot_speak_for_another(tmp_path: Path) -> None:
 
 
 def call(bench: Bench, method: str, *messages: bytes, name: str = "site-1") -> list[bytes]:
-    """The raw answers to raw messages."""
+    """Send raw messages, and return the raw answers."""
     return list(bench.site(name).transport.call(method, iter(messages)))
 
 
@@ -367,7 +367,7 @@ def test_an_upload_of_too_many_or_too_few_bytes_is_refused(tmp_path: Path) -> No
 
 
 def test_a_site_that_was_refused_cannot_bring_its_tensors_in_by_reference(tmp_path: Path) -> None:
-    """Its layout is known to the server by then; an update may still hold the agreed tensors alone."""
+    """The server knows its layout by then, but an update may hold the agreed tensors only."""
     with serving(tmp_path, 1, sockets=False, rounds=1) as bench:
         sites, tasks = bench.started(GOOD)
         other = {"a.weight": np.zeros(1, np.float32)}

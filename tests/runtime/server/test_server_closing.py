@@ -1,4 +1,4 @@
-"""A call or a server that is closed lets go of what it holds: what goes on after it is another one's."""
+"""A closed call or server lets go of what it holds, and does not touch what comes after it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def loops() -> int:
 
 
 def in_round_two(server: Server) -> tuple[Site, Call]:
-    """A site that has trained round 1, and a call of it that still holds the model of that round's task."""
+    """Return a site that has trained round 1, and a call that still holds the model of that round's task."""
     transport = MemoryTransport(server.service, "site-1")
     site = Site("site-1", transport)
     site.join()
@@ -52,7 +52,7 @@ def test_a_call_that_is_cancelled_lets_go_of_its_model_at_once(tmp_path: Path) -
 
 
 def test_a_closed_server_touches_nothing_of_the_one_after_it(tmp_path: Path) -> None:
-    """Neither its round loop, which would end the run for want of sites, nor a call that has outlived it."""
+    """Neither its round loop, which would end the run without sites, nor a call that has outlived it."""
     others = loops()
     first = Server(settings(1, rejoin_s=2.0), tmp_path, {})
     first.begin()

@@ -1,4 +1,4 @@
-"""The server is killed outright and started again on the same folder: the run goes on and ends with the same bits."""
+"""A server that is killed and started again on the same folder continues the run and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fl_runtime.wire.manifest import Manifest
 
 
 def trained(task: Task, site: str) -> Arrays:
-    """Different for every site and round, and not associative to add up."""
+    """Return an update that differs for every site and round; sums of the updates are not associative."""
     index = int(site[-1])
     rng = np.random.default_rng([index, task.round])
     return {

@@ -1,4 +1,4 @@
-"""Blobs: payloads in mapped files that are recycled, swept, and that meet a full disk when they are made."""
+"""Blobs: payloads in mapped files that are recycled and swept, and that find a full disk when they are created."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_tensors_without_any_bytes_have_a_blob_too(tmp_path: Path) -> None:
 
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """What a full disk looks like to a write: files may not grow beyond `size` bytes."""
+    """Make the disk look full to a write: no file may grow beyond `size` bytes."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -1,4 +1,4 @@
-"""A disk that is full, gone or damaged, and a clock that jumps: a clear error, and what was acknowledged stays."""
+"""A full, missing or damaged disk, and a clock that jumps: a clear error, and acknowledged updates stay."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_store_that_fails_halts_the_run_until_the_server_is_started_again(tmp_
 
 
 def run_with_an_update(folder: Path) -> None:
-    """A run that has stopped in its second round, with the update of one site."""
+    """Stop a run in its second round, with one site's update in it."""
     with serving(folder, 2, rounds=2, sockets=False) as bench:
         sites, tasks = bench.started(W)
         for name, site in sites.items():
@@ -101,7 +101,7 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deadlines are of the monotonic clock: neither a day forward nor a day back ends a round or loses a site."""
+    """Deadlines use the monotonic clock: a jump of a day either way ends no round and loses no site."""
     day, now = 86_400.0, time.time()
     jumps = itertools.count()
     monkeypatch.setattr(time, "time", lambda: now + day * (-1) ** next(jumps))

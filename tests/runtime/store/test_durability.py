@@ -1,4 +1,4 @@
-"""Durability "power": what is promised is on the device before anybody hears of it."""
+"""Durability "power": data is on the device before anybody is told that it is stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ W: Arrays = {"w": np.zeros(300_000)}
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has been waited for: the names of files and folders."""
+    """The names of the files and folders that have been synchronised, in order."""
     names: list[str] = []
     fsync = os.fsync
 

@@ -1,4 +1,4 @@
-"""The journal: what it says after a restart, whose it is, and which versions it reads."""
+"""The journal: what it holds after a restart, whom it belongs to, and which versions it reads."""
 
 from __future__ import annotations
 

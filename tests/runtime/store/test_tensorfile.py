@@ -1,4 +1,4 @@
-"""Our tensor files against the safetensors library, in both directions, and files that are not whole."""
+"""Our tensor files against the safetensors library, in both directions, and incomplete files."""
 
 from __future__ import annotations
 

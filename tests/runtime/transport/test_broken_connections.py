@@ -1,4 +1,4 @@
-"""Connections that break or damage what they carry, by a TCP proxy between a site and the server."""
+"""Connections that break or damage their content, made by a TCP proxy between a site and the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fl_runtime.wire.frames import FRAME_BYTES
 MIB = 2**20
 PAYLOAD = 24 * MIB
 IN_FLIGHT = FRAME_BYTES + 13 * MIB
-"""What may have passed the proxy and not the last whole frame: HTTP/2's window and the sockets' buffers."""
+"""Bytes that may have passed the proxy beyond the last whole frame: HTTP/2's window and the sockets' buffers."""
 
 
 def weights(seed: int) -> Arrays:
@@ -29,7 +29,7 @@ def weights(seed: int) -> Arrays:
 
 
 def many(seed: int) -> Arrays:
-    """As many bytes, in 24 tensors."""
+    """Return 24 tensors with this many bytes in all."""
     rows = np.random.default_rng(seed).normal(size=(24, PAYLOAD // 8 // 24))
     return {"w": rows[0], **{f"w{number}": row for number, row in enumerate(rows[1:])}, "b": np.array(seed)}
 
@@ -41,9 +41,10 @@ def one_round(
     seed: int = 1,
     weights: Callable[[int], Arrays] = weights,
 ) -> tuple[Site, Arrays, tuple[int, int], tuple[int, int]]:
-    """A round of one site through the proxy; plan(direction) is called before its download and its upload.
+    """Run a round of one site through the proxy; plan(direction) is called before its download and its upload.
 
-    Returns the site, its final weights, and the bytes (up, down) of the download and of the upload.
+    Returns:
+        The site, its final weights, and the bytes (up, down) of the download and of the upload.
     """
     site = bench.site("site-1", address=proxy.address)
     site.join()
@@ -116,7 +117,7 @@ def test_a_damaged_byte_is_noticed_and_sent_again(tmp_path: Path, direction: Dir
 def test_after_damage_a_transfer_goes_on_behind_the_last_tensor_that_was_right(
     tmp_path: Path, direction: Direction
 ) -> None:
-    """And so it gets there however often, as long as some of it does."""
+    """So a transfer arrives after any number of damages, as long as each attempt makes progress."""
     damages = 6
     with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
 
@@ -137,7 +138,7 @@ def test_after_damage_a_transfer_goes_on_behind_the_last_tensor_that_was_right(
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("place", [10, 40, 100, 200, 300, 450, 600, 900, 1300])
 def test_a_damaged_byte_of_a_small_run_changes_nothing(tmp_path: Path, direction: Direction, place: int) -> None:
-    """Most of its bytes are of headers, which no tensor's digest covers: who calls, for what, with what weight."""
+    """Most of its bytes are headers, which no tensor's digest covers: who calls, for what, with what weight."""
 
     def site(name: str) -> Arrays:
         address = proxy.address if name == "site-1" else ""
@@ -156,8 +157,10 @@ def test_a_damaged_byte_of_a_small_run_changes_nothing(tmp_path: Path, direction
 
 @pytest.mark.parametrize("method", ["Join", "Register", "Next", "Submit", "Score", "Leave"])
 def test_a_message_that_is_lost_whole_is_taken_for_damage(tmp_path: Path, method: str) -> None:
-    """HTTP/2 ignores a frame of an unknown type, which one wrong bit makes of any; a site then sends its message again,
-    where an error of protocol would have it leave."""
+    """A site sends a lost message again, while a protocol error would make it leave.
+
+    HTTP/2 ignores a frame of unknown type, and one wrong bit can make any frame such.
+    """
     with serving(tmp_path, 1, rounds=1) as bench:
         transport = GrpcTransport(bench.address, "secret of site-1")
         with pytest.raises(TransferDamagedError, match="ended before its"):
@@ -166,7 +169,7 @@ def test_a_message_that_is_lost_whole_is_taken_for_damage(tmp_path: Path, method
 
 
 class _Losing:
-    """A transport that loses the first reply of one of its calls for a task, the `lost`th from `armed` on."""
+    """A transport that loses the first reply of a call for a task: the `lost`-th one after it was armed."""
 
     def __init__(self, inner: GrpcTransport, lost: int) -> None:
         self._inner, self._left, self.armed = inner, lost, False
@@ -185,7 +188,7 @@ class _Losing:
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_header_that_is_lost_before_its_frames_is_sent_again(tmp_path: Path, resumed: bool) -> None:
-    """In the first try at a download, and in one that goes on where another broke off."""
+    """In the first attempt at a download, and in one that resumes a broken one."""
     with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
         transport = _Losing(GrpcTransport(proxy.address, "secret of site-1"), 2 if resumed else 1)
         site = Site("site-1", transport, WAIT_S)
@@ -202,7 +205,7 @@ def test_a_header_that_is_lost_before_its_frames_is_sent_again(tmp_path: Path, r
 
 
 def a_waiting_site_survives(folder: Path, trouble: Callable[[TcpProxy], None], patience_s: float = WAIT_S) -> None:
-    """site-2 waits for the round to close, and has its trouble, before the other's update comes."""
+    """Check that site-2 survives this trouble with its connection while it waits for site-1's update."""
     initial: Arrays = {"w": np.zeros(3)}
     with serving(folder, 2, rounds=1) as bench, TcpProxy(bench.address) as proxy:
         one, two = bench.site("site-1"), bench.site("site-2", address=proxy.address, patience_s=patience_s)
@@ -227,7 +230,7 @@ def test_a_connection_that_stands_and_carries_nothing_is_made_again(tmp_path: Pa
 
 
 def test_a_silent_connection_after_a_broken_one_is_made_again_too(tmp_path: Path) -> None:
-    """The silence alone takes all of the patience that the break has begun."""
+    """The silence alone takes all of the patience that started with the break."""
 
     def trouble(proxy: TcpProxy) -> None:
         before, proxy.deaf_next = proxy.connections, 1
@@ -239,7 +242,7 @@ def test_a_silent_connection_after_a_broken_one_is_made_again_too(tmp_path: Path
 
 @pytest.mark.parametrize("call", ["register", "next_task", "report"])
 def test_a_site_that_waits_for_the_others_is_not_impatient(tmp_path: Path, call: str) -> None:
-    """The server says meanwhile that it is there."""
+    """The server reports meanwhile that it is there."""
     initial: Arrays = {"w": np.zeros(3)}
     with serving(tmp_path, 2, rounds=1) as bench:
         one, two = bench.site("site-1", patience_s=0.4), bench.site("site-2")
@@ -263,7 +266,7 @@ def test_a_site_that_waits_for_the_others_is_not_impatient(tmp_path: Path, call:
 
 
 def test_a_transfer_that_is_damaged_every_time_is_given_up(tmp_path: Path) -> None:
-    """Else a broken disk or network card would have a site load the same model for ever."""
+    """Otherwise a broken disk or network card would make a site load the same model for ever."""
     with serving(tmp_path, 1, rounds=1) as bench, TcpProxy(bench.address) as proxy:
         site = bench.site("site-1", address=proxy.address)
         site.join()

@@ -1,4 +1,4 @@
-"""What a round costs on the wire, counted at the socket: at most 1.02 times the tensors' bytes plus 4 KiB."""
+"""Bytes of a round on the wire, counted at the socket: at most 1.02 times the tensors' bytes plus 4 KiB."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDS = 6
 
 
 def lora() -> Arrays:
-    """Rank 2 adapters of 12 layers on two projections: 48 tensors of 3 KB, with PEFT's long names."""
+    """Return rank-2 adapters on two projections of 12 layers: 48 tensors of 3 KB, with PEFT's long names."""
     return {
         f"base_model.model.bert.encoder.layer.{layer:02d}.attention.self.{part}.lora_{half}.default.weight": np.zeros(
             (2, 384) if half == "A" else (384, 2), np.float32
@@ -29,7 +29,7 @@ def lora() -> Arrays:
 
 
 def ia3() -> Arrays:
-    """One vector for each of three projections of 6 layers."""
+    """Return one vector for each of three projections in 6 layers."""
     return {
         f"base_model.model.bert.encoder.layer.{layer}.attention.self.{part}.ia3_l.default.weight": np.zeros(
             (384, 1), ml_dtypes.bfloat16
@@ -59,7 +59,7 @@ def noise(arrays: Arrays, seed: int) -> Arrays:
 
 
 def counted(bench: Bench, name: str, proxy: TcpProxy, arrays: Arrays, metrics: dict[str, float]) -> list[Array]:
-    """Bytes (up, down) of every round of a site, from one task to the next."""
+    """Return the bytes (up, down) of every round of a site, from one task to the next."""
     site = bench.site(name, address=proxy.address)
     site.join()
     site.register(arrays)

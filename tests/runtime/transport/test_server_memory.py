@@ -1,4 +1,4 @@
-"""What a server over gRPC holds in memory: the same for few sites and for many."""
+"""The memory of a server over gRPC is the same for few sites and for many."""
 
 from __future__ import annotations
 

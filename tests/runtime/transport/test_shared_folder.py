@@ -23,7 +23,7 @@ LARGE: Arrays = {
 
 
 def trained(name: str, task: Task) -> Arrays:
-    """Somewhere else at every site and in every round."""
+    """Return weights that differ for every site and round."""
     draw = np.random.default_rng([int(name[-1]), task.round])
     return {
         key: np.asarray(array + draw.normal(size=array.shape)).astype(array.dtype) for key, array in task.arrays.items()
@@ -31,7 +31,7 @@ def trained(name: str, task: Task) -> Arrays:
 
 
 def averaged(sites: int) -> Arrays:
-    """What a plain loop makes of it, in float64."""
+    """Compute the same rounds in a plain loop in float64."""
     model: dict[str, Array] = dict(LARGE)
     for number in range(1, ROUNDS + 1):
         task = Task(job="", round=number, stage="", kind="train", version=0, arrays=model, extras={}, config={})
@@ -54,7 +54,7 @@ def final(bench: Bench, proxies: dict[str, TcpProxy], same_machine: bool) -> dic
 
 
 def run(folder: Path, *, share: bool, same_machine: bool) -> tuple[Arrays, int, int]:
-    """The final weights, and the bytes that the server reports and those that passed the sockets."""
+    """Return the final weights, the bytes that the server reports, and the bytes that passed the sockets."""
     with serving(folder, 2, rounds=ROUNDS, share=share) as bench, ExitStack() as stack:
         proxies = {name: stack.enter_context(TcpProxy(bench.address)) for name in bench.names}
         models = final(bench, proxies, same_machine)

@@ -1,4 +1,4 @@
-"""The audit log: what is in it, and that no line can be edited, removed or moved unnoticed."""
+"""The audit log: its content, and that no line can be edited, removed or moved unnoticed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINES = 12
 
 @pytest.fixture
 def kit(tmp_path: Path) -> Path:
-    """A site's kit with a log of LINES lines."""
+    """A site's kit whose log has LINES lines."""
     authority = Authority.create(tmp_path / "authority", project())
     for name in ("north", "south"):
         write_kit(tmp_path / name, authority, authority.project.participant(name))

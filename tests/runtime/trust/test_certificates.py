@@ -1,4 +1,4 @@
-"""Certificates over their life: signed without the key leaving its owner, renewed while a run goes on, revoked."""
+"""The life of certificates: signed without the key leaving its owner, renewed during a run, revoked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ W = {"w": np.zeros(4, np.float32)}
 
 
 def ran(*args: str | Path) -> dict[str, object]:
-    """The JSON of a command that succeeds."""
+    """Run a command that succeeds, and return its JSON."""
     done = CliRunner().invoke(app, [*map(str, args), "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -76,7 +76,7 @@ _SHORT_DAYS = 10 / 86_400  # 10 s: enough to join and start on a busy machine
 
 
 def test_a_certificate_is_renewed_while_the_run_goes_on(study: Study) -> None:
-    """North's and the server's certificates run out in the middle of a round; new ones are installed before."""
+    """North's and the server's certificates expire within a round; new ones are installed before."""
     for name in ("north", "server"):
         short = study.authority.renew(name, days=_SHORT_DAYS)
         install(study.kits / name, short, "mail")
@@ -125,7 +125,7 @@ def test_revoking_ends_open_connections_at_once_and_the_others_go_on(study: Stud
     north.submit(tasks["north"], W)
 
     def waiting() -> BaseException | None:
-        """North waits for the round to close when it is revoked."""
+        """Wait for the round to close, and return the error that ends the wait."""
         try:
             north.client.next_task()
         except FederationError as error:
@@ -159,7 +159,7 @@ def test_revoking_ends_open_connections_at_once_and_the_others_go_on(study: Stud
 
 
 def _at(study: Study, name: str) -> Path:
-    """The kit of `name`, rewritten for the port that the test's server has."""
+    """Return the kit of `name`, rewritten for the port of the test's server."""
     from study import readdressed
 
     return readdressed(study, name)

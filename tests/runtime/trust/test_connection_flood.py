@@ -1,4 +1,4 @@
-"""Hundreds of connections against a server in a process of its own: memory stays bounded, sites are undisturbed."""
+"""Hundreds of connections to a server in its own process: its memory stays bounded, and sites are undisturbed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GROWTH_BYTES = 300 * 2**20
 
 @pytest.fixture
 def descriptors() -> int:
-    """How many idle connections this machine lets us have."""
+    """The number of idle connections that this machine allows."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -47,7 +47,7 @@ def descriptors() -> int:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Path, int, subprocess.Popen[bytes]]]:
-    """(kits, port, process) of `fl-adapters server` with a job of four rounds for north and south."""
+    """Kits, port and process of `fl-adapters server`, with a job of four rounds for north and south."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -79,7 +79,7 @@ def connected(port: int) -> socket.socket:
 
 
 def hello(tls: ssl.SSLContext) -> bytes:
-    """The first bytes of a handshake."""
+    """Return the first bytes of a TLS handshake."""
     outgoing = ssl.MemoryBIO()
     start = tls.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="server.fl-adapters.internal")
     with contextlib.suppress(ssl.SSLWantReadError):
@@ -151,7 +151,7 @@ def to_the_end(site: Site, task: Any) -> Any:
 
 
 def pester(kits: Path, port: int, stop: threading.Event, sent: list[str]) -> None:
-    """Large messages, to calls that are allowed and calls that are not, without a pause. sent: by method."""
+    """Send large messages without a pause, to allowed and forbidden calls; `sent` counts them by method."""
     transport = GrpcTransport(f"127.0.0.1:{port}", credentials=FileCredentials(kits / "evil"))
     large = pb.RegisterRequest(manifest=pb.Manifest(tensors=[pb.Tensor(name=str(n)) for n in range(400_000)]))
     messages = [large.SerializeToString(), b"\xff" * 7_000_000, b"x" * 20_000_000]

@@ -1,4 +1,4 @@
-"""Strangers over real sockets: without a certificate of this federation, for this purpose, nobody gets to call."""
+"""Clients without a certificate of this federation for this purpose cannot make any call, over real sockets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ JOIN = pb.JoinRequest(protocol_min=1, protocol_max=1).SerializeToString()
 
 
 def refused(call: Callable[[], Any]) -> FederationError:
-    """The error of a call that must not succeed."""
+    """Make a call that must not succeed, and return its error."""
     with pytest.raises(FederationError) as caught:
         call()
     return caught.value
@@ -96,7 +96,7 @@ def test_a_sites_certificate_is_no_admins(study: Study) -> None:
 
 
 def test_a_sites_certificate_is_no_servers(study: Study) -> None:
-    """Somebody inside the federation who gets hold of the connection cannot pretend to be the server."""
+    """A member that intercepts the connection cannot pretend to be the server."""
     from fl_runtime.transport.tls import FileCredentials
 
     asked = []
@@ -116,7 +116,7 @@ def test_a_sites_certificate_is_no_servers(study: Study) -> None:
 
 
 def test_older_tls_gets_no_call_through(study: Study) -> None:
-    """Where gRPC was in use before the server could say so, the handshake succeeds, and then every call is refused."""
+    """If gRPC was used before the server could require TLS 1.3, the handshake succeeds but every call is refused."""
     context = ssl.create_default_context(cafile=str(study.kits / "north/ca.pem"))
     context.load_cert_chain(study.kits / "north/certificate.pem", study.kits / "north/key.pem")
     context.maximum_version = ssl.TLSVersion.TLSv1_2

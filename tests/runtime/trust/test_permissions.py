@@ -1,4 +1,4 @@
-"""Who may make which call, over real sockets; every refusal names identity, action and rule, and is on record."""
+"""Who may make which call, over real sockets; each refusal names identity, action and rule, and is audited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile clients over real sockets: nothing gets through, and honest sites of the same run finish undisturbed."""
+"""Hostile members over real sockets: no attack succeeds, and honest sites of the same run finish undisturbed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ W: Arrays = {"a.weight": np.zeros((300, 1000), np.float32), "b.bias": np.zeros(7
 
 
 def refused(call: Callable[[], Any]) -> FederationError:
-    """The error of a call that must not succeed."""
+    """Make a call that must not succeed, and return its error."""
     with pytest.raises(FederationError) as caught:
         call()
     return caught.value
@@ -45,7 +45,7 @@ def refused(call: Callable[[], Any]) -> FederationError:
 
 @dataclass
 class Siege:
-    """A run of three sites, two of them honest, in round 1 of 2; what the third has to work with."""
+    """A run of three sites in round 1 of 2; two are honest, and the third has a valid certificate to attack with."""
 
     study: Study
     evil: Site
@@ -62,7 +62,7 @@ class Siege:
         return list(transport.call(method, iter(messages)))
 
     def header(self, arrays: Arrays = W, **fields: Any) -> pb.UpdateHeader:
-        """A header as it should be, but for these fields."""
+        """Return a valid header with these fields changed."""
         manifest = Manifest.of(arrays)
         payload = frames.describe(manifest, manifest.digests(arrays, {}), known=False)
         given = {"round": 1, "content": "weights", "num_examples": 1, "payload": payload, **fields}
@@ -70,12 +70,12 @@ class Siege:
         return pb.UpdateHeader(**given)
 
     def submit(self, header: pb.UpdateHeader, *after: bytes) -> FederationError:
-        """What comes of a header and frames that must be refused."""
+        """Send a header and frames that must be refused; return the error."""
         message = pb.UpdatePart(update=header).SerializeToString()
         return refused(lambda: self.send(message, *after))
 
     def finish(self) -> Arrays:
-        """The honest sites go on to the end; the final weights."""
+        """Let the honest sites finish; return the final weights."""
 
         def work(site: Site) -> None:
             task = self.tasks[site.name]
@@ -103,7 +103,7 @@ def siege(tmp_path: Path) -> Iterator[Siege]:
 
 
 def undisturbed(siege: Siege) -> None:
-    """The hostile site is revoked, and the honest ones finish with exactly what they would have had alone."""
+    """Revoke the hostile site; the honest ones must finish exactly as they would have alone."""
     _, crl = siege.study.authority.revoke("evil")
     siege.study.admin().ask("Revoke", crl=crl.decode())
     model = siege.finish()
@@ -112,7 +112,7 @@ def undisturbed(siege: Siege) -> None:
 
 
 def test_a_site_speaks_for_itself_alone(siege: Siege) -> None:
-    """Whatever name, job or attempt a message holds: it counts for the holder of the certificate, or not at all."""
+    """Whatever name, job or attempt a message names, it counts for the certificate's holder or not at all."""
     assert isinstance(siege.submit(siege.header(session=pb.Session(job="other", attempt=1))), ProtocolError)
     for attempt in (0, 2, 7, 2**32 - 1):
         assert isinstance(siege.submit(siege.header(session=pb.Session(job="job", attempt=attempt))), AbortedError)
@@ -275,7 +275,7 @@ def test_numbers_and_texts_beyond_reason_are_refused(siege: Siege) -> None:
 
 
 def test_what_travels_beside_the_weights_is_bounded_and_equal(siege: Siege) -> None:
-    """Tensors beside the weights can neither fill the disk nor break the sum of the others."""
+    """Tensors beside the weights can neither fill the disk nor break the others' sum."""
     flood = [pb.Tensor(name=f"extra{n}", dtype="float32", shape=[2**40], extra=True) for n in range(4)]
     header = siege.header()
     header.payload.manifest.tensors.extend(flood)
@@ -360,7 +360,7 @@ def test_no_message_is_unpickled_or_runs(siege: Siege, tmp_path: Path) -> None:
 
 
 def test_a_site_that_stays_silent_holds_nobody_up_beyond_the_deadline(tmp_path: Path) -> None:
-    """It registers, opens an upload, and sends one frame and then nothing."""
+    """It registers, opens an upload, sends one frame and then nothing."""
     with Study(tmp_path, ("north", "south", "evil")) as study:
         study.job(min_sites=2, deadline_s=4.0)
         sites = [study.site(name) for name in study.sites]

@@ -1,4 +1,4 @@
-"""Streams between two sites that the server cannot read, nor take part in."""
+"""Streams between two sites that the server can neither read nor join."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Between = Callable[[bytes], bytes]
 
 
 class End:
-    """One end of a plain stream; what it sends goes through `between`, the server."""
+    """One end of a plain stream; its messages pass through `between`, the server."""
 
     def __init__(self, peer: str, name: str, between: Between = lambda data: data) -> None:
         self.peer, self.name, self._between = peer, name, between
@@ -69,7 +69,7 @@ def test_both_ends_are_who_their_certificates_say(kits: Path) -> None:
 
 
 def forged(signer: Path) -> Between:
-    """A server that puts a key of its own in place, as from north, signed with the key and certificate in `signer`."""
+    """Act as a server that replaces north's key by its own, signed with the key and certificate in `signer`."""
     public = b"k" * 32
     said = b"\0".join([b"fl-adapters stream key 1", b"north", b"south", b"1.1|tracker", public])
     signature = sign(read_key((signer / KEY).read_bytes()), said)
@@ -79,7 +79,7 @@ def forged(signer: Path) -> Between:
 
 
 def test_with_norths_own_key_it_would_be_taken(kits: Path) -> None:
-    """That the forgeries below are good but for who signs them."""
+    """The forgeries below are valid except for their signer."""
     message = forged(kits / "north")(b"")
     assert StreamIdentity(kits / "south").checked(message, "north", "1.1|tracker") == b"k" * 32
 

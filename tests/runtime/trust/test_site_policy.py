@@ -1,4 +1,4 @@
-"""The site decides what leaves it: each rule over a real federation, at the site, at the server, and on record."""
+"""A site's policy over a real federation: each rule at the site, at the server, and in the audit log."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def take_part(
     step: float = 1.0,
     each_round: Callable[[int], None] = lambda number: None,
 ) -> Arrays:
-    """What an adapter does, with a kit; the final weights."""
+    """Take part with a kit as an adapter would; return the final weights."""
     found = read_kit(kit)
     session = Session(found, Options(), framework, _transport(found))
     try:
@@ -66,7 +66,7 @@ def take_part(
 def federated(
     study: Study, policy: str, finals: dict[str, Arrays] | None = None, **north: Any
 ) -> dict[str, BaseException | None]:
-    """Both sites take part in a job, north under this policy; how each ended. finals: takes the final weights."""
+    """Run a job at both sites, north under this policy, and return how each ended; `finals` gets the final weights."""
     kits = {name: readdressed(study, name) for name in study.sites}
     (kits["north"] / "policy.yml").write_text(policy)
     ended: dict[str, BaseException | None] = {}
@@ -90,7 +90,7 @@ def federated(
 
 
 def of_north(study: Study, action: str) -> list[dict[str, Any]]:
-    """What the server knows of north."""
+    """Return the entries of the server's audit log about this action of north's."""
     return [entry for entry in study.log() if entry["action"] == action and entry.get("site") == "north"]
 
 

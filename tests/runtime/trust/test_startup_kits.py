@@ -1,4 +1,4 @@
-"""Startup kits: what is in them, what is refused, and how they travel."""
+"""Startup kits: their content, what is refused, and how they are sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors over the wire: bit for bit for every dtype and layout, and nothing believed that a hostile peer says."""
+"""Tensors on the wire: bit for bit for every dtype and layout, and no claim of a hostile peer is believed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (0,), (3, 0, 2), (2, 3), (1, 2,
 
 
 def random_bits(shape: tuple[int, ...], dtype: np.dtype[Any], seed: int = 0) -> Array:
-    """An array of any bits whatever, NaN payloads included."""
+    """Return an array of arbitrary bits, NaN payloads included."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
     return (raw % 2 if dtype == np.bool_ else raw).view(dtype).reshape(shape)
 
 
 def sent(arrays: Arrays, extras: Arrays | None = None, frame_bytes: int = 16) -> tuple[Arrays, Arrays]:
-    """Through manifest, protobuf, frames and receiver, as between two processes."""
+    """Send arrays through manifest, protobuf, frames and receiver, as between two processes."""
     extras = extras or {}
     ours = Manifest.of(arrays, extras)
     digests = ours.digests(arrays, extras)
@@ -345,7 +345,7 @@ def test_values_that_are_not_finite_are_found_in_every_dtype(name: str, value: f
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_one_pass_finds_the_digests_and_what_is_not_finite(name: str) -> None:
-    """For any layout in memory, and several blocks long."""
+    """For any layout in memory, and for several blocks."""
     arrays = {"w": np.ones(300_000, np.float32).astype(DTYPES[name]), "s": np.zeros((), DTYPES[name])}
     arrays |= {"turned": arrays["w"].reshape(500, 600).T, "big": arrays["w"].astype(DTYPES[name].newbyteorder(">"))}
     extras = {"w": np.zeros((3, 0), DTYPES[name])}
