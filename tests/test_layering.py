@@ -33,6 +33,7 @@ OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
     "peft": ("fl_adapters.torch.", "*"),
     "grpc": ("fl_runtime.transport",),
     "cryptography": ("fl_runtime.trust",),
+    "pyzipper": ("fl_runtime.trust",),
     "dp_accounting": ("fl_runtime.filters",),
     "tenseal": ("fl_runtime.filters",),
 }

@@ -26,6 +26,7 @@ MODULES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml"}  # package 
 HEAVY = (
     "grpc",
     "cryptography",
+    "pyzipper",
     "google.protobuf",
     "pydantic",
     "typer",
@@ -146,7 +147,13 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
                 imported.add(str(node.module).split(".")[0])
     imported -= {*sys.stdlib_module_names, "fl_runtime", "fl_adapters"}
     imported -= {"torch", "peft"}  # torch_*.py alone
-    imported -= {"cryptography", "dp_accounting", "ray", "tenseal"}  # extras bring them, where they are asked for
+    imported -= {
+        "cryptography",
+        "dp_accounting",
+        "pyzipper",
+        "ray",
+        "tenseal",
+    }  # extras bring them, where they are asked for
     imported -= {"matplotlib"}  # another one: without it there is no heat map
 
     requirements = map(Requirement, metadata(wheel).get_all("Requires-Dist"))

@@ -7,16 +7,19 @@ from contextlib import contextmanager
 
 from fl_runtime.errors import ConfigError
 
+_PURPOSES = {"cryptography": "certificates", "pyzipper": "encrypted kits"}
+
 
 @contextmanager
-def needs_cryptography() -> Iterator[None]:
-    """Turn a missing `cryptography` in this block into a ConfigError that says what to install."""
+def needs_trust_extra() -> Iterator[None]:
+    """Turn a missing package of the extra `[trust]` in this block into a ConfigError that says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "cryptography":
+        package = (error.name or "").partition(".")[0]
+        if package not in _PURPOSES:
             raise
         raise ConfigError(
-            "certificates need the package cryptography, which is not installed",
+            f"{_PURPOSES[package]} need the package {package}, which is not installed",
             fix="pip install 'fl-adapters[trust]'",
         ) from None

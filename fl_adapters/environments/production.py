@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
@@ -76,7 +76,7 @@ class Production:
             FederationError: The job was refused, or failed.
         """
         began = time.monotonic()
-        with needs_cryptography():
+        with needs_trust_extra():
             from fl_runtime.trust.kits import read_kit
 
             kit = read_kit(Path(self.kit), kind="admin")

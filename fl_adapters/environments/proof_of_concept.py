@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -92,7 +92,7 @@ class ProofOfConcept:
         tracker = RunTracker()
         tell = FanOut((tracker, *self.listeners, *shown))
         run = LocalRun(job.settings(sites), folder / job.name, tracker, tell)
-        with needs_cryptography(), tempfile.TemporaryDirectory(prefix="fl-adapters-poc-") as temporary:
+        with needs_trust_extra(), tempfile.TemporaryDirectory(prefix="fl-adapters-poc-") as temporary:
             kits = Path(temporary)
             address = f"127.0.0.1:{self.port or free_ports(1)[0]}"
             _provision(kits, sites, address)

@@ -1,69 +1,95 @@
-"""Password-protected zip files, since kits travel by mail: AES-256 as WinZip (AE-2) and 7-Zip write and read it.
+"""Password-protected zip files for startup kits, which often travel by mail.
 
-Python's zipfile reads no AES and writes no encryption at all. The format stretches the password with 1,000 rounds of
-PBKDF2 alone, so a short one could be guessed: `new_password` makes one of 120 bits.
-Format: https://www.winzip.com/en/support/aes-encryption/
+The files are encrypted with AES-256 in the format of WinZip (AE-2), which 7-Zip also reads. `pyzipper` reads and writes
+it. The format derives the key with only 1,000 iterations of PBKDF2, so a short password could be guessed:
+`new_password` makes one of 120 bits.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
+import io
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
+from typing import Any
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+import pyzipper
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.files import write_file
 
-_SALT_BYTES, _KEY_BYTES, _CODE_BYTES = 16, 32, 10
-_AES = 99
-_EXTRA = struct.pack("<HHH2sBH", 0x9901, 7, 2, b"AE", 3, 0)  # AE-2, AES-256, stored
-_LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
-_DATE = (46 << 9) | (1 << 5) | 1  # 2026-01-01: the same kit makes the same headers
 _MAX_BYTES = 2**24
+_DATE = (2026, 1, 1, 0, 0, 0)  # a fixed date: the same kit makes the same headers
+_UNIX = 3  # "made by", so that other programs read the file modes
+_END = b"PK\x05\x06"  # signature of the end record, which holds the number of entries at offset 10
+_ENCRYPTED = 1  # bit of the flags
+_OVERHEAD_BYTES = 28  # of an encrypted file: salt (16), password check (2), authentication code (10)
+_AE_2 = {"force_wz_aes_version": 2}  # AE-1 would store a check sum of the unencrypted contents
+_DAMAGED = (RuntimeError, ValueError, KeyError, EOFError, OverflowError, struct.error, zlib.error, pyzipper.BadZipFile)
+"""What pyzipper raises for a wrong password (RuntimeError) and for damaged or unsupported archives."""
 
 
 def new_password() -> str:
-    """A fresh password of 120 bits, in groups that can be read out over the telephone."""
+    """Make a random password of about 120 bits, in groups that can be read out over the telephone.
+
+    Returns:
+        Five groups of five letters and digits, separated by hyphens.
+    """
     letters = "abcdefghjkmnpqrstuvwxyz23456789"
     return "-".join("".join(secrets.choice(letters) for _ in range(5)) for _ in range(5))
 
 
 def write_archive(path: Path, folder: Path, password: str) -> None:
-    """Pack the files of `folder`, with their modes, into an encrypted zip."""
-    body, directory, count = b"", b"", 0
-    for file in sorted(folder.iterdir()):
-        name, data = f"{folder.name}/{file.name}".encode(), file.read_bytes()
-        stored = _encrypted(data, password)
-        common = struct.pack("<HHHHHIIIHH", 51, 1, _AES, 0, _DATE, 0, len(stored), len(data), len(name), len(_EXTRA))
-        mode = (stat.S_IFREG | stat.S_IMODE(file.stat().st_mode)) << 16
-        central = struct.pack("<H", 51 | 3 << 8) + common + struct.pack("<HHHII", 0, 0, 0, mode, len(body))
-        directory += _CENTRAL + central + name + _EXTRA
-        body += _LOCAL + common + name + _EXTRA + stored
-        count += 1
-    end = struct.pack("<HHHHIIH", 0, 0, count, count, len(directory), len(body), 0)
-    write_file(path, body + directory + _END + end, secret=True)
+    """Pack the files of a kit, with their modes, into an encrypted zip file.
+
+    Args:
+        path: The zip file, which gets mode 0600.
+        folder: The kit's folder. Its name becomes the folder in the zip file.
+        password: Password, not empty.
+
+    Raises:
+        StoreError: If the zip file cannot be written.
+    """
+    data = io.BytesIO()
+    with pyzipper.AESZipFile(data, "w", encryption=pyzipper.WZ_AES, encryption_kwargs=_AE_2) as archive:
+        archive.setpassword(password.encode())
+        for file in sorted(folder.iterdir()):
+            entry = archive.zipinfo_cls(f"{folder.name}/{file.name}", _DATE)
+            entry.create_system = _UNIX
+            entry.external_attr = (stat.S_IFREG | stat.S_IMODE(file.stat().st_mode)) << 16
+            archive.writestr(entry, file.read_bytes())
+    write_file(path, data.getvalue(), secret=True)
 
 
 def read_archive(path: Path, folder: Path, password: str) -> None:
-    """Unpack what `write_archive` made into `folder`, which must not exist. ConfigError on a wrong password."""
+    """Unpack the zip file of a kit.
+
+    Files that were private (no permissions for group and others) become private again. Folders within the zip file are
+    ignored: all files are written directly into `folder`.
+
+    Args:
+        path: The zip file.
+        folder: Folder to create; it must not exist.
+        password: The password with which the zip file was made.
+
+    Raises:
+        ConfigError: If the password is wrong, the zip file is damaged, too large, not encrypted or holds a file with an
+            unusable name, or if `folder` exists. Nothing is written then.
+        StoreError: If a file cannot be written.
+    """
     if folder.exists():
         raise ConfigError(f"{folder} exists already", fix="choose another folder")
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError
-        files = list(_files(path.read_bytes(), password))
+        files = _files(path.read_bytes(), password)
     except OSError as error:
         raise ConfigError(
             f"the archive cannot be read: {error.strerror}", where=str(path), fix="check the path"
         ) from None
-    except (ValueError, struct.error):
+    except _DAMAGED:
         raise ConfigError(
             "the archive cannot be opened", where=str(path), fix="check the password and the file"
         ) from None
@@ -72,43 +98,27 @@ def read_archive(path: Path, folder: Path, password: str) -> None:
         write_file(folder / name, data, secret=private)
 
 
-def _files(archive: bytes, password: str) -> Iterator[tuple[str, bytes, bool]]:
-    at = archive.rindex(_END)
-    count, start = struct.unpack_from("<H", archive, at + 10)[0], struct.unpack_from("<I", archive, at + 16)[0]
-    for _ in range(count):
-        stored, name_bytes, extra_bytes = struct.unpack_from("<I4xHH", archive, start + 20)
-        mode, offset = struct.unpack_from("<II", archive, start + 38)
-        name = archive[start + 46 : start + 46 + name_bytes].decode().rpartition("/")[2]
-        if name in ("", ".", "..") or "\\" in name or "\0" in name:
+def _files(data: bytes, password: str) -> list[tuple[str, bytes, bool]]:
+    """Return (name, contents, whether it is private) of every file, after checking all that a stranger could forge."""
+    with pyzipper.AESZipFile(io.BytesIO(data)) as archive:
+        archive.setpassword(password.encode())
+        entries = archive.infolist()
+        (count,) = struct.unpack_from("<H", data, data.rindex(_END) + 10)  # zipfile may skip damaged entries
+        if len(entries) != count or sum(entry.file_size for entry in entries) > _MAX_BYTES:
             raise ValueError
-        data_at = offset + 30 + sum(struct.unpack_from("<HH", archive, offset + 26))
-        yield name, _decrypted(archive[data_at : data_at + stored], password), not (mode >> 16) & 0o077
-        start += 46 + name_bytes + extra_bytes
+        names = [_checked_name(entry) for entry in entries]
+        contents = [archive.read(entry) for entry in entries]
+        private = [not (entry.external_attr >> 16) & 0o077 for entry in entries]
+    return list(zip(names, contents, private, strict=True))
 
 
-def _encrypted(data: bytes, password: str) -> bytes:
-    salt = os.urandom(_SALT_BYTES)
-    key, mac_key, check = _keys(password, salt)
-    hidden = _counted(data, key)
-    return salt + check + hidden + hmac.digest(mac_key, hidden, "sha1")[:_CODE_BYTES]
-
-
-def _decrypted(stored: bytes, password: str) -> bytes:
-    salt, check = stored[:_SALT_BYTES], stored[_SALT_BYTES : _SALT_BYTES + 2]
-    hidden, code = stored[_SALT_BYTES + 2 : -_CODE_BYTES], stored[-_CODE_BYTES:]
-    key, mac_key, expected = _keys(password, salt)
-    if check != expected or not hmac.compare_digest(code, hmac.digest(mac_key, hidden, "sha1")[:_CODE_BYTES]):
+def _checked_name(entry: Any) -> str:
+    """Return the file name of an entry. ValueError if it is unusable, or the entry is not AES-encrypted and whole."""
+    name = str(entry.orig_filename).rpartition("/")[2]  # as stored, before zipfile cuts and normalises it
+    usable = name not in ("", ".", "..") and "\\" not in name and "\0" not in name
+    encrypted = entry.wz_aes_version is not None and entry.flag_bits & _ENCRYPTED
+    # pyzipper compares the authentication code only at the end of the contents, so their size must be right
+    whole = entry.compress_type != pyzipper.ZIP_STORED or entry.compress_size - entry.file_size == _OVERHEAD_BYTES
+    if not (usable and encrypted and whole):
         raise ValueError
-    return _counted(hidden, key)
-
-
-def _keys(password: str, salt: bytes) -> tuple[bytes, bytes, bytes]:
-    derived = hashlib.pbkdf2_hmac("sha1", password.encode(), salt, 1000, 2 * _KEY_BYTES + 2)
-    return derived[:_KEY_BYTES], derived[_KEY_BYTES : 2 * _KEY_BYTES], derived[2 * _KEY_BYTES :]
-
-
-def _counted(data: bytes, key: bytes) -> bytes:
-    """AES in counter mode with a little-endian counter from 1, as the format has it."""
-    blocks = b"".join(number.to_bytes(16, "little") for number in range(1, -(-len(data) // 16) + 1))
-    pad = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)
-    return bytes(a ^ b for a, b in zip(data, pad, strict=False))
+    return name

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 
 
 def verify(folder: Path, kit: Path | None, as_json: bool) -> int:
     """Check the audit log in a folder. Returns exit status 1 if lines were edited, removed or moved."""
     console = console_for(as_json)
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.audit import verify as check
 
         count, findings = check(folder, kit)

@@ -10,12 +10,12 @@ from typing import Any
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 
 
 def request(kit: Path, as_json: bool) -> int:
     """Make a new key in the kit, and a request to have it signed."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.kits import make_request
 
         path = make_request(kit)
@@ -27,7 +27,7 @@ def request(kit: Path, as_json: bool) -> int:
 
 def sign(request_file: Path, authority_folder: Path, out: Path | None, days: float | None, as_json: bool) -> int:
     """Sign a request, if the project knows its participant."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.errors import ConfigError
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.certificates import read_request
@@ -50,7 +50,7 @@ def sign(request_file: Path, authority_folder: Path, out: Path | None, days: flo
 
 def install(certificate: Path, kit: Path, as_json: bool) -> int:
     """Install a signed or renewed certificate into its kit. Running processes use it at once."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.files import read_file
         from fl_runtime.trust.kits import install as install_in_kit
 
@@ -62,7 +62,7 @@ def install(certificate: Path, kit: Path, as_json: bool) -> int:
 
 def renew(names: Sequence[str], authority_folder: Path, out: Path, days: float | None, as_json: bool) -> int:
     """Make new certificates for the same keys: those of `names`, else all that expire soon."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.files import write_file
 
@@ -80,7 +80,7 @@ def renew(names: Sequence[str], authority_folder: Path, out: Path, days: float |
 
 def revoke(name: str, authority_folder: Path, kit: Path | None, as_json: bool) -> int:
     """Revoke all certificates of a participant; with an admin's kit, tell the server at once."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.control import ControlClient
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.kits import read_kit
@@ -111,7 +111,7 @@ def revoke(name: str, authority_folder: Path, kit: Path | None, as_json: bool) -
 def listing(authority_folder: Path, as_json: bool) -> int:
     """List every certificate that was signed, with its state."""
     console = console_for(as_json)
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.authority import Authority
 
         authority = Authority(authority_folder)

@@ -9,18 +9,20 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 
 
 def provision(project: Path, out: Path, as_zip: bool, password: str, without_keys: bool, as_json: bool) -> int:
     """Make kits for all participants without one in `out`, and the authority in `out`/authority if there is none."""
     console = console_for(as_json)
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.errors import ConfigError
-        from fl_runtime.trust.archive import new_password, write_archive
         from fl_runtime.trust.authority import Authority, save_project
         from fl_runtime.trust.kits import write_kit
         from fl_runtime.trust.project import read_project
+
+        if as_zip:  # before anything is written: this needs pyzipper
+            from fl_runtime.trust.archive import new_password, write_archive
 
         new_project = read_project(project)
         folder = out / "authority"
@@ -70,7 +72,7 @@ def _show(console: Console, kits: dict[str, dict[str, Any]], fingerprint: str) -
 def unpack(archive: Path, out: Path | None, password: str, as_json: bool) -> int:
     """Unpack an encrypted kit. Returns exit status 0."""
     console = console_for(as_json)
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.archive import read_archive
         from fl_runtime.trust.kits import read_unsigned
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import report_errors, show_json
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, SiteFailedError
@@ -24,7 +24,7 @@ _PATIENCE_S = 30.0
 
 def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float, as_json: bool) -> int:
     """Run the command. Returns its exit status, as a shell does: 128 + N after signal N."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_adapters.participant.policy_gate import GovernedSite
         from fl_runtime.control import ControlClient
 

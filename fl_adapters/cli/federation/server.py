@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import report_errors, show_json
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
@@ -23,7 +23,7 @@ _LOOK_S = 0.2
 
 def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.server.federation.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
 

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_cryptography
+from fl_adapters.environments.extras import needs_trust_extra
 
 
 def run(kit_folder: Path, as_json: bool) -> int:
     """Ask the server and show its answer. Returns exit status 0."""
     console = console_for(as_json)
-    with report_errors(as_json), needs_cryptography():
+    with report_errors(as_json), needs_trust_extra():
         from fl_runtime.control import ControlClient
         from fl_runtime.trust.kits import read_kit
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import importlib
 import json
 import os
 import stat
@@ -15,6 +17,7 @@ import pyzipper
 from cryptography import x509
 from study import project
 
+from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.participant import kit as script_kit
 from fl_runtime.errors import ConfigError, PermissionDeniedError
 from fl_runtime.trust.archive import new_password, read_archive, write_archive
@@ -183,6 +186,14 @@ def test_an_identity_that_says_something_else_is_none(uri: str) -> None:
 
 # -- by mail -------------------------------------------------------------------------------------------------------
 
+EARLIER_ZIP = """
+UEsDBDMAAQBjAAAAIVwAAAAAKgAAAA4AAAANAAsAbm9ydGgva2V5LnBlbQGZBwACAEFFAwAATso/WUhIscquxjSxUn2ckxH4SEnQ
+lrLhE6IYX5a3J3GQC/kYc6fdm7FEUEsDBDMAAQBjAAAAIVwAAAAALgAAABIAAAAOAAsAbm9ydGgva2l0Lmpzb24BmQcAAgBBRQMA
+APQQUsIaE2JA0HVFpWMpT1yW3zFYqXPArjsgXooylq+wnOwgjVmHsrewPniJ5h1QSwECMwMzAAEAYwAAACFcAAAAACoAAAAOAAAA
+DQALAAAAAAAAAAAAgIEAAAAAbm9ydGgva2V5LnBlbQGZBwACAEFFAwAAUEsBAjMDMwABAGMAAAAhXAAAAAAuAAAAEgAAAA4ACwAA
+AAAAAAAAAKSBYAAAAG5vcnRoL2tpdC5qc29uAZkHAAIAQUUDAABQSwUGAAAAAAIAAgCNAAAAxQAAAAAA
+"""
+
 
 def test_a_zip_opens_with_its_password_and_keeps_the_mode_of_the_key(kits: Path, tmp_path: Path) -> None:
     password = new_password()
@@ -215,6 +226,74 @@ def test_a_wrong_password_or_a_damaged_zip_is_refused(kits: Path, tmp_path: Path
         with pytest.raises(ConfigError, match="cannot be opened"):
             read_archive(tmp_path / "north.zip", tmp_path / "unpacked", password)
         assert not (tmp_path / "unpacked").exists()
+
+
+def test_a_zip_of_an_earlier_version_opens(tmp_path: Path) -> None:
+    """The zip was written by fl-adapters before it used pyzipper."""
+    (tmp_path / "north.zip").write_bytes(base64.b64decode(EARLIER_ZIP))
+    read_archive(tmp_path / "north.zip", tmp_path / "north", "pass word")
+    files = {
+        path.name: (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "north").iterdir()
+    }
+    assert files == {"kit.json": (b'{"site": "north"}\n', 0o644), "key.pem": (b"a private key\n", 0o600)}
+
+
+@pytest.mark.parametrize("name", ["../..", "a\\b", "folder/", "a\0b"])
+def test_a_zip_with_an_unusable_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pyzipper.AESZipFile(tmp_path / "x.zip", "w", encryption=pyzipper.WZ_AES) as archive:
+        archive.setpassword(b"pass word")
+        entry = archive.zipinfo_cls("placeholder")
+        entry.filename = name
+        archive.writestr(entry, b"" if name.endswith("/") else b"text")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        read_archive(tmp_path / "x.zip", tmp_path / "unpacked", "pass word")
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_folders_in_a_zip_are_ignored(tmp_path: Path) -> None:
+    with pyzipper.AESZipFile(tmp_path / "x.zip", "w", encryption=pyzipper.WZ_AES) as archive:
+        archive.setpassword(b"pass word")
+        archive.writestr("../../outside", b"text")
+    read_archive(tmp_path / "x.zip", tmp_path / "deep/unpacked", "pass word")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("outside")] == [Path("deep/unpacked/outside")]
+
+
+def test_a_zip_that_is_not_encrypted_or_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    with pyzipper.AESZipFile(tmp_path / "plain.zip", "w") as archive:
+        archive.writestr("kit.json", b"{}")
+    with pyzipper.AESZipFile(
+        tmp_path / "large.zip", "w", encryption=pyzipper.WZ_AES, compression=pyzipper.ZIP_DEFLATED
+    ) as archive:
+        archive.setpassword(b"pass word")
+        archive.writestr("kit.json", bytes(2**25))
+    assert (tmp_path / "large.zip").stat().st_size < 2**20
+    for name in ("plain.zip", "large.zip"):
+        with pytest.raises(ConfigError, match="cannot be opened"):
+            read_archive(tmp_path / name, tmp_path / "unpacked", "pass word")
+        assert not (tmp_path / "unpacked").exists()
+
+
+def test_no_damaged_byte_of_a_zip_changes_what_is_unpacked(tmp_path: Path) -> None:
+    good = base64.b64decode(EARLIER_ZIP)
+    contents = [b"a private key\n", b'{"site": "north"}\n']
+    for position in range(len(good)):
+        damaged = bytearray(good)
+        damaged[position] ^= 1
+        (tmp_path / "x.zip").write_bytes(damaged)
+        folder = tmp_path / str(position)
+        try:
+            read_archive(tmp_path / "x.zip", folder, "pass word")
+        except ConfigError:
+            continue
+        assert sorted(path.read_bytes() for path in folder.iterdir()) == contents, position
+
+
+def test_a_missing_pyzipper_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyzipper", None)
+    monkeypatch.delitem(sys.modules, "fl_runtime.trust.archive")
+    with pytest.raises(ConfigError, match="need the package pyzipper") as caught, needs_trust_extra():
+        importlib.import_module("fl_runtime.trust.archive")
+    assert "fl-adapters[trust]" in caught.value.fix
 
 
 def test_the_commands_zip_and_unpack(tmp_path: Path) -> None:
