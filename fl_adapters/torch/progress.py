@@ -1,4 +1,7 @@
-"""Rounds in a trainer's own terms: how long a run is, where a site stands in it, and what a round has trained on."""
+"""Rounds in a trainer's own terms: the length of a run, where a site stands in it, the data and the schedules of both.
+
+Nothing here knows a framework or a federation: these are counts, sums and learning-rate schedules of torch.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves
 
 from fl_adapters.participant.options import Every, SiteSettings
 from fl_adapters.torch import ranks
-from fl_adapters.torch.schedule import horizon_of
 from fl_runtime.errors import ConfigError
 
 
@@ -188,6 +192,54 @@ class Tally:
         self.rows, self._loss, self._batches = 0, 0.0, 0
 
 
+def size_of(loader: Any, batches: float, world_size: int) -> int | None:
+    """Count the examples that an epoch takes from a data loader, over all ranks.
+
+    Args:
+        loader: A DataLoader of torch, or what stands for it.
+        batches: Batches of an epoch on each rank; infinite for all of them.
+        world_size: Number of ranks.
+
+    Returns:
+        The number of examples, at most the size of the data set; None for data without a length.
+    """
+    try:
+        rows = len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+    batch_size = getattr(loader, "batch_size", None)
+    if not isinstance(batch_size, int) or math.isinf(batches):
+        return rows
+    return min(rows, int(batches) * batch_size * world_size)
+
+
+def rows_of(batch: Any) -> int:
+    """Number of examples in a batch: the length of the first tensor in it, else 1."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
+
+
+def schedule_length(scheduler: Any) -> int | None:
+    """Number of its own steps after which a learning-rate schedule ends, or None if it does not say."""
+    for name in ("total_steps", "T_max", "total_iters", "t_total"):  # the last is MONAI's
+        if isinstance(value := getattr(scheduler, name, None), int):
+            return value
+    for function in getattr(scheduler, "lr_lambdas", None) or ():
+        value = getattr(function, "keywords", {}).get("num_training_steps")  # those of transformers
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def advance_schedule(scheduler: Any, steps: int) -> None:
+    """Move a learning-rate schedule on by so many of its own steps. One that follows a metric stays where it is."""
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects an optimizer step before each
+        for _ in range(steps):
+            scheduler.step()
+
+
 def warn_if_schedule_ends_early(scheduler: Any, total: int | None, unit: str, *, frequency: int = 1) -> None:
     """Warn if a learning-rate schedule that the user made ends before the run does. It is left as it is.
 
@@ -197,10 +249,10 @@ def warn_if_schedule_ends_early(scheduler: Any, total: int | None, unit: str, *,
         unit: What the scheduler counts, for the message: "epochs", "optimizer steps".
         frequency: After how many units the scheduler makes a step.
     """
-    horizon = horizon_of(scheduler)
-    if horizon is not None and total is not None and horizon * frequency < total:
+    length = schedule_length(scheduler)
+    if length is not None and total is not None and length * frequency < total:
         warnings.warn(
-            f"the learning-rate schedule {type(scheduler).__name__} ends after {horizon * frequency} of the {total} "
+            f"the learning-rate schedule {type(scheduler).__name__} ends after {length * frequency} of the {total} "
             f"{unit} of this federated run; make it as long as the run, or let the trainer size it",
             stacklevel=3,
         )

@@ -8,9 +8,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.progress import Progress, warn_if_schedule_ends_early
+from fl_adapters.torch.progress import Progress, advance_schedule, warn_if_schedule_ends_early
 from fl_adapters.torch.restart import TorchSnapshot
-from fl_adapters.torch.schedule import advance
 from fl_adapters.torch.trainer_run import Resumed, TrainerPort, TrainerRun
 
 from . import budget, restart
@@ -106,7 +105,7 @@ class TransformersPort(TrainerPort):
         )
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
-        advance(_plain(self._scheduler), (steps or 0) - self.steps)
+        advance_schedule(_plain(self._scheduler), (steps or 0) - self.steps)
 
     def snapshot(self, live: LiveModel) -> TorchSnapshot:
         restart.refuse(self.trainer, self._state, self._every, self._model, self._scheduler, self._loader)

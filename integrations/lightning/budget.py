@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fl_adapters.torch import schedule
-from fl_adapters.torch.progress import RoundBudget, warn_if_schedule_ends_early
+from fl_adapters.torch.progress import RoundBudget, advance_schedule, warn_if_schedule_ends_early
 
 ENDLESS = -1
 """Lightning's value for "no limit"."""
@@ -63,7 +62,7 @@ def advance_schedules(trainer: Any, epochs: int, steps: int) -> None:
     """Move the schedules on by so many epochs and optimizer steps."""
     for config in _stepped_by_lightning(trainer):
         count = epochs if config.interval == "epoch" else steps
-        schedule.advance(config.scheduler, max(count, 0) // config.frequency)
+        advance_schedule(config.scheduler, max(count, 0) // config.frequency)
 
 
 def _stepped_by_lightning(trainer: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.options import SharedArguments
-from fl_adapters.torch.batches import rows_of
+from fl_adapters.torch.progress import rows_of
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from fl_adapters.participant.options import SiteSettings
-from fl_adapters.torch.batches import size_of
+from fl_adapters.torch.progress import size_of
 from fl_runtime.errors import ConfigError
 
 from . import scores

@@ -8,8 +8,7 @@ from typing import Any
 
 from monai.handlers import LrScheduleHandler
 
-from fl_adapters.torch import schedule
-from fl_adapters.torch.progress import RoundBudget, warn_if_schedule_ends_early
+from fl_adapters.torch.progress import RoundBudget, advance_schedule, warn_if_schedule_ends_early
 
 ENDLESS = 2**31 - 1
 """Epochs of a run whose length in epochs is unknown. It ends with the last round."""
@@ -73,7 +72,7 @@ def advance_schedules(engine: Any, handlers: Iterable[LrScheduleHandler], epochs
     done = max(engine.state.epoch - 1, 0)  # the epoch that begins now is not done
     missing = _iterations(engine, epochs, steps) - engine.state.iteration
     for handler in handlers:
-        schedule.advance(handler.lr_scheduler, max(epochs - done if handler.epoch_level else missing, 0))
+        advance_schedule(handler.lr_scheduler, max(epochs - done if handler.epoch_level else missing, 0))
 
 
 def _iterations(engine: Any, epochs: int, steps: int | None) -> int:

@@ -17,7 +17,7 @@ from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
-from fl_adapters.torch.batches import size_of
+from fl_adapters.torch.progress import size_of
 from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task

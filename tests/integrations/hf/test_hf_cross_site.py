@@ -13,6 +13,7 @@ from hf_example import BATCH, CLIP, RATE
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fl_adapters.hf import FederatedCallback
+from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.session import Session
 from fl_adapters.testing import CrossSiteCase, LocalFederation, Trained, cross_site_cases
 from fl_adapters.torch.state import TorchState
@@ -144,9 +145,9 @@ def test_what_strategies_leave_at_a_site_does_not_come_into_it(
     sent: dict[str, dict[str, Any]] = {}
     submit = Session.submit
 
-    def noted(self: Session, arrays: Arrays, **more: Any) -> str:
+    def noted(self: Session, arrays: Arrays, result: LocalResult, **more: Any) -> str:
         sent[self.name] = {name: np.array(array) for name, array in arrays.items()}
-        return submit(self, arrays, **more)
+        return submit(self, arrays, result, **more)
 
     monkeypatch.setattr(Session, "submit", noted)
     data = m.Tokens if lora else m.Sentences

@@ -128,7 +128,7 @@ def test_what_cannot_be_exact_is_refused_before_round_1() -> None:
     net = m.network()
     optimizer = m.optimizer_for(net)
     assert "a budget in steps" in refused(every=2)
-    assert "workers that live on" in refused(data=m.loader(num_workers=1, persistent_workers=True))
+    assert "persistent data loader workers" in refused(data=m.loader(num_workers=1, persistent_workers=True))
     plateau = LrScheduleHandler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), step_transform=lambda _: 0.0)
     assert "follows a metric" in refused(plateau, net=net, optimizer=optimizer)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
