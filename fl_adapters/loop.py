@@ -12,7 +12,7 @@ from fl_adapters.participant.exchange import selected
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.registry import open_session
-from fl_adapters.participant.restart import Keeping, seed_python
+from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_runtime.errors import ConfigError
@@ -39,8 +39,8 @@ class ConnectedSite:
         self._session, self._options = session, options
         self.arrays: Arrays = {}
         self.name = session.name if session else "local"
-        self.index = session.index if session else 0
-        self.count = session.count if session else 1
+        self.index = session.site.index if session else 0
+        self.count = session.site.count if session else 1
         self.job = session.job if session else ""
 
     def __enter__(self) -> ConnectedSite:
@@ -89,7 +89,7 @@ class ConnectedSite:
             cross_evaluates=evaluate is not None,
             restarts=save is not None,
         )
-        task = session.start(lambda: mine, snapshot=Keeping(save, load or _nothing) if save else None)
+        task = session.start(lambda: mine, snapshot=FunctionSnapshot(save, load or _nothing) if save else None)
         while task.kind == "train":
             if session.round_seed is not None:
                 seed_python(session.round_seed)
@@ -100,7 +100,7 @@ class ConnectedSite:
         self.arrays = task.arrays  # nothing else comes into this buffer
         if evaluate is not None:
             self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}  # but for models to score
-            session.cross_evaluate(evaluate)
+            session.results.cross_evaluate(evaluate)
         session.finish()
 
     def report(self, metrics: Metrics, num_examples: int) -> None:

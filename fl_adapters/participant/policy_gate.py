@@ -1,4 +1,4 @@
-"""What a site lets leave it: nothing to say in a simulation; in a federation its policy, and everything on record."""
+"""The policy of a site: which jobs it joins, what may leave it, and a record of both in its audit log."""
 
 from __future__ import annotations
 
@@ -8,75 +8,89 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fl_adapters.participant.kit import Kit
 from fl_runtime.aggregation.metrics.pooling import plain
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
 from fl_runtime.filters.ledger import Budget, Limit
 from fl_runtime.filters.server import what_ran
 from fl_runtime.types import Report, Settings, Task, Terms, Update
 
-if TYPE_CHECKING:
-    from fl_adapters.participant.kit import Kit
+if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
     from fl_runtime.trust.audit import AuditLog
     from fl_runtime.trust.policy import Policy, PolicyFile
     from fl_runtime.trust.stream_identity import StreamIdentity
 
-_ADAPTERS = {"transformers": "hf"}  # framework -> adapter, where they differ
-_REASON = "it left"
+_ADAPTERS = {"transformers": "hf"}  # framework -> name of its adapter, if they differ
+_WITHHELD_REASON = "it left"
 
 
-class SiteRules:
-    """Lets everything pass. The session asks before anything leaves; `GovernedSite` answers for a federation."""
+class PolicyGate:
+    """Asked before anything leaves a site. This class allows everything, as a simulation does.
 
-    def joined(self, settings: Settings, framework: str) -> None:
-        """May this site take part in this job, with this framework?"""
+    `KitPolicyGate` enforces the policy of a startup kit.
+    """
 
-    def handshake(self, names: Sequence[str], terms: Terms) -> None:
-        """May these tensors travel, under these terms?"""
+    def check_join(self, job: Settings, framework: str) -> None:
+        """Check whether this site may take part in the job with this framework."""
 
-    def info(self, info: Mapping[str, str]) -> Mapping[str, str]:
-        """What is said of this site's software."""
+    def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
+        """Check whether tensors of these names may travel, under the terms that the script proposes."""
+
+    def check_names(self, names: Sequence[str], round: int) -> None:
+        """Check whether tensors of these names may travel now. Called before filters, which may rename tensors."""
+
+    def visible_software(self, info: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the part of `info` on this site's software that the server may see."""
         return info
 
-    def received(self, task: Task) -> bool:
-        """A task has come. True: `filters` or `budget` may have changed."""
+    def record_task(self, task: Task) -> bool:
+        """Record an arriving task. Return whether `filters` or `budget` may have changed since the last one."""
         return False
+
+    def record_update(self, update: Update) -> None:
+        """Check and record an update as the filters made it."""
+
+    def record_report(self, report: Report) -> None:
+        """Record a report as the filters made it."""
+
+    def record_leaving(self, reason: str, *, early: bool) -> str:
+        """Record that the site leaves. Return the reason as the server may see it."""
+        return reason
+
+    def stream_identity(self) -> StreamIdentity | None:
+        """Return what proves this site's identity to other sites, or None if there are no certificates."""
+        return None
 
     @property
     def filters(self) -> Sequence[Settings]:
-        """Filters that run last on what leaves, as they stand now."""
+        """The policy's filters, which run last on what leaves."""
         return ()
 
     @property
     def budget(self) -> Limit | None:
-        """The most that filters with a ledger may spend here, over all jobs."""
-        return None
-
-    def may_travel(self, names: Sequence[str], round: int) -> None:
-        """May these tensors travel now? Asked before the filters, which may give them other names."""
-
-    def outgoing(self, update: Update) -> None:
-        """May this update leave, as the filters have made it?"""
-
-    def report(self, report: Report) -> None:
-        """May this score leave, as the filters have made it?"""
-
-    def leaving(self, reason: str, *, early: bool) -> str:
-        """The reason as it may be told."""
-        return reason
-
-    def stream_identity(self) -> StreamIdentity | None:
-        """Who this site is to other sites; None where nobody has certificates."""
+        """Upper limit of the privacy budget that filters may spend at this site, over all jobs."""
         return None
 
 
-class GovernedSite(SiteRules):
-    """The policy file of a startup kit, read again whenever it has changed, and the site's audit log.
+class KitPolicyGate(PolicyGate):
+    """Enforces the policy file of a startup kit, and writes the site's audit log.
 
-    Every method raises PermissionDeniedError, naming the rule, for what the policy does not allow, and ConfigError
-    for a policy that cannot be read: then nothing leaves.
+    The policy file is read again whenever it has changed. Every method raises PermissionDeniedError, which names the
+    rule, for what the policy does not allow. A policy that cannot be read raises ConfigError, so nothing leaves.
+
+    Attributes:
+        identity: Identity of the site, from its certificate.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Read the policy.
+
+        Args:
+            folder: Folder of the startup kit.
+
+        Raises:
+            ConfigError: The kit is not one of a site, or its policy cannot be read.
+        """
         from fl_runtime.trust.audit import AuditLog
         from fl_runtime.trust.kits import read_kit
         from fl_runtime.trust.policy import PolicyFile
@@ -85,49 +99,56 @@ class GovernedSite(SiteRules):
         self.identity = kit.identity
         self._audit: AuditLog = AuditLog(folder, folder)
         self._job = ""
-        self._strategy: str | None = None  # the job's, where it names one
+        self._strategy: str | None = None  # the job's, if it names one
         try:
             self._file: PolicyFile = PolicyFile(kit.policy_file)
         except FederationError as error:
             self._audit.refused(self.identity, "read policy", error)
             raise
 
-    def joined(self, settings: Settings, framework: str) -> None:
-        self._job = str(settings["name"])
+    def check_join(self, job: Settings, framework: str) -> None:
+        self._job = str(job["name"])
         with _Recorded(self, "join"):
-            self.check_job(settings)
+            self._check_job(job)
             self._policy.check_adapter(_ADAPTERS.get(framework, framework), self.identity)
-        self._audit.write("joined", self.identity, job=self._job, submitted_by=str(settings.get("submitted_by", "")))
+        self._audit.write("joined", self.identity, job=self._job, submitted_by=str(job.get("submitted_by", "")))
 
-    def check(self, settings: Settings) -> None:
-        """The part of `joined` that needs the job alone, on record; for a job whose command has not started."""
-        self._job = str(settings["name"])
+    def check_job(self, job: Settings) -> None:
+        """Check and record whether this site may run a job, before its command is started.
+
+        Args:
+            job: Settings of the job.
+
+        Raises:
+            PermissionDeniedError: The policy does not allow the job.
+        """
+        self._job = str(job["name"])
         with _Recorded(self, "run"):
             self._file.refresh()
-            self.check_job(settings)
+            self._check_job(job)
 
-    def check_job(self, settings: Settings) -> None:
+    def _check_job(self, job: Settings) -> None:
         from fl_runtime.trust.identity import Identity
 
-        by = str(settings.get("submitted_by", ""))
+        by = str(job.get("submitted_by", ""))
         submitter = Identity.from_uri(by) if by else None
-        self._policy.check_submitter(str(settings["name"]), submitter, self.identity)
-        if settings.get("cross_site"):
-            self._policy.check_cross_site(str(settings["name"]), self.identity)
-        self._strategy = settings.get("strategy")
+        self._policy.check_submitter(self._job, submitter, self.identity)
+        if job.get("cross_site"):
+            self._policy.check_cross_site(self._job, self.identity)
+        self._strategy = job.get("strategy")
         if self._strategy is not None:
-            self._policy.check_strategy(str(settings["name"]), self._strategy, self.identity)
+            self._policy.check_strategy(self._job, self._strategy, self.identity)
 
-    def handshake(self, names: Sequence[str], terms: Terms) -> None:
+    def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
         with _Recorded(self, "register"):
             self._policy.check_names(names, self.identity)
-            if self._strategy is None:  # the job leaves it to the script
+            if self._strategy is None:  # the script chooses it
                 self._policy.check_strategy(self._job, terms.strategy, self.identity)
 
-    def info(self, info: Mapping[str, str]) -> Mapping[str, str]:
+    def visible_software(self, info: Mapping[str, str]) -> Mapping[str, str]:
         return info if self._policy.info else {}
 
-    def received(self, task: Task) -> bool:
+    def record_task(self, task: Task) -> bool:
         self._audit.write(f"task: {task.kind}", job=task.job, round=task.round, version=task.version)
         with _Recorded(self, "read policy", round=task.round):
             changed = self._file.refresh()
@@ -143,16 +164,16 @@ class GovernedSite(SiteRules):
 
     @property
     def budget(self) -> Limit | None:
-        found = self._policy.privacy
-        return Limit(Budget(found.epsilon, found.delta), self.identity.name, all_jobs=True) if found else None
+        limit = self._policy.privacy
+        return Limit(Budget(limit.epsilon, limit.delta), self.identity.name, all_jobs=True) if limit else None
 
-    def may_travel(self, names: Sequence[str], round: int) -> None:
+    def check_names(self, names: Sequence[str], round: int) -> None:
         with _Recorded(self, "send update", round=round):
             self._policy.check_names(names, self.identity)
             if round == 0:
                 self._policy.check_initial(self.identity)
 
-    def outgoing(self, update: Update) -> None:
+    def record_update(self, update: Update) -> None:
         size = sum(array.nbytes for array in (*update.arrays.values(), *update.extras.values()))
         with _Recorded(self, "send update", round=update.round):
             self._policy.check_bytes(size, self.identity)
@@ -168,52 +189,71 @@ class GovernedSite(SiteRules):
             filters=[str(item.get("name")) for item in what_ran(update.encoding)],
         )
 
-    def report(self, report: Report) -> None:
+    def record_report(self, report: Report) -> None:
         metrics, examples = plain(report.metrics), report.num_examples
         self._audit.write("report", self.identity, job=self._job, metrics=metrics, num_examples=examples)
 
-    def leaving(self, reason: str, *, early: bool) -> str:
-        told = reason if self._policy.reasons or not early else _REASON
-        self._audit.write("left", self.identity, job=self._job, reason=reason, told=told, early=early)
-        return told
+    def record_leaving(self, reason: str, *, early: bool) -> str:
+        visible = reason if self._policy.reasons or not early else _WITHHELD_REASON
+        self._audit.write("left", self.identity, job=self._job, reason=reason, told=visible, early=early)
+        return visible
 
     def stream_identity(self) -> StreamIdentity:
         from fl_runtime.trust.stream_identity import StreamIdentity
 
-        return StreamIdentity(self._file.path.parent)  # anew: a certificate may be renewed in the middle of a run
+        return StreamIdentity(self._file.path.parent)  # read each time: a certificate may be renewed during a run
 
     # -- for `fl-adapters run` --------------------------------------------------------------------------------
 
     def record(self, action: str, **facts: Any) -> None:
-        """Put something that this site did on record."""
+        """Write an action of this site to its audit log.
+
+        Args:
+            action: What the site did.
+            **facts: Further facts; JSON values.
+        """
         self._audit.write(action, self.identity, **facts)
 
     def app_command(self, app: str) -> str:
-        """The local command that the policy names for a job's app. ConfigError where it names none."""
+        """Return the local command that the policy names for an app.
+
+        Args:
+            app: The app of a job.
+
+        Returns:
+            The command line, for a shell-like split.
+
+        Raises:
+            ConfigError: The policy names no command for this app.
+        """
         if app not in self._policy.apps:
             raise ConfigError(
-                f"nothing says what to run for the app {app!r}",
+                f"the policy names no command for the app {app!r}",
                 where=str(self._file.path),
-                fix="give the command after --, or name it there under `apps`",
+                fix="give the command after --, or add it to the policy under `apps`",
             )
         return self._policy.apps[app]
 
     def environment(self) -> dict[str, str]:
-        """What the command sees of this machine."""
+        """Return the environment variables that limit a command to this site's resources."""
         gpus = self._policy.resources.gpus
         return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
     @contextmanager
-    def one_of_the_processes(self) -> Iterator[None]:
-        """Within: this is one of the commands that may run here at a time. Refused where there are enough."""
+    def process_slot(self) -> Iterator[None]:
+        """Occupy one of the slots for commands that may run at the same time, during a `with` block.
+
+        Raises:
+            PermissionDeniedError: All slots are occupied.
+        """
         most = self._policy.resources.processes
         with _Recorded(self, "run"):
-            place = None if most is None else _place(self._file.path.parent, most, self.identity)
+            slot = None if most is None else _acquire_slot(self._file.path.parent, most, self.identity)
         try:
             yield
         finally:
-            if place is not None:
-                place.close()
+            if slot is not None:
+                slot.close()
 
     @property
     def _policy(self) -> Policy:
@@ -221,24 +261,24 @@ class GovernedSite(SiteRules):
 
 
 class _Recorded:
-    """Puts what is refused in its block on record."""
+    """Writes refusals in a `with` block to the audit log."""
 
-    def __init__(self, site: GovernedSite, action: str, **facts: Any) -> None:
-        self._site, self._action, self._facts = site, action, facts
+    def __init__(self, gate: KitPolicyGate, action: str, **facts: Any) -> None:
+        self._gate, self._action, self._facts = gate, action, facts
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FederationError):
-            site = self._site
-            site._audit.refused(site.identity, self._action, error, job=site._job, **self._facts)
+            gate = self._gate
+            gate._audit.refused(gate.identity, self._action, error, job=gate._job, **self._facts)
 
 
-def _place(folder: Path, most: int, identity: object) -> IO[bytes]:
-    """One of `most` lock files, held as long as it is open. PermissionDeniedError when all are taken."""
+def _acquire_slot(folder: Path, most: int, identity: object) -> IO[bytes]:
+    """Lock one of `most` files, until it is closed. Raise PermissionDeniedError if all are locked."""
     for number in range(most):
-        file = open(folder / f"process-{number}.lock", "wb")  # noqa: SIM115 (open for as long as the place is taken)
+        file = open(folder / f"process-{number}.lock", "wb")  # noqa: SIM115 (open for as long as the slot is occupied)
         try:
             if os.name == "posix":
                 import fcntl
@@ -250,10 +290,10 @@ def _place(folder: Path, most: int, identity: object) -> IO[bytes]:
     raise PermissionDeniedError(
         f"{identity} may not run another command",
         where=f"rule resources: processes: {most} (the site's policy.yml)",
-        fix="wait until one has ended, or raise it there",
+        fix="wait until a command has ended, or raise the number there",
     )
 
 
-def rules_of(kit: Kit) -> SiteRules:
-    """The rules of the site whose kit this is."""
-    return GovernedSite(Path(kit.credentials)) if kit.credentials else SiteRules()
+def policy_gate_of(kit: Kit) -> PolicyGate:
+    """Return the policy gate of a site: that of its startup kit, or one that allows everything in a simulation."""
+    return KitPolicyGate(Path(kit.credentials)) if kit.credentials else PolicyGate()

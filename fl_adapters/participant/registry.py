@@ -1,4 +1,4 @@
-"""The sessions of this process: one for each startup kit, whichever callback asks first."""
+"""The sessions of this process: one for each startup kit, opened by whichever callback asks first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from fl_adapters.participant.kit import Kit, current_kit
@@ -16,29 +17,53 @@ from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Transport
 
-_sessions: dict[str, Session] = {}
-_said_alone = False
+
+@dataclass(frozen=True)
+class _Entry:
+    """A session, and the process that opened it. Forked children inherit the entry and must not use the session."""
+
+    session: Session
+    pid: int
+
+    @property
+    def is_inherited(self) -> bool:
+        return self.pid != os.getpid()
+
+
+_sessions: dict[str, _Entry] = {}
+_announced_alone = False
 
 
 def open_session(options: Options, *, framework: str, fresh: bool = False) -> Session | None:
-    """This process's session for the kit of `options`; joins the federation on first use.
+    """Return this process's session for the kit that `options` name, and join the run on first use.
 
-    None without a kit, after one line on stderr that says so (ConfigError with `required`), and in a process
-    forked from the one that joined. fresh: a new trainer begins; a session that is past its handshake hands over to
-    a new attempt (a notebook cell that is run twice).
+    Args:
+        options: The script's arguments.
+        framework: Name of the training framework, such as "keras".
+        fresh: Whether a new training begins. A session that is past its handshake is then replaced by the site's next
+            attempt, as when a notebook cell runs twice.
+
+    Returns:
+        The session. None without a startup kit, which is announced once on stderr, and in a process that was forked
+        from the one that joined.
+
+    Raises:
+        ConfigError: There is no kit, although `options.required` asks for one.
+        FederationError: The server cannot be reached or refuses this site.
     """
     kit = current_kit(options.kit)
     if kit is None:
-        _alone(options, framework)
+        _announce_alone(options, framework)
         return None
-    session = _sessions.get(_key(kit))
-    if session is not None and session.pid != os.getpid():
+    entry = _sessions.get(_key(kit))
+    if entry is None:
+        return _join(kit, options, framework)
+    if entry.is_inherited:
         return None
-    if session is not None and fresh and session.registered and not session.closed:
-        session.hand_over()  # leaving, even for a moment, could end a run that needs every site
-    if session is None or session.closed:
-        session = _sessions[_key(kit)] = _joined(kit, options, framework)
-    return session
+    session = entry.session
+    if fresh and session.registered and not session.closed:
+        session.detach()  # leaving, even for a moment, could end a run that needs every site
+    return _join(kit, options, framework) if session.closed else session
 
 
 def running_session(options: Options, *, framework: str) -> Session:
@@ -78,25 +103,30 @@ def leaving_on_error(leave: Callable[[str], object]) -> Iterator[None]:
 
 
 def close_sessions(reason: str, kit: Kit | None = None) -> None:
-    """Leave the runs of this process that have not ended: that of `kit`, else all of them. Runs by itself when the
-    interpreter exits."""
+    """Leave the runs of this process that have not ended. Called automatically when the interpreter exits.
+
+    Args:
+        reason: Why the site leaves.
+        kit: Leave only the run of this kit; None leaves all runs.
+    """
     for key in list(_sessions) if kit is None else [_key(kit)]:
-        session = _sessions.pop(key, None)
-        if session is not None and session.pid == os.getpid() and not session.closed:
-            session.leave(reason)
+        entry = _sessions.pop(key, None)
+        if entry is not None and not entry.is_inherited and not entry.session.closed:
+            entry.session.leave(reason)
 
 
 def _key(kit: Kit) -> str:
     return f"{kit.server}/{kit.job}/{kit.site}"
 
 
-def _joined(kit: Kit, options: Options, framework: str) -> Session:
+def _join(kit: Kit, options: Options, framework: str) -> Session:
     transport = _transport(kit)
     try:
         session = Session(kit, options, framework, transport)
     except FederationError:
         transport.close()
         raise
+    _sessions[_key(kit)] = _Entry(session, os.getpid())
     atexit.register(close_sessions, "its script ended before the last round")
     return session
 
@@ -104,7 +134,7 @@ def _joined(kit: Kit, options: Options, framework: str) -> Session:
 def _transport(kit: Kit) -> Transport:
     if kit.server.startswith(memory.SCHEME):
         return memory.connect(kit.server, kit.site)
-    from fl_runtime.transport.grpc import GrpcTransport  # here, so that nobody pays for it before connecting
+    from fl_runtime.transport.grpc import GrpcTransport  # late: importing grpc takes time
 
     if kit.credentials:
         from fl_runtime.transport.tls import FileCredentials
@@ -113,13 +143,13 @@ def _transport(kit: Kit) -> Transport:
     return GrpcTransport(kit.server, kit.token)
 
 
-def _alone(options: Options, framework: str) -> None:
-    global _said_alone
+def _announce_alone(options: Options, framework: str) -> None:
+    global _announced_alone
     if options.required:
         raise ConfigError(
             "this script must run in a federation (required=True), but there is no startup kit",
             fix="start it with `fl-adapters simulate`, set FL_ADAPTERS_KIT, or pass kit=",
         )
-    if not _said_alone:
-        _said_alone = True
+    if not _announced_alone:
+        _announced_alone = True
         print(f"fl-adapters: no startup kit, so {framework} trains alone on this machine's data", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Exact restarts: what a site saves at each round boundary, and what it begins a round with after its process died.
+"""Exact restarts: a site saves its state at each round boundary and continues from there after its process died.
 
-A point is the site's state between two rounds: after the local work of one, before that work is sent. So whatever the
-server has accepted, the point behind it is on disk. The point before it is kept as well: an update that was not
-accepted is made again. Both are needed and no more, since the server is never further back.
+A restart point is the state between two rounds, saved after local training and before the update is sent. So for
+every update that the server has accepted, the point after it is on disk. The point before it is needed as well, since
+an update that was not accepted is made again. Older points are not needed: the server is never further back.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
+from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.state_file import State, read_state, write_state
-from fl_runtime.types import Task
+from fl_runtime.types import Arrays, Task
 
 _SUFFIX = ".safetensors"
 
 
 class RestartPoints:
-    """The last two points of one site, in a folder of its own. Used by one thread."""
+    """The last two restart points of one site, as files in a folder. Used by one thread."""
 
     def __init__(self, folder: Path, *, fresh: bool) -> None:
-        """fresh: this is the site's first process in the run, so whatever lies in the folder is of another one."""
         self._folder = folder
         if fresh:
             for file in self._files():
@@ -33,11 +33,11 @@ class RestartPoints:
 
     @property
     def empty(self) -> bool:
-        """Whether no point has been saved yet."""
+        """Whether there is no point yet."""
         return not self._files()
 
     def save(self, done: Task | None, state: State) -> int:
-        """The state after the work for `done`; None: before the first round. Returns the file's bytes."""
+        """Save the state after the training for `done` (None: before round 1). Return the file's size in bytes."""
         files = self._files()
         number = int(files[-1].name.removesuffix(_SUFFIX)) + 1 if files else 0
         behind = [done.round, done.stage] if done else None
@@ -49,8 +49,10 @@ class RestartPoints:
         return size
 
     def before(self, task: Task) -> State | None:
-        """The state to begin `task` with; None: there is none. A point behind that task itself, whose update has not
-        been accepted, is forgotten: the work is done again."""
+        """Return the state to begin `task` with, or None if there is none.
+
+        A point after that task itself is deleted: its update was not accepted, so the training is repeated.
+        """
         for file in reversed(self._files()):
             behind, state = read_state(file)
             if task.kind != "train" or behind != [task.round, task.stage]:
@@ -59,26 +61,97 @@ class RestartPoints:
         return None
 
     def _files(self) -> list[Path]:
-        """In the order in which they were saved."""
+        """Return the files of points in the order in which they were saved."""
         found = self._folder.glob(f"*{_SUFFIX}") if self._folder.is_dir() else []
         return sorted(file for file in found if file.name.removesuffix(_SUFFIX).isdigit())
 
 
+class SiteRestart:
+    """What lets one site continue exactly after its process died, in jobs with `exact_restart`."""
+
+    def __init__(self, folder: Path, *, fresh: bool) -> None:
+        """Open the site's restart points.
+
+        Args:
+            folder: Folder of this site for restart points alone.
+            fresh: Whether this is the site's first process in the run, so that points in the folder are deleted.
+        """
+        self._points, self._fresh = RestartPoints(folder, fresh=fresh), fresh
+        self._snapshot: Snapshot | None = None
+
+    def begin(self, snapshot: Snapshot | None, local_round: int) -> None:
+        """Save the first point, in the first process of the site.
+
+        Args:
+            snapshot: Saves and loads the adapter's state. None saves nothing.
+            local_round: Number of rounds that this site has trained.
+        """
+        self._snapshot = snapshot
+        if self._points.empty:
+            self.save(None, local_round, {})
+
+    def save(self, done: Task | None, local_round: int, held_back: Arrays) -> None:
+        """Save a point before an update is sent.
+
+        Args:
+            done: The task whose training is done; None before the first round.
+            local_round: Number of rounds that this site has trained.
+            held_back: Tensors that stay at the site and which its filters must remember.
+        """
+        if self._snapshot is not None:
+            state = {"turn": local_round, "held_back": dict(held_back), "own": self._snapshot.save()}
+            self._points.save(done, state)
+
+    def load(self, task: Task) -> tuple[int, Arrays] | None:
+        """Load the point before `task` into the adapter, in a process that replaces another one.
+
+        Args:
+            task: The task that this process begins with.
+
+        Returns:
+            The number of rounds that this site has trained, and the tensors that its filters must remember. None if
+            there is nothing to load.
+        """
+        point = None if self._fresh or self._snapshot is None else self._points.before(task)
+        if point is None or self._snapshot is None:
+            return None
+        self._snapshot.load(point["own"])
+        return point["turn"], point["held_back"]
+
+
 def round_seed(seed: int | None, site: str, task: Task) -> int:
-    """What a site's round is seeded with, below 2**63: the same whenever it is done again. seed: the job's."""
+    """Return the seed of one site's round: the same whenever the round is repeated.
+
+    Args:
+        seed: The job's seed.
+        site: Name of the site.
+        task: The task of the round.
+
+    Returns:
+        A number from 0 to 2**63 - 1.
+    """
     text = f"{seed or 0}/{site}/{task.round}/{task.stage}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def seed_python(seed: int) -> None:
-    """The global random states of Python and NumPy."""
+    """Seed the global random states of Python and NumPy.
+
+    Args:
+        seed: Any number of at least 0; NumPy gets its lowest 32 bits.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """A Snapshot of two functions."""
+class FunctionSnapshot:
+    """A `Snapshot` made of two functions.
+
+    Attributes:
+        save: Returns the state between two rounds.
+        load: Restores a state that `save` returned in an earlier process.
+    """
 
     save: Callable[[], State]
     load: Callable[[State], None]

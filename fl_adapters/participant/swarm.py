@@ -51,7 +51,7 @@ class Seal(Protocol):
 class SwarmSite:
     """Used by the session's thread; the tunnel's own threads hand it the streams that others open.
 
-    seal: `Session.sealed`. patience_s: how long the aggregator waits for a site that says nothing. deadline_s: how long
+    seal: `Session.seal`. patience_s: how long the aggregator waits for a site that says nothing. deadline_s: how long
     a site waits for its aggregator to take an update.
     """
 

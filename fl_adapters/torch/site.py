@@ -39,7 +39,7 @@ class Arrived:
     Attributes:
         task: The task, on rank 0 alone.
         kind: Its kind: "train" or "final".
-        round: Number of rounds this site has trained, this one included; see `Session.turn`.
+        round: Number of rounds this site has trained, this one included; see `Session.local_round`.
         row: Round, bytes and seconds of the last exchange, for the framework's own logs.
         seed: Seed of the round's random states, for jobs with `exact_restart`; else None.
     """
@@ -164,7 +164,7 @@ class TorchSite:
         live.restore_final()
 
     def _load_next(self, live: LiveModel) -> bool:
-        task = ranks.on_rank_zero(lambda: self.session().next_to_score())
+        task = ranks.on_rank_zero(lambda: self.session().results.next_to_score())
         if not ranks.share(task is not None):
             return False
         live.load(task.arrays if task else None)
@@ -202,6 +202,6 @@ class TorchSite:
         facts = None
         if task is not None:
             session = self.session()
-            facts = [task.kind, session.turn, session.stats.log_row(), session.round_seed]
+            facts = [task.kind, session.local_round, session.stats.log_row(), session.round_seed]
         kind, number, row, seed = ranks.share(facts)
         return Arrived(task, kind, number, row, seed)

@@ -471,7 +471,7 @@ class TrainerRun(Generic[P]):
         """The best round and its weights, on rank 0."""
 
         def fetched() -> tuple[int, Arrays]:
-            task = self._site.session().best()
+            task = self._site.session().results.best()
             return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
 
         return ranks.on_rank_zero(fetched)

@@ -222,7 +222,7 @@ class FederatedCallback(keras.callbacks.Callback):
             if snapshot.epochs > epoch:
                 restored, epoch = snapshot.epochs - epoch, snapshot.epochs
                 model._initial_epoch = epoch
-        run.take(task, session.turn)
+        run.take(task, session.local_round)
         self._take_first(run, live, task, epoch, restored)
         if live.corrections.attached:
             neighbours.refuse_saving_within_epochs(fit.callbacks)
@@ -291,7 +291,7 @@ class FederatedCallback(keras.callbacks.Callback):
         live.local.submitted(status)
         task = session.next_task()
         live.receive(task)
-        run.take(task, session.turn)
+        run.take(task, session.local_round)
         run.seed = session.round_seed
         run.next_round(session.stats)
         run.meter.begin(model)
@@ -301,7 +301,7 @@ class FederatedCallback(keras.callbacks.Callback):
         session, model, best = self._session(), self.model, None
         stoppers = neighbours.restoring(run.fit.callbacks)
         if stoppers:
-            task = session.best()
+            task = session.results.best()
             best = task.version, {name: np.copy(array) for name, array in task.arrays.items()}
         live.local.close()
         live.restore_final()
@@ -327,7 +327,7 @@ class FederatedCallback(keras.callbacks.Callback):
         session = self._session()
         if not (session.settings.cross_site and run.evaluates):
             return
-        while task := session.next_to_score():
+        while task := session.results.next_to_score():
             live.state.set_state(task.arrays)
             self._evaluate(run)
         live.restore_final()

@@ -75,7 +75,7 @@ class Run:
         return self.budget.rounds is None and not self.epoch_open and self.epoch + 1 >= self.fit.epochs
 
     def take(self, task: Task, turn: int) -> None:
-        """A task has arrived, and its weights are in the model. turn: see `Session.turn`."""
+        """A task has arrived, and its weights are in the model. turn: see `Session.local_round`."""
         self.round, self.version, self.over = turn, task.version, task.kind == "final"
 
     def next_round(self, stats: RoundStats) -> None:

@@ -131,7 +131,7 @@ def _federated(
             session.report(*_score(algo, task.arrays, extra))
     final = ExchangeObject(weights=_tensors(task.arrays), weight_type=WeightType.WEIGHTS)
     if evaluates:
-        session.cross_evaluate(lambda arrays: _score(algo, arrays, extra))
+        session.results.cross_evaluate(lambda arrays: _score(algo, arrays, extra))
     network = getattr(getattr(algo, "trainer", None), "network", None)
     if network is not None:
         copy_model_state(dst=network, src=final.weights)

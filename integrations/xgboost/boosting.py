@@ -6,7 +6,7 @@ from typing import Protocol
 
 import xgboost
 
-from fl_adapters.participant.restart import Keeping, seed_python
+from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_runtime.aggregation.trees.document import TreeModel
@@ -129,7 +129,7 @@ def _score(
         rounds.next_task(booster)
 
 
-def _snapshot(booster: xgboost.Booster, log: Log) -> Keeping:
+def _snapshot(booster: xgboost.Booster, log: Log) -> FunctionSnapshot:
     """What a booster has beside the global model, for exact restarts."""
 
     def save() -> State:
@@ -140,12 +140,12 @@ def _snapshot(booster: xgboost.Booster, log: Log) -> Keeping:
         booster.set_attr(**state["attributes"])
         log.update(state["log"])
 
-    return Keeping(save, load)
+    return FunctionSnapshot(save, load)
 
 
 def _mark_best(booster: xgboost.Booster, rounds: TreeRounds, stopping: Stopping) -> None:
     """`best_iteration` and `best_score`, as XGBoost's own early stopping leaves them."""
-    best = rounds.session.best()
+    best = rounds.session.results.best()
     iteration = rounds.first + min(best.version * rounds.boosts, booster.num_boosted_rounds() - rounds.first) - 1
     score = best.config.get("metrics", {}).get(stopping.metric)
     booster.set_attr(best_iteration=str(iteration), best_score=None if score is None else str(score))

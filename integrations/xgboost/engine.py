@@ -89,7 +89,7 @@ class Engine:
                 name,
                 worker.sockets,
                 tunnel.open,
-                self._session.sealed,
+                self._session.seal,
                 worker.network,
                 worker.tracker_port,
             )

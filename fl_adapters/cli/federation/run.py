@@ -25,12 +25,12 @@ _PATIENCE_S = 30.0
 def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float, as_json: bool) -> int:
     """Run the command. Returns its exit status, as a shell does: 128 + N after signal N."""
     with report_errors(as_json), needs_trust_extra():
-        from fl_adapters.participant.policy_gate import GovernedSite
+        from fl_adapters.participant.policy_gate import KitPolicyGate
         from fl_runtime.control import ControlClient
 
-        site = GovernedSite(kit_folder)
+        site = KitPolicyGate(kit_folder)
         kit = read_script_kit(kit_folder)
-        with site.one_of_the_processes():
+        with site.process_slot():
             _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
             with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:  # the command connects by itself
                 job = control.ask("Assignment", patience_s=patience_s)
@@ -47,7 +47,7 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
 def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
     """Check the job against the policy. Tells the server of a refusal before raising it, so that no site waits."""
     try:
-        site.check({**job, "name": job["job"]})
+        site.check_job({**job, "name": job["job"]})
     except PermissionDeniedError as error:
         _leave(kit, error.what)
         raise

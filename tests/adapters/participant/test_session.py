@@ -69,7 +69,7 @@ def one() -> Iterator[tuple[LocalFederation, Place]]:
 def test_all_callbacks_of_a_process_share_a_kits_session(one: tuple[LocalFederation, Place]) -> None:
     federation, place = one
     assert opened(place) is opened(place)
-    assert (opened(place).name, opened(place).index, opened(place).count) == ("site-1", 0, 1)
+    assert (opened(place).name, opened(place).site.index, opened(place).site.count) == ("site-1", 0, 1)
     assert opened(place).attempt == 1
     assert opened(place, fresh=True) is opened(place)  # nothing has begun yet: a second object, not a second run
     federation.server.abort("enough")

@@ -341,7 +341,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
                 session = open_session(Options(kit=place.kit), framework="test")
                 assert session is not None and session.attempt == 1
                 session.submit(initial(1), LocalResult(1, 0, {}))  # of a process that dies now
-                session.hand_over()
+                session.detach()
                 raise DeathError
 
         try:
@@ -374,7 +374,7 @@ def test_the_server_takes_no_update_and_no_strangers_mean() -> None:
         assert session is not None
         session.register({"w": np.zeros(3)}, agreement={}, rounds=None, evaluates=False)
         task = session.start(lambda: {"w": np.zeros(3)})
-        update = session._update(task, {"w": np.ones(3)}, LocalResult(1, 0, {}), {})
+        update = session._header.update(task, {"w": np.ones(3)}, LocalResult(1, 0, {}), {})
         for stage in ("", "swarm-1-0123456789abcdef"):
             try:
                 refused.append(session._client.submit(replace(update, stage=stage)))

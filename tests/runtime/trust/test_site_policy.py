@@ -16,7 +16,7 @@ from study import Study, readdressed, until
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
-from fl_adapters.participant.policy_gate import GovernedSite
+from fl_adapters.participant.policy_gate import KitPolicyGate
 from fl_adapters.participant.registry import _transport
 from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, PrivacyBudgetError
@@ -257,22 +257,22 @@ def test_a_policy_that_cannot_be_read_lets_nothing_leave(study: Study, text: str
     assert str(path) in error.where
     assert len(of_north(study, "update")) == 1
     with pytest.raises(ConfigError):
-        GovernedSite(path.parent)
+        KitPolicyGate(path.parent)
 
 
 def test_the_processes_of_a_site_are_counted(study: Study, tmp_path: Path) -> None:
     (study.kits / "north/policy.yml").write_text("resources: {processes: 1, gpus: ['2', '3']}\napps: {tumour: 'x -y'}")
-    first, second = GovernedSite(study.kits / "north"), GovernedSite(study.kits / "north")
-    with first.one_of_the_processes():
+    first, second = KitPolicyGate(study.kits / "north"), KitPolicyGate(study.kits / "north")
+    with first.process_slot():
         with pytest.raises(PermissionDeniedError, match="may not run another command") as caught:
-            with second.one_of_the_processes():
+            with second.process_slot():
                 pass
         assert "resources: processes: 1" in caught.value.where
-    with second.one_of_the_processes():
+    with second.process_slot():
         pass
     assert first.environment() == {"CUDA_VISIBLE_DEVICES": "2,3"}
     assert first.app_command("tumour") == "x -y"
-    with pytest.raises(ConfigError, match="nothing says what to run for the app 'other'"):
+    with pytest.raises(ConfigError, match="the policy names no command for the app 'other'"):
         first.app_command("other")
     (refusal,) = [entry for entry in entries(study.kits / "north") if entry["outcome"] == "refused"]
     assert refusal["rule"].startswith("resources: processes: 1")

@@ -1,0 +1,159 @@
+"""The gate of a site: everything that arrives or leaves passes its policy and its filters here."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.policy_gate import policy_gate_of
+from fl_runtime.errors import FederationError
+from fl_runtime.filters import check_repeatable
+from fl_runtime.filters.base import Home
+from fl_runtime.filters.site import SiteFilters
+from fl_runtime.types import Arrays, Report, Settings, Task, Terms, Update
+from fl_runtime.version import VERSION
+
+if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
+    from fl_runtime.trust.stream_identity import StreamIdentity
+
+
+class Gate:
+    """Decides what may leave a site, and applies the filters of the job and of the site's policy.
+
+    The policy is asked before the filters (which may rename tensors) and sees what the filters made of an update.
+    When policy or filters refuse something, the gate calls `on_refusal` before it raises, so that the site leaves and
+    the others need not wait for it.
+    """
+
+    def __init__(self, kit: Kit, framework: str, on_refusal: Callable[[str], None]) -> None:
+        """Read the site's policy.
+
+        Args:
+            kit: The site's startup kit.
+            framework: Name of the training framework, as the policy and the server see it.
+            on_refusal: Called with the reason when something is refused.
+
+        Raises:
+            ConfigError: The policy file cannot be read.
+        """
+        self._kit, self._framework, self._on_refusal = kit, framework, on_refusal
+        self._policy = policy_gate_of(kit)
+        self._filters: SiteFilters
+
+    @contextmanager
+    def leaving_on_refusal(self) -> Iterator[None]:
+        """Call `on_refusal` for a FederationError in the block, which is raised again."""
+        try:
+            yield
+        except FederationError as error:
+            self._on_refusal(error.what)
+            raise
+
+    def join(self, site: str, job: Settings) -> None:
+        """Check whether the site may take part in the job, and set up the filters.
+
+        Args:
+            site: Name of the site.
+            job: The job's settings from the server.
+
+        Raises:
+            PermissionDeniedError: The policy does not allow this job.
+            ConfigError: A filter cannot work, or is not repeatable although the job asks for exact restarts.
+        """
+        with self.leaving_on_refusal():
+            self._policy.check_join(job, self._framework)
+            if job.get("exact_restart"):
+                check_repeatable(self._policy.filters)
+            home = self._filter_home(site, str(job["name"]))
+            self._filters = SiteFilters(job.get("filters", ()), self._policy.filters, home)
+
+    def register(self, state: Arrays, terms: Terms) -> Mapping[str, str]:
+        """Check the model that will be exchanged, before the handshake.
+
+        Args:
+            state: The tensors that will travel. Borrowed for the call.
+            terms: What the script proposes where the job is silent.
+
+        Returns:
+            Facts about the filters that must be equal at all sites.
+        """
+        with self.leaving_on_refusal():
+            self._policy.check_handshake(list(state), terms)
+        self._filters.agree(state, weights=terms.content == "weights")
+        return self._filters.agreement
+
+    def software(self) -> Mapping[str, str]:
+        """Return what the server may know about this site's software and filters."""
+        info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
+        filters = self._filters.described()
+        return self._policy.visible_software(info | ({"filters": filters} if filters else {}))
+
+    # -- what arrives ----------------------------------------------------------------------------------------
+
+    def receive(self, task: Task) -> Task:
+        """Record an arriving task, follow changes of the policy, and decode the task's arrays."""
+        with self.leaving_on_refusal():
+            if self._policy.record_task(task):
+                self._filters.set_own(self._policy.filters, self._policy.budget)
+            return self._filters.received(task)
+
+    def decode(self, task: Task) -> Task:
+        """Decode the arrays of a model that this site evaluates or exports."""
+        with self.leaving_on_refusal():
+            return self._filters.received(task)
+
+    # -- what leaves -----------------------------------------------------------------------------------------
+
+    def send_initial(self, update: Update) -> Update:
+        """Return what leaves where this site's weights become the initial model."""
+        return self._pass(update, self._filters.initial)
+
+    def send_update(self, update: Update, task: Task) -> Update:
+        """Return what leaves for the update of a round. `task` is the one it answers."""
+        return self._pass(update, lambda update: self._filters.outgoing(update, task))
+
+    def send_report(self, report: Report) -> Report:
+        """Return what leaves for a report."""
+        with self.leaving_on_refusal():
+            filtered = self._filters.report(report)
+            self._policy.record_report(filtered)
+        return filtered
+
+    def visible_reason(self, reason: str, *, early: bool) -> str:
+        """Return the reason for leaving as the server may see it, and record the full one."""
+        return self._policy.record_leaving(reason, early=early)
+
+    # -- state and identity ----------------------------------------------------------------------------------
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether the server cannot read the model. Known after `register`."""
+        return self._filters.encrypts
+
+    def held_back(self, arrays: Arrays) -> Arrays:
+        """Return those of this site's `arrays` that it keeps in place of the global model's. Borrowed."""
+        return self._filters.held_back(arrays)
+
+    def restore(self, held_back: Arrays) -> None:
+        """Continue with what `held_back` returned in an earlier process of this site. Called after `register`."""
+        self._filters.restore(held_back)
+
+    def stream_identity(self) -> StreamIdentity | None:
+        """Return what proves this site's identity to other sites, or None if there are no certificates."""
+        return self._policy.stream_identity()
+
+    def _pass(self, update: Update, apply_filters: Callable[[Update], Update]) -> Update:
+        with self.leaving_on_refusal():
+            self._policy.check_names([*update.arrays, *update.extras], update.round)
+            filtered = apply_filters(update)
+            self._policy.record_update(filtered)
+        return filtered
+
+    def _filter_home(self, site: str, job: str) -> Home:
+        folder = self._kit.credentials or self._kit.folder
+        shared = Path(self._kit.run, "sites") if self._kit.simulated else None
+        return Home(site, job, Path(folder) if folder else None, budget=self._policy.budget, shared=shared)

@@ -1,0 +1,131 @@
+"""What a run leaves at its end: exported models, the best model, and scores of other sites' models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fl_adapters.participant.gate import Gate
+from fl_adapters.participant.kit import Kit
+from fl_runtime.client import SiteClient
+from fl_runtime.store.tensorfile import write_tensors
+from fl_runtime.types import Arrays, Summary, Task
+
+_FILE = "model.safetensors"
+
+
+class Results:
+    """The end of a run at one site, after the task of kind "final".
+
+    Other models arrive in the same buffer as the final one. A site that exports the final model therefore keeps a
+    copy of it from the first such model on.
+    """
+
+    def __init__(
+        self,
+        client: SiteClient,
+        gate: Gate,
+        kit: Kit,
+        *,
+        cross_site: bool,
+        current_task: Callable[[], Task],
+        report: Callable[[Mapping[str, float | Summary], int], None],
+    ) -> None:
+        """Prepare for the end of a run.
+
+        Args:
+            client: The connection to the server.
+            gate: The site's gate.
+            kit: The site's startup kit.
+            cross_site: Whether the job asks sites to evaluate each other's models.
+            current_task: Returns the session's current task.
+            report: Sends the metrics of the model that was evaluated last; see `Session.report`.
+        """
+        self._client, self._gate, self._kit = client, gate, kit
+        self._cross_site, self._current_task, self._report = cross_site, current_task, report
+        self._final: Task | None = None
+        self._evaluated: Task | None = None
+
+    def best(self) -> Task:
+        """Return the model of the best round. Waits until all sites have reported on the last round.
+
+        Returns:
+            A task of kind "best". Its arrays are views of the session's buffer, valid until the next task.
+        """
+        self._keep_final()
+        with self._gate.leaving_on_refusal():
+            return self._gate.decode(self._client.next_task(best=True))
+
+    def next_to_score(self) -> Task | None:
+        """Return the next model that this site must evaluate, in jobs with `cross_site`.
+
+        First the global model, if this site has not reported on it, then the model of every site. Evaluate each on
+        this site's own validation data and pass the metrics to `Session.report`; a model without a report counts as
+        one without metrics. Call this only after registering with `cross_evaluates`.
+
+        Returns:
+            A task of kind "evaluate", whose arrays are valid until the next task. None if no model is left, or if the
+            job does not ask for cross-site evaluation.
+        """
+        if not self._cross_site:
+            return None
+        if self._evaluated is not None:
+            self._report({}, 1)
+        self._keep_final()
+        task = self._client.next_task(evaluate=True)
+        self._evaluated = self._gate.decode(task) if task.kind == "evaluate" else None
+        return self._evaluated
+
+    def cross_evaluate(self, evaluate: Callable[[Arrays], tuple[Mapping[str, float | Summary], int]]) -> None:
+        """Evaluate and report every model that `next_to_score` returns.
+
+        Args:
+            evaluate: Function from the arrays of a model to (metrics on this site's validation data, number of
+                validation examples). The arrays are valid during the call.
+        """
+        while task := self.next_to_score():
+            self._report(*evaluate(task.arrays))
+
+    def version_to_report(self) -> int:
+        """Return the version of the model that a report is about, and regard that model as reported."""
+        task, self._evaluated = self._evaluated or self._current_task(), None
+        return task.version
+
+    def write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
+        """Write runs/<job>/model and runs/<job>/best, if this site of a simulation was chosen to do so.
+
+        Args:
+            export: Writes the live model to a folder in the framework's format. None leaves it to the server, unless
+                the server cannot read the model.
+            load: Loads arrays into the live model, for the export of the best model; None exports the final one only.
+        """
+        if not self._exports():
+            return
+        if export is not None:
+            export(str(self._folder("model")))
+            if load is not None:
+                load(self.best().arrays)
+                export(str(self._folder("best")))
+                load(self._final_task().arrays)
+        elif self._gate.encrypts:
+            write_tensors(self._folder("model") / _FILE, self._final_task().arrays)
+            write_tensors(self._folder("best") / _FILE, self.best().arrays)
+
+    def _exports(self) -> bool:
+        return self._kit.simulated and bool(self._current_task().config.get("export"))
+
+    def _folder(self, name: str) -> Path:
+        return Path(self._kit.run, name)
+
+    def _final_task(self) -> Task:
+        return self._final or self._current_task()
+
+    def _keep_final(self) -> None:
+        """Copy the final model before another one arrives in its buffer, if it is still to be exported."""
+        final = self._current_task()
+        if self._final is None and self._exports():
+            copies = {name: np.copy(array) for name, array in final.arrays.items()}
+            self._final = replace(final, arrays=copies)
