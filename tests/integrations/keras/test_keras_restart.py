@@ -148,4 +148,4 @@ def test_a_dataloader(tmp_path: Path) -> None:
 
     restart_cases()[-1](Loaded())
     loader = DataLoader(TensorDataset(*map(torch.from_numpy, m.rows(0))), num_workers=1, persistent_workers=True)
-    assert "persistent data loader workers" in refused(data=loader)
+    assert "workers that live on" in refused(data=loader)
