@@ -15,56 +15,99 @@ _PAUSE_S = 0.2
 
 
 class ControlClient:
-    """An admin's, or a site's, line to the server of its federation."""
+    """An admin's or a site's connection to the server of its federation, for calls about jobs.
+
+    Example:
+        ```python
+        client = ControlClient.of_kit(Path("admin-kit"), "federation.example.org:8443")
+        print(client.ask("Status")["running"])
+        client.close()
+        ```
+    """
 
     def __init__(self, transport: Transport) -> None:
+        """Make a client.
+
+        Args:
+            transport: How to reach the server. The client closes it.
+        """
         self._transport = transport
-        self._heard = 0.0  # when the server has last said something, monotonic seconds
+        self._last_answer = 0.0  # when the server has last answered, in monotonic seconds
 
     @classmethod
     def of_kit(cls, folder: Path, address: str) -> ControlClient:
-        """Over mutual TLS, with the credentials in a kit's folder."""
+        """A client that connects over mutual TLS, with the credentials of a kit.
+
+        Args:
+            folder: Folder of the kit.
+            address: Address of the server, as "host:port".
+
+        Returns:
+            The client; it connects at the first call.
+        """
         from fl_runtime.transport.grpc import GrpcTransport
         from fl_runtime.transport.tls import FileCredentials
 
         return cls(GrpcTransport(address, credentials=FileCredentials(folder)))
 
     def ask(self, method: str, *, patience_s: float = 0.0, **fields: Any) -> dict[str, Any]:
-        """The answer to a request. patience_s: how long a server that does not answer is waited for.
+        """Make a call, and wait for its answer.
 
-        Raises the server's error, or ConnectionLostError.
+        Args:
+            method: Name of the call, such as "Status".
+            patience_s: How long the server may be out of reach, in seconds.
+            **fields: The request's fields; JSON values.
+
+        Returns:
+            The answer's fields.
+
+        Raises:
+            ConnectionLostError: The server is out of reach.
+            FederationError: The server refused the call.
         """
         began = time.monotonic()
         while True:
             try:
-                return self._last(method, fields)
+                return self._final_answer(method, fields)
             except ConnectionLostError:
-                if time.monotonic() > max(began, self._heard) + patience_s:
+                if time.monotonic() > max(began, self._last_answer) + patience_s:
                     raise
             time.sleep(_PAUSE_S)
 
     def follow(self, job: str, *, patience_s: float = 30.0) -> Iterator[Mapping[str, Any]]:
-        """A job's events as the server tells them ({"event": ...}), then {"ended": ...}. Lost connections are made
-        anew while the server does not stay away for longer than `patience_s`."""
-        seen, began = 0, time.monotonic()
+        """Follow a job's events until it has ended. Lost connections are made again.
+
+        Args:
+            job: Name of the job.
+            patience_s: How long the server may be out of reach, in seconds.
+
+        Yields:
+            `{"number": ..., "event": ...}` for every event from the first one on, then `{"ended": ...}`.
+
+        Raises:
+            ConnectionLostError: The server is out of reach.
+            FederationError: The server refused the call.
+        """
+        next_number, began = 0, time.monotonic()
         while True:
             try:
-                for answer in self._answers("Watch", {"job": job, "from": seen}):
+                for answer in self._answers("Watch", {"job": job, "from": next_number}):
                     if "event" in answer:
-                        seen = answer["number"] + 1
+                        next_number = answer["number"] + 1
                     if "waiting" not in answer:
                         yield answer
                     if "ended" in answer:
                         return
             except ConnectionLostError:
-                if time.monotonic() > max(began, self._heard) + patience_s:
+                if time.monotonic() > max(began, self._last_answer) + patience_s:
                     raise
             time.sleep(_PAUSE_S)
 
     def close(self) -> None:
+        """Close the connection to the server."""
         self._transport.close()
 
-    def _last(self, method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def _final_answer(self, method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         answers = list(self._answers(method, fields))
         if not answers or "waiting" in answers[-1]:
             raise ConnectionLostError("the server ended the call without an answer")
@@ -76,6 +119,6 @@ class ControlClient:
                 answer = json.loads(message)
                 assert isinstance(answer, dict)
             except (ValueError, AssertionError):
-                raise ProtocolError(f"the server's answer to {method} is no JSON object") from None
-            self._heard = time.monotonic()
+                raise ProtocolError(f"the server's answer to {method} is not a JSON object") from None
+            self._last_answer = time.monotonic()
             yield answer

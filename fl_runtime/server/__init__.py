@@ -1,4 +1,4 @@
-"""The server of one job: round loop, journal, gRPC service. Runs no user code and imports no training framework."""
+"""The server of one job: membership, course, journal and service. Runs no user code and no training framework."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Streams between two sites: the server passes their parts on and does not look inside.
+"""The relay of streams between two sites. The server passes their parts on and does not look inside.
 
-A part waits in the queue of the site it is for. What waits there from one site is bounded: its ends may not send
-beyond the credit they have (fl_runtime/transport/tunnel.py), and where one does, the server stops reading from it.
+A part waits in the queue of its receiver. What may wait there from one sender is limited. The two ends grant each other
+credit (fl_runtime/transport/tunnel.py); if a sender exceeds it, the server stops reading from that sender.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _BEAT_S = 10.0
 
 
 class Relay:
-    """All sites' lines. May be used by any thread."""
+    """Relays the streams of one run's sites. May be used by any thread."""
 
     def __init__(self, sites: Collection[str]) -> None:
-        """sites: those of the run; there are no streams to others."""
+        """Make a relay for these sites; it refuses streams to any other name."""
         self._sites = frozenset(sites)
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}
@@ -32,9 +32,18 @@ class Relay:
     def serve(
         self, site: str, parts: Iterable[bytes], when_gone: Callable[[Callable[[], None]], bool]
     ) -> Iterator[bytes]:
-        """One site's call: takes what it sends in a thread of its own, yields what is for it, until it hangs up.
+        """Serve one site's call until the site hangs up.
 
-        Raises ProtocolError for parts that are none, or that ask for more than one site may have.
+        Args:
+            site: The site that is calling.
+            parts: What it sends; read by a thread of its own.
+            when_gone: Registers a function to be called when the caller has hung up; False if it has already.
+
+        Yields:
+            The parts that other sites send to it, and an empty message every few seconds without any.
+
+        Raises:
+            ProtocolError: A part cannot be read, or asks for more than one site may have.
         """
         line = _Line()
         if not when_gone(line.close):
@@ -69,27 +78,27 @@ class Relay:
                 self._pass_on(site, part, line, patient=True)
         except ProtocolError as error:
             line.error = error
-        except Exception:  # the call has ended
+        except Exception:  # the call has ended; there is nobody to tell
             pass
         finally:
             line.close()
 
     def _pass_on(self, site: str, part: pb.TunnelPart, line: _Line, *, patient: bool) -> None:
         peer = part.peer
-        line.saw(peer, part)
+        line.track(peer, part)
         with self._lock:
             target = self._lines.get(peer)
         part.peer = site
         delivered = target is not None and target.put(site, part.SerializeToString(), patient=patient)
         if target is not None and delivered:
-            target.saw(site, part)
+            target.track(site, part)
         elif not part.closed:
             closed = pb.TunnelPart(peer=peer, stream=part.stream, closed=True).SerializeToString()
             line.put(peer, closed, patient=patient)  # who sends and does not read waits
 
 
 class _Line:
-    """What waits for one site."""
+    """The queue of parts that wait for one site, and the streams that the site has open."""
 
     def __init__(self) -> None:
         self.error: ProtocolError | None = None
@@ -99,7 +108,8 @@ class _Line:
         self._open: set[tuple[str, str]] = set()
         self._closed = False
 
-    def saw(self, peer: str, part: pb.TunnelPart) -> None:
+    def track(self, peer: str, part: pb.TunnelPart) -> None:
+        """Note that a part opens, continues or closes a stream. ProtocolError for too many open streams."""
         with self._changed:
             if part.closed:
                 self._open.discard((peer, part.stream))
@@ -113,7 +123,7 @@ class _Line:
             return list(self._open)
 
     def put(self, source: str, message: bytes, *, patient: bool) -> bool:
-        """False if the site has hung up. patient: wait while too much of this source waits already."""
+        """Queue a message; False if the site has hung up. With `patient`, wait while too much of this source waits."""
         with self._changed:
             while patient and not self._closed and self._bytes.get(source, 0) > _MAX_WAITING_BYTES:
                 self._changed.wait()
@@ -136,7 +146,7 @@ class _Line:
                 if source:
                     self._bytes[source] -= len(message)
                     self._changed.notify_all()
-            yield message  # an empty one is a sign of life
+            yield message  # an empty message is a sign of life
 
     def close(self) -> None:
         with self._changed:
@@ -145,7 +155,7 @@ class _Line:
 
 
 def first_part(parts: Iterator[bytes]) -> pb.TunnelPart:
-    """The part that a call begins with."""
+    """The first part of a call, which names the caller's session."""
     return _parsed(next(parts, b""))
 
 
@@ -153,4 +163,4 @@ def _parsed(message: bytes) -> pb.TunnelPart:
     try:
         return pb.TunnelPart.FromString(message)
     except DecodeError:
-        raise ProtocolError("a message that is no TunnelPart") from None
+        raise ProtocolError("a message of a stream is not a TunnelPart message") from None

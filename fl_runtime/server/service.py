@@ -1,4 +1,7 @@
-"""The calls of fl.v1: decode, check, hand to the run, encode. Runs in threads of the transport."""
+"""The calls of the protocol fl.v1: decode and check a request, ask the run, encode the answer.
+
+Runs in threads of the transport.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,20 @@ from fl_runtime.wire.manifest import Manifest
 M = TypeVar("M", bound=Message)
 
 BEAT_S = 10.0
-"""How often a site that does not say how often hears that the server is alive, while it waits for a task."""
+"""Seconds between signs of life in a call that waits for a task, if the site does not ask for an interval."""
 _SHORTEST_BEAT_S = 0.1
 
 
 class FederationService:
-    """Answers the calls of one run's sites. `peer.name` is who the transport says is calling.
-
-    share: sites on this machine read and write large payloads in the files of the run's blobs.
-    """
+    """Answers the calls of one run's sites. `peer.name` is the caller, as the transport has established it."""
 
     def __init__(self, run: Run, *, share: bool = False) -> None:
+        """Make the service of a run.
+
+        Args:
+            run: The run.
+            share: Let sites on this machine read and write large payloads in the files of the run.
+        """
         self._run, self._state, self._share = run, run.state, share
         self._spool = Spool(run.state.blobs, run.state.lock)
         self._relay = Relay(run.membership.members)
@@ -54,18 +60,19 @@ class FederationService:
         }
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Answer one call of a site. See `fl_runtime.transport.base.Service`."""
         if method not in self._methods:
             raise ProtocolError(
                 f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs"
             )
         try:
             yield from self._methods[method](peer, requests)
-        except StoreError as error:  # nothing more can be promised
+        except StoreError as error:  # what is acknowledged from now on might be lost
             self._state.fail(error)
             raise
 
     def _attempt(self, session: pb.Session) -> int:
-        """The attempt that a call speaks for; a call of an earlier job must not count in this one."""
+        """Number of the process that a call comes from. ProtocolError for a call of an earlier job."""
         if session.job not in ("", self._state.settings.name):
             raise ProtocolError(f"the job {session.job[:100]!r} does not run here any more", fix="start the site again")
         return session.attempt
@@ -131,7 +138,7 @@ class FederationService:
         yield pb.Done().SerializeToString()
 
     def _tunnel(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """The streams of one site, until its call ends."""
+        """Relay the streams of one site until its call ends."""
         self._run.check_attempt(peer.name, self._attempt(first_part(requests).session))
         yield from self._relay.serve(peer.name, requests, peer.when_gone)
 
@@ -149,8 +156,10 @@ class FederationService:
                 yield from self._sent(peer.name, offer, request, requests)
 
     def _sent(self, name: str, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """The task's header and frames, or a file in their place. The model is leased until the last frame is out, or
-        the site has said that it has read the file."""
+        """The task's header and frames, or the name of a file in place of frames.
+
+        The model stays leased until the last frame is out, or the site has said that it has read the file.
+        """
         count = 0
         shared = request.shared and self._share and _is_large(offer)
         try:
@@ -238,8 +247,7 @@ class FederationService:
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
     def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:
-        """The manifest of an update, which must have the weights that were agreed on (extras may be added), or what
-        the filters that it names make of them."""
+        """The manifest of an update, which must fit the tensors that the sites agreed on; extras may be added."""
         payload, how = header.payload, (header.content, header.encoding)
         with self._state.lock:
             checks = self._run.course.checks
@@ -270,15 +278,16 @@ class FederationService:
             yield pb.ScoreReply().SerializeToString()
             return
         beat_s = _beat_s(request.session)
-        for found in self._run.scoring.wait_for(peer.name, attempt, request.version, beat_s):
-            if found is None:
+        for answer in self._run.scoring.wait_for(peer.name, attempt, request.version, beat_s):
+            if answer is None:
                 yield pb.ScoreReply(waiting=pb.Waiting()).SerializeToString()
             else:
-                yield pb.ScoreReply(metrics_json=json.dumps(dict(found[0])), stop=found[1]).SerializeToString()
+                metrics_json, stop = json.dumps(dict(answer[0])), answer[1]
+                yield pb.ScoreReply(metrics_json=metrics_json, stop=stop).SerializeToString()
 
 
 def _beat_s(session: pb.Session) -> float | None:
-    """How often the caller wants to hear in a call that waits that the server is alive; None: not at all."""
+    """Seconds between the signs of life that the caller asks for in a call that waits, or None for none."""
     return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
 
 
@@ -295,22 +304,24 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
 
 
 def _written(transfer: Transfer, requests: Iterator[bytes], *, finite: bool) -> int:
-    """Wait for the word that the site has filled the rest of the file; returns how many bytes that were. finite: the
-    site has looked at its values."""
+    """Wait until the site says that it has filled the rest of the file; returns how many bytes that were.
+
+    With `finite`, the site has checked that all values are finite.
+    """
     if not frames.is_frame(_expected(requests, "an upload ended before its file was filled")):
-        raise ProtocolError("an upload has no frame where it says that its file is filled")
+        raise ProtocolError("an upload does not say with a frame that its file is filled")
     before = transfer.receiver.arrived
     transfer.receiver.filled(finite=finite)
     return transfer.receiver.arrived - before
 
 
 def _is_large(offer: Offer) -> bool:
-    """Whether it has a payload that does not fit into its header."""
+    """Whether an offer has a payload that does not fit into its header."""
     return offer.model is not None and offer.model.blob.manifest.nbytes > frames.INLINE_BYTES
 
 
 def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
-    """The fields of an Update that are no tensors, as JSON values."""
+    """The fields of an Update other than its tensors, as JSON values."""
     if header.content not in get_args(Content):
         raise ProtocolError(f"an update of content {header.content[:40]!r}, which this server does not know")
     return {
@@ -334,18 +345,18 @@ def _json(text: str, what: str) -> object:
 
 
 def _metrics(text: str) -> dict[str, float | Summary]:
-    found = _json(text, "metrics")
-    limits.check_metrics(found)
-    return from_json(found)
+    metrics = _json(text, "metrics")
+    limits.check_metrics(metrics)
+    return from_json(metrics)
 
 
 def _terms(text: str) -> Terms:
-    """What a script says of the run. Fields that this version does not know are left out."""
-    found = _json(text, "the terms of a registration")
+    """The terms in a registration. Fields that this version does not know are left out."""
+    values = _json(text, "the terms of a registration")
     known = {f.name: f.default for f in fields(Terms)}
     try:
-        assert isinstance(found, dict)
-        terms = Terms(**{name: value for name, value in found.items() if name in known})
+        assert isinstance(values, dict)
+        terms = Terms(**{name: value for name, value in values.items() if name in known})
         assert terms.content in ("weights", "delta", "encoded") and terms.best_mode in ("min", "max")
         assert all(isinstance(text, str) and len(text) <= 200 for text in (terms.strategy, terms.best_metric))
         assert terms.patience is None or int(terms.patience) >= 1
@@ -359,7 +370,7 @@ def _parsed(kind: type[M], message: bytes) -> M:
     try:
         return kind.FromString(message)
     except DecodeError:
-        raise ProtocolError(f"a message that is no {kind.__name__}") from None
+        raise ProtocolError(f"a request is not a {kind.__name__} message") from None
 
 
 def _first(kind: type[M], requests: Iterator[bytes]) -> M:
@@ -367,8 +378,10 @@ def _first(kind: type[M], requests: Iterator[bytes]) -> M:
 
 
 def _expected(requests: Iterator[bytes], else_what: str) -> bytes:
-    """The next message. TransferDamagedError where the call has ended: of an HTTP/2 frame whose type is damaged nothing
-    arrives, and the site is to send it again."""
+    """The next message. TransferDamagedError if the call has ended, so that the site sends it again.
+
+    A damaged connection can end a call silently: an HTTP/2 frame whose type is damaged is dropped.
+    """
     message = next(requests, None)
     if message is None:
         raise TransferDamagedError(else_what, fix="look at the network")

@@ -1,4 +1,4 @@
-"""Where arriving updates lie until they are accepted: one blob per transfer, resumable, checked before it counts."""
+"""The spool: files in which updates arrive. Each is verified before it counts, and a broken upload can resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from fl_runtime.wire.manifest import Manifest
 
 @dataclass
 class Transfer:
-    """One upload under way. `receiver` fills `blob`."""
+    """One upload under way.
+
+    Attributes:
+        site: The site that uploads.
+        digest: Digest of the whole update.
+        blob: The file that it is written to.
+        receiver: Checks what arrives, and writes it into the blob.
+    """
 
     site: str
     digest: bytes
@@ -22,7 +29,7 @@ class Transfer:
 
 
 class Spool:
-    """Transfers by site and digest. A broken one is kept, so that it resumes where it stopped."""
+    """The uploads of all sites. Each site's last broken upload is kept, so that it can resume. Takes the run's lock."""
 
     def __init__(self, blobs: Blobs, lock: threading.RLock) -> None:
         self._blobs, self._lock = blobs, lock
@@ -30,7 +37,7 @@ class Spool:
         self._number = itertools.count()
 
     def begin(self, site: str, digest: bytes, manifest: Manifest, digests: bytes) -> Transfer:
-        """A new transfer, or the site's broken one if it is of the same content."""
+        """A new transfer, or the site's broken one if that is of the same update."""
         with self._lock:
             broken = self._broken.pop(site, None)
             if broken and broken.digest == digest:
@@ -41,7 +48,7 @@ class Spool:
         return Transfer(site, digest, blob, Receiver(manifest, digests, blob.buffer, finite=True))
 
     def broke(self, transfer: Transfer) -> None:
-        """Keep what has arrived; an earlier broken transfer of the site is given up."""
+        """Keep what has arrived of a broken transfer, in place of an earlier one of the site."""
         with self._lock:
             old = self._broken.pop(transfer.site, None)
             if old:
@@ -49,5 +56,6 @@ class Spool:
             self._broken[transfer.site] = transfer
 
     def drop(self, transfer: Transfer) -> None:
+        """Free the file of a transfer that will not be continued."""
         with self._lock:
             self._blobs.free(transfer.blob)

@@ -17,7 +17,7 @@ from fl_adapters.environments.processes import describe_status, tail
 from fl_adapters.environments.virtual.function import RunInfo
 from fl_adapters.environments.virtual.launch import Launcher
 from fl_runtime.errors import FederationError, SiteFailedError
-from fl_runtime.server.courses.virtual import TRIES, Done, Failed, Order
+from fl_runtime.server.courses.workers import TRIES, Done, Failed, Order
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Array, Arrays
@@ -52,7 +52,7 @@ class _WorkerProcess:
 
 
 class ProcessWorkers:
-    """Worker processes on this machine; implements `fl_runtime.server.courses.virtual.Workers`.
+    """Worker processes on this machine; implements `fl_runtime.server.courses.workers.Workers`.
 
     A worker that dies is replaced, and its order is run again.
 

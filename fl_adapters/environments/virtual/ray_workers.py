@@ -24,7 +24,7 @@ from fl_adapters.environments.virtual.function import (
     load,
 )
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
-from fl_runtime.server.courses.virtual import TRIES, Done, Failed, Order
+from fl_runtime.server.courses.workers import TRIES, Done, Failed, Order
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest
 
@@ -75,7 +75,7 @@ class _PendingOrder:
 
 
 class RayWorkers:
-    """Ray actors as workers; implements `fl_runtime.server.courses.virtual.Workers`.
+    """Ray actors as workers; implements `fl_runtime.server.courses.workers.Workers`.
 
     An actor that dies is replaced, and its order is run again. Joins the cluster that Ray's own environment variables
     name, else starts one on this machine.

@@ -26,7 +26,8 @@ from fl_adapters.participant.exchange import selected
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
-from fl_runtime.server.courses.virtual import VirtualSites, Workers, check_settings
+from fl_runtime.server.courses.virtual import VirtualSites, check_settings
+from fl_runtime.server.courses.workers import Workers
 from fl_runtime.server.records.history import History
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Arrays, RunSettings

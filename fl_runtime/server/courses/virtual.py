@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,138 +22,18 @@ from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.summing import Summing
+from fl_runtime.server.courses.workers import Done, Failed, Order, Workers
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member, Registration, check_capabilities
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import RoundEntry
-from fl_runtime.types import Array, Arrays, Metrics, Report, RunSettings, Settings, Strategy, Terms, Update
+from fl_runtime.types import Arrays, Report, RunSettings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
-
-TRIES = 3
-"""How often an order is given out whose worker died. What kills three workers at the same site will kill them all."""
 
 _BEAT_S = 0.2  # how soon it is noticed that the run was aborted
 _NOT_SPOOLED = Blob("", Manifest(()), np.empty(0, np.uint8))
-
-
-@dataclass(frozen=True)
-class Order:
-    """One site's task of one round, for any worker.
-
-    Attributes:
-        site: Name of the site.
-        index: Its place in the job's list of sites.
-        round: Number of the round.
-        stage: Which try at the round this is.
-        config: Settings of the strategy for this round; JSON values.
-    """
-
-    site: str
-    index: int
-    round: int
-    stage: str
-    config: Settings
-
-    def to_json(self) -> dict[str, Any]:
-        """The order as JSON values, for a worker in another process."""
-        return {**vars(self), "config": dict(self.config)}
-
-
-@dataclass(frozen=True)
-class Done:
-    """An order that was carried out.
-
-    Attributes:
-        order: The order.
-        payload: The updated tensors as bytes (uint8), laid out as the model's. Borrowed until `Workers.release`.
-        num_examples: Weight of the update in an average.
-        local_steps: Optimizer steps that the site has done.
-        metrics: Metrics of the training.
-        scored: Metrics and number of examples of the model that the order began with, or None if it was not scored.
-    """
-
-    order: Order
-    payload: Array
-    num_examples: int
-    local_steps: int
-    metrics: Metrics
-    scored: tuple[Metrics, int] | None = None
-
-    @classmethod
-    def of(cls, order: Order, payload: Array, facts: Mapping[str, Any]) -> Done:
-        """The outcome of an order, from the JSON values that a worker sent.
-
-        Args:
-            order: The order.
-            payload: The updated tensors, as in the attribute of this name.
-            facts: The remaining fields, by name.
-        """
-        scored = facts["scored"]
-        return cls(order, payload, **{**facts, "scored": (scored[0], scored[1]) if scored else None})
-
-
-@dataclass(frozen=True)
-class Failed:
-    """An order that failed.
-
-    Attributes:
-        order: The order.
-        error: Why it failed.
-    """
-
-    order: Order
-    error: FederationError
-
-
-class Workers(Protocol):
-    """A few processes that carry out orders. Used by one thread."""
-
-    @property
-    def room(self) -> int:
-        """How many more orders would be begun at once."""
-        ...
-
-    def publish(self, file: Path, payload: Array) -> None:
-        """Set the model that all orders from now on begin with.
-
-        Args:
-            file: A file that ends with the model's tensors.
-            payload: The same tensors as bytes (uint8), mapped from that file; borrowed until the next call.
-        """
-        ...
-
-    def give(self, order: Order) -> None:
-        """Have a worker carry out an order.
-
-        Args:
-            order: The order. It is begun at once if `room` is not 0.
-        """
-        ...
-
-    def wait(self, timeout_s: float) -> Sequence[Done | Failed]:
-        """Wait until at least one order has been carried out or has failed.
-
-        Args:
-            timeout_s: How long to wait, in seconds.
-
-        Returns:
-            The outcomes that have not been returned before; none after the timeout.
-        """
-        ...
-
-    def release(self, done: Done) -> None:
-        """Reuse the buffer of an outcome whose payload is not needed any more.
-
-        Args:
-            done: The outcome.
-        """
-        ...
-
-    def drop(self) -> None:
-        """Give up the orders under way; `wait` returns none of them."""
-        ...
 
 
 def check_settings(settings: RunSettings, strategy: Strategy) -> None:

@@ -1,6 +1,6 @@
 """The server of a provisioned federation: one port, mutual TLS, jobs one after another.
 
-Calls about jobs carry JSON: one object in, objects out.
+Calls about jobs carry JSON: one object as the request, one or more objects as the answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fl_runtime.version import VERSION
 log = logging.getLogger(__name__)
 
 ReadJob = Callable[[Mapping[str, Any], Sequence[str]], RunSettings]
-"""read(fields, names of the project's sites) -> settings. Checks everything; raises ConfigError."""
+"""read(fields, sites) -> the settings of a submitted job. It checks everything and raises ConfigError."""
 
 BEAT_S = 10.0
 ABORT_S = 10.0
@@ -39,15 +39,31 @@ _GRACE_S = 0.5
 
 
 class FederationServer:
-    """Serves the federation of a server's kit. Runs go to `folder`, the audit log to the kit.
+    """Serves the federation of a server's startup kit. Threads of its own do all the work.
 
-    A job that was running when the server was killed goes on. Threads of its own do all the work.
-    halted: the store has failed (a full disk, say): nothing runs any more until the server is started again.
+    A job that was running when the server was killed goes on.
+
+    Attributes:
+        audit: The audit log, in the kit's folder.
+        halted: Why nothing runs any more, if the store failed, for example because the disk is full. Jobs go on when
+            the server is started again.
     """
 
     def __init__(
         self, kit: StartupKit, folder: Path, read_job: ReadJob, *, listen: str = "", listeners: Sequence[Listener] = ()
     ) -> None:
+        """Make a server that does not serve yet.
+
+        Args:
+            kit: The server's startup kit.
+            folder: Folder for the runs.
+            read_job: Reads and checks the settings of a submitted job.
+            listen: Address to serve on, as "host:port"; "" for that of the kit.
+            listeners: Called with each event of every job, one at a time and in order.
+
+        Raises:
+            ConfigError: A file of the kit cannot be read.
+        """
         self._kit, self._folder, self._read_job, self._listeners = kit, folder, read_job, tuple(listeners)
         self._host, self._port = split_address(listen or kit.listen)
         self.audit = AuditLog(kit.folder, kit.folder)
@@ -63,7 +79,14 @@ class FederationServer:
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
-        """Serve, and go on with an unfinished job; returns "host:port". ConfigError when the port is in use."""
+        """Serve, and continue an unfinished job.
+
+        Returns:
+            The address that it serves on, as "host:port".
+
+        Raises:
+            ConfigError: The port is in use, or the unfinished job cannot be read.
+        """
         from fl_runtime.transport.grpc import GrpcServer
         from fl_runtime.transport.tls import FileCredentials
 
@@ -78,7 +101,18 @@ class FederationServer:
         return address
 
     def submit(self, fields: Mapping[str, Any], submitter: Identity) -> str:
-        """Start a job; its name. ConfigError while another one runs, or where the settings cannot work."""
+        """Start a job.
+
+        Args:
+            fields: The job's settings as they were submitted.
+            submitter: Who submits it.
+
+        Returns:
+            Name of the job.
+
+        Raises:
+            ConfigError: Another job is running, or the settings cannot work.
+        """
         with self._lock:
             if self._job is not None and not self._job.over:
                 raise ConfigError(
@@ -95,12 +129,12 @@ class FederationServer:
             return settings.name
 
     def running(self) -> str | None:
-        """The name of the job that runs."""
+        """Name of the job that is running, or None."""
         with self._lock:
             return self._job.settings.name if self._job is not None and not self._job.over else None
 
     def close(self) -> None:
-        """Stop serving. A job that has not ended goes on when the server is started again."""
+        """Stop serving. A job that has not ended continues when the server is started again."""
         with self._lock:
             self._closed = True
             job = self._job
@@ -113,13 +147,28 @@ class FederationServer:
         self.audit.write("server stopped", self._kit.identity)
 
     def wait_for_job(self, name: str, timeout_s: float | None = None) -> bool:
-        """True once the job has ended and its results are written."""
+        """Wait until a job has ended and its results are written.
+
+        Args:
+            name: Name of the job.
+            timeout_s: How long to wait, in seconds; None for as long as it takes.
+
+        Returns:
+            True once it has; False after the timeout, or when the server is closed or halted.
+        """
         with self._lock:
             ended = self._changed.wait_for(lambda: name in self._past or self._closed or self.halted, timeout_s)
             return bool(ended) and name in self._past
 
     def outcome(self, name: str) -> Mapping[str, Any]:
-        """How a job that has ended did: rounds, error, ..."""
+        """The outcome of a job that has ended while this server was running.
+
+        Args:
+            name: Name of the job.
+
+        Returns:
+            JSON values: `job`, `submitted_by`, `rounds`, `best_round`, `bytes_up`, `bytes_down`, `folder`, `error`.
+        """
         with self._lock:
             return self._past[name]
 
@@ -145,7 +194,7 @@ class FederationServer:
     # -- calls of a job's sites --------------------------------------------------------------------------------
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """A call within the job that runs; the guard has established who is calling."""
+        """Answer a call within the job that is running. The guard has established who is calling."""
         with self._lock:
             job = self._job
         if job is None:
@@ -161,6 +210,7 @@ class FederationServer:
     # -- calls about jobs --------------------------------------------------------------------------------------
 
     def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
+        """Answer a call about jobs. The guard has established who is calling, and that they may."""
         fields = _object(request)
         answers: Mapping[str, Callable[[Identity, Mapping[str, Any]], Iterator[Mapping[str, Any]]]] = {
             "Assignment": self._assignment,
@@ -171,12 +221,12 @@ class FederationServer:
             "Revoke": self._revoke,
         }
         if caller.kind == "admin":
-            self.audit.write(f"called {method}", caller, address=peer.address, request=_shown(fields))
+            self.audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
         for answer in answers[method](caller, fields):
             yield json.dumps(answer).encode()
 
     def _assignment(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """Waits until there is a job for this site; says that it waits, now and then."""
+        """Wait until there is a job for this site, with a sign of life now and then."""
         while True:
             with self._lock:
                 if not self._waits_for(caller.name):
@@ -241,7 +291,7 @@ class FederationServer:
             return
         job = self._named(name)
         first = fields.get("from", 0)
-        for number, event in job.events_from(first if isinstance(first, int) else 0, BEAT_S):
+        for number, event in job.events.follow(first if isinstance(first, int) else 0, BEAT_S):
             yield {"waiting": True} if event is None else {"number": number, "event": event}
         yield {"ended": job.outcome()}
 
@@ -265,7 +315,7 @@ def _object(request: bytes) -> Mapping[str, Any]:
             return fields
     except (ValueError, RecursionError):
         pass
-    raise ProtocolError(f"a request is no JSON object of at most {_REQUEST_BYTES} bytes")
+    raise ProtocolError(f"a request is not a JSON object of at most {_REQUEST_BYTES} bytes")
 
 
 def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -275,5 +325,5 @@ def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _shown(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _loggable(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in fields.items() if name != "crl"}

@@ -1,4 +1,4 @@
-"""The interceptor: who is calling, may they, and on record it goes. Nothing of a call is read before."""
+"""The guard of a federation's server: it authenticates, authorises and audits every call before anything reads it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,33 @@ from fl_runtime.trust.revocation import RevocationList
 log = logging.getLogger(__name__)
 
 CALLS_EACH = 8
-"""Calls that one participant may have open at a time: a site needs 3. So nobody takes the threads of others."""
+"""Calls that one participant may have open at a time, so that nobody uses up the threads of others. A site needs 3."""
 
 _LOOK_S = 1.0
 
 
 class Control(Protocol):
-    """What answers the calls about jobs."""
+    """Answers the calls about jobs."""
 
-    def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]: ...
+    def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
+        """Answer one call.
+
+        Args:
+            method: Name of the call.
+            caller: Who is calling, and may call this.
+            peer: The caller's connection.
+            request: The call's only message.
+
+        Yields:
+            The messages of the answer.
+        """
+        ...
 
 
 class Guard:
-    """A service that lets through what the table of permissions allows.
+    """A service that passes on the calls that the table of permissions allows.
 
-    Every second it looks for calls whose certificate has expired or was revoked, and ends them.
-    on_expelled(name, reason): somebody who has called before may not call any more.
+    Every second it ends the calls whose certificate has expired or was revoked.
     """
 
     def __init__(
@@ -49,6 +60,16 @@ class Guard:
         audit: AuditLog,
         on_expelled: Callable[[str, str], None],
     ) -> None:
+        """Make a guard, and start its thread.
+
+        Args:
+            service: Answers the calls within a job.
+            control: Answers the calls about jobs.
+            federation: Name of the federation whose certificates count.
+            revoked: The list of revoked certificates.
+            audit: The log that every refusal is put on.
+            on_expelled: Called with a participant's name and a reason when its certificate was revoked.
+        """
         self._service, self._control, self._federation = service, control, federation
         self._revoked, self._audit, self._on_expelled = revoked, audit, on_expelled
         self._lock = threading.Lock()
@@ -62,6 +83,7 @@ class Guard:
         self._watcher.start()
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on a call if its caller is who they say, and may make it. PermissionDeniedError if not."""
         who: Identity | None = None
         try:
             certificate = read_certificate(peer.certificate)
@@ -86,12 +108,16 @@ class Guard:
             raise
 
     def put_in_force(self, crl: bytes) -> list[str]:
-        """A newer revocation list, at once and on open connections; names of those who had called before."""
+        """Install a newer revocation list, which takes effect at once and on open connections.
+
+        Returns:
+            Names of the revoked participants that had called before.
+        """
         self._revoked.install(crl)
         return self._end_dead_calls()
 
     def who(self, name: str) -> Identity | None:
-        """Somebody who has called, by name."""
+        """The identity of a participant that has called, by name."""
         return self._known.get(name)
 
     def close(self) -> None:
@@ -123,7 +149,7 @@ class Guard:
 
     @contextmanager
     def _counted(self, certificate: Certificate, peer: Peer) -> Iterator[None]:
-        """The call is on the list of open ones. Too many of one participant are refused."""
+        """Keep the call on the list of open ones. PermissionDeniedError if the participant has too many."""
         name = certificate.identity.name
         with self._lock:
             if self._counts[name] >= CALLS_EACH:
@@ -155,7 +181,11 @@ class Guard:
                 log.warning("%s", error)
 
     def _end_dead_calls(self) -> list[str]:
-        """End the calls of those whose certificate is dead; a renewed one's calls begin again with the new one."""
+        """End the calls with a certificate that is dead. A participant with a renewed one just calls again.
+
+        Returns:
+            Names of the revoked participants that had called before.
+        """
         with self._lock:
             dead = [(item, peer, why) for item, peer in self._open.values() if (why := self._why_dead(item))]
             revoked = [self._seen.pop(serial) for serial in self._revoked.serials & self._seen.keys()]
@@ -173,5 +203,5 @@ class Guard:
 
 
 def facts(identity: Identity) -> dict[str, Any]:
-    """Who somebody is, for people and JSON."""
+    """An identity as JSON values."""
     return {"name": identity.name, "kind": identity.kind, "organisation": identity.organisation, "role": identity.role}

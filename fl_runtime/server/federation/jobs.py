@@ -1,4 +1,4 @@
-"""One job of a federation's server: its run, its history, its events for those who watch, and its end."""
+"""One job of a federation's server: its run, its history, its events for those who watch it, and its end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,121 @@ _AUDITED = ("joined", "registered", "left", "started", "task_sent", "update", "r
 
 @dataclass(frozen=True)
 class Unfinished:
+    """A job that was running when the server was stopped or killed.
+
+    Attributes:
+        settings: The job's settings.
+        submitter: Who submitted it.
+    """
+
     settings: RunSettings
     submitter: Identity
 
 
+class EventBuffer:
+    """The last events of a job, numbered from 0, for callers that watch it. May be used by any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._events: deque[Mapping[str, Any]] = deque(maxlen=_EVENTS_KEPT)
+        self._count = 0
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether no further event will come."""
+        return self._closed
+
+    def append(self, event: Event) -> None:
+        """Add an event, as JSON values."""
+        values = {**asdict(event), "data": json.loads(json.dumps(dict(event.data), default=str))}
+        with self._changed:
+            self._events.append(values)
+            self._count += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let the watchers end: no further event will come."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def follow(self, number: int, beat_s: float) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+        """The events from a number on, until the buffer is closed.
+
+        Args:
+            number: Number of the first event. Older ones may have been dropped.
+            beat_s: How long to wait for an event, in seconds, before None is yielded in its place.
+
+        Yields:
+            Number and event, or number and None.
+        """
+        while True:
+            with self._changed:
+                if number >= self._count and not self._closed:
+                    self._changed.wait(beat_s)
+                first = self._count - len(self._events)
+                # a higher number than there are events was given by a server that has been restarted since
+                number = max(number if number <= self._count else 0, first)
+                events = list(self._events)[number - first :]
+                closed = self._closed
+            for event in events:
+                yield number, event
+                number += 1
+            if not events:
+                if closed:
+                    return
+                yield number, None
+
+
+class JobAudit:
+    """A listener that puts a job's events on the audit log, with the identity of the site that each is about."""
+
+    def __init__(
+        self, audit: AuditLog, settings: RunSettings, submitter: Identity, who: Callable[[str], Identity | None]
+    ) -> None:
+        """Make the listener.
+
+        Args:
+            audit: The log.
+            settings: The job's settings.
+            submitter: Who submitted the job.
+            who: The identity of a site that has called, by its name.
+        """
+        self._audit, self._settings, self._submitter, self._who = audit, settings, submitter, who
+
+    def __call__(self, event: Event) -> None:
+        if event.kind not in _AUDITED:
+            return
+        facts = {name: value for name, value in event.data.items() if name not in ("info", "error")}
+        if event.kind == "failed":
+            facts["reason"] = event.data["error"]["what"]
+        who = self._who(event.site) if event.site else None
+        job = self._settings.name
+        self._audit.write(event.kind, who, job=job, site=event.site, round=event.round, facts=facts)
+
+    def begun(self, *, fresh: bool) -> None:
+        """Record that the job was started, or continued after a stop of the server."""
+        entry = "job started" if fresh else "job continued"
+        self._audit.write(entry, self._submitter, job=self._settings.name, sites=self._settings.sites)
+
+    def ended(self, error: object) -> None:
+        """Record the end of the job. `error` is None if it finished."""
+        self._audit.write("job ended", self._submitter, job=self._settings.name, result=error or "finished")
+
+
 class RunningJob:
-    """Runs from the moment it is made. over: its results are written, or it has failed. done: sites that have
-    taken part to the end. halted: why it cannot go on here: it is over, and goes on when the server is started again.
-    who: a site's identity, by name. on_end(self) is called once, by a thread of its own."""
+    """A job that runs from the moment this object is made.
+
+    Attributes:
+        settings: The job's settings.
+        submitter: Who submitted it.
+        folder: Folder of its run.
+        events: Its events, for those who watch it.
+        done: Names of the sites that have taken part to the end.
+        halted: Why the job cannot go on, if its store failed. It continues when the server is started again.
+        server: The server of its run.
+    """
 
     def __init__(
         self,
@@ -49,53 +156,50 @@ class RunningJob:
         who: Callable[[str], Identity | None],
         on_end: Callable[[RunningJob], None],
     ) -> None:
-        self.settings, self.submitter, self._audit = settings, submitter, audit
-        self._who, self._on_end = who, on_end
-        self.folder, self._current = folder / settings.name, folder / _CURRENT
+        """Start a job, or continue it if its folder exists.
+
+        Args:
+            settings: The job's settings.
+            submitter: Who submitted it.
+            folder: Folder of all jobs.
+            audit: The log that its events are put on.
+            listeners: Called with each event of the run.
+            who: The identity of a site that has called, by its name.
+            on_end: Called with this object once the job is over, by a thread of its own.
+        """
+        self.settings, self.submitter, self._on_end = settings, submitter, on_end
+        self.folder = folder / settings.name
+        self.events = EventBuffer()
         self.done: set[str] = set()
-        self.over = False
         self.halted: StoreError | None = None
         self._error: FederationError | None = None
-        self._lock = threading.Condition()
-        self._events: deque[Mapping[str, Any]] = deque(maxlen=_EVENTS_KEPT)
-        self._count = 0
+        self._lock = threading.Lock()
+        self._audit = JobAudit(audit, settings, submitter, who)
         fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._history = History(self.folder)
         try:
-            self.server = Server(settings, self.folder, {}, listeners=[self._history, self._record, *listeners])
+            listeners = [self._history, self._record, self._audit, *listeners]
+            self.server = Server(settings, self.folder, {}, listeners=listeners)
         except FederationError:
             self._history.close()
             if fresh:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        _save(self.folder, self._current, settings, submitter)
-        audit.write("job started" if fresh else "job continued", submitter, job=settings.name, sites=settings.sites)
+        _save(self.folder, settings, submitter)
+        self._audit.begun(fresh=fresh)
         self._closing = self._ending = False
         self._thread = threading.Thread(target=self._follow, name="fl-job", daemon=True)
         self.server.begin()
         self._thread.start()
 
-    def events_from(self, number: int, beat_s: float) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
-        """(number, event) from `number` on until the job is over; an event of None every `beat_s` seconds without."""
-        while True:
-            with self._lock:
-                if number >= self._count and not self.over:
-                    self._lock.wait(beat_s)
-                first = self._count - len(self._events)
-                number = max(number if number <= self._count else 0, first)  # more: it watched before a restart
-                found = list(self._events)[number - first :]
-                over = self.over
-            for event in found:
-                yield number, event
-                number += 1
-            if not found:
-                if over:
-                    return
-                yield number, None
+    @property
+    def over(self) -> bool:
+        """Whether the job's results are written, or it has failed or was halted."""
+        return self.events.closed
 
     def outcome(self) -> dict[str, Any]:
-        """What the job came to."""
+        """The outcome of the job as JSON values; "error" is None if it did not fail."""
         result = self.server.result()
         error = self._error or result.error
         return {
@@ -110,7 +214,7 @@ class RunningJob:
         }
 
     def close(self) -> None:
-        """Leave a job that has not ended as it is: it can be continued. One that is just ending is waited for."""
+        """Stop a job that has not ended, so that it can be continued later. A job that is just ending is waited for."""
         with self._lock:
             self._closing = True
             ending = self._ending
@@ -121,18 +225,9 @@ class RunningJob:
             self._history.close()
 
     def _record(self, event: Event) -> None:
-        with self._lock:
-            self._events.append({**asdict(event), "data": json.loads(json.dumps(dict(event.data), default=str))})
-            self._count += 1
-            if event.kind == "left" and not event.data["early"]:
-                self.done.add(event.site)
-            self._lock.notify_all()
-        if event.kind in _AUDITED:
-            facts = {name: value for name, value in event.data.items() if name not in ("info", "error")}
-            if event.kind == "failed":
-                facts["reason"] = event.data["error"]["what"]
-            who = self._who(event.site) if event.site else None
-            self._audit.write(event.kind, who, job=self.settings.name, site=event.site, round=event.round, facts=facts)
+        if event.kind == "left" and not event.data["early"]:
+            self.done.add(event.site)
+        self.events.append(event)
 
     def _follow(self) -> None:
         self.server.wait()
@@ -142,16 +237,14 @@ class RunningJob:
             self._ending = True
         try:
             self._finish()
-        except (StoreError, OSError) as error:  # its job.json stays the current one
+        except (StoreError, OSError) as error:  # it remains the current job, to be continued
             self.halted = error if isinstance(error, StoreError) else disk_error(error, self.folder)
             self._history.close()
-        with self._lock:
-            self.over = True
-            self._lock.notify_all()
+        self.events.close()
         self._on_end(self)
 
     def _finish(self) -> None:
-        """Write what the job came to. StoreError for one that its store has halted."""
+        """Write the job's results and outcome. StoreError if its store failed."""
         error = self.server.result().error
         if isinstance(error, StoreError):
             self.server.close()
@@ -171,12 +264,15 @@ class RunningJob:
         self._history.close()
         outcome = self.outcome()
         write_file(self.folder / _OUTCOME, json.dumps(outcome).encode())
-        self._current.unlink(missing_ok=True)
-        self._audit.write("job ended", self.submitter, job=self.settings.name, result=outcome["error"] or "finished")
+        (self.folder.parent / _CURRENT).unlink(missing_ok=True)
+        self._audit.ended(outcome["error"])
 
 
 def unfinished(folder: Path) -> Unfinished | None:
-    """The job that ran when the server was stopped or killed."""
+    """The job that was running when the server was stopped or killed, or None if there was none.
+
+    ConfigError if its files cannot be read.
+    """
     try:
         name = json.loads((folder / _CURRENT).read_text("utf-8"))["job"]
         fields = json.loads((folder / name / _JOB).read_text("utf-8"))
@@ -195,16 +291,17 @@ def unfinished(folder: Path) -> Unfinished | None:
 
 
 def past_outcome(folder: Path, name: str) -> Mapping[str, Any] | None:
-    """How a job that ended did, of this server or of one before; None if there was no such job."""
+    """The outcome of a job that has ended, also of an earlier server in this folder; None if there was no such job."""
     try:
         check_name(name, "job")
-        found: Mapping[str, Any] = json.loads((folder / name / _OUTCOME).read_text("utf-8"))
-        return found
+        outcome: Mapping[str, Any] = json.loads((folder / name / _OUTCOME).read_text("utf-8"))
+        return outcome
     except (OSError, ValueError, ConfigError):
         return None
 
 
-def _save(folder: Path, current: Path, settings: RunSettings, submitter: Identity) -> None:
+def _save(folder: Path, settings: RunSettings, submitter: Identity) -> None:
+    """Note that this is the job that runs, so that it is continued after a stop of the server."""
     text = json.dumps({"settings": asdict(settings), "submitter": submitter.uri}, indent=1)
     write_file(folder / _JOB, text.encode())
-    write_file(current, json.dumps({"job": settings.name}).encode())
+    write_file(folder.parent / _CURRENT, json.dumps({"job": settings.name}).encode())

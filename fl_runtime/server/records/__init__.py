@@ -1,1 +1,1 @@
-"""What a run leaves for people: events, history, TensorBoard scalars, results."""
+"""Records of a run for people: events, history, TensorBoard scalars and results."""

@@ -1,4 +1,4 @@
-"""Events of a run, given to its listeners one at a time and in order, by a thread of their own."""
+"""The events of a run, delivered to its listeners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class Events:
-    """`emit` never blocks and may be called under any lock; a slow listener delays nobody but itself."""
+    """Delivers events to listeners one at a time and in order, in a thread of its own.
+
+    A slow listener delays only the other listeners, and one that raises an exception does not stop the run.
+    """
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
@@ -25,10 +28,14 @@ class Events:
         self._thread.start()
 
     def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        """Queue an event. It never blocks, and may be called under any lock."""
         self._queue.put(Event(kind, time.time(), round, site, data))
 
     def delivered(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything emitted so far has been delivered; False after `timeout_s`. Not for listeners."""
+        """Wait until everything emitted so far has been delivered; False after `timeout_s` seconds.
+
+        A listener must not call it.
+        """
         mark = threading.Event()
         with self._lock:
             if not self._closed:
@@ -39,7 +46,7 @@ class Events:
         return mark.wait(timeout_s)
 
     def close(self) -> None:
-        """Returns once everything emitted so far has been delivered."""
+        """Deliver everything emitted so far, and end the thread."""
         with self._lock:
             self._closed = True
             self._queue.put(None)
@@ -53,5 +60,5 @@ class Events:
             for listener in self._listeners:
                 try:
                     listener(event)
-                except Exception:  # a listener is a bystander: the run must not die of it
+                except Exception:  # the run must not end because of a listener
                     log.exception("a listener failed at event %s", event.kind)

@@ -1,10 +1,11 @@
-"""What a run leaves for people and notebooks: `events.jsonl`, `history.csv` and TensorBoard scalars;
-after a cross-site evaluation `cross_site.csv` and `cross_site.json` too.
+"""The history of a run: `events.jsonl`, `history.csv` and TensorBoard scalars.
 
-`history.csv` has a row per round and site, and a row with site "global" per round, which holds the aggregated
-metrics; `pandas.read_csv` reads it in one line. A row holds what the site sent in that round (metrics named
-`train_...`) and how that round's model scored on the site's own validation data (plain names); round 0 is the
-model that everybody began from. Rows of a round are written once its model has been scored, or two rounds later.
+After a cross-site evaluation there are `cross_site.csv` and `cross_site.json`, too.
+
+`history.csv` has a row per round and site, and a row per round with the site "global", which holds the pooled metrics.
+A site's row holds the metrics of its training in that round (`train_...`), and the metrics of that round's model on the
+site's validation data (plain names). Round 0 is the initial model. The rows of a round are written once its model has
+been scored, or two rounds later. `pandas.read_csv` reads the file.
 """
 
 from __future__ import annotations
@@ -24,22 +25,38 @@ from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.types import Event
 
 GLOBAL = "global"
-_SITES_DRAWN = 32  # curves of more sites than these would only slow TensorBoard down
+_SITES_DRAWN = 32  # curves of more sites would only slow TensorBoard down
 COLUMNS = ("round", "site", "status", "num_examples", "local_steps", "seconds", "bytes_up", "bytes_down")
 
 Row: TypeAlias = dict[str, Any]
 
 
 class History:
-    """Listens to a run and writes its three records into `folder` (`runs/<job>`).
+    """A listener that writes a run's history into a folder (`runs/<job>`).
 
-    Events are taken one at a time. An existing events.jsonl is continued: a torn last line is cut off and
-    history.csv is made again from the events. A disk that fails later is reported on stderr, once until it works
-    again, and does not stop the run: the server's journal, not this, is what a run goes on from.
+    An existing events.jsonl is continued: an incomplete last line is cut off, and history.csv is made again from the
+    events. A disk that fails later does not stop the run, since the server continues from its journal and not from the
+    history. The failure is reported on stderr, once until the disk works again.
+
+    Example:
+        ```python
+        history = History(Path("runs/job"))
+        server = Server(settings, Path("runs/job"), tokens, listeners=[history])
+        ...
+        server.close()
+        history.close()
+        ```
     """
 
     def __init__(self, folder: Path) -> None:
-        """StoreError if nothing can be written there."""
+        """Open or make the files.
+
+        Args:
+            folder: Folder of the run; it is made if it does not exist.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
         self._failed, self._failures, self._folder = False, 0, folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +71,11 @@ class History:
         self._drawn: set[str] = set()
 
     def __call__(self, event: Event) -> None:
+        """Record an event. Must not be called by two threads at once.
+
+        Args:
+            event: The next event of the run.
+        """
         failures = self._failures
         with self._disk_may_fail():
             self._events.write(_line(event))
@@ -67,7 +89,7 @@ class History:
         self._failed = self._failures > failures
 
     def close(self) -> None:
-        """Write what is still open and close the files. Call it once, after the last event."""
+        """Write the rows that are still open, and close the files. Called once, after the last event."""
         with self._disk_may_fail():
             self._table.flush()
         for file in (self._events, self._scalars):
@@ -100,7 +122,7 @@ class History:
 
 
 class _Table:
-    """Builds the rows of history.csv from events; keeps only the rounds that may still change in memory."""
+    """Builds the rows of history.csv from events. Only rounds that may still change are kept in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -132,7 +154,7 @@ class _Table:
                 self.flush()
 
     def flush(self, until: int | None = None) -> None:
-        """Write the open rounds up to and including `until`; all of them without it."""
+        """Write the open rounds up to and including `until`, or all of them."""
         done = sorted(number for number in self._open if until is None or number <= until)
         rows = [row for number in done for row in self._in_order(self._open[number])]
         if rows:
@@ -142,7 +164,7 @@ class _Table:
             del self._open[number]
 
     def _write(self, rows: list[Row]) -> None:
-        """All of them or, on a full disk, none."""
+        """Append all of these rows or, on a full disk, none."""
         new = {name: None for row in rows for name in row if name not in self._columns}
         if new:
             self._widen([*self._columns, *new])
@@ -159,7 +181,7 @@ class _Table:
         if data["status"] == "duplicate":
             return
         if event.round <= self._flushed and data["status"] in ("late", "buffered"):
-            self._open.setdefault(event.round, {})  # its round is written already: a row of its own
+            self._open.setdefault(event.round, {})  # the round is written already: the update gets a row of its own
         self._fill(event.round, event.site, **{name: data[name] for name in COLUMNS if name in data})
         self._fill(event.round, event.site, metrics=data.get("metrics"))
         if data.get("filters"):  # what ran on the update before it left, in order
@@ -169,7 +191,7 @@ class _Table:
         data = event.data
         for site in data["missing"]:
             self._row(event.round, site)["status"] = "missing"
-        # where sites have rounds of their own, they are not those of the model
+        # in a buffered run, a round of a site is not the model's round
         used = [] if data.get("buffered") else [self._row(event.round, site) for site in data["sites"]]
         self._fill(
             event.round,
@@ -184,7 +206,7 @@ class _Table:
         self.flush(event.round - 2)  # the scores of the round before may still be on their way
 
     def _row(self, number: int, site: str) -> Row:
-        """The row to fill in; one that nobody keeps if its round is written already."""
+        """The row to fill in; if the round is written already, a row that is thrown away."""
         if number <= self._flushed and number not in self._open:
             return {}
         return self._open.setdefault(number, {}).setdefault(site, {"round": number, "site": site})
@@ -204,7 +226,7 @@ class _Table:
             yield rows[GLOBAL]
 
     def _widen(self, columns: list[str]) -> None:
-        """Rewrite the file with more columns: rare, since a run's metrics show up in its first rounds."""
+        """Rewrite the file with more columns. This is rare: a run's metrics appear in its first rounds."""
         fresh = self._path.with_suffix(".csv.new")
         with open(fresh, "w", encoding="utf-8", newline="") as out:
             writer = csv.DictWriter(out, columns)
@@ -217,7 +239,14 @@ class _Table:
 
 
 def write_matrix(folder: Path, matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """cross_site.csv: a row per model, site and metric. cross_site.json: model -> site -> metrics."""
+    """Write the matrix of a cross-site evaluation.
+
+    `cross_site.csv` has a row per model, site and metric; `cross_site.json` maps model to site to metrics.
+
+    Args:
+        folder: Folder to write to.
+        matrix: Metrics by model, then by the site that scored it.
+    """
     (folder / "cross_site.json").write_text(json.dumps(_plain(matrix), indent=1) + "\n", encoding="utf-8")
     with open(folder / "cross_site.csv", "w", encoding="utf-8", newline="") as out:
         rows = csv.writer(out)
@@ -231,12 +260,12 @@ def _line(event: Event) -> str:
     fields = {"kind": event.kind, "time": event.time, "round": event.round, "site": event.site, "data": event.data}
     try:
         return json.dumps(fields, allow_nan=False, default=_plain) + "\n"
-    except ValueError:  # NaN or infinity, which JSON does not have: null
+    except ValueError:  # NaN or infinity, which JSON does not have, become null
         return json.dumps(_plain(fields)) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """JSON values; NaN and infinities become null, NumPy scalars numbers."""
+    """The value as JSON values: NaN and infinities become null, NumPy scalars become numbers."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -249,18 +278,18 @@ def _plain(value: Any) -> Any:
 
 
 def _past_events(path: Path) -> Iterator[Event]:
-    """The events that an earlier server wrote. Cuts off a last line that it did not finish."""
+    """The events that an earlier server wrote. A last line that it did not finish is cut off."""
     if not path.exists():
         return
     with open(path, "r+b") as file:
-        kept = 0
+        whole_bytes = 0
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            kept += len(line)
+            whole_bytes += len(line)
             try:
                 fields = json.loads(line)
             except ValueError:  # a machine that lost power may leave such a line
                 continue
             yield Event(**fields)
-        file.truncate(kept)
+        file.truncate(whole_bytes)

@@ -1,4 +1,4 @@
-"""What a run amounts to, round by round."""
+"""The results of a run, round by round."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from fl_runtime.errors import FederationError
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """A closed round. seconds: from opening to commit. metrics: means over the sites, validation included.
-    sites: whose updates counted. missing: participants without one. bytes: of all sites, headers included."""
+    """The result of one closed round.
+
+    Attributes:
+        round: Number of the round, from 1.
+        seconds: Time from opening to commit.
+        metrics: Means over the sites, weighted by number of examples; validation metrics included.
+        sites: Names of the sites whose updates counted, in the job's order.
+        missing: Names of the participants without an update.
+        bytes_up: Bytes of the updates of all sites, message headers included.
+        bytes_down: Bytes of the tasks of all sites, message headers included.
+    """
 
     round: int
     seconds: float
@@ -23,16 +32,37 @@ class RoundResult:
     bytes_down: int
 
     def to_json(self) -> dict[str, Any]:
+        """The result as JSON values.
+
+        Returns:
+            A new dict with a key for every attribute.
+        """
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> RoundResult:
+        """The result that `to_json` was called on.
+
+        Args:
+            fields: What `to_json` returned, before or after a passage through JSON.
+
+        Returns:
+            An equal result.
+        """
         return cls(**{**fields, "sites": tuple(fields["sites"]), "missing": tuple(fields["missing"])})
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A whole run. error: None if every round finished."""
+    """The result of a run, so far or at its end.
+
+    Attributes:
+        rounds: The closed rounds, in order.
+        best_round: Number of the round with the best model, or None if there is none yet.
+        error: Why the run failed, or None if it did not.
+        bytes_up: Bytes of all updates.
+        bytes_down: Bytes of all tasks.
+    """
 
     rounds: tuple[RoundResult, ...] = field(default=())
     best_round: int | None = None

@@ -1,7 +1,7 @@
-"""TensorBoard event files of plain scalars, written without TensorBoard.
+"""TensorBoard event files with scalars, written without TensorBoard.
 
-The format is small: records of (length, checksum, bytes, checksum), each an `Event` protobuf message. Writing it
-here spares the base install a dependency whose import takes longer than a whole short run.
+The format is small: records of (length, checksum, bytes, checksum), each holding an `Event` protobuf message. A
+dependency on TensorBoard would be heavy: its import takes longer than a whole short run.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from pathlib import Path
 
 
 class ScalarWriter:
-    """Appends scalars to one new event file in `folder`, which is made if need be. Not for several threads at once."""
+    """Appends scalars to a new event file. Used by one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
+        """Make the file, and its folder if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names: a restarted server's file comes last
+        # TensorBoard reads the files of a folder in the order of their names: a restarted server's must come last
         name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("wb")
         self._record(_field(3, b"brain.Event:2"), time.time())
 
     def add(self, tag: str, value: float, step: int, wall_time_s: float) -> None:
-        """One point of curve `tag`; stored as float32."""
+        """Add a point to the curve `tag`. The value is stored as float32."""
         number = struct.pack("<Bf", 2 << 3 | 5, _float32(value))
         summary = _field(1, _field(1, tag.encode()) + number)
         self._record(b"\x10" + _varint(step) + _field(5, summary), wall_time_s)
@@ -76,7 +77,7 @@ _TABLE = _crc_table()
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """CRC-32C (Castagnoli), rotated and offset as TFRecord files want it."""
+    """CRC-32C (Castagnoli), rotated and offset as the TFRecord format defines it."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
