@@ -158,6 +158,21 @@ def test_sending_again_counts_once_and_extras_are_refused(tmp_path: Path) -> Non
         assert sites[0].submit(tasks["site-1"], {"w": np.ones(2)}) == "duplicate"
 
 
+def test_an_initial_model_that_is_sent_again_is_a_duplicate_at_once(tmp_path: Path) -> None:
+    """As when the connection breaks before its acknowledgement; the site would else not train until the run ends."""
+    weights = {"w": np.zeros(2)}
+    with serving(tmp_path, 2, sockets=False, rounds=1, strategy="fedbuff:k=2") as bench:
+        sites = [bench.site(name) for name in bench.names]
+        for site in sites:
+            site.join()
+        at_once(sites, lambda site: site.register(weights))
+        initial = sites[0].client.next_task()
+        assert initial.kind == "initial"
+        assert sites[0].submit(initial, weights) == "used"
+        assert sites[1].client.next_task().kind == "train"
+        assert sites[0].submit(initial, weights) == "duplicate"
+
+
 def test_a_killed_server_goes_on_with_its_buffer(tmp_path: Path) -> None:
     with server_process(tmp_path, 2, rounds=2, strategy="fedbuff:k=3,staleness=0") as server:
         sites = [server.site(name) for name in ("site-1", "site-2")]
