@@ -25,7 +25,7 @@ _WITHOUT_MODEL = ("initial", "evaluated", "share", "aggregate")
 
 @dataclass
 class Layouts:
-    """The manifests that a site and its server have told each other, so that messages name them by digest.
+    """The manifests that a site and its server have exchanged, so that messages can refer to them by digest.
 
     Attributes:
         manifests: Manifests that this site knows, by layout digest.
@@ -90,7 +90,7 @@ class Downloads:
             for message in self._calls.replies("Next", _until(first, read) if request.shared else first):
                 if frames.is_frame(message):
                     if incoming is None:
-                        raise TransferDamagedError("a frame came before its header", fix="look at the network")
+                        raise TransferDamagedError("a frame arrived before its header", fix="look at the network")
                     incoming.receiver.take(frames.frame_data(message))
                 else:
                     part = parsed(pb.TaskPart, message)
@@ -105,7 +105,7 @@ class Downloads:
             self._calls.abandon()
             raise
         finally:
-            read.set()  # whatever happened: nothing waits for it any more
+            read.set()  # in any case, so that the sending thread does not wait for ever
         if header is None:
             raise ConnectionLostError("the server ended the call without a task")
         return self._finish(header)
@@ -219,7 +219,7 @@ class Uploads:
                     self._write_shared(first.file, pieces)
                 offset.give(sum(map(len, pieces)) if first.file else first.send_from)
             finally:
-                offset.give(None)  # whatever happened: nobody waits for an offset for ever
+                offset.give(None)  # in any case, so that the sending thread does not wait for ever
         last = parsed(pb.SubmitReply, next(replies, b""))
         if not last.HasField("accepted"):
             raise ConnectionLostError("the server ended the call without an acknowledgement")

@@ -143,7 +143,7 @@ class Server:
         with state.lock:
             return {
                 "phase": state.phase,
-                "round": state.open.round if state.open else len(state.results),
+                "round": state.open_round.round if state.open_round else len(state.results),
                 "rounds": state.plan.rounds,
                 "sites": {member.name: member.standing for member in self._run.membership.members.values()},
                 "error": state.error.to_wire() if state.error else None,

@@ -233,12 +233,12 @@ class FederationService:
                 update = Update(job=self._state.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 self._run.course.checks.check_values(update)
             except FederationError as error:
-                if isinstance(error, TransferDamagedError):  # what is right of it is kept
+                if isinstance(error, TransferDamagedError):  # keep the part that is intact
                     self._spool.broke(transfer)
                 else:
                     self._spool.drop(transfer)
                 raise
-            except BaseException:  # the connection broke: what has arrived is kept for the next attempt
+            except BaseException:  # the connection broke: keep what has arrived for the next attempt
                 self._spool.broke(transfer)
                 raise
             status = self._run.accept(Upload(update, transfer.blob, digest, facts, received))

@@ -93,8 +93,8 @@ class RunState:
     """State of one run, shared by the objects that drive it.
 
     Every field is read and changed under `lock` only. `changed` and `published` are conditions of that lock: `changed`
-    wakes the thread that drives the run, `published` wakes the sites' calls that wait for a task or a result. What
-    others are told must be in the journal before. Nothing that takes long, such as summing, happens under the lock.
+    wakes the thread that drives the run, `published` wakes the sites' calls that wait for a task or a result. A fact is
+    written to the journal before anyone learns of it. Nothing that takes long, such as summing, happens under the lock.
 
     Attributes:
         settings: The job's settings.
@@ -106,7 +106,7 @@ class RunState:
         models: The newest and the best global model.
         plan: Strategy, terms and number of rounds.
         phase: Where the run stands, from "joining" to "done" or "failed".
-        open: The round under way; None between rounds, and always None in a buffered run.
+        open_round: The round under way; None between rounds, and always None in a buffered run.
         results: The rounds that are closed, in order.
         error: Why the run failed, or None.
     """
@@ -134,7 +134,7 @@ class RunState:
         self.filters = ServerFilters(settings.filters, Home(job=settings.name, folder=folder))
         self.models = Models(self.journal, self.blobs, self.lock)
         self.phase: RunPhase = "joining"
-        self.open: OpenRound | None = None
+        self.open_round: OpenRound | None = None
         self.results: list[RoundResult] = []
         self.error: FederationError | None = None
 

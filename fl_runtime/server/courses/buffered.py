@@ -79,8 +79,8 @@ class Buffered:
         else:
             state.blobs.free(blob)
             status = "late"
-        told = status if status == "late" else "buffered"
-        state.emit_update(update, told, round=update.round, began=self._since, bytes_up=upload.bytes_up, bytes_down=0)
+        label = status if status == "late" else "buffered"
+        state.emit_update(update, label, round=update.round, began=self._since, bytes_up=upload.bytes_up, bytes_down=0)
         return status
 
     def task_sent(self, site: str, round: int, nbytes: int) -> None:
@@ -105,7 +105,7 @@ class Buffered:
                 in_time = membership.wait_until(ready, state.settings.deadline_s)
                 due = self._due() if in_time else self._waiting[: self._size]
                 if not due:
-                    return  # all are done; or nothing has come for so long that nobody is waited for any more
+                    return  # all sites are done, or no update has come for so long that the run does not wait any more
             self._next_model(due)
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:

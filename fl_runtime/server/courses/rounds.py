@@ -44,7 +44,7 @@ class Rounds:
         """The round that the journal knows as open, or a new one for the sites that are present."""
         state, membership, settings = self._state, self._membership, self._state.settings
         state.phase = "training"
-        if state.open is None:
+        if state.open_round is None:
             membership.wait_for_quorum()
             participants = membership.present()
             membership.check_quorum(participants, f"at the start of round {number}")
@@ -52,25 +52,25 @@ class Rounds:
             participants = punctual if len(punctual) >= settings.min_sites else participants
             strategy = state.plan.strategy
             participants = asked(settings, strategy, number, participants)
-            state.open = opened(settings, strategy, number, participants, stage_of(state.journal.repeats(number)))
+            state.open_round = opened(settings, strategy, number, participants, stage_of(state.journal.repeats(number)))
             state.journal.round_opened(number, tuple(participants), time.time())
         self._encode_global_model()
         if number > 0:
-            state.events.emit("round_started", number, sites=list(state.open.participants))
+            state.events.emit("round_started", number, sites=list(state.open_round.participants))
         state.published.notify_all()
-        return state.open
+        return state.open_round
 
     def drop(self, again: int = 0) -> None:
         """Drop the open round. `again`: how many times it has failed, 0 if it is not to be opened again."""
         state = self._state
         with state.lock:
-            assert state.open is not None
-            state.journal.round_dropped(state.open.round, again)
-            state.events.emit("round_dropped", state.open.round)
-            for name, accepted in state.open.accepted.items():
+            assert state.open_round is not None
+            state.journal.round_dropped(state.open_round.round, again)
+            state.events.emit("round_dropped", state.open_round.round)
+            for name, accepted in state.open_round.accepted.items():
                 state.blobs.free(accepted.blob)
-                self.last_used[name] = state.open.round - 1
-            state.open = None
+                self.last_used[name] = state.open_round.round - 1
+            state.open_round = None
 
     def leave_out(self, current: OpenRound, site: str) -> None:
         """Remove a site's update from the round, so that the site may send another one."""
@@ -106,7 +106,7 @@ class Rounds:
             state.blobs.settle(made)
         kept_entry = KeptEntry(kept.name, kept.manifest.layout) if kept else None
         state.journal.committed(entry, current.round, result.to_json(), kept_entry)
-        previous, state.models.newest, state.open = state.models.newest, Model(entry, blob, kept), None
+        previous, state.models.newest, state.open_round = state.models.newest, Model(entry, blob, kept), None
         if current.round > 0:
             state.results.append(result)
             self._scoring.scores.trained(current.round, result.metrics)
@@ -124,11 +124,11 @@ class Rounds:
         self.last_used = state.journal.last_used()
         for entry in unfinished:
             stage = stage_of(state.journal.repeats(entry.round))
-            state.open = opened(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
+            state.open_round = opened(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
             for update in state.journal.updates(entry.round):
-                state.open.accepted[update.site] = load_update(state, update)
+                state.open_round.accepted[update.site] = load_update(state, update)
         self._recover_best(state.journal.models()[:-1])
-        return {accepted.blob.name for accepted in state.open.accepted.values()} if state.open else set()
+        return {accepted.blob.name for accepted in state.open_round.accepted.values()} if state.open_round else set()
 
     def _recover_best(self, older: Sequence[ModelEntry]) -> None:
         """Restore the best model. One older model is there; two after a kill between commit and recycling."""

@@ -77,10 +77,16 @@ class Scoring:
 
     def evaluators(self, version: int) -> set[str]:
         """Names of the active sites that will score this version: they have promised to, and the model goes to them."""
-        open_round = self._state.open
-        asked = open_round if open_round and open_round.round == version + 1 else None
-        active = [m for m in self._membership.members.values() if m.active and (asked is None or asked.takes(m.name))]
-        return {m.name for m in active if m.registration and m.registration.evaluates}
+        current = self._state.open_round
+        recipients = current if current and current.round == version + 1 else None
+        return {
+            m.name
+            for m in self._membership.members.values()
+            if m.active
+            and (recipients is None or recipients.takes(m.name))
+            and m.registration is not None
+            and m.registration.evaluates
+        }
 
     def settle(self, version: int) -> None:
         """Close the scores of a version, once, and tell the listeners and the sites that wait for them."""

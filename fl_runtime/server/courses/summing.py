@@ -24,9 +24,9 @@ class Summing:
         self._order, self._added = list(state.settings.sites), 0
         model, strategy = state.models.newest, state.plan.strategy
         base, extras = model.blob.views() if model else ({}, {})
-        left = ServerState(extras, model.kept.views()[0] if model and model.kept else {}, self._keep)
+        memory = ServerState(extras, model.kept.views()[0] if model and model.kept else {}, self._keep)
         self._aggregator = state.filters.aggregator(
-            lambda allocate: strategy.aggregator(base, allocate, config, left),
+            lambda allocate: strategy.aggregator(base, allocate, config, memory),
             base,
             self._allocate,
             linear=strategy.linear,
@@ -47,9 +47,9 @@ class Summing:
 
     def finish(self) -> Blob:
         """Add the updates that are left, and complete the sum."""
-        if self._added + len(self._left()) < len(self._current.accepted):
+        if self._added + len(self._remaining()) < len(self._current.accepted):
             self._begin()  # a site came back to the round after its place in the order had been passed: sum again
-        for accepted in self._left():
+        for accepted in self._remaining():
             self.add(accepted)
         self._aggregator.result()
         assert self._blob is not None
@@ -60,7 +60,7 @@ class Summing:
             for blob in filter(None, (self._blob, self.kept)):
                 self._state.blobs.free(blob)
 
-    def _left(self) -> list[Accepted]:
+    def _remaining(self) -> list[Accepted]:
         return [self._current.accepted[name] for name in self._order if name in self._current.accepted]
 
     def _allocate(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:

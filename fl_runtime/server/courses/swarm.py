@@ -60,7 +60,7 @@ class Swarm:
         return self._receipts.admit(site, attempt, round, stage)
 
     def accept(self, upload: Upload) -> Status:
-        update, current, mandate = upload.update, self._state.open, self._mandate
+        update, current, mandate = upload.update, self._state.open_round, self._mandate
         if mandate is None or not _is_mandate(update.stage):
             return self._receipts.accept(upload)
         assert current is not None
@@ -100,7 +100,7 @@ class Mandate:
         aggregator: The site that aggregates.
         attempt: Number of the aggregator's process.
         sites: The sites whose updates are averaged, in the job's order.
-        order: What the aggregator is told: strategy, sites and weights.
+        order: The aggregator's instructions: strategy, sites and weights; JSON values.
         model: The mean, once the aggregator has submitted it.
         missing: The site whose update did not reach the aggregator, if it says so.
     """
@@ -186,7 +186,7 @@ class SwarmSum:
     def forget_lost_receipts(self) -> None:
         """Leave out the receipts of processes that are gone: the updates that they stand for are gone with them."""
         current = self._current
-        if current is self._state.open and not current.closing:
+        if current is self._state.open_round and not current.closing:
             for name in self._restarted():
                 self._rounds.leave_out(current, name)
 

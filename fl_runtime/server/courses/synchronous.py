@@ -54,7 +54,7 @@ class Synchronous:
 
     def offer(self, member: Member, done: str) -> Offer | None:
         self._rounds.silent.discard(member.name)
-        current, name = self._state.open, member.name
+        current, name = self._state.open_round, member.name
         if current is None or not self._collecting(current) or not current.takes(name) or name in current.accepted:
             return None
         if name not in current.participants:  # it came back while the round is open
@@ -67,10 +67,10 @@ class Synchronous:
         state = self._state
         if round <= self._rounds.last_used.get(site, -1):
             return "duplicate"
-        while state.phase == "training" and (state.open is None or state.open.closing):
+        while state.phase == "training" and (state.open_round is None or state.open_round.closing):
             state.published.wait()
             self._membership.caller(site, attempt)
-        current = state.open
+        current = state.open_round
         if round == 0 and (current is None or current.round != 0):
             return "duplicate"  # the initial model is there, or another site's is wanted
         if current is None or (round < current.round and state.settings.late == "drop"):
@@ -84,7 +84,8 @@ class Synchronous:
         return "duplicate" if site in current.accepted else None
 
     def accept(self, upload: Upload) -> Status:
-        state, current, update, blob = self._state, self._state.open, upload.update, upload.blob
+        state, update, blob = self._state, upload.update, upload.blob
+        current = state.open_round
         assert current is not None
         try:
             limits.check_extras(update, [item.update for item in current.accepted.values()])
@@ -113,7 +114,7 @@ class Synchronous:
         return status
 
     def task_sent(self, site: str, round: int, nbytes: int) -> None:
-        current = self._state.open
+        current = self._state.open_round
         if current and current.round == round:
             current.bytes_down[site] = current.bytes_down.get(site, 0) + nbytes
 

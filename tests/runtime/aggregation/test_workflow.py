@@ -129,7 +129,7 @@ def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> N
         settings = bench.server._run.state.settings
         run = Run(settings, tmp_path / "server", Events([]))
         run.recover()
-        current = run.state.open
+        current = run.state.open_round
         assert current is not None
         assert (current.round, current.participants, current.drawn) == (2, ["site-2"], True)
 
