@@ -1,6 +1,7 @@
-"""Runs a training script three ways: at each site alone, federated, and on all data in one place; shows the scores.
+"""Trains with a script in three ways and shows the scores: each site alone, federated, and on all data in one place.
 
-All with the same settings and the same number of passes over their data. Used by the examples' own demo.py and run.py.
+All trainings have the same settings and the same number of passes over their data. The examples' `demo.py` and `run.py`
+use this module.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft, of its own
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # raised within peft
 
-_AT_ONCE = 2  # trainings that run side by side, each on its share of the cores
+_AT_ONCE = 2  # trainings that run in parallel, each on its share of the cores
 
 
 @dataclass(frozen=True)
 class Trained:
-    """name: "site-1 alone", ..., "federated", "central". shard: of the data, like "2/3". folder: what it saved.
-    log: what the script printed, of the federation at its first site."""
+    """One finished training.
+
+    Attributes:
+        name: "site-1 alone", "site-2 alone", ..., "federated" or "central".
+        shard: Part of the data that it used, such as "2/3".
+        folder: Folder with the saved model.
+        log: Output of the script; of the federation, that at its first site.
+    """
 
     name: str
     shard: str
@@ -37,7 +44,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table. name, folder: as above. rows: or volumes, trained on. score: on those held out."""
+    """One row of the table of scores.
+
+    Attributes:
+        name: Name of the training, as in `Trained`.
+        rows: Number of rows (or volumes) that it trained on.
+        score: Score on the held-out rows; higher is better.
+        folder: Folder with the saved model.
+    """
 
     name: str
     rows: int
@@ -48,17 +62,27 @@ class Score:
 def train_three_ways(
     script: Path, *, sites: int, rounds: int, arguments: Sequence[str], console: Console
 ) -> tuple[Path, list[Trained]]:
-    """Train with `script` alone and central, and with its `_federated` twin; a round is an epoch.
+    """Train with `script` alone and on all data, and with its `_federated` twin. A round is one epoch.
 
-    Returns the folder of the federation's run, and the results in the order of `Trained.name` above. What was trained
-    for comparison is in `comparison` within that folder. Ends the program where a training fails.
+    The trainings without a federation are saved in `comparison/` within the run's folder. The program ends if a
+    training fails.
+
+    Args:
+        script: The script without federation.
+        sites: Number of sites.
+        rounds: Number of rounds, and of epochs without a federation.
+        arguments: Further arguments for the scripts.
+        console: Console for progress.
+
+    Returns:
+        The folder of the federation's run, and the trainings: each site alone, "federated", "central".
     """
     console.rule(f"The federation: {rounds} rounds at {sites} sites")
     twin = script.with_stem(f"{script.stem}_federated")
     summary = _simulate(twin, sites, rounds, arguments)
     folder = Path(summary["folder"])
 
-    console.rule("For comparison: the same training without the federation")
+    console.rule("For comparison: the same training without a federation")
     alone = [_training(folder, f"site-{i} alone", f"{i}/{sites}") for i in range(1, sites + 1)]
     central = _training(folder, "central", "1/1")
     with ThreadPoolExecutor(_AT_ONCE) as pool, console.status("training ..."):
@@ -70,18 +94,18 @@ def train_three_ways(
 
 
 def keeps_its_promise(scores: Mapping[str, float]) -> bool:
-    """Name -> score, where more is better: the federation within two points of central, and above every site alone."""
+    """Whether the federation scores within 0.02 of central and above every site alone. Higher scores are better."""
     sites = [score for name, score in scores.items() if name.endswith("alone")]
     return scores["federated"] >= scores["central"] - 0.02 and scores["federated"] > max(sites)
 
 
 def show(scores: Sequence[Score], title: str, metric: str, console: Console) -> None:
-    """Print the table, where the results lie, and whether the federation was worth it; if not, end with status 1."""
+    """Print the scores and where the results are. Ends the program with status 1 if the federation scores too low."""
     table = Table(title=title, title_justify="left")
-    table.add_column("trained")
-    table.add_column("on", justify="right")
+    table.add_column("training")
+    table.add_column("rows", justify="right")
     table.add_column(metric, justify="right")
-    table.add_column("result")
+    table.add_column("saved in")
     for score in scores:
         style = "bold green" if score.name == "federated" else None
         table.add_row(score.name, f"{score.rows:,}", f"{score.score:.3f}", os.path.relpath(score.folder), style=style)
@@ -89,13 +113,13 @@ def show(scores: Sequence[Score], title: str, metric: str, console: Console) -> 
     run = next(score.folder for score in scores if score.name == "federated").parent
     console.print(f"Results in {os.path.relpath(run)}: model/, best/, history.csv, a log per site.", soft_wrap=True)
     if not keeps_its_promise({score.name: score.score for score in scores}):
-        sys.exit("the federation is not within two points of central, or not above every site alone")
+        sys.exit("the federation scores more than 0.02 below central, or not above every site alone")
 
 
 def _simulate(script: Path, sites: int, rounds: int, arguments: Sequence[str]) -> dict[str, str]:
-    """Run the federation; its live table shows on stderr. Returns what `--json` prints."""
+    """Run the federation with its live table on stderr. Returns the object that `--json` prints."""
     size = ["--sites", str(sites), "--rounds", str(rounds)]
-    own = ["--epochs", str(rounds)]  # Keras cannot lengthen a fit; the others run the federation's rounds anyway
+    own = ["--epochs", str(rounds)]  # Keras cannot lengthen a fit; other frameworks ignore this
     command = [sys.executable, "-m", "fl_adapters", "simulate", str(script), *size, "--json", *own, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
@@ -110,7 +134,7 @@ def _training(folder: Path, name: str, shard: str) -> Trained:
 
 
 def _train(script: Path, training: Trained, epochs: int, arguments: Sequence[str]) -> str:
-    """Run the script on its part of the data. Returns a line that says how long it took."""
+    """Run the script on its part of the data. Returns a line with its duration."""
     began = time.monotonic()
     training.folder.mkdir(parents=True)
     own = ["--shard", training.shard, "--epochs", str(epochs), "--output", str(training.folder)]

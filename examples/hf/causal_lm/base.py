@@ -1,4 +1,4 @@
-"""A small pretrained decoder for machines without a hub: made once from text that no site holds, then shared."""
+"""Base model of the example: a small decoder, pretrained once on text that no site holds. No hub is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-END = "<end>"  # of a paragraph
+END = "<end>"  # ends a paragraph
 VOCABULARY = 1024
 BLOCK = 64  # tokens
 BATCH = 16
@@ -21,9 +21,9 @@ LEARNING_RATE = 3e-3
 
 
 def pretrained(text: Sequence[str], folder: str) -> str:
-    """The path of the base model for `text` within `folder`, made there if it is not yet.
+    """Path of the base model for `text` within `folder`. Makes the model if it is not there.
 
-    Several processes may ask at once: one makes it, the others wait for it. The name depends on the text.
+    Several processes may call this at once: one makes the model, the others wait. Its name depends on the text.
     """
     digest = hashlib.sha256(END.join(text).encode()).hexdigest()[:8]
     target = Path(folder).resolve() / f"base-{digest}"
@@ -32,12 +32,12 @@ def pretrained(text: Sequence[str], folder: str) -> str:
         if not target.exists():
             made = target.with_name(f"{target.name}.partial")
             _pretrain(text, made)
-            os.replace(made, target)  # complete, or not there at all
+            os.replace(made, target)  # atomic, so that no process sees half of it
     return str(target)
 
 
 def _pretrain(text: Sequence[str], folder: Path) -> None:
-    """A plain training loop, the same on every run."""
+    """Train the base model in a plain loop, with the same result on every run."""
     print("pretraining a small base model", flush=True)
     set_seed(0)
     tokenizer = _tokenizer(text)
@@ -71,7 +71,7 @@ def _pretrain(text: Sequence[str], folder: Path) -> None:
 
 
 def _tokenizer(text: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding over bytes, so that it can write any text."""
+    """Train a tokenizer: byte-pair encoding over bytes, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def _tokenizer(text: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerFast, text: Sequence[str]) -> list[list[int]]:
-    """The paragraphs, an end token after each, as one sequence cut into equal blocks; a last short one is left out."""
+    """Paragraphs as one token sequence, each with an end token, cut into blocks of equal length. Drops the rest."""
     whole = "".join(paragraph + tokenizer.eos_token for paragraph in text)
     ids: list[int] = tokenizer(whole, verbose=False)["input_ids"]
     return [ids[i : i + BLOCK] for i in range(0, len(ids) - BLOCK + 1, BLOCK)]

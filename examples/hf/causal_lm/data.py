@@ -1,8 +1,8 @@
-"""The text of this site, and the held-out text that is the same for everybody.
+"""Data of the example: the text of one site, and held-out text that is the same for all sites.
 
-The text is cut into paragraphs, in order. The first part belongs to the base model and to no site. The rest is dealt
-out in one piece per site, so that the sites hold different plays (or different chapters); every tenth paragraph of
-it is held out for testing, and of what a site has left every tenth is its validation text.
+The text is split into paragraphs, in order. The first part pretrains the base model and belongs to no site. Every tenth
+paragraph of the rest is held out for testing. What remains is divided into one piece per site, so that sites hold
+different plays (or chapters). Every tenth paragraph of a site is its validation text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import fl_adapters
 
-CHARACTERS = 600_000  # of the text that is used; keeps the example quick
-BASE_SHARE = 0.4  # of them, for pretraining
-HELD_OUT = 10  # every tenth paragraph
+CHARACTERS = 600_000  # of the text; the rest is not used, to keep the example quick
+BASE_SHARE = 0.4  # share of the paragraphs for pretraining
+HELD_OUT = 10  # every tenth paragraph is held out
 
 
 @dataclass(frozen=True)
 class Data:
-    """Paragraphs. test: of the text of all sites."""
+    """Paragraphs for pretraining, of one site for training and validation, and of all sites for testing."""
 
     base: list[str]
     train: list[str]
@@ -29,11 +29,13 @@ class Data:
 
 
 def load(shard: str | None = None) -> Data:
-    """The text of one site.
+    """Load the text of one site.
 
-    shard: "2/3" for the second of three parts; None: the part of the site that this process is, or everything.
+    Args:
+        shard: Part to train on, such as "2/3" for the second of three. None takes the part of this site, or everything
+            outside a federation.
     """
-    paragraphs = list(dict.fromkeys(read()))  # no paragraph twice, so none is both trained on and tested
+    paragraphs = list(dict.fromkeys(read()))  # without duplicates, which could be both trained on and tested
     cut = int(len(paragraphs) * BASE_SHARE)
     rest = paragraphs[cut:]
     training = [text for i, text in enumerate(rest) if i % HELD_OUT]
@@ -48,18 +50,18 @@ def load(shard: str | None = None) -> Data:
 
 
 def place(shard: str | None) -> tuple[int, int]:
-    """(index, count) of the part to train on: as `shard` says, else this site's place in the federation."""
+    """Index and number of parts: those that `shard` names, else this site's index and the number of sites."""
     if shard is None:
-        site = fl_adapters.site()  # outside of a federation: index 0 of 1
+        site = fl_adapters.site()  # outside a federation: index 0 of 1
         return site.index, site.count
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise SystemExit(f"--shard {shard}: write it like 2/3, the second of three parts")
+        raise SystemExit(f"--shard {shard}: write it as 2/3 for the second of three parts")
     return int(number) - 1, int(count)
 
 
 def read() -> list[str]:
-    """The paragraphs of Shakespeare's plays where that data set is at hand, else of Python's language reference."""
+    """Paragraphs of Shakespeare's plays if that data set is found, else of Python's language reference."""
     beside_the_project = Path(__file__).resolve().parents[4] / "shared" / "data"
     folder = Path(os.environ.get("FL_ADAPTERS_DATA", beside_the_project))
     plays = folder / "tiny_shakespeare" / "input.txt"

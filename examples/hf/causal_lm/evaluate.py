@@ -1,4 +1,4 @@
-"""Perplexity of a language model, with or without an adapter, on the held-out text of all sites."""
+"""Perplexity of a language model, with or without an adapter, on held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ BATCH = 32
 
 
 def perplexity(model_name: str, adapter: str | Path | None, text: list[str]) -> float:
-    """exp of the mean loss per token. adapter: a folder that train.py or a federation saved; None: the base model."""
+    """Perplexity: exp of the mean loss per token.
+
+    Args:
+        model_name: Base model, by its folder or its name on the hub.
+        adapter: Folder of an adapter that train.py or a federation saved; None scores the base model.
+        text: Paragraphs.
+    """
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name)
@@ -27,5 +33,5 @@ def perplexity(model_name: str, adapter: str | Path | None, text: list[str]) -> 
     total = 0.0
     for batch in blocks.split(BATCH):
         with torch.inference_mode():
-            total += float(model(input_ids=batch, labels=batch).loss) * len(batch)  # blocks are of equal length
+            total += float(model(input_ids=batch, labels=batch).loss) * len(batch)  # blocks have equal length
     return math.exp(total / len(blocks))

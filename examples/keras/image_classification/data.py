@@ -1,4 +1,4 @@
-"""The example's data, as `model.fit` takes it. What it is and how it is divided among the sites: ../../images.py."""
+"""Data of the example as arrays for `model.fit`. `examples/images.py` loads and divides it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import images
 
-ROWS = 8000  # for training, all sites together; keeps the example quick
+ROWS = 8000  # training rows of all sites together; few, to keep the example quick
 
 
 def load(source: str | None = None, shard: str | None = None, rows: int = ROWS) -> images.Images:
-    """As `images.load`, the images with a channel: [rows, side, side, 1]."""
+    """Load images as `images.load` does, with a channel axis: [rows, side, side, 1]."""
     data = images.load(source, shard, rows)
 
     def part(given: images.Part) -> images.Part:

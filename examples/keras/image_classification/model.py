@@ -1,4 +1,4 @@
-"""A small convolutional network. It names no backend: Keras takes TensorFlow, PyTorch or JAX ($KERAS_BACKEND)."""
+"""Model of the example: a small convolutional network for any backend of Keras ($KERAS_BACKEND)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import keras
 
 
 def network(shape: tuple[int, ...]) -> keras.Model:
-    """Images of `shape` (side, side, 1) -> the scores of ten classes."""
+    """Model from images of shape (side, side, 1) to scores of ten classes."""
     return keras.Sequential(
         [
             keras.Input(shape),

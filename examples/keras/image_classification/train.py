@@ -1,7 +1,9 @@
-"""Trains a small convolutional network on images of clothes, or of digits.
+"""Trains a small convolutional network on images of clothes or of digits: an ordinary Keras script.
 
-python train.py                  # on everything
-python train.py --shard 1/4      # on the part of the first of four sites
+python train.py                  # on all images
+python train.py --shard 1/4      # on the images of the first of four sites
+
+Prints the accuracy on held-out images.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from model import network
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of Fashion-MNIST's files, or: digits")
-    parser.add_argument("--shard", metavar="I/N", help="train on one of N parts")
-    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of all sites together, 0: all")
+    parser.add_argument("--shard", metavar="I/N", help="part to train on, such as 1/4")
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of all sites together; 0 for all")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="out")

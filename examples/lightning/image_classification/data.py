@@ -1,4 +1,4 @@
-"""The example's data, as data sets of torch. What it is and how it is divided among the sites: ../../images.py."""
+"""Data of the example as data sets of PyTorch. `examples/images.py` loads and divides it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import images
 
-ROWS = 10_000  # for training, all sites together; keeps the example quick
+ROWS = 10_000  # training rows of all sites together; few, to keep the example quick
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images float32 [rows, 1, side, side] within 0 and 1, labels int64 [rows]."""
+    """Images as float32 [rows, 1, side, side] from 0 to 1, with labels as int64 [rows]."""
 
     train: TensorDataset
     validation: TensorDataset
@@ -27,7 +27,7 @@ class Data:
 
 
 def load(source: str | None = None, shard: str | None = None, rows: int = ROWS) -> Data:
-    """As `images.load`."""
+    """Load images as `images.load` does, as data sets."""
     data = images.load(source, shard, rows)
 
     def part(given: images.Part) -> TensorDataset:

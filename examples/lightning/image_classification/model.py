@@ -1,4 +1,4 @@
-"""A small convolutional network, as anyone would write it for Lightning."""
+"""Model of the example: a small convolutional network as an ordinary LightningModule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Classifier(pl.LightningModule):
-    """Grey images of `side` x `side` pixels to ten classes."""
+    """Classifier of grey images with `side` x `side` pixels into ten classes."""
 
     def __init__(self, side: int, rate: float = 0.03) -> None:
         super().__init__()
@@ -45,6 +45,6 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9, weight_decay=1e-4)
-        steps = int(self.trainer.estimated_stepping_batches)  # in a federation: those of all rounds
+        steps = int(self.trainer.estimated_stepping_batches)  # in a federation: of all rounds
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

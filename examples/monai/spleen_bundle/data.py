@@ -1,8 +1,8 @@
-"""The example's volumes: what each site gets of them, as the folders that the bundle reads.
+"""Data of the example: volumes and masks, written into one folder per site as the bundle reads them.
 
-Hippocampus MRI of the Medical Segmentation Decathlon where it is found, with its mask made two-class; else volumes
-made here: noise with a bright blob. They are sorted into four classes by the volume of what is to be found, and each
-class is dealt out to the sites by a Dirichlet draw: so the sites differ in size, and in what they see.
+The volumes are hippocampus MRI of the Medical Segmentation Decathlon with a two-class mask if they are found, else
+generated: noise with a bright blob. They are sorted into four classes by the size of the segmented object. Each class
+is divided among the sites by a Dirichlet distribution, so that sites differ in size and in what they see.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import nibabel
 import numpy as np
 
 SITES = 4
-HELD_OUT = 40  # volumes that nobody trains on
+HELD_OUT = 40  # volumes that no site trains on
 VALIDATION = 9  # the bundle keeps the last nine volumes of a folder for validation
-FEWEST = 4  # volumes that a site trains on
-ALPHA = 0.5  # of the Dirichlet draw: smaller is more uneven
-SEED = 2025  # of the division, not of the training
-MADE = 160  # volumes, where no data is found
+FEWEST = 4  # smallest number of volumes that a site trains on
+ALPHA = 0.5  # of the Dirichlet distribution: smaller is more uneven
+SEED = 2025  # divides the data; the training has a seed of its own
+MADE = 160  # number of generated volumes, if no data is found
 HERE = Path(__file__).resolve()
 CENTRAL, TEST = "central", "held-out"
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume and its mask. voxels: of the mask."""
+    """A volume and its mask, as files, and the number of voxels in the mask."""
 
     image: Path
     mask: Path
@@ -37,12 +37,17 @@ class Volume:
 
 
 def prepare(folder: Path, source: str | None = None) -> dict[str, int]:
-    """Write `folder`/<site-1 ... site-4, central, held-out>; how many volumes each trains on (or holds).
+    """Write the folders of all sites, and those of all data and of the held-out volumes.
 
-    source: the folder of the hippocampus data, "made", or None: that data where it is found, else made volumes.
+    Args:
+        folder: Folder for `site-1` to `site-4`, `central` and `held-out`.
+        source: Folder of the hippocampus data, or "made" for generated volumes. None takes what is found.
+
+    Returns:
+        Number of training volumes of each site and of `central`, and of volumes in `held-out`.
     """
     volumes = _found(source) or _made(folder / "made")
-    draw = np.random.RandomState(SEED)  # the same in every NumPy
+    draw = np.random.RandomState(SEED)  # RandomState: the same in every NumPy
     order = draw.permutation(len(volumes))
     test, rest = order[:HELD_OUT], order[HELD_OUT:]
     sizes = np.array([volumes[i].voxels for i in rest])
@@ -57,7 +62,7 @@ def prepare(folder: Path, source: str | None = None) -> dict[str, int]:
 
 
 def bundle(source: str | None = None) -> Path:
-    """The spleen bundle's folder: `source`, else where the data sets are."""
+    """Folder of the spleen bundle: `source`, else beside the data sets, else the small bundle of this example."""
     folder = Path(source) if source else _data() / "monai_bundles" / "spleen_ct_segmentation"
     return folder if folder.is_dir() else HERE.parent / "small_bundle"
 
@@ -67,8 +72,10 @@ def _data() -> Path:
 
 
 def _divided(classes: np.ndarray, draw: np.random.RandomState) -> list[list[int]]:
-    """Numbers of the volumes of each site: every class's are cut at the shares of a Dirichlet draw. A site that got
-    too few for the bundle takes some from the largest."""
+    """Numbers of the volumes of each site. Each class is divided by shares from a Dirichlet distribution.
+
+    A site with too few volumes for the bundle takes some from the largest site.
+    """
     parts: list[list[int]] = [[] for _ in range(SITES)]
     for one in np.unique(classes):
         mine = np.flatnonzero(classes == one)
@@ -92,7 +99,7 @@ def _found(source: str | None) -> list[Volume]:
 
 
 def _made(folder: Path) -> list[Volume]:
-    """Volumes of 24^3 with a bright ellipsoid each, on scales of intensity that differ."""
+    """Generate volumes of 24 x 24 x 24 voxels with a bright ellipsoid, at different scales of intensity."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.RandomState(SEED)
     grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
@@ -113,7 +120,7 @@ def _voxels(mask: Path) -> int:
 
 
 def _write(folder: Path, volumes: list[Volume]) -> None:
-    """As the bundle wants them: imagesTr and labelsTr, whose names sort alike."""
+    """Write volumes as the bundle expects them: `imagesTr` and `labelsTr`, with file names in the same order."""
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number, volume in enumerate(volumes):

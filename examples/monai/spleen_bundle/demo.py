@@ -1,10 +1,10 @@
-"""Four sites train one bundle together, and what that is worth: the Dice of each site alone, of the federation, and of
-all data in one place, on the same held-out volumes, with the same settings and passes over the data.
+"""Shows what a federation of four sites gains when they train a MONAI bundle together.
 
-python demo.py                   # the spleen bundle on hippocampus volumes where they are found, else made ones
+python demo.py                   # on hippocampus volumes if they are found, else on generated ones
 python demo.py --data made
 
-Ends with status 1 unless the federation is within two points of central and above every site alone.
+Prints the Dice score of each site alone, of the federation, and of training on all data in one place, on the same
+held-out volumes. Ends with status 1 unless the federation is within 0.02 of central and above every site alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ from data import CENTRAL, HELD_OUT, SITES, TEST, bundle, prepare  # noqa: E402
 from fl_adapters import Job, Simulation  # noqa: E402
 
 ROUNDS = 80
-AT_ONCE = 2  # trainings without the federation
+AT_ONCE = 2  # trainings without a federation that run in parallel
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trainings have in common. folder: of the volumes, a folder for each site."""
+    """What all trainings have in common.
+
+    Attributes:
+        bundle: Folder of the bundle.
+        files: Configuration files.
+        folder: Folder with the volumes, in a folder for each site.
+        rounds: Number of rounds, and of epochs without a federation.
+        seed: Seed of the training.
+    """
 
     bundle: Path
     files: list[str]
@@ -47,24 +55,24 @@ class Setting:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `monai.bundle run`, and of ours, which takes the same."""
+        """Arguments of `monai.bundle run`, which the federated command takes too."""
         return ["--config_file", str(self.files), "--initialize", f"['$monai.utils.set_determinism({self.seed})']"]
 
 
 def compare(
     console: Console, *, seed: int, data: str | None = None, bundle_folder: str | None = None, rounds: int = ROUNDS
 ) -> list[Score]:
-    """The Dice of each site alone, "federated" and "central". Trains all of them; shows what is going on."""
+    """Train in all three ways and return the Dice scores: each site alone, "federated", "central"."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = prepare(Path(folder), data)
         root = bundle(bundle_folder)
         files = [str(file) for file in sorted((root / "configs").glob("train.*"))]
         if root.name != "small_bundle":
-            files.append(str(HERE / "hippocampus.json"))  # the bundle is for CT of the abdomen, and large
+            files.append(str(HERE / "hippocampus.json"))  # fits the bundle, made for large CT, to these volumes
         setting = Setting(root, files, Path(folder), rounds, seed)
         console.rule(f"The federation: {rounds} rounds at {SITES} sites")
         run = federated(setting)
-        console.rule("For comparison: the same bundle without the federation")
+        console.rule("For comparison: the same bundle without a federation")
         sites = [f"site-{i}" for i in range(1, SITES + 1)]
         longest_first = sorted([CENTRAL, *sites], key=lambda name: -sizes[name])
         with ThreadPoolExecutor(AT_ONCE) as pool, console.status("training ..."):
@@ -73,14 +81,14 @@ def compare(
         scores = []
         with console.status("scoring on the held-out volumes ..."):
             for name in (*sites, "federated", CENTRAL):
-                shown = f"{name} alone" if name in sites else name
+                label = f"{name} alone" if name in sites else name
                 size = sizes[CENTRAL if name == "federated" else name]
-                scores.append(Score(shown, size, dice(setting, models[name]), models[name].parent))
+                scores.append(Score(label, size, dice(setting, models[name]), models[name].parent))
         return scores
 
 
 def federated(setting: Setting) -> Path:
-    """Run the federation; its folder. The best round is that with the highest Dice on the sites' own validation."""
+    """Run the federation. Returns its folder. The best round has the highest Dice on the sites' validation volumes."""
     job = Job(
         app="fl_adapters.monai",
         rounds=setting.rounds,
@@ -94,7 +102,7 @@ def federated(setting: Setting) -> Path:
 
 
 def alone(setting: Setting, name: str, run: Path, console: Console) -> Path:
-    """Train with MONAI's own command; the checkpoint with the highest Dice on its own validation data."""
+    """Train with MONAI's own command. Returns the checkpoint with the highest Dice on the validation volumes."""
     out, began = run / "comparison" / name, time.monotonic()
     out.mkdir(parents=True)
     own = ["--dataset_dir", str(setting.folder / name), "--bundle_root", str(out), "--epochs", str(setting.rounds)]
@@ -110,8 +118,8 @@ def alone(setting: Setting, name: str, run: Path, console: Console) -> Path:
 
 
 def dice(setting: Setting, model: Path) -> float:
-    """Mean Dice on the held-out volumes, by the bundle's own evaluator."""
-    logging.disable(logging.ERROR)  # MONAI notes every file that it reads
+    """Mean Dice on the held-out volumes, from the bundle's own evaluator."""
+    logging.disable(logging.ERROR)  # MONAI logs every file that it reads
     with redirect_stdout(sys.stderr):
         import torch
         from monai.bundle import ConfigWorkflow
@@ -132,12 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the hippocampus data (decathlon format), or: made")
     parser.add_argument("--bundle", help="folder of the spleen bundle")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="one pass over the data each")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="rounds, each a pass over the data (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     console, began = Console(), time.monotonic()
     scores = compare(console, seed=args.seed, data=args.data, bundle_folder=args.bundle, rounds=args.rounds)
-    console.print(f"{time.monotonic() - began:.0f} s in all.")
+    console.print(f"{time.monotonic() - began:.0f} s in total.")
     title = f"{bundle(args.bundle).name}: Dice on the same {HELD_OUT} held-out volumes"
     show(scores, title, "Dice", console)
 

@@ -1,6 +1,6 @@
-"""Adult census income, dealt out unevenly; breast cancer data of scikit-learn where it is absent.
+"""Data of the example: Adult census income, divided unevenly among the sites.
 
-usage elsewhere: `data = load()`; a site of a federation gets its own rows, `--shard 2/5` the second of five parts.
+If that data set is not found, scikit-learn's breast cancer data takes its place.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import pandas as pd
 
 import fl_adapters
 
-SHARES = (0.28, 0.24, 0.20, 0.16, 0.12)  # of the rows of each kind, on average, for five sites
-ALPHA = 0.5  # of the Dirichlet draw: the smaller, the more the sites differ
+SHARES = (0.28, 0.24, 0.20, 0.16, 0.12)  # average share of each of five sites in the rows of a kind
+ALPHA = 0.5  # of the Dirichlet distribution: smaller is more uneven
 SEED = 1
 
 
 @dataclass(frozen=True)
 class Part:
-    """x: a frame, the same columns and categories everywhere. y: 0 or 1."""
+    """Rows with their labels.
+
+    Attributes:
+        x: Features, with the same columns and categories at every site.
+        y: Labels, 0 or 1, int [rows].
+    """
 
     x: pd.DataFrame
     y: np.ndarray
@@ -29,7 +34,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Data:
-    """train: this site's rows. test: held out, the same for all."""
+    """Data of one site.
+
+    Attributes:
+        train: The site's training rows.
+        test: Held-out rows, the same for all sites.
+        name: Name of the data set.
+    """
 
     train: Part
     test: Part
@@ -37,7 +48,13 @@ class Data:
 
 
 def load(source: str | None = None, shard: str | None = None) -> Data:
-    """source: folder of adult_train.csv.gz and adult_test.csv.gz, or "breast_cancer"."""
+    """Load the data of one site.
+
+    Args:
+        source: Folder of adult_train.csv.gz and adult_test.csv.gz, or "breast_cancer". None takes what is found.
+        shard: Part to train on, such as "2/5" for the second of five. None takes the part of this site, or everything
+            outside a federation.
+    """
     train, test, name = read(source)
     index, count = place(shard)
     mine = divide(kinds(train.x), count)[index]
@@ -45,18 +62,18 @@ def load(source: str | None = None, shard: str | None = None) -> Data:
 
 
 def place(shard: str | None) -> tuple[int, int]:
-    """(index, count) of the part to train on: as `shard` says, else this site's place in the federation."""
+    """Index and number of parts: those that `shard` names, else this site's index and the number of sites."""
     if shard is None:
-        site = fl_adapters.site()  # outside of a federation: index 0 of 1
+        site = fl_adapters.site()  # outside a federation: index 0 of 1
         return site.index, site.count
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise SystemExit(f"--shard {shard}: write it like 2/5, the second of five parts")
+        raise SystemExit(f"--shard {shard}: write it as 2/5 for the second of five parts")
     return int(number) - 1, int(count)
 
 
 def divide(kinds: np.ndarray, sites: int) -> list[np.ndarray]:
-    """Row numbers of each site: each kind's rows are cut at the shares of a Dirichlet draw."""
+    """Row numbers of each site. The rows of each kind are divided by shares from a Dirichlet distribution."""
     draw = np.random.RandomState(SEED)
     shares = np.array(SHARES if sites == len(SHARES) else [1 / sites] * sites)
     parts: list[list[np.ndarray]] = [[] for _ in range(sites)]
@@ -69,13 +86,14 @@ def divide(kinds: np.ndarray, sites: int) -> list[np.ndarray]:
 
 
 def kinds(x: pd.DataFrame) -> np.ndarray:
-    """What the sites differ by: the level of education, else the tenths of the first column."""
+    """Kind of each row, in which the sites differ: the level of education, else the decile of the first column."""
     if "education" in x:
         return x["education"].cat.codes.to_numpy()
     return pd.qcut(x.iloc[:, 0], 10, labels=False).to_numpy()
 
 
 def read(source: str | None) -> tuple[Part, Part, str]:
+    """Training rows, held-out rows, and the name of the data set."""
     folder = Path(source) if source and source != "breast_cancer" else None
     if source is None and beside_checkout().is_dir():
         folder = beside_checkout()
@@ -89,7 +107,7 @@ def read(source: str | None) -> tuple[Part, Part, str]:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise SystemExit(
-            f"--data {source}: there is no {missing[0].name} in this folder; or write --data breast_cancer"
+            f"--data {source}: there is no {missing[0].name} in this folder; check it, or use --data breast_cancer"
         )
     frames = [pd.read_csv(file, na_values="?") for file in files]
     labels = [(frame.pop("income") == ">50K").to_numpy().astype(int) for frame in frames]
@@ -101,6 +119,6 @@ def read(source: str | None) -> tuple[Part, Part, str]:
 
 
 def beside_checkout() -> Path:
-    """Where Adult is looked for: in $FL_ADAPTERS_DATA, else in ../shared/data beside the checkout."""
+    """Default folder of the Adult data set: in $FL_ADAPTERS_DATA, else in ../shared/data beside the checkout."""
     data = os.environ.get("FL_ADAPTERS_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")
     return Path(data) / "adult"

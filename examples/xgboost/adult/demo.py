@@ -1,6 +1,10 @@
-"""Five uneven sites grow trees together in three ways, beside each site alone and all rows in one place.
+"""Shows what a federation of five uneven sites gains when they train trees together, in each of three modes.
 
-Prints a table and saves a plot. usage: demo.py [--rounds 80] [--data FOLDER | breast_cancer] [--plot auc.png]
+python demo.py
+python demo.py --rounds 80 --data breast_cancer --plot auc.png
+
+Prints the area under the ROC curve (AUC) on held-out rows and the seconds of each training: each site alone, the
+federation in each mode, and all rows in one place. Saves a plot of the AUC after every round.
 """
 
 from __future__ import annotations
@@ -34,7 +38,16 @@ MAX_BIN = 256
 
 @dataclass
 class Row:
-    """auc: on the held-out rows, after the last round. curve: after each round. note: what else is to say."""
+    """One row of the table.
+
+    Attributes:
+        name: Name of the training.
+        rows: Number of training rows.
+        auc: AUC on the held-out rows after the last round.
+        curve: AUC after each round; empty if it was not measured.
+        seconds: Duration of the training in seconds.
+        note: Remark.
+    """
 
     name: str
     rows: int
@@ -47,7 +60,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=80)
-    parser.add_argument("--data", help="folder of the data set, or breast_cancer")
+    parser.add_argument("--data", help="folder of the data set, or: breast_cancer")
     parser.add_argument("--plot", type=Path, default=Path("runs/xgboost-demo.png"))
     args = parser.parse_args()
     console = Console()
@@ -65,8 +78,8 @@ def main() -> None:
     central = alone("central, its own bins", everything.train, test, args.rounds)
     shared, same = central_on_shared_bins(parts, everything.train, test, args.rounds, boosters["histogram"])
     table += [central, shared]
-    table[-3].note = f"{same} of {len(boosters['histogram'].get_dump())} trees are those of central on the same bins"
-    console.print(shown(table))
+    table[-3].note = f"{same} of {len(boosters['histogram'].get_dump())} trees equal those of central on the same bins"
+    console.print(results_table(table))
     draw(table, args.plot, everything.name)
     console.print(f"plot: {args.plot}", highlight=False)
 
@@ -84,7 +97,7 @@ def alone(name: str, part: Part, test: xgboost.DMatrix, rounds: int) -> Row:
 
 
 def federated(mode: str, args: Any, test: xgboost.DMatrix, rows: int) -> tuple[Row, xgboost.Booster]:
-    """One simulation of train_federated.py, in processes of its own."""
+    """Run one simulation of train_federated.py. Returns its row and its final model."""
     given = ["--data", args.data] if args.data else []
     script = [str(HERE / "train_federated.py"), "--sites", str(SITES), "--json"]
     command = [sys.executable, "-m", "fl_adapters", "simulate", *script, "--"]
@@ -102,19 +115,22 @@ def federated(mode: str, args: Any, test: xgboost.DMatrix, rows: int) -> tuple[R
     booster = xgboost.Booster({"nthread": 1}, model_file=str(Path(result["model"], "model.ubj")))
     curve = [metrics["test-auc"] for metrics in result["metrics"]]
     row = Row(f"federated, {mode}", rows, exact_auc(booster, test), curve, result["wall_s"])
-    row.note = f"{sum(result['round_s']) / len(result['round_s']):.2f} s a round"
+    row.note = f"{sum(result['round_s']) / len(result['round_s']):.2f} s per round"
     return row, booster
 
 
 def central_on_shared_bins(
     parts: Any, everything: Part, test: xgboost.DMatrix, rounds: int, ours: xgboost.Booster
 ) -> tuple[Row, int]:
-    """All rows in one place, in the bins that the sites agree on; how many trees are equal to those of `ours`."""
+    """Train on all rows in one place, with the bins that the sites agree on.
+
+    Returns its row, and the number of trees that equal those of `ours`.
+    """
     matrices = [matrix(part.train) for part in parts]
-    told = [summary(rows_of(data), data.feature_types, MAX_BIN, 10, 0.0) for data in matrices]
+    summaries = [summary(rows_of(data), data.feature_types, MAX_BIN, 10, 0.0) for data in matrices]
     types = matrices[0].feature_types
     bins = xgboost.QuantileDMatrix(
-        reference_rows(merged(told)), feature_types=types, enable_categorical=True, max_bin=MAX_BIN
+        reference_rows(merged(summaries)), feature_types=types, enable_categorical=True, max_bin=MAX_BIN
     )
     plain = matrix(everything)
     data = xgboost.QuantileDMatrix(
@@ -143,7 +159,7 @@ def central_on_shared_bins(
 
 
 def exact_auc(booster: xgboost.Booster, test: xgboost.DMatrix) -> float:
-    """Area under the ROC curve, by ranks."""
+    """Area under the ROC curve on all rows, computed from ranks."""
     scores, labels = booster.predict(test, output_margin=True), test.get_label()
     _, where, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = np.cumsum(counts) - (counts - 1) / 2
@@ -152,7 +168,7 @@ def exact_auc(booster: xgboost.Booster, test: xgboost.DMatrix) -> float:
     return float(area / (positives * (len(labels) - positives)))
 
 
-def shown(rows: list[Row]) -> Table:
+def results_table(rows: list[Row]) -> Table:
     table = Table(title="area under the ROC curve on held-out rows")
     for name, justify in (("training", "left"), ("rows", "right"), ("AUC", "right"), ("s", "right"), ("", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Predict who earns more than 50,000 dollars a year."""
+"""Trains trees that predict who earns more than 50,000 dollars a year, and saves them in --output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARAMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of the data set, or breast_cancer")
-    parser.add_argument("--shard", help="the part to train on, such as 2/5; by default the site's own, else all")
+    parser.add_argument("--shard", help="part to train on, such as 2/5 (default: the site's own, else all)")
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--output", default="model.ubj")
     parser.add_argument("--mode", default="histogram")
