@@ -65,7 +65,7 @@ class TreeRounds:
 
     @property
     def nothing(self) -> TreeModel:
-        """No new trees."""
+        """The update of a site that adds no trees in this round."""
         return self.loaded.iterations(self.loaded.rounds)
 
     def begin(
