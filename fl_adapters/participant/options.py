@@ -1,18 +1,21 @@
-"""The arguments that every adapter shares, and how script, job and default decide together."""
+"""The arguments that all adapters share, and the settings that hold at a site: script, then job, then default."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
-from fl_adapters.participant.local_work.phases import local_phases
+from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_runtime.errors import ConfigError
 
 Exchange: TypeAlias = str | tuple[str, ...]
+"""What travels: "auto", "trainable", "all", or name patterns."""
+
 OptimizerPolicy = Literal["keep", "reset", "average"]
+"""What happens to optimizer state when new global weights arrive."""
 
 _POLICIES = ("keep", "reset", "average")
 _EXCHANGES = ("auto", "trainable", "all")
@@ -20,20 +23,35 @@ _EXCHANGES = ("auto", "trainable", "all")
 
 @dataclass(frozen=True)
 class Every:
-    """The local budget between two exchanges: whole epochs, or optimizer steps; exactly one of them is set."""
+    """The local budget between two exchanges, in epochs or in optimizer steps. Exactly one of them is set.
+
+    Attributes:
+        epochs: Number of whole epochs.
+        steps: Number of optimizer steps.
+    """
 
     epochs: int | None = None
     steps: int | None = None
 
     @classmethod
     def parse(cls, value: str | int) -> Every:
-        """ "epoch", "2 epochs", "50 steps" or 50 (optimizer steps); ConfigError for anything else."""
+        """Read a budget.
+
+        Args:
+            value: "epoch", "2 epochs", "50 steps", or a number of optimizer steps such as 50.
+
+        Returns:
+            The budget.
+
+        Raises:
+            ConfigError: The value is none of these.
+        """
         match = re.fullmatch(r"\s*(\d+)?\s*(epochs?|steps?)?\s*", str(value))
         number, unit = match.groups() if match else (None, None)
         count = int(number) if number else 1
         if isinstance(value, bool) or match is None or not (number or unit == "epoch") or count < 1:
             raise ConfigError(
-                f"every={value!r} is no budget",
+                f"every={value!r} is not a local budget",
                 fix='give "epoch", "2 epochs", or a number of optimizer steps such as 50',
             )
         return cls(epochs=count) if unit and unit.startswith("epoch") else cls(steps=count)
@@ -46,12 +64,21 @@ class Every:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a script may say about its federation (DESIGN 1.1). None: let the job or the default decide.
+    """The arguments that every adapter shares. None leaves the choice to the job, then to the default.
 
-    kit: folder of the site's startup kit. every: see Every. exchange: "auto", "trainable", "all" or name patterns.
-    keep_local: name patterns that never leave the site. optimizer_state: "keep", "reset" or "average".
-    num_examples: weight of this site's updates, > 0. required: an error instead of a local run without a kit.
-    Raises ConfigError for values that cannot work.
+    Attributes:
+        kit: Folder of the site's startup kit. Default: `$FL_ADAPTERS_KIT`.
+        every: Local budget between two exchanges: "epoch", "2 epochs", or a number of optimizer steps.
+        exchange: What travels: "auto", "trainable", "all", or a list of name patterns.
+        keep_local: Name patterns of tensors that never leave the site. They add to those of the job.
+        optimizer_state: What happens to optimizer state at an exchange: "keep", "reset" or "average".
+        evaluate_global: Whether to evaluate every global model on the trainer's own validation data. None evaluates
+            if there is validation data.
+        num_examples: Weight of this site's updates, above 0. None counts the training examples.
+        required: Whether a missing startup kit is an error, instead of a local run.
+
+    Raises:
+        ConfigError: An argument cannot work.
     """
 
     kit: str | None = None
@@ -79,9 +106,21 @@ class Options:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """What holds at this site, after precedence: script argument, then job, then default.
+    """The settings that hold at a site: the script's argument, else the job's, else the default.
 
-    phases: how often each round trains its budget; twice where the strategy has a personal model.
+    Attributes:
+        rounds: Number of rounds; None leaves it to the trainer's own budget.
+        every: Local budget between two exchanges.
+        exchange: What travels.
+        keep_local: Name patterns of tensors that never leave the site.
+        optimizer_state: What happens to optimizer state at an exchange.
+        evaluate_global: Whether to evaluate global models; None if there is validation data.
+        seed: The job's seed.
+        best_metric: Metric that decides which round is the best.
+        best_mode: Whether lower ("min") or higher ("max") values of it are better.
+        cross_site: Whether this site evaluates the models of all sites after the last round.
+        exact_restart: Whether this site must end with the same bits after a restart.
+        plan: What the job's strategy requires of this site.
     """
 
     rounds: int | None
@@ -93,14 +132,24 @@ class SiteSettings:
     seed: int | None
     best_metric: str
     best_mode: str
-    phases: int = 1
     cross_site: bool = False
-    strategy: str | None = None
     exact_restart: bool = False
+    plan: SitePlan = field(default_factory=SitePlan)
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
-        """`job`: the job's settings as the server sends them. keep_local adds up: nobody can take a name off it."""
+        """Return what holds at this site.
+
+        Args:
+            options: The script's arguments. They win over the job, but for `keep_local`, where both lists count.
+            job: The job's settings, as the server sends them.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ConfigError: A value of the job cannot work.
+        """
         return cls(
             rounds=job.get("rounds"),
             every=Every.parse(_first(options.every, job.get("every"), "epoch")),
@@ -111,22 +160,36 @@ class SiteSettings:
             seed=job.get("seed"),
             best_metric=job.get("best_metric") or "loss",
             best_mode=job.get("best_mode") or "min",
-            phases=local_phases(job.get("strategy")),
             cross_site=bool(job.get("cross_site")),
-            strategy=job.get("strategy"),
             exact_restart=bool(job.get("exact_restart")),
+            plan=SitePlan.parse(job.get("strategy")),
         )
 
+    @property
+    def phases(self) -> int:
+        """Number of times each round trains the local budget: 2 with a personal model (Ditto), else 1."""
+        return self.plan.phases
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the settings as JSON values, for the other ranks of this site."""
+        return {**asdict(self), "plan": self.plan.spec}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> SiteSettings:
+        """Return the settings that `to_json` wrote.
+
+        Args:
+            fields: The result of `to_json`, which may have passed through JSON.
+
+        Returns:
+            Equal settings.
+        """
         exchange = fields["exchange"]
         changed = {
             "every": Every(**fields["every"]),
             "exchange": exchange if isinstance(exchange, str) else tuple(exchange),
             "keep_local": tuple(fields["keep_local"]),
+            "plan": SitePlan.parse(fields["plan"]),
         }
         return cls(**{**fields, **changed})
 
@@ -140,7 +203,7 @@ def _exchange(value: Any) -> Exchange | None:
         return value  # type: ignore[no-any-return]
     if isinstance(value, str):
         raise ConfigError(
-            f"exchange={value!r} is not known",
+            f"exchange={value!r} is unknown",
             fix=f"give one of {', '.join(_EXCHANGES)}, or a list of name patterns such as ['encoder.*']",
         )
     return _patterns("exchange", value)
@@ -148,13 +211,13 @@ def _exchange(value: Any) -> Exchange | None:
 
 def _patterns(argument: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(p, str) for p in value):
-        raise ConfigError(f"{argument}={value!r} is no list of name patterns", fix=f"write {argument}=['head.*']")
+        raise ConfigError(f"{argument}={value!r} is not a list of name patterns", fix=f"write {argument}=['head.*']")
     return tuple(value)
 
 
 def _policy(value: Any) -> OptimizerPolicy | None:
     if value is not None and value not in _POLICIES:
-        raise ConfigError(f"optimizer_state={value!r} is not known", fix=f"give one of {', '.join(_POLICIES)}")
+        raise ConfigError(f"optimizer_state={value!r} is unknown", fix=f"give one of {', '.join(_POLICIES)}")
     return value  # type: ignore[no-any-return]
 
 

@@ -1,37 +1,68 @@
-"""Output folders of a simulated site: moved below the run, so that sites on one machine do not share them."""
+"""The folders of a site: its own one in a job, and the outputs of a simulated site, which are moved below the run."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
 
 PERSONAL = "personal"
-"""Folder, within a site's own, of its personal model in the framework's format, once training is over."""
+"""Name of the folder, in a site's own folder, of its exported personal model."""
 
 PERSONAL_FILE = "personal.safetensors"
-"""Within a site's own folder: the weights of its personal model after the last round."""
+"""Name of the file, in a site's own folder, with the weights of its personal model after the last round."""
 
 RESTART = "restart"
-"""Folder, within a site's own, of what it needs to go on after its process died (`exact_restart`)."""
+"""Name of the folder, in a site's own folder, of its restart points."""
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """A site's own folder in a job.
+
+    Attributes:
+        folder: Folder for state that stays at the site, such as control variates and personal models.
+        sites: Number of sites in the job.
+        fresh: Whether this is the site's first process in the run, so that files in the folder belong to another run.
+    """
+
+    folder: Path
+    sites: int
+    fresh: bool
 
 
 def own_folder(kit: Kit, job: str) -> Path:
-    """Where a site keeps what stays with it during a job: runs/<job>/sites/<site> in a simulation, else within its
-    startup kit."""
+    """Return the folder for state that stays at a site during a job.
+
+    Args:
+        kit: The site's startup kit.
+        job: Name of the job.
+
+    Returns:
+        runs/<job>/sites/<site> in a simulation, else a folder of the startup kit.
+    """
     if kit.simulated:
         return Path(kit.run, "sites", kit.site)
     return Path(kit.credentials or kit.folder, "jobs", job)
 
 
 def placed(kit: Kit | None, folder: str) -> str:
-    """Where a framework may write what it was told to write to `folder`: unchanged but for a simulated site.
+    """Return the folder that a framework writes to in place of the one that the script names.
 
-    A folder within the working directory, relative or not, moves below the site's own; for one elsewhere, see
-    `claimed_path`. Remote folders ("s3://...") stay. May be called again with its result.
+    Args:
+        kit: The site's startup kit; None for a script that runs alone.
+        folder: Folder that the script names, or an earlier result of this function.
+
+    Returns:
+        `folder` itself, unless the site is simulated. Then a folder in the working directory is moved below the
+        site's own folder, and `claimed_path` decides about others. Remote folders ("s3://...") are not moved.
+
+    Raises:
+        ConfigError: Another site of the simulation writes to the same folder.
     """
     if kit is None or not kit.simulated or "://" in folder:
         return folder
@@ -45,11 +76,19 @@ def placed(kit: Kit | None, folder: str) -> str:
 
 
 def claimed_path(run: Path, site: str, path: str) -> str:
-    """A relative path moves to run/sites/<site>/<path>; an absolute one, or one that leads upwards ("../out"),
-    belongs to the first site that claims it.
+    """Return a path that only one site of a simulation writes to.
 
-    Raises ConfigError when another site of the run has claimed it. Paths within this site's own folder come back
-    unchanged.
+    Args:
+        run: Folder of the run.
+        site: Name of the site.
+        path: Path that the site wants to write to.
+
+    Returns:
+        run/sites/<site>/<path> for a relative path. Paths in this site's own folder are unchanged. An absolute path,
+        or one that leads upwards ("../out"), is unchanged too, and belongs to the first site that claims it.
+
+    Raises:
+        ConfigError: Another site of the run has claimed the path.
     """
     own = run / "sites" / site
     if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir:
@@ -62,7 +101,7 @@ def claimed_path(run: Path, site: str, path: str) -> str:
     mine = claims / f"{claim.name}.{site}"
     mine.write_text(site, encoding="utf-8")
     try:
-        os.link(mine, claim)  # whole at once: nobody reads a claim without its owner's name
+        os.link(mine, claim)  # atomic: nobody reads a claim without its owner's name
         return path
     except FileExistsError:
         owner = claim.read_text(encoding="utf-8")
@@ -73,5 +112,5 @@ def claimed_path(run: Path, site: str, path: str) -> str:
     raise ConfigError(
         f"{owner} and {site} would both write to {path}",
         where=f"{site}, output folder of the trainer",
-        fix="give a relative path (it is moved below runs/<job>/sites/<site>), or put fl_adapters.site().name into it",
+        fix="give a relative path (it is moved below runs/<job>/sites/<site>), or use fl_adapters.site().name in it",
     )

@@ -19,11 +19,10 @@ from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
-from fl_adapters.participant.outputs import RESTART, claimed_path, own_folder
+from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
 from fl_adapters.participant.restart import SiteRestart, round_seed
 from fl_adapters.participant.results import Results
-from fl_adapters.participant.site_home import SiteHome
-from fl_adapters.participant.swarm import CAPABILITY, SwarmSite, is_swarm
+from fl_adapters.participant.swarm import CAPABILITY, SwarmSite
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.exclude import ExcludeVars
@@ -205,10 +204,11 @@ class Session:
         self._header = UpdateHeader(job, welcome.site, welcome.attempt)
         self._meter = TransferMeter(self._client)
         self._gate.join(welcome.site, welcome.settings)
-        if is_swarm(self.settings.strategy):
+        strategy = self.settings.plan.strategy
+        if strategy is not None and strategy.relayed:
             with self._gate.leaving_on_refusal():
                 deadline_s = float(welcome.settings["deadline_s"])
-                self._swarm = SwarmSite(self._client, self.name, self.seal, kit.patience_s, deadline_s)
+                self._swarm = SwarmSite(self._client, self.name, self.seal, strategy, kit.patience_s, deadline_s)
 
     @property
     def name(self) -> str:

@@ -1,8 +1,8 @@
-"""A site's part in rounds whose mean the sites form themselves (`Swarm`).
+"""Swarm rounds at a site: a site, not the server, aggregates.
 
-The server gets a receipt for each update. When it has those of all sites, it asks one of them to be the aggregator:
-that one opens a stream to each of the others, through the server and sealed, takes their updates in the order of the
-job, one at a time, and submits the mean. A site keeps its update until its next task.
+The server receives a receipt for each update instead of its tensors. When it has the receipts of all sites, it chooses
+one of them as the aggregator. That site opens an encrypted stream to each of the others through the server, takes
+their updates one at a time in the job's order, and submits the mean. A site keeps its update until its next task.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 
-from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.swarm import CAPABILITY, RECEIPT, missing
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.secure_stream import SecureStream, check_available
-from fl_runtime.types import Array, Arrays, ServerState, Task, Update
+from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-__all__ = ["CAPABILITY", "SwarmSite", "is_swarm"]
+__all__ = ["CAPABILITY", "Seal", "SwarmSite"]
 
 _PIECE_BYTES = 2**19
 _REACH_S, _LOOK_S = 5.0, 1.0
@@ -36,32 +35,37 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _MOST_STREAMS = 64
 
 
-def is_swarm(strategy: str | None) -> bool:
-    """Whether the job's strategy has the sites form the mean."""
-    try:
-        return strategy is not None and make_strategy(strategy).relayed
-    except ConfigError:  # one that this version does not know; the handshake says what it needs
-        return False
-
-
-class Seal(Protocol):
-    def __call__(self, stream: Stream) -> SecureStream: ...
+Seal: TypeAlias = Callable[[Stream], SecureStream]
+"""A function that encrypts a stream to another site."""
 
 
 class SwarmSite:
-    """Used by the session's thread; the tunnel's own threads hand it the streams that others open.
+    """A site's part in swarm rounds: shares its update with the aggregator, or aggregates.
 
-    seal: `Session.seal`. patience_s: how long the aggregator waits for a site that says nothing. deadline_s: how long
-    a site waits for its aggregator to take an update.
+    The session's thread calls the methods. Threads of the tunnel bring the streams that other sites open.
     """
 
-    def __init__(self, client: SiteClient, me: str, seal: Seal, patience_s: float, deadline_s: float) -> None:
-        """ConfigError where streams cannot be sealed."""
+    def __init__(
+        self, client: SiteClient, me: str, seal: Seal, strategy: Strategy, patience_s: float, deadline_s: float
+    ) -> None:
+        """Check that streams can be encrypted; `start` connects.
+
+        Args:
+            client: The connection to the server.
+            me: Name of this site.
+            seal: Encrypts a stream; see `Session.seal`.
+            strategy: The job's strategy, whose aggregator runs here.
+            patience_s: Seconds for which the aggregator waits for a site that does not answer.
+            deadline_s: Seconds for which a site waits until its aggregator has taken its update.
+
+        Raises:
+            ConfigError: The package for encryption is not installed.
+        """
         check_available(me)
-        self._client, self._me, self._seal = client, me, seal
+        self._client, self._me, self._seal, self._strategy = client, me, seal, strategy
         self._patience_s, self._deadline_s = patience_s, deadline_s
         self._changed = threading.Condition()
-        self._opened: dict[str, Stream] = {}  # by name; from other sites
+        self._opened: dict[str, Stream] = {}  # streams from other sites, by name
         self._tunnel: Tunnel | None = None
         self._closed = False
         self._update: Update | None = None
@@ -69,10 +73,11 @@ class SwarmSite:
         self._since, self._pause_s = 0.0, _PAUSE_S
 
     def start(self) -> None:
-        """Others may reach this site from here on."""
+        """Open the tunnel: from now on, other sites can reach this one."""
         self._connect()
 
     def close(self) -> None:
+        """Close the tunnel and its streams."""
         with self._changed:
             self._closed, tunnel = True, self._tunnel
             self._changed.notify_all()
@@ -80,18 +85,32 @@ class SwarmSite:
             tunnel.close()
 
     def receipt(self, update: Update) -> Update:
-        """What the server gets for an update, which is copied and kept here."""
+        """Keep a copy of an update for the aggregator.
+
+        Args:
+            update: This round's update, with plain weights. Borrowed for the call.
+
+        Returns:
+            The receipt that the server receives: the update without its tensors.
+
+        Raises:
+            ConfigError: A filter of this site has changed or encoded the weights.
+        """
         if update.content != "weights" or update.encoding:
             raise ConfigError(
-                "under swarm the sites' weights travel as they are, and a filter of this site changes or encodes them",
+                "under swarm, weights must travel unchanged, but a filter of this site changes or encodes them",
                 where=f"{self._me}, policy",
-                fix="take the filter off the policy, or do not take part in jobs with this strategy",
+                fix="remove the filter from the policy, or do not take part in jobs with this strategy",
             )
         self._update = replace(update, arrays=_copied(update.arrays), extras=_copied(update.extras))
         return replace(update, arrays={}, extras={}, content="encoded", encoding=RECEIPT)
 
     def next_task(self) -> Task:
-        """The next task for the trainer; what other sites need of this one is done meanwhile."""
+        """Wait for the next task of the trainer, and share or aggregate updates meanwhile.
+
+        Returns:
+            A task of any kind but "share" and "aggregate".
+        """
         while True:
             task = self._client.next_task(done=self._done)
             if task.kind == "share":
@@ -99,21 +118,21 @@ class SwarmSite:
             elif task.kind == "aggregate":
                 self._aggregate(task)
             else:
-                self._forget()
+                self._end_round()
                 return task
 
     # -- sharing ---------------------------------------------------------------------------------------------
 
     def _share(self, task: Task) -> None:
-        """Send the update to the aggregator. If that fails, the server says what happens next."""
+        """Send the update to the aggregator. If that fails, the server decides what happens next."""
         stream = self._stream_of(task)
         if stream is None:
             return
         update = self._current()
         manifest = Manifest.of(update.arrays, update.extras)
-        watch = threading.Timer(self._deadline_s, stream.close)
-        watch.daemon = True
-        watch.start()
+        watchdog = threading.Timer(self._deadline_s, stream.close)
+        watchdog.daemon = True
+        watchdog.start()
         try:
             sealed = self._seal(stream)
             sealed.meet()
@@ -127,11 +146,11 @@ class SwarmSite:
             log.info("%s could not send its update to %s: %s", self._me, stream.peer, error)
             time.sleep(_PAUSE_S)
         finally:
-            watch.cancel()
+            watchdog.cancel()
             stream.close()
 
     def _stream_of(self, task: Task) -> Stream | None:
-        """What the aggregator has opened for this try; None if it has not, for a while, or is at another."""
+        """Return the stream that the aggregator opened for this attempt, or None if there is none after a while."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._opened) or self._closed, _LOOK_S)
             stream = self._opened.pop(task.stage, None)
@@ -146,24 +165,24 @@ class SwarmSite:
     # -- aggregating -----------------------------------------------------------------------------------------
 
     def _aggregate(self, task: Task) -> None:
-        """Form the mean, and submit it; or submit whose update has not come."""
+        """Aggregate the updates and submit the mean, or submit the name of the site whose update did not arrive."""
         update, sites = self._current(), task.config["sites"]
         streams = {
             name: _Incoming(name, task.stage, self._open, self._seal) for name, _, _ in sites if name != self._me
         }
-        made = make_strategy(task.config["strategy"]).aggregator({}, _allocated, {}, ServerState())
+        aggregator = self._strategy.aggregator({}, _allocate, {}, ServerState())
         buffer = np.empty(Manifest.of(update.arrays, update.extras).nbytes, np.uint8)
         answer = replace(update, stage=task.stage, metrics={}, num_examples=sum(n for _, n, _ in sites))
         name = self._me
         try:
             for name, num_examples, weight in sites:
                 mine = name == self._me
-                theirs = update if mine else streams[name].received(update, buffer, self._patience_s)
-                made.add(replace(theirs, site=name, num_examples=num_examples, site_weight=weight))
-            arrays, extras = made.result()
+                theirs = update if mine else streams[name].receive(update, buffer, self._patience_s)
+                aggregator.add(replace(theirs, site=name, num_examples=num_examples, site_weight=weight))
+            arrays, extras = aggregator.result()
             answer = replace(answer, arrays=arrays, extras=extras)
         except (ConnectionLostError, UpdateRefusedError) as error:
-            log.warning("the update of %s has not come: %s", name, error)
+            log.warning("the update of %s did not arrive: %s", name, error)
             answer = replace(answer, arrays={}, extras={}, content="encoded", encoding=missing(name))
         finally:
             for stream in streams.values():
@@ -175,7 +194,7 @@ class SwarmSite:
         with self._changed:
             tunnel = self._tunnel
         if tunnel is None:
-            raise ConnectionLostError("the way to other sites is broken")
+            raise ConnectionLostError("the connection to other sites is broken")
         return tunnel.open(peer, name)
 
     # -- the tunnel ------------------------------------------------------------------------------------------
@@ -189,7 +208,7 @@ class SwarmSite:
             tunnel.close()
 
     def _lost(self) -> None:
-        """The call has ended, as when the server is started again: make it anew. Called in the tunnel's own thread."""
+        """Reconnect after the call ended, as when the server is restarted. Called in a thread of the tunnel."""
         now = time.monotonic()
         self._pause_s = _PAUSE_S if now - self._since > _LONGEST_PAUSE_S else min(2 * self._pause_s, _LONGEST_PAUSE_S)
         with self._changed:
@@ -207,11 +226,11 @@ class SwarmSite:
 
     def _current(self) -> Update:
         if self._update is None:
-            raise ConfigError("the server asks for an update that this process does not have", where=self._me)
+            raise ConfigError("the server asks for an update that this process has not made", where=self._me)
         return self._update
 
-    def _forget(self) -> None:
-        """A new round: what belongs to the last one is not needed any more."""
+    def _end_round(self) -> None:
+        """Drop the update and the streams of the last round."""
         with self._changed:
             streams, self._opened = list(self._opened.values()), {}
         for stream in streams:
@@ -220,26 +239,38 @@ class SwarmSite:
 
 
 class _Incoming:
-    """One site's update on its way to the aggregator. It is asked for when this is made."""
+    """One site's update on its way to the aggregator. The stream is opened on construction."""
 
     def __init__(self, peer: str, name: str, open_stream: Callable[[str, str], Stream], seal: Seal) -> None:
         self._peer, self._name, self._open, self._seal = peer, name, open_stream, seal
         self._stream: Stream | None = None
         self._sealed: SecureStream | None = None
-        self._try()
+        self._connect()
 
-    def received(self, like: Update, buffer: Array, patience_s: float) -> Update:
-        """The update, in `buffer`. ConnectionLostError or UpdateRefusedError if it does not come, or is not like the
-        aggregator's own."""
-        sealed = self._met(patience_s)
+    def receive(self, like: Update, buffer: Array, patience_s: float) -> Update:
+        """Receive the update into `buffer`.
+
+        Args:
+            like: The aggregator's own update, whose tensors this one must match.
+            buffer: Bytes of the size of the update. The returned arrays are views of it.
+            patience_s: Seconds to wait for each message.
+
+        Returns:
+            The update.
+
+        Raises:
+            ConnectionLostError: The update did not arrive, or has other tensors.
+            UpdateRefusedError: It holds values that are not finite.
+        """
+        sealed = self._meet(patience_s)
         manifest = Manifest.of(like.arrays, like.extras)
         if self._patiently(sealed.receive, patience_s) != manifest.layout:
-            raise ConnectionLostError(f"{self._peer} has sent other tensors than agreed, or nothing")
+            raise ConnectionLostError(f"{self._peer} sent no tensors, or other tensors than agreed")
         at = 0
         while at < manifest.nbytes:
             piece = self._patiently(sealed.receive, patience_s)
             if not piece or at + len(piece) > manifest.nbytes:
-                raise ConnectionLostError(f"{self._peer} has sent {at + len(piece)} of {manifest.nbytes} bytes")
+                raise ConnectionLostError(f"{self._peer} sent {at + len(piece)} of {manifest.nbytes} bytes")
             buffer[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
             at += len(piece)
         arrays, extras = manifest.views(buffer)
@@ -248,16 +279,17 @@ class _Incoming:
         return replace(like, arrays=arrays, extras=extras)
 
     def close(self) -> None:
+        """Close the stream."""
         if self._stream is not None:
             self._stream.close()
 
-    def _met(self, patience_s: float) -> SecureStream:
-        """The stream, once the other end has answered; it may be on its way back to the server."""
+    def _meet(self, patience_s: float) -> SecureStream:
+        """Wait until the other end answers, which may be reconnecting to the server."""
         until = time.monotonic() + min(_REACH_S, patience_s)
         while True:
             try:
                 if self._sealed is None:
-                    raise ConnectionLostError(f"{self._peer} is not there")
+                    raise ConnectionLostError(f"{self._peer} is not connected")
                 self._patiently(self._sealed.meet, patience_s)
                 return self._sealed
             except ConnectionLostError:
@@ -265,9 +297,9 @@ class _Incoming:
                 if time.monotonic() > until:
                     raise
             time.sleep(_PAUSE_S)
-            self._try()
+            self._connect()
 
-    def _try(self) -> None:
+    def _connect(self) -> None:
         try:
             self._stream = self._open(self._peer, self._name)
             self._sealed = self._seal(self._stream)
@@ -275,22 +307,22 @@ class _Incoming:
             self._sealed = None
 
     def _patiently(self, wait: Callable[[], bytes | None], patience_s: float) -> bytes:
-        """wait(), which ends when the stream is closed: after so long without a word."""
+        """Return the result of wait(). The stream is closed after `patience_s`, which ends the wait."""
         assert self._stream is not None
-        watch = threading.Timer(patience_s, self._stream.close)
-        watch.daemon = True
-        watch.start()
+        watchdog = threading.Timer(patience_s, self._stream.close)
+        watchdog.daemon = True
+        watchdog.start()
         try:
             return wait() or b""
         finally:
-            watch.cancel()
+            watchdog.cancel()
 
 
 def _copied(arrays: Arrays) -> dict[str, Array]:
     return {name: np.array(array) for name, array in arrays.items()}
 
 
-def _allocated(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
+def _allocate(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
     return _empty(arrays), _empty(extras)
 
 

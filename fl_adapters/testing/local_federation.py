@@ -20,8 +20,8 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from fl_adapters.participant.kit import Kit, read_kit
+from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.registry import close_sessions
-from fl_adapters.participant.swarm import is_swarm
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
@@ -138,7 +138,7 @@ class LocalFederation:
         names = tuple(f"site-{n}" for n in range(1, sites + 1)) if isinstance(sites, int) else tuple(sites)
         self._settings = RunSettings(**{"name": name, "sites": names, "min_sites": len(names), **settings})
         self._sockets = sockets
-        if states is not None and is_swarm(self._settings.strategy):
+        if states is not None and SitePlan.parse(self._settings.strategy).relayed:
             raise ConfigError(
                 "sites of a swarm wait for each other, but with states= they run one at a time",
                 where="LocalFederation",

@@ -102,7 +102,7 @@ class LiveModel:
             return {}
         exchange, keep_local = self._settings.exchange, self._settings.keep_local
         facts = agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
-        return lora_facts(facts, self._settings.strategy, self._freezing.factors)
+        return lora_facts(facts, self._settings.plan, self._freezing.factors)
 
     def arrays(self) -> Arrays:
         """Weights that travel, on rank 0; empty on the others. Borrowed until the next call."""

@@ -8,15 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fl_adapters.participant.exchange import matches
+from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
 from fl_adapters.torch.agreement import fingerprint
 from fl_adapters.torch.lora_factors import LoraFactors
 from fl_adapters.torch.state import TorchState
-from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.lora.names import FROZEN, factor_of, pairs_of, patterns_of
 from fl_runtime.aggregation.lora.products import LoraProducts
-from fl_runtime.aggregation.lora.strategies import LoraAverage
 from fl_runtime.errors import ConfigError
 
 _RANKS = "peft.r peft.lora_alpha peft.rank_pattern peft.alpha_pattern peft.use_rslora".split()
@@ -27,7 +26,7 @@ def lora_state(model: nn.Module, travels: TorchState, settings: SiteSettings) ->
 
     Raises ConfigError for a model or settings that the strategy cannot work with.
     """
-    strategy = _lora_strategy(settings.strategy)
+    strategy = settings.plan.lora
     if strategy is None or not pairs_of(travels.tensors):  # without an adapter the handshake refuses the strategy
         return travels
     if isinstance(strategy, LoraProducts):
@@ -43,10 +42,10 @@ def lora_state(model: nn.Module, travels: TorchState, settings: SiteSettings) ->
     return TorchState(model, settings.exchange, (*settings.keep_local, *stays)) if stays else travels
 
 
-def lora_facts(facts: dict[str, str], spec: str | None, factors: Mapping[str, Tensor]) -> dict[str, str]:
+def lora_facts(facts: dict[str, str], plan: SitePlan, factors: Mapping[str, Tensor]) -> dict[str, str]:
     """`facts` of the agreement as the strategy needs them: without ranks and scales where these may differ, with a
     fingerprint of a factor that is frozen for the whole run. Empty facts stay empty."""
-    strategy = _lora_strategy(spec)
+    strategy = plan.lora
     if not facts or strategy is None:
         return facts
     if isinstance(strategy, LoraProducts):
@@ -97,12 +96,3 @@ class LoraFreezing:
             if not tensor.requires_grad:
                 tensor.grad = None
         self._frozen = factor
-
-
-def _lora_strategy(spec: str | None) -> LoraAverage | LoraProducts | None:
-    """The job's strategy, where it is one for LoRA."""
-    try:
-        found = make_strategy(spec) if spec else None
-    except ConfigError:  # one that this version does not know; the handshake says what it needs
-        return None
-    return found if isinstance(found, LoraAverage | LoraProducts) else None

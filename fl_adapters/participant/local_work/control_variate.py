@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fl_adapters.participant.site_home import SiteHome
+from fl_adapters.participant.outputs import SiteHome
 from fl_runtime.aggregation.corrections.local_terms import control_extras, control_of
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
 from fl_runtime.types import Array, Arrays

@@ -8,7 +8,7 @@ from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.local_work.backend import LocalBackend
 from fl_adapters.participant.local_work.control_variate import ControlVariate, restore_control
 from fl_adapters.participant.local_work.personal_model import PersonalModel
-from fl_adapters.participant.site_home import SiteHome
+from fl_adapters.participant.outputs import SiteHome
 from fl_adapters.participant.state_file import State
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.errors import ConfigError

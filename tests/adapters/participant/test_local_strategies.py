@@ -12,8 +12,8 @@ import fl_adapters
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.local_work.control_variate import FILE, ControlVariate
 from fl_adapters.participant.options import Options
+from fl_adapters.participant.outputs import SiteHome
 from fl_adapters.participant.registry import open_session
-from fl_adapters.participant.site_home import SiteHome
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, LocalTerms, control_of
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError

@@ -24,6 +24,7 @@ from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.swarm import SwarmSite
 from fl_adapters.testing import LocalFederation, Place
+from fl_runtime.aggregation import Swarm
 from fl_runtime.aggregation.swarm import in_turn
 from fl_runtime.errors import ConfigError, ProtocolError, QuorumError
 from fl_runtime.store.tensorfile import read_tensors
@@ -395,7 +396,7 @@ def test_the_server_takes_no_update_and_no_strangers_mean() -> None:
 
 
 def test_what_a_policys_filter_has_changed_does_not_travel() -> None:
-    site = SwarmSite(None, "north", None, 1.0, 1.0)  # type: ignore[arg-type]
+    site = SwarmSite(None, "north", None, Swarm(), 1.0, 1.0)  # type: ignore[arg-type]
     update = Update("test", 1, "", "north", 1, 0, {"w": np.ones(2)}, 1)
     for changed in (replace(update, content="delta"), replace(update, encoding='[{"name": "ExcludeVars"}]')):
         with pytest.raises(ConfigError, match="a filter of this site"):
