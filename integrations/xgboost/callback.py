@@ -21,30 +21,14 @@ from .scores import Evaluation, Stopping, stopping_of
 class FederatedCallback(xgboost.callback.TrainingCallback):
     """Makes `xgboost.train` a site of a federation; afterwards the booster holds the final global model.
 
-    XGBoost evaluates before it calls callbacks. So what it prints, logs and passes to other callbacks describes this
-    site's own trees; the global model is scored once more, for the server. Early stopping for all sites together needs
-    `fl_adapters.xgboost.train`. A callback can stop XGBoost early but not lengthen it: `num_boost_round` must be enough
-    for the job's rounds.
+    XGBoost evaluates before it calls callbacks: what it prints, logs and gives to other callbacks describes this
+    site's own trees. The global model is scored once more, for the server; early stopping for all sites together
+    needs `fl_adapters.xgboost.train`. XGBoost can be stopped early and not lengthened: `num_boost_round` must be
+    enough for the job's rounds. Without a startup kit it stays out of the way.
 
-    Outside a federation, that is without a startup kit, it prints one line and stays out of the way. The callback holds
-    no connection: the session belongs to the process.
-
-    Args:
-        mode: "bagging" or "cyclic", as in `fl_adapters.xgboost.train`.
-        mask_statistics: Whether trees are sent without `sum_hessian` and gains.
-        kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
-            `fl-adapters simulate` set.
-        every: Boosting rounds between two exchanges; "epoch" is one. Default: the job's, else one.
-        exchange: "auto" or "all", which mean the same: a model of trees travels as a whole.
-        keep_local: Must be empty, for the same reason.
-        optimizer_state: Only "keep" is possible: boosting has no optimizer.
-        evaluate_global: Whether each global model is evaluated on `evals`, so that the server can pick the best round.
-            Default: yes if there are `evals`.
-        num_examples: Weight of this site in the ensemble. Default: the number of its rows.
-        required: Raise ConfigError instead of training alone if there is no startup kit.
-
-    Raises:
-        ConfigError: For an argument that cannot work. The hooks raise it too, before the first tree.
+    mode: "bagging" or "cyclic". The other arguments are those of `fl_adapters.xgboost.train`.
+    Holds no connection: the session belongs to the process. Raises ConfigError, before the first tree, for what
+    cannot work.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ import xgboost
 
 from fl_runtime.errors import ConfigError
 
-from .trainer import set_booster
 from .training import train
 
 _FEDERATED = (
@@ -23,10 +22,9 @@ def _own(params: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Federated:
-    """What the three estimators share. It must be their second base, since XGBoost 2 looks at the first.
+    """What the three estimators share; second of their bases, since XGBoost 2 looks at the first.
 
-    Attributes:
-        federated: Arguments of `fl_adapters.xgboost.train`.
+    federated: arguments of `fl_adapters.xgboost.train`, as a dict.
     """
 
     federated: dict[str, Any] | None
@@ -52,7 +50,7 @@ class _Federated:
             )
         params = {name: value for name, value in params.items() if value is not None}
         log: dict[str, Any] = {}
-        booster = train(
+        this._Booster = train(
             params,
             data,
             this.get_num_boosting_rounds(),
@@ -64,7 +62,6 @@ class _Federated:
             **{"verbose_eval": False, **fit},
             **(this.federated or {}),
         )
-        set_booster(this, booster)
         if log:
             this.evals_result_ = {name: dict(metrics) for name, metrics in log.items()}
 
@@ -84,7 +81,7 @@ class _Federated:
     def _fit(
         self, x: Any, y: Any, eval_set: Any, weights: Any, verbose: Any, columns: dict[str, Any], params: dict[str, Any]
     ) -> None:
-        """Fit; `eval_set` has tuples (X, y) or (X, y, columns), the columns as a dict."""
+        """eval_set: (X, y, weights or None) tuples, with a dict of columns each where there are any."""
         data = self._matrix(x, y, weight=weights, **columns)
         evals = [
             (self._matrix(item[0], item[1], **(item[2] if len(item) > 2 else {})), f"validation_{number}")
@@ -95,13 +92,13 @@ class _Federated:
 
 
 def columns_model(estimator: Any, params: dict[str, Any]) -> Any:
-    """Take the model to continue from out of `params`, and return its Booster."""
+    """The model to go on from, taken out of `params`."""
     model = params.pop("xgb_model", None)
     return model.get_booster() if isinstance(model, xgboost.XGBModel) else model
 
 
 def _row_objective(objective: Any) -> Any:
-    """Wrap scikit-learn's f(y_true, y_pred[, weight]) as XGBoost's f(margins, data)."""
+    """scikit-learn's f(y_true, y_pred[, weight]) as XGBoost's f(margins, data)."""
 
     def decorated(margins: Any, data: xgboost.DMatrix) -> Any:
         weights = data.get_weight()
@@ -114,17 +111,15 @@ def _row_objective(objective: Any) -> Any:
 
 
 def _weighted(eval_set: Any, weights: Any) -> list[Any]:
-    """Return (X, y, columns) for each validation set."""
+    """(X, y, columns) for each validation set."""
     given = weights or [None] * len(eval_set or ())
     return [(x, y, {"weight": weight}) for (x, y), weight in zip(eval_set or (), given, strict=True)]
 
 
 class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
-    """`xgboost.XGBRegressor` whose `fit` trains together with the sites of a federation.
+    """`xgboost.XGBRegressor` whose `fit` trains with the sites of a federation.
 
-    Args:
-        federated: Arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
-        kwargs: Arguments of `xgboost.XGBRegressor`.
+    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
     """
 
     def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -132,6 +127,7 @@ class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
         super().__init__(**kwargs)
 
     def get_xgb_params(self) -> dict[str, Any]:
+        """XGBoost's own parameters."""
         return _own(super().get_xgb_params())
 
     def fit(
@@ -146,19 +142,17 @@ class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
         xgb_model: Any = None,
         sample_weight_eval_set: Any = None,
     ) -> FederatedXGBRegressor:
-        """Fit as `xgboost.XGBRegressor` does; the result is the global model."""
+        """As XGBoost's; the model afterwards is the global one."""
         sets = _weighted(eval_set, sample_weight_eval_set)
         self._fit(X, y, sets, sample_weight, verbose, {"base_margin": base_margin}, {"xgb_model": xgb_model})
         return self
 
 
 class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
-    """`xgboost.XGBClassifier` whose `fit` trains together with the sites of a federation.
+    """`xgboost.XGBClassifier` whose `fit` trains with the sites of a federation.
 
-    Args:
-        classes: Number of classes at all sites together, labelled from 0. Default: as many as this site's labels show.
-        federated: Arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
-        kwargs: Arguments of `xgboost.XGBClassifier`.
+    classes: how many there are at all sites together, labelled from 0; None: as many as this site's labels say.
+    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
     """
 
     def __init__(self, *, classes: int | None = None, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -166,6 +160,7 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
         super().__init__(**kwargs)
 
     def get_xgb_params(self) -> dict[str, Any]:
+        """XGBoost's own parameters."""
         return _own(super().get_xgb_params())
 
     def fit(
@@ -180,7 +175,7 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
         xgb_model: Any = None,
         sample_weight_eval_set: Any = None,
     ) -> FederatedXGBClassifier:
-        """Fit as `xgboost.XGBClassifier` does; the result is the global model. Labels are integers from 0."""
+        """As XGBoost's; the model afterwards is the global one. Labels are whole numbers from 0."""
         labels = np.asarray(y)
         found = int(labels.max()) + 1 if len(labels) else 0
         count = max(self.classes or found, 2)
@@ -202,11 +197,9 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
 
 
 class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
-    """`xgboost.XGBRanker` whose `fit` trains together with the sites of a federation. Groups do not cross sites.
+    """`xgboost.XGBRanker` whose `fit` trains with the sites of a federation. Groups do not cross sites.
 
-    Args:
-        federated: Arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "cyclic"}`.
-        kwargs: Arguments of `xgboost.XGBRanker`.
+    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "cyclic"}`.
     """
 
     def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -214,6 +207,7 @@ class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
         super().__init__(**{"objective": "rank:ndcg", **kwargs})
 
     def get_xgb_params(self) -> dict[str, Any]:
+        """XGBoost's own parameters."""
         return _own(super().get_xgb_params())
 
     def fit(
@@ -232,10 +226,7 @@ class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
         xgb_model: Any = None,
         sample_weight_eval_set: Any = None,
     ) -> FederatedXGBRanker:
-        """Fit as `xgboost.XGBRanker` does; the result is the global model.
-
-        Give `group` or `qid` for the rows, and `eval_group` or `eval_qid` for each eval_set.
-        """
+        """As XGBoost's; give `group` or `qid` for the rows, and `eval_group` or `eval_qid` for each eval_set."""
         if (group is None) == (qid is None):
             raise ConfigError("ranking needs the rows' groups", where="fit", fix="pass either group= or qid=")
         count = len(eval_set or ())

@@ -65,7 +65,7 @@ class TreeRounds:
 
     @property
     def nothing(self) -> TreeModel:
-        """The update of a site that adds no trees in this round."""
+        """No new trees."""
         return self.loaded.iterations(self.loaded.rounds)
 
     def begin(

@@ -14,7 +14,6 @@ from fl_runtime.types import Metrics, Summary, Terms
 
 from .call import TrainCall
 from .model import rows_weight
-from .trainer import min_delta
 
 _MAXIMISED = ("auc", "aucpr", "pre", "map", "ndcg")
 _PER_GROUP = ("ndcg", "map", "pre")
@@ -141,7 +140,7 @@ def stopping_of(call: TrainCall, names: Sequence[str]) -> tuple[Stopping | None,
             fix=f"watch one of {', '.join(names)}",
         )
     maximize = stopper.maximize if stopper.maximize is not None else _is_maximised(name, call)
-    return Stopping(name, maximize, stopper.rounds, min_delta(stopper), bool(stopper.save_best)), others
+    return Stopping(name, maximize, stopper.rounds, stopper._min_delta, bool(stopper.save_best)), others
 
 
 def record(log: Log, metrics: Metrics, names: Sequence[str]) -> None:

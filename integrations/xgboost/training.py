@@ -45,48 +45,19 @@ def train(
     num_examples: int | None = None,
     required: bool = False,
 ) -> xgboost.Booster:
-    """Train like `xgboost.train`, together with the sites of a federation.
+    """`xgboost.train` with the sites of a federation; returns an ordinary Booster, the same at every site.
 
-    `evals` are scored on the global model and pooled over all sites, and early stopping decides for all of them.
-    Without a startup kit this is `xgboost.train`.
+    mode: "bagging" (all sites' new trees, each with its share of the examples), "cyclic" (the model goes round the
+    sites), or "histogram" (the trees of training on all rows together).
+    mask_statistics: bagging and cyclic send no `sum_hessian` and no gains.
+    quantile_rows, quantile_noise: of the summary that a site gives for the bins of all sites, see docs/xgboost.md.
+    collective_timeout_s: how long a silent site is waited for in the middle of a tree (histogram).
+    every: boosting rounds between two exchanges ("epoch" is one).
 
-    Args:
-        params: Parameters of XGBoost, as for `xgboost.train`.
-        dtrain: This site's training data; in histogram mode a plain `DMatrix`.
-        num_boost_round: Boosting rounds over all rounds of the federation. They decide how many rounds there are if the
-            job does not.
-        evals: Validation data of this site, with names that all sites share.
-        obj: Custom objective, the same at every site.
-        maximize: Whether a larger score is better, in early stopping and for the best round. Default: by the metric.
-        early_stopping_rounds: Boosting rounds without improvement, on all sites' data, after which the run stops.
-        evals_result: Dict that receives the pooled scores of every boosting round.
-        verbose_eval: Whether, or every how many boosting rounds, the pooled scores are printed.
-        xgb_model: Model to continue from. It must not be of a later XGBoost than this one.
-        callbacks: Further callbacks of XGBoost. They see the pooled scores.
-        custom_metric: Custom metric, pooled by the weights of the rows.
-        mode: "bagging" (each round appends all sites' new trees, scaled by the site's share of the examples), "cyclic"
-            (one site boosts, in turn), or "histogram" (the trees of training on all rows in one place).
-        mask_statistics: Whether trees are sent without `sum_hessian` and gains (bagging and cyclic).
-        quantile_rows: Least number of rows that a point of this site's summary for the bins stands for (histogram).
-        quantile_noise: Share of the way to its neighbours by which such a point is moved at random (histogram).
-        collective_timeout_s: Seconds after which a site that is silent within a tree is given up (histogram).
-        kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
-            `fl-adapters simulate` set.
-        every: Boosting rounds between two exchanges; "epoch" is one. Default: the job's, else one.
-        exchange: "auto" or "all", which mean the same: a model of trees travels as a whole.
-        keep_local: Must be empty, for the same reason.
-        optimizer_state: Only "keep" is possible: boosting has no optimizer.
-        evaluate_global: Whether each global model is evaluated on `evals`, so that the server can pick the best round.
-            Default: yes if there are `evals`.
-        num_examples: Weight of this site in the ensemble. Default: the number of its rows.
-        required: Raise ConfigError instead of training alone if there is no startup kit.
+    Evaluation is of the global model on all sites' `evals` together, and so is early stopping. Without a startup kit
+    this is `xgboost.train`. The other arguments are those of `xgboost.train` and of every adapter.
 
-    Returns:
-        An ordinary Booster, the same at every site.
-
-    Raises:
-        ConfigError: For an argument that cannot work, before round 1.
-        HandshakeError: If the sites do not agree, before round 1.
+    Raises ConfigError for what cannot work, HandshakeError where the sites do not agree, before round 1.
     """
     options = Options(
         kit=kit,
