@@ -30,7 +30,13 @@ RunPhase = Literal["joining", "initial", "training", "final", "done", "failed"]
 
 @dataclass(frozen=True)
 class Accepted:
-    """An update that counts in a round or buffer, and the file that its tensors lie in."""
+    """An update that counts in a round or buffer.
+
+    Attributes:
+        update: The update; its arrays are views of `blob`.
+        blob: The file that its tensors lie in.
+        digest: Digest of its tensors.
+    """
 
     update: Update
     blob: Blob

@@ -191,7 +191,11 @@ class RoundSum(Protocol):
         ...
 
     def add(self, accepted: Accepted) -> None:
-        """Add an update to the sum. Called without the lock."""
+        """Add an update to the sum. Called without the lock.
+
+        Args:
+            accepted: The update that `next_in_order` has just returned.
+        """
         ...
 
     def finish(self) -> Blob | None:
