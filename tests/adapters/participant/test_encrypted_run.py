@@ -221,8 +221,9 @@ def test_a_run_equals_the_plain_one_and_the_server_cannot_read_it(tmp_path: Path
     with LocalFederation(sites=3, rounds=3, folder=tmp_path / "run", sockets=True, filters=(HE,)) as federation:
         found = federation.run(loop)
         federation.result()
-        run = federation.server._run
-        held, context = run.model.blob.views()[0], run.filters._context
+        state = federation.server._run.state
+        assert state.models.newest is not None
+        held, context = state.models.newest.blob.views()[0], state.filters._context
     for final in found.values():
         assert {n: (a.dtype, a.shape) for n, a in final.items()} == LAYOUT
         real = {n: a for n, a in final.items() if n != "h"}  # bfloat16 rounds to 2^-8
