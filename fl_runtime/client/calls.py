@@ -18,9 +18,9 @@ R = TypeVar("R")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 _DAMAGED_TRIES = 4
-_BEATS = 4  # while a call is patient
+_BEATS = 4  # signs of life to ask for within the patience of a call
 _ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
-_random = random.Random()  # of our own: the user's random state is not ours to advance
+_random = random.Random()  # a generator of our own, so that the user's random state does not change
 
 
 class PatientCalls:
@@ -36,7 +36,7 @@ class PatientCalls:
         self._watchdog = Watchdog(patience_s)
         self._beats = False  # the server gives signs of life in every call that waits
         self._under_way: WatchedCall | None = None
-        self._heard = 0  # messages of the server: as long as it grows, the server is within reach
+        self._heard = 0  # number of messages from the server; while it grows, the server is within reach
         self._closed = False
 
     def expect_beats(self) -> float:

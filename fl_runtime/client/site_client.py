@@ -163,7 +163,7 @@ class SiteClient:
         self._layouts.add(manifest)
         self._downloads.large = manifest.nbytes > frames.INLINE_BYTES
         if not self._downloads.large or self._downloads.shared is None:
-            keep_freed_memory()  # the weights go in messages
+            keep_freed_memory()  # the weights travel in messages
         return reply.rounds
 
     def next_task(self, *, best: bool = False, evaluate: bool = False, done: str = "") -> Task:
@@ -232,7 +232,7 @@ class SiteClient:
         Returns:
             The tunnel. The caller closes it.
         """
-        keep_freed_memory()  # here they go in messages whatever their size
+        keep_freed_memory()  # payloads of streams always travel in messages
         return Tunnel(self._transport, self._session, accept, lost)
 
     def leave(self, reason: str, *, early: bool) -> None:
@@ -249,7 +249,7 @@ class SiteClient:
             request = pb.LeaveRequest(session=self._session, reason=reason, early=early)
             self._calls.ask("Leave", request, pb.Done, patience_s)
         except FederationError as error:
-            log.info("left without an answer of the server: %s", error)
+            log.info("the server did not answer to the goodbye: %s", error)
 
     def close(self) -> None:
         """Close the connection. May be called more than once, and while another thread is in a call."""

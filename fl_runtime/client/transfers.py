@@ -82,7 +82,9 @@ class Downloads:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
-        incoming: _Incoming | None = None  # of this call; what an earlier one has left goes on only by its header
+        incoming: _Incoming | None = (
+            None  # this call's; the rest of an earlier one is continued only if its header matches
+        )
         request.shared = self.large and self.shared is not None
         read = threading.Event()
         first = request.SerializeToString()
@@ -169,7 +171,7 @@ class Uploads:
 
     def __init__(self, calls: PatientCalls, layouts: Layouts) -> None:
         self._calls, self._layouts = calls, layouts
-        self._at_server = 0  # of the upload under way, the bytes that the server has
+        self._at_server = 0  # bytes of the current upload that the server has
         self.shared: SharedFolder | None = None
         self.frame_bytes = frames.FRAME_BYTES
         self.nbytes = 0
@@ -236,7 +238,7 @@ class Uploads:
             yield message
             self._calls.progressed()
         if start == sum(map(len, pieces)):
-            yield frames.frame([])  # a file has it all
+            yield frames.frame([])  # the whole payload lies in a file
 
     def _write_shared(self, name: str, pieces: list[memoryview]) -> None:
         """Fill the server's file with an update."""

@@ -42,7 +42,7 @@ class Membership:
             state.journal.left(name, False)
             state.events.emit("joined", site=name, attempt=member.attempt, version=version)
             state.changed.notify_all()
-            state.published.notify_all()  # calls of the attempt before wait there
+            state.published.notify_all()  # to end the waiting calls of the attempt before
             return member
 
     def register(
@@ -91,7 +91,7 @@ class Membership:
             member = self.caller(name, attempt)
             member.attending += 1
             member.absent_since = None
-            if member.lost:  # it was given up too soon
+            if member.lost:  # it had been given up too soon
                 member.gone, member.lost = "", False
                 state.events.emit("joined", site=name, attempt=attempt, version="")
                 state.published.notify_all()

@@ -94,7 +94,7 @@ class Relay:
             target.track(site, part)
         elif not part.closed:
             closed = pb.TunnelPart(peer=peer, stream=part.stream, closed=True).SerializeToString()
-            line.put(peer, closed, patient=patient)  # who sends and does not read waits
+            line.put(peer, closed, patient=patient)  # a site that sends without reading waits here
 
 
 class _Line:

@@ -1,4 +1,4 @@
-"""One run: its state, its membership and its course, and the calls of sites that are answered with them."""
+"""One run: its state, its membership and its course, and the calls of sites, which these answer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Run:
         self.ended = threading.Event()
 
     def _choose_course(self) -> Course:
-        """The course of this run: the only place that asks for its mode."""
+        """The course of this run. This is the only place that decides about the mode."""
         state, membership, scoring, initial = self.state, self.membership, self.scoring, self._initial
         strategy = state.plan.strategy
         if self._virtual is not None:

@@ -249,7 +249,7 @@ class Server:
 
 
 def _check(settings: RunSettings, strategy: Strategy | None) -> None:
-    if strategy is None and settings.strategy:  # else the sites may say
+    if strategy is None and settings.strategy:  # without one in the job, the sites may name it
         strategy = make_strategy(settings.strategy)
     check_filters(settings.filters, settings.optimizer_state, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):

@@ -255,7 +255,7 @@ class FederationService:
                 manifest = Manifest.from_proto(payload.manifest)
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
-                checks.check_layout(manifest, *how)  # before it is kept
+                checks.check_layout(manifest, *how)  # before the manifest is stored
                 self._run.membership.describe(self._run.membership.members[name], manifest)
             elif payload.layout not in self._state.layouts:
                 raise ProtocolError("an update refers to a layout that the server has not seen")

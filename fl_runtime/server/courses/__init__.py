@@ -1,1 +1,1 @@
-"""How a run goes: synchronous rounds, buffered, swarm, virtual; sampling, scores, cross-site evaluation."""
+"""Courses, that is how a run proceeds: synchronous rounds, buffered, swarm, virtual; and the parts that they share."""

@@ -42,9 +42,9 @@ class Buffered:
         self.checks = TensorChecks(state, membership)
         self._waiting: list[Accepted] = []  # updates that are not in a model yet, in the order of arrival
         self._models: dict[int, Model] = {}  # older models that are still needed, by version
-        self._began: dict[str, int] = {}  # version that a site trains on; missing after a restart, when it may be any
+        self._began: dict[str, int] = {}  # version that each site trains on; unknown after a restart
         self._last_used: dict[str, int] = {}
-        self._since = time.monotonic()  # of the model that is being made, as are the bytes
+        self._since = time.monotonic()  # when the model in the making was begun; the bytes are counted since then
         self._bytes_up = self._bytes_down = 0
 
     def offer(self, member: Member, done: str) -> Offer | None:

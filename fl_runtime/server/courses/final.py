@@ -37,7 +37,7 @@ class FinalModel:
         return leased("final", rounds, {"export": member.name == self._exporter}, state.models.newest, member)
 
     def conclude(self) -> None:
-        """Hand out the final model, wait for its scores, and decide which round was the best."""
+        """Offer the final model, wait for its scores, and decide which round was the best."""
         state, scoring = self._state, self._scoring
         with state.lock:
             self._exporter = self._membership.initial_source() or ""

@@ -46,7 +46,7 @@ class Swarm:
     ) -> None:
         self._state, self._membership, self._rounds = state, membership, rounds
         self._receipts = Synchronous(state, membership, rounds, initial, cross_site, self._begin_sum)
-        self._sum: SwarmSum | None = None  # of the round that was opened last
+        self._sum: SwarmSum | None = None  # the sum of the round that was opened last
         self.checks = ReceiptChecks(self._receipts.checks)
 
     def offer(self, member: Member, done: str) -> Offer | None:

@@ -57,7 +57,7 @@ class Synchronous:
         current, name = self._state.open_round, member.name
         if current is None or not self._collecting(current) or not current.takes(name) or name in current.accepted:
             return None
-        if name not in current.participants:  # it came back while the round is open
+        if name not in current.participants:  # the site came back while the round is open
             current.participants.append(name)
         if current.round == 0:
             return Offer("initial", 0, current.config, None, True, current.stage)
@@ -78,7 +78,7 @@ class Synchronous:
         if not self._collecting(current) or (round == current.round and stage != current.stage):
             return "late"  # the run ends before this round, or it has been opened again
         if round == current.round and not current.takes(site):
-            return "late"  # it was not asked
+            return "late"  # the site was not selected for this round
         if round > current.round:
             raise ProtocolError(f"an update for round {round}, but round {current.round} is open")
         return "duplicate" if site in current.accepted else None
@@ -92,7 +92,7 @@ class Synchronous:
         except FederationError:
             state.blobs.free(blob)
             raise
-        if update.site not in current.participants:  # carried in by a site that missed the opening
+        if update.site not in current.participants:  # a late update is carried in by a site that missed the opening
             current.participants.append(update.site)
         current.bytes_up[update.site] = upload.bytes_up
         state.blobs.rename(blob, f"update-{current.round}-{self._membership.members[update.site].index}")

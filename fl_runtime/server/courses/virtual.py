@@ -32,7 +32,7 @@ from fl_runtime.store.journal import RoundEntry
 from fl_runtime.types import Arrays, Report, RunSettings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
 
-_BEAT_S = 0.2  # how soon it is noticed that the run was aborted
+_BEAT_S = 0.2  # how often to check whether the run was aborted
 _NOT_SPOOLED = Blob("", Manifest(()), np.empty(0, np.uint8))
 
 
@@ -123,7 +123,7 @@ class Virtual:
                 fix="continue the run with the function and initial weights that it began with",
             )
         assert state.plan.rounds is not None
-        while state.models.version < state.plan.rounds:  # patience may end the run before
+        while state.models.version < state.plan.rounds:  # patience may end the run earlier
             self._round(state.models.version + 1)
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
@@ -154,7 +154,7 @@ class Virtual:
         try:
             collection.run()
             with state.lock:
-                if self._scoring.scores.reported(number - 1):  # scores of the model before came with the updates
+                if self._scoring.scores.reported(number - 1):  # the updates came with scores of the previous model
                     self._scoring.settle(number - 1)
             if rounds.not_needed(current):
                 summing.give_up()

@@ -279,7 +279,7 @@ class FederationServer:
         permissions.check_job(caller, "AbortJob", job.submitter)
         job.server.abort(f"{caller} has aborted it")
         name = job.settings.name
-        yield {"job": name, "ended": self.wait_for_job(name, ABORT_S)}  # so that the next one can be submitted
+        yield {"job": name, "ended": self.wait_for_job(name, ABORT_S)}  # wait, so that the next job can be submitted
 
     def _watch(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         name = _field(fields, "job", str)

@@ -75,7 +75,7 @@ class Guard:
         self._lock = threading.Lock()
         self._open: dict[int, tuple[Certificate, Peer]] = {}
         self._counts: Counter[str] = Counter()
-        self._seen: dict[int, Certificate] = {}  # of those who have called; revoked ones are taken out
+        self._seen: dict[int, Certificate] = {}  # certificates of earlier callers, without revoked ones
         self._known: dict[str, Identity] = {}
         self._next = 0
         self._closed = threading.Event()
