@@ -82,9 +82,7 @@ class Downloads:
             request.resume_digest = self._incoming.digest
             request.resume_from = self._incoming.receiver.arrived
         header: pb.TaskHeader | None = None
-        incoming: _Incoming | None = (
-            None  # this call's; the rest of an earlier one is continued only if its header matches
-        )
+        incoming: _Incoming | None = None  # of this call alone; `_expect` decides whether an earlier one is continued
         request.shared = self.large and self.shared is not None
         read = threading.Event()
         first = request.SerializeToString()
