@@ -104,7 +104,7 @@ def test_one_job_at_a_time_and_each_name_once(study: Study) -> None:
     ("fields", "says"),
     [
         ({"name": "../../etc"}, "cannot name a folder"),
-        ({"sites": ["north", "west"]}, "west is not in this federation"),
+        ({"sites": ["north", "west"]}, "not in this federation: west"),
         ({"sites": 5}, "the federation has 2"),
         ({"rounds": -1}, "rounds cannot be -1"),
         ({"strategy": "fedyolo"}, "fedyolo"),
