@@ -218,11 +218,11 @@ class LiveModel:
             load_tensors(self._local_tensors(), self._final_local)
 
     def _set_moments(self, arrays: Arrays) -> None:
-        left = dict(arrays)
+        rest = dict(arrays)
         for moments in self._moments[1:]:
-            moments.set({name: left.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
+            moments.set({name: rest.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
         if self._moments:
-            self._moments[0].set(left)  # the rest, and what belongs to none of them: that is refused
+            self._moments[0].set(rest)  # refuses moments that belong to no optimizer
 
     def _refuse_shared_parameters(self) -> None:
         seen = set[str]()

@@ -129,7 +129,7 @@ class Progress:
         return self.steps == self.began and not self.epochs and not self.phase
 
     def batch_ended(self, *, last_of_epoch: bool) -> None:
-        """Count one batch."""
+        """Count a batch that has been trained."""
         self.in_epoch = not last_of_epoch
         self.epochs += last_of_epoch
 

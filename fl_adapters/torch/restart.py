@@ -227,12 +227,12 @@ def seed_round(seed: int, loader: Any = None) -> None:
 
 def samplers_of(loader: Any) -> list[Any]:
     """The data loader and all samplers within it, each once."""
-    found: list[Any] = []
-    left = [loader]
-    while left:
-        part = left.pop()
-        if part is None or any(part is other for other in found):
+    parts: list[Any] = []
+    unvisited = [loader]
+    while unvisited:
+        part = unvisited.pop()
+        if part is None or any(part is other for other in parts):
             continue
-        found.append(part)
-        left += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
-    return found
+        parts.append(part)
+        unvisited += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+    return parts

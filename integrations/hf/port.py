@@ -47,7 +47,6 @@ class TransformersPort(TrainerPort):
             trained["train_dataloader"],
             trained["lr_scheduler"],
         )
-        self._position: restart.Position | None = None
         self._score = Score()
 
     @property

@@ -13,15 +13,15 @@ def callback_classes() -> tuple[Any, ...]:
 
     Raises ImportError, with the reasons, if neither package is installed.
     """
-    found, reasons = [], []
+    classes, reasons = [], []
     for package in _PACKAGES:
         try:
-            found.append(import_module(package).Callback)
+            classes.append(import_module(package).Callback)
         except ModuleNotFoundError as error:  # not installed, or something that it needs is not
             reasons.append(f"{package}: {error}")
-    if not found:
+    if not classes:
         raise ImportError(f"Lightning is missing: pip install 'fl-adapters[lightning]' ({'; '.join(reasons)})")
-    return tuple(found)
+    return tuple(classes)
 
 
 def silent_logger(trainer: Any) -> Any:

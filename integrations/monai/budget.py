@@ -80,5 +80,5 @@ def _iterations(engine: Any, epochs: int, steps: int | None) -> int:
     length, per_epoch = engine.state.epoch_length, steps_per_epoch(engine)
     if not length or not per_epoch:
         return (steps or 0) * accumulation(engine)
-    left = (steps or 0) - epochs * per_epoch
-    return int(epochs * length + min(left * accumulation(engine), length))
+    in_epoch = (steps or 0) - epochs * per_epoch
+    return int(epochs * length + min(in_epoch * accumulation(engine), length))

@@ -41,14 +41,14 @@ def config_files(bundle: Path, given: Any = None) -> list[str]:
         return [name if Path(name).is_file() else str(bundle / name) for name in names]
     if bundle.is_file():
         return [str(bundle)]
-    found = [str(bundle / name) for name in _CONFIGS if (bundle / name).is_file()]
-    if not found:
+    files = [str(bundle / name) for name in _CONFIGS if (bundle / name).is_file()]
+    if not files:
         raise ConfigError(
             f"there is no training configuration in this bundle; looked for {', '.join(_CONFIGS)}",
             where=str(bundle),
             fix="check the folder, or name the file: --config_file FILE",
         )
-    return found[:1]
+    return files[:1]
 
 
 def root_of(bundle: Path) -> Path:
@@ -85,7 +85,7 @@ def find_trainer(parser: ConfigParser, given: str | None, where: str) -> str:
     looked = f"{given!r}" if given else "'train#trainer', 'trainer', and a component whose _target_ ends in 'Trainer'"
     raise ConfigError(
         f"no trainer was found in this bundle; looked for {looked}"
-        + (f", and found several: {', '.join(others)}" if others else ""),
+        + (f", and there are several: {', '.join(others)}" if others else ""),
         where=where,
         fix="run a training configuration (--config_file FILE), or name the trainer: --trainer_id ID",
     )

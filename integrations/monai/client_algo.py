@@ -182,7 +182,7 @@ def _new_weights(given: ExchangeObject, task: Task) -> dict[str, torch.Tensor]:
 
 
 def _arrays(weights: Mapping[str, Any], names: Iterable[str]) -> Arrays:
-    """Weights by name, as arrays. Names that the algorithm does not give are left out, and the server refuses that."""
+    """Weights by name, as arrays. The server refuses an update if the algorithm does not give all `names`."""
     tensors = {name: torch.as_tensor(weights[name]) for name in names if name in weights}
     return {name: as_array(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
 

@@ -47,12 +47,12 @@ class MonaiPort(TrainerPort):
         return self.steps_made
 
     @property
-    def where(self) -> str:
-        return f"iteration {self._engine.state.iteration}"
-
-    @property
     def steps_per_epoch(self) -> int | None:
         return budget.steps_per_epoch(self._engine)
+
+    @property
+    def where(self) -> str:
+        return f"iteration {self._engine.state.iteration}"
 
     def stop(self) -> None:
         monai.stop(self._engine, epoch_ends=self.epoch_ends)

@@ -67,7 +67,7 @@ def snapshot_of(engine: Any, live: LiveModel, position: Position) -> TorchSnapsh
 
 
 def catch_up(engine: Any) -> None:
-    """After a restart: do what other handlers had left to do at that epoch's end, and count the epoch that begins."""
+    """After a restart: run the handlers that were still to run at that epoch's end, and count the epoch that begins."""
     for handler in monai.attached(engine, LrScheduleHandler):
         if handler.epoch_level:
             handler(engine)

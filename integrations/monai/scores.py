@@ -25,11 +25,11 @@ def scores_of(evaluator: Any) -> dict[str, float]:
     a metric that reports its mean alone, but keeps details per image and class (`save_details`).
     """
     firsts = {name: _first_class(evaluator, name) for name in evaluator.state.metrics}
-    found = plain_numbers(evaluator.state.metrics, firsts)
+    numbers = plain_numbers(evaluator.state.metrics, firsts)
     for name, details in getattr(evaluator.state, "metric_details", {}).items():
         for key, number in _class_means(without_prefix(name), details, _first_class(evaluator, name)):
-            found.setdefault(key, number)
-    return found
+            numbers.setdefault(key, number)
+    return numbers
 
 
 @contextmanager
@@ -65,12 +65,12 @@ def _computes(handler: Any) -> bool:
 
 def plain_numbers(metrics: Mapping[str, Any], first_classes: Mapping[str, int] | None = None) -> dict[str, float]:
     """Metrics as plain numbers. `first_classes` has the number of a metric's first class, by its name; else 0."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     inner = {key for value in metrics.values() if isinstance(value, Mapping) for key in value}
     for name, value in metrics.items():
         if name not in inner:  # Ignite lists the items of a mapping beside the mapping
-            found.update(_numbers(without_prefix(name), value, (first_classes or {}).get(name, 0)))
-    return found
+            numbers.update(_numbers(without_prefix(name), value, (first_classes or {}).get(name, 0)))
+    return numbers
 
 
 def _numbers(name: str, value: Any, first: int) -> Iterator[tuple[str, float]]:

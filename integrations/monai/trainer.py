@@ -57,14 +57,14 @@ def put_first(engine: Any, event: Any, hook: Callable[..., None]) -> None:
 
 def attached(engine: Any, kind: type[H]) -> list[H]:
     """Attached handlers of class `kind`, each once, in the order in which they were attached."""
-    found: dict[int, H] = {}
+    owners: dict[int, H] = {}
     for handlers in list(event_handlers(engine).values()):
         for handler, _, _ in handlers:
             hook = getattr(handler, "__wrapped__", handler)  # Ignite wraps those of every n-th event
             owner = getattr(hook, "__self__", hook)
             if isinstance(owner, kind):
-                found[id(owner)] = owner
-    return list(found.values())
+                owners[id(owner)] = owner
+    return list(owners.values())
 
 
 def refuse_unsupported(engine: Any) -> None:
@@ -98,10 +98,10 @@ def validator_of(engine: Any, settings: SiteSettings) -> ValidationHandler | Non
     if settings.evaluate_global is False:
         return None
     handlers = [handler for handler in attached(engine, ValidationHandler) if handler.validator is not None]
-    mine = {id(parameter) for parameter in engine.network.parameters()}
+    trained = {id(parameter) for parameter in engine.network.parameters()}
     for handler in handlers:
         network = getattr(handler.validator, "network", None)
-        if network is not None and mine == {id(parameter) for parameter in network.parameters()}:
+        if network is not None and trained == {id(parameter) for parameter in network.parameters()}:
             return handler
     reason = "its evaluator has another network (an average of it?)" if handlers else "there is no ValidationHandler"
     if settings.evaluate_global:
