@@ -254,6 +254,7 @@ class TrainerRun(Generic[P]):
             if self._live is not None:
                 self._live.local.close()  # of a training that was interrupted
             self._port, self.evaluates, self._keeps_final = port, evaluates, keep_final
+            self.over = self.awaits_score = False
             self.tally = Tally(self.options.num_examples or examples)
             live = self._live = LiveModel(model, optimizers, self.settings)
             if follow:
