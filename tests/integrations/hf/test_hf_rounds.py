@@ -376,7 +376,7 @@ def test_average_of_factored_moments_is_refused_before_the_first_step(federation
 def test_outside_a_federation_it_stays_out_of_the_way(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
-    monkeypatch.setattr("fl_adapters.participant.registry._said_alone", False)
+    monkeypatch.setattr("fl_adapters.participant.registry._announced_alone", False)
     torch.manual_seed(0)
     plain = m.trainer()
     plain.train()

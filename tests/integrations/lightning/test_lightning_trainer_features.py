@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_refused_and_named(federation) -> None:
 
 
 def test_outside_a_federation_it_stays_out_of_the_way(pl, monkeypatch, capfd, tmp_path) -> None:
-    monkeypatch.setattr("fl_adapters.participant.registry._said_alone", False)
+    monkeypatch.setattr("fl_adapters.participant.registry._announced_alone", False)
     trained = []
     for callback in (None, FederatedCallback()):
         torch.manual_seed(0)
