@@ -1,4 +1,4 @@
-"""`Job`: the settings of a federated run, as Python or as YAML. Settings, never code."""
+"""`Job`: the settings of a federated run, written in Python or in YAML."""
 
 from __future__ import annotations
 
@@ -24,42 +24,85 @@ from fl_runtime.types import RunSettings
 R_co = TypeVar("R_co", covariant=True)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RESERVED = ("global", "local")  # what history.csv and a script that runs alone call themselves
+_RESERVED = ("global", "local")  # names in history.csv, and of a script that runs alone
 
 
 class Environment(Protocol[R_co]):
-    """Where a job runs: `Simulation` on this machine."""
+    """Where a job runs: `Simulation`, `ProofOfConcept` or `Production`."""
 
-    def run(self, job: Job) -> R_co: ...
+    def run(self, job: Job) -> R_co:
+        """Run a job to its end.
+
+        Args:
+            job: The job.
+
+        Returns:
+            What this environment returns for a finished run.
+        """
+        ...
 
 
 class Job(BaseModel):
-    """One federated run. Frozen; every field is checked when it is made, and a bad one raises ConfigError.
+    """The settings of one federated run. Frozen. It carries settings, never code.
 
-    app: the script (or module) that every site runs. name: made from the app and the time unless given; names the
-    folder `runs/<name>`. rounds: None leaves it to the trainer's own budget, which all sites must agree on.
-    strategy: "fedavg", or with arguments "name:argument=value,...", or an object such as `FedAdam(lr=0.1)`, which is
-    kept as that text; one that nobody chose gives way to what the script needs (the trees of XGBoost).
-    sites: how many, or their names; None leaves it to the environment. fraction: how many of them take part in a round,
-    drawn anew for each from `seed` and its number; the others wait. site_weights: factors of the weights of sites by
-    name, 1 for those not named. min_sites: how many updates a round needs; None means every site's that takes part.
-    deadline_s: a round ends after so many seconds with the updates that are there.
-    rejoin_s: how long a site whose process or connection is gone is waited for before `min_sites` decides.
-    durability: what is promised holds through the death of processes, or with "power" also of the machine: the server
-    then waits for its disk before it acknowledges an update, closes a round, or leaves a result.
-    late: "drop" an update that comes after its round, or "carry" it into the next.
-    every, exchange, keep_local, optimizer_state: see the adapters' arguments; the script's own arguments win.
-    initial: a safetensors file with the first global weights; None takes the first site's.
-    best_metric, best_mode: which round is the best one; the script's own early stopping may say.
-    patience, min_delta: the run ends when so many rounds have brought nothing better (by more than min_delta) in
-    best_metric; None leaves it to the script's own early stopping.
-    cross_site: after the last round every site scores the global model and what every site has sent last, which so
-    reaches all the others.
-    seed: of whatever the run draws.
-    filters: what changes updates and models on their way, in order: a table each, with its name, its arguments and
-    optionally `at`, its point (docs/filters.md).
-    exact_restart: a site whose process dies and is started again goes on as if nothing had happened, to the bit; every
-    round begins from random states of its own, made of `seed`, the site and the round (docs/restart.md).
+    Every field is checked when the job is made. In YAML (`from_file`), a job is one setting per line.
+
+    Attributes:
+        name: Name of the job and of its folder runs/<name>: at most 64 letters, digits, ".", "_" and "-". Default:
+            made from the app and the time.
+        app: The script, module or app name that every site runs. Required.
+        rounds: Number of rounds. Default None: the trainer's own budget decides, and all sites must agree on it.
+            Option `--rounds`.
+        strategy: How updates become the next global model: a name ("fedavg"), a name with arguments
+            ("fedadam:lr=0.1,tau=0.001"), or an object such as `FedAdam(lr=0.1)`, which is kept as that text. Default
+            "fedavg", which gives way to what the script needs (trees of XGBoost). Option `--strategy`.
+        sites: Number of sites, or their names. Default None: the environment decides. Option `--sites`.
+        min_sites: Number of updates that a round needs (the quorum). Default None: one from every site that takes
+            part.
+        cross_site: Whether every site evaluates, after the last round, the global model and the last model of every
+            site, which all sites therefore receive. Default False.
+        fraction: Share of the sites that take part in a round, above 0 and at most 1, drawn for each round from
+            `seed` and its number. The others wait. Default 1.0.
+        site_weights: Site name -> factor of its weight in the average, above 0. Default: 1 for every site.
+        deadline_s: Seconds after which a round closes with the updates that are there, if they make a quorum.
+            Default 86400 (a day).
+        rejoin_s: Seconds to wait for a site whose process or connection is gone, before `min_sites` decides.
+            Default 60.
+        late: What happens to an update that arrives after its round has closed: "drop" it, or "carry" it into the
+            next round. Default "drop".
+        durability: What acknowledged updates survive: the death of a "process", or a "power" failure too, for which
+            the server waits for its disk. Default "process".
+        every: Local budget between two exchanges: "epoch", "N epochs", or a number of optimizer steps. Default None:
+            the script's argument, else "epoch".
+        exchange: What travels: "auto", "trainable", "all", or name patterns. Default None: the script's argument,
+            else "auto".
+        keep_local: Name patterns of tensors that never leave a site. They add to those of the scripts. Default: none.
+        optimizer_state: What happens to optimizer state when new global weights arrive: "keep", "reset" or
+            "average". Default None: the script's argument, else "keep".
+        filters: Filters on the way of updates and models, in order. Each is a table with its `name`, its arguments,
+            and optionally the point `at` which it runs (docs/filters.md). Default: none.
+        initial: Path of a safetensors file with the initial global model. Default None: the first site's weights.
+        best_metric: Metric that decides which round is the best. Default "loss", which gives way to the script's own
+            early stopping. Option `--best-metric`.
+        best_mode: Whether lower ("min") or higher ("max") values of it are better. Default "min", which gives way
+            likewise. Option `--best-mode`.
+        patience: Number of rounds without a better `best_metric` after which the run ends. Default None: the script's
+            own early stopping, if any.
+        min_delta: Least difference of `best_metric` that counts as better, for `patience`. Default 0.
+        seed: Seed of everything that the run draws, at least 0. Default None: 0 where one is needed.
+        exact_restart: Whether a site that is killed and started again ends with the same bits as without. Every round
+            then begins with random states made from `seed`, the site and the round (docs/restart.md). Default False.
+
+    Raises:
+        ConfigError: A field cannot work, alone or together with others. The message names it.
+
+    Example:
+        ```python
+        import fl_adapters as fl
+
+        job = fl.Job(app="train.py", rounds=10, sites=3, strategy="fedadam:lr=0.1", min_sites=2)
+        result = job.run(fl.Simulation())
+        ```
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -67,7 +110,7 @@ class Job(BaseModel):
     name: str = ""
     app: str = Field(min_length=1)
     rounds: int | None = Field(default=None, ge=1)
-    strategy: str | Described = "fedavg"  # always text, once the job is made
+    strategy: str | Described = "fedavg"  # a job that has been made holds text
     sites: int | tuple[str, ...] | None = None
     min_sites: int | None = Field(default=None, ge=1)
     cross_site: bool = False
@@ -105,14 +148,24 @@ class Job(BaseModel):
         except ValidationError as error:
             raise _explained(error) from None
         if not chosen:
-            job.model_fields_set.discard("name")  # a name that nobody chose may get a number if it is taken
+            job.model_fields_set.discard("name")  # a made-up name may get a number if it is taken
         _check(job)
         return job
 
     @classmethod
     def from_file(cls, path: str | PurePath, **given: Any) -> Job:
-        """The job in a YAML file. given: fields that count in place of the file's. Raises ConfigError that names the
-        file and the field."""
+        """Read a job from a YAML file.
+
+        Args:
+            path: The file.
+            **given: Fields that replace those of the file.
+
+        Returns:
+            The job.
+
+        Raises:
+            ConfigError: The file cannot be read, or a field cannot work. The message names file and field.
+        """
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -130,25 +183,51 @@ class Job(BaseModel):
         try:
             return cls(**{str(name): value for name, value in fields.items()} | given)
         except ConfigError as error:
-            if set(error.where.split(", ")) <= given.keys():  # the file does not say that
+            if set(error.where.split(", ")) <= given.keys():  # the file is not at fault
                 raise
             raise ConfigError(error.what, where=f"{path}: {error.where}".removesuffix(": "), fix=error.fix) from None
 
     def to_yaml(self) -> str:
-        """The job as YAML: its name and app, and whatever differs from the defaults. `from_file` reads it back."""
+        """Return the job as YAML, which `from_file` reads.
+
+        Returns:
+            Name, app, and the fields that differ from the defaults, one per line.
+        """
         changed = self.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump({"name": self.name, "app": self.app, **changed}, sort_keys=False, allow_unicode=True)
 
     def run(self, environment: Environment[R_co]) -> R_co:
-        """Run this job in `environment` and return its result. Raises FederationError if the run fails."""
+        """Run this job.
+
+        Args:
+            environment: Where to run it, such as `Simulation(sites=3)`.
+
+        Returns:
+            The result of the environment's `run`.
+
+        Raises:
+            FederationError: The run failed.
+        """
         return environment.run(self)
 
     def settings(self, sites: Sequence[str]) -> RunSettings:
-        """What the server and the sites need to know, for these sites. Raises ConfigError for what does not fit them:
-        too many `min_sites`, `site_weights` of others, a strategy that needs more updates."""
+        """Return the settings that the server and the sites read.
+
+        Args:
+            sites: Names of the sites that take part.
+
+        Returns:
+            This job's fields with these sites. What the job leaves to the script is None.
+
+        Raises:
+            ConfigError: The job does not fit the sites: `min_sites` is too high, `site_weights` names other sites, or
+                the strategy needs more updates.
+        """
         names = check_names(sites)
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
-        fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script may say
+        fields |= dict.fromkeys(
+            {"strategy", "best_metric", "best_mode"} - self.model_fields_set
+        )  # the script decides
         settings = RunSettings(sites=names, min_sites=self.min_sites or 0, app=self.app, **fields)
         most = settings.sites_per_round
         if settings.min_sites > most:
@@ -161,7 +240,7 @@ class Job(BaseModel):
         unknown = sorted(set(self.site_weights) - set(names))
         if unknown:
             raise ConfigError(
-                f"{unknown[0]!r} has a weight and is no site of the job",
+                f"{unknown[0]!r} has a weight but is not a site of the job",
                 where="site_weights",
                 fix=f"its sites are: {', '.join(names)}",
             )
@@ -171,16 +250,36 @@ class Job(BaseModel):
 
 
 def site_names(sites: int | Sequence[str]) -> tuple[str, ...]:
-    """`3` -> ("site-1", "site-2", "site-3"); names are checked and returned."""
+    """Return the names of a job's sites.
+
+    Args:
+        sites: Number of sites, at least 1, or their names.
+
+    Returns:
+        "site-1", "site-2" and so on for a number, else the given names.
+
+    Raises:
+        ConfigError: The number is below 1, or a name cannot be used; see `check_names`.
+    """
     if isinstance(sites, int):
         if sites < 1:
-            raise ConfigError(f"a federation of {sites} sites cannot run", where="sites", fix="give at least 1 site")
+            raise ConfigError(f"a job cannot run with {sites} sites", where="sites", fix="give at least 1 site")
         return tuple(f"site-{number}" for number in range(1, sites + 1))
     return check_names(sites)
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple. Raises ConfigError if there is none, one twice, or one that cannot name a folder."""
+    """Check the names of a job's sites.
+
+    Args:
+        names: The names.
+
+    Returns:
+        The names as a tuple.
+
+    Raises:
+        ConfigError: There is no name, or a name is reserved, listed twice, or cannot name a folder.
+    """
     if not names or isinstance(names, str):
         raise ConfigError(f"sites cannot be {names!r}", where="sites", fix="give a number of sites or a list of names")
     for name in names:
@@ -194,12 +293,12 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check(job: Job) -> None:
-    """What a field's type alone does not say."""
+    """Check what the types of the fields alone do not say."""
     _check_name(job.name, "name")
     strategy = make_strategy(str(job.strategy))
     if job.site_weights and not strategy.weighted:
         raise ConfigError(
-            f"the strategy {job.strategy} knows no weights of sites",
+            f"the strategy {job.strategy} does not support site_weights",
             where="site_weights",
             fix="leave site_weights out of the job, or choose another strategy",
         )
@@ -211,7 +310,7 @@ def _check(job: Job) -> None:
         )
     if strategy.relayed and job.late == "carry":
         raise ConfigError(
-            f"under {job.strategy} the server has no update that it could carry into the next round",
+            f"under {job.strategy} the server holds no updates, so it cannot carry a late one into the next round",
             where="late",
             fix="leave late out of the job",
         )
@@ -223,7 +322,7 @@ def _check(job: Job) -> None:
         ):
             if wanted:
                 raise ConfigError(
-                    f"{field} needs rounds, and the strategy {job.strategy} has none",
+                    f"{field} needs rounds, but the strategy {job.strategy} has none",
                     where=field,
                     fix=f"leave {field} out of the job, or choose another strategy",
                 )
@@ -232,24 +331,24 @@ def _check(job: Job) -> None:
         raise ConfigError(
             f"the weight of {bad[0]} is {job.site_weights[bad[0]]}",
             where="site_weights",
-            fix="give a number above zero; to leave a site out, take it off `sites`",
+            fix="give a number above zero; to leave a site out, remove it from `sites`",
         )
     if job.sites is not None:
         job.settings(site_names(job.sites))  # names, and min_sites and the strategy against their number
-    Options(  # the rules for what a script may say too are there
+    Options(  # checks the fields that a script may set as well
         every=job.every, exchange=job.exchange, keep_local=job.keep_local, optimizer_state=job.optimizer_state
     )
-    chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may say
+    chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may choose
     check_filters(job.filters, job.optimizer_state, chosen)
     if job.cross_site:
         check_cross_site(job.filters, chosen)
     if LocalTerms.from_config(strategy.configure(1, ())).control_variates:
-        check_filters(job.filters, "average", chosen)  # they travel as moments do
+        check_filters(job.filters, "average", chosen)  # control variates travel like moments
     if job.exact_restart:
         check_repeatable(job.filters)
         if strategy.buffer:
             raise ConfigError(
-                f"exact_restart needs rounds, and the strategy {job.strategy} has none",
+                f"exact_restart needs rounds, but the strategy {job.strategy} has none",
                 where="exact_restart",
                 fix="leave exact_restart out of the job, or choose another strategy",
             )
@@ -265,7 +364,7 @@ def _check_name(name: str, field: str) -> None:
 
 
 def _name_for(app: str) -> str:
-    """jobs/my train.py -> my-train-1122-164503, at 16:45:03 on 22 November."""
+    """Return a name such as my-train-1122-164503, for "jobs/my train.py" on 22 November at 16:45:03."""
     stem = app.rpartition(".")[2] if _is_module(app) else PurePath(app).stem
     stem = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-_")[:40] or "job"
     return f"{stem}-{time.strftime('%m%d-%H%M%S')}"
@@ -276,7 +375,7 @@ def _is_module(app: str) -> bool:
 
 
 def _explained(error: ValidationError) -> ConfigError:
-    """Pydantic's findings as one of our errors: all fields that are wrong, a line each."""
+    """Return Pydantic's errors as one ConfigError that names every wrong field."""
     found: dict[str, tuple[object, list[str]]] = {}
     for item in error.errors(include_url=False):
         field = str(item["loc"][0]) if item["loc"] else "job"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import pytest
 
@@ -13,7 +15,9 @@ from fl_adapters.job import Job, site_names
 from fl_adapters.participant.identity import Site, site
 from fl_adapters.participant.kit import Kit, current_kit, read_kit
 from fl_runtime.aggregation import FedAvg
+from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
+from fl_runtime.types import RunSettings
 
 
 def refused(**fields: Any) -> ConfigError:
@@ -80,6 +84,28 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
     assert Job(app="train.py", fraction=0.31).settings(site_names(10)).min_sites == 4
 
 
+def test_job_and_run_settings_have_the_same_fields() -> None:
+    """Both list every setting; names, types and defaults must not drift apart. The differences are these."""
+    job, run = get_type_hints(Job), get_type_hints(RunSettings)
+    names = {field.name for field in fields(RunSettings)}
+    assert names - set(Job.model_fields) == {"submitted_by"}
+    assert set(Job.model_fields) <= names
+    other_types = {
+        "strategy": (str | Described, str | None),  # an object becomes text; None leaves the choice to the script
+        "sites": (int | tuple[str, ...] | None, tuple[str, ...]),
+        "min_sites": (int | None, int),
+        "filters": (tuple[dict[str, Any], ...], tuple[Mapping[str, Any], ...]),
+        "site_weights": (dict[str, float], Mapping[str, float]),
+        "best_metric": (str, str | None),
+        "best_mode": (Literal["min", "max"], Literal["min", "max"] | None),
+        "optimizer_state": (Literal["keep", "reset", "average"] | None, str | None),
+    }
+    for name in Job.model_fields:
+        assert (job[name], run[name]) == other_types.get(name, (job[name], job[name])), name
+    settings, plain = Job(app="train.py", name="x").settings(["n"]), RunSettings("x", ("n",), 1, app="train.py")
+    assert settings == plain, "a job without further fields has the defaults of RunSettings"
+
+
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
@@ -105,9 +131,9 @@ def test_the_settings_of_a_run_say_what_the_job_says() -> None:
         ({"fraction": 0.5, "sites": 4, "min_sites": 3}, "has 4 sites, of which 2 take part"),
         ({"fraction": 0.5, "sites": 8, "strategy": "krum:f=1"}, "needs at least 2 f + 3 = 5"),
         ({"fraction": 0.5, "strategy": "tree-bagging"}, "needs all sites in every round"),
-        ({"sites": 2, "site_weights": {"north": 2.0}}, "'north' has a weight and is no site"),
+        ({"sites": 2, "site_weights": {"north": 2.0}}, "'north' has a weight but is not a site"),
         ({"site_weights": {"site-1": 0.0}}, "the weight of site-1 is 0.0"),
-        ({"site_weights": {"site-1": 2.0}, "strategy": "median"}, "knows no weights of sites"),
+        ({"site_weights": {"site-1": 2.0}, "strategy": "median"}, "does not support site_weights"),
         ({"fraction": 0.5, "strategy": "fedbuff"}, "fraction needs rounds"),
         ({"patience": 2, "strategy": "fedbuff:k=3"}, "patience needs rounds"),
         ({"patience": 0}, "patience cannot be 0"),
