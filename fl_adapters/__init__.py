@@ -1,7 +1,8 @@
 """fl-adapters: a training script becomes a participant in a federation with one added line.
 
-`from fl_adapters.hf import FederatedCallback` for a framework; `connect()` for a loop of your own. Everything here
-is loaded on first use: importing the package costs little and brings no framework.
+Import a callback for your framework, such as `from fl_adapters.hf import FederatedCallback`, or use `connect()` in a
+training loop of your own. All names here are loaded on first use, so importing the package is quick and imports no
+training framework.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m fl_adapters` is `fl-adapters`."""
+"""Run the command line: `python -m fl_adapters` does the same as `fl-adapters`."""
 
 from fl_adapters.cli import main
 

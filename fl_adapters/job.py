@@ -225,9 +225,7 @@ class Job(BaseModel):
         """
         names = check_names(sites)
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
-        fields |= dict.fromkeys(
-            {"strategy", "best_metric", "best_mode"} - self.model_fields_set
-        )  # the script decides
+        fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script decides
         settings = RunSettings(sites=names, min_sites=self.min_sites or 0, app=self.app, **fields)
         most = settings.sites_per_round
         if settings.min_sites > most:

@@ -1,4 +1,19 @@
-"""For any other loop: `with fl.connect() as site: for task in site.tasks(initial=arrays): ... task.submit(...)`."""
+"""`connect`: take part in a federation from a training loop of your own.
+
+Example:
+    ```python
+    import numpy as np
+
+    import fl_adapters as fl
+
+    weights = {"w": np.zeros(3, np.float32)}
+    with fl.connect() as site:
+        for task in site.tasks(initial=weights):
+            trained = {name: array + 1 for name, array in task.arrays.items()}
+            task.submit(trained, num_examples=100, metrics={"train_loss": 0.5})
+    print(site.arrays)
+    ```
+"""
 
 from __future__ import annotations
 
@@ -16,23 +31,64 @@ from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_runtime.errors import ConfigError
-from fl_runtime.types import Arrays, Metrics, Settings, Task
+from fl_runtime.types import Array, Arrays, Metrics, Settings, Task
 
 
 def connect(**options: Any) -> ConnectedSite:
-    """This process as a participant; without a startup kit, one that runs alone for one round.
+    """Join the federation that this process belongs to.
 
-    Takes the arguments that all adapters share (kit, keep_local, exchange, num_examples, required, ...), as
-    keywords. Raises ConfigError for a bad argument and ConnectionLostError if the server cannot be reached.
+    Without a startup kit, the loop runs alone: for one round, unless it asks for more.
+
+    Args:
+        **options: The arguments that all adapters share, such as `kit`, `keep_local`, `exchange`, `num_examples` and
+            `required`.
+
+    Returns:
+        The site, to be used in a `with` block.
+
+    Raises:
+        ConfigError: An argument cannot work, or the kit cannot be read.
+        ConnectionLostError: The server cannot be reached.
+
+    Example:
+        ```python
+        import numpy as np
+
+        import fl_adapters as fl
+
+        with fl.connect() as site:
+            for task in site.tasks(initial={"w": np.zeros(3, np.float32)}):
+                trained = {name: array + 1 for name, array in task.arrays.items()}
+                task.submit(trained, num_examples=100)
+        ```
     """
     checked = Options(**options)
     return ConnectedSite(open_session(checked, framework="this loop", fresh=True), checked)
 
 
 class ConnectedSite:
-    """A participant driven by a loop of the user's own. Leave the `with` block to leave the run.
+    """A participant driven by a training loop of your own. Returned by `connect`.
 
-    arrays: the newest global model; after the loop, the final one. Owned by the caller from then on.
+    Leaving the `with` block before the last round leaves the run.
+
+    Attributes:
+        name: Name of this site; "local" if it runs alone.
+        index: Number of this site among those of the job, from 0.
+        count: Number of sites in the job.
+        job: Name of the job; "" if the site runs alone.
+        arrays: The final global model, after the loop over `tasks`. The caller owns it.
+
+    Example:
+        ```python
+        import numpy as np
+
+        import fl_adapters as fl
+
+        with fl.connect() as site:
+            for task in site.tasks(initial={"w": np.zeros(3, np.float32)}):
+                task.submit({"w": task.arrays["w"] + 1}, num_examples=100)
+        np.savez(f"{site.name}.npz", **site.arrays)
+        ```
     """
 
     def __init__(self, session: Session | None, options: Options) -> None:
@@ -63,33 +119,46 @@ class ConnectedSite:
         save: Callable[[], State] | None = None,
         load: Callable[[State], None] | None = None,
     ) -> Iterator[SiteTask]:
-        """One task per round. initial: this site's weights (all sites must have the same names, shapes, dtypes);
-        they start the model where the job gives no file and this is the first site. Borrowed until the first task.
+        """Yield one task per round. Submit each before taking the next.
 
-        rounds: how many, where the job does not say; alone, 1 by default. agreement: further facts that must be
-        equal at all sites. evaluate: (metrics, number of examples) of some weights on this site's validation data; a
-        job with `cross_site` asks for those of every site's weights after the last round. Raises StateMismatchError
-        or HandshakeError when the sites do not fit together.
+        `random` and `np.random` are seeded for every round in jobs with `exact_restart`; seed other generators with
+        `task.seed`.
 
-        save, load: for a job with `exact_restart`. save() gives all that this loop carries from round to round beside
-        the weights that travel (an optimizer's moments, weights that stay; nested lists and dicts of plain values and
-        arrays; `dict` for a loop that carries nothing). It is called before round 1, and by `task.submit`, which must
-        be the round's last act. load(state) is called, before the first task, in a process that comes back. `random`
-        and `np.random` are seeded for every round; seed others by `task.seed`.
+        Args:
+            initial: This site's weights, tensor name -> array. Names, shapes and dtypes must be equal at all sites.
+                The first site's weights start the global model, unless the job names a file. Borrowed until the first
+                task.
+            rounds: Number of rounds, used only if the job does not specify it. Default 1 if the site runs alone.
+            agreement: Further facts that must be equal at all sites, such as the order of labels.
+            evaluate: Function from arrays to (metrics on this site's validation data, number of examples). In jobs
+                with `cross_site` it is called for every site's model after the last round.
+            save: Returns everything that the loop carries from round to round beside the weights that travel, such as
+                the optimizer's moments: nested lists and dicts of plain values and arrays. Needed in jobs with
+                `exact_restart`; pass `dict` if there is nothing. Called before round 1 and by `task.submit`, which
+                must then be the last act of a round.
+            load: Restores what `save` returned. Called before the first task in a process that replaces another one.
+
+        Yields:
+            The task of the next round.
+
+        Raises:
+            ConfigError: `initial` is empty, or a round ended without `task.submit`.
+            StateMismatchError: The weights of the sites differ in names, shapes or dtypes.
+            HandshakeError: The sites disagree in something else.
         """
         if self._session is None:
             yield from self._alone(initial, rounds or 1)
             return
-        session, mine = self._session, dict(self._travelling(initial, self._session.settings))
+        session, state = self._session, dict(_selected(initial, self._session.settings))
         rounds = session.register(
-            mine,
+            state,
             agreement=agreement or {},
             rounds=rounds,
             evaluates=False,
             cross_evaluates=evaluate is not None,
             restarts=save is not None,
         )
-        task = session.start(lambda: mine, snapshot=FunctionSnapshot(save, load or _nothing) if save else None)
+        task = session.start(lambda: state, snapshot=FunctionSnapshot(save, load or _ignore) if save else None)
         while task.kind == "train":
             if session.round_seed is not None:
                 seed_python(session.round_seed)
@@ -97,22 +166,22 @@ class ConnectedSite:
             yield current
             current.check_submitted()
             task = session.next_task()
-        self.arrays = task.arrays  # nothing else comes into this buffer
+        self.arrays = task.arrays  # no other task overwrites this buffer
         if evaluate is not None:
-            self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}  # but for models to score
+            # the models to evaluate arrive in the same buffer
+            self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}
             session.results.cross_evaluate(evaluate)
         session.finish()
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """The score of the newest global model on this site's own validation data; alone it does nothing."""
+        """Report the score of the current global model. Does nothing if the site runs alone.
+
+        Args:
+            metrics: Metrics on this site's own validation data.
+            num_examples: Number of validation examples.
+        """
         if self._session is not None and not self._session.closed:
             self._session.report(metrics, num_examples)
-
-    def _travelling(self, initial: Arrays, settings: SiteSettings) -> Iterator[tuple[str, Any]]:
-        if not initial:
-            raise ConfigError("tasks(initial=...) got no arrays", fix="pass a dict of name -> NumPy array")
-        for name in selected(initial, settings.exchange, settings.keep_local):
-            yield name, np.asarray(initial[name])
 
     def _alone(self, initial: Arrays, rounds: int) -> Iterator[SiteTask]:
         self.arrays = {name: np.array(array) for name, array in initial.items()}
@@ -123,26 +192,67 @@ class ConnectedSite:
             self.arrays = current.submitted
 
 
-def _nothing(state: State) -> None:
-    """What a loop without a `load` does with its state."""
+def _selected(initial: Arrays, settings: SiteSettings) -> Iterator[tuple[str, Array]]:
+    if not initial:
+        raise ConfigError("tasks(initial=...) got no arrays", fix="pass a dict of name -> NumPy array")
+    for name in selected(initial, settings.exchange, settings.keep_local):
+        yield name, np.asarray(initial[name])
+
+
+def _ignore(state: State) -> None:
+    """Stand in for `load` in a loop that carries no state."""
 
 
 class Recipient(Protocol):
-    """Where the result of a task goes: a Session, or the worker of a virtual site. exchanges_all: every tensor given is
-    meant to travel."""
+    """Takes the result of a task: a `Session`, or the worker of a virtual site."""
 
     @property
-    def round_seed(self) -> int | None: ...
+    def round_seed(self) -> int | None:
+        """Seed for all random states of the round, or None if the job does not ask for one."""
+        ...
+
     @property
-    def exchanges_all(self) -> bool: ...
-    def submit(self, arrays: Arrays, result: LocalResult, *, extras: Arrays | None = None) -> str: ...
-    def report(self, metrics: Metrics, num_examples: int) -> None: ...
+    def exchanges_all(self) -> bool:
+        """Whether everything that is submitted travels, because no pattern selects tensors."""
+        ...
+
+    def submit(self, arrays: Arrays, result: LocalResult, *, extras: Arrays | None = None) -> str:
+        """Send the update of a round; see `Session.submit`."""
+        ...
+
+    def report(self, metrics: Metrics, num_examples: int) -> None:
+        """Report the score of the task's model; see `Session.report`."""
+        ...
 
 
 class SiteTask:
-    """One round's work. round, rounds: which of how many. arrays: the global model, valid until the next task and
-    free to be changed in place. config: what the strategy says to the sites. seed: with `exact_restart`, and at virtual
-    sites, what to seed this round's shuffling with, below 2**63; else None."""
+    """One round of training at this site.
+
+    Attributes:
+        round: Number of this round, from 1.
+        rounds: Number of rounds of the run.
+        arrays: The global model, tensor name -> array. Valid until the next task; may be changed in place.
+        config: Settings from the strategy for this round.
+        seed: Seed for this round's shuffling, from 0 to 2**63 - 1, at virtual sites and in jobs with `exact_restart`;
+            else None.
+        submitted: The arrays that were submitted; empty before `submit`.
+
+    Example:
+        ```python
+        import numpy as np
+
+        import fl_adapters as fl
+
+
+        def train(task: fl.SiteTask) -> None:
+            task.submit({"w": task.arrays["w"] + 1}, num_examples=100, metrics={"train_loss": 1 / task.round})
+
+
+        with fl.connect() as site:
+            for task in site.tasks(initial={"w": np.zeros(3, np.float32)}):
+                train(task)
+        ```
+    """
 
     def __init__(self, task: Task, rounds: int, session: Recipient | None, options: Options) -> None:
         self._session, self._options = session, options
@@ -161,34 +271,53 @@ class SiteTask:
         local_steps: int = 0,
         extras: Arrays | None = None,
     ) -> None:
-        """Send this round's result, once. num_examples: its weight in the average, > 0 (an argument of connect()
-        overrides it). Arrays are borrowed for the call. Raises UpdateRefusedError for what the server would not
-        take: no examples, NaN or infinite values; StateMismatchError for other tensors than agreed."""
+        """Send this round's update. Call it once per task.
+
+        Args:
+            arrays: The trained weights, with the names, shapes and dtypes of `initial`. Tensors that do not travel
+                may be among them. Borrowed for the call.
+            num_examples: Number of training examples, above 0: the weight in the average. The argument
+                `num_examples` of `connect` overrides it.
+            metrics: Training metrics of this round.
+            local_steps: Number of optimizer steps in this round. Some strategies require it.
+            extras: Arrays that travel beside the weights. Borrowed for the call.
+
+        Raises:
+            ConfigError: This task was submitted already.
+            UpdateRefusedError: There are no examples, or values are not finite.
+            StateMismatchError: The tensors are not those of `initial`.
+        """
         if self.submitted:
             raise ConfigError(f"round {self.round} was submitted already", fix="call task.submit(...) once per task")
         if self._session is not None:
             sent = {name: np.asarray(arrays[name]) for name in self.arrays if name in arrays}
+            if self._session.exchanges_all:  # tensors that nobody agreed on are passed on, and refused there
+                sent |= {name: np.asarray(array) for name, array in arrays.items() if name not in sent}
             self._session.submit(
-                sent | {name: np.asarray(a) for name, a in arrays.items() if name not in sent and self._foreign(name)},
+                sent,
                 LocalResult(self._options.num_examples or num_examples, local_steps, metrics or {}),
                 extras=extras,
             )
         self.submitted = arrays
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """The score of `arrays`, as they arrived, on this site's own validation data; alone it does nothing."""
+        """Report the score of `arrays` as they arrived. Does nothing if the site runs alone.
+
+        Args:
+            metrics: Metrics on this site's own validation data.
+            num_examples: Number of validation examples.
+        """
         if self._session is not None:
             self._session.report(metrics, num_examples)
 
     def check_submitted(self) -> None:
-        """Raises ConfigError if the loop went on without `submit`."""
+        """Check that the loop did not go on without `submit`.
+
+        Raises:
+            ConfigError: Nothing was submitted.
+        """
         if not self.submitted:
             raise ConfigError(
                 f"round {self.round} ended without a result",
                 fix="call task.submit(arrays, num_examples=...) in the loop",
             )
-
-    def _foreign(self, name: str) -> bool:
-        """Whether a submitted tensor is one that nobody asked for, rather than one that stays at the site."""
-        assert self._session is not None
-        return self._session.exchanges_all

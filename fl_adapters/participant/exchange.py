@@ -1,4 +1,4 @@
-"""Which tensors travel, by name patterns as the shell knows them (`*`, `?`, `[abc]`)."""
+"""Selection of the tensors that travel, by name patterns with the wildcards of the shell (`*`, `?`, `[abc]`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,31 @@ from fl_runtime.errors import ConfigError
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a tensor's name matches at least one pattern. Case matters.
+
+    Args:
+        name: Name of the tensor.
+        patterns: Patterns such as "encoder.*".
+
+    Returns:
+        True for a match.
+    """
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def selected(names: Iterable[str], exchange: Exchange, keep_local: tuple[str, ...]) -> list[str]:
-    """The names that travel, in order: those that `exchange` admits, less those that `keep_local` holds back.
+    """Return the names of the tensors that travel.
 
-    "auto", "trainable" and "all" admit every name given: what they mean is for the adapter to say.
-    Raises ConfigError when a pattern matches nothing (a typing error, most likely) or nothing is left.
+    Args:
+        names: Names of all tensors that could travel. The adapter has already applied "auto", "trainable" or "all".
+        exchange: Patterns of tensors to exchange; "auto", "trainable" and "all" select every name.
+        keep_local: Patterns of tensors that never leave the site.
+
+    Returns:
+        The selected names, in the order of `names`.
+
+    Raises:
+        ConfigError: A pattern matches no name, or no tensor is selected.
     """
     every = list(names)
     admitted = every if isinstance(exchange, str) else [n for n in every if matches(n, exchange)]

@@ -1,4 +1,4 @@
-"""Where am I? For splitting data in a simulation and for logging; `fl_adapters.site()` is this `site`."""
+"""The place of this process in the federation, for splitting data and for logging: `fl_adapters.site()`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from fl_adapters.participant.outputs import PERSONAL, own_folder
 
 @dataclass(frozen=True)
 class Site:
-    """This process's place in the federation.
+    """The place of this process in the federation.
 
-    index, count: its number among the sites of the job, 0 <= index < count. job: the job's name, "" standalone.
-    personal: folder of this site's personal model, in the framework's format, once a training with the strategy
-    `ditto` has ended; None standalone.
+    Attributes:
+        name: Name of the site; "local" without a startup kit.
+        index: Number of the site among those of the job, from 0.
+        count: Number of sites in the job.
+        job: Name of the job; "" without a startup kit.
+        personal: Folder of this site's personal model in the framework's format, after a training with the strategy
+            "ditto". None without a startup kit.
     """
 
     name: str
@@ -33,7 +37,11 @@ _virtual: ContextVar[Site | None] = ContextVar("virtual site", default=None)
 
 @contextmanager
 def standing_at(place: Site) -> Iterator[None]:
-    """Within this, `site()` is `place`: a worker that virtual sites share is one of them after the other."""
+    """Let `site()` return `place` within a `with` block, in a worker that several virtual sites share.
+
+    Args:
+        place: The virtual site that the worker currently stands for.
+    """
     token = _virtual.set(place)
     try:
         yield
@@ -42,16 +50,30 @@ def standing_at(place: Site) -> Iterator[None]:
 
 
 def site(kit: str | None = None) -> Site:
-    """The site that this process is: from the kit in folder `kit`, else in `$FL_ADAPTERS_KIT`.
+    """Return the place of this process in the federation.
 
-    Without a kit the script runs alone: `Site(name="local", index=0, count=1, job="")`.
-    Raises ConfigError when the kit cannot be read.
+    Args:
+        kit: Folder of the site's startup kit. Default: `$FL_ADAPTERS_KIT`.
+
+    Returns:
+        The site; `Site(name="local", index=0, count=1, job="")` without a kit.
+
+    Raises:
+        ConfigError: The kit cannot be read.
+
+    Example:
+        ```python
+        import fl_adapters
+
+        place = fl_adapters.site()
+        examples = list(range(1000))[place.index :: place.count]
+        ```
     """
     virtual = _virtual.get()
     if virtual is not None and kit is None:
         return virtual
-    found = current_kit(kit)
-    if found is None:
+    current = current_kit(kit)
+    if current is None:
         return Site(name="local", index=0, count=1, job="")
-    folder = own_folder(found, found.job) / PERSONAL if found.job else None
-    return Site(name=found.site, index=found.index, count=found.count, job=found.job, personal=folder)
+    folder = own_folder(current, current.job) / PERSONAL if current.job else None
+    return Site(name=current.site, index=current.index, count=current.count, job=current.job, personal=folder)

@@ -1,6 +1,6 @@
-"""A site's startup kit: the folder that tells a script which federation it belongs to.
+"""The startup kit of a site: the folder that tells a script which federation it belongs to, and as whom.
 
-The folder holds `kit.json`; `$FL_ADAPTERS_KIT` names it. Light on purpose: json and os, nothing of a framework.
+The folder holds the file `kit.json`, and `$FL_ADAPTERS_KIT` names it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,32 @@ from typing import Any, TypeGuard
 from fl_runtime.errors import ConfigError
 
 KIT_VARIABLE = "FL_ADAPTERS_KIT"
+"""Environment variable with the folder of the startup kit."""
+
 KIT_FILE = "kit.json"
+"""Name of the file in a kit's folder that `read_kit` reads."""
+
 KIT_FORMAT = 1
+"""Format number that this version reads and writes."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """What `kit.json` says.
+    """The contents of `kit.json`.
 
-    index, count: this site's place among the sites of the job, 0 <= index < count.
-    server: "host:port". token: this site's secret in a simulation; never print it. credentials: elsewhere, the folder
-    of its key and certificate (a startup kit made by `provision`); relative to the kit's own folder in the file.
-    run: folder of the run (`runs/<job>`) when `simulated`, else empty.
-    patience_s: how long an unreachable server is waited for. folder: where the kit lies, "" for one that was not read
-    from a folder.
+    Attributes:
+        job: Name of the job.
+        site: Name of the site.
+        index: Number of the site among those of the job, from 0.
+        count: Number of sites in the job.
+        server: Address of the server, "host:port".
+        token: Secret of the site in a simulation, "" elsewhere. Never print it.
+        run: Folder of the run (runs/<job>) in a simulation, else "".
+        simulated: Whether the site belongs to a simulation on this machine.
+        patience_s: Seconds for which the site waits for a server that cannot be reached.
+        credentials: Folder of the site's key and certificate, made by `provision`; "" in a simulation. In the file, it
+            is relative to the kit's folder.
+        folder: Folder that the kit was read from; "" if it was not read from one.
     """
 
     job: str
@@ -46,7 +58,14 @@ class Kit:
         return f"Kit(job={self.job!r}, site={self.site!r}, index={self.index}, count={self.count}, ...)"
 
     def save(self, folder: Path) -> Path:
-        """Write `folder/kit.json`, readable by its owner alone. Returns `folder`."""
+        """Write the kit to a folder. Only the owner of the file may read it.
+
+        Args:
+            folder: Folder for `kit.json`. Created if it does not exist.
+
+        Returns:
+            The folder.
+        """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(folder / KIT_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as out:
@@ -56,16 +75,33 @@ class Kit:
 
 
 def current_kit(path: str | None = None) -> Kit | None:
-    """The kit in folder `path`, else in `$FL_ADAPTERS_KIT`; None where neither is set: the script runs alone.
+    """Return the startup kit of this process.
 
-    Raises ConfigError when the folder is named but is not a kit.
+    Args:
+        path: Folder of the kit. Default: `$FL_ADAPTERS_KIT`.
+
+    Returns:
+        The kit; None if no folder is named, so that the script runs alone.
+
+    Raises:
+        ConfigError: The named folder is not a kit of a site.
     """
     folder = path or os.environ.get(KIT_VARIABLE)
     return read_kit(folder) if folder else None
 
 
 def read_kit(folder: str | os.PathLike[str]) -> Kit:
-    """The kit in `folder`. Raises ConfigError that names the file, the field and what to do."""
+    """Read a startup kit.
+
+    Args:
+        folder: Folder with `kit.json`.
+
+    Returns:
+        The kit.
+
+    Raises:
+        ConfigError: The folder is not a kit of a site. The message names file and field.
+    """
     file = Path(folder) / KIT_FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
@@ -109,7 +145,7 @@ def _checked(fields: object, file: Path) -> Kit:
         raise ConfigError(
             f"this is the startup kit of a {fields['kind']}", where=str(file), fix="a script needs the kit of a site"
         )
-    known = {name: value for name, value in fields.items() if name in _TYPES}  # later kits may say more
+    known = {name: value for name, value in fields.items() if name in _TYPES}  # later versions may write more fields
     for name in _REQUIRED:
         if name not in known:
             raise ConfigError(f"the startup kit has no {name!r}", where=str(file), fix=_RENEW)

@@ -1,7 +1,7 @@
-"""A site's own state on its own disk: nested lists and dicts of plain values and arrays, in one safetensors file.
+"""State files of a site: nested lists and dicts of plain values and arrays, in one safetensors file.
 
-The arrays are its tensors, named "0", "1", ...; what holds them together is JSON, in the tensor "json". Nothing is
-pickled, and nothing in a file is executed when it is read.
+Arrays are tensors with the names "0", "1" and so on. The structure around them is JSON, in the tensor "json". Nothing
+is pickled, and reading a file executes nothing.
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ from fl_runtime.wire.dtypes import DTYPES
 from fl_runtime.wire.manifest import Manifest
 
 State: TypeAlias = Any
-"""None, bool, int, float, str, bytes, a NumPy array or number, or a list, tuple or dict of these; keys of a dict are
-str or int."""
+"""None, bool, int, float, str, bytes, a NumPy array or scalar, or a list, tuple or dict of these. Keys of dicts are str
+or int."""
 
 _JSON = "json"
 _KNOWN = {dtype.newbyteorder("=") for dtype in DTYPES.values()}
 
 
 def write_state(path: Path, state: State, *, recycled: Path | None = None) -> int:
-    """Write `state` so that `path` is there whole or as before. Returns the file's bytes.
+    """Write a state to a file, in one atomic step.
 
-    recycled: a file that nobody needs, to be overwritten: several times faster than a new one where it is large.
-    Raises ConfigError for a value of another type, with its place in the state, and StoreError for a failing disk.
+    Args:
+        path: The file. Its folder is created if it does not exist.
+        state: The state. Arrays are borrowed for the call.
+        recycled: An old file to overwrite, which is several times faster than making a new one if it is large.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        ConfigError: The state holds a value of another type. The message names its place.
+        StoreError: The disk is full or failed.
     """
     arrays: dict[str, Array] = {}
     text = json.dumps(_packed(state, arrays, "state")).encode()
@@ -55,18 +64,30 @@ def write_state(path: Path, state: State, *, recycled: Path | None = None) -> in
 
 
 def read_state(path: Path) -> State:
-    """What `write_state` wrote; the arrays are the caller's own. ConfigError if this is not such a file."""
+    """Read a state.
+
+    Args:
+        path: A file of `write_state`.
+
+    Returns:
+        The state. The caller owns its arrays.
+
+    Raises:
+        ConfigError: The file was not written by `write_state`.
+    """
     arrays = read_tensors(path)
     try:
         return _unpacked(json.loads(arrays[_JSON].tobytes()), arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"this is no state of a site: {error!r}", where=str(path), fix="delete the file: the site begins anew"
+            f"this is not a state file of a site: {error!r}",
+            where=str(path),
+            fix="delete the file: the site begins anew",
         ) from None
 
 
 def _packed(value: Any, arrays: dict[str, Array], where: str) -> Any:
-    """`value` as JSON; everything but plain values is a list whose first item says what it is."""
+    """Return `value` as JSON. A list stands for everything but plain values; its first item names the type."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.ndarray | np.generic):
@@ -82,7 +103,7 @@ def _packed(value: Any, arrays: dict[str, Array], where: str) -> Any:
         return [kind, *(_packed(item, arrays, f"{where}[{index}]") for index, item in enumerate(value))]
     if isinstance(value, Mapping):
         return ["dict", *([_key(k, where), _packed(v, arrays, f"{where}[{k!r}]")] for k, v in value.items())]
-    if isinstance(value, str | bool | int | float):  # their subclasses, such as enumerations of strings
+    if isinstance(value, str | bool | int | float):  # subclasses of these, such as string enumerations
         plain = next(kind for kind in (str, bool, int, float) if isinstance(value, kind))
         return plain(value)
     raise _refused(f"a {type(value).__name__}", where)
@@ -117,7 +138,7 @@ def _unpacked(value: Any, arrays: Mapping[str, Array]) -> State:
 
 def _refused(what: str, where: str) -> ConfigError:
     return ConfigError(
-        f"{what} cannot be kept for a restart",
+        f"{what} cannot be saved for a restart",
         where=where,
-        fix="keep plain values, lists, dicts and NumPy arrays; or leave exact_restart out of the job",
+        fix="save plain values, lists, dicts and NumPy arrays; or leave exact_restart out of the job",
     )

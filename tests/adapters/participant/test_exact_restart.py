@@ -118,7 +118,7 @@ def test_a_state_that_cannot_be_kept_is_refused_before_round_1() -> None:
 
     with LocalFederation(sites=1, rounds=1, exact_restart=True) as federation:
         error = federation.outcomes({"site-1": work}, check=False)["site-1"].error
-    assert isinstance(error, ConfigError) and "a Generator cannot be kept for a restart" in str(error)
+    assert isinstance(error, ConfigError) and "a Generator cannot be saved for a restart" in str(error)
     assert error.where.endswith("['rng'][0]")
 
 
@@ -210,7 +210,7 @@ def test_state_survives_in_full(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [{1.5: 1}, {"f": Callable}, np.array(["text"]), {1, 2}])
 def test_what_cannot_be_kept_is_named(tmp_path: Path, bad: Any) -> None:
-    with pytest.raises(ConfigError, match="cannot be kept for a restart"):
+    with pytest.raises(ConfigError, match="cannot be saved for a restart"):
         write_state(tmp_path / "state", bad)
     assert not list(tmp_path.iterdir())
 
