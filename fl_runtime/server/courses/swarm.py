@@ -187,7 +187,7 @@ class SwarmSum:
         """Leave out the receipts of processes that are gone: the updates that they stand for are gone with them."""
         current = self._current
         if current is self._state.open_round and not current.closing:
-            for name in self._restarted():
+            for name in self._outlived():
                 self._rounds.leave_out(current, name)
 
     def next_in_order(self) -> Accepted | None:
@@ -239,7 +239,8 @@ class SwarmSum:
     def _reopened(self) -> bool:
         """Take receipts again from sites that were restarted: they have nothing to share, and train the round again."""
         current = self._current
-        restarted = self._restarted()
+        members = self._membership.members
+        restarted = [name for name in self._outlived() if not members[name].gone]
         for name in restarted:
             self._rounds.leave_out(current, name)
         if restarted:
@@ -247,10 +248,10 @@ class SwarmSum:
             self._state.published.notify_all()
         return bool(restarted)
 
-    def _restarted(self) -> list[str]:
-        """Sites of which another process has sent the receipt than the one that is here now."""
+    def _outlived(self) -> list[str]:
+        """Sites whose receipt was sent by a process that another one has replaced."""
         members, accepted = self._membership.members, self._current.accepted
-        return [n for n, a in accepted.items() if not members[n].gone and members[n].attempt != a.update.attempt]
+        return [name for name, item in accepted.items() if members[name].attempt != item.update.attempt]
 
     def _next_mandate(self) -> Mandate:
         """A mandate for the able site that has failed least and whose turn comes first."""
