@@ -1,9 +1,9 @@
-"""What is added to the gradients of a Keras model before each optimizer step, and what is noted of these steps.
+"""Corrects the gradients of a Keras model before each optimizer step, and records these steps.
 
-The step of a compiled training function cannot be changed from outside while it runs: on JAX it is frozen when it is
-compiled, with what its closures held, and on TensorFlow an earlier `fit` may have compiled it already. So everything
-that changes from round to round is a variable of the optimizer, which the compiled step takes and gives back, and the
-training function is made anew when the correction begins and when it ends.
+A compiled training function cannot be changed while it runs: JAX freezes it when it is compiled, together with what
+its closures hold, and on TensorFlow an earlier `fit` may have compiled it already. So everything that changes from
+round to round is a variable of the optimizer, which the compiled step takes and gives back. The training function is
+made anew when the correction is attached and when it is detached.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from fl_runtime.types import Array, Arrays
 
 from .optimizer import build, optimizers, scope
 from .state import assign, to_host
-
-_STEP = "_backend_update_step"
-"""What every Keras optimizer calls once per step, on all backends, with gradients that are complete: accumulated,
-unscaled, clipped."""
+from .trainer import OptimizerStep
 
 
 class GradientCorrection:
-    """gradient += mu (w - anchor) + offset for each of `variables` (name -> live variable), from `attach` to `detach`.
+    """Adds mu * (w - anchor) + offset to each gradient g, from `attach` to `detach`.
 
-    offsets: whether there are any. gradients: whether the sums of the gradients are kept, as they come.
-
-    Its variables are the optimizer's while the model trains; `hide` takes them off, for whoever saves or looks at
-    the optimizer. Only for a model with one optimizer.
+    Its variables belong to the optimizer while the model trains. `hide` takes them off for whoever saves the optimizer
+    or looks at it. Only for a model with one optimizer.
     """
 
     def __init__(self, model: Any, variables: Mapping[str, Any], *, offsets: bool, gradients: bool) -> None:
-        (self._optimizer,) = optimizers(model)
+        """Make the variables of the correction; attach nothing as yet.
+
+        Args:
+            model: The compiled model.
+            variables: Name -> live variable whose gradient is corrected.
+            offsets: Whether there are offsets.
+            gradients: Whether to sum up the gradients before they are corrected.
+        """
+        (optimizer,) = optimizers(model)
         self._model = model
         self._names = {id(variable): name for name, variable in variables.items()}
-        build(model, self._optimizer)
+        build(model, optimizer)
         with scope(model):
             self._mu, self._rates, self._steps = (_zeros((), "float32", n) for n in ("mu", "rates", "steps"))
             self._anchors = {n: _zeros(v.shape, v.dtype, "anchor") for n, v in variables.items()}
@@ -46,27 +49,27 @@ class GradientCorrection:
             self._sums = {n: _zeros(v.shape, "float32", "sum") for n, v in variables.items() if gradients}
         tables = (self._anchors, self._offsets, self._sums)
         self._own = [self._mu, self._rates, self._steps, *(v for table in tables for v in table.values())]
-        self._variables: Sequence[Any] = vars(self._optimizer)["_variables"]
+        self._step = OptimizerStep(optimizer)
 
     def attach(self) -> None:
-        """From the next step on."""
-        vars(self._optimizer)[_STEP] = self._step  # not by assignment: Keras and TensorFlow would track it
+        """Correct gradients from the next step on."""
+        self._step.replace(self._corrected_step)
         self.show()
         self._model.make_train_function(force=True)
 
     def detach(self) -> None:
-        """The optimizer is what it was."""
+        """Leave the optimizer as it was."""
         self.hide()
-        if vars(self._optimizer).pop(_STEP, None) is not None:
+        if self._step.restore():
             self._model.make_train_function(force=True)
 
     def show(self) -> None:
-        """The optimizer has the variables of the correction among its own."""
-        vars(self._optimizer)["_variables"] = [*self._variables, *self._own]
+        """Add the variables of the correction to the optimizer's own."""
+        self._step.add_variables(self._own)
 
     def hide(self) -> None:
-        """It has not. The model must not train meanwhile."""
-        vars(self._optimizer)["_variables"] = self._variables
+        """Take the variables of the correction off the optimizer. The model must not train meanwhile."""
+        self._step.remove_variables()
 
     def set_anchors(self, anchors: Arrays) -> None:
         """Copy the weights that the proximal term pulls to, by variable name."""
@@ -74,7 +77,12 @@ class GradientCorrection:
             assign(self._anchors[name], array)
 
     def begin(self, *, mu: float = 0.0, offsets: Arrays | None = None) -> None:
-        """Choose what corrects the gradients from the next step on, and forget the steps so far."""
+        """Choose what corrects gradients from the next step on, and forget the steps so far.
+
+        Args:
+            mu: Weight of the proximal term; 0 for none.
+            offsets: Variable name -> offset. Copied; those of before stay if it is None.
+        """
         assign(self._mu, np.array(mu, np.float32))
         for name, array in (offsets or {}).items():
             assign(self._offsets[name], array)
@@ -83,29 +91,29 @@ class GradientCorrection:
 
     @property
     def steps(self) -> int:
-        """Steps since `begin`."""
+        """Number of steps since `begin`."""
         return int(to_host(self._steps))
 
     def rates(self) -> dict[str, float]:
-        """Variable name -> sum of the learning rates of these steps."""
+        """Variable name -> sum of the learning rates of the steps since `begin`."""
         return dict.fromkeys(self._names.values(), float(to_host(self._rates)))
 
     def means(self) -> dict[str, Array]:
-        """Variable name -> mean of its gradients; a step that gave it none counts as zero."""
+        """Variable name -> mean of its gradients since `begin`; a step without a gradient counts as zero."""
         steps = max(self.steps, 1)
         return {name: to_host(total) / np.float32(steps) for name, total in self._sums.items()}
 
-    def _step(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
+    def _corrected_step(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         corrected = [self._corrected(grad, variable) for grad, variable in zip(grads, variables, strict=True)]
         self._rates.assign_add(ops.cast(learning_rate, "float32"))
         self._steps.assign_add(1.0)
-        getattr(type(self._optimizer), _STEP)(self._optimizer, corrected, variables, learning_rate)
+        self._step.run(corrected, variables, learning_rate)
 
     def _corrected(self, grad: Any, variable: Any) -> Any:
         name = self._names.get(id(variable))
         if name is None:
             return grad
-        grad = ops.convert_to_tensor(grad)  # TensorFlow's sparse ones, too
+        grad = ops.convert_to_tensor(grad)  # TensorFlow may give sparse ones
         if name in self._sums:
             self._sums[name].assign_add(ops.cast(grad, "float32"))
         pull = ops.cast(self._mu, variable.dtype) * (ops.convert_to_tensor(variable) - self._anchors[name])
@@ -114,13 +122,13 @@ class GradientCorrection:
 
 
 def is_plain_sgd(optimizer: Any) -> bool:
-    """Whether a step is w -= lr g and no more (weight decay counts as a part of g)."""
+    """Whether each step of the optimizer is w -= lr * g. Weight decay counts as a part of g."""
     own = type(optimizer).__module__.startswith("keras.") and isinstance(optimizer, keras.optimizers.SGD)
     return own and not optimizer.momentum and not optimizer.use_ema
 
 
 def can_correct(model: Any) -> bool:
-    """Whether gradients of this model can be corrected: one optimizer, on one device."""
+    """Whether gradients of this model can be corrected: it has one optimizer, and trains on one device."""
     strategy = getattr(model, "distribute_strategy", None) if keras.backend.backend() == "tensorflow" else None
     several = strategy is not None and strategy.num_replicas_in_sync > 1
     return len(optimizers(model)) == 1 and not several and keras.distribution.distribution() is None

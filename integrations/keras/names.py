@@ -1,8 +1,8 @@
 """Names of a model's variables that are the same at every site.
 
 Keras numbers unnamed layers and variables through the whole process: the second model of a process has `dense_3` where
-another site has `dense`, and whether the model's own name is a part of a path depends on how it was built. Here a name
-is the way from the model down to the variable, and unnamed layers are numbered within the layer that holds them.
+another site has `dense`. Whether a path contains the model's own name depends on how the model was built. Here a name
+is the path from the model down to the variable, and unnamed layers are numbered within the layer that holds them.
 """
 
 from __future__ import annotations
@@ -12,28 +12,37 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .trainer import own_variables, sublayers
+
 Role = Literal["trainable", "buffer", "frozen"]
 
 
 @dataclass(frozen=True)
 class Named:
-    """A live variable. role: trained, state that layers keep for themselves (moving averages), or frozen."""
+    """A live variable of a model.
+
+    Attributes:
+        variable: The variable.
+        role: "trainable"; "buffer" for state that a trained layer keeps itself, such as moving averages; or "frozen".
+    """
 
     variable: Any
     role: Role
 
 
 def named_variables(model: Any) -> dict[str, Named]:
-    """Name -> variable of all weights of a built model, such as "encoder/dense_1/kernel"; a shared one once.
+    """Name all weights of a built model.
 
-    Optimizer, metrics and the states of random generators are not among them.
+    Returns:
+        Name -> variable, such as "encoder/dense_1/kernel"; a shared variable once. Variables of optimizers, metrics
+        and random generators are left out.
     """
     weights = {id(v) for v in model.weights}
     found: dict[int, tuple[str, Named]] = {}
     for name, named in _walk(model, ""):
         if id(named.variable) in weights:
             found.setdefault(id(named.variable), (name, named))
-    for variable in model.weights:  # what a layer gives out in a way of its own
+    for variable in model.weights:  # weights of a layer with a custom `weights` property
         if id(variable) not in found:
             role: Role = "trainable" if variable.trainable else "buffer"
             found[id(variable)] = (variable.path, Named(variable, role))
@@ -42,11 +51,12 @@ def named_variables(model: Any) -> dict[str, Named]:
 
 
 def _walk(layer: Any, prefix: str) -> Iterator[tuple[str, Named]]:
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
-    weights = {id(v) for v in layer._trainable_variables}
+    made_to_train, others = own_variables(layer)
+    own = [*made_to_train, *others]
+    weights = {id(v) for v in made_to_train}
     for name, variable in zip(_numbered((v.name, "variable") for v in own), own, strict=True):
         yield prefix + name, Named(variable, _role(layer, variable, is_weight=id(variable) in weights))
-    children = list(layer._flatten_layers(recursive=False, include_self=False))
+    children = sublayers(layer)
     for name, child in zip(_numbered((c.name, _snake(type(c).__name__)) for c in children), children, strict=True):
         yield from _walk(child, f"{prefix}{name}/")
 
@@ -58,7 +68,7 @@ def _role(layer: Any, variable: Any, *, is_weight: bool) -> Role:
 
 
 def _numbered(given: Iterable[tuple[str, str]]) -> list[str]:
-    """(name, what Keras would call it) of siblings -> their names, those that Keras made up numbered anew."""
+    """Names of siblings, given as (name, default name); those that Keras derived from the default are renumbered."""
     counts: dict[str, int] = {}
     names = []
     for name, automatic in given:
@@ -71,7 +81,7 @@ def _numbered(given: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """Each name once: a number is added where it has been there before."""
+    """Make names unique: a repeated one gets a number."""
     seen: dict[str, None] = {}
     for name in names:
         number, free = 0, name
@@ -83,7 +93,7 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 
 def _snake(name: str) -> str:
-    """The name that Keras makes of a class's name: "BatchNormalization" -> "batch_normalization"."""
+    """The default name that Keras derives from a class: "BatchNormalization" -> "batch_normalization"."""
     name = re.sub(r"\W+", "", name)
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

@@ -1,4 +1,4 @@
-"""Losses, examples and scores, read off the metrics that Keras keeps while it trains and evaluates."""
+"""Losses, example counts and scores, from the metrics that Keras keeps while it trains and evaluates."""
 
 from __future__ import annotations
 
@@ -10,62 +10,74 @@ import keras
 import numpy as np
 
 from .state import assign, to_host
+from .trainer import loss_tracker
 
 
 class RoundMeter:
-    """Mean loss and number of examples of a round, from Keras's running mean of the loss; read at its ends only."""
+    """Mean loss and number of examples of a round, from Keras's running mean of the loss.
+
+    It reads the model at the ends of rounds and epochs only, so that no step waits for the device.
+    """
 
     def __init__(self) -> None:
         self._before = self._closed = np.zeros(2)
 
     def begin(self, model: Any) -> None:
-        """A round begins here, within an epoch."""
+        """Begin a round in the middle of an epoch."""
         self._before, self._closed = _loss(model), np.zeros(2)
 
     def close_epoch(self, model: Any) -> None:
-        """An epoch is over, and Keras has not set its metrics back yet."""
+        """Note the end of an epoch, before Keras resets its metrics."""
         self._closed = self._closed + _loss(model) - self._before
         self._before = _loss(model)
 
     def begin_epoch(self) -> None:
-        """Keras has set its metrics back."""
+        """Note that Keras has reset its metrics for a new epoch."""
         self._before = np.zeros(2)
 
     def read(self, model: Any) -> tuple[dict[str, float], int]:
-        """({"train_loss": mean over the round}, examples in the round); ({}, 0) where Keras keeps no loss."""
+        """Return ({"train_loss": mean over the round}, examples in the round); ({}, 0) if Keras keeps no loss."""
         total, count = self._closed + _loss(model) - self._before
         known = count > 0 and math.isfinite(total)
         return ({"train_loss": float(total / count)} if known else {}), max(round(float(count)), 0)
 
 
 def evaluated(model: Any, validation: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-    """(metrics, examples) of the model as it is, on fit's validation data; the metrics of the training go on after."""
-    kept = [to_host(variable) for variable in model.metrics_variables]
+    """Evaluate the model as it is; the running metrics of the training continue afterwards.
+
+    Args:
+        model: The model, within a running `fit`.
+        validation: Arguments of `model.evaluate`.
+
+    Returns:
+        The metrics and the number of examples.
+    """
+    training_metrics = [to_host(variable) for variable in model.metrics_variables]
     training = keras.backend.backend() == "torch" and model.training
     scores = model.evaluate(**validation, verbose=0, return_dict=True)
     examples = examples_scored(model)
     model.reset_metrics()
-    for variable, value in zip(model.metrics_variables, kept, strict=False):  # evaluating may have built more
+    for variable, value in zip(model.metrics_variables, training_metrics, strict=False):  # evaluate may build more
         assign(variable, value)
     if training:
         model.train()
-    return plain(scores), examples
+    return finite(scores), examples
 
 
 def examples_scored(model: Any) -> int:
-    """How many examples the evaluation that has just ended has seen, as far as Keras keeps count."""
+    """Number of examples in the evaluation that has just ended; 1 if Keras keeps no count."""
     return max(round(float(_loss(model)[1])), 1)
 
 
-def plain(logs: Mapping[str, Any] | None) -> dict[str, float]:
+def finite(logs: Mapping[str, Any] | None) -> dict[str, float]:
     """The finite numbers among a hook's logs."""
     numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float | np.number)}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _loss(model: Any) -> np.ndarray[Any, np.dtype[Any]]:
-    """(sum of the loss over examples, examples) since Keras last set its metrics back."""
-    tracker = getattr(model, "_loss_tracker", None)
+    """(sum of the loss over examples, examples) since Keras last reset its metrics."""
+    tracker = loss_tracker(model)
     if tracker is None:
         return np.zeros(2)
     return np.array([float(to_host(tracker.total)), float(to_host(tracker.count))])

@@ -12,6 +12,7 @@ from fl_runtime.types import Array, Arrays
 from .names import named_variables
 from .optimizer import build, initial_values, optimizers
 from .state import assign, to_host
+from .trainer import learning_rate
 
 
 class KerasStandbyModel:
@@ -27,7 +28,7 @@ class KerasStandbyModel:
         build(model, optimizer)
         self._live = {n: v.variable for n, v in named_variables(model).items() if v.role in ("trainable", "buffer")}
         self._weights = {name: to_host(variable) for name, variable in self._live.items()}
-        self._rate = optimizer._learning_rate
+        self._rate = learning_rate(optimizer)
         self._variables = list(optimizer.variables)
         values = zip(self._variables, initial_values(model, optimizer), strict=True)
         self._state = [np.array(np.broadcast_to(value, tuple(variable.shape))) for variable, value in values]

@@ -1,4 +1,4 @@
-"""The loop of `train`: XGBoost's own, with trees from this site or from all, and an exchange after each round."""
+"""The loop of `train`: XGBoost's own, with an exchange after each round."""
 
 from __future__ import annotations
 
@@ -13,50 +13,61 @@ from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.types import Arrays, Metrics
 
 from .call import Mode, TrainCall
-from .model import SEEDING, grown_since, learning_rate, released
+from .model import SEEDING, learning_rate, released, trees_after
 from .rounds import TreeRounds
 from .scores import Evaluation, Log, Stopping, record, stopping_of
 
 
 class Grower(Protocol):
-    """Where the trees of a round come from.
+    """Grows the trees of a round.
 
-    more: empty arrays that travel beside a model. extras: this site's part in the initial model.
-    exact: the trees depend on the model, this site's data and the number of the round alone.
+    Attributes:
+        empty: Further arrays that travel beside a model, without elements.
+        extras: This site's part in the initial model.
+        repeatable: Whether the trees depend only on the model, this site's data and the number of the round.
     """
 
-    more: Arrays
+    empty: Arrays
     extras: Arrays
-    exact: bool
+    repeatable: bool
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
-        """The new trees of the round under way. The booster holds the global model, and may be changed."""
+        """Return the new trees of the current round.
+
+        Args:
+            booster: Holds the global model; may be changed.
+            rounds: Where the training stands.
+        """
         ...
 
     def metrics(self) -> Metrics:
-        """Of the round that has been grown last, for the history."""
+        """Return metrics of the last round that was grown, for the history."""
         ...
 
     def close(self, *, gently: bool) -> None:
-        """gently: the last round is done."""
+        """Release what the grower holds. May be called again.
+
+        Args:
+            gently: Whether the last round is done, so that all sites end together.
+        """
         ...
 
 
 class OwnTrees:
-    """Bagging and cyclic: trees of this site's rows."""
+    """Grows trees from this site's own rows, for the modes bagging and cyclic."""
 
     def __init__(self, call: TrainCall) -> None:
-        self.more: Arrays = {}
+        self.empty: Arrays = {}
         self.extras: Arrays = {}
-        self.exact = call.params.get("booster") != "dart"  # which drops trees by states of its own
+        self.repeatable = call.params.get("booster") != "dart"  # dart has a random state of its own
         self._call = call
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
-        if not rounds.mine:
-            return rounds.nothing
-        for iteration in range(rounds.begun, rounds.ends):
+        if not rounds.grows_here:
+            return rounds.no_trees
+        for iteration in range(rounds.start, rounds.end):
             booster.update(self._call.dtrain, iteration, fobj=self._call.obj)
-        return grown_since(booster, rounds.loaded.rounds, mask=self._call.mask_statistics)
+        return trees_after(booster, rounds.loaded.rounds, mask=self._call.mask_statistics)
 
     def metrics(self) -> Metrics:
         return {}
@@ -66,39 +77,50 @@ class OwnTrees:
 
 
 def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Log) -> xgboost.Booster:
-    """The final global model. log: gets the metrics of all sites together, a number per round."""
+    """Train with the other sites.
+
+    Args:
+        session: This process's session.
+        call: The arguments of `train`.
+        mode: How the sites grow trees.
+        grower: Grows this site's trees.
+        log: Receives the metrics over all sites, a number per round.
+
+    Returns:
+        The final global model.
+    """
     booster = call.booster(SEEDING)
     evaluation = Evaluation.of(call)
-    wanted = session.settings.evaluate_global is not False
-    names = list(evaluation.values(booster, 0)) if call.evals and wanted else []
+    scored = session.settings.evaluate_global is not False
+    names = list(evaluation.values(booster, 0)) if call.evals and scored else []
     stopping, callbacks = stopping_of(call, names)
     rounds = TreeRounds(session, call, mode)
     terms = (stopping or Stopping("loss", False)).terms(rounds.strategy, rounds.boosts)
-    snapshot = _snapshot(booster, log) if grower.exact else None
-    rounds.begin(booster, terms, evaluates=bool(names), more=grower.more, extras=grower.extras, snapshot=snapshot)
+    snapshot = _snapshot(booster, log) if grower.repeatable else None
+    rounds.begin(booster, terms, evaluates=bool(names), empty=grower.empty, extras=grower.extras, snapshot=snapshot)
     for callback in callbacks:
         booster = callback.before_training(booster)
 
-    def done(last: int) -> bool:
-        """What follows an exchange, after iteration `last`: the score, and the callbacks, of which one may stop."""
+    def after_exchange(last: int) -> bool:
+        """Score the model after iteration `last` and call the callbacks; whether one of them stops the training."""
         if names:
             _score(session, evaluation, booster, last, rounds, log, names)
         return True in [callback.after_iteration(booster, last, log) for callback in callbacks]
 
     stopped = False
     if session.attempt > 1 and rounds.task is not None and rounds.task.version > 0:
-        # the process before may have died before it came to that: the others wait for the score, and what callbacks
-        # have set for the next round, such as a learning rate, is that of a training in which nothing happened
-        stopped = done(rounds.end_of(rounds.task.version) - 1)
+        # The process before may have died before it did this: the other sites wait for the score, and callbacks set
+        # values for the next round, such as a learning rate.
+        stopped = after_exchange(rounds.end_of(rounds.task.version) - 1)
     while not rounds.over and not stopped:
         if session.round_seed is not None:
             seed_python(session.round_seed)  # for objectives and callbacks of the user's own
-        first, last = rounds.begun, max(rounds.ends - 1, rounds.begun)
-        if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # all of them are called
+        first, last = rounds.start, max(rounds.end - 1, rounds.start)
+        if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # a list, so that all are called
             break
         grown = grower.grow(booster, rounds)
-        if rounds.exchange(booster, grown, grower.more, grower.metrics()):
-            stopped = done(last)  # else the round has come to nothing, and is opened again
+        if rounds.exchange(booster, grown, grower.empty, grower.metrics()):
+            stopped = after_exchange(last)  # else the round failed and is opened again
     grower.close(gently=rounds.over)
     if rounds.over:
         if stopping is not None and stopping.rounds:
@@ -122,7 +144,7 @@ def _score(
     log: Log,
     names: list[str],
 ) -> None:
-    """The model that has arrived, on this site's data; and what all sites make of it, which may end the run."""
+    """Score the model that has arrived, and learn the score over all sites, which may end the run."""
     together, stops = session.report_together(evaluation.summaries(booster, iteration), evaluation.examples)
     record(log, together, names)
     if stops and not rounds.over:
@@ -130,7 +152,7 @@ def _score(
 
 
 def _snapshot(booster: xgboost.Booster, log: Log) -> FunctionSnapshot:
-    """What a booster has beside the global model, for exact restarts."""
+    """What to save of a booster beside the global model, for exact restarts."""
 
     def save() -> State:
         return {"learning_rate": learning_rate(booster), "attributes": booster.attributes(), "log": log}
@@ -144,7 +166,7 @@ def _snapshot(booster: xgboost.Booster, log: Log) -> FunctionSnapshot:
 
 
 def _mark_best(booster: xgboost.Booster, rounds: TreeRounds, stopping: Stopping) -> None:
-    """`best_iteration` and `best_score`, as XGBoost's own early stopping leaves them."""
+    """Set `best_iteration` and `best_score`, as XGBoost's own early stopping does."""
     best = rounds.session.results.best()
     iteration = rounds.first + min(best.version * rounds.boosts, booster.num_boosted_rounds() - rounds.first) - 1
     score = best.config.get("metrics", {}).get(stopping.metric)

@@ -1,4 +1,4 @@
-"""One call of `train`, its arguments checked, and what of it must be the same at all sites."""
+"""The arguments of one call of `train`, their checks, and what must be the same at all sites."""
 
 from __future__ import annotations
 
@@ -33,7 +33,22 @@ _BLOCK = 100
 
 @dataclass(frozen=True)
 class TrainCall:
-    """The arguments of `xgboost.train` that matter in every mode."""
+    """The arguments of `xgboost.train` that matter in every mode.
+
+    Attributes:
+        params: Booster parameters.
+        dtrain: This site's training data.
+        num_boost_round: Number of boosting rounds of the script.
+        evals: Validation data with their names.
+        obj: Custom objective, or None.
+        custom_metric: Custom metric, or None.
+        xgb_model: Model to continue from, or None.
+        maximize: Whether early stopping looks for the maximum; None for the metric's own direction.
+        early_stopping_rounds: Rounds without improvement after which to stop, or None.
+        callbacks: The script's callbacks of XGBoost.
+        mask_statistics: Whether updates leave out the statistics of each node.
+        options: The arguments that every adapter shares.
+    """
 
     params: Mapping[str, Any]
     dtrain: xgboost.DMatrix
@@ -49,18 +64,18 @@ class TrainCall:
     options: Options = field(default_factory=Options)
 
     def booster(self, changes: Mapping[str, Any], model_file: Any = None) -> xgboost.Booster:
-        """A booster with these parameters and `changes` to them, its data cached."""
+        """A new booster with these parameters, changed by `changes`, that knows the call's data."""
         data = [self.dtrain, *(data for data, _ in self.evals)]
         return xgboost.Booster({**self.params, **changes}, data, model_file=model_file)
 
 
 def checked_params(params: Any) -> dict[str, Any]:
-    """The parameters as a dict. ConfigError for what has no federated meaning."""
+    """The parameters as a dict. Raises ConfigError for those that cannot be federated."""
     found = dict(params or {})
     for name, value, why in (
         ("booster", "gblinear", "its model has no trees"),
-        ("process_type", "update", "it changes trees that are there already"),
-        ("multi_strategy", "multi_output_tree", "the server does not know trees with a vector per leaf"),
+        ("process_type", "update", "it changes existing trees"),
+        ("multi_strategy", "multi_output_tree", "the server does not support trees with a vector per leaf"),
     ):
         if found.get(name) == value:
             raise ConfigError(f"{name}={value!r} cannot be federated: {why}", where="params", fix=f"leave {name} out")
@@ -68,18 +83,26 @@ def checked_params(params: Any) -> dict[str, Any]:
 
 
 def check_options(options: Options) -> None:
-    """ConfigError for arguments that are about tensors."""
-    for name, value, fine in (
+    """Raise ConfigError for shared arguments that make no sense for trees."""
+    for name, value, allowed in (
         ("exchange", options.exchange, (None, "auto", "all")),
         ("keep_local", tuple(options.keep_local), ((),)),
         ("optimizer_state", options.optimizer_state, (None, "keep")),
     ):
-        if value not in fine:
+        if value not in allowed:
             raise ConfigError(f"{name}={value!r} has no meaning for trees", where=name, fix=f"leave {name} out")
 
 
 def agreement(call: TrainCall, start: TreeModel) -> dict[str, str]:
-    """What must be equal at all sites, by name. start: the model that this site would begin from."""
+    """Collect what must be equal at all sites.
+
+    Args:
+        call: The arguments of `train`.
+        start: The model that this site would start from.
+
+    Returns:
+        Name -> value, for the handshake.
+    """
     head = start.head
     facts = {name: str(call.params.get(name, default)) for name, default in _DEFAULTS.items()}
     if call.obj is not None:
@@ -97,7 +120,7 @@ def agreement(call: TrainCall, start: TreeModel) -> dict[str, str]:
 
 
 def installed_version() -> tuple[int, int]:
-    """(major, minor) of XGBoost. Models of different ones are not alike: base scores, categories, weights of trees."""
+    """(major, minor) of XGBoost. Models of different versions differ in base score, categories and tree weights."""
     major, minor = xgboost.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -115,7 +138,7 @@ def _features(dtrain: xgboost.DMatrix) -> dict[str, str]:
 
 
 def _categories(dtrain: xgboost.DMatrix, head: Mapping[str, Any]) -> dict[str, str]:
-    """XGBoost 3.1 and later keep the categories of data frames in the model; earlier ones know their codes alone."""
+    """Category values of each feature. XGBoost keeps them in the model since 3.1; before, it knows their codes only."""
     booster = head["learner"]["gradient_booster"]
     model = booster["gbtree"]["model"] if "gbtree" in booster else booster["model"]
     names = dtrain.feature_names or [f"f{i}" for i in range(dtrain.num_col())]

@@ -1,60 +1,80 @@
-"""`FederatedCallback`: a plain `xgboost.train` takes part, with bagging or cyclic."""
+"""`FederatedCallback` for a plain `xgboost.train`, in the modes bagging and cyclic."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import xgboost
 
-from fl_adapters.participant.options import Options
-from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.options import Options, SharedArguments
+from fl_adapters.participant.registry import leaving_on_error, open_session
 from fl_runtime.errors import ConfigError
 
 from .call import TrainCall, check_options, checked_params
-from .model import SEEDING, grown_since
-from .rounds import FRAMEWORK, TreeRounds, check_budget, leaving_on_error
+from .model import SEEDING, trees_after
+from .rounds import FRAMEWORK, TreeRounds, check_budget
 from .scores import Evaluation, Stopping, stopping_of
+from .trainer import running_train
 
 
-class FederatedCallback(xgboost.callback.TrainingCallback):
-    """Makes `xgboost.train` a site of a federation; afterwards the booster holds the final global model.
+class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
+    """Makes a plain `xgboost.train` a site of a federation. Afterwards the booster holds the final global model.
 
-    XGBoost evaluates before it calls callbacks: what it prints, logs and gives to other callbacks describes this
-    site's own trees. The global model is scored once more, for the server; early stopping for all sites together
-    needs `fl_adapters.xgboost.train`. XGBoost can be stopped early and not lengthened: `num_boost_round` must be
-    enough for the job's rounds. Without a startup kit it stays out of the way.
+    XGBoost evaluates before it calls callbacks: what it prints, logs and passes to other callbacks describes this
+    site's own trees. The global model is scored once more, for the server. Early stopping for all sites together needs
+    `fl_adapters.xgboost.train`. XGBoost can be stopped early but not lengthened, so `num_boost_round` must suffice for
+    the job's rounds. Outside a federation, that is without a startup kit, the callback prints one line and stays out
+    of the way. It holds no connection: the session belongs to the process.
 
-    mode: "bagging" or "cyclic". The other arguments are those of `fl_adapters.xgboost.train`.
-    Holds no connection: the session belongs to the process. Raises ConfigError, before the first tree, for what
-    cannot work.
+    Args:
+        mode: "bagging" (the new trees of all sites, each weighted by the site's share of the examples) or "cyclic"
+            (the model goes round the sites).
+        kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
+            `fl-adapters simulate` set.
+        every: Boosting rounds between two exchanges; "epoch" is one. Default: the job's, else "epoch".
+        evaluate_global: Whether each global model is scored on `evals`, so that the server can pick the best round.
+            Default: yes if there are `evals`.
+        num_examples: Weight of this site in the average, above 0. Default: the rows of the training data.
+        required: Raise ConfigError instead of training alone if there is no startup kit.
+        mask_statistics: Whether updates leave out the statistics of each node: `sum_hessian` and gains.
+        exchange: Only None, "auto" or "all": a model of trees always travels whole.
+        keep_local: Only an empty sequence: a model of trees always travels whole.
+        optimizer_state: Only None or "keep": boosting has no optimizer.
+
+    Raises:
+        ConfigError: For an argument that cannot work. `xgboost.train` raises it too, before the first tree, for
+            arguments that cannot be federated.
+
+    Example:
+        ```python
+        booster = xgboost.train(params, dtrain, 50, evals=[(valid, "valid")], callbacks=[FederatedCallback()])
+        ```
     """
 
     def __init__(
         self,
         *,
         mode: Literal["bagging", "cyclic"] = "bagging",
-        mask_statistics: bool = False,
         kit: str | None = None,
         every: str | int | None = None,
-        exchange: str | Sequence[str] | None = None,
-        keep_local: Sequence[str] = (),
-        optimizer_state: str | None = None,
         evaluate_global: bool | None = None,
         num_examples: int | None = None,
         required: bool = False,
+        mask_statistics: bool = False,
+        exchange: str | Sequence[str] | None = None,
+        keep_local: Sequence[str] = (),
+        optimizer_state: str | None = None,
     ) -> None:
-        super().__init__()
-        self.options = Options(
+        super().__init__(
             kit=kit,
             every=every,
-            exchange=exchange,
-            keep_local=keep_local,
-            optimizer_state=optimizer_state,
             evaluate_global=evaluate_global,
             num_examples=num_examples,
             required=required,
+            exchange=exchange,
+            keep_local=keep_local,
+            optimizer_state=optimizer_state,
         )
         if mode not in ("bagging", "cyclic"):
             raise ConfigError(
@@ -66,29 +86,31 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
         self._mode, self._mask = mode, mask_statistics
         self._rounds: TreeRounds | None = None
         self._evaluation: Evaluation | None = None
-        self._made = 0  # iterations of the round under way
+        self._made = 0  # iterations of the current round
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave everything of a running training behind: a copy does not take part in it."""
         return {**self.__dict__, "_rounds": None, "_evaluation": None}
 
     def before_training(self, model: xgboost.Booster) -> xgboost.Booster:
+        """Join the federation and take the first global model."""
         session = open_session(self.options, framework=FRAMEWORK, fresh=True)
         if session is None:
             return model
         self._made = 0
-        with leaving_on_error(session):
+        with leaving_on_error(session.leave):
             call = _calling_train(self.options, mask=self._mask)
             checked_params(call.params)
             self._rounds = rounds = TreeRounds(session, call, self._mode)
             check_budget(rounds)
             evaluation = Evaluation.of(call)
-            wanted = self.options.evaluate_global is not False
-            names = list(evaluation.values(model, 0)) if call.evals and wanted else []
+            scored = self.options.evaluate_global is not False
+            names = list(evaluation.values(model, 0)) if call.evals and scored else []
             self._evaluation = evaluation if names else None
             stopping, _ = stopping_of(call, names)
             if stopping is not None and stopping.rounds:
                 raise ConfigError(
-                    "early stopping would be decided by each site for itself",
+                    "each site would decide on early stopping by itself",
                     where="xgboost.train",
                     fix="use fl_adapters.xgboost.train, whose early stopping is that of all sites",
                 )
@@ -98,24 +120,27 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
         return model
 
     def before_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:
-        return self._rounds is not None and self._rounds.over  # a run that was over already
+        """Stop at once if the run was over before this site came (back)."""
+        return self._rounds is not None and self._rounds.over
 
     def after_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:
+        """Exchange trees at the end of a round, score the global model, and stop after the last round."""
         rounds = self._rounds
         self._made += 1
-        if rounds is None or rounds.over or self._made < rounds.ends - rounds.begun:
+        if rounds is None or rounds.over or self._made < rounds.end - rounds.start:
             return False
         self._made = 0
-        with leaving_on_error(rounds.session):
-            grown = grown_since(model, rounds.loaded.rounds, mask=self._mask) if rounds.mine else rounds.nothing
+        with leaving_on_error(rounds.session.leave):
+            grown = trees_after(model, rounds.loaded.rounds, mask=self._mask) if rounds.grows_here else rounds.no_trees
             if rounds.exchange(model, grown) and self._evaluation is not None:
                 rounds.session.report(self._evaluation.summaries(model, epoch), self._evaluation.examples)
         return rounds.over and epoch + 1 < rounds.call.num_boost_round
 
     def after_training(self, model: xgboost.Booster) -> xgboost.Booster:
+        """Finish the run, or leave it if training stopped before the last round."""
         rounds, self._rounds = self._rounds, None
         if rounds is not None:
-            with leaving_on_error(rounds.session):
+            with leaving_on_error(rounds.session.leave):
                 if rounds.over:
                     rounds.finish(model, scored=self._evaluation is not None)
                 else:
@@ -124,27 +149,23 @@ class FederatedCallback(xgboost.callback.TrainingCallback):
 
 
 def _calling_train(options: Options, *, mask: bool) -> TrainCall:
-    """The arguments of the `xgboost.train` that calls the callback."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__") == "xgboost.training":
-            found = frame.f_locals
-            return TrainCall(
-                params=dict(found["params"]),
-                dtrain=found["dtrain"],
-                num_boost_round=found["num_boost_round"],
-                evals=list(found.get("evals") or ()),
-                obj=found.get("obj"),
-                custom_metric=found.get("custom_metric"),
-                xgb_model=found.get("xgb_model"),
-                maximize=found.get("maximize"),
-                callbacks=[c for c in found.get("callbacks") or () if not isinstance(c, FederatedCallback)],
-                mask_statistics=mask,
-                options=options,
-            )
-        frame = frame.f_back
-    raise ConfigError(
-        "FederatedCallback works within xgboost.train only",
-        where="before_training",
-        fix="call xgboost.train(..., callbacks=[FederatedCallback()]) or fl_adapters.xgboost.train",
+    given = running_train()
+    if given is None:
+        raise ConfigError(
+            "FederatedCallback works within xgboost.train only",
+            where="before_training",
+            fix="call xgboost.train(..., callbacks=[FederatedCallback()]) or fl_adapters.xgboost.train",
+        )
+    return TrainCall(
+        params=dict(given["params"]),
+        dtrain=given["dtrain"],
+        num_boost_round=given["num_boost_round"],
+        evals=list(given.get("evals") or ()),
+        obj=given.get("obj"),
+        custom_metric=given.get("custom_metric"),
+        xgb_model=given.get("xgb_model"),
+        maximize=given.get("maximize"),
+        callbacks=[c for c in given.get("callbacks") or () if not isinstance(c, FederatedCallback)],
+        mask_statistics=mask,
+        options=options,
     )

@@ -1,4 +1,4 @@
-"""A DMatrix taken apart: its rows for another process, and the quantile summary that may leave the site."""
+"""Contents of a DMatrix: its rows for another process, and the quantile summary that may leave the site."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ _POINTS_PER_BIN = 4
 
 
 def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
-    """Everything that training needs of a DMatrix, as arrays: the features in CSR form and the columns beside them.
+    """Take everything that training needs out of a DMatrix.
 
-    ConfigError for matrices that do not keep their values.
+    Args:
+        data: The matrix.
+
+    Returns:
+        The features in CSR form ("data" float32; "indices", "indptr" and "shape" int64), and the columns that the
+        matrix has beside them, such as "label" and "weight", float32.
+
+    Raises:
+        ConfigError: For a matrix that does not keep its values.
     """
     if isinstance(data, xgboost.QuantileDMatrix):
         raise ConfigError(
@@ -43,11 +51,21 @@ def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
 
 
 def summary(rows: dict[str, Array], kinds: list[str] | None, max_bin: int, min_rows: int, noise: float) -> Summary:
-    """Points of every feature for the cut points of all sites.
+    """Summarise every feature by weighted points, from which the server computes the bins of all sites.
 
-    At most four points per bin. A point stands for at least `min_rows` rows: it is a value that so many rows share, or
-    the mean of neighbouring values; what is left over is counted with its neighbour, and a feature with fewer rows
-    than that is not described. noise: points are moved at random by up to this share of the way to their neighbours.
+    There are at most four points per bin. A point stands for at least `min_rows` rows: it is a value that so many rows
+    share, or the mean of neighbouring values. Remaining rows are counted with a neighbouring point. A feature with
+    fewer rows is not described.
+
+    Args:
+        rows: What `rows_of` returned.
+        kinds: Types of the features as XGBoost names them, "c" for categories; None if unknown.
+        max_bin: Number of bins.
+        min_rows: Fewest rows that a point may stand for.
+        noise: Random shift of each point, as a share of the distance to its neighbours, from 0 to 1.
+
+    Returns:
+        The summary.
     """
     count, columns = rows["shape"].tolist()
     weights = rows.get("weight")
@@ -71,11 +89,11 @@ def summary(rows: dict[str, Array], kinds: list[str] | None, max_bin: int, min_r
 
 
 def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple[Array, Array]:
-    """(points, their weights), ascending."""
+    """(points in ascending order, their weights)."""
     distinct, where, counts = np.unique(values, return_inverse=True, return_counts=True)
     size = max(min_rows, len(values) / (_POINTS_PER_BIN * max_bin))
     common = counts >= size
-    runs = np.cumsum(common | np.roll(common, 1))  # a value that many rows share is a group of its own
+    runs = np.cumsum(common | np.roll(common, 1))  # a value that many rows share forms its own group
     ranks = np.floor((np.cumsum(counts) - counts / 2) / size)
     starts = np.flatnonzero((np.diff(runs, prepend=-1) != 0) | (np.diff(ranks, prepend=-1) != 0))
     if len(starts) == 0:
@@ -85,11 +103,11 @@ def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple
     total = np.bincount(where, weights, len(distinct))
     weight = np.bincount(group, total)
     mean = np.bincount(group, distinct.astype(np.float64) * counts) / rows
-    told = np.flatnonzero(rows >= min_rows)
-    if len(told) == 0:
+    shared = np.flatnonzero(rows >= min_rows)
+    if len(shared) == 0:
         return np.empty(0, np.float32), np.empty(0)
-    heir = np.maximum(np.searchsorted(told, np.arange(len(starts)), side="right") - 1, 0)
-    point, same = np.unique(mean[told].astype(np.float32), return_inverse=True)
+    heir = np.maximum(np.searchsorted(shared, np.arange(len(starts)), side="right") - 1, 0)
+    point, same = np.unique(mean[shared].astype(np.float32), return_inverse=True)
     return point, np.bincount(same[heir], weight, len(point))
 
 

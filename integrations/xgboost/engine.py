@@ -1,7 +1,7 @@
-"""This site's worker in XGBoost's collective: a child process per generation, watched from here.
+"""Starts and watches this site's worker in XGBoost's collective: one child process per generation.
 
-A generation is one set of members that grow trees together. It begins anew where the members have changed or the last
-one has broken, from the global model, which all of them have.
+A generation is a set of member sites whose workers grow trees together. A new one starts from the global model when
+the members change or the last generation has broken.
 """
 
 from __future__ import annotations
@@ -33,51 +33,64 @@ from .worker import Channel
 
 _ENDING_S = 10.0
 ISOLATED = True
-"""Whether workers try to leave the machine's network. Without that, sites on one machine reach each other's workers
-directly, since these listen on every address; sites on machines of their own do not."""
+"""Whether workers try to leave the machine's network. Otherwise sites on one machine reach each other's workers
+directly, since these listen on every address; sites on different machines do not."""
 _BROKEN = ("collective", "rabit", "socket", "connect", "tracker", "timeout", "timed out", "broken pipe", "reset by")
 
 
 class BrokenError(Exception):
-    """The generation is over: a worker, a connection or a site has failed. Not this site's own mistake."""
+    """Raised if the generation is over because a worker, a connection or a site failed: no fault of this site."""
 
 
 class WorkerError(FederationError):
-    """This site's worker failed for a reason of its own."""
+    """Raised if this site's worker failed for a reason of its own, such as wrong parameters."""
 
     code = "xgboost"
 
 
 class Engine:
-    """The generations of one training, one at a time. bytes_up, bytes_down: through the tunnel so far."""
+    """Runs the generations of one training, one at a time."""
 
     def __init__(self, session: Session, call: TrainCall, timeout_s: int) -> None:
         self._session, self._call, self._timeout_s = session, call, timeout_s
         self._lock = threading.Lock()
         self._tunnel: Tunnel | None = None
         self._generation: _Generation | None = None
-        self._early: list[Stream] = []  # of a generation that this site has not begun yet
-        self._over = (0, 0)  # number of the newest generation that this site has no part in any more
+        self._early: list[Stream] = []  # streams of a generation that this site has not started yet
+        self._over = (0, 0)  # number of the newest generation that has ended here
         self._carried = (0, 0)
 
     @property
     def bytes_up(self) -> int:
+        """Bytes sent through tunnels so far."""
         return self._carried[0] + (self._tunnel.bytes_up if self._tunnel else 0)
 
     @property
     def bytes_down(self) -> int:
+        """Bytes received through tunnels so far."""
         return self._carried[1] + (self._tunnel.bytes_down if self._tunnel else 0)
 
     def fits(self, members: Sequence[str]) -> bool:
-        """Whether the running generation is one of these members."""
+        """Whether the running generation has exactly these members, in this order."""
         return self._generation is not None and self._generation.members == list(members)
 
     def begin(self, name: str, members: Sequence[str], model: TreeModel, cuts: Arrays) -> None:
-        """A new generation, at all members at once. BrokenError if it does not come about."""
+        """Start a generation, which all members do at the same time.
+
+        Args:
+            name: Name of the generation, "<round>.<stage>", the same at all members.
+            members: Names of the sites, in the same order at all members.
+            model: The global model to continue from.
+            cuts: The agreed bins.
+
+        Raises:
+            BrokenError: If the workers do not get together.
+            WorkerError: If this site's worker refuses the data or the parameters.
+        """
         self.end(gently=False)
         try:
             tunnel = self._open_tunnel()
-            worker = _Worker(ISOLATED)
+            worker = _WorkerProcess(ISOLATED)
         except OSError as error:
             raise BrokenError(f"the worker cannot be started: {error}") from None
         generation = _Generation(name, list(members), worker)
@@ -107,7 +120,20 @@ class Engine:
             raise
 
     def boost(self, iterations: Sequence[int], learning_rate: str, gradients: Gradients | None) -> TreeModel:
-        """The new trees of these iterations. BrokenError if the generation breaks, WorkerError for a fault here."""
+        """Grow the trees of some iterations together with the other members.
+
+        Args:
+            iterations: Numbers of the iterations, the same at all members.
+            learning_rate: Learning rate as XGBoost writes it.
+            gradients: Custom objective, f(margins, data); None for XGBoost's own.
+
+        Returns:
+            The new trees.
+
+        Raises:
+            BrokenError: If the generation breaks.
+            WorkerError: If this site's worker fails for a reason of its own.
+        """
         assert self._generation is not None
         try:
             return self._generation.worker.boost(iterations, {"learning_rate": learning_rate}, gradients)
@@ -116,15 +142,15 @@ class Engine:
             raise
 
     def end(self, *, gently: bool) -> None:
-        """gently: all members end together, after the last round."""
+        """End the running generation, if any. gently: after the last round, at all members together."""
         with self._lock:
             generation = self._generation
         if generation is not None:
-            generation.close(gently=gently)  # the others' workers still call while all of them end
+            generation.close(gently=gently)  # other workers still connect while all of them end
             self._give_up(generation)
 
     def _give_up(self, generation: _Generation) -> None:
-        """No part in it any more: whoever calls from it hears so at once, and does not wait."""
+        """Leave a generation. Members that still connect to it are refused at once, so that they do not wait."""
         with self._lock:
             self._over, self._generation = _number(generation.name), None
             early, self._early = self._early, []
@@ -133,6 +159,7 @@ class Engine:
             self._accept(stream)
 
     def close(self) -> None:
+        """End the running generation and close the tunnel. May be called again."""
         self.end(gently=False)
         if self._tunnel is not None:
             self._tunnel.close()
@@ -170,7 +197,7 @@ Gradients = Callable[[Any, xgboost.DMatrix], Any]
 
 
 class _Generation:
-    def __init__(self, name: str, members: list[str], worker: _Worker) -> None:
+    def __init__(self, name: str, members: list[str], worker: _WorkerProcess) -> None:
         self.name, self.members, self.worker = name, members, worker
         self.ring: Ring | None = None
 
@@ -180,8 +207,8 @@ class _Generation:
             self.ring.close()
 
 
-class _Worker:
-    """The child process. All methods may raise BrokenError."""
+class _WorkerProcess:
+    """The child process with the worker. All methods may raise BrokenError."""
 
     def __init__(self, isolated: bool) -> None:
         ours, theirs = socket.socketpair()
@@ -205,7 +232,7 @@ class _Worker:
     def prepare(
         self, call: TrainCall, model: TreeModel, cuts: Arrays, members: Sequence[str], me: str, timeout_s: int
     ) -> None:
-        """Hand over the data, the bins and the model to go on from."""
+        """Send the data, the agreed bins and the model to continue from."""
         self.network = str(self._receive()[0]["network"])
         reference = reference_rows(cuts)
         params = {**call.params, **SEEDING}
@@ -232,7 +259,7 @@ class _Worker:
             self.tracker_port = int(self._receive()[0]["tracker"])
 
     def join(self, host: str, port: int, index: int) -> None:
-        """Enter the collective; returns when all members have."""
+        """Join the collective; returns when all members have."""
         self._send({"host": host, "port": port, "index": index}, {})
         self._receive()
 
@@ -258,7 +285,7 @@ class _Worker:
                 self._process.wait(_ENDING_S)
             except (BrokenError, subprocess.TimeoutExpired):
                 pass
-        self._process.kill()  # all of this may be called again
+        self._process.kill()  # from here on everything may be called again
         self._process.wait()
         self._line.close()
         self._helper.close()
@@ -283,9 +310,15 @@ class _Worker:
 
 
 def reference_rows(cuts: Arrays) -> Array:
-    """Rows of which XGBoost makes exactly the agreed bins: float32 [rows, features]; at most max_bin rows.
+    """Make rows from which XGBoost derives exactly the agreed bins.
 
-    XGBoost cuts at every distinct value but the lowest where there are no more values than bins.
+    XGBoost cuts at every distinct value but the lowest if there are no more values than bins.
+
+    Args:
+        cuts: The agreed bins: "cuts" float32, "cut_ends" and "levels" int64 with an entry per feature.
+
+    Returns:
+        float32 [rows, features], with at most max_bin rows.
     """
     ends = [0, *cuts["cut_ends"].tolist()]
     columns = []

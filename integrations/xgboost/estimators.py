@@ -1,4 +1,4 @@
-"""Estimators for scikit-learn users: `fit` takes part in the federation, everything else is XGBoost's own."""
+"""Estimators for scikit-learn users: `fit` trains with the sites of a federation, all else is XGBoost's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import xgboost
 
 from fl_runtime.errors import ConfigError
 
+from .trainer import set_booster
 from .training import train
 
 _FEDERATED = (
@@ -22,10 +23,7 @@ def _own(params: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Federated:
-    """What the three estimators share; second of their bases, since XGBoost 2 looks at the first.
-
-    federated: arguments of `fl_adapters.xgboost.train`, as a dict.
-    """
+    """Shared code of the three estimators. It comes second among their bases: XGBoost looks at the first."""
 
     federated: dict[str, Any] | None
 
@@ -39,7 +37,7 @@ class _Federated:
             custom = _row_objective(objective)
         if callable(metric):
             raise ConfigError(
-                "a metric function of scikit-learn has no value for all sites together",
+                "a metric function of scikit-learn cannot be computed over all sites",
                 where="eval_metric",
                 fix="name one of XGBoost's metrics",
             )
@@ -50,7 +48,7 @@ class _Federated:
             )
         params = {name: value for name, value in params.items() if value is not None}
         log: dict[str, Any] = {}
-        this._Booster = train(
+        booster = train(
             params,
             data,
             this.get_num_boosting_rounds(),
@@ -62,6 +60,7 @@ class _Federated:
             **{"verbose_eval": False, **fit},
             **(this.federated or {}),
         )
+        set_booster(this, booster)
         if log:
             this.evals_result_ = {name: dict(metrics) for name, metrics in log.items()}
 
@@ -81,7 +80,7 @@ class _Federated:
     def _fit(
         self, x: Any, y: Any, eval_set: Any, weights: Any, verbose: Any, columns: dict[str, Any], params: dict[str, Any]
     ) -> None:
-        """eval_set: (X, y, weights or None) tuples, with a dict of columns each where there are any."""
+        """Fit on this site's rows. eval_set: tuples (X, y) or (X, y, dict of further columns)."""
         data = self._matrix(x, y, weight=weights, **columns)
         evals = [
             (self._matrix(item[0], item[1], **(item[2] if len(item) > 2 else {})), f"validation_{number}")
@@ -92,13 +91,13 @@ class _Federated:
 
 
 def columns_model(estimator: Any, params: dict[str, Any]) -> Any:
-    """The model to go on from, taken out of `params`."""
+    """Take the model to continue from out of `params`."""
     model = params.pop("xgb_model", None)
     return model.get_booster() if isinstance(model, xgboost.XGBModel) else model
 
 
 def _row_objective(objective: Any) -> Any:
-    """scikit-learn's f(y_true, y_pred[, weight]) as XGBoost's f(margins, data)."""
+    """Turn scikit-learn's f(y_true, y_pred[, weight]) into XGBoost's f(margins, data)."""
 
     def decorated(margins: Any, data: xgboost.DMatrix) -> Any:
         weights = data.get_weight()
@@ -119,7 +118,17 @@ def _weighted(eval_set: Any, weights: Any) -> list[Any]:
 class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
     """`xgboost.XGBRegressor` whose `fit` trains with the sites of a federation.
 
-    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
+    Outside a federation, that is without a startup kit, it trains alone.
+
+    Args:
+        federated: Arguments of `fl_adapters.xgboost.train` that XGBoost does not have, such as
+            `{"mode": "histogram"}`.
+        **kwargs: Parameters of `xgboost.XGBRegressor`.
+
+    Example:
+        ```python
+        model = FederatedXGBRegressor(n_estimators=50, federated={"mode": "histogram"}).fit(X, y)
+        ```
     """
 
     def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -127,7 +136,7 @@ class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
         super().__init__(**kwargs)
 
     def get_xgb_params(self) -> dict[str, Any]:
-        """XGBoost's own parameters."""
+        """Return the parameters of XGBoost itself, without those of the federation."""
         return _own(super().get_xgb_params())
 
     def fit(
@@ -142,7 +151,25 @@ class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
         xgb_model: Any = None,
         sample_weight_eval_set: Any = None,
     ) -> FederatedXGBRegressor:
-        """As XGBoost's; the model afterwards is the global one."""
+        """Train with the other sites; afterwards the model is the global one.
+
+        Args:
+            X: Features of this site's rows, as for `xgboost.XGBRegressor.fit`.
+            y: Targets, one for each row.
+            sample_weight: Weight of each row.
+            base_margin: Margin of each row to start from.
+            eval_set: This site's validation data, a list of (X, y).
+            verbose: Whether to print metrics, or after how many rounds.
+            xgb_model: Model to continue from, the same at all sites.
+            sample_weight_eval_set: Weights of the rows, for each entry of `eval_set`.
+
+        Returns:
+            This estimator.
+
+        Raises:
+            ConfigError: For arguments that cannot be federated.
+            HandshakeError: If the sites do not agree, before round 1.
+        """
         sets = _weighted(eval_set, sample_weight_eval_set)
         self._fit(X, y, sets, sample_weight, verbose, {"base_margin": base_margin}, {"xgb_model": xgb_model})
         return self
@@ -151,8 +178,18 @@ class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
 class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
     """`xgboost.XGBClassifier` whose `fit` trains with the sites of a federation.
 
-    classes: how many there are at all sites together, labelled from 0; None: as many as this site's labels say.
-    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "histogram"}`.
+    Outside a federation, that is without a startup kit, it trains alone.
+
+    Args:
+        classes: Number of classes at all sites together, labelled from 0. Default: as in this site's labels.
+        federated: Arguments of `fl_adapters.xgboost.train` that XGBoost does not have, such as
+            `{"mode": "histogram"}`.
+        **kwargs: Parameters of `xgboost.XGBClassifier`.
+
+    Example:
+        ```python
+        model = FederatedXGBClassifier(classes=3, n_estimators=50).fit(X, y)
+        ```
     """
 
     def __init__(self, *, classes: int | None = None, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -160,7 +197,7 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
         super().__init__(**kwargs)
 
     def get_xgb_params(self) -> dict[str, Any]:
-        """XGBoost's own parameters."""
+        """Return the parameters of XGBoost itself, without those of the federation."""
         return _own(super().get_xgb_params())
 
     def fit(
@@ -175,7 +212,25 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
         xgb_model: Any = None,
         sample_weight_eval_set: Any = None,
     ) -> FederatedXGBClassifier:
-        """As XGBoost's; the model afterwards is the global one. Labels are whole numbers from 0."""
+        """Train with the other sites; afterwards the model is the global one.
+
+        Args:
+            X: Features of this site's rows, as for `xgboost.XGBClassifier.fit`.
+            y: Labels, whole numbers from 0 with the same meaning at all sites.
+            sample_weight: Weight of each row.
+            base_margin: Margin of each row to start from.
+            eval_set: This site's validation data, a list of (X, y).
+            verbose: Whether to print metrics, or after how many rounds.
+            xgb_model: Model to continue from, the same at all sites.
+            sample_weight_eval_set: Weights of the rows, for each entry of `eval_set`.
+
+        Returns:
+            This estimator.
+
+        Raises:
+            ConfigError: For labels that do not fit `classes`, and arguments that cannot be federated.
+            HandshakeError: If the sites do not agree, before round 1.
+        """
         labels = np.asarray(y)
         found = int(labels.max()) + 1 if len(labels) else 0
         count = max(self.classes or found, 2)
@@ -197,9 +252,18 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
 
 
 class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
-    """`xgboost.XGBRanker` whose `fit` trains with the sites of a federation. Groups do not cross sites.
+    """`xgboost.XGBRanker` whose `fit` trains with the sites of a federation. Every group belongs to one site.
 
-    federated: arguments of `fl_adapters.xgboost.train` beside XGBoost's, such as `{"mode": "cyclic"}`.
+    Outside a federation, that is without a startup kit, it trains alone.
+
+    Args:
+        federated: Arguments of `fl_adapters.xgboost.train` that XGBoost does not have, such as `{"mode": "cyclic"}`.
+        **kwargs: Parameters of `xgboost.XGBRanker`. `objective` is "rank:ndcg" by default.
+
+    Example:
+        ```python
+        model = FederatedXGBRanker(n_estimators=50).fit(X, y, qid=queries)
+        ```
     """
 
     def __init__(self, *, federated: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -207,7 +271,7 @@ class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
         super().__init__(**{"objective": "rank:ndcg", **kwargs})
 
     def get_xgb_params(self) -> dict[str, Any]:
-        """XGBoost's own parameters."""
+        """Return the parameters of XGBoost itself, without those of the federation."""
         return _own(super().get_xgb_params())
 
     def fit(
@@ -226,7 +290,29 @@ class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
         xgb_model: Any = None,
         sample_weight_eval_set: Any = None,
     ) -> FederatedXGBRanker:
-        """As XGBoost's; give `group` or `qid` for the rows, and `eval_group` or `eval_qid` for each eval_set."""
+        """Train with the other sites; afterwards the model is the global one.
+
+        Args:
+            X: Features of this site's rows, as for `xgboost.XGBRanker.fit`.
+            y: Relevance of each row.
+            group: Sizes of the groups, in the order of the rows. Either this or `qid` is needed.
+            qid: Number of each row's group, in ascending order.
+            sample_weight: Weight of each group.
+            base_margin: Margin of each row to start from.
+            eval_set: This site's validation data, a list of (X, y).
+            eval_group: Sizes of the groups, for each entry of `eval_set`.
+            eval_qid: Numbers of the rows' groups, for each entry of `eval_set`.
+            verbose: Whether to print metrics, or after how many rounds.
+            xgb_model: Model to continue from, the same at all sites.
+            sample_weight_eval_set: Weights of the groups, for each entry of `eval_set`.
+
+        Returns:
+            This estimator.
+
+        Raises:
+            ConfigError: Without groups, and for arguments that cannot be federated.
+            HandshakeError: If the sites do not agree, before round 1.
+        """
         if (group is None) == (qid is None):
             raise ConfigError("ranking needs the rows' groups", where="fit", fix="pass either group= or qid=")
         count = len(eval_set or ())

@@ -1,4 +1,4 @@
-"""Mode histogram: all sites grow the same trees together, of gradient histograms that they sum at every level."""
+"""Mode "histogram": all sites grow the same trees together, from gradient histograms summed over the sites."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .rounds import TreeRounds
 _CUTS: Arrays = {"cuts": np.empty(0, np.float32), "cut_ends": np.empty(0, np.int64), "levels": np.empty(0, np.int64)}
 
 
-class TreesOfAll:
-    """Trees of all sites' rows. collective_timeout_s: how long XGBoost waits for a worker that is silent."""
+class JointTrees:
+    """Grows trees from all sites' rows, in XGBoost's own collective."""
 
     def __init__(
         self,
@@ -35,20 +35,35 @@ class TreesOfAll:
         quantile_rows: int,
         quantile_noise: float,
     ) -> None:
+        """Summarise this site's data for the bins of all sites.
+
+        Args:
+            session: This process's session.
+            call: The arguments of `train`.
+            collective_timeout_s: Seconds for which XGBoost waits for a silent worker.
+            quantile_rows: Fewest rows that a point of the summary may stand for.
+            quantile_noise: Random shift of the points, as a share of the distance to their neighbours.
+
+        Raises:
+            ConfigError: For what XGBoost's collective, or common bins, cannot do.
+        """
         check(call)
-        self.more = _CUTS
+        self.empty = _CUTS
         self._session, self._call = session, call
         max_bin = int(call.params.get("max_bin", 256))
-        told = summary(rows_of(call.dtrain), call.dtrain.feature_types, max_bin, quantile_rows, quantile_noise)
-        self.extras: Arrays = told.to_arrays()
-        self.exact = False  # a generation that begins anew adds up in another order
+        quantiles = summary(rows_of(call.dtrain), call.dtrain.feature_types, max_bin, quantile_rows, quantile_noise)
+        self.extras: Arrays = quantiles.to_arrays()
+        self.repeatable = False  # a new generation of workers sums in another order
         self._engine = Engine(session, call, collective_timeout_s)
-        self._fresh = session.attempt > 1  # in the middle of a round, for all this process knows
+        self._fresh = session.attempt > 1  # then the round may have begun without this process
         self._cuts: Arrays = {}
         self._carried = 0
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
-        """In the running generation, or a new one. Where it breaks, a model that says so: the round is opened again."""
+        """Grow trees in the running generation of workers, or in a new one.
+
+        If it breaks, return a model that says so; the server opens the round again.
+        """
         task, call = rounds.task, self._call
         assert task is not None
         members = [str(name) for name in task.config["members"]]
@@ -62,13 +77,13 @@ class TreesOfAll:
                 name = f"{task.round}.{task.stage or 1}"
                 self._engine.begin(name, members, rounds.loaded, self._cuts)
             gradients = None if call.obj is None else self._gradients
-            return self._engine.boost(range(rounds.begun, rounds.ends), learning_rate(booster), gradients)
+            return self._engine.boost(range(rounds.start, rounds.end), learning_rate(booster), gradients)
         except BrokenError as error:
             self._engine.end(gently=False)
-            return failed(rounds.nothing, str(error))
+            return failed(rounds.no_trees, str(error))
 
     def metrics(self) -> Metrics:
-        """tunnel_bytes: what this site's streams have sent in the round."""
+        """Return "tunnel_bytes": bytes that this site's streams sent in the round."""
         before, self._carried = self._carried, self._engine.bytes_up
         return {"tunnel_bytes": float(self._carried - before)}
 
@@ -82,31 +97,31 @@ class TreesOfAll:
         return self._call.obj(margins, self._call.dtrain)
 
 
-def failed(nothing: TreeModel, why: str) -> TreeModel:
-    """What is sent in place of new trees."""
-    learner = nothing.head["learner"]
-    head = {**nothing.head, "learner": {**learner, "attributes": {**learner["attributes"], FAILED: why[:500]}}}
+def failed(no_trees: TreeModel, why: str) -> TreeModel:
+    """An update that reports a broken round in place of new trees."""
+    learner = no_trees.head["learner"]
+    head = {**no_trees.head, "learner": {**learner, "attributes": {**learner["attributes"], FAILED: why[:500]}}}
     return TreeModel(head)
 
 
 def check(call: TrainCall) -> None:
-    """ConfigError for what XGBoost's collective, or shared bins, cannot do."""
+    """Raise ConfigError for what XGBoost's collective, or common bins, cannot do."""
     method = call.params.get("tree_method", "hist")
     if method not in ("hist", "auto"):
         raise ConfigError(
-            f"tree_method={method!r} does not put values into bins once and for all",
+            f"tree_method={method!r} does not use fixed bins",
             where='train(mode="histogram")',
             fix='use tree_method="hist"',
         )
     if str(call.params.get("device", "cpu")).split(":")[0] != "cpu":
         raise ConfigError(
-            "GPUs speak to each other directly, which sites cannot",
+            "GPUs communicate with each other directly, which sites cannot do",
             where='train(mode="histogram"): device',
             fix='use device="cpu", or mode="bagging"',
         )
     if call.mask_statistics:
         raise ConfigError(
-            "mask_statistics hides what every site has seen while it summed the histograms",
+            "mask_statistics would hide nothing: every site sees the statistics when histograms are summed",
             where='train(mode="histogram")',
             fix="leave it out",
         )

@@ -1,4 +1,4 @@
-"""Boosters in and out of what travels: models of trees as arrays."""
+"""Conversion between boosters and the arrays that travel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import xgboost
 
 from fl_runtime.aggregation.trees import ubjson
 from fl_runtime.aggregation.trees.document import TreeModel, masked
+from fl_runtime.aggregation.trees.strategies import WEIGHT
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays
 
 from .call import TrainCall, installed_version
+from .trainer import exchange_contents
 from .worker import drops_trees
 
 EMPTY: Arrays = {
@@ -24,21 +26,20 @@ EMPTY: Arrays = {
     "ends": np.empty(0, np.int64),
     "sizes": np.zeros(3, np.int64),
 }
-"""What is registered: names and dtypes of what travels."""
+"""Names and dtypes of the arrays that travel, for the handshake."""
 
 SEEDING = {"seed_per_iteration": True}
-"""Sampling draws afresh in every iteration, and the same wherever a site comes back: a new booster seeds anew."""
+"""Makes row and column sampling depend on the iteration alone, so that it repeats after a restart."""
 
 
 def initial_model(call: TrainCall) -> TreeModel:
-    """The model that this site would begin from: `xgb_model`, else no trees and the base score of its own data."""
+    """The model that this site would start from: `xgb_model`, else no trees and the base score of its own data."""
     if call.xgb_model is not None:
         _check_not_newer(call.xgb_model)
         booster = xgboost.Booster(call.params, model_file=call.xgb_model)
         return TreeModel.from_document(booster.save_raw("ubj"))
-    booster = call.booster(
-        {"max_depth": 1, "max_leaves": 0, "grow_policy": "depthwise"}
-    )  # a stump makes XGBoost estimate it
+    # growing a stump makes XGBoost estimate the base score
+    booster = call.booster({"max_depth": 1, "max_leaves": 0, "grow_policy": "depthwise"})
     try:
         booster.update(call.dtrain, 0, fobj=call.obj)
     except xgboost.core.XGBoostError as error:
@@ -54,7 +55,7 @@ def initial_model(call: TrainCall) -> TreeModel:
 
 
 def _check_not_newer(model: Any) -> None:
-    """ConfigError for a model of a later XGBoost: this one leaves out what it does not know, and predicts wrongly."""
+    """Raise ConfigError for a model of a later XGBoost: this one would ignore what it does not know, and mispredict."""
     if isinstance(model, xgboost.Booster):
         return
     data = model if isinstance(model, bytes | bytearray) else Path(model).read_bytes()
@@ -62,21 +63,27 @@ def _check_not_newer(model: Any) -> None:
     if version > installed_version():
         theirs, ours = (".".join(map(str, numbers)) for numbers in (version, installed_version()))
         raise ConfigError(
-            f"a model of XGBoost {theirs} cannot be gone on from with XGBoost {ours}",
+            f"XGBoost {ours} cannot continue from a model of XGBoost {theirs}",
             where="xgb_model",
-            fix="install the version that has written it, or a later one, at every site",
+            fix=f"install XGBoost {theirs} or later at every site",
         )
 
 
 def rows_weight(data: xgboost.DMatrix) -> float:
-    """The sum of the weights of the rows (of the groups, for ranking); their number without weights."""
+    """Sum of the weights of the rows, or of the groups for ranking. Without weights, the number of rows."""
     weights = data.get_weight()
     return float(np.sum(weights, dtype=np.float64)) if len(weights) else float(data.num_row())
 
 
-def grown_since(booster: xgboost.Booster, rounds: int, *, mask: bool) -> TreeModel:
-    """The boosting rounds after the first `rounds`. mask: without what the trees tell of the data beside splits."""
-    if booster.num_boosted_rounds() == rounds or drops_trees(booster):  # all trees' weights are needed
+def trees_after(booster: xgboost.Booster, rounds: int, *, mask: bool) -> TreeModel:
+    """Take the boosting rounds after the first `rounds` out of a booster.
+
+    Args:
+        booster: The booster.
+        rounds: Number of boosting rounds to leave out.
+        mask: Whether to remove what trees say about the data beside their splits.
+    """
+    if booster.num_boosted_rounds() == rounds or drops_trees(booster):  # the weights of all trees travel then
         grown = TreeModel.from_document(booster.save_raw("ubj")).iterations(rounds)
     else:
         grown = TreeModel.from_document(booster[rounds:].save_raw("ubj"))
@@ -87,19 +94,19 @@ def grown_since(booster: xgboost.Booster, rounds: int, *, mask: bool) -> TreeMod
 
 
 def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
-    """Put a global model into the booster that others hold on to: parameters, learning rate and attributes stay.
+    """Replace the model in a booster object; parameters, learning rate and attributes stay.
 
-    `Booster.load_model` would not do: XGBoost keeps its predictions for the training data, of the trees that were
-    there before, and the next tree would correct those. So the object gets the handle of a booster made anew.
+    `Booster.load_model` is not enough: XGBoost caches predictions of the former trees for the training data, and the
+    next tree would correct those. So the object takes over the contents of a new booster.
     """
     fresh = call.booster(SEEDING, model_file=bytearray(model.document()))
     fresh.set_param({"learning_rate": learning_rate(booster)})
     fresh.set_attr(**booster.attributes())
-    booster.handle, fresh.handle = fresh.handle, booster.handle
+    exchange_contents(booster, fresh)
 
 
 def without_categories(model: TreeModel) -> TreeModel:
-    """For training on the codes of categories, as they are in a DMatrix: XGBoost compares those of the model."""
+    """The model without category values: training on bare category codes, XGBoost would compare the values."""
     if "cats" not in model.model:
         return model
     empty = np.empty(0, np.int32)
@@ -113,17 +120,16 @@ def export(booster: xgboost.Booster, folder: str) -> None:
 
 
 def released(booster: xgboost.Booster) -> xgboost.Booster:
-    """The booster without its hold on the training data, as `xgboost.train` returns it."""
+    """The booster without its references to the training data, as `xgboost.train` returns it."""
     return booster.reset()
 
 
 def weight_extra(data: xgboost.DMatrix) -> dict[str, Array]:
-    from fl_runtime.aggregation.trees.strategies import WEIGHT
-
+    """This site's weight in the initial model, as an extra of its first update."""
     return {WEIGHT: np.array([rows_weight(data)], np.float64)}
 
 
 def learning_rate(booster: xgboost.Booster) -> str:
-    """Of the booster as it is: a scheduler may have changed it."""
+    """The booster's current learning rate, which a scheduler may have changed."""
     part = json.loads(booster.save_config())["learner"]["gradient_booster"]
     return str(part.get("gbtree", part)["tree_train_param"]["eta"])

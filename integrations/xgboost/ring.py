@@ -1,9 +1,9 @@
-"""XGBoost's collective, carried through the federation: loopback ports for this site's worker, streams to the others.
+"""Carries XGBoost's collective through the federation: loopback ports for this site's worker, streams to other sites.
 
-Member k is 127.0.1.(k+1) to every worker and to the tracker, which runs beside member 0's worker. A worker that calls
-127.0.1.(k+1) reaches a port of its own machine; what it says there goes, sealed, through the server to member k, whose
-end connects to its worker's port. The ports are those that the workers choose: each tells the tracker in its START
-message, which is held back until all other members listen on the same ones.
+Member k has the address 127.0.1.(k+1) for every worker and for the tracker, which runs beside member 0's worker. A
+worker that connects to 127.0.1.(k+1) reaches a port of its own machine. Its bytes travel, encrypted, through the
+server to member k, which connects to its own worker's port. The workers choose their ports: each names them to the
+tracker in its START message, which is held back until all other members listen on the same ports.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ T = TypeVar("T", socket.socket, SecureStream)
 
 
 class Sockets:
-    """Sockets within the worker's network, made by its helper thread."""
+    """Sockets within the worker's network, made by a helper thread of the worker."""
 
     def __init__(self, helper: socket.socket) -> None:
         self._helper, self._lock = helper, threading.Lock()
 
     def listening(self, host: str, port: int = 0) -> tuple[socket.socket, int]:
-        """(a listening socket, its port). ConnectionLostError if it cannot be had."""
+        """Return (a listening socket, its port). Raises ConnectionLostError if there is none."""
         return self._made({"listen": [host, port]})
 
     def connected(self, source: str, port: int) -> socket.socket:
-        """A connection from the loopback address `source` to a port of the worker's."""
+        """Return a connection from the loopback address `source` to a port of the worker."""
         made, _ = self._made({"from": source})
         made.connect(("127.0.0.1", port))
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -62,10 +62,9 @@ class Sockets:
 
 
 class Ring:
-    """This site's part in one generation of the collective. `close` ends all of it.
+    """This site's connections in one generation of the collective. `close` ends all of them.
 
-    network: the name of that which the worker is in. tracker_port: of the tracker, at member 0.
-    Streams are named "<generation>|<what for>".
+    Streams are named "<generation>|<purpose>", the purpose being "tracker", "ports", "worker" or "error".
     """
 
     def __init__(
@@ -79,39 +78,53 @@ class Ring:
         network: str,
         tracker_port: int | None,
     ) -> None:
+        """Connect nothing as yet.
+
+        Args:
+            me: Name of this site.
+            members: Names of all members, in the same order everywhere.
+            generation: Name of the generation.
+            sockets: Makes sockets within the worker's network.
+            open_stream: open_stream(site, name) opens a stream to another site through the server.
+            seal: Encrypts a stream between two sites.
+            network: Name of the network that the worker is in.
+            tracker_port: Port of the tracker, at member 0; None at the others.
+        """
         self._me, self._members, self._generation = me, list(members), generation
         self._sockets, self._open_stream, self._seal = sockets, open_stream, seal
         self._network, self._tracker_port = network, tracker_port
         self._lock = threading.Lock()
-        self._things: list[socket.socket | SecureStream] = []
+        self._connections: list[socket.socket | SecureStream] = []
         self._closed = False
         self._ports: dict[str, int] = {}
 
     @property
     def index(self) -> int:
+        """This site's number among the members."""
         return self._members.index(self._me)
 
     def begin(self) -> tuple[str, int]:
-        """The (host, port) at which this site's worker finds the tracker."""
+        """Start to listen, and return the (host, port) at which this site's worker finds the tracker."""
         host = self._address(self._me)
         listener, port = self._sockets.listening(host)
         self._serve(listener, self._to_tracker)
         return host, port
 
     def incoming(self, stream: Stream) -> None:
-        """A stream that another member has opened in this generation. Returns at once."""
+        """Serve a stream that another member opened in this generation. Returns at once."""
         if stream.peer not in self._members:
             stream.close()
             return
         self._in_thread(lambda: self._answer(stream))
 
     def close(self) -> None:
+        """Close all connections."""
         with self._lock:
-            self._closed, things, self._things = True, self._things, []
-        for thing in things:
-            _shut(thing)
+            self._closed, connections, self._connections = True, self._connections, []
+        for connection in connections:
+            _shut(connection)
 
-    # -- outgoing: this site's worker calls ----------------------------------------------------------------------
+    # Outgoing: this site's worker connects.
 
     def _to_tracker(self, connection: socket.socket) -> None:
         first = self._members[0]
@@ -124,7 +137,7 @@ class Ring:
             self._join(connection, self._sealed(first, "tracker"), self._announce())
 
     def _announce(self) -> Callable[[bytes], None]:
-        """Sees what the worker says to the tracker; at its START, waits until all members listen on its ports."""
+        """A function that watches the worker's bytes to the tracker. At START it waits until all members listen."""
         seen = bytearray()
         done = False
 
@@ -159,7 +172,7 @@ class Ring:
     def _calls(self, peer: str, kind: str) -> Callable[[socket.socket], None]:
         return lambda connection: self._join(connection, self._sealed(peer, kind))
 
-    # -- incoming: another member's worker calls -----------------------------------------------------------------
+    # Incoming: another member's worker connects.
 
     def _answer(self, inner: Stream) -> None:
         kind = inner.name.partition("|")[2]
@@ -173,10 +186,10 @@ class Ring:
             return
         port = self._tracker_port if kind == "tracker" else self._ports["port" if kind == "worker" else "error_port"]
         if port is None:
-            raise ConnectionLostError(f"{inner.peer} looks for a tracker here")
+            raise ConnectionLostError(f"{inner.peer} expects a tracker here")
         self._join(self._keep(self._sockets.connected(self._address(inner.peer), port)), stream)
 
-    # -- plumbing --------------------------------------------------------------------------------------------------
+    # Both ways.
 
     def _sealed(self, peer: str, kind: str) -> SecureStream:
         stream = self._keep(self._seal(self._open_stream(peer, f"{self._generation}|{kind}")))
@@ -186,7 +199,7 @@ class Ring:
     def _join(
         self, connection: socket.socket, stream: SecureStream, look: Callable[[bytes], None] | None = None
     ) -> None:
-        """Carry bytes both ways until both ends have finished, or one breaks."""
+        """Carry bytes both ways until both ends have finished or one breaks."""
         down = threading.Thread(target=lambda: self._guarded(lambda: _from_stream(stream, connection)), daemon=True)
         down.start()
         try:
@@ -195,8 +208,8 @@ class Ring:
             _shut(stream)
             raise
         down.join()
-        for thing in (connection, stream):
-            _shut(thing)
+        for end in (connection, stream):
+            _shut(end)
 
     def _serve(self, listener: socket.socket, handle: Callable[[socket.socket], None]) -> None:
         self._keep(listener)
@@ -224,7 +237,7 @@ class Ring:
         threading.Thread(target=lambda: self._guarded(work), name="fl-ring", daemon=True).start()
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """A connection that breaks ends the generation: XGBoost's workers cannot do without each other."""
+        """Run `work`; if a connection breaks, end the generation, since XGBoost's workers need each other."""
         try:
             work()
         except (FederationError, OSError, ValueError, KeyError) as error:
@@ -232,13 +245,13 @@ class Ring:
                 log.info("%s, generation %s: %s", self._me, self._generation, error)
                 self.close()
 
-    def _keep(self, thing: T) -> T:
-        """To be closed with the generation."""
+    def _keep(self, connection: T) -> T:
+        """Remember a connection that is to be closed with the generation."""
         with self._lock:
             if not self._closed:
-                self._things.append(thing)
-                return thing
-        _shut(thing)
+                self._connections.append(connection)
+                return connection
+        _shut(connection)
         raise ConnectionLostError(f"generation {self._generation} is over")
 
     def _address(self, member: str) -> str:
@@ -270,8 +283,8 @@ def _pipe(source: socket.socket, target: socket.socket, look: Callable[[bytes], 
         target.shutdown(socket.SHUT_WR)
 
 
-def _shut(thing: socket.socket | SecureStream) -> None:
-    if isinstance(thing, socket.socket):
+def _shut(connection: socket.socket | SecureStream) -> None:
+    if isinstance(connection, socket.socket):
         with suppress(OSError):
-            thing.shutdown(socket.SHUT_RDWR)  # wakes whoever waits on it
-    thing.close()
+            connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it
+    connection.close()

@@ -1,9 +1,6 @@
-"""The rounds of one booster, whatever the mode: what goes out, what comes in, when it is over."""
+"""The rounds of one booster in every mode: the handshake, the exchanges, and the end."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import xgboost
 
@@ -22,11 +19,19 @@ FRAMEWORK = "xgboost"
 
 
 class TreeRounds:
-    """Where one training stands in its run.
+    """Where one training stands in its run. Iterations are counted from 0 over all rounds that this run adds.
 
-    boosts: boosting rounds between two exchanges. rounds: of the run. round: the one under way. over: the final model
-    has arrived. task, loaded: what came last, valid until the next exchange. Iterations are counted over all rounds,
-    from 0, in those that this run adds.
+    Attributes:
+        session: This process's session.
+        call: The arguments of `train`.
+        mode: How the sites grow trees.
+        boosts: Boosting rounds between two exchanges.
+        rounds: Number of rounds of the run.
+        round: The current round, counted from 1.
+        over: Whether the final model has arrived.
+        first: Number of boosting rounds in `xgb_model`, which the run continues.
+        loaded: The global model that arrived last. Valid until the next exchange.
+        task: The task that arrived last. Valid until the next exchange.
     """
 
     def __init__(self, session: Session, call: TrainCall, mode: Mode) -> None:
@@ -34,38 +39,39 @@ class TreeRounds:
         every = session.settings.every
         self.boosts = every.epochs or every.steps or 1
         self.rounds, self.round, self.over = 0, 0, False
-        self.first = 0  # boosting rounds of `xgb_model`
+        self.first = 0
         self.loaded = TreeModel({})
         self.task: Task | None = None
 
     @property
     def strategy(self) -> str:
+        """Name of the server's strategy for this mode."""
         return f"tree-{self.mode}"
 
     @property
-    def begun(self) -> int:
-        """The first iteration of the round under way."""
+    def start(self) -> int:
+        """First iteration of the current round."""
         return (self.round - 1) * self.boosts
 
     @property
-    def ends(self) -> int:
-        """The iteration that the round under way ends before."""
+    def end(self) -> int:
+        """Iteration before which the current round ends."""
         return self.end_of(self.round)
 
     def end_of(self, round: int) -> int:
-        """The same of any round; a script's own budget may cut the last one short."""
+        """Iteration before which a round ends. The script's own length may cut the last round short."""
         end = round * self.boosts
         return end if self.session.settings.rounds else min(end, self.call.num_boost_round)
 
     @property
-    def mine(self) -> bool:
-        """Whether this site adds trees in the round under way: in cyclic mode, when it is its turn."""
+    def grows_here(self) -> bool:
+        """Whether this site adds trees in the current round. In mode "cyclic" one site at a time does."""
         assert self.task is not None
         return bool(self.task.config.get("turn", self.session.name) == self.session.name)
 
     @property
-    def nothing(self) -> TreeModel:
-        """No new trees."""
+    def no_trees(self) -> TreeModel:
+        """An update without new trees."""
         return self.loaded.iterations(self.loaded.rounds)
 
     def begin(
@@ -74,20 +80,25 @@ class TreeRounds:
         terms: Terms,
         *,
         evaluates: bool,
-        more: Arrays | None = None,
+        empty: Arrays | None = None,
         extras: Arrays | None = None,
         snapshot: Snapshot | None = None,
     ) -> None:
-        """The handshake, and the first global model into the booster.
+        """Make the handshake, and load the first global model into the booster.
 
-        more: what travels beside the model, empty; extras: this site's part in the initial model, beside its weight.
-        snapshot: of a training that can restart exactly.
+        Args:
+            booster: The booster that is trained; its contents are replaced.
+            terms: Settings of the script for what the job leaves open.
+            evaluates: Whether this site scores each global model.
+            empty: Further arrays that travel beside the model, without elements.
+            extras: This site's part in the initial model, beside its weight.
+            snapshot: What to save for exact restarts; None if this training cannot be restarted exactly.
         """
         call, session = self.call, self.session
         start = model.initial_model(call)
         self.first = start.rounds
         self.rounds = session.register(
-            {**model.EMPTY, **(more or {})},
+            {**model.EMPTY, **(empty or {})},
             agreement=agreement(call, start) | {"every": f"{self.boosts} boosting rounds"},
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
@@ -97,33 +108,45 @@ class TreeRounds:
             encoding=ENCODING,
         )
         own = {**model.weight_extra(call.dtrain), **(extras or {})}
-        self._take(booster, session.start(lambda: {**start.to_arrays(), **(more or {})}, own, snapshot))
+        self._take(booster, session.start(lambda: {**start.to_arrays(), **(empty or {})}, own, snapshot))
 
     def exchange(
         self,
         booster: xgboost.Booster,
         grown: TreeModel,
-        more: Arrays | None = None,
+        empty: Arrays | None = None,
         metrics: Metrics | None = None,
     ) -> bool:
-        """The end of a round: this site's new trees out, the global model into the booster.
+        """End a round: send this site's new trees, and load the next global model into the booster.
 
-        False where the round has come to nothing, and the model is the same as before.
+        Args:
+            booster: The booster that is trained; its contents are replaced.
+            grown: The trees that this site adds.
+            empty: Further arrays that travel beside the model, without elements.
+            metrics: Metrics of the round, for the history.
+
+        Returns:
+            False if the round failed and is opened again: the global model is the same as before.
         """
         call, before = self.call, self.task
         assert before is not None
         examples = call.options.num_examples or call.dtrain.num_row()
         result = LocalResult(examples, grown.rounds, metrics or {})
-        task = self.session.exchange({**grown.to_arrays(), **(more or {})}, result)
+        task = self.session.exchange({**grown.to_arrays(), **(empty or {})}, result)
         self._take(booster, task)
         return task.version != before.version
 
     def next_task(self, booster: xgboost.Booster) -> None:
-        """Without an update: the run is known to end here."""
+        """Take the next task without an update, where the run is known to end."""
         self._take(booster, self.session.next_task())
 
     def finish(self, booster: xgboost.Booster, *, scored: bool) -> None:
-        """Leave the run, writing the results where this site does so. The booster holds the final model again."""
+        """Leave the run and write its results; the booster holds the final model afterwards.
+
+        Args:
+            booster: The booster with the final model.
+            scored: Whether global models have been scored, so that there is a best one.
+        """
         self.session.finish(
             export=lambda folder: model.export(booster, folder),
             load=(lambda arrays: model.load(booster, TreeModel.from_arrays(arrays), self.call)) if scored else None,
@@ -135,22 +158,12 @@ class TreeRounds:
         self.round, self.over = task.round, task.kind == "final"
 
 
-@contextmanager
-def leaving_on_error(session: Session) -> Iterator[None]:
-    """An error ends this site's part in the run at once, not only when the process ends."""
-    try:
-        yield
-    except BaseException as error:
-        session.leave(f"{type(error).__name__}: {error}")
-        raise
-
-
 def check_budget(rounds: TreeRounds) -> None:
-    """ConfigError where a plain `xgboost.train` would stop before the last round."""
-    given, wanted = rounds.call.num_boost_round, rounds.session.settings.rounds
-    if wanted and given < wanted * rounds.boosts:
+    """Raise ConfigError if a plain `xgboost.train` would stop before the last round."""
+    given, needed = rounds.call.num_boost_round, rounds.session.settings.rounds
+    if needed and given < needed * rounds.boosts:
         raise ConfigError(
-            f"num_boost_round={given} ends before the job's {wanted} rounds of {rounds.boosts} boosting rounds",
+            f"num_boost_round={given} ends before the job's {needed} rounds of {rounds.boosts} boosting rounds",
             where="xgboost.train",
-            fix=f"pass num_boost_round={wanted * rounds.boosts}: training stops after the last round",
+            fix=f"pass num_boost_round={needed * rounds.boosts}: training stops after the last round",
         )

@@ -1,4 +1,4 @@
-"""Evaluation: XGBoost's own metrics on this site's data, in a form that pools to the metric of all sites' data."""
+"""Evaluation with XGBoost's own metrics, in a form that pools to the metric over all sites' data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fl_runtime.types import Metrics, Summary, Terms
 
 from .call import TrainCall
 from .model import rows_weight
+from .trainer import min_delta_of
 
 _MAXIMISED = ("auc", "aucpr", "pre", "map", "ndcg")
 _PER_GROUP = ("ndcg", "map", "pre")
@@ -24,7 +25,14 @@ Log = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How this site scores a booster on its `evals`."""
+    """Scores a booster on this site's `evals`.
+
+    Attributes:
+        evals: Validation data with their names.
+        custom_metric: The script's own metric, or None.
+        output_margin: Whether the custom metric gets margins instead of predictions.
+        binary: Whether labels may be those of two classes, so that areas under curves can be pooled.
+    """
 
     evals: Sequence[tuple[xgboost.DMatrix, str]]
     custom_metric: Callable[..., Any] | None
@@ -40,17 +48,17 @@ class Evaluation:
 
     @property
     def examples(self) -> int:
-        """Rows of the last evaluation set."""
+        """Number of rows in the last evaluation set, at least 1."""
         return max(int(self.evals[-1][0].num_row()), 1)
 
     def values(self, booster: xgboost.Booster, iteration: int) -> dict[str, float]:
-        """XGBoost's own numbers, "data-metric" -> value, in its order."""
+        """XGBoost's own numbers as "data-metric" -> value, in its order."""
         text = booster.eval_set(self.evals, iteration, self.custom_metric, self.output_margin)
         pairs = [item.rpartition(":") for item in text.split("\t")[1:]]
         return {name: float(value) for name, _, value in pairs}
 
     def summaries(self, booster: xgboost.Booster, iteration: int) -> dict[str, float | Summary]:
-        """The same, each with what it takes to pool it."""
+        """The same numbers, each with what is needed to pool it over the sites."""
         values, data = self.values(booster, iteration), {name: dmatrix for dmatrix, name in self.evals}
         margins: dict[str, Any] = {}
         found: dict[str, float | Summary] = {}
@@ -78,7 +86,7 @@ def split(name: str) -> tuple[str, str]:
 
 
 def score_histogram(booster: xgboost.Booster, data: xgboost.DMatrix) -> dict[int, tuple[float, float]]:
-    """Score bin -> (weight of negatives, of positives); a bin is 1/256 of a unit of the margin."""
+    """Histogram of margins: bin -> (weight of negatives, weight of positives). A bin is 1/256 of a margin unit wide."""
     margins = booster.predict(data, output_margin=True)
     labels, weights = data.get_label(), data.get_weight()
     weights = weights if len(weights) else np.ones(len(labels))
@@ -90,7 +98,7 @@ def score_histogram(booster: xgboost.Booster, data: xgboost.DMatrix) -> dict[int
 
 
 def groups(data: xgboost.DMatrix) -> float:
-    """The weight of a ranking metric: the groups' weights, or their number."""
+    """Weight of a ranking metric: the sum of the groups' weights, or the number of groups."""
     weights, ends = data.get_weight(), data.get_uint_info("group_ptr")
     count = max(len(ends) - 1, 1)
     return float(np.sum(weights, dtype=np.float64)) if len(weights) == count else float(count)
@@ -98,7 +106,15 @@ def groups(data: xgboost.DMatrix) -> float:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Early stopping for all sites together. metric: "data-metric"."""
+    """Which round is best, and early stopping for all sites together.
+
+    Attributes:
+        metric: The metric to watch, as "data-metric".
+        maximize: Whether more is better.
+        rounds: Boosting rounds without improvement after which to stop; None to never stop early.
+        min_delta: The smallest change that counts as an improvement.
+        save_best: Whether the result ends with the best iteration.
+    """
 
     metric: str
     maximize: bool
@@ -107,15 +123,24 @@ class Stopping:
     save_best: bool = False
 
     def terms(self, strategy: str, boosts_per_round: int) -> Terms:
+        """The same as terms of the handshake, in rounds of the federation."""
         mode: Literal["min", "max"] = "max" if self.maximize else "min"
         patience = -(-self.rounds // boosts_per_round) if self.rounds else None
         return Terms("encoded", strategy, self.metric, mode, patience, self.min_delta)
 
 
 def stopping_of(call: TrainCall, names: Sequence[str]) -> tuple[Stopping | None, list[Any]]:
-    """(what decides which round is best and when to stop, the callbacks left to call). names: of the metrics.
+    """Take early stopping out of a call of `train`, since it means all sites together.
 
-    `early_stopping_rounds` and the callback `EarlyStopping` mean all sites together: it is not called itself.
+    Args:
+        call: The arguments of `train`.
+        names: The metrics that are evaluated, as "data-metric".
+
+    Returns:
+        What decides which round is best and when to stop (None without metrics), and the callbacks left to call.
+
+    Raises:
+        ConfigError: If early stopping is asked for twice, without `evals`, or for a metric that is not evaluated.
     """
     stoppers = [c for c in call.callbacks if isinstance(c, xgboost.callback.EarlyStopping)]
     others = [c for c in call.callbacks if c not in stoppers]
@@ -140,7 +165,7 @@ def stopping_of(call: TrainCall, names: Sequence[str]) -> tuple[Stopping | None,
             fix=f"watch one of {', '.join(names)}",
         )
     maximize = stopper.maximize if stopper.maximize is not None else _is_maximised(name, call)
-    return Stopping(name, maximize, stopper.rounds, stopper._min_delta, bool(stopper.save_best)), others
+    return Stopping(name, maximize, stopper.rounds, min_delta_of(stopper), bool(stopper.save_best)), others
 
 
 def record(log: Log, metrics: Metrics, names: Sequence[str]) -> None:

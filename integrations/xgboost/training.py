@@ -8,12 +8,13 @@ from typing import Any, Literal
 import xgboost
 
 from fl_adapters.participant.options import Options
-from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.registry import leaving_on_error, open_session
+from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError
 
 from . import boosting
 from .call import MODES, TrainCall, check_options, checked_params
-from .rounds import FRAMEWORK, leaving_on_error
+from .rounds import FRAMEWORK
 from .scores import Log
 
 
@@ -32,42 +33,77 @@ def train(
     callbacks: Sequence[xgboost.callback.TrainingCallback] | None = None,
     custom_metric: Callable[..., Any] | None = None,
     mode: Literal["bagging", "cyclic", "histogram"] = "bagging",
+    kit: str | None = None,
+    every: str | int | None = None,
+    evaluate_global: bool | None = None,
+    num_examples: int | None = None,
+    required: bool = False,
     mask_statistics: bool = False,
     quantile_rows: int = 10,
     quantile_noise: float = 0.0,
     collective_timeout_s: int = 300,
-    kit: str | None = None,
-    every: str | int | None = None,
     exchange: str | Sequence[str] | None = None,
     keep_local: Sequence[str] = (),
     optimizer_state: str | None = None,
-    evaluate_global: bool | None = None,
-    num_examples: int | None = None,
-    required: bool = False,
 ) -> xgboost.Booster:
-    """`xgboost.train` with the sites of a federation; returns an ordinary Booster, the same at every site.
-
-    mode: "bagging" (all sites' new trees, each with its share of the examples), "cyclic" (the model goes round the
-    sites), or "histogram" (the trees of training on all rows together).
-    mask_statistics: bagging and cyclic send no `sum_hessian` and no gains.
-    quantile_rows, quantile_noise: of the summary that a site gives for the bins of all sites, see docs/xgboost.md.
-    collective_timeout_s: how long a silent site is waited for in the middle of a tree (histogram).
-    every: boosting rounds between two exchanges ("epoch" is one).
+    """Train with the sites of a federation, in place of `xgboost.train`.
 
     Evaluation is of the global model on all sites' `evals` together, and so is early stopping. Without a startup kit
-    this is `xgboost.train`. The other arguments are those of `xgboost.train` and of every adapter.
+    this is `xgboost.train`.
 
-    Raises ConfigError for what cannot work, HandshakeError where the sites do not agree, before round 1.
+    Args:
+        params: Booster parameters. They must be the same at all sites where they shape the model.
+        dtrain: This site's training data.
+        num_boost_round: Number of boosting rounds. The job's `rounds` decide where they are set.
+        evals: Validation data of this site with their names, as in `xgboost.train`.
+        obj: Custom objective.
+        maximize: Whether early stopping looks for the maximum of its metric.
+        early_stopping_rounds: Stop if the metric over all sites has not improved for so many boosting rounds.
+        evals_result: Dict that receives the metrics over all sites, a number per round.
+        verbose_eval: Whether to print metrics, or after how many rounds.
+        xgb_model: Model to continue from, the same at all sites.
+        callbacks: Callbacks of XGBoost. `EarlyStopping` stops all sites together.
+        custom_metric: Custom metric.
+        mode: "bagging" (the new trees of all sites, each weighted by the site's share of the examples), "cyclic" (the
+            model goes round the sites), or "histogram" (the trees that training on all rows together would grow).
+        kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
+            `fl-adapters simulate` set.
+        every: Boosting rounds between two exchanges; "epoch" is one. Default: the job's, else "epoch".
+        evaluate_global: Whether each global model is scored on `evals`, so that the server can pick the best round.
+            Default: yes if there are `evals`.
+        num_examples: Weight of this site in the average, above 0. Default: the rows of `dtrain`.
+        required: Raise ConfigError instead of training alone if there is no startup kit.
+        mask_statistics: Whether updates leave out the statistics of each node, `sum_hessian` and gains (bagging and
+            cyclic).
+        quantile_rows: Fewest rows that a point of this site's quantile summary may stand for (histogram); see
+            docs/xgboost.md.
+        quantile_noise: Random shift of these points, as a share of the distance to their neighbours (histogram).
+        collective_timeout_s: Seconds for which a silent site is waited for in the middle of a tree (histogram).
+        exchange: Only None, "auto" or "all": a model of trees always travels whole.
+        keep_local: Only an empty sequence: a model of trees always travels whole.
+        optimizer_state: Only None or "keep": boosting has no optimizer.
+
+    Returns:
+        An ordinary Booster, the same at every site.
+
+    Raises:
+        ConfigError: For arguments that cannot work.
+        HandshakeError: If the sites do not agree, before round 1.
+
+    Example:
+        ```python
+        booster = train(params, dtrain, 50, evals=[(valid, "valid")], early_stopping_rounds=5)
+        ```
     """
     options = Options(
         kit=kit,
         every=every,
-        exchange=exchange,
-        keep_local=keep_local,
-        optimizer_state=optimizer_state,
         evaluate_global=evaluate_global,
         num_examples=num_examples,
         required=required,
+        exchange=exchange,
+        keep_local=keep_local,
+        optimizer_state=optimizer_state,
     )
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is not known", where="train", fix=f"give one of {', '.join(MODES)}")
@@ -89,9 +125,9 @@ def train(
             callbacks=callbacks,
             custom_metric=custom_metric,
         )
-    shown = list(callbacks or ())
+    all_callbacks = list(callbacks or ())
     if verbose_eval and evals:
-        shown.append(xgboost.callback.EvaluationMonitor(period=int(verbose_eval)))
+        all_callbacks.append(xgboost.callback.EvaluationMonitor(period=int(verbose_eval)))
     call = TrainCall(
         params=given,
         dtrain=dtrain,
@@ -102,23 +138,15 @@ def train(
         xgb_model=xgb_model,
         maximize=maximize,
         early_stopping_rounds=early_stopping_rounds,
-        callbacks=shown,
+        callbacks=all_callbacks,
         mask_statistics=mask_statistics,
         options=options,
     )
     log: Log = {}
-    with leaving_on_error(session):
+    with leaving_on_error(session.leave):
         grower: boosting.Grower = boosting.OwnTrees(call)
         if mode == "histogram":
-            from . import histogram
-
-            grower = histogram.TreesOfAll(
-                session,
-                call,
-                collective_timeout_s=collective_timeout_s,
-                quantile_rows=quantile_rows,
-                quantile_noise=quantile_noise,
-            )
+            grower = _joint_trees(session, call, collective_timeout_s, quantile_rows, quantile_noise)
         try:
             booster = boosting.train(session, call, mode, grower, log)
         finally:
@@ -126,3 +154,17 @@ def train(
     if evals_result is not None:
         evals_result.update(log)
     return booster
+
+
+def _joint_trees(
+    session: Session, call: TrainCall, collective_timeout_s: int, quantile_rows: int, quantile_noise: float
+) -> boosting.Grower:
+    from . import histogram  # here, so that the other modes do not need what it imports
+
+    return histogram.JointTrees(
+        session,
+        call,
+        collective_timeout_s=collective_timeout_s,
+        quantile_rows=quantile_rows,
+        quantile_noise=quantile_noise,
+    )

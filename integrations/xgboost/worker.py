@@ -1,10 +1,11 @@
-"""Run as a process of its own by `engine.py`: grows trees with the other sites' workers, in XGBoost's own collective.
+"""The child process, started by `engine.py`, that grows trees with other sites' workers in XGBoost's collective.
 
-A process of its own because XGBoost ends the whole process when another worker has failed. It uses the standard
-library, NumPy and XGBoost alone. Where the system lets it, it moves into a network namespace with nothing but a
-loopback, so that the ports that XGBoost opens on all interfaces can be reached by nobody.
+It is a separate process because XGBoost ends the whole process when another worker fails. It imports the standard
+library, NumPy, SciPy and XGBoost only. If the system allows it, it moves into a network namespace with nothing but a
+loopback interface, so that nobody can reach the ports that XGBoost opens on all interfaces.
 
-It is given two sockets: commands (a JSON line, then arrays) and a helper that makes sockets within the namespace.
+It inherits two sockets: one for commands (a JSON line, then arrays), and one on which it hands out sockets that it
+makes within the namespace.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _BACKLOG = 64
 
 
 def main() -> None:
+    """Run the worker on the two sockets named by the command line."""
     commands, helper = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
     if sys.argv[3] == "isolated":
         isolate()
@@ -32,30 +34,30 @@ def main() -> None:
     channel = Channel(commands)
     channel.send({"network": network()})
     try:
-        Worker(channel).run()
+        CollectiveWorker(channel).run()
     except Exception as error:
         channel.send({"error": f"{type(error).__name__}: {error}".split("\nStack trace")[0]})
-        os._exit(1)  # not through the collective's end, which would wait for the others
+        os._exit(1)  # without the collective's own end, which would wait for other workers
 
 
 def isolate() -> None:
-    """Leave the machine's network for a loopback of one's own, where that is allowed."""
+    """Move into a network namespace with a loopback interface only, if the system allows it."""
     if sys.platform != "linux" or ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
         return
     import fcntl
 
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP_RUNNING))
-        # A route to everywhere that leads nowhere: XGBoost 2 looks for the address it would use to reach others.
+        # A default route through the loopback: XGBoost looks up the address that it would use to reach other machines.
         device, anywhere = ctypes.create_string_buffer(b"lo"), struct.pack("H14x", socket.AF_INET)
-        place = (anywhere, bytes(16), anywhere, _ROUTE_UP, ctypes.addressof(device))
+        route = (anywhere, bytes(16), anywhere, _ROUTE_UP, ctypes.addressof(device))
         fcntl.ioctl(
-            any_socket, _SIOCADDRT, struct.pack("@L16s16s16sHhLPhPLLH", 0, *place[:4], 0, 0, 0, 0, place[4], 0, 0, 0)
+            any_socket, _SIOCADDRT, struct.pack("@L16s16s16sHhLPhPLLH", 0, *route[:4], 0, 0, 0, 0, route[4], 0, 0, 0)
         )
 
 
 def network() -> str:
-    """The network that this process is in: another name for every one, on every machine."""
+    """Name of the network that this process is in, different for every namespace of every machine."""
     if sys.platform != "linux":
         return socket.gethostname()
     with open("/proc/sys/kernel/random/boot_id") as file:
@@ -63,7 +65,7 @@ def network() -> str:
 
 
 def make_sockets(helper: socket.socket) -> None:
-    """Answer requests {"listen": [host, port]} or {"from": host} with a socket, or with why there is none."""
+    """Answer each request {"listen": [host, port]} or {"from": host} with a socket, or with the reason for none."""
     while line := helper.recv(4096):
         wanted = json.loads(line)
         made = socket.socket()
@@ -82,14 +84,19 @@ def make_sockets(helper: socket.socket) -> None:
 
 
 class Channel:
-    """Messages: a JSON object and arrays, both ways over one stream socket."""
+    """Carries messages, each a JSON object and arrays, both ways over one stream socket."""
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
         self._lock = threading.Lock()
 
     def send(self, fields: dict[str, Any], arrays: dict[str, Any] | None = None) -> None:
-        """arrays: name -> NumPy array or bytes."""
+        """Send a message.
+
+        Args:
+            fields: JSON values by name.
+            arrays: NumPy arrays or bytes by name.
+        """
         kinds, parts = [], []
         for name, value in (arrays or {}).items():
             data = memoryview(value).cast("B") if len(value) else memoryview(b"")
@@ -102,7 +109,7 @@ class Channel:
                 self._line.sendall(data)
 
     def receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """EOFError when the other side has gone."""
+        """Wait for a message and return (fields, arrays). Raises EOFError when the other side is gone."""
         (length,) = struct.unpack("<I", self._exactly(4))
         fields = json.loads(bytes(self._exactly(length)))
         arrays: dict[str, Any] = {}
@@ -131,17 +138,17 @@ class Channel:
 
 
 def drops_trees(booster: Any) -> bool:
-    """Whether a new tree changes the weights of those before it: dart, which is in the usual booster since 3.3."""
+    """Whether a new tree changes the weights of earlier trees: dart, part of the usual booster since XGBoost 3.3."""
     found = json.loads(booster.save_config())["learner"]["gradient_booster"]
     dropout = found.get("dart_train_param", {})
     return found["name"] == "dart" or any(float(dropout.get(name, 0)) > 0 for name in ("rate_drop", "one_drop"))
 
 
-class Worker:
-    """One generation: data, the collective, and boosting rounds on command."""
+class CollectiveWorker:
+    """Takes data, joins the collective, and boosts on command: one generation of the engine."""
 
     def __init__(self, channel: Channel) -> None:
-        # XGBoost's adapters for these take two thirds of the time of its import; this process does not need them.
+        # Importing these takes two thirds of the time of XGBoost's import, and this process does not need them.
         sys.modules.update(dict.fromkeys(("sklearn", "pandas")))  # type: ignore[arg-type]
         import xgboost  # after isolate(): a process with threads may not leave its network
 
@@ -150,6 +157,7 @@ class Worker:
         self._with_gradients = False
 
     def run(self) -> None:
+        """Work until the command to end."""
         fields, arrays = self._channel.receive()
         if fields["track"]:
             self._channel.send({"tracker": self._track(fields["workers"], fields["timeout_s"])})
@@ -183,7 +191,7 @@ class Worker:
         return int(self._tracker.worker_args()["dmlc_tracker_port"])
 
     def _boost(self, booster: Any, data: Any, gradients: bool) -> None:
-        """Commands {"boost": [iterations]} until {"end": true}; each is answered with the model, or its new rounds."""
+        """Answer each command {"boost": [iterations]} with the model or its new rounds, until {"end": true}."""
         while "boost" in (command := self._channel.receive()[0]):
             before = booster.num_boosted_rounds()
             booster.set_param(command["params"])
@@ -194,7 +202,7 @@ class Worker:
             self._channel.send({"grown": True}, {"model": grown.save_raw("ubj")})
 
     def _ask(self, margins: Any, data: Any) -> Any:
-        """The gradients, which the site's own function gives in the site's own process."""
+        """Ask the site's process for the gradients of its custom objective."""
         import numpy
 
         flat = numpy.ascontiguousarray(margins, numpy.float32)
@@ -203,7 +211,7 @@ class Worker:
         return tuple(arrays[name].reshape(fields["shape"]) for name in ("gradient", "hessian"))
 
     def _reference(self, fields: dict[str, Any], arrays: dict[str, Any]) -> Any:
-        """A matrix of few rows whose bins are the agreed ones: the next one takes them over."""
+        """A matrix of few rows that has the agreed bins; the training matrix takes them over."""
         return self._xgboost.QuantileDMatrix(
             arrays["reference"].reshape(fields["reference"]),
             feature_types=fields["types"],

@@ -126,10 +126,10 @@ def refused(*callbacks: Any, data: Any = None, every: Any = None, **options: Any
 
 def test_what_cannot_be_exact_is_refused_before_round_1() -> None:
     assert "a budget in steps" in refused(every=2)
-    assert "goes on with the data of the one before" in refused(steps_per_epoch=2)
+    assert "continues with the data of the one before" in refused(steps_per_epoch=2)
     assert "the order of this data (PyDataset)" in refused(data=Batches())
     assert "ReduceLROnPlateau has a state of its own" in refused(keras.callbacks.ReduceLROnPlateau())
-    assert "brought back without it" in refused(keras.callbacks.BackupAndRestore("backup"))
+    assert "fit is restored without it" in refused(keras.callbacks.BackupAndRestore("backup"))
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="DataLoaders are for PyTorch")
@@ -148,4 +148,4 @@ def test_a_dataloader(tmp_path: Path) -> None:
 
     restart_cases()[-1](Loaded())
     loader = DataLoader(TensorDataset(*map(torch.from_numpy, m.rows(0))), num_workers=1, persistent_workers=True)
-    assert "workers that live on" in refused(data=loader)
+    assert "persistent data loader workers" in refused(data=loader)

@@ -121,7 +121,7 @@ def test_a_strategy_of_the_job_that_does_not_fit_is_refused(strategy: str) -> No
     ("params", "options", "match"),
     [
         ({"booster": "gblinear"}, {}, "no trees"),
-        ({"process_type": "update"}, {}, "changes trees"),
+        ({"process_type": "update"}, {}, "changes existing trees"),
         ({"multi_strategy": "multi_output_tree"}, {}, "vector per leaf"),
         ({"multi_strategy": "multi_output_tree"}, {"mode": "histogram"}, "vector per leaf"),
         ({}, {"mode": "boosting"}, "mode='boosting'"),
