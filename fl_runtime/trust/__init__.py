@@ -1,5 +1,5 @@
-"""Who is who and who may what: certificates, startup kits, permissions, site policy, audit log; and streams between
-sites that only they can read.
+"""Authentication and authorisation: certificates, startup kits, permissions, site policy, audit log, secure streams.
 
-Stands on types and errors alone; the only place that imports `cryptography`, which an extra brings.
+It is the only package that imports `cryptography` and `pyzipper`, which the extra `[trust]` brings. Of our own modules
+it imports only types, errors and the version.
 """

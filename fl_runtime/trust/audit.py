@@ -1,7 +1,20 @@
-"""The audit log: what was done and what was refused, as JSON lines that each carry the digest of the line before.
+"""The audit log: a signed record of what was done and what was refused.
 
-A line that is edited, removed or moved breaks the chain. Lines taken off the end do not, and whoever may write the
-file could write a whole new chain: so audit.head names the last line, signed with the kit's private key.
+Format of audit.jsonl, one JSON object a line:
+
+    number    number of the line, from 1
+    before    digest of the line before; 64 zeros in the first line
+    time      ISO 8601, UTC, milliseconds
+    who       identity (URI) of the caller; empty for the process itself
+    action    what was asked for
+    outcome   "done" or "refused"
+    rule, error   of a refusal: the rule that applied, and the message
+    ...       further facts of the action
+    digest    SHA-256 (hexadecimal) of the other fields as JSON with sorted keys, without blanks, in ASCII
+
+A line that is edited, removed or moved breaks the chain of digests. Removing lines from the end would not, and anyone
+with write access could make a new chain. Therefore audit.head names the last line, signed with the kit's private key:
+a JSON object with number, digest, signature (base64, ECDSA with SHA-256 over "NUMBER DIGEST") and certificate (PEM).
 """
 
 from __future__ import annotations
@@ -30,31 +43,54 @@ _HEAD_BYTES = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a log. line: counted from 1; 0 for the log as a whole."""
+    """A problem in an audit log.
+
+    Attributes:
+        line: Number of the line, from 1; 0 for the log as a whole.
+        what: Description of the problem.
+    """
 
     line: int
     what: str
 
 
 class AuditLog:
-    """Appends to folder/audit.jsonl. Threads and processes may share it; a line is on its way to disk on return.
+    """Writes an audit log. Threads and processes may share one log.
 
-    kit: folder of the startup kit whose key signs. Raises StoreError where the log cannot be written.
+    A line has been handed to the operating system when a method returns. It survives the death of the process.
+
+    Args:
+        folder: Folder of audit.jsonl and audit.head; created if missing.
+        kit: Folder of the startup kit whose key signs the log.
+
+    Raises:
+        StoreError: If the log cannot be written.
     """
 
     def __init__(self, folder: Path, kit: Path) -> None:
         self._log, self._head, self._kit = folder / LOG_FILE, folder / HEAD_FILE, kit
         self._lock = threading.Lock()
-        self._key: tuple[int, PrivateKey] | None = None  # when its file was written, and the key
-        self._end = (-1, 0, _FIRST)  # size of the log after the last line, that line's number and digest
+        self._key: tuple[int, PrivateKey] | None = None  # modification time of the key file, and the key
+        self._end = (-1, 0, _FIRST)  # size of the log after the last line, and that line's number and digest
         folder.mkdir(parents=True, exist_ok=True)
-        with self._alone() as file:
+        with self._exclusive() as file:
             unsigned = _count(file) - _signed_count(self._head)
-        if unsigned > 0:  # whoever wrote them was killed before it could sign
+        if unsigned > 0:  # the process that wrote them was killed before it could sign
             self.write("audit log reopened", unsigned_lines=unsigned)
 
     def write(self, action: str, who: Identity | None = None, *, rule: str = "", error: str = "", **facts: Any) -> None:
-        """Put one thing on record. who: None for this process itself. rule, error: of a refusal."""
+        """Append one line.
+
+        Args:
+            action: What was done or asked for.
+            who: Who asked for it; None for this process itself.
+            rule: The rule by which it was refused; empty if it was done.
+            error: The message with which it was refused; empty if it was done.
+            facts: Further fields of the line. Long texts and lists are cut, since they may come from the network.
+
+        Raises:
+            StoreError: If the log cannot be written.
+        """
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "who": who.uri if who else "",
@@ -63,16 +99,16 @@ class AuditLog:
             **({"rule": rule[:_LONGEST], "error": error[:_LONGEST]} if rule or error else {}),
             **{name: _plain(value) for name, value in facts.items()},
         }
-        with self._lock, self._alone() as file:
+        with self._lock, self._exclusive() as file:
             number, last = self._end[1:] if file.seek(0, os.SEEK_END) == self._end[0] else _last(file)
             entry = {"number": number + 1, "before": last, **entry}
             digest = _digest(entry)
-            line = json.dumps({**entry, "digest": digest})  # ASCII: no line end but our own
+            line = json.dumps({**entry, "digest": digest})  # ASCII, so that it contains no line break
             begin = file.seek(0, os.SEEK_END)
             try:
-                file.write(line.encode() + b"\n")  # at the end, wherever the file was read
+                file.write(line.encode() + b"\n")
                 file.flush()
-            except OSError:  # a full disk: no half of a line
+            except OSError:  # a full disk must not leave half a line
                 with suppress(OSError):
                     file.truncate(begin)
                 raise
@@ -80,7 +116,17 @@ class AuditLog:
             self._sign(number + 1, digest)
 
     def refused(self, who: Identity | None, action: str, error: FederationError, **facts: Any) -> None:
-        """Put a refusal on record, with the rule that it names."""
+        """Append a refusal.
+
+        Args:
+            who: Who was refused; None for this process itself.
+            action: What was asked for.
+            error: The refusal. If its `where` begins with "rule ", the rest of it is recorded as the rule.
+            facts: Further fields of the line.
+
+        Raises:
+            StoreError: If the log cannot be written.
+        """
         rule = error.where.removeprefix("rule ") if error.where.startswith("rule ") else error.code
         self.write(action, who, rule=rule, error=error.what, **facts)
 
@@ -95,7 +141,7 @@ class AuditLog:
             "signature": base64.b64encode(sign(self._key[1], text.encode())).decode(),
             "certificate": (self._kit / "certificate.pem").read_text("ascii"),
         }
-        # one write of always the same length: a kill leaves the old head or the new one; renaming costs ten times more
+        # one write of constant length leaves the old head or the new one after a kill; renaming takes ten times as long
         descriptor = os.open(self._head, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, json.dumps(head).encode().ljust(_HEAD_BYTES))
@@ -103,8 +149,8 @@ class AuditLog:
             os.close(descriptor)
 
     @contextmanager
-    def _alone(self) -> Iterator[Any]:
-        """The log, opened for reading and appending, while no other process has it."""
+    def _exclusive(self) -> Iterator[Any]:
+        """Open the log for reading and appending, locked against other processes."""
         try:
             with open(self._log, "a+b") as file, _locked(file):
                 yield file
@@ -115,13 +161,21 @@ class AuditLog:
 
 
 def verify(folder: Path, kit: Path | None = None) -> tuple[int, list[Finding]]:
-    """(number of lines, what is wrong). kit: its authority and identity must be those of the signature.
+    """Verify an audit log.
 
-    Raises ConfigError where there is no log.
+    Args:
+        folder: Folder of audit.jsonl and audit.head.
+        kit: Folder of the kit that should have signed it. None: any signer is accepted.
+
+    Returns:
+        Number of lines, and the problems; an empty list if the log is intact.
+
+    Raises:
+        ConfigError: If there is no log in the folder.
     """
     log, head_file = folder / LOG_FILE, folder / HEAD_FILE
     if not log.exists():
-        raise ConfigError("there is no audit log here", where=str(log), fix="name the folder that holds audit.jsonl")
+        raise ConfigError("there is no audit log here", where=str(log), fix="pass the folder that holds audit.jsonl")
     findings, count, digest = [], 0, _FIRST
     digests = {0: _FIRST}
     for count, line in enumerate(log.read_bytes().splitlines(), 1):
@@ -135,7 +189,14 @@ def verify(folder: Path, kit: Path | None = None) -> tuple[int, list[Finding]]:
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a log, as they stand."""
+    """Read the lines of a log without verifying them.
+
+    Args:
+        folder: Folder of audit.jsonl.
+
+    Returns:
+        The fields of each line.
+    """
     return [json.loads(line) for line in (folder / LOG_FILE).read_text("utf-8").splitlines()]
 
 
@@ -145,12 +206,12 @@ def _checked(line: bytes, number: int, before: str) -> tuple[str, Mapping[str, A
         digest = entry.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
         return "is not an entry", {}
-    found = {**entry, "digest": digest}
+    line_fields = {**entry, "digest": digest}
     if digest != _digest(entry):
-        return "was edited", found
+        return "was edited", line_fields
     if entry.get("number") != number or entry.get("before") != before:
-        return "does not follow the line before it: one was removed, added or moved", found
-    return "", found
+        return "does not follow the line before it: one was removed, added or moved", line_fields
+    return "", line_fields
 
 
 def _head_problems(path: Path, digests: Mapping[int, str], count: int, kit: Path | None) -> Iterator[str]:
@@ -162,13 +223,13 @@ def _head_problems(path: Path, digests: Mapping[int, str], count: int, kit: Path
         yield f"{HEAD_FILE}, which signs the last line, is missing or cannot be read"
         return
     if not good:
-        yield f"the signature in {HEAD_FILE} does not hold"
+        yield f"the signature in {HEAD_FILE} is not valid"
     if number > count:
         yield f"{number - count} lines are missing at the end: line {number} was signed"
     elif digests.get(number) != digest:
         yield f"line {number} is not the one that was signed"
     if number < count:
-        yield f"{count - number} lines after the last signed one"
+        yield f"{count - number} lines follow the last signed one"
     if kit is not None:
         yield from _signer_problems(certificate, kit)
 
@@ -193,7 +254,7 @@ def _count(file: Any) -> int:
 
 
 def _last(file: Any) -> tuple[int, str]:
-    """(number, digest) of the last whole line. A line that a killed process left torn is ended, and so found out."""
+    """Return (number, digest) of the last line, after ending a line that a killed process left incomplete."""
     end = file.seek(0, os.SEEK_END)
     size = 4096
     while True:
@@ -225,7 +286,7 @@ def _signed_count(head: Path) -> int:
 
 @contextmanager
 def _locked(file: Any) -> Iterator[None]:
-    if os.name != "posix":  # one process at a time there
+    if os.name != "posix":  # other systems: only one process may use the log
         yield
         return
     import fcntl
@@ -238,7 +299,7 @@ def _locked(file: Any) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values, strings of a bounded length: what is logged may come from the network."""
+    """Return JSON values of bounded length, since what is logged may come from the network."""
     if isinstance(value, Mapping):
         return {str(name)[:200]: _plain(item) for name, item in list(value.items())[:100]}
     if isinstance(value, (list, tuple)):

@@ -1,10 +1,11 @@
-"""The certificate authority of a federation: a folder that only its keeper has, best on a machine without network.
+"""The certificate authority of a federation: a folder to keep private, best on a machine without network.
 
 authority/
     ca.pem, ca.key          the authority's certificate and its private key (mode 0600)
     project.yml             who may have a certificate, and with which role
-    issued/SERIAL.pem       every certificate that was signed
-    revoked.json, crl.pem   serials that no longer count; the list as the server takes it, signed
+    issued/SERIAL.pem       every certificate that was issued
+    revoked.json            serial number -> time of revocation
+    crl.pem                 the signed revocation list for the server (X.509 CRL)
 """
 
 from __future__ import annotations
@@ -42,10 +43,21 @@ _CRL_LIFETIME = timedelta(days=3650)
 
 
 class Authority:
-    """Signs for one federation. Used by one process at a time."""
+    """An existing certificate authority. Only one process may use it at a time.
+
+    Args:
+        folder: The authority's folder.
+
+    Attributes:
+        folder: The authority's folder.
+        pem: Its certificate.
+        project: Who may have a certificate, and with which role.
+
+    Raises:
+        ConfigError: If the folder holds no authority, or others can read its private key.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Open an authority that exists. Raises ConfigError where there is none, or its key lies open."""
         self.folder = folder
         self.pem = read_file(folder / "ca.pem", "certificate authority")
         key_file = folder / "ca.key"
@@ -55,7 +67,18 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, project: Project) -> Authority:
-        """A new authority for a project. Raises ConfigError if the folder has one already."""
+        """Create the authority of a new federation.
+
+        Args:
+            folder: Folder to create.
+            project: The federation's participants.
+
+        Returns:
+            The authority.
+
+        Raises:
+            ConfigError: If the folder holds an authority already.
+        """
         if (folder / "ca.key").exists():
             raise ConfigError(f"{folder} has an authority already", fix="choose another folder")
         key, now = new_key(), datetime.now(UTC)
@@ -82,11 +105,23 @@ class Authority:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the authority's public key: what two people compare over the telephone."""
+        """SHA-256 of the authority's public key, hexadecimal, for comparison over another channel."""
         return fingerprint(self._key.public_key())
 
     def issue(self, identity: Identity, key: PublicKey, *, days: float | None = None) -> bytes:
-        """A certificate for this identity and public key. days: its lifetime, the project's by default."""
+        """Issue a certificate.
+
+        Args:
+            identity: Who its holder is.
+            key: The holder's public key.
+            days: Lifetime in days; None takes the project's.
+
+        Returns:
+            The certificate as PEM, which is also recorded in the authority's folder.
+
+        Raises:
+            ConfigError: If it would be valid for longer than the authority's own certificate.
+        """
         now = datetime.now(UTC)
         lasts = timedelta(days=self.project.days if days is None else days)
         authority = load(self.pem)
@@ -120,35 +155,63 @@ class Authority:
         return pem
 
     def issued(self) -> Iterator[Certificate]:
-        """Every certificate that was signed, oldest first."""
-        found = [read_certificate(path.read_bytes()) for path in (self.folder / "issued").glob("*.pem")]
-        yield from sorted(found, key=lambda item: (item.not_before, item.serial))
+        """Yield every certificate that was issued, oldest first."""
+        certificates = [read_certificate(path.read_bytes()) for path in (self.folder / "issued").glob("*.pem")]
+        yield from sorted(certificates, key=lambda item: (item.not_before, item.serial))
 
     def newest(self, name: str) -> Certificate:
-        """The last certificate of `name` that was not revoked. ConfigError if there is none."""
+        """Return a participant's newest certificate that was not revoked.
+
+        Args:
+            name: Name of the participant.
+
+        Returns:
+            The certificate, which may have expired.
+
+        Raises:
+            ConfigError: If there is none.
+        """
         revoked = self.revoked()
-        found = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
-        if not found:
+        valid = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
+        if not valid:
             raise ConfigError(f"no certificate of {name} is valid", fix="see `fl-adapters cert list`")
-        return found[-1]
+        return valid[-1]
 
     def renew(self, name: str, *, days: float | None = None) -> bytes:
-        """A new certificate for the key of the newest one: the private key stays where it is."""
+        """Issue a new certificate for the key of a participant's newest one, so its private key need not change.
+
+        Args:
+            name: Name of the participant.
+            days: Lifetime in days; None takes the project's.
+
+        Returns:
+            The certificate as PEM.
+
+        Raises:
+            ConfigError: If there is no certificate to renew, or the project does not name the participant any more.
+        """
         old = self.newest(name)
         key = load(old.pem).public_key()
         assert isinstance(key, PublicKey)
         return self.issue(self.project.participant(name), key, days=days)
 
     def revoked(self) -> dict[int, str]:
-        """serial -> when, ISO 8601."""
+        """Return the revoked certificates: serial number -> time of revocation (ISO 8601)."""
         path = self.folder / "revoked.json"
         entries: dict[str, str] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         return {int(serial, 16): when for serial, when in entries.items()}
 
     def revoke(self, name: str) -> tuple[list[Certificate], bytes]:
-        """Revoke every certificate of `name` that still counts; (those, the new signed list).
+        """Revoke every valid certificate of a participant.
 
-        ConfigError if there is none.
+        Args:
+            name: Name of the participant.
+
+        Returns:
+            The revoked certificates, and the new signed revocation list as PEM.
+
+        Raises:
+            ConfigError: If there is no certificate to revoke.
         """
         revoked = self.revoked()
         mine = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
@@ -158,7 +221,7 @@ class Authority:
         return mine, self._sign_list({**revoked, **{item.serial: when for item in mine}})
 
     def sign(self, data: bytes) -> bytes:
-        """A signature that everybody who has ca.pem can check."""
+        """Sign data with the authority's key; ca.pem is enough to verify the signature."""
         return sign(self._key, data)
 
     def _sign_list(self, revoked: dict[int, str]) -> bytes:
@@ -181,7 +244,15 @@ class Authority:
 
 
 def save_project(folder: Path, project: Project) -> None:
-    """Keep the project beside the authority's key: it says who may have a certificate."""
+    """Write the project file into the authority's folder.
+
+    Args:
+        folder: The authority's folder.
+        project: Who may have a certificate.
+
+    Raises:
+        StoreError: If the file cannot be written.
+    """
     import yaml
 
     text = yaml.safe_dump(project.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

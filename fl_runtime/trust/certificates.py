@@ -1,7 +1,7 @@
-"""Keys, certificates and requests: X.509 with P-256 keys. PEM everywhere.
+"""Keys, certificates and signing requests: X.509 with P-256 keys, as PEM.
 
-P-256 rather than Ed25519, because BoringSSL, on which gRPC stands, takes no Ed25519 certificate unless told to,
-which gRPC's Python side cannot.
+The keys are P-256 rather than Ed25519, because BoringSSL, which gRPC uses, accepts Ed25519 certificates only after a
+setting that gRPC's Python interface does not offer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ PublicKey = ec.EllipticCurvePublicKey
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate that carries an identity. Times are aware, in UTC. fingerprint: SHA-256 of the public key."""
+    """A certificate that names one identity.
+
+    Attributes:
+        identity: Who its holder is.
+        serial: Serial number.
+        not_before: Start of its validity, with time zone UTC.
+        not_after: End of its validity, with time zone UTC.
+        fingerprint: SHA-256 of the public key, hexadecimal.
+        pem: The certificate itself.
+    """
 
     identity: Identity
     serial: int
@@ -35,42 +44,69 @@ class Certificate:
     pem: bytes
 
     def days_left(self, now: datetime | None = None) -> float:
-        """Days until it expires; negative once it has."""
+        """Return the number of days until it expires; negative after that.
+
+        Args:
+            now: The time to compare with; None for the current time.
+
+        Returns:
+            The number of days, with fractions.
+        """
         return (self.not_after - (now or datetime.now(UTC))).total_seconds() / 86_400
 
     @property
     def expires_soon(self) -> bool:
-        """Less than a third of its lifetime is left."""
+        """Whether less than a third of its lifetime is left."""
         return self.days_left() * 86_400 < (self.not_after - self.not_before).total_seconds() / 3
 
 
 def new_key() -> PrivateKey:
-    """A fresh P-256 key."""
+    """Make a random P-256 private key."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def key_pem(key: PrivateKey) -> bytes:
+    """Return a private key as unencrypted PEM (PKCS 8)."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def read_key(pem: bytes, where: str = "") -> PrivateKey:
-    """The private key in `pem`. ConfigError where there is none of our kind."""
+    """Read a private key.
+
+    Args:
+        pem: The key, unencrypted.
+        where: Its file, for the error message.
+
+    Returns:
+        The key.
+
+    Raises:
+        ConfigError: If it is not a P-256 key as PEM.
+    """
     try:
         key = serialization.load_pem_private_key(pem, None)
     except (ValueError, TypeError):
         key = None
     if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise ConfigError("this is no P-256 private key in PEM", where=where, fix="get a fresh startup kit")
+        raise ConfigError("this is not a P-256 private key in PEM", where=where, fix="get a new startup kit")
     return key
 
 
 @lru_cache(maxsize=4096)
 def read_certificate(pem: bytes) -> Certificate:
-    """The identity and dates of a certificate. Says nothing about who signed it: see `check_issued_by`.
+    """Read the identity and dates of a certificate. It does not check who signed it; see `check_issued_by`.
 
-    Raises PermissionDeniedError for one that does not carry exactly one identity.
+    Args:
+        pem: The certificate.
+
+    Returns:
+        What the certificate says.
+
+    Raises:
+        ConfigError: If it is not a certificate.
+        PermissionDeniedError: If it does not carry exactly one identity.
     """
     certificate = load(pem)
     try:
@@ -78,7 +114,7 @@ def read_certificate(pem: bytes) -> Certificate:
         (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
     except (x509.ExtensionNotFound, ValueError):
         raise PermissionDeniedError(
-            "the certificate does not say who its holder is", fix="use a certificate made by fl-adapters"
+            "the certificate does not name its holder", fix="use a certificate made by fl-adapters"
         ) from None
     return Certificate(
         identity=Identity.from_uri(uri),
@@ -91,19 +127,40 @@ def read_certificate(pem: bytes) -> Certificate:
 
 
 def load(pem: bytes, where: str = "") -> x509.Certificate:
+    """Parse a certificate.
+
+    Args:
+        pem: The certificate.
+        where: Its file, for the error message.
+
+    Returns:
+        The certificate as an object of `cryptography`.
+
+    Raises:
+        ConfigError: If it is not a certificate as PEM.
+    """
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError:
-        raise ConfigError("this is no certificate in PEM", where=where, fix="get a fresh startup kit") from None
+        raise ConfigError("this is not a certificate in PEM", where=where, fix="get a new startup kit") from None
 
 
 def ends(pem: bytes) -> datetime:
-    """When a certificate of whatever kind expires, in UTC."""
+    """Return the time (UTC) at which any certificate expires, also one without an identity."""
     return load(pem).not_valid_after_utc
 
 
 def check_issued_by(pem: bytes, authority_pem: bytes, where: str = "") -> None:
-    """ConfigError unless the authority has signed this certificate."""
+    """Check that an authority signed a certificate. It does not check dates or revocation.
+
+    Args:
+        pem: The certificate.
+        authority_pem: The authority's certificate.
+        where: The certificate's file, for the error message.
+
+    Raises:
+        ConfigError: If it did not.
+    """
     try:
         load(pem, where).verify_directly_issued_by(load(authority_pem))
     except (ValueError, TypeError, InvalidSignature):
@@ -115,7 +172,15 @@ def check_issued_by(pem: bytes, authority_pem: bytes, where: str = "") -> None:
 
 
 def request(key: PrivateKey, identity: Identity) -> bytes:
-    """A signing request: the public key and the identity asked for, signed by the key."""
+    """Make a certificate signing request.
+
+    Args:
+        key: The private key, which signs the request.
+        identity: The identity that the certificate shall name.
+
+    Returns:
+        The request as PEM.
+    """
     builder = x509.CertificateSigningRequestBuilder().subject_name(subject(identity.name))
     names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity.uri)])
     signed = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
@@ -123,38 +188,66 @@ def request(key: PrivateKey, identity: Identity) -> bytes:
 
 
 def read_request(pem: bytes, where: str = "") -> tuple[Identity, PublicKey]:
-    """Who asks, and for which key. ConfigError unless the request is signed by that key."""
+    """Read a certificate signing request.
+
+    Args:
+        pem: The request.
+        where: Its file, for the error message.
+
+    Returns:
+        The identity that it asks for, and the public key.
+
+    Raises:
+        ConfigError: If it is not a request made by fl-adapters, or not signed by its own key.
+        PermissionDeniedError: If the identity is not a valid one.
+    """
     try:
-        asked = x509.load_pem_x509_csr(pem)
-        names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        csr = x509.load_pem_x509_csr(pem)
+        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
-        valid, key = asked.is_signature_valid, asked.public_key()
+        valid, key = csr.is_signature_valid, csr.public_key()
     except (ValueError, x509.ExtensionNotFound):
         valid, key, uri = False, None, ""
     if not valid or not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ConfigError(
-            "this is no signing request of fl-adapters", where=where, fix="make one with `fl-adapters cert request`"
+            "this is not a signing request made by fl-adapters",
+            where=where,
+            fix="make one with `fl-adapters cert request`",
         )
     return Identity.from_uri(uri), key
 
 
 def subject(name: str) -> x509.Name:
+    """Return the X.509 subject for a name. It is for human readers; the identity is in the URI name."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
 def fingerprint(key: PublicKey) -> str:
-    """SHA-256 of the public key, in hexadecimal."""
+    """Return the SHA-256 of a public key, hexadecimal."""
     digest = hashes.Hash(hashes.SHA256())
     digest.update(key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
     return digest.finalize().hex()
 
 
 def sign(key: PrivateKey, data: bytes) -> bytes:
+    """Sign data with ECDSA and SHA-256."""
     return key.sign(data, ec.ECDSA(hashes.SHA256()))
 
 
 def signed_by(certificate_pem: bytes, data: bytes, signature: bytes) -> bool:
-    """Whether the holder of the certificate's key has signed `data`."""
+    """Verify a signature.
+
+    Args:
+        certificate_pem: Certificate of the signer.
+        data: The signed data.
+        signature: The signature made by `sign`.
+
+    Returns:
+        Whether the key of this certificate signed the data.
+
+    Raises:
+        ConfigError: If the certificate cannot be parsed.
+    """
     key = load(certificate_pem).public_key()
     assert isinstance(key, PublicKey)
     try:

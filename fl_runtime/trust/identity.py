@@ -1,4 +1,9 @@
-"""Who somebody is in a federation: what a certificate says in its one URI name."""
+"""Identities: who a participant of a federation is, as its certificate says in its URI name.
+
+    fl-adapters://FEDERATION/KIND/NAME?organisation=ORGANISATION[&role=ROLE]
+
+KIND is "server", "site" or "admin"; admins alone have a role. Parts are percent-encoded.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True)
 class Identity:
-    """One participant. role: of an admin, "" for servers and sites. Raises ConfigError for what cannot be one."""
+    """One participant of a federation.
+
+    Attributes:
+        federation: Name of the federation.
+        kind: "server", "site" or "admin".
+        name: Name of the participant, unique in the federation.
+        organisation: The organisation that it belongs to.
+        role: Role of an admin; "" for servers and sites.
+
+    Raises:
+        ConfigError: If a name is not usable, or kind and role do not fit.
+    """
 
     federation: str
     kind: Kind
@@ -33,11 +49,11 @@ class Identity:
         for field in ("federation", "name", "organisation"):
             check_name(getattr(self, field), field)
         if self.kind not in KINDS:
-            raise ConfigError(f"{self.kind!r} is no kind of participant", fix=f"one of {', '.join(KINDS)}")
+            raise ConfigError(f"{self.kind!r} is not a kind of participant", fix=f"use one of {', '.join(KINDS)}")
         if (self.kind == "admin") != bool(self.role) or (self.role and self.role not in ROLES):
             raise ConfigError(
                 f"{self.name} is of kind {self.kind} and has the role {self.role!r}",
-                fix=f"an admin has one of the roles {', '.join(ROLES)}, others have none",
+                fix=f"give an admin one of the roles {', '.join(ROLES)}, and other participants none",
             )
 
     def __str__(self) -> str:
@@ -45,13 +61,23 @@ class Identity:
 
     @property
     def uri(self) -> str:
-        """Such as fl-adapters://study/site/north?organisation=north-hospital."""
+        """The identity as a URI, such as fl-adapters://study/site/north?organisation=north-hospital."""
         query = {"organisation": self.organisation, **({"role": self.role} if self.role else {})}
         return f"{_SCHEME}://{quote(self.federation)}/{self.kind}/{quote(self.name, safe='')}?{urlencode(query)}"
 
     @classmethod
     def from_uri(cls, uri: str) -> Identity:
-        """The identity that `uri` says; PermissionDeniedError where it says none."""
+        """Read an identity from its URI.
+
+        Args:
+            uri: The URI, usually from a certificate.
+
+        Returns:
+            The identity.
+
+        Raises:
+            PermissionDeniedError: If the URI is not a valid identity.
+        """
         try:
             parts = urlsplit(uri)
             _, kind, name = parts.path.split("/")
@@ -68,12 +94,20 @@ class Identity:
             )
         except (ValueError, KeyError, ConfigError):
             raise PermissionDeniedError(
-                f"{uri[:200]!r} does not say who somebody is", fix="use a certificate made by fl-adapters"
+                f"{uri[:200]!r} is not the identity of a participant", fix="use a certificate made by fl-adapters"
             ) from None
 
 
 def check_name(name: object, field: str) -> None:
-    """Raises ConfigError for a name that cannot be a folder's and stand in a certificate."""
+    """Check that a name can be used in certificates and as a folder.
+
+    Args:
+        name: The name.
+        field: What it names, for the error message.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
             f"{field} cannot be {name!r}",

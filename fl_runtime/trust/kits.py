@@ -1,13 +1,13 @@
-"""Startup kits: one folder per participant, all that it needs to take part.
+"""Startup kits: a folder for each participant with all that it needs to take part.
 
 kit/
-    kit.json                who this is, and the server's address
+    kit.json                who the participant is, and the server's address
     ca.pem                  the authority's certificate
-    manifest.json, .sig     digests of the two files above, signed by the authority
-    certificate.pem         this participant's certificate; replaced when it is renewed
-    key.pem                 its private key, mode 0600; made here where `cert request` is used
-    policy.yml              of a site: what may leave it; to be edited by the site
-    crl.pem                 of the server: certificates that no longer count
+    manifest.json, .sig     SHA-256 of the two files above, and the authority's signature of that
+    certificate.pem         the participant's certificate; replaced when it is renewed
+    key.pem                 its private key, mode 0600; `cert request` makes it here
+    policy.yml              sites only: what may leave the site; the site edits it
+    crl.pem                 server only: the revocation list
 """
 
 from __future__ import annotations
@@ -46,9 +46,16 @@ _SIGNED = (KIT_FILE, CA)
 
 @dataclass(frozen=True)
 class StartupKit:
-    """A kit that has been read and checked. address: the server's, host:port. listen: what the server binds.
+    """A kit that has been read and verified.
 
-    sites: names of the project's sites, in order.
+    Attributes:
+        folder: The kit's folder.
+        identity: Who its participant is.
+        address: The server's address as sites reach it, "host:port".
+        listen: "host:port" that the server binds; empty in other kits.
+        sites: Names of the federation's sites, in order.
+        certificate: The participant's certificate.
+        authority: Fingerprint of the authority, see `authority_fingerprint`.
     """
 
     folder: Path
@@ -61,11 +68,24 @@ class StartupKit:
 
     @property
     def policy_file(self) -> Path:
+        """Path of the site's policy."""
         return self.folder / POLICY_FILE
 
 
 def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_key: bool = True) -> None:
-    """A participant's kit. with_key=False: the participant makes its own with `cert request`, here is none."""
+    """Write the kit of a participant.
+
+    Args:
+        folder: The kit's folder; created if missing.
+        authority: The authority that signs it.
+        identity: The participant.
+        with_key: Whether to make its private key and certificate here. Otherwise the participant makes the key with
+            `fl-adapters cert request`.
+
+    Raises:
+        StoreError: If a file cannot be written.
+        ConfigError: If the certificate would outlive the authority.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_file(folder / KIT_FILE, json.dumps(_fields(authority, identity), indent=1).encode())
     write_file(folder / CA, authority.pem)
@@ -84,7 +104,7 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
 
 
 def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
-    """What kit.json says. job, site, index, count, server and token are what a training script looks for."""
+    """Return the fields of kit.json. Training scripts read job, site, index, count, server and token."""
     project = authority.project
     sites = [site.name for site in project.sites]
     listen = project.server.listen or f"0.0.0.0:{project.server.address.rpartition(':')[2]}"
@@ -105,16 +125,24 @@ def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
 
 
 def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
-    """A kit with all that can be checked without a connection checked. Raises ConfigError that names the file.
+    """Read a kit and verify everything that can be verified without a connection.
 
-    kind: what it must be a kit of.
+    Args:
+        folder: The kit's folder.
+        kind: "server", "site" or "admin" to accept only such a kit; "" accepts any.
+
+    Returns:
+        The kit.
+
+    Raises:
+        ConfigError: If it is not a complete and valid kit; the message names the file.
     """
     identity, fields = read_unsigned(folder)
     if kind and identity.kind != kind:
         raise ConfigError(
-            f"this is the kit of {identity}, and what is needed is the kit of a {kind}",
+            f"this is the kit of {identity}, but the kit of a {kind} is needed",
             where=str(folder),
-            fix=f"use the kit of a {kind}",
+            fix=f"pass the kit of a {kind}",
         )
     certificate_file, key_file = folder / CERTIFICATE, folder / KEY
     if not certificate_file.exists():
@@ -128,7 +156,7 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
     check_private(key_file)
     if fingerprint(_key(key_file).public_key()) != certificate.fingerprint:
         raise ConfigError(
-            "the private key does not belong to the certificate", where=str(key_file), fix="get a fresh startup kit"
+            "the private key does not belong to the certificate", where=str(key_file), fix="get a new startup kit"
         )
     return StartupKit(
         folder=folder.resolve(),
@@ -142,33 +170,58 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
 
 
 def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:
-    """Who a kit is for, and its kit.json, of a kit that may still be without a certificate. Checks the manifest."""
+    """Read a kit that may not have a certificate yet, and verify its manifest.
+
+    Args:
+        folder: The kit's folder.
+
+    Returns:
+        The participant's identity, and the fields of kit.json.
+
+    Raises:
+        ConfigError: If a file is missing or was changed, or the manifest's signature is not valid.
+    """
     data = read_file(folder / KIT_FILE, "startup kit")
     manifest, signature = folder / "manifest.json", folder / "manifest.sig"
     if not manifest.exists() and b'"simulated"' in data:
-        raise ConfigError("this is the kit of a simulation", where=str(folder), fix="use one made by `provision`")
+        raise ConfigError(
+            "this is the kit of a simulation", where=str(folder), fix="pass a kit made by `fl-adapters provision`"
+        )
     listed, ca = read_file(manifest, "manifest"), read_file(folder / CA, "authority's certificate")
     if not signed_by(ca, listed, read_file(signature, "manifest's signature")):
-        raise ConfigError("the manifest's signature does not hold", where=str(manifest), fix=_FRESH)
+        raise ConfigError("the manifest's signature is not valid", where=str(manifest), fix=_NEW_KIT)
     for name, digest in json.loads(listed)["files"].items():
         if hashlib.sha256(read_file(folder / name, "file of the kit")).hexdigest() != digest:
-            raise ConfigError(f"{name} was changed after the kit was made", where=str(folder / name), fix=_FRESH)
+            raise ConfigError(f"{name} was changed after the kit was made", where=str(folder / name), fix=_NEW_KIT)
     fields = json.loads(data)
     if fields.get("format") != KIT_FORMAT:
         raise ConfigError(f"this kit has format {fields.get('format')!r}", where=str(folder), fix="upgrade fl-adapters")
     return Identity.from_uri(fields["identity"]), fields
 
 
-_FRESH = "get a fresh startup kit; only policy.yml is meant to be edited"
+_NEW_KIT = "get a new startup kit; only policy.yml is meant to be edited"
 
 
 def checked_certificate(pem: bytes, ca: bytes, identity: Identity, where: str) -> Certificate:
-    """ConfigError unless the authority has given this certificate to this identity."""
+    """Check that an authority issued a certificate to an identity.
+
+    Args:
+        pem: The certificate.
+        ca: The authority's certificate.
+        identity: The expected holder.
+        where: The certificate's file, for the error message.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ConfigError: If the authority did not sign it, or its holder is another one.
+    """
     check_issued_by(pem, ca, where)
     certificate = read_certificate(pem)
     if certificate.identity != identity:
         raise ConfigError(
-            f"the certificate is that of {certificate.identity}, the kit that of {identity}",
+            f"the certificate is for {certificate.identity}, but the kit is for {identity}",
             where=where,
             fix="install the certificate that was made for this kit",
         )
@@ -176,9 +229,18 @@ def checked_certificate(pem: bytes, ca: bytes, identity: Identity, where: str) -
 
 
 def make_request(folder: Path) -> Path:
-    """A new private key in the kit, which never leaves it, and the request to have it signed; the request's path.
+    """Make a new private key in a kit, and the request to have it signed.
 
-    The key takes effect with `install`: a kit that is in use goes on with the old one until then.
+    The private key never leaves the kit. It takes effect with `install`; a kit in use keeps its old key until then.
+
+    Args:
+        folder: The kit's folder.
+
+    Returns:
+        Path of the request, to be sent to the authority.
+
+    Raises:
+        ConfigError: If the kit is not valid.
     """
     identity, _ = read_unsigned(folder)
     key = new_key()
@@ -188,9 +250,18 @@ def make_request(folder: Path) -> Path:
 
 
 def install(folder: Path, pem: bytes, where: str) -> Certificate:
-    """Put a signed or renewed certificate into its kit. Processes that use the kit take it up by themselves.
+    """Install a new or renewed certificate in its kit. Running processes that use the kit load it by themselves.
 
-    ConfigError if it is not this kit's, or is for a key that the kit does not have.
+    Args:
+        folder: The kit's folder.
+        pem: The certificate.
+        where: The certificate's file, for the error message.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ConfigError: If the certificate is not for this kit, or for a key that the kit does not have.
     """
     identity, _ = read_unsigned(folder)
     certificate = checked_certificate(pem, (folder / CA).read_bytes(), identity, where)
@@ -211,7 +282,7 @@ def install(folder: Path, pem: bytes, where: str) -> Certificate:
 
 
 def authority_fingerprint(ca_pem: bytes) -> str:
-    """SHA-256 of the authority's public key."""
+    """Return the SHA-256 of an authority's public key, hexadecimal."""
     key = load(ca_pem).public_key()
     assert isinstance(key, PublicKey)
     return fingerprint(key)

@@ -1,4 +1,4 @@
-"""Who may make which call: one table. docs/permissions.md is made from it."""
+"""Permissions: the table of who may make which call. docs/permissions.md is generated from it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from fl_runtime.errors import PermissionDeniedError
 from fl_runtime.trust.identity import ROLES, Identity
 
 Scope: TypeAlias = Literal["itself", "own", "organisation", "any"]
-"""What a call may concern: the caller alone; jobs that it submitted; jobs of its organisation; everything."""
+"""What a call may concern: the caller itself, its own jobs, jobs of its organisation, or any job."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One call. allowed: the kind of participant, or an admin's role -> what the call may concern."""
+    """The permissions for one call.
+
+    Attributes:
+        does: What the call does, as the continuation of "may".
+        allowed: Kind of participant, or role of an admin -> what the call may concern.
+    """
 
     does: str
     allowed: Mapping[str, Scope]
@@ -27,8 +32,8 @@ _ADMINS: Mapping[str, Scope] = dict.fromkeys(ROLES, "any")
 TABLE: Mapping[str, Rule] = {
     "Assignment": Rule("learn which job waits for this site", _SITE),
     "Join": Rule("join a job as one of its sites", _SITE),
-    "Register": Rule("say which tensors it exchanges", _SITE),
-    "Attend": Rule("be seen to be there", _SITE),
+    "Register": Rule("register the tensors it exchanges", _SITE),
+    "Attend": Rule("keep its session open", _SITE),
     "Next": Rule("fetch a task and the global model", _SITE),
     "Submit": Rule("send an update", _SITE),
     "Score": Rule("send metrics of a global model", _SITE),
@@ -43,27 +48,45 @@ TABLE: Mapping[str, Rule] = {
     ),
     "Revoke": Rule("put a newer revocation list in force", {"project-admin": "any"}),
 }
-"""Call -> rule. A call that is not here is nobody's."""
+"""Call -> rule. Calls that are missing here are refused to everyone."""
 
 
 def check(caller: Identity, call: str) -> None:
-    """PermissionDeniedError unless the table lets somebody like the caller make this call."""
+    """Check that a participant may make a call at all.
+
+    Args:
+        caller: Who makes the call, as its certificate says.
+        call: Name of the call, a key of `TABLE`.
+
+    Raises:
+        PermissionDeniedError: If the table does not allow it.
+    """
     rule = TABLE.get(call)
     if rule is None or _holder(caller) not in rule.allowed:
         raise denied(caller, call)
 
 
 def check_job(caller: Identity, call: str, submitter: Identity) -> None:
-    """PermissionDeniedError unless the caller may do this to a job of that submitter."""
+    """Check that a participant may make a call about a particular job.
+
+    Args:
+        caller: Who makes the call, as its certificate says.
+        call: Name of the call, a key of `TABLE`.
+        submitter: Who submitted the job.
+
+    Raises:
+        PermissionDeniedError: If the table does not allow it for this job.
+    """
     check(caller, call)
     scope = TABLE[call].allowed[_holder(caller)]
     own = caller.name == submitter.name
     fits = {"any": True, "organisation": caller.organisation == submitter.organisation, "own": own, "itself": own}
     if not fits[scope]:
-        raise denied(caller, call, f", only {_SCOPES[scope]}; this one is of {submitter}")
+        raise denied(caller, call, f", only {_SCOPES[scope]}; this one was submitted by {submitter}")
 
 
 def denied(caller: Identity, call: str, detail: str = "") -> PermissionDeniedError:
+    """Make the error for a refused call, to be raised by the caller of this function."""
     rule = TABLE.get(call)
     who = ", ".join(rule.allowed) if rule else "nobody"
     return PermissionDeniedError(
@@ -86,14 +109,14 @@ _SCOPES: Mapping[Scope, str] = {
 
 
 def as_markdown() -> str:
-    """The table as docs/permissions.md shows it."""
+    """Return the contents of docs/permissions.md."""
     holders = ("site", *ROLES)
     lines = [
         "# Who may do what",
         "",
-        "Made from `fl_runtime/trust/permissions.py` by `make permissions`; do not edit. The server checks every call",
-        "against this table before anything of it is read. The caller is who its certificate says; a name within a",
-        "message counts for nothing. A site's policy can narrow further: see [production.md](production.md).",
+        "For admins who assign roles. Generated from `fl_runtime/trust/permissions.py` by `make permissions`; do not",
+        "edit. The server checks every call against this table before it reads the messages. The caller's certificate",
+        "alone says who it is. A site's policy can be stricter: see [production.md](production.md).",
         "",
         f"| call | to | {' | '.join(holders)} |",
         f"|---|---|{'---|' * len(holders)}",

@@ -1,4 +1,4 @@
-"""The site's policy: what may leave it and who may ask it to work, whatever the job says. A YAML file to edit."""
+"""A site's policy: what may leave the site, and whose jobs it takes part in. It overrules every job."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ POLICY_FILE = "policy.yml"
 ADAPTERS_ONLY = ("*lora_*", "*ia3_*", "*prompt_encoder*", "*prompt_embeddings*", "*adapter*", "*modules_to_save*")
 
 TEMPLATE = """\
-# What may leave this site, and who may ask it to work. It wins over whatever a job says. This file is read again when
-# it changes and takes effect with the next round. A line with # in front is an example, and off.
+# What may leave this site, and whose jobs it takes part in. This file overrules every job. Changes take effect with the
+# next round. Lines that begin with # are examples and have no effect.
 
 # Filters that always run on updates, after the job's own, in this order.
 filters: []
@@ -28,24 +28,24 @@ filters: []
 #  - {name: RoundMetrics, decimals: 2}
 #  - {name: Examples, equal: true}
 
-# Names (patterns) of the tensors that may travel; "adapters" stands for those of PEFT adapters.
+# Name patterns of the tensors that may leave this site; "adapters" stands for those of PEFT adapters.
 # exchange: adapters
 # exchange: ["encoder.*"]
 
-# Whether this site's own weights may be those that the run begins with. Filters do not reach them.
+# Whether this site's own weights may become the initial global model. Filters are not applied to them.
 # initial: false
 
-# Whether this site takes part in jobs with cross_site, where the others evaluate its own model on their data.
+# Whether this site takes part in jobs with cross_site: there, the other sites evaluate this site's model on their data.
 # cross_site: false
 
-# The largest update of one round, in bytes.
+# Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
 
-# Why this site leaves, and the versions of its software, as free text.
+# Whether to send free text: the reason when this site leaves, and the versions of its software.
 # reasons: false
 # info: false
 
-# The budget that filters with a privacy ledger must keep.
+# Privacy budget: the largest total that filters with a ledger may spend.
 # privacy: {epsilon: 8.0, delta: 1.0e-5}
 
 # Strategies and adapters that may be used.
@@ -55,7 +55,7 @@ filters: []
 # Whose jobs this site takes part in.
 # submitters: {roles: [lead, project-admin], organisations: own}
 
-# The local command for each job's `app`, for `fl-adapters run` without a command.
+# The local command for a job's `app`, used by `fl-adapters run` without a command.
 # apps: {tumour: "python /opt/train/train_federated.py"}
 
 # resources: {gpus: ["0"], processes: 1}
@@ -67,7 +67,13 @@ class _Part(BaseModel):
 
 
 class Submitters(_Part):
-    """Whose jobs count; None and empty do not limit. organisations: names, or "own": the site's own alone."""
+    """Whose jobs a site takes part in. A submitter must satisfy every field that is not None.
+
+    Attributes:
+        roles: Accepted roles of admins; None accepts every role.
+        organisations: Accepted organisations, or "own" for the site's own organisation only; None accepts every one.
+        names: Accepted names of admins; None accepts everyone.
+    """
 
     roles: tuple[Role, ...] | None = None
     organisations: Literal["own"] | tuple[str, ...] | None = None
@@ -75,21 +81,48 @@ class Submitters(_Part):
 
 
 class Privacy(_Part):
-    """The most that may be spent, in total. Kept by the filters that have a ledger."""
+    """Largest total privacy cost that this site's filters may spend, over all jobs.
+
+    Attributes:
+        epsilon: Greater than 0.
+        delta: Between 0 and 1, both excluded.
+    """
 
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
 
 
 class Resources(_Part):
-    """gpus: the devices that commands see; None leaves that alone. processes: commands at a time."""
+    """What the local commands of a site may use.
+
+    Attributes:
+        gpus: Devices that commands see (`CUDA_VISIBLE_DEVICES`); None does not change the environment.
+        processes: Largest number of commands at a time, at least 1; None does not limit it.
+    """
 
     gpus: tuple[str, ...] | None = None
     processes: int | None = Field(default=None, ge=1)
 
 
 class Policy(_Part):
-    """What the file says. None does not limit."""
+    """The contents of policy.yml. The defaults limit nothing.
+
+    Attributes:
+        filters: Filters that always run on updates, after the job's own, in order; each with "name" and arguments.
+        exchange: Name patterns (`fnmatch`) of the tensors that may leave the site. "adapters" in the file stands for
+            those of PEFT adapters. None allows all.
+        initial: Whether the site's weights may become the initial global model.
+        cross_site: Whether the site takes part in jobs in which other sites evaluate its model.
+        max_round_bytes: Largest update of one round, in bytes; None does not limit it.
+        reasons: Whether the site may send the reason for which it leaves, which is free text.
+        info: Whether the site may send the versions of its software.
+        privacy: Privacy budget; None sets no limit.
+        strategies: Accepted strategies, by name or full text; None accepts every one.
+        adapters: Accepted adapters by short name, such as "hf"; None accepts every one.
+        submitters: Whose jobs the site takes part in.
+        apps: A job's `app` -> the local command that runs it.
+        resources: What local commands may use.
+    """
 
     filters: tuple[dict[str, Any], ...] = ()
     exchange: tuple[str, ...] | None = None
@@ -113,31 +146,64 @@ class Policy(_Part):
     # -- may this site take part? ----------------------------------------------------------------------------
 
     def check_strategy(self, job: str, strategy: str, site: Identity) -> None:
-        """PermissionDeniedError if this site does not take part in a job with this strategy (a spec, or its name)."""
+        """Check that the site takes part in jobs with this strategy.
+
+        Args:
+            job: Name of the job, for the message.
+            strategy: The strategy's text, such as "fedadam:lr=0.1".
+            site: This site.
+
+        Raises:
+            PermissionDeniedError: If it does not.
+        """
         kind = strategy.partition(":")[0]
         if self.strategies is not None and kind not in self.strategies and strategy not in self.strategies:
             raise _denied(site, f"take part in {job}", f"strategies: {kind} is not one of {_listed(self.strategies)}")
 
     def check_cross_site(self, job: str, site: Identity) -> None:
-        """PermissionDeniedError if this site's own model may not be handed to the others."""
+        """Check that the site's own model may be sent to other sites for evaluation.
+
+        Args:
+            job: Name of the job, for the message.
+            site: This site.
+
+        Raises:
+            PermissionDeniedError: If it may not.
+        """
         if not self.cross_site:
-            raise _denied(
-                site, f"take part in {job}, which hands every site's model to the others", "cross_site: false"
-            )
+            action = f"take part in {job}, which sends every site's model to the others"
+            raise _denied(site, action, "cross_site: false")
 
     def check_submitter(self, job: str, submitter: Identity | None, site: Identity) -> None:
-        """PermissionDeniedError if this site takes no part in jobs of theirs. submitter: None where nobody says."""
+        """Check that the site takes part in jobs of this submitter.
+
+        Args:
+            job: Name of the job, for the message.
+            submitter: Who submitted it; None if unknown.
+            site: This site.
+
+        Raises:
+            PermissionDeniedError: If it does not.
+        """
         rules = self.submitters
         owners = (site.organisation,) if rules.organisations == "own" else rules.organisations
         for field, allowed in (("role", rules.roles), ("organisation", owners), ("name", rules.names)):
             value = getattr(submitter, field) if submitter else "unknown"
             if allowed is not None and value not in allowed:
-                by = submitter or "somebody unknown"
+                by = submitter or "an unknown person"
                 rule = f"submitters: {field} {value} is not one of {_listed(allowed)}"
                 raise _denied(site, f"take part in {job}, submitted by {by}", rule)
 
     def check_adapter(self, framework: str, site: Identity) -> None:
-        """framework: the adapter's short name, such as hf."""
+        """Check that this adapter may be used at the site.
+
+        Args:
+            framework: The adapter's short name, such as "hf".
+            site: This site.
+
+        Raises:
+            PermissionDeniedError: If it may not.
+        """
         if self.adapters is not None and framework not in self.adapters:
             rule = f"adapters: {framework} is not one of {_listed(self.adapters)}"
             raise _denied(site, f"use the adapter {framework}", rule)
@@ -145,26 +211,47 @@ class Policy(_Part):
     # -- may this leave? -------------------------------------------------------------------------------------
 
     def check_names(self, names: Iterable[str], site: Identity) -> None:
-        """PermissionDeniedError naming the tensors that may not travel."""
+        """Check that these tensors may leave the site.
+
+        Args:
+            names: Names of tensors.
+            site: This site.
+
+        Raises:
+            PermissionDeniedError: If one may not; the message names up to five.
+        """
         if self.exchange is None:
             return
-        held = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.exchange)]
-        if held:
-            shown = f"{_listed(held[:5])}{f' and {len(held) - 5} more' if len(held) > 5 else ''}"
-            raise _denied(site, f"send {shown}", f"exchange: {_listed(self.exchange)}")
+        refused = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.exchange)]
+        if refused:
+            listed = f"{_listed(refused[:5])}{f' and {len(refused) - 5} more' if len(refused) > 5 else ''}"
+            raise _denied(site, f"send {listed}", f"exchange: {_listed(self.exchange)}")
 
     def check_initial(self, site: Identity) -> None:
+        """Check that the site's weights may become the initial model; PermissionDeniedError if they may not."""
         if not self.initial:
-            raise _denied(site, "send the weights that the run begins with", "initial: false")
+            raise _denied(site, "send its weights as the initial model", "initial: false")
 
     def check_bytes(self, size_bytes: int, site: Identity) -> None:
+        """Check the size of an update against `max_round_bytes`; PermissionDeniedError if it is too large."""
         if self.max_round_bytes is not None and size_bytes > self.max_round_bytes:
             rule = f"max_round_bytes: {self.max_round_bytes}"
             raise _denied(site, f"send an update of {size_bytes} bytes", rule)
 
 
 class PolicyFile:
-    """A policy that is read again when its file has changed. A file that cannot be read lets nothing leave."""
+    """A policy that is read again when its file changes. If the file cannot be read, nothing may leave the site.
+
+    Args:
+        path: The policy file.
+
+    Attributes:
+        path: The policy file.
+        current: The policy as last read.
+
+    Raises:
+        ConfigError: If the file cannot be read or is not a valid policy.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,16 +260,23 @@ class PolicyFile:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read the file if it has changed since; True if it has. Raises ConfigError that says what is wrong."""
+        """Read the file again if it has changed.
+
+        Returns:
+            Whether it had changed.
+
+        Raises:
+            ConfigError: If the file cannot be read or is not a valid policy.
+        """
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except OSError as error:
             raise ConfigError(
                 f"the site's policy cannot be read: {error.strerror}",
                 where=str(self.path),
-                fix="nothing leaves the site without one; an empty file limits nothing",
+                fix="restore the file: without a policy nothing leaves the site. An empty file limits nothing",
             ) from None
-        stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if stamp == self._stamp:
             return False
         self.current = read_policy(self.path)
@@ -191,16 +285,28 @@ class PolicyFile:
 
 
 def read_policy(path: Path) -> Policy:
-    """The policy in a YAML file; an empty one limits nothing. Raises ConfigError."""
+    """Read a policy file.
+
+    Args:
+        path: A YAML file; an empty one limits nothing.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not YAML, or has unknown or invalid fields.
+    """
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Policy.model_validate(fields or {})
     except OSError as error:
         raise ConfigError(
-            f"the policy cannot be read: {error.strerror}", where=str(path), fix="check the file"
+            f"the policy cannot be read: {error.strerror}", where=str(path), fix="check the path and its permissions"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the policy is not YAML: {error}", where=str(path), fix="correct it there") from None
+        raise ConfigError(
+            f"the policy is not valid YAML: {error}", where=str(path), fix="correct the file at that place"
+        ) from None
     except ValidationError as error:
         fix = "the settings are: " + ", ".join(Policy.model_fields)
         raise ConfigError(findings(error), where=str(path), fix=fix) from None
@@ -210,7 +316,7 @@ def _denied(site: Identity, action: str, rule: str) -> PermissionDeniedError:
     return PermissionDeniedError(
         f"{site} may not {action}",
         where=f"rule {rule} (the site's {POLICY_FILE})",
-        fix="the site's policy decides; change the job, or have the site change its policy",
+        fix="change the job, or ask the site to change its policy",
     )
 
 

@@ -1,4 +1,15 @@
-"""The project file: who takes part in a federation. YAML, checked when it is read."""
+"""The project file: a YAML file that says who takes part in a federation.
+
+Example:
+    federation: tumour-study
+    server: {address: "fl.example.org:8443"}
+    sites:
+      - {name: north, organisation: north-hospital}
+      - {name: south, organisation: south-hospital}
+    admins:
+      - {name: ada, organisation: north-hospital, role: project-admin}
+    days: 90
+"""
 
 from __future__ import annotations
 
@@ -21,8 +32,14 @@ class _Part(BaseModel):
 
 
 class ServerEntry(_Part):
-    """address: host:port under which the sites reach it. listen: host and port that it binds, by default all
-    interfaces and the same port."""
+    """The server in a project file.
+
+    Attributes:
+        name: Its name, which is also that of its kit.
+        address: "host:port" at which sites and admins reach it.
+        listen: "host:port" that it binds; empty for all interfaces and the port of `address`.
+        organisation: Who runs it; empty for the federation's name.
+    """
 
     name: str = "server"
     address: str
@@ -31,18 +48,45 @@ class ServerEntry(_Part):
 
 
 class SiteEntry(_Part):
+    """A site in a project file.
+
+    Attributes:
+        name: Its name, unique in the federation. "authority", "global", "local" and names with "@" are reserved.
+        organisation: The organisation that runs it.
+    """
+
     name: str
     organisation: str
 
 
 class AdminEntry(_Part):
+    """An admin in a project file.
+
+    Attributes:
+        name: Name of the person, unique in the federation.
+        organisation: The organisation of the person.
+        role: What the person may do, see docs/permissions.md.
+    """
+
     name: str
     organisation: str
     role: Role
 
 
 class Project(_Part):
-    """A federation's participants. days: lifetime of their certificates; authority_days: of the authority's own."""
+    """The contents of a project file.
+
+    Attributes:
+        federation: Name of the federation.
+        server: The server.
+        sites: The sites, at least one.
+        admins: The admins.
+        days: Lifetime of participants' certificates in days, greater than 0 and at most 825.
+        authority_days: Lifetime of the authority's certificate in days, greater than 0 and at most 3653.
+
+    Raises:
+        ConfigError: If a name or address is not usable, or a name is used twice.
+    """
 
     federation: str
     server: ServerEntry
@@ -61,7 +105,7 @@ class Project(_Part):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or "authority" in names:
             raise ConfigError(
-                f"the name {(twice or ['authority'])[0]!r} is taken", fix="give everybody a name of its own"
+                f"the name {(twice or ['authority'])[0]!r} is taken", fix="give every participant a name of its own"
             )
         for site in self.sites:
             if "@" in site.name or site.name in ("global", "local"):
@@ -69,7 +113,7 @@ class Project(_Part):
         return self
 
     def participants(self) -> Iterator[Identity]:
-        """Everybody who gets a kit; the server first."""
+        """Yield the identity of every participant: the server, the sites, the admins."""
         server = self.server
         yield Identity(self.federation, "server", server.name, server.organisation or self.federation)
         for site in self.sites:
@@ -78,7 +122,17 @@ class Project(_Part):
             yield Identity(self.federation, "admin", admin.name, admin.organisation, admin.role)
 
     def participant(self, name: str) -> Identity:
-        """ConfigError if the project names nobody so."""
+        """Return the identity of a participant.
+
+        Args:
+            name: Name of the participant.
+
+        Returns:
+            Its identity.
+
+        Raises:
+            ConfigError: If the project has no participant of this name.
+        """
         for identity in self.participants():
             if identity.name == name:
                 return identity
@@ -89,7 +143,17 @@ class Project(_Part):
 
 
 def read_project(path: Path) -> Project:
-    """The project in a YAML file. Raises ConfigError that names the file and what is wrong."""
+    """Read a project file.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The project.
+
+    Raises:
+        ConfigError: If the file cannot be read or is not a valid project; the message names the fields.
+    """
     try:
         fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -97,7 +161,9 @@ def read_project(path: Path) -> Project:
             f"the project cannot be read: {error.strerror}", where=str(path), fix="check the path"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the project is not YAML: {error}", where=str(path), fix="correct it there") from None
+        raise ConfigError(
+            f"the project is not valid YAML: {error}", where=str(path), fix="correct the file at that place"
+        ) from None
     try:
         return Project.model_validate(fields)
     except ValidationError as error:
@@ -106,7 +172,7 @@ def read_project(path: Path) -> Project:
         raise ConfigError(error.what, where=str(path), fix=error.fix) from None
 
 
-_PLAINLY = {
+_PLAIN_WORDS = {
     "missing": "is missing",
     "extra_forbidden": "is not a field here",
     "model_type": "should be fields, each with its value",
@@ -117,20 +183,37 @@ _PLAINLY = {
 
 
 def findings(error: ValidationError) -> str:
-    """What pydantic found, a sentence for each field."""
+    """Describe the errors that pydantic found in a file.
+
+    Args:
+        error: The error of pydantic.
+
+    Returns:
+        One clause per field, such as "server.address: is missing", separated by semicolons.
+    """
     lines, within = [], set()
     for item in error.errors(include_url=False):
         field = ".".join(map(str, item["loc"])) or "the file"
         if item["type"] == "too_short" and item["loc"] in within:
-            continue  # pydantic counts the good ones only
+            continue  # pydantic counts only the valid items, whose errors are listed already
         within.add(item["loc"][:1])
-        lines.append(f"{field}: {_PLAINLY.get(item['type']) or item['msg'].removeprefix('Value error, ')}")
+        lines.append(f"{field}: {_PLAIN_WORDS.get(item['type']) or item['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """host:port taken apart. ConfigError where it is none."""
+    """Split an address into host and port.
+
+    Args:
+        address: "host:port"; an IPv6 address stands in brackets.
+
+    Returns:
+        Host without brackets, and port.
+
+    Raises:
+        ConfigError: If it is not such an address.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 <= int(port) < 65_536:
-        raise ConfigError(f"{address!r} is no address", fix="write host:port, such as fl.example.org:8443")
+        raise ConfigError(f"{address!r} is not an address", fix="write host:port, such as fl.example.org:8443")
     return host.strip("[]"), int(port)

@@ -1,4 +1,4 @@
-"""The server's list of certificates that no longer count: an X.509 CRL, signed by the authority."""
+"""The server's list of revoked certificates: an X.509 CRL, signed by the authority."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from fl_runtime.trust.files import write_file
 
 
 class RevocationList:
-    """The list in `path`, kept as `install` and the file say. Threads may share it.
+    """The revocation list in a file. Threads may share it.
 
-    A file that is replaced while the server runs counts from the next `refresh` on.
+    `serial in revocation_list` tells whether a certificate is revoked. A file that is replaced while the server runs
+    takes effect with the next `refresh`. A list can only grow: older lists are refused.
+
+    Args:
+        path: The list as PEM; a missing file means that nothing is revoked.
+        authority_pem: Certificate of the authority that signs the list.
+
+    Raises:
+        ConfigError: If the file is not a list signed by the authority.
     """
 
     def __init__(self, path: Path, authority_pem: bytes) -> None:
@@ -30,10 +38,22 @@ class RevocationList:
 
     @property
     def serials(self) -> frozenset[int]:
+        """Serial numbers of the revoked certificates."""
         return self._serials
 
     def install(self, pem: bytes) -> frozenset[int]:
-        """Take a newer list; the serials that it adds. ConfigError if it is not the authority's, or an older one."""
+        """Put a newer list in force and write it to the file.
+
+        Args:
+            pem: The list.
+
+        Returns:
+            Serial numbers that the list adds.
+
+        Raises:
+            ConfigError: If the authority did not sign it, or it is older than the one in force.
+            StoreError: If the file cannot be written.
+        """
         with self._lock:
             added = self._take(pem, "the list that was sent")
             write_file(self._path, pem)
@@ -41,7 +61,14 @@ class RevocationList:
             return added
 
     def refresh(self) -> frozenset[int]:
-        """Read the file if it has changed; the serials that it adds. Raises ConfigError for one that is not good."""
+        """Read the file again if it has changed.
+
+        Returns:
+            Serial numbers that the list adds.
+
+        Raises:
+            ConfigError: If the authority did not sign it, or it is older than the one in force.
+        """
         with self._lock:
             stamp = self._stat()
             if stamp is None or stamp == self._stamp:
@@ -53,21 +80,23 @@ class RevocationList:
     def _take(self, pem: bytes, where: str) -> frozenset[int]:
         authority = load(self._authority)
         try:
-            found = x509.load_pem_x509_crl(pem)
-            good = found.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
-            number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+            crl = x509.load_pem_x509_crl(pem)
+            good = crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+            number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         except (ValueError, TypeError, x509.ExtensionNotFound):
             good, number = False, -1
         if not good:
             raise ConfigError(
-                "this is no revocation list of this federation's authority",
+                "this is not a revocation list signed by this federation's authority",
                 where=where,
                 fix="use the crl.pem in the authority's folder",
             )
-        serials = frozenset(entry.serial_number for entry in found)
+        serials = frozenset(entry.serial_number for entry in crl)
         if number < self._number or not serials >= self._serials:
             raise ConfigError(
-                "this revocation list is older than the one in force", where=where, fix="use the authority's newest"
+                "this revocation list is older than the one in force",
+                where=where,
+                fix="use the newest crl.pem from the authority's folder",
             )
         added = serials - self._serials
         self._number, self._serials = number, serials
@@ -75,7 +104,7 @@ class RevocationList:
 
     def _stat(self) -> tuple[int, int] | None:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size
+        return status.st_mtime_ns, status.st_size

@@ -1,4 +1,12 @@
-"""Who is at the other end of a stream between two sites: keys of streams, signed with the sites' certificates."""
+"""Authentication of secure streams: each site signs its key of the stream with its certificate.
+
+Format of a signed key: a JSON object with key (hexadecimal), signature (hexadecimal, ECDSA with SHA-256) and
+certificate (PEM). The signature covers "fl-adapters stream key 1", sender, receiver, the stream's name and the public
+key, separated by zero bytes. It is therefore valid for one stream between two sites only.
+
+No library replaces this: it is one signed statement over certificates that we have already. JWS (`PyJWT`, `joserfc`)
+would bring a format with algorithms to choose from, and the certificate would still have to be verified here.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +22,16 @@ _PURPOSE = b"fl-adapters stream key 1"
 
 
 class StreamIdentity:
-    """That of the site whose startup kit is in `folder`. What it signs names both ends and the stream, so that it is
-    good for nothing else; the keys are made for one stream, so that saying it again is of no use to anybody."""
+    """Signs this site's stream keys, and verifies those of other sites of the federation.
+
+    Args:
+        folder: Startup kit of this site.
+
+    Raises:
+        ConfigError: If the kit is not valid.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConfigError for a kit that is not in order."""
         kit = read_kit(folder, kind="site")
         self._me, self._certificate = kit.identity, kit.certificate.pem
         self._key, self._authority = (
@@ -27,29 +40,50 @@ class StreamIdentity:
         )
 
     def signed(self, public: bytes, peer: str, stream: str) -> bytes:
-        """The public key as it is sent to `peer`."""
+        """Sign a public key.
+
+        Args:
+            public: This end's public key.
+            peer: Name of the site that it is sent to.
+            stream: Name of the stream.
+
+        Returns:
+            The message to send.
+        """
         signature = sign(self._key, _statement(public, self._me.name, peer, stream))
         fields = {"key": public.hex(), "signature": signature.hex(), "certificate": self._certificate.decode()}
         return json.dumps(fields).encode()
 
     def checked(self, message: bytes, peer: str, stream: str) -> bytes:
-        """The public key that `peer` has sent. ConnectionLostError unless that site of this federation signed it."""
+        """Verify a signed public key.
+
+        Args:
+            message: The message as received.
+            peer: Name of the site that should have sent it.
+            stream: Name of the stream.
+
+        Returns:
+            The other end's public key.
+
+        Raises:
+            ConnectionLostError: If that site of this federation did not sign it for this stream and this site.
+        """
         try:
             fields = json.loads(message)
             public, signature = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
             pem = str(fields["certificate"]).encode()
             check_issued_by(pem, self._authority)
-            found = read_certificate(pem)
-            them, now = found.identity, datetime.now(UTC)
+            theirs = read_certificate(pem)
+            them, now = theirs.identity, datetime.now(UTC)
             good = (them.federation, them.kind, them.name) == (self._me.federation, "site", peer)
-            good = good and found.not_before <= now <= found.not_after
+            good = good and theirs.not_before <= now <= theirs.not_after
             good = good and signed_by(pem, _statement(public, peer, self._me.name, stream), signature)
         except (ValueError, KeyError, TypeError, FederationError):
             good, public = False, b""
         if not good:
             raise ConnectionLostError(
                 f"the key for the stream {stream} is not signed by the site {peer}",
-                fix="the server, or somebody on the way to it, may be reading along: ask who runs it",
+                fix="the server, or someone on the way to it, may be trying to read the stream: ask who runs it",
             )
         return public
 

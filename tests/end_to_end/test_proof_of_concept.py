@@ -239,9 +239,9 @@ def test_commands_say_what_is_wrong_with_a_kit(bench: Any, federation: Path) -> 
     for line, says in (
         (
             ("server", "--kit", "kits/site-1"),
-            "site site-1 of north-hospital, and what is needed is the kit of a server",
+            "site site-1 of north-hospital, but the kit of a server is needed",
         ),
-        (("run", "--kit", "kits/server", "--", "true"), "of study, and what is needed is the kit of a site"),
+        (("run", "--kit", "kits/server", "--", "true"), "of study, but the kit of a site is needed"),
         (("status", "--kit", "nowhere"), "there is no startup kit here"),
         (("run", "--kit", "kits/site-1", "--patience-s", "0.1", "--", "true"), "does not answer"),
     ):

@@ -141,7 +141,7 @@ def test_lines_without_a_signature_are_said_when_the_log_is_opened_again(kit: Pa
     head = (kit / "audit.head").read_bytes()
     AuditLog(kit, kit).write("unsigned")
     (kit / "audit.head").write_bytes(head)  # as if it had been killed between line and signature
-    assert "1 lines after the last signed one" in verify(kit)[1][0].what
+    assert "1 lines follow the last signed one" in verify(kit)[1][0].what
     AuditLog(kit, kit)
     assert entries(kit)[-1]["unsigned_lines"] == 1
     assert verify(kit, kit)[1] == []

@@ -62,7 +62,7 @@ def test_what_a_request_asks_for_is_what_the_project_says_or_nothing(tmp_path: P
     make_request(tmp_path / "south")
     with pytest.raises(ConfigError, match="a key that this kit does not have"):
         install(tmp_path / "south", authority.issue(authority.project.participant("south"), _other_key()), "mail")
-    with pytest.raises(ConfigError, match="the certificate is that of site north"):
+    with pytest.raises(ConfigError, match="the certificate is for site north"):
         install(tmp_path / "south", authority.issue(authority.project.participant("north"), _other_key()), "mail")
 
 
@@ -191,7 +191,7 @@ def test_a_revocation_list_also_counts_as_a_file_and_never_goes_back(study: Stud
     with pytest.raises(ConfigError, match="older than the one in force"):
         study.admin().ask("Revoke", crl=before.decode())
     forged = Authority.create(study.folder / "forged", project())
-    with pytest.raises(ConfigError, match="no revocation list of this federation"):
+    with pytest.raises(ConfigError, match="not a revocation list signed by this federation"):
         study.admin().ask("Revoke", crl=(forged.folder / "crl.pem").read_text())
 
 

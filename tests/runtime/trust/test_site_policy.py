@@ -145,7 +145,7 @@ def test_a_policy_keeps_the_sites_model_from_the_others(study: Study) -> None:
     study.job(cross_site=True)
     error = federated(study, "cross_site: false")["north"]
     assert isinstance(error, PermissionDeniedError)
-    assert "hands every site's model to the others" in error.what
+    assert "sends every site's model to the others" in error.what
     assert "rule cross_site: false" in error.where
 
 

@@ -101,8 +101,8 @@ def spoil(path: Path, old: bytes, new: bytes) -> None:
     [
         (lambda kit: os.chmod(kit / "key.pem", 0o640), "can be read by others (mode 0640)"),
         (lambda kit: spoil(kit / "kit.json", b"8443", b"9443"), "kit.json was changed"),
-        (lambda kit: spoil(kit / "manifest.json", b'"format"', b'"Format"'), "signature does not hold"),
-        (lambda kit: (kit / "manifest.sig").write_bytes(b"nothing"), "signature does not hold"),
+        (lambda kit: spoil(kit / "manifest.json", b'"format"', b'"Format"'), "signature is not valid"),
+        (lambda kit: (kit / "manifest.sig").write_bytes(b"nothing"), "signature is not valid"),
         (lambda kit: (kit / "manifest.json").unlink(), "there is no manifest"),
         (lambda kit: (kit / "certificate.pem").unlink(), "no certificate yet"),
         (lambda kit: (kit / "certificate.pem").write_bytes(b"-----BEGIN"), "no certificate in PEM"),
@@ -138,7 +138,7 @@ def test_a_kit_of_another_authority_is_refused(kits: Path, tmp_path: Path) -> No
     [
         ("name: south", "name: north", "'north' is taken"),
         ("project-admin", "king", "admins.0.role"),
-        ('"127.0.0.1:18443"', "nowhere", "'nowhere' is no address"),
+        ('"127.0.0.1:18443"', "nowhere", "'nowhere' is not an address"),
         ("name: north", "name: ../north", "name cannot be '../north'"),
         ("name: north", "name: authority", "'authority' is taken"),
         ("federation:", "federtion:", "federation: is missing; federtion: is not a field here"),
