@@ -98,7 +98,7 @@ class Gate:
         """Record an arriving task, follow changes of the policy, and decode the task's arrays."""
         with self.leaving_on_refusal():
             if self._policy.record_task(task):
-                self._filters.set_own(self._policy.filters, self._policy.budget)
+                self._filters.set_policy_filters(self._policy.filters, self._policy.budget)
             return self._filters.received(task)
 
     def decode(self, task: Task) -> Task:

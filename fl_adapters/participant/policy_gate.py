@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 from fl_adapters.participant.kit import Kit
 from fl_runtime.aggregation.metrics.pooling import plain
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
-from fl_runtime.filters.ledger import Budget, Limit
-from fl_runtime.filters.server import what_ran
+from fl_runtime.filters.ledger import BudgetLimit, PrivacyBudget
+from fl_runtime.filters.server import applied_filters
 from fl_runtime.types import Report, Settings, Task, Terms, Update
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
@@ -67,7 +67,7 @@ class PolicyGate:
         return ()
 
     @property
-    def budget(self) -> Limit | None:
+    def budget(self) -> BudgetLimit | None:
         """Upper limit of the privacy budget that filters may spend at this site, over all jobs."""
         return None
 
@@ -163,9 +163,11 @@ class KitPolicyGate(PolicyGate):
         return self._policy.filters
 
     @property
-    def budget(self) -> Limit | None:
+    def budget(self) -> BudgetLimit | None:
         limit = self._policy.privacy
-        return Limit(Budget(limit.epsilon, limit.delta), self.identity.name, all_jobs=True) if limit else None
+        return (
+            BudgetLimit(PrivacyBudget(limit.epsilon, limit.delta), self.identity.name, all_jobs=True) if limit else None
+        )
 
     def check_names(self, names: Sequence[str], round: int) -> None:
         with _Recorded(self, "send update", round=round):
@@ -186,7 +188,7 @@ class KitPolicyGate(PolicyGate):
             bytes=size,
             num_examples=update.num_examples,
             metrics=dict(update.metrics),
-            filters=[str(item.get("name")) for item in what_ran(update.encoding)],
+            filters=[str(item.get("name")) for item in applied_filters(update.encoding)],
         )
 
     def record_report(self, report: Report) -> None:

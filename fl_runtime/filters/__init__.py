@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters.base import FactsFilter, Point, Structural, refuse
+from fl_runtime.filters.base import EncodingFilter, FactsFilter, Point, refuse
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics, Examples, NoisyMetrics, RoundMetrics
@@ -29,14 +29,14 @@ from fl_runtime.filters.topk import TopK
 from fl_runtime.types import Settings, Strategy
 
 __all__ = [
-    "Placed",
+    "PlacedFilter",
     "at_point",
     "check_cross_site",
     "check_filters",
     "check_repeatable",
     "known_filters",
     "make_filter",
-    "placed",
+    "place_filter",
 ]
 
 _SHIPPED: tuple[type[Any], ...] = (
@@ -56,7 +56,7 @@ MAX_FILTERS = 32
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedFilter:
     """A filter and the point where it stands."""
 
     at: Point
@@ -70,10 +70,10 @@ def known_filters() -> tuple[str, ...]:
 
 def make_filter(settings: Settings) -> Any:
     """The filter that `settings` describe; `at` is left aside. ConfigError names what is wrong with them."""
-    return placed(settings).filter
+    return place_filter(settings).filter
 
 
-def placed(settings: Settings) -> Placed:
+def place_filter(settings: Settings) -> PlacedFilter:
     """The filter that `settings` describe, and its point."""
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         raise refuse(f"{settings!r} is no filter", 'write {"name": "Quantize", "to": "int8"}')
@@ -90,7 +90,7 @@ def placed(settings: Settings) -> Placed:
         points = ", ".join(kind.points)
         raise refuse(f"{kind.__name__} cannot stand at {at!r}", f"its points are: {points}" + _of_all(at))
     try:
-        return Placed(at, kind(**arguments))
+        return PlacedFilter(at, kind(**arguments))
     except TypeError:
         needed = [field.name for field in fields(kind) if field.name not in arguments and field.default is _MISSING]
         raise refuse(f"{kind.__name__} needs {', '.join(needed) or 'other arguments'}", "see its docstring") from None
@@ -98,7 +98,7 @@ def placed(settings: Settings) -> Placed:
 
 def at_point(filters: Iterable[Settings], point: Point) -> list[Any]:
     """The filters of a job that stand at `point`, in order."""
-    return [found.filter for found in map(placed, filters) if found.at == point]
+    return [found.filter for found in map(place_filter, filters) if found.at == point]
 
 
 def check_filters(
@@ -107,7 +107,7 @@ def check_filters(
     """ConfigError if these filters cannot be made, or do not work together or with what is given of the job."""
     if len(filters) > MAX_FILTERS:
         raise refuse(f"a list of {len(filters)} filters; the limit is {MAX_FILTERS}", "leave some out")
-    found = [placed(settings) for settings in filters]
+    found = [place_filter(settings) for settings in filters]
     for item in found:
         if strategy is not None and strategy.content != "weights" and not isinstance(item.filter, FactsFilter):
             raise refuse(
@@ -153,7 +153,7 @@ def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> 
         )
 
 
-def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | None) -> None:
+def _check_gaussian(item: PlacedFilter, found: Sequence[PlacedFilter], strategy: Strategy | None) -> None:
     if item.at == "site_out":
         if item.filter.sampling < 1:
             raise refuse(
@@ -172,12 +172,12 @@ def _check_gaussian(item: Placed, found: Sequence[Placed], strategy: Strategy | 
         )
 
 
-def _check_encrypted(item: Placed, found: Sequence[Placed], strategy: Strategy | None) -> None:
+def _check_encrypted(item: PlacedFilter, found: Sequence[PlacedFilter], strategy: Strategy | None) -> None:
     """What cannot be done with weights that the server cannot read."""
     others = [other for other in found if other is not item]
     for other in others:
         name = type(other.filter).__name__
-        if isinstance(other.filter, (Structural, HomomorphicCKKS)) or other.at in ("server_in", "server_out"):
+        if isinstance(other.filter, (EncodingFilter, HomomorphicCKKS)) or other.at in ("server_in", "server_out"):
             raise refuse(
                 f"{name} at {other.at} needs weights that the server can read, which HomomorphicCKKS does not leave it",
                 f"leave out one of the two: {name} or HomomorphicCKKS",
@@ -203,7 +203,7 @@ def check_extras(item: Any) -> None:
 
 def check_repeatable(filters: Iterable[Settings]) -> None:
     """ConfigError for a filter with which no two runs end with the same bits, as `exact_restart` promises."""
-    for item in map(placed, filters):
+    for item in map(place_filter, filters):
         if isinstance(item.filter, (GaussianDP, SVTPrivacy, HomomorphicCKKS)):
             raise refuse(
                 f"{type(item.filter).__name__} draws from the operating system's randomness, so that no two runs end "
@@ -212,9 +212,9 @@ def check_repeatable(filters: Iterable[Settings]) -> None:
             )
 
 
-def encodings(filters: Iterable[Any]) -> list[Structural]:
+def encodings(filters: Iterable[Any]) -> list[EncodingFilter]:
     """Those that change the encoding of tensors, in order."""
-    return [item for item in filters if isinstance(item, Structural) and not isinstance(item, ExcludeVars)]
+    return [item for item in filters if isinstance(item, EncodingFilter) and not isinstance(item, ExcludeVars)]
 
 
 def _of_all(at: object) -> str:

@@ -17,21 +17,21 @@ import ml_dtypes
 import numpy as np
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters.ledger import Limit
+from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.types import Array, Arrays, Settings, Task, Update, is_floating
 
 Point = Literal["site_out", "server_in", "server_out", "site_in"]
 Layout: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 """Tensor name -> (dtype, shape), in order."""
 
-F = TypeVar("F", bound="Described")
+F = TypeVar("F", bound="FilterSettings")
 
 AUX = "|"
 """What parts a tensor's name from that of an array which travels beside it: `w|scale`."""
 
 
 @dataclass(frozen=True)
-class Home:
+class FilterHost:
     """Where a filter runs, and where it may keep things. folder: the site's (or the server's) own; None: nowhere.
 
     own: the filter is asked for by the site's policy, not by the job; its budget then holds over all jobs.
@@ -42,8 +42,8 @@ class Home:
     site: str = ""
     job: str = ""
     folder: Path | None = None
-    own: bool = False
-    budget: Limit | None = None
+    from_policy: bool = False
+    budget: BudgetLimit | None = None
     shared: Path | None = None
 
 
@@ -57,7 +57,7 @@ class Facts:
     round: int = 0
 
 
-class Described:
+class FilterSettings:
     """A filter's settings. points: where it may stand; the first is where it stands unless the job says `at`."""
 
     points: ClassVar[tuple[Point, ...]] = ("site_out",)
@@ -68,7 +68,7 @@ class Described:
         return {"name": type(self).__name__, **shown}
 
 
-class Opened(Protocol):
+class RunningFilter(Protocol):
     """A filter at work on updates whose content is "delta", in arrays that it may write to.
 
     record: what it did in the last call, for the run's history.
@@ -94,7 +94,7 @@ class Changing(Protocol):
     @property
     def points(self) -> tuple[Point, ...]: ...
     def settings(self) -> dict[str, Any]: ...
-    def open(self, home: Home) -> Opened: ...
+    def open(self, host: FilterHost) -> RunningFilter: ...
 
 
 @runtime_checkable
@@ -102,11 +102,11 @@ class FactsFilter(Protocol):
     """A filter of what leaves beside the tensors: of updates and of reports alike."""
 
     def settings(self) -> dict[str, Any]: ...
-    def facts(self, facts: Facts, home: Home) -> Facts: ...
+    def facts(self, facts: Facts, host: FilterHost) -> Facts: ...
 
 
 @runtime_checkable
-class Structural(Protocol):
+class EncodingFilter(Protocol):
     """A filter that changes which arrays travel; `decode` on the other side undoes `encode` as far as that goes."""
 
     def settings(self) -> dict[str, Any]: ...
@@ -125,7 +125,7 @@ class Structural(Protocol):
         ...
 
 
-class Lazy(Mapping[str, Array]):
+class LazyArrays(Mapping[str, Array]):
     """Arrays that are made one at a time, when asked for, and not kept."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Array]) -> None:

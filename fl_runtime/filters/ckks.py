@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fl_runtime.errors import ConfigError, UpdateRefusedError
-from fl_runtime.filters.base import AUX, Described, Layout, Point, check_number, is_real, refuse
+from fl_runtime.filters.base import AUX, FilterSettings, Layout, Point, check_number, is_real, refuse
 from fl_runtime.types import Allocate, Array, Arrays, Settings, Update
 
 VALUES, LENGTHS = f"ckks{AUX}values", f"ckks{AUX}lengths"
@@ -21,7 +21,7 @@ _HEADER_BYTES = 1024  # of a serialized ciphertext, besides its coefficients
 
 
 @dataclass(frozen=True)
-class HomomorphicCKKS(Described):
+class HomomorphicCKKS(FilterSettings):
     """The weights of all tensors, as one long row of numbers, are encrypted with CKKS at the site; the server forms
     sum_i (n_i / N) ct_i, with N the sum of all n_i, and hands that out; the sites decrypt.
 

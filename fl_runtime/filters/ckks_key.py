@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters.base import Home
+from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.ckks import KEY_FILE, Cipher, HomomorphicCKKS, need_tenseal
 
 _MAGIC = b"fl-adapters ckks key 1\n"
@@ -45,22 +45,22 @@ def make_key(path: Path, settings: HomomorphicCKKS) -> str:
     return _fingerprint(context)
 
 
-def site_cipher(settings: HomomorphicCKKS, home: Home) -> tuple[Cipher, str]:
+def site_cipher(settings: HomomorphicCKKS, host: FilterHost) -> tuple[Cipher, str]:
     """The cipher of this site, tested, and the fingerprint of its key, which all sites must share.
 
     The key is `ckks.key` in the startup kit. In a simulation the sites share one: the first that comes makes it.
     """
     need_tenseal()
-    if home.shared is not None:
-        path = home.shared / KEY_FILE
+    if host.shared is not None:
+        path = host.shared / KEY_FILE
         if not path.exists():
             try:
                 make_key(path, settings)
             except ConfigError:
                 if not path.exists():  # else another site was quicker
                     raise
-    elif home.folder is not None:
-        path = home.folder / KEY_FILE
+    elif host.folder is not None:
+        path = host.folder / KEY_FILE
     else:
         raise ConfigError("HomomorphicCKKS needs a startup kit with a key", where="filters", fix="give kit=")
     context, fingerprint = read_key(path, settings)

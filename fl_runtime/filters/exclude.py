@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.filters.base import Described, Layout, Point, matches, refuse
+from fl_runtime.filters.base import FilterSettings, Layout, Point, matches, refuse
 from fl_runtime.types import Arrays
 
 
 @dataclass(frozen=True)
-class ExcludeVars(Described):
+class ExcludeVars(FilterSettings):
     """Tensors whose name matches one of `names` do not leave the site; the server averages them over the sites that
     send them, and where no site does, its own stay as they are.
 

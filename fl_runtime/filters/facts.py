@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from fl_runtime.filters.base import Described, Facts, Home, check_number, matches, refuse
+from fl_runtime.filters.base import Facts, FilterHost, FilterSettings, check_number, matches, refuse
 from fl_runtime.filters.ledger import Ledger, Mechanism
 from fl_runtime.filters.noise import laplace
 from fl_runtime.types import Summary
 
 
 @dataclass(frozen=True)
-class AllowMetrics(Described):
+class AllowMetrics(FilterSettings):
     """Only metrics whose name matches one of `names` leave the site. An empty list lets none leave.
 
     names: patterns as the shell knows them, such as "loss" or "eval_*".
@@ -29,12 +29,12 @@ class AllowMetrics(Described):
             raise refuse(f"AllowMetrics: names is {self.names!r}", 'give a list of patterns such as ["loss"]')
         object.__setattr__(self, "names", tuple(self.names))
 
-    def facts(self, facts: Facts, home: Home) -> Facts:
+    def facts(self, facts: Facts, host: FilterHost) -> Facts:
         return replace(facts, metrics={n: v for n, v in facts.metrics.items() if matches(n, self.names)})
 
 
 @dataclass(frozen=True)
-class RoundMetrics(Described):
+class RoundMetrics(FilterSettings):
     """Metrics leave rounded to the nearest multiple of 10^-decimals, halves to the even one.
 
     decimals: digits behind the point, 0 to 12, default 2. Of a `Summary` the site's own value leaves, rounded.
@@ -45,12 +45,12 @@ class RoundMetrics(Described):
     def __post_init__(self) -> None:
         check_number(self, "decimals", self.decimals, least=0, most=12)
 
-    def facts(self, facts: Facts, home: Home) -> Facts:
+    def facts(self, facts: Facts, host: FilterHost) -> Facts:
         return replace(facts, metrics={n: round(v, int(self.decimals)) for n, v in plain(facts).items()})
 
 
 @dataclass(frozen=True)
-class NoisyMetrics(Described):
+class NoisyMetrics(FilterSettings):
     """Every metric leaves as clip(v, low, high) + Lap((high - low) / epsilon), limited to [low, high] again.
 
     epsilon: of one metric in one sending (an update or a score), pure, default 1; all of them add up in the ledger.
@@ -69,14 +69,14 @@ class NoisyMetrics(Described):
         check_number(self, "high", self.high, above=self.low)
         check_number(self, "epsilon", self.epsilon, above=0)
 
-    def facts(self, facts: Facts, home: Home) -> Facts:
+    def facts(self, facts: Facts, host: FilterHost) -> Facts:
         metrics = plain(facts)
         if not metrics:
             return replace(facts, metrics={})
         mechanisms = [Mechanism("laplace", 1 / self.epsilon)] * len(metrics)
-        ledger = Ledger(home.folder)
+        ledger = Ledger(host.folder)
         try:
-            ledger.spend(home.job, facts.round, "NoisyMetrics", mechanisms, [home.budget] if home.budget else [])
+            ledger.spend(host.job, facts.round, "NoisyMetrics", mechanisms, [host.budget] if host.budget else [])
         finally:
             ledger.close()
         noise = laplace(len(metrics)) * (self.high - self.low) / self.epsilon
@@ -88,7 +88,7 @@ class NoisyMetrics(Described):
 
 
 @dataclass(frozen=True)
-class Examples(Described):
+class Examples(FilterSettings):
     """What leaves as num_examples, the weight of a site in averages, in place of the true count.
 
     equal: always 1, so that every site weighs the same. Else the count is rounded up to a multiple of `multiple`
@@ -109,7 +109,7 @@ class Examples(Described):
         if not isinstance(self.equal, bool):
             raise refuse(f"Examples: equal is {self.equal!r}", "give true or false")
 
-    def facts(self, facts: Facts, home: Home) -> Facts:
+    def facts(self, facts: Facts, host: FilterHost) -> Facts:
         count = -(-facts.num_examples // int(self.multiple)) * int(self.multiple)
         count = max(count, int(self.least))
         if self.most is not None:

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from fl_runtime.errors import StoreError
-from fl_runtime.filters.base import Home, is_real
+from fl_runtime.filters.base import FilterHost, is_real
 from fl_runtime.types import Array, Arrays
 
 
-class Feedback:
+class ErrorFeedback:
     """What one site's encodings have lost so far. Real tensors alone."""
 
-    def __init__(self, home: Home) -> None:
-        self._folder = home.folder
-        self._stem = f"feedback-{home.job}-"
+    def __init__(self, host: FilterHost) -> None:
+        self._folder = host.folder
+        self._stem = f"feedback-{host.job}-"
         self._lost: dict[str, Array] = {}
         self._loaded = False
 

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.filters.base import Described, Home, Opened, Point, check_number, is_real, refuse
-from fl_runtime.filters.ledger import Budget, Ledger, Limit, Mechanism, need_accounting
-from fl_runtime.filters.noise import blocks, gaussian, happens, settle
+from fl_runtime.filters.base import FilterHost, FilterSettings, Point, RunningFilter, check_number, is_real, refuse
+from fl_runtime.filters.ledger import BudgetLimit, Ledger, Mechanism, PrivacyBudget, need_accounting
+from fl_runtime.filters.noise import bernoulli, blocks, gaussian, store_rounded
 from fl_runtime.types import Allocate, Array, Arrays, Settings, Task, Update
 
 
 @dataclass(frozen=True)
-class GaussianDP(Described):
+class GaussianDP(FilterSettings):
     """Differences are clipped by their L2 norm over the whole update, then Gaussian noise is added:
 
         y = d min(1, clip / |d|) + N(0, (noise_multiplier clip)^2 I)
@@ -72,44 +72,44 @@ class GaussianDP(Described):
         sensitivity = 2.0 if self.adjacency == "replace" else 1.0
         return Mechanism("gaussian", self.noise_multiplier / sensitivity, self.sampling)
 
-    def limits(self, home: Home) -> list[Limit]:
-        mine = [] if self.epsilon is None else [self._limit(self.epsilon, home)]
-        return mine + ([home.budget] if home.budget else [])
+    def limits(self, host: FilterHost) -> list[BudgetLimit]:
+        mine = [] if self.epsilon is None else [self._limit(self.epsilon, host)]
+        return mine + ([host.budget] if host.budget else [])
 
-    def _limit(self, epsilon: float, home: Home) -> Limit:
-        return Limit(Budget(epsilon, self.delta), home.site or "the server", all_jobs=home.own)
+    def _limit(self, epsilon: float, host: FilterHost) -> BudgetLimit:
+        return BudgetLimit(PrivacyBudget(epsilon, self.delta), host.site or "the server", all_jobs=host.from_policy)
 
-    def open(self, home: Home) -> Opened:
-        return _Local(self, home)
+    def open(self, host: FilterHost) -> RunningFilter:
+        return _Local(self, host)
 
 
 class _Local:
     """At a site."""
 
-    def __init__(self, settings: GaussianDP, home: Home) -> None:
+    def __init__(self, settings: GaussianDP, host: FilterHost) -> None:
         need_accounting()
-        self._settings, self._home = settings, home
-        self._ledger = Ledger(home.folder)
+        self._settings, self._host = settings, host
+        self._ledger = Ledger(host.folder)
         self.record: Settings = {}
 
     def afford(self, round: int) -> None:
         """PrivacyBudgetError if this round's update could not leave."""
-        self._ledger.afford(self._home.job, round, [self._settings.mechanism], self._settings.limits(self._home))
+        self._ledger.afford(self._host.job, round, [self._settings.mechanism], self._settings.limits(self._host))
 
     def __call__(self, update: Update, task: Task) -> Update:
-        settings, home = self._settings, self._home
+        settings, host = self._settings, self._host
         factor = clipping(update, settings.clip)
-        self._ledger.spend(home.job, update.round, "GaussianDP", [settings.mechanism], settings.limits(home))
+        self._ledger.spend(host.job, update.round, "GaussianDP", [settings.mechanism], settings.limits(host))
         for name, array in update.arrays.items():
             if is_real(array.dtype):
                 flat = array.reshape(-1)
                 for block in blocks(flat.size):
                     values = flat[block].astype(np.float64) * factor
                     noise = gaussian(len(values)) * (settings.noise_multiplier * settings.clip)
-                    settle(flat[block], values + noise)
+                    store_rounded(flat[block], values + noise)
             else:
                 array[...] = task.arrays[name]
-        spent = self._ledger.spent(home.job, settings.delta, all_jobs=home.own)
+        spent = self._ledger.spent(host.job, settings.delta, all_jobs=host.from_policy)
         self.record = {"spent": round(spent, 6)}
         return update
 
@@ -117,8 +117,10 @@ class _Local:
 class NoisyMean:
     """At the server: the aggregator of one round. Takes differences; the sum is in float64."""
 
-    def __init__(self, settings: GaussianDP, ledger: Ledger, home: Home, base: Arrays, allocate: Allocate) -> None:
-        self._settings, self._ledger, self._home = settings, ledger, home
+    def __init__(
+        self, settings: GaussianDP, ledger: Ledger, host: FilterHost, base: Arrays, allocate: Allocate
+    ) -> None:
+        self._settings, self._ledger, self._host = settings, ledger, host
         self._base, self._allocate = base, allocate
         self._round, self._answered = 0, 0
         self._sums: dict[str, Array] = {n: np.zeros(a.size) for n, a in base.items() if is_real(a.dtype)}
@@ -127,7 +129,7 @@ class NoisyMean:
         if update.extras:
             raise UpdateRefusedError("tensors beside the weights are not covered by GaussianDP", where=update.site)
         self._round, self._answered = update.round, self._answered + 1
-        if self._settings.sampling < 1 and not happens(self._settings.sampling):
+        if self._settings.sampling < 1 and not bernoulli(self._settings.sampling):
             return
         factor = clipping(update, self._settings.clip)
         for name, total in self._sums.items():
@@ -138,7 +140,7 @@ class NoisyMean:
 
     def result(self) -> tuple[Arrays, Arrays]:
         settings = self._settings
-        self._ledger.spend(self._home.job, self._round, "GaussianDP", [settings.mechanism], settings.limits(self._home))
+        self._ledger.spend(self._host.job, self._round, "GaussianDP", [settings.mechanism], settings.limits(self._host))
         arrays, extras = self._allocate(self._base, {})
         expected = settings.sampling * self._answered
         for name, out in arrays.items():
@@ -148,7 +150,9 @@ class NoisyMean:
                 continue
             for block in blocks(flat.size):
                 noise = gaussian(flat[block].size) * (settings.noise_multiplier * settings.clip)
-                settle(flat[block], base[block].astype(np.float64) + (self._sums[name][block] + noise) / expected)
+                store_rounded(
+                    flat[block], base[block].astype(np.float64) + (self._sums[name][block] + noise) / expected
+                )
         return arrays, extras
 
 

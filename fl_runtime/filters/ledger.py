@@ -45,7 +45,7 @@ class Mechanism:
 
 
 @dataclass(frozen=True)
-class Budget:
+class PrivacyBudget:
     """epsilon at delta: the most that may be spent."""
 
     epsilon: float
@@ -80,7 +80,9 @@ class Ledger:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(_SCHEMA)
 
-    def spend(self, job: str, round: int, name: str, mechanisms: Sequence[Mechanism], limits: Sequence[Limit]) -> None:
+    def spend(
+        self, job: str, round: int, name: str, mechanisms: Sequence[Mechanism], limits: Sequence[BudgetLimit]
+    ) -> None:
         """Write down what is about to leave. PrivacyBudgetError, and nothing is written, if that exceeds a limit."""
         with self._mapped_errors():
             self._db.execute("BEGIN IMMEDIATE")
@@ -96,7 +98,7 @@ class Ledger:
                 raise
             self._db.execute("COMMIT")
 
-    def afford(self, job: str, round: int, mechanisms: Sequence[Mechanism], limits: Sequence[Limit]) -> None:
+    def afford(self, job: str, round: int, mechanisms: Sequence[Mechanism], limits: Sequence[BudgetLimit]) -> None:
         """PrivacyBudgetError if these releases would exceed one of the limits."""
         for limit in limits:
             before = [entry.mechanism for entry in self.entries() if limit.all_jobs or entry.job == job]
@@ -139,10 +141,10 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Limit:
+class BudgetLimit:
     """A budget and what it holds for. owner: whose it is, for messages."""
 
-    budget: Budget
+    budget: PrivacyBudget
     owner: str
     all_jobs: bool = False
 

@@ -41,7 +41,7 @@ def laplace(count: int) -> Array:
     return -np.log(uniform(count)) * signs
 
 
-def happens(probability: float) -> bool:
+def bernoulli(probability: float) -> bool:
     """True with this probability."""
     return bool(uniform(1)[0] <= probability)
 
@@ -59,7 +59,7 @@ def blocks(size: int) -> Iterator[slice]:
         yield slice(start, start + BLOCK)
 
 
-def settle(target: Array, values: Array) -> None:
+def store_rounded(target: Array, values: Array) -> None:
     """Write float64 values into a real array: rounded once, by way of float32, and kept within its finite range."""
     limit = min(largest(target.dtype), largest(np.dtype(np.float32)))
     target[...] = np.clip(values, -limit, limit).astype(np.float32).astype(target.dtype)

@@ -7,18 +7,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from fl_runtime.filters.base import Described, Home, Opened, Point, check_number, is_real
+from fl_runtime.filters.base import FilterHost, FilterSettings, Point, RunningFilter, check_number, is_real
 from fl_runtime.filters.noise import blocks
 from fl_runtime.types import Settings, Task, Update
 
 
 @dataclass(frozen=True)
-class PercentilePrivacy(Described):
+class PercentilePrivacy(FilterSettings):
     """Of the differences d to the global model, those below the percentile of |d| over the whole update become
     zero, the others are limited to [-gamma, gamma].
 
     percentile: in percent, 0 <= percentile < 100, by linear interpolation between ranks; with 10, the default, the
-    smallest tenth stays at home. gamma: in the unit of the weights, > 0, default 0.01. Integer tensors are left as
+    smallest tenth stays at host. gamma: in the unit of the weights, > 0, default 0.01. Integer tensors are left as
     they are. A heuristic: it bounds what one site can say, and proves nothing; it has no epsilon.
 
     Shokri and Shmatikov 2015, "Privacy-preserving deep learning", section 4 (selective sharing); the arguments are
@@ -34,7 +34,7 @@ class PercentilePrivacy(Described):
         check_number(self, "percentile", self.percentile, least=0, below=100)
         check_number(self, "gamma", self.gamma, above=0)
 
-    def open(self, home: Home) -> Opened:
+    def open(self, host: FilterHost) -> RunningFilter:
         return self
 
     def __call__(self, update: Update, task: Task) -> Update:

@@ -10,7 +10,17 @@ import ml_dtypes
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.filters.base import AUX, Described, Layout, Lazy, Point, check_number, is_real, largest, refuse
+from fl_runtime.filters.base import (
+    AUX,
+    FilterSettings,
+    Layout,
+    LazyArrays,
+    Point,
+    check_number,
+    is_real,
+    largest,
+    refuse,
+)
 from fl_runtime.types import Array, Arrays
 
 _HALVES: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -20,7 +30,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
-class Quantize(Described):
+class Quantize(FilterSettings):
     """Numbers in 16, 8 or 4 bits. At `site_out` it is the difference to the global model that is sent this way, at
     `server_out` the model itself (the last one always travels whole). The other side decodes.
 
@@ -79,7 +89,7 @@ class Quantize(Described):
                 yield name + _SCALE, scale
 
     def decode(self, arrays: Arrays, layout: Layout) -> Arrays:
-        return Lazy(layout, lambda name: self._decoded(name, arrays, *layout[name]))
+        return LazyArrays(layout, lambda name: self._decoded(name, arrays, *layout[name]))
 
     def _decoded(self, name: str, arrays: Arrays, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         array = arrays[name]

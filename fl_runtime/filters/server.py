@@ -17,27 +17,36 @@ import numpy as np
 
 from fl_runtime.errors import FederationError, ProtocolError, UpdateRefusedError
 from fl_runtime.filters import MAX_FILTERS, at_point, encodings, make_filter
-from fl_runtime.filters.base import Home, Layout, Lazy, Opened, Structural, layout_of, work_dtype, work_layout
+from fl_runtime.filters.base import (
+    EncodingFilter,
+    FilterHost,
+    Layout,
+    LazyArrays,
+    RunningFilter,
+    layout_of,
+    work_dtype,
+    work_layout,
+)
 from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
 from fl_runtime.filters.ledger import Ledger, need_accounting
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Strategy, Task, Update, is_floating
 
-_STRUCTURAL = ("ExcludeVars", "Quantize", "TopK")
+_ENCODING_NAMES = ("ExcludeVars", "Quantize", "TopK")
 _MAX_CHARS, _MAX_CHAIN = 2**16, 8
 
 
-def what_ran(encoding: str) -> tuple[Settings, ...]:
+def applied_filters(encoding: str) -> tuple[Settings, ...]:
     """The settings of the filters that an update names; none for an encoding of an adapter's own."""
     return _ran(encoding)[0]
 
 
-def travelling(agreed: Layout, content: str, encoding: str, encrypted: HomomorphicCKKS | None = None) -> Layout:
+def update_layout(agreed: Layout, content: str, encoding: str, encrypted: HomomorphicCKKS | None = None) -> Layout:
     """The arrays that an update of this content and encoding must consist of. encrypted: how the job encrypts.
 
     ProtocolError for a bad encoding, UpdateRefusedError for one that is not encrypted as the job says.
     """
-    named = [settings for settings in what_ran(encoding) if named_in(settings)]
+    named = [settings for settings in applied_filters(encoding) if named_in(settings)]
     if encrypted is not None or named:
         if encrypted is None or named != [encrypted.settings()] or content != "encoded":
             said = encrypted.settings() if encrypted else "not at all"
@@ -78,31 +87,31 @@ def decoded(update: Update, base: Arrays) -> Update:
             return array
         return np.add(base[name], array, dtype=work_dtype(base[name].dtype), casting="unsafe")
 
-    return replace(update, arrays=Lazy(given, weights), content="weights", encoding="")
+    return replace(update, arrays=LazyArrays(given, weights), content="weights", encoding="")
 
 
 class ServerFilters:
     """The filters that the job has at the server, and the decoding of what those at the sites have done."""
 
-    def __init__(self, filters: Sequence[Settings], home: Home) -> None:
+    def __init__(self, filters: Sequence[Settings], host: FilterHost) -> None:
         self._outgoing = encodings(at_point(filters, "server_out"))
         incoming = at_point(filters, "server_in")
-        self._incoming: list[Opened] = [item.open(home) for item in incoming if not isinstance(item, GaussianDP)]
+        self._incoming: list[RunningFilter] = [item.open(host) for item in incoming if not isinstance(item, GaussianDP)]
         self._central = next((item for item in incoming if isinstance(item, GaussianDP)), None)
-        self._home = home
+        self._host = host
         self.encrypted: HomomorphicCKKS | None = next(
             (item for item in at_point(filters, "site_out") if isinstance(item, HomomorphicCKKS)), None
         )
         self._context = self.encrypted.public_context() if self.encrypted else None
         if self._central is not None:
             need_accounting()
-            self._ledger = Ledger(home.folder)
+            self._ledger = Ledger(host.folder)
 
     def afford(self, round: int) -> None:
         """PrivacyBudgetError if the server's own budget does not allow another round."""
         if self._central is not None:
-            limits = self._central.limits(self._home)
-            self._ledger.afford(self._home.job, round, [self._central.mechanism], limits)
+            limits = self._central.limits(self._host)
+            self._ledger.afford(self._host.job, round, [self._central.mechanism], limits)
 
     def aggregator(
         self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool
@@ -113,7 +122,7 @@ class ServerFilters:
             return CiphertextMean(self.encrypted, self._context, allocate)
         if self._central is None:
             return _Filtered(make, base, allocate, self._incoming, linear=linear)
-        noisy = NoisyMean(self._central, self._ledger, self._home, base, allocate)
+        noisy = NoisyMean(self._central, self._ledger, self._host, base, allocate)
         return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
     def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None], strategy: Strategy) -> None:
@@ -134,7 +143,7 @@ class ServerFilters:
                 finite({name: update.arrays[name]})
         strategy.check(update)
 
-    def handed_out(self, arrays: Arrays) -> Arrays | None:
+    def encode_global_model(self, arrays: Arrays) -> Arrays | None:
         """The global model as it travels to the sites for a round of training; None: as it is."""
         if not self._outgoing:
             return None
@@ -154,7 +163,7 @@ class _Filtered:
         make: Callable[[Allocate], Aggregator],
         base: Arrays,
         allocate: Allocate,
-        filters: Sequence[Opened],
+        filters: Sequence[RunningFilter],
         *,
         linear: bool = True,
         differences: bool = False,
@@ -177,7 +186,7 @@ class _Filtered:
         self._given.update(update.arrays)
         if filtered and not self._linear and update.arrays.keys() != self._base.keys():
             mine = update.arrays
-            whole = Lazy(self._base, lambda name: mine[name] if name in mine else self._base[name])
+            whole = LazyArrays(self._base, lambda name: mine[name] if name in mine else self._base[name])
             update = replace(update, arrays=whole)
         self._inner.add(update)
 
@@ -213,7 +222,7 @@ class _Filtered:
 
 
 @lru_cache(maxsize=256)
-def _ran(encoding: str) -> tuple[tuple[Settings, ...], tuple[Structural, ...]]:
+def _ran(encoding: str) -> tuple[tuple[Settings, ...], tuple[EncodingFilter, ...]]:
     """(everything that ran, the part of it that has to be undone) of an encoding that comes from a site."""
     if not encoding.startswith("["):
         return (), ()
@@ -223,7 +232,7 @@ def _ran(encoding: str) -> tuple[tuple[Settings, ...], tuple[Structural, ...]]:
             raise ProtocolError("an update names its filters in a way that cannot be read")
         chain = []
         for settings in found:
-            if settings.get("name") in _STRUCTURAL:
+            if settings.get("name") in _ENCODING_NAMES:
                 arguments = {name: value for name, value in settings.items() if name != "site"}
                 chain.append(make_filter(arguments))
         if len(chain) > _MAX_CHAIN:

@@ -14,13 +14,13 @@ from fl_runtime.filters import at_point, check_extras, check_filters, encodings
 from fl_runtime.filters.base import (
     AUX,
     Budgeted,
+    EncodingFilter,
     Facts,
     FactsFilter,
-    Home,
+    FilterHost,
     Layout,
-    Lazy,
-    Opened,
-    Structural,
+    LazyArrays,
+    RunningFilter,
     layout_of,
     refuse,
     work_dtype,
@@ -29,9 +29,9 @@ from fl_runtime.filters.base import (
 from fl_runtime.filters.ckks import Cipher, HomomorphicCKKS, is_encrypted
 from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
-from fl_runtime.filters.feedback import Feedback
-from fl_runtime.filters.ledger import Limit
-from fl_runtime.filters.server import what_ran
+from fl_runtime.filters.feedback import ErrorFeedback
+from fl_runtime.filters.ledger import BudgetLimit
+from fl_runtime.filters.server import applied_filters
 from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update, is_floating
 
 F = TypeVar("F", Update, Report)
@@ -42,8 +42,8 @@ class _Step:
     """A filter on what leaves, and at whose wish. opened: at work, for those that change values."""
 
     filter: Any
-    home: Home
-    opened: Opened | None = None
+    host: FilterHost
+    opened: RunningFilter | None = None
 
 
 class SiteFilters:
@@ -53,10 +53,10 @@ class SiteFilters:
     which are valid until the next update.
     """
 
-    def __init__(self, job: Sequence[Settings], own: Sequence[Settings], home: Home) -> None:
+    def __init__(self, job: Sequence[Settings], own: Sequence[Settings], host: FilterHost) -> None:
         """job: the list of the job, with all its points. own: the list of the site's policy, for what leaves."""
         check_filters(job)
-        self._job, self._home = job, home
+        self._job, self._host = job, host
         self._arriving = encodings(at_point(job, "server_out"))
         self._held = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
         self._agreed: Layout = {}
@@ -64,13 +64,13 @@ class SiteFilters:
         self._kept: dict[str, Array] = {}  # this site's values of tensors that site_in does not take
         self._base: dict[str, Array] = {}
         self._work: dict[str, Array] = {}
-        self._feedback = Feedback(home)
+        self._feedback = ErrorFeedback(host)
         self._steps: list[_Step] = []
         self._cipher: Cipher | None = None
         self._key = ""
-        self.set_own(own, home.budget)
+        self.set_policy_filters(own, host.budget)
 
-    def set_own(self, own: Sequence[Settings], budget: Limit | None = None) -> None:
+    def set_policy_filters(self, own: Sequence[Settings], budget: BudgetLimit | None = None) -> None:
         """The list of the site's policy, and the budget of all that is spent there; they hold from the next update on.
         ConfigError where they cannot work."""
         check_filters(own)
@@ -80,14 +80,14 @@ class SiteFilters:
                 f"the filter {strangers[0]['name']} of the policy stands at {strangers[0]['at']}",
                 "a policy's filters run on what leaves the site: leave `at` out",
             )
-        before = {(step.filter, step.home): step for step in self._steps}
+        before = {(step.filter, step.host): step for step in self._steps}
         steps = [
-            before.get((item, home := replace(self._home, own=mine, budget=budget))) or _opened(item, home)
+            before.get((item, host := replace(self._host, from_policy=mine, budget=budget))) or _opened(item, host)
             for mine, filters in ((False, self._job), (True, own))
             for item in at_point(filters, "site_out")
         ]
         check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
-        if any(step.home.own and isinstance(step.filter, HomomorphicCKKS) for step in steps):
+        if any(step.host.from_policy and isinstance(step.filter, HomomorphicCKKS) for step in steps):
             raise refuse("HomomorphicCKKS in a policy would leave the other sites out", "ask for it in the job")
         last = [s for s in steps if encodings([s.filter]) or isinstance(s.filter, HomomorphicCKKS)]
         self._steps = [s for s in steps if s not in last] + last
@@ -95,7 +95,9 @@ class SiteFilters:
 
     def described(self) -> str:
         """The filters on what leaves, in the order in which they run, for people."""
-        return ", ".join(_shown(step.filter.settings()) + (" (site)" if step.home.own else "") for step in self._steps)
+        return ", ".join(
+            _shown(step.filter.settings()) + (" (site)" if step.host.from_policy else "") for step in self._steps
+        )
 
     def agree(self, state: Arrays, *, weights: bool = True) -> None:
         """The tensors that this run exchanges, and this site's values of them. weights=False: they are no weights,
@@ -105,7 +107,7 @@ class SiteFilters:
         encrypted = next((s.filter for s in self._steps if isinstance(s.filter, HomomorphicCKKS)), None)
         if encrypted is not None:
             encrypted.check_tensors(self._agreed)
-            self._cipher, self._key = site_cipher(encrypted, self._home)
+            self._cipher, self._key = site_cipher(encrypted, self._host)
         self._keep_own(state)
 
     def _check_tensors(self) -> None:
@@ -183,7 +185,7 @@ class SiteFilters:
         if update.extras:
             for step in self._steps:
                 _refuse_extras(step.filter, update)
-        ran: list[Settings] = list(what_ran(update.encoding))  # what the adapter itself holds back
+        ran: list[Settings] = list(applied_filters(update.encoding))  # what the adapter itself holds back
         base = replace(task, arrays=self._base)
         for step in self._steps:
             if isinstance(step.filter, FactsFilter):
@@ -242,10 +244,10 @@ class SiteFilters:
         assert self._cipher is not None
         arrays = update.arrays
         if update.content == "delta":
-            arrays = Lazy(arrays, lambda name: np.add(self._base[name], update.arrays[name], dtype=np.float64))
+            arrays = LazyArrays(arrays, lambda name: np.add(self._base[name], update.arrays[name], dtype=np.float64))
         return replace(update, arrays=self._cipher.encrypt(arrays, self._agreed), content="encoded")
 
-    def _encoded(self, update: Update, chain: list[Structural]) -> Update:
+    def _encoded(self, update: Update, chain: list[EncodingFilter]) -> Update:
         wanted = work_layout({name: self._agreed[name] for name in update.arrays})
         remembers = any(getattr(item, "error_feedback", False) for item in chain)
         if remembers:
@@ -258,7 +260,7 @@ class SiteFilters:
         return replace(update, arrays=arrays, content="encoded")
 
 
-def _decoded(chain: Sequence[Structural], arrays: Arrays, layout: Layout) -> Arrays:
+def _decoded(chain: Sequence[EncodingFilter], arrays: Arrays, layout: Layout) -> Arrays:
     layouts = [layout]
     for item in chain[:-1]:
         layouts.append(item.layout(layouts[-1]))
@@ -267,13 +269,13 @@ def _decoded(chain: Sequence[Structural], arrays: Arrays, layout: Layout) -> Arr
     return arrays
 
 
-def _opened(item: Any, home: Home) -> _Step:
-    return _Step(item, home, item.open(home) if hasattr(item, "open") else None)
+def _opened(item: Any, host: FilterHost) -> _Step:
+    return _Step(item, host, item.open(host) if hasattr(item, "open") else None)
 
 
 def _with_facts(sent: F, step: _Step) -> F:
     steps, round = (sent.local_steps, sent.round) if isinstance(sent, Update) else (0, sent.version)
-    facts = step.filter.facts(Facts(sent.metrics, sent.num_examples, steps, round), step.home)
+    facts = step.filter.facts(Facts(sent.metrics, sent.num_examples, steps, round), step.host)
     changed = {"metrics": facts.metrics, "num_examples": facts.num_examples}
     if isinstance(sent, Update):
         changed["local_steps"] = facts.local_steps
@@ -282,7 +284,7 @@ def _with_facts(sent: F, step: _Step) -> F:
 
 def _recorded(step: _Step) -> Settings:
     done = dict(step.opened.record) if step.opened else {}
-    return {**step.filter.settings(), **done, **({"site": True} if step.home.own else {})}
+    return {**step.filter.settings(), **done, **({"site": True} if step.host.from_policy else {})}
 
 
 def _refuse_extras(item: Any, update: Update) -> None:

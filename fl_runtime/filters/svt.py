@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from fl_runtime.filters.base import Described, Home, Opened, Point, check_number, is_real, refuse
+from fl_runtime.filters.base import FilterHost, FilterSettings, Point, RunningFilter, check_number, is_real, refuse
 from fl_runtime.filters.ledger import Ledger, Mechanism
 from fl_runtime.filters.noise import chosen, laplace
 from fl_runtime.types import Array, Settings, Task, Update
 
 
 @dataclass(frozen=True)
-class SVTPrivacy(Described):
+class SVTPrivacy(FilterSettings):
     """Sends at most c = max(1, floor(fraction * n)) of the n differences d_i, each with noise; the others become zero.
 
     With x_i = clip(d_i, -gamma, gamma), rho ~ Lap(gamma / e1) and v_i ~ Lap(2 c gamma / e2): the coordinates with
@@ -55,21 +55,21 @@ class SVTPrivacy(Described):
         share = (2 * count) ** (2 / 3)
         return half / (1 + share), half * share / (1 + share), half
 
-    def open(self, home: Home) -> Opened:
-        return _SparseVector(self, home)
+    def open(self, host: FilterHost) -> RunningFilter:
+        return _SparseVector(self, host)
 
 
 class _SparseVector:
-    def __init__(self, settings: SVTPrivacy, home: Home) -> None:
-        self._settings, self._home = settings, home
-        self._ledger = Ledger(home.folder)
+    def __init__(self, settings: SVTPrivacy, host: FilterHost) -> None:
+        self._settings, self._host = settings, host
+        self._ledger = Ledger(host.folder)
         self._mechanism = Mechanism("pure", settings.epsilon)
-        self._limits = [home.budget] if home.budget else []
+        self._limits = [host.budget] if host.budget else []
         self.record: Settings = {}
 
     def afford(self, round: int) -> None:
         """PrivacyBudgetError if this round's update could not leave."""
-        self._ledger.afford(self._home.job, round, [self._mechanism], self._limits)
+        self._ledger.afford(self._host.job, round, [self._mechanism], self._limits)
 
     def __call__(self, update: Update, task: Task) -> Update:
         parts = [array for array in update.arrays.values() if is_real(array.dtype) and array.size]
@@ -78,7 +78,7 @@ class _SparseVector:
                 array[...] = task.arrays[name]
         if not parts:
             return update
-        self._ledger.spend(self._home.job, update.round, "SVTPrivacy", [self._mechanism], self._limits)
+        self._ledger.spend(self._host.job, update.round, "SVTPrivacy", [self._mechanism], self._limits)
         flat = [part.reshape(-1) for part in parts]
         count = max(1, int(self._settings.fraction * sum(part.size for part in flat)))
         first, second, third = self._settings.split(count)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.filters.base import AUX, Described, Layout, Lazy, Point, check_number, is_real, refuse
+from fl_runtime.filters.base import AUX, FilterSettings, Layout, LazyArrays, Point, check_number, is_real, refuse
 from fl_runtime.types import Array, Arrays
 
 _INDEX = f"{AUX}index"
@@ -16,7 +16,7 @@ _FLOAT32, _UINT32 = np.dtype(np.float32), np.dtype(np.uint32)
 
 
 @dataclass(frozen=True)
-class TopK(Described):
+class TopK(FilterSettings):
     """Of each tensor of n numbers, the k = max(1, ceil(ratio * n)) largest differences to the global model by size,
     as float32 with a 32-bit index each; the others count as zero.
 
@@ -62,7 +62,7 @@ class TopK(Described):
         return found
 
     def decode(self, arrays: Arrays, layout: Layout) -> Arrays:
-        return Lazy(layout, lambda name: self._decoded(name, arrays, *layout[name]))
+        return LazyArrays(layout, lambda name: self._decoded(name, arrays, *layout[name]))
 
     def _decoded(self, name: str, arrays: Arrays, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         if self._kept(name, dtype, shape) is None:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import FederationError, StoreError
 from fl_runtime.filters import check_filters
-from fl_runtime.filters.base import Home
-from fl_runtime.filters.server import ServerFilters, what_ran
+from fl_runtime.filters.base import FilterHost
+from fl_runtime.filters.server import ServerFilters, applied_filters
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.records.results import RoundResult
@@ -137,7 +137,7 @@ class RunState:
         self.journal.begin(settings)
         self.blobs = Blobs(folder / "blobs", durable=durable)
         self.layouts: dict[bytes, Manifest] = {}
-        self.filters = ServerFilters(settings.filters, Home(job=settings.name, folder=folder))
+        self.filters = ServerFilters(settings.filters, FilterHost(job=settings.name, folder=folder))
         self.models = Models(self.journal, self.blobs, self.lock)
         self.phase: RunPhase = "joining"
         self.open_round: OpenRound | None = None
@@ -197,7 +197,7 @@ class RunState:
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             seconds=time.monotonic() - began,
-            **({"filters": list(ran)} if (ran := what_ran(update.encoding)) else {}),
+            **({"filters": list(ran)} if (ran := applied_filters(update.encoding)) else {}),
         )
         self.changed.notify_all()
 

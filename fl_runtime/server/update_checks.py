@@ -5,7 +5,7 @@ from __future__ import annotations
 from fl_runtime.errors import StateMismatchError, UpdateRefusedError
 from fl_runtime.filters.base import Layout
 from fl_runtime.filters.ckks import HomomorphicCKKS
-from fl_runtime.filters.server import travelling, what_ran
+from fl_runtime.filters.server import applied_filters, update_layout
 from fl_runtime.server import limits
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.state import RunState
@@ -74,7 +74,7 @@ def travelling_manifest(
         UpdateRefusedError: The strategy sums another content.
         ProtocolError: The encoding cannot be read.
     """
-    foreign = content == "encoded" and not what_ran(encoding)
+    foreign = content == "encoded" and not applied_filters(encoding)
     if foreign != (takes == "encoded"):
         raise UpdateRefusedError(
             f"an update of content {content!r} in the encoding {encoding[:60]!r}, but the job's strategy sums {takes}",
@@ -83,5 +83,5 @@ def travelling_manifest(
     if foreign:
         return agreed
     layout: Layout = {t.name: (dtype_of(t.dtype), t.shape) for t in agreed.tensors if not t.extra}
-    encoded = travelling(layout, content, encoding, encrypted)
+    encoded = update_layout(layout, content, encoding, encrypted)
     return Manifest(tuple(TensorSpec(n, dtype_name(d, tensor=n), shape) for n, (d, shape) in encoded.items()))

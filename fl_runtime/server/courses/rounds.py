@@ -173,7 +173,7 @@ class Rounds:
         if previous is not None:
             state.models.recycle(previous)
         source, extras = newest.blob.views()
-        arrays = state.filters.handed_out(source)
+        arrays = state.filters.encode_global_model(source)
         if arrays is None:
             return
         manifest = Manifest.of(arrays, extras)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fl_runtime.errors import ConfigError, FederationError, StateMismatchError
-from fl_runtime.filters import placed
+from fl_runtime.filters import place_filter
 from fl_runtime.server.courses.base import Offer, Status, Upload
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
@@ -53,7 +53,9 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
         "keep_local": bool(settings.keep_local),
         "optimizer_state": settings.optimizer_state not in (None, "reset"),
         f"the strategy {strategy.spec}": strategy.relayed or bool(strategy.buffer) or strategy.content != "weights",
-        **{f"the filter {f['name']} at {at}": at != "server_in" for f in settings.filters if (at := placed(f).at)},
+        **{
+            f"the filter {f['name']} at {at}": at != "server_in" for f in settings.filters if (at := place_filter(f).at)
+        },
     }
     for what, is_set in wanted.items():
         if is_set:

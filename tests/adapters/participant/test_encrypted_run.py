@@ -24,7 +24,7 @@ from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import CoordinateMedian, FedAvg
 from fl_runtime.errors import ConfigError, HandshakeError, UpdateRefusedError
 from fl_runtime.filters import check_filters
-from fl_runtime.filters.base import Home
+from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.ckks import LENGTHS, VALUES, Cipher, CiphertextMean, HomomorphicCKKS, check_ciphertexts
 from fl_runtime.filters.ckks_key import make_key, read_key
 from fl_runtime.filters.site import SiteFilters
@@ -172,11 +172,11 @@ def test_strategies_that_need_plaintext_are_refused_when_the_job_is_built() -> N
 
 def test_what_a_site_alone_cannot_decide_or_encrypt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ask for it in the job"):
-        SiteFilters([], [HE], Home())
+        SiteFilters([], [HE], FilterHost())
     with pytest.raises(ConfigError, match="leave out one of the two"):
-        SiteFilters([HE], [{"name": "Quantize"}], Home())
+        SiteFilters([HE], [{"name": "Quantize"}], FilterHost())
     with pytest.raises(ConfigError, match="keep_local=.'steps'"):
-        SiteFilters([HE], [], Home()).agree({"w": np.zeros(3), "steps": np.array(1)})
+        SiteFilters([HE], [], FilterHost()).agree({"w": np.zeros(3), "steps": np.array(1)})
 
 
 # -- the key -------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_plain_update_in_an_encrypted_run_is_refused_and_the_run_goes_on(tmp_p
     names = ("site-1", "site-2")
     server = Server(RunSettings("test", names, 2, rounds=1, filters=(HE,)), tmp_path, {})
     server.begin()
-    home = Home("", "test", None, shared=tmp_path / "sites")
+    home = FilterHost("", "test", None, shared=tmp_path / "sites")
     clients = {name: SiteClient(MemoryTransport(server.service, name), 30.0) for name in names}
     filters = {name: SiteFilters((HE,), (), home) for name in names}
     attempts = {name: client.join().attempt for name, client in clients.items()}

@@ -17,7 +17,7 @@ import fl_adapters as fl
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import FederationError, ProtocolError, StateMismatchError, UpdateRefusedError
-from fl_runtime.filters.base import Home
+from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.server import Server
 from fl_runtime.server.records.history import History
@@ -161,7 +161,7 @@ class Peer:
 
     def __init__(self, server: Server, name: str, filters: tuple[Settings, ...]) -> None:
         self.name, self.client = name, SiteClient(MemoryTransport(server.service, name), 30.0)
-        self.filters = SiteFilters(filters, (), Home())
+        self.filters = SiteFilters(filters, (), FilterHost())
         self.attempt = self.client.join().attempt
 
     def register(self) -> None:

@@ -15,10 +15,10 @@ import pytest
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import ConfigError, PrivacyBudgetError, StoreError
 from fl_runtime.filters import check_filters
-from fl_runtime.filters.base import Facts, Home
+from fl_runtime.filters.base import Facts, FilterHost
 from fl_runtime.filters.facts import NoisyMetrics
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
-from fl_runtime.filters.ledger import Budget, Ledger, Limit, Mechanism, epsilon
+from fl_runtime.filters.ledger import BudgetLimit, Ledger, Mechanism, PrivacyBudget, epsilon
 from fl_runtime.filters.server import ServerFilters
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.types import Array, Arrays, ServerState, Settings, Task, Update
@@ -46,7 +46,7 @@ def moved(base: Arrays, length: float) -> dict[str, Array]:
     return {**found, "steps": np.array(99)}
 
 
-def site(settings: Settings, base: Arrays, home: Home = Home("site-1", "job")) -> SiteFilters:  # noqa: B008
+def site(settings: Settings, base: Arrays, home: FilterHost = FilterHost("site-1", "job")) -> SiteFilters:  # noqa: B008
     found = SiteFilters([settings], (), home)
     found.agree(base)
     return found
@@ -90,7 +90,7 @@ def test_a_short_update_is_not_stretched_and_nothing_is_repeated() -> None:
 
 def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
     base = model()
-    home = Home(job="job")
+    home = FilterHost(job="job")
     settings = {"name": "GaussianDP", "clip": 1.0, "noise_multiplier": 0.5, "at": "server_in"}
     filters = ServerFilters([settings], home)
     buffers: list[dict[str, Array]] = []
@@ -114,7 +114,7 @@ def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
 
 def test_sampling_is_random_and_the_denominator_is_not() -> None:
     base = {"w": np.zeros(4, np.float32)}
-    ledger, home = Ledger(None), Home()
+    ledger, home = Ledger(None), FilterHost()
     settings = GaussianDP(clip=1.0, noise_multiplier=1e-9, adjacency="zero", sampling=0.25)
 
     def drawn() -> float:
@@ -132,7 +132,7 @@ def test_sampling_is_random_and_the_denominator_is_not() -> None:
 
 
 def test_metrics_are_limited_and_noisy() -> None:
-    home = Home("site-1", "job")
+    home = FilterHost("site-1", "job")
     found = [
         NoisyMetrics(low=0, high=2, epsilon=4.0).facts(Facts({"a": 1.0, "b": 50.0, "c": object()}, 5), home).metrics
         for _ in range(400)
@@ -217,7 +217,7 @@ def test_the_round_that_would_exceed_the_budget_is_refused_before_anything_is_sp
     base = {"w": np.zeros(5, np.float32)}
     per_round = [independent((dp_accounting.GaussianDpEvent(2.0), n)) for n in (1, 2, 3, 4)]
     settings = {"name": "GaussianDP", "noise_multiplier": 4.0, "epsilon": (per_round[2] + per_round[3]) / 2}
-    home = Home("site-1", "job", tmp_path)
+    home = FilterHost("site-1", "job", tmp_path)
     for number in (1, 2):
         leaves = sent(site(settings, base, home), base, base, number)
         (ran,) = json.loads(leaves.encoding)
@@ -230,7 +230,7 @@ def test_the_round_that_would_exceed_the_budget_is_refused_before_anything_is_sp
     assert "the privacy budget of site-1 is spent: round 4" in text and "for the job job" in text
     assert str(tmp_path) in text
     assert len(Ledger(tmp_path).entries()) == 3
-    other = SiteFilters([settings], (), Home("site-1", "another job", tmp_path))
+    other = SiteFilters([settings], (), FilterHost("site-1", "another job", tmp_path))
     other.agree(base)
     other.received(Task("another job", 1, "", "train", 0, base))
 
@@ -238,16 +238,18 @@ def test_the_round_that_would_exceed_the_budget_is_refused_before_anything_is_sp
 def test_a_budget_of_the_site_holds_over_all_jobs_and_all_filters(tmp_path: Path) -> None:
     base = {"w": np.zeros(5, np.float32)}
     settings = {"name": "GaussianDP", "noise_multiplier": 8.0}
-    limit = Limit(Budget(3.0, DELTA), "site-1", all_jobs=True)
-    sent(site(settings, base, Home("site-1", "first", tmp_path, budget=limit)), base, base)
-    later = site({"name": "SVTPrivacy", "epsilon": 2.5}, base, Home("site-1", "second", tmp_path, budget=limit))
+    limit = BudgetLimit(PrivacyBudget(3.0, DELTA), "site-1", all_jobs=True)
+    sent(site(settings, base, FilterHost("site-1", "first", tmp_path, budget=limit)), base, base)
+    later = site({"name": "SVTPrivacy", "epsilon": 2.5}, base, FilterHost("site-1", "second", tmp_path, budget=limit))
     with pytest.raises(PrivacyBudgetError, match="for all jobs"):
         later.received(Task("second", 1, "", "train", 0, base))
 
-    later.set_own((), Limit(Budget(30.0, DELTA), "site-1", all_jobs=True))  # the policy was changed
+    later.set_policy_filters(
+        (), BudgetLimit(PrivacyBudget(30.0, DELTA), "site-1", all_jobs=True)
+    )  # the policy was changed
     later.received(Task("second", 1, "", "train", 0, base))
 
-    own = SiteFilters([], [{**settings, "epsilon": 1.6}], Home("site-1", "third", tmp_path))
+    own = SiteFilters([], [{**settings, "epsilon": 1.6}], FilterHost("site-1", "third", tmp_path))
     own.agree(base)
     sent(own, base, base, 1)
     with pytest.raises(PrivacyBudgetError, match="for all jobs"):  # the first job's round counts too
@@ -255,7 +257,7 @@ def test_a_budget_of_the_site_holds_over_all_jobs_and_all_filters(tmp_path: Path
 
 
 def test_two_processes_cannot_spend_the_same_budget(tmp_path: Path) -> None:
-    mechanism, limit = Mechanism("pure", 1.0), Limit(Budget(5.5, 1e-9), "site-1")
+    mechanism, limit = Mechanism("pure", 1.0), BudgetLimit(PrivacyBudget(5.5, 1e-9), "site-1")
     epsilon([mechanism], 1e-9)  # the import is not what is tested
     refused: list[PrivacyBudgetError] = []
 
@@ -279,7 +281,7 @@ def test_two_processes_cannot_spend_the_same_budget(tmp_path: Path) -> None:
 def test_a_ledger_that_cannot_be_written_lets_nothing_leave(tmp_path: Path) -> None:
     (tmp_path / "privacy.sqlite").write_text("no database at all, but long enough to be looked at " * 40)
     with pytest.raises(StoreError, match="ledger"):
-        site({"name": "GaussianDP"}, {"w": np.zeros(1)}, Home("site-1", "job", tmp_path))
+        site({"name": "GaussianDP"}, {"w": np.zeros(1)}, FilterHost("site-1", "job", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 
 from fl_runtime.errors import ConfigError, UpdateRefusedError
 from fl_runtime.filters import check_filters, known_filters, make_filter
-from fl_runtime.filters.base import Facts, Home, layout_of, work_layout
-from fl_runtime.filters.noise import chosen, gaussian, laplace, settle
+from fl_runtime.filters.base import Facts, FilterHost, layout_of, work_layout
+from fl_runtime.filters.noise import chosen, gaussian, laplace, store_rounded
 from fl_runtime.filters.quantize import Quantize
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.filters.svt import SVTPrivacy
@@ -54,7 +54,7 @@ def update(arrays: Arrays, round: int = 1, **fields: Any) -> Update:
     return Update("job", round, "", "site-1", 1, round - 1, arrays, **{"num_examples": 10, **fields})
 
 
-def opened(*filters: Settings, base: Arrays, home: Home = Home()) -> SiteFilters:  # noqa: B008
+def opened(*filters: Settings, base: Arrays, home: FilterHost = FilterHost()) -> SiteFilters:  # noqa: B008
     site = SiteFilters(filters, (), home)
     site.agree(base)
     return site
@@ -117,14 +117,14 @@ def test_moments_of_the_optimizer_do_not_slip_past_a_filter_of_values() -> None:
 
 def test_only_what_leaves_can_be_filtered_by_a_policy() -> None:
     with pytest.raises(ConfigError, match="leave `at` out"):
-        SiteFilters((), [{"name": "Quantize", "at": "server_out"}], Home())
+        SiteFilters((), [{"name": "Quantize", "at": "server_out"}], FilterHost())
 
 
 def test_trees_have_no_differences() -> None:
-    site = SiteFilters([{"name": "TopK"}], (), Home())
+    site = SiteFilters([{"name": "TopK"}], (), FilterHost())
     with pytest.raises(ConfigError, match="works on weights"):
         site.agree({"trees": np.zeros(3, np.uint8)}, weights=False)
-    SiteFilters([{"name": "RoundMetrics"}], (), Home()).agree({"trees": np.zeros(3, np.uint8)}, weights=False)
+    SiteFilters([{"name": "RoundMetrics"}], (), FilterHost()).agree({"trees": np.zeros(3, np.uint8)}, weights=False)
 
 
 # -- the pipeline of a site ----------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_without_filters_nothing_is_touched_or_copied() -> None:
 def test_the_sites_own_filters_run_after_the_jobs_and_encodings_last() -> None:
     base = model()
     job = [{"name": "Quantize", "to": "fp16"}, {"name": "PercentilePrivacy", "gamma": 0.5}]
-    site = SiteFilters(job, [{"name": "PercentilePrivacy", "gamma": 0.25}, {"name": "AllowMetrics"}], Home())
+    site = SiteFilters(job, [{"name": "PercentilePrivacy", "gamma": 0.25}, {"name": "AllowMetrics"}], FilterHost())
     site.agree(base)
     task = site.received(train_task(base))
     leaves = site.outgoing(update(trained(base), metrics={"loss": 1.0}), task)
@@ -161,7 +161,7 @@ def test_a_policy_that_changes_holds_from_the_next_update_and_what_was_learnt_st
     base, mine = model(), trained(model())
     site = opened({"name": "TopK"}, base=base)
     first = sent(site, base, mine, 1)
-    site.set_own([{"name": "ExcludeVars", "names": ["head.*"]}])
+    site.set_policy_filters([{"name": "ExcludeVars", "names": ["head.*"]}])
     second = sent(site, base, mine, 2)
     assert "head.w" in first.arrays and "head.w" not in second.arrays
     assert not np.array_equal(first.arrays["layer.w"], second.arrays["layer.w"])  # with what was not sent before
@@ -238,7 +238,7 @@ def test_excluded_tensors_do_not_leave() -> None:
 
 def test_what_site_in_excludes_stays_as_the_site_has_it() -> None:
     base, mine = model(0), model(9)
-    site = SiteFilters([{"name": "ExcludeVars", "names": ["head.*"], "at": "site_in"}], (), Home())
+    site = SiteFilters([{"name": "ExcludeVars", "names": ["head.*"], "at": "site_in"}], (), FilterHost())
     site.agree(mine)
     task = site.received(train_task({n: a.copy() for n, a in base.items()}))
     assert np.array_equal(task.arrays["head.w"], mine["head.w"])
@@ -333,7 +333,7 @@ def test_what_an_encoding_loses_comes_later(chain: list[Settings]) -> None:
 
 
 def test_what_was_lost_survives_a_restart_of_the_site(tmp_path: Path) -> None:
-    base, home = model(), Home("site-1", "job", tmp_path)
+    base, home = model(), FilterHost("site-1", "job", tmp_path)
 
     def rounds(site: SiteFilters, *numbers: int) -> bytes:
         for number in numbers:
@@ -355,7 +355,7 @@ def test_facts() -> None:
     pooled = Summary("auc", 0.876, 117.0, {0: (50.0, 67.0)})
     facts = Facts({"loss": 1.23456, "eval_acc": 0.5, "auc": pooled, "none": float("nan")}, 117, 40)
     plain = {"loss": 1.23456, "eval_acc": 0.5, "auc": 0.876}
-    home = Home()
+    home = FilterHost()
 
     def after(**settings: Any) -> Facts:
         found: Facts = make_filter(settings).facts(facts, home)
@@ -371,7 +371,7 @@ def test_facts() -> None:
 
 
 def test_reports_are_filtered_too() -> None:
-    site = SiteFilters([{"name": "RoundMetrics", "decimals": 1}], [{"name": "Examples", "equal": True}], Home())
+    site = SiteFilters([{"name": "RoundMetrics", "decimals": 1}], [{"name": "Examples", "equal": True}], FilterHost())
     report = site.report(Report("job", 3, "site-1", {"loss": 0.123}, 77))
     assert report.metrics == {"loss": 0.1} and report.num_examples == 1
 
@@ -402,7 +402,7 @@ def test_choice_is_uniform() -> None:
 
 def test_values_are_rounded_once_and_stay_finite() -> None:
     target = np.zeros(3, np.float16)
-    settle(target, np.array([1e9, -1e9, 0.1]))
+    store_rounded(target, np.array([1e9, -1e9, 0.1]))
     assert target.tolist() == [65504, -65504, float(np.float16(0.1))]
 
 
