@@ -12,7 +12,7 @@ from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import policy_gate_of
 from fl_runtime.errors import FederationError
 from fl_runtime.filters import check_repeatable
-from fl_runtime.filters.base import Home
+from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.types import Arrays, Report, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
@@ -153,7 +153,7 @@ class Gate:
             self._policy.record_update(filtered)
         return filtered
 
-    def _filter_home(self, site: str, job: str) -> Home:
+    def _filter_home(self, site: str, job: str) -> FilterHost:
         folder = self._kit.credentials or self._kit.folder
         shared = Path(self._kit.run, "sites") if self._kit.simulated else None
-        return Home(site, job, Path(folder) if folder else None, budget=self._policy.budget, shared=shared)
+        return FilterHost(site, job, Path(folder) if folder else None, budget=self._policy.budget, shared=shared)
