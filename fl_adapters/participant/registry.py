@@ -73,8 +73,11 @@ def running_session(options: Options, *, framework: str) -> Session:
         options: The adapter's arguments, as they were given to `open_session`.
         framework: Name of the adapter's framework.
 
+    Returns:
+        The session.
+
     Raises:
-        ConfigError: If the startup kit has disappeared since the run began.
+        ConfigError: The startup kit has disappeared since the run began.
     """
     session = open_session(options, framework=framework)
     if session is None:

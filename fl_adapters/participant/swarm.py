@@ -279,7 +279,6 @@ class _Incoming:
         return replace(like, arrays=arrays, extras=extras)
 
     def close(self) -> None:
-        """Close the stream."""
         if self._stream is not None:
             self._stream.close()
 
