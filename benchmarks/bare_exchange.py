@@ -1,7 +1,12 @@
-"""The bare exchange, in a simulation (large models in shared files) and over gRPC, beside a raw gRPC stream of the same
-bytes, in turn in the same run, so that ratios hold on a noisy machine. Sites add 1 to every weight; nothing is trained.
+"""Measures the seconds of a round without training: our simulation and our gRPC, against a raw gRPC stream.
 
-usage: bare_exchange.py [--mib 1 256] [--sites 2] [--rounds 30] [--repeats 3]
+Sites add 1 to every weight. The raw stream carries the same bytes and does nothing else. The three run in turn, so that
+ratios hold on a noisy machine.
+
+    python benchmarks/bare_exchange.py [--mib 1 256] [--sites 2] [--rounds 30] [--repeats 3]
+
+Columns, all medians: model size in MiB; seconds of a round in a simulation (large models in shared files), with all
+bytes over gRPC, and of the raw stream; the ratio of the last two; seconds of a simulation before and after its rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 def ours(mib: float, sites: int, rounds: int, *, share: bool) -> tuple[list[float], float]:
-    """Seconds of the rounds of a simulation, and of everything before and after them."""
+    """Seconds of each round of a simulation, and seconds of all that it does before and after them."""
     with tempfile.TemporaryDirectory() as folder:
         environment = Simulation(sites=sites, args=(str(mib),), folder=folder, quiet=True, share=share)
         result = Job(app=str(HERE / "bare_site.py"), rounds=rounds).run(environment)
@@ -32,6 +37,7 @@ def ours(mib: float, sites: int, rounds: int, *, share: bool) -> tuple[list[floa
 
 
 def raw(mib: float, sites: int, rounds: int) -> list[float]:
+    """Seconds of each round of the raw stream."""
     command = [sys.executable, str(HERE / "raw_grpc.py"), str(mib), str(sites), str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -41,7 +47,7 @@ def raw(mib: float, sites: int, rounds: int) -> list[float]:
 
 
 def measure(mib: float, sites: int, rounds: int, repeats: int) -> dict[str, float]:
-    """Medians over all rounds but the first two of each repeat (connections and buffers warm up in them)."""
+    """One row of the table. Leaves out the first two rounds of each repeat, in which connections warm up."""
     shared, sent, bare, around = [], [], [], []
     for _ in range(repeats):
         seconds, rest = ours(mib, sites, rounds, share=True)

@@ -1,4 +1,7 @@
-"""A site that adds 1 to every weight: no training, so all the time is the federation's.   usage: bare_site.py MIB"""
+"""Site script of the benchmarks: adds 1 to every weight of a model of MIB MiB, without training.
+
+usage: bare_site.py MIB
+"""
 
 import sys
 

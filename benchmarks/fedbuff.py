@@ -1,9 +1,12 @@
-"""Synchronous FedAvg beside FedBuff where one site of four is five times slower: seconds to the same accuracy.
+"""Measures the seconds to the same accuracy of FedBuff against FedAvg, with one slow site among four.
 
-Softmax regression on scikit-learn's digits, through the real runtime in one process. A step takes as long as `--step-s`
-says, at the slow site five times as long; what is measured is waiting, so the figures hold for models of any size.
+The sites train softmax regression on scikit-learn's digits, through the real runtime in one process. A step takes
+`--step-s` seconds, and five times that at the slow site. The benchmark measures waiting, so its ratios hold for models
+of any size.
 
-usage: fedbuff.py [--accuracy 0.85] [--step-s 0.05] [--runs 3]
+    python benchmarks/fedbuff.py [--accuracy 0.85] [--step-s 0.05] [--runs 3]
+
+Columns: median seconds to the accuracy, and how many times shorter than with FedAvg.
 """
 
 from __future__ import annotations
@@ -29,8 +32,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--accuracy", type=float, default=0.85, help="on held-out rows, to be reached by both")
-    parser.add_argument("--step-s", type=float, default=0.05, help="seconds of a step at the three quick sites")
+    parser.add_argument(
+        "--accuracy",
+        type=float,
+        default=0.85,
+        help="held-out accuracy that both must reach",
+    )
+    parser.add_argument("--step-s", type=float, default=0.05, help="seconds of a step at the fast sites")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
@@ -44,13 +52,14 @@ def main() -> None:
     for column in ("strategy", "median, s", "against fedavg"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     base = statistics.median(times["fedavg"])
-    for name, found in times.items():
-        table.add_row(name, f"{statistics.median(found):.2f}", f"{base / statistics.median(found):.1f} x shorter")
+    for name, values in times.items():
+        median = statistics.median(values)
+        table.add_row(name, f"{median:.2f}", f"{base / median:.1f} x shorter")
     console.print(table)
 
 
 def seconds(strategy: str, args: argparse.Namespace) -> float:
-    """From the start of round 1 to the first model that a quick site receives with that accuracy."""
+    """Seconds from the start of round 1 until a fast site receives a model with the wanted accuracy."""
     data, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(data))
     data, labels = (data[order] / 16).astype(np.float32), labels[order]
@@ -66,7 +75,7 @@ def seconds(strategy: str, args: argparse.Namespace) -> float:
                 began.append(time.monotonic())
                 if place.index == 0 and not reached and accuracy(task.arrays["w"], *held_out) >= args.accuracy:
                     reached.append(time.monotonic())
-                if reached:  # the rest of the rounds cost nothing
+                if reached:  # finish the remaining rounds without waiting
                     task.submit({"w": task.arrays["w"]}, num_examples=1, local_steps=1)
                     continue
                 weights = task.arrays["w"].copy()
@@ -83,15 +92,18 @@ def seconds(strategy: str, args: argparse.Namespace) -> float:
 
 
 def logits(weights: Array, data: Array) -> Array:
-    found: Array = data @ weights[:-1] + weights[-1]
-    return found
+    """Scores [rows, classes] of a linear model. The last row of `weights` is its bias."""
+    scores: Array = data @ weights[:-1] + weights[-1]
+    return scores
 
 
 def accuracy(weights: Array, data: Array, labels: Array) -> float:
+    """Share of rows that are predicted correctly."""
     return float((logits(weights, data).argmax(axis=1) == labels).mean())
 
 
 def gradient(weights: Array, data: Array, labels: Array) -> Array:
+    """Gradient of the mean cross-entropy, in the shape of `weights`."""
     scores = logits(weights, data)
     shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)

@@ -1,12 +1,14 @@
-"""Figure 4 of "NVIDIA FLARE: Federated Learning from Simulation to Real-World" (Roth et al. 2022), on Fashion-MNIST.
+"""Measures the accuracy of FedAvg, FedProx, FedOpt and SCAFFOLD on unevenly divided data, round by round.
 
-(a) FedAvg with shares of the classes drawn from Dirichlet distributions of alpha 1.0, 0.5, 0.3 and 0.1; (b) FedAvg,
-FedProx, FedOpt and SCAFFOLD at alpha 0.1. Accuracy of the global model on held-out images after every round, 8 sites,
-means over seeds. As in the paper's example, FedOpt is SGD with momentum 0.6 at the server and FedProx has mu = 1e-5.
+Repeats Figure 4 of "NVIDIA FLARE: Federated Learning from Simulation to Real-World" (Roth et al. 2022) on Fashion-MNIST
+with 8 sites: (a) FedAvg with classes divided by Dirichlet distributions of alpha 1.0, 0.5, 0.3 and 0.1; (b) all four
+methods at alpha 0.1. As in the paper's example, FedOpt is SGD with momentum 0.6 at the server, and FedProx has
+mu = 1e-5. The sites are Lightning trainers in threads of this process, so durations mean nothing.
 
-The sites are Lightning trainers in threads of this process: what is measured is accuracy, not speed.
+    python benchmarks/figure4.py --data ../shared/data/fashion_mnist [--seeds 0 1 2] [--rounds 20] [--out figure4]
 
-usage: figure4.py --data ../shared/data/fashion_mnist [--seeds 0 1 2] [--rounds 20] [--out figure4]
+Columns, accuracies from 0 to 1 of the global model on held-out images: mean over the seeds after half of the rounds and
+after the last one; lowest and highest seed after the last one. Writes the curves to OUT.csv and OUT.png.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """One curve. A run is one seed of it."""
+    """Setting of one curve: a method and the alpha of the Dirichlet distribution."""
 
     method: str
     alpha: float
@@ -56,13 +58,13 @@ class Setting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of Fashion-MNIST's files; default: beside the checkout, else digits")
+    parser.add_argument("--data", help="folder of Fashion-MNIST's files (default: beside the checkout, else digits)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=2, help="of local training per round")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of local training in a round")
     parser.add_argument("--rows", type=int, default=8000, help="training images of all sites together")
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate of the sites' SGD")
-    parser.add_argument("--out", type=Path, default=Path("figure4"), help="curves go to OUT.csv and OUT.png")
+    parser.add_argument("--out", type=Path, default=Path("figure4"), help="path of the curves, without suffix")
     args = parser.parse_args()
     console = Console(stderr=True)
     torch.set_num_threads(1)  # the sites are threads
@@ -83,7 +85,7 @@ def main() -> None:
         write(args.out.with_suffix(".csv"), rows)
     show(rows, settings, console)
     draw(args.out.with_suffix(".png"), rows)
-    console.print(f"{args.out.with_suffix('.csv')}, {args.out.with_suffix('.png')}")
+    console.print(f"written to {args.out.with_suffix('.csv')} and {args.out.with_suffix('.png')}")
 
 
 # -- one run -------------------------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ class Net(pl.LightningModule):
 
 @dataclass
 class Accuracy(pl.Callback):
-    """Accuracy on the held-out images at the start of every epoch: of the global model, where a round has ended."""
+    """Measures accuracy on held-out images at the start of every epoch, which after a round is the global model's."""
 
     test: TensorDataset
     at: list[float] = field(default_factory=list)
@@ -125,13 +127,14 @@ class Accuracy(pl.Callback):
         self.at.append(self.of(pl_module))
 
     def of(self, module: Any) -> float:
+        """Accuracy of a module on the held-out images."""
         pictures, labels = self.test.tensors
         with torch.no_grad():
             return float((module.net(pictures).argmax(-1) == labels).float().mean())
 
 
 def run(setting: Setting, seed: int, args: argparse.Namespace) -> list[float]:
-    """Accuracy of the global model after each round."""
+    """Train once. Returns the accuracy of the global model after each round."""
     parts, test = data(args, setting.alpha, seed)
     side = test.tensors[0].shape[-1]
     torch.manual_seed(seed)
@@ -159,7 +162,7 @@ def run(setting: Setting, seed: int, args: argparse.Namespace) -> list[float]:
 
 
 def data(args: argparse.Namespace, alpha: float, seed: int) -> tuple[list[TensorDataset], TensorDataset]:
-    """(the sites' parts, what is held out). Another seed draws other images and other shares."""
+    """The sites' training images and the held-out images. The seed selects images and shares."""
     pictures, labels, _ = images.read(args.data)
     draw = np.random.RandomState(seed)
     order = draw.permutation(len(pictures))
@@ -173,7 +176,7 @@ def data(args: argparse.Namespace, alpha: float, seed: int) -> tuple[list[Tensor
 
 
 def shares(labels: Any, alpha: float, draw: np.random.RandomState) -> Iterator[Any]:
-    """Row numbers of each site: every label's rows are cut at the shares of a Dirichlet draw; none goes empty."""
+    """Row numbers of each site, divided by shares from Dirichlet distributions. Draws again if a site has too few."""
     while True:
         parts: list[list[Any]] = [[] for _ in range(SITES)]
         for label in np.unique(labels):
@@ -181,15 +184,16 @@ def shares(labels: Any, alpha: float, draw: np.random.RandomState) -> Iterator[A
             cuts = (np.cumsum(draw.dirichlet([alpha] * SITES))[:-1] * len(rows)).astype(int)
             for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
                 part.append(chunk)
-        found = [np.concatenate(part) for part in parts]
-        if min(map(len, found)) >= 2 * BATCH:
-            return iter(found)
+        rows_of_sites = [np.concatenate(part) for part in parts]
+        if min(map(len, rows_of_sites)) >= 2 * BATCH:
+            return iter(rows_of_sites)
 
 
-# -- what comes of it ----------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows to a CSV file."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -197,7 +201,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def curves(rows: list[dict[str, Any]], setting: Setting) -> dict[int, list[float]]:
-    """Round -> accuracies over the seeds."""
+    """Accuracies of all seeds, by round."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if (row["method"], row["alpha"]) == (setting.method, setting.alpha):
@@ -206,6 +210,7 @@ def curves(rows: list[dict[str, Any]], setting: Setting) -> dict[int, list[float
 
 
 def show(rows: list[dict[str, Any]], settings: list[Setting], console: Console) -> None:
+    """Print the table of all curves."""
     table = Table(title="accuracy of the global model, means over seeds", title_justify="left")
     for column in ("method", "alpha", "half-way", "last round", "lowest seed", "highest seed"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -218,6 +223,7 @@ def show(rows: list[dict[str, Any]], settings: list[Setting], console: Console) 
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Plot the curves with the range of their seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

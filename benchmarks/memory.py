@@ -1,16 +1,18 @@
-"""What memory a run takes, and whether it stays so.
+"""Measures the memory of server and sites over a long run, and the server's memory by the number of sites. Linux only.
 
-    memory.py soak [--rounds 2000] [--mib 4]
-        server and sites of one long simulation: memory, open files, threads
-    memory.py sites [--sites 2 8 64] [--mib 64] [--servers 5] [--plain]
-        the server's memory by the number of sites, over gRPC with mutual TLS; plain: as in a simulation
+    python benchmarks/memory.py soak [--rounds 2000] [--mib 4]
+    python benchmarks/memory.py sites [--sites 2 8 64] [--mib 64] [--servers 5] [--plain]
 
-Memory is a process's anonymous and shared memory, in MiB; what it maps of files is stated apart, since the system takes
-that back when it needs to. Over time it is looked at after rounds; threads are all but the workers of gRPC's own pool,
-which takes on one more when it is behind and lets it go when it is idle: up to two more of them count as the same. By
-the number of sites it is the most of a sample every 0.2 s through three rounds, and the median of several servers,
-since how much arrives at once varies. Linux only.
-Ends with status 1 where anything grows by more than 5 %, or numbers of sites differ by more.
+`soak` runs one long simulation and compares its start with its end. `sites` runs several servers for each number of
+sites, over gRPC with mutual TLS (`--plain`: without it, as in a simulation).
+
+Columns: memory is a process's anonymous and shared memory in MiB. Mapped pages of files are a column of their own,
+since the system reclaims them when it needs to. `soak` takes samples after rounds and counts open files and threads.
+The workers of gRPC's thread pool, whose number varies, are a column of their own. `sites` shows the largest of samples
+every 0.2 s through three rounds: the median, lowest and highest of its servers.
+
+Ends with status 1 if memory grows by more than 5 %, if files or threads increase (by more than two gRPC workers), or if
+the server's memory differs by more than 5 % between numbers of sites.
 """
 
 from __future__ import annotations
@@ -59,7 +61,15 @@ MORE_WORKERS = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """One process at one moment."""
+    """Resources of one process at one moment.
+
+    Attributes:
+        own_mib: Anonymous and shared memory, in MiB.
+        files_mib: Resident pages of mapped files, in MiB.
+        open_files: Number of open file descriptors.
+        threads: Number of threads without gRPC's workers.
+        grpc_workers: Number of threads in gRPC's pool.
+    """
 
     own_mib: float
     files_mib: float
@@ -79,19 +89,19 @@ class Sample:
 def _grpc_workers(pid: int) -> int:
     workers = 0
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the thread has ended
             workers += (thread / "comm").read_text() == "event_engine\n"
     return workers
 
 
 def soak(rounds: int, mib: float, console: Console) -> bool:
-    """True where nothing has grown after the first rounds."""
-    console.print(f"{rounds} rounds of {mib:g} MiB")  # what printing takes is there from the start
+    """Run the simulation. Returns whether nothing grew after its first rounds."""
+    console.print(f"{rounds} rounds of {mib:g} MiB")  # before the first sample, since printing takes memory
     taken: dict[str, list[Sample]] = defaultdict(list)
 
     def sample(event: Event) -> None:
         if event.kind != "round_finished" or event.round < WARM or event.round % 10 or event.round == rounds:
-            return  # after the last round sites write results and end
+            return  # after the last round, sites write results and end
         taken["server"].append(Sample.of(os.getpid()))
         for index, pid in enumerate(_children(), 1):
             taken[f"site-{index}"].append(Sample.of(pid))
@@ -101,7 +111,7 @@ def soak(rounds: int, mib: float, console: Console) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         environment = Simulation(sites=2, args=(str(mib),), folder=folder, quiet=True, listeners=[sample])
         Job(app=str(HERE / "bare_site.py"), rounds=rounds).run(environment)
-    heads = ("process", "after round", "memory, MiB", "files, MiB", "open files", "threads", "gRPC's workers")
+    heads = ("process", "after round", "memory, MiB", "files, MiB", "open files", "threads", "gRPC workers")
     table = Table(*heads, title=f"{mib:g} MiB")
     flat = True
     for name, samples in taken.items():
@@ -123,16 +133,17 @@ def _overall(of: Callable[[list[float]], float], samples: list[Sample]) -> Sampl
 
 
 def _children() -> list[int]:
-    """Processes that this one has started and that still run the sites' script."""
-    found = Path("/proc/self/task").glob("*/children")
-    pids = sorted(int(pid) for file in found for pid in file.read_text().split())
+    """Process ids of the sites."""
+    files = Path("/proc/self/task").glob("*/children")
+    pids = sorted(int(pid) for file in files for pid in file.read_text().split())
     return [pid for pid in pids if b"bare_site.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def by_sites(counts: list[int], mib: float, servers: int, plain: bool, console: Console) -> bool:
-    """True where the server's memory is the same for every number of sites."""
+    """Run the servers. Returns whether the server's memory is the same for every number of sites."""
     line = "gRPC" if plain else "gRPC with mutual TLS"
-    table = Table("sites", "server, MiB", "from", "to", "files, MiB", "threads", title=f"{mib:g} MiB, over {line}")
+    heads = ("sites", "server, MiB", "lowest, MiB", "highest, MiB", "files, MiB", "threads")
+    table = Table(*heads, title=f"{mib:g} MiB, over {line}")
     own = []
     for count in counts:
         taken = []
@@ -148,24 +159,24 @@ def by_sites(counts: list[int], mib: float, servers: int, plain: bool, console: 
 
 
 def most_of_server(count: int, mib: float, plain: bool) -> Sample:
-    """The largest of the samples of a server's process, taken while it serves three rounds."""
+    """Run a server's process for three rounds. Returns its largest sample."""
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(count, mib, plain))
     process.start()
     assert process.pid is not None
     samples = []
     while process.is_alive():
-        with suppress(OSError, KeyError):  # it ends
+        with suppress(OSError, KeyError):  # the process is ending
             samples.append(Sample.of(process.pid))
         process.join(EVERY_S)
     if process.exitcode != 0:
-        sys.exit("the server has failed")
+        sys.exit("the server failed")
     return max(samples, key=lambda one: one.own_mib)
 
 
 def _serve(count: int, mib: float, plain: bool) -> None:
-    """The server of a run in this process; its sites are threads of another."""
+    """Serve a run in this process. Its sites are threads of another process."""
     names = [f"site-{n}" for n in range(1, count + 1)]
-    only_tls_1_3()  # as the command `server` does
+    only_tls_1_3()  # as `fl-adapters server` does
     use_one_arena()
     with tempfile.TemporaryDirectory() as folder:
         (_plain_server if plain else _tls_server)(Path(folder), names, mib)
@@ -214,7 +225,7 @@ def _run_sites(address: str, names: list[str], mib: float, kits: Path | None) ->
 
 
 def _site(address: str, name: str, weights: Mapping[str, Any], kits: Path | None) -> None:
-    """A site that sends its weights back as they are."""
+    """Run a site that sends constant weights in every round."""
     credentials = None if kits is None else FileCredentials(kits / name)
     client = SiteClient(GrpcTransport(address, name if kits is None else "", credentials), 60.0)
     attempt = client.join().attempt
@@ -255,7 +266,7 @@ def main() -> None:
     else:
         flat = by_sites(args.sites, args.mib, args.servers, args.plain, console)
     if not flat:
-        sys.exit("it is not flat")
+        sys.exit("the memory is not constant; see the table")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""A provisioned federation beside a raw gRPC stream of the same bytes, both over mutual TLS, in turn in the same run.
-Sites add 1 to every weight; there is no training. Throughput is that of the raw stream's round over ours.
+"""Measures a round of a provisioned federation over mutual TLS against a raw gRPC stream of the same bytes.
 
-usage: mtls_exchange.py [--mib 1 64] [--sites 2] [--rounds 20] [--repeats 3]
+Sites add 1 to every weight; nothing is trained. The two run in turn, so that ratios hold on a noisy machine.
+
+    python benchmarks/mtls_exchange.py [--mib 1 64] [--sites 2] [--rounds 20] [--repeats 3]
+
+Columns, all medians: model size in MiB; seconds of a round, ours and of the raw stream; our throughput in MiB per
+second and site, both directions together; our throughput as a share of the raw stream's.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 def ours(mib: float, sites: int, rounds: int) -> list[float]:
-    """Seconds of the rounds of a proof of concept: separate processes, startup kits, policy, audit log."""
+    """Seconds of each round of a proof of concept: separate processes, startup kits, policy and audit log."""
     with tempfile.TemporaryDirectory() as folder:
         environment = ProofOfConcept(sites=sites, args=(str(mib),), folder=folder, quiet=True)
         result = Job(app=str(HERE / "bare_site.py"), rounds=rounds).run(environment)
@@ -32,6 +36,7 @@ def ours(mib: float, sites: int, rounds: int) -> list[float]:
 
 
 def raw(mib: float, sites: int, rounds: int) -> list[float]:
+    """Seconds of each round of the raw stream."""
     with tempfile.TemporaryDirectory() as folder:
         make_kits(Path(folder), ["site-1"])
         command = [sys.executable, str(HERE / "raw_grpc.py"), str(mib), str(sites), str(rounds), folder]
@@ -50,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     title = f"mutual TLS, {args.sites} sites, medians of {args.repeats} x {args.rounds} rounds"
-    table = Table("MiB", "round, s", "raw gRPC, s", "MiB/s and site", "throughput against raw", title=title)
+    table = Table("MiB", "round, s", "raw gRPC, s", "MiB/s per site", "throughput / raw", title=title)
     for mib in args.mib:
         mine, theirs = [], []
         for _ in range(args.repeats):  # the first two rounds warm up connections and buffers

@@ -1,4 +1,4 @@
-"""The peers in virtual environments of their own, made once and kept in a folder."""
+"""Installs the peers into virtual environments of their own, once, and keeps them in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PEERS = {
 
 
 def python_of(peer: str, cache: Path) -> Path:
-    """The interpreter of a peer's environment, which is made if it is not there or is for other versions."""
+    """Interpreter of a peer's environment. Makes the environment if it is missing or has other versions."""
     folder = cache / peer
     python, done = folder / "bin" / "python", folder / "installed.txt"
     wanted = "\n".join(PEERS[peer])

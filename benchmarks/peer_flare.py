@@ -1,8 +1,10 @@
-"""The bare exchange on NVIDIA FLARE, for peers.py.   usage: peer_flare.py simulator|poc SITES ROUNDS MIB
+"""The bare exchange on NVIDIA FLARE, for peers.py. Runs in FLARE's environment; its sites run peer_flare_site.py.
 
-simulator: all in one process tree. poc: its "proof of concept", a server and sites as processes of their own. Runs in
-FLARE's environment; the sites run peer_flare_site.py. Prints one JSON object: seconds of the rounds, from one arrival
-of the global model at site-1 to the next. The last round is not among them: nothing arrives after it.
+usage: peer_flare.py simulator|poc SITES ROUNDS MIB
+
+`simulator` runs all in one process tree. `poc` is FLARE's proof of concept: server and sites as separate processes.
+Prints one JSON object with the seconds of each round: from one arrival of the global model at site-1 to the next. The
+last round is missing, since nothing arrives after it.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def main(kind: str, sites: int, rounds: int, mib: float) -> None:
 
 
 def deployed(recipe: NumpyFedAvgRecipe, sites: int) -> None:
+    """Run the recipe in a proof of concept."""
     environment = PocEnv(num_clients=sites)
     try:
         run = recipe.execute(environment)

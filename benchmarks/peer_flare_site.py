@@ -1,4 +1,4 @@
-"""A site of FLARE that adds 1 to every weight. Site-1 notes in $ARRIVALS when each model has come, and its value."""
+"""FLARE site that adds 1 to every weight. Site-1 writes the time and value of each arriving model to $ARRIVALS."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ while flare.is_running():
     weights = model.params[NPConstants.NUMPY_KEY]
     if first:
         with open(os.environ["ARRIVALS"], "a") as arrivals:
-            arrivals.write(f"{time.time()} {float(weights.flat[-1])}\n")  # FLARE has a print of its own
+            arrivals.write(f"{time.time()} {float(weights.flat[-1])}\n")  # FLARE redirects print
     changed = {NPConstants.NUMPY_KEY: weights + 1}
     flare.send(flare.FLModel(params=changed, params_type=flare.ParamsType.FULL, current_round=model.current_round))

@@ -1,7 +1,9 @@
-"""The bare exchange on Flower, for peers.py.   usage: peer_flower.py simulation|deployed SITES ROUNDS MIB
+"""The bare exchange on Flower, for peers.py. Runs in Flower's environment; this file is also the app that Flower runs.
 
-simulation: its simulation engine, on Ray. deployed: a SuperLink, a SuperNode per site and `flwr run`. Runs in Flower's
-environment. Prints one JSON object: seconds of the rounds. This file is also the app that Flower runs.
+usage: peer_flower.py simulation|deployed SITES ROUNDS MIB
+
+`simulation` is Flower's simulation engine, on Ray. `deployed` is a SuperLink, a SuperNode per site, and `flwr run`.
+Prints one JSON object with the seconds of each round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""The bare exchange on fl-adapters, for peers.py.   usage: peer_ours.py KIND SITES ROUNDS MIB
+"""The bare exchange on fl-adapters, for peers.py.
 
-KIND: simulation (large models in shared files), grpc (all through the sockets), or virtual (a function for all sites,
-in one worker process per core). Prints one JSON object: seconds of the rounds, and of all before and after them.
+usage: peer_ours.py KIND SITES ROUNDS MIB
+
+KIND is `simulation` (large models in shared files), `grpc` (all bytes through sockets), or `virtual` (a function for
+all sites, in one worker process per core). Prints one JSON object: seconds of each round, and of all before and after
+them.
 """
 
 from __future__ import annotations

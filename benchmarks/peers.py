@@ -1,17 +1,18 @@
-"""The bare exchange side by side, in turn in one run: sites add 1 to every weight, nothing is trained.
+"""Measures a round without training on fl-adapters, on a raw gRPC stream, on Flower and on NVIDIA FLARE. Linux only.
 
-fl-adapters (a simulation with large models in shared files; one with everything over gRPC), a raw gRPC stream of the
-same bytes, Flower (its simulation; a SuperLink and SuperNodes) and NVIDIA FLARE (its simulator; its proof of concept,
-whose ports 8002 and 8003 must be free). The peers come from the package index, each into an environment of its own
-(--cache), on the first call.
+Sites add 1 to every weight. fl-adapters runs as a simulation with large models in shared files, and with all bytes over
+gRPC. The raw stream carries the same bytes and does nothing else. Flower runs its simulation, and a SuperLink with
+SuperNodes. FLARE runs its simulator, and its proof of concept, whose ports 8002 and 8003 must be free. The first call
+installs the peers from the package index, each into an environment of its own (--cache).
 
-    peers.py [--mib 1 256] [--sites 2] [--rounds 10]
-    peers.py --virtual [--sites 100 1000] [--rounds 3] [--mib 1]      virtual sites, beside Flower's simulation
-    peers.py --only ours raw                                          without the peers
+    python benchmarks/peers.py [--mib 1 256] [--sites 2] [--rounds 10]
+    python benchmarks/peers.py --virtual [--sites 100 1000] [--rounds 3]       virtual sites and Flower's simulation
+    python benchmarks/peers.py --only ours raw                                 without the peers
 
-Seconds of a round: the median of all but the first two; of the start and the end: all that the command takes beside its
-rounds. Memory: the peak of the summed PSS of all processes, and without pages of files; of large models in a run of its
-own. Leaves peers.csv, peers.md and, with matplotlib, peers.png in --out. Linux only.
+Columns: number of sites; model size in MiB; seconds of a round, as the median and the slowest of all but the first two;
+seconds that the command takes beside its rounds; peak memory in MiB of all processes (sum of PSS), with and without
+pages of files; load of the machine before (one minute). The memory of large models is measured in a run of its own.
+Writes peers.csv, peers.md and, with matplotlib, peers.png to --out.
 """
 
 from __future__ import annotations
@@ -39,12 +40,20 @@ LARGE_MIB = 64
 _MEMORY_ROUNDS = 3
 _TAIL = 30
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-_COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # what pip installs is compiled then; what is run from a checkout is not
+_COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # lets a checkout keep its bytecode, as installed packages do
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A command that runs the exchange: `script ARGS SITES ROUNDS MIB`. peer: whose environment it needs."""
+    """A command that runs the exchange.
+
+    Attributes:
+        name: Name in the table.
+        group: Name for `--only`.
+        script: Script, called as `script ARGS SITES ROUNDS MIB`.
+        args: First arguments of the script.
+        peer: Peer whose environment the script needs, or "" for ours.
+    """
 
     name: str
     group: str
@@ -65,7 +74,20 @@ FLARE_GRPC = Contender("FLARE 2.9.0, PoC", "nvflare", "peer_flare.py", ("poc",),
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. load: the machine's before it, over one minute."""
+    """One measurement.
+
+    Attributes:
+        name: Name of the contender.
+        sites: Number of sites.
+        mib: Size of the model in MiB.
+        rounds: Number of rounds.
+        round_s: Median seconds of a round.
+        slowest_s: Seconds of the slowest round.
+        around_s: Seconds of the command beside its rounds.
+        peak_mib: Peak memory of all processes, in MiB.
+        without_files_mib: The same without pages of files.
+        load: Load of the machine before the measurement, over one minute.
+    """
 
     name: str
     sites: int
@@ -80,10 +102,10 @@ class Row:
 
 
 def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -> Row:
-    """Run it in a process of its own. Ends this script if it fails, with the end of what it said.
+    """Run a contender in a process of its own. Ends this script with the end of its output if it fails.
 
-    A large model is exchanged once more for its memory: a sample walks through all mapped pages, and so slows down by a
-    fifth and more what it looks at.
+    The memory of a large model is measured in a second run. A sample walks through all mapped pages, which slows the
+    process down by a fifth and more.
     """
     load, memory = os.getloadavg()[0], PeakMemory()
     if mib < LARGE_MIB:
@@ -95,7 +117,7 @@ def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -
             _exchanged(one, sites, min(rounds, _MEMORY_ROUNDS), mib, cache)
     settled = seconds[2:] or seconds[1:] or seconds
     around_s = wall_s - sum(seconds)
-    if len(seconds) < rounds:  # FLARE's last round is not seen
+    if len(seconds) < rounds:  # FLARE does not report its last round
         around_s -= statistics.median(settled)
     peak = memory.peak
     return Row(
@@ -113,7 +135,7 @@ def measured(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -
 
 
 def _exchanged(one: Contender, sites: int, rounds: int, mib: float, cache: Path) -> tuple[list[float], float]:
-    """Seconds of the rounds, and of the whole command."""
+    """Seconds of each round, and of the whole command."""
     python = str(python_of(one.peer, cache)) if one.peer else sys.executable
     size = f"{mib:g}"
     numbers = [size, str(sites), str(rounds)] if one is RAW else [str(sites), str(rounds), size]
@@ -126,21 +148,21 @@ def _exchanged(one: Contender, sites: int, rounds: int, mib: float, cache: Path)
             out, _ = process.communicate()
             wall_s = time.monotonic() - began
         finally:
-            end_descendants()  # peers leave processes behind, and this script may be interrupted
+            end_descendants()  # peers leave processes behind, also when this script is interrupted
         if process.returncode:
             log.seek(0)
-            said = "".join([out, *log.readlines()][-_TAIL:])
-            sys.exit(f"{' '.join(command)} failed with status {process.returncode}:\n{said}")
+            output = "".join([out, *log.readlines()][-_TAIL:])
+            sys.exit(f"{' '.join(command)} failed with status {process.returncode}:\n{output}")
     found = json.loads(next(line for line in reversed(out.splitlines()) if line[:1] in "[{"))
     if isinstance(found, list):  # raw_grpc.py
         found = {"round_s": found, "value": float(rounds)}
-    if not math.isclose(found["value"], rounds, rel_tol=1e-4):  # not everybody's mean of equal numbers is that number
-        sys.exit(f"{one.name} came to {found['value']} after {rounds} rounds")
+    if not math.isclose(found["value"], rounds, rel_tol=1e-4):  # some contenders' mean of equal numbers is not exact
+        sys.exit(f"{one.name} computed {found['value']} after {rounds} rounds instead of {rounds}")
     return found["round_s"], wall_s
 
 
 def cells(row: Row) -> list[str]:
-    """As the tables show it."""
+    """Cells of a row, in the order of `HEADS`."""
     return [
         row.name,
         str(row.sites),
@@ -158,7 +180,7 @@ HEADS = (
     "",
     "sites",
     "MiB",
-    "a round, s",
+    "round, s",
     "slowest, s",
     "start and end, s",
     "peak memory, MiB",
@@ -168,7 +190,7 @@ HEADS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table whose columns are aligned in plain text too."""
+    """Markdown table whose columns are also aligned as plain text."""
     lines = [list(HEADS), *(cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -177,7 +199,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
-    """peers.csv, peers.md and peers.png."""
+    """Write peers.csv, peers.md and, with matplotlib, peers.png."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "peers.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(asdict(rows[0])))
@@ -191,7 +213,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A panel per number of sites and size: seconds of a round, on a logarithmic axis."""
+    """Plot seconds of a round on a logarithmic axis, with a panel per number of sites and model size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,7 +225,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         mine = [row for row in rows if (row.sites, row.mib) == (sites, mib)][::-1]
         bars = ax.barh([row.name for row in mine], [row.round_s for row in mine])
         ax.bar_label(bars, [f" {row.round_s:.3g} s" for row in mine])
-        ax.set(xscale="log", title=f"{sites} sites, {mib:g} MiB", xlabel="seconds of a round, no training")
+        ax.set(xscale="log", title=f"{sites} sites, {mib:g} MiB", xlabel="seconds of a round without training")
         ax.margins(x=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -213,11 +235,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=float, nargs="+")
     parser.add_argument("--sites", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, help="default: 3 of virtual sites, else 10, of large models 8")
+    parser.add_argument("--rounds", type=int, help="default: 10; 8 for large models, 3 for virtual sites")
     parser.add_argument("--virtual", action="store_true")
     parser.add_argument("--only", nargs="+", choices=["ours", "raw", "flower", "nvflare"])
-    parser.add_argument("--json", action="store_true", help="the rows as one JSON list on stdout")
-    parser.add_argument("--cache", type=Path, default=HERE.parent / ".venv-peers", help="of the environments")
+    parser.add_argument("--json", action="store_true", help="print the rows as one JSON list on stdout")
+    parser.add_argument("--cache", type=Path, default=HERE.parent / ".venv-peers", help="the peers' environments")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
     args = parser.parse_args()
     adopt_orphans()
@@ -231,7 +253,7 @@ def main() -> None:
             for one in contenders:
                 print(f"{one.name}: {sites} sites, {mib:g} MiB, {rounds} rounds", file=sys.stderr, flush=True)
                 rows.append(measured(one, sites, rounds, mib, args.cache))
-                write(rows, args.out)  # what there is, should a later one fail
+                write(rows, args.out)  # after each row, in case a later one fails
     print(json.dumps([asdict(row) for row in rows]) if args.json else markdown(rows))
 
 

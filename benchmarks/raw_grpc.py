@@ -1,8 +1,9 @@
-"""The same bytes over plain gRPC: every site streams N MiB up and, once all have, N MiB down. Nothing else is done.
+"""Reference of the benchmarks: a plain gRPC stream. Every site sends MIB MiB and, once all have, receives MIB MiB.
 
-usage: raw_grpc.py MIB SITES ROUNDS [KITS]    prints the seconds of every round as a JSON list
+usage: raw_grpc.py MIB SITES ROUNDS [KITS]
 
-KITS: a folder of startup kits; mutual TLS with the credentials of `server` and `site-1`.
+Prints the seconds of every round as a JSON list. KITS is a folder of startup kits, for mutual TLS with the credentials
+of `server` and `site-1`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def fill(buffer: np.ndarray[Any, Any], messages: Iterator[bytes]) -> None:
 
 
 class Exchange(grpc.GenericRpcHandler):
-    """One call per site and round: its upload, a barrier, the download."""
+    """Service with one call per site and round: an upload, a barrier for all sites, and a download."""
 
     def __init__(self, size: int, sites: int) -> None:
         self.buffers = [np.zeros(size, np.uint8) for _ in range(sites)]
@@ -56,7 +57,7 @@ class Exchange(grpc.GenericRpcHandler):
 
 
 def credentials(kit: Path) -> tuple[bytes, bytes, bytes]:
-    """(authority, key, certificate) of a startup kit."""
+    """Authority, key and certificate of a startup kit."""
     ca, key, certificate = ((kit / f"{name}.pem").read_bytes() for name in ("ca", "key", "certificate"))
     return ca, key, certificate
 
@@ -79,7 +80,7 @@ def site(port: int, size: int, rounds: int, barrier: Any, results: Any, kits: st
 
 
 def main(mib: float, sites: int, rounds: int, kits: str = "") -> list[float]:
-    """Seconds of each round, the slowest site's."""
+    """Run the exchange. Returns the seconds of each round at its slowest site."""
     size = int(mib * 2**20)
     spawn = multiprocessing.get_context("spawn")
     server = grpc.server(ThreadPoolExecutor(2 * sites), options=OPTIONS)

@@ -1,4 +1,4 @@
-"""The peak memory of all processes that this one has started, whoever has started them in turn. Linux only."""
+"""Measures the peak memory of all descendants of this process. Linux only."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass
 class Peak:
-    """The largest sums of PSS, in MiB: of all pages, and without those of files, which the system takes back."""
+    """Largest sums of PSS over all processes.
+
+    Attributes:
+        all_mib: All pages, in MiB.
+        without_files_mib: Pages that are not of files, in MiB. The system reclaims pages of files when it needs to.
+    """
 
     all_mib: float = 0.0
     without_files_mib: float = 0.0
 
 
 def adopt_orphans() -> None:
-    """Processes whose parents end become children of this one, and so stay in its tree."""
+    """Make this process the parent of descendants whose own parents end, so that they stay in its tree."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_descendants() -> None:
-    """Kill what is left below this process."""
+    """Kill all descendants of this process."""
     left = psutil.Process().children(recursive=True)
     for process in left:
         process.kill()
@@ -37,7 +42,7 @@ def end_descendants() -> None:
 
 
 class PeakMemory:
-    """Samples all descendants of this process, in a thread, within a `with` block."""
+    """Samples the memory of all descendants of this process, in a thread, during a `with` block."""
 
     def __init__(self) -> None:
         self.peak = Peak()
@@ -67,13 +72,13 @@ class PeakMemory:
 
 
 def numbers(text: str) -> dict[str, int]:
-    """Name -> number of the lines of a file under /proc that have both, such as smaps_rollup (KiB) and status."""
+    """Numbers by name from a file under /proc such as smaps_rollup (in KiB) or status."""
     rows = (line.split() for line in text.splitlines())
     return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _pss_kib(pid: int) -> tuple[int, int]:
-    """(all, without files) of one process; nothing of one that has ended."""
+    """PSS of one process in KiB, with and without pages of files; zero if it has ended."""
     try:
         found = numbers(Path(f"/proc/{pid}/smaps_rollup").read_text())
     except OSError:

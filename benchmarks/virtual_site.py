@@ -1,4 +1,4 @@
-"""Virtual sites that add 1 to every weight of a model of $MIB MiB (1 by default)."""
+"""Function for virtual sites of the benchmarks: adds 1 to every weight of a model of $MIB MiB (default: 1)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import fl_adapters as fl
 
 
 def initial() -> dict[str, Any]:
-    """The first weights: zeros."""
+    """Initial weights, all zero."""
     return {"w": np.zeros(int(float(os.environ.get("MIB", "1")) * 2**18), np.float32)}
 
 
 def train(task: fl.SiteTask, site: fl.Site) -> None:
-    """One site's round."""
+    """Add 1 to every weight."""
     weights = task.arrays["w"]
     weights += 1
     task.submit({"w": weights}, num_examples=1)

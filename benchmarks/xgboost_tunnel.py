@@ -1,7 +1,12 @@
-"""Histogram mode through the server beside XGBoost's own collective on the loopback, in turn in the same run.
+"""Measures a boosting round in histogram mode, tunnelled through the server, against XGBoost's own collective.
 
-Sites are processes; the data is random. Reports seconds per boosting round of each, and the bytes that a site's
-streams carry per round. usage: xgboost_tunnel.py [--sites 3 5] [--depth 6] [--rounds 20] [--rows 5000] [--columns 20]
+XGBoost's collective (rabit) connects the sites directly on the loopback. Sites are processes, and the data is random.
+The two run in turn.
+
+    python benchmarks/xgboost_tunnel.py [--sites 3 5] [--depth 6] [--rounds 20] [--rows 5000] [--columns 20]
+
+Columns: number of sites; median seconds of a boosting round through the server and with plain rabit; round trips in a
+boosting round; milliseconds that the server adds to a round trip; KiB that a site sends in a boosting round.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ def data(index: int, rows: int, columns: int) -> tuple[Any, Any]:
 
 
 def tunnelled(index: int, kit: str, args: Any, answers: Any) -> None:
-    """One site. The first round makes the workers and is not counted."""
+    """Run one site through the server. Durations begin after the first round, which starts the workers."""
     times: list[float] = []
 
     class Clock(xgboost.callback.TrainingCallback):
@@ -50,6 +55,7 @@ def tunnelled(index: int, kit: str, args: Any, answers: Any) -> None:
 
 
 def plain(index: int, arguments: dict[str, Any], args: Any, answers: Any) -> None:
+    """Run one site with plain rabit."""
     with collective.CommunicatorContext(**arguments, dmlc_task_id=str(index)):
         matrix = xgboost.QuantileDMatrix(*data(index, args.rows, args.columns))
         booster = xgboost.Booster({**PARAMS, "max_depth": args.depth}, [matrix])
@@ -61,7 +67,7 @@ def plain(index: int, arguments: dict[str, Any], args: Any, answers: Any) -> Non
 
 
 def at_once(target: Any, given: list[tuple[Any, ...]]) -> float:
-    """The median of the processes' answers."""
+    """Run a function in several processes at once. Returns the median of their answers."""
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
     processes = [spawn.Process(target=target, args=(*arguments, answers)) for arguments in given]
@@ -102,7 +108,8 @@ def main() -> None:
         print(json.dumps(found))
         return
     table = Table(title=f"a boosting round of depth {args.depth}, {args.columns} columns: medians of {args.rounds}")
-    for column in ("sites", "through the server, s", "plain rabit, s", "round trips", "ms a trip", "KiB a site sends"):
+    heads = ("sites", "through the server, s", "plain rabit, s", "round trips", "added ms per trip", "KiB per site")
+    for column in heads:
         table.add_column(column, justify="right")
     for row in found:
         per_trip = 1000 * (row["through"] - row["directly"]) / row["trips"]
