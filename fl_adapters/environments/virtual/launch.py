@@ -42,7 +42,7 @@ class Launcher(Protocol):
         ...
 
     def close(self) -> None:
-        """Kill all workers."""
+        """Kill all remaining workers."""
         ...
 
 
