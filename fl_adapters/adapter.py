@@ -92,7 +92,7 @@ class OptimizerState(Protocol):
 class Snapshot(Protocol):
     """Saves and loads all state of a site that outlives a round and does not travel.
 
-    Optional; the capability is `fl_runtime.types.EXACT_RESTART`.
+    Optional; the capability is `fl_runtime.capabilities.EXACT_RESTART`.
     """
 
     def save(self) -> State:

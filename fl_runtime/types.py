@@ -30,12 +30,6 @@ Content = Literal["weights", "delta", "encoded"]
 TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
 """What a task asks for; see `Task`."""
 
-EXACT_RESTART = "exact-restart"
-"""Capability of a site that can save and restore all of its state. Jobs with `exact_restart` require it."""
-
-CROSS_EVALUATION = "cross-evaluation"
-"""Capability of a site that can evaluate other sites' models. Jobs with `cross_site` require it."""
-
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
     """Return whether tensors of this dtype are averaged.

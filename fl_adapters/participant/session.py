@@ -22,25 +22,15 @@ from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
 from fl_adapters.participant.restart import SiteRestart, round_seed
 from fl_adapters.participant.results import Results
-from fl_adapters.participant.swarm import CAPABILITY, SwarmSite
+from fl_adapters.participant.swarm import SwarmSite
+from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SWARM
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.secure_stream import SecureStream
-from fl_runtime.types import (
-    CROSS_EVALUATION,
-    EXACT_RESTART,
-    Arrays,
-    Content,
-    Metrics,
-    Report,
-    Summary,
-    Task,
-    Terms,
-    Update,
-)
+from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
 
@@ -139,7 +129,7 @@ def session_capabilities(*, cross_evaluates: bool, restarts: bool, swarm: bool) 
     Returns:
         Names of capabilities.
     """
-    declared = {CROSS_EVALUATION: cross_evaluates, EXACT_RESTART: restarts, CAPABILITY: swarm}
+    declared = {CROSS_EVALUATION: cross_evaluates, EXACT_RESTART: restarts, SWARM: swarm}
     return frozenset(name for name, available in declared.items() if available)
 
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fl_runtime.aggregation.swarm import CAPABILITY, RECEIPT, missing
+from fl_runtime.aggregation.swarm import RECEIPT, missing
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
@@ -26,8 +26,6 @@ from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
-
-__all__ = ["CAPABILITY", "Seal", "SwarmSite"]
 
 _PIECE_BYTES = 2**19
 _REACH_S, _LOOK_S = 5.0, 1.0

@@ -26,9 +26,9 @@ from fl_adapters.torch.restart import (
     packed_tensors,
 )
 from fl_adapters.torch.state import TorchState, is_sharded
-from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
-from fl_runtime.aggregation.lora.names import CAPABILITY
+from fl_runtime.aggregation.corrections.local_terms import without_control
 from fl_runtime.aggregation.lora.products import ENCODING
+from fl_runtime.capabilities import GRADIENT_CORRECTION, LORA, OPTIMIZER_STATE, PERSONAL_MODEL
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Content, Task
 
@@ -72,8 +72,8 @@ class LiveModel:
     @property
     def capabilities(self) -> frozenset[str]:
         """Capabilities that a strategy may require of this model."""
-        lora = [CAPABILITY] if self._freezing.has_adapter else []
-        return frozenset({"optimizer_state", GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
+        lora = [LORA] if self._freezing.has_adapter else []
+        return frozenset({OPTIMIZER_STATE, GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
 
     @property
     def cross_site(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fl_runtime.aggregation.spec import Described
+from fl_runtime.capabilities import WEIGHTS
 from fl_runtime.types import Arrays, Content, Settings, Update
 
 _STATISTIC = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance)$")
@@ -29,7 +30,7 @@ class WeightsStrategy(Described):
     content: ClassVar[Content] = "weights"
     initial: ClassVar[Literal["first", "all"]] = "first"
     weighted: ClassVar[bool] = True
-    requires: ClassVar[frozenset[str]] = frozenset({"weights"})
+    requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS})
 
     @property
     def linear(self) -> bool:

@@ -9,10 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from fl_runtime.aggregation.fedavg import FedAvg
+from fl_runtime.capabilities import SWARM, WEIGHTS
 from fl_runtime.errors import ConfigError
-
-CAPABILITY = "swarm"
-"""Of a site that can send its update to another site, and form the mean of what others send."""
 
 RECEIPT = "swarm receipt"
 """The encoding of what a site sends the server in place of an update: all that an update says, without tensors."""
@@ -34,7 +32,7 @@ class Swarm(FedAvg):
     """
 
     name: ClassVar[str] = "swarm"
-    requires: ClassVar[frozenset[str]] = frozenset({"weights", CAPABILITY})
+    requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, SWARM})
 
     @property
     def linear(self) -> bool:

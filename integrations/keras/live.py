@@ -9,7 +9,8 @@ import numpy as np
 from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.outputs import SiteHome
-from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, PERSONAL_MODEL, without_control
+from fl_runtime.aggregation.corrections.local_terms import without_control
+from fl_runtime.capabilities import GRADIENT_CORRECTION, PERSONAL_MODEL
 from fl_runtime.types import Arrays, Task
 
 from .correction import can_correct

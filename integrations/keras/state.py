@@ -10,6 +10,7 @@ import xxhash
 
 from fl_adapters.participant.exchange import matches, selected
 from fl_adapters.participant.options import Exchange
+from fl_runtime.capabilities import OPTIMIZER_STATE
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, TensorSpec, differences
@@ -28,7 +29,7 @@ class KerasState:
     Raises ConfigError for patterns that match nothing and when nothing is left.
     """
 
-    capabilities = frozenset({"optimizer_state"})
+    capabilities = frozenset({OPTIMIZER_STATE})
 
     def __init__(self, model: Any, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
         named = named_variables(model)

@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass
 
 from fl_runtime.aggregation import make_strategy
-from fl_runtime.aggregation.corrections.local_terms import PERSONAL_MODEL
 from fl_runtime.aggregation.lora.products import LoraProducts
 from fl_runtime.aggregation.lora.strategies import LoraAverage
+from fl_runtime.capabilities import PERSONAL_MODEL
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Strategy
 

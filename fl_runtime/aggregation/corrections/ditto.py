@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fl_runtime.aggregation.corrections.local_terms import PERSONAL_MODEL, LocalTerms
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.spec import number
+from fl_runtime.capabilities import PERSONAL_MODEL, WEIGHTS
 from fl_runtime.types import Settings
 
 
@@ -22,7 +23,7 @@ class Ditto(FedAvg):
     """
 
     name: ClassVar[str] = "ditto"
-    requires: ClassVar[frozenset[str]] = frozenset({"weights", PERSONAL_MODEL})
+    requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, PERSONAL_MODEL})
     lam: float = number(0.1, least=0)
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

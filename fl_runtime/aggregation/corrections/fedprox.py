@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, LocalTerms
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.fedavg import FedAvg
 from fl_runtime.aggregation.spec import number
+from fl_runtime.capabilities import GRADIENT_CORRECTION, WEIGHTS
 from fl_runtime.types import Settings
 
 
@@ -22,7 +23,7 @@ class FedProx(FedAvg):
     """
 
     name: ClassVar[str] = "fedprox"
-    requires: ClassVar[frozenset[str]] = frozenset({"weights", GRADIENT_CORRECTION})
+    requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, GRADIENT_CORRECTION})
     mu: float = number(0.01, least=0)
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:

@@ -5,16 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Final, Self
+from typing import Self
 
 from fl_runtime.errors import ProtocolError
 from fl_runtime.types import Array, Arrays, Settings
-
-GRADIENT_CORRECTION: Final = "gradient-correction"
-"""Capability: the adapter adds an array to each gradient before the optimizer step."""
-
-PERSONAL_MODEL: Final = "personal-model"
-"""Capability: the adapter trains a second model of the site's own in the same training loop."""
 
 _CONTROL = "control/"
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fl_runtime.aggregation.base import WeightsStrategy, is_statistic
-from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, LocalTerms, is_control
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms, is_control
 from fl_runtime.aggregation.fedavg import WeightedMean, blocks
 from fl_runtime.aggregation.spec import choice, number
+from fl_runtime.capabilities import GRADIENT_CORRECTION, WEIGHTS
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update
 
@@ -32,7 +33,7 @@ class Scaffold(WeightsStrategy):
 
     name: ClassVar[str] = "scaffold"
     linear: ClassVar[bool] = False
-    requires: ClassVar[frozenset[str]] = frozenset({"weights", GRADIENT_CORRECTION})
+    requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, GRADIENT_CORRECTION})
     lr: float = number(1.0, above=0)
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 

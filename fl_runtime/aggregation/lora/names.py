@@ -14,9 +14,6 @@ from typing import Literal
 
 Factor = Literal["A", "B"]
 
-CAPABILITY = "lora"
-"""What an adapter declares at the handshake for a model with a LoRA adapter."""
-
 FROZEN = "lora_frozen"
 """Setting of a task: the factor that is not trained in its round."""
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from fl_runtime.aggregation.fedavg import WeightedMean
 from fl_runtime.aggregation.lora.algebra import factorized
-from fl_runtime.aggregation.lora.names import CAPABILITY, Pair, factor_of, pairs_of
+from fl_runtime.aggregation.lora.names import Pair, factor_of, pairs_of
 from fl_runtime.aggregation.spec import Described, choice, number
+from fl_runtime.capabilities import LORA
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, ServerState, Settings, Update
 
@@ -46,7 +47,7 @@ class LoraProducts(Described):
     initial: ClassVar[Literal["first", "all"]] = "first"
     linear: ClassVar[bool] = False
     weighted: ClassVar[bool] = True
-    requires: ClassVar[frozenset[str]] = frozenset({CAPABILITY})
+    requires: ClassVar[frozenset[str]] = frozenset({LORA})
     site_part: ClassVar[SitePart]
     mixed: ClassVar[bool] = True
     weights: Literal["examples", "equal"] = choice("examples", "equal")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fl_runtime.aggregation.fedavg import FedAvg
-from fl_runtime.aggregation.lora.names import CAPABILITY, FROZEN, Factor
+from fl_runtime.aggregation.lora.names import FROZEN, Factor
+from fl_runtime.capabilities import LORA, WEIGHTS
 from fl_runtime.types import Settings
 
 
@@ -21,7 +22,7 @@ from fl_runtime.types import Settings
 class LoraAverage(FedAvg):
     """What these strategies have in common. stays: the factor that never leaves a site, "" for none."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"weights", CAPABILITY})
+    requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, LORA})
     stays: ClassVar[Literal["", "A", "B"]] = ""
 
     def frozen(self, round: int) -> Factor | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fl_runtime.aggregation.metrics.pooling import plain
+from fl_runtime.capabilities import CROSS_EVALUATION
 from fl_runtime.filters import check_cross_site
 from fl_runtime.server.courses.base import Offer, leased
 from fl_runtime.server.courses.scoring import Scoring
@@ -24,7 +25,7 @@ from fl_runtime.server.registration import Member, Registration, check_capabilit
 from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal import ModelEntry
-from fl_runtime.types import CROSS_EVALUATION, Arrays, Report
+from fl_runtime.types import Arrays, Report
 from fl_runtime.wire.manifest import Manifest
 
 GLOBAL = "global"

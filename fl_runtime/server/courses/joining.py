@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fl_runtime.capabilities import EXACT_RESTART
 from fl_runtime.errors import ConfigError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
@@ -12,7 +13,6 @@ from fl_runtime.server.registration import Member, Registration, check_agreement
 from fl_runtime.server.state import RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.journal import RoundEntry
-from fl_runtime.types import EXACT_RESTART
 
 
 class Joining:

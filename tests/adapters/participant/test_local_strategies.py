@@ -15,7 +15,8 @@ from fl_adapters.participant.options import Options
 from fl_adapters.participant.outputs import SiteHome
 from fl_adapters.participant.registry import open_session
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, LocalTerms, control_of
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms, control_of
+from fl_runtime.capabilities import GRADIENT_CORRECTION
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Array, Arrays

@@ -10,7 +10,8 @@ import pytest
 from federation_bench import Site, registered, together
 from server_process import ServerProcess, server_process
 
-from fl_runtime.aggregation.corrections.local_terms import GRADIENT_CORRECTION, control_extras, control_of
+from fl_runtime.aggregation.corrections.local_terms import control_extras, control_of
+from fl_runtime.capabilities import GRADIENT_CORRECTION
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Task
 
