@@ -93,30 +93,30 @@ def _title(view: RunView) -> str:
 
 
 def _cells(site: SiteView) -> list[str]:
-    def shown(value: float | None, text: str) -> str:
-        return "" if value is None else text.format(value)
+    def text_of(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
 
     return [
         site.state,
         str(site.round or ""),
-        shown(site.loss, "{:.4g}"),
-        shown(site.examples, "{:,}"),
+        text_of(site.loss, "{:.4g}"),
+        text_of(site.examples, "{:,}"),
         size_text(site.bytes_up),
         size_text(site.bytes_down),
-        shown(site.seconds, "{:.2f}"),
+        text_of(site.seconds, "{:.2f}"),
     ]
 
 
 def rounds_table(result: SimulationResult) -> Table:
     """Table with one row per round, limited to the last rounds."""
-    shown = result.rounds[-_ROUNDS_SHOWN:]
-    metrics = list(dict.fromkeys(name for item in shown for name in item.metrics))
-    left_out = len(result.rounds) - len(shown)
+    last = result.rounds[-_ROUNDS_SHOWN:]
+    metrics = list(dict.fromkeys(name for item in last for name in item.metrics))
+    left_out = len(result.rounds) - len(last)
     table = Table(title=f"{result.job}", caption=f"{left_out} earlier rounds are not shown" if left_out else None)
     table.add_column("round", justify="right")
     for name in (*metrics, "sites", "up", "down", "seconds"):
         table.add_column(name, justify="right")
-    for item in shown:
+    for item in last:
         table.add_row(
             f"{item.round}{' best' if item.round == result.best_round else ''}",
             *(f"{item.metrics[name]:.4g}" if name in item.metrics else "" for name in metrics),

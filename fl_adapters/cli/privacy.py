@@ -26,11 +26,11 @@ def run(folder: Path | None, delta: float, as_json: bool) -> int:
             raise ConfigError(
                 f"delta {delta:g} is out of range", where="--delta", fix="give a number between 0 and 1, such as 1e-5"
             )
-        found = [_ledger(path, delta) for path in _paths(_folder(folder))]
+        ledgers = [_ledger(path, delta) for path in _paths(_folder(folder))]
         if as_json:
-            show_json({"delta": delta, "ledgers": found})
+            show_json({"delta": delta, "ledgers": ledgers})
         else:
-            for ledger in found:
+            for ledger in ledgers:
                 _show(ledger, delta, console_for(as_json=False))
     return 0
 
@@ -45,15 +45,15 @@ def _folder(given: Path | None) -> Path:
 
 
 def _paths(folder: Path) -> list[Path]:
-    found = sorted(folder.rglob(LEDGER_FILE)) if folder.is_dir() else []
-    if not found:
+    files = sorted(folder.rglob(LEDGER_FILE)) if folder.is_dir() else []
+    if not files:
         raise ConfigError(
             "there is no privacy ledger in this folder",
             where=str(folder),
             fix="name a startup kit, or runs/JOB; a ledger begins with the first round of a filter with a privacy "
             "budget",
         )
-    return found
+    return files
 
 
 def _ledger(path: Path, delta: float) -> dict[str, Any]:

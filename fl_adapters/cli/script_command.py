@@ -82,8 +82,8 @@ class ScriptCommand(TyperCommand):
             for name in (*param.opts, *param.secondary_opts)
             if name.startswith("-")
         }
-        found = split(args, takes_value)
-        for given, other in found.doubtful:
+        line = split(args, takes_value)
+        for given, other in line.doubtful:
             typer.echo(f"note: {given} goes to the script; did you mean {other}?", err=True)
-        positional = ["--", found.script or "", *found.rest] if found.script or found.rest else []
-        return super().parse_args(ctx, [*found.ours, *positional])
+        positional = ["--", line.script or "", *line.rest] if line.script or line.rest else []
+        return super().parse_args(ctx, [*line.ours, *positional])

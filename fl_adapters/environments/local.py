@@ -147,8 +147,8 @@ class LocalRun:
 
 def starting_event(run: LocalRun, command: Sequence[str]) -> Event:
     """The event that opens a run: what is run, where, and by whom."""
-    shown = shlex.join(["python", *command[1:]])
-    data = {"job": run.settings.name, "folder": str(run.folder), "sites": run.settings.sites, "command": shown}
+    text = shlex.join(["python", *command[1:]])
+    data = {"job": run.settings.name, "folder": str(run.folder), "sites": run.settings.sites, "command": text}
     return Event("starting", time.time(), data=data)
 
 

@@ -37,14 +37,14 @@ def main() -> None:
 
 def send(targets: Iterable[int], number: int, *, single: bool = False) -> bool:
     """Send a signal to process groups, or to `single` processes. True if any of them still exists."""
-    found = False
+    exists = False
     for target in targets:
         try:
             (os.kill if single else os.killpg)(target, number)
-            found = True
+            exists = True
         except OSError:  # gone already
             pass
-    return found
+    return exists
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
@@ -61,13 +61,13 @@ def descendants(roots: Iterable[int]) -> set[int]:
             except OSError:
                 continue
             children.setdefault(int(fields[1]), []).append(int(name))
-    found: set[int] = set()
+    family: set[int] = set()
     waiting = list(roots)
     while waiting:
         new = children.get(waiting.pop(), [])
-        found.update(new)
+        family.update(new)
         waiting.extend(new)
-    return found
+    return family
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ class Production:
             from fl_runtime.trust.kits import read_kit
 
             kit = read_kit(Path(self.kit), kind="admin")
-        shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
-        tell = FanOut((*self.listeners, *shown))
+        printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
+        tell = FanOut((*self.listeners, *printers))
         control = ControlClient.of_kit(kit.folder, kit.address)
         try:
             remote = RemoteJob(control, job, tell, self.patience_s)

@@ -88,9 +88,9 @@ class ProofOfConcept:
         sites = select_sites(job, self.sites)
         folder = Path(self.folder).resolve()
         job = job.model_copy(update={"name": _free_name(folder, job), "sites": sites})
-        shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
+        printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         tracker = RunTracker()
-        tell = FanOut((tracker, *self.listeners, *shown))
+        tell = FanOut((tracker, *self.listeners, *printers))
         run = LocalRun(job.settings(sites), folder / job.name, tracker, tell)
         with needs_trust_extra(), tempfile.TemporaryDirectory(prefix="fl-adapters-poc-") as temporary:
             kits = Path(temporary)

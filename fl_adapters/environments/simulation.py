@@ -142,9 +142,9 @@ class Simulation:
     def _run(
         self, job: Job, sites: tuple[str, ...], folder: Path, command: list[str], began: float
     ) -> SimulationResult:
-        shown: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
+        printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         tracker = RunTracker()
-        run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, *self.listeners, *shown)))
+        run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, *self.listeners, *printers)))
         virtual = self._virtual()
         if virtual:
             virtual.check(job, run.settings)

@@ -71,12 +71,12 @@ def _packages() -> Iterator[Check]:
     """Checks of fl-adapters and of the packages in its metadata. Packages of extras may be missing."""
     try:
         yield Check("fl-adapters", "ok", metadata.version("fl-adapters"))
-        wanted = metadata.requires("fl-adapters") or []
+        requirements = metadata.requires("fl-adapters") or []
     except metadata.PackageNotFoundError:
         yield Check("fl-adapters", "note", "not installed as a package", "pip install fl-adapters")
         return
     seen: set[str] = set()
-    for line in wanted:
+    for line in requirements:
         match = re.match(r"([\w.-]+)[^;]*?(?:>=\s*([\w.]+))?[^;]*(?:;(.*))?$", line)
         if match is None or match[1] in seen:
             continue
@@ -88,14 +88,14 @@ def _packages() -> Iterator[Check]:
 
 def _package(name: str, floor: str, extra: str) -> Check:
     try:
-        found = metadata.version(name)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         if extra:
             return Check(name, "ok", f"not installed; only [{extra}] needs it")
         return Check(name, "problem", "missing", f"pip install '{name}>={floor}'")
-    if floor and _numbers(found) < _numbers(floor):
-        return Check(name, "problem", f"{found} is too old", f"pip install '{name}>={floor}'")
-    return Check(name, "ok", f"{found} (at least {floor})" if floor else found)
+    if floor and _numbers(installed) < _numbers(floor):
+        return Check(name, "problem", f"{installed} is too old", f"pip install '{name}>={floor}'")
+    return Check(name, "ok", f"{installed} (at least {floor})" if floor else installed)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

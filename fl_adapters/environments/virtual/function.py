@@ -166,9 +166,9 @@ class _UpdateRecipient:
     """Writes the update of one task into the buffer that the server reads. Implements `loop.Recipient`."""
 
     def __init__(
-        self, manifest: Manifest, mine: Arrays, buffer: Array, when: str, seed: int, *, exchanges_all: bool
+        self, manifest: Manifest, views: Arrays, buffer: Array, when: str, seed: int, *, exchanges_all: bool
     ) -> None:
-        self._manifest, self._mine, self._buffer, self._when = manifest, mine, buffer, when
+        self._manifest, self._views, self._buffer, self._when = manifest, views, buffer, when
         self.exchanges_all = exchanges_all
         self.round_seed = seed
         self.facts: dict[str, Any] | None = None
@@ -189,8 +189,8 @@ class _UpdateRecipient:
         check_finite(arrays, where=self._when)
         separate = {name: self._detach(name, array) for name, array in arrays.items()}
         for name, array in separate.items():
-            if array is not self._mine[name]:
-                self._mine[name][...] = array
+            if array is not self._views[name]:
+                self._views[name][...] = array
         self.facts = {
             "num_examples": int(result.num_examples),
             "local_steps": int(result.local_steps),
@@ -205,13 +205,13 @@ class _UpdateRecipient:
             self.facts["scored"] = self._scored
 
     def _fits(self, arrays: Arrays) -> bool:
-        mine = self._mine
-        same = arrays.keys() == mine.keys()
-        return same and all(a.shape == mine[n].shape and a.dtype == mine[n].dtype for n, a in arrays.items())
+        views = self._views
+        same = arrays.keys() == views.keys()
+        return same and all(a.shape == views[n].shape and a.dtype == views[n].dtype for n, a in arrays.items())
 
     def _detach(self, name: str, array: Array) -> Array:
         """Copy an array that shares memory with another part of the buffer, which writing there would change."""
-        if array is self._mine[name] or not np.may_share_memory(array, self._buffer):
+        if array is self._views[name] or not np.may_share_memory(array, self._buffer):
             return array
         return np.array(array)
 

@@ -128,17 +128,17 @@ class ProcessWorkers:
         self._say(free, {**order.to_json(), **files})
 
     def wait(self, timeout_s: float) -> list[Done | Failed]:
-        found: list[Done | Failed] = []
+        outcomes: list[Done | Failed] = []
         for key, _ in self._selector.select(timeout_s):
             each: _WorkerProcess = key.data
             try:
                 for answer in self._answers(each):
-                    found += self._outcome(each, answer)
+                    outcomes += self._outcome(each, answer)
             except ConnectionError:
-                found += self._replaced(each)
+                outcomes += self._replaced(each)
         while self._again and any(each.free for each in self._workers.values()):
             self.give(self._again.pop())
-        return found
+        return outcomes
 
     def release(self, done: Done) -> None:
         self._blobs.free(self._held.pop(id(done)))

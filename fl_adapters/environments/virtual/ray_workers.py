@@ -109,8 +109,8 @@ class RayWorkers:
         self._again: list[Order] = []
         self._deaths: Counter[tuple[str, int]] = Counter()
         self._starting: dict[Any, Any] = {}
-        found = count or int(ray.cluster_resources().get("CPU", 1))
-        self._free: list[Any] = [self._make() for _ in range(max(found, 1))]
+        workers = count or int(ray.cluster_resources().get("CPU", 1))
+        self._free: list[Any] = [self._make() for _ in range(max(workers, 1))]
         try:
             for actor in self._free:
                 self._check(actor.ready.remote())
@@ -149,7 +149,7 @@ class RayWorkers:
 
     def wait(self, timeout_s: float) -> list[Done | Failed]:
         ready, _ = self._ray.wait([*self._pending, *self._starting], timeout=timeout_s)
-        found: list[Done | Failed] = []
+        outcomes: list[Done | Failed] = []
         for reference in ready:
             if reference in self._starting:
                 actor = self._starting.pop(reference)
@@ -157,10 +157,10 @@ class RayWorkers:
                 actor.begin.remote(self._info)
                 self._free.append(actor)
             else:
-                found += self._outcome(reference, self._pending.pop(reference))
+                outcomes += self._outcome(reference, self._pending.pop(reference))
         while self._again and self._free:
             self.give(self._again.pop())
-        return found
+        return outcomes
 
     def release(self, done: Done) -> None:
         """Do nothing: Ray frees a payload when the last reference to it is gone."""

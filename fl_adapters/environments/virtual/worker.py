@@ -38,19 +38,19 @@ def serve(line: socket.socket, function: SiteFunction, initial: InitialWeights |
 
     with line, line.makefile("rwb", buffering=0) as pipe:
         _say(pipe, {"ready": True})
-        for message in pipe:
-            asked = json.loads(message)
+        for text in pipe:
+            message = json.loads(text)
             try:
-                if "initial" in asked:
-                    write_tensors(Path(asked["initial"]), initial_weights(initial))
+                if "initial" in message:
+                    write_tensors(Path(message["initial"]), initial_weights(initial))
                     answer: dict[str, Any] = {"written": True}
-                elif "run" in asked:
-                    worker = OrderRunner(function, RunInfo(**asked["run"]))
+                elif "run" in message:
+                    worker = OrderRunner(function, RunInfo(**message["run"]))
                     continue
                 else:
                     assert worker is not None
-                    nbytes = asked["nbytes"]
-                    answer = worker.work(asked, mapped(asked["model"], nbytes), mapped(asked["update"], nbytes))
+                    nbytes = message["nbytes"]
+                    answer = worker.work(message, mapped(message["model"], nbytes), mapped(message["update"], nbytes))
             except FederationError as error:
                 traceback.print_exc()  # into the worker's log
                 answer = {"failed": error.to_wire()}

@@ -129,11 +129,11 @@ def what_arrives_is_copied(example: AdapterExample) -> None:
     """The next task overwrites the session's buffer, so the model must not be a view of it."""
     adapter = example.fresh(0)
     arriving = copied(example.fresh(1).get_state())
-    wanted = copied(arriving)
+    expected = copied(arriving)
     adapter.set_state(arriving)
     for array in arriving.values():
         array[...] = np.zeros_like(array)
-    require_same_bits(adapter.get_state(), wanted)
+    require_same_bits(adapter.get_state(), expected)
 
 
 def read_only_arrays_are_taken(example: AdapterExample) -> None:
@@ -184,8 +184,8 @@ def patterns_choose_what_travels(example: AdapterExample) -> None:
     if len(names) > 1:
         pattern = _literally(names[0])
         state = example.make(0, "auto", (pattern,)).get_state()
-        wanted = [name for name in names if not matches(name, (pattern,))]
-        require(list(state) == wanted, f"keep_local=[{pattern!r}] travels as {list(state)}")
+        expected = [name for name in names if not matches(name, (pattern,))]
+        require(list(state) == expected, f"keep_local=[{pattern!r}] travels as {list(state)}")
 
 
 def patterns_without_a_match_are_refused(example: AdapterExample) -> None:
@@ -254,28 +254,28 @@ def require(condition: bool, sentence: str) -> None:
         raise AssertionError(sentence)
 
 
-def require_same_bits(found: Arrays, wanted: Arrays, where: str = "") -> None:
+def require_same_bits(actual: Arrays, expected: Arrays, where: str = "") -> None:
     """Raise AssertionError unless names, order, dtypes, shapes and bytes are equal."""
-    require(list(found) == list(wanted), f"{where}the names are {list(found)} and not {list(wanted)}")
-    for name, array in wanted.items():
-        mine = found[name]
-        same_kind = (mine.dtype, mine.shape) == (array.dtype, array.shape)
-        require(same_kind, f"{where}{name} is {mine.dtype}{mine.shape} and not {array.dtype}{array.shape}")
-        require(mine.tobytes() == array.tobytes(), f"{where}{name} differs")
+    require(list(actual) == list(expected), f"{where}the names are {list(actual)} and not {list(expected)}")
+    for name, array in expected.items():
+        array_here = actual[name]
+        same_kind = (array_here.dtype, array_here.shape) == (array.dtype, array.shape)
+        require(same_kind, f"{where}{name} is {array_here.dtype}{array_here.shape} and not {array.dtype}{array.shape}")
+        require(array_here.tobytes() == array.tobytes(), f"{where}{name} differs")
 
 
-def require_close(found: Arrays, wanted: Mapping[str, Array], tolerance: float = 1e-6) -> None:
+def require_close(actual: Arrays, expected: Mapping[str, Array], tolerance: float = 1e-6) -> None:
     """Raise AssertionError unless the values are close, relative to the largest value of each tensor.
 
     The limit is `tolerance`, or twice the precision of the dtype if that is coarser. Integers must be equal.
     """
-    require(sorted(found) == sorted(wanted), f"the names are {sorted(found)} and not {sorted(wanted)}")
-    for name, array in wanted.items():
+    require(sorted(actual) == sorted(expected), f"the names are {sorted(actual)} and not {sorted(expected)}")
+    for name, array in expected.items():
         if not is_floating(array.dtype):
-            require(found[name].tobytes() == array.tobytes(), f"{name} differs")
+            require(actual[name].tobytes() == array.tobytes(), f"{name} differs")
             continue
         wide = np.complex128 if array.dtype.kind == "c" else np.float64
-        theirs, ours = array.astype(wide), found[name].astype(wide)
+        theirs, ours = array.astype(wide), actual[name].astype(wide)
         worst = float(np.max(np.abs(theirs - ours), initial=0.0)) / max(float(np.max(np.abs(theirs), initial=0.0)), 1.0)
         limit = max(tolerance, 2 * _precision(array.dtype))
         require(worst <= limit, f"{name} differs by {worst:.3g}, more than {limit:.3g}")

@@ -119,14 +119,14 @@ def scaffold_equals_a_plain_loop(example: CorrectionExample) -> None:
 def ditto_equals_a_plain_loop(example: CorrectionExample) -> None:
     """The global model is that of FedAvg, and each site has a personal model."""
     final, personal = _federated(example, "ditto:lam=0.5", phases=2)
-    wanted, wanted_personal = _ditto(example, 0.5, list(final))
-    require_close(final, wanted)
-    for found, by_hand in zip(personal, wanted_personal, strict=True):
-        expected = {name: array for name, array in by_hand.items() if name in found}
-        require(set(final) <= set(expected), f"the personal model has {sorted(found)} only")
-        require_close(found, expected)
+    expected, expected_personal = _ditto(example, 0.5, list(final))
+    require_close(final, expected)
+    for actual, by_hand in zip(personal, expected_personal, strict=True):
+        shared_tensors = {name: array for name, array in by_hand.items() if name in actual}
+        require(set(final) <= set(shared_tensors), f"the personal model has {sorted(actual)} only")
+        require_close(actual, shared_tensors)
         require(
-            any(found[name].tobytes() != final[name].tobytes() for name in final),
+            any(actual[name].tobytes() != final[name].tobytes() for name in final),
             "the personal model equals the global model",
         )
 

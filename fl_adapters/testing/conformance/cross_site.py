@@ -112,10 +112,10 @@ def _federated(
     for name, result in trained.items():
         steps = _ROUNDS * every
         require(result.steps == steps, f"{name} made {result.steps} optimizer steps instead of {steps}")
-    found = [event.data["matrix"] for event in federation.events if event.kind == "cross_site"]
-    require(len(found) == 1, f"the run has {len(found)} cross-site matrices instead of 1")
+    matrices = [event.data["matrix"] for event in federation.events if event.kind == "cross_site"]
+    require(len(matrices) == 1, f"the run has {len(matrices)} cross-site matrices instead of 1")
     scored = [e.round for e in federation.events if e.kind == "report" and e.site == "site-1"]
-    return final, trained, found[0], scored
+    return final, trained, matrices[0], scored
 
 
 def _matrix_by_hand(
@@ -133,13 +133,13 @@ def _matrix_by_hand(
 
 
 def _require_matrix(
-    found: Mapping[str, Mapping[str, Mapping[str, float]]], wanted: Mapping[str, Mapping[str, Mapping[str, float]]]
+    actual: Mapping[str, Mapping[str, Mapping[str, float]]], expected: Mapping[str, Mapping[str, Mapping[str, float]]]
 ) -> None:
-    require(sorted(found) == sorted(wanted), f"the models are {sorted(found)} and not {sorted(wanted)}")
-    for model, row in wanted.items():
-        require(sorted(found[model]) == sorted(row), f"{model} was scored by {sorted(found[model])}")
+    require(sorted(actual) == sorted(expected), f"the models are {sorted(actual)} and not {sorted(expected)}")
+    for model, row in expected.items():
+        require(sorted(actual[model]) == sorted(row), f"{model} was scored by {sorted(actual[model])}")
         for site, metrics in row.items():
             for metric, value in metrics.items():
-                got = found[model][site].get(metric)
+                got = actual[model][site].get(metric)
                 close = got is not None and np.isclose(got, value, rtol=_TOLERANCE, atol=_TOLERANCE)
                 require(bool(close), f"the {metric} of {model} on the data of {site} is {got} and not {value}")

@@ -45,11 +45,11 @@ class RestartCase:
         Raises:
             AssertionError: The global model or a site's weights differ.
         """
-        wanted, wanted_own = _run(example, (), 0, self.settings)
+        expected, expected_own = _run(example, (), 0, self.settings)
         fail_at = example.steps_per_epoch + 2 if self.in_training else 0
-        found, own = _run(example, self.deaths, fail_at, self.settings)
-        require_same_bits(found, wanted, "the global model after a restart: ")
-        for name, weights in wanted_own.items():
+        actual, own = _run(example, self.deaths, fail_at, self.settings)
+        require_same_bits(actual, expected, "the global model after a restart: ")
+        for name, weights in expected_own.items():
             require_same_bits(own[name], weights, f"the weights of {name} after a restart: ")
 
 

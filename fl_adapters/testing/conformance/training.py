@@ -345,8 +345,8 @@ def _equals_plain_loop(example: TrainingExample, policy: Literal["keep", "reset"
         missing = [tensor for tensor in final if tensor not in result.weights]
         require(not missing, f"{missing} of the global model are not among the weights of {name}")
         require_same_bits({n: result.weights[n] for n in final}, final, f"the final weights of {name}: ")
-    wanted = by_hand(example, policy, [[0, 1]] * rounds, every, list(final))
-    require_close(final, wanted.final)
+    expected = by_hand(example, policy, [[0, 1]] * rounds, every, list(final))
+    require_close(final, expected.final)
 
 
 @dataclass(frozen=True)
@@ -420,5 +420,5 @@ def _require_steps(trained: dict[str, Trained], steps: int) -> None:
 
 def _require_local_steps(events: Sequence[Event], steps: int) -> None:
     """Check the steps that updates report. Round 0 is left out: an initial model takes no steps."""
-    found = [event.data["local_steps"] for event in _of_kind(events, "update") if event.round > 0]
-    require(found == [steps] * len(found), f"the rounds had {found} optimizer steps, not {steps} each")
+    reported = [event.data["local_steps"] for event in _of_kind(events, "update") if event.round > 0]
+    require(reported == [steps] * len(reported), f"the rounds had {reported} optimizer steps, not {steps} each")
