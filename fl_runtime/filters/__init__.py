@@ -1,13 +1,13 @@
-"""Filters: what changes an update, a task or a report on its way, at four points.
+"""Filters: steps that change updates, global models and reports on their way, at four points.
 
-    site_out    on what leaves a site: the job's list, then the list of the site's own policy
-    server_in   on each update before it is summed
-    server_out  on the global model before it is handed out for a round
-    site_in     on the global model as it arrives
+    site_out    what leaves a site: the job's filters, then those of the site's policy
+    server_in   each update, before it is aggregated
+    server_out  the global model, before it is sent for a round
+    site_in     the global model, as it arrives at a site
 
-A filter is written as settings: its name, its arguments, and `at`, the point. `make_filter` makes it and refuses bad
-arguments; `check_filters` is for a whole job. Filters that change the values run first, in order; those that change
-the encoding (Quantize, TopK, HomomorphicCKKS) come after all of them, since nothing else can read what they make.
+A filter is written as settings: {"name": "Quantize", "to": "int8", "at": "site_out"}, with its name, its arguments and
+optionally its point. Filters that change values run first, in the given order. Those that change the encoding
+(Quantize, TopK, HomomorphicCKKS) run after them, since no other filter can read their result.
 """
 
 from __future__ import annotations
@@ -57,26 +57,51 @@ MAX_FILTERS = 32
 
 @dataclass(frozen=True)
 class PlacedFilter:
-    """A filter and the point where it stands."""
+    """A filter and the point at which it runs.
+
+    Attributes:
+        at: The point.
+        filter: The filter, an instance of one of the shipped classes.
+    """
 
     at: Point
     filter: Any
 
 
 def known_filters() -> tuple[str, ...]:
-    """The names that `filters` of a job and of a policy take."""
+    """Return the names of all shipped filters."""
     return tuple(kind.__name__ for kind in _SHIPPED)
 
 
 def make_filter(settings: Settings) -> Any:
-    """The filter that `settings` describe; `at` is left aside. ConfigError names what is wrong with them."""
+    """Make a filter from its settings.
+
+    Args:
+        settings: Name and arguments; "at" is checked and otherwise ignored.
+
+    Returns:
+        The filter.
+
+    Raises:
+        ConfigError: If there is no such filter, or an argument is unknown, missing or out of range.
+    """
     return place_filter(settings).filter
 
 
 def place_filter(settings: Settings) -> PlacedFilter:
-    """The filter that `settings` describe, and its point."""
+    """Make a filter from its settings, together with its point.
+
+    Args:
+        settings: Name, arguments, and optionally "at".
+
+    Returns:
+        The filter and its point; without "at", the first of the filter's `points`.
+
+    Raises:
+        ConfigError: If the settings are not those of a filter that can run at this point.
+    """
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
-        raise refuse(f"{settings!r} is no filter", 'write {"name": "Quantize", "to": "int8"}')
+        raise refuse(f"{settings!r} is not a filter", 'write it as in {"name": "Quantize", "to": "int8"}')
     kind = next((kind for kind in _SHIPPED if kind.__name__ == settings["name"]), None)
     if kind is None:
         raise refuse(f"there is no filter {settings['name']!r}", f"use one of: {', '.join(known_filters())}")
@@ -88,62 +113,90 @@ def place_filter(settings: Settings) -> PlacedFilter:
     at = settings.get("at", kind.points[0])
     if at not in kind.points:
         points = ", ".join(kind.points)
-        raise refuse(f"{kind.__name__} cannot stand at {at!r}", f"its points are: {points}" + _of_all(at))
+        raise refuse(f"{kind.__name__} cannot run at {at!r}", f"its points are: {points}" + _all_points(at))
     try:
         return PlacedFilter(at, kind(**arguments))
     except TypeError:
         needed = [field.name for field in fields(kind) if field.name not in arguments and field.default is _MISSING]
-        raise refuse(f"{kind.__name__} needs {', '.join(needed) or 'other arguments'}", "see its docstring") from None
+        raise refuse(f"{kind.__name__} needs {', '.join(needed) or 'other arguments'}", "see docs/filters.md") from None
 
 
 def at_point(filters: Iterable[Settings], point: Point) -> list[Any]:
-    """The filters of a job that stand at `point`, in order."""
-    return [found.filter for found in map(place_filter, filters) if found.at == point]
+    """Make the filters that run at one point.
+
+    Args:
+        filters: Settings of all filters of a job.
+        point: The point.
+
+    Returns:
+        The filters at this point, in order.
+
+    Raises:
+        ConfigError: If a filter cannot be made.
+    """
+    return [placed.filter for placed in map(place_filter, filters) if placed.at == point]
 
 
 def check_filters(
     filters: Sequence[Settings], optimizer_state: str | None = None, strategy: Strategy | None = None
 ) -> None:
-    """ConfigError if these filters cannot be made, or do not work together or with what is given of the job."""
+    """Check that filters can be made and work together, and with the rest of a job.
+
+    Args:
+        filters: Settings of all filters of a job or a policy, at most 32.
+        optimizer_state: The job's `optimizer_state`; None if not known.
+        strategy: The job's strategy; None if not known.
+
+    Raises:
+        ConfigError: If they do not; the message names the filter.
+    """
     if len(filters) > MAX_FILTERS:
-        raise refuse(f"a list of {len(filters)} filters; the limit is {MAX_FILTERS}", "leave some out")
-    found = [place_filter(settings) for settings in filters]
-    for item in found:
+        raise refuse(f"there are {len(filters)} filters; the limit is {MAX_FILTERS}", "leave some out")
+    placed = [place_filter(settings) for settings in filters]
+    for item in placed:
         if strategy is not None and strategy.content != "weights" and not isinstance(item.filter, FactsFilter):
             raise refuse(
                 f"{type(item.filter).__name__} works on weights, which {type(strategy).__name__} does not take",
-                "leave it out: only what travels beside such updates can be filtered",
+                "leave the filter out; metrics and numbers of examples can still be filtered",
             )
         if strategy is not None and strategy.relayed and not isinstance(item.filter, FactsFilter):
             name, of = type(item.filter).__name__, type(strategy).__name__
             raise refuse(
                 f"{name} works on weights, which the sites send each other under {of}",
-                "leave it out: only what travels beside them can be filtered",
+                "leave the filter out; metrics and numbers of examples can still be filtered",
             )
         if strategy is not None and strategy.buffer and item.at in ("server_in", "server_out"):
             name, of = type(item.filter).__name__, type(strategy).__name__
             raise refuse(
                 f"{name} at {item.at} works on rounds, which {of} does not have",
-                "let it stand at site_out, or use another strategy",
+                "use at: site_out, or another strategy",
             )
         if isinstance(item.filter, GaussianDP):
-            _check_gaussian(item, found, strategy)
+            _check_gaussian(item, placed, strategy)
         if isinstance(item.filter, HomomorphicCKKS):
-            _check_encrypted(item, found, strategy)
+            _check_encrypted(item, placed, strategy)
         if optimizer_state == "average" and item.at in ("site_out", "server_in"):
             check_extras(item.filter)
 
 
 def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> None:
-    """ConfigError where what the sites send is no model that others could evaluate."""
+    """Check that the updates of sites are models that other sites can evaluate, as `cross_site` needs.
+
+    Args:
+        filters: Settings of the job's filters.
+        strategy: The job's strategy; None if not known.
+
+    Raises:
+        ConfigError: If a filter or the strategy prevents that.
+    """
     changing = [
         type(f).__name__ for f in at_point(filters, "site_out") if not isinstance(f, (FactsFilter, ExcludeVars))
     ]
     if changing:
         raise ConfigError(
-            f"cross_site evaluates what the sites have sent, and {changing[0]} makes that something else than a model",
+            f"cross_site evaluates the updates as models, but {changing[0]} changes their values or encoding",
             where="cross_site",
-            fix="leave cross_site out of the job, or the filter",
+            fix="leave cross_site or the filter out of the job",
         )
     if strategy is not None and (strategy.content != "weights" or strategy.relayed):
         raise ConfigError(
@@ -153,71 +206,95 @@ def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> 
         )
 
 
-def _check_gaussian(item: PlacedFilter, found: Sequence[PlacedFilter], strategy: Strategy | None) -> None:
+def _check_gaussian(item: PlacedFilter, placed: Sequence[PlacedFilter], strategy: Strategy | None) -> None:
     if item.at == "site_out":
         if item.filter.sampling < 1:
             raise refuse(
-                "GaussianDP: at a site sampling is no secret, since the server knows who takes part",
+                "GaussianDP: sampling is not secret at site_out, since the server knows who takes part",
                 "leave sampling out, or use at: server_in",
             )
         return
-    if sum(isinstance(other.filter, GaussianDP) and other.at == "server_in" for other in found) > 1:
-        raise refuse("GaussianDP stands at server_in twice", "leave one out")
-    if found[-1] is not item and any(other.at == "server_in" for other in found[found.index(item) + 1 :]):
-        raise refuse("after GaussianDP at server_in there are no single updates to be filtered", "let it be the last")
+    if sum(isinstance(other.filter, GaussianDP) and other.at == "server_in" for other in placed) > 1:
+        raise refuse("GaussianDP is given twice at server_in", "leave one out")
+    if placed[-1] is not item and any(other.at == "server_in" for other in placed[placed.index(item) + 1 :]):
+        raise refuse(
+            "no filter can follow GaussianDP at server_in, since only the sum is left",
+            "make GaussianDP the last filter at server_in",
+        )
     if strategy is not None and not strategy.linear:
         raise refuse(
-            f"GaussianDP at server_in adds its noise to a mean, which {type(strategy).__name__} does not take",
-            "use the strategy fedavg without arguments, or GaussianDP at the sites",
+            f"GaussianDP at server_in adds its noise to a mean, but {type(strategy).__name__} needs the updates",
+            "use the strategy fedavg without arguments, or GaussianDP at site_out",
         )
 
 
-def _check_encrypted(item: PlacedFilter, found: Sequence[PlacedFilter], strategy: Strategy | None) -> None:
-    """What cannot be done with weights that the server cannot read."""
-    others = [other for other in found if other is not item]
+def _check_encrypted(item: PlacedFilter, placed: Sequence[PlacedFilter], strategy: Strategy | None) -> None:
+    """Refuse filters and strategies that need weights which the server can read."""
+    others = [other for other in placed if other is not item]
     for other in others:
         name = type(other.filter).__name__
         if isinstance(other.filter, (EncodingFilter, HomomorphicCKKS)) or other.at in ("server_in", "server_out"):
             raise refuse(
-                f"{name} at {other.at} needs weights that the server can read, which HomomorphicCKKS does not leave it",
-                f"leave out one of the two: {name} or HomomorphicCKKS",
+                f"{name} at {other.at} needs weights that the server can read, but HomomorphicCKKS encrypts them",
+                f"leave out {name} or HomomorphicCKKS",
             )
     if strategy is not None and not strategy.linear:
         raise refuse(
-            f"{type(strategy).__name__} needs the updates themselves, and HomomorphicCKKS lets the server form no more "
-            "than their weighted mean",
-            "use the strategy fedavg without arguments (for equal weights there is the filter Examples), or leave "
+            f"{type(strategy).__name__} needs the updates themselves, but HomomorphicCKKS lets the server compute only "
+            "their weighted mean",
+            "use the strategy fedavg without arguments (for equal weights, add the filter Examples), or leave "
             "HomomorphicCKKS out",
         )
 
 
 def check_extras(item: Any) -> None:
-    """ConfigError for a filter that optimizer state, which travels beside the weights, would slip past."""
+    """Refuse a filter that does not cover the extras of an update, when the job sends extras.
+
+    Args:
+        item: A filter.
+
+    Raises:
+        ConfigError: If optimizer moments or control variates would leave the site unfiltered.
+    """
     if hasattr(item, "open") or isinstance(item, (ExcludeVars, HomomorphicCKKS)):
         raise refuse(
-            f"{type(item).__name__} does not reach what leaves the site beside the weights: the optimizer's moments "
-            'with optimizer_state="average", the control variates of scaffold',
-            'use optimizer_state="keep" or "reset", and another strategy than scaffold',
+            f"{type(item).__name__} does not cover the arrays that leave the site beside the weights: the optimizer's "
+            'moments with optimizer_state="average", or the control variates of scaffold',
+            'use optimizer_state="keep" or "reset", and a strategy other than scaffold',
         )
 
 
 def check_repeatable(filters: Iterable[Settings]) -> None:
-    """ConfigError for a filter with which no two runs end with the same bits, as `exact_restart` promises."""
+    """Refuse filters with unseeded randomness, with which `exact_restart` cannot give the same bits.
+
+    Args:
+        filters: Settings of the job's filters.
+
+    Raises:
+        ConfigError: If there is such a filter.
+    """
     for item in map(place_filter, filters):
         if isinstance(item.filter, (GaussianDP, SVTPrivacy, HomomorphicCKKS)):
             raise refuse(
-                f"{type(item.filter).__name__} draws from the operating system's randomness, so that no two runs end "
+                f"{type(item.filter).__name__} uses the operating system's randomness, so a restarted run cannot end "
                 "with the same bits, as exact_restart promises",
-                "leave out one of the two",
+                "leave out exact_restart or the filter",
             )
 
 
 def encodings(filters: Iterable[Any]) -> list[EncodingFilter]:
-    """Those that change the encoding of tensors, in order."""
+    """Return the filters that change the encoding of tensors, in order.
+
+    Args:
+        filters: Filters that were made from their settings.
+
+    Returns:
+        Those that `decode` has to undo. `ExcludeVars` is not one of them.
+    """
     return [item for item in filters if isinstance(item, EncodingFilter) and not isinstance(item, ExcludeVars)]
 
 
-def _of_all(at: object) -> str:
+def _all_points(at: object) -> str:
     return "" if at in get_args(Point) else f" (all points: {', '.join(get_args(Point))})"
 
 

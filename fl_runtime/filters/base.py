@@ -1,8 +1,11 @@
-"""What a filter is: the contracts that the shipped filters keep, and the little that they share.
+"""The contracts of filters, and what the shipped filters share.
 
-A filter is written down as settings, `{"name": "Quantize", "to": "int8"}`, and made of them by `make_filter`. Each
-is a frozen dataclass whose fields are its arguments; what it remembers from round to round is in the object that
-`open` gives.
+A filter is a frozen dataclass whose fields are its arguments; `make_filter` makes it from its settings. There are three
+kinds, told apart by their methods:
+
+* `ValueFilter` changes the values of an update. Its `open` returns the object that keeps state between rounds.
+* `EncodingFilter` changes which arrays travel; the receiver decodes them.
+* `FactsFilter` changes metrics and numbers of examples.
 """
 
 from __future__ import annotations
@@ -27,16 +30,20 @@ Layout: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 F = TypeVar("F", bound="FilterSettings")
 
 AUX = "|"
-"""What parts a tensor's name from that of an array which travels beside it: `w|scale`."""
+"""Separator in the names of additional arrays of an encoded tensor, such as `w|scale`."""
 
 
 @dataclass(frozen=True)
 class FilterHost:
-    """Where a filter runs, and where it may keep things. folder: the site's (or the server's) own; None: nowhere.
+    """The site or server at which a filter runs.
 
-    own: the filter is asked for by the site's policy, not by the job; its budget then holds over all jobs.
-    budget: of the site, over everything that is spent here, whichever filter spends it.
-    shared: a folder that all sites of a simulation see; the server does not look into it.
+    Attributes:
+        site: Name of the site; empty at the server.
+        job: Name of the job.
+        folder: Folder where this filter may keep state between rounds, or None if it has none.
+        from_policy: Whether the site's policy asked for the filter, not the job. Its budget then counts over all jobs.
+        budget: Upper limit of the site for the privacy cost of all filters together; None for no limit.
+        shared: Folder that all sites of a simulation share, and that the server does not read; None elsewhere.
     """
 
     site: str = ""
@@ -49,7 +56,14 @@ class FilterHost:
 
 @dataclass(frozen=True)
 class Facts:
-    """What leaves beside the tensors. metrics: numbers, or what stands for a metric of all sites together."""
+    """What leaves a site beside the tensors of an update, or in a report.
+
+    Attributes:
+        metrics: Metric name -> number or `Summary`.
+        num_examples: Number of training examples; in a report, of validation examples.
+        local_steps: Number of optimizer steps; 0 in a report.
+        round: The round; in a report, the version of the model.
+    """
 
     metrics: Mapping[str, Any]
     num_examples: int
@@ -58,75 +72,160 @@ class Facts:
 
 
 class FilterSettings:
-    """A filter's settings. points: where it may stand; the first is where it stands unless the job says `at`."""
+    """Base of all filters: a dataclass that can be written as settings.
+
+    Attributes:
+        points: Points at which the filter may run. It runs at the first one unless its settings have "at".
+    """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out",)
 
     def settings(self) -> dict[str, Any]:
-        """Its name and the arguments that differ from the defaults."""
-        shown = {name: value for name, value in asdict(self).items() if value != _default(type(self), name)}  # type: ignore[call-overload]
-        return {"name": type(self).__name__, **shown}
+        """Return the filter's name and the arguments that differ from their defaults."""
+        arguments = {name: value for name, value in asdict(self).items() if value != _default(type(self), name)}  # type: ignore[call-overload]
+        return {"name": type(self).__name__, **arguments}
 
 
 class RunningFilter(Protocol):
-    """A filter at work on updates whose content is "delta", in arrays that it may write to.
-
-    record: what it did in the last call, for the run's history.
-    """
+    """A value filter with its state, for one site (or the server) and one job."""
 
     @property
-    def record(self) -> Settings: ...
-    def __call__(self, update: Update, task: Task) -> Update: ...
+    def record(self) -> Settings:
+        """JSON values about the last call, for the run's history."""
+        ...
+
+    def __call__(self, update: Update, task: Task) -> Update:
+        """Filter one update.
+
+        Args:
+            update: An update with content "delta". The filter may write to its arrays.
+            task: The task that it answers, with the global model in `arrays`.
+
+        Returns:
+            The filtered update, also with content "delta".
+
+        Raises:
+            UpdateRefusedError: If the update must not leave.
+            PrivacyBudgetError: If it would exceed a privacy budget.
+        """
+        ...
 
 
 @runtime_checkable
 class Budgeted(Protocol):
-    """An opened filter that spends a budget."""
+    """A running filter that spends a privacy budget."""
 
     def afford(self, round: int) -> None:
-        """PrivacyBudgetError if the update of this round could not leave: known before the work is done."""
+        """Check the budget before the site trains.
+
+        Args:
+            round: The round that begins.
+
+        Raises:
+            PrivacyBudgetError: If the update of this round could not leave.
+        """
         ...
 
 
-class Changing(Protocol):
-    """Settings of a filter that changes the values of an update."""
+class ValueFilter(Protocol):
+    """A filter that changes the values of an update."""
 
     @property
-    def points(self) -> tuple[Point, ...]: ...
-    def settings(self) -> dict[str, Any]: ...
-    def open(self, host: FilterHost) -> RunningFilter: ...
+    def points(self) -> tuple[Point, ...]:
+        """Points at which the filter may run."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return the filter's name and the arguments that differ from their defaults."""
+        ...
+
+    def open(self, host: FilterHost) -> RunningFilter:
+        """Make the object that filters updates and keeps state between rounds.
+
+        Args:
+            host: The site or server at which it runs.
+
+        Returns:
+            The running filter.
+        """
+        ...
 
 
 @runtime_checkable
 class FactsFilter(Protocol):
-    """A filter of what leaves beside the tensors: of updates and of reports alike."""
+    """A filter for metrics and numbers of examples, in updates and in reports."""
 
-    def settings(self) -> dict[str, Any]: ...
-    def facts(self, facts: Facts, host: FilterHost) -> Facts: ...
+    def settings(self) -> dict[str, Any]:
+        """Return the filter's name and the arguments that differ from their defaults."""
+        ...
+
+    def facts(self, facts: Facts, host: FilterHost) -> Facts:
+        """Filter what leaves beside the tensors.
+
+        Args:
+            facts: What would leave.
+            host: The site at which the filter runs.
+
+        Returns:
+            What leaves instead.
+
+        Raises:
+            PrivacyBudgetError: If it would exceed a privacy budget.
+        """
+        ...
 
 
 @runtime_checkable
 class EncodingFilter(Protocol):
-    """A filter that changes which arrays travel; `decode` on the other side undoes `encode` as far as that goes."""
+    """A filter that changes which arrays travel. The receiver's `decode` reverses `encode`, up to what was lost."""
 
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> dict[str, Any]:
+        """Return the filter's name and the arguments that differ from their defaults."""
+        ...
 
     def layout(self, layout: Layout) -> Layout:
-        """What `encode` makes of arrays of this layout: known to both sides, so that nothing else is taken."""
+        """Return the layout of encoded arrays. Both sides know it, and the receiver accepts nothing else.
+
+        Args:
+            layout: Layout of the arrays before encoding.
+
+        Returns:
+            Layout of the arrays that `encode` makes of them.
+        """
         ...
 
     def encode(self, arrays: Arrays) -> Arrays:
-        """New arrays, or views of the given ones where nothing changes."""
+        """Encode arrays.
+
+        Args:
+            arrays: Arrays to encode; not changed.
+
+        Returns:
+            New arrays, or the given ones where nothing changes.
+        """
         ...
 
     def decode(self, arrays: Arrays, layout: Layout) -> Arrays:
-        """Arrays of `layout` (fewer, where some were held back), each made when it is asked for. UpdateRefusedError
-        for what `encode` does not make."""
+        """Decode arrays.
+
+        Args:
+            arrays: Encoded arrays, whose names, dtypes and shapes have been checked.
+            layout: Layout before encoding.
+
+        Returns:
+            Arrays of this layout, without those that the sender held back. Each is computed when it is accessed;
+            accessing it raises UpdateRefusedError if `encode` cannot have made its values.
+        """
         ...
 
 
 class LazyArrays(Mapping[str, Array]):
-    """Arrays that are made one at a time, when asked for, and not kept."""
+    """Arrays that are computed at each access and not stored.
+
+    Args:
+        names: Names of the arrays, in order.
+        make: Computes the array of a name.
+    """
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Array]) -> None:
         self._names, self._make = dict.fromkeys(names), make
@@ -144,33 +243,37 @@ class LazyArrays(Mapping[str, Array]):
 
 
 def layout_of(arrays: Arrays) -> Layout:
+    """Return dtype and shape of every array."""
     return {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
 
 
 def is_real(dtype: np.dtype[Any]) -> bool:
-    """Floats of any width; neither complex numbers nor integers."""
+    """Whether a dtype is a real floating-point type of any width."""
     return is_floating(dtype) and dtype.kind != "c"
 
 
 def work_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """What a difference is held in: float32, or wider where the tensor is."""
+    """Return the dtype for differences of a tensor: float32, or its own dtype if that is wider or not real."""
     return np.dtype(np.float32) if is_real(dtype) and dtype.itemsize < 4 else dtype
 
 
 def work_layout(layout: Layout) -> Layout:
+    """Return a layout with every dtype replaced by that of its differences, see `work_dtype`."""
     return {name: (work_dtype(dtype), shape) for name, (dtype, shape) in layout.items()}
 
 
 def largest(dtype: np.dtype[Any]) -> float:
-    """The largest finite number of a real dtype."""
+    """Return the largest finite number of a real dtype."""
     return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of the patterns (`fnmatch`, case-sensitive)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def refuse(what: str, fix: str) -> ConfigError:
+    """Make the ConfigError for wrong filter settings, to be raised by the caller."""
     return ConfigError(what, where="filters", fix=fix)
 
 
@@ -178,7 +281,20 @@ def check_number(
     owner: object, name: str, value: object, *, above: float | None = None, least: float | None = None,
     most: float | None = None, below: float | None = None,
 ) -> None:  # fmt: skip
-    """ConfigError unless `value` is a finite number within the bounds given."""
+    """Check that an argument is a finite number within bounds; None means no bound.
+
+    Args:
+        owner: The filter, for the error message.
+        name: Name of the argument.
+        value: Its value.
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        most: Inclusive upper bound.
+        below: Exclusive upper bound.
+
+    Raises:
+        ConfigError: If it is not.
+    """
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
     if good:
         number = float(value)  # type: ignore[arg-type]

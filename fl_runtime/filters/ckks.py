@@ -1,4 +1,4 @@
-"""Averages of encrypted weights: the sites hold the key, the server adds up what it cannot read."""
+"""The filter `HomomorphicCKKS`: the server averages encrypted weights that only the sites can decrypt."""
 
 from __future__ import annotations
 
@@ -22,30 +22,37 @@ _HEADER_BYTES = 1024  # of a serialized ciphertext, besides its coefficients
 
 @dataclass(frozen=True)
 class HomomorphicCKKS(FilterSettings):
-    """The weights of all tensors, as one long row of numbers, are encrypted with CKKS at the site; the server forms
-    sum_i (n_i / N) ct_i, with N the sum of all n_i, and hands that out; the sites decrypt.
+    """Encrypts the weights at the sites with CKKS, so that the server averages them without reading them.
 
-    All sites hold one secret key (`ckks.key` in the startup kit, made by `fl-adapters ckks-key`; in a simulation the
-    first site makes it). The server holds the parameters alone, no key. It sees num_examples, metrics, tensor names
-    and shapes; neither updates nor the model. Any site could read the update of another that came into its hands:
-    this protects against the server, and so does not replace GaussianDP, which may go before it.
+    The weights of all tensors form one row of numbers, which is cut into ciphertexts ct. The server computes
+    sum_i (n_i / N) ct_i, with n_i the weight of site i and N their sum. The sites decrypt the result.
 
-    poly_modulus_degree n: a ciphertext holds n / 2 numbers, default 8192. coeff_mod_bits: default (60, 50, 60), at
-    128 bits of security (the Homomorphic Encryption Standard allows 218 bits in all for n = 8192). scale_bits:
-    default 50. The average takes one multiplication, so there must be a prime in the middle, of scale_bits, to
-    rescale by; numbers must stay below 2^(first - scale - 1) = 512, and the relative error of an average is about
-    1e-10 (below 1e-6 for scale_bits of 44 and more; fewer are refused, and the key's first use tests it).
+    All sites hold one secret key: `ckks.key` in the startup kit, made by `fl-adapters ckks-key`. In a simulation the
+    first site makes it. The server knows only the parameters. It sees numbers of examples, metrics, tensor names and
+    shapes, but neither updates nor the model. A site that got hold of another site's ciphertexts could read them. The
+    filter protects against the server only and does not replace `GaussianDP`, which may run before it.
 
-    A number takes 2 (len - 1) n 8 / (n / 2) = 64 bytes on the way up and 32 down. float16 to float64 tensors travel,
-    integers and booleans do not: keep them at the site with `keep_local`. With a strategy that needs more than the
-    weighted mean, and with filters that need the server to read (Quantize, TopK, ExcludeVars), it is refused.
+    Only floating-point tensors travel; keep integers and booleans at the site with `keep_local`. A number takes
+    2 (len(coeff_mod_bits) - 1) n 8 / (n / 2) bytes on the way up: 64 with the defaults, and 32 on the way down. The
+    strategy must be `fedavg` without arguments. `Quantize`, `TopK`, `ExcludeVars` and all filters at the server are
+    refused, since the server must read their result. Needs the extra `[he]` at the sites and at the server.
 
-    What is decrypted must not go back to whoever has the ciphertexts: with an approximate scheme the rounding error
-    of exact results tells about the key (Li and Micciancio 2021, "On the security of homomorphic encryption on
-    approximate numbers").
+    Decrypted values must not go back to anyone who has the ciphertexts, because their rounding error reveals facts
+    about the key (Li and Micciancio 2021, "On the security of homomorphic encryption on approximate numbers").
 
-    Cheon, Kim, Kim, Song 2017, "Homomorphic encryption for arithmetic of approximate numbers"; TenSEAL (Benaissa et
-    al. 2021) on Microsoft SEAL. Needs the extra `[he]` at the sites and at the server.
+    Sources: Cheon, Kim, Kim, Song 2017, "Homomorphic encryption for arithmetic of approximate numbers"; TenSEAL
+    (Benaissa et al. 2021) on Microsoft SEAL.
+
+    Attributes:
+        poly_modulus_degree: The degree n: 4096, 8192, 16384 or 32768. A ciphertext holds n / 2 numbers.
+        coeff_mod_bits: Sizes of the primes in bits, at least three of 20 to 60 bits each. Their sum must leave 128 bits
+            of security (for n = 8192 the Homomorphic Encryption Standard allows 218). The average takes one
+            multiplication, so the primes in the middle must have `scale_bits` bits. The last must be the largest.
+        scale_bits: Precision, from 44 to 60. Numbers must stay below 2^(first prime - scale_bits - 1), 512 with the
+            defaults. The relative error of an average is about 1e-10 with 50 bits, and below 1e-6 with 44.
+
+    Raises:
+        ConfigError: If the parameters are out of range or do not fit together.
     """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out",)
@@ -56,7 +63,9 @@ class HomomorphicCKKS(FilterSettings):
     def __post_init__(self) -> None:
         if self.poly_modulus_degree not in _MAX_BITS:
             degrees = ", ".join(map(str, _MAX_BITS))
-            raise refuse(f"HomomorphicCKKS: poly_modulus_degree is {self.poly_modulus_degree!r}", f"one of {degrees}")
+            raise refuse(
+                f"HomomorphicCKKS: poly_modulus_degree is {self.poly_modulus_degree!r}", f"use one of {degrees}"
+            )
         bits = self.coeff_mod_bits
         if not isinstance(bits, (list, tuple)) or not all(type(b) is int and 20 <= b <= _PRIME_BITS for b in bits):
             raise refuse(f"HomomorphicCKKS: coeff_mod_bits is {bits!r}", "give sizes of primes such as [60, 50, 60]")
@@ -70,14 +79,14 @@ class HomomorphicCKKS(FilterSettings):
         limit = _MAX_BITS[self.poly_modulus_degree]
         if sum(bits) > limit:
             raise refuse(
-                f"HomomorphicCKKS: {sum(bits)} bits of coeff_mod_bits leave less than 128 bits of security",
-                f"at poly_modulus_degree {self.poly_modulus_degree} use {limit} bits at most, or a larger degree",
+                f"HomomorphicCKKS: coeff_mod_bits of {sum(bits)} bits in all leave less than 128 bits of security",
+                f"use at most {limit} bits with poly_modulus_degree {self.poly_modulus_degree}, or a larger degree",
             )
         if len(bits) < 3 or any(middle != self.scale_bits for middle in bits[1:-1]):
             raise refuse(
-                f"HomomorphicCKKS: with primes of {bits} bits an average, which is one multiplication at a scale of "
-                f"2^{self.scale_bits}, cannot be rescaled",
-                f"use three primes or more, those in the middle of {self.scale_bits} bits",
+                f"HomomorphicCKKS: with primes of {bits} bits, an average at a scale of 2^{self.scale_bits} cannot be "
+                "rescaled",
+                f"use three primes or more, and give those in the middle {self.scale_bits} bits",
             )
         if bits[-1] < max(bits) or self.largest < 2:
             raise refuse(
@@ -87,16 +96,24 @@ class HomomorphicCKKS(FilterSettings):
 
     @property
     def largest(self) -> float:
-        """Numbers must stay below this."""
+        """Bound that the absolute values of all numbers must stay below."""
         return float(2.0 ** (self.coeff_mod_bits[0] - self.scale_bits - 1))
 
     @property
     def slots(self) -> int:
-        """Numbers in one ciphertext."""
+        """Count of numbers in one ciphertext."""
         return self.poly_modulus_degree // 2
 
     def layout(self, layout: Layout, *, sums: bool = False) -> Layout:
-        """The arrays of an encrypted model. sums: of an average, which has one prime less."""
+        """Return the layout of an encrypted model.
+
+        Args:
+            layout: Layout of the weights.
+            sums: Whether it is an average made by the server, whose ciphertexts have one prime less.
+
+        Returns:
+            `ckks|values`, a row of bytes per ciphertext, and `ckks|lengths`, the used length of each row.
+        """
         count = sum(math.prod(shape) for _, shape in layout.values())
         rows = max(1, -(-count // self.slots))
         primes = len(self.coeff_mod_bits) - 1 - sums
@@ -104,22 +121,29 @@ class HomomorphicCKKS(FilterSettings):
         return {VALUES: (np.dtype(np.uint8), (rows, width)), LENGTHS: (np.dtype(np.uint32), (rows,))}
 
     def check_tensors(self, layout: Layout) -> None:
-        """ConfigError for tensors that an average of floating-point numbers would not keep as they are."""
+        """Check that all tensors are real floating-point tensors.
+
+        Args:
+            layout: Layout of the weights.
+
+        Raises:
+            ConfigError: If one is not; the message names it.
+        """
         wrong = [name for name, (dtype, _) in layout.items() if not is_real(dtype)]
         if wrong:
             raise refuse(
-                f"HomomorphicCKKS encrypts floating-point tensors, and {wrong[0]!r} is {layout[wrong[0]][0]}",
+                f"HomomorphicCKKS encrypts only floating-point tensors, but {wrong[0]!r} is {layout[wrong[0]][0]}",
                 f"keep such tensors at the sites: keep_local={wrong[:4]!r}",
             )
 
     def public_context(self) -> Any:
-        """TenSEAL's context with these parameters and without any key."""
+        """Make a TenSEAL context with these parameters and without a secret key."""
         context = self.new_context()
         context.make_context_public()
         return context
 
     def new_context(self) -> Any:
-        """TenSEAL's context with these parameters and fresh keys."""
+        """Make a TenSEAL context with these parameters and new keys."""
         tenseal = need_tenseal()
         bits = list(self.coeff_mod_bits)
         context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, self.poly_modulus_degree, -1, bits)
@@ -128,17 +152,36 @@ class HomomorphicCKKS(FilterSettings):
 
 
 class Cipher:
-    """Encrypts and decrypts the arrays of one site. context: TenSEAL's, with the secret key."""
+    """Encrypts and decrypts the weights of one site.
+
+    Args:
+        settings: Parameters of the encryption.
+        context: TenSEAL's context with the secret key.
+
+    Attributes:
+        settings: Parameters of the encryption.
+    """
 
     def __init__(self, settings: HomomorphicCKKS, context: Any) -> None:
         self.settings, self._context = settings, context
 
     def encrypt(self, arrays: Arrays, layout: Layout) -> Arrays:
-        """arrays: real, finite, as named in `layout`. UpdateRefusedError for numbers that are too large."""
+        """Encrypt weights.
+
+        Args:
+            arrays: Real and finite arrays, as named in `layout`.
+            layout: Layout of the weights.
+
+        Returns:
+            The arrays of the encrypted model, see `HomomorphicCKKS.layout`.
+
+        Raises:
+            UpdateRefusedError: If a number is too large.
+        """
         tenseal, slots = need_tenseal(), self.settings.slots
         spec = self.settings.layout(layout)
         values, lengths = (np.zeros(shape, dtype) for dtype, shape in spec.values())
-        flat = _Stream(arrays, layout)
+        flat = _NumberStream(arrays, layout)
         for row in range(len(lengths)):
             part = flat.next(slots)
             worst = float(np.abs(part).max(initial=0.0))
@@ -146,33 +189,45 @@ class Cipher:
                 raise UpdateRefusedError(
                     f"a weight of size {worst:.3g} cannot be encrypted: the limit is {self.settings.largest:g}",
                     where="HomomorphicCKKS",
-                    fix="keep that tensor at the site with keep_local, or use a larger first prime or a smaller scale",
+                    fix="keep its tensor at the site with keep_local, or use a larger first prime or fewer scale_bits",
                 )
             _put(values, lengths, row, tenseal.ckks_vector(self._context, part).serialize())
         return {VALUES: values, LENGTHS: lengths}
 
     def decrypt(self, arrays: Arrays, layout: Layout) -> dict[str, Array]:
-        """The arrays of `layout` that were encrypted: new ones, the caller's own."""
+        """Decrypt weights.
+
+        Args:
+            arrays: The arrays of an encrypted model.
+            layout: Layout of the weights.
+
+        Returns:
+            New arrays of this layout.
+        """
         tenseal = need_tenseal()
-        found = {name: np.empty(shape, dtype) for name, (dtype, shape) in layout.items()}
-        targets = [array.reshape(-1) for array in found.values()]
+        decrypted = {name: np.empty(shape, dtype) for name, (dtype, shape) in layout.items()}
+        targets = [array.reshape(-1) for array in decrypted.values()]
         rows = (
-            np.asarray(tenseal.ckks_vector_from(self._context, _taken(arrays, row)).decrypt())
+            np.asarray(tenseal.ckks_vector_from(self._context, _ciphertext(arrays, row)).decrypt())
             for row in range(len(arrays[LENGTHS]))
         )
-        _spread(rows, targets)
-        return found
+        _fill(targets, rows)
+        return decrypted
 
     def self_test(self) -> None:
-        """ConfigError if an average of two does not come out to 1e-7: parameters and key in use together."""
+        """Average two encrypted vectors and check the result.
+
+        Raises:
+            ConfigError: If its relative error exceeds 1e-7.
+        """
         rng = np.random.default_rng(0)
         layout: Layout = {"w": (np.dtype(np.float64), (self.settings.slots,))}
         first, second = (rng.normal(size=self.settings.slots) * 0.05 for _ in range(2))
         public = self.settings.public_context()
         encrypted = [self.encrypt({"w": part}, layout) for part in (first, second)]
-        found = self.decrypt(_weighted(public, encrypted, [0.25, 0.75], self.settings, layout), layout)["w"]
-        wanted = 0.25 * first + 0.75 * second
-        error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+        mean = self.decrypt(_weighted(public, encrypted, [0.25, 0.75], self.settings, layout), layout)["w"]
+        exact = 0.25 * first + 0.75 * second
+        error = float(np.linalg.norm(mean - exact) / np.linalg.norm(exact))
         if error > 1e-7:
             raise refuse(
                 f"HomomorphicCKKS: with these parameters and this key an average has a relative error of {error:.1e}",
@@ -181,9 +236,14 @@ class Cipher:
 
 
 class CiphertextMean:
-    """At the server: the weighted mean of encrypted updates, ciphertext by ciphertext. Order of the sites, fixed.
+    """The aggregator for encrypted updates: their weighted mean, ciphertext by ciphertext, in the order of `add`.
 
-    The shares n_i / N are known only once all updates are there, so the arrays of `add` are read in `result`.
+    The shares n_i / N are known only when all updates are there, so `result` reads the arrays given to `add`.
+
+    Args:
+        settings: Parameters of the encryption.
+        context: TenSEAL's context without a secret key.
+        allocate: Makes the arrays of the next global model.
     """
 
     def __init__(self, settings: HomomorphicCKKS, context: Any, allocate: Allocate) -> None:
@@ -191,9 +251,11 @@ class CiphertextMean:
         self._updates: list[Update] = []
 
     def add(self, update: Update) -> None:
+        """Take one encrypted update; its arrays must stay valid until `result` has returned."""
         self._updates.append(update)
 
     def result(self) -> tuple[Arrays, Arrays]:
+        """Return (arrays, extras) of the encrypted mean; there are no extras."""
         total = sum(update.weight for update in self._updates)
         shares = [update.weight / total for update in self._updates]
         parts = [update.arrays for update in self._updates]
@@ -206,12 +268,21 @@ class CiphertextMean:
 
 
 def check_ciphertexts(update: Update, settings: HomomorphicCKKS, context: Any) -> None:
-    """UpdateRefusedError unless every row is one fresh ciphertext with these parameters."""
+    """Check the ciphertexts of an update.
+
+    Args:
+        update: The update.
+        settings: Parameters of the encryption.
+        context: TenSEAL's context without a secret key.
+
+    Raises:
+        UpdateRefusedError: If a row is not a single, freshly encrypted ciphertext with these parameters.
+    """
     tenseal = need_tenseal()
     primes = len(settings.coeff_mod_bits) - 1
     for row in range(len(update.arrays[LENGTHS])):
         try:
-            vector = tenseal.ckks_vector_from(context, _taken(update.arrays, row))
+            vector = tenseal.ckks_vector_from(context, _ciphertext(update.arrays, row))
             (text,) = vector.ciphertext()
             good = (text.size(), text.coeff_modulus_size()) == (2, primes) and not text.is_transparent()
             good = good and text.scale == 2.0**settings.scale_bits and vector.size() <= settings.slots
@@ -219,28 +290,36 @@ def check_ciphertexts(update: Update, settings: HomomorphicCKKS, context: Any) -
             good = False
         if not good:
             raise UpdateRefusedError(
-                f"row {row} is no ciphertext with the parameters of this job",
+                f"row {row} is not a ciphertext with the parameters of this job",
                 where=f"update of {update.site}, round {update.round}",
-                fix="use the same parameters and version of TenSEAL at every site",
+                fix="install the same version of TenSEAL at every site",
             )
 
 
 def is_encrypted(arrays: Arrays) -> bool:
-    """Whether these are the arrays of an encrypted model."""
+    """Whether arrays are those of an encrypted model."""
     return VALUES in arrays
 
 
 def named_in(settings: Settings) -> bool:
+    """Whether settings are those of `HomomorphicCKKS`."""
     return settings.get("name") == HomomorphicCKKS.__name__
 
 
 def need_tenseal() -> Any:
-    """The module; ConfigError where it is not installed."""
+    """Import the package `tenseal`.
+
+    Returns:
+        The module.
+
+    Raises:
+        ConfigError: If it is not installed; the message names the extra `[he]`.
+    """
     try:
         import tenseal
     except ImportError:
         raise ConfigError(
-            "HomomorphicCKKS needs the package tenseal, which is not installed here",
+            "HomomorphicCKKS needs the package tenseal, which is not installed",
             where="filters",
             fix='pip install "fl-adapters[he]"',
         ) from None
@@ -255,14 +334,14 @@ def _weighted(
     layout: Layout,
     out: Arrays | None = None,
 ) -> Arrays:
-    """sum_i share_i * part_i, row by row, into `out`."""
+    """Write sum_i share_i * part_i into `out`, row by row."""
     tenseal = need_tenseal()
     if out is None:
         out = {n: np.zeros(shape, dtype) for n, (dtype, shape) in settings.layout(layout, sums=True).items()}
     for row in range(len(out[LENGTHS])):
         total = None
         for part, share in zip(parts, shares, strict=True):
-            term = tenseal.ckks_vector_from(context, _taken(part, row)) * share
+            term = tenseal.ckks_vector_from(context, _ciphertext(part, row)) * share
             total = term if total is None else total + term
         assert total is not None
         _put(out[VALUES], out[LENGTHS], row, total.serialize())
@@ -272,23 +351,23 @@ def _weighted(
 def _put(values: Array, lengths: Array, row: int, data: bytes) -> None:
     if len(data) > values.shape[1]:
         raise ConfigError(
-            f"a ciphertext has {len(data)} bytes, more than the {values.shape[1]} of its parameters",
+            f"a ciphertext has {len(data)} bytes, more than the {values.shape[1]} expected for its parameters",
             where="HomomorphicCKKS",
-            fix="use the version of TenSEAL that the other sides use",
+            fix="install the same version of TenSEAL at the server and at every site",
         )
     values[row, : len(data)] = np.frombuffer(data, np.uint8)
     values[row, len(data) :] = 0
     lengths[row] = len(data)
 
 
-def _taken(arrays: Arrays, row: int) -> bytes:
+def _ciphertext(arrays: Arrays, row: int) -> bytes:
     length = min(int(arrays[LENGTHS][row]), arrays[VALUES].shape[1])
     data: bytes = arrays[VALUES][row, :length].tobytes()
     return data
 
 
-class _Stream:
-    """The numbers of all tensors one after the other, as float64; zeros after the last."""
+class _NumberStream:
+    """The numbers of all tensors one after the other, as float64, followed by zeros."""
 
     def __init__(self, arrays: Arrays, layout: Layout) -> None:
         self._flat = [np.asarray(arrays[name]).reshape(-1) for name in layout]
@@ -306,8 +385,8 @@ class _Stream:
         return out
 
 
-def _spread(rows: Any, targets: Sequence[Array]) -> None:
-    """Deal out rows of numbers to flat arrays, in order."""
+def _fill(targets: Sequence[Array], rows: Any) -> None:
+    """Fill flat arrays with the numbers in rows, in order."""
     rest = np.empty(0)
     for target in targets:
         filled = 0

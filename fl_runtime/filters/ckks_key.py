@@ -1,4 +1,8 @@
-"""The file with the sites' common key: made once, at a site, and handed to the other sites by hand."""
+"""The file with the sites' common CKKS key. One site makes it and passes it to the other sites, never to the server.
+
+Format: the line "fl-adapters ckks key 1", the length of the next part (4 bytes, little endian), a JSON object with the
+parameters and the key's fingerprint, and TenSEAL's serialization of the context with public and secret key.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,17 @@ _MAGIC = b"fl-adapters ckks key 1\n"
 
 
 def make_key(path: Path, settings: HomomorphicCKKS) -> str:
-    """Make a key for these parameters and write it to `path`, readable by its owner alone; returns its fingerprint.
+    """Make a key and write it to a file that only its owner can read.
 
-    ConfigError if there is a file already: whoever overwrites a key cannot read what was encrypted with it.
+    Args:
+        path: The file. An existing file is never replaced, since what was encrypted with its key would be lost.
+        settings: Parameters of the encryption.
+
+    Returns:
+        The key's fingerprint: 16 hexadecimal digits.
+
+    Raises:
+        ConfigError: If the file exists or cannot be written, or the package `tenseal` is not installed.
     """
     context = settings.new_context()
     secret = context.serialize(
@@ -33,11 +45,13 @@ def make_key(path: Path, settings: HomomorphicCKKS) -> str:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_MAGIC + len(parameters).to_bytes(4, "little") + parameters + secret)
-            os.link(name, path)  # all of it or nothing, and never over another
+            os.link(name, path)  # atomic, and fails if the file exists
         finally:
             os.unlink(name)
     except FileExistsError:
-        raise ConfigError("there is a key already", where=str(path), fix="use it, or choose another file") from None
+        raise ConfigError(
+            "this file exists already", where=str(path), fix="use the key in it, or choose another file"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"the key cannot be written: {error.strerror}", where=str(path), fix="choose another folder"
@@ -46,9 +60,17 @@ def make_key(path: Path, settings: HomomorphicCKKS) -> str:
 
 
 def site_cipher(settings: HomomorphicCKKS, host: FilterHost) -> tuple[Cipher, str]:
-    """The cipher of this site, tested, and the fingerprint of its key, which all sites must share.
+    """Load and test the cipher of a site.
 
-    The key is `ckks.key` in the startup kit. In a simulation the sites share one: the first that comes makes it.
+    Args:
+        settings: Parameters of the encryption.
+        host: The site. The key is `ckks.key` in its startup kit; in a simulation, the first site makes one for all.
+
+    Returns:
+        The cipher, and the fingerprint of its key, which must be equal at all sites.
+
+    Raises:
+        ConfigError: If there is no usable key, or the package `tenseal` is not installed.
     """
     need_tenseal()
     if host.shared is not None:
@@ -57,12 +79,12 @@ def site_cipher(settings: HomomorphicCKKS, host: FilterHost) -> tuple[Cipher, st
             try:
                 make_key(path, settings)
             except ConfigError:
-                if not path.exists():  # else another site was quicker
+                if not path.exists():  # otherwise another site made it first
                     raise
     elif host.folder is not None:
         path = host.folder / KEY_FILE
     else:
-        raise ConfigError("HomomorphicCKKS needs a startup kit with a key", where="filters", fix="give kit=")
+        raise ConfigError("HomomorphicCKKS needs a startup kit with a key", where="filters", fix="pass kit=")
     context, fingerprint = read_key(path, settings)
     cipher = Cipher(settings, context)
     cipher.self_test()
@@ -70,7 +92,18 @@ def site_cipher(settings: HomomorphicCKKS, host: FilterHost) -> tuple[Cipher, st
 
 
 def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
-    """(TenSEAL's context with the secret key, fingerprint). ConfigError for a file that cannot be used."""
+    """Read a key file.
+
+    Args:
+        path: The file.
+        settings: Parameters for which the key must have been made.
+
+    Returns:
+        TenSEAL's context with the secret key, and the key's fingerprint.
+
+    Raises:
+        ConfigError: If the file cannot be read, others may read it, or its key is for other parameters.
+    """
     tenseal = need_tenseal()
     try:
         data = path.read_bytes()
@@ -82,7 +115,7 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
             fix=f"make it once with `fl-adapters ckks-key {path}`, and give every other site a copy, never the server",
         ) from None
     if loose:
-        raise ConfigError("others may read this key", where=str(path), fix=f"chmod 600 {path}")
+        raise ConfigError("the key can be read by others", where=str(path), fix=f"chmod 600 {path}")
     try:
         if not data.startswith(_MAGIC):
             raise ValueError
@@ -92,10 +125,14 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
         made_for = HomomorphicCKKS(**{name: parameters[name] for name in asdict(settings)})
         context = tenseal.context_from(data[end:])
     except (ValueError, KeyError, TypeError, RuntimeError):
-        raise ConfigError("this is no key of fl-adapters", where=str(path), fix="get a good copy of it") from None
+        raise ConfigError(
+            "this is not a key made by `fl-adapters ckks-key`, or it is damaged",
+            where=str(path),
+            fix="copy the key again from the site that made it",
+        ) from None
     if made_for != settings:
         raise ConfigError(
-            f"this key was made for {made_for.settings()}, and the job asks for {settings.settings()}",
+            f"this key was made for {made_for.settings()}, but the job asks for {settings.settings()}",
             where=str(path),
             fix="change the job's parameters, or make a key with `fl-adapters ckks-key --job FILE`",
         )
@@ -104,7 +141,7 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
 
 
 def _fingerprint(context: Any) -> str:
-    """16 hex digits of the digest of the public key."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the public key."""
     public = context.serialize(
         save_public_key=True, save_secret_key=False, save_galois_keys=False, save_relin_keys=False
     )

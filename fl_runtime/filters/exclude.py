@@ -1,4 +1,4 @@
-"""Holding tensors back by name."""
+"""The filter `ExcludeVars`: hold back tensors by name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from fl_runtime.types import Arrays
 
 @dataclass(frozen=True)
 class ExcludeVars(FilterSettings):
-    """Tensors whose name matches one of `names` do not leave the site; the server averages them over the sites that
-    send them, and where no site does, its own stay as they are.
+    """Holds back the tensors whose names match a pattern.
 
-    names: patterns as the shell knows them (`*`, `?`, `[abc]`), such as "head.*". At `site_in` it is the arriving
-    values that are not taken: the site goes on with the values that it has. `keep_local` of a job or a script does
-    more (such a tensor is not even named at the handshake); this is for a site that holds back more than the others.
+    At `site_out` (default) matching tensors do not leave the site. The server averages each tensor over the sites that
+    send it; a tensor that no site sends keeps its value in the global model. At `site_in` the arriving values of
+    matching tensors are ignored, and the site continues with its own.
 
-    After `ExcludeVars` of NVIDIA FLARE.
+    Use `keep_local` of the job or the script if all sites hold back the same tensors: those are not even named at the
+    handshake. This filter is for a site that holds back more than the others. Named after the filter of NVIDIA FLARE.
+
+    Attributes:
+        names: Name patterns (`fnmatch`: `*`, `?`, `[abc]`), such as ["head.*"]; at least one.
+
+    Raises:
+        ConfigError: If `names` is not a non-empty list of patterns.
     """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out", "site_in")
@@ -32,15 +38,20 @@ class ExcludeVars(FilterSettings):
         object.__setattr__(self, "names", tuple(given))
 
     def excludes(self, name: str) -> bool:
+        """Whether a tensor of this name is held back."""
         return matches(name, self.names)
 
     def layout(self, layout: Layout) -> Layout:
+        """Return the layout without the tensors that are held back."""
         return {name: spec for name, spec in layout.items() if not self.excludes(name)}
 
     def encode(self, arrays: Arrays) -> Arrays:
+        """Return the arrays without those that are held back."""
         return {name: array for name, array in arrays.items() if not self.excludes(name)}
 
     def decode(self, arrays: Arrays, layout: Layout) -> Arrays:
-        if any(self.excludes(name) for name in arrays):
-            raise UpdateRefusedError("a tensor is there that was said to be held back")
+        """Return the arrays as they are; UpdateRefusedError if one of them should have been held back."""
+        unexpected = [name for name in arrays if self.excludes(name)]
+        if unexpected:
+            raise UpdateRefusedError(f"tensor {unexpected[0]!r} was sent although the update says it is held back")
         return arrays

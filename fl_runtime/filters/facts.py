@@ -1,7 +1,7 @@
-"""Filters of what leaves beside the tensors: metrics, numbers of examples and of steps; in updates and in reports.
+"""Filters for metrics and for numbers of examples and steps, in updates and in reports.
 
-A metric that adapters send as a `Summary`, to be pooled over all sites (XGBoost's AUC), tells the number of examples
-and more. Filters that change numbers let the site's own value of it leave, and no summary.
+Some adapters send a metric as a `Summary`, which can be pooled over all sites (XGBoost's AUC). A summary reveals the
+number of examples and more. Filters that change numbers therefore replace it by the site's own value.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from fl_runtime.types import Summary
 
 @dataclass(frozen=True)
 class AllowMetrics(FilterSettings):
-    """Only metrics whose name matches one of `names` leave the site. An empty list lets none leave.
+    """Lets only metrics leave whose names match a pattern.
 
-    names: patterns as the shell knows them, such as "loss" or "eval_*".
+    Attributes:
+        names: Name patterns (`fnmatch`), such as "loss" or "eval_*". The default, an empty list, lets no metric leave.
+
+    Raises:
+        ConfigError: If `names` is not a list of patterns.
     """
 
     names: tuple[str, ...] = ()
@@ -30,14 +34,21 @@ class AllowMetrics(FilterSettings):
         object.__setattr__(self, "names", tuple(self.names))
 
     def facts(self, facts: Facts, host: FilterHost) -> Facts:
+        """Remove the metrics that match no pattern."""
         return replace(facts, metrics={n: v for n, v in facts.metrics.items() if matches(n, self.names)})
 
 
 @dataclass(frozen=True)
 class RoundMetrics(FilterSettings):
-    """Metrics leave rounded to the nearest multiple of 10^-decimals, halves to the even one.
+    """Rounds metrics to the nearest multiple of 10^-decimals, ties to even.
 
-    decimals: digits behind the point, 0 to 12, default 2. Of a `Summary` the site's own value leaves, rounded.
+    A `Summary` is replaced by the site's own value, rounded.
+
+    Attributes:
+        decimals: Digits after the decimal point, 0 to 12.
+
+    Raises:
+        ConfigError: If `decimals` is out of range.
     """
 
     decimals: int = 2
@@ -46,18 +57,28 @@ class RoundMetrics(FilterSettings):
         check_number(self, "decimals", self.decimals, least=0, most=12)
 
     def facts(self, facts: Facts, host: FilterHost) -> Facts:
+        """Round every metric."""
         return replace(facts, metrics={n: round(v, int(self.decimals)) for n, v in plain(facts).items()})
 
 
 @dataclass(frozen=True)
 class NoisyMetrics(FilterSettings):
-    """Every metric leaves as clip(v, low, high) + Lap((high - low) / epsilon), limited to [low, high] again.
+    """Adds Laplace noise to every metric, with pure differential privacy.
 
-    epsilon: of one metric in one sending (an update or a score), pure, default 1; all of them add up in the ledger.
-    Unit and adjacency: a site's value in place of any other. low, high: bounds that hold for every metric, in its own
-    unit; AllowMetrics before it takes out those that do not fit.
+    A metric v leaves as clip(clip(v, low, high) + Lap((high - low) / epsilon), low, high). Unit of privacy: a site's
+    value, replaced by any other. The bounds hold for every metric in its own unit; remove metrics that do not fit with
+    `AllowMetrics` before this filter. Every metric of every update and report is recorded in the ledger, and their
+    costs add up. Needs the extra `[dp]` if the site has a privacy budget.
 
-    Dwork et al. 2006, "Calibrating noise to sensitivity in private data analysis".
+    Source: Dwork et al. 2006, "Calibrating noise to sensitivity in private data analysis".
+
+    Attributes:
+        low: Lower bound of the metrics.
+        high: Upper bound of the metrics, greater than `low`.
+        epsilon: Privacy cost of one metric in one update or report, greater than 0.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     low: float = 0.0
@@ -70,6 +91,7 @@ class NoisyMetrics(FilterSettings):
         check_number(self, "epsilon", self.epsilon, above=0)
 
     def facts(self, facts: Facts, host: FilterHost) -> Facts:
+        """Add noise to every metric, after recording its cost in the ledger."""
         metrics = plain(facts)
         if not metrics:
             return replace(facts, metrics={})
@@ -89,11 +111,20 @@ class NoisyMetrics(FilterSettings):
 
 @dataclass(frozen=True)
 class Examples(FilterSettings):
-    """What leaves as num_examples, the weight of a site in averages, in place of the true count.
+    """Hides the exact number of examples, which is a site's weight in averages.
 
-    equal: always 1, so that every site weighs the same. Else the count is rounded up to a multiple of `multiple`
-    (default 1) and then kept between `least` (default 1) and `most` (default none). The number of local steps, which
-    tells nearly the same, leaves as 0. All sites should use the same arguments: the weights of a mean must compare.
+    The number is rounded up to a multiple of `multiple`, then limited to the range from `least` to `most`. The number
+    of local steps reveals nearly the same and leaves as 0. All sites should use the same arguments, so that their
+    weights stay comparable.
+
+    Attributes:
+        equal: Send 1 in every case, so that all sites have the same weight. The other arguments are then ignored.
+        least: Smallest number that leaves, at least 1.
+        most: Largest number that leaves, at least `least`; None for no limit.
+        multiple: The number is rounded up to a multiple of this, at least 1.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     equal: bool = False
@@ -110,6 +141,7 @@ class Examples(FilterSettings):
             raise refuse(f"Examples: equal is {self.equal!r}", "give true or false")
 
     def facts(self, facts: Facts, host: FilterHost) -> Facts:
+        """Replace the numbers of examples and local steps."""
         count = -(-facts.num_examples // int(self.multiple)) * int(self.multiple)
         count = max(count, int(self.least))
         if self.most is not None:
@@ -118,13 +150,13 @@ class Examples(FilterSettings):
 
 
 def plain(facts: Facts) -> dict[str, float]:
-    """The metrics as numbers, each the site's own value; what is no number is left out."""
-    found = {}
+    """Return the metrics as plain numbers: the site's own value of a `Summary`, and no metric that is not a number."""
+    numbers = {}
     for name, metric in facts.metrics.items():
         try:
             value = float(metric.value if isinstance(metric, Summary) else metric)
         except (TypeError, ValueError):
             continue
         if not math.isnan(value):
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers

@@ -1,7 +1,11 @@
-"""Error feedback: what an encoding lost stays at the site and is added to the next difference.
+"""Error feedback: what a lossy encoding lost is added to the site's next update.
 
-It is kept on disk too, a file per round, so that a site that is killed goes on with what it had after the last
-round that it answered. Only the death of the process is covered, as everywhere.
+    sent_t = encode(d_t + e_t),  e_{t+1} = d_t + e_t - decode(sent_t),  e_0 = 0
+
+Source: Karimireddy et al. 2019, "Error feedback fixes SignSGD and other gradient compression schemes", algorithm 2.
+
+The error e is also written to disk, a file per round, so that a killed site continues with the error after the last
+round that it answered. The files survive the death of the process, not that of the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +22,11 @@ from fl_runtime.types import Array, Arrays
 
 
 class ErrorFeedback:
-    """What one site's encodings have lost so far. Real tensors alone."""
+    """The error of one site's encodings. It covers real floating-point tensors only.
+
+    Args:
+        host: The site; its folder holds the files.
+    """
 
     def __init__(self, host: FilterHost) -> None:
         self._folder = host.folder
@@ -27,16 +35,30 @@ class ErrorFeedback:
         self._loaded = False
 
     def add_to(self, arrays: Arrays, round: int) -> None:
-        """Add what was lost before to this round's differences, in place."""
+        """Add the error to this round's differences.
+
+        Args:
+            arrays: The differences; changed in place.
+            round: The round.
+        """
         if not self._loaded:
             self._loaded = True
             self._load(arrays, round)
         for name, lost in self._lost.items():
-            if name in arrays:  # a tensor that is held back now keeps what it lost
+            if name in arrays:  # the error of a tensor that is held back now waits for a later round
                 np.add(arrays[name], lost, out=arrays[name])
 
     def remember(self, wanted: Arrays, sent: Arrays, round: int) -> None:
-        """wanted: the differences, with what was lost before. sent: what the other side will decode."""
+        """Compute and save the error after this round's encoding.
+
+        Args:
+            wanted: The differences, with the earlier error added.
+            sent: What the receiver will decode.
+            round: The round.
+
+        Raises:
+            StoreError: If the error cannot be saved.
+        """
         for name, array in wanted.items():
             if is_real(array.dtype):
                 if name not in self._lost:
@@ -57,17 +79,17 @@ class ErrorFeedback:
                     file.write(np.ascontiguousarray(lost).reshape(-1).view(np.uint8).data)
             os.replace(partial, path)
             for number, old in self._files():
-                if number < round - 1:  # the round before may have to be done again
+                if number < round - 1:  # the previous round may have to be repeated after a restart
                     old.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(
-                f"what an encoding lost cannot be kept: {error.strerror or error}",
+                f"the error of an encoding cannot be saved: {error.strerror or error}",
                 where=str(path),
-                fix="free disk space, or use error_feedback: false",
+                fix="free disk space, or set error_feedback: false on the filter",
             ) from error
 
     def _load(self, like: Arrays, round: int) -> None:
-        """The newest file of a round before this one, if it is of the same tensors."""
+        """Read the newest file of an earlier round, if it is of the same tensors."""
         files = [(number, path) for number, path in self._files() if number < round]
         if not files:
             return
@@ -95,9 +117,5 @@ class ErrorFeedback:
 
 
 def _digest(arrays: Arrays) -> bytes:
-    text = json_like(arrays)
+    text = "\n".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
     return hashlib.sha256(text.encode()).digest()[:16]
-
-
-def json_like(arrays: Arrays) -> str:
-    return "\n".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())

@@ -1,4 +1,4 @@
-"""Differential privacy with Gaussian noise, at the site or at the server."""
+"""The filter `GaussianDP`: differential privacy with Gaussian noise, at the site or at the server."""
 
 from __future__ import annotations
 
@@ -17,33 +17,42 @@ from fl_runtime.types import Allocate, Array, Arrays, Settings, Task, Update
 
 @dataclass(frozen=True)
 class GaussianDP(FilterSettings):
-    """Differences are clipped by their L2 norm over the whole update, then Gaussian noise is added:
+    """Clips an update d to an L2 norm of at most `clip` over all tensors together, and adds Gaussian noise:
 
         y = d min(1, clip / |d|) + N(0, (noise_multiplier clip)^2 I)
 
-    At `site_out` (local) each site does this to its own update, and its epsilon holds against the server and
-    everybody else. At `server_in` (central) the server clips each update and adds the noise once, to the sum over m
-    updates: the new model is x + (sum of clipped d + noise) / (sampling m), all sites weighing the same, whatever
-    their num_examples. That epsilon holds against whoever sees the models, not against the server.
+    At `site_out` (default; local differential privacy) each site does this to its own update. The guarantee holds
+    against the server and everyone else.
 
-    Unit of privacy: a whole site's update of a round, not a record within it. adjacency "replace" (default): any
-    update in place of any other, sensitivity 2 clip; "zero": an update in place of none (all zeros), the number of
-    sites being public, sensitivity clip. delta: default 1e-5.
+    At `server_in` (central differential privacy) the server clips each update and adds the noise once, to the sum of
+    m updates. The new model is x + (sum of clipped d + noise) / (sampling m). All sites have the same weight, whatever
+    their numbers of examples. The guarantee holds against everyone who sees the models, but not against the server.
+    The strategy must be `fedavg` without arguments, and this must be the last filter at `server_in`.
 
-    sampling (at `server_in` alone, with adjacency "zero"): each update counts with this probability, drawn by the
-    server and told to nobody, so that amplification by Poisson sampling holds; default 1, no sampling. At a site
-    nothing is claimed for sampling: the server knows who takes part.
+    The unit of privacy is a site's whole update of a round, not a single record. Integer tensors are replaced by those
+    of the global model. Metrics and numbers of examples are not covered; see `NoisyMetrics` and `Examples`.
 
-    epsilon: the budget. The round that would exceed it is refused: at `site_out` by the site, for the job, or over
-    all jobs where the filter is in the site's policy; at `server_in` by the server, for the job. None (default):
-    no limit, the ledger is kept all the same. The running epsilon counts each sending, also one that is repeated
-    after a restart. It is in the history with every update. clip: in the unit of the weights, default 1.
+    Every release is recorded in the ledger, also one that is repeated after a restart, and the total epsilon appears in
+    the history. Noise is drawn from the operating system in float64 and rounded to float32 or narrower. Needs the extra
+    `[dp]`.
 
-    Integer tensors go back as they came. num_examples and metrics are not covered: see Examples and NoisyMetrics.
-    The noise is drawn from the operating system, in float64, and rounded to float32 or narrower.
+    Sources: Dwork and Roth 2014, "The algorithmic foundations of differential privacy", appendix A; McMahan et al.
+    2018, "Learning differentially private recurrent language models" (clipping of whole updates, fixed denominator).
 
-    Dwork and Roth 2014, "The algorithmic foundations of differential privacy", appendix A; McMahan et al. 2018,
-    "Learning differentially private recurrent language models" (clipping of whole updates, fixed denominator).
+    Attributes:
+        clip: Largest L2 norm of an update, in the unit of the weights, greater than 0.
+        noise_multiplier: Standard deviation of the noise divided by `clip`, greater than 0.
+        epsilon: Privacy budget, greater than 0. The round that would exceed it is refused: by the site at `site_out`,
+            by the server at `server_in`. It counts for the job, or over all jobs if the filter is in the site's policy.
+            None sets no limit.
+        delta: The delta at which epsilon is computed, between 0 and 1.
+        adjacency: "replace" protects an update against replacement by any other (sensitivity 2 clip). "zero" protects
+            it against replacement by zeros, with a public number of sites (sensitivity clip).
+        sampling: Probability with which an update counts, greater than 0 and at most 1; only at `server_in`, and below
+            1 only with adjacency "zero". The server keeps its draws secret, so amplification by Poisson sampling holds.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out", "server_in")
@@ -64,15 +73,16 @@ class GaussianDP(FilterSettings):
         if self.adjacency not in ("replace", "zero"):
             raise refuse(f"GaussianDP: adjacency is {self.adjacency!r}", 'give "replace" or "zero"')
         if self.sampling < 1 and self.adjacency != "zero":
-            raise refuse("GaussianDP: sampling is accounted for adjacency zero alone", "use adjacency: zero")
+            raise refuse("GaussianDP: sampling below 1 needs adjacency zero", "use adjacency: zero")
 
     @property
     def mechanism(self) -> Mechanism:
-        """One round, with the sensitivity scaled to 1."""
+        """The release of one round, scaled to sensitivity 1."""
         sensitivity = 2.0 if self.adjacency == "replace" else 1.0
         return Mechanism("gaussian", self.noise_multiplier / sensitivity, self.sampling)
 
     def limits(self, host: FilterHost) -> list[BudgetLimit]:
+        """Return the limits that hold at a host: this filter's own budget, and the host's."""
         mine = [] if self.epsilon is None else [self._limit(self.epsilon, host)]
         return mine + ([host.budget] if host.budget else [])
 
@@ -80,11 +90,12 @@ class GaussianDP(FilterSettings):
         return BudgetLimit(PrivacyBudget(epsilon, self.delta), host.site or "the server", all_jobs=host.from_policy)
 
     def open(self, host: FilterHost) -> RunningFilter:
-        return _Local(self, host)
+        """Make the filter of one site."""
+        return _LocalGaussian(self, host)
 
 
-class _Local:
-    """At a site."""
+class _LocalGaussian:
+    """Clips and adds noise at a site."""
 
     def __init__(self, settings: GaussianDP, host: FilterHost) -> None:
         need_accounting()
@@ -93,7 +104,7 @@ class _Local:
         self.record: Settings = {}
 
     def afford(self, round: int) -> None:
-        """PrivacyBudgetError if this round's update could not leave."""
+        """Raise PrivacyBudgetError if this round's update could not leave."""
         self._ledger.afford(self._host.job, round, [self._settings.mechanism], self._settings.limits(self._host))
 
     def __call__(self, update: Update, task: Task) -> Update:
@@ -115,7 +126,15 @@ class _Local:
 
 
 class NoisyMean:
-    """At the server: the aggregator of one round. Takes differences; the sum is in float64."""
+    """Central differential privacy: the aggregator of one round at the server. It sums differences in float64.
+
+    Args:
+        settings: The filter.
+        ledger: The server's ledger.
+        host: The server.
+        base: The global model of this round.
+        allocate: Makes the arrays of the next global model.
+    """
 
     def __init__(
         self, settings: GaussianDP, ledger: Ledger, host: FilterHost, base: Arrays, allocate: Allocate
@@ -126,8 +145,11 @@ class NoisyMean:
         self._sums: dict[str, Array] = {n: np.zeros(a.size) for n, a in base.items() if is_real(a.dtype)}
 
     def add(self, update: Update) -> None:
+        """Add one clipped update to the sum, unless sampling leaves it out."""
         if update.extras:
-            raise UpdateRefusedError("tensors beside the weights are not covered by GaussianDP", where=update.site)
+            raise UpdateRefusedError(
+                "the update has tensors beside the weights, which GaussianDP does not cover", where=update.site
+            )
         self._round, self._answered = update.round, self._answered + 1
         if self._settings.sampling < 1 and not bernoulli(self._settings.sampling):
             return
@@ -139,6 +161,7 @@ class NoisyMean:
                     total[block] += flat[block].astype(np.float64) * factor
 
     def result(self) -> tuple[Arrays, Arrays]:
+        """Record the release in the ledger, add the noise, and return the next global model."""
         settings = self._settings
         self._ledger.spend(self._host.job, self._round, "GaussianDP", [settings.mechanism], settings.limits(self._host))
         arrays, extras = self._allocate(self._base, {})
@@ -157,7 +180,18 @@ class NoisyMean:
 
 
 def clipping(update: Update, clip: float) -> float:
-    """The factor that brings the L2 norm of all real tensors together to `clip` at most."""
+    """Compute the factor that limits the L2 norm of an update.
+
+    Args:
+        update: An update with content "delta".
+        clip: Largest norm over all real tensors together.
+
+    Returns:
+        A factor of at most 1.
+
+    Raises:
+        UpdateRefusedError: If a tensor is complex.
+    """
     total = 0.0
     for name, array in update.arrays.items():
         if array.dtype.kind == "c":

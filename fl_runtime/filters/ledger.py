@@ -1,9 +1,9 @@
-"""What has been spent of a privacy budget: a ledger on disk, and the epsilon that its entries amount to.
+"""The privacy ledger: a record on disk of what was released, and the total epsilon of its entries.
 
-An entry is written before what it pays for leaves, so a site that is killed in between has paid for nothing sent,
-and never the other way round. Entries compose whatever they are, by privacy loss distributions: Koskela, Jaelkoe,
-Honkela 2020, "Computing tight differential privacy guarantees using FFT"; Doroshenko et al. 2022, "Connect the dots:
-tighter discrete approximations of privacy loss distributions", as `dp-accounting` implements them.
+An entry is written before the release leaves. A site that is killed in between has recorded a release that did not
+happen, never the reverse. Entries of all kinds are composed with privacy loss distributions, as implemented by
+`dp-accounting`: Koskela, Jaelkoe, Honkela 2020, "Computing tight differential privacy guarantees using FFT";
+Doroshenko et al. 2022, "Connect the dots: tighter discrete approximations of privacy loss distributions".
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS spent (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, job TEXT NOT NULL, round INTEGER NOT NULL, filter TEXT NOT NULL,
     mechanism TEXT NOT NULL)"""
 _BUSY_S = 30.0
-_FINE, _COARSE = 50.0, 2000.0  # epsilons up to which sampling is counted, and distributions are computed
+_FINE, _COARSE = 50.0, 2000.0  # largest epsilons for which sampling is counted, and distributions are computed
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """One release, as accounting sees it: what it protects has sensitivity 1.
+    """One release as seen by the accounting, scaled to sensitivity 1.
 
-    gaussian: `noise` is the standard deviation; with `sampling` < 1 each unit takes part with that probability,
-    secretly (Poisson), adjacency by leaving out. laplace: `noise` is the scale. pure: any mechanism with a pure
-    epsilon, which is `noise`.
+    Attributes:
+        kind: "gaussian", "laplace", or "pure" for any mechanism with a known pure epsilon.
+        noise: Standard deviation of "gaussian", scale of "laplace", epsilon of "pure".
+        sampling: For "gaussian": the probability with which a unit takes part, chosen in secret (Poisson sampling,
+            adjacency by removal). 1 means no sampling.
     """
 
     kind: Literal["gaussian", "laplace", "pure"]
@@ -46,7 +48,12 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class PrivacyBudget:
-    """epsilon at delta: the most that may be spent."""
+    """A privacy budget: (epsilon, delta)-differential privacy for everything that counts against it.
+
+    Attributes:
+        epsilon: Largest total epsilon.
+        delta: The delta at which epsilon is computed.
+    """
 
     epsilon: float
     delta: float
@@ -54,7 +61,15 @@ class PrivacyBudget:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the ledger. at: seconds since the epoch."""
+    """One recorded release.
+
+    Attributes:
+        at: Time, in seconds since the epoch.
+        job: Name of the job.
+        round: The round; for a score, the version of the model.
+        filter: Name of the filter.
+        mechanism: The release.
+    """
 
     at: float
     job: str
@@ -64,9 +79,13 @@ class Entry:
 
 
 class Ledger:
-    """The ledger of one site (or of a server), in `folder`/privacy.sqlite; in memory without a folder.
+    """The privacy ledger of one site, or of a server. Several processes may use it at the same time.
 
-    Several processes may use it at once. StoreError where the disk fails: nothing leaves that is not on record.
+    Args:
+        folder: Folder of the file privacy.sqlite; None keeps the ledger in memory.
+
+    Raises:
+        StoreError: If the file cannot be opened. Every method raises it if the disk fails; nothing must leave then.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -83,7 +102,19 @@ class Ledger:
     def spend(
         self, job: str, round: int, name: str, mechanisms: Sequence[Mechanism], limits: Sequence[BudgetLimit]
     ) -> None:
-        """Write down what is about to leave. PrivacyBudgetError, and nothing is written, if that exceeds a limit."""
+        """Record releases that are about to leave.
+
+        Args:
+            job: Name of the job.
+            round: The round.
+            name: Name of the filter.
+            mechanisms: The releases.
+            limits: Limits that the total must not exceed.
+
+        Raises:
+            PrivacyBudgetError: If they would exceed a limit. Nothing is recorded then.
+            StoreError: If the disk fails.
+        """
         with self._mapped_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -99,33 +130,53 @@ class Ledger:
             self._db.execute("COMMIT")
 
     def afford(self, job: str, round: int, mechanisms: Sequence[Mechanism], limits: Sequence[BudgetLimit]) -> None:
-        """PrivacyBudgetError if these releases would exceed one of the limits."""
+        """Check releases against limits without recording them.
+
+        Args:
+            job: Name of the job.
+            round: The round.
+            mechanisms: The releases.
+            limits: Limits that the total must not exceed.
+
+        Raises:
+            PrivacyBudgetError: If they would exceed a limit.
+        """
         for limit in limits:
             before = [entry.mechanism for entry in self.entries() if limit.all_jobs or entry.job == job]
-            found = epsilon([*before, *mechanisms], limit.budget.delta)
-            if found > limit.budget.epsilon:
+            total = epsilon([*before, *mechanisms], limit.budget.delta)
+            if total > limit.budget.epsilon:
                 spent = epsilon(before, limit.budget.delta)
                 whole = "all jobs" if limit.all_jobs else f"the job {job}"
                 raise PrivacyBudgetError(
-                    f"the privacy budget of {limit.owner} is spent: round {round} would bring epsilon to {found:.4g} "
+                    f"the privacy budget of {limit.owner} is spent: round {round} would bring epsilon to {total:.4g} "
                     f"at delta {limit.budget.delta:g}, over the limit of {limit.budget.epsilon:g} for {whole}; "
                     f"{spent:.4g} is spent",
                     where=f"round {round}" + (f", {self._path}" if self._path else ""),
-                    fix="the model of the last round is kept; for more rounds, use more noise, or decide on a "
-                    "larger budget (fl-adapters privacy shows the ledger)",
+                    fix="the model of the last round is kept; for more rounds, use more noise or a larger budget "
+                    "(`fl-adapters privacy` shows the ledger)",
                 )
 
     def entries(self) -> list[Entry]:
-        """Everything that was spent, oldest first."""
+        """Return all recorded releases, oldest first."""
         with self._mapped_errors():
             rows = self._db.execute("SELECT at, job, round, filter, mechanism FROM spent ORDER BY id").fetchall()
         return [Entry(at, job, round, name, Mechanism(**json.loads(m))) for at, job, round, name, m in rows]
 
     def spent(self, job: str, delta: float, *, all_jobs: bool = False) -> float:
-        """The epsilon so far."""
+        """Return the total epsilon of the releases so far.
+
+        Args:
+            job: Name of the job whose releases count.
+            delta: The delta at which epsilon is computed.
+            all_jobs: Whether the releases of all jobs count.
+
+        Returns:
+            The epsilon.
+        """
         return epsilon([e.mechanism for e in self.entries() if all_jobs or e.job == job], delta)
 
     def close(self) -> None:
+        """Close the ledger's file."""
         self._db.close()
 
     @contextmanager
@@ -134,7 +185,7 @@ class Ledger:
             yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
-                f"the privacy ledger failed: {error}",
+                f"the privacy ledger cannot be read or written: {error}",
                 where=str(self._path),
                 fix="free disk space, or check that the file is writable and not damaged; nothing has left the site",
             ) from error
@@ -142,7 +193,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class BudgetLimit:
-    """A budget and what it holds for. owner: whose it is, for messages."""
+    """A privacy budget and the releases that count against it.
+
+    Attributes:
+        budget: The budget.
+        owner: Whose budget it is, for messages.
+        all_jobs: Whether the releases of all jobs count, not only those of the current one.
+    """
 
     budget: PrivacyBudget
     owner: str
@@ -150,29 +207,44 @@ class BudgetLimit:
 
 
 def need_accounting() -> None:
-    """ConfigError where `dp-accounting` is not installed."""
+    """Check that the package `dp-accounting` is installed.
+
+    Raises:
+        ConfigError: If it is not; the message names the extra `[dp]`.
+    """
     try:
         import dp_accounting  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "differential privacy with a budget needs the package dp-accounting, which is not installed here",
+            "differential privacy with a budget needs the package dp-accounting, which is not installed",
             where="filters",
             fix='pip install "fl-adapters[dp]"',
         ) from None
 
 
 def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """The smallest epsilon for which all of these together are (epsilon, delta)-differentially private, from above
-    and to within a hundredth; beyond 2000 an upper bound in closed form. ConfigError without `dp-accounting`."""
+    """Compute the total epsilon of releases.
+
+    Args:
+        mechanisms: The releases, in any order.
+        delta: The delta at which epsilon is computed.
+
+    Returns:
+        An upper bound of the smallest epsilon for which all releases together are (epsilon, delta)-differentially
+        private, at most a hundredth above it. Beyond 2000, an upper bound in closed form.
+
+    Raises:
+        ConfigError: If the package `dp-accounting` is not installed.
+    """
     counts = Counter(mechanisms)
     sampled = {m: n for m, n in counts.items() if m.sampling < 1}
     if sampled and (
         _bound(counts.keys() - sampled.keys(), counts, delta) > _FINE or min(m.noise for m in sampled) < 0.3
     ):
-        # so much is lost that the amplification by sampling, which may be left out, is not worth its fine grid
+        # with so large an epsilon, amplification by sampling is not worth its fine grid; leaving it out is safe
         counts = Counter(Mechanism(m.kind, m.noise) for m in counts.elements())
         sampled = {}
-    # Gaussian releases compose into one, exactly: sensitivities add in quadrature
+    # Gaussian releases compose exactly into one, whose squared sensitivity is the sum of theirs
     strength = math.sqrt(sum(n / m.noise**2 for m, n in counts.items() if m.kind == "gaussian" and m.sampling == 1))
     others = [(m, n) for m, n in counts.items() if m.kind != "gaussian" or m.sampling < 1]
     bound = _bound(counts.keys() - sampled.keys(), counts, delta)
@@ -182,8 +254,11 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
 
 
 def _bound(mechanisms: Iterable[Mechanism], counts: Mapping[Mechanism, int], delta: float) -> float:
-    """An epsilon that certainly holds. Gaussian noise is rho-zCDP with rho = s^2 / 2 (Bun and Steinke 2016,
-    "Concentrated differential privacy", proposition 1.3); pure epsilons add up."""
+    """Return an upper bound of epsilon in closed form.
+
+    Gaussian noise is rho-zCDP with rho = s^2 / 2 (Bun and Steinke 2016, "Concentrated differential privacy",
+    proposition 1.3); pure epsilons add up.
+    """
     square = pure = 0.0
     for m in mechanisms:
         if m.kind == "gaussian":
@@ -214,12 +289,12 @@ def _distribution(mechanism: Mechanism, count: int, grid: float) -> Any:
     from dp_accounting.pld import common, privacy_loss_distribution
 
     if mechanism.kind == "gaussian":
-        found = privacy_loss_distribution.from_gaussian_mechanism(
+        loss = privacy_loss_distribution.from_gaussian_mechanism(
             mechanism.noise, value_discretization_interval=grid, sampling_prob=mechanism.sampling
         )
     elif mechanism.kind == "laplace":
-        found = privacy_loss_distribution.from_laplace_mechanism(mechanism.noise, value_discretization_interval=grid)
+        loss = privacy_loss_distribution.from_laplace_mechanism(mechanism.noise, value_discretization_interval=grid)
     else:
         parameters = common.DifferentialPrivacyParameters(mechanism.noise, 0.0)
-        found = privacy_loss_distribution.from_privacy_parameters(parameters, value_discretization_interval=grid)
-    return found if count == 1 else found.self_compose(count)
+        loss = privacy_loss_distribution.from_privacy_parameters(parameters, value_discretization_interval=grid)
+    return loss if count == 1 else loss.self_compose(count)

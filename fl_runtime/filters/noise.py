@@ -1,9 +1,9 @@
-"""Noise and choice from the operating system's randomness: nothing is seeded, nothing can be foreseen or repeated.
+"""Random numbers for privacy filters, from the operating system. They cannot be seeded, predicted or repeated.
 
-Uniform numbers have 64 random bits, so Gaussian noise reaches 9.4 standard deviations: what is cut off has a
-probability below 2^-64 a number. Sums with noise are formed in float64 and rounded once, to the tensor's own dtype
-or to float32, so the low bits of the double that a known attack reads (Mironov 2012, "On significance of the least
-significant bits for differential privacy") do not leave.
+Uniform numbers have 64 random bits, so Gaussian noise reaches 9.4 standard deviations; the missing tail has a
+probability below 2^-64 per number. Noise is added in float64 and the sum is rounded once, to float32 or narrower. The
+low bits of doubles, which a known attack reads, do not leave (Mironov 2012, "On significance of the least significant
+bits for differential privacy").
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from fl_runtime.filters.base import largest
 from fl_runtime.types import Array
 
 BLOCK = 2**16
-"""Elements handled at a time."""
+"""Number of elements that are processed at a time."""
 
 
 def uniform(count: int) -> Array:
-    """float64 in (0, 1]."""
+    """Draw `count` uniform float64 numbers from (0, 1]."""
     bits = np.frombuffer(os.urandom(8 * count), np.uint64).astype(np.float64)
     return (bits + 0.5) / 2.0**64
 
 
 def gaussian(count: int) -> Array:
-    """Standard normal float64 (Box and Muller 1958, "A note on the generation of random normal deviates")."""
+    """Draw `count` standard normal float64 numbers.
+
+    Source: Box and Muller 1958, "A note on the generation of random normal deviates".
+    """
     half = (count + 1) // 2
     radius = np.sqrt(-2.0 * np.log(uniform(half)))
     angle = 2.0 * math.pi * uniform(half)
@@ -36,18 +39,26 @@ def gaussian(count: int) -> Array:
 
 
 def laplace(count: int) -> Array:
-    """Laplace float64 of scale 1: a random sign before an exponential number."""
+    """Draw `count` float64 numbers from the Laplace distribution of scale 1: a random sign times an exponential."""
     signs = np.frombuffer(os.urandom(count), np.uint8).astype(np.float64) % 2 * 2 - 1
     return -np.log(uniform(count)) * signs
 
 
 def bernoulli(probability: float) -> bool:
-    """True with this probability."""
+    """Return True with this probability."""
     return bool(uniform(1)[0] <= probability)
 
 
-def chosen(count: int, among: int) -> Array:
-    """`count` different indices below `among`, uniformly, in ascending order."""
+def random_subset(count: int, among: int) -> Array:
+    """Draw `count` different indices below `among`, all subsets equally likely.
+
+    Args:
+        count: Size of the subset; if it is not below `among`, all indices are returned.
+        among: Number of indices to choose from.
+
+    Returns:
+        The indices, ascending.
+    """
     if count >= among:
         return np.arange(among)
     keys = np.frombuffer(os.urandom(8 * among), np.uint64)
@@ -55,11 +66,17 @@ def chosen(count: int, among: int) -> Array:
 
 
 def blocks(size: int) -> Iterator[slice]:
+    """Yield slices of `BLOCK` elements that cover an array of `size` elements."""
     for start in range(0, size, BLOCK):
         yield slice(start, start + BLOCK)
 
 
 def store_rounded(target: Array, values: Array) -> None:
-    """Write float64 values into a real array: rounded once, by way of float32, and kept within its finite range."""
+    """Write float64 values into a real array, rounded to float32 or narrower and limited to the finite range.
+
+    Args:
+        target: The array to write to.
+        values: float64, of the same shape.
+    """
     limit = min(largest(target.dtype), largest(np.dtype(np.float32)))
     target[...] = np.clip(values, -limit, limit).astype(np.float32).astype(target.dtype)

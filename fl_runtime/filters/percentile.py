@@ -1,4 +1,4 @@
-"""Sending only the larger changes, and those bounded."""
+"""The filter `PercentilePrivacy`: send only the larger changes, limited in size."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from fl_runtime.types import Settings, Task, Update
 
 @dataclass(frozen=True)
 class PercentilePrivacy(FilterSettings):
-    """Of the differences d to the global model, those below the percentile of |d| over the whole update become
-    zero, the others are limited to [-gamma, gamma].
+    """Sets small differences to zero and limits the others.
 
-    percentile: in percent, 0 <= percentile < 100, by linear interpolation between ranks; with 10, the default, the
-    smallest tenth stays at host. gamma: in the unit of the weights, > 0, default 0.01. Integer tensors are left as
-    they are. A heuristic: it bounds what one site can say, and proves nothing; it has no epsilon.
+    With d the differences to the global model: those with |d| below the given percentile of |d| over the whole update
+    become 0, the others are clipped to [-gamma, gamma]. Integer tensors are not changed. It runs at `site_out`
+    (default) or `server_in`. This is a heuristic without a privacy guarantee: it has no epsilon.
 
-    Shokri and Shmatikov 2015, "Privacy-preserving deep learning", section 4 (selective sharing); the arguments are
-    those of `PercentilePrivacy` in NVIDIA FLARE.
+    Source: Shokri and Shmatikov 2015, "Privacy-preserving deep learning", section 4 (selective sharing). The arguments
+    are those of `PercentilePrivacy` in NVIDIA FLARE.
+
+    Attributes:
+        percentile: In percent, at least 0 and below 100, with linear interpolation between ranks. With 10, the smallest
+            tenth of the differences becomes 0.
+        gamma: Largest difference, in the unit of the weights, greater than 0.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out", "server_in")
@@ -35,9 +42,11 @@ class PercentilePrivacy(FilterSettings):
         check_number(self, "gamma", self.gamma, above=0)
 
     def open(self, host: FilterHost) -> RunningFilter:
+        """Return the filter itself, which has no state."""
         return self
 
     def __call__(self, update: Update, task: Task) -> Update:
+        """Filter the differences of one update in place."""
         flat = [array.reshape(-1) for array in update.arrays.values() if is_real(array.dtype) and array.size]
         if not flat:
             return update

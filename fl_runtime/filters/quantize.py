@@ -1,4 +1,4 @@
-"""Fewer bits per number."""
+"""The filter `Quantize`: send numbers in 16, 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -31,19 +31,26 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class Quantize(FilterSettings):
-    """Numbers in 16, 8 or 4 bits. At `site_out` it is the difference to the global model that is sent this way, at
-    `server_out` the model itself (the last one always travels whole). The other side decodes.
+    """Encodes numbers in 16, 8 or 4 bits; the receiver decodes them.
 
-    to: "fp16" or "bf16" (rounded to nearest even; fp16 limits to +-65504), "int8" or "int4": of every `block`
-    consecutive numbers, s = max|x| / L travels as float32 and each x as round(x / s), where L is 127 or 7; two
-    4-bit numbers share a byte. Error of a number: at most s / 2. block: numbers, >= 8, default 256; with it int8
-    takes 8.125 bits a number, int4 4.125. Integer tensors travel as they are.
+    At `site_out` (default) the differences to the global model are encoded, at `server_out` the global model itself
+    (except the final one, which travels whole). Integer tensors travel as they are.
 
-    error_feedback (at `site_out`, default on): what the encoding lost is kept at the site and added to the next
-    difference, so that nothing is lost for good, only late.
+    "fp16" and "bf16" round to nearest, ties to even; fp16 limits values to +-65504. "int8" and "int4" work on blocks of
+    consecutive numbers x: s = max|x| / L travels as float32, and each x as round(x / s), with L = 127 or 7. The error
+    of a number is at most s / 2. With the default block a number takes 8.125 or 4.125 bits. Encoding: tensor `w`
+    becomes `w` (int8, or uint8 with two 4-bit numbers per byte) and `w|scale` (float32, one per block).
 
-    Dettmers et al. 2022, "8-bit optimizers via block-wise quantization" (blocks); Seide et al. 2014, "1-bit
+    Sources: Dettmers et al. 2022, "8-bit optimizers via block-wise quantization" (blocks); Seide et al. 2014, "1-bit
     stochastic gradient descent", and Karimireddy et al. 2019, "Error feedback fixes SignSGD" (error feedback).
+
+    Attributes:
+        to: "fp16", "bf16", "int8" or "int4".
+        block: Numbers per block for "int8" and "int4", from 8 to 2^20.
+        error_feedback: At `site_out`: whether the error of the encoding is added to the site's next update.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out", "server_out")
@@ -56,23 +63,28 @@ class Quantize(FilterSettings):
             raise refuse(f"Quantize: to is {self.to!r}", 'give one of "fp16", "bf16", "int8", "int4"')
         check_number(self, "block", self.block, least=8, most=2**20)
         if not isinstance(self.block, int) or not isinstance(self.error_feedback, bool):
-            raise refuse("Quantize: block is a whole number and error_feedback true or false", "correct it")
+            raise refuse(
+                f"Quantize: block is {self.block!r} and error_feedback is {self.error_feedback!r}",
+                "give a whole number for block, and true or false for error_feedback",
+            )
 
     def layout(self, layout: Layout) -> Layout:
-        found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        """Return the layout of encoded arrays, see `EncodingFilter.layout`."""
+        encoded: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         for name, (dtype, shape) in layout.items():
             if not is_real(dtype):
-                found[name] = dtype, shape
+                encoded[name] = dtype, shape
             elif self.to in _HALVES:
-                found[name] = _HALVES[self.to], shape
+                encoded[name] = _HALVES[self.to], shape
             else:
                 size = int(np.prod(shape, dtype=np.int64))
                 packed = self.to == "int4"
-                found[name] = (np.dtype(np.uint8), ((size + 1) // 2,)) if packed else (np.dtype(np.int8), shape)
-                found[name + _SCALE] = _FLOAT32, (-(-size // self.block),)
-        return found
+                encoded[name] = (np.dtype(np.uint8), ((size + 1) // 2,)) if packed else (np.dtype(np.int8), shape)
+                encoded[name + _SCALE] = _FLOAT32, (-(-size // self.block),)
+        return encoded
 
     def encode(self, arrays: Arrays) -> Arrays:
+        """Quantise arrays, see `EncodingFilter.encode`."""
         return dict(self._encoded(arrays))
 
     def _encoded(self, arrays: Arrays) -> Iterator[tuple[str, Array]]:
@@ -89,6 +101,7 @@ class Quantize(FilterSettings):
                 yield name + _SCALE, scale
 
     def decode(self, arrays: Arrays, layout: Layout) -> Arrays:
+        """Reverse the quantisation, see `EncodingFilter.decode`."""
         return LazyArrays(layout, lambda name: self._decoded(name, arrays, *layout[name]))
 
     def _decoded(self, name: str, arrays: Arrays, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
@@ -99,11 +112,11 @@ class Quantize(FilterSettings):
             return array.astype(dtype)
         scale = arrays[name + _SCALE]
         if scale.size and not (np.isfinite(scale).all() and scale.min() >= 0):
-            raise UpdateRefusedError(f"the scales of tensor {name!r} are not finite numbers from zero up")
+            raise UpdateRefusedError(f"the scales of tensor {name!r} are not finite numbers of at least 0")
         size = int(np.prod(shape, dtype=np.int64))
         values = (_unpacked(array, size) if self.to == "int4" else array.reshape(-1)).astype(np.float32)
         whole = size - size % self.block
-        with np.errstate(over="ignore"):  # what a site sends may overflow here: the server then refuses it
+        with np.errstate(over="ignore"):  # if a site's numbers overflow here, the server refuses the update
             values[:whole].reshape(-1, self.block)[...] *= scale[: whole // self.block, None]
             if whole < size:
                 values[whole:] *= scale[-1]
@@ -111,7 +124,7 @@ class Quantize(FilterSettings):
 
 
 def _coded(flat: Array, block: int, levels: int) -> tuple[Array, Array]:
-    """(int8 codes, one float32 scale per block)."""
+    """Return int8 codes, and one float32 scale per block."""
     codes = np.empty(flat.size, np.int8)
     scale = np.empty(-(-flat.size // block), np.float32)
     step = block * max(1, 2**16 // block)
@@ -120,17 +133,17 @@ def _coded(flat: Array, block: int, levels: int) -> tuple[Array, Array]:
         padded = np.zeros(-(-part.size // block) * block, np.float32)
         padded[: part.size] = part
         rows = padded.reshape(-1, block)
-        mine = np.max(np.abs(rows), axis=1) / np.float32(levels)
-        scale[start // block : start // block + len(mine)] = mine
+        steps = np.max(np.abs(rows), axis=1) / np.float32(levels)
+        scale[start // block : start // block + len(steps)] = steps
         with np.errstate(divide="ignore", invalid="ignore"):
-            quotient = np.where(mine[:, None] > 0, rows / mine[:, None], np.float32(0))
+            quotient = np.where(steps[:, None] > 0, rows / steps[:, None], np.float32(0))
         rounded = np.clip(np.rint(quotient), -levels, levels).astype(np.int8)
         codes[start : start + part.size] = rounded.reshape(-1)[: part.size]
     return codes, scale
 
 
 def _packed(codes: Array) -> Array:
-    """Two numbers from -7 to 7 a byte, the first in the low half, each plus 8."""
+    """Pack numbers from -7 to 7, each plus 8, two to a byte, the first in the low half."""
     halves = (codes + 8).astype(np.uint8)
     if len(halves) % 2:
         halves = np.append(halves, np.uint8(8))

@@ -1,9 +1,8 @@
-"""The server's two points: what sites have encoded is decoded, checked and filtered before it is summed; the global
-model is encoded before it is handed out.
+"""Filters at the server: decode and filter updates before aggregation, and encode the global model.
 
-An update names what ran on it in `Update.encoding`, a JSON list in the order in which it ran, so each can be decoded
-by itself, whatever the policies of the sites. Decoding depends on the update alone and sums run in a fixed order:
-the bits do not depend on the order of arrival.
+An update lists the filters that were applied to it in `Update.encoding`: a JSON list of their settings, in order. So
+each update can be decoded by itself, whatever the policies of the sites. Decoding depends on the update alone, and sums
+have a fixed order: the result does not depend on the order of arrival.
 """
 
 from __future__ import annotations
@@ -37,44 +36,73 @@ _MAX_CHARS, _MAX_CHAIN = 2**16, 8
 
 
 def applied_filters(encoding: str) -> tuple[Settings, ...]:
-    """The settings of the filters that an update names; none for an encoding of an adapter's own."""
-    return _ran(encoding)[0]
+    """Return the settings of the filters that were applied to an update.
+
+    Args:
+        encoding: `Update.encoding`.
+
+    Returns:
+        The settings in order; empty for an adapter's own encoding.
+
+    Raises:
+        ProtocolError: If the list cannot be read.
+    """
+    return _parsed(encoding)[0]
 
 
 def update_layout(agreed: Layout, content: str, encoding: str, encrypted: HomomorphicCKKS | None = None) -> Layout:
-    """The arrays that an update of this content and encoding must consist of. encrypted: how the job encrypts.
+    """Return the layout that the arrays of an update must have.
 
-    ProtocolError for a bad encoding, UpdateRefusedError for one that is not encrypted as the job says.
+    Args:
+        agreed: Layout of the weights, as agreed at the handshake.
+        content: `Update.content`.
+        encoding: `Update.encoding`.
+        encrypted: The job's encryption, or None.
+
+    Returns:
+        Layout of the update's arrays as they travel.
+
+    Raises:
+        ProtocolError: If the encoding cannot be read or does not fit the content.
+        UpdateRefusedError: If the update is not encrypted as the job demands.
     """
     named = [settings for settings in applied_filters(encoding) if named_in(settings)]
     if encrypted is not None or named:
         if encrypted is None or named != [encrypted.settings()] or content != "encoded":
-            said = encrypted.settings() if encrypted else "not at all"
+            wanted = encrypted.settings() if encrypted else "no encryption"
             raise UpdateRefusedError(
-                f"an update of content {content!r} is encrypted with {named}; the job says {said}",
-                fix="run the same version of fl-adapters at every site",
+                f"an update of content {content!r} is encrypted with {named}, but the job demands {wanted}",
+                fix="install the same version of fl-adapters at every site",
             )
         return encrypted.layout(agreed)
-    chain = _ran(encoding)[1]
+    chain = _parsed(encoding)[1]
     layout = work_layout(agreed) if encodings(chain) else agreed
     if bool(encodings(chain)) != (content == "encoded"):
-        raise ProtocolError(f"an update of content {content!r} names other filters: {encoding[:200]!r}")
+        raise ProtocolError(f"an update of content {content!r} lists filters that do not fit it: {encoding[:200]!r}")
     for item in chain:
         layout = item.layout(layout)
     return layout
 
 
 def is_filtered(update: Update) -> bool:
-    """Whether an update has to be decoded: differences, encoded by our filters, or with tensors held back."""
-    return update.content == "delta" or bool(_ran(update.encoding)[1])
+    """Whether an update must be decoded: it holds differences, is encoded, or lacks tensors that were held back."""
+    return update.content == "delta" or bool(_parsed(update.encoding)[1])
 
 
 def decoded(update: Update, base: Arrays) -> Update:
-    """The update as weights. Its arrays are made one at a time when asked for, floats in float32 or wider; those that
-    the site held back are missing."""
+    """Decode an update to weights.
+
+    Args:
+        update: The update as it arrived.
+        base: The global model that the site trained from.
+
+    Returns:
+        An update with content "weights". Its arrays are computed at each access, floats in float32 or wider; arrays
+        that the site held back are missing.
+    """
     if not is_filtered(update):
         return update
-    given, chain = update.arrays, _ran(update.encoding)[1]
+    given, chain = update.arrays, _parsed(update.encoding)[1]
     layouts = [work_layout(layout_of(base)) if encodings(chain) else layout_of(base)]
     for item in chain[:-1]:
         layouts.append(item.layout(layouts[-1]))
@@ -91,7 +119,18 @@ def decoded(update: Update, base: Arrays) -> Update:
 
 
 class ServerFilters:
-    """The filters that the job has at the server, and the decoding of what those at the sites have done."""
+    """The server's filters in one job.
+
+    Args:
+        filters: Settings of all filters of the job.
+        host: The server.
+
+    Attributes:
+        encrypted: The job's encryption, or None.
+
+    Raises:
+        ConfigError: If a filter cannot be made, or a package that it needs is missing.
+    """
 
     def __init__(self, filters: Sequence[Settings], host: FilterHost) -> None:
         self._outgoing = encodings(at_point(filters, "server_out"))
@@ -108,7 +147,14 @@ class ServerFilters:
             self._ledger = Ledger(host.folder)
 
     def afford(self, round: int) -> None:
-        """PrivacyBudgetError if the server's own budget does not allow another round."""
+        """Check the server's own privacy budget before a round.
+
+        Args:
+            round: The round to be opened.
+
+        Raises:
+            PrivacyBudgetError: If the round would exceed it.
+        """
         if self._central is not None:
             limits = self._central.limits(self._host)
             self._ledger.afford(self._host.job, round, [self._central.mechanism], limits)
@@ -116,8 +162,17 @@ class ServerFilters:
     def aggregator(
         self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool
     ) -> Aggregator:
-        """A round's sum of updates as they came. make: the strategy's own aggregator, with the `allocate` it gets.
-        linear: as the strategy says."""
+        """Make the aggregator of a round, which takes updates as they arrived.
+
+        Args:
+            make: Makes the strategy's aggregator, given the function that allocates the next global model.
+            base: The global model of this round.
+            allocate: Makes the arrays of the next global model.
+            linear: Whether the strategy needs only the weighted mean of the updates.
+
+        Returns:
+            An aggregator that decodes and filters each update before the strategy's aggregator takes it.
+        """
         if self.encrypted is not None:
             return CiphertextMean(self.encrypted, self._context, allocate)
         if self._central is None:
@@ -126,25 +181,41 @@ class ServerFilters:
         return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
     def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None], strategy: Strategy) -> None:
-        """Decode everything once, before the update counts, and let the strategy see it as it will be summed.
+        """Check an update before it is accepted: decode all of it, and let the strategy check the result.
 
-        Raises what decoding, `finite` or the strategy raises.
+        Args:
+            update: The update as it arrived.
+            base: The global model that the site trained from; empty for an initial model.
+            finite: Raises for arrays that hold NaN or infinite values.
+            strategy: The job's strategy.
+
+        Raises:
+            UpdateRefusedError: If the update cannot be decoded, is not finite, or the strategy refuses it.
         """
         if self.encrypted is not None:
             if update.extras:
-                raise UpdateRefusedError("tensors beside the encrypted weights", where=f"update of {update.site}")
+                raise UpdateRefusedError(
+                    "the update has unencrypted tensors beside the encrypted weights", where=f"update of {update.site}"
+                )
             check_ciphertexts(update, self.encrypted, self._context)
             return
         if is_filtered(update):
             if not base:
-                raise UpdateRefusedError("the first model must be weights as they are", where=f"site {update.site}")
+                raise UpdateRefusedError("the initial model must not be filtered", where=f"site {update.site}")
             update = decoded(update, base)
             for name in update.arrays:
                 finite({name: update.arrays[name]})
         strategy.check(update)
 
     def encode_global_model(self, arrays: Arrays) -> Arrays | None:
-        """The global model as it travels to the sites for a round of training; None: as it is."""
+        """Encode the global model for a round of training.
+
+        Args:
+            arrays: The global model.
+
+        Returns:
+            The arrays to send, or None if no filter at `server_out` changes them.
+        """
         if not self._outgoing:
             return None
         for item in self._outgoing:
@@ -153,9 +224,9 @@ class ServerFilters:
 
 
 class _Filtered:
-    """Feeds decoded updates to the strategy's aggregator.
+    """An aggregator that gives decoded and filtered updates to the strategy's aggregator.
 
-    A tensor that a site has held back does not count in a mean; a strategy that needs all of them sees it unchanged.
+    A tensor that a site held back does not count in a mean. Strategies that need all tensors see its global value.
     """
 
     def __init__(
@@ -168,8 +239,10 @@ class _Filtered:
         linear: bool = True,
         differences: bool = False,
     ) -> None:
-        """linear: the aggregator is a running mean, which does not look at an update again. differences: it takes
-        these, and no weights."""
+        """Make the aggregator.
+
+        linear: it is a running mean, which reads each update once. differences: it takes differences, not weights.
+        """
         self._linear, self._differences = linear, differences
         self._base, self._allocate, self._filters = base, allocate, filters
         self._inner = make(self._allocated)
@@ -193,50 +266,50 @@ class _Filtered:
     def result(self) -> tuple[Arrays, Arrays]:
         arrays, extras = self._inner.result()
         if self._decoding and not self._differences:
-            for name in arrays.keys() - self._given:  # every site held it back
+            for name in arrays.keys() - self._given:  # held back by every site
                 arrays[name][...] = self._base[name]
         return arrays, extras
 
     def _allocated(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
-        """Decoded updates are wider than the model, and may lack tensors: the next model is as the one before."""
+        """Allocate the next model with the layout of the last, since decoded updates are wider and may lack tensors."""
         return self._allocate(self._base if self._decoding else arrays, extras)
 
     def _changed(self, update: Update) -> Update:
-        """The filters of `server_in`, on the differences."""
+        """Apply the filters of `server_in` to the differences of an update."""
         task = Task(update.job, update.round, update.stage, "train", update.base_version, self._base)
-        found = {}
+        differences = {}
         for name in update.arrays:
             dtype = work_dtype(self._base[name].dtype)
             out = self._work.get(name)
-            if out is None or not self._linear:  # what may be looked at again is not overwritten
+            if out is None or not self._linear:  # the strategy may read it again, so the buffer is not reused
                 out = self._work[name] = np.empty(self._base[name].shape, dtype)
             if is_floating(dtype):
                 np.subtract(update.arrays[name], self._base[name], out=out, dtype=dtype, casting="unsafe")
             else:
                 out[...] = update.arrays[name]
-            found[name] = out
-        update = replace(update, arrays=found, content="delta")
+            differences[name] = out
+        update = replace(update, arrays=differences, content="delta")
         for change in self._filters:
             update = change(update, task)
         return update if self._differences else decoded(update, self._base)
 
 
 @lru_cache(maxsize=256)
-def _ran(encoding: str) -> tuple[tuple[Settings, ...], tuple[EncodingFilter, ...]]:
-    """(everything that ran, the part of it that has to be undone) of an encoding that comes from a site."""
+def _parsed(encoding: str) -> tuple[tuple[Settings, ...], tuple[EncodingFilter, ...]]:
+    """Parse a site's list of filters: (settings of all of them, those that must be decoded)."""
     if not encoding.startswith("["):
         return (), ()
     try:
-        found = json.loads(encoding)
-        if len(encoding) > _MAX_CHARS or len(found) > MAX_FILTERS or not all(isinstance(x, dict) for x in found):
-            raise ProtocolError("an update names its filters in a way that cannot be read")
+        items = json.loads(encoding)
+        if len(encoding) > _MAX_CHARS or len(items) > MAX_FILTERS or not all(isinstance(x, dict) for x in items):
+            raise ProtocolError("an update's list of filters is too long or malformed")
         chain = []
-        for settings in found:
+        for settings in items:
             if settings.get("name") in _ENCODING_NAMES:
                 arguments = {name: value for name, value in settings.items() if name != "site"}
                 chain.append(make_filter(arguments))
         if len(chain) > _MAX_CHAIN:
-            raise ProtocolError(f"an update names {len(chain)} encodings; the limit is {_MAX_CHAIN}")
+            raise ProtocolError(f"an update lists {len(chain)} encodings; the limit is {_MAX_CHAIN}")
     except (ValueError, TypeError, RecursionError, FederationError) as error:
-        raise ProtocolError(f"an update names filters that cannot be read: {error}") from None
-    return tuple(found), tuple(chain)
+        raise ProtocolError(f"an update's list of filters cannot be read: {error}") from None
+    return tuple(items), tuple(chain)

@@ -1,4 +1,4 @@
-"""The site's two points: what arrives is decoded and filtered, what leaves is filtered and encoded."""
+"""Filters at a site: decode and filter the global model that arrives, filter and encode updates that leave."""
 
 from __future__ import annotations
 
@@ -38,47 +38,61 @@ F = TypeVar("F", Update, Report)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A filter on what leaves, and at whose wish. opened: at work, for those that change values."""
+class _OutgoingFilter:
+    """A filter at `site_out`, and the host it runs at. `running` is its state, if it is a value filter."""
 
     filter: Any
     host: FilterHost
-    opened: RunningFilter | None = None
+    running: RunningFilter | None = None
 
 
 class SiteFilters:
-    """Every filter of one site in one run, with what they remember. Used by one thread at a time.
+    """All filters of one site in one run, with their state. Only one thread may use it at a time.
 
-    The arrays of an update are borrowed and not written to: what changes them works on buffers of this object's own,
-    which are valid until the next update.
+    It does not write to the arrays of an update: filters work on buffers of this object, which are valid until the next
+    update.
+
+    Args:
+        job: Settings of the job's filters, for all points.
+        own: Settings of the filters in the site's policy, for `site_out`.
+        host: The site.
+
+    Raises:
+        ConfigError: If the filters cannot be made or do not work together.
     """
 
     def __init__(self, job: Sequence[Settings], own: Sequence[Settings], host: FilterHost) -> None:
-        """job: the list of the job, with all its points. own: the list of the site's policy, for what leaves."""
         check_filters(job)
         self._job, self._host = job, host
         self._arriving = encodings(at_point(job, "server_out"))
         self._held = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
         self._agreed: Layout = {}
         self._weights = True  # whether the tensors are weights
-        self._kept: dict[str, Array] = {}  # this site's values of tensors that site_in does not take
+        self._own_values: dict[str, Array] = {}  # this site's values of tensors that are ignored at site_in
         self._base: dict[str, Array] = {}
         self._work: dict[str, Array] = {}
         self._feedback = ErrorFeedback(host)
-        self._steps: list[_Step] = []
+        self._steps: list[_OutgoingFilter] = []
         self._cipher: Cipher | None = None
         self._key = ""
         self.set_policy_filters(own, host.budget)
 
     def set_policy_filters(self, own: Sequence[Settings], budget: BudgetLimit | None = None) -> None:
-        """The list of the site's policy, and the budget of all that is spent there; they hold from the next update on.
-        ConfigError where they cannot work."""
+        """Replace the filters of the site's policy. They take effect with the next update.
+
+        Args:
+            own: Settings of the policy's filters.
+            budget: Upper limit of the site for the privacy cost of all filters together; None for no limit.
+
+        Raises:
+            ConfigError: If the filters cannot be made or do not work together with the job's.
+        """
         check_filters(own)
-        strangers = [settings for settings in own if settings.get("at", "site_out") != "site_out"]
-        if strangers:
+        misplaced = [settings for settings in own if settings.get("at", "site_out") != "site_out"]
+        if misplaced:
             raise refuse(
-                f"the filter {strangers[0]['name']} of the policy stands at {strangers[0]['at']}",
-                "a policy's filters run on what leaves the site: leave `at` out",
+                f"the policy has the filter {misplaced[0]['name']} at {misplaced[0]['at']}",
+                "leave `at` out: a policy's filters run at site_out",
             )
         before = {(step.filter, step.host): step for step in self._steps}
         steps = [
@@ -88,86 +102,111 @@ class SiteFilters:
         ]
         check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
         if any(step.host.from_policy and isinstance(step.filter, HomomorphicCKKS) for step in steps):
-            raise refuse("HomomorphicCKKS in a policy would leave the other sites out", "ask for it in the job")
+            raise refuse("HomomorphicCKKS cannot be in a policy, since all sites must use it", "give it in the job")
         last = [s for s in steps if encodings([s.filter]) or isinstance(s.filter, HomomorphicCKKS)]
         self._steps = [s for s in steps if s not in last] + last
         self._check_tensors()
 
     def described(self) -> str:
-        """The filters on what leaves, in the order in which they run, for people."""
+        """Return the filters at `site_out` as readable text, in the order in which they run."""
         return ", ".join(
-            _shown(step.filter.settings()) + (" (site)" if step.host.from_policy else "") for step in self._steps
+            _as_text(step.filter.settings()) + (" (site)" if step.host.from_policy else "") for step in self._steps
         )
 
     def agree(self, state: Arrays, *, weights: bool = True) -> None:
-        """The tensors that this run exchanges, and this site's values of them. weights=False: they are no weights,
-        so that only what travels beside them can be filtered."""
+        """Take the tensors that this run exchanges, after the handshake.
+
+        Args:
+            state: This site's values of the tensors; copied where they are needed.
+            weights: Whether the tensors are weights. If not, only metrics and numbers of examples can be filtered.
+
+        Raises:
+            ConfigError: If a filter cannot work on these tensors.
+        """
         self._agreed, self._weights = layout_of(state), weights
         self._check_tensors()
         encrypted = next((s.filter for s in self._steps if isinstance(s.filter, HomomorphicCKKS)), None)
         if encrypted is not None:
             encrypted.check_tensors(self._agreed)
             self._cipher, self._key = site_cipher(encrypted, self._host)
-        self._keep_own(state)
+        self._save_own_values(state)
 
     def _check_tensors(self) -> None:
-        """ConfigError where a filter cannot work on the tensors that were agreed on."""
+        """Raise ConfigError if a filter cannot work on the agreed tensors."""
         if not self._weights:
             for item in (*self._arriving, *self._held, *(step.filter for step in self._steps)):
                 if not isinstance(item, FactsFilter):
                     raise refuse(
-                        f"{type(item).__name__} works on weights, which this adapter does not send", "leave it out"
+                        f"{type(item).__name__} works on weights, but this adapter does not send weights",
+                        "leave the filter out",
                     )
         clash = [name for name in self._agreed if AUX in name]
         if clash and (self._arriving or encodings([step.filter for step in self._steps])):
-            raise refuse(f"the name of tensor {clash[0]!r} has a {AUX!r}, which encodings use", "give it another name")
+            raise refuse(f"the name of tensor {clash[0]!r} contains {AUX!r}, which encodings use", "rename the tensor")
 
     @property
     def agreement(self) -> dict[str, str]:
-        """What must be equal at all sites, beside the settings of the job. After `agree`."""
+        """Values that must be equal at all sites, beside the job's settings; complete after `agree`."""
         return {"ckks_key": self._key} if self._cipher else {}
 
     @property
     def encrypts(self) -> bool:
-        """Whether the server cannot read the model. After `agree`."""
+        """Whether the model is encrypted for the server; known after `agree`."""
         return self._cipher is not None
 
     def held_back(self, arrays: Arrays) -> Arrays:
-        """Of this site's `arrays`, those that it goes on with in place of the global model's. Borrowed."""
+        """Select the arrays whose arriving values this site ignores (`ExcludeVars` at `site_in`).
+
+        Args:
+            arrays: This site's arrays.
+
+        Returns:
+            Those of them; the same objects, not copies.
+        """
         return {n: a for n, a in arrays.items() if any(item.excludes(n) for item in self._held)}
 
     def restore(self, held_back: Arrays) -> None:
-        """Go on with what `held_back` gave in another process of this site. After `agree`."""
-        self._keep_own(held_back)
+        """Continue with the arrays that `held_back` returned in an earlier process of this site; after `agree`."""
+        self._save_own_values(held_back)
 
-    # -- what arrives ----------------------------------------------------------------------------------------
+    # -- arriving --------------------------------------------------------------------------------------------
 
     def received(self, task: Task) -> Task:
-        """The task as the site's own code sees it."""
+        """Decode and filter a task.
+
+        Args:
+            task: The task as it arrived. Filters at `site_in` may write to its arrays.
+
+        Returns:
+            The task as the site's code sees it.
+
+        Raises:
+            PrivacyBudgetError: If the update of this round could not leave.
+        """
         arrays = task.arrays
         if self._cipher and is_encrypted(arrays):
             arrays = self._cipher.decrypt(arrays, self._agreed)
         if self._arriving and task.kind == "train":
             arrays = {n: np.asarray(a) for n, a in _decoded(self._arriving, arrays, self._agreed).items()}
-        if self._kept and task.kind == "train":
-            for name, mine in self._kept.items():
-                arrays[name][...] = mine
+        if self._own_values and task.kind == "train":
+            for name, value in self._own_values.items():
+                arrays[name][...] = value
         if task.kind == "train":
             for step in self._steps:
-                if isinstance(step.opened, Budgeted):
-                    step.opened.afford(task.round)
+                if isinstance(step.running, Budgeted):
+                    step.running.afford(task.round)
         task = replace(task, arrays=arrays)
         if self._on_differences and task.kind == "train":
-            self._keep_base(task.arrays)
+            self._save_base(task.arrays)
         return task
 
-    def _keep_own(self, arrays: Arrays) -> None:
+    def _save_own_values(self, arrays: Arrays) -> None:
         for name, array in arrays.items():
             if any(item.excludes(name) for item in self._held):
-                self._kept[name] = np.array(array)
+                self._own_values[name] = np.array(array)
 
-    def _keep_base(self, arrays: Arrays) -> None:
-        """A copy of the global model: the site's own code may write to the arrays of its task."""
+    def _save_base(self, arrays: Arrays) -> None:
+        """Copy the global model, since the site's code may write to the arrays of its task."""
         for name, array in arrays.items():
             if name not in self._base:
                 self._base[name] = np.empty(array.shape, array.dtype)
@@ -175,26 +214,38 @@ class SiteFilters:
 
     @property
     def _on_differences(self) -> bool:
-        return any(step.opened or encodings([step.filter]) for step in self._steps)
+        return any(step.running or encodings([step.filter]) for step in self._steps)
 
-    # -- what leaves -----------------------------------------------------------------------------------------
+    # -- leaving ---------------------------------------------------------------------------------------------
 
     def outgoing(self, update: Update, task: Task) -> Update:
-        """What leaves for `update`. UpdateRefusedError, or the error of a filter that does not let it pass."""
-        self._keep_own(update.arrays)
+        """Filter and encode an update.
+
+        Args:
+            update: The site's update; not changed.
+            task: The task that it answers.
+
+        Returns:
+            The update that leaves. Its arrays are valid until the next call.
+
+        Raises:
+            UpdateRefusedError: If it has extras that a filter does not cover, or a filter refuses it.
+            PrivacyBudgetError: If it would exceed a privacy budget.
+        """
+        self._save_own_values(update.arrays)
         if update.extras:
             for step in self._steps:
                 _refuse_extras(step.filter, update)
-        ran: list[Settings] = list(applied_filters(update.encoding))  # what the adapter itself holds back
+        ran: list[Settings] = list(applied_filters(update.encoding))  # the adapter's own ExcludeVars
         base = replace(task, arrays=self._base)
         for step in self._steps:
             if isinstance(step.filter, FactsFilter):
                 update = _with_facts(update, step)
             elif isinstance(step.filter, ExcludeVars):
                 update = replace(update, arrays=step.filter.encode(update.arrays))
-            elif step.opened:
-                update = step.opened(self._difference(update), base)
-            ran.append(_recorded(step))
+            elif step.running:
+                update = step.running(self._difference(update), base)
+            ran.append(_record(step))
         last = encodings([step.filter for step in self._steps])
         if self._cipher:
             update = self._encrypted(update)
@@ -210,24 +261,41 @@ class SiteFilters:
         return replace(update, encoding=json.dumps(ran))
 
     def initial(self, update: Update) -> Update:
-        """What leaves where this site's own weights begin the run: these as they are, or encrypted."""
+        """Encrypt this site's weights for use as the initial model; without encryption they leave unchanged.
+
+        Args:
+            update: The site's weights.
+
+        Returns:
+            The update that leaves.
+        """
         if not self._cipher:
             return update
         ran = [step.filter.settings() for step in self._steps if isinstance(step.filter, HomomorphicCKKS)]
         return replace(self._encrypted(update), encoding=json.dumps(ran))
 
     def report(self, report: Report) -> Report:
-        """What leaves for a score."""
+        """Filter the metrics of a global model.
+
+        Args:
+            report: The site's report.
+
+        Returns:
+            The report that leaves.
+
+        Raises:
+            PrivacyBudgetError: If it would exceed a privacy budget.
+        """
         for step in self._steps:
             if isinstance(step.filter, FactsFilter):
                 report = _with_facts(report, step)
         return report
 
     def _difference(self, update: Update) -> Update:
-        """The update as differences to the global model, in buffers of our own; integers as they are."""
+        """Return the update as differences to the global model, in buffers of this object; integers are copied."""
         if update.content == "delta":
             return update
-        found: dict[str, Array] = {}
+        differences: dict[str, Array] = {}
         for name, array in update.arrays.items():
             dtype = work_dtype(self._agreed[name][0])
             out = self._work.get(name)
@@ -237,8 +305,8 @@ class SiteFilters:
                 np.subtract(array, self._base[name], out=out, dtype=dtype, casting="unsafe")
             else:
                 out[...] = array
-            found[name] = out
-        return replace(update, arrays=found, content="delta")
+            differences[name] = out
+        return replace(update, arrays=differences, content="delta")
 
     def _encrypted(self, update: Update) -> Update:
         assert self._cipher is not None
@@ -269,11 +337,11 @@ def _decoded(chain: Sequence[EncodingFilter], arrays: Arrays, layout: Layout) ->
     return arrays
 
 
-def _opened(item: Any, host: FilterHost) -> _Step:
-    return _Step(item, host, item.open(host) if hasattr(item, "open") else None)
+def _opened(item: Any, host: FilterHost) -> _OutgoingFilter:
+    return _OutgoingFilter(item, host, item.open(host) if hasattr(item, "open") else None)
 
 
-def _with_facts(sent: F, step: _Step) -> F:
+def _with_facts(sent: F, step: _OutgoingFilter) -> F:
     steps, round = (sent.local_steps, sent.round) if isinstance(sent, Update) else (0, sent.version)
     facts = step.filter.facts(Facts(sent.metrics, sent.num_examples, steps, round), step.host)
     changed = {"metrics": facts.metrics, "num_examples": facts.num_examples}
@@ -282,9 +350,9 @@ def _with_facts(sent: F, step: _Step) -> F:
     return replace(sent, **changed)
 
 
-def _recorded(step: _Step) -> Settings:
-    done = dict(step.opened.record) if step.opened else {}
-    return {**step.filter.settings(), **done, **({"site": True} if step.host.from_policy else {})}
+def _record(step: _OutgoingFilter) -> Settings:
+    record = dict(step.running.record) if step.running else {}
+    return {**step.filter.settings(), **record, **({"site": True} if step.host.from_policy else {})}
 
 
 def _refuse_extras(item: Any, update: Update) -> None:
@@ -296,6 +364,6 @@ def _refuse_extras(item: Any, update: Update) -> None:
         ) from None
 
 
-def _shown(settings: Settings) -> str:
+def _as_text(settings: Settings) -> str:
     arguments = ", ".join(f"{name}={value}" for name, value in settings.items() if name != "name")
     return f"{settings['name']}({arguments})"

@@ -1,4 +1,4 @@
-"""The sparse vector technique: a few coordinates of an update, with a privacy loss that can be stated."""
+"""The filter `SVTPrivacy`: the sparse vector technique, which sends a few coordinates with differential privacy."""
 
 from __future__ import annotations
 
@@ -9,30 +9,39 @@ import numpy as np
 
 from fl_runtime.filters.base import FilterHost, FilterSettings, Point, RunningFilter, check_number, is_real, refuse
 from fl_runtime.filters.ledger import Ledger, Mechanism
-from fl_runtime.filters.noise import chosen, laplace
+from fl_runtime.filters.noise import laplace, random_subset
 from fl_runtime.types import Array, Settings, Task, Update
 
 
 @dataclass(frozen=True)
 class SVTPrivacy(FilterSettings):
-    """Sends at most c = max(1, floor(fraction * n)) of the n differences d_i, each with noise; the others become zero.
+    """Sends at most c = max(1, floor(fraction n)) of the n differences d_i, each with noise; the others become 0.
 
-    With x_i = clip(d_i, -gamma, gamma), rho ~ Lap(gamma / e1) and v_i ~ Lap(2 c gamma / e2): the coordinates with
-    |x_i| + v_i >= tau + rho are taken in an order that is random and secret until there are c of them; of each,
-    clip(x_i + Lap(2 c gamma / e3), -gamma, gamma) leaves. The round's epsilon is e1 + e2 + e3, with e3 half of it and
+    With x_i = clip(d_i, -gamma, gamma), rho ~ Lap(gamma / e1) and v_i ~ Lap(2 c gamma / e2): coordinates with
+    |x_i| + v_i >= tau + rho are taken in a random and secret order until there are c of them. Each of them leaves as
+    clip(x_i + Lap(2 c gamma / e3), -gamma, gamma). The round's epsilon is e1 + e2 + e3, with e3 half of it and
     e1 : e2 = 1 : (2c)^(2/3), the split with the least noise.
 
-    Unit: a whole site's update; adjacency: any update in place of any other (so every |x_i| may change by gamma and
-    every x_i by 2 gamma at once). Pure epsilon, delta 0; rounds add up. epsilon: of a round, default 8. fraction:
-    default 0.0001. gamma, tau: in the unit of the weights, default 0.01 and 0. Integer tensors go back as they came.
+    Unit of privacy: a site's whole update, replaced by any other, so that every |x_i| may change by gamma and every x_i
+    by 2 gamma at once. The guarantee is pure (delta 0), and rounds add up. Integer tensors are replaced by those of the
+    global model.
 
-    An honest epsilon is expensive here: the noise grows with c, and by default outweighs single coordinates. The
-    defaults of FLARE's filter of this name (a tenth of all coordinates, with the noise of one) amount to an epsilon
-    of thousands a round. Where utility counts, GaussianDP needs far less noise for the same statement.
+    The noise grows with c, and with the defaults it outweighs single coordinates. The defaults of NVIDIA FLARE's filter
+    of this name (a tenth of all coordinates, with the noise for one) amount to an epsilon of thousands per round.
+    `GaussianDP` needs far less noise for the same guarantee.
 
-    Lyu, Su, Li 2017, "Understanding the sparse vector technique for differential privacy", algorithm 7 (whose
-    privacy proof holds) and section 5.2 (the split); for federated learning Li et al. 2019, "Privacy-preserving
+    Sources: Lyu, Su, Li 2017, "Understanding the sparse vector technique for differential privacy", algorithm 7 (whose
+    privacy proof holds) and section 5.2 (the split); for federated learning, Li et al. 2019, "Privacy-preserving
     federated brain tumour segmentation".
+
+    Attributes:
+        fraction: Largest share of coordinates to send, greater than 0 and at most 1.
+        epsilon: Privacy cost of one round, greater than 0.
+        gamma: Largest size of a coordinate, in the unit of the weights, greater than 0.
+        tau: Threshold that a coordinate's size is compared with, in the unit of the weights, from 0 to `gamma`.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     points: ClassVar[tuple[Point, ...]] = ("site_out",)
@@ -47,15 +56,23 @@ class SVTPrivacy(FilterSettings):
         check_number(self, "gamma", self.gamma, above=0)
         check_number(self, "tau", self.tau, least=0)
         if self.tau > self.gamma:
-            raise refuse(f"SVTPrivacy: tau={self.tau:g} is above gamma={self.gamma:g}", "lower tau")
+            raise refuse(f"SVTPrivacy: tau={self.tau:g} is above gamma={self.gamma:g}", "give a tau of at most gamma")
 
     def split(self, count: int) -> tuple[float, float, float]:
-        """(e1, e2, e3) for `count` released coordinates."""
+        """Split the round's epsilon.
+
+        Args:
+            count: Number c of released coordinates.
+
+        Returns:
+            (e1, e2, e3) as in the class docstring.
+        """
         half = self.epsilon / 2
         share = (2 * count) ** (2 / 3)
         return half / (1 + share), half * share / (1 + share), half
 
     def open(self, host: FilterHost) -> RunningFilter:
+        """Make the filter of one site."""
         return _SparseVector(self, host)
 
 
@@ -68,7 +85,7 @@ class _SparseVector:
         self.record: Settings = {}
 
     def afford(self, round: int) -> None:
-        """PrivacyBudgetError if this round's update could not leave."""
+        """Raise PrivacyBudgetError if this round's update could not leave."""
         self._ledger.afford(self._host.job, round, [self._mechanism], self._limits)
 
     def __call__(self, update: Update, task: Task) -> Update:
@@ -83,23 +100,24 @@ class _SparseVector:
         count = max(1, int(self._settings.fraction * sum(part.size for part in flat)))
         first, second, third = self._settings.split(count)
         gamma = self._settings.gamma
-        bar = self._settings.tau + laplace(1)[0] * gamma / first
-        above = [self._above(part, bar, 2 * count * gamma / second) for part in flat]
-        ends = np.cumsum([len(found) for found in above])
-        picked = chosen(count, int(ends[-1]))
-        for part, found, end in zip(flat, above, ends, strict=True):
-            mine = found[picked[(picked >= end - len(found)) & (picked < end)] - (end - len(found))]
-            kept = np.clip(part[mine].astype(np.float64), -gamma, gamma)
+        threshold = self._settings.tau + laplace(1)[0] * gamma / first
+        above = [self._above(part, threshold, 2 * count * gamma / second) for part in flat]
+        ends = np.cumsum([len(indices) for indices in above])
+        subset = random_subset(count, int(ends[-1]))
+        for part, indices, end in zip(flat, above, ends, strict=True):
+            start = end - len(indices)
+            sent = indices[subset[(subset >= start) & (subset < end)] - start]
+            values = np.clip(part[sent].astype(np.float64), -gamma, gamma)
             part[...] = 0
-            part[mine] = np.clip(kept + laplace(len(mine)) * 2 * count * gamma / third, -gamma, gamma)
-        self.record = {"epsilon": self._settings.epsilon, "sent": len(picked)}
+            part[sent] = np.clip(values + laplace(len(sent)) * 2 * count * gamma / third, -gamma, gamma)
+        self.record = {"epsilon": self._settings.epsilon, "sent": len(subset)}
         return update
 
-    def _above(self, part: Array, bar: float, scale: float) -> Array:
-        """Indices of the coordinates that pass the noisy test."""
+    def _above(self, part: Array, threshold: float, scale: float) -> Array:
+        """Return the indices of coordinates whose size, with noise of this scale, reaches the threshold."""
         gamma = self._settings.gamma
-        found = []
+        indices = []
         for start in range(0, part.size, 2**16):
             size = np.minimum(np.abs(part[start : start + 2**16].astype(np.float64)), gamma)
-            found.append(start + np.flatnonzero(size + laplace(len(size)) * scale >= bar))
-        return np.concatenate(found)
+            indices.append(start + np.flatnonzero(size + laplace(len(size)) * scale >= threshold))
+        return np.concatenate(indices)

@@ -293,7 +293,7 @@ def test_a_ledger_that_cannot_be_written_lets_nothing_leave(tmp_path: Path) -> N
         ({"epsilon": -1}, "epsilon is -1"),
         ({"adjacency": "add"}, "adjacency is 'add'"),
         ({"sampling": 0.5}, "adjacency zero"),
-        ({"sampling": 0.5, "adjacency": "zero"}, "at a site sampling is no secret"),
+        ({"sampling": 0.5, "adjacency": "zero"}, "sampling is not secret at site_out"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], text: str) -> None:
@@ -307,7 +307,7 @@ def test_central_noise_needs_a_strategy_that_takes_a_mean() -> None:
 
     central = [{"name": "GaussianDP", "at": "server_in"}]
     check_filters(central, None, FedAvg())
-    with pytest.raises(ConfigError, match="which Median does not take"):
+    with pytest.raises(ConfigError, match="but Median needs the updates"):
         check_filters(central, None, Median())
     with pytest.raises(ConfigError, match="twice"):
         check_filters(central * 2)

@@ -14,7 +14,7 @@ import pytest
 from fl_runtime.errors import ConfigError, UpdateRefusedError
 from fl_runtime.filters import check_filters, known_filters, make_filter
 from fl_runtime.filters.base import Facts, FilterHost, layout_of, work_layout
-from fl_runtime.filters.noise import chosen, gaussian, laplace, store_rounded
+from fl_runtime.filters.noise import gaussian, laplace, random_subset, store_rounded
 from fl_runtime.filters.quantize import Quantize
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.filters.svt import SVTPrivacy
@@ -72,12 +72,12 @@ def sent(site: SiteFilters, base: Arrays, arrays: Arrays, round: int = 1, **fiel
     ("settings", "text"),
     [
         ({"name": "Noise"}, "there is no filter 'Noise'"),
-        ({"kind": "Quantize"}, "is no filter"),
-        ("Quantize", "is no filter"),
+        ({"kind": "Quantize"}, "is not a filter"),
+        ("Quantize", "is not a filter"),
         ({"name": "Quantize", "bits": 8}, "Quantize has no argument 'bits'"),
         ({"name": "Quantize", "to": "int3"}, "to is 'int3'"),
         ({"name": "Quantize", "block": 4}, "block is 4"),
-        ({"name": "Quantize", "at": "server_in"}, "cannot stand at 'server_in'"),
+        ({"name": "Quantize", "at": "server_in"}, "cannot run at 'server_in'"),
         ({"name": "Quantize", "at": "nowhere"}, "all points: site_out, server_in, server_out, site_in"),
         ({"name": "TopK", "ratio": 0}, "ratio is 0"),
         ({"name": "TopK", "ratio": "a few"}, "ratio is 'a few'"),
@@ -395,9 +395,9 @@ def test_noise_has_the_moments_that_it_should_have_and_never_repeats() -> None:
 
 
 def test_choice_is_uniform() -> None:
-    counts = np.bincount(np.concatenate([chosen(3, 10) for _ in range(4000)]), minlength=10)
+    counts = np.bincount(np.concatenate([random_subset(3, 10) for _ in range(4000)]), minlength=10)
     assert np.abs(counts - 1200).max() < 5 * (4000 * 0.3 * 0.7) ** 0.5
-    assert chosen(9, 4).tolist() == [0, 1, 2, 3]
+    assert random_subset(9, 4).tolist() == [0, 1, 2, 3]
 
 
 def test_values_are_rounded_once_and_stay_finite() -> None:

@@ -105,13 +105,13 @@ def spoil(path: Path, old: bytes, new: bytes) -> None:
         (lambda kit: (kit / "manifest.sig").write_bytes(b"nothing"), "signature is not valid"),
         (lambda kit: (kit / "manifest.json").unlink(), "there is no manifest"),
         (lambda kit: (kit / "certificate.pem").unlink(), "no certificate yet"),
-        (lambda kit: (kit / "certificate.pem").write_bytes(b"-----BEGIN"), "no certificate in PEM"),
+        (lambda kit: (kit / "certificate.pem").write_bytes(b"-----BEGIN"), "not a certificate in PEM"),
         (
             lambda kit: (kit / "certificate.pem").write_bytes((kit.parent / "south/certificate.pem").read_bytes()),
-            "is that of site south",
+            "is for site south",
         ),
         (lambda kit: (kit / "key.pem").write_bytes((kit.parent / "south/key.pem").read_bytes()), "does not belong to"),
-        (lambda kit: (kit / "key.pem").write_bytes(b"no key"), "no P-256 private key"),
+        (lambda kit: (kit / "key.pem").write_bytes(b"no key"), "not a P-256 private key"),
         (lambda kit: (kit / "kit.json").unlink(), "there is no startup kit"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_kit_of_another_authority_is_refused(kits: Path, tmp_path: Path) -> No
         ("federation:", "federtion:", "federation: is missing; federtion: is not a field here"),
         ("name: north", "nam: north", "sites.0.name: is missing; sites.0.nam: is not a field here"),
         ('{address: "127.0.0.1:18443"}', "5", "server: should be fields, each with its value"),
-        ("sites:", "sites: [", "is not YAML"),
+        ("sites:", "sites: [", "is not valid YAML"),
     ],
 )
 def test_a_project_that_cannot_work_is_refused_with_its_field(tmp_path: Path, old: str, new: str, says: str) -> None:
