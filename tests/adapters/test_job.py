@@ -144,7 +144,7 @@ def test_job_and_run_settings_have_the_same_fields() -> None:
         ({"app": ""}, "app"),
         ({"filters": [{"name": "Noise"}]}, "there is no filter 'Noise'"),
         ({"exact_restart": True, "strategy": "fedbuff:k=2"}, "exact_restart needs rounds"),
-        ({"exact_restart": True, "filters": [{"name": "SVTPrivacy"}]}, "SVTPrivacy draws from the operating system"),
+        ({"exact_restart": True, "filters": [{"name": "SVTPrivacy"}]}, "SVTPrivacy uses the operating system"),
     ],
 )
 def test_a_bad_field_is_named(fields: dict[str, Any], wanted: str) -> None:

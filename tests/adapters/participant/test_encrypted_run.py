@@ -187,7 +187,7 @@ def test_the_key_is_for_its_owner_alone_and_never_overwritten(tmp_path: Path, se
     fingerprint = make_key(path, settings)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert read_key(path, settings)[1] == fingerprint
-    with pytest.raises(ConfigError, match="there is a key already"):
+    with pytest.raises(ConfigError, match="this file exists already"):
         make_key(path, settings)
     with pytest.raises(ConfigError, match="the job asks for"):
         read_key(path, HomomorphicCKKS(coeff_mod_bits=(60, 48, 60), scale_bits=48))
