@@ -1,4 +1,7 @@
-"""How a round's updates become the next global model: strategies, by the name a user writes."""
+"""Strategies: how the updates of a round become the next global model.
+
+A strategy is written as text, such as "fedadam:lr=0.1", in `--strategy` and `Job(strategy=...)`, or given as an object.
+"""
 
 from __future__ import annotations
 
@@ -80,12 +83,25 @@ _STRATEGIES = (
 
 
 def known_strategies() -> tuple[str, ...]:
-    """The names that `--strategy` and `Job(strategy=...)` take."""
+    """Return the names of all shipped strategies, as `--strategy` and `Job(strategy=...)` take them."""
     return tuple(kind.name for kind in _STRATEGIES)
 
 
 def make_strategy(spec: str) -> Strategy:
-    """The strategy of a spec such as "fedavg" or "fedavg:weights=equal". ConfigError names what is wrong with it."""
-    found = find(_STRATEGIES, spec)
-    assert isinstance(found, _STRATEGIES)
-    return found
+    """Make a strategy from its text.
+
+    Args:
+        spec: "name" or "name:argument=value,argument=value".
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ConfigError: If the name or an argument is unknown, or a value is out of range.
+
+    Example:
+        strategy = make_strategy("fedavg:weights=equal")
+    """
+    strategy = find(_STRATEGIES, spec)
+    assert isinstance(strategy, _STRATEGIES)
+    return strategy

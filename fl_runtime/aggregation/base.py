@@ -1,4 +1,4 @@
-"""What strategies for plain weights have in common."""
+"""The base class of strategies for plain weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ _STATISTIC = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_v
 
 
 def is_statistic(name: str) -> bool:
-    """Whether a tensor holds running statistics of a normalisation layer, which are averaged and nothing else: an
-    extrapolated variance could be below zero."""
+    """Whether a tensor holds running statistics of a normalisation layer, judged by its name.
+
+    Such tensors are only averaged, since a variance after a server optimizer's step could be negative.
+    """
     return _STATISTIC.search(name) is not None
 
 
 @dataclass(frozen=True)
 class WeightsStrategy(Described):
-    """A strategy whose updates hold weights, and that says nothing to the sites. Subclasses add `aggregator`.
+    """Base of strategies whose updates hold weights. A subclass adds `name` and `aggregator`.
 
-    weighted: a site's weight makes a difference.
+    Attributes:
+        content: What updates hold, see `Strategy`.
+        initial: Whose weights the initial model is made of, see `Strategy`.
+        weighted: Whether `site_weights` of the job have an effect.
+        requires: Capabilities that every site's adapter must have.
     """
 
     content: ClassVar[Content] = "weights"
@@ -34,16 +40,16 @@ class WeightsStrategy(Described):
 
     @property
     def linear(self) -> bool:
-        """Whether the weighted mean of the updates is all that it needs of them, so that somebody else may form it."""
+        """Whether the strategy needs only the weighted mean of the updates, so that a filter may compute it."""
         return False
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """Nothing: the sites train as they always do."""
+        """Return no settings: local training is not changed."""
         return {}
 
     def check(self, update: Update) -> None:
-        """Every update that fits the model is taken."""
+        """Accept every update that fits the model."""
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
-        """None: the model is a plain file of tensors."""
+        """Return None: the model is stored as a plain tensor file."""
         return None

@@ -1,4 +1,4 @@
-"""Weight transfer from site to site, a workflow."""
+"""The strategy `cyclic`: the model goes from site to site."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from fl_runtime.types import Aggregator, Allocate, Arrays, RoundPlan, ServerStat
 
 @dataclass(frozen=True)
 class Cyclic(WeightsStrategy):
-    """Weight transfer from site to site: x_{r+1} = what the site of round r makes of x_r. No weights are averaged.
+    """Cyclical weight transfer: one site trains in each round, and its weights are the next global model.
 
-    Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging" (cyclical weight
-    transfer). A round is one site's turn, so a job of `rounds` gives each of n sites rounds / n turns. A site that is
-    away is passed over. order: "fixed" is that of the job; "shuffled" draws one for each lap, from its number.
+    Each of n sites has rounds / n turns. A site that is away is skipped. No weights are averaged, so numbers of
+    examples have no effect. Sites need no special capability.
+
+    Source: Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging".
+
+    Attributes:
+        order: "fixed" is the job's order of sites; "shuffled" draws a new order for each lap, seeded by its number.
+
+    Raises:
+        ConfigError: If `order` is neither.
     """
 
     name: ClassVar[str] = "cyclic"
@@ -28,12 +35,12 @@ class Cyclic(WeightsStrategy):
     order: Literal["fixed", "shuffled"] = choice("fixed", "shuffled")
 
     def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
-        """The turn of one site."""
+        """Send the model to the site whose turn it is."""
         if self.order == "fixed":
             return self.relay(present, round)
         lap = np.random.default_rng((round - 1) // len(present)).permutation(len(present))
         return self.relay([present[index] for index in lap], round)
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """The mean of one update is that update, bit for bit."""
+        """Return a weighted mean, which for one update is that update, bit for bit."""
         return WeightedMean(allocate)

@@ -1,5 +1,4 @@
-"""Federated averaging (McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
-Data", Algorithm 1): the mean of the sites' weights, weighted by their numbers of examples."""
+"""The strategy `fedavg`: federated averaging, the weighted mean of the sites' weights."""
 
 from __future__ import annotations
 
@@ -18,26 +17,37 @@ from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update, is_floating
 
 _BLOCK = 2**16
-"""Elements handled at a time: the accumulator's block, one input's and a scratch block stay in the cache."""
+"""Elements per block: one block each of accumulator, input and scratch space fit into the cache."""
 _LARGE = 2**22
-"""Elements that are worth a thread."""
+"""Smallest number of elements that is worth a thread."""
 _THREADS = min(os.cpu_count() or 1, 4)
 _pool = ThreadPoolExecutor(_THREADS, "fl-sum")
 
 
 @dataclass(frozen=True)
 class FedAvg(WeightsStrategy):
-    """mean_k = mean_{k-1} + (n_k / N_k) (x_k - mean_{k-1}),  N_k = n_1 + ... + n_k, over sites in fixed order.
+    """Federated averaging: the mean of the sites' weights, weighted by their numbers of examples.
 
-    This running form (West 1979, "Updating mean and variance estimates") equals sum(n_i x_i) / sum(n_i), needs one
-    accumulator whatever the number of sites, and returns exactly x when all sites send the same x, so frozen
-    tensors do not drift. Subtraction, product and sum are separate operations, never fused, in float32 (float64
-    for float64 tensors, complex64 for complex ones), so the bits depend on the set of updates alone.
+        x' = sum_i n_i x_i / sum_i n_i
 
-    Integer and boolean tensors are not averaged: each element becomes the maximum over the sites (a counter such as
-    `num_batches_tracked` stays an integer and never runs backwards). Extras follow the same two rules.
+    It is computed as a running mean over the sites in fixed order (West 1979, "Updating mean and variance estimates"):
+    mean_k = mean_{k-1} + (n_k / N_k) (x_k - mean_{k-1}), with N_k = n_1 + ... + n_k. This needs one accumulator for any
+    number of sites, and returns exactly x if all sites send the same x, so frozen tensors do not drift. Subtraction,
+    product and sum are separate operations, never fused, in float32 (float64 for float64 tensors, complex64 for complex
+    ones). The bits therefore depend on the set of updates alone.
 
-    weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+    Integer and boolean tensors are not averaged: each element becomes the maximum over the sites, so that a counter
+    such as `num_batches_tracked` stays an integer and never decreases. Extras follow the same rules. Sites need no
+    special capability.
+
+    Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+    algorithm 1.
+
+    Attributes:
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "fedavg"
@@ -45,19 +55,23 @@ class FedAvg(WeightsStrategy):
 
     @property
     def linear(self) -> bool:
-        """Whether the mean by numbers of examples is all that it needs."""
+        """Whether the strategy needs only the mean weighted by numbers of examples."""
         return self.weights == "examples"
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """The running mean; neither `base` nor `state` is needed."""
+        """Return the running mean of a round."""
         return WeightedMean(allocate, equal=self.weights == "equal")
 
 
 class WeightedMean:
-    """The running weighted mean of updates of content "weights"; the first update decides which extras there are."""
+    """The running weighted mean of updates with content "weights". All updates must have the same extras.
+
+    Args:
+        allocate: Makes the arrays of the next global model.
+        equal: Whether all sites have the same weight, whatever their numbers of examples.
+    """
 
     def __init__(self, allocate: Allocate, *, equal: bool = False) -> None:
-        """equal: every site has the same weight, whatever its number of examples."""
         self._allocate, self._equal = allocate, equal
         self._weights: dict[tuple[bool, str], float] = {}
         self._extra_names: tuple[str, ...] = ()
@@ -65,6 +79,14 @@ class WeightedMean:
         self._sums: dict[tuple[bool, str], Array] = {}
 
     def add(self, update: Update) -> None:
+        """Add one update to the mean; its arrays are not used after the call.
+
+        Args:
+            update: The update. Tensors that it lacks are averaged over the other updates.
+
+        Raises:
+            UpdateRefusedError: If it does not hold weights, or its extras differ from those of the first update.
+        """
         if self._equal:
             update = replace(update, num_examples=1)
         if update.content != "weights":
@@ -82,7 +104,7 @@ class WeightedMean:
         for key, mean in self._sums.items():
             extra, name = key
             value = (update.extras if extra else update.arrays).get(name)
-            if value is None:  # held back by a filter of the site: the mean of this tensor is over the others
+            if value is None:  # held back by a filter of the site
                 continue
             before = self._weights.get(key, 0.0)
             self._weights[key] = before + update.weight
@@ -90,10 +112,11 @@ class WeightedMean:
             _fold_all(mean.reshape(-1), value.reshape(-1), share, first=not before)
 
     def means(self) -> dict[str, Array]:
-        """The means of the weights, floats in float32 or wider. Who changes them changes the result."""
+        """Return the means of the weights, floats in float32 or wider. Writing to them changes the result."""
         return {name: mean for (extra, name), mean in self._sums.items() if not extra}
 
     def result(self) -> tuple[Arrays, Arrays]:
+        """Return (arrays, extras) of the mean, in the arrays that `allocate` made."""
         for key, mean in self._sums.items():
             if mean is not self._out[key]:
                 for block in blocks(mean.size):
@@ -110,20 +133,20 @@ class WeightedMean:
 
 
 def accumulator_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """What a tensor is summed in: float32 or wider; integers and booleans as they are."""
+    """Return the dtype in which a tensor is summed: float32 or wider; integers and booleans keep theirs."""
     if not is_floating(dtype) or (dtype.itemsize >= 4 and dtype.kind in "fc"):
         return dtype
     return np.dtype(np.float32)
 
 
 def _accumulator(out: Array) -> Array:
-    """The output itself where its dtype is wide enough to sum in, else a wider array."""
+    """Return the output itself if its dtype is wide enough to sum in, otherwise a new array."""
     wide = accumulator_dtype(out.dtype)
     return out if wide == out.dtype else np.empty(out.shape, wide)
 
 
 def _fold_all(mean: Array, value: Array, share: float, *, first: bool) -> None:
-    """_fold, on several processors where the tensor is large; every element goes the same way."""
+    """Call `_fold` on parts of a large tensor in several threads; the result is the same."""
     parts = max(1, min(_THREADS, mean.size // _LARGE))
     edges = [mean.size * part // parts for part in range(parts + 1)]
     mine, *others = (slice(start, stop) for start, stop in pairwise(edges))
@@ -134,7 +157,7 @@ def _fold_all(mean: Array, value: Array, share: float, *, first: bool) -> None:
 
 
 def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
-    """One site's tensor into the running mean, block by block; both flat."""
+    """Fold one site's flat tensor into the running mean, block by block."""
     if first:
         mean[...] = value
         return
@@ -153,6 +176,6 @@ def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:
 
 
 def blocks(size: int) -> Iterator[slice]:
-    """Slices that cover a flat tensor of `size` elements, small enough for the cache."""
+    """Yield slices that cover a flat tensor of `size` elements, each small enough for the cache."""
     for start in range(0, size, _BLOCK):
         yield slice(start, start + _BLOCK)

@@ -1,4 +1,4 @@
-"""FedBuff (Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1)."""
+"""The strategy `fedbuff`: buffered asynchronous aggregation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,29 @@ from fl_runtime.types import Aggregator, Allocate, Array, Arrays, RoundPlan, Ser
 
 @dataclass(frozen=True)
 class FedBuff(WeightsStrategy):
-    """x' = x + lr sum_i w_i s(t_i) D_i / sum_i w_i over k updates,  D_i = x_i - x_(b_i),  s(t) = (1 + t)^-staleness.
+    """Buffered asynchronous aggregation: every k updates make a new global model, and sites never wait.
 
-    Sites never wait for each other: each gets the newest model as soon as it has sent an update, for `rounds` updates
-    in all. b_i is the version that an update began with, and t_i how many versions have been made since. A version is
-    made of every k updates, in the order in which they came, whoever sent them; the last of what is left. The run ends
-    when all sites have sent their last or are gone.
+        x' = x + lr sum_i w_i s(t_i) D_i / sum_i w_i,   D_i = x_i - x_(b_i),   s(t) = (1 + t)^-staleness
 
-    weights: w_i is 1 ("equal", as in the paper) or the site's number of "examples". Running statistics of normalisation
-    layers step towards the sites', D_i = x_i - x; integers and booleans become the maximum. Results depend on the
-    order of arrival: this is the one strategy whose runs do not repeat bit for bit.
+    b_i is the version of the global model that an update was trained from, and t_i the number of versions made since.
+    Each site gets the newest model as soon as it has sent an update, and sends `rounds` updates in all. Updates count
+    in the order of arrival, whichever site sent them; the last version is made of those that are left. The run ends
+    when all sites have sent their last update or have left.
+
+    For running statistics of normalisation layers D_i = x_i - x; integers and booleans become the maximum. Updates must
+    not have extras. Results depend on the order of arrival, so runs do not repeat bit for bit. Sites need no special
+    capability.
+
+    Source: Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation", algorithm 1.
+
+    Attributes:
+        k: Number of updates that the server collects before it makes a new global model, at least 1.
+        lr: Learning rate of the server, greater than 0.
+        staleness: Exponent that discounts late updates, at least 0; 0 does not discount them.
+        weights: w_i is 1 ("equal", as in the paper), or the site's number of "examples".
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "fedbuff"
@@ -37,11 +50,11 @@ class FedBuff(WeightsStrategy):
 
     @property
     def buffer(self) -> int | None:
-        """k."""
+        """Number of updates the server collects before it makes a new global model."""
         return self.k
 
     def check(self, update: Update) -> None:
-        """No extras: there is no round in which all have the same."""
+        """Refuse extras, since sites' updates do not belong to a common round in which extras could be averaged."""
         if update.extras:
             raise UpdateRefusedError(
                 f"FedBuff takes no tensors beside the weights, such as {next(iter(update.extras))}",
@@ -50,21 +63,29 @@ class FedBuff(WeightsStrategy):
             )
 
     def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
-        """There are no rounds of all."""
+        """Raise ConfigError, since FedBuff has no rounds."""
         raise ConfigError("FedBuff has no rounds", fix="use it with a server that buffers")
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """For updates of content "delta", D_i; config["version"] is that of `base`."""
+        """Return an aggregator for updates with content "delta"; config["version"] is the version of `base`."""
         return _Buffered(self, base, allocate, int(config["version"]))
 
     def share(self, update: Update, version: int) -> tuple[float, float]:
-        """(w_i, s(t_i)) of an update for the model that follows `version`."""
+        """Compute the weight of an update.
+
+        Args:
+            update: The update.
+            version: Version of the newest global model.
+
+        Returns:
+            w_i and s(t_i).
+        """
         weight = update.site_weight if self.weights == "equal" else update.weight
         return weight, (1.0 + max(version - update.base_version, 0)) ** -self.staleness
 
 
 class _Buffered:
-    """Holds the updates of a buffer, which lie in files of the server."""
+    """The aggregator of one buffer. Its updates lie in files of the server."""
 
     def __init__(self, strategy: FedBuff, base: Arrays, allocate: Allocate, version: int) -> None:
         self._strategy, self._base, self._allocate, self._version = strategy, base, allocate, version
@@ -95,15 +116,25 @@ def _stepped(base: Array, deltas: list[Array], factors: list[float]) -> Array:
 
 
 def max_of(parts: list[Array]) -> Array:
-    """The maximum of each element."""
+    """Return the element-wise maximum of arrays of one shape."""
     return np.asarray(np.max(np.stack(parts), axis=0))
 
 
 def difference(name: str, value: Array, began: Array, newest: Array) -> Array:
-    """D_i of a tensor: `value` is what a site has sent, `began` what it began with. In float32 or wider."""
+    """Compute D_i of one tensor.
+
+    Args:
+        name: Name of the tensor.
+        value: The value that the site sent.
+        began: The value that the site trained from.
+        newest: The value in the newest global model.
+
+    Returns:
+        The difference, in float32 or wider; `value` itself for integers and booleans.
+    """
     if not is_floating(newest.dtype):
         return value
     wide = accumulator_dtype(newest.dtype)
     from_ = newest if is_statistic(name) else began
-    found: Array = np.subtract(value, from_, dtype=wide, casting="unsafe")
-    return found
+    delta: Array = np.subtract(value, from_, dtype=wide, casting="unsafe")
+    return delta

@@ -1,5 +1,4 @@
-"""FedNova (Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
-section 4): sites that do more steps do not pull the mean to themselves."""
+"""The strategy `fednova`: a mean that is not biased towards sites with more local steps."""
 
 from __future__ import annotations
 
@@ -18,14 +17,25 @@ from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, S
 
 @dataclass(frozen=True)
 class FedNova(WeightsStrategy):
-    """d_i = (x_i - x) / a_i;  x' = x + (sum_i p_i a_i) sum_i p_i d_i,  p_i = n_i / sum n.
+    """Normalised averaging: each site's change is divided by its number of local steps before averaging.
 
-    a_i is the length of the site's local path, in steps: the number of its optimizer steps t_i (`local_steps` of the
-    update), or with a local momentum m, (t_i - m (1 - m^t_i) / (1 - m)) / (1 - m). With equal a_i this is FedAvg.
+        d_i = (x_i - x) / a_i,   x' = x + (sum_i p_i a_i) sum_i p_i d_i,   p_i = n_i / sum n
 
-    momentum: of the sites' own SGD; 0 for SGD without it, and as an approximation for other optimizers. weights: n_i
-    is the site's number of "examples", or 1 ("equal"). Integers, booleans, extras and running
-    statistics of normalisation layers become what FedAvg makes of them.
+    a_i is the effective number of local steps: the site's number of optimizer steps t_i (`local_steps` of the update),
+    or with local momentum m, (t_i - m (1 - m^t_i) / (1 - m)) / (1 - m). With equal a_i this is FedAvg. Integers,
+    booleans, extras and running statistics of normalisation layers are treated as by FedAvg. Updates must state their
+    number of optimizer steps; sites need no special capability.
+
+    Source: Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+    section 4.
+
+    Attributes:
+        momentum: Momentum of the sites' SGD, at least 0 and below 1. Use 0 for SGD without momentum, and as an
+            approximation for other optimizers.
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "fednova"
@@ -33,31 +43,31 @@ class FedNova(WeightsStrategy):
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def check(self, update: Update) -> None:
-        """An update without its number of steps cannot be weighed."""
+        """Refuse an update without its number of optimizer steps."""
         if update.round > 0 and update.local_steps < 1:
             raise UpdateRefusedError(
-                "FedNova needs the number of local optimizer steps, and this update says none",
+                "FedNova needs the number of local optimizer steps, but this update does not state it",
                 where=f"update of {update.site}, round {update.round}",
                 fix="pass it: task.submit(..., local_steps=...)",
             )
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """The running mean of d_i, in memory of its own (one model), as FedAvg forms that of weights."""
+        """Return an aggregator that keeps the running mean of d_i in memory, which takes the size of one model."""
         return _Normalised(self, base, allocate)
 
     def path(self, steps: int) -> float:
-        """a_i of so many steps."""
+        """Return the effective number a_i for a number of optimizer steps."""
         m = self.momentum
         return (steps - m * (1 - m**steps) / (1 - m)) / (1 - m)
 
 
 class _Normalised:
-    """Sums d_i; the result is x and the step."""
+    """Averages d_i; the result is x plus the step."""
 
     def __init__(self, strategy: FedNova, base: Arrays, allocate: Allocate) -> None:
         self._strategy, self._base, self._allocate = strategy, base, allocate
         self._mean = WeightedMean(self._in_memory, equal=strategy.weights == "equal")
-        self._weight, self._path = 0.0, 0.0  # the latter: the weighted mean of a_i so far
+        self._weight, self._path = 0.0, 0.0  # total weight, and weighted mean of a_i, so far
 
     def add(self, update: Update) -> None:
         path = self._strategy.path(update.local_steps)
@@ -87,7 +97,7 @@ class _Normalised:
 
 
 class _Normal(Mapping[str, Array]):
-    """(x_i - x) / a_i of every float tensor, made when it is asked for; the other tensors as they are."""
+    """Maps each float tensor to (x_i - x) / a_i, computed at access, and other tensors to themselves."""
 
     def __init__(self, arrays: Arrays, base: Arrays, path: float) -> None:
         self._arrays, self._base, self._path = arrays, base, path

@@ -1,13 +1,11 @@
-"""Optimizers at the server: the mean of the sites' weights is not the next model but points to it.
+"""Server optimizers: `fedavgm`, `fedadam`, `fedyogi` and `fedadagrad`.
 
-FedAdam, FedYogi and FedAdagrad are those of Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2; FedAvgM
-is that of Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification". All take the pseudo-gradient D = mean - x, where x is the global model of the round and the mean is
-that of FedAvg, weighted by the sites' numbers of examples; `weights="equal"` counts every site once.
+The server treats D = mean - x as a gradient, with x the global model of the round and the mean that of FedAvg, and
+takes an optimizer step from x.
 
-Moments are in float32 (float64 for float64 tensors), whatever the model's dtype. They are committed together with the
-model, so a server that is killed goes on with the same bits. Integers, booleans, complex tensors, extras and the
-running statistics of normalisation layers become what FedAvg makes of them.
+Moments are kept in float32 (float64 for float64 tensors), whatever the model's dtype. They are committed together with
+the model, so a killed server continues with the same bits. Integers, booleans, complex tensors, extras and running
+statistics of normalisation layers are treated as by FedAvg.
 """
 
 from __future__ import annotations
@@ -27,27 +25,53 @@ from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, S
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimizer(WeightsStrategy):
-    """What these strategies have in common: moments by name, how they begin, and a step."""
+    """Base of the server optimizers. A subclass adds `name`, `moments` and `change`.
+
+    Attributes:
+        weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
+    """
 
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property
     @abstractmethod
     def moments(self) -> Mapping[str, float]:
-        """The moments of a tensor, and the value that they begin with."""
+        """Names of the moments of a tensor, and their initial values."""
 
     @abstractmethod
     def change(self, delta: Array, moments: Mapping[str, Array]) -> Array:
-        """What is added to x. delta: D. All flat, of one dtype; moments are updated in place; delta may be, too."""
+        """Compute the step of one block of a tensor.
+
+        Args:
+            delta: D, flat; may be written to.
+            moments: The moments by name, flat and of the same dtype; updated in place.
+
+        Returns:
+            The array to add to x.
+        """
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """The mean of the round, and then the step."""
+        """Return an aggregator that averages the updates and takes the step."""
         return _Stepping(self, base, WeightedMean(allocate, equal=self.weights == "equal"), state)
 
 
 @dataclass(frozen=True)
 class FedAvgM(ServerOptimizer):
-    """m = momentum m + D;  x' = x + lr m.  With momentum 0 and lr 1 this is FedAvg."""
+    """Server momentum: m = momentum m + D;  x' = x + lr m.  With momentum 0 and lr 1 this is FedAvg.
+
+    Sites need no special capability.
+
+    Source: Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification".
+
+    Attributes:
+        lr: Learning rate of the server, greater than 0.
+        momentum: At least 0 and below 1.
+        weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
+    """
 
     name: ClassVar[str] = "fedavgm"
     lr: float = number(1.0, above=0)
@@ -55,11 +79,11 @@ class FedAvgM(ServerOptimizer):
 
     @property
     def moments(self) -> Mapping[str, float]:
-        """One, which begins with zero."""
+        """The momentum m, initially 0."""
         return {"m": 0.0}
 
     def change(self, delta: Array, moments: Mapping[str, Array]) -> Array:
-        """See the class."""
+        """Compute lr m, see `ServerOptimizer.change`."""
         m = moments["m"]
         m *= m.dtype.type(self.momentum)
         m += delta
@@ -69,7 +93,7 @@ class FedAvgM(ServerOptimizer):
 
 @dataclass(frozen=True)
 class _Adaptive(ServerOptimizer):
-    """m = beta1 m + (1 - beta1) D;  v = (see the classes);  x' = x + lr m / (sqrt(v) + tau).  v begins with tau^2."""
+    """Base of the adaptive server optimizers: x' = x + lr m / (sqrt(v) + tau), with m = beta1 m + (1 - beta1) D."""
 
     lr: float = number(0.01, above=0)
     beta1: float = number(0.9, least=0, below=1)
@@ -77,11 +101,11 @@ class _Adaptive(ServerOptimizer):
 
     @property
     def moments(self) -> Mapping[str, float]:
-        """m and v."""
+        """The moments m, initially 0, and v, initially tau^2."""
         return {"m": 0.0, "v": self.tau**2}
 
     def change(self, delta: Array, moments: Mapping[str, Array]) -> Array:
-        """See the class."""
+        """Compute lr m / (sqrt(v) + tau), see `ServerOptimizer.change`."""
         m, v, number_of = moments["m"], moments["v"], delta.dtype.type
         square = delta * delta
         delta *= number_of(1 - self.beta1)
@@ -96,21 +120,40 @@ class _Adaptive(ServerOptimizer):
 
     @abstractmethod
     def second_moment(self, v: Array, square: Array) -> None:
-        """Update v, in place, with D^2, which may be written to."""
+        """Update v in place.
+
+        Args:
+            v: The second moment of a block.
+            square: D^2 of the block; may be written to.
+        """
 
 
 @dataclass(frozen=True)
 class FedAdam(_Adaptive):
-    """m = beta1 m + (1 - beta1) D;  v = beta2 v + (1 - beta2) D^2;  x' = x + lr m / (sqrt(v) + tau).
+    """Adam at the server, without bias correction.
 
-    m begins with 0 and v with tau^2; there is no correction of their bias.
+        m = beta1 m + (1 - beta1) D,   v = beta2 v + (1 - beta2) D^2,   x' = x + lr m / (sqrt(v) + tau)
+
+    m is initially 0 and v tau^2. Sites need no special capability.
+
+    Source: Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2.
+
+    Attributes:
+        lr: Learning rate of the server, greater than 0.
+        beta1: Decay of the first moment, at least 0 and below 1.
+        beta2: Decay of the second moment, at least 0 and below 1.
+        tau: Degree of adaptivity, in the unit of the weights, greater than 0.
+        weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "fedadam"
     beta2: float = number(0.99, least=0, below=1)
 
     def second_moment(self, v: Array, square: Array) -> None:
-        """See the class."""
+        """Update v, see the formula of the class."""
         v *= v.dtype.type(self.beta2)
         square *= v.dtype.type(1 - self.beta2)
         v += square
@@ -118,13 +161,26 @@ class FedAdam(_Adaptive):
 
 @dataclass(frozen=True)
 class FedYogi(_Adaptive):
-    """FedAdam with v = v - (1 - beta2) D^2 sign(v - D^2), which changes less when gradients are sparse."""
+    """FedAdam with v = v - (1 - beta2) D^2 sign(v - D^2), which changes less when gradients are sparse.
+
+    Sites need no special capability. Source: Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2.
+
+    Attributes:
+        lr: Learning rate of the server, greater than 0.
+        beta1: Decay of the first moment, at least 0 and below 1.
+        beta2: Rate of change of the second moment, at least 0 and below 1.
+        tau: Degree of adaptivity, in the unit of the weights, greater than 0.
+        weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
+    """
 
     name: ClassVar[str] = "fedyogi"
     beta2: float = number(0.99, least=0, below=1)
 
     def second_moment(self, v: Array, square: Array) -> None:
-        """See the class."""
+        """Update v, see the formula of the class."""
         sign = np.sign(v - square)
         square *= v.dtype.type(1 - self.beta2)
         square *= sign
@@ -133,19 +189,33 @@ class FedYogi(_Adaptive):
 
 @dataclass(frozen=True)
 class FedAdagrad(_Adaptive):
-    """m = beta1 m + (1 - beta1) D;  v = v + D^2;  x' = x + lr m / (sqrt(v) + tau).  v begins with tau^2."""
+    """Adagrad at the server: m = beta1 m + (1 - beta1) D;  v = v + D^2;  x' = x + lr m / (sqrt(v) + tau).
+
+    m is initially 0 and v tau^2. Sites need no special capability.
+
+    Source: Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2.
+
+    Attributes:
+        lr: Learning rate of the server, greater than 0.
+        beta1: Decay of the first moment, at least 0 and below 1.
+        tau: Degree of adaptivity, in the unit of the weights, greater than 0.
+        weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
+    """
 
     name: ClassVar[str] = "fedadagrad"
     lr: float = number(0.1, above=0)
     beta1: float = number(0.0, least=0, below=1)
 
     def second_moment(self, v: Array, square: Array) -> None:
-        """See the class."""
+        """Update v, see the formula of the class."""
         v += square
 
 
 class _Stepping:
-    """Sums like FedAvg; the result is x and a step. Block by block, so that the step needs no memory of its own."""
+    """Averages like FedAvg, then takes the step, block by block, so that it needs no further memory."""
 
     def __init__(self, optimizer: ServerOptimizer, base: Arrays, mean: WeightedMean, state: ServerState) -> None:
         self._optimizer, self._base, self._mean, self._state = optimizer, base, mean, state
@@ -155,24 +225,24 @@ class _Stepping:
 
     def result(self) -> tuple[Arrays, Arrays]:
         means = self._mean.means()
-        kept = self._kept()
+        stored = self._moments()
         for tensor, base in self._base.items():
             if _steps(tensor, base):
-                moments = {name: kept[f"{name}:{tensor}"].reshape(-1) for name in self._optimizer.moments}
+                moments = {name: stored[f"{name}:{tensor}"].reshape(-1) for name in self._optimizer.moments}
                 if tensor in means:
                     self._step(means[tensor].reshape(-1), base.reshape(-1), moments)
         return self._mean.result()
 
     def _step(self, mean: Array, base: Array, moments: Mapping[str, Array]) -> None:
-        """`mean` becomes x and the step."""
+        """Replace `mean` by x plus the step."""
         for block in blocks(mean.size):
             x = base[block].astype(mean.dtype)
             mean[block] -= x
             x += self._optimizer.change(mean[block], {name: moment[block] for name, moment in moments.items()})
             mean[block] = x
 
-    def _kept(self) -> Arrays:
-        """The moments, as the last round has left them, in buffers that this round may write to."""
+    def _moments(self) -> Arrays:
+        """Return the moments of the last round, in arrays that are committed with the next model."""
         begin = {
             f"{name}:{tensor}": (value, base)
             for name, value in self._optimizer.moments.items()

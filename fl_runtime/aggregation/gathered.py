@@ -1,4 +1,4 @@
-"""For strategies that must see all updates of a round at once, without holding copies of them."""
+"""An aggregator for strategies that need all updates of a round at once, without copying them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Allocate, Array, Arrays, Update, is_floating
 
 Combine: TypeAlias = Callable[[Array, Array, Sequence[int]], Array]
-"""combine(values, base, which) -> the next values. values: [updates, elements], writable, in float32 or wider; base:
-[elements], those of the global model, in the same dtype; which: the numbers of the updates whose rows these are.
-Complex numbers are two elements."""
+"""combine(values, base, which) -> the next values of a block.
+
+values: [updates, elements], writable, in float32 or wider. base: [elements], the global model, in the same dtype.
+which: the index of the update of each row. A complex number is two elements.
+"""
 
 
 class Gathered:
-    """Collects a round's updates; the result is made tensor by tensor and block by block.
+    """Collects the updates of a round and combines them block by block.
 
-    plan(updates, base): called once all are there; gives what is done with the blocks of float tensors. Integer and
-    boolean tensors become the lower median of the sites' values. The updates lie in files of the server: what is held
-    in memory is a block of each.
+    The updates lie in files of the server, so only one block of each is in memory. Integer and boolean tensors become
+    the lower median of the sites' values.
+
+    Args:
+        base: The global model of the round.
+        allocate: Makes the arrays of the next global model.
+        plan: Called once with all updates and the base; returns the function that combines blocks of float tensors.
     """
 
     def __init__(self, base: Arrays, allocate: Allocate, plan: Callable[[Sequence[Update], Arrays], Combine]) -> None:
@@ -30,6 +36,7 @@ class Gathered:
         self._updates: list[Update] = []
 
     def add(self, update: Update) -> None:
+        """Take one update; its arrays must stay valid until `result` has returned."""
         if update.content != "weights":
             raise UpdateRefusedError(
                 f"this strategy takes weights, but this update holds {update.content}", where=f"site {update.site}"
@@ -37,6 +44,7 @@ class Gathered:
         self._updates.append(update)
 
     def result(self) -> tuple[Arrays, Arrays]:
+        """Combine the updates and return (arrays, extras); there are no extras."""
         combine = self._plan(self._updates, self._base)
         out, extras = self._allocate(self._base, {})
         for name, base, which, values in tensors(self._updates, self._base):
@@ -53,18 +61,26 @@ class Gathered:
 
 
 def tensors(updates: Sequence[Update], base: Arrays) -> Iterator[tuple[str, Array, list[int], list[Array]]]:
-    """(name, base, which updates hold it, their values) of every tensor; all flat, real, borrowed."""
+    """Yield the values of every tensor.
+
+    Args:
+        updates: The updates.
+        base: The global model.
+
+    Yields:
+        Name, base, indices of the updates that hold the tensor, and their values; flat views, complex as pairs.
+    """
     for name, array in base.items():
         which = [i for i, update in enumerate(updates) if name in update.arrays]
         yield name, _flat(array), which, [_flat(updates[i].arrays[name]) for i in which]
 
 
 def stacked(values: Sequence[Array], block: slice, dtype: np.dtype[Any]) -> Array:
-    """A block of every update, [updates, elements], in float32 or wider."""
+    """Stack one block of every update: [updates, elements], in float32 or wider."""
     return np.stack([value[block] for value in values]).astype(accumulator_dtype(dtype), copy=False)
 
 
 def _flat(array: Array) -> Array:
-    """One dimension; complex numbers as pairs of their parts."""
+    """Return a flat view, with complex numbers as pairs of their parts."""
     flat = array.reshape(-1)
     return flat.view(flat.real.dtype) if flat.dtype.kind == "c" else flat

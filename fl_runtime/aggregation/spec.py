@@ -1,4 +1,4 @@
-"""A strategy as settings: a frozen dataclass with checked arguments, written "name:argument=value,argument=value"."""
+"""Strategies as text: a frozen dataclass with checked arguments, written "name:argument=value,argument=value"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fl_runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What values a number may have; None: no bound on that side."""
+    """Bounds of a number; None means no bound on that side."""
 
     above: float | None = None
     least: float | None = None
@@ -44,21 +44,49 @@ def number(
     below: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A field of a strategy that is a finite number within bounds; whole numbers only if `default` is an int."""
+    """Declare a strategy's argument that is a finite number within bounds; None means no bound.
+
+    Args:
+        default: Default value. If it is an int, only whole numbers are accepted.
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        most: Inclusive upper bound.
+
+    Returns:
+        A dataclass field.
+    """
     return field(default=default, metadata={"bounds": _Bounds(above, least, below, most)})
 
 
 def choice(default: str, *others: str) -> Any:
-    """A field of a strategy that is one of these words."""
+    """Declare a strategy's argument that is one of several words.
+
+    Args:
+        default: Default value.
+        others: The other accepted values.
+
+    Returns:
+        A dataclass field.
+    """
     return field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclass(frozen=True)
 class Described(Workflow):
-    """Base of all strategies. A subclass is a frozen dataclass whose fields are made by `number` and `choice`.
+    """Base of all strategies. A subclass is a frozen dataclass whose fields are declared with `number` and `choice`.
 
-    name: what a user writes in `--strategy` and `Job(strategy=...)`. Bad values raise ConfigError when the object is
-    made, whoever makes it.
+    Attributes:
+        name: Name of the strategy in `--strategy` and `Job(strategy=...)`.
+
+    Raises:
+        ConfigError: If an argument is out of range, when the object is made.
+
+    Example:
+        @dataclass(frozen=True)
+        class HalfStep(FedAvg):
+            name: ClassVar[str] = "half-step"
+            factor: float = number(0.5, above=0, most=1)
     """
 
     name: ClassVar[str]
@@ -69,20 +97,30 @@ class Described(Workflow):
 
     @property
     def spec(self) -> str:
-        """ "name:argument=value,...", with the arguments that differ from the defaults; `parsed` reads it back."""
+        """The strategy as text: its name, and the arguments that differ from their defaults."""
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     @classmethod
     def parsed(cls, arguments: str) -> Self:
-        """The strategy of "argument=value,argument=value"; "" takes the defaults."""
+        """Make the strategy from the text after its name.
+
+        Args:
+            arguments: "argument=value,argument=value"; "" takes the defaults.
+
+        Returns:
+            The strategy.
+
+        Raises:
+            ConfigError: If an argument is unknown, given twice, or out of range.
+        """
         known = [item.name for item in fields(cls)]
         given: dict[str, Any] = {}
         for part in filter(None, (text.strip() for text in arguments.split(","))):
             key, equals, value = (text.strip() for text in part.partition("="))
             if key not in known or not equals:
                 fix = f"its arguments are: {', '.join(known)}" if known else f"write {cls.name}"
-                what = f"has no argument {key!r}" if equals else f"cannot read {part!r}, which is no argument=value"
+                what = f"has no argument {key!r}" if equals else f"cannot read {part!r}, which is not argument=value"
                 raise ConfigError(f"the strategy {cls.name} {what}", where="strategy", fix=fix)
             if key in given:
                 raise ConfigError(f"the strategy {cls.name} got {key} twice", where="strategy", fix="give it once")
@@ -90,48 +128,74 @@ class Described(Workflow):
         return cls(**given)
 
     def check_sites(self, fewest: int) -> None:
-        """ConfigError if a round of this strategy cannot work with `fewest` updates, the fewest that a job allows."""
+        """Check the job's quorum.
+
+        Args:
+            fewest: Smallest number of updates with which the job lets a round close.
+
+        Raises:
+            ConfigError: If a round of this strategy needs more. The base class accepts any number.
+        """
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What all sites, and all updates, must have in common of a tensor's shape: here, all of it."""
+        """Return the part of a tensor's shape that must be equal at all sites.
+
+        Args:
+            name: Name of the tensor.
+            shape: Its shape at one site.
+
+        Returns:
+            The shape, with -1 for dimensions that may differ. The base class returns the whole shape.
+        """
         return shape
 
     def refuse(self, argument: str, wanted: str) -> ConfigError:
-        """The error for an argument that is not as `wanted`."""
+        """Make the error for an argument that does not have a `wanted` value, to be raised by the caller."""
         value = getattr(self, argument)
         return ConfigError(
             f"the strategy {self.name} cannot work with {argument}={value}", where="strategy", fix=f"give {wanted}"
         )
 
     def _checked(self, item: dataclasses.Field[Any], value: object) -> Any:
-        """The value as the field's type; text is what a spec holds."""
+        """Return a value, which may be text, as the field's type; ConfigError if it is not allowed."""
         choices = item.metadata.get("choices")
         if choices:
             if value not in choices:
                 raise self.refuse(item.name, f"one of: {', '.join(choices)}")
             return value
         bounds, whole = item.metadata["bounds"], isinstance(item.default, int)
-        found = _number(value, whole=whole)
-        if found is None or not bounds.hold(found):
+        parsed = _number(value, whole=whole)
+        if parsed is None or not bounds.hold(parsed):
             raise self.refuse(item.name, f"a {'whole ' if whole else ''}number {bounds}".strip())
-        return found
+        return parsed
 
 
 def _number(value: object, *, whole: bool) -> float | None:
-    """The number that `value` is, or that it says as text; None if it is none."""
+    """Return a number, or text that holds one, as float or int; None if it is neither."""
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
         return None
     try:
-        found = float(value)
+        parsed = float(value)
         if not whole:
-            return found
-        return int(found) if found.is_integer() else None
+            return parsed
+        return int(parsed) if parsed.is_integer() else None
     except (ValueError, OverflowError):
         return None
 
 
 def find(kinds: Iterable[type[Described]], spec: str) -> Described:
-    """The strategy that a spec describes, of these kinds. ConfigError for an unknown name lists the known ones."""
+    """Make one of several strategies from its text.
+
+    Args:
+        kinds: Classes of strategies.
+        spec: "name" or "name:argument=value,...".
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ConfigError: If no class has this name, or an argument is wrong.
+    """
     name, _, arguments = spec.partition(":")
     by_name = {kind.name: kind for kind in kinds}
     if name.strip().lower() not in by_name:

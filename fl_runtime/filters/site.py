@@ -102,7 +102,7 @@ class SiteFilters:
         ]
         check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
         if any(step.host.from_policy and isinstance(step.filter, HomomorphicCKKS) for step in steps):
-            raise refuse("HomomorphicCKKS cannot be in a policy, since all sites must use it", "give it in the job")
+            raise refuse("HomomorphicCKKS cannot be in a policy, since all sites must use it", "ask for it in the job")
         last = [s for s in steps if encodings([s.filter]) or isinstance(s.filter, HomomorphicCKKS)]
         self._steps = [s for s in steps if s not in last] + last
         self._check_tensors()
