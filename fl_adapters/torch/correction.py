@@ -1,7 +1,7 @@
-"""What is added to the gradients of a torch model before each optimizer step, and what is noted of these steps.
+"""Corrects the gradients of a torch model before each optimizer step, and records these steps.
 
-Unscaled gradients, after accumulation; the user's loss is as it was. Nothing here knows of a trainer: its adapter
-calls `add`, or lets `follow` hang it on the optimizer's own step.
+Corrections are added to the gradients after accumulation; the user's loss stays as it is. Nothing here depends on a
+trainer: its adapter calls `add` before each step, or `follow` once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ _Number = float | Tensor
 
 
 class GradientCorrection:
-    """gradient += mu (w - anchor) + offset, for each of `parameters` (name -> live parameter) that has a gradient.
+    """Adds mu * (w - anchor) + offset to the gradient of each parameter w. All ranks add the same.
 
-    Holds a copy of the anchors and offsets on the parameters' devices. All ranks add the same. Does nothing, and notes
-    nothing, until `begin`.
+    It keeps copies of anchors and offsets on the devices of the parameters. It does nothing before `begin`.
+
+    Attributes:
+        meter: Records the steps; None if nobody needs them.
+        steps: Number of corrected steps since `begin`.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Correct nothing as yet.
+
+        Args:
+            parameters: Name -> live parameter whose gradient is corrected.
+        """
         self._parameters = parameters
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._handles: list[RemovableHandle] = []
@@ -39,14 +47,19 @@ class GradientCorrection:
         self.steps = 0
 
     def follow(self, optimizers: Sequence[Any]) -> None:
-        """Let every step of these optimizers call `add` first, until `close`: where the trainer calls `step()` with
-        gradients that are complete, and through a gradient scaler if it has one."""
+        """Call `add` before every step of these optimizers, until `close`.
+
+        For trainers that call `step()` with complete gradients, through a gradient scaler if they have one.
+
+        Args:
+            optimizers: All optimizers of the model, wrapped or not.
+        """
         for optimizer in optimizers:
             handle = plain(optimizer).register_step_pre_hook(self._before_step)
             self._handles.append(handle)
 
     def close(self) -> None:
-        """No more corrections."""
+        """End the corrections and remove the hooks of `follow`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -60,34 +73,45 @@ class GradientCorrection:
         offsets: Mapping[str, Tensor] | None = None,
         meter: StepMeter | None = None,
     ) -> None:
-        """What holds from the next step on. anchors, offsets: by parameter name, on any device; copied.
+        """Choose what corrects gradients from the next step on.
 
-        A parameter without an anchor or an offset gets none. meter: notes the steps.
+        Args:
+            mu: Weight of the proximal term.
+            anchors: Parameter name -> weights that the proximal term pulls to, on any device; copied. A parameter
+                without an anchor is not pulled.
+            offsets: Parameter name -> offset, on any device; copied. A parameter without one gets none.
+            meter: Records the steps.
         """
         self._mu, self.meter, self.steps, self._active = mu, meter, 0, True
         self._anchors = self._copied(anchors or {}, self._anchors)
         self._offsets = self._copied(offsets or {}, self._offsets)
 
     def end(self) -> None:
-        """Gradients are the script's own from here on."""
+        """Leave gradients as the script computes them, from the next step on."""
         self._active, self._anchors, self._offsets, self.meter = False, {}, {}, None
 
     @torch.no_grad()
     def add(self, optimizer: Any, *, scale: _Number | None = None, may_skip: bool = False) -> None:
-        """Correct the gradients that the next step of `optimizer` uses.
+        """Correct the gradients for the next step of an optimizer.
 
-        scale: what the gradients are multiplied by still; None: nothing. may_skip: a gradient scaler leaves the step
-        out where a gradient is not finite; such a step is not noted. Raises ConfigError for sparse gradients.
+        Args:
+            optimizer: The optimizer that is about to make a step, wrapped or not.
+            scale: Factor that the gradients still contain; None if they are unscaled.
+            may_skip: Whether a gradient scaler skips the step if a gradient is not finite. Such a step is not
+                recorded.
+
+        Raises:
+            ConfigError: For sparse gradients.
         """
         if not self._active:
             return
         groups = [self._with_gradients(group) for group in plain(optimizer).param_groups]
-        found = [(name, gradient) for group in groups for name, gradient, _ in group]
-        if not found:
+        gradients = [(name, gradient) for group in groups for name, gradient, _ in group]
+        if not gradients:
             return
         self.steps += 1
         if self.meter is not None:
-            self.meter.note(plain(optimizer), groups, scale, _all_finite(found) if may_skip else 1.0)
+            self.meter.note(plain(optimizer), groups, scale, _all_finite(gradients) if may_skip else 1.0)
         for name, gradient, parameter in (entry for group in groups for entry in group):
             if (anchor := self._anchors.get(name)) is not None:
                 _add(gradient, (parameter - anchor).mul_(self._mu), scale)
@@ -98,15 +122,15 @@ class GradientCorrection:
         others = (value for value in (*args, kwargs.get("closure")) if value is not optimizer)
         if self._active and any(value is not None for value in others):
             raise ConfigError(
-                "gradients cannot be corrected where the optimizer computes them itself, in a closure",
+                "gradients cannot be corrected if the optimizer computes them itself, in a closure",
                 where=type(optimizer).__name__,
-                fix="choose another optimizer, or a strategy that leaves gradients alone, such as fedavg",
+                fix="choose another optimizer, or a strategy that does not change gradients, such as fedavg",
             )
-        scale = getattr(optimizer, "grad_scale", None)  # there while a scaler lets a fused optimizer unscale
+        scale = getattr(optimizer, "grad_scale", None)  # set while a scaler leaves unscaling to a fused optimizer
         self.add(optimizer, scale=scale, may_skip=scale is not None)
 
     def _with_gradients(self, group: Mapping[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
-        found = []
+        entries = []
         for parameter in group["params"]:
             name = self._names.get(id(parameter))
             if name is None or parameter.grad is None:
@@ -117,24 +141,32 @@ class GradientCorrection:
                     where=name,
                     fix="make the embedding with sparse=False, or keep it at the site: keep_local=",
                 )
-            found.append((name, parameter.grad, parameter))
-        return found
+            entries.append((name, parameter.grad, parameter))
+        return entries
 
     @torch.no_grad()
     def _copied(self, given: Mapping[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
         for name, tensor in given.items():
-            kept = before.get(name)
-            copies[name] = torch.empty_like(self._parameters[name]) if kept is None else kept
+            buffer = before.get(name)
+            copies[name] = torch.empty_like(self._parameters[name]) if buffer is None else buffer
             copies[name].copy_(tensor)
         return copies
 
 
 class StepMeter:
-    """The steps of one round: for each parameter the sum of the rates it was trained with, and (`gradients`) the sum
-    of its gradients before they were corrected. Read it once, at the round's end."""
+    """Records the optimizer steps of one round. Read it once, at the round's end.
+
+    Attributes:
+        gradients: Whether gradients are recorded before their correction, beside learning rates.
+    """
 
     def __init__(self, *, gradients: bool) -> None:
+        """Begin with no steps.
+
+        Args:
+            gradients: Whether to record gradients beside learning rates. It takes the memory of one more model.
+        """
         self.gradients = gradients
         self._rates: dict[tuple[int, int], _Number] = {}
         self._counts: dict[tuple[int, int], _Number] = {}
@@ -148,23 +180,30 @@ class StepMeter:
         scale: _Number | None,
         applied: _Number,
     ) -> None:
-        """One step of `optimizer`. applied: 1, or 0 for one that is left out; on the device, so that nobody waits."""
-        for index, (group, found) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        """Record one step.
+
+        Args:
+            optimizer: The optimizer, without its wrapper.
+            groups: For each of its parameter groups (name, gradient, parameter) of what has a gradient.
+            scale: Factor that the gradients still contain; None if they are unscaled.
+            applied: 1, or 0 for a step that is skipped. A tensor stays on its device, so that no step waits for it.
+        """
+        for index, (group, entries) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
             key = (id(optimizer), index)
             self._rates[key] = self._rates.get(key, 0.0) + group["lr"] * applied
             self._counts[key] = self._counts.get(key, 0.0) + applied
-            for name, gradient, _ in found:
+            for name, gradient, _ in entries:
                 self._group_of[name] = key
                 if self.gradients:
                     self._sum(name, gradient, scale, applied)
 
     def rates(self) -> dict[str, float]:
-        """Parameter name -> sum of the learning rates of its steps."""
+        """Return parameter name -> sum of the learning rates of its steps."""
         values = {key: float(rate) for key, rate in self._rates.items()}
         return {name: values[key] for name, key in self._group_of.items()}
 
     def means(self) -> dict[str, Array]:
-        """Parameter name -> mean of its gradients; a step that gave it none counts as zero."""
+        """Return parameter name -> mean of its gradients, on the host. A step without a gradient counts as zero."""
         counts = {key: float(count) for key, count in self._counts.items()}
         trained = {name: total for name, total in self._sums.items() if counts[self._group_of[name]]}
         return {n: as_array((total / counts[self._group_of[n]]).cpu()) for n, total in trained.items()}
@@ -179,12 +218,12 @@ class StepMeter:
 
 
 def plain(optimizer: Any) -> Any:
-    """The torch optimizer within a thin wrapper such as accelerate's."""
+    """Return the torch optimizer within a thin wrapper such as that of accelerate, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def is_plain_sgd(optimizer: Any) -> bool:
-    """Whether a step is w -= lr g and no more (weight decay counts as a part of g)."""
+    """Return whether each step of the optimizer is w -= lr * g. Weight decay counts as a part of g."""
     own = plain(optimizer)
     return type(own) is torch.optim.SGD and all(not g["momentum"] and not g["maximize"] for g in own.param_groups)
 
@@ -193,6 +232,6 @@ def _add(gradient: Tensor, value: Tensor, scale: _Number | None) -> None:
     gradient.add_(value if scale is None else value * scale)
 
 
-def _all_finite(found: Sequence[tuple[str, Tensor]]) -> Tensor:
-    flags = [gradient.isfinite().all().to(torch.float32) for _, gradient in found]
+def _all_finite(gradients: Sequence[tuple[str, Tensor]]) -> Tensor:
+    flags = [gradient.isfinite().all().to(torch.float32) for _, gradient in gradients]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).min()

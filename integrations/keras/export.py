@@ -1,4 +1,4 @@
-"""The results of a run as `.keras` files."""
+"""Writes the results of a run as `.keras` files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def export(model: Any, folder: str) -> None:
     """Write `folder/model.keras`, which `keras.saving.load_model` opens.
 
-    A model whose architecture Keras cannot write down leaves `model.weights.h5`, for `load_weights`, and a warning.
+    If Keras cannot save the architecture, write `model.weights.h5` for `load_weights`, with a warning.
     """
     os.makedirs(folder, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""The other callbacks of the same `fit`: their place in the order, their folders, and what cannot be federated."""
+"""The other callbacks of the same `fit`: their order, their output folders, and those that cannot be federated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PATHS = {
 
 
 def refuse_twice(callback: keras.callbacks.Callback, callbacks: Any) -> None:
-    """Raise ConfigError where `fit` got more than one callback of this kind."""
+    """Raise ConfigError if `fit` got more than one callback of this kind."""
     count = sum(isinstance(other, type(callback)) for other in callbacks.callbacks)
     if count > 1:
         raise ConfigError(
@@ -30,20 +30,25 @@ def refuse_twice(callback: keras.callbacks.Callback, callbacks: Any) -> None:
 
 
 def put_first(callback: keras.callbacks.Callback, callbacks: Any) -> None:
-    """Make `callback` the first of all, so that whatever the others save or watch is what the exchange has left."""
+    """Put `callback` before all others, so that they save and watch the model after the exchange."""
     others = [other for other in callbacks.callbacks if other is not callback]
-    callbacks.callbacks = [callback, *others]  # a new list: Keras may be walking through the old one
+    callbacks.callbacks = [callback, *others]  # a new list, since Keras may be iterating over the old one
 
 
 def move_outputs(callbacks: Any, moved: Callable[[str], str]) -> None:
-    """Send what the other callbacks write to where this site's output belongs."""
+    """Move the output of the other callbacks to this site's folder.
+
+    Args:
+        callbacks: Keras's list of all callbacks.
+        moved: Returns the path to use in place of a path; the same path if it may stay.
+    """
     for other in callbacks.callbacks:
         attribute = next((name for kind, name in _PATHS.items() if isinstance(other, kind)), None)
         old = str(getattr(other, attribute)) if attribute else ""
         new = moved(old) if old else ""
         if new == old:
             continue
-        for name, value in list(vars(other).items()):  # paths below it that were made of it
+        for name, value in list(vars(other).items()):  # paths below it that the callback has derived
             if isinstance(value, str) and value.startswith(old):
                 setattr(other, name, new + value.removeprefix(old))
         if isinstance(other, keras.callbacks.TensorBoard):
@@ -51,7 +56,16 @@ def move_outputs(callbacks: Any, moved: Callable[[str], str]) -> None:
 
 
 def refuse_unsupported(callbacks: Any, settings: SiteSettings, *, evaluates: bool) -> None:
-    """Raise ConfigError for callbacks that cannot work in a federation, with the reason."""
+    """Refuse callbacks that cannot work in a federation.
+
+    Args:
+        callbacks: Keras's list of all callbacks.
+        settings: What holds at this site.
+        evaluates: Whether this site scores global models.
+
+    Raises:
+        ConfigError: With the reason.
+    """
     for other in callbacks.callbacks:
         if isinstance(other, keras.callbacks.SwapEMAWeights):
             raise ConfigError(
@@ -64,7 +78,7 @@ def refuse_unsupported(callbacks: Any, settings: SiteSettings, *, evaluates: boo
 
 
 def refuse_saving_within_epochs(callbacks: Any) -> None:
-    """Raise ConfigError where a file of a batch's end would hold the variables that correct the gradients."""
+    """Raise ConfigError if a callback would save the model within an epoch, with the variables of the correction."""
     kinds = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
     for other in callbacks.callbacks:
         if isinstance(other, kinds) and isinstance(other.save_freq, int):
@@ -76,17 +90,17 @@ def refuse_saving_within_epochs(callbacks: Any) -> None:
 
 
 def restoring(callbacks: Any) -> list[Any]:
-    """The callbacks that load the best weights at the end."""
+    """The callbacks that restore the best weights at the end."""
     kind = keras.callbacks.EarlyStopping
     return [other for other in callbacks.callbacks if isinstance(other, kind) and other.restore_best_weights]
 
 
 def _refuse_other_best(stopping: Any, settings: SiteSettings, *, evaluates: bool) -> None:
-    """Best weights at the end are those of the best global round: both must mean the same by best."""
+    """Refuse a callback whose best model is another one than the job's best round."""
     where = f"EarlyStopping(monitor={stopping.monitor!r}, restore_best_weights=True)"
     if not evaluates:
         raise ConfigError(
-            "restore_best_weights means the best global round, which nobody scores without evaluate_global",
+            "restore_best_weights restores the best global round, but global models are not scored here",
             where=where,
             fix="pass validation_data= to fit and leave evaluate_global on, or set restore_best_weights=False",
         )

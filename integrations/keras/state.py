@@ -1,4 +1,4 @@
-"""State in and out of a Keras model, and what all sites must have in common."""
+"""Reads and sets the variables of a Keras model that travel, and what all sites must have in common."""
 
 from __future__ import annotations
 
@@ -22,16 +22,27 @@ _SHOWN_DIFFERENCES = 20
 
 
 class KerasState:
-    """The variables of one built model that travel: `get_state` to host arrays, `set_state` in place.
+    """The variables of one built model that travel. It holds the live variables.
 
-    Holds the live variables. exchange: "auto" (trainable variables, and what trained layers keep beside them, such as
-    the moving averages of a batch normalization), "trainable", "all", or patterns over the names of all weights.
-    Raises ConfigError for patterns that match nothing and when nothing is left.
+    Attributes:
+        capabilities: What a strategy may require of every Keras model.
+        variables: Name -> live variable that travels.
     """
 
     capabilities = frozenset({OPTIMIZER_STATE})
 
     def __init__(self, model: Any, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
+        """Select the variables that travel.
+
+        Args:
+            model: A built model.
+            exchange: "auto" (trainable variables, and what trained layers keep beside them, such as the moving
+                averages of a batch normalization), "trainable", "all", or patterns over the names of all weights.
+            keep_local: Patterns of names that never travel.
+
+        Raises:
+            ConfigError: If a pattern matches nothing, or no variable would travel.
+        """
         named = named_variables(model)
         admitted = set(selected(named, exchange, keep_local))
         roles = _ROLES.get(exchange) if isinstance(exchange, str) else None
@@ -43,17 +54,22 @@ class KerasState:
                 fix="train at least one variable, or choose what travels with exchange=",
             )
         self._manifest = Manifest(tuple(spec(name, v) for name, v in self.variables.items()))
-        self._base = {
-            name: v for name, v in named.items() if v.role == "frozen" and not matches(name, keep_local)
-            if name not in self.variables
-        }  # fmt: skip
+        frozen = {name: v for name, v in named.items() if v.role == "frozen" and not matches(name, keep_local)}
+        self._base = {name: v for name, v in frozen.items() if name not in self.variables}
 
     def get_state(self) -> dict[str, Array]:
-        """One fresh host array for each variable; the caller's own."""
+        """Return a fresh host array for each variable; they belong to the caller."""
         return {name: to_host(variable) for name, variable in self.variables.items()}
 
     def set_state(self, arrays: Arrays) -> None:
-        """Copy `arrays` into the live variables. Raises StateMismatchError, before touching any of them."""
+        """Copy arrays into the live variables.
+
+        Args:
+            arrays: Arrays of the names, shapes and dtypes that `get_state` returns.
+
+        Raises:
+            StateMismatchError: If they do not fit; no variable has been changed then.
+        """
         lines = differences(self._manifest, Manifest.of(arrays))
         if lines:
             more = [f"... and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
@@ -66,7 +82,7 @@ class KerasState:
             assign(self.variables[name], array)
 
     def agreement(self, model: Any) -> dict[str, str]:
-        """Name -> value of what must be equal at all sites, beside the variables that travel."""
+        """Return what must be equal at all sites beside the variables that travel, as name -> value."""
         facts = {"framework": "keras", "model": type(model).__name__}
         if self._base:
             facts["base.tensors"] = str(len(self._base))
@@ -81,17 +97,17 @@ def to_host(variable: Any) -> Array:
 
 def assign(variable: Any, array: Array) -> None:
     """Copy `array` into a Keras variable."""
-    variable.assign(np.array(array))  # a copy: JAX and TensorFlow may keep the memory that they are given
+    variable.assign(np.array(array))  # a copy, since JAX and TensorFlow may keep the array's memory
 
 
 def spec(name: str, variable: Any) -> TensorSpec:
-    """Name, dtype and shape of a Keras variable, as it travels."""
+    """Name, dtype and shape with which a Keras variable travels."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
     return TensorSpec(name, dtype, tuple(int(n) for n in variable.shape))
 
 
 def _fingerprint(named: dict[str, Named]) -> str:
-    """A hash over names, shapes, dtypes and contents; it guards against mistakes, not against an attacker."""
+    """A hash over names, shapes, dtypes and contents. It guards against mistakes, not against an attacker."""
     digest = xxhash.xxh3_128()
     for name in sorted(named):
         value: Any = to_host(named[name].variable)
