@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from fl_adapters.adapter import Snapshot
+from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State, read_state, write_state
+from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 
 _SUFFIX = ".safetensors"
@@ -132,6 +134,37 @@ def round_seed(seed: int | None, site: str, task: Task) -> int:
     """
     text = f"{seed or 0}/{site}/{task.round}/{task.stage}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def not_restartable(reason: str, fix: str, *, where: str = "the trainer") -> ConfigError:
+    """Make the error for a training that cannot be restarted exactly.
+
+    Args:
+        reason: Why not.
+        fix: What to change in the script or in the job.
+        where: What the reason is about, such as "fit".
+    """
+    return ConfigError(f"exact_restart is not possible here: {reason}", where=where, fix=fix)
+
+
+def require_whole_epochs(every: Every, framework: str, *, where: str = "the trainer") -> None:
+    """Refuse rounds that end within an epoch, for a framework that can begin an epoch's data only at its start.
+
+    Args:
+        every: The local budget of a round.
+        framework: Name of the framework, for the message.
+        where: The call that trains, for the message.
+
+    Raises:
+        ConfigError: If the budget is in steps.
+    """
+    if every.epochs is None:
+        raise not_restartable(
+            f"{framework} can begin an epoch's data only at its start, and with a budget in steps rounds end within "
+            "epochs",
+            'count the round in epochs: every="epoch"',
+            where=where,
+        )
 
 
 def seed_python(seed: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.options import Every
-from fl_adapters.participant.restart import seed_python
+from fl_adapters.participant.restart import not_restartable, require_whole_epochs, seed_python
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.correction import plain
@@ -181,11 +181,13 @@ def all_tensors(module: nn.Module) -> dict[str, Tensor]:
 def refuse_inexact(module: nn.Module, loader: Any) -> None:
     """Raise ConfigError for a model or a training DataLoader that `exact_restart` does not support."""
     if ranks.several():
-        raise refused("several processes for one site are not supported yet", "train with one process at each site")
+        raise not_restartable(
+            "several processes for one site are not supported yet", "train with one process at each site"
+        )
     if any(is_sharded(parameter) for parameter in module.parameters()):
-        raise refused("a sharded model is not supported yet", "train with one process at each site")
+        raise not_restartable("a sharded model is not supported yet", "train with one process at each site")
     if getattr(loader, "persistent_workers", False):
-        raise refused(
+        raise not_restartable(
             "the random states of persistent data loader workers cannot be set",
             "set persistent_workers=False: workers that start anew with each epoch are seeded",
         )
@@ -196,19 +198,9 @@ def refuse_parts(every: Every, framework: str, resumed: str | None, fix: str) ->
 
     `resumed` names the checkpoint from which it resumed, if it did; `fix` says how to start without it.
     """
-    if every.epochs is None:
-        raise refused(
-            f"{framework} can begin an epoch's data only at its start, and with a budget in steps rounds end within "
-            "epochs",
-            'count the round in epochs: every="epoch"',
-        )
+    require_whole_epochs(every, framework)
     if resumed:
         raise ConfigError("exact_restart brings the trainer back by itself", where=resumed, fix=fix)
-
-
-def refused(reason: str, fix: str) -> ConfigError:
-    """Make the error for a training that cannot be restarted exactly."""
-    return ConfigError(f"exact_restart is not possible here: {reason}", where="the trainer", fix=fix)
 
 
 def seed_round(seed: int, loader: Any = None) -> None:

@@ -39,10 +39,11 @@ from torch import nn
 
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.restart import not_restartable
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
-from fl_adapters.torch.restart import TorchSnapshot, refused
+from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.site import Arrived, Joined, TorchSite
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.types import Arrays, Metrics
@@ -142,7 +143,9 @@ class TrainerPort(Protocol):
         Raises:
             ConfigError: If this training cannot be restarted exactly, with the reason.
         """
-        raise refused("this adapter does not save the state of its trainer", "set exact_restart: false in the job")
+        raise not_restartable(
+            "this adapter does not save the state of its trainer", "set exact_restart: false in the job"
+        )
 
 
 P = TypeVar("P", bound=TrainerPort)

@@ -10,9 +10,10 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from fl_adapters.participant.options import Every
+from fl_adapters.participant.restart import not_restartable
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, refused, samplers_of
+from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, samplers_of
 
 from . import trainer as hf
 
@@ -81,7 +82,7 @@ def refuse(trainer: Trainer, state: TrainerState, every: Every, model: Any, sche
     resumed = f"resume_from_checkpoint, at step {state.global_step}" if state.global_step > 0 else None
     refuse_parts(every, "HF", resumed, "call trainer.train() without resume_from_checkpoint")
     if hasattr(getattr(scheduler, "scheduler", scheduler), "is_better") or trainer.args.lr_scheduler_type in _BY_METRIC:
-        raise refused("a schedule that follows a metric is not saved yet", "choose one that follows the steps")
+        raise not_restartable("a schedule that follows a metric is not saved yet", "choose one that follows the steps")
     _refuse_other_samplers(samplers_of(loader)[1:], loader)
 
 
@@ -89,7 +90,7 @@ def _refuse_other_samplers(samplers: Sequence[Any], loader: Any) -> None:
     parts = [*samplers, getattr(loader, "dataset", None)]
     others = [part for part in parts if hasattr(part, "set_epoch") and not isinstance(part, SeedableRandomSampler)]
     if others:
-        raise refused(
+        raise not_restartable(
             f"{type(others[0]).__name__} has an order of HF's own count of epochs, which begins at 0 in a new process",
             "use a data set and a sampler without set_epoch, such as HF's own",
         )

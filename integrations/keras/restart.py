@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from fl_adapters.participant.options import Every
+from fl_adapters.participant.restart import not_restartable, require_whole_epochs
 from fl_adapters.participant.state_file import State
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array
@@ -82,11 +83,7 @@ def refuse(fit: FitCall, every: Every) -> None:
     Raises:
         ConfigError: With the reason.
     """
-    if every.epochs is None:
-        raise _refused(
-            "Keras can begin an epoch's data at its start only, and with a budget in steps rounds end within epochs",
-            'count the round in epochs: every="epoch"',
-        )
+    require_whole_epochs(every, "Keras", where="fit")
     if fit.continues_data:
         raise _refused("with steps_per_epoch an epoch continues with the data of the one before", "leave it out")
     for other in fit.callbacks.callbacks:
@@ -101,7 +98,7 @@ def refuse(fit: FitCall, every: Every) -> None:
     if fit.data_kind == _LOADER and keras.backend.backend() == "torch":
         if getattr(fit.torch_loader, "persistent_workers", False):
             raise _refused(
-                "the random states of persistent data loader workers cannot be reached", "set persistent_workers=False"
+                "the random states of persistent data loader workers cannot be set", "set persistent_workers=False"
             )
     elif fit.data_kind != _ARRAYS:
         raise _refused(
@@ -133,4 +130,4 @@ def _set(variables: list[Any], values: list[Array]) -> None:
 
 
 def _refused(reason: str, fix: str) -> ConfigError:
-    return ConfigError(f"exact_restart is not possible here: {reason}", where="fit", fix=fix)
+    return not_restartable(reason, fix, where="fit")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fl_adapters.participant.options import Every
+from fl_adapters.participant.restart import not_restartable
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, refused, seed_round
+from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, seed_round
 
 from . import trainer as lightning
 
@@ -75,7 +76,9 @@ def refuse(trainer: Any, module: Any, every: Every) -> None:
     resumed = f"ckpt_path, at step {trainer.global_step}" if trainer.global_step > 0 else None
     refuse_parts(every, "Lightning", resumed, "call trainer.fit() without ckpt_path")
     if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-        raise refused("a schedule that follows a metric is not saved yet", "choose one that follows steps or epochs")
+        raise not_restartable(
+            "a schedule that follows a metric is not saved yet", "choose one that follows steps or epochs"
+        )
 
 
 def begin_round(trainer: Any, seed: int) -> None:

@@ -12,9 +12,10 @@ from monai.handlers import LrScheduleHandler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fl_adapters.participant.options import Every
+from fl_adapters.participant.restart import not_restartable
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, refused, seed_round
+from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, seed_round
 
 from . import trainer as monai
 
@@ -81,12 +82,14 @@ def refuse(engine: Any, every: Every) -> None:
     refuse_parts(every, "Ignite", resumed, "load no checkpoint of the trainer")
     for kind, (reason, fix) in _FOREIGN.items():
         if monai.attached(engine, kind):
-            raise refused(reason, fix)
+            raise not_restartable(reason, fix)
     if any(isinstance(h.lr_scheduler, ReduceLROnPlateau) for h in monai.attached(engine, LrScheduleHandler)):
-        raise refused("a schedule that follows a metric is not saved yet", "choose one that follows steps or epochs")
+        raise not_restartable(
+            "a schedule that follows a metric is not saved yet", "choose one that follows steps or epochs"
+        )
     data = getattr(engine.data_loader, "dataset", None)
     if type(data).__name__ == "SmartCacheDataset":
-        raise refused("a SmartCacheDataset replaces its items from epoch to epoch", "use a CacheDataset")
+        raise not_restartable("a SmartCacheDataset replaces its items from epoch to epoch", "use a CacheDataset")
 
 
 def begin_round(engine: Any, seed: int) -> None:
