@@ -53,6 +53,9 @@ def load(source: str | None, shard: str | None, rows: int) -> Images:
         shard: Part to train on, such as "2/4" for the second of four. None takes the part of this site, or everything
             outside a federation.
         rows: Training rows of all sites together; 0 for all.
+
+    Returns:
+        The site's training and validation images, and the test images of all sites.
     """
     images, labels, name = read(source)
     order = np.random.RandomState(SEED).permutation(len(images))  # RandomState: the same in every NumPy

@@ -34,6 +34,9 @@ def load(shard: str | None = None) -> Data:
     Args:
         shard: Part to train on, such as "2/3" for the second of three. None takes the part of this site, or everything
             outside a federation.
+
+    Returns:
+        Paragraphs for pretraining, training, validation and testing.
     """
     paragraphs = list(dict.fromkeys(read()))  # without duplicates, which could be both trained on and tested
     cut = int(len(paragraphs) * BASE_SHARE)

@@ -22,6 +22,9 @@ def perplexity(model_name: str, adapter: str | Path | None, text: list[str]) -> 
         model_name: Base model, by its folder or its name on the hub.
         adapter: Folder of an adapter that train.py or a federation saved; None scores the base model.
         text: Paragraphs.
+
+    Returns:
+        The perplexity, at least 1; lower is better.
     """
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_name)

@@ -44,6 +44,9 @@ def load(source: str | None = None, shard: str | None = None, rows: int = ROWS) 
         shard: Part to train on, such as "2/3" for the second of three. None takes the part of this site, or everything
             outside a federation.
         rows: Training rows of all sites together; 0 for all.
+
+    Returns:
+        The site's training and validation rows, and the test rows of all sites.
     """
     texts = distinct(read(source) if source else stdlib_docs.rows())
     labels = sorted(set(texts.values()))

@@ -54,6 +54,9 @@ def load(source: str | None = None, shard: str | None = None) -> Data:
         source: Folder of adult_train.csv.gz and adult_test.csv.gz, or "breast_cancer". None takes what is found.
         shard: Part to train on, such as "2/5" for the second of five. None takes the part of this site, or everything
             outside a federation.
+
+    Returns:
+        The site's training rows, and the held-out rows of all sites.
     """
     train, test, name = read(source)
     index, count = place(shard)
