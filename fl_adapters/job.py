@@ -374,15 +374,15 @@ def _is_module(app: str) -> bool:
 
 def _explained(error: ValidationError) -> ConfigError:
     """Return Pydantic's errors as one ConfigError that names every wrong field."""
-    found: dict[str, tuple[object, list[str]]] = {}
+    problems: dict[str, tuple[object, list[str]]] = {}
     for item in error.errors(include_url=False):
         field = str(item["loc"][0]) if item["loc"] else "job"
-        texts = found.setdefault(field, (item.get("input"), []))[1]
+        texts = problems.setdefault(field, (item.get("input"), []))[1]
         texts.append({"missing": "", "extra_forbidden": ""}.get(item["type"], item["msg"]))
-    unknown = [field for field in found if field not in Job.model_fields]
+    unknown = [field for field in problems if field not in Job.model_fields]
     return ConfigError(
-        "; ".join(_sentence(field, value, texts) for field, (value, texts) in found.items()),
-        where=", ".join(found),
+        "; ".join(_sentence(field, value, texts) for field, (value, texts) in problems.items()),
+        where=", ".join(problems),
         fix="the fields of a job are: " + ", ".join(Job.model_fields) if unknown else "correct it there",
     )
 

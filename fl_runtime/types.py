@@ -454,7 +454,7 @@ class Strategy(Protocol):
             update: An update that fits the model.
 
         Raises:
-            UpdateRefusedError: No aggregator should see this update. Its site is told so.
+            UpdateRefusedError: No aggregator should see this update. Its site receives the reason.
         """
         ...
 

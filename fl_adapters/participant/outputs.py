@@ -98,15 +98,15 @@ def claimed_path(run: Path, site: str, path: str) -> str:
     claims = run / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     claim = claims / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
-    mine = claims / f"{claim.name}.{site}"
-    mine.write_text(site, encoding="utf-8")
+    own_claim = claims / f"{claim.name}.{site}"
+    own_claim.write_text(site, encoding="utf-8")
     try:
-        os.link(mine, claim)  # atomic: nobody reads a claim without its owner's name
+        os.link(own_claim, claim)  # atomic: nobody reads a claim without its owner's name
         return path
     except FileExistsError:
         owner = claim.read_text(encoding="utf-8")
     finally:
-        mine.unlink()
+        own_claim.unlink()
     if owner == site:
         return path
     raise ConfigError(

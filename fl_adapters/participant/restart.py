@@ -64,8 +64,8 @@ class RestartPoints:
 
     def _files(self) -> list[Path]:
         """Return the files of points in the order in which they were saved."""
-        found = self._folder.glob(f"*{_SUFFIX}") if self._folder.is_dir() else []
-        return sorted(file for file in found if file.name.removesuffix(_SUFFIX).isdigit())
+        files = self._folder.glob(f"*{_SUFFIX}") if self._folder.is_dir() else []
+        return sorted(file for file in files if file.name.removesuffix(_SUFFIX).isdigit())
 
 
 class SiteRestart:
