@@ -1,1 +1,19 @@
-"""What all PyTorch trainers share: a model's state in and out, local work, restarts, LoRA, ranks."""
+"""Federated training with a PyTorch or Accelerate loop of one's own, and what all PyTorch trainers share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fl_adapters.torch.loop import FederatedLoop
+
+__all__ = ["FederatedLoop"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `FederatedLoop` when it is asked for: the adapters of trainers import this package without it."""
+    if name != "FederatedLoop":
+        raise AttributeError(f"module 'fl_adapters.torch' has no attribute {name!r}")
+    from fl_adapters.torch.loop import FederatedLoop
+
+    return FederatedLoop

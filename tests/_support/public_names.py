@@ -14,6 +14,7 @@ PUBLIC = {
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",
     "fl_adapters.lightning": "FederatedCallback",
+    "fl_adapters.torch": "FederatedLoop",
     "fl_adapters.monai": "FederatedHandler run_client_algo",
     "fl_adapters.xgboost": """
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
