@@ -152,6 +152,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "dp_accounting",
         "pyzipper",
         "ray",
+        "safetensors",
         "tenseal",
     }  # extras bring them, where they are asked for
     imported -= {"matplotlib"}  # another one: without it there is no heat map
