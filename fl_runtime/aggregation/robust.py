@@ -1,9 +1,8 @@
-"""Strategies that stay near the honest sites' mean while some sites send whatever they like.
+"""Robust strategies: they limit the influence of sites that send arbitrary updates.
 
-None of them trusts what a site says of itself: `num_examples` is not a weight here, every site counts once
-(NormBounding can be told otherwise). None takes extras (optimizer moments), which would be a way around it. Integer
-and boolean tensors become the lower median of the sites' values. All tensors of an update count, running statistics
-included.
+Every site has the same weight, since a hostile site could claim any number of examples (`NormBounding` has an option).
+Extras are refused, since a hostile site could use them to bypass the strategy. Integer and boolean tensors become the
+lower median of the sites' values. All tensors are covered, running statistics included.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, S
 
 @dataclass(frozen=True)
 class RobustStrategy(WeightsStrategy):
-    """What these strategies have in common: all updates at once, and no extras."""
+    """Base of the robust strategies: it collects all updates and refuses extras. A subclass adds `name` and `plan`."""
 
     weighted: ClassVar[bool] = False
 
     def check(self, update: Update) -> None:
-        """No extras."""
+        """Refuse updates with extras."""
         if update.extras:
             raise UpdateRefusedError(
                 f"the strategy {self.name} takes no tensors beside the weights, such as {next(iter(update.extras))}",
@@ -40,42 +39,60 @@ class RobustStrategy(WeightsStrategy):
             )
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """Waits for all updates."""
+        """Return an aggregator that waits for all updates."""
         return Gathered(base, allocate, self.plan)
 
     @abstractmethod
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
-        """What to do with each block of the updates."""
+        """Decide how the updates of a round are combined.
+
+        Args:
+            updates: All updates of the round.
+            base: The global model of the round.
+
+        Returns:
+            The function that combines each block of float tensors.
+        """
 
 
 @dataclass(frozen=True)
 class CoordinateMedian(RobustStrategy):
-    """x'_j = the median of the sites' x_ij, for every element j: of an even number, the mean of the middle two.
+    """The median of the sites' values for every element; of an even number, the mean of the middle two.
 
-    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", Definition 1. Holds
-    while less than half of the sites are hostile. Every site counts once, whatever its number of examples.
+    It is robust while less than half of the sites of a round are hostile. Every site has the same weight. It has no
+    arguments and needs no special capability.
+
+    Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", definition 1.
     """
 
     name: ClassVar[str] = "median"
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
-        """Element by element."""
+        """Take the median of every element, see `RobustStrategy.plan`."""
         return lambda values, base, which: _middle(values, (len(values) - 1) // 2)
 
 
 @dataclass(frozen=True)
 class TrimmedMean(RobustStrategy):
-    """x'_j = the mean of the sites' x_ij without the k largest and the k smallest, k = floor(trim n), for every j.
+    """For every element, the mean of the n sites' values without the k largest and the k smallest, k = floor(trim n).
 
-    Yin et al. 2018 (see CoordinateMedian), Definition 2. Holds while at most k of the n sites of a round are hostile.
-    Every site counts once, whatever its number of examples.
+    It is robust while at most k sites of a round are hostile. Every site has the same weight. Sites need no special
+    capability. The job's quorum must be large enough for k to be at least 1.
+
+    Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", definition 2.
+
+    Attributes:
+        trim: Share of values to remove on each side, greater than 0 and below 0.5.
+
+    Raises:
+        ConfigError: If `trim` is out of range.
     """
 
     name: ClassVar[str] = "trimmed-mean"
     trim: float = number(0.2, above=0, below=0.5)
 
     def check_sites(self, fewest: int) -> None:
-        """Someone must be trimmed."""
+        """Raise ConfigError if k would be 0 for `fewest` updates."""
         if self.trimmed(fewest) == 0:
             raise ConfigError(
                 f"the strategy {self.name} with trim={self.trim:g} trims nobody of {fewest} updates, the fewest that "
@@ -83,27 +100,35 @@ class TrimmedMean(RobustStrategy):
                 where="strategy",
                 fix=f"raise trim to at least {1 / fewest:.3g}, or min_sites"
                 if fewest > 2
-                else "give it three sites or more, and raise min_sites to as many",
+                else "use three sites or more, and raise min_sites to as many",
             )
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
-        """Element by element."""
+        """Take the trimmed mean of every element, see `RobustStrategy.plan`."""
         return lambda values, base, which: _middle(values, self.trimmed(len(values)))
 
     def trimmed(self, sites: int) -> int:
-        """k of so many sites."""
+        """Return k for a number of sites."""
         return math.floor(self.trim * sites + 1e-9)
 
 
 @dataclass(frozen=True)
 class Krum(RobustStrategy):
-    """x' = the mean of the m updates with the lowest scores; the score of an update is the sum of its squared
-    distances to the n - f - 2 updates that are closest to it.
+    """Krum and Multi-Krum: the mean of the m updates that lie closest to the others.
 
-    Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent"; with m = 1 it is
-    Krum, which takes one site's update as it is, with more Multi-Krum. f: how many hostile sites it is to withstand,
-    for which n >= 2 f + 3 updates are needed. Distances are over all float tensors, in float64. Every site counts
-    once, whatever its number of examples; of equal scores the earlier site's counts.
+    The score of an update is the sum of its squared distances to the n - f - 2 updates closest to it; the m updates
+    with the lowest scores are averaged. With m = 1 (Krum) the result is one site's update, unchanged. Distances are
+    over all float tensors, in float64. Every site has the same weight; of equal scores, the earlier site wins. Sites
+    need no special capability. The job's quorum must be at least 2 f + 3 and at least m + f.
+
+    Source: Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent".
+
+    Attributes:
+        f: Number of hostile sites to withstand, at least 0.
+        m: Number of updates to average, at least 1.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "krum"
@@ -111,12 +136,12 @@ class Krum(RobustStrategy):
     m: int = number(1, least=1)
 
     def check_sites(self, fewest: int) -> None:
-        """n >= 2 f + 3, and no more are averaged than are honest."""
+        """Raise ConfigError unless `fewest` is at least 2 f + 3 and at least m + f."""
         problem = None
         if fewest < 2 * self.f + 3:
             problem = f"needs at least 2 f + 3 = {2 * self.f + 3} updates a round to withstand f={self.f} hostile sites"
         elif self.m > fewest - self.f:
-            problem = f"cannot average m={self.m} updates where at most {fewest - self.f} of {fewest} are honest"
+            problem = f"cannot average m={self.m} updates when only {fewest - self.f} of {fewest} are surely honest"
         if problem:
             raise ConfigError(
                 f"the strategy {self.name} {problem}; this job lets a round close with {fewest}",
@@ -125,10 +150,10 @@ class Krum(RobustStrategy):
             )
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
-        """The mean over the chosen."""
+        """Average the m updates with the lowest scores, see `RobustStrategy.plan`."""
         if len(updates) < 2 * self.f + 3:
             raise RoundFailedError(
-                f"Krum needs {2 * self.f + 3} updates, and this round has {len(updates)}", fix="raise min_sites"
+                f"Krum needs {2 * self.f + 3} updates, but this round has {len(updates)}", fix="raise min_sites"
             )
         chosen = set(self.chosen(_squared_distances(updates, base)))
 
@@ -139,18 +164,35 @@ class Krum(RobustStrategy):
         return combine
 
     def chosen(self, squared: Array) -> list[int]:
-        """The m updates with the lowest scores. squared: distances between all, float64 [n, n]."""
+        """Select the updates to average.
+
+        Args:
+            squared: Squared distances between all updates, float64 [n, n].
+
+        Returns:
+            Indices of the m updates with the lowest scores.
+        """
         nearest = np.sort(squared, axis=1)[:, 1 : len(squared) - self.f - 1]  # 0 is the distance to itself
         return [int(index) for index in np.argsort(nearest.sum(axis=1), kind="stable")[: self.m]]
 
 
 @dataclass(frozen=True)
 class NormBounding(RobustStrategy):
-    """x' = x + the mean of the sites' d_i min(1, bound / |d_i|),  d_i = x_i - x,  |d_i| over all float tensors.
+    """Limits the norm of every site's change before averaging.
 
-    Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 4. bound: the longest step that one site
-    may ask for, in the Euclidean norm over the whole model. weights: "equal" counts every site once; "examples"
-    weighs by what the sites say, so a site that claims very many has the mean to itself.
+        x' = x + mean_i(d_i min(1, bound / |d_i|)),   d_i = x_i - x
+
+    |d_i| is the Euclidean norm over all float tensors. Sites need no special capability.
+
+    Source: Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 4.
+
+    Attributes:
+        bound: Largest norm of one site's change, in the unit of the weights, greater than 0.
+        weights: "equal" gives every site the same weight. "examples" weights by the numbers that the sites state, so a
+            site that claims very many examples dominates the mean.
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "norm-bounding"
@@ -159,7 +201,7 @@ class NormBounding(RobustStrategy):
     weights: Literal["equal", "examples"] = choice("equal", "examples")
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
-        """A weighted sum of the differences."""
+        """Average the limited differences, see `RobustStrategy.plan`."""
         norms = np.sqrt(_squared_norms(updates, base))
         factors = np.minimum(1.0, self.bound / np.maximum(norms, np.finfo(float).tiny))
         counts = np.array([u.site_weight if self.weights == "equal" else u.weight for u in updates])
@@ -178,13 +220,13 @@ class NormBounding(RobustStrategy):
 
 
 def _middle(values: Array, cut: int) -> Array:
-    """The mean over the rows, without the `cut` smallest and the `cut` largest of each column."""
+    """Return the mean of each column without its `cut` smallest and `cut` largest values."""
     values.sort(axis=0)
     return _mean(values[cut : len(values) - cut])
 
 
 def _mean(rows: Array) -> Array:
-    """In the order of the rows, in their dtype."""
+    """Return the mean of the rows, summed in their order and dtype."""
     total: Array = rows[0].copy()
     for row in rows[1:]:
         total += row
@@ -193,7 +235,7 @@ def _mean(rows: Array) -> Array:
 
 
 def _squared_norms(updates: Sequence[Update], base: Arrays) -> Array:
-    """|x_i - x|^2 over all float tensors, float64 [n]."""
+    """Return |x_i - x|^2 over all float tensors, float64 [n]."""
     total = np.zeros(len(updates))
     for which, difference in _differences(updates, base):
         total[which] += _square_sums(difference)
@@ -201,8 +243,10 @@ def _squared_norms(updates: Sequence[Update], base: Arrays) -> Array:
 
 
 def _squared_distances(updates: Sequence[Update], base: Arrays) -> Array:
-    """|x_i - x_j|^2 over all float tensors, float64 [n, n]. Computed pair by pair rather than as a matrix product:
-    the same bits with every number of threads, and zero where two are equal."""
+    """Return |x_i - x_j|^2 over all float tensors, float64 [n, n].
+
+    It is computed pair by pair, since a matrix product would depend on the number of threads and not give exact zeros.
+    """
     total = np.zeros((len(updates), len(updates)))
     for which, difference in _differences(updates, base):
         for row, one in enumerate(which):
@@ -212,7 +256,7 @@ def _squared_distances(updates: Sequence[Update], base: Arrays) -> Array:
 
 
 def _differences(updates: Sequence[Update], base: Arrays) -> Iterator[tuple[list[int], Array]]:
-    """(which updates, their x_i - x as float64 [n, elements]), block by block over all float tensors."""
+    """Yield (indices of updates, their x_i - x as float64 [n, elements]) for each block of the float tensors."""
     for _, x, which, values in tensors(updates, base):
         if is_floating(x.dtype) and values:
             for block in blocks(x.size):

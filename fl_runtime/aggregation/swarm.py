@@ -1,4 +1,4 @@
-"""Swarm learning: the aggregator's role moves among the sites; the server relays what they send each other."""
+"""The strategy `swarm`: in each round another site aggregates, and the server relays encrypted updates."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from fl_runtime.capabilities import SWARM, WEIGHTS
 from fl_runtime.errors import ConfigError
 
 RECEIPT = "swarm receipt"
-"""The encoding of what a site sends the server in place of an update: all that an update says, without tensors."""
+"""`Update.encoding` of a receipt: what a site sends the server in place of an update, without tensors."""
 
 _MISSING = "swarm missing "
 
 
 @dataclass(frozen=True)
 class Swarm(FedAvg):
-    """FedAvg, whose mean one of the sites forms: x_{r+1} = sum_i n_i x_i / sum_i n_i, with the bits that `fedavg` has.
+    """FedAvg in which a site, not the server, aggregates each round. The result has the same bits as that of `fedavg`.
 
-    After Warnat-Herresthal et al. 2021, "Swarm Learning for decentralized and confidential clinical machine learning",
-    whose leader of a round is a site that is chosen; there over a blockchain, here by the server, in an order that the
-    job's seed decides. Each site of a round sends its update to the round's aggregator, sealed, through the server,
-    which cannot read it; the aggregator sends the server the mean, which is the next global model. So the server holds
-    every global model, the first one included, and no site's update. Each aggregator sees the updates of its rounds.
+    The sites of a round send their updates to the round's aggregator, encrypted, through the server, which cannot read
+    them. The aggregator sends the mean to the server as the next global model. So the server sees every global model,
+    the initial one included, but no site's update. The aggregator of a round sees all updates of that round. The order
+    of aggregators follows from the job's seed. A round needs at least two sites, since the mean of one is its update.
+    Sites need the capability "swarm" and the package `cryptography`.
 
-    A round needs two sites, since the mean of one is its own update.
+    Source: Warnat-Herresthal et al. 2021, "Swarm Learning for decentralized and confidential clinical machine
+    learning", where a blockchain chooses the aggregator.
+
+    Attributes:
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "swarm"
@@ -36,14 +43,16 @@ class Swarm(FedAvg):
 
     @property
     def linear(self) -> bool:
-        """Nobody else may form the mean."""
+        """Always false: no filter of the server may compute the mean."""
         return False
 
     @property
     def relayed(self) -> bool:
+        """Always true: a site aggregates."""
         return True
 
     def check_sites(self, fewest: int) -> None:
+        """Raise ConfigError for a quorum of fewer than two sites."""
         if fewest < 2:
             raise ConfigError(
                 "swarm needs at least 2 sites in a round: the mean of one is that site's own update",
@@ -53,18 +62,26 @@ class Swarm(FedAvg):
 
 
 def in_turn(sites: Sequence[str], round: int, seed: int) -> list[str]:
-    """The sites in the order in which they are asked to be the aggregator of a round: a lap in an order that the seed
-    draws, from another place in every round."""
+    """Return the sites in the order in which they are asked to aggregate a round.
+
+    Args:
+        sites: The sites of the round.
+        round: The round.
+        seed: The job's seed, which determines one order; each round starts at the next place in it.
+
+    Returns:
+        All sites; the second is asked if the first does not aggregate, and so on.
+    """
     order = [sites[index] for index in np.random.default_rng(seed).permutation(len(sites))]
     first = (round - 1) % len(order)
     return order[first:] + order[:first]
 
 
 def missing(site: str) -> str:
-    """The encoding of what an aggregator sends that has not got this site's update."""
+    """Return the `Update.encoding` with which an aggregator reports that it did not get this site's update."""
     return _MISSING + site
 
 
 def named_missing(encoding: str) -> str | None:
-    """The site that `missing` was given; None for another encoding."""
+    """Return the site in an encoding that `missing` made, or None for any other encoding."""
     return encoding.removeprefix(_MISSING) if encoding.startswith(_MISSING) else None

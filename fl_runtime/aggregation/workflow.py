@@ -1,17 +1,16 @@
-"""Workflows: who gets the model in which round. A run of rounds in which all sites train is only the simplest.
+"""Workflows: which sites train in which round.
 
-A workflow is a function from the number of a round to a `RoundPlan`. It keeps nothing between rounds and draws nothing
-that the arguments do not decide, so a server that is killed asks again and goes on where it stood; every step is
-journaled, and its result is the next global model, by the strategy's aggregator. `Workflow` gives the verbs:
+A workflow maps the number of a round to a `RoundPlan`. It keeps no state and uses no randomness that its arguments do
+not determine, so a killed server asks again and gets the same plan. `Workflow` offers functions that make plans:
 
-    broadcast()            all sites that are there train on the global model, and the round waits for all of them
-    broadcast(to)          only these sites; the others wait for a round of theirs
-    broadcast(answers=k)   the round waits for k answers; what comes later is dropped, or with `late: carry` of the
-                           job, counts in the next round
-    send(site)             one site alone; what it sends back is the next global model
-    relay(sites, round)    the model goes from site to site: each goes on with what the one before has sent
+    broadcast()            all connected sites train on the global model, and the round waits for all of them
+    broadcast(to)          only these sites train; the others wait
+    broadcast(answers=k)   the round waits for k updates; later ones are dropped, or count in the next round if the job
+                           has `late: carry`
+    send(site)             one site trains, and its update is the next global model
+    relay(sites, round)    the sites take turns, each continuing with the model of the one before
 
-A strategy is a workflow (all of them derive from `Workflow`); one with a course of its own overrides `step`:
+Every strategy is a workflow. A strategy with a workflow of its own overrides `plan_round`:
 
     @dataclass(frozen=True)
     class TwoHospitalsFirst(FedAvg):
@@ -20,7 +19,7 @@ A strategy is a workflow (all of them derive from `Workflow`); one with a course
         def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
             return self.broadcast(present[:2]) if round <= 5 else self.broadcast()
 
-After the last round, `scored_by` says which models a site evaluates, where the job wants that at all (`cross_site`).
+In a job with `cross_site`, `scored_by` chooses the models that a site evaluates after the last round.
 """
 
 from __future__ import annotations
@@ -31,39 +30,69 @@ from fl_runtime.types import RoundPlan
 
 
 class Workflow:
-    """Base of all strategies: the verbs, and the course of most runs."""
+    """Base of all strategies: functions that make round plans, and the plan of most runs."""
 
     @property
     def buffer(self) -> int | None:
-        """None: rounds, for which `step` is asked. k: no site ever waits, and every k updates make the next model."""
+        """Number of updates that make a new global model in a run without rounds; None for a run with rounds."""
         return None
 
     @property
     def relayed(self) -> bool:
-        """Whether a site forms the sum of a round, and not the server."""
+        """Whether a site, not the server, aggregates a round."""
         return False
 
     def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
-        """What happens in a round (1, 2, ...). present: the sites that are there, in the job's order."""
+        """Plan a round. It must return the same plan for the same arguments.
+
+        Args:
+            round: Number of the round, from 1.
+            present: Names of the sites that are connected, in the job's order.
+
+        Returns:
+            The plan. By default, all sites train.
+        """
         return self.broadcast()
 
     def scored_by(self, site: str, models: Sequence[str]) -> Sequence[str]:
-        """In a job with `cross_site`, after the last round: which of these models, the "global" one and those of the
-        sites by their names, this site evaluates on its own data. By default all of them."""
+        """Choose the models that a site evaluates on its data after the last round of a job with `cross_site`.
+
+        Args:
+            site: Name of the site.
+            models: "global", and the names of the sites whose models there are.
+
+        Returns:
+            Some of `models`; by default all of them.
+        """
         return models
 
     @staticmethod
     def broadcast(to: Sequence[str] | None = None, *, answers: int | None = None) -> RoundPlan:
-        """The global model to these sites, None: to all that are there; the round waits for so many answers, None:
-        for all."""
+        """Plan a round in which several sites train on the global model.
+
+        Args:
+            to: Names of the sites; None for all that are connected.
+            answers: Number of updates that the round waits for; None for all.
+
+        Returns:
+            The plan.
+        """
         return RoundPlan(None if to is None else tuple(to), answers)
 
     @staticmethod
     def send(site: str) -> RoundPlan:
-        """The global model to one site."""
+        """Plan a round in which one site trains."""
         return RoundPlan((site,))
 
     @classmethod
     def relay(cls, sites: Sequence[str], round: int) -> RoundPlan:
-        """The round's place in laps from the first of these sites to the last, again and again."""
+        """Plan a round in which one site trains, in turn.
+
+        Args:
+            sites: Names of the sites in the order of their turns.
+            round: Number of the round, from 1.
+
+        Returns:
+            The plan for the site whose turn it is.
+        """
         return cls.send(sites[(round - 1) % len(sites)])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xgboost
 
-from fl_runtime.aggregation.metrics.quantiles import Summary
+from fl_runtime.aggregation.metrics.quantiles import QuantileSummary
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array
 
@@ -50,7 +50,9 @@ def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
     return found
 
 
-def summary(rows: dict[str, Array], kinds: list[str] | None, max_bin: int, min_rows: int, noise: float) -> Summary:
+def summary(
+    rows: dict[str, Array], kinds: list[str] | None, max_bin: int, min_rows: int, noise: float
+) -> QuantileSummary:
     """Summarise every feature by weighted points, from which the server computes the bins of all sites.
 
     There are at most four points per bin. A point stands for at least `min_rows` rows: it is a value that so many rows
@@ -85,7 +87,7 @@ def summary(rows: dict[str, Array], kinds: list[str] | None, max_bin: int, min_r
         found, weight = _points(values[finite], weights[row_of[chosen[: len(values)]]][finite], max_bin, min_rows)
         points.append(_moved(found, noise, draw) if noise else found)
         shares.append(weight)
-    return Summary(tuple(points), tuple(shares), levels, max_bin)
+    return QuantileSummary(tuple(points), tuple(shares), levels, max_bin)
 
 
 def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Ditto (Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization", Algorithm 1)."""
+"""The strategy `ditto`: a global model, and a personal model for each site."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ from fl_runtime.types import Settings
 
 @dataclass(frozen=True)
 class Ditto(FedAvg):
-    """FedAvg for the global model w, and beside it a personal model v_i for each site, which never leaves it.
+    """FedAvg for the global model w, and a personal model v_i for each site, which never leaves it.
 
-    In every round a site trains w as always, and then v_i for as many steps again, each with the gradient
-    g + lam (v_i - w), where w is the global model that the round began with. v_i begins as the first global model.
-    lam: at least 0; 0 is purely local training. The paper tries 0.05 to 2.
+    In every round a site trains w as usual, then v_i for the same number of steps with the gradient g + lam (v_i - w),
+    where w is the global model that the round began with. v_i is initially the first global model. Sites need the
+    capability "personal-model".
+
+    Source: Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization", algorithm 1.
+
+    Attributes:
+        lam: Strength of the pull towards the global model, at least 0; 0 is purely local training. The paper tries 0.05
+            to 2.
+        weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "ditto"
@@ -27,5 +37,5 @@ class Ditto(FedAvg):
     lam: float = number(0.1, least=0)
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """The second phase of each round."""
+        """Return the setting that makes sites train a personal model."""
         return LocalTerms(personal_mu=self.lam).to_config()

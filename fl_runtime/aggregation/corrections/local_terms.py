@@ -1,4 +1,4 @@
-"""What a strategy may ask of local training: how a server says it, and how a site reads it."""
+"""Local-training changes required by a strategy (FedProx, SCAFFOLD, Ditto), as they travel in a task's config."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _CONTROL = "control/"
 
 @dataclass(frozen=True)
 class LocalTerms:
-    """How local steps differ from those of the script alone; travels in a task's config.
+    """Changes to the local training of a round.
 
-    proximal_mu: each gradient g becomes g + mu (w - w_global). control_variates: it becomes g + c - c_i, and the site
-    sends how its c_i changes. personal_mu: each round has a second phase, with the proximal term of this mu, for a
-    model of the site's own; None: it has not.
+    Attributes:
+        proximal_mu: Each gradient g becomes g + proximal_mu (w - w_global); 0 for no proximal term.
+        control_variates: Each gradient g becomes g + c - c_i, and the site sends the change of its c_i.
+        personal_mu: Proximal term of a second phase, in which the site trains its personal model; None for no such
+            phase.
     """
 
     proximal_mu: float = 0.0
@@ -27,12 +29,22 @@ class LocalTerms:
     personal_mu: float | None = None
 
     def to_config(self) -> Settings:
-        """JSON values; only what is asked for."""
+        """Return the changes as JSON values; those that are not required are left out."""
         return {name: value for name, value in asdict(self).items() if value != getattr(LocalTerms, name)}
 
     @classmethod
     def from_config(cls, config: Settings) -> Self:
-        """What `config` asks for. Raises ProtocolError for values that no strategy gives."""
+        """Read the changes from a task's config.
+
+        Args:
+            config: `Task.config`.
+
+        Returns:
+            The changes.
+
+        Raises:
+            ProtocolError: If a value is not a number of at least 0.
+        """
         personal = config.get("personal_mu")
         return cls(
             _mu(config.get("proximal_mu", 0.0)),
@@ -47,17 +59,17 @@ class LocalTerms:
 
 
 def control_extras(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Control variates by the names under which they travel beside the weights."""
+    """Return control variates under their names as extras: parameter name -> "control/" + name."""
     return {_CONTROL + name: array for name, array in arrays.items()}
 
 
 def control_of(extras: Arrays) -> dict[str, Array]:
-    """The control variates among what travelled beside the weights, by parameter name."""
+    """Return the control variates among an update's extras, by parameter name."""
     return {name.removeprefix(_CONTROL): array for name, array in extras.items() if is_control(name)}
 
 
 def without_control(names: Iterable[str]) -> list[str]:
-    """The names of what else travelled beside the weights."""
+    """Return the names of extras that are not control variates."""
     return [name for name in names if not is_control(name)]
 
 
@@ -68,5 +80,5 @@ def is_control(name: str) -> bool:
 
 def _mu(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ProtocolError(f"a task asks for a proximal term of mu={value!r}", fix="mu is a number of at least 0")
+        raise ProtocolError(f"a task has a proximal term of mu={value!r}", fix="give a number of at least 0 for mu")
     return float(value)

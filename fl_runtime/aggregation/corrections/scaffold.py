@@ -1,5 +1,4 @@
-"""SCAFFOLD (Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
-Algorithm 1)."""
+"""The strategy `scaffold`: control variates correct the drift of local training."""
 
 from __future__ import annotations
 
@@ -18,17 +17,31 @@ from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, S
 
 @dataclass(frozen=True)
 class Scaffold(WeightsStrategy):
-    """x' = x + lr (mean_i y_i - x);  c' = c + (|S| / N) mean_i (c_i' - c_i), over the sites S of the round, of N.
+    """Stochastic controlled averaging: control variates correct the gradients of each site.
 
-    At site i every gradient g of the loss becomes g + c - c_i before the optimizer's step. After K steps:
-    - option II, where the optimizer is SGD without momentum: c_i' = c_i - c + (x - y_i) / (K rate), with the sum of
-      the steps' rates for K rate, so that a schedule may change them;
-    - with every other optimizer a variant that is ours, "mean gradient": c_i' is the mean of the K gradients, as they
-      were before c - c_i was added. With plain SGD of one rate, and without clipping, the two are the same.
+        x' = x + lr (mean_i y_i - x),   c' = c + (|S| / N) mean_i (c_i' - c_i)
 
-    c and c_i begin with 0. c travels beside the weights, and the change of c_i beside each update, so both ways take
-    twice the bytes. c is a part of the committed model; c_i stays at its site. lr: of the paper's server step.
-    weights: of the means over the sites; the paper counts every site once ("equal").
+    S are the sites of the round, N is the number of all sites, and y_i are the weights of site i after training. At
+    site i every gradient g of the loss becomes g + c - c_i before the optimizer step. After K steps, the site sets:
+
+    - for SGD without momentum (option II of the paper): c_i' = c_i - c + (x - y_i) / (K rate), where the sum of the
+      steps' learning rates stands for K rate, so that a schedule may change them;
+    - for every other optimizer (our variant, "mean gradient"): c_i' is the mean of the K gradients before the
+      correction. For SGD with a constant learning rate and without clipping, both are the same.
+
+    c and c_i are initially 0. c travels beside the weights and the change of c_i beside each update, so both directions
+    need twice the bytes. c is part of the committed model; c_i stays at its site. Sites need the capability
+    "gradient-correction".
+
+    Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1.
+
+    Attributes:
+        lr: Learning rate of the server, greater than 0.
+        weights: The means are weighted by numbers of "examples", or all sites count the same ("equal", as in the
+            paper).
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "scaffold"
@@ -38,25 +51,25 @@ class Scaffold(WeightsStrategy):
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """That gradients are corrected."""
+        """Return the setting that makes sites correct their gradients."""
         return LocalTerms(control_variates=True).to_config()
 
     def check(self, update: Update) -> None:
-        """An update without control variates would leave c wrong for good."""
+        """Refuse an update without control variates, since c would stay wrong for the rest of the run."""
         if update.round > 0 and not any(is_control(name) for name in update.extras):
             raise UpdateRefusedError(
                 "the update has no control variates",
                 where=f"site {update.site}, round {update.round}",
-                fix="use an adapter that supports scaffold; a filter must let the extras through",
+                fix="use an adapter that supports scaffold, and no filter that removes extras",
             )
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """The means of the round, and then the two steps."""
+        """Return an aggregator that averages the updates, then steps x and c."""
         return _Scaffold(base, WeightedMean(allocate, equal=self.weights == "equal"), state.extras, self.lr)
 
 
 class _Scaffold:
-    """Sums like FedAvg. A site sends its share of the change of c, (c_i' - c_i) / N, so their sum is what c gets."""
+    """Averages like FedAvg. A site sends (c_i' - c_i) / N, so c changes by the sum over the sites."""
 
     def __init__(self, base: Arrays, mean: WeightedMean, control: Arrays, lr: float) -> None:
         self._base, self._mean, self._control, self._lr, self._count = base, mean, control, lr, 0
@@ -80,7 +93,7 @@ class _Scaffold:
 
 
 def _step(mean: Array, base: Array, lr: float) -> None:
-    """`mean` becomes x + lr (mean - x)."""
+    """Replace `mean` by x + lr (mean - x)."""
     for block in blocks(mean.size):
         x = base[block].astype(mean.dtype)
         mean[block] -= x

@@ -1,1 +1,1 @@
-"""Strategies for LoRA adapters."""
+"""Strategies for models with LoRA adapters."""

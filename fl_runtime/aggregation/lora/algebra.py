@@ -1,4 +1,4 @@
-"""Products of two thin matrices, never formed: all that is done with them goes through QR of their factors."""
+"""Low-rank algebra: products of two thin matrices are factorised by QR without being computed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import numpy as np
 from fl_runtime.types import Array
 
 _NOTHING = 1e-9
-"""Singular values below this share of the largest are nothing: float32 factors do not resolve them."""
+"""Singular values below this share of the largest count as 0, since float32 factors do not resolve them."""
 
 
 def factorized(left: Array, right: Array, rank: int | None = None) -> tuple[Array, Array]:
-    """The best approximation of left @ right with at most so many dimensions, as (U S, V^T).
+    """Compute the best approximation of left @ right of limited rank, as factors (U S, V^T).
 
-    left: [m, c], right: [c, n], float64. rank: None keeps all of the product, whose rank may be 0. Where `rank` is
-    more than the product has, what is left of U S is zero, and of V^T orthonormal: a LoRA module can go on from there
-    as it does from its own beginning, where B is zero and A is not. Costs O((m + n) c^2) (QR of both factors, then an
-    SVD of the small core; Golub and Van Loan, "Matrix Computations", section 5.2 and 8.6). The sign of each pair of
-    singular vectors is the one that makes the largest entry of the right one positive.
+    It takes O((m + n) c^2) operations: QR of both factors, then an SVD of the small core (Golub and Van Loan, "Matrix
+    Computations", sections 5.2 and 8.6). The largest entry of each right singular vector is positive, which fixes the
+    signs. If `rank` exceeds the rank of the product, the remaining columns of U S are 0 and the remaining rows of V^T
+    orthonormal. A LoRA module can be trained from there, as from its initial state, where B is 0 and A is not.
+
+    Args:
+        left: [m, c], float64.
+        right: [c, n], float64.
+        rank: Largest rank; None keeps the rank of the product, which may be 0.
+
+    Returns:
+        U S [m, r] and V^T [r, n].
     """
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)

@@ -1,8 +1,8 @@
-"""The two factors of a LoRA module, found by the names that PEFT gives them.
+"""Names of the two factors of LoRA modules in PEFT models.
 
 LoRA (Hu et al. 2021) adds s B A to a frozen weight: B is [out, r], A is [r, in]. PEFT names them ".lora_A.weight" and
-".lora_B.weight"; those of an embedding ".lora_embedding_A" and ".lora_embedding_B". Adapters that transformers has
-injected itself have the adapter's name in between: ".lora_A.default.weight".
+".lora_B.weight", and those of an embedding ".lora_embedding_A" and ".lora_embedding_B". Adapters that transformers
+injects itself have the adapter's name in between: ".lora_A.default.weight".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 Factor = Literal["A", "B"]
 
 FROZEN = "lora_frozen"
-"""Setting of a task: the factor that is not trained in its round."""
+"""Setting of a task: the factor ("A" or "B") that stays fixed in its round."""
 
 _FACTOR = re.compile(
     r"(?:^|\.)lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)$"
@@ -25,14 +25,19 @@ _PATTERNS = {"A": ("*lora_A.*weight", "*lora_embedding_A*"), "B": ("*lora_B.*wei
 
 @dataclass(frozen=True)
 class Pair:
-    """The names of one module's factors."""
+    """The tensor names of one module's factors.
+
+    Attributes:
+        a: Name of the factor A, [r, in].
+        b: Name of the factor B, [out, r].
+    """
 
     a: str
     b: str
 
 
 def factor_of(name: str) -> Factor | None:
-    """Which factor a tensor is; None for any other tensor, DoRA's magnitudes and biases among them."""
+    """Return which factor a tensor is, judged by its name; None for other tensors, such as DoRA's magnitudes."""
     found = _FACTOR.search(name)
     if found is None:
         return None
@@ -40,9 +45,9 @@ def factor_of(name: str) -> Factor | None:
 
 
 def pairs_of(names: Iterable[str]) -> list[Pair]:
-    """The modules of which both factors are there, in the order of `names`."""
+    """Return the modules whose factors are both among the names, in their order."""
     known = list(names)
-    there, found = set(known), []
+    there, pairs = set(known), []
     for name in known:
         if factor_of(name) == "A":
             match = _FACTOR.search(name)
@@ -50,10 +55,10 @@ def pairs_of(names: Iterable[str]) -> list[Pair]:
             at = match.end("linear") if match["linear"] else match.end("embedding")
             partner = f"{name[: at - 1]}B{name[at:]}"
             if partner in there:
-                found.append(Pair(name, partner))
-    return found
+                pairs.append(Pair(name, partner))
+    return pairs
 
 
 def patterns_of(factor: Factor) -> tuple[str, ...]:
-    """Shell patterns that match the names of this factor and no other tensor of a PEFT adapter."""
+    """Return name patterns (`fnmatch`) that match this factor and no other tensor of a PEFT adapter."""
     return _PATTERNS[factor]

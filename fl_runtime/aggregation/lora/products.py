@@ -1,13 +1,13 @@
-"""LoRA: the strategies that form the mean of the sites' products, sum_i p_i s_i B_i A_i, exactly.
+"""LoRA strategies that average the sites' products, sum_i p_i s_i B_i A_i, exactly.
 
-Their updates hold factors in the encoding ENCODING: every B is multiplied by its site's own scale s (alpha / r, or
-alpha / sqrt(r)), so the server needs to know of no scales, and sites may differ in them. In the global model the two
-factors of a module have whatever rank the strategy gives them; B A is all that has been learnt, relative to the base
-that the sites began with, so the global model is an adapter of scale 1 for that base. A site takes of it what
-`site_part` says: factors that it trains, and the rest, which it adds to its base weight.
+Updates have the encoding "lora-factors": every B is multiplied by its site's scale s (alpha / r, or alpha / sqrt(r)).
+So the server need not know the scales, and sites may have different ones. In the global model, B A is everything that
+has been learnt relative to the initial base weights; its rank depends on the strategy. So the global model is an
+adapter of scale 1 for those base weights. `site_part` says which part of it a site trains; it adds the rest to its base
+weights.
 
-Tensors that are no factors (DoRA's magnitudes, biases, modules to save) are averaged. With DoRA, what is said of
-products holds for the direction, W + s B A, which the magnitudes scale.
+All other tensors (DoRA's magnitudes, biases, modules to save) are averaged. With DoRA, the formulas hold for the
+direction W + s B A, which the magnitudes scale.
 """
 
 from __future__ import annotations
@@ -28,19 +28,26 @@ from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, ServerState, Settings, Update
 
 ENCODING = "lora-factors"
-"""Of an update whose factors these are, B multiplied by its site's scale."""
+"""`Update.encoding` of factors in which B is multiplied by its site's scale."""
 
 SitePart = Literal["first", "mean", "none"]
 
 
 @dataclass(frozen=True)
 class LoraProducts(Described):
-    """What these strategies have in common.
+    """Base of the strategies that average products. A subclass adds `name`, `site_part` and `combined`.
 
-    site_part: what a site trains of the global factors: the "first" of its rank, and it drops the rest; those of its
-    rank, which are the "mean", and the rest goes to its base; or "none" of them: all go to the base, and the site
-    begins with a new A and B = 0. mixed: sites may have different ranks. weights: p_i is the site's share of all
-    "examples", or the same for every site ("equal").
+    Attributes:
+        content: What updates hold: "encoded".
+        initial: Whose weights the initial model is made of, see `Strategy`.
+        linear: Always false: the strategy needs every update.
+        weighted: Whether `site_weights` of the job have an effect.
+        requires: Capabilities that every site's adapter must have.
+        site_part: The part of the global factors that a site trains. "first": the first r dimensions, r being its own
+            rank; it drops the rest. "mean": the first r dimensions; it adds the rest to its base weights. "none": it
+            adds everything to its base weights and starts with a new A and B = 0.
+        mixed: Whether sites may have different ranks.
+        weights: p_i is the site's share of all "examples", or the same for every site ("equal").
     """
 
     content: ClassVar[Content] = "encoded"
@@ -54,20 +61,20 @@ class LoraProducts(Described):
 
     @property
     def changes_base(self) -> bool:
-        """Whether a site adds to its base weights."""
+        """Whether sites change their base weights."""
         return self.site_part != "first"
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The rank of a factor may differ, where ranks may."""
+        """Return the shape with -1 for the rank of a factor, if sites may have different ranks."""
         factor = factor_of(name) if self.mixed and len(shape) == 2 else None
         return (-1, shape[1]) if factor == "A" else (shape[0], -1) if factor == "B" else shape
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """Nothing: what a site does follows from the strategy's name."""
+        """Return no settings: what a site does follows from the strategy's name."""
         return {}
 
     def check(self, update: Update) -> None:
-        """Factors that can be multiplied, and no extras."""
+        """Refuse updates that have extras or are not complete pairs of matching factors."""
         where = f"update of {update.site}, round {update.round}"
         if (update.content, update.encoding) != ("encoded", ENCODING):
             raise UpdateRefusedError(f"an update of content {update.content!r} where factors are wanted", where=where)
@@ -89,44 +96,65 @@ class LoraProducts(Described):
                 )
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        """Waits for all updates; they lie in files of the server until then."""
+        """Return an aggregator that waits for all updates, which lie in files of the server until then."""
         return _Products(self, base, allocate)
 
     @abstractmethod
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
-        """The next global factors of one module, of those that the sites send and their shares, which sum to 1.
-        All float64."""
+        """Compute the next global factors of one module, in float64.
+
+        Args:
+            base: The global factors of the round.
+            sites: The factors that the sites sent.
+            shares: The share p_i of each site; their sum is 1.
+
+        Returns:
+            The next global factors.
+        """
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
-        """None: the model is a plain file of tensors."""
+        """Return None: the model is stored as a plain tensor file."""
         return None
 
 
 @dataclass(frozen=True)
 class Factors:
-    """b: [out, rank], with the scale; a: [rank, in]. Their product is what a module adds to its weight."""
+    """The factors of one module, whose product b a is added to its weight.
+
+    Attributes:
+        b: [out, rank], multiplied by the scale.
+        a: [rank, in].
+    """
 
     b: Array
     a: Array
 
     @property
     def rank(self) -> int:
-        """May be 0 for what lies in the base."""
+        """Number of dimensions, which may be 0."""
         return int(self.a.shape[0])
 
     def after(self, rank: int) -> Factors:
-        """Without the first `rank` dimensions."""
+        """Return the factors without the first `rank` dimensions."""
         return Factors(self.b[:, rank:], self.a[rank:])
 
 
 @dataclass(frozen=True)
 class FlexLoRA(LoraProducts):
-    """B' A' = the best approximation of sum_i p_i s_i B_i A_i with R dimensions (truncated SVD); a site takes the
-    first r_i of them.
+    """B' A' is the best approximation of sum_i p_i s_i B_i A_i with rank R (truncated SVD).
 
-    Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources".
-    rank: R; 0 takes the largest of the sites' ranks. The base is not changed. What a site of a smaller rank does not
-    take is not lost: it is in the global model, but no update of that site contains it.
+    A site of rank r_i trains the first r_i dimensions. The others stay in the global model, but that site's updates do
+    not contain them. Base weights are not changed. Sites need a model with a LoRA adapter; ranks may differ.
+
+    Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+    Resources".
+
+    Attributes:
+        rank: R, at least 1; 0 takes the largest of the sites' ranks.
+        weights: p_i is the site's share of all "examples", or the same for every site ("equal").
+
+    Raises:
+        ConfigError: If an argument is out of range.
     """
 
     name: ClassVar[str] = "flexlora"
@@ -134,19 +162,29 @@ class FlexLoRA(LoraProducts):
     rank: int = number(0, least=0)
 
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
-        """See the class."""
+        """Compute the truncated SVD, see `LoraProducts.combined`."""
         rank = self.rank or max(site.rank for site in sites)
         return _factors(_stacked(sites, shares), max(rank, 1))
 
 
 @dataclass(frozen=True)
 class FedExLoRA(LoraProducts):
-    """B' = sum_i p_i B_i,  A' = sum_i p_i A_i;  W' = W + s (sum_i p_i B_i A_i - B' A').
+    """Averages both factors and adds the residual to the base weights.
 
-    Singhal et al. 2024, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models".
-    The residual is sum_i p_i (B_i - B')(A_i - A'), of at most (sites - 1) r dimensions. Those of all rounds lie behind
-    the first r dimensions of the global factors, so a site that comes late or again has the same base as the others.
-    All sites have one rank.
+        B' = sum_i p_i B_i,   A' = sum_i p_i A_i,   W' = W + s (sum_i p_i B_i A_i - B' A')
+
+    The residual equals sum_i p_i (B_i - B')(A_i - A') and has at most (sites - 1) r dimensions. The residuals of all
+    rounds follow the first r dimensions of the global factors, so a site that joins late or rejoins has the same base
+    weights as the others. Sites need a model with a LoRA adapter, all of the same rank.
+
+    Source: Singhal et al. 2024, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
+    Models".
+
+    Attributes:
+        weights: p_i is the site's share of all "examples", or the same for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "fedex-lora"
@@ -154,7 +192,7 @@ class FedExLoRA(LoraProducts):
     mixed: ClassVar[bool] = False
 
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
-        """See the class."""
+        """Compute the means and the residual, see `LoraProducts.combined`."""
         b = sum(p * site.b for p, site in zip(shares, sites, strict=True))
         a = sum(p * site.a for p, site in zip(shares, sites, strict=True))
         deviations = _stacked([Factors(site.b - b, site.a - a) for site in sites], shares)
@@ -164,25 +202,34 @@ class FedExLoRA(LoraProducts):
 
 @dataclass(frozen=True)
 class FLoRA(LoraProducts):
-    """W' = W + sum_i p_i s_i B_i A_i, formed by stacking: [p_1 s_1 B_1, ..., p_k s_k B_k] [A_1; ...; A_k].
+    """Adds the mean of the products to the base weights: W' = W + sum_i p_i s_i B_i A_i.
 
-    Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations".
-    Every site merges the stack into its base and begins each round with a new A and B = 0. The stacks of all rounds
-    are in the global factors (brought to as many dimensions as their product has), so a site that comes late or again
-    has the same base as the others.
+    The sum is formed by stacking: [p_1 s_1 B_1, ..., p_k s_k B_k] [A_1; ...; A_k]. Every site adds it to its base
+    weights and starts each round with a new A and B = 0. The global factors hold the stacks of all rounds, reduced to
+    the rank of their product, so a site that joins late or rejoins has the same base weights as the others. Sites need
+    a model with a LoRA adapter; ranks may differ.
+
+    Source: Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+    Adaptations".
+
+    Attributes:
+        weights: p_i is the site's share of all "examples", or the same for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "flora"
     site_part: ClassVar[SitePart] = "none"
 
     def combined(self, base: Factors, sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
-        """See the class."""
-        found = _factors(_joined([base, _stacked(sites, shares)]))
-        return found if found.rank else Factors(0 * base.b[:, :1], base.a[:1])  # nothing has been learnt yet
+        """Stack the factors onto those of the base, see `LoraProducts.combined`."""
+        stack = _factors(_joined([base, _stacked(sites, shares)]))
+        return stack if stack.rank else Factors(0 * base.b[:, :1], base.a[:1])  # nothing has been learnt yet
 
 
 class _Products:
-    """One round: the strategy's `combined` for every module, and the mean of everything else."""
+    """The aggregator of one round: `combined` for every module, and the mean of all other tensors."""
 
     def __init__(self, strategy: LoraProducts, base: Arrays, allocate: Allocate) -> None:
         self._strategy, self._base, self._allocate = strategy, base, allocate
@@ -223,12 +270,12 @@ def _wide(arrays: Mapping[str, Array], pair: Pair) -> Factors:
 
 
 def _stacked(sites: Sequence[Factors], shares: Sequence[float]) -> Factors:
-    """The weighted sum of products, as one product."""
+    """Return the weighted sum of products as one product."""
     return _joined([Factors(share * site.b, site.a) for share, site in zip(shares, sites, strict=True)])
 
 
 def _joined(parts: Sequence[Factors]) -> Factors:
-    """The sum of products, as one product."""
+    """Return the sum of products as one product."""
     return Factors(np.concatenate([part.b for part in parts], axis=1), np.concatenate([part.a for part in parts]))
 
 

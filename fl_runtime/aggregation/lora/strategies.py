@@ -1,9 +1,10 @@
-"""LoRA: the strategies that average factors.
+"""LoRA strategies that average the factors A and B.
 
-A site's weight is W_i = W + s B_i A_i. mean(B) mean(A) is not mean(B A): `FedIT` lives with that, `FFALoRA`, `RoLoRA`
-and `FedSALoRA` let one factor alone differ between sites, so that what they average is exact. All other tensors that
-travel (DoRA's magnitudes, biases, modules to save) are averaged. All sites have the same rank. The base is never
-changed, so it may be quantised. lora_products.py has the strategies that form the mean of the products.
+A site's weight is W_i = W + s B_i A_i. The product of the means, mean(B) mean(A), differs from mean(B A). `FedIT`
+accepts that. `FFALoRA`, `RoLoRA` and `FedSALoRA` let only one factor differ between sites, so that their averages are
+exact. All other tensors that travel (DoRA's magnitudes, biases, modules to save) are averaged. All sites need the same
+rank. The base weights are never changed, so they may be quantised. See products.py for strategies that average the
+products B A.
 """
 
 from __future__ import annotations
@@ -20,27 +21,41 @@ from fl_runtime.types import Settings
 
 @dataclass(frozen=True)
 class LoraAverage(FedAvg):
-    """What these strategies have in common. stays: the factor that never leaves a site, "" for none."""
+    """Base of the strategies that average factors.
+
+    Attributes:
+        requires: Capabilities that every site's adapter must have.
+        stays: The factor that never leaves a site; "" for none.
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+    """
 
     requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, LORA})
     stays: ClassVar[Literal["", "A", "B"]] = ""
 
     def frozen(self, round: int) -> Factor | None:
-        """The factor that no site trains in this round."""
+        """Return the factor that stays fixed in this round, or None if both are trained."""
         return None
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        """Tells the sites what is frozen."""
+        """Return the setting that names the fixed factor."""
         frozen = self.frozen(round)
         return {FROZEN: frozen} if frozen else {}
 
 
 @dataclass(frozen=True)
 class FedIT(LoraAverage):
-    """A' = sum_i p_i A_i,  B' = sum_i p_i B_i,  p_i = n_i / sum n: what `fedavg` does with a PEFT model.
+    """Averages both factors: A' = sum_i p_i A_i,  B' = sum_i p_i B_i,  p_i = n_i / sum n.
 
-    Zhang et al. 2024, "Towards Building the Federated GPT: Federated Instruction Tuning". The product B'A' is not the
-    mean of the sites' products.
+    This is what `fedavg` does with a PEFT model. The product B'A' is not the mean of the sites' products. Sites need a
+    model with a LoRA adapter, all of the same rank.
+
+    Source: Zhang et al. 2024, "Towards Building the Federated GPT: Federated Instruction Tuning".
+
+    Attributes:
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "fedit"
@@ -48,46 +63,70 @@ class FedIT(LoraAverage):
 
 @dataclass(frozen=True)
 class FFALoRA(LoraAverage):
-    """A is what it was at the start, the same at all sites; B' = sum_i p_i B_i, so that B'A = sum_i p_i B_i A.
+    """Keeps A fixed and averages B: B' = sum_i p_i B_i, so that B'A = sum_i p_i B_i A exactly.
 
-    Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning". A does not travel: the handshake
-    compares its fingerprint.
+    A is the initial one, equal at all sites. It does not travel; the handshake compares its fingerprint. Sites need a
+    model with a LoRA adapter, all of the same rank.
+
+    Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning".
+
+    Attributes:
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "ffa-lora"
     stays: ClassVar[Literal["", "A", "B"]] = "A"
 
     def frozen(self, round: int) -> Factor | None:
-        """Always A."""
+        """Return "A", which stays fixed in every round."""
         return "A"
 
 
 @dataclass(frozen=True)
 class RoLoRA(LoraAverage):
-    """Odd rounds: A is frozen and B' = sum_i p_i B_i; even rounds: B is frozen and A' = sum_i p_i A_i.
+    """Alternates: B' = sum_i p_i B_i with A fixed in odd rounds, A' = sum_i p_i A_i with B fixed in even rounds.
 
-    Chen et al. 2024, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA". What is frozen is
-    the same at all sites, so the mean of the products is exact in every round. It does not travel to the server.
+    The fixed factor is equal at all sites, so the mean of the products is exact in every round. The fixed factor is not
+    sent to the server. Sites need a model with a LoRA adapter, all of the same rank.
+
+    Source: Chen et al. 2024, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA".
+
+    Attributes:
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "rolora"
 
     @property
     def linear(self) -> bool:
-        """False: updates lack a factor, so nobody else may form their mean."""
+        """Always false, since updates lack a factor."""
         return False
 
     def frozen(self, round: int) -> Factor | None:
-        """A in odd rounds: where B begins as zero, A would not move in the first."""
+        """Return "A" in odd rounds and "B" in even ones: B is initially 0, so A would have no gradient in round 1."""
         return "A" if round % 2 else "B"
 
 
 @dataclass(frozen=True)
 class FedSALoRA(LoraAverage):
-    """A' = sum_i p_i A_i; every site keeps a B_i of its own.
+    """Averages A, A' = sum_i p_i A_i, while every site keeps its own B_i.
 
-    Guo et al. 2024, "Selective Aggregation for Low-Rank Adaptation in Federated Learning". B neither travels nor is
-    reset, so the models of the sites differ after the run.
+    B_i never leaves its site and is not reset, so the sites' models differ after the run. Sites need a model with a
+    LoRA adapter, all of the same rank.
+
+    Source: Guo et al. 2024, "Selective Aggregation for Low-Rank Adaptation in Federated Learning".
+
+    Attributes:
+        weights: n_i is the site's number of "examples", or 1 for every site ("equal").
+
+    Raises:
+        ConfigError: If `weights` is neither.
     """
 
     name: ClassVar[str] = "fedsa-lora"

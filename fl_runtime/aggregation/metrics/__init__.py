@@ -1,1 +1,1 @@
-"""Metrics pooled over sites."""
+"""Metrics and quantile summaries, pooled over all sites."""

@@ -1,4 +1,7 @@
-"""Metrics of all sites together: what of them is no mean of the sites' values is pooled from summaries."""
+"""Pooled metrics: the value of a metric on the data of all sites together.
+
+Plain numbers are averaged. Metrics that are not means of the sites' values, such as AUC, are pooled from summaries.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,14 @@ _MAX_BINS = 2**16
 
 
 def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[str, float]:
-    """Every metric over the sites that gave it. A plain number is weighted by the site's number of examples.
+    """Pool every metric over the sites that reported it.
 
-    Parts are taken in the order given, so that the same parts in the same order give the same bits.
+    Args:
+        parts: The metrics and the number of examples of each site. A plain number is weighted by the latter. The result
+            depends on the order, so pass the same order for the same bits.
+
+    Returns:
+        Metric name -> pooled value, without metrics that no site could compute.
     """
     found: dict[str, list[Summary]] = {}
     for metrics, num_examples in parts:
@@ -28,27 +36,45 @@ def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[s
 
 
 def plain(metrics: Mapping[str, float | Summary]) -> dict[str, float]:
-    """The site's own values, where it has them."""
+    """Return a site's own values of its metrics as plain numbers, without NaN."""
     values = {name: m.value if isinstance(m, Summary) else m for name, m in metrics.items()}
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def to_json(metrics: Mapping[str, float | Summary]) -> dict[str, Any]:
+    """Return metrics as JSON values."""
     return {name: _summary_json(m) if isinstance(m, Summary) else float(m) for name, m in metrics.items()}
 
 
 def from_json(fields: object) -> dict[str, float | Summary]:
-    """What `to_json` wrote; plain numbers that are NaN are left out. ProtocolError for anything else."""
+    """Read metrics from JSON values.
+
+    Args:
+        fields: What `to_json` made; it may come from a hostile peer.
+
+    Returns:
+        The metrics, without plain numbers that are NaN.
+
+    Raises:
+        ProtocolError: If it is not a JSON object of numbers and summaries.
+    """
     try:
         assert isinstance(fields, dict)
-        found = {str(k)[:200]: _summary(v) if isinstance(v, dict) else float(v) for k, v in fields.items()}
+        metrics = {str(k)[:200]: _summary(v) if isinstance(v, dict) else float(v) for k, v in fields.items()}
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OverflowError):
         raise ProtocolError("metrics are not a JSON object of numbers and summaries") from None
-    return {k: v for k, v in found.items() if isinstance(v, Summary) or not math.isnan(v)}
+    return {k: v for k, v in metrics.items() if isinstance(v, Summary) or not math.isnan(v)}
 
 
 def area_under_curve(histogram: Mapping[int, tuple[float, float]]) -> float:
-    """Area under the ROC curve; a negative and a positive of the same bin count half. NaN with one class only."""
+    """Compute the area under the ROC curve.
+
+    Args:
+        histogram: Score bin -> (weight of negatives, weight of positives). Pairs within a bin count half.
+
+    Returns:
+        The area; NaN if there is only one class.
+    """
     below, area = 0.0, 0.0
     positives = sum(p for _, p in histogram.values())
     for score in sorted(histogram):
@@ -59,7 +85,17 @@ def area_under_curve(histogram: Mapping[int, tuple[float, float]]) -> float:
 
 
 def area_under_precision_recall(histogram: Mapping[int, tuple[float, float]]) -> float:
-    """Area under precision over recall, between the bins along the curve of Davis and Goadrich (2006)."""
+    """Compute the area under the precision-recall curve.
+
+    Source of the interpolation between bins: Davis and Goadrich 2006, "The relationship between Precision-Recall and
+    ROC curves".
+
+    Args:
+        histogram: Score bin -> (weight of negatives, weight of positives).
+
+    Returns:
+        The area; NaN if there is only one class.
+    """
     total = sum(p for _, p in histogram.values())
     if not total or total == sum(n + p for n, p in histogram.values()):
         return math.nan
@@ -120,5 +156,5 @@ def _summary(fields: Mapping[str, Any]) -> Summary:
 
 
 def weighted_means(parts: Iterable[tuple[Metrics, int]]) -> dict[str, float]:
-    """Mean of every metric, weighted by numbers of examples, over the sites that reported it."""
+    """Average every metric over the sites that reported it, weighted by their numbers of examples."""
     return pooled(parts)

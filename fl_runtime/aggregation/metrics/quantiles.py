@@ -1,8 +1,11 @@
-"""Cut points for all sites from the sites' quantile summaries: how features are put into bins before training.
+"""Common cut points of features, merged from the sites' quantile summaries, for training on histograms.
 
-A summary is, per feature, a few points in ascending order and the weight that each stands for (see the adapter for
-what a point is). The merge is a weighted quantile sketch with the points as they are: its error in rank is at most the
-weight of one point of each site.
+A summary holds, for each feature, some points in ascending order and the weight that each represents. Merging sorts the
+points of all sites. The error in rank of a cut is at most the weight of one point of each site.
+
+No library replaces this: `datasketches` (KLL, t-digest) is compiled, its sketches are opaque bytes that the server
+would have to deserialize, and KLL is randomised, so sites would not get the same cuts in every run. What is left here
+is one sort and one search.
 """
 
 from __future__ import annotations
@@ -21,8 +24,15 @@ CUTS = ("cuts", "cut_ends", "levels")
 
 
 @dataclass(frozen=True)
-class Summary:
-    """points, weights: one array per feature. levels: per feature, how many categories; 0 for numbers."""
+class QuantileSummary:
+    """The quantile summary of one site.
+
+    Attributes:
+        points: For each feature, its points, ascending, float32.
+        weights: For each feature, the weight of each point, float64.
+        levels: For each feature, its number of categories; 0 for a numeric feature.
+        max_bin: Largest number of bins of a feature.
+    """
 
     points: tuple[Array, ...]
     weights: tuple[Array, ...]
@@ -30,8 +40,18 @@ class Summary:
     max_bin: int
 
     @classmethod
-    def from_arrays(cls, extras: Arrays) -> Summary:
-        """Views of `extras`. ProtocolError if they hold no summary."""
+    def from_arrays(cls, extras: Arrays) -> QuantileSummary:
+        """Read a summary from the extras of an update, without copying.
+
+        Args:
+            extras: The arrays named in `POINTS`; they may come from a hostile peer.
+
+        Returns:
+            The summary; its arrays are views.
+
+        Raises:
+            ProtocolError: If the arrays are not a valid summary.
+        """
         try:
             points, weights, ends, levels, (max_bin,) = (extras[name] for name in POINTS)
             cuts = [0, *ends.tolist()]
@@ -49,10 +69,11 @@ class Summary:
         except (KeyError, TypeError, ValueError):
             good = False
         if not good:
-            raise ProtocolError("this is no quantile summary")
+            raise ProtocolError("these arrays are not a quantile summary")
         return cls(split, tuple(weights[a:b] for a, b in features), levels, int(max_bin))
 
     def to_arrays(self) -> dict[str, Array]:
+        """Return the summary as the arrays named in `POINTS`."""
         return {
             "points": np.concatenate([*self.points, np.empty(0, np.float32)]).astype(np.float32),
             "point_weights": np.concatenate([*self.weights, np.empty(0)]).astype(np.float64),
@@ -62,14 +83,23 @@ class Summary:
         }
 
 
-def merged(summaries: Sequence[Summary]) -> dict[str, Array]:
-    """Cut points of every feature: "cuts" float32, one feature after the other, "cut_ends", and "levels".
+def merged(summaries: Sequence[QuantileSummary]) -> dict[str, Array]:
+    """Compute the cut points of every feature.
 
-    At most max_bin - 1 a feature, ascending. A value belongs to the bin below the first cut that is greater.
+    Args:
+        summaries: The summaries of all sites.
+
+    Returns:
+        The arrays named in `CUTS`: the cuts of one feature after the other (float32), the end of each feature in them,
+        and the numbers of categories. A feature has at most max_bin - 1 cuts, ascending. A value belongs to the bin
+        below the first cut that is greater.
+
+    Raises:
+        ProtocolError: If the sites have different numbers of features or different max_bin.
     """
     first = summaries[0]
     if any((len(s.points), s.max_bin) != (len(first.points), first.max_bin) for s in summaries):
-        raise ProtocolError("the sites' quantile summaries are not of the same features and max_bin")
+        raise ProtocolError("the sites' quantile summaries differ in their number of features or in max_bin")
     cuts = [
         _cuts(
             np.concatenate([s.points[feature] for s in summaries]),

@@ -1,9 +1,14 @@
-"""A boosted tree model as arrays, and the little of XGBoost's model document that aggregation has to know.
+"""Boosted tree models as arrays, and the parts of XGBoost's model document that aggregation needs.
 
-A model travels as three arrays: `head`, its UBJSON document without trees; `trees`, the trees' own UBJSON one after
-the other; `ends`, where each of them ends. So trees can be appended without reading those that are there already.
-The arrays are longer than what they hold (`sizes` says how long that is), in steps of an eighth, so that a growing
-model keeps its layout, and the server its recycled files, for many rounds.
+A model travels as four arrays:
+
+    head    uint8   the model's UBJSON document without trees
+    trees   uint8   the UBJSON of each tree, one after the other
+    ends    int64   offset in `trees` at which each tree ends
+    sizes   int64   used lengths of the three arrays above
+
+So trees can be appended without reading the existing ones. The arrays are padded in steps of an eighth of their length:
+a growing model keeps its layout, and the server its recycled files, for many rounds.
 """
 
 from __future__ import annotations
@@ -27,27 +32,52 @@ _MAX_TREES = 10_000_000
 
 @dataclass(frozen=True)
 class TreeModel:
-    """head: the document, without trees. trees: one encoded document each."""
+    """A boosted tree model.
+
+    Attributes:
+        head: XGBoost's model document without trees.
+        trees: The encoded document of each tree.
+    """
 
     head: dict[str, Any]
     trees: tuple[bytes | memoryview, ...] = ()
 
     @classmethod
     def from_document(cls, data: bytes | bytearray) -> TreeModel:
-        """Of a model file or `Booster.save_raw`, UBJSON or JSON. ProtocolError for anything else."""
+        """Read a model document.
+
+        Args:
+            data: Contents of a model file or result of `Booster.save_raw`, as UBJSON or JSON.
+
+        Returns:
+            The model.
+
+        Raises:
+            ProtocolError: If it is not a tree model of XGBoost.
+        """
         text = data[1:2] in (b'"', b" ", b"\n", b"\t", b"\r")
         try:
             document = _typed(json.loads(data)) if text else ubjson.loads(data)
             model = booster_model(document)
             trees = tuple(ubjson.dumps(tree) for tree in model["trees"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ProtocolError("this is no model of XGBoost with trees") from None
+            raise ProtocolError("this is not a tree model of XGBoost") from None
         model["trees"] = []
         return cls(document, trees)
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> TreeModel:
-        """The trees are views of `arrays`. ProtocolError if they do not hold a model."""
+        """Read a model from its arrays.
+
+        Args:
+            arrays: The arrays named in `NAMES`.
+
+        Returns:
+            The model; its trees are views of the arrays.
+
+        Raises:
+            ProtocolError: If the arrays do not hold a model.
+        """
         try:
             head, trees, ends = (arrays[name][:size] for name, size in zip(NAMES, arrays["sizes"], strict=False))
             cuts = [0, *ends.tolist()]
@@ -56,11 +86,12 @@ class TreeModel:
             document = ubjson.loads(head.tobytes())
             booster_model(document)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ProtocolError("these arrays hold no model of trees") from None
+            raise ProtocolError("these arrays do not hold a tree model") from None
         data = np.ascontiguousarray(trees).data
         return cls(document, tuple(data[a:b] for a, b in pairwise(cuts)))
 
     def to_arrays(self) -> dict[str, Array]:
+        """Return the model as new arrays, named as in `NAMES`."""
         head = np.frombuffer(ubjson.dumps(self.head), np.uint8)
         trees = np.frombuffer(b"".join(self.trees), np.uint8)
         ends = np.cumsum([len(tree) for tree in self.trees], dtype=np.int64)
@@ -68,7 +99,7 @@ class TreeModel:
         return {"head": _padded(head), "trees": _padded(trees), "ends": _padded(ends), "sizes": sizes}
 
     def document(self) -> bytes:
-        """What `Booster.load_model` takes, and a `.ubj` file."""
+        """Return the model as UBJSON, which is the contents of a `.ubj` file and what `Booster.load_model` takes."""
         model = self.model
         model["trees"] = [ubjson.Raw(tree) for tree in self.trees]
         try:
@@ -78,21 +109,22 @@ class TreeModel:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The part of `head` with `tree_info` and `iteration_indptr`."""
+        """Part of `head` with `tree_info` and `iteration_indptr`."""
         return booster_model(self.head)
 
     @property
     def rounds(self) -> int:
+        """Number of boosting rounds."""
         return len(self.model["iteration_indptr"]) - 1
 
     @property
     def weight_drop(self) -> list[float] | None:
-        """A weight per tree: of dart, and since XGBoost 3.3 of every model; else None."""
-        found = _weights_place(self.head).get("weight_drop")
-        return None if found is None else [float(weight) for weight in found]
+        """Weight of each tree, for dart and, since XGBoost 3.3, for every model; otherwise None."""
+        weights = _weights_place(self.head).get("weight_drop")
+        return None if weights is None else [float(weight) for weight in weights]
 
     def iterations(self, begin: int) -> TreeModel:
-        """The boosting rounds from `begin` on, with the weights of all trees left as they are (dart)."""
+        """Return the boosting rounds from `begin` on; the list of tree weights (dart) is not cut."""
         model = self.model
         start = [int(at) for at in model["iteration_indptr"]][begin:]
         cut = {
@@ -104,6 +136,15 @@ class TreeModel:
         return TreeModel(_with_model(self.head, cut), self.trees[start[0] :])
 
     def with_head(self, model: dict[str, Any] | None = None, weight_drop: Sequence[float] | None = None) -> TreeModel:
+        """Return the model with another `model` part or other tree weights.
+
+        Args:
+            model: The new part; None keeps the present one.
+            weight_drop: The new weights; None keeps the present ones.
+
+        Returns:
+            A model that shares the trees with this one.
+        """
         head = _with_model(self.head, dict(model or self.model))
         if weight_drop is not None:
             _weights_place(head)["weight_drop"] = [np.float32(weight) for weight in weight_drop]
@@ -111,19 +152,20 @@ class TreeModel:
 
 
 def booster_model(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a model document with the trees, for gbtree and dart."""
     booster = document["learner"]["gradient_booster"]
     model: dict[str, Any] = booster["gbtree"]["model"] if "gbtree" in booster else booster["model"]
     return model
 
 
 def base_score(head: dict[str, Any]) -> list[float]:
-    """One number, or one per class (XGBoost 3.1 and later)."""
+    """Return the base score: one number, or one per class (XGBoost 3.1 and later)."""
     text = str(head["learner"]["learner_model_param"]["base_score"])
     return [float(part) for part in text.strip("[]").split(",")]
 
 
 def with_base_score(head: dict[str, Any], scores: Iterable[float]) -> dict[str, Any]:
-    """The head with a base score that XGBoost does not estimate again."""
+    """Return a head with a given base score, which XGBoost then does not estimate again."""
     learner = head["learner"]
     before = str(learner["learner_model_param"]["base_score"])
     text = ",".join(str(np.float32(score)) for score in scores)
@@ -133,7 +175,15 @@ def with_base_score(head: dict[str, Any], scores: Iterable[float]) -> dict[str, 
 
 
 def scaled(tree: dict[str, Any], share: float) -> dict[str, Any]:
-    """The tree with its leaves times `share`: float32 times float64, rounded to float32, once."""
+    """Scale the leaves of a tree.
+
+    Args:
+        tree: The tree; not changed.
+        share: The factor. Products are computed in float64 and rounded to float32 once.
+
+    Returns:
+        The scaled tree, or `tree` itself for a factor of 1.
+    """
     if share == 1.0:
         return tree
     leaves = np.asarray(tree["left_children"]) == -1
@@ -144,7 +194,7 @@ def scaled(tree: dict[str, Any], share: float) -> dict[str, Any]:
 
 
 def masked(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree without what it tells of the data beyond its splits and leaves: numbers of rows and gains."""
+    """Return a tree without facts about the data beyond its splits and leaves: numbers of rows, and gains."""
     leaves = np.asarray(tree["left_children"]) == -1
     weights = np.where(leaves, np.asarray(tree["base_weights"], np.float32), np.float32(0))
     empty = np.zeros(len(leaves), np.float32)
@@ -152,7 +202,15 @@ def masked(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tree(tree: dict[str, Any], features: int) -> None:
-    """UpdateRefusedError for a tree that would crash, hang or poison whoever predicts with it."""
+    """Check that a tree can be used for prediction safely.
+
+    Args:
+        tree: The parsed tree, which may come from a hostile peer.
+        features: Number of features of the model.
+
+    Raises:
+        UpdateRefusedError: If it could crash or hang XGBoost, or has values that are not finite.
+    """
     try:
         nodes = int(tree["tree_param"]["num_nodes"])
         left, right, parents = (np.asarray(tree[k]) for k in ("left_children", "right_children", "parents"))
@@ -168,13 +226,13 @@ def check_tree(tree: dict[str, Any], features: int) -> None:
             and len(np.unique(children)) == len(children)
             and bool(np.all((indices >= 0) & (indices < max(features, 1))))
             and bool(np.all(np.isfinite(conditions[left == -1])))
-            and not np.any(np.isnan(conditions[np.asarray(tree["split_type"]) == 0]))  # of categories it is unused
+            and not np.any(np.isnan(conditions[np.asarray(tree["split_type"]) == 0]))  # unused for categories
         )
         good = good and _categories_fit(tree, nodes)
     except (KeyError, TypeError, ValueError, OverflowError):
         good = False
     if not good:
-        raise UpdateRefusedError("a tree of this update is not a sound one", fix="check the site's XGBoost")
+        raise UpdateRefusedError("a tree of this update is malformed", fix="check the site's version of XGBoost")
 
 
 _PER_NODE = ("base_weights", "default_left", "loss_changes", "split_type", "sum_hessian")
@@ -192,7 +250,7 @@ def _categories_fit(tree: dict[str, Any], nodes: int) -> bool:
 
 
 def _weights_place(head: dict[str, Any]) -> dict[str, Any]:
-    """Where the trees' weights are: since XGBoost 3.4 in the model, before that beside it."""
+    """Return the object that holds the tree weights: since XGBoost 3.4 the model, before that the booster."""
     model, booster = booster_model(head), head["learner"]["gradient_booster"]
     return model if "weight_drop" in model else booster
 
@@ -207,7 +265,7 @@ def _with_model(head: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _padded(array: Array) -> Array:
-    """Room for up to an eighth more, so that few lengths occur."""
+    """Pad an array with zeros, by up to an eighth of its length, so that few different lengths occur."""
     step = max(64, 1 << max(len(array).bit_length() - 3, 0))
     return np.concatenate([array, np.zeros(-len(array) % step, array.dtype)])
 
@@ -221,7 +279,7 @@ _KINDS |= dict.fromkeys(("default_left", "split_type"), np.uint8)
 
 
 def _typed(document: Any) -> Any:
-    """A parsed JSON document with the trees' arrays typed as UBJSON has them."""
+    """Give the trees' arrays in a parsed JSON document the dtypes that UBJSON has."""
     model = booster_model(document)
     model["trees"] = [
         {name: np.array(value, _KINDS[name]) if name in _KINDS else value for name, value in tree.items()}

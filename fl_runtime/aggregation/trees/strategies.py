@@ -1,9 +1,4 @@
-"""Strategies for boosted trees: the sites grow trees, the server puts them together. XGBoost is not needed here.
-
-Bagging ("boosting of forests"): every site boosts on the current global model, and all their new trees are appended,
-leaves scaled by the site's share of the examples, so that the round's step is the weighted mean of the sites' steps.
-Cyclic: in each round one site boosts, in turn. Histogram: the sites grow the same trees together.
-"""
+"""Strategies for boosted trees: sites grow trees, and the server combines them. The server does not need XGBoost."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from fl_runtime.aggregation.metrics.quantiles import Summary, merged
+from fl_runtime.aggregation.metrics.quantiles import QuantileSummary, merged
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.aggregation.trees import ubjson
 from fl_runtime.aggregation.trees.document import (
@@ -30,18 +25,25 @@ from fl_runtime.types import Aggregator, Allocate, Arrays, Content, ServerState,
 
 ENCODING = "xgboost-trees"
 _GROUPS = ("num_class", "num_target")
-"""What a round has a tree for each of."""
+"""Parameters whose value is the number of trees per boosting round."""
 
 FAILED = "fl_adapters.failed"
-"""Attribute of a model whose site could not complete the round: why."""
+"""Attribute of a model whose site could not complete the round; its value is the reason."""
 
 WEIGHT = "weight"
-"""Extra of a contribution to the initial model: the sum of the weights of the site's rows, float64[1]."""
+"""Extra of an update for the initial model: sum of the weights of the site's rows, float64[1]."""
 
 
 @dataclass(frozen=True)
 class TreeStrategy(Described):
-    """What all strategies for trees have in common."""
+    """Base of the strategies for trees.
+
+    Attributes:
+        content: What updates hold: "encoded".
+        initial: Whose contributions the initial model is made of: "all" sites'.
+        linear: Always false: the strategy needs every update.
+        weighted: Whether `site_weights` of the job have an effect: no.
+    """
 
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
@@ -49,11 +51,11 @@ class TreeStrategy(Described):
     weighted: ClassVar[bool] = False
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Models of trees grow."""
+        """Return -1 for every dimension, since tree models grow."""
         return (-1,) * len(shape)
 
     def check(self, update: Update) -> None:
-        """Every tree is read: one that is not sound would reach every other site."""
+        """Refuse malformed updates. Every tree is read, since a malformed one would reach every other site."""
         where = f"update of {update.site}, round {update.round}"
         if (update.content, update.encoding) != ("encoded", ENCODING):
             raise UpdateRefusedError(f"an update of content {update.content!r} where trees are wanted", where=where)
@@ -65,7 +67,7 @@ class TreeStrategy(Described):
             if len(info) != len(model.trees) or not all(0 <= group < groups for group in info):
                 raise ProtocolError("its trees do not have a class each")
             if starts[0] != 0 or starts != sorted(starts) or starts[-1] != len(info):
-                raise ProtocolError("its boosting rounds do not hold its trees")
+                raise ProtocolError("its boosting rounds do not match its trees")
             if not np.isfinite(model.weight_drop or []).all():
                 raise ProtocolError("its trees do not have a weight each")
             for tree in model.trees:
@@ -75,15 +77,20 @@ class TreeStrategy(Described):
         except (ProtocolError, UpdateRefusedError) as error:
             raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
         except (KeyError, TypeError, ValueError, IndexError):
-            raise UpdateRefusedError("an update that holds no model of trees", where=where) from None
+            raise UpdateRefusedError("an update that does not hold a tree model", where=where) from None
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
+        """Return the model as a UBJSON file of XGBoost."""
         return "model.ubj", TreeModel.from_arrays(arrays).document()
 
 
 @dataclass(frozen=True)
 class TreeBagging(TreeStrategy):
-    """All sites' new trees, each with its site's share of the examples."""
+    """Every site boosts on the global model, and the new trees of all sites are appended to it.
+
+    The leaves of a tree are scaled by its site's share of the examples, so the step of a round is the weighted mean of
+    the sites' steps. It has no arguments. Sites need the capability "tree-bagging" (XGBoost, mode="bagging").
+    """
 
     name: ClassVar[str] = "tree-bagging"
     requires: ClassVar[frozenset[str]] = frozenset({"tree-bagging"})
@@ -97,9 +104,10 @@ class TreeBagging(TreeStrategy):
 
 @dataclass(frozen=True)
 class TreeCyclic(TreeStrategy):
-    """The trees of one site a round, the sites taking turns in their order; `turn` in the task says whose it is.
+    """In each round one site boosts, in turn, and its trees are appended to the global model.
 
-    Should that site drop out of its round, the round is opened again, and the turn is that of who is there then.
+    The setting `turn` of a task names that site. If it drops out, the round is opened again with the sites that are
+    left. It has no arguments. Sites need the capability "tree-cyclic" (XGBoost, mode="cyclic").
     """
 
     name: ClassVar[str] = "tree-cyclic"
@@ -114,10 +122,11 @@ class TreeCyclic(TreeStrategy):
 
 @dataclass(frozen=True)
 class TreeHistogram(TreeStrategy):
-    """The sites have grown the same trees together, by summing histograms among themselves; the server keeps them.
+    """The sites grow the same trees together, by summing histograms among themselves; the server stores the trees.
 
-    `members` in a task are the sites that do so in its round. Where one of them does not complete it, nobody's trees
-    count and the round is opened again. The initial model brings cut points made of all sites' quantile summaries.
+    The setting `members` of a task names the sites that do so in its round. If one of them does not complete it, no
+    trees count and the round is opened again. The initial model carries cut points made from the quantile summaries of
+    all sites. It has no arguments. Sites need the capability "tree-histogram" (XGBoost, mode="histogram").
     """
 
     name: ClassVar[str] = "tree-histogram"
@@ -130,7 +139,7 @@ class TreeHistogram(TreeStrategy):
         super().check(update)
         if update.round == 0:
             try:
-                Summary.from_arrays(update.extras)
+                QuantileSummary.from_arrays(update.extras)
             except ProtocolError as error:
                 raise UpdateRefusedError(error.what, where=f"update of {update.site}, round 0") from None
 
@@ -139,10 +148,10 @@ class TreeHistogram(TreeStrategy):
 
 
 class _Beginning:
-    """Round 0: the model without trees (or the one that all sites go on from) with a base score for all sites.
+    """The aggregator of round 0: a model without trees (or the one that all sites continue) and a common base score.
 
-    Its value is the mean of the sites' own, weighted by the weights of their rows: what XGBoost estimates on all
-    rows together for objectives whose base score is a mean.
+    The base score is the mean of the sites' own, weighted by the weights of their rows. For objectives whose base score
+    is a mean, XGBoost would estimate the same on all rows together.
     """
 
     def __init__(self, allocate: Allocate) -> None:
@@ -160,9 +169,9 @@ class _Beginning:
             self._sum = [0.0] * len(scores)
         if len(scores) != len(self._sum):
             raise UpdateRefusedError(
-                f"a base score of {len(scores)} numbers, while others have {len(self._sum)}",
+                f"the base score has {len(scores)} numbers, but that of other sites has {len(self._sum)}",
                 where=f"site {update.site}",
-                fix="use the same objective, and the same version of XGBoost on either side of 3.1, at every site",
+                fix="use the same objective at every site, and XGBoost either before 3.1 or from 3.1 on everywhere",
             )
         self._sum = [total + score * weight for total, score in zip(self._sum, scores, strict=True)]
         self._weight += weight
@@ -183,18 +192,20 @@ class _Beginning:
 class _BeginningWithCuts(_Beginning):
     def __init__(self, allocate: Allocate) -> None:
         super().__init__(allocate)
-        self._summaries: list[Summary] = []
+        self._summaries: list[QuantileSummary] = []
 
     def add(self, update: Update) -> None:
         super().add(update)
-        self._summaries.append(Summary.from_arrays({name: np.copy(array) for name, array in update.extras.items()}))
+        self._summaries.append(
+            QuantileSummary.from_arrays({name: np.copy(array) for name, array in update.extras.items()})
+        )
 
     def _more(self) -> Arrays:
         return merged(self._summaries)
 
 
 class _Together:
-    """All members' trees, which must be the same."""
+    """The aggregator of histogram rounds: all members must send the same trees."""
 
     def __init__(self, base: Arrays, allocate: Allocate, members: Sequence[str]) -> None:
         self._base, self._allocate, self._members = base, allocate, members
@@ -215,13 +226,13 @@ class _Together:
         missing = [name for name in self._members if name not in self._complete]
         if missing or self._first is None:
             raise RoundFailedError(
-                "the histograms were not summed to the end; without trees: " + ", ".join(missing),
+                "the sites could not grow the trees of this round; none came from: " + ", ".join(missing),
                 where="; ".join(self._failures),
-                fix="look at the logs of these sites",
+                fix="see the logs of these sites",
             )
         if len(set(self._complete.values())) > 1:
             raise RoundFailedError(
-                "the sites have grown different trees of the same histograms",
+                "the sites grew different trees from the same histograms",
                 fix="use the same version of XGBoost and the same parameters at every site",
             )
         appending = _Appending(self._base, self._allocate, only=self._first.site)
@@ -231,7 +242,7 @@ class _Together:
 
 @dataclass(frozen=True)
 class _Grown:
-    """One site's part of a round."""
+    """The new trees of one site in a round."""
 
     site: str
     examples: int
@@ -240,7 +251,7 @@ class _Grown:
 
 
 class _Appending:
-    """The base model and the sites' new trees. only: takes those of this site alone."""
+    """The aggregator that appends new trees to the global model; with `only`, those of one site."""
 
     def __init__(self, base: Arrays, allocate: Allocate, only: str | None = None) -> None:
         self._base, self._allocate, self._only = TreeModel.from_arrays(base), allocate, only
@@ -256,7 +267,7 @@ class _Appending:
 
     def result(self) -> tuple[Arrays, Arrays]:
         if not self._parts:
-            raise RoundFailedError(f"no trees came from {self._only}, whose turn it is")
+            raise RoundFailedError(f"no trees came from {self._only}, whose turn it was", fix="see that site's log")
         total = sum(part.examples for part in self._parts)
         shares = [part.examples / total for part in self._parts]
         model, trees = dict(self._base.model), list(self._base.trees)
@@ -275,41 +286,41 @@ class _Appending:
         return _stored(grown, self._allocate, self._kept)
 
     def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
-        """(class, share, part, index of the tree in it) of a local boosting round: by class, then by site."""
-        found = []
+        """Return (class, share, part, index of the tree in it) of a local boosting round, by class, then by site."""
+        trees = []
         for share, part in zip(shares, self._parts, strict=True):
             starts = part.model.model["iteration_indptr"]
             if number + 1 < len(starts):
                 info = part.model.model["tree_info"]
-                found += [(int(info[i]), share, part, i) for i in range(int(starts[number]), int(starts[number + 1]))]
-        return sorted(found, key=lambda item: item[0])
+                trees += [(int(info[i]), share, part, i) for i in range(int(starts[number]), int(starts[number + 1]))]
+        return sorted(trees, key=lambda item: item[0])
 
     def _weights(self, shares: list[float]) -> tuple[list[float] | None, dict[str, list[float]]]:
-        """(the base's weights, site -> its new trees' weights). dart lowers the former, here by the sites' mean."""
+        """Return the weights of the base's trees (dart lowers them; the sites' mean) and of each site's new trees."""
         old = self._base.weight_drop
         if old is None:
             return None, {}
         lowered, own = [], {}
         for part in self._parts:
-            told = part.model.weight_drop or []
-            whole = len(told) == len(old) + len(part.trees)
-            lowered.append(told[: len(old)] if whole else old)
-            own[part.site] = told[len(old) :] if whole else told
+            weights = part.model.weight_drop or []
+            whole = len(weights) == len(old) + len(part.trees)
+            lowered.append(weights[: len(old)] if whole else old)
+            own[part.site] = weights[len(old) :] if whole else weights
         return [float(weight) for weight in np.average(lowered, axis=0, weights=shares)], own
 
 
 def _check_same(base: TreeModel, grown: TreeModel, update: Update) -> None:
-    """What the handshake compared is still so: classes, features, kind of booster."""
-    for what, found, wanted in (
+    """Refuse an update that no longer has the classes, features and booster that the handshake compared."""
+    for what, actual, wanted in (
         ("features", _param(grown, "num_feature"), _param(base, "num_feature")),
         ("classes", _param(grown, "num_class"), _param(base, "num_class")),
         ("targets", _param(grown, "num_target"), _param(base, "num_target")),
         ("booster", _booster(grown), _booster(base)),
         ("weights of trees", len(grown.weight_drop or []), _weights_wanted(base, grown)),
     ):
-        if found != wanted:
+        if actual != wanted:
             raise UpdateRefusedError(
-                f"an update with {what} {found} does not extend a model with {what} {wanted}",
+                f"an update with {what} {actual} does not extend a model with {what} {wanted}",
                 where=f"site {update.site}, round {update.round}",
                 fix="train with the same parameters from the first round to the last",
             )
@@ -324,7 +335,7 @@ def _booster(model: TreeModel) -> str:
 
 
 def _weights_wanted(base: TreeModel, grown: TreeModel) -> int:
-    """One per new tree, or per tree of base and update together; none where the booster knows none."""
+    """Return the expected number of tree weights: one per new tree or per tree in all, 0 if the base has none."""
     if base.weight_drop is None:
         return 0
     new = len(grown.trees)

@@ -1,7 +1,7 @@
 """Universal Binary JSON as XGBoost writes it, read and written without XGBoost.
 
-A subset of https://ubjson.org (Draft 12): objects without counts, arrays with counts, some of them typed. Typed
-arrays become NumPy arrays, everything else plain Python values; `dumps(loads(data)) == data`.
+It is a subset of https://ubjson.org (Draft 12): objects without counts, arrays with counts, some of them typed. Typed
+arrays become NumPy arrays, everything else plain Python values, so that `dumps(loads(data)) == data`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ Value: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Raw:
-    """A value that is encoded already: `dumps` writes it as it is."""
+    """A value that is encoded already; `dumps` writes it unchanged.
+
+    Attributes:
+        data: The encoded value.
+    """
 
     data: bytes | memoryview
 
@@ -41,7 +45,17 @@ _MAX_DEPTH = 64
 
 
 def loads(data: bytes | bytearray | memoryview) -> Value:
-    """The value that `data` begins with; bytes after it are ignored. ProtocolError if it is not such a document."""
+    """Read a document; bytes that follow it are ignored.
+
+    Args:
+        data: The encoded document, which may come from a hostile peer.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ProtocolError: If it is not a document of this format, or nested more than 64 levels deep.
+    """
     reader = _Reader(memoryview(data))
     try:
         return reader.value(reader.marker(), 0)
@@ -50,6 +64,7 @@ def loads(data: bytes | bytearray | memoryview) -> Value:
 
 
 def dumps(value: Value) -> bytes:
+    """Encode a value with the choices that XGBoost makes."""
     out: list[bytes] = []
     _write(value, out)
     return b"".join(out)
@@ -85,7 +100,7 @@ class _Reader:
 
     def _take(self, count: int) -> memoryview:
         if not 0 <= count <= len(self._data) - self.at:
-            raise ValueError("it ends within a value")
+            raise ValueError("the data ends within a value")
         self.at += count
         return self._data[self.at - count : self.at]
 
@@ -93,11 +108,11 @@ class _Reader:
         return str(self._take(self._number(marker)), "utf-8")
 
     def _object(self, depth: int) -> dict[str, Value]:
-        found: dict[str, Value] = {}
+        fields: dict[str, Value] = {}
         while (marker := self.marker()) != "}":
             name = self._string(marker)
-            found[name] = self.value(self.marker(), depth + 1)
-        return found
+            fields[name] = self.value(self.marker(), depth + 1)
+        return fields
 
     def _array(self, depth: int) -> Value:
         marker = self.marker()
@@ -110,7 +125,7 @@ class _Reader:
                 dtype: np.dtype[Any] = _DTYPES[kind]
                 return np.frombuffer(self._take(count * dtype.itemsize), dtype).astype(dtype.newbyteorder("="))
             if not 0 <= count <= len(self._data) - self.at:
-                raise ValueError("it ends within an array")
+                raise ValueError("the data ends within an array")
             return [self.value(self.marker(), depth + 1) for _ in range(count)]
         items = []
         while marker != "]":
@@ -158,7 +173,7 @@ def _long(value: int) -> bytes:
 
 
 def _integer(value: int) -> bytes:
-    """The smallest of the signed kinds, by XGBoost's rule: the largest number of a kind is given to the next."""
+    """Encode in the smallest signed kind, by XGBoost's rule that the largest number of a kind goes to the next."""
     for code, bits in (("i", 7), ("I", 15), ("l", 31)):
         if -(1 << bits) < value < (1 << bits) - 1:
             return code.encode() + _NUMBERS[code].pack(value)

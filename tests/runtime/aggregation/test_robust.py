@@ -164,7 +164,7 @@ def test_two_of_eight_sites_lie(tmp_path: Path) -> None:
     [
         ("krum:f=2", 6, None, "2 f + 3 = 7"),
         ("krum:f=1", 8, 4, "close with 4"),
-        ("krum:f=1,m=5", 5, None, "at most 4 of 5"),
+        ("krum:f=1,m=5", 5, None, "only 4 of 5"),
         ("trimmed-mean:trim=0.1", 9, None, "trims nobody of 9"),
         ("trimmed-mean", 8, 3, "trims nobody of 3"),
         ("trimmed-mean:trim=0.5", 8, None, "below 0.5"),

@@ -73,7 +73,7 @@ def test_numbers_have_the_type_of_their_argument() -> None:
         ("count=inf", "count=inf", "a whole number"),
         ("kind=odd", "kind=odd", "one of: plain, fancy"),
         ("speed=1", "no argument 'speed'", "its arguments are: rate, count, kind"),
-        ("rate", "'rate', which is no argument=value", "its arguments are: rate, count, kind"),
+        ("rate", "'rate', which is not argument=value", "its arguments are: rate, count, kind"),
         ("rate=1,rate=1", "rate twice", "once"),
     ],
 )

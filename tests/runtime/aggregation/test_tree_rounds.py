@@ -19,7 +19,7 @@ from fl_runtime.aggregation.metrics.pooling import (
     pooled,
     to_json,
 )
-from fl_runtime.aggregation.metrics.quantiles import Summary as QuantileSummary
+from fl_runtime.aggregation.metrics.quantiles import QuantileSummary
 from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.aggregation.trees.strategies import ENCODING, FAILED, ubjson
 from fl_runtime.errors import ConfigError, HandshakeError, RoundFailedError, UpdateRefusedError

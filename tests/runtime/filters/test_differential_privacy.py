@@ -311,5 +311,5 @@ def test_central_noise_needs_a_strategy_that_takes_a_mean() -> None:
         check_filters(central, None, Median())
     with pytest.raises(ConfigError, match="twice"):
         check_filters(central * 2)
-    with pytest.raises(ConfigError, match="let it be the last"):
+    with pytest.raises(ConfigError, match="make GaussianDP the last"):
         check_filters([*central, {"name": "PercentilePrivacy", "at": "server_in"}])
