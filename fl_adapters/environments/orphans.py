@@ -2,7 +2,8 @@
 
 `SiteProcesses` runs this file as a script. It reads lines from stdin: "+PID" adds a process group to its list, "-PID"
 removes one that has ended. At the end of stdin the parent is gone, and all groups still on the list are killed. It uses
-the standard library only, since it starts without site-packages, and runs on POSIX only.
+the standard library only, since it starts without site-packages, and runs on POSIX only. `psutil` could list processes
+in place of the parser of /proc, but it is a compiled package that the base install does not need for anything else.
 """
 
 from __future__ import annotations
