@@ -180,7 +180,7 @@ class StepMeter:
         scale: _Number | None,
         applied: _Number,
     ) -> None:
-        """Record one step.
+        """Record one step of an optimizer.
 
         Args:
             optimizer: The optimizer, without its wrapper.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fl_adapters.participant.local_work.backend import StepRecord
+from fl_adapters.participant.local_work.backend import LocalBackend, StepRecord
 from fl_adapters.torch import ranks
 from fl_adapters.torch.correction import GradientCorrection, StepMeter, is_plain_sgd
 from fl_adapters.torch.standby_model import TorchStandbyModel
@@ -15,7 +15,7 @@ from fl_adapters.torch.state import TorchState, as_tensor
 from fl_runtime.types import Arrays
 
 
-class TorchLocalBackend:
+class TorchLocalBackend(LocalBackend):
     """A `LocalBackend` for a torch module and its optimizers.
 
     `share`, `set_anchors` and `add_offsets` are collective: rank 0's arrays reach every rank.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_adapters.participant.local_work.backend import StandbyModel
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.correction import plain
 from fl_adapters.torch.restart import load_tensors, packed, packed_optimizer, packed_tensors, states_of, unpacked
@@ -17,7 +18,7 @@ from fl_runtime.types import Arrays
 _STEP = "step"
 
 
-class TorchStandbyModel:
+class TorchStandbyModel(StandbyModel):
     """A `StandbyModel` for a torch module and its optimizers.
 
     Weights are copied into the live tensors; the optimizers' state tensors change hands without a copy. Learning

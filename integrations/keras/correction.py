@@ -3,7 +3,7 @@
 A compiled training function cannot be changed while it runs: JAX freezes it when it is compiled, together with what
 its closures hold, and on TensorFlow an earlier `fit` may have compiled it already. So everything that changes from
 round to round is a variable of the optimizer, which the compiled step takes and gives back. The training function is
-made anew when the correction is attached and when it is detached.
+made again when the correction is attached and when it is detached.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .trainer import OptimizerStep
 class GradientCorrection:
     """Adds mu * (w - anchor) + offset to each gradient g, from `attach` to `detach`.
 
-    Its variables belong to the optimizer while the model trains. `hide` takes them off for whoever saves the optimizer
-    or looks at it. Only for a model with one optimizer.
+    Its variables belong to the optimizer while the model trains. `hide` takes them off before the optimizer is
+    saved or inspected. Only for a model with one optimizer.
     """
 
     def __init__(self, model: Any, variables: Mapping[str, Any], *, offsets: bool, gradients: bool) -> None:

@@ -82,7 +82,7 @@ class FitRun:
         return run
 
     def begin_exactly(self) -> None:
-        """Begin while fit can still be told with which epoch it begins, if the job asks for exact restarts."""
+        """For jobs with exact restarts: begin now, while the epoch with which fit begins can still be set."""
         with self._leaving_on_error():
             settings = self._session.settings
             if not settings.exact_restart:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fl_adapters.participant.local_work.backend import StepRecord
+from fl_adapters.participant.local_work.backend import LocalBackend, StepRecord
 from fl_runtime.types import Arrays
 
 from .correction import GradientCorrection, is_plain_sgd
@@ -15,7 +15,7 @@ from .standby_model import KerasStandbyModel
 from .state import KerasState
 
 
-class KerasLocalBackend:
+class KerasLocalBackend(LocalBackend):
     """A `LocalBackend` for a Keras model, whose variables must hold their values.
 
     The first call that needs a correction attaches it to the optimizer, at the start of a round; it stays there until

@@ -38,16 +38,16 @@ def named_variables(model: Any) -> dict[str, Named]:
         and random generators are left out.
     """
     weights = {id(v) for v in model.weights}
-    found: dict[int, tuple[str, Named]] = {}
+    named_by_id: dict[int, tuple[str, Named]] = {}
     for name, named in _walk(model, ""):
         if id(named.variable) in weights:
-            found.setdefault(id(named.variable), (name, named))
+            named_by_id.setdefault(id(named.variable), (name, named))
     for variable in model.weights:  # weights of a layer with a custom `weights` property
-        if id(variable) not in found:
+        if id(variable) not in named_by_id:
             role: Role = "trainable" if variable.trainable else "buffer"
-            found[id(variable)] = (variable.path, Named(variable, role))
-    names = _distinct(name for name, _ in found.values())
-    return dict(zip(names, (named for _, named in found.values()), strict=True))
+            named_by_id[id(variable)] = (variable.path, Named(variable, role))
+    names = _distinct(name for name, _ in named_by_id.values())
+    return dict(zip(names, (named for _, named in named_by_id.values()), strict=True))
 
 
 def _walk(layer: Any, prefix: str) -> Iterator[tuple[str, Named]]:

@@ -96,8 +96,8 @@ class OptimizerState:
         """
         variables = self._averaged()
         moments = {name: array for name, array in arrays.items() if name != _STEP}
-        wanted = Manifest(tuple(spec(name, variable) for name, variable in variables.items() if name != _STEP))
-        lines = differences(wanted, Manifest.of(moments))
+        expected = Manifest(tuple(spec(name, variable) for name, variable in variables.items() if name != _STEP))
+        lines = differences(expected, Manifest.of(moments))
         if lines:
             raise StateMismatchError(
                 "the optimizer moments that arrived do not fit the optimizer:\n" + "\n".join(lines),
@@ -109,10 +109,10 @@ class OptimizerState:
 
     def _averaged(self) -> dict[str, Any]:
         """Name -> live variable of what is averaged, in a fixed order."""
-        found = optimizers(self._model)
-        if len(found) != 1:
-            raise self._refusal(f"this model has {len(found)} optimizers")
-        optimizer = found[0]
+        candidates = optimizers(self._model)
+        if len(candidates) != 1:
+            raise self._refusal(f"this model has {len(candidates)} optimizers")
+        optimizer = candidates[0]
         build(self._model, optimizer)
         counter, trained = step_counter(optimizer), optimized_variables(optimizer)
         averaged = {_STEP: counter}
@@ -185,7 +185,7 @@ def initial_values(model: Any, optimizer: Any) -> list[Array]:
             fresh.build(optimized_variables(optimizer))
     except Exception as error:
         raise ConfigError(
-            f"the initial state of this optimizer cannot be found out: {error}",
+            f"the initial state of this optimizer cannot be determined: {error}",
             where=type(optimizer).__name__,
             fix="give it a get_config() that from_config() takes; or use optimizer_state='keep', and no personal model",
         ) from error

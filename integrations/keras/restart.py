@@ -1,4 +1,4 @@
-"""Exact restarts of `fit`: what to save of its state, and rounds whose data and random states can begin anew."""
+"""Exact restarts of `fit`: what to save of its state, and how a round's data and random states are repeated."""
 
 from __future__ import annotations
 

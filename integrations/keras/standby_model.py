@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fl_adapters.participant.local_work.backend import StandbyModel
 from fl_adapters.participant.state_file import State
 from fl_runtime.types import Array, Arrays
 
@@ -15,8 +16,8 @@ from .state import assign, to_host
 from .trainer import learning_rate
 
 
-class KerasStandbyModel:
-    """A `StandbyModel` for a Keras model with one optimizer; the second set is kept on the host.
+class KerasStandbyModel(StandbyModel):
+    """A `StandbyModel` for a Keras model with one optimizer; the second set stays on the host.
 
     The optimizer's step counter belongs to its set, and with it the position in a `LearningRateSchedule`. A learning
     rate without schedule belongs to the training loop, so both sets use the same. The variables must hold their

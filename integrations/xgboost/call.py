@@ -71,15 +71,15 @@ class TrainCall:
 
 def checked_params(params: Any) -> dict[str, Any]:
     """The parameters as a dict. Raises ConfigError for those that cannot be federated."""
-    found = dict(params or {})
+    checked = dict(params or {})
     for name, value, why in (
         ("booster", "gblinear", "its model has no trees"),
         ("process_type", "update", "it changes existing trees"),
         ("multi_strategy", "multi_output_tree", "the server does not support trees with a vector per leaf"),
     ):
-        if found.get(name) == value:
+        if checked.get(name) == value:
             raise ConfigError(f"{name}={value!r} cannot be federated: {why}", where="params", fix=f"leave {name} out")
-    return found
+    return checked
 
 
 def check_options(options: Options) -> None:
@@ -146,8 +146,8 @@ def _categories(dtrain: xgboost.DMatrix, head: Mapping[str, Any]) -> dict[str, s
     for name, encoded in zip(names, model.get("cats", {}).get("enc", []), strict=False):
         values = _category_values(encoded)
         if values:
-            shown = ", ".join(values)
-            facts[f"categories of {name}"] = shown if len(shown) < 200 else f"{shown[:150]}... ({_digest(shown)})"
+            text = ", ".join(values)
+            facts[f"categories of {name}"] = text if len(text) < 200 else f"{text[:150]}... ({_digest(text)})"
     return facts
 
 
@@ -163,7 +163,7 @@ def _category_values(encoded: Mapping[str, Any]) -> list[str]:
 
 
 def _digest(text: str, *more: bytes | memoryview) -> str:
-    found = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode())
     for data in more:
-        found.update(data)
-    return found.hexdigest()[:12]
+        digest.update(data)
+    return digest.hexdigest()[:12]

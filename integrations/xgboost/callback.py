@@ -120,7 +120,7 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
         return model
 
     def before_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:
-        """Stop at once if the run was over before this site came (back)."""
+        """Stop at once if the run had ended before this site joined."""
         return self._rounds is not None and self._rounds.over
 
     def after_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:

@@ -34,7 +34,7 @@ def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
             fix="pass a plain xgboost.DMatrix",
         )
     sparse = data.get_data()
-    found: dict[str, Array] = {
+    arrays: dict[str, Array] = {
         "data": np.asarray(sparse.data, np.float32),
         "indices": np.asarray(sparse.indices, np.int64),
         "indptr": np.asarray(sparse.indptr, np.int64),
@@ -43,11 +43,11 @@ def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
     for name in ("label", "weight", "base_margin", "label_lower_bound", "label_upper_bound", "feature_weights"):
         values = np.asarray(data.get_float_info(name), np.float32)
         if len(values):
-            found[name] = values
+            arrays[name] = values
     groups = np.asarray(data.get_uint_info("group_ptr"), np.int64)
     if len(groups):
-        found["group"] = np.diff(groups)
-    return found
+        arrays["group"] = np.diff(groups)
+    return arrays
 
 
 def summary(
@@ -84,8 +84,8 @@ def summary(
             levels[feature] = int(values.max()) + 1 if len(values) else 0
             values = values[:0]
         finite = np.isfinite(values)
-        found, weight = _points(values[finite], weights[row_of[chosen[: len(values)]]][finite], max_bin, min_rows)
-        points.append(_moved(found, noise, draw) if noise else found)
+        point, weight = _points(values[finite], weights[row_of[chosen[: len(values)]]][finite], max_bin, min_rows)
+        points.append(_moved(point, noise, draw) if noise else point)
         shares.append(weight)
     return QuantileSummary(tuple(points), tuple(shares), levels, max_bin)
 

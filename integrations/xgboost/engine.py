@@ -213,9 +213,9 @@ class _WorkerProcess:
     def __init__(self, isolated: bool) -> None:
         ours, theirs = socket.socketpair()
         helper, their_helper = socket.socketpair()
-        found = importlib.util.find_spec(f"{__package__}.worker")
-        assert found is not None and found.origin is not None
-        command = [sys.executable, "-P", found.origin, str(theirs.fileno()), str(their_helper.fileno())]
+        spec = importlib.util.find_spec(f"{__package__}.worker")
+        assert spec is not None and spec.origin is not None
+        command = [sys.executable, "-P", spec.origin, str(theirs.fileno()), str(their_helper.fileno())]
         with theirs, their_helper:
             self._process = subprocess.Popen(
                 [*command, "isolated" if isolated else "shared"],
@@ -272,10 +272,10 @@ class _WorkerProcess:
                 return grown.iterations(grown.rounds - len(iterations))
             assert gradients is not None
             gradient, hessian = gradients(arrays["margins"].reshape(fields["margins"]), None)
-            found = {"gradient": np.asarray(gradient, np.float32), "hessian": np.asarray(hessian, np.float32)}
+            answer = {"gradient": np.asarray(gradient, np.float32), "hessian": np.asarray(hessian, np.float32)}
             self._send(
-                {"shape": list(found["gradient"].shape)},
-                {name: np.ascontiguousarray(value).reshape(-1) for name, value in found.items()},
+                {"shape": list(answer["gradient"].shape)},
+                {name: np.ascontiguousarray(value).reshape(-1) for name, value in answer.items()},
             )
 
     def close(self, *, gently: bool) -> None:
@@ -323,12 +323,12 @@ def reference_rows(cuts: Arrays) -> Array:
     ends = [0, *cuts["cut_ends"].tolist()]
     columns = []
     for feature, levels in enumerate(cuts["levels"].tolist()):
-        found = cuts["cuts"][ends[feature] : ends[feature + 1]].astype(np.float32)
+        bounds = cuts["cuts"][ends[feature] : ends[feature + 1]].astype(np.float32)
         if levels:
             columns.append(np.arange(levels, dtype=np.float32))
-        elif len(found):
-            below = found[0] - max(abs(found[0]), np.float32(1))
-            columns.append(np.concatenate([[below], found]).astype(np.float32))
+        elif len(bounds):
+            below = bounds[0] - max(abs(bounds[0]), np.float32(1))
+            columns.append(np.concatenate([[below], bounds]).astype(np.float32))
         else:
             columns.append(np.zeros(1, np.float32))
     height = max(len(column) for column in columns)

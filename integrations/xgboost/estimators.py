@@ -232,9 +232,9 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
             HandshakeError: If the sites do not agree, before round 1.
         """
         labels = np.asarray(y)
-        found = int(labels.max()) + 1 if len(labels) else 0
-        count = max(self.classes or found, 2)
-        if found > count or not np.array_equal(labels, labels.astype(int)) or labels.min(initial=0) < 0:
+        local_count = int(labels.max()) + 1 if len(labels) else 0
+        count = max(self.classes or local_count, 2)
+        if local_count > count or not np.array_equal(labels, labels.astype(int)) or labels.min(initial=0) < 0:
             raise ConfigError(
                 f"labels from {labels.min()} to {labels.max()} do not number {count} classes",
                 where="fit",

@@ -48,17 +48,17 @@ class Sockets:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return made
 
-    def _made(self, wanted: dict[str, object]) -> tuple[socket.socket, int]:
+    def _made(self, request: dict[str, object]) -> tuple[socket.socket, int]:
         with self._lock:
             try:
-                self._helper.sendall(json.dumps(wanted).encode())
+                self._helper.sendall(json.dumps(request).encode())
                 answer, descriptors, _, _ = socket.recv_fds(self._helper, 4096, 1)
-                found = json.loads(answer or b'{"error": "the worker has ended"}')
+                reply = json.loads(answer or b'{"error": "the worker has ended"}')
             except OSError as error:
-                found, descriptors = {"error": str(error)}, []
+                reply, descriptors = {"error": str(error)}, []
         if not descriptors:
-            raise ConnectionLostError(f"no socket for {wanted}: {found.get('error')}")
-        return socket.socket(fileno=descriptors[0]), int(found["port"])
+            raise ConnectionLostError(f"no socket for {request}: {reply.get('error')}")
+        return socket.socket(fileno=descriptors[0]), int(reply["port"])
 
 
 class Ring:
@@ -118,7 +118,7 @@ class Ring:
         self._in_thread(lambda: self._answer(stream))
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections of the generation."""
         with self._lock:
             self._closed, connections, self._connections = True, self._connections, []
         for connection in connections:
@@ -162,10 +162,10 @@ class Ring:
         return look
 
     def _listen_for(self, peer: str, ports: dict[str, int]) -> None:
-        wanted = {"worker": ports["port"]}
+        listeners = {"worker": ports["port"]}
         if self._me == self._members[0]:
-            wanted["error"] = ports["error_port"]
-        for kind, port in wanted.items():
+            listeners["error"] = ports["error_port"]
+        for kind, port in listeners.items():
             listener, _ = self._sockets.listening(self._address(peer), port)
             self._serve(listener, self._calls(peer, kind))
 

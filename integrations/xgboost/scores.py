@@ -61,18 +61,18 @@ class Evaluation:
         """The same numbers, each with what is needed to pool it over the sites."""
         values, data = self.values(booster, iteration), {name: dmatrix for dmatrix, name in self.evals}
         margins: dict[str, Any] = {}
-        found: dict[str, float | Summary] = {}
+        summaries: dict[str, float | Summary] = {}
         for name, value in values.items():
             source, metric = split(name)
             kind = metric.split("@")[0].rstrip("-")
             if kind in ("auc", "aucpr") and self._has_two_classes(data[source]):
                 if source not in margins:
                     margins[source] = score_histogram(booster, data[source])
-                found[name] = Summary(kind, value, rows_weight(data[source]), margins[source])  # type: ignore[arg-type]
+                summaries[name] = Summary(kind, value, rows_weight(data[source]), margins[source])  # type: ignore[arg-type]
             else:
                 weight = groups(data[source]) if kind in _PER_GROUP else rows_weight(data[source])
-                found[name] = Summary("root_mean" if kind in _ROOTS else "mean", value, weight)
-        return found
+                summaries[name] = Summary("root_mean" if kind in _ROOTS else "mean", value, weight)
+        return summaries
 
     def _has_two_classes(self, data: xgboost.DMatrix) -> bool:
         labels = data.get_label()
@@ -91,10 +91,10 @@ def score_histogram(booster: xgboost.Booster, data: xgboost.DMatrix) -> dict[int
     labels, weights = data.get_label(), data.get_weight()
     weights = weights if len(weights) else np.ones(len(labels))
     bins = np.rint(np.clip(margins, -_LARGEST_MARGIN, _LARGEST_MARGIN) * _BINS_PER_UNIT).astype(int)
-    found, where = np.unique(bins, return_inverse=True)
-    positives = np.bincount(where, weights * (labels > 0.5), len(found))
-    negatives = np.bincount(where, weights * (labels <= 0.5), len(found))
-    return {int(b): (float(n), float(p)) for b, n, p in zip(found, negatives, positives, strict=True)}
+    occupied, bin_of = np.unique(bins, return_inverse=True)
+    positives = np.bincount(bin_of, weights * (labels > 0.5), len(occupied))
+    negatives = np.bincount(bin_of, weights * (labels <= 0.5), len(occupied))
+    return {int(b): (float(n), float(p)) for b, n, p in zip(occupied, negatives, positives, strict=True)}
 
 
 def groups(data: xgboost.DMatrix) -> float:

@@ -67,20 +67,20 @@ def network() -> str:
 def make_sockets(helper: socket.socket) -> None:
     """Answer each request {"listen": [host, port]} or {"from": host} with a socket, or with the reason for none."""
     while line := helper.recv(4096):
-        wanted = json.loads(line)
-        made = socket.socket()
+        request = json.loads(line)
+        new = socket.socket()
         try:
-            if "listen" in wanted:
-                made.bind(tuple(wanted["listen"]))
-                made.listen(_BACKLOG)
+            if "listen" in request:
+                new.bind(tuple(request["listen"]))
+                new.listen(_BACKLOG)
             else:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                made.bind((wanted["from"], 0))
-            socket.send_fds(helper, [json.dumps({"port": made.getsockname()[1]}).encode()], [made.fileno()])
+                new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                new.bind((request["from"], 0))
+            socket.send_fds(helper, [json.dumps({"port": new.getsockname()[1]}).encode()], [new.fileno()])
         except OSError as error:
             helper.send(json.dumps({"error": str(error), "errno": error.errno}).encode())
         finally:
-            made.close()
+            new.close()
 
 
 class Channel:
@@ -91,7 +91,7 @@ class Channel:
         self._lock = threading.Lock()
 
     def send(self, fields: dict[str, Any], arrays: dict[str, Any] | None = None) -> None:
-        """Send a message.
+        """Send a message to the other side.
 
         Args:
             fields: JSON values by name.
@@ -139,9 +139,9 @@ class Channel:
 
 def drops_trees(booster: Any) -> bool:
     """Whether a new tree changes the weights of earlier trees: dart, part of the usual booster since XGBoost 3.3."""
-    found = json.loads(booster.save_config())["learner"]["gradient_booster"]
-    dropout = found.get("dart_train_param", {})
-    return found["name"] == "dart" or any(float(dropout.get(name, 0)) > 0 for name in ("rate_drop", "one_drop"))
+    config = json.loads(booster.save_config())["learner"]["gradient_booster"]
+    dropout = config.get("dart_train_param", {})
+    return config["name"] == "dart" or any(float(dropout.get(name, 0)) > 0 for name in ("rate_drop", "one_drop"))
 
 
 class CollectiveWorker:

@@ -49,11 +49,11 @@ class ControlVariate:
         self._base: dict[str, Array] = {}
 
     def begin(self, model: Arrays, extras: Arrays) -> dict[str, Array]:
-        """Begin a round.
+        """Begin a round with its global weights.
 
         Args:
             model: The global weights by name; copied.
-            extras: What came beside them, including c where the server has one; copied.
+            extras: The arrays that travelled beside them, with c if the server has one; copied.
 
         Returns:
             c - c_i by name, to be added to each gradient.

@@ -49,7 +49,7 @@ class PersonalModel:
         write_tensors(folder / PERSONAL_FILE, self._standby.weights())
 
     def load(self, folder: Path) -> None:
-        """Continue from the weights that `save` wrote, if there are any. The optimizer starts anew.
+        """Continue from the weights that `save` wrote, if there are any. The optimizer starts from scratch.
 
         Raises:
             StateMismatchError: If the weights belong to another model.
