@@ -6,7 +6,8 @@ import threading
 from dataclasses import dataclass, field
 
 from fl_runtime.store.blobs import Blob, Blobs
-from fl_runtime.store.journal import Journal, ModelEntry
+from fl_runtime.store.journal import Journal
+from fl_runtime.store.journal_entries import ModelEntry
 
 
 @dataclass

@@ -17,7 +17,9 @@ from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.registration import Registration
 from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import RESTORE, Journal, ModelEntry, RoundEntry, UpdateEntry
+from fl_runtime.store.journal import Journal
+from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, UpdateEntry
+from fl_runtime.store.journal_reader import RESTORE
 from fl_runtime.types import Update
 from fl_runtime.wire import frames
 
@@ -34,14 +36,16 @@ def reading(journal: Journal) -> Iterator[None]:
 def restore_plan(state: RunState, membership: Membership) -> None:
     """Restore the sites and what they agreed on. A journal without entries changes nothing."""
     journal = state.journal
-    state.layouts.update({manifest.layout: manifest for manifest in journal.manifests()})  # sites refer to them
-    for name, attempt, registration in journal.sites():
+    state.layouts.update(
+        {manifest.layout: manifest for manifest in journal.recorded.manifests()}
+    )  # sites refer to them
+    for name, attempt, registration in journal.recorded.sites():
         member = membership.members[name]
         member.attempt = attempt
         member.absent_since = time.monotonic()
         if registration:
             member.registration, member.known = Registration.from_json(registration), True
-    for name in journal.who_left():
+    for name in journal.recorded.who_left():
         membership.members[name].gone = "it left"
     state.restore_plan()
 
@@ -51,11 +55,11 @@ def restore_results(state: RunState, scores: Scores) -> list[RoundEntry]:
 
     Every byte of the model is read again. StoreError if it is not what was written.
     """
-    journal, models = state.journal, state.journal.models()
-    for version, site, metrics, num_examples in journal.scores():
+    journal, models = state.journal, state.journal.recorded.models()
+    for version, site, metrics, num_examples in journal.recorded.scores():
         scores.report(version, site, from_json(metrics), num_examples)
     unfinished = []
-    for entry in journal.round_entries():
+    for entry in journal.recorded.round_entries():
         if entry.result is None:
             unfinished.append(entry)
         elif entry.round > 0:
@@ -66,15 +70,15 @@ def restore_results(state: RunState, scores: Scores) -> list[RoundEntry]:
                 scores.settle(result.round)
     if models:
         state.models.newest = load_model(state, models[-1])
-        kept = journal.kept()
+        kept = journal.recorded.kept()
         if kept is not None:
-            state.models.newest.kept = state.blobs.open(kept.blob, journal.manifest(kept.layout))
+            state.models.newest.kept = state.blobs.open(kept.blob, journal.recorded.manifest(kept.layout))
     return unfinished
 
 
 def load_model(state: RunState, entry: ModelEntry) -> Model:
     """The model of a journal entry. StoreError if its file does not hold what was written."""
-    blob = state.blobs.open(entry.blob, state.journal.manifest(entry.layout))
+    blob = state.blobs.open(entry.blob, state.journal.recorded.manifest(entry.layout))
     if blob.manifest.digests_of_payload(blob.buffer) != entry.digests:
         raise _damaged(state, blob, f"the model of round {entry.version}")
     return Model(entry, blob)
@@ -82,7 +86,7 @@ def load_model(state: RunState, entry: ModelEntry) -> Model:
 
 def load_update(state: RunState, entry: UpdateEntry) -> Accepted:
     """The update of a journal entry. StoreError if its file does not hold what was written."""
-    blob = state.blobs.open(entry.blob, state.journal.manifest(entry.layout))
+    blob = state.blobs.open(entry.blob, state.journal.recorded.manifest(entry.layout))
     if frames.digest_of(blob.manifest, blob.manifest.digests_of_payload(blob.buffer)) != entry.digest:
         raise _damaged(state, blob, f"the update of {entry.site} for round {entry.round}")
     arrays, extras = blob.views()

@@ -10,7 +10,7 @@ from fl_runtime.server.models import Model
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import RoundEntry
+from fl_runtime.store.journal_entries import RoundEntry
 from fl_runtime.types import Settings, TaskKind, Update
 from fl_runtime.wire.manifest import Manifest
 

@@ -26,7 +26,7 @@ from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry, RoundEntry, UpdateEntry
+from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, UpdateEntry
 from fl_runtime.types import Array, Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest
 
@@ -110,9 +110,9 @@ class Buffered:
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         state, models = self._state, self._state.models
-        self._last_used = state.journal.last_used()
-        self._waiting = [load_update(state, entry) for entry in state.journal.buffer()]
-        self._models = {entry.version: load_model(state, entry) for entry in state.journal.models()[:-1]}
+        self._last_used = state.journal.recorded.last_used()
+        self._waiting = [load_update(state, entry) for entry in state.journal.recorded.buffer()]
+        self._models = {entry.version: load_model(state, entry) for entry in state.journal.recorded.models()[:-1]}
         for version, model in self._models.items():
             if version > 0 and self._scoring.better(version, models.best_version):
                 models.best = model

@@ -24,7 +24,7 @@ from fl_runtime.server.recovery import load_update
 from fl_runtime.server.registration import Member, Registration, check_capabilities
 from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry
+from fl_runtime.store.journal_entries import ModelEntry
 from fl_runtime.types import Arrays, Report
 from fl_runtime.wire.manifest import Manifest
 
@@ -90,7 +90,7 @@ class CrossEvaluation:
         """Restore the sites' last updates from the journal; returns the names of their files."""
         state, names = self._state, set[str]()
         if self._wanted and state.models.newest:
-            for entry in state.journal.last_updates():
+            for entry in state.journal.recorded.last_updates():
                 if 0 < entry.round <= state.models.version:
                     self.keep(load_update(state, entry))
                     names.add(entry.blob)

@@ -10,7 +10,7 @@ from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.state import RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import ModelEntry
+from fl_runtime.store.journal_entries import ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.wire.manifest import Manifest, differences
 

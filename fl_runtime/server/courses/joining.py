@@ -12,7 +12,7 @@ from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member, Registration, check_agreement, check_capabilities
 from fl_runtime.server.state import RunState
 from fl_runtime.server.update_checks import TensorChecks
-from fl_runtime.store.journal import RoundEntry
+from fl_runtime.store.journal_entries import RoundEntry
 
 
 class Joining:

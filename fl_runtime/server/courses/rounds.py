@@ -16,7 +16,7 @@ from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.recovery import load_model, load_update
 from fl_runtime.server.state import OpenRound, RunState, stage_of
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import KeptEntry, ModelEntry, RoundEntry
+from fl_runtime.store.journal_entries import KeptEntry, ModelEntry, RoundEntry
 from fl_runtime.wire.manifest import Manifest
 
 
@@ -52,7 +52,9 @@ class Rounds:
             participants = punctual if len(punctual) >= settings.min_sites else participants
             strategy = state.plan.strategy
             participants = asked(settings, strategy, number, participants)
-            state.open_round = opened(settings, strategy, number, participants, stage_of(state.journal.repeats(number)))
+            state.open_round = opened(
+                settings, strategy, number, participants, stage_of(state.journal.recorded.repeats(number))
+            )
             state.journal.round_opened(number, tuple(participants), time.time())
         self._encode_global_model()
         if number > 0:
@@ -121,13 +123,13 @@ class Rounds:
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         """Restore the open round, its updates and the best model; returns the names of the updates' files."""
         state = self._state
-        self.last_used = state.journal.last_used()
+        self.last_used = state.journal.recorded.last_used()
         for entry in unfinished:
-            stage = stage_of(state.journal.repeats(entry.round))
+            stage = stage_of(state.journal.recorded.repeats(entry.round))
             state.open_round = opened(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
-            for update in state.journal.updates(entry.round):
+            for update in state.journal.recorded.updates(entry.round):
                 state.open_round.accepted[update.site] = load_update(state, update)
-        self._recover_best(state.journal.models()[:-1])
+        self._recover_best(state.journal.recorded.models()[:-1])
         return {accepted.blob.name for accepted in state.open_round.accepted.values()} if state.open_round else set()
 
     def _recover_best(self, older: Sequence[ModelEntry]) -> None:

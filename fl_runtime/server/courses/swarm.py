@@ -24,7 +24,7 @@ from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import RoundEntry
+from fl_runtime.store.journal_entries import RoundEntry
 from fl_runtime.types import Settings, Update
 from fl_runtime.wire.manifest import Manifest
 

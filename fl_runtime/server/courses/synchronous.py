@@ -17,7 +17,7 @@ from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.server.update_checks import TensorChecks
-from fl_runtime.store.journal import RoundEntry, UpdateEntry
+from fl_runtime.store.journal_entries import RoundEntry, UpdateEntry
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class Synchronous:
     def _try_again(self, current: OpenRound, error: RoundFailedError) -> None:
         """Drop a round that failed. It is opened again with the sites that are present then and are not silent."""
         state = self._state
-        failed = state.journal.repeats(current.round) + 1
+        failed = state.journal.recorded.repeats(current.round) + 1
         log.warning("round %s failed: %s", current.round, error.what)
         if failed == _TRIES:
             raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)

@@ -28,7 +28,7 @@ from fl_runtime.server.registration import Member, Registration, check_capabilit
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal import RoundEntry
+from fl_runtime.store.journal_entries import RoundEntry
 from fl_runtime.types import Arrays, Report, RunSettings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest, differences
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fl_runtime.errors import ConfigError, QuorumError, StoreError
-from fl_runtime.store.journal import SCHEMA_VERSION, Journal, ModelEntry, UpdateEntry
+from fl_runtime.store.journal import SCHEMA_VERSION, Journal
+from fl_runtime.store.journal_entries import ModelEntry, UpdateEntry
 from fl_runtime.types import RunSettings
 from fl_runtime.wire.manifest import Manifest
 
@@ -54,14 +55,14 @@ def test_all_that_was_written_is_there_after_a_restart(journal: Journal, path: P
     journal.accepted(update(1, "b"))
     journal.scored(0, "a", {"loss": 0.1}, 7)
     again = reopened(journal, path)
-    assert list(again.sites()) == [("a", 2, {"rounds": 3}), ("b", 1, None)]
-    assert again.rounds() == 3
-    assert again.manifest(MANIFEST.layout) == MANIFEST
-    assert again.models() == [ModelEntry(0, "model-0", MANIFEST.layout, b"0")]
-    (entry,) = again.round_entries()
+    assert list(again.recorded.sites()) == [("a", 2, {"rounds": 3}), ("b", 1, None)]
+    assert again.recorded.rounds() == 3
+    assert again.recorded.manifest(MANIFEST.layout) == MANIFEST
+    assert again.recorded.models() == [ModelEntry(0, "model-0", MANIFEST.layout, b"0")]
+    (entry,) = again.recorded.round_entries()
     assert (entry.round, entry.participants, entry.opened_at, entry.result) == (1, ("a", "b"), 12.5, None)
-    assert again.updates(1) == [update(1, "b")]
-    assert list(again.scores()) == [(0, "a", {"loss": 0.1}, 7)]
+    assert again.recorded.updates(1) == [update(1, "b")]
+    assert list(again.recorded.scores()) == [(0, "a", {"loss": 0.1}, 7)]
 
 
 def test_closing_a_round_replaces_its_updates_by_its_result(journal: Journal, path: Path) -> None:
@@ -69,10 +70,10 @@ def test_closing_a_round_replaces_its_updates_by_its_result(journal: Journal, pa
     journal.accepted(update(1, "a"))
     journal.committed(ModelEntry(1, "model-1", MANIFEST.layout, b"1"), 1, {"seconds": 2.0})
     again = reopened(journal, path)
-    assert again.round_entries()[0].result == {"seconds": 2.0}
-    assert [m.version for m in again.models()] == [1]
+    assert again.recorded.round_entries()[0].result == {"seconds": 2.0}
+    assert [m.version for m in again.recorded.models()] == [1]
     again.forget_model(1)
-    assert again.models() == []
+    assert again.recorded.models() == []
 
 
 def test_a_transaction_that_fails_leaves_nothing_behind(journal: Journal) -> None:
@@ -82,7 +83,7 @@ def test_a_transaction_that_fails_leaves_nothing_behind(journal: Journal) -> Non
     journal.round_opened(2, ("a",), 1.0)
     with pytest.raises(StoreError):
         journal.committed(entry, 2, {"seconds": 3.0})  # the same model version twice
-    assert journal.round_entries()[1].result is None
+    assert journal.recorded.round_entries()[1].result is None
 
 
 def test_another_job_or_other_settings_are_refused(journal: Journal, path: Path) -> None:
@@ -136,4 +137,4 @@ def test_the_end_of_a_run_is_recorded_with_its_error(journal: Journal, path: Pat
 
 def test_a_layout_that_was_never_recorded_is_a_store_error(journal: Journal) -> None:
     with pytest.raises(StoreError, match="layout"):
-        journal.manifest(b"unknown")
+        journal.recorded.manifest(b"unknown")
