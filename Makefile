@@ -14,7 +14,7 @@ JOBS ?= 2
 TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/hook_cost.py benchmarks/accuracy.py \
 	benchmarks/xgboost_tunnel.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py
-PROJECT := -e '.[hf,lightning,keras,monai,xgboost-cpu,trust,dp,he,examples,dev]'
+PROJECT := -e '.[hf,torch,lightning,keras,monai,xgboost-cpu,trust,dp,he,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -63,6 +63,10 @@ demo: $(VENV)/.stamp  ## three sites fine-tune a transformer together, beside ea
 .PHONY: demo-lightning
 demo-lightning: $(VENV)/.stamp  ## four sites train a Lightning module together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/lightning/image_classification/demo.py $(ARGS)
+
+.PHONY: demo-torch
+demo-torch: $(VENV)/.stamp  ## four sites train with a PyTorch loop together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/torch/image_classification/demo.py $(ARGS)
 
 .PHONY: demo-keras
 demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside each alone and all data in one place

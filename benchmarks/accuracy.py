@@ -4,7 +4,7 @@ The trainings are those of the examples' demos, repeated with several seeds. All
 passes over their data, and are scored on the same held-out rows. Takes two to four minutes for a seed and an example on
 two cores.
 
-    python benchmarks/accuracy.py [hf|lightning|keras|monai ...] [--seeds 0 1 2] [--out accuracy.csv]
+    python benchmarks/accuracy.py [hf|lightning|torch|keras|monai ...] [--seeds 0 1 2] [--out accuracy.csv]
 
 Columns: mean, lowest and highest score over the seeds, from 0 to 1 (accuracy; Dice for monai). The CSV file has a row
 for each seed. Ends with status 1 unless every federation's mean is within 0.02 of central and above every site alone.
@@ -31,6 +31,7 @@ from comparison import keeps_its_promise  # noqa: E402
 EXAMPLES = {
     "hf": ROOT / "hf" / "text_classification",
     "lightning": ROOT / "lightning" / "image_classification",
+    "torch": ROOT / "torch" / "image_classification",
     "keras": ROOT / "keras" / "image_classification",
     "monai": ROOT / "monai" / "spleen_bundle",
 }

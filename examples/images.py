@@ -1,4 +1,4 @@
-"""Data of the Lightning and Keras examples: small grey images of ten classes, divided unevenly among the sites.
+"""Data of the image examples: small grey images of ten classes, divided unevenly among the sites.
 
 The images are Fashion-MNIST if it is found, else scikit-learn's handwritten digits, which come in a package. The sites'
 shares of each class are drawn from a Dirichlet distribution: each site has many images of some classes and few of

@@ -14,6 +14,8 @@ def __getattr__(name: str) -> Any:
     """Load `FederatedLoop` when it is asked for: the adapters of trainers import this package without it."""
     if name != "FederatedLoop":
         raise AttributeError(f"module 'fl_adapters.torch' has no attribute {name!r}")
-    from fl_adapters.torch.loop import FederatedLoop
-
+    try:
+        from fl_adapters.torch.loop import FederatedLoop
+    except ModuleNotFoundError as error:
+        raise ImportError(f"PyTorch or safetensors is missing: pip install 'fl-adapters[torch]' ({error})") from error
     return FederatedLoop
