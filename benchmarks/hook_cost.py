@@ -3,7 +3,7 @@
 One site trains for one long round, with steps of 10 ms and more. Every hook of the adapter is timed; the few that wait
 for the server are left out. Each framework runs in a process of its own.
 
-    python benchmarks/hook_cost.py [hf|lightning|keras-tensorflow|keras-torch|keras-jax|monai ...] [--steps 300]
+    python benchmarks/hook_cost.py [hf|lightning|torch|keras-tensorflow|keras-torch|keras-jax|monai ...] [--steps 300]
 
 Columns: milliseconds of a step, microseconds of our hooks in a step, and their share of the loop's time. Ends with
 status 1 if a share is above 1 %.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -47,10 +47,12 @@ class Hooks:
         """Time the methods of `callback` whose names begin with `prefix`, and return it."""
         for name, member in vars(type(callback)).items():
             if name.startswith(prefix) and not name.startswith("__") and isinstance(member, FunctionType):
-                setattr(callback, name, self._timed(getattr(callback, name)))
+                setattr(callback, name, self.timed_call(getattr(callback, name)))
         return callback
 
-    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def timed_call(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that calls `hook` and records the time it takes."""
+
         @functools.wraps(hook)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._within:
@@ -195,9 +197,43 @@ def monai(kit: str, steps: int, hooks: Hooks) -> float:
     return time.perf_counter() - began
 
 
+def torch_loop(kit: str, steps: int, hooks: Hooks) -> float:
+    """Train with `FederatedLoop`. Timed: taking a batch, adding a loss, our hooks on the optimizer's step."""
+    import torch
+
+    from fl_adapters.torch import FederatedLoop
+
+    net = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for name in ("register_step_pre_hook", "register_step_post_hook"):  # of this one optimizer
+        register = getattr(optimizer, name)
+        setattr(optimizer, name, lambda hook, register=register: register(hooks.timed_call(hook)))
+    batches = [torch.ones(ROWS, 8)] * steps  # a list: what taking a batch costs is ours alone
+    began = time.perf_counter()
+    for round in taken(FederatedLoop(net, optimizer, kit=kit).rounds(batches), hooks):
+        add_loss = hooks.timed_call(round.add_loss)
+        for x in taken(iter(round), hooks):
+            optimizer.zero_grad()
+            time.sleep(STEP_S)
+            loss = (net(x) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            add_loss(loss)
+    return time.perf_counter() - began
+
+
+def taken(items: Iterator[Any], hooks: Hooks) -> Iterator[Any]:
+    """Yield the items, and record the time that each takes to come."""
+    take = hooks.timed_call(items.__next__)
+    with suppress(StopIteration):
+        while True:
+            yield take()
+
+
 TRAININGS = {
     "hf": hf,
     "lightning": lightning,
+    "torch": torch_loop,
     "keras-tensorflow": keras,
     "keras-torch": keras,
     "keras-jax": keras,

@@ -75,23 +75,27 @@ def _packages() -> Iterator[Check]:
     except metadata.PackageNotFoundError:
         yield Check("fl-adapters", "note", "not installed as a package", "pip install fl-adapters")
         return
-    seen: set[str] = set()
+    floors: dict[str, str] = {}
+    extras: dict[str, list[str]] = {}  # that need each package; "" stands for the base install
     for line in requirements:
         match = re.match(r"([\w.-]+)[^;]*?(?:>=\s*([\w.]+))?[^;]*(?:;(.*))?$", line)
-        if match is None or match[1] in seen:
+        if match is None:
             continue
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", match[3] or "")
         if extra is None or extra[1] not in ("dev", "test"):
-            seen.add(match[1])
-            yield _package(match[1], match[2] or "", extra[1] if extra else "")
+            floors.setdefault(match[1], match[2] or "")
+            extras.setdefault(match[1], []).append(f"[{extra[1]}]" if extra else "")
+    for name, floor in floors.items():
+        yield _package(name, floor, extras[name])
 
 
-def _package(name: str, floor: str, extra: str) -> Check:
+def _package(name: str, floor: str, extras: list[str]) -> Check:
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
-        if extra:
-            return Check(name, "ok", f"not installed; only [{extra}] needs it")
+        if "" not in extras:
+            only = f"only {extras[0]} needs it" if len(extras) == 1 else f"needed by {', '.join(extras)}"
+            return Check(name, "ok", f"not installed; {only}")
         return Check(name, "problem", "missing", f"pip install '{name}>={floor}'")
     if floor and _numbers(installed) < _numbers(floor):
         return Check(name, "problem", f"{installed} is too old", f"pip install '{name}>={floor}'")

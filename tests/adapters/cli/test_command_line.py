@@ -149,6 +149,18 @@ def test_doctor_finds_nothing_wrong_here(checks: Any) -> None:
     assert {"python", "platform", "disk", "open files", "startup kit"} <= found.keys()
 
 
+def test_doctor_says_which_extras_need_a_package_that_is_not_installed(
+    checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = ["ours>=1", *(f"theirs>=2; extra == '{extra}'" for extra in ("hf", "torch", "dev")), "other; extra == 'he'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
+    status, found = checks()
+    assert status == 1
+    assert found["ours"]["fix"] == "pip install 'ours>=1'"
+    assert found["theirs"]["detail"] == "not installed; needed by [hf], [torch]"
+    assert found["other"]["detail"] == "not installed; only [he] needs it"
+
+
 def test_doctor_names_a_taken_port(checks: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,14 @@ def test_arguments_that_cannot_work_are_refused() -> None:
     loop = FederatedLoop(net, optimizer, evaluate=lambda: 0.3)  # type: ignore[arg-type,return-value]
     with pytest.raises(ConfigError, match=r"evaluate\(\) returned float"):
         loop._evaluated()
+
+
+@pytest.mark.parametrize("missing", ["torch", "safetensors"])
+def test_a_package_that_is_missing_is_named_with_the_extra(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom fl_adapters.torch import FederatedLoop"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'fl-adapters[torch]'" in done.stderr
+    assert missing in done.stderr.splitlines()[-1]
 
 
 def test_steps_without_rounds_in_the_job_are_refused() -> None:
