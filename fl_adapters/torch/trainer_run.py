@@ -155,10 +155,10 @@ class TrainerRun(Generic[P]):
     """One training of this site within a federation. The module docstring lists the calls in their order.
 
     Attributes:
-        options: The script's own arguments.
         joined: What the federation asks for: job, settings, output folders.
         budget: Length of the run in rounds, epochs and steps.
         active: Whether this site takes part. False once it has finished, left, or failed.
+        begun: Whether the training has begun and not ended, so that `port` and `live` can be used.
         progress: Where the site stands in its round. The adapter keeps it up to date.
         tally: Losses and examples of the round. The adapter adds to it.
         evaluates: Whether each global model is scored here.
@@ -168,9 +168,9 @@ class TrainerRun(Generic[P]):
         came_back: Whether a snapshot of an earlier process was loaded, so that the trainer goes on from there.
     """
 
-    def __init__(self, options: Options, site: TorchSite, joined: Joined) -> None:
-        self.options, self.joined, self.budget = options, joined, RoundBudget.of(joined.settings)
-        self.active = True
+    def __init__(self, site: TorchSite, joined: Joined) -> None:
+        self.joined, self.budget = joined, RoundBudget.of(joined.settings)
+        self.active, self.begun = True, False
         self.progress = Progress()
         self.tally = Tally()
         self.evaluates = self.awaits_score = False
@@ -196,21 +196,17 @@ class TrainerRun(Generic[P]):
         """
         site = TorchSite(options, framework)
         joined = site.join(folders)
-        return None if joined is None else cls(options, site, joined)
+        return None if joined is None else cls(site, joined)
 
     def __getstate__(self) -> dict[str, Any]:
         """Live tensors stay behind. A copy of a training that has begun does not take part."""
-        return {**self.__dict__, "active": self.active and self._live is None, "_live": None, "_port": None}
+        active = self.active and not self.begun
+        return {**self.__dict__, "active": active, "begun": False, "_live": None, "_port": None}
 
     @property
     def settings(self) -> SiteSettings:
         """Settings that hold at this site: the script's arguments, then the job's, then the defaults."""
         return self.joined.settings
-
-    @property
-    def begun(self) -> bool:
-        """Whether `begin` has been called, and the training has not ended."""
-        return self._live is not None
 
     @property
     def live(self) -> LiveModel:
@@ -258,8 +254,9 @@ class TrainerRun(Generic[P]):
                 self._live.local.close()  # of a training that was interrupted
             self._port, self.evaluates, self._keeps_final = port, evaluates, keep_final
             self.over = self.awaits_score = False
-            self.tally = Tally(self.options.num_examples or examples)
+            self.tally = Tally(self._site.options.num_examples or examples)
             live = self._live = LiveModel(model, optimizers, self.settings)
+            self.begun = True
             if follow:
                 live.gradients.follow(optimizers)
             snapshot = port.snapshot(live) if self.settings.exact_restart else None
@@ -482,7 +479,7 @@ class TrainerRun(Generic[P]):
 
     def _forget(self) -> None:
         """End this site's part, and let go of the trainer and the model."""
-        self.active = False
+        self.active = self.begun = False
         if self._live is not None:
             self._live.local.close()
         self._live = self._port = None

@@ -66,7 +66,8 @@ def ends_phase(budget: RoundBudget, state: TrainerState) -> bool:
     """Whether the optimizer step that was just made ends a round, or a phase of one."""
     if state.global_step >= state.max_steps:
         return True
-    return _at_multiple_of(state, budget.every.steps, budget.every.epochs)
+    every = budget.every
+    return _at_multiple_of(state, every.steps, every.epochs)
 
 
 def epoch_ends_phase(budget: RoundBudget, state: TrainerState) -> bool:

@@ -113,7 +113,8 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         run = self._run
         if run is None or not run.begun:
             return
-        state.epoch += run.port.epochs_before
+        if run.came_back:
+            state.epoch += run.port.epochs_before
         if not run.over and budget.ends_phase(run.budget, state):
             self._exchange(run, args, state, control, trained["train_dataloader"])
 
