@@ -158,9 +158,12 @@ class FederatedLoop(SharedArguments):
             yield from self._alone(data) if run is None else self._federated(run, data)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the run as plain values, for a checkpoint of yours; empty outside a federation.
+        """Return the loop's place in its run, for a checkpoint of yours.
 
         Save it together with the model and the optimizer, between two rounds.
+
+        Returns:
+            Plain values; empty outside a federation.
         """
         run = self._run
         if run is None or not run.begun:

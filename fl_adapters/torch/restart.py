@@ -30,11 +30,22 @@ class Stateful(Protocol):
     """Whatever gives its state and takes it back: a schedule, a gradient scaler, a live model."""
 
     def state_dict(self) -> Any:
-        """State to save. It may hold references to live tensors."""
+        """Return the state to save.
+
+        Returns:
+            The state, which may hold references to live tensors.
+        """
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Go on from a state that `state_dict` gave."""
+        """Continue from a saved state.
+
+        Args:
+            state: What `state_dict` returned, maybe in another process.
+
+        Returns:
+            Nothing that is used.
+        """
         ...
 
 

@@ -120,7 +120,11 @@ class TrainerPort(Protocol):
         return None
 
     def resumed(self) -> Resumed | None:
-        """The checkpoint that the trainer resumed from, or None if it starts from the beginning."""
+        """Return the checkpoint that the trainer resumed from.
+
+        Returns:
+            The checkpoint, or None if the trainer starts from the beginning.
+        """
         return None
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:

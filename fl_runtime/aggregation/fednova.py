@@ -56,7 +56,14 @@ class FedNova(WeightsStrategy):
         return _Normalised(self, base, allocate)
 
     def path(self, steps: int) -> float:
-        """Return the effective number a_i for a number of optimizer steps."""
+        """Return the effective number of steps a_i, by which an update is divided.
+
+        Args:
+            steps: Optimizer steps that a site made in the round.
+
+        Returns:
+            a_i; with momentum 0 it is `steps`.
+        """
         m = self.momentum
         return (steps - m * (1 - m**steps) / (1 - m)) / (1 - m)
 

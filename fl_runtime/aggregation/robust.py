@@ -108,7 +108,14 @@ class TrimmedMean(RobustStrategy):
         return lambda values, base, which: _middle(values, self.trimmed(len(values)))
 
     def trimmed(self, sites: int) -> int:
-        """Return k for a number of sites."""
+        """Return how many values are left out at each end.
+
+        Args:
+            sites: Number of updates in the round.
+
+        Returns:
+            `trim` times `sites`, rounded down.
+        """
         return math.floor(self.trim * sites + 1e-9)
 
 

@@ -150,7 +150,15 @@ class Described(Workflow):
         return shape
 
     def refuse(self, argument: str, wanted: str) -> ConfigError:
-        """Make the error for an argument that does not have a `wanted` value, to be raised by the caller."""
+        """Make the error for an argument with a value that cannot work.
+
+        Args:
+            argument: Name of the argument.
+            wanted: The values that can work, such as "a number above 0".
+
+        Returns:
+            The error, for the caller to raise.
+        """
         value = getattr(self, argument)
         return ConfigError(
             f"the strategy {self.name} cannot work with {argument}={value}", where="strategy", fix=f"give {wanted}"

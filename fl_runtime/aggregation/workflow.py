@@ -81,7 +81,14 @@ class Workflow:
 
     @staticmethod
     def send(site: str) -> RoundPlan:
-        """Plan a round in which one site trains."""
+        """Plan a round in which one site trains.
+
+        Args:
+            site: Name of the site.
+
+        Returns:
+            The plan.
+        """
         return RoundPlan((site,))
 
     @classmethod

@@ -57,7 +57,7 @@ class RoundMetrics(FilterSettings):
         check_number(self, "decimals", self.decimals, least=0, most=12)
 
     def facts(self, facts: Facts, host: FilterHost) -> Facts:
-        """Round every metric."""
+        """Round every metric to `decimals` digits."""
         return replace(facts, metrics={n: round(v, int(self.decimals)) for n, v in plain(facts).items()})
 
 

@@ -114,7 +114,6 @@ class Journal:
             )
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     def joined(self, site: str, attempt: int) -> None:

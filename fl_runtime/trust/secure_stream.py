@@ -42,7 +42,7 @@ class Messages(Protocol):
     name: str
 
     def send(self, data: bytes) -> None:
-        """Send one message."""
+        """Send one message to the peer."""
         ...
 
     def receive(self) -> bytes:

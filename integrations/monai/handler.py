@@ -91,7 +91,11 @@ class FederatedHandler(SharedArguments):
         monai.put_first(engine, Events.STARTED, self._started)
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the run, as plain values; empty outside a federation."""
+        """Return the trainer's place in its run, for a checkpoint.
+
+        Returns:
+            Plain values; empty outside a federation.
+        """
         run = self._run
         if run is None or not run.begun:
             return {}

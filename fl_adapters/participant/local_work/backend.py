@@ -53,7 +53,11 @@ class StandbyModel(Protocol):
         ...
 
     def state_dict(self) -> State:
-        """Return weights and optimizer state kept here, for an exact restart. Borrowed until the next step."""
+        """Return the weights and the optimizer state kept here, for an exact restart.
+
+        Returns:
+            Arrays and plain values, borrowed until the next step.
+        """
         ...
 
     def load_state_dict(self, state: State) -> None:
@@ -126,11 +130,19 @@ class LocalBackend(Protocol):
         ...
 
     def step_record(self) -> StepRecord:
-        """Return the steps since the last call of `add_offsets`."""
+        """Return the optimizer steps since the last call of `add_offsets`.
+
+        Returns:
+            Learning rates and gradients of these steps.
+        """
         ...
 
     def standby_model(self) -> StandbyModel:
-        """Make a second set of weights and optimizer state for this model."""
+        """Make a second set of weights and optimizer state for this model.
+
+        Returns:
+            A copy of the live weights, with an optimizer that has made no step.
+        """
         ...
 
     def close(self) -> None:

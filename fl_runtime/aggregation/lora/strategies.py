@@ -33,7 +33,14 @@ class LoraAverage(FedAvg):
     stays: ClassVar[Literal["", "A", "B"]] = ""
 
     def frozen(self, round: int) -> Factor | None:
-        """Return the factor that stays fixed in this round, or None if both are trained."""
+        """Choose the factor that stays fixed in a round.
+
+        Args:
+            round: Number of the round, from 1.
+
+        Returns:
+            "A" or "B", or None if both are trained.
+        """
         return None
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
@@ -81,7 +88,14 @@ class FFALoRA(LoraAverage):
     stays: ClassVar[Literal["", "A", "B"]] = "A"
 
     def frozen(self, round: int) -> Factor | None:
-        """Return "A", which stays fixed in every round."""
+        """Keep A fixed in every round.
+
+        Args:
+            round: Number of the round, from 1.
+
+        Returns:
+            "A".
+        """
         return "A"
 
 
@@ -109,7 +123,14 @@ class RoLoRA(LoraAverage):
         return False
 
     def frozen(self, round: int) -> Factor | None:
-        """Return "A" in odd rounds and "B" in even ones: B is initially 0, so A would have no gradient in round 1."""
+        """Alternate, and begin with A fixed: B is initially 0, so A would have no gradient in round 1.
+
+        Args:
+            round: Number of the round, from 1.
+
+        Returns:
+            "A" in odd rounds and "B" in even ones.
+        """
         return "A" if round % 2 else "B"
 
 
