@@ -332,11 +332,13 @@ class ServerState:
         kept: Arrays that the aggregator of the last round saved with `keep`; empty in the first round. Read-only.
         keep: Function from example arrays to writable arrays of the same names, shapes and dtypes. They are
             committed together with the next model, never leave the server, and are `kept` in the next round.
+        sites: Names of all sites of the job, in its order, whether or not they take part in the round.
     """
 
     extras: Arrays = field(default_factory=dict)
     kept: Arrays = field(default_factory=dict)
     keep: Callable[[Arrays], Arrays] = dict
+    sites: tuple[str, ...] = ()
 
 
 class Strategy(Protocol):

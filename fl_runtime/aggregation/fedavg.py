@@ -106,9 +106,9 @@ class WeightedMean:
             value = (update.extras if extra else update.arrays).get(name)
             if value is None:  # held back by a filter of the site
                 continue
-            before = self._weights.get(key, 0.0)
-            self._weights[key] = before + update.weight
-            share = update.weight / self._weights[key]
+            before, weight = self._weights.get(key, 0.0), self._weight(update, key)
+            self._weights[key] = before + weight
+            share = weight / self._weights[key]
             _fold_all(mean.reshape(-1), value.reshape(-1), share, first=not before)
 
     def means(self) -> dict[str, Array]:
@@ -124,6 +124,10 @@ class WeightedMean:
         arrays = {name: array for (extra, name), array in self._out.items() if not extra}
         extras = {name: array for (extra, name), array in self._out.items() if extra}
         return arrays, extras
+
+    def _weight(self, update: Update, key: tuple[bool, str]) -> float:
+        """Weight of one array in its mean; the key says whether it is an extra, and its name."""
+        return update.weight
 
     def _begin(self, update: Update) -> None:
         arrays, extras = self._allocate(update.arrays, update.extras)

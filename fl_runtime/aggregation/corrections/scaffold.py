@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from fl_runtime.aggregation.base import WeightsStrategy, is_statistic
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms, is_control
@@ -14,15 +17,25 @@ from fl_runtime.capabilities import GRADIENT_CORRECTION, WEIGHTS
 from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update
 
+_KEPT = "site_weights"
+
 
 @dataclass(frozen=True)
 class Scaffold(WeightsStrategy):
     """Stochastic controlled averaging: control variates correct the gradients of each site.
 
-        x' = x + lr (mean_i y_i - x),   c' = c + (|S| / N) mean_i (c_i' - c_i)
+        x' = x + lr (mean_i y_i - x),   c' = c + sum_i p_i (c_i' - c_i)
 
-    S are the sites of the round, N is the number of all sites, and y_i are the weights of site i after training. At
-    site i every gradient g of the loss becomes g + c - c_i before the optimizer step. After K steps, the site sets:
+    The mean and the sum are over the sites of the round, and y_i are the weights of site i after training. p_i is the
+    share of site i in the weights of all sites of the job, so the sum of all p_i is 1. With "equal" weights
+    p_i = 1 / N, as in the paper. At site i every gradient g of the loss becomes g + c - c_i before the optimizer step.
+
+    Invariant: after every round, c = sum_i p_i c_i over all sites, whichever sites took part. Without it, c - c_i has a
+    mean other than 0 and the run converges to a wrong optimum. The server knows the weight of a site from the first
+    update that counts, and uses this number for c in the rest of the run. Until then it assumes the mean of the known
+    weights, and scales c when a new weight becomes known: c_i of a site that has not taken part is 0.
+
+    After K steps, the site sets:
 
     - for SGD without momentum (option II of the paper): c_i' = c_i - c + (x - y_i) / (K rate), where the sum of the
       steps' learning rates stands for K rate, so that a schedule may change them;
@@ -30,8 +43,8 @@ class Scaffold(WeightsStrategy):
       correction. For SGD with a constant learning rate and without clipping, both are the same.
 
     c and c_i are initially 0. c travels beside the weights and the change of c_i beside each update, so both directions
-    need twice the bytes. c is part of the committed model; c_i stays at its site. Sites need the capability
-    "gradient-correction".
+    need twice the bytes. c is part of the committed model, and the weights of the sites are kept with it; c_i stays at
+    its site. Sites need the capability "gradient-correction".
 
     Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1.
 
@@ -65,18 +78,71 @@ class Scaffold(WeightsStrategy):
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         """Return an aggregator that averages the updates, then steps x and c."""
-        return _Scaffold(base, WeightedMean(allocate, equal=self.weights == "equal"), state.extras, self.lr)
+        weights = _SiteWeights(state, equal=self.weights == "equal")
+        return _Scaffold(base, _ScaffoldMean(allocate, weights), weights, state, self.lr)
+
+
+class _SiteWeights:
+    """Weights of all sites in c: those with which they first took part."""
+
+    def __init__(self, state: ServerState, *, equal: bool) -> None:
+        self.equal = equal
+        self._sites = state.sites
+        kept = state.kept.get(_KEPT)
+        self._before = {} if kept is None else {n: float(w) for n, w in zip(self._sites, kept, strict=True) if w}
+        self._known, self._round = dict(self._before), dict[str, float]()
+
+    def of(self, update: Update) -> float:
+        """Return the weight of the update's site; the first one counts."""
+        weight = self._known.setdefault(update.site, update.weight)
+        self._round[update.site] = weight
+        return weight
+
+    @property
+    def count(self) -> int:
+        """Number of sites of the job."""
+        return len(self._sites) or len(self._known)
+
+    def share_of_round(self) -> float:
+        """Return the share of the round's sites in the weights of all; exactly 1 if all take part."""
+        return math.fsum(self._round.values()) / self._total(self._known)
+
+    def growth(self) -> float:
+        """Return the factor by which the weights of all sites have become more than the last round's estimate."""
+        return self._total(self._known) / self._total(self._before) if self._before else 1.0
+
+    def keep(self, state: ServerState) -> None:
+        """Commit the weights with the next model."""
+        if self._sites:
+            weights = np.array([self._known.get(name, 0.0) for name in self._sites])
+            state.keep({_KEPT: weights})[_KEPT][...] = weights
+
+    def _total(self, known: Mapping[str, float]) -> float:
+        """Return the sum of all weights, the mean of the known ones standing for each unknown one."""
+        total = math.fsum(known.values())
+        return total + (self.count - len(known)) * (total / len(known))
+
+
+class _ScaffoldMean(WeightedMean):
+    """A weighted mean in which a control variate has the weight that its site has in c."""
+
+    def __init__(self, allocate: Allocate, weights: _SiteWeights) -> None:
+        super().__init__(allocate, equal=weights.equal)
+        self._site_weights = weights
+
+    def _weight(self, update: Update, key: tuple[bool, str]) -> float:
+        extra, name = key
+        return self._site_weights.of(update) if extra and is_control(name) else update.weight
 
 
 class _Scaffold:
-    """Averages like FedAvg. A site sends (c_i' - c_i) / N, so c changes by the sum over the sites."""
+    """Averages like FedAvg. A site sends (c_i' - c_i) / N, so c changes by N sum_i p_i times what the sites sent."""
 
-    def __init__(self, base: Arrays, mean: WeightedMean, control: Arrays, lr: float) -> None:
-        self._base, self._mean, self._control, self._lr, self._count = base, mean, control, lr, 0
+    def __init__(self, base: Arrays, mean: WeightedMean, weights: _SiteWeights, state: ServerState, lr: float) -> None:
+        self._base, self._mean, self._weights, self._state, self._lr = base, mean, weights, state, lr
 
     def add(self, update: Update) -> None:
         self._mean.add(update)
-        self._count += 1
 
     def result(self) -> tuple[Arrays, Arrays]:
         if self._lr != 1.0:
@@ -84,12 +150,23 @@ class _Scaffold:
                 if mean.dtype.kind in "fc" and not is_statistic(name):
                     _step(mean.reshape(-1), self._base[name].reshape(-1), self._lr)
         arrays, extras = self._mean.result()
-        for name, share in extras.items():
-            if is_control(name):
-                share *= share.dtype.type(self._count)
-                if name in self._control:
-                    share += self._control[name]
+        controls = [name for name in extras if is_control(name)]
+        if controls:
+            self._weights.keep(self._state)
+        for name in controls:
+            share = extras[name]
+            share *= share.dtype.type(self._weights.count * self._weights.share_of_round())
+            if name in self._state.extras:
+                share += self._grown(self._state.extras[name])
         return arrays, extras
+
+    def _grown(self, c: Array) -> Array:
+        """Return c for the weights that are known now; the same array if they are those of the last round."""
+        growth = self._weights.growth()
+        if growth == 1.0:
+            return c
+        scaled: Array = c * c.dtype.type(1.0 / growth)
+        return scaled
 
 
 def _step(mean: Array, base: Array, lr: float) -> None:

@@ -24,7 +24,8 @@ class Summing:
         self._order, self._added = list(state.settings.sites), 0
         model, strategy = state.models.newest, state.plan.strategy
         base, extras = model.blob.views() if model else ({}, {})
-        memory = ServerState(extras, model.kept.views()[0] if model and model.kept else {}, self._keep)
+        kept = model.kept.views()[0] if model and model.kept else {}
+        memory = ServerState(extras, kept, self._keep, state.settings.sites)
         self._aggregator = state.filters.aggregator(
             lambda allocate: strategy.aggregator(base, allocate, config, memory),
             base,
