@@ -56,7 +56,7 @@ class OpenRound:
         accepted: Updates that count so far, by site.
         bytes_down: Bytes of tasks sent in this round, by site.
         bytes_up: Bytes of updates received in this round, by site.
-        closing: True once the round takes no more updates; the last of them are being summed.
+        collected: True once the round takes no more updates; the last of them are being summed.
         drawn: True if the participants are a selection that no other site may join.
         answers: Number of updates the round waits for, or None to wait for all participants.
     """
@@ -69,7 +69,7 @@ class OpenRound:
     accepted: dict[str, Accepted] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
-    closing: bool = False
+    collected: bool = False
     drawn: bool = False
     answers: int | None = None
 

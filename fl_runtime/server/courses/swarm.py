@@ -1,9 +1,9 @@
 """Swarm rounds: a site, not the server, aggregates.
 
-Sites send receipts in place of updates. The server journals and counts receipts like updates. When a round has all of
-them, the server asks one of its sites to be the aggregator, and the others to send it their updates through the relay.
-The mean that the aggregator submits is the next global model. If it fails, another site is asked; a site whose update
-does not reach the aggregator is left out.
+Sites send receipts: updates without tensors. The server journals and counts receipts like updates. When a round has all
+of them, the server asks one of its sites to be the aggregator, and the others to send it their updates through the
+relay. The mean that the aggregator submits is the next global model. If it fails, another site is asked. A site whose
+update repeatedly fails to reach an aggregator is left out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fl_runtime.types import Settings, Update
 from fl_runtime.wire.manifest import Manifest
 
 _PREFIX = "swarm-"
-_TRIES = 3
-"""How often a site that is present may fail as an aggregator, or its update on the way to one."""
+_MAX_FAILURES_PER_SITE = 3
+"""Failures after which a site is no longer asked to aggregate, or its update is left out."""
 
 
 class Swarm:
-    """Synchronous rounds of receipts, each closed by a site that aggregates. A `Course`."""
+    """Course of a swarm run: sites send receipts, then one site aggregates the round. A `Course`."""
 
     def __init__(
         self,
@@ -50,22 +50,22 @@ class Swarm:
         self.checks = ReceiptChecks(self._receipts.checks)
 
     def offer(self, member: Member, done: str) -> Offer | None:
-        mandate = self._mandate
-        return self._receipts.offer(member, done) if mandate is None else mandate.offer(member, done)
+        order = self._current_order()
+        return self._receipts.offer(member, done) if order is None else order.offer(member, done)
 
     def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
-        mandate = self._mandate
-        if _is_mandate(stage):
-            return None if mandate and mandate.admits(site, attempt, stage) else "late"
+        order = self._current_order()
+        if _is_aggregation_stage(stage):
+            return None if order and order.admits(site, attempt, stage) else "late"
         return self._receipts.admit(site, attempt, round, stage)
 
     def accept(self, upload: Upload) -> Status:
-        update, current, mandate = upload.update, self._state.open_round, self._mandate
-        if mandate is None or not _is_mandate(update.stage):
+        update, current, order = upload.update, self._state.open_round, self._current_order()
+        if order is None or not _is_aggregation_stage(update.stage):
             return self._receipts.accept(upload)
         assert current is not None
         current.bytes_up[update.site] = current.bytes_up.get(update.site, 0) + upload.bytes_up
-        mandate.answer(self._state, update, upload.blob)
+        order.take_answer(self._state, update, upload.blob)
         return "used"
 
     def task_sent(self, site: str, round: int, nbytes: int) -> None:
@@ -77,13 +77,12 @@ class Swarm:
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         return self._receipts.recover(unfinished)
 
-    @property
-    def _mandate(self) -> Mandate | None:
-        """The mandate that a site has now. Receipts of processes that are gone are left out first."""
+    def _current_order(self) -> AggregationOrder | None:
+        """Leave out receipts whose process has been replaced, then return the order that a site has now, if any."""
         if self._sum is None:
             return None
         self._sum.forget_lost_receipts()
-        return self._sum.mandate
+        return self._sum.order
 
     def _begin_sum(self, current: OpenRound) -> SwarmSum:
         self._sum = SwarmSum(self._state, self._membership, self._rounds, current)
@@ -91,8 +90,8 @@ class Swarm:
 
 
 @dataclass
-class Mandate:
-    """One site's mandate to aggregate a round. Used under the run's lock.
+class AggregationOrder:
+    """One site's task of aggregating a round. Used under the run's lock.
 
     Attributes:
         stage: Name of this try at the aggregation; tasks and the answer carry it.
@@ -100,9 +99,9 @@ class Mandate:
         aggregator: The site that aggregates.
         attempt: Number of the aggregator's process.
         sites: The sites whose updates are averaged, in the job's order.
-        order: The aggregator's instructions: strategy, sites and weights; JSON values.
+        instructions: What the aggregator is told: strategy, sites and weights; JSON values.
         model: The mean, once the aggregator has submitted it.
-        missing: The site whose update did not reach the aggregator, if it says so.
+        missing: The site whose update did not reach the aggregator, as the aggregator reported; else None.
     """
 
     stage: str
@@ -110,23 +109,23 @@ class Mandate:
     aggregator: str
     attempt: int
     sites: tuple[str, ...]
-    order: Settings
+    instructions: Settings
     model: Blob | None = None
     missing: str | None = None
 
     def offer(self, member: Member, done: str) -> Offer | None:
-        """A site's part in the aggregation, unless it has done that already."""
+        """The task that this site still has in the aggregation, or None."""
         if member.name not in self.sites or not member.active or done == self.stage:
             return None
         if member.name == self.aggregator:
-            return Offer("aggregate", self.round, self.order, None, True, self.stage)
+            return Offer("aggregate", self.round, self.instructions, None, True, self.stage)
         return Offer("share", self.round, {"to": self.aggregator}, None, True, self.stage)
 
     def admits(self, site: str, attempt: int, stage: str) -> bool:
-        """Whether this is the answer that the mandate waits for."""
+        """Whether the aggregator's current process answers this stage for the first time."""
         return (site, attempt, stage) == (self.aggregator, self.attempt, self.stage) and not self._answered
 
-    def answer(self, state: RunState, update: Update, blob: Blob) -> None:
+    def take_answer(self, state: RunState, update: Update, blob: Blob) -> None:
         """Take what the aggregator has submitted, and its file: the mean, or which update is missing."""
         named = named_missing(update.encoding)
         if named is not None:
@@ -137,8 +136,8 @@ class Mandate:
             self.model = blob
         state.changed.notify_all()
 
-    def over(self, member: Member) -> bool:
-        """Whether there is an answer, or none can come any more. `member` is the aggregator."""
+    def finished(self, member: Member) -> bool:
+        """Whether the aggregator, `member`, has answered or can no longer answer."""
         return self._answered or not member.active or member.attempt != self.attempt
 
     @property
@@ -160,7 +159,7 @@ class ReceiptChecks:
             raise ProtocolError("a swarm receipt must not hold tensors", fix="run the same version at every site")
 
     def check_values(self, update: Update) -> None:
-        """Refuse an update where a receipt, a mean or word of a missing update belongs; check the values of a mean."""
+        """Refuse anything but a receipt, a mean, or a report of a missing update; check the values of a mean."""
         if update.round > 0:
             _check_kind(update)
             if _without_tensors(update.encoding):
@@ -172,26 +171,26 @@ class SwarmSum:
     """Closes a round by having one of its sites aggregate. A `RoundSum`.
 
     Attributes:
-        mandate: The mandate that a site has now, or None.
+        order: The order that a site has now, or None.
     """
 
     kept: Blob | None = None
 
     def __init__(self, state: RunState, membership: Membership, rounds: Rounds, current: OpenRound) -> None:
         self._state, self._membership, self._rounds, self._current = state, membership, rounds, current
-        self._failed_to_form: Counter[str] = Counter()
-        self._failed_to_come: Counter[str] = Counter()
-        self.mandate: Mandate | None = None
+        self._aggregation_failures: Counter[str] = Counter()
+        self._delivery_failures: Counter[str] = Counter()
+        self.order: AggregationOrder | None = None
 
     def forget_lost_receipts(self) -> None:
-        """Leave out the receipts of processes that are gone: the updates that they stand for are gone with them."""
+        """Leave out receipts whose process has been replaced: its update was lost with it."""
         current = self._current
-        if current is self._state.open_round and not current.closing:
-            for name in self._outlived():
+        if current is self._state.open_round and not current.collected:
+            for name in self._replaced():
                 self._rounds.leave_out(current, name)
 
     def next_in_order(self) -> Accepted | None:
-        """None: the server sums nothing."""
+        """Always None: the server has no tensors to sum."""
         self.forget_lost_receipts()
         return None
 
@@ -200,7 +199,7 @@ class SwarmSum:
         raise NotImplementedError
 
     def give_up(self) -> None:
-        """Do nothing: the server has made nothing that could be freed."""
+        """Do nothing: the server holds no sum."""
 
     def finish(self) -> Blob | None:
         """Have sites aggregate until one submits the mean.
@@ -215,90 +214,90 @@ class SwarmSum:
         with state.lock:
             while True:
                 membership.wait_until(self._settled, state.settings.rejoin_s)
-                if self._reopened():
+                if self._reopen_for_restarted_sites():
                     return None
-                mandate = self.mandate = self._next_mandate()
-                state.events.emit("aggregator", mandate.round, mandate.aggregator, sites=list(mandate.sites))
+                order = self.order = self._next_order()
+                state.events.emit("aggregator", order.round, order.aggregator, sites=list(order.sites))
                 state.published.notify_all()
-                aggregator = membership.members[mandate.aggregator]
+                aggregator = membership.members[order.aggregator]
                 try:
-                    membership.wait_until(lambda m=mandate, a=aggregator: m.over(a), state.settings.deadline_s)  # type: ignore[misc]
+                    membership.wait_until(lambda o=order, a=aggregator: o.finished(a), state.settings.deadline_s)  # type: ignore[misc]
                 finally:
-                    self.mandate = None
-                if mandate.model is not None:
-                    return mandate.model
-                self._failed_to_form[mandate.aggregator] += 1
-                if mandate.missing in mandate.sites:
-                    self._failed_to_come[mandate.missing] += 1
+                    self.order = None
+                if order.model is not None:
+                    return order.model
+                self._aggregation_failures[order.aggregator] += 1
+                if order.missing in order.sites:
+                    self._delivery_failures[order.missing] += 1
 
     def _settled(self) -> bool:
-        """Whether each site is present or gone for good. One whose connection is broken has its time to come back."""
+        """Whether every site of the round is connected or gone. Disconnected sites get `rejoin_s` to return."""
         members = [self._membership.members[name] for name in self._current.accepted]
         return all(member.attending or member.gone for member in members)
 
-    def _reopened(self) -> bool:
+    def _reopen_for_restarted_sites(self) -> bool:
         """Take receipts again from sites that were restarted: they have nothing to share, and train the round again."""
         current = self._current
         members = self._membership.members
-        restarted = [name for name in self._outlived() if not members[name].gone]
+        restarted = [name for name in self._replaced() if not members[name].gone]
         for name in restarted:
             self._rounds.leave_out(current, name)
         if restarted:
-            current.closing = False
+            current.collected = False
             self._state.published.notify_all()
         return bool(restarted)
 
-    def _outlived(self) -> list[str]:
+    def _replaced(self) -> list[str]:
         """Sites whose receipt was sent by a process that another one has replaced."""
         members, accepted = self._membership.members, self._current.accepted
         return [name for name, item in accepted.items() if members[name].attempt != item.update.attempt]
 
-    def _next_mandate(self) -> Mandate:
-        """A mandate for the able site that has failed least and whose turn comes first."""
+    def _next_order(self) -> AggregationOrder:
+        """An order for the site with the fewest failures; among equals, the next in turn."""
         state, current, members = self._state, self._current, self._membership.members
         for name in [name for name in current.accepted if not self._can_share(name)]:
             self._rounds.leave_out(current, name)
         sites = tuple(name for name in members if name in current.accepted)
-        able = [name for name in sites if self._failed_to_form[name] < _TRIES]
+        able = [name for name in sites if self._aggregation_failures[name] < _MAX_FAILURES_PER_SITE]
         needed = max(state.settings.min_sites, 2)
         if len(sites) < needed or not able:
             raise QuorumError(
-                f"round {current.round} has the updates of {len(sites)} of at least {needed} sites, and "
-                f"{len(able)} of them could form the mean",
+                f"round {current.round} cannot be aggregated: {len(sites)} of its sites still have their updates "
+                f"(at least {needed} are needed), and {len(able)} of them can still aggregate",
                 where=self._membership.reasons(),
                 fix="look at the logs of these sites; under swarm every site must reach the server's relay",
             )
         turns = in_turn(list(members), current.round, state.settings.seed or 0)
-        aggregator = min(able, key=lambda name: (self._failed_to_form[name], turns.index(name)))
+        aggregator = min(able, key=lambda name: (self._aggregation_failures[name], turns.index(name)))
         weights = state.settings.site_weights
         shares = [[name, current.accepted[name].update.num_examples, weights.get(name, 1.0)] for name in sites]
-        order = {"strategy": state.plan.strategy.spec, "sites": shares}
+        instructions = {"strategy": state.plan.strategy.spec, "sites": shares}
         stage = f"{_PREFIX}{current.round}-{secrets.token_hex(8)}"
-        return Mandate(stage, current.round, aggregator, members[aggregator].attempt, sites, order)
+        return AggregationOrder(stage, current.round, aggregator, members[aggregator].attempt, sites, instructions)
 
     def _can_share(self, name: str) -> bool:
         """Whether a site is still there, and its update has not failed to reach an aggregator too often."""
-        return not self._membership.members[name].gone and self._failed_to_come[name] < _TRIES
+        return not self._membership.members[name].gone and self._delivery_failures[name] < _MAX_FAILURES_PER_SITE
 
 
-def _is_mandate(stage: str) -> bool:
+def _is_aggregation_stage(stage: str) -> bool:
     """Whether an update of this stage is an aggregator's answer."""
     return stage.startswith(_PREFIX)
 
 
 def _without_tensors(encoding: str) -> bool:
-    """Whether this encoding is that of a receipt, or of word that an update is missing."""
+    """Whether this encoding is that of a receipt, or of a report of a missing update."""
     return encoding == RECEIPT or named_missing(encoding) is not None
 
 
 def _check_kind(update: Update) -> None:
-    """ProtocolError for anything but a receipt, a mean, or word that an update is missing."""
-    if _is_mandate(update.stage):
+    """Raise ProtocolError for anything but a receipt, a mean, or a report of a missing update."""
+    if _is_aggregation_stage(update.stage):
         good = bool(update.arrays) or named_missing(update.encoding) is not None
     else:
         good = update.encoding == RECEIPT
     if not good:
         raise ProtocolError(
-            f"{update.site} has sent an update, but under swarm the server takes only receipts and means",
+            f"{update.site} sent its update to the server; with strategy swarm only receipts and the mean go there",
             fix="run the same version of fl-adapters at every site",
         )

@@ -21,8 +21,8 @@ from fl_runtime.store.journal_entries import RoundEntry, UpdateEntry
 
 log = logging.getLogger(__name__)
 
-_TRIES = 4
-"""How often a round may fail before the run does."""
+_MAX_FAILED_TRIES = 4
+"""Failures of one round after which the run fails."""
 
 
 class Synchronous:
@@ -67,7 +67,7 @@ class Synchronous:
         state = self._state
         if round <= self._rounds.last_used.get(site, -1):
             return "duplicate"
-        while state.phase == "training" and (state.open_round is None or state.open_round.closing):
+        while state.phase == "training" and (state.open_round is None or state.open_round.collected):
             state.published.wait()
             self._membership.caller(site, attempt)
         current = state.open_round
@@ -133,8 +133,8 @@ class Synchronous:
         return self._rounds.recover(unfinished)
 
     def _collecting(self, current: OpenRound) -> bool:
-        """Whether the open round takes updates: it is not closing, and the run does not end before it."""
-        return self._state.phase == "training" and not current.closing and not self._rounds.not_needed(current)
+        """Whether the open round takes updates: it is not collected, and the run does not end before it."""
+        return self._state.phase == "training" and not current.collected and not self._rounds.not_needed(current)
 
     def _round(self, number: int) -> None:
         """One round: open, collect updates in any order, sum them in fixed order, commit."""
@@ -169,7 +169,7 @@ class Synchronous:
         state = self._state
         failed = state.journal.recorded.repeats(current.round) + 1
         log.warning("round %s failed: %s", current.round, error.what)
-        if failed == _TRIES:
+        if failed == _MAX_FAILED_TRIES:
             raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)
         with state.lock:
             self._rounds.silent |= set(current.participants) - set(current.accepted)
@@ -191,7 +191,7 @@ class Synchronous:
             if due is None:
                 if not in_time:
                     rounds.check_deadline(current)
-                current.closing = True
+                current.collected = True
                 return True
         summing.add(due)
         return False

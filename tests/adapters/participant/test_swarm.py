@@ -353,7 +353,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
                 current = federation.server._run.state.open_round
                 assert current is not None
                 end = time.monotonic() + 60
-                while not current.closing:
+                while not current.collected:
                     assert time.monotonic() < end
                     time.sleep(0.01)
             return loop(place, lambda round: back.set())
