@@ -66,13 +66,19 @@ class TrainingData:
         return None, True
 
     def end_epoch(self) -> None:
-        """Count the current epoch. Raises ConfigError if no optimizer step was made in it."""
+        """Count the current epoch. Raises ConfigError if it had no batch, or no optimizer step was made in it."""
         self._batches = None
+        if not self._taken:
+            raise ConfigError(
+                f"the training data has given no batch in epoch {self.epochs_made + 1}",
+                where="FederatedLoop.rounds",
+                fix="pass the DataLoader itself: a generator or iterator gives its batches only once",
+            )
         if self.steps_made == self._steps_before:
             raise ConfigError(
                 "an epoch has ended without a step of the optimizer that was given to FederatedLoop",
                 where="the training loop",
-                fix="give FederatedLoop the optimizer whose step() the loop calls, or a loader that is not empty",
+                fix="give FederatedLoop the optimizer whose step() the loop calls",
             )
         self.epochs_made += 1
 
@@ -81,6 +87,10 @@ class TrainingData:
         if self._batches is not None and self._taken == self.batches_per_epoch:
             next(self._batches, None)  # as a `for` loop does: samplers draw from their generator once more
             self.end_epoch()
+
+    def cut_short(self, epochs: int) -> None:
+        """Count epochs of a round that the loop's body has left early, by `break`."""
+        self.epochs_made = min(self.epochs_made + epochs, max(self.epochs, self.epochs_made))
 
     def begin_epoch(self) -> None:
         """Let the next batch be the first of an epoch, whether or not the current one has ended."""
@@ -123,8 +133,17 @@ class LocalRound:
         """Add the loss of one batch: the mean over the round goes into the history as `train_loss`.
 
         Args:
-            loss: A number, or a detached tensor with one element, which stays on its device.
+            loss: A number, or a tensor with one element, which stays on its device.
+
+        Raises:
+            ConfigError: For a tensor with several elements.
         """
+        if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+            raise ConfigError(
+                f"add_loss() got {loss.numel()} losses",
+                where=f"round {self.number}",
+                fix="give their mean: loss.mean()",
+            )
         self._tally.add_loss(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
     def __iter__(self) -> Iterator[Any]:
@@ -145,8 +164,8 @@ class LocalRound:
         if self._every.steps is not None:
             data.end_epoch_if_due()
 
-    def check(self) -> None:
-        """Raise ConfigError if the loop's body has not trained on this round's batches."""
+    def end(self) -> None:
+        """Count the round. Raises ConfigError if the loop's body has not trained on its batches."""
         self._progress.steps = self._data.steps_made
         if not self._iterated:
             raise ConfigError(
@@ -160,6 +179,8 @@ class LocalRound:
                 where="the training loop",
                 fix="give FederatedLoop the optimizer whose step() the loop calls",
             )
+        if self._every.epochs is not None and not (self._bounded and self._data.used_up):
+            self._data.cut_short(self._every.epochs - self._progress.epochs)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from fl_adapters.participant.options import Every, SharedArguments
+from fl_adapters.torch.correction import plain
 from fl_adapters.torch.local_round import LocalRound, LoopPort, StepCounter, TrainingData
 from fl_adapters.torch.progress import Progress, Tally, size_of
 from fl_adapters.torch.ranks import world_size
@@ -46,8 +48,9 @@ class FederatedLoop(SharedArguments):
         optimizer: Its optimizer, or a list of all of them. Their steps are counted.
         evaluate: Function without arguments that scores the model as it is on this site's own validation data. It
             returns the metrics by name, such as `{"loss": 0.3}`, or a pair of them and the number of validation
-            examples. It is called for each global model that arrives, without gradients, and the model's training
-            mode is restored afterwards. Under DDP every rank calls it, and rank 0's metrics count.
+            examples, by which the sites' metrics are weighted. Without the number all sites count the same. It is
+            called for each global model that arrives, without gradients, and the model's training mode is restored
+            afterwards. Under DDP every rank calls it, and rank 0's metrics count.
         scheduler: Learning-rate schedule that your loop steps. It is saved for exact restarts, and moved on if this
             site comes back behind the others.
         scheduler_steps: What `scheduler` counts: "step" for optimizer steps, "epoch" for epochs.
@@ -121,6 +124,8 @@ class FederatedLoop(SharedArguments):
             num_examples=num_examples,
             required=required,
         )
+        optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        _check_kinds(model, optimizers, evaluate)
         if scheduler_steps not in ("step", "epoch"):
             raise ConfigError(f"scheduler_steps={scheduler_steps!r} is unknown", fix='give "step" or "epoch"')
         if evaluate is None and (best_at_end or self.options.evaluate_global):
@@ -131,7 +136,7 @@ class FederatedLoop(SharedArguments):
             )
         self.exchange_stats: Mapping[str, float] = {}
         self._model, self._evaluate, self._export = model, evaluate, export
-        self._optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self._optimizers = optimizers
         self._scheduler, self._scheduler_steps = scheduler, scheduler_steps
         self._stateful = dict(stateful or {}) | ({} if scheduler is None else {"scheduler": scheduler})
         self._best_at_end = best_at_end
@@ -152,6 +157,13 @@ class FederatedLoop(SharedArguments):
             ConfigError: For a model, optimizer or loop that cannot be federated.
             FederationError: If the sites do not fit together, or the run has failed.
         """
+        _check_parameters(self._model, self._optimizers)
+        if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+            raise ConfigError(
+                f"rounds() got {loader!r} in place of the training data",
+                where="FederatedLoop.rounds",
+                fix="write rounds(loader), with the DataLoader; the number of rounds is set in the job",
+            )
         run: TrainerRun[LoopPort] | None = TrainerRun.join(self.options, _FRAMEWORK)
         data = TrainingData(loader, epochs)
         with StepCounter(self._optimizers, data):
@@ -184,7 +196,7 @@ class FederatedLoop(SharedArguments):
         while not data.used_up:
             current = LocalRound(data, progress, every, tally, bounded=True)
             yield current
-            current.check()
+            current.end()
             tally.reset()
             progress = progress.next(progress.round + 1, every)
 
@@ -198,7 +210,7 @@ class FederatedLoop(SharedArguments):
                 current = LocalRound(data, run.progress, run.settings.every, run.tally, bounded=own_length)
                 yield current
                 with run.leaving_on_error():
-                    current.check()
+                    current.end()
                     metrics = {**run.tally.mean_loss(), **current.metrics}
                     run.exchange(run.tally.num_examples(), metrics, more=not (own_length and data.used_up))
         except GeneratorExit:  # the outer loop was left, by `break` or by an error in its body
@@ -268,3 +280,46 @@ class FederatedLoop(SharedArguments):
 
     def _note(self, row: Mapping[str, float]) -> None:
         self.exchange_stats = dict(row)
+
+
+def _check_kinds(model: Any, optimizers: Sequence[Any], evaluate: Any) -> None:
+    """Raise ConfigError for arguments in the wrong order or of the wrong kind."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is of the type {type(model).__name__}, which is no torch.nn.Module",
+            where="FederatedLoop",
+            fix="write FederatedLoop(model, optimizer)",
+        )
+    for optimizer in optimizers:
+        if not hasattr(plain(optimizer), "register_step_post_hook"):
+            raise ConfigError(
+                f"the optimizer is of the type {type(optimizer).__name__}, which is no torch.optim.Optimizer",
+                where="FederatedLoop",
+                fix="write FederatedLoop(model, optimizer), or give a list of all optimizers",
+            )
+    if not (evaluate is None or callable(evaluate)):
+        raise ConfigError(
+            f"evaluate={evaluate!r} is not a function",
+            where="FederatedLoop",
+            fix="pass a function that scores the model when it is called: evaluate=lambda: {'loss': score(model)}",
+        )
+
+
+def _check_parameters(model: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Raise ConfigError if the optimizers train nothing of the model, and warn if they train more than the model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for o in optimizers for group in plain(o).param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in own for parameter in trained)
+    if foreign == len(trained):
+        raise ConfigError(
+            "the optimizer holds no parameter of the model, so the weights that travel would never change",
+            where="FederatedLoop",
+            fix="give the model and the optimizer that was made from its parameters()",
+        )
+    if foreign:
+        warnings.warn(
+            f"{foreign} of the {len(trained)} parameters that the optimizer trains are not part of the model that was "
+            "given to FederatedLoop: they stay at this site. To exchange several networks, put them into one "
+            "nn.ModuleDict",
+            stacklevel=3,
+        )

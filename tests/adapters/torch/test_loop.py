@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,38 @@ def test_a_loop_that_does_not_train_is_refused_before_anything_is_sent(body: Any
         train()
 
 
+@pytest.mark.parametrize(("every", "rounds"), [("epoch", 3), ("2 epochs", 2)])
+def test_an_epoch_that_the_body_breaks_off_counts(every: str, rounds: int) -> None:
+    """Alone the loop would never end otherwise."""
+    net = t.network()
+    optimizer = t.optimizer_for(net)
+    numbers = []
+    for round in FederatedLoop(net, optimizer, every=every).rounds(t.loader(), epochs=3):
+        numbers.append(round.number)
+        steps_of(itertools.islice(round, 1), net, optimizer)
+    assert numbers == list(range(1, rounds + 1))
+
+
+def test_a_sampler_moves_on_after_an_epoch_that_was_broken_off() -> None:
+    epochs = []
+
+    class Sampler(torch.utils.data.SequentialSampler):
+        def set_epoch(self, epoch: int) -> None:
+            epochs.append(epoch)
+
+    def body(place: Place) -> None:
+        net = t.network()
+        optimizer = t.optimizer_for(net)
+        data = t.rows(0)
+        for round in FederatedLoop(net, optimizer, kit=place.kit).rounds(
+            torch.utils.data.DataLoader(data, batch_size=8, sampler=Sampler(data))
+        ):
+            steps_of(itertools.islice(round, 1), net, optimizer)
+
+    run(body, sites=1, rounds=3)
+    assert epochs == [0, 1, 2]
+
+
 def test_a_loop_that_breaks_off_leaves_the_run() -> None:
     def body(place: Place) -> None:
         net = t.network()
@@ -257,6 +290,16 @@ def test_arguments_that_cannot_work_are_refused() -> None:
         FederatedLoop(net, optimizer, best_at_end=True)
     with pytest.raises(ConfigError, match="needs a score of each global model"):
         FederatedLoop(net, optimizer, evaluate_global=True)
+    with pytest.raises(ConfigError, match="the model is of the type AdamW"):
+        FederatedLoop(optimizer, net)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the optimizer is of the type float"):
+        FederatedLoop(net, [optimizer, 0.1])
+    with pytest.raises(ConfigError, match="is not a function"):
+        FederatedLoop(net, optimizer, evaluate={"loss": 0.3})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"rounds\(\) got 3 in place of the training data"):
+        list(FederatedLoop(net, optimizer).rounds(3))
+    with pytest.raises(ConfigError, match="holds no parameter of the model"):
+        list(FederatedLoop(t.network(), optimizer).rounds(t.loader()))
     with pytest.raises(ConfigError, match="scheduler_steps='batch'"):
         FederatedLoop(net, optimizer, scheduler_steps="batch")  # type: ignore[arg-type]
     loop = FederatedLoop(net, optimizer, evaluate=lambda: 0.3)  # type: ignore[arg-type,return-value]
@@ -270,6 +313,29 @@ def test_a_package_that_is_missing_is_named_with_the_extra(missing: str) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install 'fl-adapters[torch]'" in done.stderr
     assert missing in done.stderr.splitlines()[-1]
+
+
+def test_parameters_of_another_network_are_named_in_a_warning() -> None:
+    net = t.network()
+    optimizer = torch.optim.SGD([*net.parameters(), *t.network().parameters()], lr=0.1)
+    with pytest.warns(UserWarning, match="are not part of the model"):
+        next(FederatedLoop(net, optimizer).rounds(t.loader()))
+
+
+def test_data_that_gives_its_batches_once_is_refused() -> None:
+    net = t.network()
+    optimizer = t.optimizer_for(net)
+    rounds = FederatedLoop(net, optimizer).rounds(iter(t.loader()), epochs=2)
+    assert steps_of(next(rounds), net, optimizer) == t.STEPS
+    second = next(rounds)
+    with pytest.raises(ConfigError, match="has given no batch in epoch 2"):
+        steps_of(second, net, optimizer)
+
+
+def test_several_losses_at_once_are_refused() -> None:
+    net = t.network()
+    with pytest.raises(ConfigError, match="got 2 losses"):
+        next(FederatedLoop(net, t.optimizer_for(net)).rounds(t.loader())).add_loss(torch.ones(2))
 
 
 def test_steps_without_rounds_in_the_job_are_refused() -> None:
