@@ -90,7 +90,7 @@ class TrainingData:
 
     def cut_short(self, epochs: int) -> None:
         """Count epochs of a round that the loop's body has left early, by `break`."""
-        self.epochs_made = min(self.epochs_made + epochs, max(self.epochs, self.epochs_made))
+        self.epochs_made += epochs
 
     def begin_epoch(self) -> None:
         """Let the next batch be the first of an epoch, whether or not the current one has ended."""
