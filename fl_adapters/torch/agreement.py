@@ -1,5 +1,7 @@
-"""What all sites must have in common before round 1, beside the tensors that travel: the same architecture, the same
-adapter settings, and the same frozen weights underneath."""
+"""Facts about a torch model that must be equal at all sites: architecture, PEFT settings, and frozen weights.
+
+The handshake compares them before round 1, beside the tensors that travel.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ import xxhash
 from torch import Tensor, nn
 
 from fl_adapters.participant.options import Exchange
-from fl_adapters.torch.state import frozen_rest, unwrap, whole
+from fl_adapters.torch.state import frozen_base, full_tensor, unwrap
 
 FULL_HASH_BYTES = 2 << 30
-"""Up to this size every byte of the frozen weights is hashed, in about a second; above, blocks of each tensor."""
+"""Largest size in bytes at which all of the frozen weights is hashed, which takes about a second."""
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 _PEFT_FIELDS = (
@@ -23,24 +25,39 @@ _PEFT_FIELDS = (
     "rank_pattern alpha_pattern layers_to_transform layers_pattern feedforward_modules exclude_modules "
     "num_virtual_tokens trainable_token_indices"
 ).split()
-_CONFIG_FIELDS = "num_attention_heads num_key_value_heads hidden_act".split()  # what shapes do not show
+_CONFIG_FIELDS = "num_attention_heads num_key_value_heads hidden_act".split()  # settings that no shape shows
 
 
 def agreement(
     module: nn.Module, *, framework: str, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Name -> value of what must be equal at all sites, for `Session.register`."""
+    """Return the facts about a model that must be equal at all sites, for `Session.register`.
+
+    Collective if the model is sharded: every rank must call it.
+
+    Args:
+        module: The live module, with its wrappers or without.
+        framework: Name of the training framework.
+        exchange: What travels; see `exchanged_tensors`.
+        keep_local: Name patterns of tensors that never leave the site, and need not be equal.
+
+    Returns:
+        Fact -> value, such as "base.fingerprint" -> a hash of the frozen weights.
+
+    Raises:
+        ConfigError: A pattern matches no name, or a selected tensor cannot travel.
+    """
     module = unwrap(module)
     base = getattr(module, "get_base_model", lambda: module)()
-    # fully_shard() gives a module a class of its own, in torch's module, above the user's
-    own = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
-    facts = {"framework": framework, "model": own.__name__}
+    # fully_shard() puts a class of torch's before the user's class
+    user_class = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    facts = {"framework": framework, "model": user_class.__name__}
     config = getattr(base, "config", None)
     for field in _CONFIG_FIELDS:
         if isinstance(value := getattr(config, field, None), int | str):
             facts[f"model.{field}"] = str(value)
     facts |= _peft_facts(module)
-    frozen = frozen_rest(module, exchange, keep_local)
+    frozen = frozen_base(module, exchange, keep_local)
     if frozen:
         facts["base.tensors"] = str(len(frozen))
         facts["base.parameters"] = str(sum(t.numel() for t in frozen.values()))
@@ -51,27 +68,34 @@ def agreement(
 
 @torch.no_grad()
 def fingerprint(tensors: Mapping[str, Tensor], *, full_bytes: int = FULL_HASH_BYTES) -> str:
-    """A hash (xxh3, 128 bit, hexadecimal) over names, shapes, dtypes and contents, in the order of the names.
+    """Return a hash of tensors: xxh3 over names, shapes, dtypes and contents, in the order of the names.
 
-    Together larger than `full_bytes`, each tensor of more than 64 blocks of 4 KiB is hashed in 64 blocks spread over
-    it, the first and the last included; which way is taken depends on sizes alone, so all sites take the same.
-    It guards against mistakes, not against an attacker.
+    It guards against mistakes, not against an attacker. Collective if a tensor is sharded.
+
+    Args:
+        tensors: Name -> tensor, on any device.
+        full_bytes: Largest total size in bytes at which all bytes are hashed. Above it, only 64 blocks of 4 KiB are
+            hashed of each tensor that is larger than that, spread over it, with the first and the last block. Sites
+            with equal shapes thus always choose the same way.
+
+    Returns:
+        128 bits as 32 hexadecimal digits.
     """
     full = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) <= full_bytes
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}|".encode())
-        for piece in _pieces(tensor, full):
+        for piece in _hashed_bytes(tensor, full):
             digest.update(piece.cpu().numpy().data)
     return digest.hexdigest()
 
 
-def _pieces(tensor: Tensor, full: bool) -> list[Tensor]:
-    """`tensor` as flat byte tensors: one, or blocks spread over it."""
+def _hashed_bytes(tensor: Tensor, full: bool) -> list[Tensor]:
+    """Return the bytes to hash, as at most one tensor of dtype uint8: all bytes, or blocks spread over the tensor."""
     if tensor.numel() == 0:
         return []
-    data = whole(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
+    data = full_tensor(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
     if full or data.numel() <= _BLOCKS * _BLOCK_BYTES:
         return [data]
     last = data.numel() - _BLOCK_BYTES
@@ -94,7 +118,7 @@ def _peft_facts(module: nn.Module) -> dict[str, str]:
 
 
 def _normal(value: object) -> str:
-    """One spelling for each value: sets and lists sorted, enums by their value."""
+    """Return the same text for equal settings: collections are sorted, and an enumeration counts as its value."""
     if isinstance(value, set | frozenset | list | tuple):
         return json.dumps(sorted(str(v) for v in value))
     if isinstance(value, Mapping):

@@ -83,8 +83,8 @@ class GradientCorrection:
             meter: Records the steps.
         """
         self._mu, self.meter, self.steps, self._active = mu, meter, 0, True
-        self._anchors = self._copied(anchors or {}, self._anchors)
-        self._offsets = self._copied(offsets or {}, self._offsets)
+        self._anchors = self._copies(anchors or {}, self._anchors)
+        self._offsets = self._copies(offsets or {}, self._offsets)
 
     def end(self) -> None:
         """Leave gradients as the script computes them, from the next step on."""
@@ -145,10 +145,11 @@ class GradientCorrection:
         return entries
 
     @torch.no_grad()
-    def _copied(self, given: Mapping[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copies(self, tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of tensors on the parameters' devices. Buffers of the round before are used again."""
         copies = {}
-        for name, tensor in given.items():
-            buffer = before.get(name)
+        for name, tensor in tensors.items():
+            buffer = buffers.get(name)
             copies[name] = torch.empty_like(self._parameters[name]) if buffer is None else buffer
             copies[name].copy_(tensor)
         return copies
@@ -218,14 +219,14 @@ class StepMeter:
 
 
 def plain(optimizer: Any) -> Any:
-    """Return the torch optimizer within a thin wrapper such as that of accelerate, or the optimizer itself."""
+    """Return the torch optimizer inside a wrapper such as accelerate's, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def is_plain_sgd(optimizer: Any) -> bool:
     """Return whether each step of the optimizer is w -= lr * g. Weight decay counts as a part of g."""
-    own = plain(optimizer)
-    return type(own) is torch.optim.SGD and all(not g["momentum"] and not g["maximize"] for g in own.param_groups)
+    inner = plain(optimizer)
+    return type(inner) is torch.optim.SGD and all(not g["momentum"] and not g["maximize"] for g in inner.param_groups)
 
 
 def _add(gradient: Tensor, value: Tensor, scale: _Number | None) -> None:

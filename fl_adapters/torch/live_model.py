@@ -16,7 +16,7 @@ from fl_adapters.torch.agreement import agreement
 from fl_adapters.torch.local_backend import TorchLocalBackend
 from fl_adapters.torch.lora import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch.lora_factors import LoraFactors
-from fl_adapters.torch.optimizer_state import OptimizerState
+from fl_adapters.torch.optimizer_state import TorchOptimizerState
 from fl_adapters.torch.restart import (
     all_tensors,
     load_optimizer,
@@ -34,10 +34,10 @@ from fl_runtime.types import Arrays, Content, Task
 
 
 class LiveModel:
-    """Weights and optimizer moments of a live training, out to the federation and in from it.
+    """The weights and optimizer moments of a training, as they leave for the federation and arrive from it.
 
-    Holds the live tensors: it belongs to one training and is never copied along with a callback. Calls are collective:
-    every rank makes them, with rank 0's task or None.
+    It holds live tensors, so it belongs to one training and is never copied together with a callback. All methods are
+    collective: every rank calls them, rank 0 with its task or arrays and the others with None.
 
     Args:
         model: The module that is trained, in its wrapper (DDP, FSDP2) if it has one.
@@ -55,12 +55,12 @@ class LiveModel:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
         self._model, self._optimizers, self._settings = model, list(optimizers), settings
-        travels = TorchState(model, settings.exchange, settings.keep_local)
-        self._freezing = LoraFreezing(travels.tensors)
-        self.state = lora_state(model, travels, settings)
+        default_state = TorchState(model, settings.exchange, settings.keep_local)
+        self._freezing = LoraFreezing(default_state.tensors)
+        self.state = lora_state(model, default_state, settings)
         self._final: Arrays | None = None
         self._final_local: Arrays = {}
-        self._moments = [OptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
+        self._moments = [TorchOptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
         backend = TorchLocalBackend(model, optimizers, self.state)
         self.gradients = backend.gradients
         self.local = LocalWork(backend, phases=settings.phases)
@@ -96,7 +96,14 @@ class LiveModel:
         return tuple(p for p in self._freezing.held_back if any(matches(name, [p]) for name in self.state.tensors))
 
     def agreement(self, framework: str) -> dict[str, str]:
-        """Facts that must be equal at all sites, by name. Empty on other ranks than 0."""
+        """Return the facts that must be equal at all sites.
+
+        Args:
+            framework: Name of the training framework.
+
+        Returns:
+            Fact -> value, on rank 0. Of no use on other ranks, and empty there unless the model is sharded.
+        """
         gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
         if not (ranks.is_rank_zero() or gathers):
             return {}
@@ -105,14 +112,23 @@ class LiveModel:
         return lora_facts(facts, self._settings.plan, self._freezing.factors)
 
     def arrays(self) -> Arrays:
-        """Weights that travel, on rank 0; empty on the others. Borrowed until the next call."""
+        """Return the weights that travel.
+
+        Returns:
+            Name -> host array, on rank 0; empty on the others. Borrowed until the next call.
+        """
         if not ranks.is_rank_zero():
             return {}
         held_back = self.held_back
         return {name: array for name, array in self.state.get_state().items() if not matches(name, held_back)}
 
     def moments(self) -> Arrays:
-        """Optimizer moments that travel beside the weights, on rank 0. Empty unless they are averaged."""
+        """Return the optimizer moments that travel beside the weights.
+
+        Returns:
+            "<kind>/<parameter>" -> host array, on rank 0, owned by the caller. Empty on other ranks, and unless
+            `optimizer_state` is "average".
+        """
         average = self._settings.optimizer_state == "average"
         if not average or not ranks.is_rank_zero():
             return {}
@@ -133,7 +149,7 @@ class LiveModel:
                 self.state.copy_in(name, array, base_alone=True)
 
     def receive(self, task: Task | None) -> None:
-        """Begin the round of rank 0's task: set its weights, apply the optimizer policy, prepare the strategy's terms.
+        """Begin the round of rank 0's task: set weights, apply the optimizer policy, prepare corrections.
 
         Args:
             task: The task, on rank 0; None on the others.
@@ -150,7 +166,11 @@ class LiveModel:
         self.local.begin(task)
 
     def state_dict(self) -> State:
-        """State that outlives a round and does not travel, for exact restarts. Views of live tensors."""
+        """Return the state that outlives a round and does not travel, for exact restarts.
+
+        Returns:
+            Nested dicts and lists with views of live tensors. Borrowed until training continues.
+        """
         return {
             "tensors": packed_tensors(self._local_tensors()),
             "optimizers": [packed_optimizer(optimizer) for optimizer in self._optimizers],
@@ -158,12 +178,13 @@ class LiveModel:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the state of another process of this site. Comes before the first task is received.
+        """Continue from the state of an earlier process of this site. Call it before `receive`.
 
         Args:
-            state: What `state_dict` gave.
+            state: What `state_dict` returned there.
         """
-        load_tensors(all_tensors(self._model), state["tensors"])  # all, since other parameters may be frozen by now
+        # among all tensors, since other parameters may have been frozen when the state was saved
+        load_tensors(all_tensors(self._model), state["tensors"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
         self.local.load_state_dict(state["local"])
@@ -172,7 +193,7 @@ class LiveModel:
         return local_tensors(self._model, list(self.state.tensors.values()))
 
     def resume(self, task: Task | None) -> None:
-        """Go on in the middle of the round of rank 0's task, with the weights and moments that are in place.
+        """Continue in the middle of the round of rank 0's task, with the weights and moments that the model has.
 
         Args:
             task: The task, on rank 0; None on the others.
@@ -194,43 +215,43 @@ class LiveModel:
             self.state.copy_in(name, array)
 
     def receive_final(self, task: Task | None, *, more: bool = False) -> None:
-        """Set the final weights and keep a copy for `restore_final`: the trainer may change them before it ends.
+        """Set the final weights, and keep a copy for `restore_final`, since the trainer may still change them.
 
         Args:
             task: The final task, on rank 0; None on the others.
             more: Whether the trainer will make further steps. Then the tensors that do not travel are copied too.
         """
         self.load(task.arrays if task else None)
-        self._final = self.state.set_apart()
-        own = packed_tensors(self._local_tensors()) if more and not ranks.several() else {}
-        self._final_local = {name: array.copy() for name, array in own.items()}
+        self._final = self.state.snapshot_global()
+        local = packed_tensors(self._local_tensors()) if more and not ranks.several() else {}
+        self._final_local = {name: array.copy() for name, array in local.items()}
 
     def keep_final(self) -> None:
-        """Keep a copy of the final weights, which are in the model, for `restore_final`."""
+        """Keep a copy of the final weights for `restore_final`. They must be in the model."""
         if self._final is None:
-            self._final = self.state.set_apart()
+            self._final = self.state.snapshot_global()
 
     def restore_final(self) -> None:
         """Put the final weights back, on every rank."""
         assert self._final is not None
-        self.state.set_final(self._final)
+        self.state.restore_global(self._final)
         if self._final_local:
             load_tensors(self._local_tensors(), self._final_local)
 
     def _set_moments(self, arrays: Arrays) -> None:
-        rest = dict(arrays)
+        remaining = dict(arrays)
         for moments in self._moments[1:]:
-            moments.set({name: rest.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
+            moments.set({name: remaining.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
         if self._moments:
-            self._moments[0].set(rest)  # refuses moments that belong to no optimizer
+            self._moments[0].set(remaining)  # refuses moments that belong to no optimizer
 
     def _refuse_shared_parameters(self) -> None:
         seen = set[str]()
         for moments in self._moments:
             if shared := seen & moments.names:
                 raise ConfigError(
-                    "optimizer_state='average' cannot tell the moments of two optimizers of one parameter apart",
+                    "two optimizers train this parameter, so optimizer_state='average' cannot tell their moments apart",
                     where=sorted(shared)[0],
-                    fix="use optimizer_state='keep' or 'reset', or give each optimizer parameters of its own",
+                    fix="use optimizer_state='keep' or 'reset', or let each optimizer train its own parameters",
                 )
             seen |= moments.names

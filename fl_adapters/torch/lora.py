@@ -1,4 +1,4 @@
-"""What a strategy for LoRA asks of a live torch model: what travels, what must agree, which factor is not trained."""
+"""LoRA strategies on a live torch model: what travels, what must be equal at all sites, and which factor is frozen."""
 
 from __future__ import annotations
 
@@ -21,30 +21,49 @@ from fl_runtime.errors import ConfigError
 _RANKS = "peft.r peft.lora_alpha peft.rank_pattern peft.alpha_pattern peft.use_rslora".split()
 
 
-def lora_state(model: nn.Module, travels: TorchState, settings: SiteSettings) -> TorchState:
-    """What travels of `model` under the job's strategy. travels: what would do so under any other.
+def lora_state(model: nn.Module, default: TorchState, settings: SiteSettings) -> TorchState:
+    """Return the state that a model exchanges under the job's strategy.
 
-    Raises ConfigError for a model or settings that the strategy cannot work with.
+    Args:
+        model: The live model.
+        default: The state that it exchanges under a strategy that is not for LoRA.
+        settings: Settings that hold at this site.
+
+    Returns:
+        `default` for other strategies, and for a model without an adapter, which the handshake will refuse.
+
+    Raises:
+        ConfigError: The strategy cannot work with the model or the settings.
     """
     strategy = settings.plan.lora
-    if strategy is None or not pairs_of(travels.tensors):  # without an adapter the handshake refuses the strategy
-        return travels
+    if strategy is None or not pairs_of(default.tensors):
+        return default
     if isinstance(strategy, LoraProducts):
         if settings.optimizer_state == "average":
             raise ConfigError(
-                f"{strategy.name} gives the factors new directions, to which averaged moments do not belong",
+                f"{strategy.name} gives the LoRA factors new directions in every round, so averaged moments do not "
+                "belong to them",
                 where="optimizer_state='average'",
                 fix='use optimizer_state="keep" or "reset"',
             )
         return LoraFactors(model, settings.exchange, settings.keep_local, strategy)
-    stays = patterns_of(strategy.stays) if strategy.stays else ()
-    stays = tuple(pattern for pattern in stays if any(matches(name, [pattern]) for name in travels.tensors))
-    return TorchState(model, settings.exchange, (*settings.keep_local, *stays)) if stays else travels
+    local = patterns_of(strategy.stays) if strategy.stays else ()
+    local = tuple(pattern for pattern in local if any(matches(name, [pattern]) for name in default.tensors))
+    return TorchState(model, settings.exchange, (*settings.keep_local, *local)) if local else default
 
 
 def lora_facts(facts: dict[str, str], plan: SitePlan, factors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`facts` of the agreement as the strategy needs them: without ranks and scales where these may differ, with a
-    fingerprint of a factor that is frozen for the whole run. Empty facts stay empty."""
+    """Adapt the facts of the agreement to a LoRA strategy.
+
+    Args:
+        facts: Fact -> value, which must be equal at all sites.
+        plan: What the job's strategy requires of this site.
+        factors: Name -> live LoRA factor, local ones included.
+
+    Returns:
+        The facts without ranks and scales if these may differ between sites, and with a fingerprint of a factor that
+        is frozen for the whole run. Empty facts stay empty.
+    """
     strategy = plan.lora
     if not facts or strategy is None:
         return facts
@@ -57,37 +76,53 @@ def lora_facts(facts: dict[str, str], plan: SitePlan, factors: Mapping[str, Tens
 
 
 class LoraFreezing:
-    """Freezes a factor while tasks ask for it, by `requires_grad`; what the user has frozen stays so.
+    """Freezes one LoRA factor in the rounds whose task asks for it, through `requires_grad`.
 
-    tensors: name -> live tensor of the adapter, of those that travel and those that stay. An optimizer leaves out a
-    parameter without a gradient, weight decay included.
+    A factor that the user has frozen stays frozen. A frozen factor has no gradient, so the optimizer skips it, weight
+    decay included.
+
+    Attributes:
+        factors: Name -> live LoRA factor.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Freeze nothing as yet.
+
+        Args:
+            tensors: Name -> live tensor of the adapter, including those that never leave the site.
+        """
         self.factors = {name: tensor for name, tensor in tensors.items() if factor_of(name)}
         self._trained = {name: tensor for name, tensor in self.factors.items() if tensor.requires_grad}
         self._frozen = ""
 
     @property
     def has_adapter(self) -> bool:
-        """Whether there are two factors of some module."""
+        """Whether at least one module has both factors, A and B."""
         return bool(pairs_of(self.factors))
 
     @property
     def held_back(self) -> tuple[str, ...]:
-        """Patterns of what no site changes in this round."""
+        """Name patterns of the factors that stay fixed in this round; no site sends them."""
         if not self._frozen:
             return ()
         return patterns_of("A" if self._frozen == "A" else "B")
 
     def begin(self, config: Mapping[str, Any], *, over: bool) -> None:
-        """Freeze what the task's settings say; nothing once the run is over. ConfigError with several ranks."""
+        """Freeze the factor that a task names, and train the other one.
+
+        Args:
+            config: Settings of the task.
+            over: Whether the run is over. Then both factors are trained again.
+
+        Raises:
+            ConfigError: A factor would change between frozen and trained while several ranks train.
+        """
         factor = "" if over else str(config.get(FROZEN, ""))
         changed = [n for n, t in self._trained.items() if t.requires_grad != (factor_of(n) != factor)]
         if changed and ranks.several():
             raise ConfigError(
                 "a LoRA factor cannot be frozen while several ranks train: DDP waits for the gradient of every "
-                "parameter that had one when it was made",
+                "parameter that was trainable when DDP wrapped the model",
                 where=changed[0],
                 fix="train with one process per site; for ffa-lora, freeze A before the trainer is made",
             )

@@ -1,7 +1,7 @@
-"""Optimizer state in and out of a torch optimizer, keyed by parameter name, for the `optimizer_state` policies.
+"""The moments of a torch optimizer by parameter name, for `optimizer_state="reset"` and `"average"`.
 
-Moments are named "<kind>/<parameter>", such as "exp_avg/encoder.weight", and have the parameter's shape; the step
-counters "step/<parameter>" are int64, so that the server combines them by maximum and averages the moments.
+A moment is named "<kind>/<parameter>", such as "exp_avg/encoder.weight", and has the parameter's shape. The server
+averages moments. A step counter, "step/<parameter>", is a scalar of dtype int64; the server takes the maximum.
 """
 
 from __future__ import annotations
@@ -18,36 +18,59 @@ from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 
 STEP = "step"
+"""Kind of the step counters, in names and in torch's own state."""
 
 
-class OptimizerState:
-    """The state of `optimizer` that belongs to `tensors` (parameter name -> live parameter).
+class TorchOptimizerState:
+    """The moments of one torch optimizer. Implements `fl_adapters.adapter.OptimizerState`.
 
-    `optimizer` is a torch optimizer or a thin wrapper around one (accelerate's), with `state` and `param_groups`.
+    Example:
+        ```python
+        import torch
+
+        from fl_adapters.torch.optimizer_state import TorchOptimizerState
+
+        layer = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        layer(torch.ones(3)).backward()
+        optimizer.step()
+        moments = TorchOptimizerState(optimizer, dict(layer.named_parameters()))
+        moments.set(moments.get())
+        ```
     """
 
     def __init__(self, optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Select the parameters whose moments travel.
+
+        Args:
+            optimizer: A torch optimizer, or a wrapper with the attribute `optimizer`, such as accelerate's.
+            tensors: Name -> live tensor that travels. Those that the optimizer does not train are ignored.
+        """
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         self._parameters = {name: tensor for name, tensor in tensors.items() if id(tensor) in optimized}
 
     @property
     def names(self) -> frozenset[str]:
-        """The parameters whose state this is."""
+        """Names of the parameters that the optimizer trains and that travel."""
         return frozenset(self._parameters)
 
     def reset(self) -> None:
-        """Zero moments and bias-correction counters; learning rates and schedules keep their position."""
-        self._optimizer.state.clear()  # rebuilt, as zeros, by the next step
+        """Set moments and bias-correction counters to zero. Learning rates and schedules keep their position."""
+        self._optimizer.state.clear()  # the next step makes it again, as zeros
         for group in self._optimizer.param_groups:
-            if STEP in group:  # optimizers that count in the group
+            if STEP in group:  # some optimizers count steps in the parameter group
                 group[STEP] = torch.zeros_like(group[STEP]) if isinstance(group[STEP], Tensor) else 0
 
     def get(self) -> dict[str, Array]:
-        """Host copies of every moment, and the step counters. Empty before the first step.
+        """Copy moments and step counters to the host.
 
-        A parameter without state as yet (no gradient so far) counts as zeros, so that all sites send the same names.
-        Raises ConfigError where the state cannot be averaged.
+        Returns:
+            "<kind>/<parameter>" -> host array, which the caller owns. A parameter that has had no gradient counts as
+            zeros, so that all sites send the same names. Empty before the first step.
+
+        Raises:
+            ConfigError: The state cannot be averaged.
         """
         kinds = self._kinds()
         arrays: dict[str, Array] = {}
@@ -59,9 +82,13 @@ class OptimizerState:
 
     @torch.no_grad()
     def set(self, arrays: Arrays) -> None:
-        """Copy averaged moments in place; state that the optimizer has not made yet is made.
+        """Copy moments and step counters into the optimizer in place. Missing state is created.
 
-        Raises StateMismatchError, before touching anything, when names, shapes or dtypes do not fit.
+        Args:
+            arrays: Moments under the names of `get`. Borrowed for the call.
+
+        Raises:
+            StateMismatchError: Names, shapes or dtypes do not fit the optimizer. Nothing is changed then.
         """
         self._check(arrays)
         for full_name, array in arrays.items():
@@ -77,39 +104,43 @@ class OptimizerState:
                 state[kind] = torch.empty_like(value, device=parameter.device).copy_(value)
 
     def refuse_if_not_averageable(self) -> None:
-        """Raise ConfigError when this optimizer is known to keep state that cannot be averaged."""
-        where = type(self._optimizer).__name__
+        """Refuse an optimizer whose class is known to keep state that cannot be averaged.
+
+        Raises:
+            ConfigError: Its moments are factored or quantised.
+        """
+        name = type(self._optimizer).__name__
         module = type(self._optimizer).__module__
-        if "adafactor" in where.lower():
-            raise _refusal("its second moments are factored into rows and columns", where)
-        if "bitsandbytes" in module or "8bit" in where.lower() or "4bit" in where.lower():
-            raise _refusal("its moments are quantised", where)
+        if "adafactor" in name.lower():
+            raise _refusal("its second moments are factored into rows and columns", name)
+        if "bitsandbytes" in module or "8bit" in name.lower() or "4bit" in name.lower():
+            raise _refusal("its moments are quantised", name)
 
     def _kinds(self) -> list[str]:
-        """The kinds of state to send, in a fixed order: those that any parameter has, each checked."""
+        """Return the kinds of state that any parameter has, in a fixed order, after checking each value."""
         self.refuse_if_not_averageable()
         kinds: dict[str, None] = {}
         for name, parameter in self._parameters.items():
             for kind, value in self._optimizer.state.get(parameter, {}).items():
-                if value is None:  # SGD without a momentum buffer as yet
+                if value is None:  # SGD before its first step with momentum
                     continue
                 _check_averageable(kind, value, parameter, f"{type(self._optimizer).__name__}, {name}")
                 kinds[kind] = None
         return sorted(kinds)
 
     def _check(self, arrays: Arrays) -> None:
-        got = specs_of(arrays)
-        kinds = sorted({name.partition("/")[0] for name in got})
+        received = specs_of(arrays)
+        kinds = sorted({name.partition("/")[0] for name in received})
         expected: dict[str, tuple[tuple[int, ...], str]] = {}
         for name, parameter in self._parameters.items():
             for kind in kinds:
                 value = self._optimizer.state.get(parameter, {}).get(kind)
                 like = value if isinstance(value, Tensor) else parameter
                 shape = tuple(like.shape)
-                if value is None and got.get(f"{kind}/{name}", (shape,))[0] == ():
-                    shape = ()  # a scalar that this optimizer has not made yet
+                if value is None and received.get(f"{kind}/{name}", (shape,))[0] == ():
+                    shape = ()  # a scalar that this optimizer will make in its first step
                 expected[f"{kind}/{name}"] = ((), "int64") if kind == STEP else (shape, numpy_dtype(like.dtype).name)
-        if lines := differences(expected, got):
+        if lines := differences(expected, received):
             raise StateMismatchError(
                 "the optimizer moments that arrived do not fit the optimizer:\n" + "\n".join(lines),
                 where=type(self._optimizer).__name__,
@@ -118,7 +149,7 @@ class OptimizerState:
 
 
 def _host(kind: str, value: object, parameter: Tensor) -> Array:
-    """A fresh host array of one piece of state; zeros where there is none as yet."""
+    """Return one piece of state as a new host array; zeros if there is none yet."""
     if kind == STEP:
         return np.array(0 if value is None else int(value), dtype=np.int64)  # type: ignore[call-overload]
     if isinstance(value, Tensor):
@@ -130,12 +161,12 @@ def _check_averageable(kind: str, value: object, parameter: Tensor, where: str) 
     if kind == STEP and (isinstance(value, int) or (isinstance(value, Tensor) and value.numel() == 1)):
         return
     if not isinstance(value, Tensor):
-        raise _refusal(f"{kind!r} is no tensor", where)
+        raise _refusal(f"its state {kind!r} is not a tensor", where)
     if not value.is_floating_point():
-        raise _refusal(f"{kind!r} is quantised or an index ({value.dtype})", where)
+        raise _refusal(f"its state {kind!r} is quantised or an index ({value.dtype})", where)
     if value.shape != parameter.shape and value.numel() != 1:
         shapes = f"{list(value.shape)} for a parameter of {list(parameter.shape)}"
-        raise _refusal(f"{kind!r} is factored, of shape {shapes}", where)
+        raise _refusal(f"its state {kind!r} is factored, of shape {shapes}", where)
 
 
 def _refusal(reason: str, where: str) -> ConfigError:
@@ -150,5 +181,5 @@ def _new_step(optimizer: torch.optim.Optimizer, parameter: Tensor, array: Array)
     if not type(optimizer).__module__.startswith("torch.optim"):
         return int(array)
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    on_device = bool(group.get("capturable") or group.get("fused"))  # else torch keeps the counter on the host
+    on_device = bool(group.get("capturable") or group.get("fused"))  # otherwise torch keeps the counter on the host
     return torch.tensor(float(array), dtype=torch.float32, device=parameter.device if on_device else "cpu")

@@ -1,7 +1,7 @@
-"""Distributed training within one site: rank 0 alone talks to the federation, the others follow it.
+"""Distributed training within one site: only rank 0 talks to the federation, and shares what it receives.
 
-Everything here is a collective of the default process group: all ranks make the same calls in the same order.
-Without an initialised process group, or with one rank, each is a plain call.
+`on_rank_zero`, `share` and `share_arrays` are collectives of the default process group: all ranks make the same calls
+in the same order. With one rank, or without a process group, they are plain calls.
 """
 
 from __future__ import annotations
@@ -26,30 +26,40 @@ _LONGEST_SILENCE_S = 2.0
 
 
 def several() -> bool:
-    """Whether this process is one of several ranks."""
+    """Return whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
-    """How many processes train together at this site."""
+    """Return the number of processes that train together at this site."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_rank_zero() -> bool:
+    """Return whether this process talks to the federation."""
     return not several() or dist.get_rank() == 0
 
 
 def on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Run `work` on rank 0 and wait for it on every rank; its result on rank 0, None on the others.
+    """Call a function on rank 0 only, and wait for it on every rank.
 
-    `work` may block for much longer than the process group's timeout: it runs in a thread of its own while rank 0
-    tells the others "still waiting". What it raises on rank 0 is raised on every rank; an error that is not ours
-    reaches the others as a FederationError that names it.
+    The function may block for much longer than the process group's timeout: it runs in a thread of its own, while
+    rank 0 broadcasts to the others that they must still wait.
+
+    Args:
+        work: The function. An error in it is raised on every rank: on rank 0 as it is, on the others as a
+            FederationError.
+
+    Returns:
+        Its result on rank 0, None on the other ranks.
+
+    Raises:
+        FederationError: The function failed on rank 0.
     """
     if not several():
         return work()
     if dist.get_rank() == 0:
-        return _run_and_tell(work)
+        return _run_on_rank_zero(work)
     while (flag := int(_broadcast(torch.tensor([_WAITING])))) == _WAITING:
         pass
     if flag == _FAILED:
@@ -58,7 +68,14 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
 
 
 def share(value: Any) -> Any:
-    """Rank 0's `value`, a JSON value, on every rank."""
+    """Give every rank the value of rank 0. Collective.
+
+    Args:
+        value: A JSON value on rank 0; ignored on the other ranks.
+
+    Returns:
+        Rank 0's value. With one rank, `value` itself.
+    """
     if not several():
         return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if is_rank_zero() else None
@@ -68,16 +85,21 @@ def share(value: Any) -> Any:
 
 
 def share_arrays(arrays: Arrays | None) -> tuple[Specs, Iterator[tuple[str, Array]]]:
-    """Rank 0's `arrays` on every rank: what they are, and then one after the other, as raw bytes of any dtype.
+    """Give every rank the arrays of rank 0, one at a time. Collective.
 
-    The iterator is a collective too: every rank takes it to its end, or none takes it at all. On the other ranks an
-    array is fresh and theirs.
+    Args:
+        arrays: Name -> array of any dtype on rank 0; ignored on the other ranks.
+
+    Returns:
+        The shapes and dtypes of the arrays, and an iterator over (name, array). The iterator is collective as well:
+        every rank must use it up, or no rank may start it. It yields rank 0's own arrays there, and new ones on the
+        other ranks.
     """
     if not several():
         assert arrays is not None
         return specs_of(arrays), iter(arrays.items())
-    told = share([[n, list(shape), dtype] for n, (shape, dtype) in specs_of(arrays or {}).items()])
-    specs = {name: (tuple(shape), dtype) for name, shape, dtype in told}
+    rows = share([[n, list(shape), dtype] for n, (shape, dtype) in specs_of(arrays or {}).items()])
+    specs = {name: (tuple(shape), dtype) for name, shape, dtype in rows}
     return specs, _arrays_one_by_one(specs, arrays)
 
 
@@ -92,7 +114,7 @@ def _arrays_one_by_one(specs: Specs, arrays: Arrays | None) -> Iterator[tuple[st
         yield name, array
 
 
-def _run_and_tell(work: Callable[[], T]) -> T:
+def _run_on_rank_zero(work: Callable[[], T]) -> T:
     outcome: list[T] = []
     failure: list[BaseException] = []
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
@@ -100,9 +122,9 @@ def _run_and_tell(work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             if device is not None:
-                torch.cuda.set_device(device)  # the current device is a thread's own
+                torch.cuda.set_device(device)  # every thread has its own current device
             outcome.append(work())
-        except BaseException as error:  # handed to the main thread, which raises it
+        except BaseException as error:  # the main thread raises it
             failure.append(error)
 
     thread = threading.Thread(target=run, name="fl-adapters-rank-zero", daemon=True)
@@ -118,13 +140,15 @@ def _run_and_tell(work: Callable[[], T]) -> T:
         return outcome[0]
     _broadcast(torch.tensor([_FAILED]))
     error = failure[0]
-    ours = error if isinstance(error, FederationError) else FederationError(f"rank 0 failed: {error!r}", where="rank 0")
-    share(ours.to_wire())
+    shared = error
+    if not isinstance(shared, FederationError):
+        shared = FederationError(f"rank 0 failed: {error!r}", where="rank 0")
+    share(shared.to_wire())
     raise error
 
 
 def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's tensor, by the default process group; on the device that its backend can reach."""
+    """Return rank 0's tensor on every rank, on a device that the process group's backend can reach."""
     if "gloo" not in str(dist.get_backend_config()):
         tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
     dist.broadcast(tensor, src=0)
@@ -132,7 +156,7 @@ def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _timeout_s() -> float:
-    """The default process group's timeout, where torch tells; else its usual half hour."""
+    """Return the default process group's timeout; torch's default of half an hour if it cannot be read."""
     group: Any = dist.group.WORLD
     try:
         options = group._get_backend(torch.device("cpu")).options

@@ -17,14 +17,14 @@ from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What a site knows once it has joined, the same on every rank.
+class JoinedRun:
+    """The run that a site has joined, the same on every rank.
 
     Attributes:
         job: Name of the run.
         settings: Settings that hold at this site.
-        folders: Output folders to use, by the names under which `join` was given others. Those of a simulated site lie
-            below its run.
+        folders: Name -> output folder to use in place of the one that `join` was given under this name. Folders of a
+            simulated site lie below its run.
     """
 
     job: str
@@ -33,15 +33,15 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Arrived:
+class ArrivedTask:
     """A task that has arrived at this site.
 
     Attributes:
         task: The task, on rank 0 alone.
-        kind: Its kind: "train" or "final".
+        kind: Kind of the task: "train" or "final".
         round: Number of rounds this site has trained, this one included; see `Session.local_round`.
         row: Round, bytes and seconds of the last exchange, for the framework's own logs.
-        seed: Seed of the round's random states, for jobs with `exact_restart`; else None.
+        seed: Seed of the round's random states in jobs with `exact_restart`, else None.
     """
 
     task: Task | None
@@ -71,38 +71,44 @@ class TorchSite:
     options: Options
     framework: str
 
-    def join(self, folders: Mapping[str, str] | None = None) -> Joined | None:
-        """Open a new session for one training; None outside a federation.
+    def join(self, folders: Mapping[str, str] | None = None) -> JoinedRun | None:
+        """Open a new session for one training.
 
         Args:
             folders: Output folders of the trainer, by any names.
+
+        Returns:
+            The run, or None outside a federation.
         """
 
-        def opened() -> tuple[str, object, dict[str, str]] | None:
+        def join() -> tuple[str, object, dict[str, str]] | None:
             session = open_session(self.options, framework=self.framework, fresh=True)
             if session is None:
                 return None
             moved = {name: session.output_dir(path) for name, path in (folders or {}).items()}
             return session.job, session.settings.to_json(), moved
 
-        joined = ranks.share(ranks.on_rank_zero(opened))
-        return None if joined is None else Joined(joined[0], SiteSettings.from_json(joined[1]), joined[2])
+        fields = ranks.share(ranks.on_rank_zero(join))
+        return None if fields is None else JoinedRun(fields[0], SiteSettings.from_json(fields[1]), fields[2])
 
     def start(
         self, live: LiveModel, *, rounds: int | None, evaluates: bool, snapshot: Snapshot | None = None
-    ) -> Arrived:
+    ) -> ArrivedTask:
         """Make the handshake and receive the first task.
 
         Args:
             live: The model. Its weights become the initial global ones if the server asks this site for them.
             rounds: Number of rounds that the trainer's own length amounts to.
             evaluates: Whether this site scores each global model.
-            snapshot: State of an adapter that restarts exactly, for jobs with `exact_restart`. In a process that comes
-                back it has been loaded when this returns.
+            snapshot: Saves and loads the adapter's state, in jobs with `exact_restart`. In a process that replaces
+                another one, the saved state has been loaded when this returns.
+
+        Returns:
+            The first task.
         """
         arrays, facts = live.arrays(), live.agreement(self.framework)
 
-        def started() -> Task:
+        def start() -> Task:
             session = self.session()
             live.local.home = session.home
             session.register(
@@ -118,9 +124,9 @@ class TorchSite:
             )
             return session.start(lambda: live.arrays() if snapshot else arrays, snapshot=snapshot)
 
-        return self._begun(live, ranks.on_rank_zero(started))
+        return self._begin_task(live, ranks.on_rank_zero(start))
 
-    def exchange(self, live: LiveModel, result: LocalResult, *, more: bool) -> Arrived | None:
+    def exchange(self, live: LiveModel, result: LocalResult, *, more: bool) -> ArrivedTask | None:
         """Send this site's weights, and wait for the next task. The live model is not changed.
 
         Args:
@@ -132,29 +138,38 @@ class TorchSite:
             The next task, or None if the round has a second phase. It begins now, with the personal model in place of
             the global one, and trains the same budget again.
         """
-        done = live.local.end_phase(result, more=more)
-        if done is None:
+        round_result = live.local.end_phase(result, more=more)
+        if round_result is None:
             return None
         arrays, moments = live.arrays(), live.moments()
 
-        def exchanged() -> Task:
+        def exchange() -> Task:
             session = self.session()
             extras = {**moments, **live.local.extras(arrays)}  # before `submit` saves a state that depends on them
-            status = session.submit(arrays, done, extras=extras, held_back=live.held_back)
+            status = session.submit(arrays, round_result, extras=extras, held_back=live.held_back)
             live.local.submitted(status)
             return session.next_task()
 
-        return self._begun(live, ranks.on_rank_zero(exchanged))
+        return self._begin_task(live, ranks.on_rank_zero(exchange))
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """Report the score of the model that arrived last, on `num_examples` validation examples."""
+        """Report the score of the model that arrived last.
+
+        Args:
+            metrics: Metrics on this site's own validation data.
+            num_examples: Number of validation examples.
+        """
         ranks.on_rank_zero(lambda: self.session().report(metrics, num_examples))
 
     def cross_evaluate(self, live: LiveModel, evaluate: Callable[[], None]) -> None:
-        """Score every site's model here, if the job wants that; then put the final weights back.
+        """Score every site's model here, if the job asks for it, and put the final weights back afterwards.
 
-        Called when the final weights are in the model and have been scored. `evaluate()` scores the model as it is and
-        calls `report`. A model without a report counts as one without metrics.
+        Call it when the final weights are in the model and have been scored.
+
+        Args:
+            live: The model.
+            evaluate: Scores the live model as it is and calls `report`. A model without a report counts as one without
+                metrics.
         """
         if not live.cross_site:
             return
@@ -171,37 +186,49 @@ class TorchSite:
         return True
 
     def finish(self, live: LiveModel, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
-        """Leave the run after its last round; see `Session.finish`. Exports a personal model to this site's folder."""
+        """Leave the run after its last round, and export the personal model, if any, to this site's own folder.
+
+        Args:
+            live: The model, with the final weights.
+            export: Writes the live model to a folder in the framework's format.
+            load: Loads arrays into the live model, for the export of the best model; see `Session.finish`.
+        """
         live.local.close()
         personal = live.local.personal
 
-        def finished() -> None:
+        def leave() -> None:
             session = self.session()
             if personal is not None:
                 with personal.in_place():
                     export(str(session.home.folder / PERSONAL))
             session.finish(export=export, load=load)
 
-        ranks.on_rank_zero(finished)
+        ranks.on_rank_zero(leave)
 
     def leave(self, reason: str) -> None:
-        """Leave the run early: the quorum decides whether it goes on. Not collective; only rank 0 has a say."""
+        """Leave the run early. The quorum decides whether the other sites go on.
+
+        Not collective. On other ranks than 0 it does nothing.
+
+        Args:
+            reason: Why, such as an error.
+        """
         if ranks.is_rank_zero():
             self.session().leave(reason)
 
     def session(self) -> Session:
-        """The session, on rank 0."""
+        """Return the session. Only rank 0 may call this."""
         return running_session(self.options, framework=self.framework)
 
-    def _begun(self, live: LiveModel, task: Task | None) -> Arrived:
-        arrived = self._arrived(task)
+    def _begin_task(self, live: LiveModel, task: Task | None) -> ArrivedTask:
+        arrived = self._share_task(task)
         live.begin(task, over=arrived.kind == "final")
         return arrived
 
-    def _arrived(self, task: Task | None) -> Arrived:
+    def _share_task(self, task: Task | None) -> ArrivedTask:
         facts = None
         if task is not None:
             session = self.session()
             facts = [task.kind, session.local_round, session.stats.log_row(), session.round_seed]
         kind, number, row, seed = ranks.share(facts)
-        return Arrived(task, kind, number, row, seed)
+        return ArrivedTask(task, kind, number, row, seed)

@@ -39,14 +39,14 @@ class TorchStandbyModel(StandbyModel):
     @torch.no_grad()
     def swap(self) -> None:
         for name, tensor in self._live.items():
-            leaving = tensor.detach().clone()
+            live_weights = tensor.detach().clone()
             tensor.copy_(self._weights[name])
-            self._weights[name] = leaving
+            self._weights[name] = live_weights
         for index, optimizer in enumerate(self._optimizers):
-            leaving_state = dict(optimizer.state)
+            live_state = dict(optimizer.state)
             optimizer.state.clear()
             optimizer.state.update(self._states[index])
-            self._states[index] = leaving_state
+            self._states[index] = live_state
             for group, step in zip(optimizer.param_groups, self._swap_steps(index, optimizer), strict=True):
                 if _STEP in group:  # some optimizers count steps in the parameter group
                     group[_STEP] = step
@@ -70,9 +70,10 @@ class TorchStandbyModel(StandbyModel):
         self._steps = unpacked(state["steps"])
 
     def _swap_steps(self, index: int, optimizer: Any) -> list[Any]:
-        coming, self._steps[index] = self._steps[index], [group.get(_STEP) for group in optimizer.param_groups]
-        return coming
+        """Keep the optimizer's step counters, and return those that were kept until now."""
+        steps, self._steps[index] = self._steps[index], [group.get(_STEP) for group in optimizer.param_groups]
+        return steps
 
 
 def _zero(step: Any) -> Any:
-    return torch.zeros_like(step) if isinstance(step, Tensor) else step and 0
+    return torch.zeros_like(step) if isinstance(step, Tensor) else step and 0  # None, for no counter, stays None

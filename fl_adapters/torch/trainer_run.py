@@ -44,7 +44,7 @@ from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
 from fl_adapters.torch.restart import TorchSnapshot
-from fl_adapters.torch.site import Arrived, Joined, TorchSite
+from fl_adapters.torch.site import ArrivedTask, JoinedRun, TorchSite
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.types import Arrays, Metrics
 
@@ -172,7 +172,7 @@ class TrainerRun(Generic[P]):
         came_back: Whether a snapshot of an earlier process was loaded, so that the trainer goes on from there.
     """
 
-    def __init__(self, site: TorchSite, joined: Joined) -> None:
+    def __init__(self, site: TorchSite, joined: JoinedRun) -> None:
         self.joined, self.budget = joined, RoundBudget.of(joined.settings)
         self.active, self.begun = True, False
         self.progress = Progress()
@@ -400,7 +400,7 @@ class TrainerRun(Generic[P]):
             )
         return resumed
 
-    def _take_first(self, first: Arrived, resumed: Resumed | None) -> None:
+    def _take_first(self, first: ArrivedTask, resumed: Resumed | None) -> None:
         live, port, number = self.live, self.port, first.round
         self.seed = first.seed
         if first.kind == "final":
@@ -445,7 +445,7 @@ class TrainerRun(Generic[P]):
         )
         port.advance_schedules(epochs, steps)
 
-    def _take_next(self, arrived: Arrived) -> None:
+    def _take_next(self, arrived: ArrivedTask) -> None:
         number, self.seed = arrived.round, arrived.seed
         if arrived.kind == "final":
             self._load_final(arrived, more=False)
@@ -460,7 +460,7 @@ class TrainerRun(Generic[P]):
             self.awaits_score = True
             self.port.validate_next()
 
-    def _load_final(self, arrived: Arrived, *, more: bool) -> None:
+    def _load_final(self, arrived: ArrivedTask, *, more: bool) -> None:
         self.over = True
         if self._keeps_final:
             self.live.receive_final(arrived.task, more=more)

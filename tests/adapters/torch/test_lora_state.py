@@ -91,7 +91,7 @@ def test_what_arrives_is_what_the_model_computes(strategy, rank) -> None:
     if isinstance(strategy, FLoRA):
         assert not model.base_model.model.dense.lora_B["default"].weight.any()
 
-    state.set_final(arrays)
+    state.restore_global(arrays)
     np.testing.assert_allclose(merged(model), start + arrays[B] @ arrays[A], atol=1e-5)
     assert np.array_equal(model.base_model.model.dense.get_base_layer().weight.detach(), start)
     assert model.peft_config["default"].r == rank
@@ -154,7 +154,7 @@ def quantised() -> nn.Module:
     [
         (quantised, "is quantised"),
         (lambda: adapted(Net(tied=True)), "is tied to another layer"),
-        (lambda: adapted(targets=("image",)), "Conv2d layer, which are no matrices"),
+        (lambda: adapted(targets=("image",)), "Conv2d layer are not matrices"),
         (lambda: adapted(lora_bias=True), "whose B has a bias"),
     ],
 )

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fl_adapters.torch.agreement import agreement, fingerprint
-from fl_adapters.torch.optimizer_state import OptimizerState
-from fl_adapters.torch.state import TorchState, as_array, as_tensor, travelling, unwrap
+from fl_adapters.torch.optimizer_state import TorchOptimizerState
+from fl_adapters.torch.state import TorchState, as_array, as_tensor, exchanged_tensors, unwrap
 from fl_runtime.errors import ConfigError, StateMismatchError
 
 peft = pytest.importorskip("peft")
@@ -51,7 +51,7 @@ def lora_net(method: str = "lora", **options: object) -> nn.Module:
 def test_auto_is_trainable_parameters_and_persistent_buffers() -> None:
     net = Net()
     net.body.weight.requires_grad_(False)
-    assert list(travelling(net)) == [
+    assert list(exchanged_tensors(net)) == [
         "body.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var",
         "norm.num_batches_tracked", "head.weight", "head.bias",
     ]  # fmt: skip
@@ -60,25 +60,25 @@ def test_auto_is_trainable_parameters_and_persistent_buffers() -> None:
 def test_trainable_all_and_patterns() -> None:
     net = Net()
     net.body.requires_grad_(False)
-    assert list(travelling(net, "trainable")) == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
-    assert list(travelling(net, "all")) == [n for n in net.state_dict() if n != "scratch"]
-    assert list(travelling(net, ("*.bias", "head.*"))) == ["body.bias", "norm.bias", "head.weight", "head.bias"]
+    assert list(exchanged_tensors(net, "trainable")) == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert list(exchanged_tensors(net, "all")) == [n for n in net.state_dict() if n != "scratch"]
+    assert list(exchanged_tensors(net, ("*.bias", "head.*"))) == ["body.bias", "norm.bias", "head.weight", "head.bias"]
 
 
 def test_keep_local_never_travels() -> None:
-    assert not [n for n in travelling(Net(), "all", ("norm.*",)) if n.startswith("norm.")]
+    assert not [n for n in exchanged_tensors(Net(), "all", ("norm.*",)) if n.startswith("norm.")]
 
 
 @pytest.mark.parametrize("options", [{"exchange": ("hed.*",)}, {"keep_local": ("hed.*",)}])
 def test_pattern_without_a_match_is_an_error_that_shows_the_names(options: dict[str, tuple[str]]) -> None:
     with pytest.raises(ConfigError, match=r"hed\.\*") as error:
-        travelling(Net(), **options)  # type: ignore[arg-type]
+        exchanged_tensors(Net(), **options)  # type: ignore[arg-type]
     assert "body.weight" in str(error.value)
 
 
 def test_nothing_to_exchange_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no tensor"):
-        travelling(Net().requires_grad_(False), "trainable")
+        exchanged_tensors(Net().requires_grad_(False), "trainable")
 
 
 def test_tied_weights_travel_once_and_stay_tied() -> None:
@@ -94,10 +94,10 @@ def test_names_are_those_of_the_bare_module(wrap: object) -> None:
     net = Net()
     wrapped = wrap(net)  # type: ignore[operator]
     assert unwrap(wrapped) is net
-    assert list(travelling(wrapped)) == list(travelling(net))
+    assert list(exchanged_tensors(wrapped)) == list(exchanged_tensors(net))
     inner = Net()
     inner.body = torch.compile(inner.body, backend="eager")  # one block compiled alone
-    assert set(travelling(inner)) == set(travelling(net))
+    assert set(exchanged_tensors(inner)) == set(exchanged_tensors(net))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
@@ -132,18 +132,18 @@ def test_prompt_learning_travels_as_its_parameters() -> None:
 def test_second_active_adapter_is_refused() -> None:
     model = lora_net()
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["body"]))
-    assert set(travelling(model)) == set(travelling(lora_net()))  # not active: not ours
+    assert set(exchanged_tensors(model)) == set(exchanged_tensors(lora_net()))  # not active: not ours
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ConfigError, match="2 PEFT adapters"):
-        travelling(model)
+        exchanged_tensors(model)
 
 
 def test_trained_outside_the_adapter_is_warned_about() -> None:
     model = lora_net()
     model.base_model.model.head.weight.requires_grad_(True)
     with pytest.warns(UserWarning, match="head.weight"):
-        travelling(model)
-    assert "base_model.model.head.weight" in travelling(model, "trainable")
+        exchanged_tensors(model)
+    assert "base_model.model.head.weight" in exchanged_tensors(model, "trainable")
 
 
 DTYPES = [
@@ -232,8 +232,8 @@ def test_quantised_weights_cannot_travel() -> None:
     net = Net()
     net.head.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ConfigError, match="quantised"):
-        travelling(net, "all")
-    assert "head.weight" not in travelling(net)
+        exchanged_tensors(net, "all")
+    assert "head.weight" not in exchanged_tensors(net)
 
 
 # --- optimizer state ---------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def trained(optimizer_class: type[torch.optim.Optimizer], **options: object) -> 
 
 def test_moments_travel_by_parameter_name_and_steps_as_integers() -> None:
     net, optimizer = trained(torch.optim.AdamW)
-    arrays = OptimizerState(optimizer, travelling(net)).get()
+    arrays = TorchOptimizerState(optimizer, exchanged_tensors(net)).get()
     assert {n.partition("/")[0] for n in arrays} == {"exp_avg", "exp_avg_sq", "step"}
     assert arrays["step/head.bias"].dtype == np.int64 and arrays["step/head.bias"] == 3
     assert arrays["exp_avg/head.weight"].shape == (2, 3)
@@ -275,7 +275,9 @@ def test_moments_set_into_a_fresh_optimizer_continue_it(
     net, optimizer = trained(optimizer_class, **options)
     twin = copy.deepcopy(net)
     fresh = optimizer_class(twin.parameters(), lr=0.1, **options)  # type: ignore[call-arg]
-    OptimizerState(fresh, travelling(twin)).set(OptimizerState(optimizer, travelling(net)).get())
+    TorchOptimizerState(fresh, exchanged_tensors(twin)).set(
+        TorchOptimizerState(optimizer, exchanged_tensors(net)).get()
+    )
     x = torch.randn(5, 4)
     for model, opt in ((net, optimizer), (twin, fresh)):
         opt.zero_grad()
@@ -286,7 +288,7 @@ def test_moments_set_into_a_fresh_optimizer_continue_it(
 
 def test_moments_are_set_in_place() -> None:
     net, optimizer = trained(torch.optim.AdamW)
-    state = OptimizerState(optimizer, travelling(net))
+    state = TorchOptimizerState(optimizer, exchanged_tensors(net))
     held = optimizer.state[net.head.bias]["exp_avg"]
     arrays = state.get()
     arrays["exp_avg/head.bias"][:] = 7
@@ -298,7 +300,7 @@ def test_moments_are_set_in_place() -> None:
 
 def test_moments_that_do_not_fit_are_named() -> None:
     net, optimizer = trained(torch.optim.AdamW)
-    state = OptimizerState(optimizer, travelling(net))
+    state = TorchOptimizerState(optimizer, exchanged_tensors(net))
     arrays = state.get()
     del arrays["exp_avg/head.bias"]
     arrays["exp_avg/head.weight"] = np.zeros((9, 9), np.float32)
@@ -312,7 +314,7 @@ def test_reset_starts_the_moments_over_and_keeps_the_schedule() -> None:
     optimizer.step()
     schedule.step()
     rate = optimizer.param_groups[0]["lr"]
-    OptimizerState(optimizer, travelling(net)).reset()
+    TorchOptimizerState(optimizer, exchanged_tensors(net)).reset()
     twin = copy.deepcopy(net)
     fresh = torch.optim.AdamW(twin.parameters(), lr=rate)
     x = torch.randn(5, 4)
@@ -328,14 +330,14 @@ def test_factored_and_quantised_moments_are_refused_with_the_reason() -> None:
     net = Net()
     optimizer = torch.optim.Adafactor(net.parameters())
     with pytest.raises(ConfigError, match="rows and columns"):
-        OptimizerState(optimizer, travelling(net)).refuse_if_not_averageable()
+        TorchOptimizerState(optimizer, exchanged_tensors(net)).refuse_if_not_averageable()
     net, adam = trained(torch.optim.AdamW)
     adam.state[net.head.weight]["exp_avg"] = torch.zeros(2, 3, dtype=torch.uint8)
     with pytest.raises(ConfigError, match="quantised"):
-        OptimizerState(adam, travelling(net)).get()
+        TorchOptimizerState(adam, exchanged_tensors(net)).get()
     adam.state[net.head.weight]["exp_avg"] = torch.zeros(2)
     with pytest.raises(ConfigError, match="factored"):
-        OptimizerState(adam, travelling(net)).get()
+        TorchOptimizerState(adam, exchanged_tensors(net)).get()
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------

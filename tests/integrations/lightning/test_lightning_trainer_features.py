@@ -94,7 +94,7 @@ def test_rounds_of_steps_do_not_drift_where_a_batch_makes_two(federation, every,
 
 def test_one_parameter_in_two_optimizers_cannot_be_averaged(federation) -> None:
     run = federation(optimizer_state="average")
-    with pytest.raises(ConfigError, match="two optimizers of one parameter"):
+    with pytest.raises(ConfigError, match="two optimizers train this parameter"):
         fit(run, module=two_optimizers(shared=True))
 
 
