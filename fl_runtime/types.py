@@ -52,7 +52,7 @@ class Task:
     - "initial": send your weights; they become version 0 of the global model.
     - "train": train one round, starting from `arrays`.
     - "final": the run is over; `arrays` is the global model after the last round.
-    - "best": `arrays` is the global model of the best round.
+    - "best": `arrays` is the global model of the best round; empty if no round has a score of the best metric.
     - "evaluate": evaluate `arrays` on your validation data; `config["model"]` names whose model it is.
     - "evaluated": no model is left to evaluate.
     - "share" (swarm only): send your update to the site `config["to"]`.

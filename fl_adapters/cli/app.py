@@ -60,6 +60,7 @@ Examples:
   fl-adapters simulate train.py --sites 3 --rounds 5
   fl-adapters simulate train.py --lr 0.1 --sites 3        --lr goes to the script
   fl-adapters simulate train.py --sites 3 -- --name mine  --name goes to the script
+  fl-adapters simulate train.py --best-metric accuracy --best-mode max
   fl-adapters simulate -m package.train --job job.yml --json
   fl-adapters simulate train.py:step --sites 1000 --rounds 9 --engine processes    many sites, few processes""",
 )
@@ -94,6 +95,16 @@ def simulate(
         str | None,
         typer.Option(help="Optimizer state after new weights arrive: keep, reset or average. Default: keep."),
     ] = None,
+    best_metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Metric that decides which round is the best, by its name in history.csv. Default: the script's, "
+            "else loss."
+        ),
+    ] = None,
+    best_mode: Annotated[
+        str | None, typer.Option(help="Whether lower (min) or higher (max) values of it are better. Default: min.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the job and of its folder. Default: from the script and the time.")
     ] = None,
@@ -126,6 +137,8 @@ def simulate(
         "min_sites": min_sites,
         "deadline_s": deadline_s,
         "optimizer_state": optimizer_state,
+        "best_metric": best_metric,
+        "best_mode": best_mode,
         "name": name,
     }
     options = command.SimulateOptions(

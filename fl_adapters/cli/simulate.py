@@ -156,6 +156,8 @@ def _sum_up(result: SimulationResult, console: Console) -> None:
         if path is not None:
             best = f" (round {result.best_round})" if name == "best" else ""
             console.print(f"{name:8} {_short(path)}{best}", highlight=False, soft_wrap=True)
+    if result.no_best and console.is_terminal:  # otherwise a line of progress has said it
+        console.print(f"best     none: {result.no_best}", highlight=False, soft_wrap=True)
     console.print(f"{len(result.rounds)} rounds in {result.wall_s:.1f} s", highlight=False)
 
 
@@ -176,5 +178,6 @@ def _json_fields(result: SimulationResult) -> dict[str, Any]:
         "metrics": [dict(item.metrics) for item in result.rounds],
         "model": None if result.model is None else str(result.model),
         "best_round": result.best_round,
+        "no_best": result.no_best,
         "folder": str(result.folder),
     }

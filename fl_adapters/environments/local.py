@@ -102,13 +102,14 @@ class SimulationResult:
         folder: The run's folder, `runs/<job>`.
         sites: Names of the sites, in order.
         rounds: One `RoundResult` per round, in order: metrics, sites, bytes and seconds.
-        best_round: Number of the round with the best score, or None if no site reported the score to compare.
+        best_round: Number of the round with the best score, or None if no round has one.
         wall_s: Seconds from the call of `run` to the end of the last site's process.
         startup_s: Seconds from the call of `run` to the start of round 1.
         bytes_up: Bytes from sites to the server over all rounds, as counted by the transport.
         bytes_down: Bytes from the server to sites over all rounds, as counted by the transport.
         model: Folder with the final global model, or None if there is none.
         best: Folder with the model of `best_round`, or None if there is none.
+        no_best: Why there is no best round, as a human-readable message; "" if there is one.
     """
 
     job: str
@@ -122,6 +123,7 @@ class SimulationResult:
     bytes_down: int
     model: Path | None
     best: Path | None
+    no_best: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, 
         bytes_down=result.bytes_down,
         model=model,
         best=best,
+        no_best=result.no_best,
     )
 
 

@@ -26,10 +26,11 @@ class ProductionResult:
         job: Name of the job.
         folder: The run's folder, `runs/<job>`, on the server's machine. The models are there.
         rounds: One `RoundResult` per round, in order: metrics, sites, bytes and seconds.
-        best_round: Number of the round with the best score, or None if no site reported the score to compare.
+        best_round: Number of the round with the best score, or None if no round has one.
         wall_s: Seconds from the call of `run` to the end of the job.
         bytes_up: Bytes from sites to the server over all rounds.
         bytes_down: Bytes from the server to sites over all rounds.
+        no_best: Why there is no best round, as a human-readable message; "" if there is one.
     """
 
     job: str
@@ -39,6 +40,7 @@ class ProductionResult:
     wall_s: float
     bytes_up: int
     bytes_down: int
+    no_best: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,4 +112,5 @@ class Production:
             wall_s=time.monotonic() - began,
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
+            no_best=result.no_best,
         )

@@ -136,6 +136,8 @@ class ProgressLines:
             case "finished" | "failed":
                 self._failed = event.kind == "failed"
                 self._settle(self._view.round)
+                if data.get("no_best"):
+                    self._say(f"there is no best round: {data['no_best']}")
 
     def _settle(self, until: int) -> None:
         for number in [number for number in self._pending if number <= until]:

@@ -56,6 +56,7 @@ class RemoteJob:
         return RunResult(
             rounds=tuple(RoundResult.from_json(item) for item in outcome.get("rounds", ())),
             best_round=outcome.get("best_round"),
+            no_best=outcome.get("no_best", ""),
             error=error,
             bytes_up=outcome.get("bytes_up", 0),
             bytes_down=outcome.get("bytes_down", 0),

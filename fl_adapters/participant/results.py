@@ -49,15 +49,17 @@ class Results:
         self._final: Task | None = None
         self._evaluated: Task | None = None
 
-    def best(self) -> Task:
+    def best(self) -> Task | None:
         """Return the model of the best round. Waits until all sites have reported on the last round.
 
         Returns:
-            A task of kind "best". Its arrays are views of the session's buffer, valid until the next task.
+            A task of kind "best", or None if no round has a score of the best metric. Its arrays are views of the
+            session's buffer, valid until the next task.
         """
         self._keep_final()
         with self._gate.leaving_on_refusal():
-            return self._gate.decode(self._client.next_task(best=True))
+            task = self._client.next_task(best=True)
+            return self._gate.decode(task) if task.arrays else None
 
     def next_to_score(self) -> Task | None:
         """Return the next model that this site must evaluate, in jobs with `cross_site`.
@@ -95,7 +97,9 @@ class Results:
         return task.version
 
     def write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
-        """Write runs/<job>/model and runs/<job>/best, if this site of a simulation was chosen to do so.
+        """Write runs/<job>/model and, if there is a best round, runs/<job>/best.
+
+        Does nothing at a site that was not chosen to do so, and outside a simulation.
 
         Args:
             export: Writes the live model to a folder in the framework's format. None leaves it to the server, unless
@@ -106,13 +110,14 @@ class Results:
             return
         if export is not None:
             export(str(self._folder("model")))
-            if load is not None:
-                load(self.best().arrays)
+            if load is not None and (best := self.best()):
+                load(best.arrays)
                 export(str(self._folder("best")))
                 load(self._final_task().arrays)
         elif self._gate.encrypts:
             write_tensors(self._folder("model") / _FILE, self._final_task().arrays)
-            write_tensors(self._folder("best") / _FILE, self.best().arrays)
+            if best := self.best():
+                write_tensors(self._folder("best") / _FILE, best.arrays)
 
     def _exports(self) -> bool:
         return self._kit.simulated and bool(self._current_task().config.get("export"))

@@ -444,7 +444,7 @@ class Session:
         """Leave the run at its normal end, after the task of kind "final".
 
         In a simulation, one site also writes the results: the live model to runs/<job>/model, and the best round's
-        weights to runs/<job>/best. Afterwards the live model holds the final weights again.
+        weights, if there is a best round, to runs/<job>/best. Afterwards the live model holds the final weights again.
 
         Args:
             export: Writes the live model to a folder in the framework's format.

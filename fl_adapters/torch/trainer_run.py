@@ -329,7 +329,7 @@ class TrainerRun(Generic[P]):
             end_with_best: Leave the weights of the best round in the model instead of the final ones.
 
         Returns:
-            The best round's number, if `end_with_best`; else None.
+            The best round's number, if `end_with_best` and there is a best round; else None.
 
         Raises:
             ConfigError: If the final weights have not arrived: the trainer had nothing more to train.
@@ -352,10 +352,9 @@ class TrainerRun(Generic[P]):
             best = self._best() if end_with_best else None
             self._site.finish(live, export, live.state.set_state if self.evaluates else None)
             self._forget()
-            if not end_with_best:
-                return None
-            live.load(best[1] if best else None)
-            version: int = ranks.share(best[0] if best else None)
+            version: int | None = ranks.share(best[0] if best else None)
+            if version is not None:
+                live.load(best[1] if best else None)
             return version
 
     def stop_early(self, where: str) -> None:
@@ -473,11 +472,11 @@ class TrainerRun(Generic[P]):
         self.awaits_score = False
 
     def _best(self) -> tuple[int, Arrays] | None:
-        """The best round and its weights, on rank 0."""
+        """The best round and its weights, on rank 0; None if there is no best round."""
 
-        def fetched() -> tuple[int, Arrays]:
+        def fetched() -> tuple[int, Arrays] | None:
             task = self._site.session().results.best()
-            return task.version, {name: np.copy(array) for name, array in task.arrays.items()}
+            return None if task is None else (task.version, {n: np.copy(array) for n, array in task.arrays.items()})
 
         return ranks.on_rank_zero(fetched)
 

@@ -118,7 +118,7 @@ class Downloads:
             return self._incoming
         if payload.HasField("manifest"):
             self._layouts.add(Manifest.from_proto(payload.manifest))
-        if header.kind in _WITHOUT_MODEL:
+        if header.kind in _WITHOUT_MODEL or (header.kind == "best" and not header.HasField("payload")):
             return _Incoming(digest, frames.Receiver(Manifest(()), payload.digests, np.empty(0, np.uint8)))
         manifest = self._layouts.manifests.get(payload.layout)
         if manifest is None:

@@ -199,6 +199,7 @@ class Server:
                 error=state.error,
                 bytes_up=sum(r.bytes_up for r in rounds),
                 bytes_down=sum(r.bytes_down for r in rounds),
+                no_best=self._run.scoring.no_best(),
             )
 
     def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
@@ -209,7 +210,7 @@ class Server:
             which: The newest model, or the best one so far.
 
         Returns:
-            The file, or None if there is no such model yet.
+            The file, or None if there is no such model.
 
         Raises:
             StoreError: The file cannot be written.

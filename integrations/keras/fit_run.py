@@ -333,7 +333,8 @@ class FitRun:
         stoppers = neighbours.restoring(self.fit.callbacks)
         if stoppers:
             task = session.results.best()
-            best = task.version, {name: np.copy(array) for name, array in task.arrays.items()}
+            if task is not None:
+                best = task.version, {name: np.copy(array) for name, array in task.arrays.items()}
         live.local.close()
         live.restore_final()
         if session.settings.cross_site and self._evaluates:

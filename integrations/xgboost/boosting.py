@@ -166,8 +166,10 @@ def _snapshot(booster: xgboost.Booster, log: Log) -> FunctionSnapshot:
 
 
 def _mark_best(booster: xgboost.Booster, rounds: TreeRounds, stopping: Stopping) -> None:
-    """Set `best_iteration` and `best_score`, as XGBoost's own early stopping does."""
+    """Set `best_iteration` and `best_score`, as XGBoost's own early stopping does, if there is a best round."""
     best = rounds.session.results.best()
+    if best is None:
+        return
     iteration = rounds.first + min(best.version * rounds.boosts, booster.num_boosted_rounds() - rounds.first) - 1
     score = best.config.get("metrics", {}).get(stopping.metric)
     booster.set_attr(best_iteration=str(iteration), best_score=None if score is None else str(score))

@@ -57,6 +57,58 @@ def test_without_a_terminal_there_is_a_line_per_round_and_a_summary(bench: Any, 
         assert left in done.stdout
 
 
+def test_the_best_round_is_chosen_by_the_metric_that_the_options_name(bench: Any, adding: str) -> None:
+    best = ("--best-metric", "train_loss", "--best-mode", "max")
+    result = bench.json("simulate", adding, "--sites", "1", "--rounds", "2", "--name", "named", *best)
+    assert result["best_round"] == 1  # the training loss falls
+    assert (bench.folder / "runs" / "named" / "best" / "model.safetensors").exists()
+    job = Job.from_file(bench.folder / "runs" / "named" / "job.yml")
+    assert (job.best_metric, job.best_mode) == ("train_loss", "max")
+
+
+def test_without_a_score_there_is_no_best_round_and_the_end_says_why(bench: Any) -> None:
+    script = bench.script(
+        "silent.py",
+        """
+import numpy as np
+import fl_adapters as fl
+
+with fl.connect() as site:
+    for task in site.tasks(initial={"w": np.zeros(1)}):
+        task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+""",
+    )
+    done = bench.run("simulate", script.name, "--sites", "1", "--rounds", "2", "--name", "silent")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("there is no best round: no site reported 'loss'") == 1
+    folder = bench.folder / "runs" / "silent"
+    assert (folder / "model" / "model.safetensors").exists() and not (folder / "best").exists()
+
+
+def test_a_mistyped_best_metric_ends_the_run_in_round_1(bench: Any) -> None:
+    script = bench.script(
+        "scored.py",
+        """
+import numpy as np
+import fl_adapters as fl
+
+with fl.connect() as site:
+    for task in site.tasks(initial={"w": np.zeros(1)}):
+        if task.round > 1:
+            task.report({"accuracy": 0.5, "loss": 1.0}, 1)
+        task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+""",
+    )
+    done = bench.run(
+        "simulate", script.name, "--sites", "2", "--rounds", "9", "--best-metric", "acuracy", "--name", "x"
+    )
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "'acuracy'" in said and "reported: accuracy, loss" in said and "did you mean 'accuracy'" in said
+    for site in ("site-1", "site-2"):
+        assert "ConfigError" in (bench.folder / "runs" / "x" / "sites" / site / "log.txt").read_text()
+
+
 def test_each_site_has_a_name_arguments_and_resources_of_its_own(bench: Any) -> None:
     script = """
 import json, os, sys

@@ -73,6 +73,8 @@ def _summary(outcome: Mapping[str, Any], *, with_error: bool) -> str:
         state = f"failed: {outcome['error']['what']}" if with_error else "failed"
     else:
         best = f", the best was round {outcome['best_round']}" if outcome["best_round"] else ""
+        if outcome.get("no_best"):
+            best = f", none is the best ({outcome['no_best']})"
         state = f"{counted(len(outcome['rounds']), 'round')}{best}"
     return f"{outcome['job']}: {state}; results in {outcome['folder']}"
 

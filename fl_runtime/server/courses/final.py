@@ -23,13 +23,14 @@ class FinalModel:
         self._state.changed.notify_all()
 
     def offer(self, member: Member, best: bool) -> Offer | None:
-        """The final model or, with `best`, the best one. None while it is not known yet."""
+        """The final model or, with `best`, the best one, or no model if there is no best. None while it is unknown."""
         state, rounds = self._state, self._state.plan.rounds or 0
         if best:
             champion = state.models.best
             if state.phase != "done":
                 return None
-            assert champion is not None
+            if champion is None:
+                return Offer("best", rounds, {}, None, layout_known=False)
             metrics = self._scoring.scores.of(champion.version)
             return leased("best", rounds, {"metrics": metrics}, champion, member)
         if state.phase not in ("final", "done"):
@@ -48,9 +49,9 @@ class FinalModel:
                 state.settings.deadline_s,
             )
             scoring.settle(last)
-            if models.best is None or scoring.better(last, models.best.version):
+            if scoring.better(last, models.best_version):
                 models.best = models.newest
             state.journal.ended(None)
-            assert models.best is not None
-            state.events.emit("finished", rounds=state.plan.rounds, best_round=models.best.version)
+            best, why_not = models.best_version, scoring.no_best()
+            state.events.emit("finished", rounds=state.plan.rounds, best_round=best, no_best=why_not)
             state.enter("done")

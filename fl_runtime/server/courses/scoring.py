@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from fl_runtime.aggregation.metrics.pooling import plain, to_json
-from fl_runtime.errors import ProtocolError
+from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.server.courses.scores import Ranking, Scores
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.state import RunState
-from fl_runtime.types import Metrics, Report
+from fl_runtime.types import Metrics, Report, Terms
 
 
 class Scoring:
@@ -29,6 +30,7 @@ class Scoring:
         self._state, self._membership = state, membership
         self.scores = Scores()
         self.on_settled: Callable[[int], None] | None = None
+        self._metric_checked = False
 
     def report(self, report: Report) -> None:
         """Take a site's report on a global model. ProtocolError if there is no such model yet."""
@@ -89,11 +91,15 @@ class Scoring:
         }
 
     def settle(self, version: int) -> None:
-        """Close the scores of a version, once, and tell the listeners and the sites that wait for them."""
+        """Close the scores of a version, once, and tell the listeners and the sites that wait for them.
+
+        ConfigError, which ends the run at every site, if the sites report other metrics than the one that was named.
+        """
         if self.scores.settle(version):
             best = self._state.models.best_version
             leading = version if self.better(version, best) else best
             self._state.events.emit("scored", version, metrics=self.scores.of(version), best_round=leading)
+            self._check_metric(version)
             if self.on_settled is not None:
                 self.on_settled(version)
             self._state.published.notify_all()
@@ -111,8 +117,22 @@ class Scoring:
             models.retire(model)
 
     def better(self, challenger: int, champion: int | None) -> bool:
-        """Whether the model of round `challenger` beats that of round `champion`, or there is no champion yet."""
-        return self.scores.better(self._ranking(), challenger, champion)
+        """Whether the model of round `challenger` beats that of round `champion`. Without a score it never does."""
+        ranking = self._ranking()
+        if champion is None:
+            return ranking.cost(self.scores.of(challenger)) is not None
+        return self.scores.better(ranking, challenger, champion)
+
+    def no_best(self) -> str:
+        """Why no round is the best one so far, as a human-readable message; "" if there is a best round."""
+        state, metric = self._state, self._ranking().metric
+        if state.models.best is not None:
+            return ""
+        names = self._names(range(1, state.models.version + 1))
+        if metric in names:
+            return f"{metric!r} has no finite value in any round"
+        others = f"; reported: {', '.join(sorted(names))}" if names else ""
+        return f"no site reported {metric!r}{others}"
 
     def out_of_patience(self, version: int) -> bool:
         """Whether the job's patience, or else that of the sites' terms, is spent with this version."""
@@ -124,4 +144,34 @@ class Scoring:
 
     def _ranking(self) -> Ranking:
         settings, terms = self._state.settings, self._state.plan.terms
-        return Ranking(settings.best_metric or terms.best_metric, settings.best_mode or terms.best_mode)
+        metric = settings.best_metric or terms.best_metric
+        proposed = terms if metric == terms.best_metric else Terms()  # a mode belongs to its metric
+        return Ranking(metric, settings.best_mode or proposed.best_mode)
+
+    def _check_metric(self, version: int) -> None:
+        """Fail the run at its first scores if they lack the best metric that the job or the sites' terms named."""
+        state, metric = self._state, self._ranking().metric
+        named = state.settings.best_metric is not None or metric != Terms().best_metric
+        if self._metric_checked or not named or version < 1 or not any(self.scores.by_site(version).values()):
+            return
+        self._metric_checked = True
+        names = sorted(self._names(range(version + 1)))
+        if metric in names:
+            return
+        nearest = difflib.get_close_matches(metric, names, n=1, cutoff=0.4)
+        error = ConfigError(
+            f"the best round is to be chosen by {metric!r}, but no site reports a metric of this name; reported: "
+            + ", ".join(names),
+            where=f"best_metric, scores of round {version}",
+            fix=(f"did you mean {nearest[0]!r}? " if nearest else "")
+            + "Name one of these metrics with --best-metric or Job(best_metric=)",
+        )
+        state.fail(error)
+        raise error
+
+    def _names(self, versions: Iterable[int]) -> set[str]:
+        """Names of all metrics that these versions have, from training and from any site's report."""
+        names = set[str]()
+        for version in versions:
+            names.update(self.scores.of(version), *self.scores.by_site(version).values())
+        return names

@@ -167,7 +167,8 @@ class FederationServer:
             name: Name of the job.
 
         Returns:
-            JSON values: `job`, `submitted_by`, `rounds`, `best_round`, `bytes_up`, `bytes_down`, `folder`, `error`.
+            JSON values: `job`, `submitted_by`, `rounds`, `best_round`, `no_best`, `bytes_up`, `bytes_down`, `folder`,
+            `error`.
         """
         with self._lock:
             return self._past[name]

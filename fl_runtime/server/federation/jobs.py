@@ -207,6 +207,7 @@ class RunningJob:
             "submitted_by": str(self.submitter),
             "rounds": [item.to_json() for item in result.rounds],
             "best_round": result.best_round,
+            "no_best": result.no_best,
             "bytes_up": result.bytes_up,
             "bytes_down": result.bytes_down,
             "folder": str(self.folder),

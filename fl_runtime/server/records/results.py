@@ -58,7 +58,8 @@ class RunResult:
 
     Attributes:
         rounds: The closed rounds, in order.
-        best_round: Number of the round with the best model, or None if there is none yet.
+        best_round: Number of the round with the best model, or None if no round has a score of the best metric.
+        no_best: Why there is no best round, as a human-readable message; "" if there is one.
         error: Why the run failed, or None if it did not.
         bytes_up: Bytes of all updates.
         bytes_down: Bytes of all tasks.
@@ -69,3 +70,4 @@ class RunResult:
     error: FederationError | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    no_best: str = ""
