@@ -60,8 +60,8 @@ class FederationError(Exception):
         Returns:
             An error of the class with this code, or a plain FederationError if the code is unknown.
         """
-        get = {k: str(fields.get(k, "")) for k in ("code", "what", "where", "fix")}
-        return _rebuild(get["code"], get["what"], get["where"], get["fix"])
+        texts = {key: str(fields.get(key, "")) for key in ("code", "what", "where", "fix")}
+        return _rebuild(texts["code"], texts["what"], texts["where"], texts["fix"])
 
 
 class ConfigError(FederationError):
@@ -140,7 +140,7 @@ class StoreError(FederationError):
 
 
 class RoundFailedError(FederationError):
-    """The updates of a round make no model. The server can open the round again."""
+    """The updates of a round cannot be combined into a model. The server can open the round again."""
 
     code = "round-failed"
 

@@ -162,7 +162,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Terms:
-    """Settings that the sites' scripts propose where the job is silent. All sites must propose the same.
+    """Settings that the sites' scripts propose where the job leaves them open. All sites must propose the same.
 
     Attributes:
         content: What the arrays of updates hold.
@@ -197,14 +197,14 @@ class RunSettings:
         exchange: Which tensors travel; None leaves it to the scripts.
         keep_local: Name patterns of tensors that never leave a site.
         optimizer_state: What happens to optimizer state at an exchange; None leaves it to the scripts.
-        filters: Filters on the way, in order, as tables of settings.
+        filters: Filters of what travels, in order; each a table of settings.
         initial: Path of a safetensors file with the initial model; None takes the first site's weights.
         best_metric: Metric that decides which round is the best; None leaves it to the sites' `Terms`.
         best_mode: Whether lower or higher is better; None leaves it to the sites' `Terms`.
         seed: Seed of everything random in the run; None means 0 where a number is needed.
         exact_restart: Whether a restarted site must end with the same bits.
         rejoin_s: Seconds to wait for a site whose connection is gone before `min_sites` decides.
-        app: Name of what the sites run.
+        app: Name of the app that the sites run; the policy of a site maps it to a command.
         submitted_by: Identity (URI) of who submitted the job; "" in a simulation.
         fraction: Share of the sites that take part in a round, above 0 and at most 1.
         site_weights: Site name -> factor of its weight; 1 for sites not named.
@@ -325,19 +325,28 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class ServerState:
-    """Arrays that a strategy carries from round to round beside the weights.
+    """Arrays that a strategy carries from round to round beside the weights, such as the moments of an optimizer.
 
     Attributes:
         extras: Extras of the current global model, which the sites received with it.
-        kept: Arrays that the aggregator of the last round saved with `keep`; empty in the first round. Read-only.
-        keep: Function from example arrays to writable arrays of the same names, shapes and dtypes. They are
-            committed together with the next model, never leave the server, and are `kept` in the next round.
+        previous: Arrays from `allocate_next` as the last committed round left them; empty in the first round.
+            Read-only.
+        allocate_next: Function from example arrays to writable arrays of the same names, shapes and dtypes. An
+            aggregator fills them before `result` returns. They are committed together with the next model, never leave
+            the server, and are `previous` in the next round.
         sites: Names of all sites of the job, in its order, whether or not they take part in the round.
+
+    Example:
+        ```python
+        moments = state.allocate_next(base)
+        for name, weights in base.items():
+            moments[name][...] = state.previous.get(name, np.zeros_like(weights))
+        ```
     """
 
     extras: Arrays = field(default_factory=dict)
-    kept: Arrays = field(default_factory=dict)
-    keep: Callable[[Arrays], Arrays] = dict
+    previous: Arrays = field(default_factory=dict)
+    allocate_next: Callable[[Arrays], Arrays] = dict
     sites: tuple[str, ...] = ()
 
 
@@ -363,7 +372,7 @@ class Strategy(Protocol):
     def linear(self) -> bool:
         """Whether the weighted mean of the updates is all that the strategy needs from them.
 
-        Others may then compute that mean: under encryption, the sum of ciphertexts.
+        That mean can then be computed elsewhere, for example from encrypted updates.
         """
         ...
 
@@ -418,7 +427,7 @@ class Strategy(Protocol):
 
         Args:
             site: Name of the site.
-            models: "global", and the names of the sites whose models there are.
+            models: "global", and the names of the sites whose own models exist.
 
         Returns:
             A subset of `models`, in the order in which the site gets them.
@@ -426,7 +435,7 @@ class Strategy(Protocol):
         ...
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return what must be equal in a tensor's shape at all sites and in all updates.
+        """Return the part of a tensor's shape that must be equal at all sites and in all updates.
 
         Args:
             name: Name of the tensor.

@@ -32,10 +32,10 @@ def choose_protocol(lowest: int, highest: int, version: str) -> int:
     """
     if lowest <= PROTOCOL <= highest:
         return PROTOCOL
-    ours, theirs = f"the server (fl-adapters {VERSION})", f"the site (fl-adapters {version or 'of unknown version'})"
-    older = theirs if highest < PROTOCOL else ours
+    server, site = f"the server (fl-adapters {VERSION})", f"the site (fl-adapters {version or 'of unknown version'})"
+    older = site if highest < PROTOCOL else server
     raise ProtocolError(
         f"the site speaks protocol {lowest} to {highest}, this server {PROTOCOL}",
-        where=f"{theirs} and {ours}",
+        where=f"{site} and {server}",
         fix=f"upgrade {older}",
     )

@@ -106,10 +106,10 @@ class WeightedMean:
             value = (update.extras if extra else update.arrays).get(name)
             if value is None:  # held back by a filter of the site
                 continue
-            before, weight = self._weights.get(key, 0.0), self._weight(update, key)
-            self._weights[key] = before + weight
+            previous, weight = self._weights.get(key, 0.0), self._weight(update, key)
+            self._weights[key] = previous + weight
             share = weight / self._weights[key]
-            _fold_all(mean.reshape(-1), value.reshape(-1), share, first=not before)
+            _fold_all(mean.reshape(-1), value.reshape(-1), share, first=not previous)
 
     def means(self) -> dict[str, Array]:
         """Return the means of the weights, floats in float32 or wider. Writing to them changes the result."""
@@ -153,11 +153,11 @@ def _fold_all(mean: Array, value: Array, share: float, *, first: bool) -> None:
     """Call `_fold` on parts of a large tensor in several threads; the result is the same."""
     parts = max(1, min(_THREADS, mean.size // _LARGE))
     edges = [mean.size * part // parts for part in range(parts + 1)]
-    mine, *others = (slice(start, stop) for start, stop in pairwise(edges))
-    elsewhere = [_pool.submit(_fold, mean[one], value[one], share, first=first) for one in others]
-    _fold(mean[mine], value[mine], share, first=first)
-    for part in elsewhere:
-        part.result()
+    head, *tail = (slice(start, stop) for start, stop in pairwise(edges))
+    futures = [_pool.submit(_fold, mean[part], value[part], share, first=first) for part in tail]
+    _fold(mean[head], value[head], share, first=first)
+    for future in futures:
+        future.result()
 
 
 def _fold(mean: Array, value: Array, share: float, *, first: bool) -> None:

@@ -98,7 +98,7 @@ class _Buffered:
         out, extras = self._allocate(self._base, {})
         shares = [self._strategy.share(update, self._version) for update in self._updates]
         total = sum(weight for weight, _ in shares)
-        factors = [self._strategy.lr * weight * fresh / total for weight, fresh in shares]
+        factors = [self._strategy.lr * weight * discount / total for weight, discount in shares]
         for name, base in self._base.items():
             flat, target = base.reshape(-1), out[name].reshape(-1)
             deltas = [update.arrays[name].reshape(-1) for update in self._updates]
@@ -120,13 +120,13 @@ def max_of(parts: list[Array]) -> Array:
     return np.asarray(np.max(np.stack(parts), axis=0))
 
 
-def difference(name: str, value: Array, began: Array, newest: Array) -> Array:
+def difference(name: str, value: Array, start: Array, newest: Array) -> Array:
     """Compute D_i of one tensor.
 
     Args:
         name: Name of the tensor.
         value: The value that the site sent.
-        began: The value that the site trained from.
+        start: The value that the site trained from.
         newest: The value in the newest global model.
 
     Returns:
@@ -135,6 +135,6 @@ def difference(name: str, value: Array, began: Array, newest: Array) -> Array:
     if not is_floating(newest.dtype):
         return value
     wide = accumulator_dtype(newest.dtype)
-    from_ = newest if is_statistic(name) else began
-    delta: Array = np.subtract(value, from_, dtype=wide, casting="unsafe")
+    reference = newest if is_statistic(name) else start
+    delta: Array = np.subtract(value, reference, dtype=wide, casting="unsafe")
     return delta

@@ -250,10 +250,10 @@ class _Stepping:
             if _steps(tensor, base)
         }
         shapes = {key: np.broadcast_to(accumulator_dtype(a.dtype).type(v), a.shape) for key, (v, a) in begin.items()}
-        kept = self._state.keep(shapes)
+        moments = self._state.allocate_next(shapes)
         for key, shape in shapes.items():
-            kept[key][...] = self._state.kept.get(key, shape)
-        return kept
+            moments[key][...] = self._state.previous.get(key, shape)
+        return moments
 
 
 def _steps(name: str, base: Array) -> bool:

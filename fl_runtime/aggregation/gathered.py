@@ -12,10 +12,10 @@ from fl_runtime.errors import UpdateRefusedError
 from fl_runtime.types import Allocate, Array, Arrays, Update, is_floating
 
 Combine: TypeAlias = Callable[[Array, Array, Sequence[int]], Array]
-"""combine(values, base, which) -> the next values of a block.
+"""combine(values, base, senders) -> the next values of a block.
 
 values: [updates, elements], writable, in float32 or wider. base: [elements], the global model, in the same dtype.
-which: the index of the update of each row. A complex number is two elements.
+senders: [updates], the index of the update that each row comes from. A complex number is two elements.
 """
 
 
@@ -47,14 +47,14 @@ class Gathered:
         """Combine the updates and return (arrays, extras); there are no extras."""
         combine = self._plan(self._updates, self._base)
         out, extras = self._allocate(self._base, {})
-        for name, base, which, values in tensors(self._updates, self._base):
+        for name, base, senders, values in tensors(self._updates, self._base):
             target = _flat(out[name])
             if not values:
                 target[...] = base
             for block in blocks(base.size) if values else ():
                 stack = stacked(values, block, base.dtype)
                 if is_floating(base.dtype):
-                    target[block] = combine(stack, base[block].astype(stack.dtype), which)
+                    target[block] = combine(stack, base[block].astype(stack.dtype), senders)
                 else:
                     target[block] = np.sort(stack, axis=0)[(len(stack) - 1) // 2]
         return out, extras
@@ -71,8 +71,8 @@ def tensors(updates: Sequence[Update], base: Arrays) -> Iterator[tuple[str, Arra
         Name, base, indices of the updates that hold the tensor, and their values; flat views, complex as pairs.
     """
     for name, array in base.items():
-        which = [i for i, update in enumerate(updates) if name in update.arrays]
-        yield name, _flat(array), which, [_flat(updates[i].arrays[name]) for i in which]
+        senders = [i for i, update in enumerate(updates) if name in update.arrays]
+        yield name, _flat(array), senders, [_flat(updates[i].arrays[name]) for i in senders]
 
 
 def stacked(values: Sequence[Array], block: slice, dtype: np.dtype[Any]) -> Array:

@@ -69,7 +69,7 @@ class CoordinateMedian(RobustStrategy):
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
         """Take the median of every element, see `RobustStrategy.plan`."""
-        return lambda values, base, which: _middle(values, (len(values) - 1) // 2)
+        return lambda values, base, senders: _middle(values, (len(values) - 1) // 2)
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class TrimmedMean(RobustStrategy):
         """Raise ConfigError if k would be 0 for `fewest` updates."""
         if self.trimmed(fewest) == 0:
             raise ConfigError(
-                f"the strategy {self.name} with trim={self.trim:g} trims nobody of {fewest} updates, the fewest that "
-                "a round may close with",
+                f"the strategy {self.name} with trim={self.trim:g} removes no value of {fewest} updates, the fewest "
+                "that a round may close with",
                 where="strategy",
                 fix=f"raise trim to at least {1 / fewest:.3g}, or min_sites"
                 if fewest > 2
@@ -105,7 +105,7 @@ class TrimmedMean(RobustStrategy):
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
         """Take the trimmed mean of every element, see `RobustStrategy.plan`."""
-        return lambda values, base, which: _middle(values, self.trimmed(len(values)))
+        return lambda values, base, senders: _middle(values, self.trimmed(len(values)))
 
     def trimmed(self, sites: int) -> int:
         """Return how many values are left out at each end.
@@ -148,7 +148,9 @@ class Krum(RobustStrategy):
         if fewest < 2 * self.f + 3:
             problem = f"needs at least 2 f + 3 = {2 * self.f + 3} updates a round to withstand f={self.f} hostile sites"
         elif self.m > fewest - self.f:
-            problem = f"cannot average m={self.m} updates when only {fewest - self.f} of {fewest} are surely honest"
+            problem = (
+                f"cannot average m={self.m} updates when only {fewest - self.f} of {fewest} are known to be honest"
+            )
         if problem:
             raise ConfigError(
                 f"the strategy {self.name} {problem}; this job lets a round close with {fewest}",
@@ -164,8 +166,8 @@ class Krum(RobustStrategy):
             )
         chosen = set(self.chosen(_squared_distances(updates, base)))
 
-        def combine(values: Array, base: Array, which: Sequence[int]) -> Array:
-            rows = [row for row, number in enumerate(which) if number in chosen]
+        def combine(values: Array, base: Array, senders: Sequence[int]) -> Array:
+            rows = [row for row, number in enumerate(senders) if number in chosen]
             return _mean(values[rows]) if rows else base
 
         return combine
@@ -213,8 +215,8 @@ class NormBounding(RobustStrategy):
         factors = np.minimum(1.0, self.bound / np.maximum(norms, np.finfo(float).tiny))
         counts = np.array([u.site_weight if self.weights == "equal" else u.weight for u in updates])
 
-        def combine(values: Array, base: Array, which: Sequence[int]) -> Array:
-            shares = factors[which] * counts[which] / counts[which].sum()
+        def combine(values: Array, base: Array, senders: Sequence[int]) -> Array:
+            shares = factors[senders] * counts[senders] / counts[senders].sum()
             total: Array = np.zeros_like(base)
             for share, value in zip(shares, values, strict=True):
                 value -= base
@@ -244,8 +246,8 @@ def _mean(rows: Array) -> Array:
 def _squared_norms(updates: Sequence[Update], base: Arrays) -> Array:
     """Return |x_i - x|^2 over all float tensors, float64 [n]."""
     total = np.zeros(len(updates))
-    for which, difference in _differences(updates, base):
-        total[which] += _square_sums(difference)
+    for senders, difference in _differences(updates, base):
+        total[senders] += _square_sums(difference)
     return total
 
 
@@ -255,19 +257,19 @@ def _squared_distances(updates: Sequence[Update], base: Arrays) -> Array:
     It is computed pair by pair, since a matrix product would depend on the number of threads and not give exact zeros.
     """
     total = np.zeros((len(updates), len(updates)))
-    for which, difference in _differences(updates, base):
-        for row, one in enumerate(which):
-            total[one, which[row + 1 :]] += _square_sums(difference[row + 1 :] - difference[row])
+    for senders, difference in _differences(updates, base):
+        for row, one in enumerate(senders):
+            total[one, senders[row + 1 :]] += _square_sums(difference[row + 1 :] - difference[row])
     both: Array = total + total.T
     return both
 
 
 def _differences(updates: Sequence[Update], base: Arrays) -> Iterator[tuple[list[int], Array]]:
     """Yield (indices of updates, their x_i - x as float64 [n, elements]) for each block of the float tensors."""
-    for _, x, which, values in tensors(updates, base):
+    for _, x, senders, values in tensors(updates, base):
         if is_floating(x.dtype) and values:
             for block in blocks(x.size):
-                yield which, stacked(values, block, np.dtype(np.float64)) - x[block].astype(np.float64)
+                yield senders, stacked(values, block, np.dtype(np.float64)) - x[block].astype(np.float64)
 
 
 def _square_sums(rows: Array) -> Array:

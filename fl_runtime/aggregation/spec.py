@@ -114,18 +114,18 @@ class Described(Workflow):
         Raises:
             ConfigError: If an argument is unknown, given twice, or out of range.
         """
-        known = [item.name for item in fields(cls)]
-        given: dict[str, Any] = {}
+        names = [item.name for item in fields(cls)]
+        values: dict[str, Any] = {}
         for part in filter(None, (text.strip() for text in arguments.split(","))):
             key, equals, value = (text.strip() for text in part.partition("="))
-            if key not in known or not equals:
-                fix = f"its arguments are: {', '.join(known)}" if known else f"write {cls.name}"
+            if key not in names or not equals:
+                fix = f"its arguments are: {', '.join(names)}" if names else f"write {cls.name} without arguments"
                 what = f"has no argument {key!r}" if equals else f"cannot read {part!r}, which is not argument=value"
                 raise ConfigError(f"the strategy {cls.name} {what}", where="strategy", fix=fix)
-            if key in given:
+            if key in values:
                 raise ConfigError(f"the strategy {cls.name} got {key} twice", where="strategy", fix="give it once")
-            given[key] = value
-        return cls(**given)
+            values[key] = value
+        return cls(**values)
 
     def check_sites(self, fewest: int) -> None:
         """Check the job's quorum.
@@ -165,7 +165,7 @@ class Described(Workflow):
         )
 
     def _checked(self, item: dataclasses.Field[Any], value: object) -> Any:
-        """Return a value, which may be text, as the field's type; ConfigError if it is not allowed."""
+        """Return a value, which may be text, as the field's type. Raises ConfigError if it is not allowed."""
         choices = item.metadata.get("choices")
         if choices:
             if value not in choices:

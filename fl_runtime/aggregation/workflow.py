@@ -59,7 +59,7 @@ class Workflow:
 
         Args:
             site: Name of the site.
-            models: "global", and the names of the sites whose models there are.
+            models: "global", and the names of the sites whose own models exist.
 
         Returns:
             Some of `models`; by default all of them.

@@ -160,15 +160,15 @@ def check_filters(
                 "leave the filter out; metrics and numbers of examples can still be filtered",
             )
         if strategy is not None and strategy.relayed and not isinstance(item.filter, FactsFilter):
-            name, of = type(item.filter).__name__, type(strategy).__name__
+            name, strategy_name = type(item.filter).__name__, type(strategy).__name__
             raise refuse(
-                f"{name} works on weights, which the sites send each other under {of}",
+                f"{name} works on weights, which the sites send each other under {strategy_name}",
                 "leave the filter out; metrics and numbers of examples can still be filtered",
             )
         if strategy is not None and strategy.buffer and item.at in ("server_in", "server_out"):
-            name, of = type(item.filter).__name__, type(strategy).__name__
+            name, strategy_name = type(item.filter).__name__, type(strategy).__name__
             raise refuse(
-                f"{name} at {item.at} works on rounds, which {of} does not have",
+                f"{name} at {item.at} works on rounds, which {strategy_name} does not have",
                 "use at: site_out, or another strategy",
             )
         if isinstance(item.filter, GaussianDP):

@@ -295,19 +295,19 @@ def check_number(
     Raises:
         ConfigError: If it is not.
     """
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-    if good:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if valid:
         number = float(value)  # type: ignore[arg-type]
-        good = (
+        valid = (
             (above is None or number > above)
             and (least is None or number >= least)
             and (most is None or number <= most)
             and (below is None or number < below)
         )
-    if not good:
+    if not valid:
         bounds = ((above, "above"), (least, "at least"), (most, "at most"), (below, "below"))
-        wanted = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None) or "finite"
-        raise refuse(f"{type(owner).__name__}: {name} is {value!r}", f"give a number {wanted}")
+        limits = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None) or "finite"
+        raise refuse(f"{type(owner).__name__}: {name} is {value!r}", f"give a number {limits}")
 
 
 def _default(kind: type[Any], name: str) -> Any:

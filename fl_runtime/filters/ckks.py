@@ -184,10 +184,10 @@ class Cipher:
         flat = _NumberStream(arrays, layout)
         for row in range(len(lengths)):
             part = flat.next(slots)
-            worst = float(np.abs(part).max(initial=0.0))
-            if worst >= self.settings.largest:
+            largest = float(np.abs(part).max(initial=0.0))
+            if largest >= self.settings.largest:
                 raise UpdateRefusedError(
-                    f"a weight of size {worst:.3g} cannot be encrypted: the limit is {self.settings.largest:g}",
+                    f"a weight of size {largest:.3g} cannot be encrypted: the limit is {self.settings.largest:g}",
                     where="HomomorphicCKKS",
                     fix="keep its tensor at the site with keep_local, or use a larger first prime or fewer scale_bits",
                 )
@@ -284,11 +284,11 @@ def check_ciphertexts(update: Update, settings: HomomorphicCKKS, context: Any) -
         try:
             vector = tenseal.ckks_vector_from(context, _ciphertext(update.arrays, row))
             (text,) = vector.ciphertext()
-            good = (text.size(), text.coeff_modulus_size()) == (2, primes) and not text.is_transparent()
-            good = good and text.scale == 2.0**settings.scale_bits and vector.size() <= settings.slots
+            valid = (text.size(), text.coeff_modulus_size()) == (2, primes) and not text.is_transparent()
+            valid = valid and text.scale == 2.0**settings.scale_bits and vector.size() <= settings.slots
         except (ValueError, RuntimeError, TypeError, AttributeError):
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise UpdateRefusedError(
                 f"row {row} is not a ciphertext with the parameters of this job",
                 where=f"update of {update.site}, round {update.round}",

@@ -107,14 +107,14 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
     tenseal = need_tenseal()
     try:
         data = path.read_bytes()
-        loose = os.name == "posix" and path.stat().st_mode & 0o077
+        shared_mode = os.name == "posix" and path.stat().st_mode & 0o077
     except OSError as error:
         raise ConfigError(
             f"the key of HomomorphicCKKS cannot be read: {error.strerror}",
             where=str(path),
             fix=f"make it once with `fl-adapters ckks-key {path}`, and give every other site a copy, never the server",
         ) from None
-    if loose:
+    if shared_mode:
         raise ConfigError("the key can be read by others", where=str(path), fix=f"chmod 600 {path}")
     try:
         if not data.startswith(_MAGIC):
@@ -122,7 +122,7 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
         start = len(_MAGIC) + 4
         end = start + int.from_bytes(data[start - 4 : start], "little")
         parameters = json.loads(data[start:end])
-        made_for = HomomorphicCKKS(**{name: parameters[name] for name in asdict(settings)})
+        key_settings = HomomorphicCKKS(**{name: parameters[name] for name in asdict(settings)})
         context = tenseal.context_from(data[end:])
     except (ValueError, KeyError, TypeError, RuntimeError):
         raise ConfigError(
@@ -130,9 +130,9 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
             where=str(path),
             fix="copy the key again from the site that made it",
         ) from None
-    if made_for != settings:
+    if key_settings != settings:
         raise ConfigError(
-            f"this key was made for {made_for.settings()}, but the job asks for {settings.settings()}",
+            f"this key was made for {key_settings.settings()}, but the job asks for {settings.settings()}",
             where=str(path),
             fix="change the job's parameters, or make a key with `fl-adapters ckks-key --job FILE`",
         )

@@ -32,10 +32,10 @@ class ExcludeVars(FilterSettings):
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        given = [self.names] if isinstance(self.names, str) else self.names
-        if not isinstance(given, (list, tuple)) or not given or not all(isinstance(name, str) for name in given):
+        names = [self.names] if isinstance(self.names, str) else self.names
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise refuse(f"ExcludeVars: names is {self.names!r}", 'give patterns such as ["head.*"]')
-        object.__setattr__(self, "names", tuple(given))
+        object.__setattr__(self, "names", tuple(names))
 
     def excludes(self, name: str) -> bool:
         """Whether a tensor of this name is held back."""
@@ -50,7 +50,7 @@ class ExcludeVars(FilterSettings):
         return {name: array for name, array in arrays.items() if not self.excludes(name)}
 
     def decode(self, arrays: Arrays, layout: Layout) -> Arrays:
-        """Return the arrays as they are; UpdateRefusedError if one of them should have been held back."""
+        """Return the arrays as they are. Raises UpdateRefusedError if one of them should have been held back."""
         unexpected = [name for name in arrays if self.excludes(name)]
         if unexpected:
             raise UpdateRefusedError(f"tensor {unexpected[0]!r} was sent although the update says it is held back")

@@ -31,7 +31,7 @@ class ErrorFeedback:
     def __init__(self, host: FilterHost) -> None:
         self._folder = host.folder
         self._stem = f"feedback-{host.job}-"
-        self._lost: dict[str, Array] = {}
+        self._residuals: dict[str, Array] = {}
         self._loaded = False
 
     def add_to(self, arrays: Arrays, round: int) -> None:
@@ -44,26 +44,26 @@ class ErrorFeedback:
         if not self._loaded:
             self._loaded = True
             self._load(arrays, round)
-        for name, lost in self._lost.items():
+        for name, residual in self._residuals.items():
             if name in arrays:  # the error of a tensor that is held back now waits for a later round
-                np.add(arrays[name], lost, out=arrays[name])
+                np.add(arrays[name], residual, out=arrays[name])
 
-    def remember(self, wanted: Arrays, sent: Arrays, round: int) -> None:
+    def remember(self, exact: Arrays, decoded: Arrays, round: int) -> None:
         """Compute and save the error after this round's encoding.
 
         Args:
-            wanted: The differences, with the earlier error added.
-            sent: What the receiver will decode.
+            exact: The differences, with the earlier error added.
+            decoded: The differences as the receiver will decode them.
             round: The round.
 
         Raises:
             StoreError: If the error cannot be saved.
         """
-        for name, array in wanted.items():
+        for name, array in exact.items():
             if is_real(array.dtype):
-                if name not in self._lost:
-                    self._lost[name] = np.empty(array.shape, array.dtype)
-                np.subtract(array, sent[name], out=self._lost[name])
+                if name not in self._residuals:
+                    self._residuals[name] = np.empty(array.shape, array.dtype)
+                np.subtract(array, decoded[name], out=self._residuals[name])
         self._save(round)
 
     def _save(self, round: int) -> None:
@@ -74,9 +74,9 @@ class ErrorFeedback:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                file.write(_digest(self._lost))
-                for lost in self._lost.values():
-                    file.write(np.ascontiguousarray(lost).reshape(-1).view(np.uint8).data)
+                file.write(_digest(self._residuals))
+                for residual in self._residuals.values():
+                    file.write(np.ascontiguousarray(residual).reshape(-1).view(np.uint8).data)
             os.replace(partial, path)
             for number, old in self._files():
                 if number < round - 1:  # the previous round may have to be repeated after a restart
@@ -93,14 +93,14 @@ class ErrorFeedback:
         files = [(number, path) for number, path in self._files() if number < round]
         if not files:
             return
-        lost = {name: np.zeros(a.shape, a.dtype) for name, a in like.items() if is_real(a.dtype)}
+        residuals = {name: np.zeros(a.shape, a.dtype) for name, a in like.items() if is_real(a.dtype)}
         with open(max(files)[1], "rb") as file:
-            if file.read(16) != _digest(lost):
+            if file.read(16) != _digest(residuals):
                 return
-            for array in lost.values():
+            for array in residuals.values():
                 if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
                     return
-        self._lost = lost
+        self._residuals = residuals
 
     def _path(self, round: int) -> Path:
         assert self._folder is not None

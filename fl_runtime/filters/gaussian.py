@@ -83,8 +83,8 @@ class GaussianDP(FilterSettings):
 
     def limits(self, host: FilterHost) -> list[BudgetLimit]:
         """Return the limits that hold at a host: this filter's own budget, and the host's."""
-        mine = [] if self.epsilon is None else [self._limit(self.epsilon, host)]
-        return mine + ([host.budget] if host.budget else [])
+        limits = [] if self.epsilon is None else [self._limit(self.epsilon, host)]
+        return limits + ([host.budget] if host.budget else [])
 
     def _limit(self, epsilon: float, host: FilterHost) -> BudgetLimit:
         return BudgetLimit(PrivacyBudget(epsilon, self.delta), host.site or "the server", all_jobs=host.from_policy)
@@ -141,7 +141,7 @@ class NoisyMean:
     ) -> None:
         self._settings, self._ledger, self._host = settings, ledger, host
         self._base, self._allocate = base, allocate
-        self._round, self._answered = 0, 0
+        self._round, self._count = 0, 0
         self._sums: dict[str, Array] = {n: np.zeros(a.size) for n, a in base.items() if is_real(a.dtype)}
 
     def add(self, update: Update) -> None:
@@ -150,7 +150,7 @@ class NoisyMean:
             raise UpdateRefusedError(
                 "the update has tensors beside the weights, which GaussianDP does not cover", where=update.site
             )
-        self._round, self._answered = update.round, self._answered + 1
+        self._round, self._count = update.round, self._count + 1
         if self._settings.sampling < 1 and not bernoulli(self._settings.sampling):
             return
         factor = clipping(update, self._settings.clip)
@@ -165,7 +165,7 @@ class NoisyMean:
         settings = self._settings
         self._ledger.spend(self._host.job, self._round, "GaussianDP", [settings.mechanism], settings.limits(self._host))
         arrays, extras = self._allocate(self._base, {})
-        expected = settings.sampling * self._answered
+        expected = settings.sampling * self._count
         for name, out in arrays.items():
             flat, base = out.reshape(-1), self._base[name].reshape(-1)
             if name not in self._sums:

@@ -142,14 +142,14 @@ class Ledger:
             PrivacyBudgetError: If they would exceed a limit.
         """
         for limit in limits:
-            before = [entry.mechanism for entry in self.entries() if limit.all_jobs or entry.job == job]
-            total = epsilon([*before, *mechanisms], limit.budget.delta)
+            earlier = [entry.mechanism for entry in self.entries() if limit.all_jobs or entry.job == job]
+            total = epsilon([*earlier, *mechanisms], limit.budget.delta)
             if total > limit.budget.epsilon:
-                spent = epsilon(before, limit.budget.delta)
-                whole = "all jobs" if limit.all_jobs else f"the job {job}"
+                spent = epsilon(earlier, limit.budget.delta)
+                scope = "all jobs" if limit.all_jobs else f"the job {job}"
                 raise PrivacyBudgetError(
                     f"the privacy budget of {limit.owner} is spent: round {round} would bring epsilon to {total:.4g} "
-                    f"at delta {limit.budget.delta:g}, over the limit of {limit.budget.epsilon:g} for {whole}; "
+                    f"at delta {limit.budget.delta:g}, over the limit of {limit.budget.epsilon:g} for {scope}; so far "
                     f"{spent:.4g} is spent",
                     where=f"round {round}" + (f", {self._path}" if self._path else ""),
                     fix="the model of the last round is kept; for more rounds, use more noise or a larger budget "

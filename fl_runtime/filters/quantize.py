@@ -34,7 +34,7 @@ class Quantize(FilterSettings):
     """Encodes numbers in 16, 8 or 4 bits; the receiver decodes them.
 
     At `site_out` (default) the differences to the global model are encoded, at `server_out` the global model itself
-    (except the final one, which travels whole). Integer tensors travel as they are.
+    (except the final one, which is not encoded). Integer tensors travel as they are.
 
     "fp16" and "bf16" round to nearest, ties to even; fp16 limits values to +-65504. "int8" and "int4" work on blocks of
     consecutive numbers x: s = max|x| / L travels as float32, and each x as round(x / s), with L = 127 or 7. The error
@@ -115,11 +115,11 @@ class Quantize(FilterSettings):
             raise UpdateRefusedError(f"the scales of tensor {name!r} are not finite numbers of at least 0")
         size = int(np.prod(shape, dtype=np.int64))
         values = (_unpacked(array, size) if self.to == "int4" else array.reshape(-1)).astype(np.float32)
-        whole = size - size % self.block
+        full = size - size % self.block
         with np.errstate(over="ignore"):  # if a site's numbers overflow here, the server refuses the update
-            values[:whole].reshape(-1, self.block)[...] *= scale[: whole // self.block, None]
-            if whole < size:
-                values[whole:] *= scale[-1]
+            values[:full].reshape(-1, self.block)[...] *= scale[: full // self.block, None]
+            if full < size:
+                values[full:] *= scale[-1]
         return values.astype(dtype, copy=False).reshape(shape)
 
 

@@ -66,12 +66,12 @@ def update_layout(agreed: Layout, content: str, encoding: str, encrypted: Homomo
         ProtocolError: If the encoding cannot be read or does not fit the content.
         UpdateRefusedError: If the update is not encrypted as the job demands.
     """
-    named = [settings for settings in applied_filters(encoding) if named_in(settings)]
-    if encrypted is not None or named:
-        if encrypted is None or named != [encrypted.settings()] or content != "encoded":
-            wanted = encrypted.settings() if encrypted else "no encryption"
+    encryption = [settings for settings in applied_filters(encoding) if named_in(settings)]
+    if encrypted is not None or encryption:
+        if encrypted is None or encryption != [encrypted.settings()] or content != "encoded":
+            expected = encrypted.settings() if encrypted else "no encryption"
             raise UpdateRefusedError(
-                f"an update of content {content!r} is encrypted with {named}, but the job demands {wanted}",
+                f"an update of content {content!r} is encrypted with {encryption}, but the job demands {expected}",
                 fix="install the same version of fl-adapters at every site",
             )
         return encrypted.layout(agreed)
@@ -102,20 +102,20 @@ def decoded(update: Update, base: Arrays) -> Update:
     """
     if not is_filtered(update):
         return update
-    given, chain = update.arrays, _parsed(update.encoding)[1]
+    arrays, chain = update.arrays, _parsed(update.encoding)[1]
     layouts = [work_layout(layout_of(base)) if encodings(chain) else layout_of(base)]
     for item in chain[:-1]:
         layouts.append(item.layout(layouts[-1]))
-    for item, before in zip(reversed(chain), reversed(layouts), strict=True) if chain else ():
-        given = item.decode(given, before)
+    for item, layout in zip(reversed(chain), reversed(layouts), strict=True) if chain else ():
+        arrays = item.decode(arrays, layout)
 
     def weights(name: str) -> Array:
-        array = given[name]
+        array = arrays[name]
         if update.content == "weights" or not is_floating(base[name].dtype):
             return array
         return np.add(base[name], array, dtype=work_dtype(base[name].dtype), casting="unsafe")
 
-    return replace(update, arrays=LazyArrays(given, weights), content="weights", encoding="")
+    return replace(update, arrays=LazyArrays(arrays, weights), content="weights", encoding="")
 
 
 class ServerFilters:
@@ -241,13 +241,19 @@ class _Filtered:
     ) -> None:
         """Make the aggregator.
 
-        linear: it is a running mean, which reads each update once. differences: it takes differences, not weights.
+        Args:
+            make: Makes the strategy's aggregator, given the function that allocates the next global model.
+            base: The global model of this round.
+            allocate: Makes the arrays of the next global model.
+            filters: The filters of `server_in`, in order.
+            linear: Whether the strategy's aggregator is a running mean, which reads each update once.
+            differences: Whether it takes differences instead of weights.
         """
         self._linear, self._differences = linear, differences
         self._base, self._allocate, self._filters = base, allocate, filters
-        self._inner = make(self._allocated)
+        self._inner = make(self._allocate_whole)
         self._decoding = False
-        self._given: set[str] = set()
+        self._names: set[str] = set()
         self._work: dict[str, Array] = {}
 
     def add(self, update: Update) -> None:
@@ -255,26 +261,26 @@ class _Filtered:
         self._decoding |= filtered or bool(self._filters)
         update = decoded(update, self._base)
         if self._filters or self._differences:
-            update = self._changed(update)
-        self._given.update(update.arrays)
+            update = self._apply_filters(update)
+        self._names.update(update.arrays)
         if filtered and not self._linear and update.arrays.keys() != self._base.keys():
-            mine = update.arrays
-            whole = LazyArrays(self._base, lambda name: mine[name] if name in mine else self._base[name])
-            update = replace(update, arrays=whole)
+            sent = update.arrays
+            complete = LazyArrays(self._base, lambda name: sent[name] if name in sent else self._base[name])
+            update = replace(update, arrays=complete)
         self._inner.add(update)
 
     def result(self) -> tuple[Arrays, Arrays]:
         arrays, extras = self._inner.result()
         if self._decoding and not self._differences:
-            for name in arrays.keys() - self._given:  # held back by every site
+            for name in arrays.keys() - self._names:  # held back by every site
                 arrays[name][...] = self._base[name]
         return arrays, extras
 
-    def _allocated(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
+    def _allocate_whole(self, arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
         """Allocate the next model with the layout of the last, since decoded updates are wider and may lack tensors."""
         return self._allocate(self._base if self._decoding else arrays, extras)
 
-    def _changed(self, update: Update) -> Update:
+    def _apply_filters(self, update: Update) -> Update:
         """Apply the filters of `server_in` to the differences of an update."""
         task = Task(update.job, update.round, update.stage, "train", update.base_version, self._base)
         differences = {}

@@ -65,7 +65,7 @@ class SiteFilters:
         check_filters(job)
         self._job, self._host = job, host
         self._arriving = encodings(at_point(job, "server_out"))
-        self._held = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
+        self._excluding = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
         self._agreed: Layout = {}
         self._weights = True  # whether the tensors are weights
         self._own_values: dict[str, Array] = {}  # this site's values of tensors that are ignored at site_in
@@ -94,10 +94,10 @@ class SiteFilters:
                 f"the policy has the filter {misplaced[0]['name']} at {misplaced[0]['at']}",
                 "leave `at` out: a policy's filters run at site_out",
             )
-        before = {(step.filter, step.host): step for step in self._steps}
+        previous = {(step.filter, step.host): step for step in self._steps}
         steps = [
-            before.get((item, host := replace(self._host, from_policy=mine, budget=budget))) or _opened(item, host)
-            for mine, filters in ((False, self._job), (True, own))
+            previous.get((item, host := replace(self._host, from_policy=policy, budget=budget))) or _opened(item, host)
+            for policy, filters in ((False, self._job), (True, own))
             for item in at_point(filters, "site_out")
         ]
         check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
@@ -134,7 +134,7 @@ class SiteFilters:
     def _check_tensors(self) -> None:
         """Raise ConfigError if a filter cannot work on the agreed tensors."""
         if not self._weights:
-            for item in (*self._arriving, *self._held, *(step.filter for step in self._steps)):
+            for item in (*self._arriving, *self._excluding, *(step.filter for step in self._steps)):
                 if not isinstance(item, FactsFilter):
                     raise refuse(
                         f"{type(item).__name__} works on weights, but this adapter does not send weights",
@@ -163,7 +163,7 @@ class SiteFilters:
         Returns:
             Those of them; the same objects, not copies.
         """
-        return {n: a for n, a in arrays.items() if any(item.excludes(n) for item in self._held)}
+        return {n: a for n, a in arrays.items() if any(item.excludes(n) for item in self._excluding)}
 
     def restore(self, held_back: Arrays) -> None:
         """Continue with the arrays that `held_back` returned in an earlier process of this site; after `agree`."""
@@ -202,7 +202,7 @@ class SiteFilters:
 
     def _save_own_values(self, arrays: Arrays) -> None:
         for name, array in arrays.items():
-            if any(item.excludes(name) for item in self._held):
+            if any(item.excludes(name) for item in self._excluding):
                 self._own_values[name] = np.array(array)
 
     def _save_base(self, arrays: Arrays) -> None:
@@ -316,15 +316,15 @@ class SiteFilters:
         return replace(update, arrays=self._cipher.encrypt(arrays, self._agreed), content="encoded")
 
     def _encoded(self, update: Update, chain: list[EncodingFilter]) -> Update:
-        wanted = work_layout({name: self._agreed[name] for name in update.arrays})
-        remembers = any(getattr(item, "error_feedback", False) for item in chain)
-        if remembers:
+        layout = work_layout({name: self._agreed[name] for name in update.arrays})
+        with_feedback = any(getattr(item, "error_feedback", False) for item in chain)
+        if with_feedback:
             self._feedback.add_to(update.arrays, update.round)
         arrays = update.arrays
         for item in chain:
             arrays = item.encode(arrays)
-        if remembers:
-            self._feedback.remember(update.arrays, _decoded(chain, arrays, wanted), update.round)
+        if with_feedback:
+            self._feedback.remember(update.arrays, _decoded(chain, arrays, layout), update.round)
         return replace(update, arrays=arrays, content="encoded")
 
 
@@ -332,8 +332,8 @@ def _decoded(chain: Sequence[EncodingFilter], arrays: Arrays, layout: Layout) ->
     layouts = [layout]
     for item in chain[:-1]:
         layouts.append(item.layout(layouts[-1]))
-    for item, before in zip(reversed(chain), reversed(layouts), strict=True):
-        arrays = item.decode(arrays, before)
+    for item, input_layout in zip(reversed(chain), reversed(layouts), strict=True):
+        arrays = item.decode(arrays, input_layout)
     return arrays
 
 
@@ -341,13 +341,13 @@ def _opened(item: Any, host: FilterHost) -> _OutgoingFilter:
     return _OutgoingFilter(item, host, item.open(host) if hasattr(item, "open") else None)
 
 
-def _with_facts(sent: F, step: _OutgoingFilter) -> F:
-    steps, round = (sent.local_steps, sent.round) if isinstance(sent, Update) else (0, sent.version)
-    facts = step.filter.facts(Facts(sent.metrics, sent.num_examples, steps, round), step.host)
+def _with_facts(message: F, step: _OutgoingFilter) -> F:
+    steps, round = (message.local_steps, message.round) if isinstance(message, Update) else (0, message.version)
+    facts = step.filter.facts(Facts(message.metrics, message.num_examples, steps, round), step.host)
     changed = {"metrics": facts.metrics, "num_examples": facts.num_examples}
-    if isinstance(sent, Update):
+    if isinstance(message, Update):
         changed["local_steps"] = facts.local_steps
-    return replace(sent, **changed)
+    return replace(message, **changed)
 
 
 def _record(step: _OutgoingFilter) -> Settings:

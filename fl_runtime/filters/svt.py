@@ -106,10 +106,10 @@ class _SparseVector:
         subset = random_subset(count, int(ends[-1]))
         for part, indices, end in zip(flat, above, ends, strict=True):
             start = end - len(indices)
-            sent = indices[subset[(subset >= start) & (subset < end)] - start]
-            values = np.clip(part[sent].astype(np.float64), -gamma, gamma)
+            chosen = indices[subset[(subset >= start) & (subset < end)] - start]
+            values = np.clip(part[chosen].astype(np.float64), -gamma, gamma)
             part[...] = 0
-            part[sent] = np.clip(values + laplace(len(sent)) * 2 * count * gamma / third, -gamma, gamma)
+            part[chosen] = np.clip(values + laplace(len(chosen)) * 2 * count * gamma / third, -gamma, gamma)
         self.record = {"epsilon": self._settings.epsilon, "sent": len(subset)}
         return update
 

@@ -81,9 +81,9 @@ class TopK(FilterSettings):
         size = int(np.prod(shape, dtype=np.int64))
         if index[-1] >= size or (index[1:] <= index[:-1]).any():
             raise UpdateRefusedError(f"the indices of tensor {name!r} are not ascending numbers below {size}")
-        whole = np.zeros(size, dtype)
-        whole[index] = arrays[name]
-        return whole.reshape(shape)
+        dense = np.zeros(size, dtype)
+        dense[index] = arrays[name]
+        return dense.reshape(shape)
 
     def _sent_count(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int | None:
         """Return how many numbers of a tensor travel, or None if it travels whole."""

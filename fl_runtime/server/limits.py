@@ -25,7 +25,10 @@ _EXTRA_TIMES, _EXTRA_BYTES = 8, 2**27
 def check_table(fields: Mapping[str, str], what: str) -> None:
     """Limit the number and length of the free fields of a registration."""
     if len(fields) > MAX_ENTRIES or any(len(k) + len(v) > MAX_TEXT_CHARS for k, v in fields.items()):
-        raise ProtocolError(f"{what} of a registration has more than {MAX_ENTRIES} entries, or one that is too long")
+        raise ProtocolError(
+            f"{what} of a registration has more than {MAX_ENTRIES} entries, or an entry of more than {MAX_TEXT_CHARS} "
+            "characters"
+        )
 
 
 def check_text(text: str, what: str, limit_chars: int = 200) -> str:
@@ -42,7 +45,7 @@ def check_count(count: int, what: str) -> int:
 
 def check_metrics(metrics: object) -> None:
     if isinstance(metrics, dict) and len(metrics) > MAX_METRICS:
-        raise ProtocolError(f"{len(metrics)} metrics at once; the limit is {MAX_METRICS}")
+        raise ProtocolError(f"a message has {len(metrics)} metrics; the limit is {MAX_METRICS}")
 
 
 def check_described(member: Member, manifest: Manifest) -> None:
@@ -60,17 +63,17 @@ def check_size(manifest: Manifest, model_bytes: int) -> None:
     most = _EXTRA_TIMES * model_bytes + _EXTRA_BYTES
     if manifest.nbytes > most:
         raise ProtocolError(
-            f"an update of {manifest.nbytes} bytes for a model of {model_bytes}; the limit is {most}",
+            f"an update has {manifest.nbytes} bytes for a model of {model_bytes}; the limit is {most}",
             fix="send no more than the weights and the state that travels beside them",
         )
 
 
 def check_extras(update: Update, accepted: Sequence[Update]) -> None:
-    """UpdateRefusedError if the extra tensors of an update are not those of the round's other updates."""
+    """Raise UpdateRefusedError if the extra tensors of an update are not those of the round's other updates."""
     first = next(iter(accepted), update)
     if update.content == first.content == "weights":
-        mine, others = Manifest.of({}, update.extras), Manifest.of({}, first.extras)
-        if mine.layout != others.layout:
+        layout, expected = (Manifest.of({}, extras).layout for extras in (update.extras, first.extras))
+        if layout != expected:
             raise UpdateRefusedError(
                 f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(first.extras)[:4]}",
                 where=f"{update.site}, round {update.round}",

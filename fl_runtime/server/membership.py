@@ -15,8 +15,8 @@ from fl_runtime.wire.manifest import Manifest
 class Membership:
     """The sites of one run.
 
-    The methods that answer a site's call (`join`, `register`, `attend`, `absent`, `gone`, `expel`, `leave`) take the
-    run's lock themselves; the others are called under it.
+    The methods that answer a site's call (`join`, `register`, `attend`, `mark_absent`, `mark_gone`, `expel`, `leave`)
+    take the run's lock themselves; the others are called under it.
 
     Attributes:
         members: Every site of the job by name, in the job's order.
@@ -98,7 +98,7 @@ class Membership:
             state.changed.notify_all()
             return member
 
-    def absent(self, name: str, attempt: int) -> None:
+    def mark_absent(self, name: str, attempt: int) -> None:
         """Note that a presence stream has ended. The site has `rejoin_s` seconds to come back."""
         with self._state.lock:
             member = self.members[name]
@@ -109,7 +109,7 @@ class Membership:
                 member.absent_since = time.monotonic()
                 self._state.changed.notify_all()
 
-    def gone(self, name: str, reason: str, *, early: bool) -> None:
+    def mark_gone(self, name: str, reason: str, *, early: bool) -> None:
         """Stop counting on a site that has left, or whose process is known to be dead."""
         with self._state.lock:
             member = self.members[name]
@@ -126,7 +126,7 @@ class Membership:
             if member is None or self._state.phase in ("failed", "done"):
                 return
             member.expelled = reason
-            self.gone(name, reason, early=True)
+            self.mark_gone(name, reason, early=True)
             self._state.published.notify_all()
 
     def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
@@ -134,7 +134,7 @@ class Membership:
         with self._state.lock:
             self.caller(name, attempt)
             self._state.journal.left(name, True)
-            self.gone(name, reason, early=early)
+            self.mark_gone(name, reason, early=early)
 
     def caller(self, name: str, attempt: int) -> Member:
         """The member that a call speaks for.
@@ -171,7 +171,7 @@ class Membership:
         return [m.name for m in self.members.values() if m.active]
 
     def remaining(self) -> list[str]:
-        """Names of the sites that are not gone, whether they have come already or not."""
+        """Names of the sites that are not gone, whether they have joined yet or not."""
         return [m.name for m in self.members.values() if not m.gone]
 
     def joined(self) -> list[str]:
@@ -190,11 +190,12 @@ class Membership:
         return next(iter(self.known()), None)
 
     def check_quorum(self, counted: Sequence[str], when: str) -> None:
-        """QuorumError, which names the sites that are gone, if fewer than `min_sites` sites are counted."""
-        needed = self._state.settings.min_sites
-        if len(counted) < max(needed, 1):
+        """Raise QuorumError, which names the sites that are gone, if fewer than `min_sites` sites are counted."""
+        needed = max(self._state.settings.min_sites, 1)
+        if len(counted) < needed:
+            sites = "1 site is" if len(counted) == 1 else f"{len(counted)} sites are"
             raise QuorumError(
-                f"{len(counted)} of at least {needed} sites are left {when}",
+                f"only {sites} left {when}; the job needs at least {needed}",
                 where=self.reasons(),
                 fix="look at the log of the site that left; lower min_sites to go on without it",
             )
@@ -221,10 +222,10 @@ class Membership:
             self._expire_absent()
             if ready():
                 return True
-            left = deadline - time.monotonic()
-            if left <= 0:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 return False
-            state.changed.wait(min([left, *self._absences()]))
+            state.changed.wait(min([left_s, *self._absences()]))
 
     def wait_for_quorum(self) -> None:
         """Wait until enough sites are present to open a round, or no absent one can still come back in time."""
@@ -251,7 +252,7 @@ class Membership:
         for m in self.members.values():
             if not m.gone and m.absent_since and time.monotonic() - m.absent_since > limit:
                 m.lost = True
-                self.gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
+                self.mark_gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
 
     def _named(self, name: str) -> Member:
         member = self.members.get(name)

@@ -17,7 +17,7 @@ class Model:
     Attributes:
         entry: The model's entry in the journal.
         blob: Its tensors, mapped from a file.
-        kept: Tensors that the strategy keeps at the server beside the newest model, or None.
+        strategy_state: Tensors that the strategy keeps at the server beside the newest model, or None.
         leases: Number of calls that are streaming the model. Its file is recycled after the last one.
         retired: True once no later task will carry this model.
         messages: Whole task messages of a small model, which is encoded once for all sites.
@@ -25,7 +25,7 @@ class Model:
 
     entry: ModelEntry
     blob: Blob
-    kept: Blob | None = None
+    strategy_state: Blob | None = None
     leases: int = 0
     retired: bool = False
     messages: dict[tuple[str, str, bool], bytes] = field(default_factory=dict)
@@ -74,6 +74,6 @@ class Models:
     def blob_names(self) -> set[str]:
         """Names of the files that the newest and the best model lie in."""
         names = {model.blob.name for model in (self.newest, self.best) if model}
-        if self.newest and self.newest.kept:
-            names.add(self.newest.kept.name)
+        if self.newest and self.newest.strategy_state:
+            names.add(self.newest.strategy_state.name)
         return names

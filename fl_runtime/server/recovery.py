@@ -53,7 +53,7 @@ def restore_plan(state: RunState, membership: Membership) -> None:
 def restore_results(state: RunState, scores: Scores) -> list[RoundEntry]:
     """Restore scores, the closed rounds and the newest model; returns the rounds that were opened and not closed.
 
-    Every byte of the model is read again. StoreError if it is not what was written.
+    Every byte of the model is read again. Raises StoreError if it is not what was written.
     """
     journal, models = state.journal, state.journal.recorded.models()
     for version, site, metrics, num_examples in journal.recorded.scores():
@@ -65,19 +65,20 @@ def restore_results(state: RunState, scores: Scores) -> list[RoundEntry]:
         elif entry.round > 0:
             result = RoundResult.from_json(entry.result)
             state.results.append(result)
-            scores.trained(result.round, result.metrics)
+            scores.record_training(result.round, result.metrics)
             if result.round < models[-1].version:  # the newest one's scores may still be on their way
                 scores.settle(result.round)
     if models:
         state.models.newest = load_model(state, models[-1])
-        kept = journal.recorded.kept()
-        if kept is not None:
-            state.models.newest.kept = state.blobs.open(kept.blob, journal.recorded.manifest(kept.layout))
+        state_entry = journal.recorded.strategy_state()
+        if state_entry is not None:
+            manifest = journal.recorded.manifest(state_entry.layout)
+            state.models.newest.strategy_state = state.blobs.open(state_entry.blob, manifest)
     return unfinished
 
 
 def load_model(state: RunState, entry: ModelEntry) -> Model:
-    """The model of a journal entry. StoreError if its file does not hold what was written."""
+    """The model of a journal entry. Raises StoreError if its file does not hold what was written."""
     blob = state.blobs.open(entry.blob, state.journal.recorded.manifest(entry.layout))
     if blob.manifest.digests_of_payload(blob.buffer) != entry.digests:
         raise _damaged(state, blob, f"the model of round {entry.version}")
@@ -85,7 +86,7 @@ def load_model(state: RunState, entry: ModelEntry) -> Model:
 
 
 def load_update(state: RunState, entry: UpdateEntry) -> Accepted:
-    """The update of a journal entry. StoreError if its file does not hold what was written."""
+    """The update of a journal entry. Raises StoreError if its file does not hold what was written."""
     blob = state.blobs.open(entry.blob, state.journal.recorded.manifest(entry.layout))
     if frames.digest_of(blob.manifest, blob.manifest.digests_of_payload(blob.buffer)) != entry.digest:
         raise _damaged(state, blob, f"the update of {entry.site} for round {entry.round}")

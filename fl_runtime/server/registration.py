@@ -145,7 +145,7 @@ def check_latecomer(
     layouts: Mapping[bytes, Manifest],
     strategy: Strategy,
 ) -> None:
-    """`check_agreement` for a site that registers after the run has begun: it is compared with the first other site."""
+    """Compare a site that registers after the run has begun with the first other site, as `check_agreement` does."""
     others = {m.name: m.registration for m in members.values() if m.registration and m.name != name}
     if others:
         first = next(iter(others.items()))
@@ -153,7 +153,7 @@ def check_latecomer(
 
 
 def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
-    """HandshakeError if a site's adapter lacks a capability. It names the first such site.
+    """Raise HandshakeError, which names the first such site, if a site's adapter lacks a capability.
 
     Args:
         registrations: Registrations by site.
@@ -172,11 +172,11 @@ def check_capabilities(registrations: Mapping[str, Registration], what: str, req
 
 
 def _declared_differences(first: Registration, other: Registration) -> list[str]:
-    ours, theirs = ({**r.agreement, **asdict(r.terms)} for r in (first, other))
+    left, right = ({**r.agreement, **asdict(r.terms)} for r in (first, other))
     return [
-        f"{key}: {ours.get(key, 'missing')} != {theirs.get(key, 'missing')}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        f"{key}: {left.get(key, 'missing')} != {right.get(key, 'missing')}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
     ]
 
 
@@ -196,7 +196,7 @@ def _disagreement(first: str, other: str, declared: list[str], tensors: list[str
 
 
 def _check_rounds(registrations: Mapping[str, Registration]) -> None:
-    """HandshakeError if trainers have different budgets. A trainer without one follows the others."""
+    """Raise HandshakeError if trainers have different budgets. A trainer without one follows the others."""
     budgets = {name: r.rounds for name, r in registrations.items() if r.rounds}
     if len(set(budgets.values())) > 1:
         raise HandshakeError(

@@ -72,8 +72,8 @@ class Relay:
                 part = _parsed(message)
                 if part.peer not in self._sites or len(part.stream) > _MAX_NAME_CHARS:
                     raise ProtocolError(
-                        f"a stream {part.stream[:100]!r} to {part.peer[:100]!r}, which is not a site of this run, or "
-                        f"whose name is longer than {_MAX_NAME_CHARS} characters"
+                        f"the stream {part.stream[:100]!r} leads to {part.peer[:100]!r}, which is not a site of this "
+                        f"run, or the stream's name is longer than {_MAX_NAME_CHARS} characters"
                     )
                 self._pass_on(site, part, line, patient=True)
         except ProtocolError as error:
@@ -116,7 +116,7 @@ class _Line:
             else:
                 self._open.add((peer, part.stream))
             if len(self._open) > _MAX_STREAMS:
-                raise ProtocolError(f"more than {_MAX_STREAMS} streams of one site at a time")
+                raise ProtocolError(f"a site has more than {_MAX_STREAMS} streams open at a time")
 
     def open_streams(self) -> list[tuple[str, str]]:
         with self._changed:

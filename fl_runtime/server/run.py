@@ -93,7 +93,7 @@ class Run:
     def recover(self) -> None:
         """Set a fresh run to where its journal stands, after a server was killed. An empty journal changes nothing.
 
-        StoreError if the journal or a file does not hold what was written. Every byte is read again for that.
+        Raises StoreError if the journal or a file does not hold what was written. Every byte is read again for that.
         """
         state = self.state
         with reading(state.journal):
@@ -115,7 +115,7 @@ class Run:
         except Exception as error:
             log.exception("the thread of the run failed")
             self.state.fail(
-                FederationError(f"the server failed: {error!r}", fix="see its log; the run can be continued")
+                FederationError(f"the server failed: {error!r}", fix="see the server's log; the run can be continued")
             )
         finally:
             self.ended.set()

@@ -121,7 +121,7 @@ class Server:
             name: Name of the site.
             reason: Why it is dead, for the events and error messages.
         """
-        self._run.membership.gone(name, reason, early=True)
+        self._run.membership.mark_gone(name, reason, early=True)
 
     def expel(self, name: str, reason: str) -> None:
         """Exclude a site that may not take part any more. Its calls under way are refused.
@@ -221,9 +221,9 @@ class Server:
             if model is None:
                 return None
             durable = state.settings.durability == "power"
-            own = state.plan.strategy.export(model.blob.views()[0])
-            if own is not None:
-                name, content = own
+            native_file = state.plan.strategy.export(model.blob.views()[0])
+            if native_file is not None:
+                name, content = native_file
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
                 if durable:

@@ -130,7 +130,7 @@ class FederationService:
                 while not ended.wait(beat_s):
                     yield pb.Notice(kind="waiting").SerializeToString()
         finally:
-            self._run.membership.absent(peer.name, attempt)
+            self._run.membership.mark_absent(peer.name, attempt)
 
     def _leave(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.LeaveRequest, requests)
@@ -153,10 +153,10 @@ class FederationService:
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:
-                yield from self._sent(peer.name, offer, request, requests)
+                yield from self._send(peer.name, offer, request, requests)
 
-    def _sent(self, name: str, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """The task's header and frames, or the name of a file in place of frames.
+    def _send(self, name: str, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the task's header and frames, or the name of a file in place of frames.
 
         The model stays leased until the last frame is out, or the site has said that it has read the file.
         """
@@ -211,7 +211,7 @@ class FederationService:
 
     def _submit(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         first = _expected(requests, "an update ended before its header")
-        header = _parsed(pb.UpdatePart, first).update
+        header = _parse(pb.UpdatePart, first).update
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
         facts, digest = _update_fields(header), frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
@@ -225,21 +225,21 @@ class FederationService:
                     shared = self._state.blobs.path(transfer.blob).name if header.shared and self._share else ""
                     yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
                     if shared:
-                        received += _written(transfer, requests, finite=header.finite)
+                        received += _await_filled_file(transfer, requests, finite=header.finite)
                     else:
-                        received += _received(transfer, requests)
+                        received += _receive_frames(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._state.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 self._run.course.checks.check_values(update)
             except FederationError as error:
                 if isinstance(error, TransferDamagedError):  # keep the part that is intact
-                    self._spool.broke(transfer)
+                    self._spool.keep_broken(transfer)
                 else:
                     self._spool.drop(transfer)
                 raise
             except BaseException:  # the connection broke: keep what has arrived for the next attempt
-                self._spool.broke(transfer)
+                self._spool.keep_broken(transfer)
                 raise
             status = self._run.accept(Upload(update, transfer.blob, digest, facts, received))
         if status == "late":
@@ -248,19 +248,19 @@ class FederationService:
 
     def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:
         """The manifest of an update, which must fit the tensors that the sites agreed on; extras may be added."""
-        payload, how = header.payload, (header.content, header.encoding)
+        payload, form = header.payload, (header.content, header.encoding)
         with self._state.lock:
             checks = self._run.course.checks
             if payload.HasField("manifest"):
                 manifest = Manifest.from_proto(payload.manifest)
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
-                checks.check_layout(manifest, *how)  # before the manifest is stored
+                checks.check_layout(manifest, *form)  # before the manifest is stored
                 self._run.membership.describe(self._run.membership.members[name], manifest)
             elif payload.layout not in self._state.layouts:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._state.layouts[payload.layout]
-            checks.check_layout(manifest, *how)
+            checks.check_layout(manifest, *form)
         if payload.inline and len(payload.inline) != manifest.nbytes:
             raise ProtocolError(f"an update brings {len(payload.inline)} bytes; its tensors have {manifest.nbytes}")
         if payload.total_bytes != manifest.nbytes:
@@ -291,7 +291,7 @@ def _beat_s(session: pb.Session) -> float | None:
     return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
 
 
-def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
+def _receive_frames(transfer: Transfer, requests: Iterator[bytes]) -> int:
     """Take frames until the payload is whole; returns the bytes of the messages."""
     count = 0
     while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
@@ -303,7 +303,7 @@ def _received(transfer: Transfer, requests: Iterator[bytes]) -> int:
     return count
 
 
-def _written(transfer: Transfer, requests: Iterator[bytes], *, finite: bool) -> int:
+def _await_filled_file(transfer: Transfer, requests: Iterator[bytes], *, finite: bool) -> int:
     """Wait until the site says that it has filled the rest of the file; returns how many bytes that were.
 
     With `finite`, the site has checked that all values are finite.
@@ -323,7 +323,7 @@ def _is_large(offer: Offer) -> bool:
 def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
     """The fields of an Update other than its tensors, as JSON values."""
     if header.content not in get_args(Content):
-        raise ProtocolError(f"an update of content {header.content[:40]!r}, which this server does not know")
+        raise ProtocolError(f"the content of an update is {header.content[:40]!r}, which this server does not know")
     return {
         "round": header.round,
         "stage": limits.check_text(header.stage, "the stage of an update"),
@@ -366,7 +366,7 @@ def _terms(text: str) -> Terms:
     return terms
 
 
-def _parsed(kind: type[M], message: bytes) -> M:
+def _parse(kind: type[M], message: bytes) -> M:
     try:
         return kind.FromString(message)
     except DecodeError:
@@ -374,15 +374,15 @@ def _parsed(kind: type[M], message: bytes) -> M:
 
 
 def _first(kind: type[M], requests: Iterator[bytes]) -> M:
-    return _parsed(kind, _expected(requests, "a call ended before its first message"))
+    return _parse(kind, _expected(requests, "a call ended before its first message"))
 
 
-def _expected(requests: Iterator[bytes], else_what: str) -> bytes:
-    """The next message. TransferDamagedError if the call has ended, so that the site sends it again.
+def _expected(requests: Iterator[bytes], if_ended: str) -> bytes:
+    """Return the next message. Raises TransferDamagedError if the call has ended, so that the site sends it again.
 
     A damaged connection can end a call silently: an HTTP/2 frame whose type is damaged is dropped.
     """
     message = next(requests, None)
     if message is None:
-        raise TransferDamagedError(else_what, fix="look at the network")
+        raise TransferDamagedError(if_ended, fix="look at the network")
     return message

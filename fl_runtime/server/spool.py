@@ -47,7 +47,7 @@ class Spool:
             blob = self._blobs.create(f"upload-{next(self._number)}", manifest)
         return Transfer(site, digest, blob, Receiver(manifest, digests, blob.buffer, finite=True))
 
-    def broke(self, transfer: Transfer) -> None:
+    def keep_broken(self, transfer: Transfer) -> None:
         """Keep what has arrived of a broken transfer, in place of an earlier one of the site."""
         with self._lock:
             old = self._broken.pop(transfer.site, None)

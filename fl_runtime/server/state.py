@@ -145,7 +145,10 @@ class RunState:
         self.error: FederationError | None = None
 
     def agree(self, terms: Terms) -> None:
-        """Adopt the sites' terms where the job leaves them open. ConfigError if the job's filters do not fit them."""
+        """Adopt the sites' terms where the job leaves them open.
+
+        Raises ConfigError if the job's filters do not fit them.
+        """
         strategy = make_strategy(terms.strategy) if self.plan.negotiable else self.plan.strategy
         self.plan = replace(self.plan, strategy=strategy, terms=terms)
         check_filters(self.settings.filters, self.settings.optimizer_state, strategy)

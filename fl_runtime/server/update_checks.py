@@ -25,14 +25,14 @@ class TensorChecks:
         """Compare an update's tensors with the agreed ones, as the update's filters change them."""
         state, strategy = self._state, self._state.plan.strategy
         agreed = next((m.registration.layout for m in self._membership.members.values() if m.registration), b"")
-        takes, encrypted = strategy.content, state.filters.encrypted
-        plain = content == takes == "weights" and not encoding and encrypted is None
+        strategy_content, encrypted = strategy.content, state.filters.encrypted
+        plain = content == strategy_content == "weights" and not encoding and encrypted is None
         if not agreed or (plain and manifest.layout == agreed):
             return
-        expected = travelling_manifest(state.layouts[agreed], content, encoding, takes, encrypted)
+        expected = travelling_manifest(state.layouts[agreed], content, encoding, strategy_content, encrypted)
         lines: list[str] = []
         if expected.layout != manifest.layout:
-            lines = differences(expected, manifest, strategy.agreed_shape if takes == "encoded" else None)
+            lines = differences(expected, manifest, strategy.agreed_shape if strategy_content == "encoded" else None)
         if lines:
             raise StateMismatchError(
                 f"an update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
@@ -59,7 +59,7 @@ class TensorChecks:
 
 
 def travelling_manifest(
-    agreed: Manifest, content: str, encoding: str, takes: str, encrypted: HomomorphicCKKS | None
+    agreed: Manifest, content: str, encoding: str, strategy_content: str, encrypted: HomomorphicCKKS | None
 ) -> Manifest:
     """The tensors that an update must consist of.
 
@@ -67,7 +67,7 @@ def travelling_manifest(
         agreed: The tensors that the sites agreed on.
         content: What the update holds.
         encoding: How it is encoded, as the update names it.
-        takes: The content that the job's strategy sums.
+        strategy_content: The content that the job's strategy sums.
         encrypted: How the job encrypts, or None if it does not.
 
     Raises:
@@ -75,9 +75,10 @@ def travelling_manifest(
         ProtocolError: The encoding cannot be read.
     """
     foreign = content == "encoded" and not applied_filters(encoding)
-    if foreign != (takes == "encoded"):
+    if foreign != (strategy_content == "encoded"):
         raise UpdateRefusedError(
-            f"an update of content {content!r} in the encoding {encoding[:60]!r}, but the job's strategy sums {takes}",
+            f"an update has the content {content!r} in the encoding {encoding[:60]!r}, but the job's strategy sums "
+            f"{strategy_content!r}",
             fix="use the same adapter and the same strategy at every site",
         )
     if foreign:

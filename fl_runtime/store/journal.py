@@ -28,7 +28,7 @@ from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError, StoreError
 from fl_runtime.store.database import Database
-from fl_runtime.store.journal_entries import KeptEntry, ModelEntry, UpdateEntry, row_check
+from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.store.journal_reader import JournalReader
 from fl_runtime.types import RunSettings, Terms
 from fl_runtime.wire.manifest import Manifest
@@ -180,7 +180,7 @@ class Journal:
         model: ModelEntry,
         round: int,
         result: Mapping[str, Any],
-        kept: KeptEntry | None = None,
+        strategy_state: StrategyStateEntry | None = None,
         *,
         buffered: Sequence[tuple[str, int]] | None = None,
     ) -> None:
@@ -190,7 +190,7 @@ class Journal:
             model: The new global model.
             round: The round that made it; 0 for the initial model.
             result: JSON values about the round.
-            kept: The strategy's own state beside the model, if it has any.
+            strategy_state: The strategy's own state beside the model, if it has any.
             buffered: In a buffered run, the (site, round) of each update that is still in the buffer.
         """
         with self._db.transaction():
@@ -205,8 +205,10 @@ class Journal:
                     if (site, number) not in buffered:
                         self._db.run("DELETE FROM update_ WHERE site=? AND round=?", site, number)
             self._db.run("DELETE FROM kept")
-            if kept is not None:
-                self._db.run("INSERT INTO kept VALUES (?, ?, ?)", model.version, kept.blob, kept.layout)
+            if strategy_state is not None:
+                self._db.run(
+                    "INSERT INTO kept VALUES (?, ?, ?)", model.version, strategy_state.blob, strategy_state.layout
+                )
 
     def forget_model(self, version: int) -> None:
         """Delete the entry of a model that is neither the newest nor the best."""

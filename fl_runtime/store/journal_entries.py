@@ -27,7 +27,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
-class KeptEntry:
+class StrategyStateEntry:
     """The strategy's own state beside the newest model, such as a server optimizer's moments.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fl_runtime.errors import StoreError
 from fl_runtime.store.database import Database
-from fl_runtime.store.journal_entries import KeptEntry, ModelEntry, RoundEntry, UpdateEntry, row_check
+from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.types import Terms
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
@@ -72,10 +72,10 @@ class JournalReader:
         """Return the models on record, in the order of their versions."""
         return [ModelEntry(*row) for row in self._db.rows("SELECT * FROM model ORDER BY version")]
 
-    def kept(self) -> KeptEntry | None:
+    def strategy_state(self) -> StrategyStateEntry | None:
         """Return the strategy's own state beside the newest model, or None."""
         rows = self._db.rows("SELECT blob, layout FROM kept")
-        return KeptEntry(*rows[0]) if rows else None
+        return StrategyStateEntry(*rows[0]) if rows else None
 
     def round_entries(self) -> list[RoundEntry]:
         """Return all rounds on record, in order."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from fl_runtime.types import Array
 
-_NOTHING = 1e-9
+_RESOLUTION = 1e-9
 """Singular values below this share of the largest count as 0, since float32 factors do not resolve them."""
 
 
@@ -29,11 +29,11 @@ def factorized(left: Array, right: Array, rank: int | None = None) -> tuple[Arra
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    count = int(np.sum(s > _NOTHING * s[0])) if s.size and s[0] > 0 else 0
+    count = int(np.sum(s > _RESOLUTION * s[0])) if s.size and s[0] > 0 else 0
     s[count:] = 0
-    kept = count if rank is None else min(rank, s.size)
-    outer, inner = (q_left @ u[:, :kept]) * s[:kept], vt[:kept] @ q_right.T
-    if kept:
+    width = count if rank is None else min(rank, s.size)
+    outer, inner = (q_left @ u[:, :width]) * s[:width], vt[:width] @ q_right.T
+    if width:
         largest = np.take_along_axis(inner, np.argmax(np.abs(inner), axis=1)[:, None], axis=1)
         signs = np.where(largest[:, 0] < 0, -1.0, 1.0)
         outer, inner = outer * signs, inner * signs[:, None]

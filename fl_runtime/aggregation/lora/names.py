@@ -38,23 +38,23 @@ class Pair:
 
 def factor_of(name: str) -> Factor | None:
     """Return which factor a tensor is, judged by its name; None for other tensors, such as DoRA's magnitudes."""
-    found = _FACTOR.search(name)
-    if found is None:
+    match = _FACTOR.search(name)
+    if match is None:
         return None
-    return "A" if "A" in (found["linear"], found["embedding"]) else "B"
+    return "A" if "A" in (match["linear"], match["embedding"]) else "B"
 
 
 def pairs_of(names: Iterable[str]) -> list[Pair]:
     """Return the modules whose factors are both among the names, in their order."""
-    known = list(names)
-    there, pairs = set(known), []
-    for name in known:
+    ordered = list(names)
+    present, pairs = set(ordered), []
+    for name in ordered:
         if factor_of(name) == "A":
             match = _FACTOR.search(name)
             assert match is not None
             at = match.end("linear") if match["linear"] else match.end("embedding")
             partner = f"{name[: at - 1]}B{name[at:]}"
-            if partner in there:
+            if partner in present:
                 pairs.append(Pair(name, partner))
     return pairs
 

@@ -77,7 +77,12 @@ class LoraProducts(Described):
         """Refuse updates that have extras or are not complete pairs of matching factors."""
         where = f"update of {update.site}, round {update.round}"
         if (update.content, update.encoding) != ("encoded", ENCODING):
-            raise UpdateRefusedError(f"an update of content {update.content!r} where factors are wanted", where=where)
+            raise UpdateRefusedError(
+                f"the update has the content {update.content!r} in the encoding {update.encoding[:60]!r}, but the "
+                f"strategy {self.name} needs the factors of LoRA modules",
+                where=where,
+                fix="use an adapter that supports this strategy",
+            )
         if update.extras:
             raise UpdateRefusedError(
                 f"the strategy {self.name} takes no tensors beside the factors, such as {next(iter(update.extras))}",
@@ -86,13 +91,14 @@ class LoraProducts(Described):
             )
         pairs = pairs_of(update.arrays)
         if len(pairs) * 2 != sum(factor_of(name) is not None for name in update.arrays):
-            raise UpdateRefusedError("an update that lacks a factor", where=where)
+            raise UpdateRefusedError("the update lacks a factor of a LoRA module", where=where)
         for pair in pairs:
             a, b = update.arrays[pair.a], update.arrays[pair.b]
             fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.dtype == b.dtype
             if not fits or not 1 <= a.shape[0] <= max(a.shape[1], b.shape[0]):
                 raise UpdateRefusedError(
-                    f"{pair.a} {list(a.shape)} and {pair.b} {list(b.shape)} are no factors of one module", where=where
+                    f"{pair.a} {list(a.shape)} and {pair.b} {list(b.shape)} cannot be the factors of one LoRA module",
+                    where=where,
                 )
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
@@ -249,15 +255,15 @@ class _Products:
     def result(self) -> tuple[Arrays, Arrays]:
         weights = [update.site_weight if self._equal else update.weight for update in self._updates]
         shares = [weight / sum(weights) for weight in weights]
-        found: dict[str, Array] = dict(self._mean.result()[0]) if self._others else {}
+        tensors: dict[str, Array] = dict(self._mean.result()[0]) if self._others else {}
         for pair in self._pairs:
             base = _wide(self._base, pair)
             product = self._strategy.combined(base, [_wide(u.arrays, pair) for u in self._updates], shares)
             dtype = self._base[pair.a].dtype
-            found[pair.a], found[pair.b] = product.a.astype(dtype), product.b.astype(dtype)
-        out, extras = self._allocate({name: found[name] for name in self._base}, {})
+            tensors[pair.a], tensors[pair.b] = product.a.astype(dtype), product.b.astype(dtype)
+        out, extras = self._allocate({name: tensors[name] for name in self._base}, {})
         for name, target in out.items():
-            target[...] = found[name]
+            target[...] = tensors[name]
         return out, extras
 
 

@@ -26,12 +26,12 @@ def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[s
     Returns:
         Metric name -> pooled value, without metrics that no site could compute.
     """
-    found: dict[str, list[Summary]] = {}
+    by_name: dict[str, list[Summary]] = {}
     for metrics, num_examples in parts:
         for name, value in metrics.items():
             summary = value if isinstance(value, Summary) else Summary("mean", value, num_examples)
-            found.setdefault(name, []).append(summary)
-    values = {name: _pooled(summaries) for name, summaries in found.items()}
+            by_name.setdefault(name, []).append(summary)
+    values = {name: _pooled(summaries) for name, summaries in by_name.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -105,10 +105,10 @@ def area_under_precision_recall(histogram: Mapping[int, tuple[float, float]]) ->
         if positive:
             slope = 1.0 + negative / positive
             offset = (false - negative / positive * true) / total
-            recall, before = (true + positive) / total, true / total
-            step = recall - before
+            recall, previous = (true + positive) / total, true / total
+            step = recall - previous
             if offset:
-                step -= offset / slope * math.log((slope * recall + offset) / (slope * before + offset))
+                step -= offset / slope * math.log((slope * recall + offset) / (slope * previous + offset))
             area += step / slope
         true, false = true + positive, false + negative
     return area
@@ -130,12 +130,12 @@ def _pooled(parts: list[Summary]) -> float | None:
 
 
 def _merged(parts: list[Summary]) -> dict[int, tuple[float, float]]:
-    merged: dict[int, tuple[float, float]] = {}
+    totals: dict[int, tuple[float, float]] = {}
     for part in parts:
         for score, (negative, positive) in part.histogram.items():
-            before = merged.get(score, (0.0, 0.0))
-            merged[score] = (before[0] + negative, before[1] + positive)
-    return merged
+            total = totals.get(score, (0.0, 0.0))
+            totals[score] = (total[0] + negative, total[1] + positive)
+    return totals
 
 
 def _summary_json(summary: Summary) -> dict[str, Any]:

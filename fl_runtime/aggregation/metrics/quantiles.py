@@ -57,7 +57,7 @@ class QuantileSummary:
             cuts = [0, *ends.tolist()]
             features = list(pairwise(cuts))
             split = tuple(points[a:b] for a, b in features)
-            good = (
+            valid = (
                 cuts == sorted(cuts)
                 and cuts[-1] == len(points) == len(weights)
                 and len(levels) == len(features)
@@ -67,8 +67,8 @@ class QuantileSummary:
                 and bool(np.all((levels >= 0) & (levels < 2**24)))
             )
         except (KeyError, TypeError, ValueError):
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise ProtocolError("these arrays are not a quantile summary")
         return cls(split, tuple(weights[a:b] for a, b in features), levels, int(max_bin))
 

@@ -217,7 +217,7 @@ def check_tree(tree: dict[str, Any], features: int) -> None:
         conditions, indices = np.asarray(tree["split_conditions"], np.float32), np.asarray(tree["split_indices"])
         per_node = [left, right, parents, conditions, indices, *(np.asarray(tree[k]) for k in _PER_NODE)]
         children = np.concatenate([left[left != -1], right[right != -1]])
-        good = (
+        valid = (
             nodes >= 1
             and int(tree["tree_param"]["size_leaf_vector"]) <= 1
             and all(len(values) == nodes for values in per_node)
@@ -228,10 +228,10 @@ def check_tree(tree: dict[str, Any], features: int) -> None:
             and bool(np.all(np.isfinite(conditions[left == -1])))
             and not np.any(np.isnan(conditions[np.asarray(tree["split_type"]) == 0]))  # unused for categories
         )
-        good = good and _categories_fit(tree, nodes)
+        valid = valid and _categories_fit(tree, nodes)
     except (KeyError, TypeError, ValueError, OverflowError):
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise UpdateRefusedError("a tree of this update is malformed", fix="check the site's version of XGBoost")
 
 

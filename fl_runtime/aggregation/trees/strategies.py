@@ -58,26 +58,31 @@ class TreeStrategy(Described):
         """Refuse malformed updates. Every tree is read, since a malformed one would reach every other site."""
         where = f"update of {update.site}, round {update.round}"
         if (update.content, update.encoding) != ("encoded", ENCODING):
-            raise UpdateRefusedError(f"an update of content {update.content!r} where trees are wanted", where=where)
+            raise UpdateRefusedError(
+                f"the update has the content {update.content!r} in the encoding {update.encoding[:60]!r}, but the "
+                f"strategy {self.name} needs trees",
+                where=where,
+                fix="use an adapter that supports this strategy",
+            )
         try:
             model = TreeModel.from_arrays(update.arrays)
             features = int(model.head["learner"]["learner_model_param"]["num_feature"])
             groups = max(*(int(model.head["learner"]["learner_model_param"][name]) for name in _GROUPS), 1)
             info, starts = list(model.model["tree_info"]), [int(at) for at in model.model["iteration_indptr"]]
             if len(info) != len(model.trees) or not all(0 <= group < groups for group in info):
-                raise ProtocolError("its trees do not have a class each")
+                raise ProtocolError("the update does not give each of its trees a class")
             if starts[0] != 0 or starts != sorted(starts) or starts[-1] != len(info):
-                raise ProtocolError("its boosting rounds do not match its trees")
+                raise ProtocolError("the boosting rounds of the update do not match its trees")
             if not np.isfinite(model.weight_drop or []).all():
-                raise ProtocolError("its trees do not have a weight each")
+                raise ProtocolError("the update does not give each of its trees a finite weight")
             for tree in model.trees:
                 check_tree(ubjson.loads(tree), features)
             if update.round == 0 and not (np.isfinite(base_score(model.head)).all() and _weight(update) >= 0):
-                raise ProtocolError("its base score is not a number")
+                raise ProtocolError("the base score of the update is not a finite number, or its weight is negative")
         except (ProtocolError, UpdateRefusedError) as error:
             raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
         except (KeyError, TypeError, ValueError, IndexError):
-            raise UpdateRefusedError("an update that does not hold a tree model", where=where) from None
+            raise UpdateRefusedError("the update does not hold a tree model", where=where) from None
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
         """Return the model as a UBJSON file of XGBoost."""
@@ -159,7 +164,7 @@ class _Beginning:
         self._model: TreeModel | None = None
         self._sum: list[float] = []
         self._weight = 0.0
-        self._given = set[str]()
+        self._distinct_scores = set[str]()
 
     def add(self, update: Update) -> None:
         model = TreeModel.from_arrays(update.arrays)
@@ -175,17 +180,17 @@ class _Beginning:
             )
         self._sum = [total + score * weight for total, score in zip(self._sum, scores, strict=True)]
         self._weight += weight
-        self._given.add(str(model.head["learner"]["learner_model_param"]["base_score"]))
+        self._distinct_scores.add(str(model.head["learner"]["learner_model_param"]["base_score"]))
 
     def result(self) -> tuple[Arrays, Arrays]:
         assert self._model is not None
         scores = base_score(self._model.head)
-        if len(self._given) > 1 and self._weight:
+        if len(self._distinct_scores) > 1 and self._weight:
             scores = [total / self._weight for total in self._sum]
         model = TreeModel(with_base_score(self._model.head, scores), self._model.trees)
-        return _stored(model, self._allocate, self._more())
+        return _stored(model, self._allocate, self._further_arrays())
 
-    def _more(self) -> Arrays:
+    def _further_arrays(self) -> Arrays:
         return {}
 
 
@@ -200,7 +205,7 @@ class _BeginningWithCuts(_Beginning):
             QuantileSummary.from_arrays({name: np.copy(array) for name, array in update.extras.items()})
         )
 
-    def _more(self) -> Arrays:
+    def _further_arrays(self) -> Arrays:
         return merged(self._summaries)
 
 
@@ -255,7 +260,7 @@ class _Appending:
 
     def __init__(self, base: Arrays, allocate: Allocate, only: str | None = None) -> None:
         self._base, self._allocate, self._only = TreeModel.from_arrays(base), allocate, only
-        self._kept = {name: array for name, array in base.items() if name not in NAMES}
+        self._other_arrays = {name: array for name, array in base.items() if name not in NAMES}
         self._parts: list[_Grown] = []
 
     def add(self, update: Update) -> None:
@@ -272,18 +277,18 @@ class _Appending:
         shares = [part.examples / total for part in self._parts]
         model, trees = dict(self._base.model), list(self._base.trees)
         info, starts = list(model["tree_info"]), list(model["iteration_indptr"])
-        weights, own = self._weights(shares)
+        weights, new_weights = self._weights(shares)
         for number in range(max((part.model.rounds for part in self._parts), default=0)):
             for group, share, part, index in self._of_round(number, shares):
                 if weights is not None:
-                    weights.append(own[part.site][index])
+                    weights.append(new_weights[part.site][index])
                 trees.append(ubjson.dumps({**scaled(part.trees[index], share), "id": len(trees)}))
                 info.append(group)
             starts.append(len(trees))
         model |= {"tree_info": info, "iteration_indptr": starts}
         model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
         grown = TreeModel(self._base.head, tuple(trees)).with_head(model, weights)
-        return _stored(grown, self._allocate, self._kept)
+        return _stored(grown, self._allocate, self._other_arrays)
 
     def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
         """Return (class, share, part, index of the tree in it) of a local boosting round, by class, then by site."""
@@ -300,27 +305,27 @@ class _Appending:
         old = self._base.weight_drop
         if old is None:
             return None, {}
-        lowered, own = [], {}
+        old_weights, new_weights = [], {}
         for part in self._parts:
             weights = part.model.weight_drop or []
-            whole = len(weights) == len(old) + len(part.trees)
-            lowered.append(weights[: len(old)] if whole else old)
-            own[part.site] = weights[len(old) :] if whole else weights
-        return [float(weight) for weight in np.average(lowered, axis=0, weights=shares)], own
+            complete = len(weights) == len(old) + len(part.trees)
+            old_weights.append(weights[: len(old)] if complete else old)
+            new_weights[part.site] = weights[len(old) :] if complete else weights
+        return [float(weight) for weight in np.average(old_weights, axis=0, weights=shares)], new_weights
 
 
 def _check_same(base: TreeModel, grown: TreeModel, update: Update) -> None:
     """Refuse an update that no longer has the classes, features and booster that the handshake compared."""
-    for what, actual, wanted in (
+    for what, actual, expected in (
         ("features", _param(grown, "num_feature"), _param(base, "num_feature")),
         ("classes", _param(grown, "num_class"), _param(base, "num_class")),
         ("targets", _param(grown, "num_target"), _param(base, "num_target")),
         ("booster", _booster(grown), _booster(base)),
-        ("weights of trees", len(grown.weight_drop or []), _weights_wanted(base, grown)),
+        ("weights of trees", len(grown.weight_drop or []), _expected_weights(base, grown)),
     ):
-        if actual != wanted:
+        if actual != expected:
             raise UpdateRefusedError(
-                f"an update with {what} {actual} does not extend a model with {what} {wanted}",
+                f"an update with {what} {actual} does not extend a model with {what} {expected}",
                 where=f"site {update.site}, round {update.round}",
                 fix="train with the same parameters from the first round to the last",
             )
@@ -334,7 +339,7 @@ def _booster(model: TreeModel) -> str:
     return str(model.head["learner"]["gradient_booster"]["name"])
 
 
-def _weights_wanted(base: TreeModel, grown: TreeModel) -> int:
+def _expected_weights(base: TreeModel, grown: TreeModel) -> int:
     """Return the expected number of tree weights: one per new tree or per tree in all, 0 if the base has none."""
     if base.weight_drop is None:
         return 0

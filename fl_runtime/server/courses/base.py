@@ -107,7 +107,7 @@ class Course(Protocol):
 
         Args:
             member: The site; it is active.
-            done: Stage of the last "share" or "aggregate" task that the site is through with, or "".
+            done: Stage of the last "share" or "aggregate" task that the site has completed, or "".
 
         Returns:
             The task, or None if the site has to wait.
@@ -183,7 +183,7 @@ class Course(Protocol):
 class RoundSum(Protocol):
     """How one round's updates become the next global model."""
 
-    kept: Blob | None
+    strategy_state: Blob | None
     """Tensors that the strategy keeps at the server beside the next model, or None."""
 
     def next_in_order(self) -> Accepted | None:
@@ -205,12 +205,12 @@ class RoundSum(Protocol):
             The next global model, or None if the round has to take updates again.
 
         Raises:
-            RoundFailedError: These updates make no model: the round is opened again.
+            RoundFailedError: These updates cannot be combined into a model: the round is opened again.
         """
         ...
 
     def give_up(self) -> None:
-        """Free what has been made of a sum that is not needed any more."""
+        """Free the files of a sum that is not needed any more."""
         ...
 
 

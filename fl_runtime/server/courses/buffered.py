@@ -42,7 +42,7 @@ class Buffered:
         self.checks = TensorChecks(state, membership)
         self._waiting: list[Accepted] = []  # updates that are not in a model yet, in the order of arrival
         self._models: dict[int, Model] = {}  # older models that are still needed, by version
-        self._began: dict[str, int] = {}  # version that each site trains on; unknown after a restart
+        self._base_versions: dict[str, int] = {}  # version that each site trains from; unknown after a restart
         self._last_used: dict[str, int] = {}
         self._since = time.monotonic()  # when the model in the making was begun; the bytes are counted since then
         self._bytes_up = self._bytes_down = 0
@@ -53,7 +53,7 @@ class Buffered:
         newest, rounds = state.models.newest, state.plan.rounds
         if newest is None or rounds is None or number > rounds:
             return None
-        self._began[member.name] = newest.version
+        self._base_versions[member.name] = newest.version
         return leased("train", number, {}, newest, member)
 
     def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
@@ -119,7 +119,7 @@ class Buffered:
         return {m.blob.name for m in self._models.values()} | {a.blob.name for a in self._waiting}
 
     def _finished(self) -> bool:
-        """Whether no site has anything more to send: each has sent its last, is gone, or has never come."""
+        """Whether no site has anything more to send: each has sent its last update, is gone, or has never joined."""
         rounds = self._state.plan.rounds or 0
         return all(self._last_used.get(name, 0) >= rounds for name in self._membership.joined())
 
@@ -130,7 +130,7 @@ class Buffered:
 
     def _next_model(self, due: list[Accepted]) -> None:
         """Make the next model of the updates that are due."""
-        state, made = self._state, list[Blob]()
+        state, blobs = self._state, list[Blob]()
         with state.lock:
             newest = state.models.newest
             assert newest is not None
@@ -139,37 +139,37 @@ class Buffered:
             manifest = Manifest.of(arrays, extras)
             with state.lock:
                 state.add_layout(manifest)
-                made.append(state.blobs.create(f"model-{newest.version + 1}", manifest))
-            return made[-1].views()
+                blobs.append(state.blobs.create(f"model-{newest.version + 1}", manifest))
+            return blobs[-1].views()
 
         base = newest.blob.views()[0]
         aggregator = state.plan.strategy.aggregator(base, allocate, {"version": newest.version}, ServerState())
         for accepted in due:
-            began = self._models.get(accepted.update.base_version, newest).blob.views()[0]
+            start = self._models.get(accepted.update.base_version, newest).blob.views()[0]
             weight = state.settings.site_weights.get(accepted.update.site, 1.0)
-            update = decoded(accepted.update, began)
-            arrays = _Differences(update.arrays, began, base)
+            update = decoded(accepted.update, start)
+            arrays = _Differences(update.arrays, start, base)
             aggregator.add(replace(update, arrays=arrays, content="delta", site_weight=weight))
         aggregator.result()
-        digests = made[0].manifest.digests_of_payload(made[0].buffer)
+        digests = blobs[0].manifest.digests_of_payload(blobs[0].buffer)
         with state.lock:
-            self._commit(newest, due, made[0], digests)
+            self._commit(newest, due, blobs[0], digests)
 
     def _commit(self, previous: Model, due: list[Accepted], blob: Blob, digests: bytes) -> None:
         state, number = self._state, previous.version + 1
         updates = sorted((a.update for a in due), key=lambda u: (u.site, u.round))
         metrics = weighted_means((u.metrics, u.num_examples) for u in updates)
         result = self._result(number, {u.site for u in updates}, metrics)
-        left = self._waiting[len(due) :]
+        remaining = self._waiting[len(due) :]
         entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
         state.blobs.settle(blob)
         state.journal.round_opened(number, result.sites, time.time())
-        still_buffered = [(a.update.site, a.update.round) for a in left]
+        still_buffered = [(a.update.site, a.update.round) for a in remaining]
         state.journal.committed(entry, number, result.to_json(), buffered=still_buffered)
-        state.models.newest, self._waiting, self._since = Model(entry, blob), left, time.monotonic()
+        state.models.newest, self._waiting, self._since = Model(entry, blob), remaining, time.monotonic()
         self._bytes_up = self._bytes_down = 0
         state.results.append(result)
-        self._scoring.scores.trained(number, result.metrics)
+        self._scoring.scores.record_training(number, result.metrics)
         state.events.emit(
             "round_finished",
             number,
@@ -211,27 +211,27 @@ class Buffered:
         versions = {accepted.update.base_version for accepted in self._waiting}
         for name in self._membership.remaining():
             if self._last_used.get(name, 0) < rounds:
-                if name not in self._began:
+                if name not in self._base_versions:
                     return set(self._models)
-                versions.add(self._began[name])
+                versions.add(self._base_versions[name])
         return versions
 
 
 class _Differences(Mapping[str, Array]):
-    """Each tensor's difference to the model that the site began with, made when it is asked for.
+    """Each tensor's difference to the model that the site began with, computed when it is asked for.
 
     A tensor that the site has held back counts as unchanged.
     """
 
-    def __init__(self, arrays: Arrays, began: Arrays, newest: Arrays) -> None:
-        self._arrays, self._began, self._newest = arrays, began, newest
+    def __init__(self, arrays: Arrays, start: Arrays, newest: Arrays) -> None:
+        self._arrays, self._start, self._newest = arrays, start, newest
 
     def __getitem__(self, name: str) -> Array:
-        began = self._began[name]
-        return difference(name, self._arrays.get(name, began), began, self._newest[name])
+        start = self._start[name]
+        return difference(name, self._arrays.get(name, start), start, self._newest[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._began)
+        return iter(self._start)
 
     def __len__(self) -> int:
-        return len(self._began)
+        return len(self._start)

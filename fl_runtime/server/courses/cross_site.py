@@ -39,40 +39,40 @@ class CrossEvaluation:
 
     def __init__(self, state: RunState, membership: Membership, scoring: Scoring) -> None:
         self._state, self._membership, self._scoring = state, membership, scoring
-        self._wanted = state.settings.cross_site
+        self._enabled = state.settings.cross_site
         self._last: dict[str, Accepted] = {}
         self._models: dict[str, Model] = {}
 
     def check(self, registrations: Mapping[str, Registration]) -> None:
         """Raise ConfigError or HandshakeError if the sites' own models cannot be evaluated."""
-        if self._wanted:
+        if self._enabled:
             check_cross_site(self._state.settings.filters, self._state.plan.strategy)
             check_capabilities(registrations, "cross_site", frozenset({CROSS_EVALUATION}))
 
     def keep(self, accepted: Accepted) -> Blob | None:
         """Take over the file of an update whose round is closed. Returns a file that is not needed any more, if any."""
-        if not self._wanted or accepted.update.content != "weights":
+        if not self._enabled or accepted.update.content != "weights":
             return accepted.blob
         site = accepted.update.site
-        before = self._last.get(site)
+        previous = self._last.get(site)
         self._last[site] = accepted
-        return before.blob if before else None
+        return previous.blob if previous else None
 
     def covers(self, version: int) -> bool:
         """Whether a version is the number of a site's own model."""
         rounds = self._state.plan.rounds
-        return self._wanted and rounds is not None and version > rounds
+        return self._enabled and rounds is not None and version > rounds
 
     def report(self, report: Report) -> None:
         """Take a site's report on another site's model."""
         self._scoring.record(report, "cross_score")
 
     def offer(self, member: Member) -> Offer | None:
-        """The next model that this site has not scored, or word that there is none. None before the last round ends."""
+        """The next model that this site has not scored, or "evaluated" if none is left. None before the run's end."""
         state = self._state
         if state.phase not in ("final", "done") or not member.active:
             return None
-        for name, version in self._asked(member.name).items():
+        for name, version in self._models_for(member.name).items():
             if member.name not in self._scoring.scores.reported(version):
                 model = state.models.newest if name == GLOBAL else self._model(name, version)
                 return leased("evaluate", state.plan.rounds or 0, {"model": name}, model, member)
@@ -81,7 +81,7 @@ class CrossEvaluation:
     def conclude(self) -> None:
         """Wait until all sites have scored all models, or for the deadline, and emit the matrix."""
         state = self._state
-        if self._wanted:
+        if self._enabled:
             with state.lock:
                 self._membership.wait_until(self._complete, state.settings.deadline_s)
                 state.events.emit("cross_site", state.plan.rounds or 0, matrix=self._matrix())
@@ -89,7 +89,7 @@ class CrossEvaluation:
     def recover(self) -> set[str]:
         """Restore the sites' last updates from the journal; returns the names of their files."""
         state, names = self._state, set[str]()
-        if self._wanted and state.models.newest:
+        if self._enabled and state.models.newest:
             for entry in state.journal.recorded.last_updates():
                 if 0 < entry.round <= state.models.version:
                     self.keep(load_update(state, entry))
@@ -99,7 +99,7 @@ class CrossEvaluation:
     def _complete(self) -> bool:
         """Whether every site that is present has scored every model that it is asked for."""
         reported = self._scoring.scores.reported
-        return all(name in reported(v) for name in self._membership.present() for v in self._asked(name).values())
+        return all(name in reported(v) for name in self._membership.present() for v in self._models_for(name).values())
 
     def _matrix(self) -> dict[str, dict[str, dict[str, float]]]:
         """Metrics by model, then by the site that scored it."""
@@ -108,7 +108,7 @@ class CrossEvaluation:
             for name, version in self._numbers().items()
         }
 
-    def _asked(self, site: str) -> dict[str, int]:
+    def _models_for(self, site: str) -> dict[str, int]:
         """Numbers of the models that the strategy asks a site to evaluate, by name."""
         numbers = self._numbers()
         wanted = set(self._state.plan.strategy.scored_by(site, tuple(numbers)))
@@ -127,12 +127,12 @@ class CrossEvaluation:
             blob, final = self._last[name].blob, newest.blob.views()[0]
             arrays, extras = blob.views()
             if extras or len(arrays) < len(final):
-                blob = self._copied(f"own-{version}", {key: arrays.get(key, final[key]) for key in final})
+                blob = self._copy(f"own-{version}", {key: arrays.get(key, final[key]) for key in final})
             digests = blob.manifest.digests_of_payload(blob.buffer)
             self._models[name] = Model(ModelEntry(version, blob.name, blob.manifest.layout, digests), blob)
         return self._models[name]
 
-    def _copied(self, name: str, arrays: Arrays) -> Blob:
+    def _copy(self, name: str, arrays: Arrays) -> Blob:
         """A file with the tensors of a model alone: extras, such as an optimizer's, are not for other sites."""
         manifest = Manifest.of(arrays)
         self._state.add_layout(manifest)

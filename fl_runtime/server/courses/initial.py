@@ -33,7 +33,7 @@ class InitialModel:
         return Offer("initial", 0, {}, None, True) if self.wanted_from(site) else None
 
     def obtain(self) -> None:
-        """Wait until the initial model is there. QuorumError if no site sends it before the deadline."""
+        """Wait until the initial model is there. Raises QuorumError if no site sends it before the deadline."""
         state, membership = self._state, self._membership
         with state.lock:
             if state.models.newest is not None:
@@ -74,7 +74,7 @@ class InitialModel:
         expected = self._state.layouts[registration.layout]
         if self._state.plan.strategy.initial == "all":
             raise ConfigError(
-                "this strategy makes its initial model of all sites' data",
+                "this strategy makes its initial model from the data of all sites",
                 where="initial",
                 fix="leave initial out of the job",
             )

@@ -66,7 +66,7 @@ class Joining:
         state, membership, settings = self._state, self._membership, self._state.settings
         with state.lock:
             if not membership.wait_until(self._all_registered, settings.deadline_s):
-                membership.check_quorum(membership.present(), "at the start's deadline")
+                membership.check_quorum(membership.present(), "at the deadline of the handshake")
             registrations = {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
             first = next(iter(registrations.values()))
             check_agreement(registrations, state.layouts, state.plan.strategy)

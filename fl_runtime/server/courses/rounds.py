@@ -8,7 +8,7 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.errors import QuorumError
-from fl_runtime.server.courses.sampling import asked, opened
+from fl_runtime.server.courses.sampling import choose_participants, open_round
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
@@ -16,7 +16,7 @@ from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.recovery import load_model, load_update
 from fl_runtime.server.state import OpenRound, RunState, stage_of
 from fl_runtime.store.blobs import Blob
-from fl_runtime.store.journal_entries import KeptEntry, ModelEntry, RoundEntry
+from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, StrategyStateEntry
 from fl_runtime.wire.manifest import Manifest
 
 
@@ -51,8 +51,8 @@ class Rounds:
             punctual = [name for name in participants if name not in self.silent]
             participants = punctual if len(punctual) >= settings.min_sites else participants
             strategy = state.plan.strategy
-            participants = asked(settings, strategy, number, participants)
-            state.open_round = opened(
+            participants = choose_participants(settings, strategy, number, participants)
+            state.open_round = open_round(
                 settings, strategy, number, participants, stage_of(state.journal.recorded.repeats(number))
             )
             state.journal.round_opened(number, tuple(participants), time.time())
@@ -63,7 +63,7 @@ class Rounds:
         return state.open_round
 
     def drop(self, again: int = 0) -> None:
-        """Drop the open round. `again`: how many times it has failed, 0 if it is not to be opened again."""
+        """Drop the open round. `again` is how many times it has failed, or 0 if it is not to be opened again."""
         state = self._state
         with state.lock:
             assert state.open_round is not None
@@ -90,7 +90,7 @@ class Rounds:
         return max(min(self._state.settings.min_sites, len(current.participants)), 1)
 
     def check_deadline(self, current: OpenRound) -> None:
-        """QuorumError, which names the sites that are late, if the round has too few updates at its deadline."""
+        """Raise QuorumError, which names the sites that are late, if the round has too few updates at its deadline."""
         if len(current.accepted) < self.needed(current):
             late = [n for n in current.participants if n not in current.accepted]
             raise QuorumError(
@@ -99,25 +99,27 @@ class Rounds:
                 fix="raise deadline_s, lower min_sites, or look at the logs of these sites",
             )
 
-    def commit(self, current: OpenRound, blob: Blob, digests: bytes, kept: Blob | None) -> None:
+    def commit(self, current: OpenRound, blob: Blob, digests: bytes, strategy_state: Blob | None) -> None:
         """Make the round's result the global model: first in the journal, then for the sites."""
         state = self._state
         result = self._result(current)
         entry = ModelEntry(current.round, blob.name, blob.manifest.layout, digests)
-        for made in filter(None, (blob, kept)):
-            state.blobs.settle(made)
-        kept_entry = KeptEntry(kept.name, kept.manifest.layout) if kept else None
-        state.journal.committed(entry, current.round, result.to_json(), kept_entry)
-        previous, state.models.newest, state.open_round = state.models.newest, Model(entry, blob, kept), None
+        state_entry = None
+        if strategy_state:
+            state_entry = StrategyStateEntry(strategy_state.name, strategy_state.manifest.layout)
+        for file in filter(None, (blob, strategy_state)):
+            state.blobs.settle(file)
+        state.journal.committed(entry, current.round, result.to_json(), state_entry)
+        previous, state.models.newest, state.open_round = state.models.newest, Model(entry, blob, strategy_state), None
         if current.round > 0:
             state.results.append(result)
-            self._scoring.scores.trained(current.round, result.metrics)
+            self._scoring.scores.record_training(current.round, result.metrics)
             state.events.emit("round_finished", current.round, **event_fields(result))
         state.published.notify_all()
         if previous is not None:
-            if previous.kept is not None:
-                state.blobs.free(previous.kept)
-                previous.kept = None
+            if previous.strategy_state is not None:
+                state.blobs.free(previous.strategy_state)
+                previous.strategy_state = None
             self._scoring.keep_better(previous)
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
@@ -126,14 +128,14 @@ class Rounds:
         self.last_used = state.journal.recorded.last_used()
         for entry in unfinished:
             stage = stage_of(state.journal.recorded.repeats(entry.round))
-            state.open_round = opened(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
+            state.open_round = open_round(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
             for update in state.journal.recorded.updates(entry.round):
                 state.open_round.accepted[update.site] = load_update(state, update)
         self._recover_best(state.journal.recorded.models()[:-1])
         return {accepted.blob.name for accepted in state.open_round.accepted.values()} if state.open_round else set()
 
     def _recover_best(self, older: Sequence[ModelEntry]) -> None:
-        """Restore the best model. One older model is there; two after a kill between commit and recycling."""
+        """Restore the best model among the older ones: one, or two after a kill between commit and recycling."""
         state, models = self._state, self._state.models
         for entry in older:
             if entry.version > 0 and self._scoring.better(entry.version, models.best_version):
@@ -163,7 +165,7 @@ class Rounds:
     def _encode_global_model(self) -> None:
         """Encode the global model with the job's filters, once for all sites of the round and all tries at it.
 
-        PrivacyBudgetError if the server's own budget does not allow another round.
+        Raises PrivacyBudgetError if the server's own budget does not allow another round.
         """
         state, newest = self._state, self._state.models.newest
         if newest is None:  # round 0: the first model is being made

@@ -11,17 +11,19 @@ from fl_runtime.server.state import OpenRound
 from fl_runtime.types import RoundPlan, RunSettings, Strategy
 
 
-def asked(settings: RunSettings, strategy: Strategy, round: int, present: Sequence[str]) -> list[str]:
+def choose_participants(settings: RunSettings, strategy: Strategy, round: int, present: Sequence[str]) -> list[str]:
     """The participants of a round among the sites that are present. All of them contribute to an initial model."""
     if round == 0:
         return list(present)
     if settings.fraction < 1:
-        return drawn(settings, round, present)
+        return sample_sites(settings, round, present)
     chosen = strategy.plan_round(round, present).sites
     return [name for name in present if chosen is None or name in chosen]
 
 
-def opened(settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str) -> OpenRound:
+def open_round(
+    settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str
+) -> OpenRound:
     """The round with these participants, the same after a restart of the server. Its clock begins now."""
     config = dict(strategy.configure(round, participants))
     plan = strategy.plan_round(round, participants) if round else RoundPlan()
@@ -31,7 +33,7 @@ def opened(settings: RunSettings, strategy: Strategy, round: int, participants: 
     return OpenRound(round, list(participants), config, time.monotonic(), stage, drawn=chosen, answers=plan.answers)
 
 
-def drawn(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:
+def sample_sites(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:
     """A random sample of the present sites, in the job's order.
 
     All sites of the job are shuffled by its seed (0 if it has none) and the round; the first ones that are present are

@@ -39,7 +39,7 @@ class Scores:
         self._reports: dict[int, dict[str, tuple[Mapping[str, float | Summary], int]]] = {}
         self._settled: set[int] = set()
 
-    def trained(self, round: int, metrics: Metrics) -> None:
+    def record_training(self, round: int, metrics: Metrics) -> None:
         """Keep the metrics of a round's updates."""
         if metrics:
             self._training[round] = metrics
@@ -62,14 +62,14 @@ class Scores:
         return dict(self._training.get(round, {})) | pooled(reports[site] for site in sorted(reports))
 
     def settle(self, version: int) -> bool:
-        """Mark a version as scored for good; False if it was already."""
+        """Mark a version's scores as final. Returns False if they already were."""
         if version in self._settled:
             return False
         self._settled.add(version)
         return True
 
     def settled(self, version: int) -> bool:
-        """Whether a version is scored for good."""
+        """Whether a version's scores are final."""
         return version in self._settled
 
     def patience_spent(self, ranking: Ranking, version: int, patience: int, min_delta: float) -> bool:

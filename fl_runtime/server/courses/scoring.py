@@ -33,10 +33,10 @@ class Scoring:
         self._metric_checked = False
 
     def report(self, report: Report) -> None:
-        """Take a site's report on a global model. ProtocolError if there is no such model yet."""
+        """Take a site's report on a global model. Raises ProtocolError if there is no such model yet."""
         newest = self._state.models.version
         if report.version > newest:
-            raise ProtocolError(f"a score of model {report.version}, but the newest is {newest}")
+            raise ProtocolError(f"a site sent a score of model {report.version}, but the newest is {newest}")
         self.record(report, "report")
         expected = self.evaluators(report.version)
         if expected and expected <= self.scores.reported(report.version):
@@ -68,10 +68,10 @@ class Scoring:
                         self.settle(version)
                     else:
                         state.published.wait(min(1.0, state.settings.deadline_s / 2, beat_s or math.inf))
-                over = self.scores.settled(version)
+                settled = self.scores.settled(version)
                 rounds = state.plan.rounds
                 answer = self.scores.of(version), rounds is not None and version >= rounds
-            if over:
+            if settled:
                 yield answer
                 return
             if beat_s is not None:
@@ -137,10 +137,10 @@ class Scoring:
     def out_of_patience(self, version: int) -> bool:
         """Whether the job's patience, or else that of the sites' terms, is spent with this version."""
         settings = self._state.settings
-        by = settings if settings.patience else self._state.plan.terms
-        if not by.patience:
+        source = settings if settings.patience else self._state.plan.terms
+        if not source.patience:
             return False
-        return self.scores.patience_spent(self._ranking(), version, by.patience, by.min_delta)
+        return self.scores.patience_spent(self._ranking(), version, source.patience, source.min_delta)
 
     def _ranking(self) -> Ranking:
         settings, terms = self._state.settings, self._state.plan.terms

@@ -16,7 +16,7 @@ class Summing:
     def __init__(self, state: RunState, current: OpenRound) -> None:
         self._state, self._current = state, current
         self._blob: Blob | None = None
-        self.kept: Blob | None = None
+        self.strategy_state: Blob | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -24,10 +24,10 @@ class Summing:
         self._order, self._added = list(state.settings.sites), 0
         model, strategy = state.models.newest, state.plan.strategy
         base, extras = model.blob.views() if model else ({}, {})
-        kept = model.kept.views()[0] if model and model.kept else {}
-        memory = ServerState(extras, kept, self._keep, state.settings.sites)
+        previous = model.strategy_state.views()[0] if model and model.strategy_state else {}
+        server_state = ServerState(extras, previous, self._allocate_state, state.settings.sites)
         self._aggregator = state.filters.aggregator(
-            lambda allocate: strategy.aggregator(base, allocate, config, memory),
+            lambda allocate: strategy.aggregator(base, allocate, config, server_state),
             base,
             self._allocate,
             linear=strategy.linear,
@@ -58,7 +58,7 @@ class Summing:
 
     def give_up(self) -> None:
         with self._state.lock:
-            for blob in filter(None, (self._blob, self.kept)):
+            for blob in filter(None, (self._blob, self.strategy_state)):
                 self._state.blobs.free(blob)
 
     def _remaining(self) -> list[Accepted]:
@@ -73,11 +73,11 @@ class Summing:
             self._blob = self._state.blobs.create(f"model-{self._current.round}", manifest)
         return self._blob.views()
 
-    def _keep(self, arrays: Arrays) -> Arrays:
+    def _allocate_state(self, arrays: Arrays) -> Arrays:
         manifest = Manifest.of(arrays)
         with self._state.lock:
-            if self.kept is not None:
-                self._state.blobs.free(self.kept)
+            if self.strategy_state is not None:
+                self._state.blobs.free(self.strategy_state)
             self._state.journal.layout(manifest)
-            self.kept = self._state.blobs.create(f"kept-{self._current.round}", manifest)
-        return self.kept.views()[0]
+            self.strategy_state = self._state.blobs.create(f"kept-{self._current.round}", manifest)
+        return self.strategy_state.views()[0]

@@ -127,10 +127,10 @@ class AggregationOrder:
 
     def take_answer(self, state: RunState, update: Update, blob: Blob) -> None:
         """Take what the aggregator has submitted, and its file: the mean, or which update is missing."""
-        named = named_missing(update.encoding)
-        if named is not None:
+        missing = named_missing(update.encoding)
+        if missing is not None:
             state.blobs.free(blob)
-            self.missing = named
+            self.missing = missing
         else:
             state.blobs.rename(blob, f"model-{self.round}")
             self.model = blob
@@ -174,7 +174,7 @@ class SwarmSum:
         order: The order that a site has now, or None.
     """
 
-    kept: Blob | None = None
+    strategy_state: Blob | None = None
 
     def __init__(self, state: RunState, membership: Membership, rounds: Rounds, current: OpenRound) -> None:
         self._state, self._membership, self._rounds, self._current = state, membership, rounds, current
@@ -293,10 +293,10 @@ def _without_tensors(encoding: str) -> bool:
 def _check_kind(update: Update) -> None:
     """Raise ProtocolError for anything but a receipt, a mean, or a report of a missing update."""
     if _is_aggregation_stage(update.stage):
-        good = bool(update.arrays) or named_missing(update.encoding) is not None
+        expected = bool(update.arrays) or named_missing(update.encoding) is not None
     else:
-        good = update.encoding == RECEIPT
-    if not good:
+        expected = update.encoding == RECEIPT
+    if not expected:
         raise ProtocolError(
             f"{update.site} sent its update to the server; with strategy swarm only receipts and the mean go there",
             fix="run the same version of fl-adapters at every site",

@@ -80,7 +80,7 @@ class Synchronous:
         if round == current.round and not current.takes(site):
             return "late"  # the site was not selected for this round
         if round > current.round:
-            raise ProtocolError(f"an update for round {round}, but round {current.round} is open")
+            raise ProtocolError(f"an update is for round {round}, but round {current.round} is open")
         return "duplicate" if site in current.accepted else None
 
     def accept(self, upload: Upload) -> Status:
@@ -145,7 +145,7 @@ class Synchronous:
         blob = None
         try:
             while blob is None:
-                while not self._collected(current, summing):
+                while not self._sum_next(current, summing):
                     pass
                 if rounds.not_needed(current):
                     summing.give_up()
@@ -158,24 +158,24 @@ class Synchronous:
             return
         digests = blob.manifest.digests_of_payload(blob.buffer)
         with state.lock:
-            rounds.commit(current, blob, digests, summing.kept)
+            rounds.commit(current, blob, digests, summing.strategy_state)
             for accepted in current.accepted.values():
-                freed = self._cross_site.keep(accepted) if current.round > 0 else accepted.blob
-                if freed is not None:
-                    state.blobs.free(freed)
+                unneeded = self._cross_site.keep(accepted) if current.round > 0 else accepted.blob
+                if unneeded is not None:
+                    state.blobs.free(unneeded)
 
     def _try_again(self, current: OpenRound, error: RoundFailedError) -> None:
         """Drop a round that failed. It is opened again with the sites that are present then and are not silent."""
         state = self._state
-        failed = state.journal.recorded.repeats(current.round) + 1
+        failures = state.journal.recorded.repeats(current.round) + 1
         log.warning("round %s failed: %s", current.round, error.what)
-        if failed == _MAX_FAILED_TRIES:
-            raise RoundFailedError(f"round {current.round} failed {failed} times: {error.what}", fix=error.fix)
+        if failures == _MAX_FAILED_TRIES:
+            raise RoundFailedError(f"round {current.round} failed {failures} times: {error.what}", fix=error.fix)
         with state.lock:
             self._rounds.silent |= set(current.participants) - set(current.accepted)
-            self._rounds.drop(again=failed)
+            self._rounds.drop(again=failures)
 
-    def _collected(self, current: OpenRound, summing: RoundSum) -> bool:
+    def _sum_next(self, current: OpenRound, summing: RoundSum) -> bool:
         """Wait for an update to sum, and sum it without the lock. True when the round can close."""
         rounds = self._rounds
         due: Accepted | None = None
@@ -186,8 +186,8 @@ class Synchronous:
             return due is not None or rounds.not_needed(current) or self._complete(current)
 
         with self._state.lock:
-            left = current.began + self._state.settings.deadline_s - time.monotonic()
-            in_time = self._membership.wait_until(ready, left)
+            left_s = current.began + self._state.settings.deadline_s - time.monotonic()
+            in_time = self._membership.wait_until(ready, left_s)
             if due is None:
                 if not in_time:
                     rounds.check_deadline(current)
@@ -206,5 +206,5 @@ class Synchronous:
             membership.check_quorum(counted, when)
         elif len(counted) < self._rounds.needed(current):
             membership.check_quorum(membership.present(), when)
-            raise RoundFailedError(f"{len(counted)} of the sites that were chosen are left", fix="look at their logs")
+            raise RoundFailedError(f"only {len(counted)} of the chosen sites are left", fix="look at their logs")
         return not pending or (current.answers is not None and len(current.accepted) >= current.answers)

@@ -37,7 +37,7 @@ _NOT_SPOOLED = Blob("", Manifest(()), np.empty(0, np.uint8))
 
 
 def check_settings(settings: RunSettings, strategy: Strategy) -> None:
-    """ConfigError for settings that need sites with a budget, a memory, or a process of their own.
+    """Refuse settings that need sites with a budget, a memory, or a process of their own.
 
     Args:
         settings: The job's settings.
@@ -47,8 +47,12 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
         ConfigError: Virtual sites cannot do what a setting asks for.
     """
     if not settings.rounds:
-        raise ConfigError("a function has no budget of rounds", where="rounds", fix="give --rounds R or Job(rounds=R)")
-    wanted = {
+        raise ConfigError(
+            "the job does not say how many rounds to train, and a function has no budget of its own",
+            where="rounds",
+            fix="give --rounds R or Job(rounds=R)",
+        )
+    unsupported = {
         "cross_site": settings.cross_site,
         "keep_local": bool(settings.keep_local),
         "optimizer_state": settings.optimizer_state not in (None, "reset"),
@@ -57,10 +61,10 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
             f"the filter {f['name']} at {at}": at != "server_in" for f in settings.filters if (at := place_filter(f).at)
         },
     }
-    for what, is_set in wanted.items():
+    for what, is_set in unsupported.items():
         if is_set:
             raise ConfigError(
-                f"{what} needs sites with a process and a memory of their own, which virtual sites are not",
+                f"{what} needs sites with a process and a memory of their own, which virtual sites do not have",
                 where="engine",
                 fix="leave it out of the job, or leave engine out and run a script at every site",
             )
@@ -121,7 +125,7 @@ class Virtual:
         lines = differences(manifest, state.models.newest.blob.manifest)
         if lines:
             raise StateMismatchError(
-                "the first weights are not those that the run began with: " + "; ".join(lines[:8]),
+                "the initial weights are not those that the run began with: " + "; ".join(lines[:8]),
                 fix="continue the run with the function and initial weights that it began with",
             )
         assert state.plan.rounds is not None
@@ -171,7 +175,7 @@ class Virtual:
             collection.release()
         digests = blob.manifest.digests_of_payload(blob.buffer)
         with state.lock:
-            rounds.commit(current, blob, digests, summing.kept)
+            rounds.commit(current, blob, digests, summing.strategy_state)
 
 
 class _Collection:
@@ -205,13 +209,13 @@ class _Collection:
         """Return once every order has been carried out or has failed, or at the deadline if there is a quorum."""
         state, current, workers, model = self._state, self._current, self._workers, self._model
         workers.publish(state.blobs.path(model.blob), model.blob.buffer)
-        left = deque(self._orders())
+        pending = deque(self._orders())
         deadline = current.began + state.settings.deadline_s
         while self._order:
             if state.error is not None:
                 raise state.error
-            while left and workers.room:
-                order = left.popleft()
+            while pending and workers.room:
+                order = pending.popleft()
                 workers.give(order)
                 self._count_order(order, model.blob.manifest.nbytes)
             left_s = deadline - time.monotonic()
@@ -244,7 +248,7 @@ class _Collection:
             self._arrived[site] = outcome
             return
         self._failed.add(site)
-        self._membership.gone(site, outcome.error.what, early=True)
+        self._membership.mark_gone(site, outcome.error.what, early=True)
         if len(self._current.participants) - len(self._failed) < max(self._state.settings.min_sites, 1):
             raise outcome.error
 

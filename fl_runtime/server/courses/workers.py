@@ -11,7 +11,7 @@ from fl_runtime.errors import FederationError
 from fl_runtime.types import Array, Metrics, Settings
 
 TRIES = 3
-"""How often an order is given out whose worker died. What kills three workers at the same site will kill them all."""
+"""How many workers may die of an order before its site fails. An order that kills three would kill them all."""
 
 
 @dataclass(frozen=True)

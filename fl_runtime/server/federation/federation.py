@@ -75,7 +75,7 @@ class FederationServer:
         self.halted: StoreError | None = None
         revoked = RevocationList(kit.folder / CRL, (kit.folder / "ca.pem").read_bytes())
         federation = kit.identity.federation
-        self._guard = Guard(self, self, federation, revoked, self.audit, self._expelled)
+        self._guard = Guard(self, self, federation, revoked, self.audit, self._expel)
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
@@ -92,12 +92,12 @@ class FederationServer:
 
         threads = CALLS_EACH * (len(self._kit.sites) + 8) + 16
         server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
-        left = unfinished(self._folder)
+        job = unfinished(self._folder)
         address = server.start(self._host, self._port)
         self._stop_serving = server.stop
         self.audit.write("server started", self._kit.identity, address=address, version=VERSION)
-        if left:
-            self._begin(left.settings, left.submitter)
+        if job:
+            self._begin(job.settings, job.submitter)
         return address
 
     def submit(self, fields: Mapping[str, Any], submitter: Identity) -> str:
@@ -124,7 +124,7 @@ class FederationServer:
                     "a submitted job cannot name a file with initial weights", where="initial", fix="leave it out"
                 )
             if (self._folder / settings.name).exists():
-                raise ConfigError(f"there was a job {settings.name} already", where="name", fix="choose another name")
+                raise ConfigError(f"a job {settings.name} exists already", where="name", fix="choose another name")
             self._begin(replace(settings, submitted_by=submitter.uri), submitter)
             return settings.name
 
@@ -176,18 +176,18 @@ class FederationServer:
     def _begin(self, settings: RunSettings, submitter: Identity) -> None:
         with self._lock:
             self._job = RunningJob(
-                settings, submitter, self._folder, self.audit, self._listeners, self._guard.who, self._ended
+                settings, submitter, self._folder, self.audit, self._listeners, self._guard.who, self._on_job_end
             )
             self._changed.notify_all()
 
-    def _ended(self, job: RunningJob) -> None:
+    def _on_job_end(self, job: RunningJob) -> None:
         with self._lock:
             self.halted = job.halted
             if job.halted is None:
                 self._past[job.settings.name] = job.outcome()
             self._changed.notify_all()
 
-    def _expelled(self, name: str, reason: str) -> None:
+    def _expel(self, name: str, reason: str) -> None:
         with self._lock:
             if self._job is not None:
                 self._job.server.expel(name, reason)
@@ -211,7 +211,7 @@ class FederationServer:
     # -- calls about jobs --------------------------------------------------------------------------------------
 
     def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
-        """Answer a call about jobs. The guard has established who is calling, and that they may."""
+        """Answer a call about jobs. The guard has established who is calling, and that the call is allowed."""
         fields = _object(request)
         answers: Mapping[str, Callable[[Identity, Mapping[str, Any]], Iterator[Mapping[str, Any]]]] = {
             "Assignment": self._assignment,
@@ -278,7 +278,7 @@ class FederationServer:
     def _abort_job(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         job = self._named(_field(fields, "job", str))
         permissions.check_job(caller, "AbortJob", job.submitter)
-        job.server.abort(f"{caller} has aborted it")
+        job.server.abort(f"{caller} has aborted the job")
         name = job.settings.name
         yield {"job": name, "ended": self.wait_for_job(name, ABORT_S)}  # wait, so that the next job can be submitted
 

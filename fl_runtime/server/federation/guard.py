@@ -83,7 +83,7 @@ class Guard:
         self._watcher.start()
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass on a call if its caller is who they say, and may make it. PermissionDeniedError if not."""
+        """Pass on a call that its caller is allowed to make. Raises PermissionDeniedError for others."""
         who: Identity | None = None
         try:
             certificate = read_certificate(peer.certificate)
@@ -114,7 +114,7 @@ class Guard:
             Names of the revoked participants that had called before.
         """
         self._revoked.install(crl)
-        return self._end_dead_calls()
+        return self._end_invalid_calls()
 
     def who(self, name: str) -> Identity | None:
         """The identity of a participant that has called, by name."""
@@ -125,7 +125,7 @@ class Guard:
         self._watcher.join()
 
     def _check(self, certificate: Certificate) -> None:
-        reason = self._why_dead(certificate)
+        reason = self._why_invalid(certificate)
         if reason:
             raise PermissionDeniedError(
                 f"{certificate.identity} may not call: {reason}",
@@ -139,7 +139,7 @@ class Guard:
                 fix="use the kit of this federation",
             )
 
-    def _why_dead(self, certificate: Certificate) -> str:
+    def _why_invalid(self, certificate: Certificate) -> str:
         if certificate.serial in self._revoked:
             return "its certificate was revoked"
         now = datetime.now(UTC)
@@ -149,7 +149,7 @@ class Guard:
 
     @contextmanager
     def _counted(self, certificate: Certificate, peer: Peer) -> Iterator[None]:
-        """Keep the call on the list of open ones. PermissionDeniedError if the participant has too many."""
+        """Keep the call on the list of open ones. Raises PermissionDeniedError if the participant has too many."""
         name = certificate.identity.name
         with self._lock:
             if self._counts[name] >= CALLS_EACH:
@@ -176,28 +176,28 @@ class Guard:
             try:
                 if self._revoked.refresh():
                     self._audit.write("revocation list read", serials=[f"{item:x}" for item in self._revoked.serials])
-                self._end_dead_calls()
+                self._end_invalid_calls()
             except FederationError as error:
                 log.warning("%s", error)
 
-    def _end_dead_calls(self) -> list[str]:
-        """End the calls with a certificate that is dead. A participant with a renewed one just calls again.
+    def _end_invalid_calls(self) -> list[str]:
+        """End the calls whose certificate is not valid any more. A participant with a renewed one just calls again.
 
         Returns:
             Names of the revoked participants that had called before.
         """
         with self._lock:
-            dead = [(item, peer, why) for item, peer in self._open.values() if (why := self._why_dead(item))]
+            invalid = [(item, peer, why) for item, peer in self._open.values() if (why := self._why_invalid(item))]
             revoked = [self._seen.pop(serial) for serial in self._revoked.serials & self._seen.keys()]
         for item in revoked:
             self._on_expelled(item.identity.name, "its certificate was revoked")
-        ended = {item.serial: (item, why) for item, _, why in dead}
+        ended = {item.serial: (item, why) for item, _, why in invalid}
         for item, why in [
             *ended.values(),
-            *((item, self._why_dead(item)) for item in revoked if item.serial not in ended),
+            *((item, self._why_invalid(item)) for item in revoked if item.serial not in ended),
         ]:
             self._audit.write("calls ended", item.identity, rule=f"certificate: {why}", error=f"{item.identity}: {why}")
-        for _, peer, _ in dead:
+        for _, peer, _ in invalid:
             peer.hang_up()
         return [item.identity.name for item in revoked]
 

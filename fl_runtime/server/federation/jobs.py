@@ -109,7 +109,7 @@ class JobAudit:
             audit: The log.
             settings: The job's settings.
             submitter: Who submitted the job.
-            who: The identity of a site that has called, by its name.
+            who: Returns the identity of a site that has called, by its name.
         """
         self._audit, self._settings, self._submitter, self._who = audit, settings, submitter, who
 
@@ -123,12 +123,12 @@ class JobAudit:
         job = self._settings.name
         self._audit.write(event.kind, who, job=job, site=event.site, round=event.round, facts=facts)
 
-    def begun(self, *, fresh: bool) -> None:
+    def record_begin(self, *, fresh: bool) -> None:
         """Record that the job was started, or continued after a stop of the server."""
         entry = "job started" if fresh else "job continued"
         self._audit.write(entry, self._submitter, job=self._settings.name, sites=self._settings.sites)
 
-    def ended(self, error: object) -> None:
+    def record_end(self, error: object) -> None:
         """Record the end of the job. `error` is None if it finished."""
         self._audit.write("job ended", self._submitter, job=self._settings.name, result=error or "finished")
 
@@ -164,7 +164,7 @@ class RunningJob:
             folder: Folder of all jobs.
             audit: The log that its events are put on.
             listeners: Called with each event of the run.
-            who: The identity of a site that has called, by its name.
+            who: Returns the identity of a site that has called, by its name.
             on_end: Called with this object once the job is over, by a thread of its own.
         """
         self.settings, self.submitter, self._on_end = settings, submitter, on_end
@@ -187,7 +187,7 @@ class RunningJob:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
         _save(self.folder, settings, submitter)
-        self._audit.begun(fresh=fresh)
+        self._audit.record_begin(fresh=fresh)
         self._closing = self._ending = False
         self._thread = threading.Thread(target=self._follow, name="fl-job", daemon=True)
         self.server.begin()
@@ -245,7 +245,7 @@ class RunningJob:
         self._on_end(self)
 
     def _finish(self) -> None:
-        """Write the job's results and outcome. StoreError if its store failed."""
+        """Write the job's results and outcome. Raises StoreError if its store failed."""
         error = self.server.result().error
         if isinstance(error, StoreError):
             self.server.close()
@@ -258,21 +258,21 @@ class RunningJob:
         except StoreError:
             self.server.close()
             raise
-        except FederationError as failed:
-            log.error("%s", failed)
-            self._error = failed
+        except FederationError as failure:
+            log.error("%s", failure)
+            self._error = failure
         self.server.close()
         self._history.close()
         outcome = self.outcome()
         write_file(self.folder / _OUTCOME, json.dumps(outcome).encode())
         (self.folder.parent / _CURRENT).unlink(missing_ok=True)
-        self._audit.ended(outcome["error"])
+        self._audit.record_end(outcome["error"])
 
 
 def unfinished(folder: Path) -> Unfinished | None:
     """The job that was running when the server was stopped or killed, or None if there was none.
 
-    ConfigError if its files cannot be read.
+    Raises ConfigError if its files cannot be read.
     """
     try:
         name = json.loads((folder / _CURRENT).read_text("utf-8"))["job"]
@@ -283,7 +283,7 @@ def unfinished(folder: Path) -> Unfinished | None:
         raise ConfigError(
             f"the job that was running cannot be read: {error}",
             where=str(folder),
-            fix=f"delete {_CURRENT} to give it up",
+            fix=f"delete {_CURRENT} to give the job up",
         ) from None
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in fields["settings"].items()

@@ -25,7 +25,7 @@ from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.types import Event
 
 GLOBAL = "global"
-_SITES_DRAWN = 32  # curves of more sites would only slow TensorBoard down
+_SITES_PLOTTED = 32  # curves of more sites would only slow TensorBoard down
 COLUMNS = ("round", "site", "status", "num_examples", "local_steps", "seconds", "bytes_up", "bytes_down")
 
 Row: TypeAlias = dict[str, Any]
@@ -68,7 +68,7 @@ class History:
             self._scalars = ScalarWriter(folder / "tensorboard")
         except OSError as error:
             raise disk_error(error, folder) from error
-        self._drawn: set[str] = set()
+        self._plotted: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Record an event. Must not be called by two threads at once.
@@ -83,7 +83,7 @@ class History:
         with self._disk_may_fail():
             self._table.record(event)
         with self._disk_may_fail():
-            self._draw(event)
+            self._plot(event)
             if event.kind == "cross_site":
                 write_matrix(self._folder, event.data["matrix"])
         self._failed = self._failures > failures
@@ -106,13 +106,13 @@ class History:
             self._failed = True
             self._failures += 1
 
-    def _draw(self, event: Event) -> None:
+    def _plot(self, event: Event) -> None:
         if event.kind not in ("update", "report", "round_finished", "scored"):
             return
-        if event.site and event.site not in self._drawn:
-            if len(self._drawn) == _SITES_DRAWN:
+        if event.site and event.site not in self._plotted:
+            if len(self._plotted) == _SITES_PLOTTED:
                 return
-            self._drawn.add(event.site)
+            self._plotted.add(event.site)
         for name, value in event.data.get("metrics", {}).items():
             self._scalars.add(f"{name}/{event.site or GLOBAL}", value, event.round, event.time)
         if event.kind == "round_finished":

@@ -136,13 +136,13 @@ def test_names_of_factors() -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"content": "weights"}, "where factors are wanted"),
-        ({"encoding": "xgboost-trees"}, "where factors are wanted"),
+        ({"content": "weights"}, "needs the factors of LoRA modules"),
+        ({"encoding": "xgboost-trees"}, "needs the factors of LoRA modules"),
         ({"extras": {"exp_avg/x": np.zeros(2)}}, "no tensors beside the factors"),
         ({"arrays": {A: np.zeros((2, IN)), HEAD: np.zeros(3)}}, "lacks a factor"),
-        ({"arrays": {A: np.zeros((2, IN)), B: np.zeros((OUT, 3))}}, "are no factors of one module"),
-        ({"arrays": {A: np.zeros((0, IN)), B: np.zeros((OUT, 0))}}, "are no factors of one module"),
-        ({"arrays": {A: np.zeros((50, IN)), B: np.zeros((OUT, 50))}}, "are no factors of one module"),
+        ({"arrays": {A: np.zeros((2, IN)), B: np.zeros((OUT, 3))}}, "cannot be the factors of one LoRA module"),
+        ({"arrays": {A: np.zeros((0, IN)), B: np.zeros((OUT, 0))}}, "cannot be the factors of one LoRA module"),
+        ({"arrays": {A: np.zeros((50, IN)), B: np.zeros((OUT, 50))}}, "cannot be the factors of one LoRA module"),
     ],
 )
 def test_updates_that_no_aggregator_should_see(changed: dict[str, Any], reason: str) -> None:

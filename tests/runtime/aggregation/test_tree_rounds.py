@@ -154,7 +154,7 @@ def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: P
         assert TreeModel.from_arrays(tasks[0].arrays).weight_drop == [1.0, 1.0]
         submit(sites[0], tasks[0], weighted(grown(stump(4, 8)), [0.5, 0.25, 0.75]), 3)
         own = [0.75] if told == "those of its trees" else [1.0, 1.0, 0.75]
-        with pytest.raises(UpdateRefusedError, match="do not have a weight each"):
+        with pytest.raises(UpdateRefusedError, match="each of its trees a finite weight"):
             submit(sites[1], tasks[1], weighted(grown(stump(4, 8)), [float("nan")]))
         submit(sites[1], tasks[1], weighted(grown(stump(4, 8)), own), 1)
         final = TreeModel.from_arrays(sites[0].client.next_task().arrays)

@@ -67,7 +67,7 @@ def test_who_aborts_is_said_to_everybody(study: Study) -> None:
     waiting.join(30)
     error = job.result().error
     assert isinstance(error, AbortedError)
-    assert "lead lena of north-hospital has aborted it" in error.what
+    assert "lead lena of north-hospital has aborted the job" in error.what
     with pytest.raises(AbortedError, match="lena"):
         sites[0].client.next_task()
 

@@ -11,7 +11,7 @@ from federation_bench import Bench, ended, serving
 from numpy_rounds import EXAMPLES, assert_same, reference, rounds_of, weights
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.server.courses.sampling import drawn
+from fl_runtime.server.courses.sampling import sample_sites
 from fl_runtime.types import Array, Report, RunSettings, Task, Terms
 from fl_runtime.wire.manifest import Manifest
 
@@ -42,7 +42,7 @@ def test_every_round_draws_anew_and_the_seed_decides() -> None:
     names = tuple(f"site-{i}" for i in range(1, SITES + 1))
 
     def of(seed: int | None, number: int, present: tuple[str, ...] = names) -> list[str]:
-        return drawn(RunSettings("job", names, 1, seed=seed, fraction=0.4), number, present)
+        return sample_sites(RunSettings("job", names, 1, seed=seed, fraction=0.4), number, present)
 
     assert of(1, 5) == of(1, 5)
     assert of(None, 5) == of(0, 5)

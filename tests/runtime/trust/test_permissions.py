@@ -73,7 +73,7 @@ def test_a_lead_aborts_its_own_jobs_an_organisations_admin_those_of_its_organisa
     assert [Identity.from_uri(entry["who"]).name for entry in study.refusals()] == ["lena", "olga"]
     study.admin("lars").ask("AbortJob", job="job")
     assert study.server.wait_for_job("job", 10)
-    assert "lead lars of south-hospital has aborted it" in study.server.outcome("job")["error"]["what"]
+    assert "lead lars of south-hospital has aborted the job" in study.server.outcome("job")["error"]["what"]
 
     study.job("second", by="lena")
     assert study.admin("olga").ask("AbortJob", job="second") == {"job": "second", "ended": True}
@@ -96,7 +96,7 @@ def test_one_job_at_a_time_and_each_name_once(study: Study) -> None:
         study.job("other")
     study.admin("lena").ask("AbortJob", job="job")
     assert study.server.wait_for_job("job", 10)
-    with pytest.raises(ConfigError, match="there was a job job already"):
+    with pytest.raises(ConfigError, match="a job job exists already"):
         study.job()
 
 

@@ -252,7 +252,7 @@ def test_numbers_and_texts_beyond_reason_are_refused(siege: Siege) -> None:
         "num_examples is 0": {"num_examples": 0},
         "num_examples is 18446744073709551615": {"num_examples": 2**64 - 1},
         "local_steps is": {"local_steps": 2**64 - 1},
-        "content 'pickle'": {"content": "pickle"},
+        "the content of an update is 'pickle'": {"content": "pickle"},
         "the stage of an update is": {"stage": "s" * 10**6},
         "the encoding of an update is": {"encoding": "e" * 10**6},
         "metrics are not": {"metrics_json": "[" * 10**6},
@@ -262,7 +262,7 @@ def test_numbers_and_texts_beyond_reason_are_refused(siege: Siege) -> None:
     for says, fields in cases.items():
         assert says in siege.submit(siege.header(**fields)).what
     scores = {
-        "a score of model 7": pb.ScoreRequest(version=7, num_examples=1),
+        "sent a score of model 7": pb.ScoreRequest(version=7, num_examples=1),
         "num_examples is": pb.ScoreRequest(version=0, num_examples=2**63),
     }
     for says, request in scores.items():
