@@ -70,14 +70,16 @@ class PatientCalls:
 
         return self.repeat(call, patience_s=patience_s)
 
-    def repeat(self, attempt: Callable[[], R], *, held: Callable[[], int] = int, patience_s: float | None = None) -> R:
+    def repeat(
+        self, attempt: Callable[[], R], *, progress: Callable[[], int] = int, patience_s: float | None = None
+    ) -> R:
         """Repeat an attempt over broken connections, with pauses that grow and vary, while patience lasts.
 
         An attempt that was silent for all of that time is made once more: its connection may have been the cause.
 
         Args:
             attempt: Makes a call. It raises ConnectionLostError or StoreError if it may be repeated.
-            held: Bytes of the transfer that have arrived so far. Damage is forgiven while this number grows.
+            progress: Returns how many bytes of the transfer have arrived so far. Damage is forgiven while it grows.
             patience_s: How long the server may be out of reach, in seconds; None for the site's own patience.
 
         Returns:
@@ -85,21 +87,21 @@ class PatientCalls:
         """
         patience_s = self._patience_s if patience_s is None else patience_s
         given_up_at: float | None = None
-        pause_s, heard, damaged, arrived, spared = FIRST_PAUSE_S, self._heard, 0, 0, False
+        pause_s, heard, damages, arrived, retry_granted = FIRST_PAUSE_S, self._heard, 0, 0, False
         while True:
             began = time.monotonic()
             try:
                 return attempt()
             except (ConnectionLostError, StoreError) as error:  # a server whose disk is full may be back soon
                 if isinstance(error, TransferDamagedError):
-                    arrived, before = held(), arrived
-                    damaged = 1 if arrived > before else damaged + 1
-                if self._closed or damaged == _DAMAGED_TRIES:
+                    arrived, previous = progress(), arrived
+                    damages = 1 if arrived > previous else damages + 1
+                if self._closed or damages == _DAMAGED_TRIES:
                     raise
                 now = time.monotonic()
-                silent = now - began >= patience_s and not spared
+                silent = now - began >= patience_s and not retry_granted
                 if given_up_at is None or self._heard != heard or silent:
-                    spared = silent
+                    retry_granted = silent
                     given_up_at, pause_s, heard = now + patience_s, FIRST_PAUSE_S, self._heard
                 if now > given_up_at:
                     what = f"{error.what}; gave up after {patience_s:g} s"
@@ -110,7 +112,7 @@ class PatientCalls:
     def progressed(self) -> None:
         """Note that a part of the request has gone out, so that the call under way does not count as silent."""
         if self._under_way is not None:
-            self._under_way.moved()
+            self._under_way.progressed()
 
     def abandon(self) -> None:
         """End the call under way; the next one is made on another connection."""
@@ -125,7 +127,7 @@ class PatientCalls:
 
 
 def parsed(kind: type[M], message: bytes) -> M:
-    """A message of the server. ProtocolError if it is not one of this kind."""
+    """A message of the server. Raises ProtocolError if it is not one of this kind."""
     try:
         return kind.FromString(message)
     except DecodeError:

@@ -35,7 +35,7 @@ class Presence:
                         pause_s = FIRST_PAUSE_S
             except ConnectionLostError:
                 log.debug("presence lost; opening it again")
-            except FederationError as error:  # fenced off, or the run has failed: the next call will say so
+            except FederationError as error:  # another process took over, or the run failed: the next call reports it
                 log.debug("presence ended: %s", error)
                 return
             if self._closed.wait(pause_s):

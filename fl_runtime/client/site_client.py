@@ -173,7 +173,7 @@ class SiteClient:
             best: After the last round, ask for the best model in place of the final one.
             evaluate: After the last round, ask for another site's model to be scored. The task's kind is "evaluate", or
                 "evaluated" when none is left.
-            done: Stage of the last "share" or "aggregate" task that this site is through with. It is not given again.
+            done: Stage of the last "share" or "aggregate" task that this site has completed. It is not given again.
 
         Returns:
             The task. Its arrays are views of a buffer of this client, and valid until the next task is asked for.
@@ -249,7 +249,7 @@ class SiteClient:
             request = pb.LeaveRequest(session=self._session, reason=reason, early=early)
             self._calls.ask("Leave", request, pb.Done, patience_s)
         except FederationError as error:
-            log.info("the server did not answer to the goodbye: %s", error)
+            log.info("the server did not answer the goodbye: %s", error)
 
     def close(self) -> None:
         """Close the connection. May be called more than once, and while another thread is in a call."""

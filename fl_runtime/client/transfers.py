@@ -68,7 +68,7 @@ class Downloads:
 
     def task(self, request: pb.NextRequest) -> Task:
         """Wait for a task and receive its arrays, on however many connections that takes."""
-        return self._calls.repeat(lambda: self._attempt(request), held=self._arrived)
+        return self._calls.repeat(lambda: self._attempt(request), progress=self._arrived)
 
     def _arrived(self) -> int:
         return self._incoming.receiver.arrived if self._incoming is not None else 0
@@ -84,10 +84,10 @@ class Downloads:
         header: pb.TaskHeader | None = None
         incoming: _Incoming | None = None  # of this call alone; `_expect` decides whether an earlier one is continued
         request.shared = self.large and self.shared is not None
-        read = threading.Event()
+        payload_read = threading.Event()
         first = request.SerializeToString()
         try:
-            for message in self._calls.replies("Next", _until(first, read) if request.shared else first):
+            for message in self._calls.replies("Next", _until(first, payload_read) if request.shared else first):
                 if frames.is_frame(message):
                     if incoming is None:
                         raise TransferDamagedError("a frame arrived before its header", fix="look at the network")
@@ -99,13 +99,13 @@ class Downloads:
                     header = part.task
                     self._incoming = incoming = self._expect(header)
                     self.nbytes += self._read_shared(header.payload, incoming.receiver)
-                    read.set()
+                    payload_read.set()
                 self.nbytes += len(message)
         except TransferDamagedError:
             self._calls.abandon()
             raise
         finally:
-            read.set()  # in any case, so that the sending thread does not wait for ever
+            payload_read.set()  # in any case, so that the sending thread does not wait for ever
         if header is None:
             raise ConnectionLostError("the server ended the call without a task")
         return self._finish(header)
@@ -197,7 +197,7 @@ class Uploads:
         small = manifest.nbytes <= frames.INLINE_BYTES
         message = frames.inlined(part, pieces) if small else part.SerializeToString()
         status = self._calls.repeat(
-            lambda: self._attempt(message, [] if small else pieces), held=lambda: self._at_server
+            lambda: self._attempt(message, [] if small else pieces), progress=lambda: self._at_server
         )
         self._layouts.at_server.add(manifest.layout)
         return status
@@ -249,7 +249,7 @@ class Uploads:
 
 
 class _Offset:
-    """Where an upload begins, which is known once the server has answered the header. None: do not send."""
+    """Where an upload begins, known once the server has answered the header; None if nothing is to be sent."""
 
     def __init__(self) -> None:
         self._known = threading.Event()
@@ -268,7 +268,7 @@ class _Offset:
 def metrics_json(metrics: Mapping[str, float | Summary]) -> str:
     """Metrics as JSON text. Scalars of NumPy and other libraries become plain numbers.
 
-    ConfigError for a metric that is not a number.
+    Raises ConfigError for a metric that is not a number.
     """
     numbers: dict[str, Any] = {}
     for name, value in metrics.items():
@@ -281,7 +281,7 @@ def metrics_json(metrics: Mapping[str, float | Summary]) -> str:
 
 def _shared_payload(shared: SharedFolder | None, name: str, nbytes: int) -> Array:
     if shared is None:
-        raise ProtocolError("the server names a file, but this site shares none with it")
+        raise ProtocolError("the server names a shared file, but this site shares no folder with it")
     return shared.payload(name, nbytes)
 
 

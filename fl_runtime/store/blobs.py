@@ -191,7 +191,7 @@ def _preallocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
         return
     os.lseek(descriptor, 0, os.SEEK_END)  # macOS and Windows lack posix_fallocate: write zeros
-    left = size - os.lseek(descriptor, 0, os.SEEK_CUR)
+    missing = size - os.lseek(descriptor, 0, os.SEEK_CUR)
     zeros = bytes(2**20)
-    while left > 0:
-        left -= os.write(descriptor, zeros[: min(left, len(zeros))])
+    while missing > 0:
+        missing -= os.write(descriptor, zeros[: min(missing, len(zeros))])

@@ -1,4 +1,4 @@
-"""An SQLite file whose errors are ours."""
+"""An SQLite database file that reports every error as a StoreError."""
 
 from __future__ import annotations
 

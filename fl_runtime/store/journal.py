@@ -83,10 +83,10 @@ class Journal:
                     self._db.run(statement)
                 self._db.put("schema_version", str(SCHEMA_VERSION))
             self._db.run(_KEPT)
-        found = int(self._db.get("schema_version") or 0)
-        if found != SCHEMA_VERSION:
+        version = int(self._db.get("schema_version") or 0)
+        if version != SCHEMA_VERSION:
             raise StoreError(
-                f"the journal has schema version {found}; this version of fl-adapters reads {SCHEMA_VERSION}",
+                f"the journal has schema version {version}; this version of fl-adapters reads {SCHEMA_VERSION}",
                 where=str(path),
                 fix="continue the run with the version that started it, or upgrade fl-adapters",
             )
@@ -100,12 +100,12 @@ class Journal:
         Raises:
             ConfigError: If the journal belongs to another job, or to this job with other settings.
         """
-        mine = json.dumps(asdict(settings), sort_keys=True)
+        text = json.dumps(asdict(settings), sort_keys=True)
         recorded = self._db.get("job")
         if recorded is None:
             with self._db.transaction():
-                self._db.put("job", mine)
-        elif {**_DEFAULTS, **json.loads(recorded)} != json.loads(mine):
+                self._db.put("job", text)
+        elif {**_DEFAULTS, **json.loads(recorded)} != json.loads(text):
             name = json.loads(recorded)["name"]
             raise ConfigError(
                 f"this folder holds another run ({name!r}, or the same one with other settings)",
@@ -122,12 +122,12 @@ class Journal:
 
     def left(self, site: str, left: bool) -> None:
         """Record whether a site has left: a restarted server does not wait for sites that have."""
-        before = self.recorded.who_left()
-        if left == (site in before):
+        names = self.recorded.who_left()
+        if left == (site in names):
             return
-        now = [*before, site] if left else [other for other in before if other != site]
+        names = [*names, site] if left else [name for name in names if name != site]
         with self._db.transaction():
-            self._db.put("left", json.dumps(now))
+            self._db.put("left", json.dumps(names))
 
     def registered(self, site: str, registration: Mapping[str, Any]) -> None:
         """Record a site's part of the handshake, as JSON values."""

@@ -119,9 +119,9 @@ def read_tensors(path: Path) -> Arrays:
             if size < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise ValueError("no safetensors header")
             fields = json.loads(file.read(length))
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)[8 + length :]
+            payload = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)[8 + length :]
         fields.pop("__metadata__", None)
-        return {name: _tensor(name, entry, mapped) for name, entry in fields.items()}
+        return {name: _tensor(name, entry, payload) for name, entry in fields.items()}
     except OSError as error:
         raise ConfigError(f"the tensor file cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -67,8 +67,11 @@ _NARROWEST_BYTES, _WIDEST_BYTES = 5 * 2**14, 7 * 2**20
 class _ReceiveMemory:
     """The server's memory for data in transit from all sites.
 
-    total_bytes: for all sites together. site_bytes: what a site's connection, threads and TLS decryption take of it.
     A window of 7 MiB fills a line of 1 Gbit/s with a round-trip time of 58 ms.
+
+    Attributes:
+        total_bytes: Memory for all sites together.
+        site_bytes: Part of it that a site's connection, threads and TLS decryption take.
     """
 
     total_bytes: int
@@ -115,13 +118,13 @@ class GrpcTransport:
         try:
             if isinstance(requests, bytes):
                 message = integrity.with_check(requests) if self._plain else requests
-                started = channel.single[method](message, metadata=self._metadata(method))
+                grpc_call = channel.single[method](message, metadata=self._metadata(method))
             else:
                 messages = map(integrity.with_check, requests) if self._plain else iter(requests)
-                started = channel.streamed[method](messages, metadata=self._metadata(method))
+                grpc_call = channel.streamed[method](messages, metadata=self._metadata(method))
         except ValueError as error:  # closed by another thread
             raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
-        return _GrpcCall(started, self._address, channel.lost, self._plain)
+        return _GrpcCall(grpc_call, self._address, channel.lost, self._plain)
 
     def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
         if not self._plain:
@@ -151,9 +154,9 @@ class _Channel:
         if credentials is None:
             channel = grpc.insecure_channel(address, options=_CLIENT)
         else:
-            ours = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
+            tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
             options = [*_CLIENT, ("grpc.ssl_target_name_override", SERVER_NAME)]
-            channel = grpc.secure_channel(address, ours, options=options)
+            channel = grpc.secure_channel(address, tls, options=options)
         single = {m: channel.unary_stream(_path(m), None, None) for m in _ALL_METHODS}
         streamed = {m: channel.stream_stream(_path(m), None, None) for m in _ALL_METHODS}
         return cls(channel, single, streamed, threading.Event(), credentials)
@@ -163,7 +166,7 @@ class _Channel:
 class _GrpcCall:
     """The replies of a gRPC call. It maps gRPC's errors to ours."""
 
-    started: Any
+    grpc_call: Any
     address: str
     lost: threading.Event
     plain: bool
@@ -173,7 +176,7 @@ class _GrpcCall:
 
     def __next__(self) -> bytes:
         try:
-            message: bytes = next(self.started)
+            message: bytes = next(self.grpc_call)
             return integrity.checked(message) if self.plain else message
         except StopIteration:
             raise
@@ -181,15 +184,15 @@ class _GrpcCall:
             self.cancel(broken=True)
             raise
         except grpc.RpcError as error:
-            ours = _our_error(error, self.address, self.plain)
-            if error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(ours, TransferDamagedError):
+            failure = _federation_error(error, self.address, self.plain)
+            if error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(failure, TransferDamagedError):
                 self.lost.set()
-            raise ours from None
+            raise failure from None
 
     def cancel(self, *, broken: bool = False) -> None:
         if broken:
             self.lost.set()
-        self.started.cancel()
+        self.grpc_call.cancel()
 
 
 class GrpcServer:
@@ -245,12 +248,12 @@ class GrpcServer:
         """
         _check_port(host, port)
         if self._credentials is None:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound_port = self._server.add_insecure_port(f"{host}:{port}")
         else:
-            bound = self._server.add_secure_port(f"{host}:{port}", server_credentials(self._credentials))
+            bound_port = self._server.add_secure_port(f"{host}:{port}", server_credentials(self._credentials))
         self._server.start()
-        self._handlers.old_tls_refused = self._credentials is not None and refuses_old_tls(host, bound)
-        return f"{host}:{bound}"
+        self._handlers.old_tls_refused = self._credentials is not None and refuses_old_tls(host, bound_port)
+        return f"{host}:{bound_port}"
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running calls finish for `grace_s` seconds, then end them."""
@@ -269,9 +272,9 @@ def tokens_to_names(tokens: Mapping[str, str]) -> Callable[[Mapping[str, str]], 
     """
 
     def authenticate(metadata: Mapping[str, str]) -> str:
-        offered = metadata.get("authorization", "").removeprefix("Bearer ")
+        secret = metadata.get("authorization", "").removeprefix("Bearer ")
         for name, token in tokens.items():
-            if hmac.compare_digest(offered.encode(), token.encode()):
+            if hmac.compare_digest(secret.encode(), token.encode()):
                 return name
         raise PermissionDeniedError("this process is not a site of this run", fix="use the startup kit of this run")
 
@@ -376,7 +379,7 @@ def _shortened(text: str, max_bytes: int) -> str:
     return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + " ..."
 
 
-def _our_error(error: Any, address: str, plain: bool) -> FederationError:
+def _federation_error(error: Any, address: str, plain: bool) -> FederationError:
     for key, value in error.trailing_metadata() or ():
         if key == _ERROR_KEY:
             return integrity.checked_error(value) if plain else FederationError.from_wire(json.loads(value))

@@ -15,7 +15,7 @@ import numpy as np
 from fl_runtime.errors import ConnectionLostError, ProtocolError
 from fl_runtime.types import Array
 
-_MOST = 8
+_MAX_MAPPINGS = 8
 
 
 class SharedFolder:
@@ -54,17 +54,17 @@ class SharedFolder:
                 status = os.fstat(file.fileno())
                 if status.st_size < max(nbytes, 1):
                     raise ProtocolError(
-                        f"the shared file {name} has {status.st_size} bytes, expected at least {nbytes}"
+                        f"the shared file {name} has {status.st_size} bytes; at least {nbytes} were expected"
                     )
                 key = (status.st_dev, status.st_ino)
-                whole = self._mapped.pop(key, None)
-                if whole is None:
-                    whole = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+                mapping = self._mapped.pop(key, None)
+                if mapping is None:
+                    mapping = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
         except OSError as error:
             raise ConnectionLostError(
                 f"a shared file cannot be opened: {error.strerror}", where=str(self._folder / name)
             ) from None
-        self._mapped[key] = whole
-        while len(self._mapped) > _MOST:
+        self._mapped[key] = mapping
+        while len(self._mapped) > _MAX_MAPPINGS:
             del self._mapped[next(iter(self._mapped))]
-        return whole[len(whole) - nbytes :]
+        return mapping[len(mapping) - nbytes :]

@@ -43,7 +43,7 @@ class FileCredentials:
 
     def __call__(self) -> Credentials:
         try:
-            stamp = tuple((found.st_mtime_ns, found.st_ino) for found in map(os.stat, self._files))
+            stamp = tuple((status.st_mtime_ns, status.st_ino) for status in map(os.stat, self._files))
             if self._current is None or stamp != self._stamp:
                 self._current = Credentials(*(path.read_bytes() for path in self._files))
                 self._stamp = stamp

@@ -46,7 +46,7 @@ class Stream:
         self._changed = threading.Condition()
         self._arrived: deque[bytes] = deque()
         self._room = WINDOW_BYTES
-        self._mine_closed = self._theirs_closed = False
+        self._closed_here = self._closed_there = False
 
     def send(self, data: bytes) -> None:
         """Send data; blocks while the other end has a full window to receive.
@@ -61,9 +61,9 @@ class Stream:
         for start in range(0, len(view), MESSAGE_BYTES):
             piece = bytes(view[start : start + MESSAGE_BYTES])
             with self._changed:
-                while self._room < len(piece) and not (self._theirs_closed or self._mine_closed):
+                while self._room < len(piece) and not (self._closed_there or self._closed_here):
                     self._changed.wait()
-                if self._theirs_closed or self._mine_closed:
+                if self._closed_there or self._closed_here:
                     raise ConnectionLostError(f"the stream {self.name} to {self.peer} is closed")
                 self._room -= len(piece)
             self._send(pb.TunnelPart(peer=self.peer, stream=self.number, data=piece))
@@ -75,9 +75,9 @@ class Stream:
             The message, or b"" if either end has closed the stream or the call to the server has ended.
         """
         with self._changed:
-            while not self._arrived and not self._theirs_closed and not self._mine_closed:
+            while not self._arrived and not self._closed_there and not self._closed_here:
                 self._changed.wait()
-            if not self._arrived or self._mine_closed:
+            if not self._arrived or self._closed_here:
                 return b""
             data = self._arrived.popleft()
         self._send(pb.TunnelPart(peer=self.peer, stream=self.number, credit=len(data)))
@@ -86,9 +86,9 @@ class Stream:
     def close(self) -> None:
         """Close both directions; may be called repeatedly and from any thread."""
         with self._changed:
-            if self._mine_closed:
+            if self._closed_here:
                 return
-            self._mine_closed = True
+            self._closed_here = True
             self._changed.notify_all()
         self._send(pb.TunnelPart(peer=self.peer, stream=self.number, closed=True))
 
@@ -98,7 +98,7 @@ class Stream:
             if part.data:
                 self._arrived.append(part.data)
             self._room += part.credit
-            self._theirs_closed = self._theirs_closed or part.closed
+            self._closed_there = self._closed_there or part.closed
             self._changed.notify_all()
 
 

@@ -53,7 +53,7 @@ class WatchedCall:
         finally:
             self._waiting_since = None
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """Restart the wait, because a part of the request has been sent."""
         if self._waiting_since is not None:
             self._waiting_since = time.monotonic()
@@ -67,11 +67,11 @@ class WatchedCall:
         since = self._waiting_since
         if since is None:
             return self._silence_s
-        left = since + self._silence_s - time.monotonic()
-        if left <= 0:
+        left_s = since + self._silence_s - time.monotonic()
+        if left_s <= 0:
             self._silent = True
             self._call.cancel(broken=True)
-        return left
+        return left_s
 
 
 class Watchdog:
@@ -120,6 +120,6 @@ class Watchdog:
     def _watch(self) -> None:
         with self._changed:
             while not self._closed:
-                left = {call: call.left_s() for call in self._calls}
-                self._calls = {call for call, seconds in left.items() if seconds > 0}
-                self._changed.wait(min((left[call] for call in self._calls), default=None))
+                left_s = {call: call.left_s() for call in self._calls}
+                self._calls = {call for call, seconds in left_s.items() if seconds > 0}
+                self._changed.wait(min((left_s[call] for call in self._calls), default=None))

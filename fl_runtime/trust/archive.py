@@ -113,12 +113,12 @@ def _files(data: bytes, password: str) -> list[tuple[str, bytes, bool]]:
 
 
 def _checked_name(entry: Any) -> str:
-    """Return the file name of an entry. ValueError if it is unusable, or the entry is not AES-encrypted and whole."""
+    """Return the file name of an entry. Raises ValueError for unusable names and damaged entries."""
     name = str(entry.orig_filename).rpartition("/")[2]  # as stored, before zipfile cuts and normalises it
     usable = name not in ("", ".", "..") and "\\" not in name and "\0" not in name
     encrypted = entry.wz_aes_version is not None and entry.flag_bits & _ENCRYPTED
     # pyzipper compares the authentication code only at the end of the contents, so their size must be right
-    whole = entry.compress_type != pyzipper.ZIP_STORED or entry.compress_size - entry.file_size == _OVERHEAD_BYTES
-    if not (usable and encrypted and whole):
+    complete = entry.compress_type != pyzipper.ZIP_STORED or entry.compress_size - entry.file_size == _OVERHEAD_BYTES
+    if not (usable and encrypted and complete):
         raise ValueError
     return name

@@ -37,7 +37,7 @@ from fl_runtime.trust.identity import Identity
 
 LOG_FILE, HEAD_FILE = "audit.jsonl", "audit.head"
 _FIRST = "0" * 64
-_LONGEST = 2_000
+_MAX_CHARS = 2_000
 _HEAD_BYTES = 4096
 
 
@@ -96,7 +96,7 @@ class AuditLog:
             "who": who.uri if who else "",
             "action": action,
             "outcome": "refused" if rule or error else "done",
-            **({"rule": rule[:_LONGEST], "error": error[:_LONGEST]} if rule or error else {}),
+            **({"rule": rule[:_MAX_CHARS], "error": error[:_MAX_CHARS]} if rule or error else {}),
             **{name: _plain(value) for name, value in facts.items()},
         }
         with self._lock, self._exclusive() as file:
@@ -200,7 +200,7 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LOG_FILE).read_text("utf-8").splitlines()]
 
 
-def _checked(line: bytes, number: int, before: str) -> tuple[str, Mapping[str, Any]]:
+def _checked(line: bytes, number: int, previous: str) -> tuple[str, Mapping[str, Any]]:
     try:
         entry = json.loads(line)
         digest = entry.pop("digest")
@@ -209,7 +209,7 @@ def _checked(line: bytes, number: int, before: str) -> tuple[str, Mapping[str, A
     line_fields = {**entry, "digest": digest}
     if digest != _digest(entry):
         return "was edited", line_fields
-    if entry.get("number") != number or entry.get("before") != before:
+    if entry.get("number") != number or entry.get("before") != previous:
         return "does not follow the line before it: one was removed, added or moved", line_fields
     return "", line_fields
 
@@ -218,11 +218,11 @@ def _head_problems(path: Path, digests: Mapping[int, str], count: int, kit: Path
     try:
         head = json.loads(path.read_text("utf-8"))
         number, digest, certificate = int(head["number"]), str(head["digest"]), str(head["certificate"]).encode()
-        good = signed_by(certificate, f"{number} {digest}".encode(), base64.b64decode(head["signature"]))
+        valid = signed_by(certificate, f"{number} {digest}".encode(), base64.b64decode(head["signature"]))
     except (OSError, ValueError, KeyError, TypeError, FederationError):
         yield f"{HEAD_FILE}, which signs the last line, is missing or cannot be read"
         return
-    if not good:
+    if not valid:
         yield f"the signature in {HEAD_FILE} is not valid"
     if number > count:
         yield f"{number - count} lines are missing at the end: line {number} was signed"
@@ -237,9 +237,9 @@ def _head_problems(path: Path, digests: Mapping[int, str], count: int, kit: Path
 def _signer_problems(certificate: bytes, kit: Path) -> Iterator[str]:
     try:
         check_issued_by(certificate, (kit / "ca.pem").read_bytes())
-        mine = read_certificate((kit / "certificate.pem").read_bytes()).identity
-        if read_certificate(certificate).identity != mine:
-            yield f"{HEAD_FILE} was not signed by {mine}"
+        owner = read_certificate((kit / "certificate.pem").read_bytes()).identity
+        if read_certificate(certificate).identity != owner:
+            yield f"{HEAD_FILE} was not signed by {owner}"
     except (OSError, FederationError) as error:
         yield f"the signer of {HEAD_FILE} cannot be checked: {error}"
 
@@ -306,4 +306,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value[:100]]
     if isinstance(value, (int, float, bool, type(None))):
         return value if value == value and value not in (float("inf"), float("-inf")) else str(value)
-    return str(value)[:_LONGEST]
+    return str(value)[:_MAX_CHARS]

@@ -38,7 +38,7 @@ from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.project import Project, read_project, split_address
 from fl_runtime.version import SERVER_NAME
 
-_CLOCKS_DIFFER = timedelta(minutes=5)
+_CLOCK_SKEW = timedelta(minutes=5)
 _CRL_LIFETIME = timedelta(days=3650)
 
 
@@ -89,7 +89,7 @@ class Authority:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _CLOCKS_DIFFER)
+            .not_valid_before(now - _CLOCK_SKEW)
             .not_valid_after(now + timedelta(days=project.authority_days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(authority=True), critical=True)
@@ -123,15 +123,15 @@ class Authority:
             ConfigError: If it would be valid for longer than the authority's own certificate.
         """
         now = datetime.now(UTC)
-        lasts = timedelta(days=self.project.days if days is None else days)
+        lifetime = timedelta(days=self.project.days if days is None else days)
         authority = load(self.pem)
-        if now + lasts > authority.not_valid_after_utc:
+        if now + lifetime > authority.not_valid_after_utc:
             raise ConfigError(
                 f"the certificate of {identity.name} would outlive the authority, which ends on "
                 f"{authority.not_valid_after_utc:%Y-%m-%d}",
                 fix="issue it for fewer days, or provision a new federation",
             )
-        uses = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
+        usage = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
         if identity.kind == "server":
             names += [x509.DNSName(SERVER_NAME), _host_name(split_address(self.project.server.address)[0])]
@@ -142,11 +142,11 @@ class Authority:
             .issuer_name(authority.subject)
             .public_key(key)
             .serial_number(serial)
-            .not_valid_before(now - _CLOCKS_DIFFER)
-            .not_valid_after(now + lasts)
+            .not_valid_before(now - _CLOCK_SKEW)
+            .not_valid_after(now + lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(authority=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([uses]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
@@ -214,11 +214,11 @@ class Authority:
             ConfigError: If there is no certificate to revoke.
         """
         revoked = self.revoked()
-        mine = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
-        if not mine:
+        certificates = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
+        if not certificates:
             raise ConfigError(f"there is no certificate of {name} to revoke", fix="see `fl-adapters cert list`")
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        return mine, self._sign_list({**revoked, **{item.serial: when for item in mine}})
+        return certificates, self._sign_list({**revoked, **{item.serial: when for item in certificates}})
 
     def sign(self, data: bytes) -> bytes:
         """Sign data with the authority's key; ca.pem is enough to verify the signature."""

@@ -187,10 +187,10 @@ def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:
         raise ConfigError(
             "this is the kit of a simulation", where=str(folder), fix="pass a kit made by `fl-adapters provision`"
         )
-    listed, ca = read_file(manifest, "manifest"), read_file(folder / CA, "authority's certificate")
-    if not signed_by(ca, listed, read_file(signature, "manifest's signature")):
+    signed_list, ca = read_file(manifest, "manifest"), read_file(folder / CA, "authority's certificate")
+    if not signed_by(ca, signed_list, read_file(signature, "manifest's signature")):
         raise ConfigError("the manifest's signature is not valid", where=str(manifest), fix=_NEW_KIT)
-    for name, digest in json.loads(listed)["files"].items():
+    for name, digest in json.loads(signed_list)["files"].items():
         if hashlib.sha256(read_file(folder / name, "file of the kit")).hexdigest() != digest:
             raise ConfigError(f"{name} was changed after the kit was made", where=str(folder / name), fix=_NEW_KIT)
     fields = json.loads(data)

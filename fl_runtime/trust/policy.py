@@ -190,9 +190,9 @@ class Policy(_Part):
         for field, allowed in (("role", rules.roles), ("organisation", owners), ("name", rules.names)):
             value = getattr(submitter, field) if submitter else "unknown"
             if allowed is not None and value not in allowed:
-                by = submitter or "an unknown person"
+                person = submitter or "an unknown person"
                 rule = f"submitters: {field} {value} is not one of {_listed(allowed)}"
-                raise _denied(site, f"take part in {job}, submitted by {by}", rule)
+                raise _denied(site, f"take part in {job}, submitted by {person}", rule)
 
     def check_adapter(self, framework: str, site: Identity) -> None:
         """Check that this adapter may be used at the site.
@@ -228,12 +228,12 @@ class Policy(_Part):
             raise _denied(site, f"send {listed}", f"exchange: {_listed(self.exchange)}")
 
     def check_initial(self, site: Identity) -> None:
-        """Check that the site's weights may become the initial model; PermissionDeniedError if they may not."""
+        """Check that the site's weights may become the initial model. Raises PermissionDeniedError if they may not."""
         if not self.initial:
             raise _denied(site, "send its weights as the initial model", "initial: false")
 
     def check_bytes(self, size_bytes: int, site: Identity) -> None:
-        """Check the size of an update against `max_round_bytes`; PermissionDeniedError if it is too large."""
+        """Check the size of an update against `max_round_bytes`. Raises PermissionDeniedError if it is too large."""
         if self.max_round_bytes is not None and size_bytes > self.max_round_bytes:
             rule = f"max_round_bytes: {self.max_round_bytes}"
             raise _denied(site, f"send an update of {size_bytes} bytes", rule)

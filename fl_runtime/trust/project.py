@@ -102,10 +102,11 @@ class Project(_Part):
         if self.server.listen:
             split_address(self.server.listen)
         names = [identity.name for identity in self.participants()]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice or "authority" in names:
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates or "authority" in names:
             raise ConfigError(
-                f"the name {(twice or ['authority'])[0]!r} is taken", fix="give every participant a name of its own"
+                f"the name {(duplicates or ['authority'])[0]!r} is taken",
+                fix="give every participant a name of its own",
             )
         for site in self.sites:
             if "@" in site.name or site.name in ("global", "local"):

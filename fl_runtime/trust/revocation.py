@@ -81,11 +81,11 @@ class RevocationList:
         authority = load(self._authority)
         try:
             crl = x509.load_pem_x509_crl(pem)
-            good = crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+            valid = crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
             number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         except (ValueError, TypeError, x509.ExtensionNotFound):
-            good, number = False, -1
-        if not good:
+            valid, number = False, -1
+        if not valid:
             raise ConfigError(
                 "this is not a revocation list signed by this federation's authority",
                 where=where,

@@ -108,18 +108,18 @@ class SecureStream:
         """
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-        theirs = self._inner.receive()
-        if theirs and self._identity:
-            theirs = self._identity.checked(theirs, self.peer, self.name)
-        if len(theirs) != _KEY_BYTES:
+        peer_key = self._inner.receive()
+        if peer_key and self._identity:
+            peer_key = self._identity.checked(peer_key, self.peer, self.name)
+        if len(peer_key) != _KEY_BYTES:
             raise ConnectionLostError(f"{self.peer} closed the stream {self.name} before it began")
-        shared = self._private.exchange(X25519PublicKey.from_public_bytes(theirs))
-        first, second = sorted([(self._me.encode(), self._public), (self.peer.encode(), theirs)])
+        shared = self._private.exchange(X25519PublicKey.from_public_bytes(peer_key))
+        first, second = sorted([(self._me.encode(), self._public), (self.peer.encode(), peer_key)])
         context = b"\0".join([first[0], second[0], self.name.encode()]) + first[1] + second[1]
         keys = _derived(shared, context)
-        mine, other = keys if first[0] == self._me.encode() else keys[::-1]
-        self._sending.begin(mine)
-        self._receiving.begin(other)
+        sending_key, receiving_key = keys if first[0] == self._me.encode() else keys[::-1]
+        self._sending.begin(sending_key)
+        self._receiving.begin(receiving_key)
 
     def send(self, data: bytes) -> None:
         """Encrypt and send one message."""

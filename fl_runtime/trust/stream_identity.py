@@ -73,14 +73,14 @@ class StreamIdentity:
             public, signature = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
             pem = str(fields["certificate"]).encode()
             check_issued_by(pem, self._authority)
-            theirs = read_certificate(pem)
-            them, now = theirs.identity, datetime.now(UTC)
-            good = (them.federation, them.kind, them.name) == (self._me.federation, "site", peer)
-            good = good and theirs.not_before <= now <= theirs.not_after
-            good = good and signed_by(pem, _statement(public, peer, self._me.name, stream), signature)
+            certificate = read_certificate(pem)
+            holder, now = certificate.identity, datetime.now(UTC)
+            valid = (holder.federation, holder.kind, holder.name) == (self._me.federation, "site", peer)
+            valid = valid and certificate.not_before <= now <= certificate.not_after
+            valid = valid and signed_by(pem, _statement(public, peer, self._me.name, stream), signature)
         except (ValueError, KeyError, TypeError, FederationError):
-            good, public = False, b""
-        if not good:
+            valid, public = False, b""
+        if not valid:
             raise ConnectionLostError(
                 f"the key for the stream {stream} is not signed by the site {peer}",
                 fix="the server, or someone on the way to it, may be trying to read the stream: ask who runs it",

@@ -177,7 +177,7 @@ class Receiver:
 
     def __init__(self, manifest: Manifest, digests: bytes, buffer: Array, *, finite: bool = False) -> None:
         if len(digests) != 8 * len(manifest.tensors):
-            raise ProtocolError(f"{len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
+            raise ProtocolError(f"a payload has {len(digests)} bytes of digests for {len(manifest.tensors)} tensors")
         self.manifest, self._digests, self._buffer, self.arrived = manifest, digests, buffer, 0
         self._finite = finite
         self._at, self._seen = 0, 0  # number of tensors (in payload order) and of bytes checked so far
@@ -197,10 +197,12 @@ class Receiver:
         """
         end = self.arrived + len(data)
         if end > self.manifest.nbytes:
-            raise ProtocolError(f"more bytes than the manifest announces ({end} > {self.manifest.nbytes})")
-        taken = np.frombuffer(data, np.uint8)
-        for start in range(0, len(taken), _CHECKED_BYTES):
-            part = taken[start : start + _CHECKED_BYTES]
+            raise ProtocolError(
+                f"a payload has more bytes than its manifest announces ({end} > {self.manifest.nbytes})"
+            )
+        incoming = np.frombuffer(data, np.uint8)
+        for start in range(0, len(incoming), _CHECKED_BYTES):
+            part = incoming[start : start + _CHECKED_BYTES]
             self._buffer[self.arrived : self.arrived + len(part)] = part
             self.arrived += len(part)
             self._check()
@@ -246,9 +248,9 @@ class Receiver:
             self._seen = stop
             if stop < start + spec.nbytes:
                 return
-            right = not self._compares or self._digest.digest() == self._digests[8 * index : 8 * index + 8]
+            intact = not self._compares or self._digest.digest() == self._digests[8 * index : 8 * index + 8]
             self._digest.reset()
-            if not right:
+            if not intact:
                 self.arrived = self._seen = start
                 self.not_finite = [name for name in self.not_finite if name != spec.name]
                 raise TransferDamagedError(f"a tensor was damaged in transfer: {spec.name}")
@@ -257,8 +259,8 @@ class Receiver:
     def _check_finite(self, spec: TensorSpec, seen: int, data: Array) -> None:
         """Check the complete elements in a tensor's first bytes; those within the first `seen` bytes are skipped."""
         dtype = dtype_of(spec.dtype)
-        whole = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
-        if not is_finite(whole[seen // dtype.itemsize :]) and spec.name not in self.not_finite[-1:]:
+        elements = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
+        if not is_finite(elements[seen // dtype.itemsize :]) and spec.name not in self.not_finite[-1:]:
             self.not_finite.append(spec.name)
 
 

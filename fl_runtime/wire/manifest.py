@@ -99,7 +99,7 @@ class Manifest:
                 message names the tensor.
         """
         if len(message.tensors) > MAX_TENSORS:
-            raise ProtocolError(f"a manifest of {len(message.tensors)} tensors; the limit is {MAX_TENSORS}")
+            raise ProtocolError(f"a manifest has {len(message.tensors)} tensors; the limit is {MAX_TENSORS}")
         specs = tuple(_checked(t) for t in message.tensors)
         if len({(s.extra, s.name) for s in specs}) != len(specs):
             raise ProtocolError("a manifest names the same tensor twice")
@@ -180,8 +180,8 @@ class Manifest:
         """
         digests = []
         for t in self.tensors:
-            known = inspected and inspected.digest((extras if t.extra else arrays)[t.name], t.name, extra=t.extra)
-            digests.append(known or xxhash.xxh3_64_digest(self._bytes_of(t, arrays, extras)))
+            digest = inspected and inspected.digest((extras if t.extra else arrays)[t.name], t.name, extra=t.extra)
+            digests.append(digest or xxhash.xxh3_64_digest(self._bytes_of(t, arrays, extras)))
         return b"".join(digests)
 
     def digests_of_payload(self, buffer: Array) -> bytes:
@@ -198,19 +198,19 @@ class Manifest:
         return little.reshape(-1).view(np.uint8).data
 
 
-def differences(ours: Manifest, theirs: Manifest, shape_of: ShapeOf | None = None) -> list[str]:
+def differences(left: Manifest, right: Manifest, shape_of: ShapeOf | None = None) -> list[str]:
     """Compare the weights of two manifests; extras are ignored.
 
     Args:
-        ours: The manifest on the left of each line.
-        theirs: The manifest on the right of each line.
+        left: The manifest on the left of each line.
+        right: The manifest on the right of each line.
         shape_of: Maps (name, shape) to the part of the shape that must agree. None compares whole shapes.
 
     Returns:
         One line per tensor that differs or is missing on one side; empty if the weights agree.
     """
-    a = {t.name: t for t in ours.tensors if not t.extra}
-    b = {t.name: t for t in theirs.tensors if not t.extra}
+    a = {t.name: t for t in left.tensors if not t.extra}
+    b = {t.name: t for t in right.tensors if not t.extra}
     both = [name for name in a if name in b and a[name] != b[name]]
     if shape_of is not None:
         both = [

@@ -270,7 +270,10 @@ def test_numbers_and_texts_beyond_reason_are_refused(siege: Siege) -> None:
         message = request.SerializeToString()
         assert says in refused(lambda message=message: siege.send(message, method="Score")).what
     register = pb.RegisterRequest(session=pb.Session(job="job", attempt=siege.attempt), info={"x": "y" * 10**6})
-    assert "too long" in refused(lambda: siege.send(register.SerializeToString(), method="Register")).what
+    assert (
+        "an entry of more than 4096 characters"
+        in refused(lambda: siege.send(register.SerializeToString(), method="Register")).what
+    )
     undisturbed(siege)
 
 
