@@ -186,7 +186,7 @@ HOSTILE_MANIFESTS: dict[str, tuple[Callable[[], Sequence[pb.Tensor]], str]] = {
     "no name": (lambda: [tensor(name="")], "is empty"),
     "twice": (lambda: [tensor(), tensor()], "same tensor twice"),
     "a million tensors": (lambda: many(1_000_000), "RESOURCE_EXHAUSTED"),
-    "201,000 tensors": (lambda: many(201_000), "a manifest of 201000"),
+    "201,000 tensors": (lambda: many(201_000), "a manifest has 201000"),
     "object dtype": (lambda: [tensor(dtype="object")], "object"),
     "pickle dtype": (lambda: [tensor(dtype="|O")], "O"),
     "structured dtype": (lambda: [tensor(dtype="f4,f4")], "f4,f4"),
