@@ -383,7 +383,7 @@ def test_a_bad_result_is_refused_with_site_and_round(
         ({"app": "absent.module:train"}, "cannot be imported: ModuleNotFoundError"),
         ({"engine": "threads"}, "no engine 'threads'"),
         ({"workers": 0}, "0 workers"),
-        ({"rounds": None}, "no budget of rounds"),
+        ({"rounds": None}, "does not say how many rounds"),
         ({"cross_site": True}, "cross_site needs sites with"),
         ({"keep_local": ["b"]}, "keep_local needs sites with"),
         ({"strategy": "fedbuff"}, "fedbuff needs sites with"),

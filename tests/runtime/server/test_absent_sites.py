@@ -259,7 +259,7 @@ def test_a_site_that_comes_after_the_start_takes_part(tmp_path: Path) -> None:
     with serving(tmp_path, 2, min_sites=1, deadline_s=2.0, rounds=2) as bench:
         one, two = bench.site("site-1"), bench.site("site-2")
         one.join()
-        one.register(W)  # returns when the start's deadline has passed
+        one.register(W)  # returns when the deadline of the handshake has passed
         task = one.start(W)
         assert two.join().started
         assert two.register(W) == 2
