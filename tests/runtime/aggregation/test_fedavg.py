@@ -65,19 +65,19 @@ def normal(shape: Any, dtype: np.dtype[Any], seed: int) -> Array:
 def test_floats_of_every_dtype_become_the_weighted_mean(name: str, shape: tuple[int, ...]) -> None:
     dtype = DTYPES[name]
     values = [normal(shape, dtype, seed) for seed in range(len(EXAMPLES))]
-    found, _ = averaged([update(i, {"w": v}, n) for i, (v, n) in enumerate(zip(values, EXAMPLES, strict=True))])
-    wanted = mean_of(values, EXAMPLES)
-    assert found["w"].dtype == dtype
-    assert found["w"].shape == shape
+    actual, _ = averaged([update(i, {"w": v}, n) for i, (v, n) in enumerate(zip(values, EXAMPLES, strict=True))])
+    expected = mean_of(values, EXAMPLES)
+    assert actual["w"].dtype == dtype
+    assert actual["w"].shape == shape
     # the sum is in float32 or wider: what is left is its error, and one rounding to the dtype
     step = float(ml_dtypes.finfo(dtype).smallest_subnormal)  # type: ignore[no-untyped-call]
-    np.testing.assert_allclose(found["w"].astype(wanted.dtype), wanted, rtol=precision(dtype), atol=step + 4e-7)
+    np.testing.assert_allclose(actual["w"].astype(expected.dtype), expected, rtol=precision(dtype), atol=step + 4e-7)
 
 
 def test_float64_is_summed_in_float64() -> None:
     values = [normal((100,), np.dtype(np.float64), seed) for seed in range(4)]
-    found, _ = averaged([update(i, {"w": v}, n) for i, (v, n) in enumerate(zip(values, EXAMPLES, strict=True))])
-    np.testing.assert_allclose(found["w"], mean_of(values, EXAMPLES), rtol=0, atol=1e-15)
+    actual, _ = averaged([update(i, {"w": v}, n) for i, (v, n) in enumerate(zip(values, EXAMPLES, strict=True))])
+    np.testing.assert_allclose(actual["w"], mean_of(values, EXAMPLES), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -85,22 +85,22 @@ def test_float64_is_summed_in_float64() -> None:
 )
 def test_narrow_floats_do_not_overflow_while_they_are_summed(dtype: Any, large: float) -> None:
     value = np.full(5, large, dtype)
-    found, _ = averaged([update(i, {"w": value}, 10) for i in range(50)])
-    assert found["w"].tobytes() == value.tobytes()
+    actual, _ = averaged([update(i, {"w": value}, 10) for i in range(50)])
+    assert actual["w"].tobytes() == value.tobytes()
 
 
 def test_narrow_floats_are_rounded_once() -> None:
     """In bfloat16, 256 + 1 is 256: a sum in the wire's own dtype would never move."""
     values = [np.array([256], ml_dtypes.bfloat16), *[np.array([264], ml_dtypes.bfloat16)] * 99]
-    found, _ = averaged([update(i, {"w": v}, 1) for i, v in enumerate(values)])
-    assert found["w"].astype(np.float32).tolist() == [264.0]
+    actual, _ = averaged([update(i, {"w": v}, 1) for i, v in enumerate(values)])
+    assert actual["w"].astype(np.float32).tolist() == [264.0]
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_identical_inputs_come_back_bit_for_bit(name: str) -> None:
     value = normal((1000,), DTYPES[name], 1)
-    found, _ = averaged([update(i, {"w": value}, n) for i, n in enumerate((3, 7, 11, 1, 999_983))])
-    assert found["w"].tobytes() == value.tobytes()
+    actual, _ = averaged([update(i, {"w": value}, n) for i, n in enumerate((3, 7, 11, 1, 999_983))])
+    assert actual["w"].tobytes() == value.tobytes()
 
 
 @settings(deadline=None, max_examples=50)
@@ -108,34 +108,34 @@ def test_identical_inputs_come_back_bit_for_bit(name: str) -> None:
 def test_the_mean_lies_where_float64_says(parts: list[tuple[float, int]]) -> None:
     values = [np.array([v], np.float32) for v, _ in parts]
     examples = [n for _, n in parts]
-    found, _ = averaged([update(i, {"w": v}, n) for i, (v, n) in enumerate(zip(values, examples, strict=True))])
+    actual, _ = averaged([update(i, {"w": v}, n) for i, (v, n) in enumerate(zip(values, examples, strict=True))])
     scale = max(abs(v) for v, _ in parts)
-    np.testing.assert_allclose(found["w"], mean_of(values, examples), rtol=0, atol=max(scale, 1e-30) * 1e-6)
+    np.testing.assert_allclose(actual["w"], mean_of(values, examples), rtol=0, atol=max(scale, 1e-30) * 1e-6)
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_integers_and_booleans_become_the_maximum_and_stay_what_they_are(name: str) -> None:
     dtype = DTYPES[name]
     values = [np.array(v).astype(dtype) for v in ([0, 1, 1], [1, 0, 1], [0, 0, 1])]
-    found, _ = averaged([update(i, {"steps": v}, 10**i) for i, v in enumerate(values)])
-    assert found["steps"].dtype == dtype
-    assert found["steps"].tolist() == np.maximum.reduce(values).tolist()
+    actual, _ = averaged([update(i, {"steps": v}, 10**i) for i, v in enumerate(values)])
+    assert actual["steps"].dtype == dtype
+    assert actual["steps"].tolist() == np.maximum.reduce(values).tolist()
 
 
 def test_large_counters_are_exact() -> None:
     big = 2**62 + 1
-    found, _ = averaged([update(0, {"n": np.array(big)}, 1), update(1, {"n": np.array(big - 1)}, 99)])
-    assert int(found["n"]) == big
+    actual, _ = averaged([update(0, {"n": np.array(big)}, 1), update(1, {"n": np.array(big - 1)}, 99)])
+    assert int(actual["n"]) == big
 
 
 def test_extras_are_averaged_by_the_same_rules() -> None:
-    found, extras = averaged(
+    actual, extras = averaged(
         [
             update(0, {"w": np.zeros(2)}, 1, {"w": np.array([0.0]), "step": np.array(3)}),
             update(1, {"w": np.ones(2)}, 3, {"w": np.array([4.0]), "step": np.array(5)}),
         ]
     )
-    assert found["w"].tolist() == [0.75, 0.75]
+    assert actual["w"].tolist() == [0.75, 0.75]
     assert extras["w"].tolist() == [3.0]
     assert extras["step"].tolist() == 5
 
@@ -181,4 +181,4 @@ def test_every_order_of_arrival_gives_the_same_bits(tmp_path: Path) -> None:
             return [array.tobytes() for array in final.arrays.values()]
 
     results = [result(order) for order in itertools.permutations(range(3))]
-    assert all(found == results[0] for found in results)
+    assert all(actual == results[0] for actual in results)

@@ -70,7 +70,7 @@ def reference(k: int, lr: float, a: float, n: Array) -> list[dict[str, Array]]:
     ],
 )
 def test_every_model_is_that_of_plain_numpy(tmp_path: Path, spec: str, arguments: Any) -> None:
-    wanted = reference(*arguments)
+    expected = reference(*arguments)
     k = arguments[0]
     with serving(tmp_path, 3, sockets=False, rounds=4, strategy=spec) as bench:
         sites = [bench.site(name) for name in bench.names]
@@ -86,17 +86,17 @@ def test_every_model_is_that_of_plain_numpy(tmp_path: Path, spec: str, arguments
                 tasks[site.name] = site.client.next_task()
                 assert (tasks[site.name].round, tasks[site.name].version) == (task.round + 1, count // k)
                 for name, array in tasks[site.name].arrays.items():
-                    np.testing.assert_allclose(array, wanted[count // k][name], rtol=1e-6, atol=1e-6)
+                    np.testing.assert_allclose(array, expected[count // k][name], rtol=1e-6, atol=1e-6)
         finals = [site.client.next_task() for site in sites]
         for task in finals:
-            assert (task.kind, task.version) == ("final", len(wanted) - 1)
+            assert (task.kind, task.version) == ("final", len(expected) - 1)
             for name, array in task.arrays.items():
-                np.testing.assert_allclose(array, wanted[-1][name], rtol=1e-6, atol=1e-6)
+                np.testing.assert_allclose(array, expected[-1][name], rtol=1e-6, atol=1e-6)
         for site in sites:
             site.client.leave("done", early=False)
         ended(bench.server)
         held = {path.stem for path in (tmp_path / "server" / "blobs").glob("model-*")}
-        last = len(wanted) - 1
+        last = len(expected) - 1
         assert held <= {f"model-{last}", f"model-{last - 1}"}  # the newest, and the best before it
 
 

@@ -53,8 +53,8 @@ def after(strategy: Strategy, base: Arrays, sites: list[dict[str, Array]]) -> Ar
     return aggregator.result()[0]
 
 
-def close(found: Array, wanted: Array) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+def close(actual: Array, expected: Array) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_best_approximation_of_a_product() -> None:
@@ -76,12 +76,12 @@ def test_best_approximation_of_a_product() -> None:
 def test_flexlora_is_the_truncated_mean_of_products(ranks: tuple[int, ...]) -> None:
     sites = [factors(rank, seed) for seed, rank in enumerate(ranks)]
     mean = sum(p * product(site) for p, site in zip(SHARES, sites, strict=True))
-    found = after(FlexLoRA(), factors(ranks[0], 9), sites)
+    actual = after(FlexLoRA(), factors(ranks[0], 9), sites)
     u, s, vt = np.linalg.svd(mean)
     rank = max(ranks)
-    assert found[A].shape == (rank, IN) and found[B].shape == (OUT, rank) and found[A].dtype == np.float32
-    close(product(found), (u[:, :rank] * s[:rank]) @ vt[:rank])
-    close(found[HEAD], sum(p * site[HEAD] for p, site in zip(SHARES, sites, strict=True)))
+    assert actual[A].shape == (rank, IN) and actual[B].shape == (OUT, rank) and actual[A].dtype == np.float32
+    close(product(actual), (u[:, :rank] * s[:rank]) @ vt[:rank])
+    close(actual[HEAD], sum(p * site[HEAD] for p, site in zip(SHARES, sites, strict=True)))
     close(product(after(FlexLoRA(rank=12), factors(ranks[0], 9), sites)), mean)
 
 
@@ -91,12 +91,12 @@ def test_fedex_adds_what_the_mean_factors_lack_in_every_round() -> None:
     for round in range(3):
         sites = [factors(4, 10 * round + number) for number in range(3)]
         before = model[B][:, 4:] @ model[A][4:]
-        found = after(strategy, model, sites)
-        close(product(found), before + sum(p * product(site) for p, site in zip(SHARES, sites, strict=True)))
-        for name, part in ((A, found[A][:4]), (B, found[B][:, :4])):
+        actual = after(strategy, model, sites)
+        close(product(actual), before + sum(p * product(site) for p, site in zip(SHARES, sites, strict=True)))
+        for name, part in ((A, actual[A][:4]), (B, actual[B][:, :4])):
             close(part, sum(p * site[name] for p, site in zip(SHARES, sites, strict=True)))
-        assert found[A].shape[0] <= 4 + min(OUT, IN)
-        model = found
+        assert actual[A].shape[0] <= 4 + min(OUT, IN)
+        model = actual
     same = factors(4, 1)
     assert after(strategy, factors(4, 9), [same, same, same])[A].shape[0] == 4  # nothing is lacking
 
@@ -105,10 +105,10 @@ def test_flora_stacks_in_every_round() -> None:
     strategy, model = FLoRA(), factors(2, 9)
     for round in range(3):
         sites = [factors(rank, 10 * round + rank) for rank in (2, 4, 8)]
-        found = after(strategy, model, sites)
-        close(product(found), product(model) + sum(p * product(site) for p, site in zip(SHARES, sites, strict=True)))
-        assert found[A].shape[0] <= min(OUT, IN)
-        model = found
+        actual = after(strategy, model, sites)
+        close(product(actual), product(model) + sum(p * product(site) for p, site in zip(SHARES, sites, strict=True)))
+        assert actual[A].shape[0] <= min(OUT, IN)
+        model = actual
     nothing = {**factors(2, 0), B: np.zeros((OUT, 2), np.float32)}
     assert not product(after(strategy, nothing, [nothing, nothing])).any()
 
@@ -192,9 +192,9 @@ def test_mixed_ranks_through_the_server(tmp_path: Path, strategy: LoraProducts) 
             while task.kind == "train":
                 site.submit(task, factors(rank, 10 * task.round + number), EXAMPLES[number], **how)
                 task = site.client.next_task()
-            found = {key: np.copy(array) for key, array in task.arrays.items()}
+            actual = {key: np.copy(array) for key, array in task.arrays.items()}
             site.client.leave("done", early=False)
-            return found
+            return actual
 
         final = bench.run(work)
     learnt = [

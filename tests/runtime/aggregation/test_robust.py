@@ -48,8 +48,8 @@ def krum(f: int, m: int) -> Any:
 
 @pytest.mark.parametrize("sites", [7, 8])
 def test_median(tmp_path: Path, sites: int) -> None:
-    found = rounds_of(tmp_path, "median", weights(), sites=sites)
-    assert_same(found, reference(weights(), median, sites=range(sites)))
+    actual = rounds_of(tmp_path, "median", weights(), sites=sites)
+    assert_same(actual, reference(weights(), median, sites=range(sites)))
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_every_dtype_has_a_middle(tmp_path: Path, spec: str) -> None:
             return np.asarray(x + (10**15 if liar else index % 2))
         return np.asarray(x * (-60 if liar else 1)).astype(x.dtype)
 
-    found = rounds_of(tmp_path, spec, initial, sites=SITES, rounds=1, trained=trained)[0]
-    assert found["count"] in (10, 11)
-    assert found["mask"].tolist() == [True, False]
+    actual = rounds_of(tmp_path, spec, initial, sites=SITES, rounds=1, trained=trained)[0]
+    assert actual["count"] in (10, 11)
+    assert actual["mask"].tolist() == [True, False]
     for name in ("half", "brain", "wave"):
-        assert found[name].dtype == initial[name].dtype
+        assert actual[name].dtype == initial[name].dtype
         if spec != "norm-bounding":
-            np.testing.assert_array_equal(found[name], initial[name])
+            np.testing.assert_array_equal(actual[name], initial[name])
 
 
 # -- two of eight sites send the opposite of what they have learned, ten times over ---------------------------------
@@ -160,7 +160,7 @@ def test_two_of_eight_sites_lie(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "sites", "min_sites", "wanted"),
+    ("spec", "sites", "min_sites", "expected"),
     [
         ("krum:f=2", 6, None, "2 f + 3 = 7"),
         ("krum:f=1", 8, 4, "close with 4"),
@@ -175,11 +175,11 @@ def test_two_of_eight_sites_lie(tmp_path: Path) -> None:
         ("median:trim=0.1", 8, None, "no argument 'trim'"),
     ],
 )
-def test_a_job_that_cannot_work_is_refused(spec: str, sites: int, min_sites: int | None, wanted: str) -> None:
+def test_a_job_that_cannot_work_is_refused(spec: str, sites: int, min_sites: int | None, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Job(app="train.py", sites=sites, min_sites=min_sites, strategy=spec)
     assert caught.value.where == "strategy"
-    assert wanted in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_job_that_can_work() -> None:

@@ -36,21 +36,21 @@ def answer(site: Site, task: Task) -> str:
 
 def run(folder: Path, between: Callable[[ServerProcess], None]) -> list[bytes]:
     """Return what each round begins with, c included; `between` is called after one site's update of each round."""
-    seen = []
+    states = []
     with server_process(folder, 2, rounds=ROUNDS, strategy="scaffold") as server:
         first, second = sites_of(server)
         tasks = [first.start(START), second.start(START)]
         while tasks[0].kind == "train":
-            seen.append(tasks[0].arrays["w"].tobytes() + control_of(tasks[0].extras).get("w", np.empty(0)).tobytes())
+            states.append(tasks[0].arrays["w"].tobytes() + control_of(tasks[0].extras).get("w", np.empty(0)).tobytes())
             answer(first, tasks[0])
             between(server)
             answer(second, tasks[1])
             tasks = together(first.client.next_task, second.client.next_task)
-        seen.append(tasks[0].arrays["w"].tobytes())
+        states.append(tasks[0].arrays["w"].tobytes())
         for site in (first, second):
             site.client.leave("done", early=False)
             site.vanish()
-    return seen
+    return states
 
 
 def test_killed_in_every_round_it_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -58,15 +58,15 @@ def test_killed_in_every_round_it_ends_with_the_same_bits(tmp_path: Path) -> Non
         server.kill()
         server.start()
 
-    wanted = run(tmp_path / "oracle", lambda server: None)
-    assert run(tmp_path / "run", killed) == wanted
-    assert len(wanted) == ROUNDS + 1 and len({len(bits) for bits in wanted[1:ROUNDS]}) == 1  # c has travelled
+    expected = run(tmp_path / "oracle", lambda server: None)
+    assert run(tmp_path / "run", killed) == expected
+    assert len(expected) == ROUNDS + 1 and len({len(bits) for bits in expected[1:ROUNDS]}) == 1  # c has travelled
 
 
 def test_c_gets_the_sum_of_the_shares(tmp_path: Path) -> None:
     shares = [np.random.default_rng([site, 1]).normal(size=(2, SIZE))[1].astype(np.float32) for site in (1, 2)]
-    seen = run(tmp_path, lambda server: None)
-    c = np.frombuffer(seen[1], np.float32)[SIZE:]
+    states = run(tmp_path, lambda server: None)
+    c = np.frombuffer(states[1], np.float32)[SIZE:]
     np.testing.assert_allclose(c, shares[0] + shares[1], rtol=1e-6)
 
 

@@ -100,12 +100,12 @@ def test_what_is_no_parameter_is_averaged_as_ever(tmp_path: Path, spec: str) -> 
     def trained(index: int, number: int, x: Array) -> Array:
         return np.asarray(x + index if x.dtype.kind == "i" else x if x.dtype.kind == "b" else x / (1 + STEPS[index]))
 
-    found = rounds_of(tmp_path / "found", spec, initial, trained=trained)
-    wanted = rounds_of(tmp_path / "wanted", "fedavg", initial, trained=trained)
-    for ours, theirs in zip(found, wanted, strict=True):
-        for name, array in theirs.items():
-            assert ours[name].dtype == initial[name].dtype
-            np.testing.assert_array_equal(ours[name], array)
+    actual = rounds_of(tmp_path / "found", spec, initial, trained=trained)
+    expected = rounds_of(tmp_path / "wanted", "fedavg", initial, trained=trained)
+    for left, right in zip(actual, expected, strict=True):
+        for name, array in right.items():
+            assert left[name].dtype == initial[name].dtype
+            np.testing.assert_array_equal(left[name], array)
 
 
 @pytest.mark.parametrize("spec", ["fedadam:lr=0.1", "fednova"])
@@ -113,11 +113,11 @@ def test_moments_of_narrow_weights_are_wide(tmp_path: Path, spec: str) -> None:
     """bfloat16 has 8 bits: steps are taken in float32, and only each round's model is rounded."""
     initial = {"w": np.linspace(-2, 2, 33).astype(ml_dtypes.bfloat16)}
     wide = {"w": initial["w"].astype(np.float32)}
-    found = rounds_of(tmp_path / "narrow", spec, initial, rounds=2)
+    actual = rounds_of(tmp_path / "narrow", spec, initial, rounds=2)
     exact = rounds_of(tmp_path / "wide", spec, wide, rounds=2)
-    assert found[0]["w"].dtype == ml_dtypes.bfloat16
-    for ours, theirs in zip(found, exact, strict=True):
-        np.testing.assert_allclose(ours["w"].astype(np.float32), theirs["w"], rtol=2**-6, atol=2**-5)
+    assert actual[0]["w"].dtype == ml_dtypes.bfloat16
+    for left, right in zip(actual, exact, strict=True):
+        np.testing.assert_allclose(left["w"].astype(np.float32), right["w"], rtol=2**-6, atol=2**-5)
 
 
 def test_optimizer_state_that_travels_is_averaged_as_ever(tmp_path: Path) -> None:

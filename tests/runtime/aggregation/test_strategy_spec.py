@@ -32,7 +32,7 @@ def refused(make: Any) -> ConfigError:
 
 
 @pytest.mark.parametrize(
-    ("spec", "wanted"),
+    ("spec", "expected"),
     [
         ("example", Example()),
         ("example:", Example()),
@@ -40,10 +40,10 @@ def refused(make: Any) -> ConfigError:
         (" example : rate = 1e-3 , count=7,kind=fancy", Example(rate=0.001, count=7, kind="fancy")),
     ],
 )
-def test_a_spec_is_read_and_written(spec: str, wanted: Example) -> None:
-    found = find([Example], spec)
-    assert found == wanted
-    assert find([Example], found.spec) == wanted
+def test_a_spec_is_read_and_written(spec: str, expected: Example) -> None:
+    actual = find([Example], spec)
+    assert actual == expected
+    assert find([Example], actual.spec) == expected
 
 
 def test_a_spec_names_what_differs_from_the_defaults() -> None:
@@ -53,14 +53,14 @@ def test_a_spec_names_what_differs_from_the_defaults() -> None:
 
 
 def test_numbers_have_the_type_of_their_argument() -> None:
-    found = Example(rate=1, count=4.0)  # type: ignore[arg-type]
-    assert (type(found.rate), type(found.count)) == (float, int)
+    actual = Example(rate=1, count=4.0)  # type: ignore[arg-type]
+    assert (type(actual.rate), type(actual.count)) == (float, int)
     with pytest.raises(FrozenInstanceError):
-        found.rate = 2.0  # type: ignore[misc]
+        actual.rate = 2.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("spec", "shown", "wanted"),
+    ("spec", "problem", "expected"),
     [
         ("rate=0", "rate=0", "a number above 0 and of at most 2"),
         ("rate=2.5", "rate=2.5", "a number above 0 and of at most 2"),
@@ -77,11 +77,11 @@ def test_numbers_have_the_type_of_their_argument() -> None:
         ("rate=1,rate=1", "rate twice", "once"),
     ],
 )
-def test_a_bad_argument_is_named_with_what_is_allowed(spec: str, shown: str, wanted: str) -> None:
+def test_a_bad_argument_is_named_with_what_is_allowed(spec: str, problem: str, expected: str) -> None:
     error = refused(lambda: find([Example], f"example:{spec}"))
     assert "example" in error.what
-    assert shown in error.what
-    assert wanted in error.fix
+    assert problem in error.what
+    assert expected in error.fix
 
 
 @pytest.mark.parametrize("fields", [{"rate": True}, {"rate": None}, {"rate": -1.0}, {"count": 1.5}, {"kind": 1}])

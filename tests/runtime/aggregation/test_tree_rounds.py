@@ -89,11 +89,11 @@ def leaves(arrays: Arrays) -> list[list[float]]:
 
 def register(site: Site, mode: str = "tree-bagging", **fields: Any) -> int:
     site.join()
-    given: dict[str, Any] = {"agreement": {}, "info": {}, "rounds": 2, "evaluates": False, **fields}
-    given.setdefault("capabilities", frozenset({mode}))
-    given.setdefault("terms", Terms("encoded", mode))
+    arguments: dict[str, Any] = {"agreement": {}, "info": {}, "rounds": 2, "evaluates": False, **fields}
+    arguments.setdefault("capabilities", frozenset({mode}))
+    arguments.setdefault("terms", Terms("encoded", mode))
     arrays = EMPTY | CUTS if mode == "tree-histogram" else EMPTY
-    return site.client.register(Manifest.of(arrays), **given)
+    return site.client.register(Manifest.of(arrays), **arguments)
 
 
 def submit(site: Site, task: Any, arrays: Arrays, examples: int = 1, **extras: Any) -> str:
@@ -108,10 +108,10 @@ def begun(bench: Bench, mode: str = "tree-bagging", weights: tuple[float, ...] =
         task = site.client.next_task()
         assert (task.kind, task.round) == ("initial", 0)
         start = TreeModel(head(str(0.2 + 0.4 * number))).to_arrays()
-        given = {"weight": np.array([weights[number]])}
+        extras = {"weight": np.array([weights[number]])}
         if mode == "tree-histogram":
-            given |= QUANTILES.to_arrays()
-        submit(site, task, start | (CUTS if mode == "tree-histogram" else {}), **given)
+            extras |= QUANTILES.to_arrays()
+        submit(site, task, start | (CUTS if mode == "tree-histogram" else {}), **extras)
     return sites, [site.client.next_task() for site in sites]
 
 
@@ -131,8 +131,8 @@ def test_sites_propose_the_strategy_and_the_first_model_is_made_of_all(tmp_path:
 
 
 @pytest.mark.parametrize("place", ["beside the model", "in the model"])  # XGBoost until 3.3, and since then
-@pytest.mark.parametrize("told", ["all weights", "those of its trees"])
-def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: Path, place: str, told: str) -> None:
+@pytest.mark.parametrize("sends", ["all weights", "those of its trees"])
+def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: Path, place: str, sends: str) -> None:
     """Two sites append a stump each. In round 2 one or both send new weights for the trees before."""
 
     def weighted(arrays: Arrays, weights: list[float]) -> Arrays:
@@ -153,7 +153,7 @@ def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: P
         tasks = [site.client.next_task() for site in sites]
         assert TreeModel.from_arrays(tasks[0].arrays).weight_drop == [1.0, 1.0]
         submit(sites[0], tasks[0], weighted(grown(stump(4, 8)), [0.5, 0.25, 0.75]), 3)
-        own = [0.75] if told == "those of its trees" else [1.0, 1.0, 0.75]
+        own = [0.75] if sends == "those of its trees" else [1.0, 1.0, 0.75]
         with pytest.raises(UpdateRefusedError, match="each of its trees a finite weight"):
             submit(sites[1], tasks[1], weighted(grown(stump(4, 8)), [float("nan")]))
         submit(sites[1], tasks[1], weighted(grown(stump(4, 8)), own), 1)
@@ -164,11 +164,11 @@ def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: P
         assert ("weight_drop" in where) is (place == "beside the model")
 
 
-@pytest.mark.parametrize(("strategy", "wanted"), [("fedavg", "weights"), ("tree-cyclic", "tree-cyclic")])
-def test_a_job_whose_strategy_the_adapter_cannot_do_is_refused(tmp_path: Path, strategy: str, wanted: str) -> None:
+@pytest.mark.parametrize(("strategy", "expected"), [("fedavg", "weights"), ("tree-cyclic", "tree-cyclic")])
+def test_a_job_whose_strategy_the_adapter_cannot_do_is_refused(tmp_path: Path, strategy: str, expected: str) -> None:
     with serving(tmp_path, 2, strategy=strategy) as bench:
         sites = [bench.site(name) for name in bench.names]
-        with pytest.raises(HandshakeError, match=f"{strategy} needs the capability {wanted}"):
+        with pytest.raises(HandshakeError, match=f"{strategy} needs the capability {expected}"):
             at_once(sites, register)
 
 
@@ -277,9 +277,11 @@ def test_the_run_stops_when_the_score_of_all_sites_no_longer_improves(tmp_path: 
                 submit(site, task, grown(stump(1, 2)))
             tasks = [site.client.next_task() for site in sites]
             reports = [Report("test", tasks[0].version, site.name, {"loss": score}, 1) for site in sites]
-            told = at_once(list(zip(sites, reports, strict=True)), lambda one: one[0].client.report(one[1], wait=True))
-            assert told[0] == told[1] == ({"loss": score}, told[0][1])
-            stopped.append(told[0][1])
+            replies = at_once(
+                list(zip(sites, reports, strict=True)), lambda one: one[0].client.report(one[1], wait=True)
+            )
+            assert replies[0] == replies[1] == ({"loss": score}, replies[0][1])
+            stopped.append(replies[0][1])
         assert stopped == [False, False, False, True]
         finals = [site.client.next_task() for site in sites]
         assert [(task.kind, task.version) for task in finals] == [("final", 4)] * 2
@@ -307,9 +309,9 @@ def test_pooled_metrics_are_those_of_all_rows() -> None:
         for n, p in enumerate(parts, start=1)
     ]
     wired = [(from_json(to_json(metrics)), n) for metrics, n in reports]
-    found = pooled(wired)
+    actual = pooled(wired)
     pairs = scores[labels == 1][:, None] - scores[labels == 0][None, :]
-    assert found["auc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
-    assert found["rmse"] == pytest.approx(np.sqrt((1 * 1 + 4 * 2) / 3))
+    assert actual["auc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+    assert actual["rmse"] == pytest.approx(np.sqrt((1 * 1 + 4 * 2) / 3))
     assert area_under_curve({0: (3.0, 0.0), 1: (0.0, 2.0)}) == 1.0
     assert area_under_precision_recall({0: (3.0, 0.0), 1: (0.0, 2.0)}) == 1.0

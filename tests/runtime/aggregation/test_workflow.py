@@ -23,15 +23,15 @@ def one(x: Array, parts: list[Array], number: int, memory: Any) -> Array:
 
 
 def test_cyclic_goes_from_site_to_site(tmp_path: Path) -> None:
-    found = rounds_of(tmp_path, "cyclic", weights(), rounds=7)
-    assert_same(found, reference(weights(), one, sites=lambda number: [(number - 1) % 3], rounds=7))
+    actual = rounds_of(tmp_path, "cyclic", weights(), rounds=7)
+    assert_same(actual, reference(weights(), one, sites=lambda number: [(number - 1) % 3], rounds=7))
 
 
 def test_cyclic_shuffles_every_lap(tmp_path: Path) -> None:
     laps = [np.random.default_rng(lap).permutation(3) for lap in range(3)]
-    found = rounds_of(tmp_path, "cyclic:order=shuffled", weights(), rounds=7)
-    wanted = reference(weights(), one, sites=lambda number: [laps[(number - 1) // 3][(number - 1) % 3]], rounds=7)
-    assert_same(found, wanted)
+    actual = rounds_of(tmp_path, "cyclic:order=shuffled", weights(), rounds=7)
+    expected = reference(weights(), one, sites=lambda number: [laps[(number - 1) // 3][(number - 1) % 3]], rounds=7)
+    assert_same(actual, expected)
     assert len({tuple(lap) for lap in laps}) > 1
 
 

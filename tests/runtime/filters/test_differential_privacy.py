@@ -42,19 +42,19 @@ def moved(base: Arrays, length: float) -> dict[str, Array]:
     rng = np.random.default_rng(1)
     real = {n: rng.normal(size=a.shape) for n, a in base.items() if n != "steps"}
     norm = math.sqrt(sum(float((d**2).sum()) for d in real.values()))
-    found = {n: (base[n].astype(np.float64) + d * (length / norm)).astype(base[n].dtype) for n, d in real.items()}
-    return {**found, "steps": np.array(99)}
+    weights = {n: (base[n].astype(np.float64) + d * (length / norm)).astype(base[n].dtype) for n, d in real.items()}
+    return {**weights, "steps": np.array(99)}
 
 
 def site(settings: Settings, base: Arrays, home: FilterHost = FilterHost("site-1", "job")) -> SiteFilters:  # noqa: B008
-    found = SiteFilters([settings], (), home)
-    found.agree(base)
-    return found
+    filters = SiteFilters([settings], (), home)
+    filters.agree(base)
+    return filters
 
 
-def sent(filters: SiteFilters, base: Arrays, mine: Arrays, round: int = 1) -> Update:
+def sent(filters: SiteFilters, base: Arrays, arrays: Arrays, round: int = 1) -> Update:
     task = filters.received(Task("job", round, "", "train", round - 1, base))
-    return filters.outgoing(Update("job", round, "", "site-1", 1, round - 1, mine, 10), task)
+    return filters.outgoing(Update("job", round, "", "site-1", 1, round - 1, arrays, 10), task)
 
 
 # -- what leaves ---------------------------------------------------------------------------------------------
@@ -78,9 +78,9 @@ def test_the_update_is_clipped_as_a_whole_and_the_noise_has_the_stated_size() ->
 def test_a_short_update_is_not_stretched_and_nothing_is_repeated() -> None:
     base = model()
     settings = {"name": "GaussianDP", "clip": 5.0, "noise_multiplier": 1e-7}
-    mine = moved(base, 1.0)
-    leaves = [sent(site(settings, base), base, mine).arrays["w"].copy() for _ in range(2)]
-    np.testing.assert_allclose(leaves[0], mine["w"] - base["w"], atol=1e-5)
+    arrays = moved(base, 1.0)
+    leaves = [sent(site(settings, base), base, arrays).arrays["w"].copy() for _ in range(2)]
+    np.testing.assert_allclose(leaves[0], arrays["w"] - base["w"], atol=1e-5)
     np.random.seed(1)
     a = sent(site({"name": "GaussianDP"}, base), base, base).arrays["w"].copy()
     np.random.seed(1)
@@ -105,11 +105,11 @@ def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
     parts = [moved(base, 0.5), moved(base, 40.0), base]
     for index, arrays in enumerate(parts):
         aggregator.add(Update("job", 1, "", f"site-{index}", 1, 0, arrays, num_examples=10**index))
-    found, _ = aggregator.result()
+    actual, _ = aggregator.result()
     exact = (moved(base, 0.5)["w"].astype(np.float64) - base["w"] + moved(base, 1.0)["w"] - base["w"]) / 3
-    noise = found["w"] - base["w"] - exact
+    noise = actual["w"] - base["w"] - exact
     assert noise.var() == pytest.approx((0.5 / 3) ** 2, rel=0.03)
-    assert found["steps"] == 7
+    assert actual["steps"] == 7
 
 
 def test_sampling_is_random_and_the_denominator_is_not() -> None:
@@ -133,12 +133,12 @@ def test_sampling_is_random_and_the_denominator_is_not() -> None:
 
 def test_metrics_are_limited_and_noisy() -> None:
     home = FilterHost("site-1", "job")
-    found = [
+    actual = [
         NoisyMetrics(low=0, high=2, epsilon=4.0).facts(Facts({"a": 1.0, "b": 50.0, "c": object()}, 5), home).metrics
         for _ in range(400)
     ]
-    a, b = (np.array([metrics[name] for metrics in found]) for name in ("a", "b"))
-    assert set(found[0]) == {"a", "b"} and a.min() >= 0 and b.max() == 2.0
+    a, b = (np.array([metrics[name] for metrics in actual]) for name in ("a", "b"))
+    assert set(actual[0]) == {"a", "b"} and a.min() >= 0 and b.max() == 2.0
     assert np.median(np.abs(a - 1)) == pytest.approx(math.log(2) * 0.5, abs=0.1)  # scale 2 / 4
 
 
@@ -154,9 +154,9 @@ def independent(*events: tuple[Any, int], delta: float = DELTA) -> float:
 
 @pytest.mark.parametrize(("noise", "rounds"), [(1.0, 1), (4.0, 10), (2.5, 40), (0.7, 3), (20.0, 100)])
 def test_epsilon_of_rounds_is_that_of_dp_accounting(noise: float, rounds: int) -> None:
-    wanted = independent((dp_accounting.GaussianDpEvent(noise / 2), rounds))  # replace: twice the sensitivity
-    found = epsilon([GaussianDP(noise_multiplier=noise).mechanism] * rounds, DELTA)
-    assert found == pytest.approx(wanted, rel=0.01)
+    expected = independent((dp_accounting.GaussianDpEvent(noise / 2), rounds))  # replace: twice the sensitivity
+    actual = epsilon([GaussianDP(noise_multiplier=noise).mechanism] * rounds, DELTA)
+    assert actual == pytest.approx(expected, rel=0.01)
 
 
 def test_epsilon_of_sampled_rounds_and_of_mixtures_is_that_of_dp_accounting() -> None:
@@ -165,8 +165,8 @@ def test_epsilon_of_sampled_rounds_and_of_mixtures_is_that_of_dp_accounting() ->
     assert epsilon([sampled] * 30, DELTA) == pytest.approx(independent((event, 30)), rel=0.01)
 
     mixture = [Mechanism("gaussian", 3.0)] * 5 + [Mechanism("laplace", 2.0)] * 4
-    wanted = independent((dp_accounting.GaussianDpEvent(3.0), 5), (dp_accounting.LaplaceDpEvent(2.0), 4))
-    assert epsilon(mixture, DELTA) == pytest.approx(wanted, rel=0.01)
+    expected = independent((dp_accounting.GaussianDpEvent(3.0), 5), (dp_accounting.LaplaceDpEvent(2.0), 4))
+    assert epsilon(mixture, DELTA) == pytest.approx(expected, rel=0.01)
     assert epsilon([Mechanism("pure", 0.5)] * 2, 1e-9) == pytest.approx(1.0, rel=0.01)
     assert epsilon([], DELTA) == 0.0
 
@@ -204,9 +204,9 @@ def test_the_closed_form_of_one_gaussian_release_agrees() -> None:
         return 0.5 * math.erfc(-x / math.sqrt(2))
 
     for noise in (0.5, 1.0, 3.0):
-        found = epsilon([Mechanism("gaussian", noise)], DELTA)
+        actual = epsilon([Mechanism("gaussian", noise)], DELTA)
         s = 1 / noise
-        delta = normal(s / 2 - found / s) - math.exp(found) * normal(-s / 2 - found / s)
+        delta = normal(s / 2 - actual / s) - math.exp(actual) * normal(-s / 2 - actual / s)
         assert delta == pytest.approx(DELTA, rel=0.01)
 
 
@@ -224,9 +224,9 @@ def test_the_round_that_would_exceed_the_budget_is_refused_before_anything_is_sp
         assert ran["spent"] == pytest.approx(per_round[number - 1], rel=0.01)
     again = site(settings, base, home)  # the process was killed: the ledger is not
     sent(again, base, base, 3)
-    with pytest.raises(PrivacyBudgetError) as found:
+    with pytest.raises(PrivacyBudgetError) as caught:
         again.received(Task("job", 4, "", "train", 3, base))
-    text = str(found.value)
+    text = str(caught.value)
     assert "the privacy budget of site-1 is spent: round 4" in text and "for the job job" in text
     assert str(tmp_path) in text
     assert len(Ledger(tmp_path).entries()) == 3

@@ -92,10 +92,10 @@ def sent(site: SiteFilters, base: Arrays, arrays: Arrays, round: int = 1, **fiel
     ],
 )
 def test_bad_settings_are_refused_by_name(settings: Any, text: str) -> None:
-    with pytest.raises(ConfigError) as found:
+    with pytest.raises(ConfigError) as caught:
         check_filters([settings])
-    assert text in str(found.value)
-    assert found.value.where == "filters" and found.value.fix
+    assert text in str(caught.value)
+    assert caught.value.where == "filters" and caught.value.fix
 
 
 def test_every_filter_has_its_mathematics_and_comes_back_from_its_settings() -> None:
@@ -131,8 +131,8 @@ def test_trees_have_no_differences() -> None:
 
 
 def test_without_filters_nothing_is_touched_or_copied() -> None:
-    base, mine = model(), trained(model())
-    leaving = update(mine)
+    base, weights = model(), trained(model())
+    leaving = update(weights)
     site = opened(base=base)
     task = train_task(base)
     assert site.received(task).arrays is base
@@ -158,24 +158,24 @@ def test_the_sites_own_filters_run_after_the_jobs_and_encodings_last() -> None:
 
 
 def test_a_policy_that_changes_holds_from_the_next_update_and_what_was_learnt_stays() -> None:
-    base, mine = model(), trained(model())
+    base, weights = model(), trained(model())
     site = opened({"name": "TopK"}, base=base)
-    first = sent(site, base, mine, 1)
+    first = sent(site, base, weights, 1)
     site.set_policy_filters([{"name": "ExcludeVars", "names": ["head.*"]}])
-    second = sent(site, base, mine, 2)
+    second = sent(site, base, weights, 2)
     assert "head.w" in first.arrays and "head.w" not in second.arrays
     assert not np.array_equal(first.arrays["layer.w"], second.arrays["layer.w"])  # with what was not sent before
 
 
 def test_the_users_own_arrays_are_left_alone_and_may_be_written_over() -> None:
-    base, mine = model(), trained(model())
-    kept = {n: a.copy() for n, a in mine.items()}
+    base, weights = model(), trained(model())
+    kept = {n: a.copy() for n, a in weights.items()}
     site = opened({"name": "PercentilePrivacy"}, {"name": "Quantize"}, base=base)
     task = site.received(train_task({n: a.copy() for n, a in base.items()}))
     for array in task.arrays.values():
         array[...] = 0  # a loop may train in the arrays of its task
-    site.outgoing(update(mine), task)
-    assert all(np.array_equal(mine[n], kept[n]) for n in mine)
+    site.outgoing(update(weights), task)
+    assert all(np.array_equal(weights[n], kept[n]) for n in weights)
 
 
 def test_names_that_an_encoding_needs_are_refused_in_a_model() -> None:
@@ -187,17 +187,17 @@ def test_names_that_an_encoding_needs_are_refused_in_a_model() -> None:
 
 
 def test_percentile_against_numpy() -> None:
-    base, mine = model(), trained(model())
-    leaves = sent(opened({"name": "PercentilePrivacy", "percentile": 30, "gamma": 0.08}, base=base), base, mine)
+    base, weights = model(), trained(model())
+    leaves = sent(opened({"name": "PercentilePrivacy", "percentile": 30, "gamma": 0.08}, base=base), base, weights)
     real = [n for n in base if base[n].dtype.kind in "fV"]
-    difference = {n: mine[n].astype(np.float64) - base[n].astype(np.float64) for n in real}
+    difference = {n: weights[n].astype(np.float64) - base[n].astype(np.float64) for n in real}
     cut = np.percentile(np.concatenate([np.abs(d).reshape(-1) for d in difference.values()]), 30)
     for name in real:
         d = difference[name]
         clear = np.abs(np.abs(d) - cut) > 1e-6
-        wanted = np.where(np.abs(d) < cut, 0, np.clip(d, -0.08, 0.08))
+        expected = np.where(np.abs(d) < cut, 0, np.clip(d, -0.08, 0.08))
         rtol = 0.01 if base[name].dtype == BFLOAT16 else 1e-5
-        np.testing.assert_allclose(leaves.arrays[name].astype(np.float64)[clear], wanted[clear], rtol=rtol, atol=1e-6)
+        np.testing.assert_allclose(leaves.arrays[name].astype(np.float64)[clear], expected[clear], rtol=rtol, atol=1e-6)
         assert leaves.arrays[name].dtype == base[name].dtype
     assert leaves.content == "delta" and leaves.arrays["steps"] == 22
 
@@ -223,10 +223,10 @@ def test_svt_keeps_the_budget_of_algorithm_7() -> None:
 
 def test_svt_finds_what_is_large_where_the_budget_allows_it() -> None:
     base = {"w": np.zeros(50, np.float32)}
-    mine = {"w": np.zeros(50, np.float32)}
-    mine["w"][7] = 1.0
+    weights = {"w": np.zeros(50, np.float32)}
+    weights["w"][7] = 1.0
     site = opened({"name": "SVTPrivacy", "fraction": 0.02, "gamma": 1.0, "tau": 0.5, "epsilon": 4000.0}, base=base)
-    leaves = sent(site, base, mine)
+    leaves = sent(site, base, weights)
     assert np.flatnonzero(leaves.arrays["w"]).tolist() == [7] and leaves.arrays["w"][7] == pytest.approx(1, abs=0.05)
 
 
@@ -237,11 +237,11 @@ def test_excluded_tensors_do_not_leave() -> None:
 
 
 def test_what_site_in_excludes_stays_as_the_site_has_it() -> None:
-    base, mine = model(0), model(9)
+    base, weights = model(0), model(9)
     site = SiteFilters([{"name": "ExcludeVars", "names": ["head.*"], "at": "site_in"}], (), FilterHost())
-    site.agree(mine)
+    site.agree(weights)
     task = site.received(train_task({n: a.copy() for n, a in base.items()}))
-    assert np.array_equal(task.arrays["head.w"], mine["head.w"])
+    assert np.array_equal(task.arrays["head.w"], weights["head.w"])
     assert np.array_equal(task.arrays["layer.w"], base["layer.w"])
 
 
@@ -263,15 +263,15 @@ def test_quantize_against_numpy(to: str) -> None:
     for name in ("layer.w", "layer.b", "scale"):
         flat = arrays[name].reshape(-1).astype(np.float32)
         if to in ("fp16", "bf16"):
-            wanted = flat.astype(np.float16 if to == "fp16" else BFLOAT16).astype(np.float32)
+            expected = flat.astype(np.float16 if to == "fp16" else BFLOAT16).astype(np.float32)
         else:
             blocks = [flat[i : i + 16] for i in range(0, len(flat), 16)]
             levels = np.float32(127 if to == "int8" else 7)
-            wanted = np.concatenate(
+            expected = np.concatenate(
                 [np.rint(b / (np.abs(b).max() / levels)) * (np.abs(b).max() / levels) for b in blocks]
             )
-            assert np.abs(wanted - flat).max() <= max(np.abs(b).max() for b in blocks) / levels / 2 * 1.001
-        np.testing.assert_allclose(back[name].reshape(-1), wanted, rtol=1e-6)
+            assert np.abs(expected - flat).max() <= max(np.abs(b).max() for b in blocks) / levels / 2 * 1.001
+        np.testing.assert_allclose(back[name].reshape(-1), expected, rtol=1e-6)
 
 
 def test_quantize_of_zeros_and_of_huge_numbers() -> None:
@@ -295,11 +295,11 @@ def test_topk_against_numpy() -> None:
     for name in ("layer.w", "head.w"):
         flat = arrays[name].reshape(-1)
         kept = int(np.ceil(0.1 * len(flat)))
-        found = back[name].reshape(-1)
-        sent = found != 0
-        assert np.array_equal(found[sent], flat[sent])
+        actual = back[name].reshape(-1)
+        sent = actual != 0
+        assert np.array_equal(actual[sent], flat[sent])
         largest = np.sort(np.abs(flat))[-kept:]  # of some that are equal, any may have been taken
-        assert np.array_equal(np.sort(np.abs(found))[-kept:], largest) and sent.sum() <= kept
+        assert np.array_equal(np.sort(np.abs(actual))[-kept:], largest) and sent.sum() <= kept
     assert np.array_equal(back["layer.b"], arrays["layer.b"]) and back["steps"] == 17
 
 
@@ -321,15 +321,15 @@ def test_what_an_encoding_loses_comes_later(chain: list[Settings]) -> None:
     rng = np.random.default_rng(3)
     site = opened(*chain, base=base)
     plain = opened(*({**item, "error_feedback": False} for item in chain), base=base)
-    total, found, without = np.zeros(4000), np.zeros(4000), np.zeros(4000)
+    total, actual, without = np.zeros(4000), np.zeros(4000), np.zeros(4000)
     direction = rng.normal(size=4000) * 0.01
     for number in range(1, 201):
-        mine = {"w": direction.astype(np.float32)}
-        total += mine["w"]
-        found += decoded(sent(site, base, mine, number), base).arrays["w"]
-        without += decoded(sent(plain, base, mine, number), base).arrays["w"]
-    assert np.linalg.norm(found - total) < 0.5 * np.linalg.norm(without - total)
-    assert np.linalg.norm(found - total) < (0.5 if len(chain) > 1 else 0.002) * np.linalg.norm(total)
+        weights = {"w": direction.astype(np.float32)}
+        total += weights["w"]
+        actual += decoded(sent(site, base, weights, number), base).arrays["w"]
+        without += decoded(sent(plain, base, weights, number), base).arrays["w"]
+    assert np.linalg.norm(actual - total) < 0.5 * np.linalg.norm(without - total)
+    assert np.linalg.norm(actual - total) < (0.5 if len(chain) > 1 else 0.002) * np.linalg.norm(total)
 
 
 def test_what_was_lost_survives_a_restart_of_the_site(tmp_path: Path) -> None:
@@ -341,9 +341,9 @@ def test_what_was_lost_survives_a_restart_of_the_site(tmp_path: Path) -> None:
         return b"".join(a.tobytes() for a in last.arrays.values())
 
     chain = ({"name": "TopK", "ratio": 0.05}, {"name": "Quantize"})
-    wanted = rounds(opened(*chain, base=base), 1, 2, 3, 4)
+    expected = rounds(opened(*chain, base=base), 1, 2, 3, 4)
     rounds(opened(*chain, base=base, home=home), 1, 2, 3)  # killed after it answered round 3, before it knew
-    assert rounds(opened(*chain, base=base, home=home), 3, 4) == wanted
+    assert rounds(opened(*chain, base=base, home=home), 3, 4) == expected
     assert len(list(tmp_path.iterdir())) == 2
     rounds(opened(*chain, base={"v": np.ones(9, np.float32)} | base, home=home), 5)  # other tensors: begins anew
 
@@ -358,8 +358,8 @@ def test_facts() -> None:
     home = FilterHost()
 
     def after(**settings: Any) -> Facts:
-        found: Facts = make_filter(settings).facts(facts, home)
-        return found
+        actual: Facts = make_filter(settings).facts(facts, home)
+        return actual
 
     assert list(after(name="AllowMetrics", names=["eval_*"]).metrics) == ["eval_acc"]
     assert after(name="AllowMetrics").metrics == {}

@@ -324,15 +324,15 @@ class HeldMean(FedAvg):
         self.summing, self.go_on = threading.Event(), threading.Event()
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
-        inner, held = super().aggregator(base, allocate, config, state), self
+        inner, outer = super().aggregator(base, allocate, config, state), self
 
         class Held:
             def add(self, update: Update) -> None:
                 inner.add(update)
 
             def result(self) -> tuple[Arrays, Arrays]:
-                held.summing.set()
-                held.go_on.wait(WAIT_S)
+                outer.summing.set()
+                outer.go_on.wait(WAIT_S)
                 return inner.result()
 
         return Held()

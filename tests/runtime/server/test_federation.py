@@ -84,12 +84,12 @@ def test_every_dtype_travels_end_to_end(tmp_path: Path) -> None:
 
     with serving(tmp_path, 2, rounds=2) as bench:
         finals = bench.run(lambda name: bench.site(name).take_part(initial, changed))
-    wanted: Arrays = initial
+    expected: Arrays = initial
     for _ in range(2):
-        wanted = changed(Task("", 1, "", "train", 0, wanted))
+        expected = changed(Task("", 1, "", "train", 0, expected))
     for final in finals.values():
         assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in final.items()} == {
-            n: (a.dtype, a.shape, a.tobytes()) for n, a in wanted.items()
+            n: (a.dtype, a.shape, a.tobytes()) for n, a in expected.items()
         }
 
 
@@ -128,9 +128,9 @@ def test_the_first_weights_are_the_first_sites(tmp_path: Path) -> None:
 
 def test_the_first_weights_come_from_a_file_where_the_job_gives_one(tmp_path: Path) -> None:
     write_tensors(tmp_path / "start.safetensors", {"v": np.array([7, 8]), "w": np.array([1.5])})
-    mine = {"w": np.zeros(1), "v": np.zeros(2, np.int64)}
+    weights = {"w": np.zeros(1), "v": np.zeros(2, np.int64)}
     with serving(tmp_path, 2, rounds=1, initial=str(tmp_path / "start.safetensors")) as bench:
-        _, tasks = bench.started(mine)
+        _, tasks = bench.started(weights)
     for task in tasks.values():
         assert {n: a.tolist() for n, a in task.arrays.items()} == {"w": [1.5], "v": [7, 8]}
 
@@ -185,11 +185,11 @@ def test_the_best_round_is_the_one_with_the_best_report_weighted_by_examples(tmp
         return best.version, best.arrays["w"].tolist()
 
     with serving(tmp_path, 2, rounds=3) as bench:
-        found = bench.run(site)
+        best_models = bench.run(site)
         ended(bench.server)
         result = bench.server.result()
         bench.server.export(tmp_path / "best", "best")
-    assert found == {"site-1": (2, [2.0]), "site-2": (2, [2.0])}
+    assert best_models == {"site-1": (2, [2.0]), "site-2": (2, [2.0])}
     assert result.best_round == 2
     assert [r.metrics["loss"] for r in result.rounds] == [3.0, 2.0, 4.0]
     assert read_tensors(tmp_path / "best" / "model.safetensors")["w"].tolist() == [2.0]
@@ -211,11 +211,11 @@ def test_one_site_alone_is_told_to_write_the_results(tmp_path: Path) -> None:
         sites, tasks = bench.started({"w": np.zeros(1)})
         for name, site in sites.items():
             site.submit(tasks[name], {"w": np.zeros(1)})
-        told = []
+        exports = []
         for site in sites.values():
-            told.append(site.client.next_task().config["export"])
+            exports.append(site.client.next_task().config["export"])
             site.client.leave("done", early=False)
-    assert told == [True, False, False]
+    assert exports == [True, False, False]
 
 
 def test_metrics_of_updates_are_averaged_over_the_sites_that_sent_them(tmp_path: Path) -> None:

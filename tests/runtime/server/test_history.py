@@ -71,9 +71,9 @@ def tell(folder: Path, *events: Event) -> None:
 
 def rows(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
     with (folder / "history.csv").open() as file:
-        found = list(csv.DictReader(file))
-    keyed = {(row["round"], row["site"]): row for row in found}
-    assert len(keyed) == len(found), "a round and site has two rows"
+        records = list(csv.DictReader(file))
+    keyed = {(row["round"], row["site"]): row for row in records}
+    assert len(keyed) == len(records), "a round and site has two rows"
     return keyed
 
 
@@ -189,13 +189,13 @@ def test_tensorboard_reads_the_scalars(tmp_path: Path) -> None:
     tell(tmp_path, *events[:6])
     tell(tmp_path, *events[6:])  # a second file, as after a restart
 
-    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
-    assert set(found.Tags()["scalars"]) >= {"train_loss/a", "train_loss/global", "loss/a", "round/seconds"}
-    assert [(item.step, item.value) for item in found.Scalars("train_loss/b")] == [(1, 1.0), (2, 0.5)]
-    assert found.Scalars("loss/global")[0].value == pytest.approx(0.9)
-    assert math.isinf(found.Scalars("loss/global")[1].value)
-    assert found.Scalars("round/seconds")[1].wall_time == 1002.0
+    accumulator = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert set(accumulator.Tags()["scalars"]) >= {"train_loss/a", "train_loss/global", "loss/a", "round/seconds"}
+    assert [(item.step, item.value) for item in accumulator.Scalars("train_loss/b")] == [(1, 1.0), (2, 0.5)]
+    assert accumulator.Scalars("loss/global")[0].value == pytest.approx(0.9)
+    assert math.isinf(accumulator.Scalars("loss/global")[1].value)
+    assert accumulator.Scalars("round/seconds")[1].wall_time == 1002.0
 
 
 def test_a_disk_that_takes_no_more_is_said_once_and_nothing_is_lost_when_there_is_room_again(

@@ -34,8 +34,8 @@ def test_a_fraction_of_the_sites_makes_a_round(tmp_path: Path, strategy: str) ->
         return mean(x, parts, np.array(EXAMPLES, float)[draw(number)])
 
     fields = {"fraction": 0.5, "seed": 3, "min_sites": 4}
-    found = rounds_of(tmp_path, strategy, weights(), sites=SITES, rounds=6, **fields)
-    assert_same(found, reference(weights(), plain, sites=draw, rounds=6))
+    actual = rounds_of(tmp_path, strategy, weights(), sites=SITES, rounds=6, **fields)
+    assert_same(actual, reference(weights(), plain, sites=draw, rounds=6))
 
 
 def test_every_round_draws_anew_and_the_seed_decides() -> None:
@@ -143,8 +143,8 @@ def test_weights_of_sites(tmp_path: Path, spec: str) -> None:
 
 def test_weights_of_sites_with_different_numbers_of_steps(tmp_path: Path) -> None:
     """With one site only, FedNova is that site, whatever its weight."""
-    found = rounds_of(tmp_path / "one", "fednova", weights(), sites=1, site_weights={"site-1": 0.1})
-    assert_same(found, rounds_of(tmp_path / "other", "fedavg", weights(), sites=1))
+    actual = rounds_of(tmp_path / "one", "fednova", weights(), sites=1, site_weights={"site-1": 0.1})
+    assert_same(actual, rounds_of(tmp_path / "other", "fedavg", weights(), sites=1))
 
 
 def losses_until_the_end(folder: Path, losses: list[float], **fields: Any) -> list[int]:

@@ -76,8 +76,8 @@ def test_models_that_differ_are_refused_before_round_1_at_every_site(tmp_path: P
 
 def test_the_order_of_tensors_may_differ(tmp_path: Path) -> None:
     def site(name: str) -> Arrays:
-        mine = dict(sorted(GOOD.items(), reverse=name == "site-2"))
-        return bench.site(name).take_part(mine, lambda task: {n: a + 1 for n, a in task.arrays.items()})
+        weights = dict(sorted(GOOD.items(), reverse=name == "site-2"))
+        return bench.site(name).take_part(weights, lambda task: {n: a + 1 for n, a in task.arrays.items()})
 
     with serving(tmp_path, 2, rounds=1) as bench:
         finals = bench.run(site)
@@ -86,9 +86,9 @@ def test_the_order_of_tensors_may_differ(tmp_path: Path) -> None:
 
 def test_a_long_list_of_differences_arrives_shortened_but_with_its_number(tmp_path: Path) -> None:
     names = [f"schicht.{'ü' * 700}.{i}" for i in range(50)]
-    mine, theirs = ({name: np.zeros(size) for name in names} for size in (1, 2))
+    small, large = ({name: np.zeros(size) for name in names} for size in (1, 2))
     with serving(tmp_path, 2) as bench:
-        for error in registering(bench, [mine, theirs]):
+        for error in registering(bench, [small, large]):
             assert isinstance(error, StateMismatchError)
             assert "do not agree in 50 tensors" in error.what
             assert error.fix
@@ -213,25 +213,25 @@ def test_metrics_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None
 # -- the job and the server ----------------------------------------------------------------------------------------
 
 
-def made(folder: Path, sites: Any = 2, **fields: Any) -> Server:
+def make_server(folder: Path, sites: Any = 2, **fields: Any) -> Server:
     return Server(settings(sites, **fields), folder, {})
 
 
 def test_an_unknown_strategy_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fedyolo") as caught:
-        made(tmp_path, strategy="fedyolo")
+        make_server(tmp_path, strategy="fedyolo")
     assert "fedavg" in caught.value.fix
 
 
 def test_more_needed_sites_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="min_sites is 3, but the job has 2 sites"):
-        made(tmp_path, min_sites=3)
+        make_server(tmp_path, min_sites=3)
 
 
 @pytest.mark.parametrize("names", [(), ("a", "a")])
 def test_sites_without_distinct_names_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="distinct names"):
-        made(tmp_path, names, min_sites=0)
+        make_server(tmp_path, names, min_sites=0)
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

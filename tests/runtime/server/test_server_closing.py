@@ -33,19 +33,19 @@ def in_round_two(server: Server) -> tuple[Site, Call]:
     site.register(INITIAL)
     task = site.start(INITIAL)
     request = pb.NextRequest(session=pb.Session(attempt=site.welcome.attempt))
-    held = transport.call("Next", request.SerializeToString())
-    assert next(iter(held))
+    open_call = transport.call("Next", request.SerializeToString())
+    assert next(iter(open_call))
     site.submit(task, {"w": np.ones(3)})
     assert site.client.next_task().round == 2
-    return site, held
+    return site, open_call
 
 
 def test_a_call_that_is_cancelled_lets_go_of_its_model_at_once(tmp_path: Path) -> None:
     server = Server(settings(1), tmp_path, {})
     server.begin()
-    site, held = in_round_two(server)
+    site, open_call = in_round_two(server)
     assert models(tmp_path) == ["model-0", "model-1"]
-    held.cancel()
+    open_call.cancel()
     assert models(tmp_path) == ["model-1"]
     site.vanish()
     server.close()
@@ -56,13 +56,13 @@ def test_a_closed_server_touches_nothing_of_the_one_after_it(tmp_path: Path) -> 
     others = loops()
     first = Server(settings(1, rejoin_s=2.0), tmp_path, {})
     first.begin()
-    _, held = in_round_two(first)
+    _, open_call = in_round_two(first)
     first.close()
     assert loops() == others
     second = Server(settings(1, rejoin_s=2.0), tmp_path, {})
     second.begin()
     site = Site("site-1", MemoryTransport(second.service, "site-1"), WAIT_S)
-    held.cancel()
+    open_call.cancel()
     final = site.take_part(INITIAL, lambda task: {"w": task.arrays["w"] + task.round})
     ended(second)
     assert final["w"].tolist() == [3.0] * 3

@@ -43,7 +43,7 @@ def bits(arrays: Arrays) -> dict[str, bytes]:
 
 
 def test_killed_between_two_updates_of_a_round(tmp_path: Path) -> None:
-    wanted = uninterrupted(tmp_path / "oracle", 3, 2)
+    expected = uninterrupted(tmp_path / "oracle", 3, 2)
     with server_process(tmp_path / "run", 3, rounds=2) as server:
         sites = {f"site-{i}": server.site(f"site-{i}") for i in (1, 2, 3)}
         tasks = started(sites.values(), start_weights())
@@ -62,8 +62,8 @@ def test_killed_between_two_updates_of_a_round(tmp_path: Path) -> None:
         for site in sites.values():
             site.client.leave("done", early=False)
             site.vanish()
-        assert finals == [wanted] * 3
-        assert bits(server.finished()) == wanted
+        assert finals == [expected] * 3
+        assert bits(server.finished()) == expected
 
 
 @pytest.mark.parametrize("late", ["drop", "carry"])
@@ -91,7 +91,7 @@ def test_killed_after_a_round_whose_acknowledgement_was_lost(tmp_path: Path, lat
     ],
 )
 def test_killed_again_and_again_while_three_sites_train(tmp_path: Path, rounds: int, fields: dict[str, Any]) -> None:
-    wanted = uninterrupted(tmp_path / "oracle", 3, rounds, **fields)
+    expected = uninterrupted(tmp_path / "oracle", 3, rounds, **fields)
     acknowledged = threading.Semaphore(0)
 
     def site(name: str) -> dict[str, bytes]:
@@ -113,13 +113,13 @@ def test_killed_again_and_again_while_three_sites_train(tmp_path: Path, rounds: 
 
     with server_process(tmp_path / "run", 3, rounds=rounds, **fields) as server:
         finals = together(murder, lambda: site("site-1"), lambda: site("site-2"), lambda: site("site-3"))
-        assert finals[1:] == [wanted] * 3
-        assert bits(server.finished()) == wanted
+        assert finals[1:] == [expected] * 3
+        assert bits(server.finished()) == expected
 
 
 def test_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
     size = 2**22  # 16 MiB of float32
-    wanted = uninterrupted(tmp_path / "oracle", 2, 1, size)
+    expected = uninterrupted(tmp_path / "oracle", 2, 1, size)
     with server_process(tmp_path / "run", 2, rounds=1) as server, TcpProxy(server.address) as proxy:
 
         def murder() -> None:
@@ -132,8 +132,8 @@ def test_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
             return bits(server.site(name, address).take_part(start_weights(size), lambda task: trained(task, name)))
 
         finals = together(murder, lambda: site("site-1", proxy.address), lambda: site("site-2", ""))
-        assert finals[1:] == [wanted] * 2
-        assert bits(server.finished()) == wanted
+        assert finals[1:] == [expected] * 2
+        assert bits(server.finished()) == expected
 
 
 @pytest.mark.parametrize("moment", ["one site has registered", "the initial model is awaited", "the end is near"])

@@ -31,9 +31,9 @@ def test_what_is_written_to_a_blob_is_in_its_file(tmp_path: Path) -> None:
     extras["moment"][...] = 0.5
     again = Blobs(tmp_path / "blobs").open("update-1", MANIFEST)
     assert again.buffer.tobytes() == blob.buffer.tobytes()
-    found = safetensors.numpy.load_file(tmp_path / "blobs" / "update-1.safetensors")
-    assert found["w"].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert found["extra:moment"].tolist() == [0.5] * 3
+    tensors = safetensors.numpy.load_file(tmp_path / "blobs" / "update-1.safetensors")
+    assert tensors["w"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert tensors["extra:moment"].tolist() == [0.5] * 3
 
 
 def test_freed_blobs_are_used_again_for_the_same_layout_only(tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ def some(names: list[str]) -> Arrays:
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     arrays = some(PLAIN)
     write_tensors(tmp_path / "m.safetensors", arrays, {"format": "pt", "round": "3"})
-    found = safetensors.numpy.load_file(tmp_path / "m.safetensors")
-    assert sorted(found) == sorted(arrays)
+    actual = safetensors.numpy.load_file(tmp_path / "m.safetensors")
+    assert sorted(actual) == sorted(arrays)
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array)
+        assert actual[name].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name], array)
     with safetensors.safe_open(tmp_path / "m.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "pt", "round": "3"}
 
@@ -50,8 +50,8 @@ def test_the_library_takes_our_header_for_every_dtype_but_complex() -> None:
     arrays = {name: np.zeros(3, dtype) for name, dtype in DTYPES.items() if name not in ("complex64", *_UNKNOWN)}
     manifest = Manifest.of(arrays)
     data = header_of(manifest) + bytes(manifest.nbytes)
-    found = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
-    assert {name: entry["shape"] for name, entry in found.items()} == {name: [3] for name in arrays}
+    actual = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+    assert {name: entry["shape"] for name, entry in actual.items()} == {name: [3] for name in arrays}
 
 
 _UNKNOWN = ("float8_e4m3fnuz", "float8_e5m2fnuz")  # newer than the library's floor
@@ -60,11 +60,11 @@ _UNKNOWN = ("float8_e4m3fnuz", "float8_e5m2fnuz")  # newer than the library's fl
 def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
     arrays = some(PLAIN)
     safetensors.numpy.save_file(dict(arrays), tmp_path / "m.safetensors", {"who": "the library"})
-    found = read_tensors(tmp_path / "m.safetensors")
-    assert sorted(found) == sorted(arrays)
+    actual = read_tensors(tmp_path / "m.safetensors")
+    assert sorted(actual) == sorted(arrays)
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array)
+        assert actual[name].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name], array)
 
 
 def test_bfloat16_written_by_torch_is_read_bit_for_bit(tmp_path: Path) -> None:
@@ -73,10 +73,10 @@ def test_bfloat16_written_by_torch_is_read_bit_for_bit(tmp_path: Path) -> None:
 
     tensor = torch.arange(-4, 4).to(torch.bfloat16) * 0.3
     save_file({"w": tensor, "odd": torch.ones(3, dtype=torch.uint8)}, tmp_path / "t.safetensors")
-    found = read_tensors(tmp_path / "t.safetensors")
-    assert found["w"].dtype == ml_dtypes.bfloat16
-    assert found["w"].tobytes() == tensor.view(torch.int16).numpy().tobytes()
-    write_tensors(tmp_path / "back.safetensors", found)
+    actual = read_tensors(tmp_path / "t.safetensors")
+    assert actual["w"].dtype == ml_dtypes.bfloat16
+    assert actual["w"].tobytes() == tensor.view(torch.int16).numpy().tobytes()
+    write_tensors(tmp_path / "back.safetensors", actual)
     assert torch.equal(load_file(tmp_path / "back.safetensors")["w"], tensor)
 
 
@@ -91,9 +91,9 @@ def test_bfloat16_written_by_torch_is_read_bit_for_bit(tmp_path: Path) -> None:
 def test_any_names_and_shapes_come_back(tmp_path_factory: pytest.TempPathFactory, arrays: Arrays) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     write_tensors(path, arrays)
-    found = read_tensors(path)
-    assert list(found) == list(arrays)
-    assert all(found[n].tobytes() == a.tobytes() and found[n].shape == a.shape for n, a in arrays.items())
+    actual = read_tensors(path)
+    assert list(actual) == list(arrays)
+    assert all(actual[n].tobytes() == a.tobytes() and actual[n].shape == a.shape for n, a in arrays.items())
 
 
 def test_the_payload_is_aligned_for_mapping() -> None:
@@ -183,6 +183,6 @@ def test_tensors_that_others_did_not_align_are_read(tmp_path: Path) -> None:
         "w": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
     }
     path.write_bytes(with_header(fields, b"\x07" + np.array([1.5, -2.0], np.float32).tobytes()))
-    found = read_tensors(path)
-    assert found["a"].tolist() == [7]
-    assert found["w"].tolist() == [1.5, -2.0]
+    actual = read_tensors(path)
+    assert actual["a"].tolist() == [7]
+    assert actual["w"].tolist() == [1.5, -2.0]

@@ -42,8 +42,8 @@ def lines(kit: Path) -> list[bytes]:
     return (kit / "audit.jsonl").read_bytes().splitlines(keepends=True)
 
 
-def put(kit: Path, found: list[bytes]) -> None:
-    (kit / "audit.jsonl").write_bytes(b"".join(found))
+def put(kit: Path, content: list[bytes]) -> None:
+    (kit / "audit.jsonl").write_bytes(b"".join(content))
 
 
 def test_a_log_that_nobody_touched_is_good(kit: Path) -> None:
@@ -162,12 +162,12 @@ def test_the_server_puts_a_whole_run_on_record(study: Study) -> None:
     for site in sites:
         site.client.leave("done", early=False)
     assert study.server.wait_for_job("job", 30)
-    found = [(entry["action"], entry["who"].partition("?")[0].rpartition("/")[2]) for entry in study.log()]
+    records = [(entry["action"], entry["who"].partition("?")[0].rpartition("/")[2]) for entry in study.log()]
     for name in study.sites:
         for action in ("joined", "registered", "task_sent", "update", "left"):
-            assert (action, name) in found
+            assert (action, name) in records
     for action, who in (("called SubmitJob", "lena"), ("job started", "lena"), ("job ended", "lena"), ("finished", "")):
-        assert (action, who) in found
+        assert (action, who) in records
     update = next(entry for entry in study.log() if entry["action"] == "update")
     assert (update["round"], update["facts"]["status"], update["facts"]["metrics"]) == (1, "used", {"loss": 0.5})
     assert verify(study.kits / "server", study.kits / "server")[1] == []

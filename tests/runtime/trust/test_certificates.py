@@ -137,11 +137,11 @@ def test_revoking_ends_open_connections_at_once_and_the_others_go_on(study: Stud
             "cert", "revoke", "north", "--authority", study.authority.folder, "--kit", _at(study, "ada"), "--json"
         )
 
-    error, told = together(waiting, revoke)
+    error, answer = together(waiting, revoke)
     assert isinstance(error, PermissionDeniedError)
     assert "north" in error.what
     assert "certificate was revoked" in error.what
-    assert told["server"] == {"ended": ["north"]}
+    assert answer["server"] == {"ended": ["north"]}
     with pytest.raises(PermissionDeniedError, match="revoked"):
         study.site("north").join()
 

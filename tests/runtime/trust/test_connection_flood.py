@@ -39,9 +39,9 @@ def descriptors() -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = IDLE + HALF + SHAKEN + 300
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    needed = IDLE + HALF + SHAKEN + 300
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
     return min(IDLE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - HALF - SHAKEN - 200)
 
 
@@ -68,10 +68,10 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, int, subprocess.Popen[bytes]]
 
 
 def context(kits: Path, name: str) -> ssl.SSLContext:
-    found = ssl.create_default_context(cafile=str(kits / name / "ca.pem"))
-    found.load_cert_chain(kits / name / "certificate.pem", kits / name / "key.pem")
-    found.set_alpn_protocols(["h2"])
-    return found
+    tls = ssl.create_default_context(cafile=str(kits / name / "ca.pem"))
+    tls.load_cert_chain(kits / name / "certificate.pem", kits / name / "key.pem")
+    tls.set_alpn_protocols(["h2"])
+    return tls
 
 
 def connected(port: int) -> socket.socket:

@@ -38,7 +38,7 @@ def refused(call: Callable[[], Any]) -> FederationError:
 def strangers(study: Study) -> dict[str, Callable[[], GrpcTransport]]:
     other = Authority.create(study.folder / "other", study.authority.project)
 
-    def mine(**when: float) -> Callable[[], GrpcTransport]:
+    def north(**when: float) -> Callable[[], GrpcTransport]:
         return lambda: study.stranger(*study.certificate(NORTH, **when))
 
     return {
@@ -47,8 +47,8 @@ def strangers(study: Study) -> dict[str, Callable[[], GrpcTransport]]:
         "another authority of the same name": lambda: study.stranger(
             *certificate(new_key(), study.authority.pem, NORTH)
         ),
-        "expired": mine(begins_in_s=-7200, ends_in_s=-3600),
-        "not valid yet": mine(begins_in_s=3600, ends_in_s=7200),
+        "expired": north(begins_in_s=-7200, ends_in_s=-3600),
+        "not valid yet": north(begins_in_s=3600, ends_in_s=7200),
         "somebody else's certificate": lambda: study.stranger(
             study.certificate(NORTH)[0], (study.kits / "south/certificate.pem").read_bytes()
         ),

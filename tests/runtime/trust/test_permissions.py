@@ -83,9 +83,9 @@ def test_a_lead_aborts_its_own_jobs_an_organisations_admin_those_of_its_organisa
 
 def test_a_member_sees_and_does_nothing_else(study: Study) -> None:
     study.job()
-    found = study.admin("mina").ask("Status")
-    assert found["running"]["job"] == "job"
-    assert found["running"]["sites"] == {"north": "awaited", "south": "awaited"}
+    status = study.admin("mina").ask("Status")
+    assert status["running"]["job"] == "job"
+    assert status["running"]["sites"] == {"north": "awaited", "south": "awaited"}
     with pytest.raises(PermissionDeniedError, match="member mina of south-hospital may not submit a job"):
         study.job("other", by="mina")
 

@@ -65,9 +65,9 @@ class Siege:
         """Return a valid header with these fields changed."""
         manifest = Manifest.of(arrays)
         payload = frames.describe(manifest, manifest.digests(arrays, {}), known=False)
-        given = {"round": 1, "content": "weights", "num_examples": 1, "payload": payload, **fields}
-        given.setdefault("session", pb.Session(job="job", attempt=self.attempt))
-        return pb.UpdateHeader(**given)
+        values = {"round": 1, "content": "weights", "num_examples": 1, "payload": payload, **fields}
+        values.setdefault("session", pb.Session(job="job", attempt=self.attempt))
+        return pb.UpdateHeader(**values)
 
     def submit(self, header: pb.UpdateHeader, *after: bytes) -> FederationError:
         """Send a header and frames that must be refused; return the error."""

@@ -71,8 +71,8 @@ def test_both_ends_are_who_their_certificates_say(kits: Path) -> None:
 def forged(signer: Path) -> Between:
     """Act as a server that replaces north's key by its own, signed with the key and certificate in `signer`."""
     public = b"k" * 32
-    said = b"\0".join([b"fl-adapters stream key 1", b"north", b"south", b"1.1|tracker", public])
-    signature = sign(read_key((signer / KEY).read_bytes()), said)
+    statement = b"\0".join([b"fl-adapters stream key 1", b"north", b"south", b"1.1|tracker", public])
+    signature = sign(read_key((signer / KEY).read_bytes()), statement)
     pem = (signer / CERTIFICATE).read_text()
     message = json.dumps({"key": public.hex(), "signature": signature.hex(), "certificate": pem}).encode()
     return lambda data: message
@@ -99,8 +99,8 @@ def test_a_key_that_is_not_the_other_sites_own_ends_the_stream(kits: Path, tmp_p
         case "a stranger's":
             stranger = tmp_path / "stranger"
             stranger.mkdir()
-            ours = Identity("study", "site", "north", "north-hospital")
-            key, pem = certificate(new_key(), (kits / "south" / "ca.pem").read_bytes(), ours)
+            identity = Identity("study", "site", "north", "north-hospital")
+            key, pem = certificate(new_key(), (kits / "south" / "ca.pem").read_bytes(), identity)
             (stranger / KEY).write_bytes(key)
             (stranger / CERTIFICATE).write_bytes(pem)
             between = forged(stranger)
@@ -109,8 +109,8 @@ def test_a_key_that_is_not_the_other_sites_own_ends_the_stream(kits: Path, tmp_p
         case "of another stream":
             between, names = (lambda data: data), ("1.1|ports", "1.1|tracker")
         case _:
-            mine = StreamIdentity(kits / "south").signed(b"k" * 32, "north", "1.1|tracker")
-            between = lambda data: mine  # noqa: E731
+            own_key = StreamIdentity(kits / "south").signed(b"k" * 32, "north", "1.1|tracker")
+            between = lambda data: own_key  # noqa: E731
     north, south = ends(between, names)
     SecureStream(north, "north", StreamIdentity(kits / "north"))
     second = SecureStream(south, "south", StreamIdentity(kits / "south"))

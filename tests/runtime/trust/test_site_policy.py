@@ -42,8 +42,8 @@ def take_part(
     each_round: Callable[[int], None] = lambda number: None,
 ) -> Arrays:
     """Take part with a kit as an adapter would; return the final weights."""
-    found = read_kit(kit)
-    session = Session(found, Options(), framework, _transport(found))
+    site_kit = read_kit(kit)
+    session = Session(site_kit, Options(), framework, _transport(site_kit))
     try:
         session.register(arrays, agreement={}, rounds=None, evaluates=True)
         task = session.start(lambda: arrays)
@@ -299,8 +299,8 @@ def test_the_template_is_a_policy_that_limits_nothing_and_its_examples_are_good(
     lines = path.read_text().splitlines()
     examples = [line.removeprefix("# ") for line in lines if line.startswith("# ") and ":" in line.split(" ")[1]]
     (tmp_path / "examples.yml").write_text("\n".join(line for line in examples if "`" not in line))
-    found = read_policy(tmp_path / "examples.yml")
-    unset = {name for name in Policy.model_fields if getattr(found, name) == getattr(Policy(), name)}
+    policy = read_policy(tmp_path / "examples.yml")
+    unset = {name for name in Policy.model_fields if getattr(policy, name) == getattr(Policy(), name)}
     assert unset == {"filters"}
 
 

@@ -56,14 +56,14 @@ def test_the_command_makes_a_kit_for_everybody_and_leaves_kits_alone_that_are_th
     (tmp_path / "project.yml").write_text(PROJECT)
     done = command(tmp_path, "provision", "project.yml", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert set(found["kits"]) == {"server", "north", "south", "ada@study.org"}
+    result = json.loads(done.stdout)
+    assert set(result["kits"]) == {"server", "north", "south", "ada@study.org"}
     before = (tmp_path / "kits/north/key.pem").read_bytes()
 
     (tmp_path / "project.yml").write_text(PROJECT.replace("admins:", "  - {name: east, organisation: east}\nadmins:"))
     again = json.loads(command(tmp_path, "provision", "project.yml", "--json").stdout)
     assert set(again["kits"]) == {"east"}
-    assert again["authority"] == found["authority"]
+    assert again["authority"] == result["authority"]
     assert (tmp_path / "kits/north/key.pem").read_bytes() == before
     assert read_kit(tmp_path / "kits/east").sites == ("north", "south", "east")
 
@@ -298,13 +298,13 @@ def test_a_missing_pyzipper_names_the_extra(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_commands_zip_and_unpack(tmp_path: Path) -> None:
     (tmp_path / "project.yml").write_text(PROJECT)
-    found = json.loads(command(tmp_path, "provision", "project.yml", "--zip", "--json").stdout)["kits"]["north"]
+    result = json.loads(command(tmp_path, "provision", "project.yml", "--zip", "--json").stdout)["kits"]["north"]
     assert not (tmp_path / "kits/north").exists()
     for read in (read_kit, script_kit.read_kit):
         for path in (tmp_path / "kits/north", tmp_path / "kits/north.zip"):
             with pytest.raises(ConfigError, match=f"first run `fl-adapters unpack {tmp_path}/kits/north.zip`"):
                 read(path)
-    done = command(tmp_path, "unpack", found["kit"], "--password", found["password"], "--json")
+    done = command(tmp_path, "unpack", result["kit"], "--password", result["password"], "--json")
     assert done.returncode == 0, done.stderr
     assert read_kit(Path(tmp_path, json.loads(done.stdout)["kit"])).identity.name == "north"
 

@@ -41,12 +41,12 @@ def sent(arrays: Arrays, extras: Arrays | None = None, frame_bytes: int = 16) ->
     return receiver.finish()
 
 
-def assert_same(found: Arrays, wanted: Arrays) -> None:
-    assert list(found) == list(wanted)
-    for name, array in wanted.items():
-        assert found[name].shape == array.shape
-        assert found[name].dtype == array.dtype.newbyteorder("<")
-        assert found[name].tobytes() == np.asarray(array, array.dtype.newbyteorder("<")).tobytes(), name
+def assert_same(actual: Arrays, expected: Arrays) -> None:
+    assert list(actual) == list(expected)
+    for name, array in expected.items():
+        assert actual[name].shape == array.shape
+        assert actual[name].dtype == array.dtype.newbyteorder("<")
+        assert actual[name].tobytes() == np.asarray(array, array.dtype.newbyteorder("<")).tobytes(), name
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -86,8 +86,8 @@ def test_layouts_in_memory_do_not_matter(name: str) -> None:
 def test_big_endian_arrays_arrive_with_the_same_values(name: str) -> None:
     little = random_bits((5,), DTYPES[name])
     big = little.byteswap().view(little.dtype.newbyteorder(">"))
-    found = sent({"t": big})[0]["t"]
-    assert found.tobytes() == little.tobytes()
+    actual = sent({"t": big})[0]["t"]
+    assert actual.tobytes() == little.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [np.complex128, np.dtype("U4"), np.dtype(object), np.longdouble, ml_dtypes.int4])
@@ -324,10 +324,10 @@ def test_a_payload_in_its_header_is_what_protobuf_makes_of_it(size: int) -> None
     pieces = [memoryview(data[: size // 3]), memoryview(data[size // 3 :])]
     update = pb.UpdatePart(update=pb.UpdateHeader(round=7, payload=pb.Payload(layout=b"l" * 16, total_bytes=size)))
     task = pb.TaskPart(task=pb.TaskHeader(job="j", version=3, payload=pb.Payload(digests=b"d" * 8)))
-    found = pb.UpdatePart.FromString(frames.inlined(update, pieces))
+    actual = pb.UpdatePart.FromString(frames.inlined(update, pieces))
     other = pb.TaskPart.FromString(frames.inlined(task, pieces))
     update.update.payload.inline = task.task.payload.inline = data
-    assert found == update
+    assert actual == update
     assert other == task
 
 
@@ -349,12 +349,12 @@ def test_one_pass_finds_the_digests_and_what_is_not_finite(name: str) -> None:
     arrays = {"w": np.ones(300_000, np.float32).astype(DTYPES[name]), "s": np.zeros((), DTYPES[name])}
     arrays |= {"turned": arrays["w"].reshape(500, 600).T, "big": arrays["w"].astype(DTYPES[name].newbyteorder(">"))}
     extras = {"w": np.zeros((3, 0), DTYPES[name])}
-    manifest, found = Manifest.of(arrays, extras), inspect(arrays, extras, "here")
-    assert found.covers(arrays, extras)
-    assert manifest.digests(arrays, extras, found) == manifest.digests(arrays, extras)
+    manifest, inspected = Manifest.of(arrays, extras), inspect(arrays, extras, "here")
+    assert inspected.covers(arrays, extras)
+    assert manifest.digests(arrays, extras, inspected) == manifest.digests(arrays, extras)
     other = {**arrays, "w": np.zeros_like(arrays["w"])}
-    assert not found.covers(other, extras)
-    assert manifest.digests(other, extras, found) == manifest.digests(other, extras)
+    assert not inspected.covers(other, extras)
+    assert manifest.digests(other, extras, inspected) == manifest.digests(other, extras)
     if is_floating(DTYPES[name]):
         arrays["w"][299_999] = np.nan
         with pytest.raises(UpdateRefusedError, match="NaN or infinite values in w"):
