@@ -88,8 +88,8 @@ class _SiteWeights:
     def __init__(self, state: ServerState, *, equal: bool) -> None:
         self.equal = equal
         self._sites = state.sites
-        kept = state.kept.get(_KEPT)
-        self._before = {} if kept is None else {n: float(w) for n, w in zip(self._sites, kept, strict=True) if w}
+        weights = state.previous.get(_KEPT)
+        self._before = {} if weights is None else {n: float(w) for n, w in zip(self._sites, weights, strict=True) if w}
         self._known, self._round = dict(self._before), dict[str, float]()
 
     def of(self, update: Update) -> float:
@@ -115,7 +115,7 @@ class _SiteWeights:
         """Commit the weights with the next model."""
         if self._sites:
             weights = np.array([self._known.get(name, 0.0) for name in self._sites])
-            state.keep({_KEPT: weights})[_KEPT][...] = weights
+            state.allocate_next({_KEPT: weights})[_KEPT][...] = weights
 
     def _total(self, known: Mapping[str, float]) -> float:
         """Return the sum of all weights, the mean of the known ones standing for each unknown one."""

@@ -34,17 +34,17 @@ class Federation:
     x: Array = field(default_factory=lambda: np.zeros(1))
     c: Array = field(default_factory=lambda: np.zeros(1))
     own: Array = field(default_factory=lambda: np.zeros(len(SITES)))
-    kept: Arrays = field(default_factory=dict)
+    previous: Arrays = field(default_factory=dict)
     extras: Arrays = field(default_factory=dict)
 
     def round(self, number: int, participants: list[int]) -> None:
         following: dict[str, Array] = {}
 
-        def keep(arrays: Arrays) -> Arrays:
+        def allocate_next(arrays: Arrays) -> Arrays:
             following.update({name: np.empty_like(array) for name, array in arrays.items()})
             return following
 
-        state = ServerState(self.extras, self.kept, keep, SITES)
+        state = ServerState(self.extras, self.previous, allocate_next, SITES)
         aggregator = self.strategy.aggregator({"w": self.x}, _allocate, {}, state)
         for i in participants:
             y = self.x.copy()
@@ -57,7 +57,7 @@ class Federation:
             update = Update("job", number, "", SITES[i], 1, number - 1, {"w": y}, examples, extras=share)
             aggregator.add(replace(update, site_weight=factor))
         arrays, self.extras = aggregator.result()
-        self.x, self.c, self.kept = arrays["w"], control_of(self.extras)["w"], following
+        self.x, self.c, self.previous = arrays["w"], control_of(self.extras)["w"], following
 
 
 def _allocate(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
@@ -123,7 +123,7 @@ def test_with_all_sites_the_bits_are_those_of_the_mean_times_the_number_of_sites
     extras: Arrays = {}
     kept: dict[str, Array] = {}
 
-    def keep(arrays: Arrays) -> Arrays:
+    def allocate_next(arrays: Arrays) -> Arrays:
         kept.update({name: np.empty_like(array) for name, array in arrays.items()})
         return kept
 
