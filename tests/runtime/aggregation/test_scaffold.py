@@ -13,7 +13,7 @@ from server_process import ServerProcess, server_process
 from fl_runtime.aggregation.corrections.local_terms import control_extras, control_of
 from fl_runtime.capabilities import GRADIENT_CORRECTION
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.server.courses.sampling import drawn
+from fl_runtime.server.courses.sampling import sample_sites
 from fl_runtime.types import Array, RunSettings, Task
 
 SIZE, ROUNDS = 5, 3
@@ -73,7 +73,7 @@ def test_c_gets_the_sum_of_the_shares(tmp_path: Path) -> None:
 def test_c_follows_the_shares_of_all_sites_when_the_server_is_killed_and_sites_sit_out(tmp_path: Path) -> None:
     names, rounds, examples = ("site-1", "site-2", "site-3"), 8, {"site-1": 10, "site-2": 300, "site-3": 45}
     settings = RunSettings("test", names, 2, rounds=rounds, fraction=0.5, seed=4)
-    chosen = {number: drawn(settings, number, names) for number in range(1, rounds + 1)}
+    chosen = {number: sample_sites(settings, number, names) for number in range(1, rounds + 1)}
     seen: dict[int, Array] = {}
 
     def share(name: str, number: int) -> Array:

@@ -14,7 +14,7 @@ import pytest
 
 from fl_runtime.aggregation.corrections.local_terms import control_extras, control_of
 from fl_runtime.aggregation.corrections.scaffold import Scaffold
-from fl_runtime.server.courses.sampling import drawn
+from fl_runtime.server.courses.sampling import sample_sites
 from fl_runtime.types import Array, Arrays, RunSettings, ServerState, Update
 
 SITES = tuple(f"site-{number}" for number in range(1, 7))
@@ -70,7 +70,7 @@ def fraction(share: float) -> Callable[[], Iterator[list[int]]]:
 
     def rounds() -> Iterator[list[int]]:
         for number in range(1, ROUNDS + 1):
-            yield [SITES.index(name) for name in drawn(settings, number, SITES)]
+            yield [SITES.index(name) for name in sample_sites(settings, number, SITES)]
 
     return rounds
 
@@ -121,14 +121,14 @@ def test_the_first_number_of_examples_counts_for_c() -> None:
 def test_with_all_sites_the_bits_are_those_of_the_mean_times_the_number_of_sites() -> None:
     draw, c = np.random.default_rng(1), np.zeros(50, np.float32)
     extras: Arrays = {}
-    kept: dict[str, Array] = {}
+    previous: dict[str, Array] = {}
 
     def allocate_next(arrays: Arrays) -> Arrays:
-        kept.update({name: np.empty_like(array) for name, array in arrays.items()})
-        return kept
+        previous.update({name: np.empty_like(array) for name, array in arrays.items()})
+        return previous
 
     for number in range(1, 5):
-        state = ServerState(extras, dict(kept), keep, SITES)
+        state = ServerState(extras, dict(previous), allocate_next, SITES)
         aggregator = Scaffold().aggregator({"w": c}, _allocate, {}, state)
         mean, total = np.zeros(50, np.float32), 0
         for name, count in zip(SITES, EXAMPLES, strict=True):
