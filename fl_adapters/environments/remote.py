@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_adapters.job import Job
+from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.control import ControlClient
 from fl_runtime.errors import FederationError
 from fl_runtime.server.records.results import RoundResult, RunResult
@@ -70,10 +71,18 @@ class RemoteJob:
         try:
             for answer in self._control.follow(self.name, patience_s=self._patience_s):
                 if "event" in answer:
-                    self._tell(Event(**answer["event"]))
+                    self._tell(_event(answer["event"]))
                 else:
                     self.outcome = answer["ended"]
         except FederationError as error:
             self._error = error
         finally:
             self._ended.set()
+
+
+def _event(fields: Mapping[str, Any]) -> Event:
+    """Read an event; a metric may be the text "nan", which JSON has no number for."""
+    data = dict(fields["data"])
+    if isinstance(data.get("metrics"), dict):
+        data["metrics"] = plain(from_json(data["metrics"]))
+    return Event(**{**fields, "data": data})

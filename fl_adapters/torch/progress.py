@@ -182,10 +182,10 @@ class Tally:
             factor: What each loss was divided by before it was added, such as the batches of an accumulated step.
 
         Returns:
-            `{"train_loss": mean over the batches}`, or an empty dict if the mean is unknown or not finite.
+            `{"train_loss": mean over the batches}`, or an empty dict if no batch was counted. The mean of a round that
+                diverged is NaN or infinite.
         """
-        mean = float(self._loss) * factor / self._batches if self._batches else math.nan
-        return {"train_loss": mean} if math.isfinite(mean) else {}
+        return {"train_loss": float(self._loss) * factor / self._batches} if self._batches else {}
 
     def reset(self) -> None:
         """Begin the next round, or the next phase."""

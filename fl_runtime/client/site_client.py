@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
@@ -220,7 +221,7 @@ class SiteClient:
             wait=wait,
         )
         reply = self._calls.ask("Score", request, pb.ScoreReply)
-        return json.loads(reply.metrics_json or "{}"), reply.stop
+        return plain(from_json(json.loads(reply.metrics_json or "{}"))), reply.stop
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Open streams to other sites, which the server relays in a call of their own.

@@ -67,8 +67,8 @@ class NoisyMetrics(FilterSettings):
 
     A metric v leaves as clip(clip(v, low, high) + Lap((high - low) / epsilon), low, high). Unit of privacy: a site's
     value, replaced by any other. The bounds hold for every metric in its own unit; remove metrics that do not fit with
-    `AllowMetrics` before this filter. Every metric of every update and report is recorded in the ledger, and their
-    costs add up. Needs the extra `[dp]` if the site has a privacy budget.
+    `AllowMetrics` before this filter. A metric that is NaN does not leave. Every metric of every update and report is
+    recorded in the ledger, and their costs add up. Needs the extra `[dp]` if the site has a privacy budget.
 
     Source: Dwork et al. 2006, "Calibrating noise to sensitivity in private data analysis".
 
@@ -92,7 +92,7 @@ class NoisyMetrics(FilterSettings):
 
     def facts(self, facts: Facts, host: FilterHost) -> Facts:
         """Add noise to every metric, after recording its cost in the ledger."""
-        metrics = plain(facts)
+        metrics = {name: value for name, value in plain(facts).items() if not math.isnan(value)}
         if not metrics:
             return replace(facts, metrics={})
         mechanisms = [Mechanism("laplace", 1 / self.epsilon)] * len(metrics)
@@ -150,13 +150,11 @@ class Examples(FilterSettings):
 
 
 def plain(facts: Facts) -> dict[str, float]:
-    """Return the metrics as plain numbers: the site's own value of a `Summary`, and no metric that is not a number."""
+    """Return the metrics as plain numbers, which may be NaN: of a `Summary` the site's own value."""
     numbers = {}
     for name, metric in facts.metrics.items():
         try:
-            value = float(metric.value if isinstance(metric, Summary) else metric)
+            numbers[name] = float(metric.value if isinstance(metric, Summary) else metric)
         except (TypeError, ValueError):
             continue
-        if not math.isnan(value):
-            numbers[name] = value
     return numbers

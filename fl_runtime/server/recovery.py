@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from google.protobuf.message import DecodeError
 
-from fl_runtime.aggregation.metrics.pooling import from_json
+from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.errors import ProtocolError, StoreError
 from fl_runtime.server.courses.scores import Scores
 from fl_runtime.server.membership import Membership
@@ -91,7 +91,8 @@ def load_update(state: RunState, entry: UpdateEntry) -> Accepted:
     if frames.digest_of(blob.manifest, blob.manifest.digests_of_payload(blob.buffer)) != entry.digest:
         raise _damaged(state, blob, f"the update of {entry.site} for round {entry.round}")
     arrays, extras = blob.views()
-    update = Update(job=state.settings.name, site=entry.site, arrays=arrays, extras=extras, **entry.header)
+    header = {**entry.header, "metrics": plain(from_json(entry.header["metrics"]))}
+    update = Update(job=state.settings.name, site=entry.site, arrays=arrays, extras=extras, **header)
     return Accepted(update, blob, entry.digest)
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from google.protobuf.message import DecodeError, Message
 
-from fl_runtime.aggregation.metrics.pooling import from_json, plain
+from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
 from fl_runtime.server import limits
 from fl_runtime.server.courses.base import Offer, Upload
@@ -241,7 +241,8 @@ class FederationService:
             except BaseException:  # the connection broke: keep what has arrived for the next attempt
                 self._spool.keep_broken(transfer)
                 raise
-            status = self._run.accept(Upload(update, transfer.blob, digest, facts, received))
+            journaled = {**facts, "metrics": to_json(facts["metrics"])}
+            status = self._run.accept(Upload(update, transfer.blob, digest, journaled, received))
         if status == "late":
             self._state.events.emit("update", header.round, name, status="late", bytes_up=len(first))
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
@@ -282,7 +283,7 @@ class FederationService:
             if answer is None:
                 yield pb.ScoreReply(waiting=pb.Waiting()).SerializeToString()
             else:
-                metrics_json, stop = json.dumps(dict(answer[0])), answer[1]
+                metrics_json, stop = json.dumps(to_json(answer[0])), answer[1]
                 yield pb.ScoreReply(metrics_json=metrics_json, stop=stop).SerializeToString()
 
 

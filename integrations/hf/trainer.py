@@ -5,7 +5,6 @@ All access to private attributes of transformers stands here. Checked in transfo
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -169,8 +168,8 @@ def _trainer_frame() -> tuple[Trainer, FrameType]:
 
 
 def round_metrics(loss_now: float | None, loss_before: float | None, steps: int) -> dict[str, float]:
-    """{"train_loss": mean over the round} from `loss_sum` at both ends; empty if that is unknown or not finite."""
-    if loss_now is None or loss_before is None or steps < 1 or not math.isfinite(loss_now - loss_before):
+    """{"train_loss": mean over the round} from `loss_sum` at both ends; empty if that is unknown."""
+    if loss_now is None or loss_before is None or steps < 1:
         return {}
     return {"train_loss": (loss_now - loss_before) / steps}
 

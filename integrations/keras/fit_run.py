@@ -136,7 +136,7 @@ class FitRun:
         """Report fit's own validation, if the global model awaits a score."""
         if self.awaits_score:
             with self._leaving_on_error():
-                self._report(scores.finite(logs), scores.examples_scored(self._updated_model))
+                self._report(scores.numbers(logs), scores.examples_scored(self._updated_model))
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """End an epoch, once fit has validated.

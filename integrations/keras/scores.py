@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +37,7 @@ class RoundMeter:
     def read(self, model: Any) -> tuple[dict[str, float], int]:
         """Return ({"train_loss": mean over the round}, examples in the round); ({}, 0) if Keras keeps no loss."""
         total, count = self._closed + _loss(model) - self._before
-        known = count > 0 and math.isfinite(total)
-        return ({"train_loss": float(total / count)} if known else {}), max(round(float(count)), 0)
+        return ({"train_loss": float(total / count)} if count > 0 else {}), max(round(float(count)), 0)
 
 
 def evaluated(model: Any, validation: Mapping[str, Any]) -> tuple[dict[str, float], int]:
@@ -61,7 +59,7 @@ def evaluated(model: Any, validation: Mapping[str, Any]) -> tuple[dict[str, floa
         assign(variable, value)
     if training:
         model.train()
-    return finite(scores), examples
+    return numbers(scores), examples
 
 
 def examples_scored(model: Any) -> int:
@@ -69,10 +67,9 @@ def examples_scored(model: Any) -> int:
     return max(round(float(_loss(model)[1])), 1)
 
 
-def finite(logs: Mapping[str, Any] | None) -> dict[str, float]:
-    """The finite numbers among a hook's logs."""
-    numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float | np.number)}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+def numbers(logs: Mapping[str, Any] | None) -> dict[str, float]:
+    """The numbers among a hook's logs, NaN and infinity included: a model that diverged must not score well."""
+    return {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float | np.number)}
 
 
 def _loss(model: Any) -> np.ndarray[Any, np.dtype[Any]]:

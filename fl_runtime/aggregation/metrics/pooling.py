@@ -24,7 +24,8 @@ def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[s
             depends on the order, so pass the same order for the same bits.
 
     Returns:
-        Metric name -> pooled value, without metrics that no site could compute.
+        Metric name -> pooled value; NaN if it is NaN at a site whose weight is not 0. A metric without any weight is
+        left out.
     """
     by_name: dict[str, list[Summary]] = {}
     for metrics, num_examples in parts:
@@ -36,14 +37,13 @@ def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[s
 
 
 def plain(metrics: Mapping[str, float | Summary]) -> dict[str, float]:
-    """Return a site's own values of its metrics as plain numbers, without NaN."""
-    values = {name: m.value if isinstance(m, Summary) else m for name, m in metrics.items()}
-    return {name: value for name, value in values.items() if not math.isnan(value)}
+    """Return a site's own values of its metrics as plain numbers, which may be NaN."""
+    return {name: m.value if isinstance(m, Summary) else m for name, m in metrics.items()}
 
 
 def to_json(metrics: Mapping[str, float | Summary]) -> dict[str, Any]:
-    """Return metrics as JSON values."""
-    return {name: _summary_json(m) if isinstance(m, Summary) else float(m) for name, m in metrics.items()}
+    """Return metrics as JSON values; "nan", "inf" and "-inf" stand for what JSON has no number for."""
+    return {name: _summary_json(m) if isinstance(m, Summary) else _number_json(m) for name, m in metrics.items()}
 
 
 def from_json(fields: object) -> dict[str, float | Summary]:
@@ -53,17 +53,16 @@ def from_json(fields: object) -> dict[str, float | Summary]:
         fields: What `to_json` made; it may come from a hostile peer.
 
     Returns:
-        The metrics, without plain numbers that are NaN.
+        The metrics; plain numbers may be NaN or infinite.
 
     Raises:
         ProtocolError: If it is not a JSON object of numbers and summaries.
     """
     try:
         assert isinstance(fields, dict)
-        metrics = {str(k)[:200]: _summary(v) if isinstance(v, dict) else float(v) for k, v in fields.items()}
+        return {str(k)[:200]: _summary(v) if isinstance(v, dict) else float(v) for k, v in fields.items()}
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OverflowError):
         raise ProtocolError("metrics are not a JSON object of numbers and summaries") from None
-    return {k: v for k, v in metrics.items() if isinstance(v, Summary) or not math.isnan(v)}
 
 
 def area_under_curve(histogram: Mapping[int, tuple[float, float]]) -> float:
@@ -116,14 +115,14 @@ def area_under_precision_recall(histogram: Mapping[int, tuple[float, float]]) ->
 
 def _pooled(parts: list[Summary]) -> float | None:
     kind = parts[0].kind
-    parts = [part for part in parts if part.kind == kind]
-    if kind in ("auc", "aucpr"):
-        value = (area_under_curve if kind == "auc" else area_under_precision_recall)(_merged(parts))
-        return None if math.isnan(value) else value
-    parts = [part for part in parts if not math.isnan(part.value)]
-    weight = sum(part.weight for part in parts)
-    if not weight:
+    parts = [part for part in parts if part.kind == kind and part.weight]
+    if not parts:
         return None
+    if kind in ("auc", "aucpr"):
+        if any(math.isnan(part.value) and not part.histogram for part in parts):
+            return math.nan  # a model that diverged has no scores to sort
+        return (area_under_curve if kind == "auc" else area_under_precision_recall)(_merged(parts))
+    weight = sum(part.weight for part in parts)
     if kind == "root_mean":
         return math.sqrt(sum(part.value**2 * part.weight for part in parts) / weight)
     return sum(part.value * part.weight for part in parts) / weight
@@ -139,10 +138,15 @@ def _merged(parts: list[Summary]) -> dict[int, tuple[float, float]]:
 
 
 def _summary_json(summary: Summary) -> dict[str, Any]:
-    fields: dict[str, Any] = {"kind": summary.kind, "value": summary.value, "weight": summary.weight}
+    fields: dict[str, Any] = {"kind": summary.kind, "value": _number_json(summary.value), "weight": summary.weight}
     if summary.histogram:
         fields["histogram"] = [[score, *weights] for score, weights in summary.histogram.items()]
     return fields
+
+
+def _number_json(value: float) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
 
 
 def _summary(fields: Mapping[str, Any]) -> Summary:

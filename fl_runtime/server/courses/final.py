@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.server.courses.base import Offer, leased
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
@@ -31,7 +32,7 @@ class FinalModel:
                 return None
             if champion is None:
                 return Offer("best", rounds, {}, None, layout_known=False)
-            metrics = self._scoring.scores.of(champion.version)
+            metrics = to_json(self._scoring.scores.of(champion.version))
             return leased("best", rounds, {"metrics": metrics}, champion, member)
         if state.phase not in ("final", "done"):
             return None

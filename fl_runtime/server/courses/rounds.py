@@ -200,4 +200,5 @@ class Rounds:
 
 def event_fields(result: RoundResult) -> dict[str, Any]:
     """The fields of a "round_finished" event; the event itself carries the round."""
-    return {k: v for k, v in result.to_json().items() if k != "round"}
+    fields = {**result.to_json(), "metrics": dict(result.metrics)}
+    return {k: v for k, v in fields.items() if k != "round"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import threading
 from collections import deque
@@ -57,7 +58,7 @@ class EventBuffer:
 
     def append(self, event: Event) -> None:
         """Add an event, as JSON values."""
-        values = {**asdict(event), "data": json.loads(json.dumps(dict(event.data), default=str))}
+        values = {**asdict(event), "data": _json_values(dict(event.data))}
         with self._changed:
             self._events.append(values)
             self._count += 1
@@ -306,3 +307,14 @@ def _save(folder: Path, settings: RunSettings, submitter: Identity) -> None:
     text = json.dumps({"settings": asdict(settings), "submitter": submitter.uri}, indent=1)
     write_file(folder / _JOB, text.encode())
     write_file(folder.parent / _CURRENT, json.dumps({"job": settings.name}).encode())
+
+
+def _json_values(value: Any) -> Any:
+    """Return JSON values; "nan", "inf" and "-inf" stand for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_values(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_values(item) for item in value]
+    if isinstance(value, (str, int, type(None))) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

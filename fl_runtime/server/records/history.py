@@ -215,7 +215,8 @@ class _Table:
         row = self._row(number, site)
         row.update(cells)
         for name, value in (metrics or {}).items():
-            row[f"metric_{name}" if name in COLUMNS else name] = value
+            # an event that was read again has null where NaN was
+            row[f"metric_{name}" if name in COLUMNS else name] = math.nan if value is None else value
 
     @staticmethod
     def _in_order(rows: dict[str, Row]) -> Iterator[Row]:

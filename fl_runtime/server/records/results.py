@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
 from fl_runtime.errors import FederationError
 
 
@@ -37,7 +38,7 @@ class RoundResult:
         Returns:
             A new dict with a key for every attribute.
         """
-        return asdict(self)
+        return {**asdict(self), "metrics": to_json(self.metrics)}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> RoundResult:
@@ -49,7 +50,8 @@ class RoundResult:
         Returns:
             An equal result.
         """
-        return cls(**{**fields, "sites": tuple(fields["sites"]), "missing": tuple(fields["missing"])})
+        sites, missing, metrics = tuple(fields["sites"]), tuple(fields["missing"]), plain(from_json(fields["metrics"]))
+        return cls(**{**fields, "sites": sites, "missing": missing, "metrics": metrics})
 
 
 @dataclass(frozen=True)
