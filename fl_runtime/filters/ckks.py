@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fl_runtime.errors import ConfigError, UpdateRefusedError
+from fl_runtime.errors import ConfigError, RoundFailedError, UpdateRefusedError
 from fl_runtime.filters.base import AUX, FilterSettings, Layout, Point, check_number, is_real, refuse
 from fl_runtime.types import Allocate, Array, Arrays, Settings, Update
 
@@ -93,6 +93,10 @@ class HomomorphicCKKS(FilterSettings):
                 f"HomomorphicCKKS: primes of {bits} bits leave no room above a scale of 2^{self.scale_bits}",
                 "make the first and the last prime the largest, and the first larger than scale_bits",
             )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the arguments as JSON holds them: `coeff_mod_bits` is a list."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in super().settings().items()}
 
     @property
     def largest(self) -> float:
@@ -255,9 +259,15 @@ class CiphertextMean:
         self._updates.append(update)
 
     def result(self) -> tuple[Arrays, Arrays]:
-        """Return (arrays, extras) of the encrypted mean; there are no extras."""
+        """Return (arrays, extras) of the encrypted mean; there are no extras.
+
+        Raises:
+            RoundFailedError: If the share of a site is too small for the precision of the encryption.
+        """
         total = sum(update.weight for update in self._updates)
         shares = [update.weight / total for update in self._updates]
+        for update, share in zip(self._updates, shares, strict=True):
+            self._check_share(update, share)
         parts = [update.arrays for update in self._updates]
         rows = len(parts[0][LENGTHS])
         layout: Layout = {"w": (np.dtype(np.float64), (rows * self._settings.slots,))}
@@ -265,6 +275,17 @@ class CiphertextMean:
         arrays, extras = self._allocate({name: np.empty(shape, dtype) for name, (dtype, shape) in spec.items()}, {})
         _weighted(self._context, parts, shares, self._settings, layout, out=arrays)
         return arrays, extras
+
+    def _check_share(self, update: Update, share: float) -> None:
+        """Refuse a share that CKKS, which multiplies by a whole number of units of 2^-scale_bits, would round to 0."""
+        bits = self._settings.scale_bits
+        if share < 2.0 ** -(bits + 1):
+            raise RoundFailedError(
+                f"site {update.site} has a share of {share:.2g} in the average, and HomomorphicCKKS cannot multiply by "
+                f"less than 2^-{bits + 1} with scale_bits={bits}",
+                fix="bring the sites' numbers of examples and site_weights closer together, for example with the "
+                "filter Examples",
+            )
 
 
 def check_ciphertexts(update: Update, settings: HomomorphicCKKS, context: Any) -> None:

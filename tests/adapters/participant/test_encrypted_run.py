@@ -11,6 +11,7 @@ import stat
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import fl_adapters as fl
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import CoordinateMedian, FedAvg
-from fl_runtime.errors import ConfigError, HandshakeError, UpdateRefusedError
+from fl_runtime.errors import ConfigError, HandshakeError, RoundFailedError, UpdateRefusedError
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.ckks import LENGTHS, VALUES, Cipher, CiphertextMean, HomomorphicCKKS, check_ciphertexts
@@ -140,6 +141,37 @@ def test_parameters_without_the_depth_the_precision_or_the_security_are_refused(
 def test_a_larger_ring_with_a_prime_to_spare_works_too() -> None:
     settings = HomomorphicCKKS(poly_modulus_degree=16384, coeff_mod_bits=(60, 46, 46, 60), scale_bits=46)
     Cipher(settings, settings.new_context()).self_test()
+
+
+@pytest.mark.parametrize("bits", [[60, 48, 60], (60, 48, 60)])
+def test_a_run_with_parameters_of_ones_own_equals_the_plain_one(bits: Any) -> None:
+    own = {**HE, "coeff_mod_bits": bits, "scale_bits": 48}
+    with LocalFederation(sites=2, rounds=2) as federation:
+        plain = federation.run(loop)["site-1"]
+    with LocalFederation(sites=2, rounds=2, filters=(own,)) as federation:
+        found = federation.run(loop)["site-1"]
+        federation.result()
+    assert distance({"w": found["w"]}, {"w": plain["w"].astype(np.float64)}) < 1e-6
+
+
+@pytest.mark.parametrize(("degree", "bits", "scale"), [(8192, (60, 50, 60), 50), (16384, (60, 46, 46, 60), 46)])
+def test_a_share_that_would_be_rounded_to_0_is_refused_by_name(degree: int, bits: tuple[int, ...], scale: int) -> None:
+    settings = HomomorphicCKKS(degree, bits, scale)
+    cipher, layout = Cipher(settings, settings.new_context()), {"w": (np.dtype(np.float64), (settings.slots,))}
+    values = [np.random.default_rng(seed).normal(size=settings.slots) for seed in (1, 2)]
+    encrypted = [cipher.encrypt({"w": value}, layout) for value in values]
+
+    def mean(examples: int) -> Array:
+        aggregator = CiphertextMean(settings, settings.public_context(), allocate)
+        aggregator.add(update(encrypted[0], 1))
+        aggregator.add(update(encrypted[1], examples, "site-2"))
+        return cipher.decrypt(aggregator.result()[0], layout)["w"]
+
+    largest = 2 ** (scale + 1) - 1  # the first share is then exactly 2^-(scale_bits + 1)
+    share = Fraction(1, largest + 1)
+    np.testing.assert_allclose(mean(largest), float(share) * values[0] + float(1 - share) * values[1], atol=1e-6)
+    with pytest.raises(RoundFailedError, match=r"site site-1 has a share of .* HomomorphicCKKS"):
+        mean(2 ** (scale + 2))
 
 
 @pytest.mark.parametrize(
