@@ -26,6 +26,7 @@ import numpy as np
 from fl_adapters.participant.exchange import selected
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
@@ -106,7 +107,7 @@ class ConnectedSite:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
         if self._session is not None:
-            self._session.leave(f"{kind.__name__}: {error}" if kind else "its loop ended before the last round")
+            self._session.leave(LeaveReason.own("its loop ended before the last round") if error is None else error)
         return False
 
     def tasks(

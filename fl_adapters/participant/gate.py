@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.policy_gate import policy_gate_of
+from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_runtime.errors import FederationError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
@@ -29,7 +30,7 @@ class Gate:
     the others need not wait for it.
     """
 
-    def __init__(self, kit: Kit, framework: str, on_refusal: Callable[[str], None]) -> None:
+    def __init__(self, kit: Kit, framework: str, on_refusal: Callable[[LeaveReason], None]) -> None:
         """Read the site's policy.
 
         Args:
@@ -50,7 +51,7 @@ class Gate:
         try:
             yield
         except FederationError as error:
-            self._on_refusal(error.what)
+            self._on_refusal(replace(LeaveReason.of(error), text=error.what))
             raise
 
     def join(self, site: str, job: Settings) -> None:
@@ -123,7 +124,7 @@ class Gate:
             self._policy.record_report(filtered)
         return filtered
 
-    def visible_reason(self, reason: str, *, early: bool) -> str:
+    def leave(self, reason: LeaveReason, *, early: bool) -> str:
         """Return the reason for leaving as the server may see it, and record the full one."""
         return self._policy.record_leaving(reason, early=early)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,7 +22,51 @@ if TYPE_CHECKING:  # these need `cryptography`, which the base install does not 
     from fl_runtime.trust.stream_identity import StreamIdentity
 
 _ADAPTERS = {"transformers": "hf"}  # framework -> name of its adapter, if they differ
-_WITHHELD_REASON = "it left"
+_WITHHELD_REASON = "it left; the reason stays in this site's own log"
+
+
+@dataclass(frozen=True)
+class LeaveReason:
+    """Why a site leaves its run: the whole text, and the part of it that holds nothing of the site's data.
+
+    Attributes:
+        text: The whole reason. It may quote data, as the text of an exception does.
+        public: What may leave the site whatever its policy says.
+        error: The exception that is the reason, or None.
+    """
+
+    text: str
+    public: str = _WITHHELD_REASON
+    error: BaseException | None = None
+
+    @classmethod
+    def own(cls, sentence: str) -> LeaveReason:
+        """Return a reason that may leave every site.
+
+        Args:
+            sentence: A sentence of fl-adapters or of an adapter, without any value of the user's.
+
+        Returns:
+            The reason.
+        """
+        return cls(sentence, sentence)
+
+    @classmethod
+    def of(cls, reason: str | BaseException | LeaveReason) -> LeaveReason:
+        """Return a reason in this form.
+
+        Args:
+            reason: A reason; an exception, of which the name of its class is public; or a text, of which nothing is.
+
+        Returns:
+            The reason.
+        """
+        if isinstance(reason, LeaveReason):
+            return reason
+        if isinstance(reason, BaseException):
+            kind = type(reason).__name__
+            return cls(f"{kind}: {reason}", f"{kind} (its text stays in this site's own log)", reason)
+        return cls(reason)
 
 
 class PolicyGate:
@@ -53,9 +98,13 @@ class PolicyGate:
     def record_report(self, report: Report) -> None:
         """Record a report as the filters made it."""
 
-    def record_leaving(self, reason: str, *, early: bool) -> str:
+    def visible_reason(self, reason: LeaveReason) -> str:
+        """Return the part of a reason that the server and the other sites may see."""
+        return reason.text
+
+    def record_leaving(self, reason: LeaveReason, *, early: bool) -> str:
         """Record that the site leaves. Return the reason as the server may see it."""
-        return reason
+        return self.visible_reason(reason)
 
     def stream_identity(self) -> StreamIdentity | None:
         """Return what proves this site's identity to other sites, or None if there are no certificates."""
@@ -100,6 +149,7 @@ class KitPolicyGate(PolicyGate):
         self._audit: AuditLog = AuditLog(folder, folder)
         self._job = ""
         self._strategy: str | None = None  # the job's, if it names one
+        self._refusal: PermissionDeniedError | None = None  # the last one; its text is the policy's, free of data
         try:
             self._file: PolicyFile = PolicyFile(kit.policy_file)
         except FederationError as error:
@@ -195,9 +245,16 @@ class KitPolicyGate(PolicyGate):
         metrics, examples = plain(report.metrics), report.num_examples
         self._audit.write("report", self.identity, job=self._job, metrics=metrics, num_examples=examples)
 
-    def record_leaving(self, reason: str, *, early: bool) -> str:
-        visible = reason if self._policy.reasons or not early else _WITHHELD_REASON
-        self._audit.write("left", self.identity, job=self._job, reason=reason, told=visible, early=early)
+    def visible_reason(self, reason: LeaveReason) -> str:
+        if self._policy.reasons:
+            return reason.text
+        if reason.error is not None and reason.error is self._refusal:
+            return self._refusal.what
+        return reason.public
+
+    def record_leaving(self, reason: LeaveReason, *, early: bool) -> str:
+        visible = self.visible_reason(reason)
+        self._audit.write("left", self.identity, job=self._job, reason=reason.text, told=visible, early=early)
         return visible
 
     def stream_identity(self) -> StreamIdentity:
@@ -274,6 +331,8 @@ class _Recorded:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FederationError):
             gate = self._gate
+            if isinstance(error, PermissionDeniedError):
+                gate._refusal = error
             gate._audit.refused(gate.identity, self._action, error, job=gate._job, **self._facts)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fl_adapters.participant.kit import Kit, current_kit
 from fl_adapters.participant.options import Options
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.transport import memory
@@ -90,18 +91,18 @@ def running_session(options: Options, *, framework: str) -> Session:
 
 
 @contextmanager
-def leaving_on_error(leave: Callable[[str], object]) -> Iterator[None]:
+def leaving_on_error(leave: Callable[[BaseException], object]) -> Iterator[None]:
     """Leave the run as soon as the block raises, so that other sites need not wait for this process to end.
 
     Args:
-        leave: Ends this site's part in the run. It is called with the error as text; a FederationError of its own is
+        leave: Ends this site's part in the run. It is called with the error; a FederationError of its own is
             ignored, so that the first error is the one that is raised.
     """
     try:
         yield
     except BaseException as error:
         with suppress(FederationError):
-            leave(f"{type(error).__name__}: {error}")
+            leave(error)
         raise
 
 
@@ -109,13 +110,13 @@ def close_sessions(reason: str, kit: Kit | None = None) -> None:
     """Leave the runs of this process that have not ended. Called automatically when the interpreter exits.
 
     Args:
-        reason: Why the site leaves.
+        reason: Why the site leaves, without any value of the user's: it is sent as it is.
         kit: Leave only the run of this kit; None leaves all runs.
     """
     for key in list(_sessions) if kit is None else [_key(kit)]:
         entry = _sessions.pop(key, None)
         if entry is not None and not entry.is_inherited and not entry.session.closed:
-            entry.session.leave(reason)
+            entry.session.leave(LeaveReason.own(reason))
 
 
 def _key(kit: Kit) -> str:

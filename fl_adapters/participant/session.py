@@ -20,6 +20,7 @@ from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.restart import SiteRestart, round_seed
 from fl_adapters.participant.results import Results
 from fl_adapters.participant.swarm import SwarmSite
@@ -452,15 +453,18 @@ class Session:
         """
         self._current()
         self.results.write(export, load)
-        self._end(_FINISHED, early=False)
+        self._end(LeaveReason.own(_FINISHED), early=False)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str | BaseException | LeaveReason) -> None:
         """Leave the run early. The job's quorum decides whether the others go on.
 
+        The others see the whole reason in a simulation, and with `reasons: true` in the policy. Else they see the
+        exception's class, or the public part of a `LeaveReason`; the whole reason goes to the site's audit log.
+
         Args:
-            reason: Why, such as an error. The site's policy decides whether the server sees it.
+            reason: Why: an exception, a text, or a `LeaveReason` whose public part may leave every site.
         """
-        self._end(reason, early=True)
+        self._end(LeaveReason.of(reason), early=True)
 
     def detach(self) -> None:
         """End this attempt without leaving the run, because the next attempt of this site replaces it."""
@@ -469,12 +473,12 @@ class Session:
             self._swarm.close()
         self._client.close()
 
-    def _end(self, reason: str, *, early: bool) -> None:
+    def _end(self, reason: LeaveReason, *, early: bool) -> None:
         if not self.closed:
             self.closed = True
             if self._swarm is not None:
                 self._swarm.close()
-            self._client.leave(self._gate.visible_reason(reason, early=early), early=early)
+            self._client.leave(self._gate.leave(reason, early=early), early=early)
             self._client.close()
 
     def _current(self) -> Task:

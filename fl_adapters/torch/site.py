@@ -9,6 +9,7 @@ from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
@@ -205,13 +206,13 @@ class TorchSite:
 
         ranks.on_rank_zero(leave)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: BaseException | LeaveReason) -> None:
         """Leave the run early. The quorum decides whether the other sites go on.
 
         Not collective. On other ranks than 0 it does nothing.
 
         Args:
-            reason: Why, such as an error.
+            reason: Why: an exception, or a reason with a public part.
         """
         if ranks.is_rank_zero():
             self.session().leave(reason)

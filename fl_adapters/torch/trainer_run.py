@@ -39,6 +39,7 @@ from torch import nn
 
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.restart import not_restartable
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
@@ -366,7 +367,7 @@ class TrainerRun(Generic[P]):
             where: Where the trainer stands: "step 6 of 12".
         """
         self._forget()
-        self._site.leave(f"the trainer stopped at {where}, in round {self.progress.round}")
+        self._site.leave(LeaveReason.own(f"the trainer stopped at {where}, in round {self.progress.round}"))
 
     def fail(self, error: BaseException) -> None:
         """Leave the run because of an error in the trainer. Not collective.
@@ -376,7 +377,7 @@ class TrainerRun(Generic[P]):
         if self.active:
             self._forget()
             if not isinstance(error, KeyboardInterrupt):
-                self._site.leave(f"{type(error).__name__}: {error}")
+                self._site.leave(error)
 
     @contextmanager
     def leaving_on_error(self) -> Iterator[None]:
@@ -387,7 +388,7 @@ class TrainerRun(Generic[P]):
             if self.active:
                 self._forget()
                 with suppress(FederationError):  # the first error is the one to raise
-                    self._site.leave(f"{type(error).__name__}: {error}")
+                    self._site.leave(error)
             raise
 
     def _checked(self, resumed: Resumed | None) -> Resumed | None:

@@ -41,8 +41,11 @@ filters: []
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
 
-# Whether to send free text: the reason when this site leaves, and the versions of its software.
-# reasons: false
+# Whether to send the text of an error or of another reason when this site leaves. It may quote data, such as a name.
+# Without it, the server and the other sites see the class of the error only.
+# reasons: true
+
+# Whether to send the versions of this site's software.
 # info: false
 
 # Privacy budget: the largest total that filters with a ledger may spend.
@@ -105,7 +108,7 @@ class Resources(_Part):
 
 
 class Policy(_Part):
-    """The contents of policy.yml. The defaults limit nothing.
+    """The contents of policy.yml. The defaults keep the texts of errors at the site, and limit nothing else.
 
     Attributes:
         filters: Filters that always run on updates, after the job's own, in order; each with "name" and arguments.
@@ -114,7 +117,7 @@ class Policy(_Part):
         initial: Whether the site's weights may become the initial global model.
         cross_site: Whether the site takes part in jobs in which other sites evaluate its model.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
-        reasons: Whether the site may send the reason for which it leaves, which is free text.
+        reasons: Whether the site may send the text of an error or of another reason when it leaves. It may quote data.
         info: Whether the site may send the versions of its software.
         privacy: Privacy budget; None sets no limit.
         strategies: Accepted strategies, by name or full text; None accepts every one.
@@ -129,7 +132,7 @@ class Policy(_Part):
     initial: bool = True
     cross_site: bool = True
     max_round_bytes: int | None = Field(default=None, ge=0)
-    reasons: bool = True
+    reasons: bool = False
     info: bool = True
     privacy: Privacy | None = None
     strategies: tuple[str, ...] | None = None

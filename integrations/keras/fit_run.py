@@ -13,6 +13,7 @@ import numpy as np
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import leaving_on_error, open_session, running_session
 from fl_adapters.participant.session import RoundStats, Session
 from fl_runtime.errors import ConfigError
@@ -166,7 +167,7 @@ class FitRun:
             if progress.over:
                 self._finish()
             elif self._model.stop_training:
-                self._session.leave(f"fit stopped in round {progress.round} of {progress.rounds}")
+                self._session.leave(LeaveReason.own(f"fit stopped in round {progress.round} of {progress.rounds}"))
             else:
                 raise ConfigError(
                     f"fit ended in round {progress.round} of {progress.rounds}, which is not complete",
@@ -204,7 +205,7 @@ class FitRun:
         with leaving_on_error(self._fail):
             yield
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: BaseException) -> None:
         if self.active:
             self.close()
             self._session.leave(reason)

@@ -90,7 +90,7 @@ def run_client_algo(
         return _federated(algo, session, options, initial, rounds, numbers, extra)
     except BaseException as error:
         if session is not None:
-            session.leave(f"{type(error).__name__}: {error}")
+            session.leave(error)
         algo.abort(extra)
         raise
     finally:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import xgboost
 
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
@@ -127,7 +128,7 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
             _mark_best(booster, rounds, stopping)
         rounds.finish(booster, scored=bool(names))
     else:
-        session.leave(f"a callback stopped training in round {rounds.round} of {rounds.rounds}")
+        session.leave(LeaveReason.own(f"a callback stopped training in round {rounds.round} of {rounds.rounds}"))
     for callback in callbacks:
         booster = callback.after_training(booster)
     if rounds.over and stopping is not None and stopping.save_best:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import xgboost
 
 from fl_adapters.participant.options import Options, SharedArguments
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import leaving_on_error, open_session
 from fl_runtime.errors import ConfigError
 
@@ -144,7 +145,8 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
                 if rounds.over:
                     rounds.finish(model, scored=self._evaluation is not None)
                 else:
-                    rounds.session.leave(f"training stopped in round {rounds.round} of {rounds.rounds}")
+                    stopped = f"training stopped in round {rounds.round} of {rounds.rounds}"
+                    rounds.session.leave(LeaveReason.own(stopped))
         return model
 
 

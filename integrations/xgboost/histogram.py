@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from .engine import BrokenError, Engine
 from .model import learning_rate
 from .rounds import TreeRounds
 
+log = logging.getLogger(__name__)
+_BROKEN = "its worker or one of its connections broke; the log of this site says how"
 _CUTS: Arrays = {"cuts": np.empty(0, np.float32), "cut_ends": np.empty(0, np.int64), "levels": np.empty(0, np.int64)}
 
 
@@ -72,7 +75,8 @@ class JointTrees:
         fresh, self._fresh = self._fresh, False
         try:
             if fresh or self._session.name not in members:
-                raise BrokenError("this site has come back in the middle of the round")
+                self._engine.end(gently=False)
+                return failed(rounds.no_trees, "this site has come back in the middle of the round")
             if task.stage or not self._engine.fits(members):
                 name = f"{task.round}.{task.stage or 1}"
                 self._engine.begin(name, members, rounds.loaded, self._cuts)
@@ -80,7 +84,8 @@ class JointTrees:
             return self._engine.boost(range(rounds.start, rounds.end), learning_rate(booster), gradients)
         except BrokenError as error:
             self._engine.end(gently=False)
-            return failed(rounds.no_trees, str(error))
+            log.warning("the round broke at this site: %s", error)
+            return failed(rounds.no_trees, _BROKEN)  # the text of an error may quote data, and stays here
 
     def metrics(self) -> Metrics:
         """Return "tunnel_bytes": bytes that this site's streams sent in the round."""

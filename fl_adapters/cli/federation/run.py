@@ -17,6 +17,7 @@ from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
+from fl_adapters.participant.policy_gate import LeaveReason
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, SiteFailedError
 
 _PATIENCE_S = 30.0
@@ -38,7 +39,7 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
             _check(site, kit, job)
             status = _run(site, kit, job, command, results)
             with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:
-                _report_early_end(control, kit, job, status)
+                _report_early_end(control, site, kit, job, status)
         if as_json:
             show_json({"job": job["job"], "site": kit.site, "status": status})
         return status if status >= 0 else 128 - status
@@ -49,7 +50,7 @@ def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
     try:
         site.check_job({**job, "name": job["job"]})
     except PermissionDeniedError as error:
-        _leave(kit, error.what)
+        _leave(site, kit, error)
         raise
 
 
@@ -76,7 +77,7 @@ def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], re
         except OSError as error:
             reason = f"{words[0]} cannot be started: {error.strerror}"
             site.record("command failed", job=job["job"], reason=reason)
-            _leave(kit, reason)
+            _leave(site, kit, LeaveReason(reason, "its command cannot be started"))
             raise ConfigError(reason, fix="check the command after --") from None
         with _passed_on(process):
             status = process.wait()
@@ -98,15 +99,14 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _report_early_end(control: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
+def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
     """Tell the server at once of a command that ended before the last round."""
     try:
         running = control.ask("Status")["running"]
     except ConnectionLostError:
         return
     if running and running["job"] == job["job"] and not running["sites"].get(kit.site, "gone").startswith("gone"):
-        reason = f"its command ended before the last round (exit status {status})"
-        _leave(kit, reason)
+        _leave(site, kit, LeaveReason.own(f"its command ended before the last round (exit status {status})"))
         if status == 0:
             raise SiteFailedError(
                 "the command ended before the last round",
@@ -115,7 +115,7 @@ def _report_early_end(control: Any, kit: Kit, job: Mapping[str, Any], status: in
             )
 
 
-def _leave(kit: Kit, reason: str) -> None:
+def _leave(site: Any, kit: Kit, reason: LeaveReason | BaseException) -> None:
     """Leave the job early in the name of the site."""
     from fl_runtime.client import SiteClient
     from fl_runtime.transport.grpc import GrpcTransport
@@ -124,7 +124,7 @@ def _leave(kit: Kit, reason: str) -> None:
     client = SiteClient(GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S)
     try:
         client.join()
-        client.leave(reason, early=True)
+        client.leave(site.record_leaving(LeaveReason.of(reason), early=True), early=True)
     except FederationError as error:
         _say(f"could not tell the server: {error.what}")
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from study import Study, readdressed, until
 
+from fl_adapters.loop import connect
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
-from fl_adapters.participant.policy_gate import KitPolicyGate
+from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason, PolicyGate
 from fl_adapters.participant.registry import _transport
 from fl_adapters.participant.session import Session
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, PrivacyBudgetError
@@ -179,6 +181,63 @@ def test_metrics_counts_versions_and_reasons_leave_as_the_policy_says(study: Stu
     assert "Jane" not in text
     assert '"info": {}' in text
     assert "patients" not in [name for e in of_north(study, "update") for name in e["facts"]["metrics"]]
+
+
+class UnluckyError(ConfigError):
+    """An error of fl-adapters' own kind, raised by a user's code with a name in it."""
+
+
+@pytest.mark.parametrize("error", [ValueError, PermissionDeniedError, UnluckyError])
+@pytest.mark.parametrize("policy", ["", "reasons: false", "reasons: true"])
+def test_the_text_of_an_error_stays_at_the_site_unless_its_policy_sends_it(
+    study: Study, policy: str, error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    study.job()
+    kits = {name: readdressed(study, name) for name in study.sites}
+    (kits["north"] / "policy.yml").write_text(policy)
+    ended: dict[str, BaseException] = {}
+
+    def train(name: str) -> None:
+        try:
+            with connect(kit=kits[name]) as site:
+                for task in site.tasks(initial=W):
+                    if name == "north" and task.round == 2:
+                        raise error("patient Jane Roe")
+                    task.submit(task.arrays, num_examples=1)
+        except Exception as caught:
+            ended[name] = caught
+
+    with caplog.at_level(logging.DEBUG):
+        threads = [threading.Thread(target=train, args=(name,)) for name in study.sites]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    (left,) = until(lambda: of_north(study, "left"), "the server to know that north has left")
+    assert "Jane Roe" in str(ended["north"])
+    assert [e["reason"] for e in entries(kits["north"]) if e["action"] == "left"] == [
+        f"{error.__name__}: {ended['north']}"
+    ]
+    elsewhere = [
+        path for place in (study.runs, study.kits, kits["south"]) for path in place.rglob("*") if path.is_file()
+    ]
+    texts = {path.name: path.read_bytes().decode(errors="replace") for path in elsewhere}
+    assert {"events.jsonl", "audit.jsonl", "history.csv"} <= set(texts)
+    told = [name for name, text in texts.items() if "Jane" in text]
+    assert error.__name__ in left["facts"]["reason"]
+    assert error.__name__ in str(ended["south"]), "the others learn what kind of error it was"
+    if policy == "reasons: true":
+        assert "events.jsonl" in told
+        assert "Jane Roe" in str(ended["south"])
+    else:
+        assert told == []
+        assert "Jane" not in str(ended["south"]) + caplog.text
+
+
+def test_a_plain_text_of_an_adapter_stays_at_the_site_and_its_own_sentence_leaves() -> None:
+    assert LeaveReason.of("patient Jane Roe").public == "it left; the reason stays in this site's own log"
+    assert LeaveReason.of(LeaveReason.own("step 6 of 12")).public == "step 6 of 12"
+    assert PolicyGate().visible_reason(LeaveReason.of(ValueError("Jane"))) == "ValueError: Jane", "in a simulation"
 
 
 def test_the_sites_own_filters_run_last_whatever_the_job_says_and_only_there(study: Study) -> None:
