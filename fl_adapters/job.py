@@ -324,12 +324,12 @@ def _check(job: Job) -> None:
                     where=field,
                     fix=f"leave {field} out of the job, or choose another strategy",
                 )
-    bad = [name for name, weight in job.site_weights.items() if not 0 < weight < math.inf]
-    if bad:
+    invalid = [name for name, weight in job.site_weights.items() if not 0 < weight < math.inf]
+    if invalid:
         raise ConfigError(
-            f"the weight of {bad[0]} is {job.site_weights[bad[0]]}",
+            f"the weight of {invalid[0]} is {job.site_weights[invalid[0]]}, which is not a number above zero",
             where="site_weights",
-            fix="give a number above zero; to leave a site out, remove it from `sites`",
+            fix="give a weight above zero; to leave a site out, remove it from `sites`",
         )
     if job.sites is not None:
         job.settings(site_names(job.sites))  # names, and min_sites and the strategy against their number

@@ -36,16 +36,20 @@ def selected(names: Iterable[str], exchange: Exchange, keep_local: tuple[str, ..
     Raises:
         ConfigError: A pattern matches no name, or no tensor is selected.
     """
-    every = list(names)
-    admitted = every if isinstance(exchange, str) else [n for n in every if matches(n, exchange)]
+    all_names = list(names)
+    admitted = all_names if isinstance(exchange, str) else [n for n in all_names if matches(n, exchange)]
     for argument, patterns in (("exchange", () if isinstance(exchange, str) else exchange), ("keep_local", keep_local)):
         for pattern in patterns:
-            if not any(fnmatchcase(n, pattern) for n in every):
+            if not any(fnmatchcase(n, pattern) for n in all_names):
                 raise ConfigError(
                     f"{argument}: the pattern {pattern!r} matches no tensor",
-                    fix=f"names look like {', '.join(every[:4])}",
+                    fix=f"give a pattern for names such as {', '.join(all_names[:4])}",
                 )
-    travelling = [n for n in admitted if not matches(n, keep_local)]
-    if not travelling:
-        raise ConfigError("nothing is left to exchange", fix="loosen exchange= or keep_local=")
-    return travelling
+    exchanged = [n for n in admitted if not matches(n, keep_local)]
+    if not exchanged:
+        raise ConfigError(
+            "no tensor is left to exchange: keep_local matches all that exchange selects",
+            where=f"exchange={exchange!r}, keep_local={list(keep_local)!r}",
+            fix="let exchange= match more names, or keep_local= fewer",
+        )
+    return exchanged

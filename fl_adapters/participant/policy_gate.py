@@ -158,7 +158,7 @@ class KitPolicyGate(PolicyGate):
 
     def check_join(self, job: Settings, framework: str) -> None:
         self._job = str(job["name"])
-        with _Recorded(self, "join"):
+        with _RecordRefusals(self, "join"):
             self._check_job(job)
             self._policy.check_adapter(_ADAPTERS.get(framework, framework), self.identity)
         self._audit.write("joined", self.identity, job=self._job, submitted_by=str(job.get("submitted_by", "")))
@@ -173,15 +173,15 @@ class KitPolicyGate(PolicyGate):
             PermissionDeniedError: The policy does not allow the job.
         """
         self._job = str(job["name"])
-        with _Recorded(self, "run"):
+        with _RecordRefusals(self, "run"):
             self._file.refresh()
             self._check_job(job)
 
     def _check_job(self, job: Settings) -> None:
         from fl_runtime.trust.identity import Identity
 
-        by = str(job.get("submitted_by", ""))
-        submitter = Identity.from_uri(by) if by else None
+        submitter_uri = str(job.get("submitted_by", ""))
+        submitter = Identity.from_uri(submitter_uri) if submitter_uri else None
         self._policy.check_submitter(self._job, submitter, self.identity)
         if job.get("cross_site"):
             self._policy.check_cross_site(self._job, self.identity)
@@ -190,7 +190,7 @@ class KitPolicyGate(PolicyGate):
             self._policy.check_strategy(self._job, self._strategy, self.identity)
 
     def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
-        with _Recorded(self, "register"):
+        with _RecordRefusals(self, "register"):
             self._policy.check_names(names, self.identity)
             if self._strategy is None:  # the script chooses it
                 self._policy.check_strategy(self._job, terms.strategy, self.identity)
@@ -200,7 +200,7 @@ class KitPolicyGate(PolicyGate):
 
     def record_task(self, task: Task) -> bool:
         self._audit.write(f"task: {task.kind}", job=task.job, round=task.round, version=task.version)
-        with _Recorded(self, "read policy", round=task.round):
+        with _RecordRefusals(self, "read policy", round=task.round):
             changed = self._file.refresh()
         if changed:
             self._audit.write(
@@ -220,14 +220,14 @@ class KitPolicyGate(PolicyGate):
         )
 
     def check_names(self, names: Sequence[str], round: int) -> None:
-        with _Recorded(self, "send update", round=round):
+        with _RecordRefusals(self, "send update", round=round):
             self._policy.check_names(names, self.identity)
             if round == 0:
                 self._policy.check_initial(self.identity)
 
     def record_update(self, update: Update) -> None:
         size = sum(array.nbytes for array in (*update.arrays.values(), *update.extras.values()))
-        with _Recorded(self, "send update", round=update.round):
+        with _RecordRefusals(self, "send update", round=update.round):
             self._policy.check_bytes(size, self.identity)
         self._audit.write(
             "update",
@@ -306,7 +306,7 @@ class KitPolicyGate(PolicyGate):
             PermissionDeniedError: All slots are occupied.
         """
         most = self._policy.resources.processes
-        with _Recorded(self, "run"):
+        with _RecordRefusals(self, "run"):
             slot = None if most is None else _acquire_slot(self._file.path.parent, most, self.identity)
         try:
             yield
@@ -319,7 +319,7 @@ class KitPolicyGate(PolicyGate):
         return self._file.current
 
 
-class _Recorded:
+class _RecordRefusals:
     """Writes refusals in a `with` block to the audit log."""
 
     def __init__(self, gate: KitPolicyGate, action: str, **facts: Any) -> None:

@@ -42,10 +42,10 @@ class RestartPoints:
         """Save the state after the training for `done` (None: before round 1). Return the file's size in bytes."""
         files = self._files()
         number = int(files[-1].name.removesuffix(_SUFFIX)) + 1 if files else 0
-        behind = [done.round, done.stage] if done else None
+        trained_task = [done.round, done.stage] if done else None
         path = self._folder / f"{number:08d}{_SUFFIX}"
         older = files[:-1]
-        size = write_state(path, [behind, state], recycled=older[0] if older else None)
+        size = write_state(path, [trained_task, state], recycled=older[0] if older else None)
         for file in older[1:]:
             file.unlink(missing_ok=True)
         return size
@@ -56,8 +56,8 @@ class RestartPoints:
         A point after that task itself is deleted: its update was not accepted, so the training is repeated.
         """
         for file in reversed(self._files()):
-            behind, state = read_state(file)
-            if task.kind != "train" or behind != [task.round, task.stage]:
+            trained_task, state = read_state(file)
+            if task.kind != "train" or trained_task != [task.round, task.stage]:
                 return state
             file.unlink()
         return None

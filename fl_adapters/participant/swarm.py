@@ -28,7 +28,7 @@ from fl_runtime.wire.manifest import Manifest
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 2**19
-_REACH_S, _LOOK_S = 5.0, 1.0
+_CONNECT_S, _STREAM_S = 5.0, 1.0
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _MOST_STREAMS = 64
 
@@ -150,7 +150,7 @@ class SwarmSite:
     def _stream_of(self, task: Task) -> Stream | None:
         """Return the stream that the aggregator opened for this attempt, or None if there is none after a while."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._opened) or self._closed, _LOOK_S)
+            self._changed.wait_for(lambda: bool(self._opened) or self._closed, _STREAM_S)
             stream = self._opened.pop(task.stage, None)
             others, self._opened = list(self._opened.values()), {}
         for other in others:
@@ -166,7 +166,7 @@ class SwarmSite:
         """Aggregate the updates and submit the mean, or submit the name of the site whose update did not arrive."""
         update, sites = self._current(), task.config["sites"]
         streams = {
-            name: _Incoming(name, task.stage, self._open, self._seal) for name, _, _ in sites if name != self._me
+            name: _UpdateReceiver(name, task.stage, self._open, self._seal) for name, _, _ in sites if name != self._me
         }
         aggregator = self._strategy.aggregator({}, _allocate, {}, ServerState())
         buffer = np.empty(Manifest.of(update.arrays, update.extras).nbytes, np.uint8)
@@ -174,9 +174,9 @@ class SwarmSite:
         name = self._me
         try:
             for name, num_examples, weight in sites:
-                mine = name == self._me
-                theirs = update if mine else streams[name].receive(update, buffer, self._patience_s)
-                aggregator.add(replace(theirs, site=name, num_examples=num_examples, site_weight=weight))
+                is_own = name == self._me
+                addend = update if is_own else streams[name].receive(update, buffer, self._patience_s)
+                aggregator.add(replace(addend, site=name, num_examples=num_examples, site_weight=weight))
             arrays, extras = aggregator.result()
             answer = replace(answer, arrays=arrays, extras=extras)
         except (ConnectionLostError, UpdateRefusedError) as error:
@@ -236,7 +236,7 @@ class SwarmSite:
         self._update = None
 
 
-class _Incoming:
+class _UpdateReceiver:
     """One site's update on its way to the aggregator. The stream is opened on construction."""
 
     def __init__(self, peer: str, name: str, open_stream: Callable[[str, str], Stream], seal: Seal) -> None:
@@ -262,15 +262,15 @@ class _Incoming:
         """
         sealed = self._meet(patience_s)
         manifest = Manifest.of(like.arrays, like.extras)
-        if self._patiently(sealed.receive, patience_s) != manifest.layout:
+        if self._wait_at_most(sealed.receive, patience_s) != manifest.layout:
             raise ConnectionLostError(f"{self._peer} sent no tensors, or other tensors than agreed")
-        at = 0
-        while at < manifest.nbytes:
-            piece = self._patiently(sealed.receive, patience_s)
-            if not piece or at + len(piece) > manifest.nbytes:
-                raise ConnectionLostError(f"{self._peer} sent {at + len(piece)} of {manifest.nbytes} bytes")
-            buffer[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-            at += len(piece)
+        offset = 0
+        while offset < manifest.nbytes:
+            piece = self._wait_at_most(sealed.receive, patience_s)
+            if not piece or offset + len(piece) > manifest.nbytes:
+                raise ConnectionLostError(f"{self._peer} sent {offset + len(piece)} of {manifest.nbytes} bytes")
+            buffer[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
+            offset += len(piece)
         arrays, extras = manifest.views(buffer)
         check_finite({**arrays, **extras}, where=f"update of {self._peer}, round {like.round}")
         sealed.send(b"taken")
@@ -282,12 +282,12 @@ class _Incoming:
 
     def _meet(self, patience_s: float) -> SecureStream:
         """Wait until the other end answers, which may be reconnecting to the server."""
-        until = time.monotonic() + min(_REACH_S, patience_s)
+        until = time.monotonic() + min(_CONNECT_S, patience_s)
         while True:
             try:
                 if self._sealed is None:
                     raise ConnectionLostError(f"{self._peer} is not connected")
-                self._patiently(self._sealed.meet, patience_s)
+                self._wait_at_most(self._sealed.meet, patience_s)
                 return self._sealed
             except ConnectionLostError:
                 self.close()
@@ -303,7 +303,7 @@ class _Incoming:
         except ConnectionLostError:
             self._sealed = None
 
-    def _patiently(self, wait: Callable[[], bytes | None], patience_s: float) -> bytes:
+    def _wait_at_most(self, wait: Callable[[], bytes | None], patience_s: float) -> bytes:
         """Return the result of wait(). The stream is closed after `patience_s`, which ends the wait."""
         assert self._stream is not None
         watchdog = threading.Timer(patience_s, self._stream.close)

@@ -79,7 +79,7 @@ class FederatedCallback(SharedArguments, keras.callbacks.Callback):
                 fix="for a loop of your own use fl_adapters.connect()",
             )
         if self._run is not None:
-            self._run.begin_exactly()
+            self._run.prepare_exact_restart()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Take the first global model before the first epoch, and prepare the epoch."""

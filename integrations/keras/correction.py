@@ -48,7 +48,7 @@ class GradientCorrection:
             self._offsets = {n: _zeros(v.shape, v.dtype, "offset") for n, v in variables.items() if offsets}
             self._sums = {n: _zeros(v.shape, "float32", "sum") for n, v in variables.items() if gradients}
         tables = (self._anchors, self._offsets, self._sums)
-        self._own = [self._mu, self._rates, self._steps, *(v for table in tables for v in table.values())]
+        self._variables = [self._mu, self._rates, self._steps, *(v for table in tables for v in table.values())]
         self._step = OptimizerStep(optimizer)
 
     def attach(self) -> None:
@@ -65,7 +65,7 @@ class GradientCorrection:
 
     def show(self) -> None:
         """Add the variables of the correction to the optimizer's own."""
-        self._step.add_variables(self._own)
+        self._step.add_variables(self._variables)
 
     def hide(self) -> None:
         """Take the variables of the correction off the optimizer. The model must not train meanwhile."""
@@ -95,21 +95,21 @@ class GradientCorrection:
         return int(to_host(self._steps))
 
     def rates(self) -> dict[str, float]:
-        """Variable name -> sum of the learning rates of the steps since `begin`."""
+        """Return variable name -> sum of the learning rates of the steps since `begin`."""
         return dict.fromkeys(self._names.values(), float(to_host(self._rates)))
 
     def means(self) -> dict[str, Array]:
-        """Variable name -> mean of its gradients since `begin`; a step without a gradient counts as zero."""
+        """Return variable name -> mean of its gradients since `begin`. A step without a gradient counts as zero."""
         steps = max(self.steps, 1)
         return {name: to_host(total) / np.float32(steps) for name, total in self._sums.items()}
 
     def _corrected_step(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
-        corrected = [self._corrected(grad, variable) for grad, variable in zip(grads, variables, strict=True)]
+        corrected = [self._correct(grad, variable) for grad, variable in zip(grads, variables, strict=True)]
         self._rates.assign_add(ops.cast(learning_rate, "float32"))
         self._steps.assign_add(1.0)
         self._step.run(corrected, variables, learning_rate)
 
-    def _corrected(self, grad: Any, variable: Any) -> Any:
+    def _correct(self, grad: Any, variable: Any) -> Any:
         name = self._names.get(id(variable))
         if name is None:
             return grad
@@ -123,8 +123,8 @@ class GradientCorrection:
 
 def is_plain_sgd(optimizer: Any) -> bool:
     """Whether each step of the optimizer is w -= lr * g. Weight decay counts as a part of g."""
-    own = type(optimizer).__module__.startswith("keras.") and isinstance(optimizer, keras.optimizers.SGD)
-    return own and not optimizer.momentum and not optimizer.use_ema
+    is_keras_sgd = type(optimizer).__module__.startswith("keras.") and isinstance(optimizer, keras.optimizers.SGD)
+    return is_keras_sgd and not optimizer.momentum and not optimizer.use_ema
 
 
 def can_correct(model: Any) -> bool:

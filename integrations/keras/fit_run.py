@@ -32,7 +32,7 @@ class FitRun:
     """The part of one `fit` in a federation. The callback's hooks call it in this order:
 
     1. `join`, before any other callback has opened a file.
-    2. `begin_exactly`, in `on_train_begin`; it acts for jobs with `exact_restart` only.
+    2. `prepare_exact_restart`, in `on_train_begin`; it acts for jobs with `exact_restart` only.
     3. In each epoch `begin_epoch`, `begin_batch` for each batch, `end_training` when the epoch's last step is done,
        before fit validates and before other callbacks see the epoch's end, `report` when fit has validated, and
        `end_epoch`. Exchanges happen within `begin_batch` and `end_training`.
@@ -58,7 +58,7 @@ class FitRun:
         self._seed: int | None = None
         self._version = 0  # of the global model that arrived last
         self._row: dict[str, float] = {}
-        self._arrived: dict[int, int] = {}  # version -> epoch at whose end that global model was in place
+        self._epoch_of_version: dict[int, int] = {}  # version -> epoch at whose end that global model was in place
 
     @classmethod
     def join(cls, callback: keras.callbacks.Callback, options: Options, fit: FitCall) -> FitRun | None:
@@ -82,8 +82,8 @@ class FitRun:
             neighbours.put_first(callback, fit.callbacks)
         return run
 
-    def begin_exactly(self) -> None:
-        """For jobs with exact restarts: begin now, while the epoch with which fit begins can still be set."""
+    def prepare_exact_restart(self) -> None:
+        """Begin now in jobs with exact restarts, while the epoch with which fit begins can still be set."""
         with self._leaving_on_error():
             settings = self._session.settings
             if not settings.exact_restart:
@@ -100,7 +100,7 @@ class FitRun:
         """Begin an epoch; before the first one, make the handshake and take the first task."""
         with self._leaving_on_error():
             progress = self._begin(epoch) if self._progress is None else self._progress
-            self._begun_live.corrections.show()
+            self._current_live.corrections.show()
             progress.begin_epoch(epoch)
             self._row = dict.fromkeys(RoundStats().log_row(), 0.0)
             self._meter.begin_epoch()
@@ -129,7 +129,7 @@ class FitRun:
             self._meter.close_epoch(self._updated_model)
             progress.end_epoch()
             if progress.over:
-                self._begun_live.restore_final()
+                self._current_live.restore_final()
             elif progress.phase_complete and (self._stopping or not self._model.stop_training):
                 self._exchange(progress.before)  # unless somebody stopped within the epoch
 
@@ -148,10 +148,10 @@ class FitRun:
         progress = self._progress
         assert progress is not None
         with self._leaving_on_error():
-            self._begun_live.corrections.hide()  # before other callbacks save the model
+            self._current_live.corrections.hide()  # before other callbacks save the model
             if self.awaits_score:
                 self._evaluate()
-        self._arrived.setdefault(self._version, epoch)
+        self._epoch_of_version.setdefault(self._version, epoch)
         if progress.over:
             self._model.stop_training = True
         return {**self._row, "federation_round": float(self._version)}
@@ -192,11 +192,11 @@ class FitRun:
 
     @property
     def _updated_model(self) -> Any:
-        """The model, whose variables hold their values: JAX updates them only when a callback asks."""
+        """The model with up-to-date variables. Under JAX, reading `callback.model` updates them."""
         return self._callback.model
 
     @property
-    def _begun_live(self) -> LiveModel:
+    def _current_live(self) -> LiveModel:
         assert self._live is not None
         return self._live
 
@@ -243,8 +243,8 @@ class FitRun:
             if snapshot.epochs > epoch:
                 restored, epoch = snapshot.epochs - epoch, snapshot.epochs
                 set_restored_epoch(model, epoch)
-        self._take(task, session)
-        self._take_first(task, epoch, restored)
+        self._accept_task(task, session)
+        self._begin_first_task(task, epoch, restored)
         if live.corrections.attached:
             neighbours.refuse_saving_within_epochs(fit.callbacks)
         return progress
@@ -257,54 +257,54 @@ class FitRun:
             )
         return has_data and settings.evaluate_global is not False
 
-    def _take(self, task: Task, session: Session) -> None:
+    def _accept_task(self, task: Task, session: Session) -> None:
         progress = self._progress
         assert progress is not None
         self._version = task.version
         progress.round, progress.over = session.local_round, task.kind == "final"
 
-    def _take_first(self, task: Task, epoch: int, restored: int) -> None:
-        live, progress = self._begun_live, self._progress
+    def _begin_first_task(self, task: Task, epoch: int, restored: int) -> None:
+        live, progress = self._current_live, self._progress
         assert progress is not None
         budget = progress.budget
-        if progress.over:  # all rounds were done before; Keras makes one step before it stops, which is taken back
+        if progress.over:  # Keras makes one more step before it stops; `restore_final` undoes it
             live.receive(task)
             self._stop_fit()
             return
-        made = budget.trained(self.fit, restored) - (progress.round - 1) * budget.round_size
-        if restored and made >= budget.round_size:
+        trained = budget.length_of(self.fit, restored) - (progress.round - 1) * budget.round_size
+        if restored and trained >= budget.round_size:
             raise ConfigError(
-                f"the backup has {restored} epochs behind it, but the federation is in round {progress.round}",
+                f"the backup was made after {restored} epochs, but the federation is in round {progress.round}",
                 where="BackupAndRestore",
-                fix="delete the backup folder: it is of another run",
+                fix="delete the backup folder, which belongs to another run",
             )
-        if made > 0:  # in the middle of the round, with the weights of that moment
-            progress.begin_within_round(made)
+        if trained > 0:  # the backup was made in the middle of the round
+            progress.begin_within_round(trained)
             live.resume(task)
         else:
             live.receive(task)
-        if progress.round > 1 and made < 0:
+        if progress.round > 1 and trained < 0:
             warnings.warn(
-                f"this site comes back in round {progress.round} without the optimizer it had: it goes on with the one "
-                "that it has now; keras.callbacks.BackupAndRestore keeps it",
+                f"this site rejoins in round {progress.round} with a new optimizer state, since the earlier one was "
+                "not saved; add keras.callbacks.BackupAndRestore to save it",
                 stacklevel=2,
             )
-        budget.check_epochs(self.fit, epoch, progress.round, progress.rounds, max(made, 0))
+        budget.check_epochs(self.fit, epoch, progress.round, progress.rounds, max(trained, 0))
 
     def _exchange(self, batches: int) -> None:
         """End a phase of the round after so many batches; with the last phase, exchange the weights."""
-        model, live, session, progress = self._updated_model, self._begun_live, self._session, self._progress
+        model, live, session, progress = self._updated_model, self._current_live, self._session, self._progress
         assert progress is not None
-        done = live.local.end_phase(self._local_result(model, progress, batches), more=not progress.at_end)
-        if done is None:
+        result = live.local.end_phase(self._local_result(model, progress, batches), more=not progress.at_end)
+        if result is None:
             progress.begin_phase(progress.phase + 1)
             self._meter.begin(model)
             return
         weights = live.state.get_state()
-        live.local.submitted(session.submit(weights, done, extras=live.extras(weights)))
+        live.local.submitted(session.submit(weights, result, extras=live.extras(weights)))
         task = session.next_task()
         live.receive(task)
-        self._take(task, session)
+        self._accept_task(task, session)
         self._seed, self.awaits_score = session.round_seed, self._evaluates
         progress.begin_phase(0)
         for name, value in session.stats.log_row().items():
@@ -318,8 +318,9 @@ class FitRun:
         examples = self._options.num_examples or self.fit.num_examples or seen
         if not examples:
             raise ConfigError(
-                "the number of examples that this site trains on is unknown",
-                where="the data has no length, and train_step keeps no count",
+                "the number of examples that this site trains on is unknown: the data has no length, and train_step "
+                "does not count them",
+                where="fit",
                 fix="pass FederatedCallback(num_examples=...)",
             )
         return LocalResult(examples, batches // progress.budget.accumulation, metrics)
@@ -330,8 +331,8 @@ class FitRun:
 
     def _finish(self) -> None:
         """Leave the results, and the final weights, or the best ones if the user asks for them, in the model."""
-        session, model, live, best = self._session, self._updated_model, self._begun_live, None
-        stoppers = neighbours.restoring(self.fit.callbacks)
+        session, model, live, best = self._session, self._updated_model, self._current_live, None
+        stoppers = neighbours.restoring_callbacks(self.fit.callbacks)
         if stoppers:
             task = session.results.best()
             if task is not None:
@@ -349,16 +350,16 @@ class FitRun:
         )
         if best is not None:
             live.state.set_state(best[1])
-            for stopper in stoppers:  # it loads what it holds for the best, after this
-                stopper.best_weights, stopper.best_epoch = model.get_weights(), self._arrived.get(best[0], 0)
+            for stopper in stoppers:  # after this hook, it loads what it holds as the best
+                stopper.best_weights, stopper.best_epoch = model.get_weights(), self._epoch_of_version.get(best[0], 0)
 
     def _score(self, arrays: Arrays) -> tuple[dict[str, float], int]:
-        self._begun_live.state.set_state(arrays)
+        self._current_live.state.set_state(arrays)
         assert self.fit.validation is not None
         return scores.evaluated(self._updated_model, self.fit.validation)
 
     def _evaluate(self) -> None:
-        """Score the global model that has just arrived, where fit's own validation does not."""
+        """Score the global model that has just arrived, if fit will not validate it itself."""
         assert self.fit.validation is not None
         self._report(*scores.evaluated(self._updated_model, self.fit.validation))
 

@@ -15,7 +15,7 @@ from fl_runtime.types import Arrays, Task
 
 from .correction import can_correct
 from .local_backend import KerasLocalBackend
-from .optimizer import OptimizerState
+from .optimizer import KerasOptimizerState
 from .state import KerasState
 
 
@@ -47,7 +47,7 @@ class LiveModel:
         """
         self._settings = settings
         self.state = KerasState(model, settings.exchange, settings.keep_local)
-        self.moments = OptimizerState(model, self.state.variables)
+        self.moments = KerasOptimizerState(model, self.state.variables)
         self.moments.check(settings.optimizer_state)
         self.corrections = KerasLocalBackend(model, self.state)
         self.local = LocalWork(self.corrections, phases=settings.phases)

@@ -71,13 +71,13 @@ class KerasLocalBackend(LocalBackend):
 
     def set_anchors(self, weights: Arrays | None, *, loaded: bool) -> None:
         assert weights is not None
-        self._attached(offsets=False).set_anchors({name: weights[name] for name in self.names})
+        self._attach(offsets=False).set_anchors({name: weights[name] for name in self.names})
 
     def pull_to_anchors(self, mu: float) -> None:
-        self._attached(offsets=False).begin(mu=mu)
+        self._attach(offsets=False).begin(mu=mu)
 
     def add_offsets(self, offsets: Arrays | None) -> None:
-        self._attached(offsets=True).begin(offsets=offsets)
+        self._attach(offsets=True).begin(offsets=offsets)
 
     def leave_gradients(self) -> None:
         if self._correction is not None:
@@ -98,7 +98,7 @@ class KerasLocalBackend(LocalBackend):
             self._correction.detach()
             self._correction = None
 
-    def _attached(self, *, offsets: bool) -> GradientCorrection:
+    def _attach(self, *, offsets: bool) -> GradientCorrection:
         if self._correction is None:
             sums = offsets and not self._is_plain_sgd()
             self._correction = GradientCorrection(self._model, self._variables, offsets=offsets, gradients=sums)

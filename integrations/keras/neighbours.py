@@ -25,7 +25,7 @@ def refuse_twice(callback: keras.callbacks.Callback, callbacks: Any) -> None:
         raise ConfigError(
             f"fit got {count} callbacks of the type {type(callback).__name__}: each would exchange the weights",
             where="fit(callbacks=...)",
-            fix="give it one",
+            fix=f"pass one {type(callback).__name__}",
         )
 
 
@@ -35,17 +35,17 @@ def put_first(callback: keras.callbacks.Callback, callbacks: Any) -> None:
     callbacks.callbacks = [callback, *others]  # a new list, since Keras may be iterating over the old one
 
 
-def move_outputs(callbacks: Any, moved: Callable[[str], str]) -> None:
+def move_outputs(callbacks: Any, new_path: Callable[[str], str]) -> None:
     """Move the output of the other callbacks to this site's folder.
 
     Args:
         callbacks: Keras's list of all callbacks.
-        moved: Returns the path to use in place of a path; the same path if it may stay.
+        new_path: Returns the path to use in place of a path; the same path if it may stay.
     """
     for other in callbacks.callbacks:
         attribute = next((name for kind, name in _PATHS.items() if isinstance(other, kind)), None)
         old = str(getattr(other, attribute)) if attribute else ""
-        new = moved(old) if old else ""
+        new = new_path(old) if old else ""
         if new == old:
             continue
         for name, value in list(vars(other).items()):  # paths below it that the callback has derived
@@ -73,7 +73,7 @@ def refuse_unsupported(callbacks: Any, settings: SiteSettings, *, evaluates: boo
                 where="fit(callbacks=...)",
                 fix="leave it out; the server's average over sites has a similar effect",
             )
-    for stopping in restoring(callbacks):
+    for stopping in restoring_callbacks(callbacks):
         _refuse_other_best(stopping, settings, evaluates=evaluates)
 
 
@@ -89,7 +89,7 @@ def refuse_saving_within_epochs(callbacks: Any) -> None:
             )
 
 
-def restoring(callbacks: Any) -> list[Any]:
+def restoring_callbacks(callbacks: Any) -> list[Any]:
     """The callbacks that restore the best weights at the end."""
     kind = keras.callbacks.EarlyStopping
     return [other for other in callbacks.callbacks if isinstance(other, kind) and other.restore_best_weights]

@@ -24,7 +24,7 @@ from .trainer import holds_partial_gradients, learning_rate, optimized_variables
 _STEP = "step/iterations"
 
 
-class OptimizerState:
+class KerasOptimizerState:
     """The state of a model's optimizer that belongs to the variables that travel."""
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ class OptimizerState:
         if policy == "reset":
             self._initial = [initial_values(self._model, optimizer) for optimizer in optimizers(self._model)]
         else:
-            self._averaged()
+            self._averaged_variables()
 
     def agreement(self, policy: OptimizerPolicy) -> dict[str, str]:
         """Return what must be equal at all sites so that moments can be averaged."""
@@ -82,7 +82,7 @@ class OptimizerState:
         Raises:
             ConfigError: If they cannot be averaged.
         """
-        arrays = {name: to_host(variable) for name, variable in self._averaged().items()}
+        arrays = {name: to_host(variable) for name, variable in self._averaged_variables().items()}
         return {**arrays, _STEP: arrays[_STEP].astype(np.int64)}  # int32 in JAX
 
     def set(self, arrays: Arrays) -> None:
@@ -94,7 +94,7 @@ class OptimizerState:
         Raises:
             StateMismatchError: If they do not fit the optimizer; nothing has been changed then.
         """
-        variables = self._averaged()
+        variables = self._averaged_variables()
         moments = {name: array for name, array in arrays.items() if name != _STEP}
         expected = Manifest(tuple(spec(name, variable) for name, variable in variables.items() if name != _STEP))
         lines = differences(expected, Manifest.of(moments))
@@ -107,8 +107,8 @@ class OptimizerState:
         for name, array in arrays.items():
             assign(variables[name], array)
 
-    def _averaged(self) -> dict[str, Any]:
-        """Name -> live variable of what is averaged, in a fixed order."""
+    def _averaged_variables(self) -> dict[str, Any]:
+        """Return the variables whose values are averaged, by name and in a fixed order."""
         candidates = optimizers(self._model)
         if len(candidates) != 1:
             raise self._refusal(f"this model has {len(candidates)} optimizers")
@@ -126,12 +126,12 @@ class OptimizerState:
                 for variable, moment in zip(trained, value, strict=True):
                     name = self._names.get(id(variable))
                     if name is not None and moment is not None and not holds_partial_gradients(attribute):
-                        averaged[f"{attribute.strip('_')}/{name}"] = self._checked(variable, moment, name)
+                        averaged[f"{attribute.strip('_')}/{name}"] = self._check_averageable(variable, moment, name)
         if unknown := [v.path for v in optimizer.variables if id(v) not in covered]:
-            raise self._refusal(f"its variable {unknown[0]!r} belongs to no variable of the model")
+            raise self._refusal(f"its state variable {unknown[0]!r} belongs to no variable of the model")
         return averaged
 
-    def _checked(self, variable: Any, moment: Any, name: str) -> Any:
+    def _check_averageable(self, variable: Any, moment: Any, name: str) -> Any:
         if tuple(moment.shape) != tuple(variable.shape):
             raise self._refusal(f"its state for {name} is factored")
         if "float" not in keras.backend.standardize_dtype(moment.dtype):
@@ -145,7 +145,7 @@ class OptimizerState:
         return ConfigError(
             f"optimizer_state='average' cannot be used with this optimizer: {reason}",
             where=self._where(),
-            fix="use optimizer_state='keep' or 'reset', or one with plain moments such as keras.optimizers.Adam",
+            fix="use optimizer_state='keep' or 'reset', or plain moments such as those of keras.optimizers.Adam",
         )
 
 
@@ -162,7 +162,7 @@ def all_optimizers(model: Any) -> list[Any]:
 
 
 def optimizers(model: Any) -> list[Any]:
-    """The same optimizers, each without the loss scaling around it."""
+    """Return the model's optimizers, each without the loss scaling around it."""
     return [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in all_optimizers(model)]
 
 

@@ -77,7 +77,7 @@ class RoundBudget:
                 fix="set rounds in the job, or pass steps_per_epoch= to fit",
             )
 
-    def check_epochs(self, fit: FitCall, epoch: int, round: int, rounds: int, made: int = 0) -> None:
+    def check_epochs(self, fit: FitCall, epoch: int, round: int, rounds: int, trained: int = 0) -> None:
         """Raise ConfigError if fit ends before the federation does.
 
         Args:
@@ -85,16 +85,16 @@ class RoundBudget:
             epoch: The epoch that it is about to begin.
             round: The round that begins, counted from 1.
             rounds: Number of rounds of the run.
-            made: Batches or epochs of this round that have been trained already.
+            trained: Batches or epochs of this round that have been trained already.
         """
-        needed = self._epochs(fit, (rounds - round + 1) * self.round_size - made)
+        needed = self._epochs(fit, (rounds - round + 1) * self.round_size - trained)
         available = fit.epochs - epoch
         if self.rounds is None or needed is None or needed <= available:
             return
         twice = "twice " if self.phases == 2 else ""
         raise ConfigError(
-            f"the federation has {rounds - round + 1} rounds of {twice}{self.every} before it, which takes {needed} "
-            f"epochs of this data, but fit is about to run {max(available, 0)}",
+            f"the federation still has {rounds - round + 1} rounds of {twice}{self.every}, which take {needed} epochs "
+            f"of this data, but fit will run only {max(available, 0)}",
             where=f"fit(epochs={fit.epochs})",
             fix=f"pass epochs={epoch + needed} to fit, or more: it stops after the last round",
         )
@@ -107,8 +107,8 @@ class RoundBudget:
         assert fit.steps is not None and self.batches is not None
         return math.ceil(epochs * fit.steps / self.round_size)
 
-    def trained(self, fit: FitCall, epochs: int) -> int:
-        """Batches or epochs that a `fit` has behind it after so many epochs."""
+    def length_of(self, fit: FitCall, epochs: int) -> int:
+        """Return the batches or epochs that a `fit` has trained after so many epochs."""
         return epochs if self.batches is None else epochs * (fit.steps or 0)
 
     def warn_if_schedule_ends_early(self, model: Any, fit: FitCall, rounds: int) -> None:
@@ -170,8 +170,8 @@ class Progress:
 
     def end_epoch(self) -> None:
         """Note that the last step of the epoch is done. The last compiled call may have run fewer batches."""
-        made = self.batch + self.budget.execution if self.batch >= 0 else 0
-        self.before += min(made, self.fit.steps or made)
+        trained = self.batch + self.budget.execution if self.batch >= 0 else 0
+        self.before += min(trained, self.fit.steps or trained)
         self.epochs += 1
         self.epoch_open = False
         self.due = self.stops = _NEVER
@@ -188,9 +188,9 @@ class Progress:
         """Whether the epoch that has just ended is fit's last one, and fit's own length decides."""
         return self.budget.rounds is None and not self.epoch_open and self.epoch + 1 >= self.fit.epochs
 
-    def begin_within_round(self, made: int) -> None:
+    def begin_within_round(self, trained: int) -> None:
         """Continue in the middle of the round, after so many of its batches or epochs."""
-        self.before, self.epochs = (made, 0) if self.budget.batches else (0, made)
+        self.before, self.epochs = (trained, 0) if self.budget.batches else (0, trained)
 
     def begin_phase(self, phase: int) -> None:
         """Count from here on for a new phase of the round: 0 in a new round."""

@@ -119,8 +119,8 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
         first, last = rounds.start, max(rounds.end - 1, rounds.start)
         if True in [c.before_iteration(booster, first, log) for c in callbacks]:  # a list, so that all are called
             break
-        grown = grower.grow(booster, rounds)
-        if rounds.exchange(booster, grown, grower.empty, grower.metrics()):
+        new_trees = grower.grow(booster, rounds)
+        if rounds.exchange(booster, new_trees, grower.empty, grower.metrics()):
             stopped = after_exchange(last)  # else the round failed and is opened again
     grower.close(gently=rounds.over)
     if rounds.over:
@@ -146,8 +146,8 @@ def _score(
     names: list[str],
 ) -> None:
     """Score the model that has arrived, and learn the score over all sites, which may end the run."""
-    together, stops = session.report_together(evaluation.summaries(booster, iteration), evaluation.examples)
-    record(log, together, names)
+    global_metrics, stops = session.report_together(evaluation.summaries(booster, iteration), evaluation.examples)
+    record(log, global_metrics, names)
     if stops and not rounds.over:
         rounds.next_task(booster)
 

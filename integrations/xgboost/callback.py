@@ -87,7 +87,7 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
         self._mode, self._mask = mode, mask_statistics
         self._rounds: TreeRounds | None = None
         self._evaluation: Evaluation | None = None
-        self._made = 0  # iterations of the current round
+        self._iterations = 0  # iterations of the current round
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave everything of a running training behind: a copy does not take part in it."""
@@ -98,7 +98,7 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
         session = open_session(self.options, framework=FRAMEWORK, fresh=True)
         if session is None:
             return model
-        self._made = 0
+        self._iterations = 0
         with leaving_on_error(session.leave):
             call = _calling_train(self.options, mask=self._mask)
             checked_params(call.params)
@@ -127,13 +127,15 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
     def after_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:
         """Exchange trees at the end of a round, score the global model, and stop after the last round."""
         rounds = self._rounds
-        self._made += 1
-        if rounds is None or rounds.over or self._made < rounds.end - rounds.start:
+        self._iterations += 1
+        if rounds is None or rounds.over or self._iterations < rounds.end - rounds.start:
             return False
-        self._made = 0
+        self._iterations = 0
         with leaving_on_error(rounds.session.leave):
-            grown = trees_after(model, rounds.loaded.rounds, mask=self._mask) if rounds.grows_here else rounds.no_trees
-            if rounds.exchange(model, grown) and self._evaluation is not None:
+            new_trees = (
+                trees_after(model, rounds.loaded.rounds, mask=self._mask) if rounds.grows_here else rounds.no_trees
+            )
+            if rounds.exchange(model, new_trees) and self._evaluation is not None:
                 rounds.session.report(self._evaluation.summaries(model, epoch), self._evaluation.examples)
         return rounds.over and epoch + 1 < rounds.call.num_boost_round
 
@@ -151,23 +153,23 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
 
 
 def _calling_train(options: Options, *, mask: bool) -> TrainCall:
-    given = running_train()
-    if given is None:
+    arguments = running_train()
+    if arguments is None:
         raise ConfigError(
             "FederatedCallback works within xgboost.train only",
             where="before_training",
             fix="call xgboost.train(..., callbacks=[FederatedCallback()]) or fl_adapters.xgboost.train",
         )
     return TrainCall(
-        params=dict(given["params"]),
-        dtrain=given["dtrain"],
-        num_boost_round=given["num_boost_round"],
-        evals=list(given.get("evals") or ()),
-        obj=given.get("obj"),
-        custom_metric=given.get("custom_metric"),
-        xgb_model=given.get("xgb_model"),
-        maximize=given.get("maximize"),
-        callbacks=[c for c in given.get("callbacks") or () if not isinstance(c, FederatedCallback)],
+        params=dict(arguments["params"]),
+        dtrain=arguments["dtrain"],
+        num_boost_round=arguments["num_boost_round"],
+        evals=list(arguments.get("evals") or ()),
+        obj=arguments.get("obj"),
+        custom_metric=arguments.get("custom_metric"),
+        xgb_model=arguments.get("xgb_model"),
+        maximize=arguments.get("maximize"),
+        callbacks=[c for c in arguments.get("callbacks") or () if not isinstance(c, FederatedCallback)],
         mask_statistics=mask,
         options=options,
     )

@@ -35,7 +35,17 @@ _ENDING_S = 10.0
 ISOLATED = True
 """Whether workers try to leave the machine's network. Otherwise sites on one machine reach each other's workers
 directly, since these listen on every address; sites on different machines do not."""
-_BROKEN = ("collective", "rabit", "socket", "connect", "tracker", "timeout", "timed out", "broken pipe", "reset by")
+_CONNECTION_WORDS = (
+    "collective",
+    "rabit",
+    "socket",
+    "connect",
+    "tracker",
+    "timeout",
+    "timed out",
+    "broken pipe",
+    "reset by",
+)
 
 
 class BrokenError(Exception):
@@ -56,19 +66,19 @@ class Engine:
         self._lock = threading.Lock()
         self._tunnel: Tunnel | None = None
         self._generation: _Generation | None = None
-        self._early: list[Stream] = []  # streams of a generation that this site has not started yet
-        self._over = (0, 0)  # number of the newest generation that has ended here
-        self._carried = (0, 0)
+        self._early_streams: list[Stream] = []  # streams of a generation that this site has not started yet
+        self._last_ended = (0, 0)  # number of the newest generation that has ended here
+        self._closed_tunnel_bytes = (0, 0)
 
     @property
     def bytes_up(self) -> int:
         """Bytes sent through tunnels so far."""
-        return self._carried[0] + (self._tunnel.bytes_up if self._tunnel else 0)
+        return self._closed_tunnel_bytes[0] + (self._tunnel.bytes_up if self._tunnel else 0)
 
     @property
     def bytes_down(self) -> int:
         """Bytes received through tunnels so far."""
-        return self._carried[1] + (self._tunnel.bytes_down if self._tunnel else 0)
+        return self._closed_tunnel_bytes[1] + (self._tunnel.bytes_down if self._tunnel else 0)
 
     def fits(self, members: Sequence[str]) -> bool:
         """Whether the running generation has exactly these members, in this order."""
@@ -108,7 +118,7 @@ class Engine:
             )
             host, port = generation.ring.begin()
             with self._lock:
-                self._generation, early, self._early = generation, self._early, []
+                self._generation, early, self._early_streams = generation, self._early_streams, []
             for stream in early:
                 self._accept(stream)
             worker.join(host, port, generation.ring.index)
@@ -152,8 +162,8 @@ class Engine:
     def _give_up(self, generation: _Generation) -> None:
         """Leave a generation. Members that still connect to it are refused at once, so that they do not wait."""
         with self._lock:
-            self._over, self._generation = _number(generation.name), None
-            early, self._early = self._early, []
+            self._last_ended, self._generation = _number(generation.name), None
+            early, self._early_streams = self._early_streams, []
         generation.close(gently=False)
         for stream in early:
             self._accept(stream)
@@ -174,9 +184,9 @@ class Engine:
         with self._lock:
             generation = self._generation
             if generation is None or generation.name != name:
-                early = _number(name) > (_number(generation.name) if generation else self._over)
+                early = _number(name) > (_number(generation.name) if generation else self._last_ended)
                 if early:
-                    self._early.append(stream)
+                    self._early_streams.append(stream)
                     return
                 generation = None
         if generation is None or generation.ring is None:
@@ -188,7 +198,10 @@ class Engine:
         with self._lock:
             generation, tunnel, self._tunnel = self._generation, self._tunnel, None
         if tunnel is not None:
-            self._carried = self._carried[0] + tunnel.bytes_up, self._carried[1] + tunnel.bytes_down
+            self._closed_tunnel_bytes = (
+                self._closed_tunnel_bytes[0] + tunnel.bytes_up,
+                self._closed_tunnel_bytes[1] + tunnel.bytes_down,
+            )
         if generation is not None and generation.ring is not None:
             generation.ring.close()  # the worker notices, and boost() with it
 
@@ -211,20 +224,20 @@ class _WorkerProcess:
     """The child process with the worker. All methods may raise BrokenError."""
 
     def __init__(self, isolated: bool) -> None:
-        ours, theirs = socket.socketpair()
-        helper, their_helper = socket.socketpair()
+        own_end, worker_end = socket.socketpair()
+        helper, worker_helper_end = socket.socketpair()
         spec = importlib.util.find_spec(f"{__package__}.worker")
         assert spec is not None and spec.origin is not None
-        command = [sys.executable, "-P", spec.origin, str(theirs.fileno()), str(their_helper.fileno())]
-        with theirs, their_helper:
+        command = [sys.executable, "-P", spec.origin, str(worker_end.fileno()), str(worker_helper_end.fileno())]
+        with worker_end, worker_helper_end:
             self._process = subprocess.Popen(
                 [*command, "isolated" if isolated else "shared"],
-                pass_fds=(theirs.fileno(), their_helper.fileno()),
+                pass_fds=(worker_end.fileno(), worker_helper_end.fileno()),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
-        self._line, self._helper = ours, helper
-        self._channel = Channel(ours)
+        self._commands, self._helper = own_end, helper
+        self._channel = Channel(own_end)
         self.sockets = Sockets(helper)
         self.network = ""
         self.tracker_port: int | None = None
@@ -268,8 +281,8 @@ class _WorkerProcess:
         while True:
             fields, arrays = self._receive()
             if "grown" in fields:
-                grown = TreeModel.from_document(arrays["model"])
-                return grown.iterations(grown.rounds - len(iterations))
+                new_trees = TreeModel.from_document(arrays["model"])
+                return new_trees.iterations(new_trees.rounds - len(iterations))
             assert gradients is not None
             gradient, hessian = gradients(arrays["margins"].reshape(fields["margins"]), None)
             answer = {"gradient": np.asarray(gradient, np.float32), "hessian": np.asarray(hessian, np.float32)}
@@ -287,7 +300,7 @@ class _WorkerProcess:
                 pass
         self._process.kill()  # from here on everything may be called again
         self._process.wait()
-        self._line.close()
+        self._commands.close()
         self._helper.close()
 
     def _send(self, fields: dict[str, Any], arrays: dict[str, Any]) -> None:
@@ -303,7 +316,7 @@ class _WorkerProcess:
             raise BrokenError(f"the worker has ended (exit status {self._process.wait()})") from None
         if "error" in fields:
             text = str(fields["error"])
-            if any(word in text.lower() for word in _BROKEN):
+            if any(word in text.lower() for word in _CONNECTION_WORDS):
                 raise BrokenError(text[:500])
             raise WorkerError(text[:2000], where="XGBoost, in this site's worker")
         return fields, arrays

@@ -44,7 +44,9 @@ class _Federated:
         unknown = [name for name in this.federated or {} if name not in _FEDERATED]
         if unknown:
             raise ConfigError(
-                f"federated={{{unknown[0]!r}: ...}} is not known", where="federated", fix=f"use {', '.join(_FEDERATED)}"
+                f"federated has no argument {unknown[0]!r}",
+                where="federated",
+                fix=f"use some of {', '.join(_FEDERATED)}",
             )
         params = {name: value for name, value in params.items() if value is not None}
         log: dict[str, Any] = {}
@@ -236,9 +238,9 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
         count = max(self.classes or local_count, 2)
         if local_count > count or not np.array_equal(labels, labels.astype(int)) or labels.min(initial=0) < 0:
             raise ConfigError(
-                f"labels from {labels.min()} to {labels.max()} do not number {count} classes",
+                f"the labels run from {labels.min()} to {labels.max()}, which does not fit {count} classes",
                 where="fit",
-                fix="label the classes 0, 1, ... alike at every site, and say how many with classes=",
+                fix="label the classes 0, 1, ... in the same way at every site, and pass their number: classes=",
             )
         params: dict[str, Any] = {"xgb_model": xgb_model}
         if count > 2:

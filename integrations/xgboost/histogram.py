@@ -60,7 +60,7 @@ class JointTrees:
         self._engine = Engine(session, call, collective_timeout_s)
         self._fresh = session.attempt > 1  # then the round may have begun without this process
         self._cuts: Arrays = {}
-        self._carried = 0
+        self._reported_bytes = 0
 
     def grow(self, booster: xgboost.Booster, rounds: TreeRounds) -> TreeModel:
         """Grow trees in the running generation of workers, or in a new one.
@@ -89,8 +89,8 @@ class JointTrees:
 
     def metrics(self) -> Metrics:
         """Return "tunnel_bytes": bytes that this site's streams sent in the round."""
-        before, self._carried = self._carried, self._engine.bytes_up
-        return {"tunnel_bytes": float(self._carried - before)}
+        earlier, self._reported_bytes = self._reported_bytes, self._engine.bytes_up
+        return {"tunnel_bytes": float(self._reported_bytes - earlier)}
 
     def close(self, *, gently: bool) -> None:
         if gently:

@@ -46,7 +46,7 @@ def initial_model(call: TrainCall) -> TreeModel:
         if "base_score" not in str(error):
             raise
         raise ConfigError(
-            f"XGBoost {xgboost.__version__} finds no base score for the rows of this site",
+            f"XGBoost {xgboost.__version__} cannot estimate a base score from the rows of this site",
             where="xgboost.train, before round 1",
             fix="pass the same base_score in params at every site, such as 0.5, or use XGBoost 3.2 or later",
         ) from None
@@ -61,11 +61,11 @@ def _check_not_newer(model: Any) -> None:
     data = model if isinstance(model, bytes | bytearray) else Path(model).read_bytes()
     version = tuple(int(part) for part in TreeModel.from_document(data).head["version"][:2])
     if version > installed_version():
-        theirs, ours = (".".join(map(str, numbers)) for numbers in (version, installed_version()))
+        newer, installed = (".".join(map(str, numbers)) for numbers in (version, installed_version()))
         raise ConfigError(
-            f"XGBoost {ours} cannot continue from a model of XGBoost {theirs}",
+            f"XGBoost {installed} cannot continue from a model of XGBoost {newer}",
             where="xgb_model",
-            fix=f"install XGBoost {theirs} or later at every site",
+            fix=f"install XGBoost {newer} or later at every site",
         )
 
 

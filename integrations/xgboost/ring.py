@@ -39,16 +39,16 @@ class Sockets:
 
     def listening(self, host: str, port: int = 0) -> tuple[socket.socket, int]:
         """Return (a listening socket, its port). Raises ConnectionLostError if there is none."""
-        return self._made({"listen": [host, port]})
+        return self._request({"listen": [host, port]})
 
     def connected(self, source: str, port: int) -> socket.socket:
         """Return a connection from the loopback address `source` to a port of the worker."""
-        made, _ = self._made({"from": source})
-        made.connect(("127.0.0.1", port))
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return made
+        connection, _ = self._request({"from": source})
+        connection.connect(("127.0.0.1", port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
 
-    def _made(self, request: dict[str, object]) -> tuple[socket.socket, int]:
+    def _request(self, request: dict[str, object]) -> tuple[socket.socket, int]:
         with self._lock:
             try:
                 self._helper.sendall(json.dumps(request).encode())
@@ -141,7 +141,7 @@ class Ring:
         seen = bytearray()
         done = False
 
-        def look(data: bytes) -> None:
+        def watch(data: bytes) -> None:
             nonlocal done
             if done or len(seen) > _START_BYTES:
                 return
@@ -159,7 +159,7 @@ class Ring:
                     raise ConnectionLostError(f"{stream.peer} does not listen for {self._me}")
                 stream.close()
 
-        return look
+        return watch
 
     def _listen_for(self, peer: str, ports: dict[str, int]) -> None:
         listeners = {"worker": ports["port"]}
@@ -197,13 +197,13 @@ class Ring:
         return stream
 
     def _join(
-        self, connection: socket.socket, stream: SecureStream, look: Callable[[bytes], None] | None = None
+        self, connection: socket.socket, stream: SecureStream, watch: Callable[[bytes], None] | None = None
     ) -> None:
         """Carry bytes both ways until both ends have finished or one breaks."""
         down = threading.Thread(target=lambda: self._guarded(lambda: _from_stream(stream, connection)), daemon=True)
         down.start()
         try:
-            _to_stream(connection, stream, look)
+            _to_stream(connection, stream, watch)
         except BaseException:
             _shut(stream)
             raise
@@ -259,10 +259,10 @@ class Ring:
         return f"127.0.{1 + number // 250}.{1 + number % 250}"
 
 
-def _to_stream(connection: socket.socket, stream: SecureStream, look: Callable[[bytes], None] | None) -> None:
+def _to_stream(connection: socket.socket, stream: SecureStream, watch: Callable[[bytes], None] | None) -> None:
     while data := connection.recv(_READ_BYTES):
-        if look is not None:
-            look(data)
+        if watch is not None:
+            watch(data)
         stream.send(data)
     stream.send(b"")  # the end of this direction
 
@@ -274,10 +274,10 @@ def _from_stream(stream: SecureStream, connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_WR)
 
 
-def _pipe(source: socket.socket, target: socket.socket, look: Callable[[bytes], None] | None = None) -> None:
+def _pipe(source: socket.socket, target: socket.socket, watch: Callable[[bytes], None] | None = None) -> None:
     while data := source.recv(_READ_BYTES):
-        if look is not None:
-            look(data)
+        if watch is not None:
+            watch(data)
         target.sendall(data)
     with suppress(OSError):
         target.shutdown(socket.SHUT_WR)

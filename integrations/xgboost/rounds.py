@@ -108,7 +108,7 @@ class TreeRounds:
             encoding=ENCODING,
         )
         own = {**model.weight_extra(call.dtrain), **(extras or {})}
-        self._take(booster, session.start(lambda: {**start.to_arrays(), **(empty or {})}, own, snapshot))
+        self._load_task(booster, session.start(lambda: {**start.to_arrays(), **(empty or {})}, own, snapshot))
 
     def exchange(
         self,
@@ -133,12 +133,12 @@ class TreeRounds:
         examples = call.options.num_examples or call.dtrain.num_row()
         result = LocalResult(examples, grown.rounds, metrics or {})
         task = self.session.exchange({**grown.to_arrays(), **(empty or {})}, result)
-        self._take(booster, task)
+        self._load_task(booster, task)
         return task.version != before.version
 
     def next_task(self, booster: xgboost.Booster) -> None:
-        """Take the next task without an update, where the run is known to end."""
-        self._take(booster, self.session.next_task())
+        """Take the next task without sending an update, when the run is known to end."""
+        self._load_task(booster, self.session.next_task())
 
     def finish(self, booster: xgboost.Booster, *, scored: bool) -> None:
         """Leave the run and write its results; the booster holds the final model afterwards.
@@ -152,7 +152,7 @@ class TreeRounds:
             load=(lambda arrays: model.load(booster, TreeModel.from_arrays(arrays), self.call)) if scored else None,
         )
 
-    def _take(self, booster: xgboost.Booster, task: Task) -> None:
+    def _load_task(self, booster: xgboost.Booster, task: Task) -> None:
         self.task, self.loaded = task, TreeModel.from_arrays(task.arrays)
         model.load(booster, self.loaded, self.call)
         self.round, self.over = task.round, task.kind == "final"
@@ -160,10 +160,10 @@ class TreeRounds:
 
 def check_budget(rounds: TreeRounds) -> None:
     """Raise ConfigError if a plain `xgboost.train` would stop before the last round."""
-    given, needed = rounds.call.num_boost_round, rounds.session.settings.rounds
-    if needed and given < needed * rounds.boosts:
+    available, needed = rounds.call.num_boost_round, rounds.session.settings.rounds
+    if needed and available < needed * rounds.boosts:
         raise ConfigError(
-            f"num_boost_round={given} ends before the job's {needed} rounds of {rounds.boosts} boosting rounds",
+            f"num_boost_round={available} ends before the job's {needed} rounds of {rounds.boosts} boosting rounds",
             where="xgboost.train",
             fix=f"pass num_boost_round={needed * rounds.boosts}: training stops after the last round",
         )

@@ -147,7 +147,11 @@ def stopping_of(call: TrainCall, names: Sequence[str]) -> tuple[Stopping | None,
     if call.early_stopping_rounds:
         stoppers.append(xgboost.callback.EarlyStopping(rounds=call.early_stopping_rounds, maximize=call.maximize))
     if len(stoppers) > 1:
-        raise ConfigError("early stopping is asked for twice", where="callbacks", fix="leave one of them out")
+        raise ConfigError(
+            "early stopping is requested twice",
+            where="callbacks",
+            fix="pass either early_stopping_rounds= or one EarlyStopping callback",
+        )
     if not names:
         if stoppers:
             raise ConfigError("early stopping needs evals", where="early_stopping_rounds", fix="pass evals=[...]")

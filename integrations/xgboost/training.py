@@ -108,11 +108,11 @@ def train(
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is not known", where="train", fix=f"give one of {', '.join(MODES)}")
     check_options(options)
-    given = checked_params(params)
+    booster_params = checked_params(params)
     session = open_session(options, framework=FRAMEWORK, fresh=True)
     if session is None:
         return xgboost.train(
-            given,
+            booster_params,
             dtrain,
             num_boost_round,
             evals=evals,
@@ -129,7 +129,7 @@ def train(
     if verbose_eval and evals:
         all_callbacks.append(xgboost.callback.EvaluationMonitor(period=int(verbose_eval)))
     call = TrainCall(
-        params=given,
+        params=booster_params,
         dtrain=dtrain,
         num_boost_round=num_boost_round,
         evals=list(evals or ()),

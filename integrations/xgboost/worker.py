@@ -128,12 +128,12 @@ class Channel:
         view = memoryview(data)
         while view:
             try:
-                taken = self._line.recv_into(view)
+                count_read = self._line.recv_into(view)
             except OSError:
-                taken = 0
-            if not taken:
+                count_read = 0
+            if not count_read:
                 raise EOFError
-            view = view[taken:]
+            view = view[count_read:]
         return data
 
 
@@ -197,8 +197,8 @@ class CollectiveWorker:
             booster.set_param(command["params"])
             for iteration in command["boost"]:
                 booster.update(data, iteration, fobj=self._ask if gradients else None)
-            whole = before == booster.num_boosted_rounds() or drops_trees(booster)
-            grown = booster if whole else booster[before:]
+            sends_all = before == booster.num_boosted_rounds() or drops_trees(booster)
+            grown = booster if sends_all else booster[before:]
             self._channel.send({"grown": True}, {"model": grown.save_raw("ubj")})
 
     def _ask(self, margins: Any, data: Any) -> Any:

@@ -50,5 +50,5 @@ def test_a_pattern_that_matches_nothing_is_a_typing_error(
 
 @pytest.mark.parametrize(("exchange", "keep_local"), [("auto", ("*",)), (("head.*",), ("head.*",)), ((), ())])
 def test_nothing_left_is_refused(exchange: str | tuple[str, ...], keep_local: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="nothing is left"):
+    with pytest.raises(ConfigError, match="no tensor is left to exchange"):
         selected(NAMES, exchange, keep_local)

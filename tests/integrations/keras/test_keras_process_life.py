@@ -55,7 +55,7 @@ def test_a_cell_run_twice_joins_again_and_takes_the_rounds_that_are_left() -> No
         with pytest.raises(KeyboardInterrupt):
             m.cell(kit, Interrupted())
         counter = m.Counter()
-        with pytest.warns(UserWarning, match="comes back in round 2 without the optimizer"):
+        with pytest.warns(UserWarning, match="rejoins in round 2 with a new optimizer state"):
             m.cell(kit, counter)
         assert len(federation.result().rounds) == 3
     assert joined(federation) == [1, 2] and counter.batches == 2 * m.BATCHES
@@ -80,7 +80,7 @@ def test_a_backup_of_another_run_is_refused() -> None:
             m.cell(federation.places[0].kit, backup, *callbacks, epochs=9)
 
     backed_up("first")
-    with pytest.raises(ConfigError, match="2 epochs behind it, but the federation is in round 1"):
+    with pytest.raises(ConfigError, match="made after 2 epochs, but the federation is in round 1"):
         backed_up("second")
 
 

@@ -201,10 +201,10 @@ def test_a_stop_within_an_epoch_sends_no_half_round() -> None:
 
 @pytest.mark.parametrize("kind", ["Adagrad", "Nadam", "SGD", "RMSprop"])
 def test_reset_goes_back_to_where_each_optimizer_begins(kind) -> None:
-    from fl_adapters.keras.optimizer import OptimizerState
+    from fl_adapters.keras.optimizer import KerasOptimizerState
 
     model = m.compiled(m.classifier(), getattr(keras.optimizers, kind)(0.03))
-    state = OptimizerState(model, {n: v.variable for n, v in named_variables(model).items()})
+    state = KerasOptimizerState(model, {n: v.variable for n, v in named_variables(model).items()})
     state.check("reset")
     fresh = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
     m.fit(model, m.rows(0))
