@@ -71,7 +71,7 @@ class ConfigError(FederationError):
 
 
 class HandshakeError(FederationError):
-    """The sites do not agree on something that must be equal. Raised before round 1."""
+    """The sites do not agree on something that must be equal. Raised at the handshake."""
 
     code = "handshake"
 
@@ -91,7 +91,7 @@ class ProtocolError(FederationError):
 class UpdateRefusedError(FederationError):
     """An update is not accepted, by the server or by the site's own check before sending.
 
-    Reasons are values that are not finite, no examples, or a later attempt of the same site.
+    Reasons are values that are not finite, or no examples.
     """
 
     code = "update-refused"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not br
 class Gate:
     """Decides what may leave a site, and applies the filters of the job and of the site's policy.
 
-    The policy is asked before the filters (which may rename tensors) and sees what the filters made of an update.
+    The policy is asked before the filters, which may rename tensors, and again after them.
     When policy or filters refuse something, the gate calls `on_refusal` before it raises, so that the site leaves and
     the others need not wait for it.
     """
@@ -47,7 +47,7 @@ class Gate:
 
     @contextmanager
     def leaving_on_refusal(self) -> Iterator[None]:
-        """Call `on_refusal` for a FederationError in the block, which is raised again."""
+        """If the block raises a FederationError, call `on_refusal` with its text and raise it again."""
         try:
             yield
         except FederationError as error:
@@ -69,8 +69,8 @@ class Gate:
             self._policy.check_join(job, self._framework)
             if job.get("exact_restart"):
                 check_repeatable(self._policy.filters)
-            home = self._filter_home(site, str(job["name"]))
-            self._filters = SiteFilters(job.get("filters", ()), self._policy.filters, home)
+            host = self._filter_host(site, str(job["name"]))
+            self._filters = SiteFilters(job.get("filters", ()), self._policy.filters, host)
 
     def register(self, state: Arrays, terms: Terms) -> Mapping[str, str]:
         """Check the model that will be exchanged, before the handshake.
@@ -84,7 +84,7 @@ class Gate:
         """
         with self.leaving_on_refusal():
             self._policy.check_handshake(list(state), terms)
-        self._filters.agree(state, weights=terms.content == "weights")
+            self._filters.agree(state, weights=terms.content == "weights")
         return self._filters.agreement
 
     def software(self) -> Mapping[str, str]:
@@ -96,7 +96,7 @@ class Gate:
     # -- what arrives ----------------------------------------------------------------------------------------
 
     def receive(self, task: Task) -> Task:
-        """Record an arriving task, follow changes of the policy, and decode the task's arrays."""
+        """Record an arriving task, reload the policy's filters if its file changed, and decode the task's arrays."""
         with self.leaving_on_refusal():
             if self._policy.record_task(task):
                 self._filters.set_policy_filters(self._policy.filters, self._policy.budget)
@@ -110,15 +110,15 @@ class Gate:
     # -- what leaves -----------------------------------------------------------------------------------------
 
     def send_initial(self, update: Update) -> Update:
-        """Return what leaves where this site's weights become the initial model."""
-        return self._pass(update, self._filters.initial)
+        """Filter this site's weights for use as the initial model; return what leaves."""
+        return self._checked_and_filtered(update, self._filters.initial)
 
     def send_update(self, update: Update, task: Task) -> Update:
-        """Return what leaves for the update of a round. `task` is the one it answers."""
-        return self._pass(update, lambda update: self._filters.outgoing(update, task))
+        """Check and filter the update that answers `task`; return what leaves."""
+        return self._checked_and_filtered(update, lambda update: self._filters.outgoing(update, task))
 
     def send_report(self, report: Report) -> Report:
-        """Return what leaves for a report."""
+        """Check and filter a report; return what leaves."""
         with self.leaving_on_refusal():
             filtered = self._filters.report(report)
             self._policy.record_report(filtered)
@@ -132,29 +132,29 @@ class Gate:
 
     @property
     def encrypts(self) -> bool:
-        """Whether the server cannot read the model. Known after `register`."""
+        """Whether updates are encrypted for the server. Known after `register`."""
         return self._filters.encrypts
 
-    def held_back(self, arrays: Arrays) -> Arrays:
-        """Return those of this site's `arrays` that it keeps in place of the global model's. Borrowed."""
-        return self._filters.held_back(arrays)
+    def own_values(self, arrays: Arrays) -> Arrays:
+        """Return this site's arrays that it keeps instead of the arriving ones. Not copied."""
+        return self._filters.own_values(arrays)
 
-    def restore(self, held_back: Arrays) -> None:
-        """Continue with what `held_back` returned in an earlier process of this site. Called after `register`."""
-        self._filters.restore(held_back)
+    def restore(self, own_values: Arrays) -> None:
+        """Restore the arrays that an earlier process of this site got from `own_values`. Call after `register`."""
+        self._filters.restore(own_values)
 
     def stream_identity(self) -> StreamIdentity | None:
         """Return what proves this site's identity to other sites, or None if there are no certificates."""
         return self._policy.stream_identity()
 
-    def _pass(self, update: Update, apply_filters: Callable[[Update], Update]) -> Update:
+    def _checked_and_filtered(self, update: Update, apply_filters: Callable[[Update], Update]) -> Update:
         with self.leaving_on_refusal():
             self._policy.check_names([*update.arrays, *update.extras], update.round)
             filtered = apply_filters(update)
             self._policy.record_update(filtered)
         return filtered
 
-    def _filter_home(self, site: str, job: str) -> FilterHost:
+    def _filter_host(self, site: str, job: str) -> FilterHost:
         folder = self._kit.credentials or self._kit.folder
         shared = Path(self._kit.run, "sites") if self._kit.simulated else None
         return FilterHost(site, job, Path(folder) if folder else None, budget=self._policy.budget, shared=shared)

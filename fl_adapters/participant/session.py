@@ -135,7 +135,7 @@ def session_capabilities(*, cross_evaluates: bool, restarts: bool, swarm: bool) 
 
 
 class Session:
-    """One attempt of a site at a run. The order of calls:
+    """One process of a site in one run. The order of calls:
 
     1. `register`: the handshake.
     2. `start`: the first task.
@@ -153,7 +153,7 @@ class Session:
         results: Export, best model and cross-site evaluation at the end of the run.
         rounds: Number of rounds of the run; 0 before `register`.
         local_round: Number of rounds this site has trained. Differs from `task.round` only when the server samples
-            sites. A process without a restart point begins with the number of its first task.
+            sites. Without a restart point, a restarted process starts from its first task's round.
         closed: Whether this site has left the run.
     """
 
@@ -233,7 +233,7 @@ class Session:
 
     @property
     def exchanges_all(self) -> bool:
-        """Whether everything that the adapter returns travels, because no pattern selects tensors."""
+        """Whether neither `exchange` nor `keep_local` has name patterns."""
         return isinstance(self.settings.exchange, str) and not self.settings.keep_local
 
     def output_dir(self, path: str) -> str:
@@ -309,11 +309,10 @@ class Session:
         """Wait for the first task.
 
         Args:
-            state: Returns this site's own tensors. Called only if they become the initial model or a part of it.
+            state: Returns this site's own tensors. Called only if the server asks this site for the initial model.
             extras: Arrays that travel beside them.
-            snapshot: Saves and loads the adapter's state, of a site that registered with `restarts`. If the job asks
-                for exact restarts, it is saved before anything is sent. In a process that replaces another one, the
-                saved state is loaded when this call returns.
+            snapshot: The adapter's state; required with `restarts`. With `exact_restart` it is saved before each
+                upload. After a restart it is loaded before this call returns.
 
         Returns:
             A task of kind "train"; of kind "final" if the run is over already.
@@ -325,8 +324,8 @@ class Session:
         task = self._wait()
         point = self._restart.load(task) if self._restart is not None else None
         if point is not None:
-            self.local_round, held_back = point
-            self._gate.restore(held_back)
+            self.local_round, own_values = point
+            self._gate.restore(own_values)
         if task.kind == "initial":
             update = self._header.update(task, state(), LocalResult(1, 0, {}), extras or {})
             self._client.submit(self._gate.send_initial(update))
@@ -345,10 +344,11 @@ class Session:
             held_back: Patterns of agreed tensors that `arrays` leaves out, because this round does not change them.
 
         Returns:
-            How the server counted the update: "used", "late", "carried" or "duplicate".
+            How the server counted the update: "used", "late", "carried", or "duplicate" (it is there already).
 
         Raises:
             UpdateRefusedError: Values are not finite, or `num_examples` is below 1. Raised before anything is sent.
+            PermissionDeniedError, PrivacyBudgetError: The site's policy or a privacy budget does not allow the update.
         """
         task = self._current()
         where = f"update of {self.name}, round {task.round}"
@@ -359,7 +359,7 @@ class Session:
         if held_back:
             update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
         if self._restart is not None:
-            self._restart.save(task, self.local_round, self._gate.held_back(arrays))
+            self._restart.save(task, self.local_round, self._gate.own_values(arrays))
         sent = self._gate.send_update(update, task)
         if self._swarm is not None and update.round > 0:  # the tensors go to the round's aggregator
             with self._gate.leaving_on_refusal():
@@ -367,7 +367,7 @@ class Session:
         return self._client.submit(sent, inspected)
 
     def next_task(self) -> Task:
-        """Wait for the round to close.
+        """Wait for the next task, which comes once the round has closed.
 
         Returns:
             The next task, of kind "train" or "final".
@@ -392,13 +392,13 @@ class Session:
             The next task, of kind "train" or "final".
 
         Raises:
-            UpdateRefusedError: Values are not finite, or `num_examples` is below 1. Raised before anything is sent.
+            UpdateRefusedError, PermissionDeniedError, PrivacyBudgetError: As in `submit`.
         """
         self.submit(arrays, result, extras=extras, held_back=held_back)
         return self.next_task()
 
     def report(self, metrics: Mapping[str, float | Summary], num_examples: int) -> None:
-        """Report the score of the model that arrived last, which `results.next_to_score` may have returned.
+        """Report the score of the last received model: a global one, or one from `results.next_to_score`.
 
         Args:
             metrics: Metrics on this site's own validation data.
@@ -437,7 +437,7 @@ class Session:
             stream: A stream of the tunnel. This side's public key is sent over it, signed if sites have certificates.
 
         Returns:
-            The encrypted stream. Call its `meet` first.
+            The encrypted stream. Call `meet()` on it before sending.
         """
         return SecureStream(stream, self.name, self._gate.stream_identity())
 
@@ -483,7 +483,7 @@ class Session:
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
-            raise ConfigError("this session has no task: it has not started, or it has ended", where=self.name)
+            raise ConfigError("this session has not started or has ended", where=self.name, fix="call start() first")
         return self._task
 
     def _wait(self) -> Task:

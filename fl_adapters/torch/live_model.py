@@ -34,7 +34,7 @@ from fl_runtime.types import Arrays, Content, Task
 
 
 class LiveModel:
-    """The weights and optimizer moments of a training, as they leave for the federation and arrive from it.
+    """Reads and sets the weights and optimizer moments of a model in training.
 
     It holds live tensors, so it belongs to one training and is never copied together with a callback. All methods are
     collective: every rank calls them, rank 0 with its task or arrays and the others with None.
@@ -239,7 +239,7 @@ class LiveModel:
             load_tensors(self._local_tensors(), self._final_local)
 
     def _set_moments(self, arrays: Arrays) -> None:
-        remaining = dict(arrays)
+        remaining = dict(arrays)  # what is left is for the first optimizer
         for moments in self._moments[1:]:
             moments.set({name: remaining.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
         if self._moments:

@@ -54,67 +54,69 @@ class SiteFilters:
 
     Args:
         job: Settings of the job's filters, for all points.
-        own: Settings of the filters in the site's policy, for `site_out`.
+        policy_filters: Settings of the filters in the site's policy, for `site_out`.
         host: The site.
 
     Raises:
         ConfigError: If the filters cannot be made or do not work together.
     """
 
-    def __init__(self, job: Sequence[Settings], own: Sequence[Settings], host: FilterHost) -> None:
+    def __init__(self, job: Sequence[Settings], policy_filters: Sequence[Settings], host: FilterHost) -> None:
         check_filters(job)
         self._job, self._host = job, host
         self._arriving = encodings(at_point(job, "server_out"))
         self._excluding = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
         self._agreed: Layout = {}
         self._weights = True  # whether the tensors are weights
-        self._own_values: dict[str, Array] = {}  # this site's values of tensors that are ignored at site_in
+        self._own_values: dict[str, Array] = {}  # own values of the tensors whose arriving values are ignored
         self._base: dict[str, Array] = {}
         self._work: dict[str, Array] = {}
         self._feedback = ErrorFeedback(host)
-        self._steps: list[_OutgoingFilter] = []
+        self._outgoing: list[_OutgoingFilter] = []
         self._cipher: Cipher | None = None
         self._key = ""
-        self.set_policy_filters(own, host.budget)
+        self.set_policy_filters(policy_filters, host.budget)
 
-    def set_policy_filters(self, own: Sequence[Settings], budget: BudgetLimit | None = None) -> None:
+    def set_policy_filters(self, policy_filters: Sequence[Settings], budget: BudgetLimit | None = None) -> None:
         """Replace the filters of the site's policy. They take effect with the next update.
 
         Args:
-            own: Settings of the policy's filters.
+            policy_filters: Settings of the policy's filters.
             budget: Upper limit of the site for the privacy cost of all filters together; None for no limit.
 
         Raises:
             ConfigError: If the filters cannot be made or do not work together with the job's.
         """
-        check_filters(own)
-        misplaced = [settings for settings in own if settings.get("at", "site_out") != "site_out"]
+        check_filters(policy_filters)
+        misplaced = [settings for settings in policy_filters if settings.get("at", "site_out") != "site_out"]
         if misplaced:
             raise refuse(
                 f"the policy has the filter {misplaced[0]['name']} at {misplaced[0]['at']}",
                 "leave `at` out: a policy's filters run at site_out",
             )
-        previous = {(step.filter, step.host): step for step in self._steps}
+        # filters that did not change keep their state
+        previous = {(step.filter, step.host): step for step in self._outgoing}
         steps = [
             previous.get((item, host := replace(self._host, from_policy=policy, budget=budget))) or _opened(item, host)
-            for policy, filters in ((False, self._job), (True, own))
+            for policy, filters in ((False, self._job), (True, policy_filters))
             for item in at_point(filters, "site_out")
         ]
         check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
         if any(step.host.from_policy and isinstance(step.filter, HomomorphicCKKS) for step in steps):
             raise refuse("HomomorphicCKKS cannot be in a policy, since all sites must use it", "ask for it in the job")
+        # encodings and encryption run after the filters that change values
         last = [s for s in steps if encodings([s.filter]) or isinstance(s.filter, HomomorphicCKKS)]
-        self._steps = [s for s in steps if s not in last] + last
+        self._outgoing = [s for s in steps if s not in last] + last
         self._check_tensors()
 
     def described(self) -> str:
         """Return the filters at `site_out` as readable text, in the order in which they run."""
         return ", ".join(
-            _as_text(step.filter.settings()) + (" (site)" if step.host.from_policy else "") for step in self._steps
+            _as_text(step.filter.settings()) + (" (site)" if step.host.from_policy else "") for step in self._outgoing
         )
 
     def agree(self, state: Arrays, *, weights: bool = True) -> None:
-        """Take the tensors that this run exchanges, after the handshake.
+        """Set the tensors that this run exchanges. Called before the handshake.
 
         Args:
             state: This site's values of the tensors; copied where they are needed.
@@ -125,7 +127,7 @@ class SiteFilters:
         """
         self._agreed, self._weights = layout_of(state), weights
         self._check_tensors()
-        encrypted = next((s.filter for s in self._steps if isinstance(s.filter, HomomorphicCKKS)), None)
+        encrypted = next((s.filter for s in self._outgoing if isinstance(s.filter, HomomorphicCKKS)), None)
         if encrypted is not None:
             encrypted.check_tensors(self._agreed)
             self._cipher, self._key = site_cipher(encrypted, self._host)
@@ -134,19 +136,19 @@ class SiteFilters:
     def _check_tensors(self) -> None:
         """Raise ConfigError if a filter cannot work on the agreed tensors."""
         if not self._weights:
-            for item in (*self._arriving, *self._excluding, *(step.filter for step in self._steps)):
+            for item in (*self._arriving, *self._excluding, *(step.filter for step in self._outgoing)):
                 if not isinstance(item, FactsFilter):
                     raise refuse(
                         f"{type(item).__name__} works on weights, but this adapter does not send weights",
                         "leave the filter out",
                     )
         clash = [name for name in self._agreed if AUX in name]
-        if clash and (self._arriving or encodings([step.filter for step in self._steps])):
+        if clash and (self._arriving or encodings([step.filter for step in self._outgoing])):
             raise refuse(f"the name of tensor {clash[0]!r} contains {AUX!r}, which encodings use", "rename the tensor")
 
     @property
     def agreement(self) -> dict[str, str]:
-        """Values that must be equal at all sites, beside the job's settings; complete after `agree`."""
+        """Values that must be equal at all sites, besides the job's settings. Call after `agree`."""
         return {"ckks_key": self._key} if self._cipher else {}
 
     @property
@@ -154,20 +156,20 @@ class SiteFilters:
         """Whether the model is encrypted for the server; known after `agree`."""
         return self._cipher is not None
 
-    def held_back(self, arrays: Arrays) -> Arrays:
-        """Select the arrays whose arriving values this site ignores (`ExcludeVars` at `site_in`).
+    def own_values(self, arrays: Arrays) -> Arrays:
+        """Return this site's arrays that it keeps instead of the arriving ones (`ExcludeVars` at `site_in`).
 
         Args:
             arrays: This site's arrays.
 
         Returns:
-            Those of them; the same objects, not copies.
+            The selected arrays, not copied.
         """
         return {n: a for n, a in arrays.items() if any(item.excludes(n) for item in self._excluding)}
 
-    def restore(self, held_back: Arrays) -> None:
-        """Continue with the arrays that `held_back` returned in an earlier process of this site; after `agree`."""
-        self._save_own_values(held_back)
+    def restore(self, own_values: Arrays) -> None:
+        """Restore the arrays that an earlier process of this site got from `own_values`. Call after `agree`."""
+        self._save_own_values(own_values)
 
     # -- arriving --------------------------------------------------------------------------------------------
 
@@ -181,7 +183,8 @@ class SiteFilters:
             The task as the site's code sees it.
 
         Raises:
-            PrivacyBudgetError: If the update of this round could not leave.
+            PrivacyBudgetError: If the budget does not allow this round's update. Checked now, so that the round is not
+                trained in vain.
         """
         arrays = task.arrays
         if self._cipher and is_encrypted(arrays):
@@ -192,11 +195,11 @@ class SiteFilters:
             for name, value in self._own_values.items():
                 arrays[name][...] = value
         if task.kind == "train":
-            for step in self._steps:
+            for step in self._outgoing:
                 if isinstance(step.running, Budgeted):
                     step.running.afford(task.round)
         task = replace(task, arrays=arrays)
-        if self._on_differences and task.kind == "train":
+        if self._needs_base and task.kind == "train":
             self._save_base(task.arrays)
         return task
 
@@ -213,8 +216,8 @@ class SiteFilters:
             self._base[name][...] = array
 
     @property
-    def _on_differences(self) -> bool:
-        return any(step.running or encodings([step.filter]) for step in self._steps)
+    def _needs_base(self) -> bool:
+        return any(step.running or encodings([step.filter]) for step in self._outgoing)
 
     # -- leaving ---------------------------------------------------------------------------------------------
 
@@ -234,19 +237,20 @@ class SiteFilters:
         """
         self._save_own_values(update.arrays)
         if update.extras:
-            for step in self._steps:
+            for step in self._outgoing:
                 _refuse_extras(step.filter, update)
-        ran: list[Settings] = list(applied_filters(update.encoding))  # the adapter's own ExcludeVars
-        base = replace(task, arrays=self._base)
-        for step in self._steps:
+        # first the filters that the adapter itself applied (Session.submit(held_back=))
+        ran: list[Settings] = list(applied_filters(update.encoding))
+        filter_task = replace(task, arrays=self._base)
+        for step in self._outgoing:
             if isinstance(step.filter, FactsFilter):
                 update = _with_facts(update, step)
             elif isinstance(step.filter, ExcludeVars):
                 update = replace(update, arrays=step.filter.encode(update.arrays))
             elif step.running:
-                update = step.running(self._difference(update), base)
+                update = step.running(self._difference(update), filter_task)
             ran.append(_record(step))
-        last = encodings([step.filter for step in self._steps])
+        last = encodings([step.filter for step in self._outgoing])
         if self._cipher:
             update = self._encrypted(update)
         elif last:
@@ -254,9 +258,8 @@ class SiteFilters:
         elif update.content == "delta":
             narrow = {n: a.astype(self._agreed[n][0], copy=False) for n, a in update.arrays.items()}
             update = replace(update, arrays=narrow)
-        if not ran or (
-            update.content == "encoded" and not last and not self._cipher
-        ):  # an adapter's own encoding has its own name
+        encoded_by_adapter = update.content == "encoded" and not last and not self._cipher
+        if not ran or encoded_by_adapter:  # an adapter's own encoding (trees, LoRA factors) stays in `encoding`
             return update
         return replace(update, encoding=json.dumps(ran))
 
@@ -271,7 +274,7 @@ class SiteFilters:
         """
         if not self._cipher:
             return update
-        ran = [step.filter.settings() for step in self._steps if isinstance(step.filter, HomomorphicCKKS)]
+        ran = [step.filter.settings() for step in self._outgoing if isinstance(step.filter, HomomorphicCKKS)]
         return replace(self._encrypted(update), encoding=json.dumps(ran))
 
     def report(self, report: Report) -> Report:
@@ -286,7 +289,7 @@ class SiteFilters:
         Raises:
             PrivacyBudgetError: If it would exceed a privacy budget.
         """
-        for step in self._steps:
+        for step in self._outgoing:
             if isinstance(step.filter, FactsFilter):
                 report = _with_facts(report, step)
         return report
@@ -329,6 +332,7 @@ class SiteFilters:
 
 
 def _decoded(chain: Sequence[EncodingFilter], arrays: Arrays, layout: Layout) -> Arrays:
+    """Undo a chain of encodings, last first."""
     layouts = [layout]
     for item in chain[:-1]:
         layouts.append(item.layout(layouts[-1]))
@@ -342,8 +346,8 @@ def _opened(item: Any, host: FilterHost) -> _OutgoingFilter:
 
 
 def _with_facts(message: F, step: _OutgoingFilter) -> F:
-    steps, round = (message.local_steps, message.round) if isinstance(message, Update) else (0, message.version)
-    facts = step.filter.facts(Facts(message.metrics, message.num_examples, steps, round), step.host)
+    local_steps, round = (message.local_steps, message.round) if isinstance(message, Update) else (0, message.version)
+    facts = step.filter.facts(Facts(message.metrics, message.num_examples, local_steps, round), step.host)
     changed = {"metrics": facts.metrics, "num_examples": facts.num_examples}
     if isinstance(message, Update):
         changed["local_steps"] = facts.local_steps

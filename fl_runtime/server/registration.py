@@ -114,7 +114,10 @@ class Member:
 
 
 def check_agreement(
-    registrations: Mapping[str, Registration], layouts: Mapping[bytes, Manifest], strategy: Strategy
+    registrations: Mapping[str, Registration],
+    layouts: Mapping[bytes, Manifest],
+    strategy: Strategy,
+    when: str = "before round 1",
 ) -> None:
     """Check that all sites exchange the same tensors and agree on what they declared. Each is compared with the first.
 
@@ -122,6 +125,7 @@ def check_agreement(
         registrations: Registrations by site.
         layouts: Manifests by layout digest.
         strategy: Says which shapes may differ between sites.
+        when: When the sites are compared, for the error.
 
     Raises:
         StateMismatchError: The tensors differ; the message names sites and tensors.
@@ -134,8 +138,8 @@ def check_agreement(
         declared = _declared_differences(first, other)
         tensors = differences(layouts[first.layout], layouts[other.layout], strategy.agreed_shape)
         if declared or tensors:
-            raise _disagreement(names[0], name, declared, tensors)
-    _check_rounds(registrations)
+            raise _disagreement(names[0], name, declared, tensors, when)
+    _check_rounds(registrations, when)
 
 
 def check_latecomer(
@@ -149,7 +153,7 @@ def check_latecomer(
     others = {m.name: m.registration for m in members.values() if m.registration and m.name != name}
     if others:
         first = next(iter(others.items()))
-        check_agreement(dict([first, (name, registration)]), layouts, strategy)
+        check_agreement(dict([first, (name, registration)]), layouts, strategy, "during the run")
 
 
 def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
@@ -180,7 +184,7 @@ def _declared_differences(first: Registration, other: Registration) -> list[str]
     ]
 
 
-def _disagreement(first: str, other: str, declared: list[str], tensors: list[str]) -> HandshakeError:
+def _disagreement(first: str, other: str, declared: list[str], tensors: list[str], when: str) -> HandshakeError:
     """The error for two sites that differ. Settings come first, since they often cause differences in tensors."""
     lines = declared + tensors[:_LISTED]
     if len(tensors) > _LISTED:
@@ -190,18 +194,18 @@ def _disagreement(first: str, other: str, declared: list[str], tensors: list[str
     fix = "build the same model at every site, or leave what may differ at home with keep_local"
     return kind(
         f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(lines),
-        where=f"handshake of {first} and {other}, before round 1",
+        where=f"handshake of {first} and {other}, {when}",
         fix=fix if tensors else "give both the same settings",
     )
 
 
-def _check_rounds(registrations: Mapping[str, Registration]) -> None:
+def _check_rounds(registrations: Mapping[str, Registration], when: str) -> None:
     """Raise HandshakeError if trainers have different budgets. A trainer without one follows the others."""
     budgets = {name: r.rounds for name, r in registrations.items() if r.rounds}
     if len(set(budgets.values())) > 1:
         raise HandshakeError(
             "the sites' trainers are set for different numbers of rounds: "
             + ", ".join(f"{name}: {rounds}" for name, rounds in list(budgets.items())[:_LISTED]),
-            where="handshake, before round 1",
+            where=f"handshake, {when}",
             fix="give all the same budget, or fix the number of rounds for all with --rounds or Job(rounds=)",
         )

@@ -1,4 +1,4 @@
-"""A site's end of named, flow-controlled byte streams between two sites, which the server relays.
+"""Byte streams between two sites, relayed by the server: one site's end of them.
 
 All streams of a site share one call. Each end may send up to `WINDOW_BYTES` more than the other has received. So a slow
 reader blocks only the writer of its own stream, and the server's memory stays bounded.
@@ -20,7 +20,9 @@ from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 * 2**20
+"""Bytes that a sender may have unread at the other end."""
 MESSAGE_BYTES = 2**20
+"""Most bytes in one message."""
 
 
 class Stream:
@@ -29,27 +31,27 @@ class Stream:
     Data of up to `MESSAGE_BYTES` arrives as one message, longer data as several, in order.
 
     Args:
-        send: Hands a part to the tunnel; must not block.
+        send: Queues a `TunnelPart` message; must not block.
         peer: Name of the site at the other end.
         name: What the stream is for; both ends know it.
-        number: Identifier, unique between the two sites.
+        stream_id: Identifier, unique between the two sites.
 
     Attributes:
         peer: Name of the site at the other end.
         name: What the stream is for.
-        number: Identifier, unique between the two sites.
+        stream_id: Identifier, unique between the two sites.
     """
 
-    def __init__(self, send: Callable[[pb.TunnelPart], None], peer: str, name: str, number: str) -> None:
-        self.peer, self.name, self.number = peer, name, number
+    def __init__(self, send: Callable[[pb.TunnelPart], None], peer: str, name: str, stream_id: str) -> None:
+        self.peer, self.name, self.stream_id = peer, name, stream_id
         self._send = send
         self._changed = threading.Condition()
         self._arrived: deque[bytes] = deque()
-        self._room = WINDOW_BYTES
+        self._credit_bytes = WINDOW_BYTES
         self._closed_here = self._closed_there = False
 
     def send(self, data: bytes) -> None:
-        """Send data; blocks while the other end has a full window to receive.
+        """Send data; blocks while `WINDOW_BYTES` of it are unread at the other end.
 
         Args:
             data: The bytes; copied, so the caller may reuse a buffer.
@@ -61,18 +63,21 @@ class Stream:
         for start in range(0, len(view), MESSAGE_BYTES):
             piece = bytes(view[start : start + MESSAGE_BYTES])
             with self._changed:
-                while self._room < len(piece) and not (self._closed_there or self._closed_here):
+                while self._credit_bytes < len(piece) and not (self._closed_there or self._closed_here):
                     self._changed.wait()
                 if self._closed_there or self._closed_here:
-                    raise ConnectionLostError(f"the stream {self.name} to {self.peer} is closed")
-                self._room -= len(piece)
-            self._send(pb.TunnelPart(peer=self.peer, stream=self.number, data=piece))
+                    raise ConnectionLostError(
+                        f"the stream {self.name} to {self.peer} is closed", fix=f"look at the log of {self.peer}"
+                    )
+                self._credit_bytes -= len(piece)
+            self._send(pb.TunnelPart(peer=self.peer, stream=self.stream_id, data=piece))
 
     def receive(self) -> bytes:
         """Wait for the next message.
 
         Returns:
-            The message, or b"" if either end has closed the stream or the call to the server has ended.
+            The message, or b"" if this end has closed the stream. If the other end has closed it or the call to the
+            server has ended, messages that had arrived before are returned first, then b"".
         """
         with self._changed:
             while not self._arrived and not self._closed_there and not self._closed_here:
@@ -80,7 +85,7 @@ class Stream:
             if not self._arrived or self._closed_here:
                 return b""
             data = self._arrived.popleft()
-        self._send(pb.TunnelPart(peer=self.peer, stream=self.number, credit=len(data)))
+        self._send(pb.TunnelPart(peer=self.peer, stream=self.stream_id, credit=len(data)))
         return data
 
     def close(self) -> None:
@@ -90,14 +95,14 @@ class Stream:
                 return
             self._closed_here = True
             self._changed.notify_all()
-        self._send(pb.TunnelPart(peer=self.peer, stream=self.number, closed=True))
+        self._send(pb.TunnelPart(peer=self.peer, stream=self.stream_id, closed=True))
 
     def take(self, part: pb.TunnelPart) -> None:
         """Take a part that has arrived for this stream; called by the tunnel."""
         with self._changed:
             if part.data:
                 self._arrived.append(part.data)
-            self._room += part.credit
+            self._credit_bytes += part.credit
             self._closed_there = self._closed_there or part.closed
             self._changed.notify_all()
 
@@ -129,7 +134,7 @@ class Tunnel:
         self._outgoing: queue.SimpleQueue[pb.TunnelPart | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._prefix = f"{session.attempt}:{id(self):x}"
-        self._closed = self._ended = False
+        self._closed = self._ended = False  # closed by this site; the call is over
         self.bytes_up = self.bytes_down = 0
         self._outgoing.put(pb.TunnelPart(session=session))
         self._call: Call = transport.call("Tunnel", self._messages())
@@ -152,9 +157,12 @@ class Tunnel:
         stream = Stream(self._outgoing.put, peer, name, f"{self._prefix}:{next(self._numbers)}")
         with self._lock:
             if self._ended:
-                raise ConnectionLostError("other sites cannot be reached: the call to the server has ended")
-            self._streams[peer, stream.number] = stream
-        self._outgoing.put(pb.TunnelPart(peer=peer, stream=stream.number, opened=name))
+                raise ConnectionLostError(
+                    "other sites cannot be reached: the call to the server has ended",
+                    fix="check the connection to the server",
+                )
+            self._streams[peer, stream.stream_id] = stream
+        self._outgoing.put(pb.TunnelPart(peer=peer, stream=stream.stream_id, opened=name))
         return stream
 
     def close(self) -> None:
@@ -179,7 +187,7 @@ class Tunnel:
         except FederationError as error:
             log.debug("the tunnel has ended: %s", error)
         finally:
-            self._outgoing.put(None)
+            self._outgoing.put(None)  # ends _messages
             self._end_streams()
             if not self._closed:
                 self._lost()

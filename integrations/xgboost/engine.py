@@ -31,10 +31,11 @@ from .model import SEEDING, without_categories
 from .ring import Ring, Sockets
 from .worker import Channel
 
-_ENDING_S = 10.0
+_GRACEFUL_EXIT_S = 10.0
 ISOLATED = True
-"""Whether workers try to leave the machine's network. Otherwise sites on one machine reach each other's workers
-directly, since these listen on every address; sites on different machines do not."""
+"""Whether workers try to leave the machine's network. If not, they listen on all addresses, so sites on one machine
+connect directly instead of through the relay."""
+# words in XGBoost's error texts that mean a lost peer, not a wrong parameter
 _CONNECTION_WORDS = (
     "collective",
     "rabit",
@@ -48,8 +49,12 @@ _CONNECTION_WORDS = (
 )
 
 
+Gradients = Callable[[Any, xgboost.DMatrix], Any]
+"""Custom objective: (margins, data) -> (gradient, hessian)."""
+
+
 class BrokenError(Exception):
-    """Raised if the generation is over because a worker, a connection or a site failed: no fault of this site."""
+    """A generation ended because a worker, a connection or a site failed. It can be tried again."""
 
 
 class WorkerError(FederationError):
@@ -67,7 +72,7 @@ class Engine:
         self._tunnel: Tunnel | None = None
         self._generation: _Generation | None = None
         self._early_streams: list[Stream] = []  # streams of a generation that this site has not started yet
-        self._last_ended = (0, 0)  # number of the newest generation that has ended here
+        self._last_ended = (0, 0)  # (round, stage) of the newest generation that has ended here
         self._closed_tunnel_bytes = (0, 0)
 
     @property
@@ -94,7 +99,7 @@ class Engine:
             cuts: The agreed bins.
 
         Raises:
-            BrokenError: If the workers do not get together.
+            BrokenError: If the workers cannot connect to each other.
             WorkerError: If this site's worker refuses the data or the parameters.
         """
         self.end(gently=False)
@@ -102,7 +107,7 @@ class Engine:
             tunnel = self._open_tunnel()
             worker = _WorkerProcess(ISOLATED)
         except OSError as error:
-            raise BrokenError(f"the worker cannot be started: {error}") from None
+            raise BrokenError(f"the tunnel cannot be opened, or the worker cannot be started: {error}") from None
         generation = _Generation(name, list(members), worker)
         try:
             worker.prepare(self._call, model, cuts, members, self._session.name, self._timeout_s)
@@ -152,17 +157,22 @@ class Engine:
             raise
 
     def end(self, *, gently: bool) -> None:
-        """End the running generation, if any. gently: after the last round, at all members together."""
+        """End the running generation, if any.
+
+        Args:
+            gently: Whether all members end it together, after the last round.
+        """
         with self._lock:
             generation = self._generation
         if generation is not None:
-            generation.close(gently=gently)  # other workers still connect while all of them end
+            # others may still connect while they shut down, so streams stay open until this returns
+            generation.close(gently=gently)
             self._give_up(generation)
 
     def _give_up(self, generation: _Generation) -> None:
         """Leave a generation. Members that still connect to it are refused at once, so that they do not wait."""
         with self._lock:
-            self._last_ended, self._generation = _number(generation.name), None
+            self._last_ended, self._generation = _round_and_stage(generation.name), None
             early, self._early_streams = self._early_streams, []
         generation.close(gently=False)
         for stream in early:
@@ -184,7 +194,7 @@ class Engine:
         with self._lock:
             generation = self._generation
             if generation is None or generation.name != name:
-                early = _number(name) > (_number(generation.name) if generation else self._last_ended)
+                early = _round_and_stage(name) > (_round_and_stage(generation.name) if generation else self._last_ended)
                 if early:
                     self._early_streams.append(stream)
                     return
@@ -203,10 +213,7 @@ class Engine:
                 self._closed_tunnel_bytes[1] + tunnel.bytes_down,
             )
         if generation is not None and generation.ring is not None:
-            generation.ring.close()  # the worker notices, and boost() with it
-
-
-Gradients = Callable[[Any, xgboost.DMatrix], Any]
+            generation.ring.close()  # the worker fails, and boost() raises BrokenError
 
 
 class _Generation:
@@ -295,10 +302,10 @@ class _WorkerProcess:
         if gently:
             try:
                 self._send({"end": True}, {})
-                self._process.wait(_ENDING_S)
+                self._process.wait(_GRACEFUL_EXIT_S)
             except (BrokenError, subprocess.TimeoutExpired):
                 pass
-        self._process.kill()  # from here on everything may be called again
+        self._process.kill()  # from here on, a second call does no harm
         self._process.wait()
         self._commands.close()
         self._helper.close()
@@ -325,7 +332,8 @@ class _WorkerProcess:
 def reference_rows(cuts: Arrays) -> Array:
     """Make rows from which XGBoost derives exactly the agreed bins.
 
-    XGBoost cuts at every distinct value but the lowest if there are no more values than bins.
+    If a feature has at most max_bin distinct values, XGBoost cuts at each but the lowest. So the rows list a lowest
+    value and then every cut.
 
     Args:
         cuts: The agreed bins: "cuts" float32, "cut_ends" and "levels" int64 with an entry per feature.
@@ -348,7 +356,7 @@ def reference_rows(cuts: Arrays) -> Array:
     return np.stack([np.resize(column, height) for column in columns], axis=1)
 
 
-def _number(generation: str) -> tuple[int, int]:
+def _round_and_stage(generation: str) -> tuple[int, int]:
     number, _, stage = generation.partition(".")
     return int(number), int(stage or 1)
 

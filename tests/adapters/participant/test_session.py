@@ -230,6 +230,14 @@ def test_weights_that_are_not_finite_are_refused_before_round_1(one: tuple[Local
     assert "before round 1" in caught.value.where
 
 
+def test_a_site_whose_tensors_a_filter_refuses_leaves_at_once() -> None:
+    with LocalFederation(sites=1, rounds=1, filters=({"name": "Quantize"},)) as federation:
+        session = opened(federation.places[0])
+        with pytest.raises(ConfigError, match=r"the name of tensor .w\|scale."):
+            session.register({"w|scale": np.zeros(3, np.float32)}, agreement={}, rounds=None, evaluates=False)
+        assert session.closed
+
+
 def test_the_rounds_are_the_jobs_else_the_trainers() -> None:
     for rounds, wanted in ((5, 5), (None, 2)):
         with LocalFederation(sites=1, rounds=rounds) as federation:
