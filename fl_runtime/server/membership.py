@@ -42,7 +42,7 @@ class Membership:
             state.journal.left(name, False)
             state.events.emit("joined", site=name, attempt=member.attempt, version=version)
             state.changed.notify_all()
-            state.published.notify_all()  # to end the waiting calls of the attempt before
+            state.published.notify_all()  # wakes the previous attempt's waiting calls, which then end
             return member
 
     def register(
@@ -56,7 +56,7 @@ class Membership:
         state = self._state
         with state.lock:
             member = self.caller(name, attempt)
-            self.describe(member, manifest)
+            self.add_manifest(member, manifest)
             member.layouts.add(manifest.layout)
             if state.plan.rounds is not None:
                 check_latecomer(name, registration, self.members, state.layouts, state.plan.strategy)
@@ -91,7 +91,7 @@ class Membership:
             member = self.caller(name, attempt)
             member.attending += 1
             member.absent_since = None
-            if member.lost:  # it had been given up too soon
+            if member.lost:  # it was marked lost, but its process lives
                 member.gone, member.lost = "", False
                 state.events.emit("joined", site=name, attempt=attempt, version="")
                 state.published.notify_all()
@@ -130,17 +130,17 @@ class Membership:
             self._state.published.notify_all()
 
     def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
-        """Let a site go that says goodbye. A server that is started again does not wait for it."""
+        """Record that a site left on purpose, so that a restarted server does not wait for it."""
         with self._state.lock:
             self.caller(name, attempt)
             self._state.journal.left(name, True)
             self.mark_gone(name, reason, early=early)
 
     def caller(self, name: str, attempt: int) -> Member:
-        """The member that a call speaks for.
+        """Return the member that makes this call, if it may.
 
-        Raises the run's error if it failed, PermissionDeniedError for an expelled site, and AbortedError for a process
-        whose site has been started again since.
+        Raises the run's error if it failed, PermissionDeniedError for an expelled site, and AbortedError for an older
+        process of a restarted site.
         """
         self._state.raise_if_ended()
         member = self._named(name)
@@ -158,7 +158,7 @@ class Membership:
             )
         return member
 
-    def describe(self, member: Member, manifest: Manifest) -> None:
+    def add_manifest(self, member: Member, manifest: Manifest) -> None:
         """Keep a manifest that a site has sent, within the site's limit."""
         if manifest.layout not in self._state.layouts:
             limits.check_described(member, manifest)
@@ -179,13 +179,13 @@ class Membership:
         return [m.name for m in self.members.values() if m.attempt and not m.gone]
 
     def known(self) -> list[str]:
-        """Names of the sites that have ever registered and are not gone; some may be on their way back."""
+        """Names of the sites that have ever registered and are not gone, including those that are reconnecting."""
         return [m.name for m in self.members.values() if m.known and not m.gone]
 
     def initial_source(self) -> str | None:
         """The site whose own weights become the initial model: the first known one, in the job's order.
 
-        A site that is started again meanwhile remains the source.
+        It stays the source if it is restarted.
         """
         return next(iter(self.known()), None)
 
@@ -207,7 +207,7 @@ class Membership:
     # -- waiting ---------------------------------------------------------------------------------------------
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait under the lock until `ready()` is true. Sites that are absent for too long become gone meanwhile.
+        """Wait under the lock until `ready()` is true. Sites absent for longer than `rejoin_s` are marked gone.
 
         Returns:
             True once `ready()` is true, False after `timeout_s` seconds.
@@ -228,13 +228,13 @@ class Membership:
             state.changed.wait(min([left_s, *self._absences()]))
 
     def wait_for_quorum(self) -> None:
-        """Wait until enough sites are present to open a round, or no absent one can still come back in time."""
+        """Wait until enough sites are present to open a round, or every site is present or gone: at most `rejoin_s`."""
         self.wait_until(lambda: self._assembled() or self._none_can_come(), self._state.settings.rejoin_s)
 
     def _assembled(self) -> bool:
         settings = self._state.settings
         enough = len(self.present()) >= settings.min_sites
-        # for an exact restart, a site on its way back must not be missed: it could be drawn
+        # with exact_restart, wait for known sites: the draw must repeat
         returning = any(m.known and not m.gone and not m.active for m in self.members.values())
         return enough and not (settings.exact_restart and returning)
 
@@ -245,6 +245,7 @@ class Membership:
         """Seconds until each absent site is given up."""
         now, limit = time.monotonic(), self._state.settings.rejoin_s
         waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and not m.gone]
+        # wake a little later than that, so that the limit has passed
         return [max(w, 0.0) + 0.01 for w in waits]
 
     def _expire_absent(self) -> None:

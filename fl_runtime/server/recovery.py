@@ -36,16 +36,14 @@ def reading(journal: Journal) -> Iterator[None]:
 def restore_plan(state: RunState, membership: Membership) -> None:
     """Restore the sites and what they agreed on. A journal without entries changes nothing."""
     journal = state.journal
-    state.layouts.update(
-        {manifest.layout: manifest for manifest in journal.recorded.manifests()}
-    )  # sites refer to them
-    for name, attempt, registration in journal.recorded.sites():
+    state.layouts.update({manifest.layout: manifest for manifest in journal.reader.manifests()})  # sites refer to them
+    for name, attempt, registration in journal.reader.sites():
         member = membership.members[name]
         member.attempt = attempt
         member.absent_since = time.monotonic()
         if registration:
             member.registration, member.known = Registration.from_json(registration), True
-    for name in journal.recorded.who_left():
+    for name in journal.reader.who_left():
         membership.members[name].gone = "it left"
     state.restore_plan()
 
@@ -55,11 +53,11 @@ def restore_results(state: RunState, scores: Scores) -> list[RoundEntry]:
 
     Every byte of the model is read again. Raises StoreError if it is not what was written.
     """
-    journal, models = state.journal, state.journal.recorded.models()
-    for version, site, metrics, num_examples in journal.recorded.scores():
+    journal, models = state.journal, state.journal.reader.models()
+    for version, site, metrics, num_examples in journal.reader.scores():
         scores.report(version, site, from_json(metrics), num_examples)
     unfinished = []
-    for entry in journal.recorded.round_entries():
+    for entry in journal.reader.round_entries():
         if entry.result is None:
             unfinished.append(entry)
         elif entry.round > 0:
@@ -70,16 +68,16 @@ def restore_results(state: RunState, scores: Scores) -> list[RoundEntry]:
                 scores.settle(result.round)
     if models:
         state.models.newest = load_model(state, models[-1])
-        state_entry = journal.recorded.strategy_state()
+        state_entry = journal.reader.strategy_state()
         if state_entry is not None:
-            manifest = journal.recorded.manifest(state_entry.layout)
+            manifest = journal.reader.manifest(state_entry.layout)
             state.models.newest.strategy_state = state.blobs.open(state_entry.blob, manifest)
     return unfinished
 
 
 def load_model(state: RunState, entry: ModelEntry) -> Model:
     """The model of a journal entry. Raises StoreError if its file does not hold what was written."""
-    blob = state.blobs.open(entry.blob, state.journal.recorded.manifest(entry.layout))
+    blob = state.blobs.open(entry.blob, state.journal.reader.manifest(entry.layout))
     if blob.manifest.digests_of_payload(blob.buffer) != entry.digests:
         raise _damaged(state, blob, f"the model of round {entry.version}")
     return Model(entry, blob)
@@ -87,7 +85,7 @@ def load_model(state: RunState, entry: ModelEntry) -> Model:
 
 def load_update(state: RunState, entry: UpdateEntry) -> Accepted:
     """The update of a journal entry. Raises StoreError if its file does not hold what was written."""
-    blob = state.blobs.open(entry.blob, state.journal.recorded.manifest(entry.layout))
+    blob = state.blobs.open(entry.blob, state.journal.reader.manifest(entry.layout))
     if frames.digest_of(blob.manifest, blob.manifest.digests_of_payload(blob.buffer)) != entry.digest:
         raise _damaged(state, blob, f"the update of {entry.site} for round {entry.round}")
     arrays, extras = blob.views()

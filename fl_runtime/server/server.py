@@ -83,7 +83,7 @@ class Server:
         try:
             self._run = Run(settings, folder / "server", self._events, strategy, virtual)
             self._run.recover()
-            self._finished = self._run.state.journal.recorded.finished()
+            self._finished = self._run.state.journal.reader.finished()
         except BaseException:
             self._events.close()
             self._lock.close()

@@ -257,7 +257,7 @@ class FederationService:
                 if manifest.layout != payload.layout:
                     raise ProtocolError("a manifest does not have the layout that its header names")
                 checks.check_layout(manifest, *form)  # before the manifest is stored
-                self._run.membership.describe(self._run.membership.members[name], manifest)
+                self._run.membership.add_manifest(self._run.membership.members[name], manifest)
             elif payload.layout not in self._state.layouts:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
             manifest = self._state.layouts[payload.layout]

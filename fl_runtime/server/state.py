@@ -164,9 +164,9 @@ class RunState:
 
     def restore_plan(self) -> None:
         """Restore the number of rounds and the sites' terms from the journal, if they had agreed."""
-        self.plan = replace(self.plan, rounds=self.journal.recorded.rounds())
+        self.plan = replace(self.plan, rounds=self.journal.reader.rounds())
         if self.plan.rounds is not None:
-            self.agree(self.journal.recorded.terms())
+            self.agree(self.journal.reader.terms())
 
     def stop_after(self, round: int) -> None:
         """Make `round` the last round of the run."""

@@ -67,7 +67,7 @@ class Journal:
 
     Attributes:
         path: The database file.
-        recorded: What the journal holds.
+        reader: Reads what the journal holds.
 
     Raises:
         StoreError: If the file is damaged, cannot be written, or has a newer schema version.
@@ -76,7 +76,7 @@ class Journal:
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         self.path = path
         self._db = Database(path, durable=durable)
-        self.recorded = JournalReader(self._db)
+        self.reader = JournalReader(self._db)
         with self._db.transaction():
             if not self._db.rows("SELECT 1 FROM sqlite_master WHERE name='meta'"):
                 for statement in _SCHEMA.split(";"):
@@ -122,7 +122,7 @@ class Journal:
 
     def left(self, site: str, left: bool) -> None:
         """Record whether a site has left: a restarted server does not wait for sites that have."""
-        names = self.recorded.who_left()
+        names = self.reader.who_left()
         if left == (site in names):
             return
         names = [*names, site] if left else [name for name in names if name != site]

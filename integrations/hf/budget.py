@@ -13,7 +13,10 @@ from fl_runtime.errors import ConfigError
 
 
 def apply(budget: RoundBudget, args: TrainingArguments, train_dataset: Any) -> None:
-    """Make the trainer run exactly the federation's budget. Call in `on_init_end`, before HF has read its arguments."""
+    """Set the trainer's length to the federation's budget.
+
+    HF sizes its learning-rate schedule from it, so call this in `on_init_end`.
+    """
     if train_dataset is not None:
         _refuse_epochs_without_length(budget, train_dataset)
     if budget.rounds is None:

@@ -29,7 +29,7 @@ FRAMEWORK = "keras"
 
 
 class FitRun:
-    """The part of one `fit` in a federation. The callback's hooks call it in this order:
+    """One call of `fit` as a participant. The callback's hooks call it in this order:
 
     1. `join`, before any other callback has opened a file.
     2. `prepare_exact_restart`, in `on_train_begin`; it acts for jobs with `exact_restart` only.
@@ -91,7 +91,7 @@ class FitRun:
             restart.refuse(self.fit, settings.every)
             progress = self._begin(self.fit.first)
             model = self._updated_model
-            if restored_epoch(model) and self._evaluates:  # the process before would have scored it, had it not died
+            if restored_epoch(model) and self._evaluates:  # the previous process died before it scored this model
                 self._evaluate()
             if progress.over:
                 set_restored_epoch(model, self.fit.epochs)  # no further step
@@ -121,7 +121,7 @@ class FitRun:
             self._stop_fit()
 
     def end_training(self) -> None:
-        """Exchange if the epoch whose last step is done ends a round. Called again in the same epoch, do nothing."""
+        """Exchange if this epoch's last step ends a round. A second call in the epoch does nothing."""
         progress = self._progress
         if progress is None or not progress.epoch_open:
             return
@@ -131,7 +131,7 @@ class FitRun:
             if progress.over:
                 self._current_live.restore_final()
             elif progress.phase_complete and (self._stopping or not self._model.stop_training):
-                self._exchange(progress.before)  # unless somebody stopped within the epoch
+                self._exchange(progress.before)  # not if the user stopped fit: the round is incomplete
 
     def report(self, logs: Any) -> None:
         """Report fit's own validation, if the global model awaits a score."""
@@ -143,7 +143,7 @@ class FitRun:
         """End an epoch, once fit has validated.
 
         Returns:
-            The row for the logs: the number of the global model in place, and what its exchanges in this epoch took.
+            The row for the logs: number of the global model in place, bytes and seconds of this epoch's exchanges.
         """
         progress = self._progress
         assert progress is not None
@@ -211,7 +211,7 @@ class FitRun:
             self._session.leave(reason)
 
     def _begin(self, epoch: int) -> Progress:
-        """Make the handshake and take the first task, wherever fit, which is about to begin `epoch`, stands."""
+        """Make the handshake and take the first task. `epoch` is the one that fit begins next."""
         session, model, fit = self._session, self._updated_model, self.fit
         settings = session.settings
         self._evaluates = self._scores_global_models(settings)
@@ -326,7 +326,7 @@ class FitRun:
         return LocalResult(examples, batches // progress.budget.accumulation, metrics)
 
     def _stop_fit(self) -> None:
-        """Let fit end; it makes the step that is about to begin."""
+        """Ask fit to stop. It still makes one step."""
         self._stopping = self._model.stop_training = True
 
     def _finish(self) -> None:

@@ -34,6 +34,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
     for command, epilog in _COMMANDS:
         app.command(epilog=f"\b\nExamples:\n{epilog}")(command)
+    # `run` is not in _COMMANDS: options that follow the training command belong to that command
     app.command(
         epilog="\b\nExamples:\n"
         "  fl-adapters run --kit kits/north -- python train_federated.py --epochs 3\n"

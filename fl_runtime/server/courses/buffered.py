@@ -110,9 +110,9 @@ class Buffered:
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         state, models = self._state, self._state.models
-        self._last_used = state.journal.recorded.last_used()
-        self._waiting = [load_update(state, entry) for entry in state.journal.recorded.buffer()]
-        self._models = {entry.version: load_model(state, entry) for entry in state.journal.recorded.models()[:-1]}
+        self._last_used = state.journal.reader.last_used()
+        self._waiting = [load_update(state, entry) for entry in state.journal.reader.buffer()]
+        self._models = {entry.version: load_model(state, entry) for entry in state.journal.reader.models()[:-1]}
         for version, model in self._models.items():
             if version > 0 and self._scoring.better(version, models.best_version):
                 models.best = model

@@ -90,7 +90,7 @@ class CrossEvaluation:
         """Restore the sites' last updates from the journal; returns the names of their files."""
         state, names = self._state, set[str]()
         if self._enabled and state.models.newest:
-            for entry in state.journal.recorded.last_updates():
+            for entry in state.journal.reader.last_updates():
                 if 0 < entry.round <= state.models.version:
                     self.keep(load_update(state, entry))
                     names.add(entry.blob)

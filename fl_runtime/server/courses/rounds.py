@@ -53,7 +53,7 @@ class Rounds:
             strategy = state.plan.strategy
             participants = choose_participants(settings, strategy, number, participants)
             state.open_round = open_round(
-                settings, strategy, number, participants, stage_of(state.journal.recorded.repeats(number))
+                settings, strategy, number, participants, stage_of(state.journal.reader.repeats(number))
             )
             state.journal.round_opened(number, tuple(participants), time.time())
         self._encode_global_model()
@@ -125,13 +125,13 @@ class Rounds:
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         """Restore the open round, its updates and the best model; returns the names of the updates' files."""
         state = self._state
-        self.last_used = state.journal.recorded.last_used()
+        self.last_used = state.journal.reader.last_used()
         for entry in unfinished:
-            stage = stage_of(state.journal.recorded.repeats(entry.round))
+            stage = stage_of(state.journal.reader.repeats(entry.round))
             state.open_round = open_round(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
-            for update in state.journal.recorded.updates(entry.round):
+            for update in state.journal.reader.updates(entry.round):
                 state.open_round.accepted[update.site] = load_update(state, update)
-        self._recover_best(state.journal.recorded.models()[:-1])
+        self._recover_best(state.journal.reader.models()[:-1])
         return {accepted.blob.name for accepted in state.open_round.accepted.values()} if state.open_round else set()
 
     def _recover_best(self, older: Sequence[ModelEntry]) -> None:

@@ -167,7 +167,7 @@ class Synchronous:
     def _try_again(self, current: OpenRound, error: RoundFailedError) -> None:
         """Drop a round that failed. It is opened again with the sites that are present then and are not silent."""
         state = self._state
-        failures = state.journal.recorded.repeats(current.round) + 1
+        failures = state.journal.reader.repeats(current.round) + 1
         log.warning("round %s failed: %s", current.round, error.what)
         if failures == _MAX_FAILED_TRIES:
             raise RoundFailedError(f"round {current.round} failed {failures} times: {error.what}", fix=error.fix)

@@ -55,14 +55,14 @@ def test_all_that_was_written_is_there_after_a_restart(journal: Journal, path: P
     journal.accepted(update(1, "b"))
     journal.scored(0, "a", {"loss": 0.1}, 7)
     again = reopened(journal, path)
-    assert list(again.recorded.sites()) == [("a", 2, {"rounds": 3}), ("b", 1, None)]
-    assert again.recorded.rounds() == 3
-    assert again.recorded.manifest(MANIFEST.layout) == MANIFEST
-    assert again.recorded.models() == [ModelEntry(0, "model-0", MANIFEST.layout, b"0")]
-    (entry,) = again.recorded.round_entries()
+    assert list(again.reader.sites()) == [("a", 2, {"rounds": 3}), ("b", 1, None)]
+    assert again.reader.rounds() == 3
+    assert again.reader.manifest(MANIFEST.layout) == MANIFEST
+    assert again.reader.models() == [ModelEntry(0, "model-0", MANIFEST.layout, b"0")]
+    (entry,) = again.reader.round_entries()
     assert (entry.round, entry.participants, entry.opened_at, entry.result) == (1, ("a", "b"), 12.5, None)
-    assert again.recorded.updates(1) == [update(1, "b")]
-    assert list(again.recorded.scores()) == [(0, "a", {"loss": 0.1}, 7)]
+    assert again.reader.updates(1) == [update(1, "b")]
+    assert list(again.reader.scores()) == [(0, "a", {"loss": 0.1}, 7)]
 
 
 def test_closing_a_round_replaces_its_updates_by_its_result(journal: Journal, path: Path) -> None:
@@ -70,10 +70,10 @@ def test_closing_a_round_replaces_its_updates_by_its_result(journal: Journal, pa
     journal.accepted(update(1, "a"))
     journal.committed(ModelEntry(1, "model-1", MANIFEST.layout, b"1"), 1, {"seconds": 2.0})
     again = reopened(journal, path)
-    assert again.recorded.round_entries()[0].result == {"seconds": 2.0}
-    assert [m.version for m in again.recorded.models()] == [1]
+    assert again.reader.round_entries()[0].result == {"seconds": 2.0}
+    assert [m.version for m in again.reader.models()] == [1]
     again.forget_model(1)
-    assert again.recorded.models() == []
+    assert again.reader.models() == []
 
 
 def test_a_transaction_that_fails_leaves_nothing_behind(journal: Journal) -> None:
@@ -83,7 +83,7 @@ def test_a_transaction_that_fails_leaves_nothing_behind(journal: Journal) -> Non
     journal.round_opened(2, ("a",), 1.0)
     with pytest.raises(StoreError):
         journal.committed(entry, 2, {"seconds": 3.0})  # the same model version twice
-    assert journal.recorded.round_entries()[1].result is None
+    assert journal.reader.round_entries()[1].result is None
 
 
 def test_another_job_or_other_settings_are_refused(journal: Journal, path: Path) -> None:
@@ -137,4 +137,4 @@ def test_the_end_of_a_run_is_recorded_with_its_error(journal: Journal, path: Pat
 
 def test_a_layout_that_was_never_recorded_is_a_store_error(journal: Journal) -> None:
     with pytest.raises(StoreError, match="layout"):
-        journal.recorded.manifest(b"unknown")
+        journal.reader.manifest(b"unknown")
