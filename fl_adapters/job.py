@@ -14,11 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_adapters.participant.options import Options
-from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation import FedNova, make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters import check_cross_site, check_filters, check_repeatable
+from fl_runtime.filters import at_point, check_cross_site, check_filters, check_repeatable, check_site_weights
+from fl_runtime.filters.facts import Examples
 from fl_runtime.types import RunSettings
 
 R_co = TypeVar("R_co", covariant=True)
@@ -338,6 +339,14 @@ def _check(job: Job) -> None:
     )
     chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may choose
     check_filters(job.filters, job.optimizer_state, chosen)
+    if isinstance(chosen, FedNova) and any(isinstance(item, Examples) for item in at_point(job.filters, "site_out")):
+        raise ConfigError(
+            "the filter Examples hides the number of local steps, which fednova needs",
+            where="filters",
+            fix="leave the filter out, or use another strategy",
+        )
+    if job.site_weights:
+        check_site_weights(job.filters)
     if job.cross_site:
         check_cross_site(job.filters, chosen)
     if LocalTerms.from_config(strategy.configure(1, ())).control_variates:

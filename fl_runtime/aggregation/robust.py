@@ -235,12 +235,27 @@ def _middle(values: Array, cut: int) -> Array:
 
 
 def _mean(rows: Array) -> Array:
-    """Return the mean of the rows, summed in their order and dtype."""
+    """Return the mean of the rows, summed in their order and dtype; finite if all rows are."""
     total: Array = rows[0].copy()
-    for row in rows[1:]:
-        total += row
+    with np.errstate(over="ignore", invalid="ignore"):  # sums that overflow are computed again
+        for row in rows[1:]:
+            total += row
     total /= total.dtype.type(len(rows))
+    overflown = ~np.isfinite(total)
+    if overflown.any():
+        total[overflown] = _mean_of_large(rows[:, overflown])
     return total
+
+
+def _mean_of_large(rows: Array) -> Array:
+    """Return the mean of finite rows whose sum overflows: they are divided by a power of two before summing."""
+    dtype, scale = rows.dtype.type, 2.0 ** -math.ceil(math.log2(len(rows)))
+    low, high, total = rows.min(axis=0), rows.max(axis=0), np.zeros(rows.shape[1], rows.dtype)
+    for row in rows:
+        total += row * dtype(scale)
+    with np.errstate(over="ignore"):  # rounding may pass the largest number, to which it is limited
+        mean: Array = np.clip(total / dtype(len(rows) * scale), low, high)
+    return mean
 
 
 def _squared_norms(updates: Sequence[Update], base: Arrays) -> Array:

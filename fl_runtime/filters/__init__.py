@@ -34,6 +34,7 @@ __all__ = [
     "check_cross_site",
     "check_filters",
     "check_repeatable",
+    "check_site_weights",
     "known_filters",
     "make_filter",
     "place_filter",
@@ -177,6 +178,23 @@ def check_filters(
             _check_encrypted(item, placed, strategy)
         if optimizer_state == "average" and item.at in ("site_out", "server_in"):
             check_extras(item.filter)
+
+
+def check_site_weights(filters: Sequence[Settings]) -> None:
+    """Refuse filters that give all sites the same weight, for a job with `site_weights`.
+
+    Args:
+        filters: Settings of the job's filters.
+
+    Raises:
+        ConfigError: If `GaussianDP` runs at `server_in`.
+    """
+    if any(isinstance(item, GaussianDP) for item in at_point(filters, "server_in")):
+        raise ConfigError(
+            "GaussianDP at server_in counts every site the same, so it does not support site_weights",
+            where="site_weights",
+            fix="leave site_weights out of the job, or use GaussianDP at site_out",
+        )
 
 
 def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> None:
