@@ -111,7 +111,7 @@ def test_alone_it_is_the_estimator_itself() -> None:
 
 @pytest.mark.parametrize(
     ("label", "federated", "match"),
-    [(d.BINARY - 1, {}, "labels from -1"), (d.BINARY, {"modes": "cyclic"}, "'modes'")],
+    [(d.BINARY - 1, {}, "labels run from -1"), (d.BINARY, {"modes": "cyclic"}, "'modes'")],
 )
 def test_what_cannot_work_is_refused(label: Any, federated: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
