@@ -17,7 +17,7 @@ from fl_adapters.participant.options import Options
 from fl_runtime.aggregation import FedNova, make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, did_you_mean
 from fl_runtime.filters import at_point, check_cross_site, check_filters, check_repeatable, check_site_weights
 from fl_runtime.filters.facts import Examples
 from fl_runtime.types import RunSettings
@@ -389,10 +389,11 @@ def _explained(error: ValidationError) -> ConfigError:
         texts = problems.setdefault(field, (item.get("input"), []))[1]
         texts.append({"missing": "", "extra_forbidden": ""}.get(item["type"], item["msg"]))
     unknown = [field for field in problems if field not in Job.model_fields]
+    names = "the fields of a job are: " + ", ".join(Job.model_fields)
     return ConfigError(
         "; ".join(_sentence(field, value, texts) for field, (value, texts) in problems.items()),
         where=", ".join(problems),
-        fix="the fields of a job are: " + ", ".join(Job.model_fields) if unknown else "correct it there",
+        fix=did_you_mean(unknown[0], Job.model_fields) + names if unknown else "correct it there",
     )
 
 

@@ -6,7 +6,8 @@ where, fix) and become the same class at the other end; nothing is unpickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 
@@ -149,6 +150,21 @@ class SiteFailedError(FederationError):
     """The process of a site ended before its work was done."""
 
     code = "site-failed"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return a suggestion to put before the fix of an error about an unknown name.
+
+    Args:
+        given: The name that the user typed.
+        known: The names that exist.
+
+    Returns:
+        "did you mean fedprox? " with the closest name, whatever its case; "" if none is close.
+    """
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(given.strip().lower(), by_lower, n=1, cutoff=0.7)
+    return f"did you mean {by_lower[close[0]]}? " if close else ""
 
 
 def _all_classes(root: type[FederationError]) -> Iterator[type[FederationError]]:

@@ -124,6 +124,15 @@ def test_metadata(wheel: Path, installed: Path, tmp_path: Path) -> None:
     assert integrations <= set(found.get_all("Provides-Extra"))
 
 
+def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (every,) = extras.pop("all")
+    brought = set(Requirement(every).extras)
+    left_out = {"xgboost-cpu", "ray", "examples", "dev"}  # a twin; a cluster's; our own
+    assert brought == set(extras) - left_out
+    assert {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} <= brought
+
+
 def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
     lines = (ROOT / "constraints" / "oldest.txt").read_text("utf-8").splitlines()
     pins = {r.name: Version(next(iter(r.specifier)).version) for r in map(Requirement, filter(is_pin, lines))}

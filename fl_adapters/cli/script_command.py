@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
+
+from fl_runtime.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Split:
         ours: Our options, with their values.
         script: Name of the script, or None.
         rest: Arguments of the script.
-        doubtful: Options that go to the script but resemble ours, as pairs (given, ours).
+        options: Options behind the script's name, before "--", that go to the script.
     """
 
     ours: list[str]
     script: str | None
     rest: list[str]
-    doubtful: list[tuple[str, str]]
+    options: list[str]
 
 
 def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> Split:
@@ -43,7 +44,7 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> Split:
     head, _, after = _partition(list(args))
     ours: list[str] = []
     words: list[str] = []  # the script and its arguments
-    doubtful: list[tuple[str, str]] = []
+    options: list[str] = []
     queue = iter(head)
     for word in queue:
         name = word.partition("=")[0]
@@ -57,10 +58,10 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> Split:
         elif word.startswith("-") and not words:
             ours.append(word)
         else:
-            similar = difflib.get_close_matches(name, takes_value, n=1, cutoff=0.85) if word.startswith("--") else []
-            doubtful.extend((name, other) for other in similar)
+            if word.startswith("-") and not word[1:2].isdigit() and len(word) > 1:
+                options.append(name)
             words.append(word)
-    return Split(ours, words[0] if words else None, [*words[1:], *after], doubtful)
+    return Split(ours, words[0] if words else None, [*words[1:], *after], options)
 
 
 def _partition(args: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -68,6 +69,16 @@ def _partition(args: list[str]) -> tuple[list[str], bool, list[str]]:
         return args, False, []
     at = args.index("--")
     return args[:at], True, args[at + 1 :]
+
+
+def _note(line: Split, ours: Iterable[str]) -> str:
+    """Return a note on the options that the script gets, since a mistyped one of ours is not reported as unknown."""
+    long = [name for name in ours if name.startswith("--")]
+    marked = []
+    for option in dict.fromkeys(line.options):
+        question = did_you_mean(option, long).strip() if option.startswith("--") else ""
+        marked.append(f"{option} ({question})" if question else option)
+    return f"note: passed to {line.script}: {', '.join(marked)}"
 
 
 class ScriptCommand(TyperCommand):
@@ -83,7 +94,7 @@ class ScriptCommand(TyperCommand):
             if name.startswith("-")
         }
         line = split(args, takes_value)
-        for given, other in line.doubtful:
-            typer.echo(f"note: {given} goes to the script; did you mean {other}?", err=True)
+        if line.options:
+            typer.echo(_note(line, takes_value), err=True)
         positional = ["--", line.script or "", *line.rest] if line.script or line.rest else []
         return super().parse_args(ctx, [*line.ours, *positional])

@@ -10,12 +10,16 @@ if TYPE_CHECKING:
 __all__ = ["FederatedLoop"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Load `FederatedLoop` when it is asked for: the adapters of trainers import this package without it."""
     if name != "FederatedLoop":
         raise AttributeError(f"module 'fl_adapters.torch' has no attribute {name!r}")
-    try:
+    from fl_adapters.environments.extras import needs_extra
+
+    with needs_extra("torch", "PyTorch or safetensors"):
         from fl_adapters.torch.loop import FederatedLoop
-    except ModuleNotFoundError as error:
-        raise ImportError(f"PyTorch or safetensors is missing: pip install 'fl-adapters[torch]' ({error})") from error
     return FederatedLoop

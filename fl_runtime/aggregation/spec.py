@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from fl_runtime.aggregation.workflow import Workflow
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Described(Workflow):
         for part in filter(None, (text.strip() for text in arguments.split(","))):
             key, equals, value = (text.strip() for text in part.partition("="))
             if key not in names or not equals:
-                fix = f"its arguments are: {', '.join(names)}" if names else f"write {cls.name} without arguments"
+                known = f"{did_you_mean(key, names)}its arguments are: {', '.join(names)}"
+                fix = known if names else f"write {cls.name} without arguments"
                 what = f"has no argument {key!r}" if equals else f"cannot read {part!r}, which is not argument=value"
                 raise ConfigError(f"the strategy {cls.name} {what}", where="strategy", fix=fix)
             if key in values:
@@ -207,5 +208,6 @@ def find(kinds: Iterable[type[Described]], spec: str) -> Described:
     name, _, arguments = spec.partition(":")
     by_name = {kind.name: kind for kind in kinds}
     if name.strip().lower() not in by_name:
-        raise ConfigError(f"unknown strategy {name!r}", where="strategy", fix=f"use one of: {', '.join(by_name)}")
+        fix = f"{did_you_mean(name, by_name)}use one of: {', '.join(by_name)}"
+        raise ConfigError(f"unknown strategy {name!r}", where="strategy", fix=fix)
     return by_name[name.strip().lower()].parsed(arguments)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, did_you_mean
 from fl_runtime.filters.base import EncodingFilter, FactsFilter, Point, refuse
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
@@ -105,12 +105,14 @@ def place_filter(settings: Settings) -> PlacedFilter:
         raise refuse(f"{settings!r} is not a filter", 'write it as in {"name": "Quantize", "to": "int8"}')
     kind = next((kind for kind in _SHIPPED if kind.__name__ == settings["name"]), None)
     if kind is None:
-        raise refuse(f"there is no filter {settings['name']!r}", f"use one of: {', '.join(known_filters())}")
+        name, names = settings["name"], known_filters()
+        raise refuse(f"there is no filter {name!r}", f"{did_you_mean(name, names)}use one of: {', '.join(names)}")
     arguments = {name: value for name, value in settings.items() if name not in ("name", "at")}
     known = [field.name for field in fields(kind)]
     unknown = [str(name) for name in arguments if name not in known]
     if unknown:
-        raise refuse(f"{kind.__name__} has no argument {unknown[0]!r}", f"its arguments are: {', '.join(known)}")
+        fix = f"{did_you_mean(unknown[0], known)}its arguments are: {', '.join(known)}"
+        raise refuse(f"{kind.__name__} has no argument {unknown[0]!r}", fix)
     at = settings.get("at", kind.points[0])
     if at not in kind.points:
         points = ", ".join(kind.points)

@@ -6,8 +6,10 @@ No module outside this folder imports gRPC.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -60,6 +62,7 @@ _OPEN_PORT = [  # additional options of a server that strangers can reach
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
 ]
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # variables that gRPC reads, in its order
 _NARROWEST_BYTES, _WIDEST_BYTES = 5 * 2**14, 7 * 2**20
 
 
@@ -151,11 +154,12 @@ class _Channel:
 
     @classmethod
     def open(cls, address: str, credentials: Credentials | None) -> _Channel:
+        client = [*_CLIENT, ("grpc.enable_http_proxy", 0)] if _is_loopback(address) else _CLIENT
         if credentials is None:
-            channel = grpc.insecure_channel(address, options=_CLIENT)
+            channel = grpc.insecure_channel(address, options=client)
         else:
             tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
-            options = [*_CLIENT, ("grpc.ssl_target_name_override", SERVER_NAME)]
+            options = [*client, ("grpc.ssl_target_name_override", SERVER_NAME)]
             channel = grpc.secure_channel(address, tls, options=options)
         single = {m: channel.unary_stream(_path(m), None, None) for m in _ALL_METHODS}
         streamed = {m: channel.stream_stream(_path(m), None, None) for m in _ALL_METHODS}
@@ -377,6 +381,36 @@ def _abort(context: Any, error: FederationError, plain: bool) -> None:
 def _shortened(text: str, max_bytes: int) -> str:
     data = text.encode(errors="replace")
     return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + " ..."
+
+
+def proxy_variable(address: str) -> str | None:
+    """Return the environment variable whose proxy gRPC uses for connections to an address.
+
+    Args:
+        address: The server's "host:port".
+
+    Returns:
+        Name of the variable, or None if connections are direct.
+    """
+    host = _host(address)
+    given = {name: os.environ.get(name, "") for name in ("no_grpc_proxy", "no_proxy", *_PROXIES)}
+    exempt = (given["no_grpc_proxy"] or given["no_proxy"]).split(",")
+    if _is_loopback(address) or any(host.endswith(name.strip()) for name in exempt if name.strip()):
+        return None
+    return next((name for name in _PROXIES if given[name]), None)
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether an address is this machine's own. No proxy can reach it."""
+    host = _host(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _federation_error(error: Any, address: str, plain: bool) -> FederationError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from .callback import FederatedCallback
+from fl_adapters.environments.extras import needs_extra
+
+with needs_extra("hf", "transformers or a package that its adapter needs"):
+    from .callback import FederatedCallback
 
 __all__ = ["FederatedCallback"]

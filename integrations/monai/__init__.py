@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-try:
+from fl_adapters.environments.extras import needs_extra
+
+with needs_extra("monai", "MONAI or a package that its engines need"):
     import ignite.engine  # noqa: F401  MONAI itself comes without it
     import monai.handlers  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ImportError(
-        f"MONAI or a package that its engines need is missing: pip install 'fl-adapters[monai]' ({error})"
-    ) from error
 
-from .client_algo import run_client_algo
-from .handler import FederatedHandler
+    from .client_algo import run_client_algo
+    from .handler import FederatedHandler
 
 __all__ = ["FederatedHandler", "run_client_algo"]

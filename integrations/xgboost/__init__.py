@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from .callback import FederatedCallback
-from .estimators import FederatedXGBClassifier, FederatedXGBRanker, FederatedXGBRegressor
-from .training import train
+from fl_adapters.environments.extras import needs_extra
+
+with needs_extra("xgboost", "XGBoost or a package that its adapter needs"):
+    from .callback import FederatedCallback
+    from .estimators import FederatedXGBClassifier, FederatedXGBRanker, FederatedXGBRegressor
+    from .training import train
 
 __all__ = [
     "FederatedCallback",

@@ -115,7 +115,7 @@ def _loopback() -> Check:
     error = _within(_TIMEOUT_S, _echo)
     if error == "":
         return Check("gRPC on the loopback", "ok", "a message made the round trip")
-    fix = "allow connections to 127.0.0.1; if a proxy is set, put 127.0.0.1 into $no_proxy"
+    fix = "allow connections to 127.0.0.1"
     return Check("gRPC on the loopback", "problem", error or f"no answer within {_TIMEOUT_S:g} s", fix)
 
 

@@ -150,6 +150,7 @@ def _handshake(kit: StartupKit, host: str, port: int) -> str:
 
 def _clock(kit: StartupKit) -> Check:
     from fl_runtime.control import ControlClient
+    from fl_runtime.transport.grpc import proxy_variable
 
     control = ControlClient.of_kit(kit.folder, kit.address)
     try:
@@ -158,6 +159,10 @@ def _clock(kit: StartupKit) -> Check:
         apart = abs(server - (before + time.time()) / 2)
     except ConnectionLostError as error:
         fix = "the server refuses this certificate: check whether it is expired, revoked, or from another federation"
+        proxy = proxy_variable(kit.address)
+        if proxy is not None:
+            host = kit.address.rpartition(":")[0]
+            fix = f"the proxy in ${proxy} may be in the way: add {host} to $no_proxy, or let it pass {kit.address}"
         return Check("server", "problem", error.what, fix)
     except FederationError as error:
         return Check("server", "problem", error.what, error.fix)

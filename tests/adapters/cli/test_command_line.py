@@ -18,7 +18,9 @@ from fl_adapters.cli.app import app
 from fl_adapters.cli.doctor import command as doctor
 from fl_adapters.cli.live import live_table
 from fl_adapters.cli.script_command import split
+from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
+from fl_runtime.errors import ConfigError
 from fl_runtime.types import Event
 from fl_runtime.version import VERSION
 
@@ -51,8 +53,28 @@ def test_our_options_are_told_from_the_scripts(line: str, ours: str, script: str
     assert (found.ours, found.script, found.rest) == (ours.split(), script, rest.split())
 
 
-def test_an_option_that_resembles_ours_is_doubted() -> None:
-    assert split("train.py --round 3 --lr 1".split(), OURS).doubtful == [("--round", "--rounds")]
+def test_options_that_go_to_the_script_are_listed_and_one_that_resembles_ours_is_doubted(invoke: Any) -> None:
+    assert split("train.py --round 3 --lr 1 -v -1 -- --x".split(), OURS).options == ["--round", "--lr", "-v"]
+    found = invoke("simulate", "none.py", "--round", "3", "--lr=1", "--best-metrik", "auc", "--sites", "2")
+    (note,) = [line for line in found.stderr.splitlines() if line.startswith("note:")]
+    assert note.startswith("note: passed to none.py: --round (did you mean --rounds?), --lr, --best-metrik")
+    assert "note:" not in invoke("simulate", "none.py", "--sites", "2", "--", "--round", "3").stderr, "it was said"
+
+
+def test_unknown_names_come_with_a_suggestion() -> None:
+    for given, suggested in [
+        ({"strategy": "fedprx"}, "fedprox"),
+        ({"strategy": "fedprox:weight=equal"}, "weights"),
+        ({"filters": [{"name": "quantise", "to": "int8"}]}, "Quantize"),
+        ({"filters": [{"name": "GaussianDP", "clipp": 1.0}]}, "clip"),
+        ({"round": 3}, "rounds"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            Job(app="train.py", **given)
+        assert caught.value.fix.startswith(f"did you mean {suggested}? "), (given, caught.value.fix)
+    with pytest.raises(ConfigError) as caught:
+        Job(app="train.py", strategy="zzz")
+    assert caught.value.fix.startswith("use one of: ")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Proxies in the environment: never used for this machine's own addresses, and named by the doctor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from fl_adapters.cli.doctor import kit_checks
+from fl_runtime.errors import ConnectionLostError
+from fl_runtime.transport.grpc import proxy_variable
+
+DEAD = "http://127.0.0.1:9"
+VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy")
+ECHO = "from fl_adapters.cli.doctor.command import _echo; print(repr(_echo()))"
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_connection_to_this_machine_uses_no_proxy(variable: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {variable: DEAD}
+    done = subprocess.run(
+        [sys.executable, "-c", ECHO], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "''", done.stdout + done.stderr
+
+
+def test_the_proxy_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert proxy_variable("fl.example.org:8443") is None
+    monkeypatch.setenv("http_proxy", DEAD)
+    monkeypatch.setenv("https_proxy", DEAD)
+    assert proxy_variable("fl.example.org:8443") == "https_proxy"
+    assert [proxy_variable(a) for a in ("localhost:1", "127.0.0.1:1", "127.9.9.9:1", "[::1]:1")] == [None] * 4
+    monkeypatch.setenv("no_proxy", "other.org, example.org")
+    assert proxy_variable("fl.example.org:8443") is None
+
+
+def test_the_doctor_names_a_proxy_that_may_be_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise ConnectionLostError("the server does not answer")
+
+    control = SimpleNamespace(ask=lost, close=lambda: None)
+    monkeypatch.setattr("fl_runtime.control.ControlClient.of_kit", lambda *_: control)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    kit = SimpleNamespace(folder=".", address="fl.example.org:8443")
+    assert "certificate" in kit_checks._clock(kit).fix  # type: ignore[arg-type]
+    monkeypatch.setenv("https_proxy", DEAD)
+    check = kit_checks._clock(kit)  # type: ignore[arg-type]
+    assert check.status == "problem"
+    assert "$https_proxy" in check.fix
+    assert "fl.example.org to $no_proxy" in check.fix
