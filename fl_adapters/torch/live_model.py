@@ -134,8 +134,8 @@ class LiveModel:
             return {}
         return {name: array for moments in self._moments for name, array in moments.get().items()}
 
-    def begin(self, task: Task | None, *, over: bool) -> None:
-        """Prepare for the round of rank 0's task. Comes before `receive` or `resume`.
+    def apply_task_config(self, task: Task | None, *, over: bool) -> None:
+        """Freeze what the settings of rank 0's task freeze. Call before `receive` or `resume`.
 
         Args:
             task: The task, on rank 0; None on the others.

@@ -223,7 +223,7 @@ class TorchSite:
 
     def _begin_task(self, live: LiveModel, task: Task | None) -> ArrivedTask:
         arrived = self._share_task(task)
-        live.begin(task, over=arrived.kind == "final")
+        live.apply_task_config(task, over=arrived.kind == "final")
         return arrived
 
     def _share_task(self, task: Task | None) -> ArrivedTask:

@@ -426,7 +426,7 @@ class TrainerRun(Generic[P]):
             live.resume(first.task)
         else:
             live.receive(first.task)
-        if self.came_back and self.evaluates:  # the process before would have scored this model, had it not died
+        if self.came_back and self.evaluates:  # the previous process died before it scored this model
             self.awaits_score = True
             port.validate()
 

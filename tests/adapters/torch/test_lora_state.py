@@ -112,7 +112,7 @@ def test_back_in_the_middle_of_a_round_the_base_alone_is_set() -> None:
     own = [p.detach().clone() for n, p in model.named_parameters() if "lora_" in n]
     start = model.base_model.model.dense.get_base_layer().weight.detach().numpy().copy()
     one, arrays = live(model, "flora"), sent(4)
-    one.begin(task(arrays), over=False)
+    one.apply_task_config(task(arrays), over=False)
     after = [p for n, p in model.named_parameters() if "lora_" in n]
     assert all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
     base = model.base_model.model.dense.get_base_layer().weight.detach()
@@ -169,7 +169,7 @@ def test_methods_that_leave_the_base_alone_work_on_a_quantised_one(strategy) -> 
     one = live(quantised(), strategy)
     assert "lora" in one.capabilities
     arrays = {name: np.copy(array) for name, array in one.arrays().items()}
-    one.begin(task(arrays, **make_strategy(strategy).configure(1, ["a"])), over=False)
+    one.apply_task_config(task(arrays, **make_strategy(strategy).configure(1, ["a"])), over=False)
     one.receive(task(arrays))
 
 
@@ -188,9 +188,9 @@ def test_frozen_by_the_user_stays_frozen() -> None:
     a, b = (getattr(model.base_model.model.dense, f"lora_{side}")["default"].weight for side in "AB")
     a.requires_grad_(False)
     one = live(model, "rolora")
-    one.begin(task({}, lora_frozen="B"), over=False)
+    one.apply_task_config(task({}, lora_frozen="B"), over=False)
     assert not a.requires_grad and not b.requires_grad
-    one.begin(task({}), over=True)
+    one.apply_task_config(task({}), over=True)
     assert not a.requires_grad and b.requires_grad
 
 
