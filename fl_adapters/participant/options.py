@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_runtime.errors import ConfigError
+from fl_runtime.types import Content, Terms
 
 Exchange: TypeAlias = str | tuple[str, ...]
 """What travels: "auto", "trainable", "all", or name patterns."""
@@ -105,6 +106,19 @@ class Options:
 
 
 @dataclass(frozen=True)
+class BestMetric:
+    """A metric of global models, and which values of it are better.
+
+    Attributes:
+        name: Name of the metric as it is reported, without a prefix for "validation".
+        mode: Whether lower ("min") or higher ("max") values are better.
+    """
+
+    name: str
+    mode: Literal["min", "max"]
+
+
+@dataclass(frozen=True)
 class SiteSettings:
     """The settings that hold at a site: the script's argument, else the job's, else the default.
 
@@ -116,8 +130,8 @@ class SiteSettings:
         optimizer_state: What happens to optimizer state at an exchange.
         evaluate_global: Whether to evaluate global models; None if there is validation data.
         seed: The job's seed.
-        best_metric: Metric that decides which round is the best.
-        best_mode: Whether lower ("min") or higher ("max") values of it are better.
+        best_metric: Metric that decides which round is the best; None if the job leaves it to the script.
+        best_mode: Whether lower ("min") or higher ("max") values of it are better; None likewise.
         cross_site: Whether this site evaluates the models of all sites after the last round.
         exact_restart: Whether this site must end with the same bits after a restart.
         plan: What the job's strategy requires of this site.
@@ -130,8 +144,8 @@ class SiteSettings:
     optimizer_state: OptimizerPolicy
     evaluate_global: bool | None
     seed: int | None
-    best_metric: str
-    best_mode: str
+    best_metric: str | None
+    best_mode: Literal["min", "max"] | None
     cross_site: bool = False
     exact_restart: bool = False
     plan: SitePlan = field(default_factory=SitePlan)
@@ -158,12 +172,40 @@ class SiteSettings:
             optimizer_state=_policy(_first(options.optimizer_state, job.get("optimizer_state"), "keep")) or "keep",
             evaluate_global=options.evaluate_global,
             seed=job.get("seed"),
-            best_metric=job.get("best_metric") or "loss",
-            best_mode=job.get("best_mode") or "min",
+            best_metric=job.get("best_metric"),
+            best_mode=job.get("best_mode"),
             cross_site=bool(job.get("cross_site")),
             exact_restart=bool(job.get("exact_restart")),
             plan=SitePlan.parse(job.get("strategy")),
         )
+
+    def best(self, proposed: BestMetric | None) -> BestMetric:
+        """Return what decides which round is the best.
+
+        Args:
+            proposed: What the script's framework uses, or None.
+
+        Returns:
+            The job's metric and mode, else the proposed ones, else the lowest loss.
+        """
+        name = self.best_metric or (proposed.name if proposed else "loss")
+        mode = proposed.mode if proposed and proposed.name == name else "min"
+        return BestMetric(name, self.best_mode or mode)
+
+    def terms(self, content: Content, proposed: BestMetric | None) -> Terms:
+        """Return the terms of this site's handshake.
+
+        Args:
+            content: What the arrays of updates hold.
+            proposed: What the script's framework picks its best model by, or None.
+
+        Returns:
+            Terms with the proposed metric, unless the job has decided.
+        """
+        decided = self.best_metric is not None and self.best_mode is not None
+        if proposed is None or decided or self.best_metric not in (None, proposed.name):
+            return Terms(content=content)
+        return Terms(content=content, best_metric=proposed.name, best_mode=proposed.mode)
 
     @property
     def phases(self) -> int:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.local_result import LocalResult
-from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
-from fl_runtime.types import Arrays, Metrics, Task, Terms
+from fl_runtime.types import Arrays, Metrics, Task
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,13 @@ class TorchSite:
         return None if fields is None else JoinedRun(fields[0], SiteSettings.from_json(fields[1]), fields[2])
 
     def start(
-        self, live: LiveModel, *, rounds: int | None, evaluates: bool, snapshot: Snapshot | None = None
+        self,
+        live: LiveModel,
+        *,
+        rounds: int | None,
+        evaluates: bool,
+        best: BestMetric | None = None,
+        snapshot: Snapshot | None = None,
     ) -> ArrivedTask:
         """Make the handshake and receive the first task.
 
@@ -101,6 +107,7 @@ class TorchSite:
             live: The model. Its weights become the initial global ones if the server asks this site for them.
             rounds: Number of rounds that the trainer's own length amounts to.
             evaluates: Whether this site scores each global model.
+            best: Metric by which the trainer picks its best model. It is proposed where the job is silent.
             snapshot: Saves and loads the adapter's state, in jobs with `exact_restart`. In a process that replaces
                 another one, the saved state has been loaded when this returns.
 
@@ -120,7 +127,7 @@ class TorchSite:
                 cross_evaluates=evaluates,
                 restarts=snapshot is not None,
                 capabilities=live.capabilities,
-                terms=Terms(content=live.content),
+                terms=session.settings.terms(live.content, best),
                 encoding=live.encoding,
             )
             return session.start(lambda: live.arrays() if snapshot else arrays, snapshot=snapshot)

@@ -38,7 +38,7 @@ import numpy as np
 from torch import nn
 
 from fl_adapters.participant.local_result import LocalResult
-from fl_adapters.participant.options import Options, SiteSettings
+from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.restart import not_restartable
 from fl_adapters.torch import ranks
@@ -234,6 +234,7 @@ class TrainerRun(Generic[P]):
         rounds: int | None,
         evaluates: bool,
         examples: int | None = None,
+        best: BestMetric | None = None,
         follow: bool = True,
         keep_final: bool = False,
     ) -> None:
@@ -246,6 +247,7 @@ class TrainerRun(Generic[P]):
             rounds: Number of rounds that the trainer's own length amounts to. Used if the job does not set it.
             evaluates: Whether this site scores each global model.
             examples: Size of the training set over all ranks, or None if unknown.
+            best: Metric by which the trainer picks its best model. It is proposed where the job is silent.
             follow: Correct gradients in a hook on each optimizer's own `step`. If False, the adapter calls `correct`.
             keep_final: The trainer may change the weights after it was told to stop: keep a copy of the final ones,
                 and put them back in `finish`.
@@ -266,7 +268,7 @@ class TrainerRun(Generic[P]):
                 live.gradients.follow(optimizers)
             snapshot = port.snapshot(live) if self.settings.exact_restart else None
             resumed = self._checked(port.resumed())
-            first = self._site.start(live, rounds=rounds, evaluates=evaluates, snapshot=snapshot)
+            first = self._site.start(live, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot)
             self.came_back = snapshot is not None and snapshot.loaded and port.steps > 0
             self._take_first(first, resumed)
 

@@ -11,6 +11,7 @@ from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 
 _LISTED = 8
+_BEST = ("best_metric", "best_mode")
 _FIXES = {
     "cross_site": "give that site validation data and leave evaluate_global on, or leave cross_site out of the job",
     "exact_restart": "leave exact_restart out of the job, or see docs/restart.md for what the script must add",
@@ -131,15 +132,19 @@ def check_agreement(
         StateMismatchError: The tensors differ; the message names sites and tensors.
         HandshakeError: Declared values, terms or numbers of rounds differ.
     """
-    names = list(registrations)
-    first = registrations[names[0]]
-    for name in names[1:]:
-        other = registrations[name]
+    name_of_first = spokesman(registrations)
+    first = registrations[name_of_first]
+    for name, other in registrations.items():
         declared = _declared_differences(first, other)
         tensors = differences(layouts[first.layout], layouts[other.layout], strategy.agreed_shape)
         if declared or tensors:
-            raise _disagreement(names[0], name, declared, tensors, when)
+            raise _disagreement(name_of_first, name, declared, tensors, when)
     _check_rounds(registrations, when)
+
+
+def spokesman(registrations: Mapping[str, Registration]) -> str:
+    """Name of the site whose terms hold for all: the first one that scores global models, else the first."""
+    return next((name for name, r in registrations.items() if r.evaluates), next(iter(registrations)))
 
 
 def check_latecomer(
@@ -176,11 +181,12 @@ def check_capabilities(registrations: Mapping[str, Registration], what: str, req
 
 
 def _declared_differences(first: Registration, other: Registration) -> list[str]:
+    both_score = first.evaluates and other.evaluates  # a site without validation data has no say in the best metric
     left, right = ({**r.agreement, **asdict(r.terms)} for r in (first, other))
     return [
         f"{key}: {left.get(key, 'missing')} != {right.get(key, 'missing')}"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key)
+        if left.get(key) != right.get(key) and (both_score or key not in _BEST)
     ]
 
 
@@ -191,11 +197,14 @@ def _disagreement(first: str, other: str, declared: list[str], tensors: list[str
         lines.append(f"... and {len(tensors) - _LISTED} more tensors")
     count = f" in {len(tensors)} tensors" if tensors else ""
     kind = StateMismatchError if tensors else HandshakeError
+    settings = "give both the same settings"
+    if any(line.partition(":")[0] in _BEST for line in declared):
+        settings += "; --best-metric and --best-mode name the best metric for all sites"
     fix = "build the same model at every site, or leave what may differ at home with keep_local"
     return kind(
         f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(lines),
         where=f"handshake of {first} and {other}, {when}",
-        fix=fix if tensors else "give both the same settings",
+        fix=fix if tensors else settings,
     )
 
 

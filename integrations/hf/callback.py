@@ -92,6 +92,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
                 [trained["optimizer"]],
                 rounds=budget.trainer_rounds(run.budget, state),
                 evaluates=hf.has_validation_data(trainer) if wanted is None else wanted,
+                best=hf.best_metric(args),
                 keep_final=True,  # HF makes a step before it looks whether to stop, and may load its own best weights
             )
             port.warn_if_schedule_ends_early()

@@ -15,7 +15,7 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from fl_adapters.participant.options import SiteSettings
+from fl_adapters.participant.options import BestMetric, SiteSettings
 from fl_runtime.errors import ConfigError
 
 _IGNORED = "ignore_keys_for_eval"  # argument of `train()`, by its name there
@@ -121,6 +121,14 @@ def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: Site
         _refuse_other_best(trainer, args, settings)
 
 
+def best_metric(args: TrainingArguments) -> BestMetric | None:
+    """The metric by which the trainer picks its best model; None if the arguments name none."""
+    if not args.metric_for_best_model:
+        return None
+    name = args.metric_for_best_model.removeprefix("eval_")
+    return BestMetric(name, "max" if args.greater_is_better else "min")
+
+
 def refuse_search(state: TrainerState) -> None:
     """Raise ConfigError for a trial of `hyperparameter_search`."""
     if state.is_hyper_param_search:
@@ -134,13 +142,13 @@ def _refuse_other_best(trainer: Trainer, args: TrainingArguments, settings: Site
             "load_best_model_at_end means the best global round, but no round is scored with evaluate_global=False",
             fix="leave evaluate_global on, or set load_best_model_at_end=False",
         )
-    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    mode = "max" if args.greater_is_better else "min"
-    if (metric, mode) != (settings.best_metric, settings.best_mode):
+    own = best_metric(args) or BestMetric("loss", "min")
+    jobs = settings.best(own)
+    if own != jobs:
         raise _refused(
-            f"load_best_model_at_end asks for the {mode} of {metric!r}, while the job picks the best round by the "
-            f"{settings.best_mode} of {settings.best_metric!r}",
-            fix=f"set best_metric: {metric} and best_mode: {mode} in the job, or change metric_for_best_model",
+            f"load_best_model_at_end asks for the {own.mode} of {own.name!r}, while the job picks the best round by "
+            f"the {jobs.mode} of {jobs.name!r}",
+            fix=f"set best_metric: {own.name} and best_mode: {own.mode} in the job, or change metric_for_best_model",
         )
 
 

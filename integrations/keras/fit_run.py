@@ -233,6 +233,7 @@ class FitRun:
             cross_evaluates=self._evaluates,
             restarts=settings.exact_restart,
             capabilities=live.capabilities,
+            terms=settings.terms("weights", neighbours.best_metric(fit.callbacks)),
         )
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         progress = self._progress = Progress(fit, budget, rounds)

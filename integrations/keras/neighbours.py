@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
-from fl_adapters.participant.options import SiteSettings
+from fl_adapters.participant.options import BestMetric, SiteSettings
 from fl_runtime.errors import ConfigError
 
 _PATHS = {
@@ -16,6 +16,7 @@ _PATHS = {
     keras.callbacks.CSVLogger: "filename",
     keras.callbacks.TensorBoard: "log_dir",
 }
+_HIGHER_IS_BETTER = ("acc", "auc", "precision", "recall", "f1_score")
 
 
 def refuse_twice(callback: keras.callbacks.Callback, callbacks: Any) -> None:
@@ -73,8 +74,33 @@ def refuse_unsupported(callbacks: Any, settings: SiteSettings, *, evaluates: boo
                 where="fit(callbacks=...)",
                 fix="leave it out; the server's average over sites has a similar effect",
             )
+    best = settings.best(best_metric(callbacks))
     for stopping in restoring_callbacks(callbacks):
-        _refuse_other_best(stopping, settings, evaluates=evaluates)
+        _refuse_other_best(stopping, best, evaluates=evaluates)
+
+
+def best_metric(callbacks: Any) -> BestMetric | None:
+    """The validation metric that the other callbacks pick the best epoch by; None if that cannot be known.
+
+    A callback that restores the best weights comes first, then one that saves the best model, then early stopping.
+    """
+    savers = [c for c in callbacks.callbacks if isinstance(c, keras.callbacks.ModelCheckpoint) and c.save_best_only]
+    stoppers = [c for c in callbacks.callbacks if isinstance(c, keras.callbacks.EarlyStopping)]
+    for watching in (*restoring_callbacks(callbacks), *savers, *stoppers):
+        mode = _mode(watching)
+        if watching.monitor.startswith("val_") and mode is not None:
+            return BestMetric(watching.monitor.removeprefix("val_"), mode)
+    return None
+
+
+def _mode(watching: Any) -> Literal["min", "max"] | None:
+    """Which values a callback takes for better; None if its mode is "auto" and the metric's name does not tell."""
+    if watching.mode in ("min", "max"):
+        return "min" if watching.mode == "min" else "max"
+    name = watching.monitor
+    if name.endswith(("loss", "error")):
+        return "min"
+    return "max" if any(part in name for part in _HIGHER_IS_BETTER) else None
 
 
 def refuse_saving_within_epochs(callbacks: Any) -> None:
@@ -95,7 +121,7 @@ def restoring_callbacks(callbacks: Any) -> list[Any]:
     return [other for other in callbacks.callbacks if isinstance(other, kind) and other.restore_best_weights]
 
 
-def _refuse_other_best(stopping: Any, settings: SiteSettings, *, evaluates: bool) -> None:
+def _refuse_other_best(stopping: Any, best: BestMetric, *, evaluates: bool) -> None:
     """Refuse a callback whose best model is another one than the job's best round."""
     where = f"EarlyStopping(monitor={stopping.monitor!r}, restore_best_weights=True)"
     if not evaluates:
@@ -104,16 +130,11 @@ def _refuse_other_best(stopping: Any, settings: SiteSettings, *, evaluates: bool
             where=where,
             fix="pass validation_data= to fit and leave evaluate_global on, or set restore_best_weights=False",
         )
-    metric, mode = stopping.monitor.removeprefix("val_"), stopping.mode
-    mode = "min" if (metric, mode) == ("loss", "auto") else mode
-    if (
-        not stopping.monitor.startswith("val_")
-        or metric != settings.best_metric
-        or mode not in ("auto", settings.best_mode)
-    ):
+    metric, mode = stopping.monitor.removeprefix("val_"), _mode(stopping) or "auto"
+    if not stopping.monitor.startswith("val_") or metric != best.name or mode not in ("auto", best.mode):
         raise ConfigError(
             f"restore_best_weights asks for the {mode} of {stopping.monitor!r}, while the job picks the best round by "
-            f"the {settings.best_mode} of the validation {settings.best_metric!r}",
+            f"the {best.mode} of the validation {best.name!r}",
             where=where,
-            fix=f"set best_metric: {metric} and best_mode in the job, or monitor='val_{settings.best_metric}'",
+            fix=f"set best_metric: {metric} and best_mode in the job, or mode= and monitor='val_{best.name}' here",
         )

@@ -203,6 +203,7 @@ class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[m
                 rounds=rounds,
                 evaluates=scores,
                 examples=lightning.training_examples(trainer),
+                best=lightning.best_metric(trainer),
                 follow=False,  # Lightning clips after `on_before_optimizer_step`, and that comes before `step`
             )
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from fl_adapters.participant.options import SiteSettings
+from fl_adapters.participant.metric_names import without_prefix
+from fl_adapters.participant.options import BestMetric, SiteSettings
 from fl_adapters.torch.progress import size_of
 from fl_runtime.errors import ConfigError
 
@@ -75,6 +76,15 @@ def evaluates(trainer: Any, settings: SiteSettings) -> bool:
             fix="pass val_dataloaders to fit(), and let the module have a validation_step",
         )
     return possible if settings.evaluate_global is None else settings.evaluate_global
+
+
+def best_metric(trainer: Any) -> BestMetric | None:
+    """What the first ModelCheckpoint with a `monitor` picks its best model by; None if that is a training metric."""
+    for saver in trainer.checkpoint_callbacks:
+        if saver.monitor:
+            trained = saver.monitor.startswith("train")
+            return None if trained else BestMetric(without_prefix(saver.monitor), saver.mode)
+    return None
 
 
 def _has_validation_data(trainer: Any) -> bool:

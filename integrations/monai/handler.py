@@ -18,7 +18,7 @@ from . import budget, outputs, restart
 from . import trainer as monai
 from .export import Exporter
 from .port import MonaiPort
-from .scores import scores_of
+from .scores import key_metric, scores_of
 
 
 class FederatedHandler(SharedArguments):
@@ -213,6 +213,7 @@ class FederatedHandler(SharedArguments):
                 rounds=rounds,
                 evaluates=validation is not None,
                 examples=monai.training_examples(engine),
+                best=None if validation is None else key_metric(validation.validator),
             )
             if run.came_back:
                 restart.catch_up(engine)

@@ -14,6 +14,7 @@ from ignite.metrics import Metric
 from monai.handlers import DecollateBatch, IgniteMetricHandler, PostProcessing
 
 from fl_adapters.participant.metric_names import without_prefix
+from fl_adapters.participant.options import BestMetric
 
 from .trainer import event_handlers, metric_name, set_event_handlers
 
@@ -30,6 +31,20 @@ def scores_of(evaluator: Any) -> dict[str, float]:
         for key, number in _class_means(without_prefix(name), details, _first_class(evaluator, name)):
             numbers.setdefault(key, number)
     return numbers
+
+
+def key_metric(evaluator: Any) -> BestMetric | None:
+    """The evaluator's key metric. None without one, and if `metric_cmp_fn` does not say which values are better."""
+    name, better = getattr(evaluator.state, "key_metric_name", None), getattr(evaluator, "metric_cmp_fn", None)
+    if not name or better is None:
+        return None
+    try:
+        higher, lower = bool(better(1.0, 0.0)), bool(better(0.0, 1.0))
+    except Exception:  # the user's own function, made for other values
+        return None
+    if higher and name.endswith("loss"):  # the default of `metric_cmp_fn`, which nobody means for a loss
+        return None
+    return None if higher == lower else BestMetric(without_prefix(name), "max" if higher else "min")
 
 
 @contextmanager

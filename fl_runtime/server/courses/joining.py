@@ -9,7 +9,7 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.membership import Membership
-from fl_runtime.server.registration import Member, Registration, check_agreement, check_capabilities
+from fl_runtime.server.registration import Member, Registration, check_agreement, check_capabilities, spokesman
 from fl_runtime.server.state import RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.journal_entries import RoundEntry
@@ -68,7 +68,7 @@ class Joining:
             if not membership.wait_until(self._all_registered, settings.deadline_s):
                 membership.check_quorum(membership.present(), "at the deadline of the handshake")
             registrations = {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
-            first = next(iter(registrations.values()))
+            first = registrations[spokesman(registrations)]
             check_agreement(registrations, state.layouts, state.plan.strategy)
             state.agree(first.terms)
             self._check_strategy(registrations)

@@ -102,7 +102,7 @@ JOB = {
 
 def test_the_default_holds_where_nobody_says_anything() -> None:
     settings = SiteSettings.resolve(Options(), {})
-    assert settings == SiteSettings(None, Every(epochs=1), "auto", (), "keep", None, None, "loss", "min")
+    assert settings == SiteSettings(None, Every(epochs=1), "auto", (), "keep", None, None, None, None)
 
 
 def test_the_job_beats_the_default() -> None:

@@ -264,14 +264,30 @@ def test_load_best_model_at_end_is_the_best_global_round(federation) -> None:
 @pytest.mark.parametrize(
     ("settings", "arguments", "reason"),
     [
-        ({}, {"metric_for_best_model": "accuracy"}, "best_metric: accuracy"),
-        ({}, {"greater_is_better": True}, "best_mode: max"),
+        ({"best_metric": "loss"}, {"metric_for_best_model": "accuracy"}, "best_metric: accuracy"),
+        ({"best_mode": "min"}, {"greater_is_better": True}, "best_mode: max"),
     ],
 )
 def test_another_meaning_of_best_is_refused(federation, settings, arguments, reason) -> None:
     run = federation(**settings)
     with pytest.raises(ConfigError, match=reason):
         m.trainer(FederatedCallback(kit=run.kit()), eval_dataset=m.Tokens(8), **BEST, **arguments)
+
+
+def test_metric_for_best_model_picks_the_best_round(federation) -> None:
+    run = federation(rounds=3)
+    trainer = m.trainer(
+        FederatedCallback(kit=run.kit()),
+        eval_dataset=m.Tokens(32),
+        compute_metrics=lambda scored: {"spread": float(np.std(scored.predictions))},
+        metric_for_best_model="spread",
+        **BEST,
+    )
+    trainer.train()
+    result = run.ended()
+    spreads = [r.metrics["spread"] for r in result.rounds]
+    assert result.best_round == 1 + int(np.argmax(spreads))
+    assert trainer.state.best_metric == pytest.approx(max(spreads))
 
 
 def test_best_without_scores_is_refused(federation) -> None:

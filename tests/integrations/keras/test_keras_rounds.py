@@ -153,6 +153,18 @@ def test_restoring_the_best_weights_means_the_best_global_round() -> None:
         require_same_bits(m.weights(model), federation.model("best"))
 
 
+def test_what_other_callbacks_monitor_picks_the_best_round() -> None:
+    with LocalFederation(sites=1, rounds=3) as federation:
+        stopping = keras.callbacks.EarlyStopping("val_accuracy", patience=9, restore_best_weights=True)
+        callback = FederatedCallback(kit=federation.places[0].kit)
+        model = m.compiled(m.classifier())
+        m.fit(model, m.rows(0), stopping, callback, epochs=3, validation_data=m.rows(9, 20))
+        result, terms = federation.result(), federation.server._run.state.plan.terms
+        require_same_bits(m.weights(model), federation.model("best"))
+    assert (terms.best_metric, terms.best_mode) == ("accuracy", "max")
+    assert result.best_round == 1 + int(np.argmax([r.metrics["accuracy"] for r in result.rounds]))
+
+
 def test_another_best_than_the_jobs_is_refused() -> None:
     with LocalFederation(sites=1, rounds=3, best_metric="accuracy", best_mode="max") as federation:
         stopping = keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True)

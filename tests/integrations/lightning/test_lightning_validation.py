@@ -198,3 +198,13 @@ def test_plateau_schedule_follows_global_scores(federation, every) -> None:
     module.configure_optimizers = configure
     m.trainer(FederatedCallback(kit=run.places[0].kit)).fit(module, m.loader(), m.validation())
     assert seen if every == 2 else seen == pytest.approx(reports(run))
+
+
+def test_what_model_checkpoint_monitors_picks_the_best_round(federation, pl) -> None:
+    run = federation(sites=2, rounds=3)
+    savers = lambda: [pl.callbacks.ModelCheckpoint(monitor="val_acc", mode="max")]  # noqa: E731
+    two_sites(run, pl, savers, enable_checkpointing=True)
+    result = run.result()
+    terms = run.server._run.state.plan.terms
+    assert (terms.best_metric, terms.best_mode) == ("acc", "max")
+    assert result.best_round == 1 + int(np.argmax([r.metrics["acc"] for r in result.rounds]))

@@ -10,12 +10,16 @@ import pytest
 import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
+from ignite.metrics import Loss
 from monai.engines import SupervisedEvaluator
+from monai.engines.utils import default_metric_cmp_fn
 from monai.handlers import CheckpointSaver, EarlyStopHandler, LrScheduleHandler, MeanDice, ValidationHandler
 from monai.networks.nets import UNet
+from torch.nn.functional import cross_entropy
 
 from fl_adapters.monai import FederatedHandler
-from fl_adapters.monai.scores import scores_of
+from fl_adapters.monai.scores import key_metric, scores_of
+from fl_adapters.participant.options import BestMetric
 from fl_runtime.errors import ConfigError
 
 
@@ -311,3 +315,44 @@ def test_scores_are_weighted_by_the_validation_set(federation) -> None:
     (report,) = [e for e in run.events if e.kind == "report"]
     assert report.data["num_examples"] == 12
     assert report.data["metrics"]["loss"] == pytest.approx(m.loss_of(m.weights(net), m.validation(12)))
+
+
+def test_the_key_metric_picks_the_best_round(federation) -> None:
+    run = federation(sites=2, rounds=2)
+
+    def site(place: Any) -> None:
+        net = m.network()
+        gain = Loss(lambda given, label: -cross_entropy(given, label), lambda out: (out["pred"], out["label"]))
+        evaluator = SupervisedEvaluator(
+            device="cpu",
+            val_data_loader=m.validation(),
+            network=net,
+            key_val_metric={"val_mean_dice": gain},
+            decollate=False,
+        )
+        validation = ValidationHandler(1, evaluator)
+        handlers = [validation, FederatedHandler(kit=place.kit)]
+        m.trainer(net, handlers, data=m.loader(place.index), epochs=100).run()
+
+    run.run(site)
+    result = run.result()
+    terms = run.server._run.state.plan.terms
+    assert (terms.best_metric, terms.best_mode) == ("mean_dice", "max")
+    assert result.best_round == 1 + int(np.argmax([r.metrics["mean_dice"] for r in result.rounds]))
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "proposed"),
+    [
+        ("val_mean_dice", default_metric_cmp_fn, BestMetric("mean_dice", "max")),
+        ("val_distance", lambda new, best: new < best, BestMetric("distance", "min")),
+        ("val_loss", default_metric_cmp_fn, None),
+        ("val_mean_dice", lambda new, best: new["all"] > best["all"], None),
+        ("val_mean_dice", lambda new, best: False, None),
+        (None, default_metric_cmp_fn, None),
+    ],
+)
+def test_a_key_metric_is_proposed_only_if_its_direction_is_known(name, better, proposed) -> None:
+    evaluator = m.evaluator(m.network())
+    evaluator.state.key_metric_name, evaluator.metric_cmp_fn = name, better
+    assert key_metric(evaluator) == proposed

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.types import Report, Terms
 from fl_runtime.wire.manifest import Manifest
 from tests._support.federation_bench import Bench, ended, errors_at_once, serving
@@ -123,6 +123,21 @@ def test_a_best_metric_that_nobody_reports_ends_the_run_at_its_first_scores(
         assert error.where == "best_metric, scores of round 1"
     assert len(result.rounds) == 1
     assert [event.kind for event in bench.watch.events if event.kind in ("failed", "finished")] == ["failed"]
+
+
+def test_sites_that_propose_different_metrics_are_refused(tmp_path: Path) -> None:
+    terms = {"site-1": Terms(), "site-2": Terms(best_metric="accuracy", best_mode="max")}
+    with serving(tmp_path, 2, sockets=False) as bench:
+        errors = errors_at_once(bench.names, lambda name: scored_run(bench, name, ACCURACIES, terms[name]))
+    for error in errors:
+        assert isinstance(error, HandshakeError)
+        assert "best_metric: loss != accuracy" in error.what and "--best-metric" in error.fix
+
+
+def test_a_site_that_scores_nothing_has_no_say_in_the_best_metric(tmp_path: Path) -> None:
+    given = {"site-1": ([], Terms()), "site-2": (ACCURACIES, Terms(best_metric="accuracy", best_mode="max"))}
+    with serving(tmp_path, 2, sockets=False, rounds=3) as bench:
+        assert bench.run(lambda name: scored_run(bench, name, *given[name])) == {"site-1": 2, "site-2": 2}
 
 
 def test_with_a_single_round_the_error_comes_at_the_end(tmp_path: Path) -> None:
