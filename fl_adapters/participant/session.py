@@ -483,7 +483,7 @@ class Session:
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
-            raise ConfigError("this session has not started or has ended", where=self.name, fix="call start() first")
+            raise ConfigError("this session has no task yet, or has ended", where=self.name, fix="call start() first")
         return self._task
 
     def _wait(self) -> Task:
