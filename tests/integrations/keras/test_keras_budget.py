@@ -27,7 +27,7 @@ def test_too_few_epochs_are_named_before_the_first_step(every, epochs, needed) -
     with LocalFederation(sites=1, rounds=3, every=every) as federation:
         model, counter = m.compiled(m.classifier()), m.Counter()
         before = m.weights(model)
-        with pytest.raises(ConfigError, match=f"takes {needed} epochs(.|\n)*pass epochs={needed} to fit"):
+        with pytest.raises(ConfigError, match=f"take {needed} epochs(.|\n)*pass epochs={needed} to fit"):
             m.fit(model, m.rows(0), FederatedCallback(kit=federation.places[0].kit), counter, epochs=epochs)
     assert counter.batches == 0
     assert all(np.array_equal(before[name], value) for name, value in m.weights(model).items())
