@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import xgboost
 
+from fl_runtime.aggregation.metrics.score_histogram import score_histogram
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Metrics, Summary, Terms
 
@@ -19,7 +20,6 @@ from .trainer import min_delta_of
 _MAXIMISED = ("auc", "aucpr", "pre", "map", "ndcg")
 _PER_GROUP = ("ndcg", "map", "pre")
 _ROOTS = ("rmse", "rmsle")
-_BINS_PER_UNIT, _LARGEST_MARGIN = 256, 64
 Log = dict[str, dict[str, list[float]]]
 
 
@@ -67,7 +67,8 @@ class Evaluation:
             kind = metric.split("@")[0].rstrip("-")
             if kind in ("auc", "aucpr") and self._has_two_classes(data[source]):
                 if source not in margins:
-                    margins[source] = score_histogram(booster, data[source])
+                    margins[source] = margins_histogram(booster, data[source])
+                value = value if margins[source] else float("nan")
                 summaries[name] = Summary(kind, value, rows_weight(data[source]), margins[source])  # type: ignore[arg-type]
             else:
                 weight = groups(data[source]) if kind in _PER_GROUP else rows_weight(data[source])
@@ -85,16 +86,13 @@ def split(name: str) -> tuple[str, str]:
     return source, metric
 
 
-def score_histogram(booster: xgboost.Booster, data: xgboost.DMatrix) -> dict[int, tuple[float, float]]:
-    """Histogram of margins: bin -> (weight of negatives, weight of positives). A bin is 1/256 of a margin unit wide."""
+def margins_histogram(booster: xgboost.Booster, data: xgboost.DMatrix) -> dict[int, tuple[float, float]]:
+    """Histogram of the margins of both classes; empty if the model has diverged, so that a margin is NaN."""
     margins = booster.predict(data, output_margin=True)
+    if np.isnan(margins).any():
+        return {}
     labels, weights = data.get_label(), data.get_weight()
-    weights = weights if len(weights) else np.ones(len(labels))
-    bins = np.rint(np.clip(margins, -_LARGEST_MARGIN, _LARGEST_MARGIN) * _BINS_PER_UNIT).astype(int)
-    occupied, bin_of = np.unique(bins, return_inverse=True)
-    positives = np.bincount(bin_of, weights * (labels > 0.5), len(occupied))
-    negatives = np.bincount(bin_of, weights * (labels <= 0.5), len(occupied))
-    return {int(b): (float(n), float(p)) for b, n, p in zip(occupied, negatives, positives, strict=True)}
+    return score_histogram(margins, labels > 0.5, weights if len(weights) else np.ones(len(labels)))
 
 
 def groups(data: xgboost.DMatrix) -> float:

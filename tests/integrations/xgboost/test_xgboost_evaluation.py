@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xgboost
 import xgboost_data as d
+from sklearn.metrics import roc_auc_score
 
 from fl_adapters import ConfigError, FederationError
 from fl_adapters.testing import LocalFederation
@@ -68,6 +69,15 @@ def test_metrics_are_those_of_all_rows_together(params: Any, label: Any, columns
         assert log["mine"][metric][-1] == pytest.approx(value, abs=1e-3 if rough else 1e-6), name
         assert result.rounds[-1].metrics[name] == log["mine"][metric][-1]
     assert len(log["other"]) == len(expected)
+
+
+@pytest.mark.parametrize("eta", [1e-5, 1e4])
+def test_areas_are_right_for_small_and_large_margins(eta: float) -> None:
+    """XGBoost's own number is computed from probabilities, which are equal in float32 where these margins are not."""
+    params = {"objective": "binary:logistic", "eta": eta, "eval_metric": "auc"}
+    boosters, log, _ = run(params, 4, d.BINARY)
+    margins = boosters["site-1"].predict(d.matrix(None, d.BINARY), output_margin=True)
+    assert log["mine"]["auc"][-1] == pytest.approx(roc_auc_score(d.BINARY, margins), abs=1e-3)
 
 
 def test_a_site_with_one_class_has_no_auc_and_counts_in_that_of_all() -> None:
