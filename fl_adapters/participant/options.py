@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
@@ -61,6 +62,22 @@ class Every:
         if self.epochs is not None:
             return "epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         return f"{self.steps} steps"
+
+
+def announce_budget(rounds: int, every: Every, own: str, *, phases: int = 1) -> None:
+    """Say on stderr that the job's length takes the place of the trainer's own.
+
+    Args:
+        rounds: Number of rounds that the job asks for.
+        every: Local budget of a round, or of each phase of it.
+        own: The trainer's own length, as the user wrote it: "num_train_epochs=2".
+        phases: How often a round trains its budget.
+    """
+    twice = ", trained twice in each," if phases == 2 else ""
+    budget = "1 epoch" if every.epochs == 1 else str(every)
+    length = f"{rounds} {'round' if rounds == 1 else 'rounds'} of {budget}{twice}"
+    verb = "replaces" if rounds == 1 else "replace"
+    print(f"fl-adapters: the job's {length} {verb} {own}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 
-from fl_adapters.participant.options import Every, SiteSettings
+from fl_adapters.participant.options import Every, SiteSettings, announce_budget
 from fl_adapters.torch import ranks
 from fl_runtime.errors import ConfigError
 
@@ -47,6 +47,15 @@ class RoundBudget:
     def steps_per_round(self) -> int | None:
         """Optimizer steps of a round with all its phases. None if rounds are counted in epochs."""
         return None if self.every.steps is None else self.phases * self.every.steps
+
+    def announce(self, own: str) -> None:
+        """Say on stderr, once at a site, that this length takes the place of the trainer's own.
+
+        Args:
+            own: The trainer's own length, as the user wrote it: "num_train_epochs=2".
+        """
+        if self.rounds is not None and ranks.is_rank_zero():
+            announce_budget(self.rounds, self.every, own, phases=self.phases)
 
     def rounds_within(
         self, *, epochs: int | None, steps: int | None, per_epoch: int | None, where: str, fix: str

@@ -21,11 +21,15 @@ def apply(budget: RoundBudget, args: TrainingArguments, train_dataset: Any) -> N
         _refuse_epochs_without_length(budget, train_dataset)
     if budget.rounds is None:
         return
+    before, in_steps = (args.num_train_epochs, args.max_steps), args.max_steps > 0
+    own = f"max_steps={args.max_steps}" if in_steps else f"num_train_epochs={args.num_train_epochs:g}"
     if budget.steps_per_round is not None:
         args.max_steps = budget.rounds * budget.steps_per_round
     else:
         args.num_train_epochs = budget.rounds * _epochs(budget)
         args.max_steps = -1
+    if (args.max_steps if in_steps or args.max_steps > 0 else args.num_train_epochs) != before[in_steps]:
+        budget.announce(own)
 
 
 def check(budget: RoundBudget, state: TrainerState, args: TrainingArguments, dataloader: Any) -> None:

@@ -221,6 +221,7 @@ class FitRun:
         budget.check(fit)
         if session.attempt == 1 and settings.rounds:
             budget.check_epochs(fit, epoch, 1, settings.rounds)
+            budget.announce(fit, epoch)
         if settings.exact_restart:
             set_restored_epoch(model, None)
         live = self._live = LiveModel(model, settings, session.home)

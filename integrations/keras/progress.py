@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from fl_adapters.participant.options import Every
+from fl_adapters.participant.options import Every, announce_budget
 from fl_runtime.errors import ConfigError
 
 from .optimizer import optimizers
@@ -98,6 +98,13 @@ class RoundBudget:
             where=f"fit(epochs={fit.epochs})",
             fix=f"pass epochs={epoch + needed} to fit, or more: it stops after the last round",
         )
+
+    def announce(self, fit: FitCall, epoch: int) -> None:
+        """Say on stderr that the job ends `fit`, which is about to begin `epoch`, before its last epoch."""
+        if self.rounds is not None:
+            needed = self._epochs(fit, self.rounds * self.round_size)
+            if needed is not None and needed < fit.epochs - epoch:
+                announce_budget(self.rounds, self.every, f"fit(epochs={fit.epochs})", phases=self.phases)
 
     def own_rounds(self, fit: FitCall, epoch: int) -> int:
         """Number of rounds in fit's own length from `epoch` on. The last round may be shorter."""

@@ -16,8 +16,12 @@ def apply(budget: RoundBudget, trainer: Any) -> None:
     if budget.rounds is None:
         return
     epochs, steps = budget.epochs_per_round, budget.steps_per_round
+    before = (trainer.max_epochs, trainer.max_steps)
+    own = f"max_epochs={before[0]}" if before[1] == ENDLESS else f"max_steps={before[1]}"
     trainer.fit_loop.max_epochs = budget.rounds * epochs if epochs else ENDLESS
     trainer.fit_loop.epoch_loop.max_steps = budget.rounds * steps if steps else ENDLESS
+    if (trainer.max_epochs, trainer.max_steps) != before:
+        budget.announce(own)
 
 
 def trainer_rounds(budget: RoundBudget, trainer: Any) -> int:

@@ -18,11 +18,14 @@ def apply(budget: RoundBudget, engine: Any) -> None:
     """Make the trainer run exactly the federation's budget. Call while `STARTED` is fired."""
     if budget.rounds is None:
         return
+    before = engine.state.max_epochs
     if budget.epochs_per_round is not None:
         engine.state.max_epochs = budget.rounds * budget.epochs_per_round
     else:
         per_epoch, steps = steps_per_epoch(engine), budget.rounds * (budget.steps_per_round or 0)
         engine.state.max_epochs = math.ceil(steps / per_epoch) if per_epoch else ENDLESS
+    if engine.state.max_epochs != before:
+        budget.announce(f"max_epochs={before}")
 
 
 def trainer_rounds(budget: RoundBudget, engine: Any) -> int:

@@ -42,6 +42,22 @@ def test_trainer_runs_exactly_rounds_times_every(federation, every, budget, step
     assert rates.seen == pytest.approx([1e-2 * (1 - i / steps) for i in range(steps)])
 
 
+@pytest.mark.parametrize(
+    ("every", "budget", "said"),
+    [
+        ("epoch", {"num_train_epochs": 2}, "the job's 3 rounds of 1 epoch replace num_train_epochs=2\n"),
+        (2, {"max_steps": 8}, "the job's 3 rounds of 2 steps replace max_steps=8\n"),
+        ("epoch", {"num_train_epochs": 3}, None),
+        (2, {"max_steps": 6}, None),
+    ],
+)
+def test_a_length_that_the_job_replaces_is_said_once(federation, capfd, every, budget, said) -> None:
+    m.trainer(FederatedCallback(kit=federation(rounds=3, every=every).kit()), **budget).train()
+    assert [line for line in capfd.readouterr().err.splitlines(True) if "replace" in line] == (
+        [f"fl-adapters: {said}"] if said else []
+    )
+
+
 def test_script_argument_wins_over_the_job(federation) -> None:
     run = federation(rounds=2, every="epoch")
     trainer = m.trainer(FederatedCallback(kit=run.kit(), every=3))

@@ -180,6 +180,14 @@ def test_a_moving_average_of_the_optimizer_does_not_replace_the_global_model() -
         require_same_bits(m.weights(model), federation.model())
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(9, True), (2, False)])
+def test_a_length_that_the_job_replaces_is_said_once(capfd, epochs: int, said: bool) -> None:
+    with LocalFederation(sites=1, rounds=2) as federation:
+        m.fit(m.compiled(m.classifier()), m.rows(0), FederatedCallback(kit=federation.places[0].kit), epochs=epochs)
+    expected = ["fl-adapters: the job's 2 rounds of 1 epoch replace fit(epochs=9)"] if said else []
+    assert [line for line in capfd.readouterr().err.splitlines() if "replace" in line] == expected
+
+
 def test_a_local_early_stop_makes_the_site_leave() -> None:
     class StopAtTwo(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None) -> None:

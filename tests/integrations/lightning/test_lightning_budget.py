@@ -47,6 +47,18 @@ def test_trainer_runs_exactly_rounds_times_every(federation, pl, every, own, ste
     assert module.rates == pytest.approx([m.RATE * (1 - i / steps) for i in range(steps)])  # one schedule over all
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"max_epochs": 2}, ["fl-adapters: the job's 3 rounds of 1 epoch replace max_epochs=2"]),
+        ({"max_epochs": 3}, []),
+    ],
+)
+def test_a_length_that_the_job_replaces_is_said_once(federation, capfd, own, said) -> None:
+    fit(federation(rounds=3), **own)
+    assert [line for line in capfd.readouterr().err.splitlines() if "replace" in line] == said
+
+
 def test_data_without_a_length_has_epochs_too(federation) -> None:
     run = federation(rounds=3)
     module = m.module()

@@ -28,6 +28,13 @@ def updates(run: Any, field: str) -> list[Any]:
     return [e.data[field] for e in run.events if e.kind == "update"]
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(2, True), (3, False)])
+def test_a_length_that_the_job_replaces_is_said_once(federation, capfd, epochs, said) -> None:
+    train(federation(rounds=3), epochs=epochs)
+    expected = ["fl-adapters: the job's 3 rounds of 1 epoch replace max_epochs=2"] if said else []
+    assert [line for line in capfd.readouterr().err.splitlines() if "replace" in line] == expected
+
+
 @pytest.mark.parametrize(
     ("every", "own", "iterations"),
     [
