@@ -55,6 +55,7 @@ trainer = Trainer(
     args=TrainingArguments("out", num_train_epochs=3, per_device_train_batch_size=8, learning_rate=0.05, seed=7,
                            report_to=[], logging_strategy="no", save_strategy="no", use_cpu=True),
     train_dataset=rows,
+    eval_dataset=rows[:8],
     callbacks=[FederatedCallback()],
 )
 trainer.train()
