@@ -117,7 +117,7 @@ def test_filters_of_what_travels_beside_trees() -> None:
         {"name": "AllowMetrics", "names": ["mine-error", "mine-auc"]},
         {"name": "RoundMetrics", "decimals": 2},
     )
-    with LocalFederation(sites=2, filters=filters) as federation:
+    with LocalFederation(sites=2, filters=filters, best_metric="mine-auc", best_mode="max") as federation:
         boosters = federation.run(
             lambda place: train(
                 params, d.matrix(place.index), 2, evals=[(d.matrix(place.index), "mine")],
