@@ -174,5 +174,5 @@ def _all_classes(root: type[FederationError]) -> Iterator[type[FederationError]]
 
 
 def _rebuild(code: str, what: str, where: str, fix: str) -> FederationError:
-    classes = {cls.code: cls for cls in _all_classes(FederationError)}
+    classes = {cls.code: cls for cls in reversed(list(_all_classes(FederationError)))}  # a base wins over its subclass
     return classes.get(code, FederationError)(what, where=where, fix=fix)

@@ -411,6 +411,14 @@ def test_errors_keep_their_class_and_parts_on_their_way(
     assert str(error) == "what is wrong\n  where: here\n  to do: do that"
 
 
+def test_a_subclass_of_a_script_does_not_replace_its_base() -> None:
+    class OwnError(ConfigError):
+        pass
+
+    assert type(FederationError.from_wire(ConfigError("x").to_wire())) is ConfigError
+    assert OwnError.code == ConfigError.code
+
+
 def test_every_error_has_a_code_of_its_own() -> None:
     assert len({kind.code for kind in CLASSES}) == len(CLASSES)
     unknown = FederationError.from_wire({"code": "from-the-future", "what": "x"})
