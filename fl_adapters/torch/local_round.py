@@ -13,7 +13,14 @@ from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.correction import plain
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.progress import Progress, Tally, advance_schedule, rows_of, warn_if_schedule_ends_early
+from fl_adapters.torch.progress import (
+    Progress,
+    Tally,
+    advance_schedule,
+    plain_schedule,
+    rows_of,
+    warn_if_schedule_ends_early,
+)
 from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, samplers_of, seed_round
 from fl_adapters.torch.trainer_run import Resumed, TrainerPort, TrainerRun
 from fl_runtime.errors import ConfigError
@@ -274,8 +281,3 @@ class LoopPort(TrainerPort):
         if self.schedule is not None and rounds and per_round:
             unit = "epochs" if self.counts_epochs else "optimizer steps"
             warn_if_schedule_ends_early(plain_schedule(self.schedule), rounds * per_round, unit)
-
-
-def plain_schedule(scheduler: Any) -> Any:
-    """Return the scheduler of torch within accelerate's wrapper."""
-    return getattr(scheduler, "scheduler", scheduler)

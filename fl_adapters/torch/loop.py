@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -177,10 +176,7 @@ class FederatedLoop(SharedArguments):
         Returns:
             Plain values; empty outside a federation.
         """
-        run = self._run
-        if run is None or not run.begun:
-            return {}
-        return {"job": run.joined.job, "progress": asdict(run.progress)}
+        return {} if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint in the next call of `rounds`. Load the model and the optimizer, too.

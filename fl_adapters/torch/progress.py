@@ -239,6 +239,11 @@ def schedule_length(scheduler: Any) -> int | None:
     return None
 
 
+def plain_schedule(scheduler: Any) -> Any:
+    """Return the scheduler of torch within accelerate's wrapper."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
 def advance_schedule(scheduler: Any, steps: int) -> None:
     """Move a learning-rate schedule on by so many of its own steps. One that follows a metric stays where it is."""
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):

@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -40,13 +40,14 @@ from torch import nn
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.policy_gate import LeaveReason
+from fl_adapters.participant.registry import leaving_on_error
 from fl_adapters.participant.restart import not_restartable
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
 from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.site import ArrivedTask, JoinedRun, TorchSite
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Metrics
 
 
@@ -384,14 +385,21 @@ class TrainerRun(Generic[P]):
     @contextmanager
     def leaving_on_error(self) -> Iterator[None]:
         """Leave the run at once if the block raises, so that the other sites do not wait for this process to end."""
-        try:
+        with leaving_on_error(self._abandon):
             yield
-        except BaseException as error:
-            if self.active:
-                self._forget()
-                with suppress(FederationError):  # the first error is the one to raise
-                    self._site.leave(error)
-            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the run for a checkpoint of the trainer, from which `Resumed` is made.
+
+        Returns:
+            `job` and `progress` as plain values; empty unless the training has begun.
+        """
+        return {"job": self.joined.job, "progress": asdict(self.progress)} if self.begun else {}
+
+    def _abandon(self, error: BaseException) -> None:
+        if self.active:
+            self._forget()
+            self._site.leave(error)
 
     def _checked(self, resumed: Resumed | None) -> Resumed | None:
         """Refuse a checkpoint of another run."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.progress import Progress, advance_schedule, warn_if_schedule_ends_early
+from fl_adapters.torch.progress import Progress, advance_schedule, plain_schedule, warn_if_schedule_ends_early
 from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.trainer_run import Resumed, TrainerPort, TrainerRun
 
@@ -104,7 +104,7 @@ class TransformersPort(TrainerPort):
         )
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
-        advance_schedule(_plain(self._scheduler), (steps or 0) - self.steps)
+        advance_schedule(plain_schedule(self._scheduler), (steps or 0) - self.steps)
 
     def snapshot(self, live: LiveModel) -> TorchSnapshot:
         restart.refuse(self.trainer, self._state, self._every, self._model, self._scheduler, self._loader)
@@ -113,9 +113,4 @@ class TransformersPort(TrainerPort):
 
     def warn_if_schedule_ends_early(self) -> None:
         """Warn if a schedule that the user made ends before the run does."""
-        warn_if_schedule_ends_early(_plain(self._scheduler), self._state.max_steps, "optimizer steps")
-
-
-def _plain(scheduler: Any) -> Any:
-    """The scheduler of torch within accelerate's wrapper."""
-    return getattr(scheduler, "scheduler", scheduler)
+        warn_if_schedule_ends_early(plain_schedule(self._scheduler), self._state.max_steps, "optimizer steps")

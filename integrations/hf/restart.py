@@ -13,6 +13,7 @@ from fl_adapters.participant.options import Every
 from fl_adapters.participant.restart import not_restartable
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.progress import plain_schedule
 from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, samplers_of
 
 from . import trainer as hf
@@ -81,7 +82,7 @@ def refuse(trainer: Trainer, state: TrainerState, every: Every, model: Any, sche
     refuse_inexact(model, loader)
     resumed = f"resume_from_checkpoint, at step {state.global_step}" if state.global_step > 0 else None
     refuse_parts(every, "HF", resumed, "call trainer.train() without resume_from_checkpoint")
-    if hasattr(getattr(scheduler, "scheduler", scheduler), "is_better") or trainer.args.lr_scheduler_type in _BY_METRIC:
+    if hasattr(plain_schedule(scheduler), "is_better") or trainer.args.lr_scheduler_type in _BY_METRIC:
         raise not_restartable("a schedule that follows a metric is not saved yet", "choose one that follows the steps")
     _refuse_other_samplers(samplers_of(loader)[1:], loader)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from fl_adapters.participant.kit import current_kit
@@ -182,7 +181,7 @@ class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[m
         run = self._run
         if run is not None and run.begun and "callbacks" in checkpoint:
             # not by state_dict(): Lightning refuses two callbacks with a state, with a message of its own
-            checkpoint["callbacks"][self.state_key] = {"job": run.joined.job, "progress": asdict(run.progress)}
+            checkpoint["callbacks"][self.state_key] = run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the place that a checkpoint holds, for `on_train_start`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from ignite.engine import Events
@@ -96,10 +95,7 @@ class FederatedHandler(SharedArguments):
         Returns:
             Plain values; empty outside a federation.
         """
-        run = self._run
-        if run is None or not run.begun:
-            return {}
-        return {"job": run.joined.job, "progress": asdict(run.progress)}
+        return {} if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, whose weights, optimizer and trainer must be loaded too.
