@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
+from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.control import ControlClient
 from fl_runtime.server import RoundResult

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -29,6 +28,7 @@ from fl_adapters.environments.local import (
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment, tail
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
+from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.control import ControlClient

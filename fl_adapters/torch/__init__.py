@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     """Load `FederatedLoop` when it is asked for: the adapters of trainers import this package without it."""
     if name != "FederatedLoop":
         raise AttributeError(f"module 'fl_adapters.torch' has no attribute {name!r}")
-    from fl_adapters.environments.extras import needs_extra
+    from fl_adapters.extras import needs_extra
 
     with needs_extra("torch", "PyTorch or safetensors"):
         from fl_adapters.torch.loop import FederatedLoop

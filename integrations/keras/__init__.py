@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fl_adapters.environments.extras import needs_extra
+from fl_adapters.extras import needs_extra
 
 with needs_extra("keras", "Keras or its backend", also=", and one of tensorflow, torch and jax"):
     from .callback import FederatedCallback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fl_adapters.environments.extras import needs_extra
+from fl_adapters.extras import needs_extra
 
 with needs_extra("lightning", "Lightning or a package that its adapter needs"):
     from .callback import FederatedCallback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fl_adapters.environments.extras import needs_extra
+from fl_adapters.extras import needs_extra
 
 with needs_extra("monai", "MONAI or a package that its engines need"):
     import ignite.engine  # noqa: F401  MONAI itself comes without it

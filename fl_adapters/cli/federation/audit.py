@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_trust_extra
+from fl_adapters.extras import needs_trust_extra
 
 
 def verify(folder: Path, kit: Path | None, as_json: bool) -> int:

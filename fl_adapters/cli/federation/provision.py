@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_trust_extra
+from fl_adapters.extras import needs_trust_extra
 
 
 def provision(project: Path, out: Path, as_zip: bool, password: str, without_keys: bool, as_json: bool) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import report_errors, show_json
-from fl_adapters.environments.extras import needs_trust_extra
+from fl_adapters.extras import needs_trust_extra
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
 from fl_adapters.participant.policy_gate import LeaveReason

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import report_errors, show_json
-from fl_adapters.environments.extras import needs_trust_extra
 from fl_adapters.environments.progress import ProgressLines, counted
+from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.transport.malloc import use_one_arena

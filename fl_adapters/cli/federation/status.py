@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.extras import needs_trust_extra
+from fl_adapters.extras import needs_trust_extra
 
 
 def run(kit_folder: Path, as_json: bool) -> int:

@@ -17,7 +17,7 @@ import pyzipper
 from cryptography import x509
 from study import project
 
-from fl_adapters.environments.extras import needs_trust_extra
+from fl_adapters.extras import needs_trust_extra
 from fl_adapters.participant import kit as script_kit
 from fl_runtime.errors import ConfigError, PermissionDeniedError
 from fl_runtime.trust.archive import new_password, read_archive, write_archive
