@@ -86,13 +86,7 @@ class Scores:
         return best is not None and since >= patience
 
     def better(self, ranking: Ranking, challenger: int, champion: int | None) -> bool:
-        """Whether a round's model beats the best one so far.
-
-        If neither has the metric, the challenger wins, but never with a metric that is NaN.
-        """
-        if champion is None:
-            return True
-        if math.isnan(self.of(challenger).get(ranking.metric, 0.0)):
-            return False
-        new, old = ranking.cost(self.of(challenger)), ranking.cost(self.of(champion))
-        return old is None or (new is not None and new < old)
+        """Whether a round's model beats the best one so far, if there is one. Without a score it never does."""
+        new = ranking.cost(self.of(challenger))
+        old = None if champion is None else ranking.cost(self.of(champion))
+        return new is not None and (old is None or new < old)

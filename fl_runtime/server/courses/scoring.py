@@ -118,10 +118,7 @@ class Scoring:
 
     def better(self, challenger: int, champion: int | None) -> bool:
         """Whether the model of round `challenger` beats that of round `champion`. Without a score it never does."""
-        ranking = self._ranking()
-        if champion is None:
-            return ranking.cost(self.scores.of(challenger)) is not None
-        return self.scores.better(ranking, challenger, champion)
+        return self.scores.better(self._ranking(), challenger, champion)
 
     def no_best(self) -> str:
         """Why no round is the best one so far, as a human-readable message; "" if there is a best round."""
