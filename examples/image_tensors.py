@@ -1,15 +1,11 @@
-"""Data of the example as data sets of PyTorch. `examples/images.py` loads and divides it."""
+"""Images of the examples as data sets of PyTorch. `images.py` loads and divides them."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import images
 

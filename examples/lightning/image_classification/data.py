@@ -1,36 +1,13 @@
-"""Data of the example as data sets of PyTorch. `examples/images.py` loads and divides it."""
+"""Data of the example as data sets of PyTorch: `examples/image_tensors.py` makes them."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch.utils.data import TensorDataset
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import images
+from image_tensors import ROWS, Data, load
 
-ROWS = 10_000  # training rows of all sites together; few, to keep the example quick
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images as float32 [rows, 1, side, side] from 0 to 1, with labels as int64 [rows]."""
-
-    train: TensorDataset
-    validation: TensorDataset
-    test: TensorDataset
-    side: int
-
-
-def load(source: str | None = None, shard: str | None = None, rows: int = ROWS) -> Data:
-    """Load images as `images.load` does, as data sets."""
-    data = images.load(source, shard, rows)
-
-    def part(given: images.Part) -> TensorDataset:
-        return TensorDataset(torch.from_numpy(given[0][:, None]), torch.from_numpy(given[1]))
-
-    return Data(part(data.train), part(data.validation), part(data.test), data.test[0].shape[-1])
+__all__ = ["ROWS", "Data", "images", "load"]
