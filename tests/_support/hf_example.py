@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from plain_torch import PlainTorch, weights
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup, set_seed
 
 from fl_adapters.hf import FederatedCallback
-from fl_adapters.testing import Correct, Trained, failing
-from fl_runtime.types import Arrays
+from fl_adapters.testing import Trained, failing
 
 ROWS, BATCH, RATE, CLIP = 8, 2, 0.05, 0.5
 
@@ -46,11 +46,7 @@ def rows_of(site: int, width: int = 3) -> list[dict[str, torch.Tensor]]:
     return [{"x": x[i], "labels": y[i]} for i in range(ROWS)]
 
 
-def weights_of(net: nn.Module) -> Arrays:
-    return {name: tensor.detach().numpy().copy() for name, tensor in net.state_dict().items()}
-
-
-class PlainLoop:
+class PlainLoop(PlainTorch):
     """The same training as `Trainer`, in plain PyTorch: AdamW or SGD, linear schedule, clipping and order of rows.
 
     Gradients are corrected after clipping.
@@ -59,31 +55,18 @@ class PlainLoop:
     num_examples = ROWS
 
     def __init__(self, site: int, total_steps: int, kind: str, accumulate: int, bf16: bool) -> None:
-        self.net, self.site, self.rows = made(site), site, rows_of(site)
+        self.module, self.site, self.rows = made(site), site, rows_of(site)
         self.epoch, self.order = 0, list[int]()
         self.accumulate, self.bf16 = accumulate, bf16
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.net.parameters(), lr=RATE, weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.module.parameters(), lr=RATE, weight_decay=0.0)
         if kind == "sgd":
-            self.optimizer = torch.optim.SGD(self.net.parameters(), lr=RATE)
+            self.optimizer = torch.optim.SGD(self.module.parameters(), lr=RATE)
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, 0, total_steps)
-        self.correct: Correct | None = None
         self.rates: list[float] = []
         set_seed(site)  # as Trainer's constructor does
 
-    def weights(self) -> Arrays:
-        return weights_of(self.net)
-
-    def load(self, arrays: Arrays) -> None:
-        self.net.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
-
     def reset_optimizer(self) -> None:
         self.optimizer.state.clear()
-
-    def exchange_optimizer(self, state: Any) -> Any:
-        before = dict(self.optimizer.state)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(state or {})
-        return before
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
@@ -92,11 +75,10 @@ class PlainLoop:
                 self.order = self.order or self.shuffled()
                 batch, self.order = [self.rows[i] for i in self.order[:BATCH]], self.order[BATCH:]
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                    out = self.net(*(torch.stack([row[key] for row in batch]) for key in ("x", "labels")))
+                    out = self.module(*(torch.stack([row[key] for row in batch]) for key in ("x", "labels")))
                 (out["loss"] / self.accumulate).backward()
-            nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
-            if self.correct is not None:
-                corrected(self.net, self.correct)
+            nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+            self.correct_gradients()
             self.rates.append(self.optimizer.param_groups[0]["lr"])
             self.optimizer.step()
             self.schedule.step()
@@ -111,12 +93,6 @@ class PlainLoop:
         torch.empty((), dtype=torch.int64).random_()
         order: list[int] = torch.randperm(ROWS, generator=generator).tolist()
         return order
-
-
-def corrected(net: nn.Module, correct: Correct) -> None:
-    for name, parameter in net.named_parameters():
-        gradient = correct(name, parameter.detach().numpy(), parameter.grad.numpy().copy())
-        parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
 
 
 class Example:
@@ -157,7 +133,7 @@ class Example:
         callback = FederatedCallback(**arguments)
         trainer = Trainer(net, options, train_dataset=rows_of(site, width), callbacks=[callback])
         trainer.train()
-        return Trained(weights_of(net), trainer.state.global_step)
+        return Trained(weights(net), trainer.state.global_step)
 
     def plain(self, site: int, *, total_steps: int) -> PlainLoop:
         return PlainLoop(site, total_steps, self.kind, self.accumulate, self.bf16)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from plain_torch import PlainTorch, weights
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fl_adapters.lightning import FederatedCallback
-from fl_adapters.testing import Correct, Trained, failing
+from fl_adapters.testing import Trained, failing
 
 STATES = [(torch.get_rng_state, torch.set_rng_state)]
 PACKAGES = [n for n in ("lightning.pytorch", "pytorch_lightning") if importlib.util.find_spec(n.partition(".")[0])]
@@ -130,15 +131,11 @@ def trainer(callback: Any = None, *, pl: Any = None, callbacks: Any = (), **opti
     return (pl or package()).Trainer(**{**quiet, "callbacks": given, **options})
 
 
-def weights(module: nn.Module) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy().copy() for name, value in module.state_dict().items()}
-
-
 def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(np.asarray(found[name]).tobytes() == np.asarray(wanted[name]).tobytes() for name in wanted)
 
 
-class Loop:
+class Loop(PlainTorch):
     """One site's training in plain PyTorch, as the conformance suite's `PlainLoop`."""
 
     num_examples = ROWS
@@ -157,29 +154,11 @@ class Loop:
         self.module.net = network()
         self.optimizer = optimizer_for(self.module.parameters(), kind)
         self.clip, self.narrow = clip, narrow
-        self.correct: Correct | None = None
         self.rates: list[float] = []
         self.schedule = linear_schedule(self.optimizer, total_steps)
         self.loader, self.batches, self.accumulate = loader(site), iter(()), accumulate
         self.losses: list[float] = []
         self.seen = 0
-
-    def weights(self) -> dict[str, np.ndarray]:
-        return weights(self.module)
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-
-    def reset_optimizer(self) -> None:
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-
-    def exchange_optimizer(self, state: Any) -> Any:
-        before = dict(self.optimizer.state)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(state or {})
-        return before
 
     def train(self, steps: int) -> None:
         self.module.train()
@@ -199,19 +178,12 @@ class Loop:
             (loss / self.accumulate).backward()
             if self.seen % STEPS == 0:  # what an epoch leaves over is a step of its own
                 break
-        if self.correct is not None:
-            corrected(self.module, self.correct)
+        self.correct_gradients()
         if self.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.schedule.step()
-
-
-def corrected(module: nn.Module, correct: Correct) -> None:
-    for name, parameter in module.named_parameters():
-        gradient = correct(name, parameter.detach().numpy(), parameter.grad.numpy().copy())
-        parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
 
 
 class Example:

@@ -13,11 +13,12 @@ from ignite.engine import Events
 from ignite.metrics import Loss
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, ValidationHandler
+from plain_torch import PlainTorch, weights
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fl_adapters.monai import FederatedHandler
-from fl_adapters.testing import Correct, Trained, failing
+from fl_adapters.testing import Trained, failing
 
 STATES = [(torch.get_rng_state, torch.set_rng_state)]
 ROWS, BATCH = 24, 8
@@ -139,10 +140,6 @@ def trainer(
     )
 
 
-def weights(net: nn.Module) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy().copy() for name, value in net.state_dict().items()}
-
-
 def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(np.asarray(found[name]).tobytes() == np.asarray(wanted[name]).tobytes() for name in wanted)
 
@@ -155,41 +152,23 @@ def loss_of(arrays: Mapping[str, Any], data: Any = None) -> float:
     return sum(loss * n for loss, n in batches) / sum(n for _, n in batches)
 
 
-class Loop:
+class Loop(PlainTorch):
     """One site's training in plain PyTorch, as the conformance suite's `PlainLoop`."""
 
     num_examples = ROWS
 
     def __init__(self, site: int, total_steps: int, accumulate: int = 1, kind: str = "adam") -> None:
         torch.manual_seed(100 + site)
-        self.net = network()
-        self.optimizer = optimizer_for(self.net, kind)
-        self.correct: Correct | None = None
+        self.module = network()
+        self.optimizer = optimizer_for(self.module, kind)
         self.rates: list[float] = []
         self.schedule = linear_schedule(self.optimizer, total_steps)
         self.loader, self.batches, self.accumulate = loader(site), iter(()), accumulate
         self.losses: list[float] = []
         self.seen = 0
 
-    def weights(self) -> dict[str, np.ndarray]:
-        return weights(self.net)
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.net.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-
-    def reset_optimizer(self) -> None:
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-
-    def exchange_optimizer(self, state: Any) -> Any:
-        before = dict(self.optimizer.state)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(state or {})
-        return before
-
     def train(self, steps: int) -> None:
-        self.net.train()
+        self.module.train()
         for _ in range(steps):
             self.step()
 
@@ -199,14 +178,12 @@ class Loop:
         for _ in range(self.accumulate):
             self.schedule_of_the_iteration()
             batch = self.next_batch()
-            loss = cross_entropy(self.net(batch["image"]), batch["label"])
+            loss = cross_entropy(self.module(batch["image"]), batch["label"])
             self.losses.append(float(loss.detach()))
             (loss / self.accumulate).backward()
             if self.seen % STEPS == 0:
                 break
-        for name, parameter in self.net.named_parameters() if self.correct is not None else ():
-            gradient = self.correct(name, parameter.detach().numpy(), parameter.grad.numpy().copy())
-            parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
+        self.correct_gradients()
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
+from plain_torch import PlainTorch, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fl_adapters.testing import Correct, Trained, failing
+from fl_adapters.testing import Trained, failing
 from fl_adapters.torch import FederatedLoop
 
 
@@ -59,10 +60,6 @@ def optimizer_for(net: nn.Module, kind: str = "adam") -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), lr=RATE)
 
 
-def weights(net: nn.Module) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy().copy() for name, value in net.state_dict().items()}
-
-
 def score(net: nn.Module, seed: int = 99) -> tuple[dict[str, float], int]:
     """Return the loss on validation rows, and their number."""
     net.eval()
@@ -71,51 +68,31 @@ def score(net: nn.Module, seed: int = 99) -> tuple[dict[str, float], int]:
         return {"loss": cross_entropy(net(x), y).item()}, len(y)
 
 
-class PlainLoop:
+class PlainLoop(PlainTorch):
     """One site's training in plain PyTorch, as the conformance suite's `PlainLoop`."""
 
     num_examples = ROWS
 
     def __init__(self, site: int, kind: str = "adam", accumulate: int = 1) -> None:
         torch.manual_seed(100 + site)
-        self.net = network()
-        self.optimizer = optimizer_for(self.net, kind)
+        self.module = network()
+        self.optimizer = optimizer_for(self.module, kind)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, DECAY)
         self.loader, self.accumulate = loader(site), accumulate
         self.batches: Any = iter(())
         self.left = 0
         self.rates: list[float] = []
-        self.correct: Correct | None = None
-
-    def weights(self) -> dict[str, np.ndarray]:
-        return weights(self.net)
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.net.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-
-    def reset_optimizer(self) -> None:
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-
-    def exchange_optimizer(self, state: Any) -> Any:
-        before = dict(self.optimizer.state)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(state or {})
-        return before
 
     def train(self, steps: int) -> None:
-        self.net.train()
+        self.module.train()
         for _ in range(steps):
             self.optimizer.zero_grad()
             for _ in range(self.accumulate):
                 x, y = self.next_batch()
-                (cross_entropy(self.net(x), y) / self.accumulate).backward()
+                (cross_entropy(self.module(x), y) / self.accumulate).backward()
                 if not self.left:
                     break  # what an epoch leaves over is a step
-            for name, parameter in self.net.named_parameters() if self.correct is not None else ():
-                gradient = self.correct(name, parameter.detach().numpy(), parameter.grad.numpy().copy())
-                parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
+            self.correct_gradients()
             self.rates.append(self.optimizer.param_groups[0]["lr"])
             self.optimizer.step()
             self.schedule.step()

@@ -62,7 +62,7 @@ def test_the_personal_model_opens_with_safetensors(start: Any) -> None:
     kept = read_tensors(folder.parent / "personal.safetensors")
     opened = load_file(folder / "model.safetensors")
     require_same_bits({name: opened[name] for name in kept}, kept)
-    require_same_bits(hf_example.weights_of(trainer.model), run.model())
+    require_same_bits(hf_example.weights(trainer.model), run.model())
     training = [event.data["metrics"] for event in run.events if event.kind == "update"]
     assert [sorted(metrics) for metrics in training] == [["train_loss", "train_personal_loss"]] * 2
 

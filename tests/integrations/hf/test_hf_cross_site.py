@@ -54,7 +54,7 @@ class Scored(hf_example.Example):
         given = {"train_dataset": hf_example.rows_of(site), "eval_dataset": sets}
         trainer = Still(net, options, callbacks=[FederatedCallback(**arguments)], **given)
         trainer.train()
-        return Trained(hf_example.weights_of(net), trainer.state.global_step)
+        return Trained(hf_example.weights(net), trainer.state.global_step)
 
     def score(self, site: int, weights: Arrays) -> dict[str, float]:
         net = hf_example.Net().eval()

@@ -7,7 +7,7 @@ from typing import Any
 
 import hf_models as m
 import pytest
-from hf_example import Example, made, rows_of, weights_of
+from hf_example import Example, made, rows_of, weights
 from killed_sites import WarmProcess, run_sites
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
@@ -45,7 +45,7 @@ class Lora(Example):
         set_seed(site)
         model = m.adapted(m.classifier(0.1))
         m.trainer(FederatedCallback(**arguments), model=model, num_train_epochs=epochs, seed=site).train()
-        return Trained(weights_of(model), 0)
+        return Trained(weights(model), 0)
 
 
 @pytest.mark.parametrize("strategy", ["flora", "ffa-lora"])

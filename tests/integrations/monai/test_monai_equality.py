@@ -28,8 +28,8 @@ def by_hand(policy: str, every: int, total: int, accumulate: int) -> dict[str, n
             torch.set_rng_state(states[site])
             loop.train(every)
             states[site] = torch.get_rng_state()
-        mean_of([loop.net.state_dict() for loop in loops])
-        for parameters in zip(*(loop.net.parameters() for loop in loops), strict=True):
+        mean_of([loop.module.state_dict() for loop in loops])
+        for parameters in zip(*(loop.module.parameters() for loop in loops), strict=True):
             moments = [loop.optimizer.state[p] for loop, p in zip(loops, parameters, strict=True)]
             if policy == "average":
                 mean_of(moments)
