@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fl_adapters.participant.local_work.site_plan import SitePlan
+from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Content, Terms
 
@@ -205,9 +206,9 @@ class SiteSettings:
         Returns:
             The job's metric and mode, else the proposed ones, else the lowest loss.
         """
-        name = self.best_metric or (proposed.name if proposed else "loss")
-        mode = proposed.mode if proposed and proposed.name == name else "min"
-        return BestMetric(name, self.best_mode or mode)
+        terms = Terms(best_metric=proposed.name, best_mode=proposed.mode) if proposed else Terms()
+        ranking = Ranking.of(terms, self.best_metric, self.best_mode)
+        return BestMetric(ranking.metric, ranking.mode)
 
     def terms(self, content: Content, proposed: BestMetric | None) -> Terms:
         """Return the terms of this site's handshake.

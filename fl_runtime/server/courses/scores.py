@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from fl_runtime.aggregation.metrics.pooling import pooled
+from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.types import Metrics, Summary
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """How models are compared.
-
-    Attributes:
-        metric: Name of the metric.
-        mode: Whether a lower ("min") or a higher ("max") value is better.
-    """
-
-    metric: str
-    mode: Literal["min", "max"]
-
-    def cost(self, metrics: Mapping[str, float]) -> float | None:
-        """The metric as a number of which less is better; None if it is missing or NaN."""
-        value = metrics.get(self.metric)
-        if value is None or math.isnan(value):
-            return None
-        return value if self.mode == "min" else -value
 
 
 class Scores:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from fl_runtime.aggregation.metrics.pooling import plain, to_json
+from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError, ProtocolError
-from fl_runtime.server.courses.scores import Ranking, Scores
+from fl_runtime.server.courses.scores import Scores
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.state import RunState
@@ -140,10 +141,8 @@ class Scoring:
         return self.scores.patience_spent(self._ranking(), version, source.patience, source.min_delta)
 
     def _ranking(self) -> Ranking:
-        settings, terms = self._state.settings, self._state.plan.terms
-        metric = settings.best_metric or terms.best_metric
-        proposed = terms if metric == terms.best_metric else Terms()  # a mode belongs to its metric
-        return Ranking(metric, settings.best_mode or proposed.best_mode)
+        settings = self._state.settings
+        return Ranking.of(self._state.plan.terms, settings.best_metric, settings.best_mode)
 
     def _check_metric(self, version: int) -> None:
         """Fail the run at its first scores if they lack the best metric that the job or the sites' terms named."""

@@ -16,7 +16,8 @@ from server_process import server_process
 from fl_adapters.environments.progress import metrics_text
 from fl_adapters.environments.remote import _event
 from fl_runtime.aggregation.metrics.pooling import from_json, pooled, to_json
-from fl_runtime.server.courses.scores import Ranking, Scores
+from fl_runtime.aggregation.metrics.ranking import Ranking
+from fl_runtime.server.courses.scores import Scores
 from fl_runtime.server.federation.jobs import EventBuffer
 from fl_runtime.server.records.history import History
 from fl_runtime.types import Event, Report, Summary
