@@ -17,7 +17,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -31,8 +32,10 @@ from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
-from fl_runtime.errors import ConfigError
+from fl_runtime.capabilities import FINAL_SCORE
+from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays, Metrics, Settings, Task
+from fl_runtime.wire.manifest import Manifest, differences
 
 
 def connect(**options: Any) -> ConnectedSite:
@@ -70,7 +73,8 @@ def connect(**options: Any) -> ConnectedSite:
 class ConnectedSite:
     """A participant driven by a training loop of your own. Returned by `connect`.
 
-    Leaving the `with` block before the last round leaves the run.
+    Leaving the `with` block before the last round leaves the run. Until the end of the block this site may `report` the
+    score of the final model, so the run waits for it there.
 
     Attributes:
         name: Name of this site; "local" if it runs alone.
@@ -99,14 +103,18 @@ class ConnectedSite:
         self.index = session.site.index if session else 0
         self.count = session.site.count if session else 1
         self.job = session.job if session else ""
+        self._in_block = self._over = False
 
     def __enter__(self) -> ConnectedSite:
+        self._in_block = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        if self._session is not None:
+        if self._session is not None and self._over:
+            self._session.finish()
+        elif self._session is not None:
             self._session.leave(LeaveReason.own("its loop ended before the last round") if error is None else error)
         return False
 
@@ -129,10 +137,13 @@ class ConnectedSite:
             initial: This site's weights, tensor name -> array. Names, shapes and dtypes must be equal at all sites.
                 The first site's weights start the global model, unless the job names a file. Borrowed until the first
                 task.
-            rounds: Number of rounds, used only if the job does not specify it. Default 1 if the site runs alone.
+            rounds: Number of rounds, at least 1, used only if the job does not specify it. Default 1 if the site runs
+                alone.
             agreement: Further facts that must be equal at all sites, such as the order of labels.
-            evaluate: Function from arrays to (metrics on this site's validation data, number of examples). In jobs
-                with `cross_site` it is called for every site's model after the last round.
+            evaluate: Function from arrays to (metrics on this site's validation data, number of examples). It must not
+                change the arrays. It scores every global model as it arrives, the final one included, so that the
+                server can pick the best round; not with `evaluate_global=False`. In jobs with `cross_site` it also
+                scores every site's model after the last round. Not called if the site runs alone.
             save: Returns everything that the loop carries from round to round beside the weights that travel, such as
                 the optimizer's moments: nested lists and dicts of plain values and arrays. Needed in jobs with
                 `exact_restart`; pass `dict` if there is nothing. Called before round 1 and by `task.submit`, which
@@ -143,24 +154,32 @@ class ConnectedSite:
             The task of the next round.
 
         Raises:
-            ConfigError: `initial` is empty, or a round ended without `task.submit`.
+            ConfigError: `initial` is not a dict of arrays, `rounds` is no number of rounds, `evaluate` does not return
+                a pair, or a round ended without `task.submit`.
             StateMismatchError: The weights of the sites differ in names, shapes or dtypes.
             HandshakeError: The sites disagree in something else.
         """
+        if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1):
+            raise ConfigError(f"tasks(rounds={rounds!r}) is not a number of rounds", fix="give a whole number above 0")
         if self._session is None:
             yield from self._alone(initial, rounds or 1)
             return
-        session, state = self._session, dict(_selected(initial, self._session.settings))
+        session, settings = self._session, self._session.settings
+        state = dict(_selected(initial, settings))
+        scores = evaluate is not None and settings.evaluate_global is not False
         rounds = session.register(
             state,
             agreement=agreement or {},
             rounds=rounds,
-            evaluates=False,
+            evaluates=scores,
             cross_evaluates=evaluate is not None,
             restarts=save is not None,
+            capabilities=frozenset({FINAL_SCORE} if self._in_block and not scores else ()),
         )
         task = session.start(lambda: state, snapshot=FunctionSnapshot(save, load or _ignore) if save else None)
         while task.kind == "train":
+            if evaluate is not None and scores:
+                session.report(*_score(evaluate, task.arrays))
             if session.round_seed is not None:
                 seed_python(session.round_seed)
             current = SiteTask(task, rounds, session, self._options)
@@ -169,23 +188,40 @@ class ConnectedSite:
             task = session.next_task()
         self.arrays = task.arrays  # no other task overwrites this buffer
         if evaluate is not None:
+            if scores:
+                session.report(*_score(evaluate, task.arrays))
             # the models to evaluate arrive in the same buffer
             self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}
-            session.results.cross_evaluate(evaluate)
-        session.finish()
+            session.results.cross_evaluate(lambda arrays: _score(evaluate, arrays))
+        self._over = self._in_block  # until the end of the block, the final model may be scored
+        if not self._over:
+            session.finish()
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
-        """Report the score of the current global model. Does nothing if the site runs alone.
+        """Report the score of the current global model; after the loop, of the final one.
+
+        Does nothing if the site runs alone.
 
         Args:
             metrics: Metrics on this site's own validation data.
             num_examples: Number of validation examples.
+
+        Raises:
+            ConfigError: This site has left the run already, so that its score would not count.
         """
-        if self._session is not None and not self._session.closed:
-            self._session.report(metrics, num_examples)
+        if self._session is None:
+            return
+        if self._session.closed:
+            raise ConfigError(
+                f"{self.name} has left the run, so a score of the final model comes too late",
+                fix="call report(...) within the block `with fl_adapters.connect() as site:`, or pass evaluate= to "
+                "site.tasks(...)",
+            )
+        self._session.report(metrics, num_examples)
 
     def _alone(self, initial: Arrays, rounds: int) -> Iterator[SiteTask]:
-        self.arrays = {name: np.array(array) for name, array in initial.items()}
+        chosen = _selected(initial, SiteSettings.resolve(self._options, {}))
+        self.arrays = {name: np.array(array) for name, array in chosen}
         for number in range(1, rounds + 1):
             current = SiteTask(Task("", number, "", "train", number - 1, self.arrays), rounds, None, self._options)
             yield current
@@ -193,11 +229,58 @@ class ConnectedSite:
             self.arrays = current.submitted
 
 
+def _sends_all(options: Options) -> bool:
+    """Whether neither `exchange` nor `keep_local` of the script has name patterns."""
+    settings = SiteSettings.resolve(options, {})
+    return isinstance(settings.exchange, str) and not settings.keep_local
+
+
 def _selected(initial: Arrays, settings: SiteSettings) -> Iterator[tuple[str, Array]]:
-    if not initial:
-        raise ConfigError("tasks(initial=...) got no arrays", fix="pass a dict of name -> NumPy array")
-    for name in selected(initial, settings.exchange, settings.keep_local):
-        yield name, np.asarray(initial[name])
+    given = _named(initial, "site.tasks(initial=...)")
+    for name in selected(given, settings.exchange, settings.keep_local):
+        yield name, _array(name, given[name], "initial")
+
+
+def _named(arrays: object, where: str) -> Mapping[str, Any]:
+    """Return a dict of arrays that a script has passed. Raises ConfigError if it is something else, or empty."""
+    if not isinstance(arrays, Mapping):
+        raise ConfigError(
+            f"{where} got a {type(arrays).__name__} instead of a dict of name -> NumPy array",
+            fix='give every array a name, as in {"weight": w, "bias": b}',
+        )
+    if not arrays:
+        raise ConfigError(f"{where} got no arrays", fix="pass a dict of name -> NumPy array")
+    return arrays
+
+
+def _array(name: str, value: object, where: str) -> Array:
+    """Return a value as an array. Raises ConfigError for what is no array and no number."""
+    fix = f"pass np.asarray(value, dtype) for {name!r}"
+    if isinstance(value, list | tuple | Mapping | str | bytes) or value is None:
+        raise ConfigError(f"{name!r} is a {type(value).__name__}, not an array", where=where, fix=fix)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on another device, or one with a gradient
+        raise ConfigError(
+            f"{name!r} is a {type(value).__name__} that NumPy cannot read: {error}",
+            where=where,
+            fix=f"pass a NumPy array for {name!r}, for a tensor of PyTorch tensor.detach().cpu().numpy()",
+        ) from error
+    if array.dtype == object:
+        raise ConfigError(f"{name!r} is a {type(value).__name__}, not an array of numbers", where=where, fix=fix)
+    return array
+
+
+def _score(evaluate: Callable[[Arrays], tuple[Metrics, int]], arrays: Arrays) -> tuple[Metrics, int]:
+    """Call the script's `evaluate`. Raises ConfigError if it returns anything but metrics and a number."""
+    score = evaluate(arrays)
+    if isinstance(score, tuple) and len(score) == 2 and isinstance(score[0], Mapping):
+        return score[0], int(score[1])
+    raise ConfigError(
+        f"the function evaluate has returned a {type(score).__name__}, not metrics and a number of examples",
+        where="site.tasks(evaluate=...)",
+        fix='return a pair, as in ({"loss": loss}, len(validation_data))',
+    )
 
 
 def _ignore(state: State) -> None:
@@ -262,6 +345,8 @@ class SiteTask:
         self.config: Settings = task.config
         self.seed = session.round_seed if session else None
         self.submitted: Arrays = {}
+        self._agreed = {name: (array.dtype, array.shape) for name, array in task.arrays.items()}
+        self._sends_all = session.exchanges_all if session else _sends_all(options)
 
     def submit(
         self,
@@ -275,8 +360,8 @@ class SiteTask:
         """Send this round's update. Call it once per task.
 
         Args:
-            arrays: The trained weights, with the names, shapes and dtypes of `initial`. Tensors that do not travel
-                may be among them. Borrowed for the call.
+            arrays: The trained weights, with the names, shapes and dtypes of `initial`. Tensors that `exchange` or
+                `keep_local` leave out may be among them. Borrowed for the call.
             num_examples: Number of training examples, above 0: the weight in the average. The argument
                 `num_examples` of `connect` overrides it.
             metrics: Training metrics of this round.
@@ -284,22 +369,47 @@ class SiteTask:
             extras: Arrays that travel beside the weights. Borrowed for the call.
 
         Raises:
-            ConfigError: This task was submitted already.
+            ConfigError: This task was submitted already, or `arrays` is not a dict of arrays.
             UpdateRefusedError: There are no examples, or values are not finite.
-            StateMismatchError: The tensors are not those of `initial`.
+            StateMismatchError: The tensors are not those of `initial`. Raised before anything is sent.
         """
         if self.submitted:
             raise ConfigError(f"round {self.round} was submitted already", fix="call task.submit(...) once per task")
+        sent = self._checked(arrays)
         if self._session is not None:
-            sent = {name: np.asarray(arrays[name]) for name in self.arrays if name in arrays}
-            if self._session.exchanges_all:  # tensors that nobody agreed on are passed on, and refused there
-                sent |= {name: np.asarray(array) for name, array in arrays.items() if name not in sent}
             self._session.submit(
                 sent,
                 LocalResult(self._options.num_examples or num_examples, local_steps, metrics or {}),
                 extras=extras,
             )
-        self.submitted = arrays
+        self.submitted = sent
+
+    def _checked(self, arrays: object) -> Arrays:
+        """Return the arrays that travel. Raises an error if they are not those of the task, in dtypes and shapes."""
+        where = f"task.submit(...), round {self.round}"
+        given = {} if isinstance(arrays, Mapping) and not arrays else _named(arrays, where)
+        names = dict.fromkeys([*(name for name in self._agreed if name in given), *(given if self._sends_all else ())])
+        sent = {name: _array(name, given[name], where) for name in names}
+        if {name: (array.dtype, array.shape) for name, array in sent.items()} == self._agreed:
+            return sent
+        agreed = {name: np.empty(shape, dtype) for name, (dtype, shape) in self._agreed.items()}
+        lines = differences(Manifest.of(agreed), Manifest.of(sent))
+        drifted = [
+            n for n, a in sent.items() if n in agreed and agreed[n].shape == a.shape and agreed[n].dtype != a.dtype
+        ]
+        fix = "submit arrays with the names, shapes and dtypes of initial="
+        if drifted and len(drifted) == len(lines):
+            name, dtype = drifted[0], agreed[drifted[0]].dtype.name
+            fix = (
+                f"{name!r} has become {sent[name].dtype} in the training: submit array.astype({dtype!r}), or keep all "
+                f"that the loop adds to it and multiplies it with in {dtype}"
+            )
+        raise StateMismatchError(
+            f"the update differs from the agreed model in {len(lines)} tensors (agreed != update):\n    "
+            + "\n    ".join(lines[:8]),
+            where=where,
+            fix=fix,
+        )
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """Report the score of `arrays` as they arrived. Does nothing if the site runs alone.

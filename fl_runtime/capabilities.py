@@ -28,5 +28,8 @@ SWARM: Final = "swarm"
 CROSS_EVALUATION: Final = "cross-evaluation"
 """The site can evaluate the models of other sites. Jobs with `cross_site` require it."""
 
+FINAL_SCORE: Final = "final-score"
+"""The site may still score the final model until it leaves the run, although it has not promised scores."""
+
 EXACT_RESTART: Final = "exact-restart"
 """The site can save and restore all of its state. Jobs with `exact_restart` require it."""

@@ -173,18 +173,19 @@ def test_the_final_arrays_are_the_callers_own() -> None:
     assert arrays["body"].tolist() == [7.0] * 3
 
 
-def test_numbers_and_lists_count_as_arrays() -> None:
-    numbers: Any = {"bias": 0.5, "w": [1.0, 2.0]}
+def test_numbers_count_as_arrays() -> None:
+    numbers: Any = {"bias": 0.5, "w": np.array([1.0, 2.0])}
     loss: Any = {"loss": np.float32(0.5)}
 
     def work(place: Place) -> Arrays:
         with fl.connect(kit=place.kit) as site:
             for task in site.tasks(initial=numbers):
-                task.submit({n: np.asarray(v).tolist() for n, v in task.arrays.items()}, num_examples=1, metrics=loss)
+                bias: Any = float(task.arrays["bias"])
+                task.submit({"bias": bias, "w": task.arrays["w"]}, num_examples=1, metrics=loss)
             return site.arrays
 
     with LocalFederation(sites=1, rounds=1) as federation:
-        assert values(federation.run(work)["site-1"]) == numbers
+        assert values(federation.run(work)["site-1"]) == {"bias": 0.5, "w": [1.0, 2.0]}
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
@@ -334,3 +335,86 @@ def test_a_loop_that_is_begun_again_goes_on_as_a_new_attempt() -> None:
     assert joined == [1, 2]
     finals = [outcome.value for outcome in outcomes.values()]
     assert all(final is not None and final["body"].tolist() == [2.0] * 3 for final in finals)
+
+
+# -- what is told at the site, alone and together --------------------------------------------------------------------
+
+
+def drifting(place: Place | None) -> None:
+    """Do what makes float32 weights float64: multiply with a list's mean, which is float64."""
+    with fl.connect(kit=place.kit if place else None) as site:
+        for task in site.tasks(initial=start()):
+            task.submit({n: a * np.mean([0.5, 1.5]) + np.ones(a.shape) for n, a in task.arrays.items()}, num_examples=1)
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_a_dtype_that_drifts_is_told_with_the_fix_before_anything_is_sent(federated: bool) -> None:
+    if federated:
+        with LocalFederation(sites=1, rounds=2) as federation:
+            error = federation.outcomes({"site-1": drifting}, check=False)["site-1"].error
+            assert not [event for event in federation.events if event.kind == "update" and event.round]
+    else:
+        with pytest.raises(StateMismatchError) as caught:
+            drifting(None)
+        error = caught.value
+    assert isinstance(error, StateMismatchError)
+    assert "head: float32[2] != float64[2]" in error.what and "body" not in error.what
+    assert error.where == "task.submit(...), round 1"
+    assert "'head' has become float64" in error.fix and "array.astype('float32')" in error.fix
+
+
+class Unreadable:
+    """What a tensor with a gradient does when NumPy asks for its values."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad")
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "a list of arrays": ([np.zeros(3), np.zeros(2, np.float32)], "got a list instead of a dict"),
+    "an array": (np.zeros(3), "got a ndarray instead of a dict"),
+    "nothing": (None, "got a NoneType instead of a dict"),
+    "a list of numbers": ({**start(), "body": [0.0, 1.0, 2.0]}, "'body' is a list, not an array"),
+    "a ragged list": ({**start(), "body": [[0.0], [1.0, 2.0]]}, "'body' is a list, not an array"),
+    "no value": ({**start(), "body": None}, "'body' is a NoneType, not an array"),
+    "a text": ({**start(), "body": "0.5"}, "'body' is a str, not an array"),
+    "an object": ({**start(), "body": object()}, "'body' is a object, not an array of numbers"),
+    "a tensor that NumPy cannot read": ({**start(), "body": Unreadable()}, "Unreadable that NumPy cannot read"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("at", ["initial", "submit"])
+@pytest.mark.parametrize("federated", [True, False])
+def test_what_is_no_dict_of_arrays_is_refused_in_words(bad: str, at: str, federated: bool) -> None:
+    value, said = BAD[bad]
+
+    def work(place: Place | None) -> None:
+        with fl.connect(kit=place.kit if place else None) as site:
+            for task in site.tasks(initial=value if at == "initial" else start()):
+                task.submit(value, num_examples=1)
+
+    if federated:
+        with LocalFederation(sites=1, rounds=1) as federation:
+            error = federation.outcomes({"site-1": work}, check=False)["site-1"].error
+    else:
+        with pytest.raises(ConfigError) as caught:
+            work(None)
+        error = caught.value
+    assert isinstance(error, ConfigError)
+    assert said in error.what
+    assert at in str(error) and error.fix
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 2.5, True, "3"])
+def test_a_number_of_rounds_that_cannot_be_is_refused(rounds: Any) -> None:
+    with fl.connect() as site, pytest.raises(ConfigError, match="is not a number of rounds"):
+        next(site.tasks(initial=start(), rounds=rounds))
+
+
+def test_alone_the_same_tensors_are_handed_out_as_in_a_federation() -> None:
+    with fl.connect(keep_local=["head"]) as site:
+        for task in site.tasks(initial=start(), rounds=2):
+            assert sorted(task.arrays) == ["body"]
+            task.submit({**start(), "body": task.arrays["body"] + 1}, num_examples=1)
+    assert values(site.arrays) == {"body": [2.0] * 3}

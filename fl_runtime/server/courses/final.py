@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fl_runtime.aggregation.metrics.pooling import to_json
+from fl_runtime.capabilities import FINAL_SCORE
 from fl_runtime.server.courses.base import Offer, leased
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
@@ -46,7 +47,7 @@ class FinalModel:
             state.enter("final")
             models, last = state.models, state.models.version
             self._membership.wait_until(
-                lambda: scoring.evaluators(last) <= scoring.scores.reported(last) | self._without_score,
+                lambda: self._expected() <= scoring.scores.reported(last) | self._without_score,
                 state.settings.deadline_s,
             )
             scoring.settle(last)
@@ -56,3 +57,9 @@ class FinalModel:
             best, why_not = models.best_version, scoring.no_best()
             state.events.emit("finished", rounds=state.plan.rounds, best_round=best, no_best=why_not)
             state.enter("done")
+
+    def _expected(self) -> set[str]:
+        """Names of the active sites that will or may score the final model."""
+        members = self._membership.members.values()
+        may = {m.name for m in members if m.active and m.registration and FINAL_SCORE in m.registration.capabilities}
+        return may | self._scoring.evaluators(self._state.models.version)

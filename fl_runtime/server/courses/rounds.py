@@ -121,6 +121,10 @@ class Rounds:
                 state.blobs.free(previous.strategy_state)
                 previous.strategy_state = None
             self._scoring.keep_better(previous)
+        if current.round > 0 and not self._scoring.evaluators(
+            current.round
+        ):  # the metrics of training are all there is
+            self._stop_out_of_patience(current.round)
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         """Restore the open round, its updates and the best model; returns the names of the updates' files."""
@@ -190,12 +194,14 @@ class Rounds:
         self._encoded = Model(ModelEntry(newest.version, blob.name, manifest.layout, digests), blob)
 
     def _stop_out_of_patience(self, version: int) -> None:
-        """End the run with this version if it is the newest, and the rounds up to it bring no improvement any more."""
+        """End the run with its newest model if the rounds up to this version bring no improvement any more.
+
+        The newest model is a later version if the scores of this one came after the next round had been committed.
+        """
         state, rounds = self._state, self._state.plan.rounds
-        if version != state.models.version or rounds is None or version >= rounds:
-            return
-        if self._scoring.out_of_patience(version):
-            state.stop_after(version)
+        newest = state.models.version
+        if rounds is not None and newest < rounds and self._scoring.out_of_patience(version):
+            state.stop_after(newest)
 
 
 def event_fields(result: RoundResult) -> dict[str, Any]:

@@ -79,16 +79,20 @@ class Scoring:
                 yield None
 
     def evaluators(self, version: int) -> set[str]:
-        """Names of the active sites that will score this version: they have promised to, and the model goes to them."""
+        """Names of the active sites that are expected to score this version, and to which the model goes.
+
+        They have promised to at the handshake, or they have scored the version before.
+        """
         current = self._state.open_round
         recipients = current if current and current.round == version + 1 else None
+        before = self.scores.reported(version - 1)
         return {
             m.name
             for m in self._membership.members.values()
             if m.active
             and (recipients is None or recipients.takes(m.name))
             and m.registration is not None
-            and m.registration.evaluates
+            and (m.registration.evaluates or (m.name in before and m.attempt > 0))  # virtual sites make no attempt
         }
 
     def settle(self, version: int) -> None:
