@@ -18,7 +18,14 @@ from fl_runtime.aggregation import FedNova, make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError, did_you_mean
-from fl_runtime.filters import at_point, check_cross_site, check_filters, check_repeatable, check_site_weights
+from fl_runtime.filters import (
+    at_point,
+    check_best_metric,
+    check_cross_site,
+    check_filters,
+    check_repeatable,
+    check_site_weights,
+)
 from fl_runtime.filters.facts import Examples
 from fl_runtime.types import RunSettings
 
@@ -345,6 +352,8 @@ def _check(job: Job) -> None:
             where="filters",
             fix="leave the filter out, or use another strategy",
         )
+    if job.best_metric is not None:
+        check_best_metric(job.filters, job.best_metric)
     if job.site_weights:
         check_site_weights(job.filters)
     if job.cross_site:

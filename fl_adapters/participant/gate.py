@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
+from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
 from fl_runtime.errors import FederationError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
@@ -44,6 +45,8 @@ class Gate:
         self._kit, self._framework, self._on_refusal = kit, framework, on_refusal
         self._policy = policy_gate_of(kit)
         self._filters: SiteFilters
+        self._job: Settings = {}
+        self._withheld = ""  # the metric of the best round, if filters withhold it
 
     @contextmanager
     def leaving_on_refusal(self) -> Iterator[None]:
@@ -71,6 +74,7 @@ class Gate:
                 check_repeatable(self._policy.filters)
             host = self._filter_host(site, str(job["name"]))
             self._filters = SiteFilters(job.get("filters", ()), self._policy.filters, host)
+            self._job = job
 
     def register(self, state: Arrays, terms: Terms) -> Mapping[str, str]:
         """Check the model that will be exchanged, before the handshake.
@@ -85,13 +89,16 @@ class Gate:
         with self.leaving_on_refusal():
             self._policy.check_handshake(list(state), terms)
             self._filters.agree(state, weights=terms.content == "weights")
+        metric = Ranking.of(terms, self._job.get("best_metric"), self._job.get("best_mode")).metric
+        self._withheld = metric if self._filters.withhold(metric) else ""
         return self._filters.agreement
 
     def software(self) -> Mapping[str, str]:
-        """Return what the server may know about this site's software and filters."""
+        """Return what the server may know about this site's software and filters. Call after `register`."""
         info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
         filters = self._filters.described()
-        return self._policy.visible_software(info | ({"filters": filters} if filters else {}))
+        visible = dict(self._policy.visible_software(info | ({"filters": filters} if filters else {})))
+        return visible | ({WITHHELD: self._withheld} if self._withheld else {})
 
     # -- what arrives ----------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from fl_runtime.errors import ConfigError, did_you_mean
-from fl_runtime.filters.base import EncodingFilter, FactsFilter, Point, refuse
+from fl_runtime.filters.base import EncodingFilter, FactsFilter, Point, matches, refuse
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics, Examples, NoisyMetrics, RoundMetrics
@@ -31,6 +31,7 @@ from fl_runtime.types import Settings, Strategy
 __all__ = [
     "PlacedFilter",
     "at_point",
+    "check_best_metric",
     "check_cross_site",
     "check_filters",
     "check_repeatable",
@@ -197,6 +198,24 @@ def check_site_weights(filters: Sequence[Settings]) -> None:
             where="site_weights",
             fix="leave site_weights out of the job, or use GaussianDP at site_out",
         )
+
+
+def check_best_metric(filters: Sequence[Settings], metric: str) -> None:
+    """Refuse filters that withhold the metric by which a job picks the best round.
+
+    Args:
+        filters: Settings of the job's filters.
+        metric: The job's `best_metric`.
+
+    Raises:
+        ConfigError: If no pattern of an `AllowMetrics` matches the metric.
+    """
+    for item in at_point(filters, "site_out"):
+        if isinstance(item, AllowMetrics) and not matches(metric, item.names):
+            raise refuse(
+                f"AllowMetrics withholds {metric!r}, by which the job picks the best round",
+                f"add {metric!r} to the filter's names, or leave best_metric out of the job",
+            )
 
 
 def check_cross_site(filters: Sequence[Settings], strategy: Strategy | None) -> None:

@@ -22,6 +22,7 @@ from fl_runtime.filters.base import (
     LazyArrays,
     RunningFilter,
     layout_of,
+    matches,
     refuse,
     work_dtype,
     work_layout,
@@ -29,6 +30,7 @@ from fl_runtime.filters.base import (
 from fl_runtime.filters.ckks import Cipher, HomomorphicCKKS, is_encrypted
 from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
+from fl_runtime.filters.facts import AllowMetrics
 from fl_runtime.filters.feedback import ErrorFeedback
 from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.filters.server import applied_filters
@@ -276,6 +278,15 @@ class SiteFilters:
             return update
         ran = [step.filter.settings() for step in self._outgoing if isinstance(step.filter, HomomorphicCKKS)]
         return replace(self._encrypted(update), encoding=json.dumps(ran))
+
+    def withhold(self, metric: str) -> bool:
+        """Return whether a metric does not leave this site, because no pattern of an `AllowMetrics` matches its name.
+
+        Args:
+            metric: Name of the metric.
+        """
+        allowed = [step.filter.names for step in self._outgoing if isinstance(step.filter, AllowMetrics)]
+        return not all(matches(metric, names) for names in allowed)
 
     def report(self, report: Report) -> Report:
         """Filter the metrics of a global model.

@@ -9,6 +9,9 @@ from typing import Literal
 
 from fl_runtime.types import Terms
 
+WITHHELD = "withheld best metric"
+"""Key in the `info` of a site's registration: the metric of the best round, if the site's filters withhold it."""
+
 
 @dataclass(frozen=True)
 class Ranking:

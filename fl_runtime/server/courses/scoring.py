@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from fl_runtime.aggregation.metrics.pooling import plain, to_json
-from fl_runtime.aggregation.metrics.ranking import Ranking
+from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
 from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.server.courses.scores import Scores
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.state import RunState
 from fl_runtime.types import Metrics, Report, Terms
+
+_LISTED = 8
 
 
 class Scoring:
@@ -134,7 +136,7 @@ class Scoring:
         if metric in names:
             return f"{metric!r} has no finite value in any round"
         others = f"; reported: {', '.join(sorted(names))}" if names else ""
-        return f"no site reported {metric!r}{others}"
+        return f"no site reported {metric!r}{self._withheld(metric)}{others}"
 
     def out_of_patience(self, version: int) -> bool:
         """Whether the job's patience, or else that of the sites' terms, is spent with this version."""
@@ -149,25 +151,38 @@ class Scoring:
         return Ranking.of(self._state.plan.terms, settings.best_metric, settings.best_mode)
 
     def _check_metric(self, version: int) -> None:
-        """Fail the run at its first scores if they lack the best metric that the job or the sites' terms named."""
+        """Fail the run at its first scores if they lack the best metric that the job or the sites' terms named.
+
+        A metric of the terms that filters withhold is no mistake of the script: the run goes on without a best round.
+        """
         state, metric = self._state, self._ranking().metric
         named = state.settings.best_metric is not None or metric != Terms().best_metric
         if self._metric_checked or not named or version < 1 or not any(self.scores.by_site(version).values()):
             return
         self._metric_checked = True
         names = sorted(self._names(range(version + 1)))
-        if metric in names:
+        withheld = self._withheld(metric)
+        if metric in names or (withheld and state.settings.best_metric is None):
             return
         nearest = difflib.get_close_matches(metric, names, n=1, cutoff=0.4)
         error = ConfigError(
-            f"the best round is to be chosen by {metric!r}, but no site reports a metric of this name; reported: "
-            + ", ".join(names),
+            f"the best round is to be chosen by {metric!r}, but no site reports a metric of this name{withheld}; "
+            f"reported: {', '.join(names)}",
             where=f"best_metric, scores of round {version}",
             fix=(f"did you mean {nearest[0]!r}? " if nearest else "")
             + "Name one of these metrics with --best-metric or Job(best_metric=)",
         )
         state.fail(error)
         raise error
+
+    def _withheld(self, metric: str) -> str:
+        """Which sites' filters withhold a metric, as a part of a message; "" if none do."""
+        members = self._membership.members.values()
+        sites = [m.name for m in members if m.registration and m.registration.info.get(WITHHELD) == metric]
+        if not sites:
+            return ""
+        more = f" and {len(sites) - _LISTED} more" if len(sites) > _LISTED else ""
+        return f" (withheld by AllowMetrics at {', '.join(sites[:_LISTED])}{more})"
 
     def _names(self, versions: Iterable[int]) -> set[str]:
         """Names of all metrics that these versions have, from training and from any site's report."""
