@@ -141,9 +141,9 @@ class ConnectedSite:
                 alone.
             agreement: Further facts that must be equal at all sites, such as the order of labels.
             evaluate: Function from arrays to (metrics on this site's validation data, number of examples). It must not
-                change the arrays. It scores every global model as it arrives, the final one included, so that the
-                server can pick the best round; not with `evaluate_global=False`. In jobs with `cross_site` it also
-                scores every site's model after the last round. Not called if the site runs alone.
+                change the arrays. It scores the global model of every round as it arrives, the final one included, so
+                that the server can pick the best round; not with `evaluate_global=False`. In jobs with `cross_site` it
+                also scores every site's model after the last round. Not called if the site runs alone.
             save: Returns everything that the loop carries from round to round beside the weights that travel, such as
                 the optimizer's moments: nested lists and dicts of plain values and arrays. Needed in jobs with
                 `exact_restart`; pass `dict` if there is nothing. Called before round 1 and by `task.submit`, which
@@ -178,7 +178,7 @@ class ConnectedSite:
         )
         task = session.start(lambda: state, snapshot=FunctionSnapshot(save, load or _ignore) if save else None)
         while task.kind == "train":
-            if evaluate is not None and scores:
+            if evaluate is not None and scores and task.version > 0:
                 session.report(*_score(evaluate, task.arrays))
             if session.round_seed is not None:
                 seed_python(session.round_seed)
