@@ -17,7 +17,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -36,6 +36,7 @@ from fl_runtime.capabilities import FINAL_SCORE
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays, Metrics, Settings, Task
 from fl_runtime.wire.manifest import Manifest, differences
+from fl_runtime.wire.names import facts_of
 
 
 def connect(**options: Any) -> ConnectedSite:
@@ -123,7 +124,7 @@ class ConnectedSite:
         *,
         initial: Arrays,
         rounds: int | None = None,
-        agreement: dict[str, str] | None = None,
+        agreement: Mapping[str, str | Sequence[Any]] | None = None,
         evaluate: Callable[[Arrays], tuple[Metrics, int]] | None = None,
         save: Callable[[], State] | None = None,
         load: Callable[[State], None] | None = None,
@@ -139,7 +140,9 @@ class ConnectedSite:
                 task.
             rounds: Number of rounds, at least 1, used only if the job does not specify it. Default 1 if the site runs
                 alone.
-            agreement: Further facts that must be equal at all sites, such as the order of labels.
+            agreement: What must mean the same at all sites, by any name: texts, which every site must give, and lists,
+                which are compared entry by entry with those of the sites that give one, such as `{"labels": ["cat",
+                "dog"]}`.
             evaluate: Function from arrays to (metrics on this site's validation data, number of examples). It must not
                 change the arrays. It scores the global model of every round as it arrives, the final one included, so
                 that the server can pick the best round; not with `evaluate_global=False`. In jobs with `cross_site` it
@@ -169,7 +172,7 @@ class ConnectedSite:
         scores = evaluate is not None and settings.evaluate_global is not False
         rounds = session.register(
             state,
-            agreement=agreement or {},
+            agreement=facts_of(agreement or {}),
             rounds=rounds,
             evaluates=scores,
             cross_evaluates=evaluate is not None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
@@ -13,6 +13,7 @@ from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Content, Terms
+from fl_runtime.wire.names import Facts, Names, names_of
 
 Exchange: TypeAlias = str | tuple[str, ...]
 """What travels: "auto", "trainable", "all", or name patterns."""
@@ -95,6 +96,8 @@ class Options:
             if there is validation data.
         num_examples: Weight of this site's updates, above 0. None counts the training examples.
         required: Whether a missing startup kit is an error, instead of a local run.
+        agree: Whether lists of names that the adapter sees, such as labels and vocabularies, must be equal at all
+            sites; or further such lists, by any name.
 
     Raises:
         ConfigError: An argument cannot work.
@@ -108,6 +111,7 @@ class Options:
     evaluate_global: bool | None = None
     num_examples: int | None = None
     required: bool = False
+    agree: bool | Mapping[str, Sequence[Any]] = True
 
     def __post_init__(self) -> None:
         if self.every is not None:
@@ -115,6 +119,7 @@ class Options:
         _exchange(self.exchange)
         _patterns("keep_local", self.keep_local)
         _policy(self.optimizer_state)
+        _lists_of_names(self.agree)
         n = self.num_examples
         if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n <= 0):
             raise ConfigError(
@@ -153,6 +158,7 @@ class SiteSettings:
         cross_site: Whether this site evaluates the models of all sites after the last round.
         exact_restart: Whether this site must end with the same bits after a restart.
         plan: What the job's strategy requires of this site.
+        agree: Whether lists of names must be equal at all sites; or further such lists, by any name.
     """
 
     rounds: int | None
@@ -167,6 +173,7 @@ class SiteSettings:
     cross_site: bool = False
     exact_restart: bool = False
     plan: SitePlan = field(default_factory=SitePlan)
+    agree: bool | Mapping[str, Sequence[str]] = True
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -195,6 +202,7 @@ class SiteSettings:
             cross_site=bool(job.get("cross_site")),
             exact_restart=bool(job.get("exact_restart")),
             plan=SitePlan.parse(job.get("strategy")),
+            agree=_lists_of_names(options.agree),
         )
 
     def best(self, proposed: BestMetric | None) -> BestMetric:
@@ -224,6 +232,24 @@ class SiteSettings:
         if proposed is None or decided or self.best_metric not in (None, proposed.name):
             return Terms(content=content)
         return Terms(content=content, best_metric=proposed.name, best_mode=proposed.mode)
+
+    def declared(self, facts: Facts) -> Facts:
+        """Return what this site declares at the handshake.
+
+        Args:
+            facts: What the adapter sees: texts, and lists of names such as labels.
+
+        Returns:
+            `facts` with these settings and the script's own lists (`agree={...}`). Without any lists if `agree` is
+            False, which is said on stderr if the adapter sees some.
+        """
+        own = self.agree if isinstance(self.agree, Mapping) else {}
+        facts = {**facts, **{name: names_of(entries) for name, entries in own.items()}}
+        lists = [name for name, fact in facts.items() if isinstance(fact, Names)]
+        if self.agree is False and lists:
+            print(f"fl-adapters: agree=False: not compared with other sites: {', '.join(lists)}", file=sys.stderr)
+            facts = {name: fact for name, fact in facts.items() if name not in lists}
+        return {**facts, "every": str(self.every), "optimizer_state": self.optimizer_state}
 
     @property
     def phases(self) -> int:
@@ -275,6 +301,17 @@ def _patterns(argument: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _lists_of_names(value: Any) -> bool | dict[str, tuple[str, ...]]:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Mapping) or any(isinstance(v, str) or not isinstance(v, Iterable) for v in value.values()):
+        raise ConfigError(
+            f"agree={value!r} is neither True or False nor lists of names",
+            fix="write agree={'labels': ['cat', 'dog']}, or agree=False to compare nothing but the model",
+        )
+    return {str(name): tuple(str(entry) for entry in entries) for name, entries in value.items()}
+
+
 def _policy(value: Any) -> OptimizerPolicy | None:
     if value is not None and value not in _POLICIES:
         raise ConfigError(f"optimizer_state={value!r} is unknown", fix=f"give one of {', '.join(_POLICIES)}")
@@ -298,6 +335,8 @@ class SharedArguments:
             can pick the best round. Default: yes if there is validation data.
         num_examples: Weight of this site in the average, above 0. Default: the size of its training set.
         required: Raise an error instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (labels, vocabularies, features) must be equal at all sites.
+            A dict adds lists that it cannot see: `agree={"labels": ["cat", "dog"]}`. Default: yes.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -317,6 +356,7 @@ class SharedArguments:
         evaluate_global: bool | None = None,
         num_examples: int | None = None,
         required: bool = False,
+        agree: bool | Mapping[str, Sequence[Any]] = True,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -328,4 +368,5 @@ class SharedArguments:
             evaluate_global=evaluate_global,
             num_examples=num_examples,
             required=required,
+            agree=agree,
         )

@@ -34,6 +34,7 @@ from fl_runtime.trust.secure_stream import SecureStream
 from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.names import Facts
 
 _FINISHED = "all rounds are done"
 
@@ -254,7 +255,7 @@ class Session:
         self,
         state: Arrays,
         *,
-        agreement: Mapping[str, str],
+        agreement: Facts,
         rounds: int | None,
         evaluates: bool,
         cross_evaluates: bool = False,
@@ -268,7 +269,7 @@ class Session:
         Args:
             state: The tensors that will travel. Names, shapes and dtypes must be equal at all sites. Borrowed for
                 the call.
-            agreement: Further facts that must be equal at all sites.
+            agreement: Further facts that must be equal at all sites: texts, and lists of names.
             rounds: Number of rounds in the trainer's own budget, used only if the job does not specify `rounds`.
             evaluates: Whether this site reports the score of every global model.
             cross_evaluates: Whether this site calls `results.next_to_score` after the last round.
@@ -288,11 +289,10 @@ class Session:
         """
         check_finite(state, where=f"the model of {self.name}, before round 1")
         terms = terms or Terms()
-        settings = {"every": str(self.settings.every), "optimizer_state": self.settings.optimizer_state}
         filters = self._gate.register(state, terms)
         self.rounds = self._client.register(
             Manifest.of(state),
-            agreement={**agreement, **settings, **filters},
+            agreement=self.settings.declared({**agreement, **filters}),
             info=self._gate.software(),
             capabilities=capabilities
             | session_capabilities(cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None),

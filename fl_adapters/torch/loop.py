@@ -71,6 +71,8 @@ class FederatedLoop(SharedArguments):
         num_examples: Weight of this site in the average. Default: the length of the loader's data set, or the examples
             seen in the round if it has none.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (label names) must be equal at all sites. A dict adds lists
+            that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
     Attributes:
         exchange_stats: Number, bytes and seconds of the last exchange, for logs: `federation_round`,
@@ -112,6 +114,7 @@ class FederatedLoop(SharedArguments):
         evaluate_global: bool | None = None,
         num_examples: int | None = None,
         required: bool = False,
+        agree: bool | Mapping[str, Sequence[Any]] = True,
     ) -> None:
         super().__init__(
             kit=kit,
@@ -122,6 +125,7 @@ class FederatedLoop(SharedArguments):
             evaluate_global=evaluate_global,
             num_examples=num_examples,
             required=required,
+            agree=agree,
         )
         optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         _check_kinds(model, optimizers, evaluate)

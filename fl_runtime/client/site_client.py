@@ -11,6 +11,7 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.calls import PatientCalls
+from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import FederationError
@@ -24,6 +25,7 @@ from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.names import Facts
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class SiteClient:
         self._calls, self._layouts = PatientCalls(transport, patience_s), Layouts()
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
         self._session = pb.Session()
+        self._parts = False  # whether the server takes a registration in several messages
         self._presence: Presence | None = None
 
     @property
@@ -115,6 +118,7 @@ class SiteClient:
         settings = json.loads(reply.settings_json)
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
+        self._parts = PARTS in reply.features
         if self._same_machine and reply.shared_folder:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
         self._uploads.frame_bytes = frames.frame_bytes(reply.count)
@@ -125,7 +129,7 @@ class SiteClient:
         self,
         manifest: Manifest,
         *,
-        agreement: Mapping[str, str],
+        agreement: Facts,
         info: Mapping[str, str],
         capabilities: frozenset[str],
         rounds: int,
@@ -136,7 +140,7 @@ class SiteClient:
 
         Args:
             manifest: Names, dtypes and shapes of the tensors that this site exchanges.
-            agreement: Names and values that must be equal at all sites.
+            agreement: What must be equal at all sites: texts by name, and lists of names.
             info: Names and values for people to read.
             capabilities: Capabilities of the site's adapter.
             rounds: The trainer's own number of rounds, 0 without a budget.
@@ -153,14 +157,13 @@ class SiteClient:
         request = pb.RegisterRequest(
             session=self._session,
             manifest=manifest.to_proto(),
-            agreement=dict(agreement),
             info=dict(info),
             capabilities=sorted(capabilities),
             rounds=rounds,
             evaluates=evaluates,
             terms_json=json.dumps(asdict(terms)) if terms else "",
         )
-        reply = self._calls.ask("Register", request, pb.RegisterReply)
+        reply = Handshake(self._calls, agreement, parts=self._parts).register(request)
         self._layouts.add(manifest)
         self._downloads.large = manifest.nbytes > frames.INLINE_BYTES
         if not self._downloads.large or self._downloads.shared is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fl_runtime.errors import AbortedError, PermissionDeniedError, ProtocolError, QuorumError
 from fl_runtime.server import limits
 from fl_runtime.server.registration import Member, Registration, check_latecomer
 from fl_runtime.server.state import RunState
 from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.names import Excerpt, Question
 
 
 class Membership:
@@ -37,6 +38,8 @@ class Membership:
             member.attempt += 1
             member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
             member.layouts.clear()
+            member.questions.clear()
+            member.excerpts.clear()
             member.attending, member.absent_since = 0, time.monotonic()
             state.journal.joined(name, member.attempt)
             state.journal.left(name, False)
@@ -47,11 +50,12 @@ class Membership:
 
     def register(
         self, name: str, attempt: int, manifest: Manifest, registration: Registration, beat_s: float | None
-    ) -> Iterator[int | None]:
+    ) -> Iterator[int | Question | None]:
         """Register a site, and wait until all sites have agreed.
 
         Yields:
-            None every `beat_s` seconds of waiting, then the run's number of rounds.
+            None every `beat_s` seconds of waiting, questions that must be passed to `answer` before the next step,
+            then the run's number of rounds.
         """
         state = self._state
         with state.lock:
@@ -74,15 +78,44 @@ class Membership:
         while True:
             with state.lock:
                 self.caller(name, attempt)
-                if state.plan.rounds is None:
+                if state.plan.rounds is None and not member.questions:
                     state.published.wait(beat_s)
                     self.caller(name, attempt)
-                rounds = state.plan.rounds
+                rounds, question = state.plan.rounds, next(iter(member.questions.items()), None)
             if rounds is not None:
                 yield rounds
                 return
-            if beat_s is not None:
+            if question is not None:
+                yield Question(*question)
+            elif beat_s is not None:
                 yield None
+
+    def answer(self, name: str, attempt: int, list_name: str, excerpt: Excerpt) -> None:
+        """Take a site's answer to a question about a list of names."""
+        with self._state.lock:
+            member = self.caller(name, attempt)
+            if member.questions.pop(list_name, None) is not None:
+                member.excerpts[list_name] = excerpt
+            self._state.changed.notify_all()
+
+    def ask(self, questions: Mapping[str, Mapping[str, range]], timeout_s: float) -> dict[str, dict[str, Excerpt]]:
+        """Ask sites for entries of their lists of names, and wait for the answers under the lock.
+
+        Args:
+            questions: Site -> name of a list -> indices of the entries.
+            timeout_s: How long to wait.
+
+        Returns:
+            The answers that have come: site -> name of a list -> entries.
+        """
+        members = [self.members[site] for site in questions]
+        for member in members:
+            member.questions.update(questions[member.name])
+        self._state.published.notify_all()
+        self.wait_until(lambda: not any(m.questions and m.active for m in members), timeout_s)
+        for member in members:
+            member.questions.clear()
+        return {member.name: dict(member.excerpts) for member in members}
 
     def attend(self, name: str, attempt: int) -> Member:
         """Note that a site has opened a presence stream."""

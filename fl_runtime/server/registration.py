@@ -9,6 +9,7 @@ from typing import Any
 from fl_runtime.errors import HandshakeError, StateMismatchError
 from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
+from fl_runtime.wire.names import Excerpt, NamesDigest, describe_difference
 
 _LISTED = 8
 _BEST = ("best_metric", "best_mode")
@@ -30,6 +31,7 @@ class Registration:
         rounds: The trainer's own number of rounds, 0 without a budget.
         evaluates: True if the site will score each global model.
         terms: The script's terms; they too must be equal at all sites.
+        names: Lists of names, such as labels, that must be equal at all sites that give them.
     """
 
     layout: bytes
@@ -39,6 +41,7 @@ class Registration:
     rounds: int
     evaluates: bool
     terms: Terms = field(default_factory=Terms)
+    names: Mapping[str, NamesDigest] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The registration as JSON values, for the journal."""
@@ -50,6 +53,7 @@ class Registration:
             "rounds": self.rounds,
             "evaluates": self.evaluates,
             "terms": asdict(self.terms),
+            "names": {name: digest.to_json() for name, digest in self.names.items()},
         }
 
     @classmethod
@@ -63,6 +67,7 @@ class Registration:
             fields["rounds"],
             fields["evaluates"],
             Terms(**fields.get("terms", {})),
+            {name: NamesDigest.from_json(digest) for name, digest in fields.get("names", {}).items()},
         )
 
 
@@ -84,6 +89,8 @@ class Member:
         described: Number of tensors in the manifests that the site has sent, over all attempts.
         known: True if any attempt has registered.
         expelled: Why this attempt may not take part any more, or "".
+        questions: Lists of names of which the site is asked for the entries in a range, by the list's name.
+        excerpts: Its answers, by the list's name.
     """
 
     name: str
@@ -98,6 +105,8 @@ class Member:
     described: int = 0
     known: bool = False
     expelled: str = ""
+    questions: dict[str, range] = field(default_factory=dict)
+    excerpts: dict[str, Excerpt] = field(default_factory=dict)
 
     @property
     def active(self) -> bool:
@@ -119,27 +128,58 @@ def check_agreement(
     layouts: Mapping[bytes, Manifest],
     strategy: Strategy,
     when: str = "before round 1",
+    excerpts: Mapping[str, Mapping[str, Excerpt]] | None = None,
 ) -> None:
     """Check that all sites exchange the same tensors and agree on what they declared. Each is compared with the first.
+
+    A list of names is compared with that of the first site that gives one.
 
     Args:
         registrations: Registrations by site.
         layouts: Manifests by layout digest.
         strategy: Says which shapes may differ between sites.
         when: When the sites are compared, for the error.
+        excerpts: Entries of lists of names that sites were asked for, by site and list.
 
     Raises:
         StateMismatchError: The tensors differ; the message names sites and tensors.
-        HandshakeError: Declared values, terms or numbers of rounds differ.
+        HandshakeError: Declared values, lists of names, terms or numbers of rounds differ.
     """
     name_of_first = spokesman(registrations)
     first = registrations[name_of_first]
+    names = {
+        pair: [_described(name, pair, registrations, excerpts or {}) for name in lists]
+        for pair, lists in differing_names(registrations).items()
+    }
     for name, other in registrations.items():
         declared = _declared_differences(first, other)
         tensors = differences(layouts[first.layout], layouts[other.layout], strategy.agreed_shape)
-        if declared or tensors:
-            raise _disagreement(name_of_first, name, declared, tensors, when)
+        lines = names.pop((name_of_first, name), [])
+        if declared or tensors or lines:
+            raise _disagreement(name_of_first, name, declared, lines, tensors, when)
+    for (name, other_name), lines in names.items():
+        raise _disagreement(name, other_name, [], lines, [], when)
     _check_rounds(registrations, when)
+
+
+def differing_names(registrations: Mapping[str, Registration]) -> dict[tuple[str, str], list[str]]:
+    """Find lists of names that differ from those of the first site that gives them.
+
+    Args:
+        registrations: Registrations by site.
+
+    Returns:
+        (that site, another site) -> names of the lists.
+    """
+    first = spokesman(registrations)
+    givers: dict[str, str] = {}
+    found: dict[tuple[str, str], list[str]] = {}
+    for site in dict.fromkeys([first, *registrations]):
+        for name, digest in registrations[site].names.items():
+            giver = givers.setdefault(name, site)
+            if digest.first_difference(registrations[giver].names[name]) is not None:
+                found.setdefault((giver, site), []).append(name)
+    return found
 
 
 def spokesman(registrations: Mapping[str, Registration]) -> str:
@@ -190,21 +230,40 @@ def _declared_differences(first: Registration, other: Registration) -> list[str]
     ]
 
 
-def _disagreement(first: str, other: str, declared: list[str], tensors: list[str], when: str) -> HandshakeError:
+def _described(
+    name: str,
+    pair: tuple[str, str],
+    registrations: Mapping[str, Registration],
+    excerpts: Mapping[str, Mapping[str, Excerpt]],
+) -> str:
+    """How a list of names differs between two sites, in one line."""
+    left, right = (registrations[site].names[name] for site in pair)
+    mine, theirs = (excerpts.get(site, {}).get(name) for site in pair)
+    return describe_difference(name, left, right, (mine, theirs) if mine and theirs else None)
+
+
+def _disagreement(
+    first: str, other: str, declared: list[str], names: list[str], tensors: list[str], when: str
+) -> HandshakeError:
     """The error for two sites that differ. Settings come first, since they often cause differences in tensors."""
-    lines = declared + tensors[:_LISTED]
+    lines = declared + names + tensors[:_LISTED]
     if len(tensors) > _LISTED:
         lines.append(f"... and {len(tensors) - _LISTED} more tensors")
     count = f" in {len(tensors)} tensors" if tensors else ""
     kind = StateMismatchError if tensors else HandshakeError
-    settings = "give both the same settings"
+    fixes = []
+    if tensors:
+        fixes.append("build the same model at every site, or leave what may differ at home with keep_local")
+    elif declared:
+        fixes.append("give both the same settings")
     if any(line.partition(":")[0] in _BEST for line in declared):
-        settings += "; --best-metric and --best-mode name the best metric for all sites"
-    fix = "build the same model at every site, or leave what may differ at home with keep_local"
+        fixes.append("--best-metric and --best-mode name the best metric for all sites")
+    if names:
+        fixes.append("use the same names in the same order at every site; if the difference is meant, pass agree=False")
     return kind(
         f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(lines),
         where=f"handshake of {first} and {other}, {when}",
-        fix=fix if tensors else settings,
+        fix="; ".join(fixes),
     )
 
 

@@ -26,7 +26,8 @@ from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
 from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
-from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.manifest import Manifest, check_count
+from fl_runtime.wire.names import Excerpt, Question, checked_lists
 
 M = TypeVar("M", bound=Message)
 
@@ -101,7 +102,7 @@ class FederationService:
 
     def _register(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         request = _first(pb.RegisterRequest, requests)
-        manifest = Manifest.from_proto(request.manifest)
+        manifest = Manifest.from_proto(_whole_manifest(request, requests))
         limits.check_table(request.agreement, "the agreement")
         limits.check_table(request.info, "the info")
         limits.check_table(dict.fromkeys(request.capabilities, ""), "the list of capabilities")
@@ -113,11 +114,17 @@ class FederationService:
             rounds=request.rounds,
             evaluates=request.evaluates,
             terms=_terms(request.terms_json),
+            names=checked_lists(request.names),
         )
-        attempt, beat_s = self._attempt(request.session), _beat_s(request.session)
-        for rounds in self._run.membership.register(peer.name, attempt, manifest, registration, beat_s):
-            reply = pb.RegisterReply(waiting=pb.Waiting()) if rounds is None else pb.RegisterReply(rounds=rounds)
-            yield reply.SerializeToString()
+        attempt, beat_s, membership = self._attempt(request.session), _beat_s(request.session), self._run.membership
+        for step in membership.register(peer.name, attempt, manifest, registration, beat_s):
+            if isinstance(step, Question):
+                yield pb.RegisterReply(question=step.to_proto()).SerializeToString()
+                excerpt = _first(pb.RegisterRequest, requests).excerpt
+                membership.answer(peer.name, attempt, step.name, Excerpt.from_proto(excerpt))
+            else:
+                reply = pb.RegisterReply(waiting=pb.Waiting()) if step is None else pb.RegisterReply(rounds=step)
+                yield reply.SerializeToString()
 
     def _attend(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         session = _first(pb.SessionRequest, requests).session
@@ -290,6 +297,18 @@ class FederationService:
 def _beat_s(session: pb.Session) -> float | None:
     """Seconds between the signs of life that the caller asks for in a call that waits, or None for none."""
     return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
+
+
+def _whole_manifest(first: pb.RegisterRequest, requests: Iterator[bytes]) -> pb.Manifest:
+    """The manifest of a registration, whose tensors may come in several messages."""
+    manifest, part = first.manifest, first
+    while part.more:
+        part = _parse(pb.RegisterRequest, _expected(requests, "a registration ended before its last message"))
+        if not part.manifest.tensors:
+            raise ProtocolError("a message of a registration brings no tensors")
+        manifest.tensors.extend(part.manifest.tensors)
+        check_count(manifest)
+    return manifest
 
 
 def _receive_frames(transfer: Transfer, requests: Iterator[bytes]) -> int:

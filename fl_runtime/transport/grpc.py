@@ -422,6 +422,14 @@ def _federation_error(error: Any, address: str, plain: bool) -> FederationError:
             f"the server at {address} does not answer ({error.details() or error.code().name})",
             fix="check that the server runs and that this machine can reach it",
         )
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ProtocolError(
+            f"a message is too large for gRPC: {error.details()}",
+            where=f"call to {address}; a message may have {_MESSAGE_BYTES} bytes, in which tensors are described "
+            "by name, dtype and shape",
+            fix="send fewer tensors (exchange=, keep_local=, a strategy or filter that adds none), or run the same "
+            "version of fl-adapters at server and sites: newer ones register models of any number of tensors",
+        )
     what = f"the server at {address} answered {error.code().name}: {error.details()}"
     if plain or error.code() in _BROKEN:
         return TransferDamagedError(what, fix=f"{_CHECK_NETWORK}, and that an fl-adapters server listens there")

@@ -98,8 +98,7 @@ class Manifest:
             ProtocolError: If a limit is exceeded, a name is unusable or given twice, or a dtype is unknown. The
                 message names the tensor.
         """
-        if len(message.tensors) > MAX_TENSORS:
-            raise ProtocolError(f"a manifest has {len(message.tensors)} tensors; the limit is {MAX_TENSORS}")
+        check_count(message)
         specs = tuple(_checked(t) for t in message.tensors)
         if len({(s.extra, s.name) for s in specs}) != len(specs):
             raise ProtocolError("a manifest names the same tensor twice")
@@ -196,6 +195,12 @@ class Manifest:
         array = (extras if spec.extra else arrays)[spec.name]
         little = np.ascontiguousarray(array, dtype=dtype_of(spec.dtype))
         return little.reshape(-1).view(np.uint8).data
+
+
+def check_count(message: pb.Manifest) -> None:
+    """Raise ProtocolError if a manifest has more than `MAX_TENSORS` tensors."""
+    if len(message.tensors) > MAX_TENSORS:
+        raise ProtocolError(f"a manifest has {len(message.tensors)} tensors; the limit is {MAX_TENSORS}")
 
 
 def differences(left: Manifest, right: Manifest, shape_of: ShapeOf | None = None) -> list[str]:

@@ -45,6 +45,8 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         num_examples: Weight of this site in the average. Default: the length of `train_dataset`, or the examples seen
             in the round if it has none.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (label names, tokenizer) must be equal at all sites. A dict
+            adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
     Raises:
         ConfigError: For an argument that cannot work. The hooks raise it too, before the first step, for features of

@@ -45,6 +45,8 @@ class FederatedCallback(SharedArguments, keras.callbacks.Callback):
         num_examples: Weight of this site in the average, above 0. Default: the size of the training set, or the
             examples seen in the round if the data has no length.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (class names, vocabularies) must be equal at all sites. A
+            dict adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
     Raises:
         ConfigError: For an argument that cannot work. The hooks raise it too, before the first step, for features of

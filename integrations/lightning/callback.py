@@ -50,6 +50,8 @@ class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[m
         num_examples: Weight of this site in the average. Default: the training examples that an epoch uses, or those
             seen in the round if the data have no length.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (label names, tokenizer) must be equal at all sites. A dict
+            adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
     Raises:
         ConfigError: For an argument that cannot work. The hooks raise it too, before the first step, for what cannot

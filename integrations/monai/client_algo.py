@@ -40,6 +40,7 @@ def run_client_algo(
     evaluate_global: bool | None = None,
     num_examples: int | None = None,
     required: bool = False,
+    agree: bool | Mapping[str, Sequence[Any]] = True,
 ) -> ExchangeObject:
     """Train a MONAI client algorithm through all rounds of the federation.
 
@@ -62,6 +63,8 @@ def run_client_algo(
         evaluate_global: Whether the algorithm scores each global model. Default: yes if it can evaluate.
         num_examples: Weight of this site in the average. Default: the size of the training set of `algo.trainer`.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (channels, label names) must be equal at all sites. A dict
+            adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
     Returns:
         The final global weights.
@@ -77,6 +80,7 @@ def run_client_algo(
         evaluate_global=evaluate_global,
         num_examples=num_examples,
         required=required,
+        agree=agree,
     )
     session = open_session(options, framework=_FRAMEWORK, fresh=True)
     extra: dict[str, Any] = {ExtraItems.CLIENT_NAME: session.name if session else "local"}

@@ -57,6 +57,8 @@ class FederatedHandler(SharedArguments):
         num_examples: Weight of this site in the average. Default: the images that an epoch uses, or those seen in the
             round if the data have no length.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (channels, label names) must be equal at all sites. A dict
+            adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
     Raises:
         ConfigError: For an argument that cannot work. The events raise it too, before the first iteration, for what

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import xgboost
@@ -38,6 +38,8 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
             Default: yes if there are `evals`.
         num_examples: Weight of this site in the average, above 0. Default: the rows of the training data.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (features, categories) must be equal at all sites. A dict
+            adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
         mask_statistics: Whether updates leave out the statistics of each node: `sum_hessian` and gains.
         exchange: Only None, "auto" or "all": a model of trees always travels whole.
         keep_local: Only an empty sequence: a model of trees always travels whole.
@@ -62,6 +64,7 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
         evaluate_global: bool | None = None,
         num_examples: int | None = None,
         required: bool = False,
+        agree: bool | Mapping[str, Sequence[Any]] = True,
         mask_statistics: bool = False,
         exchange: str | Sequence[str] | None = None,
         keep_local: Sequence[str] = (),
@@ -73,6 +76,7 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
             evaluate_global=evaluate_global,
             num_examples=num_examples,
             required=required,
+            agree=agree,
             exchange=exchange,
             keep_local=keep_local,
             optimizer_state=optimizer_state,

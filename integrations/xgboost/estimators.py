@@ -14,7 +14,7 @@ from .training import train
 
 _FEDERATED = (
     *("mode", "mask_statistics", "quantile_rows", "quantile_noise", "collective_timeout_s"),
-    *("kit", "every", "evaluate_global", "num_examples", "required"),
+    *("kit", "every", "evaluate_global", "num_examples", "required", "agree"),
 )
 
 

@@ -38,6 +38,7 @@ def train(
     evaluate_global: bool | None = None,
     num_examples: int | None = None,
     required: bool = False,
+    agree: bool | Mapping[str, Sequence[Any]] = True,
     mask_statistics: bool = False,
     quantile_rows: int = 10,
     quantile_noise: float = 0.0,
@@ -73,6 +74,8 @@ def train(
             Default: yes if there are `evals`.
         num_examples: Weight of this site in the average, above 0. Default: the rows of `dtrain`.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        agree: Whether lists of names that the adapter sees (features, categories) must be equal at all sites. A dict
+            adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
         mask_statistics: Whether updates leave out the statistics of each node, `sum_hessian` and gains (bagging and
             cyclic).
         quantile_rows: Fewest rows that a point of this site's quantile summary may stand for (histogram); see
@@ -101,6 +104,7 @@ def train(
         evaluate_global=evaluate_global,
         num_examples=num_examples,
         required=required,
+        agree=agree,
         exchange=exchange,
         keep_local=keep_local,
         optimizer_state=optimizer_state,

@@ -9,7 +9,7 @@ import pytest
 
 import fl_adapters as fl
 from fl_adapters.testing import LocalFederation, Outcome, Place
-from fl_runtime.errors import ConfigError, QuorumError, StateMismatchError, UpdateRefusedError
+from fl_runtime.errors import ConfigError, HandshakeError, QuorumError, StateMismatchError, UpdateRefusedError
 from fl_runtime.types import Array, Arrays
 
 
@@ -200,6 +200,49 @@ def outcomes_of(bad: Any, **settings: Any) -> dict[str, Outcome[Any]]:
 def assert_ended_by_site_2(found: dict[str, Outcome[Any]], reason: str) -> None:
     assert isinstance(found["site-1"].error, QuorumError)
     assert f"site-2: {reason}" in str(found["site-1"].error)
+
+
+def labelled(place: Place, *labels: str, **options: Any) -> int:
+    """One round of a site that says what its labels are; returns the number of its round."""
+    with fl.connect(kit=place.kit, **options) as site:
+        task = next(iter(site.tasks(initial={"w": np.zeros(2)}, agreement={"task": "pets", "labels": labels})))
+        return task.round
+
+
+def test_labels_in_another_order_are_refused_before_the_first_round() -> None:
+    with LocalFederation(sites=2, rounds=1) as federation:
+        orders = {"site-1": ("cat", "dog"), "site-2": ("dog", "cat")}
+        work = {name: lambda place: labelled(place, *orders[place.name]) for name in orders}
+        outcomes = federation.outcomes(work, check=False)
+    for outcome in outcomes.values():
+        assert isinstance(outcome.error, HandshakeError)
+        assert "labels: 0: 'cat' != 'dog', 1: 'dog' != 'cat'" in outcome.error.what
+        assert "agree=False" in outcome.error.fix
+
+
+def test_a_site_that_means_its_own_labels_joins_and_says_so_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with LocalFederation(sites=2, rounds=1, min_sites=1) as federation:
+        orders: dict[str, Any] = {"site-1": {}, "site-2": {"agree": False}}
+        labels = {"site-1": ("cat", "dog"), "site-2": ("dog", "cat")}
+        rounds = federation.run(lambda place: labelled(place, *labels[place.name], **orders[place.name]))
+    assert rounds == {"site-1": 1, "site-2": 1}
+    assert capfd.readouterr().err.count("agree=False: not compared with other sites: labels") == 1
+
+
+@pytest.mark.parametrize(
+    "given", [{"agree": {"labels": "cat"}}, {"agree": {"labels": 3}}, {"agree": ["cat"]}, {"agree": 1}], ids=str
+)
+def test_lists_to_agree_on_that_are_none_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="agree="):
+        fl.connect(**given)
+
+
+def test_further_lists_are_compared_where_the_script_gives_them() -> None:
+    codes = {"site-1": np.array(["A", "B"]), "site-2": np.array(["B", "A"])}
+    with LocalFederation(sites=2, rounds=1) as federation:
+        work = {name: lambda place: labelled(place, "x", agree={"codes": codes[place.name]}) for name in codes}
+        outcomes = federation.outcomes(work, check=False)
+    assert all("codes: 0: 'A' != 'B'" in str(outcome.error) for outcome in outcomes.values())
 
 
 def test_an_error_in_the_block_makes_the_site_leave_with_the_reason() -> None:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fl_runtime.capabilities import EXACT_RESTART
 from fl_runtime.errors import ConfigError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.membership import Membership
-from fl_runtime.server.registration import Member, Registration, check_agreement, check_capabilities, spokesman
+from fl_runtime.server.registration import (
+    Member,
+    Registration,
+    check_agreement,
+    check_capabilities,
+    differing_names,
+    spokesman,
+)
 from fl_runtime.server.state import RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.journal_entries import RoundEntry
+from fl_runtime.wire.names import Excerpt
+
+_ANSWER_S = 20.0
+"""Time for sites to answer questions about lists of names that differ. The run fails then in any case."""
+_LISTS_ASKED = 4
 
 
 class Joining:
@@ -69,7 +81,8 @@ class Joining:
                 membership.check_quorum(membership.present(), "at the deadline of the handshake")
             registrations = {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
             first = registrations[spokesman(registrations)]
-            check_agreement(registrations, state.layouts, state.plan.strategy)
+            excerpts = self._ask_about_names(registrations)
+            check_agreement(registrations, state.layouts, state.plan.strategy, excerpts=excerpts)
             state.agree(first.terms)
             self._check_strategy(registrations)
             self._cross_site.check(registrations)
@@ -85,6 +98,21 @@ class Joining:
             course = self._agreed()
             state.enter("initial")
             return course
+
+    def _ask_about_names(self, registrations: Mapping[str, Registration]) -> dict[str, dict[str, Excerpt]]:
+        """Ask two sites whose lists of names differ for the first entries that do, so that the error can show them."""
+        pair, lists = next(iter(differing_names(registrations).items()), (None, []))
+        if pair is None:
+            return {}
+        left, right = (registrations[site].names for site in pair)
+        questions = {
+            name: where
+            for name in lists[:_LISTS_ASKED]
+            if not (left[name].tells_entries and right[name].tells_entries)
+            and not (left[name].from_data or right[name].from_data)
+            and (where := left[name].first_difference(right[name])) is not None
+        }
+        return self._membership.ask(dict.fromkeys(pair, questions), _ANSWER_S) if questions else {}
 
     def _all_registered(self) -> bool:
         members = self._membership.members.values()

@@ -102,7 +102,7 @@ class Notice(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., error_json: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("session", "manifest", "agreement", "info", "capabilities", "rounds", "evaluates", "terms_json")
+    __slots__ = ("session", "manifest", "agreement", "info", "capabilities", "rounds", "evaluates", "terms_json", "names", "more", "excerpt")
     class AgreementEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,9 @@ class RegisterRequest(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     EVALUATES_FIELD_NUMBER: _ClassVar[int]
     TERMS_JSON_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    EXCERPT_FIELD_NUMBER: _ClassVar[int]
     session: Session
     manifest: Manifest
     agreement: _containers.ScalarMap[str, str]
@@ -133,15 +136,58 @@ class RegisterRequest(_message.Message):
     rounds: int
     evaluates: bool
     terms_json: str
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ..., terms_json: _Optional[str] = ...) -> None: ...
+    names: _containers.RepeatedCompositeFieldContainer[NameList]
+    more: bool
+    excerpt: NameExcerpt
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ..., terms_json: _Optional[str] = ..., names: _Optional[_Iterable[_Union[NameList, _Mapping]]] = ..., more: bool = ..., excerpt: _Optional[_Union[NameExcerpt, _Mapping]] = ...) -> None: ...
+
+class NameList(_message.Message):
+    __slots__ = ("name", "count", "digest", "block", "block_digests", "entries", "from_data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    FROM_DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    count: int
+    digest: bytes
+    block: int
+    block_digests: bytes
+    entries: _containers.RepeatedScalarFieldContainer[str]
+    from_data: bool
+    def __init__(self, name: _Optional[str] = ..., count: _Optional[int] = ..., digest: _Optional[bytes] = ..., block: _Optional[int] = ..., block_digests: _Optional[bytes] = ..., entries: _Optional[_Iterable[str]] = ..., from_data: bool = ...) -> None: ...
+
+class NameExcerpt(_message.Message):
+    __slots__ = ("name", "start", "entries")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start: int
+    entries: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., start: _Optional[int] = ..., entries: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("rounds", "waiting")
+    __slots__ = ("rounds", "waiting", "question")
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
     rounds: int
     waiting: Waiting
-    def __init__(self, rounds: _Optional[int] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+    question: NameQuestion
+    def __init__(self, rounds: _Optional[int] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., question: _Optional[_Union[NameQuestion, _Mapping]] = ...) -> None: ...
+
+class NameQuestion(_message.Message):
+    __slots__ = ("name", "start", "stop")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start: int
+    stop: int
+    def __init__(self, name: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class NextRequest(_message.Message):
     __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate", "shared", "done")
