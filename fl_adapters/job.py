@@ -21,13 +21,14 @@ from fl_runtime.errors import ConfigError, did_you_mean
 from fl_runtime.filters import (
     at_point,
     check_best_metric,
+    check_budgets,
     check_cross_site,
     check_filters,
     check_repeatable,
     check_site_weights,
 )
 from fl_runtime.filters.facts import Examples
-from fl_runtime.types import RunSettings
+from fl_runtime.types import RunSettings, Strategy
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -346,6 +347,7 @@ def _check(job: Job) -> None:
     )
     chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may choose
     check_filters(job.filters, job.optimizer_state, chosen)
+    _check_budgets(job, chosen)
     if isinstance(chosen, FedNova) and any(isinstance(item, Examples) for item in at_point(job.filters, "site_out")):
         raise ConfigError(
             "the filter Examples hides the number of local steps, which fednova needs",
@@ -368,6 +370,16 @@ def _check(job: Job) -> None:
                 where="exact_restart",
                 fix="leave exact_restart out of the job, or choose another strategy",
             )
+
+
+def _check_budgets(job: Job, strategy: Strategy | None) -> None:
+    """Refuse privacy budgets that cannot hold. Without known sites, one site takes part in `fraction` of the rounds."""
+    if job.sites is not None:
+        settings = job.settings(site_names(job.sites))
+    else:
+        rounds = job.rounds and math.ceil(job.rounds * job.fraction)
+        settings = RunSettings(job.name, ("any",), 1, rounds=rounds, seed=job.seed)
+    check_budgets(job.filters, settings, strategy)
 
 
 def _check_name(name: str, field: str) -> None:

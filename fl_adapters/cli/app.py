@@ -13,6 +13,7 @@ import typer
 
 from fl_adapters.cli import job_app
 from fl_adapters.cli.federation import app as federation_app
+from fl_adapters.cli.privacy import app as privacy_app
 from fl_adapters.cli.script_command import ScriptCommand
 from fl_runtime.version import VERSION
 
@@ -182,30 +183,6 @@ def doctor(
 
 
 @app.command(
-    epilog="""\b
-Examples:
-  fl-adapters privacy kits/hospital-a
-  fl-adapters privacy runs/train-1122-164503 --delta 1e-6 --json"""
-)
-def privacy(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Startup kit, or folder of a run. Default: $FL_ADAPTERS_KIT.")
-    ] = None,
-    delta: Annotated[float, typer.Option(help="Delta at which epsilon is stated, between 0 and 1.")] = 1e-5,
-    as_json: _Json = False,
-) -> None:
-    """Show the privacy ledger: what left a site under differential privacy, and the total epsilon.
-
-    Epsilon holds for whole updates of a site, in the adjacency of the filter that spent it (docs/filters.md). The
-    column noise is relative to what one unit can change: the standard deviation of gaussian, the scale of laplace, the
-    epsilon of pure.
-    """
-    from fl_adapters.cli import privacy as command
-
-    sys.exit(command.run(folder, delta, as_json))
-
-
-@app.command(
     name="ckks-key",
     epilog="""\b
 Examples:
@@ -259,3 +236,4 @@ def bundle(
 
 federation_app.add_to(app)
 app.add_typer(job_app.job)
+app.add_typer(privacy_app.privacy)

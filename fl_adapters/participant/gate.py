@@ -5,18 +5,20 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
+from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
 from fl_runtime.errors import FederationError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
+from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.site import SiteFilters
-from fl_runtime.types import Arrays, Report, Settings, Task, Terms, Update
+from fl_runtime.types import Arrays, Report, RunSettings, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
@@ -72,7 +74,7 @@ class Gate:
             self._policy.check_join(job, self._framework)
             if job.get("exact_restart"):
                 check_repeatable(self._policy.filters)
-            host = self._filter_host(site, str(job["name"]))
+            host = self._filter_host(site, job)
             self._filters = SiteFilters(job.get("filters", ()), self._policy.filters, host)
             self._job = job
 
@@ -161,7 +163,23 @@ class Gate:
             self._policy.record_update(filtered)
         return filtered
 
-    def _filter_host(self, site: str, job: str) -> FilterHost:
+    def _filter_host(self, site: str, job: Settings) -> FilterHost:
         folder = self._kit.credentials or self._kit.folder
-        shared = Path(self._kit.run, "sites") if self._kit.simulated else None
-        return FilterHost(site, job, Path(folder) if folder else None, budget=self._policy.budget, shared=shared)
+        return FilterHost(
+            site,
+            str(job["name"]),
+            Path(folder) if folder else None,
+            budget=self._policy.budget,
+            shared=Path(self._kit.run, "sites") if self._kit.simulated else None,
+            participation=_participation(site, job),
+        )
+
+
+def _participation(site: str, job: Settings) -> Participation | None:
+    """Return the rounds in which the site is expected to take part, or None if the job sets no number of rounds."""
+    if not job.get("rounds"):
+        return None
+    known = {field.name: job[field.name] for field in fields(RunSettings) if field.name in job}
+    settings = RunSettings(**known | {"sites": tuple(job["sites"])})
+    strategy = make_strategy(settings.strategy) if settings.strategy else None
+    return participation(settings, strategy)[site]

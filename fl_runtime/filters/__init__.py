@@ -13,25 +13,28 @@ optionally its point. Filters that change values run first, in the given order. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from fl_runtime.errors import ConfigError, did_you_mean
 from fl_runtime.filters.base import EncodingFilter, FactsFilter, Point, matches, refuse
+from fl_runtime.filters.calibration import participation, rounded_up
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics, Examples, NoisyMetrics, RoundMetrics
 from fl_runtime.filters.gaussian import GaussianDP
+from fl_runtime.filters.ledger import epsilon
 from fl_runtime.filters.percentile import PercentilePrivacy
 from fl_runtime.filters.quantize import Quantize
 from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.filters.topk import TopK
-from fl_runtime.types import Settings, Strategy
+from fl_runtime.types import RunSettings, Settings, Strategy
 
 __all__ = [
     "PlacedFilter",
     "at_point",
     "check_best_metric",
+    "check_budgets",
     "check_cross_site",
     "check_filters",
     "check_repeatable",
@@ -181,6 +184,56 @@ def check_filters(
             _check_encrypted(item, placed, strategy)
         if optimizer_state == "average" and item.at in ("site_out", "server_in"):
             check_extras(item.filter)
+
+
+def check_budgets(filters: Sequence[Settings], settings: RunSettings, strategy: Strategy | None = None) -> None:
+    """Refuse privacy budgets that cannot hold until the last round.
+
+    Args:
+        filters: Settings of the filters.
+        settings: The job's settings. Without a number of rounds, only what holds for any number is checked.
+        strategy: The job's strategy; None if not known.
+
+    Raises:
+        ConfigError: If a budget cannot hold, or noise cannot be computed from it.
+    """
+    for placed in map(place_filter, filters):
+        item = placed.filter
+        if not isinstance(item, GaussianDP) or item.epsilon is None:
+            continue
+        auto = item.noise_multiplier == "auto"
+        if auto and strategy is not None and strategy.buffer is not None:
+            raise refuse(
+                f"GaussianDP cannot compute its noise under {type(strategy).__name__}, which has no rounds",
+                "give a number as noise_multiplier",
+            )
+        if settings.rounds is None:
+            if auto:
+                raise refuse(
+                    f"GaussianDP computes the noise for epsilon {item.epsilon:g} from the number of rounds, which the "
+                    "job does not set",
+                    "give --rounds or Job(rounds=), or a number as noise_multiplier",
+                )
+            continue
+        if item.sampling == 1 and not auto:
+            releases = settings.rounds
+            if placed.at == "site_out":
+                releases = max(own.most for own in participation(settings, strategy).values())
+            _check_budget(item, int(releases * item.trainings), settings)
+
+
+def _check_budget(item: GaussianDP, releases: int, settings: RunSettings) -> None:
+    """Refuse noise with which the releases of a whole job exceed the budget."""
+    noise = float(item.noise_multiplier)
+    release, limit = item.release(noise), float(item.epsilon or 0)
+    total = epsilon([replace(release, count=releases)], item.delta)
+    if total > limit:
+        enough = rounded_up(replace(item, noise_multiplier="auto").multiplier(releases))
+        raise refuse(
+            f"GaussianDP: noise_multiplier {noise:g} spends epsilon {total:.4g} at delta {item.delta:g} in "
+            f"{settings.rounds} rounds, with {releases} updates of a site; the budget is {limit:g}",
+            f"leave noise_multiplier out, so that it is computed (it would be {enough:g}), or lower rounds",
+        )
 
 
 def check_site_weights(filters: Sequence[Settings]) -> None:

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.filters.calibration import Participation
 from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.types import Array, Arrays, Settings, Task, Update, is_floating
 
@@ -39,11 +40,12 @@ class FilterHost:
 
     Attributes:
         site: Name of the site; empty at the server.
-        job: Name of the job.
+        job: Name of the job, or of one of its further trainings: JOB/2.
         folder: Folder where this filter may keep state between rounds, or None if it has none.
         from_policy: Whether the site's policy asked for the filter, not the job. Its budget then counts over all jobs.
         budget: Upper limit of the site for the privacy cost of all filters together; None for no limit.
         shared: Folder that all sites of a simulation share, and that the server does not read; None elsewhere.
+        participation: Rounds in which something is expected to be released here; None if their number is not known.
     """
 
     site: str = ""
@@ -52,6 +54,7 @@ class FilterHost:
     from_policy: bool = False
     budget: BudgetLimit | None = None
     shared: Path | None = None
+    participation: Participation | None = None
 
 
 @dataclass(frozen=True)

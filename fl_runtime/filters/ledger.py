@@ -8,6 +8,7 @@ Doroshenko et al. 2022, "Connect the dots: tighter discrete approximations of pr
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sqlite3
@@ -30,6 +31,13 @@ _BUSY_S = 30.0
 _FINE, _COARSE = 50.0, 2000.0  # largest epsilons for which sampling is counted, and distributions are computed
 
 
+Unit = Literal["update", "record"]
+"""What an epsilon is about. Epsilons of different units do not add up."""
+
+UNITS: dict[Unit, str] = {"update": "a site's whole update of a round", "record": "a single record of a site's data"}
+"""Unit -> what it is, in words that follow "protects"."""
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """One release as seen by the accounting, scaled to sensitivity 1.
@@ -39,11 +47,15 @@ class Mechanism:
         noise: Standard deviation of "gaussian", scale of "laplace", epsilon of "pure".
         sampling: For "gaussian": the probability with which a unit takes part, chosen in secret (Poisson sampling,
             adjacency by removal). 1 means no sampling.
+        unit: What the guarantee is about: a site's whole "update" of a round, or a single "record" of its data.
+        count: How many times it was released, such as the number of steps of DP-SGD.
     """
 
     kind: Literal["gaussian", "laplace", "pure"]
     noise: float
     sampling: float = 1.0
+    unit: Unit = "update"
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,9 @@ class Entry:
 
     Attributes:
         at: Time, in seconds since the epoch.
-        job: Name of the job.
+        job: Name of the job. A further training of the same job is named JOB/2, JOB/3 and so on.
         round: The round; for a score, the version of the model.
-        filter: Name of the filter.
+        filter: Name of the filter; "DPSGD" for training with noise.
         mechanism: The release.
     """
 
@@ -129,7 +141,9 @@ class Ledger:
                 raise
             self._db.execute("COMMIT")
 
-    def afford(self, job: str, round: int, mechanisms: Sequence[Mechanism], limits: Sequence[BudgetLimit]) -> None:
+    def afford(
+        self, job: str, round: int, mechanisms: Sequence[Mechanism], limits: Sequence[BudgetLimit], until: int = 0
+    ) -> None:
         """Check releases against limits without recording them.
 
         Args:
@@ -137,20 +151,22 @@ class Ledger:
             round: The round.
             mechanisms: The releases.
             limits: Limits that the total must not exceed.
+            until: Last round of those releases, if they are of several rounds.
 
         Raises:
             PrivacyBudgetError: If they would exceed a limit.
         """
-        for limit in limits:
-            earlier = [entry.mechanism for entry in self.entries() if limit.all_jobs or entry.job == job]
-            total = epsilon([*earlier, *mechanisms], limit.budget.delta)
+        for limit, unit in itertools.product(limits, sorted({mechanism.unit for mechanism in mechanisms})):
+            earlier = self.releases(job, all_jobs=limit.all_jobs, unit=unit)
+            total = epsilon([*earlier, *(m for m in mechanisms if m.unit == unit)], limit.budget.delta)
             if total > limit.budget.epsilon:
                 spent = epsilon(earlier, limit.budget.delta)
-                scope = "all jobs" if limit.all_jobs else f"the job {job}"
+                scope = "all jobs" if limit.all_jobs else f"the job {job_of(job)}"
+                rounds = f"rounds {round} to {until}" if until > round else f"round {round}"
                 raise PrivacyBudgetError(
-                    f"the privacy budget of {limit.owner} is spent: round {round} would bring epsilon to {total:.4g} "
+                    f"the privacy budget of {limit.owner} is spent: {rounds} would bring epsilon to {total:.4g} "
                     f"at delta {limit.budget.delta:g}, over the limit of {limit.budget.epsilon:g} for {scope}; so far "
-                    f"{spent:.4g} is spent",
+                    f"{spent:.4g} is spent (epsilon protects {UNITS[unit]})",
                     where=f"round {round}" + (f", {self._path}" if self._path else ""),
                     fix="the model of the last round is kept; for more rounds, use more noise or a larger budget "
                     "(`fl-adapters privacy` shows the ledger)",
@@ -162,18 +178,36 @@ class Ledger:
             rows = self._db.execute("SELECT at, job, round, filter, mechanism FROM spent ORDER BY id").fetchall()
         return [Entry(at, job, round, name, Mechanism(**json.loads(m))) for at, job, round, name, m in rows]
 
-    def spent(self, job: str, delta: float, *, all_jobs: bool = False) -> float:
+    def releases(self, job: str, *, all_jobs: bool = False, unit: Unit = "update") -> list[Mechanism]:
+        """Return the releases so far.
+
+        Args:
+            job: Name of the job whose releases count, those of all its trainings. It may name one of them (JOB/2).
+            all_jobs: Whether the releases of all jobs count.
+            unit: What they are about.
+
+        Returns:
+            The releases, oldest first.
+        """
+        return [
+            entry.mechanism
+            for entry in self.entries()
+            if entry.mechanism.unit == unit and (all_jobs or job_of(entry.job) == job_of(job))
+        ]
+
+    def spent(self, job: str, delta: float, *, all_jobs: bool = False, unit: Unit = "update") -> float:
         """Return the total epsilon of the releases so far.
 
         Args:
-            job: Name of the job whose releases count.
+            job: Name of the job whose releases count, as in `releases`.
             delta: The delta at which epsilon is computed.
             all_jobs: Whether the releases of all jobs count.
+            unit: What the releases are about.
 
         Returns:
             The epsilon.
         """
-        return epsilon([e.mechanism for e in self.entries() if all_jobs or e.job == job], delta)
+        return epsilon(self.releases(job, all_jobs=all_jobs, unit=unit), delta)
 
     def close(self) -> None:
         """Close the ledger's file."""
@@ -206,6 +240,31 @@ class BudgetLimit:
     all_jobs: bool = False
 
 
+def job_of(name: str) -> str:
+    """Return the job of a training.
+
+    Args:
+        name: Name of a job, or of one of its trainings: JOB/2.
+
+    Returns:
+        The job's own name. The releases of all its trainings count against its budget.
+    """
+    return name.partition("/")[0]
+
+
+def training_of(name: str) -> int:
+    """Return which training of its job a name stands for.
+
+    Args:
+        name: Name of a job, or of one of its trainings: JOB/2.
+
+    Returns:
+        1 for a plain name, else the number after the stroke.
+    """
+    number = name.partition("/")[2]
+    return int(number) if number.isdecimal() else 1
+
+
 def need_accounting() -> None:
     """Check that the package `dp-accounting` is installed.
 
@@ -226,31 +285,68 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
     """Compute the total epsilon of releases.
 
     Args:
-        mechanisms: The releases, in any order.
+        mechanisms: The releases, in any order, all of one unit.
         delta: The delta at which epsilon is computed.
 
     Returns:
         An upper bound of the smallest epsilon for which all releases together are (epsilon, delta)-differentially
-        private, at most a hundredth above it. Beyond 2000, an upper bound in closed form.
+        private, at most a hundredth above it. Exact for Gaussian noise alone. For others beyond 2000, an upper bound in
+        closed form.
 
     Raises:
-        ConfigError: If the package `dp-accounting` is not installed.
+        ConfigError: If the package `dp-accounting` is not installed, and the releases are not Gaussian noise alone.
     """
-    counts = Counter(mechanisms)
+    counts: Counter[Mechanism] = Counter()
+    for mechanism in mechanisms:
+        counts[Mechanism(mechanism.kind, mechanism.noise, mechanism.sampling)] += mechanism.count
+    if all(m.kind == "gaussian" and m.sampling == 1 for m in counts):
+        # Gaussian releases compose exactly into one, whose squared sensitivity is the sum of theirs
+        return gaussian_epsilon(math.sqrt(sum(n / m.noise**2 for m, n in counts.items())), delta)
     sampled = {m: n for m, n in counts.items() if m.sampling < 1}
     if sampled and (
         _bound(counts.keys() - sampled.keys(), counts, delta) > _FINE or min(m.noise for m in sampled) < 0.3
     ):
         # with so large an epsilon, amplification by sampling is not worth its fine grid; leaving it out is safe
-        counts = Counter(Mechanism(m.kind, m.noise) for m in counts.elements())
-        sampled = {}
-    # Gaussian releases compose exactly into one, whose squared sensitivity is the sum of theirs
+        return epsilon([Mechanism(m.kind, m.noise, count=n) for m, n in counts.items()], delta)
     strength = math.sqrt(sum(n / m.noise**2 for m, n in counts.items() if m.kind == "gaussian" and m.sampling == 1))
     others = [(m, n) for m, n in counts.items() if m.kind != "gaussian" or m.sampling < 1]
     bound = _bound(counts.keys() - sampled.keys(), counts, delta)
     if bound > _COARSE:
         return bound
     return _epsilon(round(strength, 12), tuple(sorted(others, key=repr)), delta, bound)
+
+
+def gaussian_epsilon(strength: float, delta: float) -> float:
+    """Compute the epsilon of one Gaussian release, exactly and without any package.
+
+    Source: Balle and Wang 2018, "Improving the Gaussian mechanism for differential privacy", theorem 8.
+
+    Args:
+        strength: Sensitivity divided by the standard deviation of the noise.
+        delta: The delta at which epsilon is computed.
+
+    Returns:
+        The smallest epsilon. 0 for a strength of 0.
+    """
+
+    def too_small(epsilon: float) -> bool:
+        first = _log_normal(strength / 2 - epsilon / strength)
+        second = epsilon + _log_normal(-strength / 2 - epsilon / strength)
+        return second < first and first + math.log1p(-math.exp(second - first)) > math.log(delta)
+
+    low, high = 0.0, strength**2 / 2 + strength * math.sqrt(2 * math.log(1 / delta))  # see `_bound`
+    while high - low > 1e-9 * high + 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_small(middle) else (low, middle)
+    return high
+
+
+def _log_normal(x: float) -> float:
+    """Return the logarithm of the standard normal distribution function at x."""
+    if x > -20:
+        return math.log(0.5 * math.erfc(-x / math.sqrt(2)))
+    series = 1 - 1 / x**2 + 3 / x**4 - 15 / x**6  # Abramowitz and Stegun 1964, 26.2.12
+    return -(x**2) / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log(series)
 
 
 def _bound(mechanisms: Iterable[Mechanism], counts: Mapping[Mechanism, int], delta: float) -> float:

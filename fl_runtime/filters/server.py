@@ -27,8 +27,7 @@ from fl_runtime.filters.base import (
     work_layout,
 )
 from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
-from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
-from fl_runtime.filters.ledger import Ledger, need_accounting
+from fl_runtime.filters.gaussian import GaussianDP, NoisyMean, Releases
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Strategy, Task, Update, is_floating
 
 _ENCODING_NAMES = ("ExcludeVars", "Quantize", "TopK")
@@ -137,14 +136,11 @@ class ServerFilters:
         incoming = at_point(filters, "server_in")
         self._incoming: list[RunningFilter] = [item.open(host) for item in incoming if not isinstance(item, GaussianDP)]
         self._central = next((item for item in incoming if isinstance(item, GaussianDP)), None)
-        self._host = host
         self.encrypted: HomomorphicCKKS | None = next(
             (item for item in at_point(filters, "site_out") if isinstance(item, HomomorphicCKKS)), None
         )
         self._context = self.encrypted.public_context() if self.encrypted else None
-        if self._central is not None:
-            need_accounting()
-            self._ledger = Ledger(host.folder)
+        self._releases = Releases(self._central, host) if self._central is not None else None
 
     def afford(self, round: int) -> None:
         """Check the server's own privacy budget before a round.
@@ -155,9 +151,8 @@ class ServerFilters:
         Raises:
             PrivacyBudgetError: If the round would exceed it.
         """
-        if self._central is not None:
-            limits = self._central.limits(self._host)
-            self._ledger.afford(self._host.job, round, [self._central.mechanism], limits)
+        if self._releases is not None:
+            self._releases.afford(round)
 
     def aggregator(
         self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool
@@ -175,9 +170,9 @@ class ServerFilters:
         """
         if self.encrypted is not None:
             return CiphertextMean(self.encrypted, self._context, allocate)
-        if self._central is None:
+        if self._central is None or self._releases is None:
             return _Filtered(make, base, allocate, self._incoming, linear=linear)
-        noisy = NoisyMean(self._central, self._ledger, self._host, base, allocate)
+        noisy = NoisyMean(self._central, self._releases, base, allocate)
         return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
     def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None], strategy: Strategy) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import AbortedError, ConfigError
-from fl_runtime.filters import check_filters
+from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.records.results import RunResult
@@ -260,3 +260,4 @@ def _check(settings: RunSettings, strategy: Strategy | None) -> None:
             f"min_sites is {settings.min_sites}, but the job has {len(settings.sites)} sites",
             fix="lower min_sites or add sites",
         )
+    check_budgets(settings.filters, settings, strategy)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.errors import FederationError, StoreError
-from fl_runtime.filters import check_filters
+from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.filters.base import FilterHost
+from fl_runtime.filters.calibration import Participation
 from fl_runtime.filters.server import ServerFilters, applied_filters
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Events
@@ -137,7 +138,8 @@ class RunState:
         self.journal.begin(settings)
         self.blobs = Blobs(folder / "blobs", durable=durable)
         self.layouts: dict[bytes, Manifest] = {}
-        self.filters = ServerFilters(settings.filters, FilterHost(job=settings.name, folder=folder))
+        plan = Participation.every_round(settings.rounds) if settings.rounds else None
+        self.filters = ServerFilters(settings.filters, FilterHost(job=settings.name, folder=folder, participation=plan))
         self.models = Models(self.journal, self.blobs, self.lock)
         self.phase: RunPhase = "joining"
         self.open_round: OpenRound | None = None
@@ -154,7 +156,11 @@ class RunState:
         check_filters(self.settings.filters, self.settings.optimizer_state, strategy)
 
     def begin(self, rounds: int, sites: Sequence[str], manifest: Manifest) -> None:
-        """Record that the sites have agreed on `rounds` rounds of the model that `manifest` describes."""
+        """Record that the sites have agreed on `rounds` rounds of the model that `manifest` describes.
+
+        Raises ConfigError if a privacy budget of the job's filters does not allow so many rounds.
+        """
+        check_budgets(self.settings.filters, replace(self.settings, rounds=rounds), self.plan.strategy)
         self.journal.agreed(rounds, self.plan.terms)
         self.plan = replace(self.plan, rounds=rounds)
         filters: dict[str, Any] = {"filters": list(self.settings.filters)} if self.settings.filters else {}

@@ -16,8 +16,14 @@ def test_hidden_steps_with_fednova_are_refused() -> None:
 
 
 def test_weights_of_sites_with_central_noise_are_refused() -> None:
-    central = {"name": "GaussianDP", "at": "server_in"}
+    local = {"name": "GaussianDP", "noise_multiplier": 1.0}
+    central = {**local, "at": "server_in"}
     with pytest.raises(ConfigError, match="GaussianDP at server_in counts every site the same"):
         Job(app="train.py", sites=2, site_weights={"site-1": 2.0}, filters=(central,))
     Job(app="train.py", sites=2, filters=(central,))
-    Job(app="train.py", sites=2, site_weights={"site-1": 2.0}, filters=({"name": "GaussianDP"},))
+    Job(
+        app="train.py",
+        sites=2,
+        site_weights={"site-1": 2.0},
+        filters=(local,),
+    )

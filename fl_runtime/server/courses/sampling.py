@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
+from fl_runtime.filters.calibration import draw_order
 from fl_runtime.server.state import OpenRound
 from fl_runtime.types import RoundPlan, RunSettings, Strategy
 
@@ -39,7 +38,7 @@ def sample_sites(settings: RunSettings, round: int, present: Sequence[str]) -> l
     All sites of the job are shuffled by its seed (0 if it has none) and the round; the first ones that are present are
     the sample. So the result depends on the arguments alone, and a site that is away does not reorder the others.
     """
-    order = np.random.default_rng([settings.seed or 0, round]).permutation(len(settings.sites))
+    order = draw_order(settings.seed, round, len(settings.sites))
     able = [settings.sites[index] for index in order if settings.sites[index] in present]
     chosen = set(able[: settings.sites_per_round])
     return [name for name in settings.sites if name in chosen]

@@ -180,7 +180,7 @@ def test_a_share_that_would_be_rounded_to_0_is_refused_by_name(degree: int, bits
         ([{"name": "Quantize"}], "Quantize at site_out"),
         ([{"name": "TopK"}], "TopK at site_out"),
         ([{"name": "ExcludeVars", "names": ["w"]}], "ExcludeVars at site_out"),
-        ([{"name": "GaussianDP", "at": "server_in"}], "GaussianDP at server_in"),
+        ([{"name": "GaussianDP", "noise_multiplier": 1.0, "at": "server_in"}], "GaussianDP at server_in"),
         ([{"name": "Quantize", "at": "server_out"}], "Quantize at server_out"),
         ([HE], "HomomorphicCKKS at site_out"),
     ],
@@ -199,7 +199,7 @@ def test_strategies_that_need_plaintext_are_refused_when_the_job_is_built() -> N
     with pytest.raises(ConfigError, match="moments"):
         check_filters([HE], "average")
     with pytest.raises(ConfigError, match="control variates"):
-        fl.Job(app="train.py", strategy="scaffold", filters=({"name": "GaussianDP"},))
+        fl.Job(app="train.py", strategy="scaffold", filters=({"name": "GaussianDP", "noise_multiplier": 1.0},))
 
 
 def test_what_a_site_alone_cannot_decide_or_encrypt_is_refused(tmp_path: Path) -> None:

@@ -288,42 +288,61 @@ def test_encodings_that_lie_are_refused_and_the_run_goes_on(tmp_path: Path, lie:
 
 
 @pytest.mark.parametrize("central", [False, True], ids=["site", "server"])
-def test_a_run_stops_at_its_budget_and_says_so_at_both_ends(
+def test_a_run_whose_budget_was_spent_by_an_earlier_one_stops_before_round_1_and_says_so_at_both_ends(
     tmp_path: Path, central: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("dp_accounting")
-    from fl_adapters.cli import privacy
-    from fl_runtime.filters.ledger import Mechanism, epsilon
+    from fl_adapters.cli.privacy import ledger as privacy
+    from fl_runtime.filters.ledger import LEDGER_FILE, Ledger, Mechanism, epsilon
 
-    after = [epsilon([Mechanism("gaussian", 2.0)] * n, 1e-5) for n in (3, 4)]
-    dp = {"name": "GaussianDP", "noise_multiplier": 4.0, "clip": 0.1, "epsilon": sum(after) / 2}
+    after = epsilon([Mechanism("gaussian", 2.0)] * 3, 1e-5)
+    dp = {"name": "GaussianDP", "noise_multiplier": 4.0, "clip": 0.1, "epsilon": after * 1.1}
     dp |= {"at": "server_in"} if central else {}
-    with LocalFederation(sites=2, rounds=10, filters=(dp,), folder=tmp_path) as federation:
-        outcomes = federation.outcomes({"site-1": loop, "site-2": loop}, check=False)
-        with pytest.raises(FederationError) as of_the_run:
-            federation.result()
-        rounds = federation.server.result().rounds
-        kept = federation.model()
-    assert len(rounds) == 3
-    assert np.abs(kept["w"]).max() > 0  # the model of the rounds that were paid for
-    who = "the server" if central else "site-"
-    said = f"the privacy budget of {who}"
-    errors = [outcome.error for outcome in outcomes.values()]
-    assert said in str(of_the_run.value)
-    assert all(isinstance(error, FederationError) and said in str(error) for error in errors)
-    assert any(isinstance(error, fl.PrivacyBudgetError) for error in errors)
-    if central:
-        assert federation.server.result().error.code == "privacy-budget"
 
-    capsys.readouterr()
+    with LocalFederation(sites=2, rounds=3, filters=(dp,), folder=tmp_path) as federation:
+        sent = federation.run(loop)
+        kept = federation.model()
+    assert np.abs(kept["w"]).max() > 0 and set(sent) == {"site-1", "site-2"}
     assert privacy.run(tmp_path, 1e-5, as_json=True) == 0
     ledgers = json.loads(capsys.readouterr().out)["ledgers"]
     assert len(ledgers) == (1 if central else 2)
     for ledger in ledgers:
-        assert ledger["jobs"] == [{"job": "test", "rounds": 3, "epsilon": pytest.approx(after[0], rel=0.01)}]
+        (job,) = ledger["jobs"]
+        assert job == {"job": "test", "protects": "update", "rounds": 3, "epsilon": pytest.approx(after, rel=0.01)}
         assert [e["filter"] for e in ledger["entries"]] == ["GaussianDP"] * 3
     assert privacy.run(tmp_path, 1e-5, as_json=False) == 0
-    assert "epsilon at delta 1e-05" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "epsilon at delta 1e-05" in shown and "a site's whole update of a round" in shown
+
+    again = tmp_path / "again"
+    with LocalFederation(sites=2, rounds=1, filters=(dp,), folder=again) as federation:
+        homes = [again / "server"] if central else [Path(place.kit) for place in federation.places]
+        for home in homes:
+            Ledger(home).spend("test", 3, "GaussianDP", [Mechanism("gaussian", 2.0)] * 3, [])
+            assert (home / LEDGER_FILE).exists()
+        outcomes = federation.outcomes({"site-1": loop, "site-2": loop}, check=False)
+        with pytest.raises(FederationError) as of_the_run:
+            federation.result()
+        assert federation.server.result().rounds == ()
+    said = f"the privacy budget of {'the server' if central else 'site-'}"
+    errors = [outcome.error for outcome in outcomes.values()]
+    assert said in str(of_the_run.value)
+    assert all(isinstance(error, FederationError) and said in str(error) for error in errors)
+    assert any(isinstance(error, fl.PrivacyBudgetError) for error in errors)
+
+
+@pytest.mark.parametrize("central", [False, True], ids=["site", "server"])
+def test_a_budget_alone_lasts_for_all_rounds(tmp_path: Path, central: bool) -> None:
+    pytest.importorskip("dp_accounting")
+    from fl_runtime.filters.ledger import LEDGER_FILE, Ledger
+
+    dp = {"name": "GaussianDP", "clip": 0.1, "epsilon": 8, **({"at": "server_in"} if central else {})}
+    with LocalFederation(sites=3, rounds=6, fraction=0.6, seed=3, filters=(dp,), folder=tmp_path) as federation:
+        federation.run(loop)
+        assert len(federation.server.result().rounds) == 6
+        spent = [Ledger(path.parent).spent("test", 1e-5) for path in tmp_path.rglob(LEDGER_FILE)]
+    assert len(spent) == (1 if central else 3)
+    assert max(spent) == pytest.approx(8, rel=1e-3) and max(spent) <= 8
 
 
 def test_the_ledger_of_nothing_is_an_error_that_says_where_to_look(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_filters_of_what_travels_beside_trees() -> None:
 
 @pytest.mark.parametrize("name", ["GaussianDP", "ExcludeVars", "Quantize", "PercentilePrivacy"])
 def test_filters_of_weights_are_refused(name: str) -> None:
-    filters = ({"name": name, **({"names": ["*"]} if name == "ExcludeVars" else {})},)
+    arguments = {"ExcludeVars": {"names": ["*"]}, "GaussianDP": {"noise_multiplier": 1.0}}
+    filters = ({"name": name, **arguments.get(name, {})},)
     with (
         LocalFederation(sites=2, filters=filters) as federation,
         pytest.raises(ConfigError, match=f"{name} works on weights"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fl_runtime.aggregation import FedAvg
+from fl_adapters import Job
+from fl_runtime.aggregation import FedAvg, make_strategy
 from fl_runtime.errors import ConfigError, PrivacyBudgetError, StoreError
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Facts, FilterHost
+from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.facts import NoisyMetrics
-from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
+from fl_runtime.filters.gaussian import GaussianDP, NoisyMean, Releases
 from fl_runtime.filters.ledger import BudgetLimit, Ledger, Mechanism, PrivacyBudget, epsilon
 from fl_runtime.filters.server import ServerFilters
 from fl_runtime.filters.site import SiteFilters
-from fl_runtime.types import Array, Arrays, ServerState, Settings, Task, Update
+from fl_runtime.server.courses.sampling import sample_sites
+from fl_runtime.types import Array, Arrays, RunSettings, ServerState, Settings, Task, Update
 
 dp_accounting = pytest.importorskip("dp_accounting")
 DELTA = 1e-5
@@ -82,9 +86,9 @@ def test_a_short_update_is_not_stretched_and_nothing_is_repeated() -> None:
     leaves = [sent(site(settings, base), base, arrays).arrays["w"].copy() for _ in range(2)]
     np.testing.assert_allclose(leaves[0], arrays["w"] - base["w"], atol=1e-5)
     np.random.seed(1)
-    a = sent(site({"name": "GaussianDP"}, base), base, base).arrays["w"].copy()
+    a = sent(site({"name": "GaussianDP", "noise_multiplier": 1.0}, base), base, base).arrays["w"].copy()
     np.random.seed(1)
-    b = sent(site({"name": "GaussianDP"}, base), base, base).arrays["w"].copy()
+    b = sent(site({"name": "GaussianDP", "noise_multiplier": 1.0}, base), base, base).arrays["w"].copy()
     assert abs(np.corrcoef(a.reshape(-1), b.reshape(-1))[0, 1]) < 5 / a.size**0.5
 
 
@@ -114,11 +118,11 @@ def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
 
 def test_sampling_is_random_and_the_denominator_is_not() -> None:
     base = {"w": np.zeros(4, np.float32)}
-    ledger, home = Ledger(None), FilterHost()
     settings = GaussianDP(clip=1.0, noise_multiplier=1e-9, adjacency="zero", sampling=0.25)
+    releases = Releases(settings, FilterHost())
 
     def drawn() -> float:
-        mean = NoisyMean(settings, ledger, home, base, lambda a, e: ({"w": np.empty(4, np.float32)}, {}))
+        mean = NoisyMean(settings, releases, base, lambda a, e: ({"w": np.empty(4, np.float32)}, {}))
         for index in range(8):
             mean.add(
                 Update("job", 1, "", f"site-{index}", 1, 0, {"w": np.full(4, 0.5, np.float32)}, 1, content="delta")
@@ -155,13 +159,13 @@ def independent(*events: tuple[Any, int], delta: float = DELTA) -> float:
 @pytest.mark.parametrize(("noise", "rounds"), [(1.0, 1), (4.0, 10), (2.5, 40), (0.7, 3), (20.0, 100)])
 def test_epsilon_of_rounds_is_that_of_dp_accounting(noise: float, rounds: int) -> None:
     expected = independent((dp_accounting.GaussianDpEvent(noise / 2), rounds))  # replace: twice the sensitivity
-    actual = epsilon([GaussianDP(noise_multiplier=noise).mechanism] * rounds, DELTA)
+    actual = epsilon([GaussianDP(noise_multiplier=noise).release(noise)] * rounds, DELTA)
     assert actual == pytest.approx(expected, rel=0.01)
 
 
 def test_epsilon_of_sampled_rounds_and_of_mixtures_is_that_of_dp_accounting() -> None:
     event = dp_accounting.PoissonSampledDpEvent(0.2, dp_accounting.GaussianDpEvent(1.5))
-    sampled = GaussianDP(noise_multiplier=1.5, adjacency="zero", sampling=0.2).mechanism
+    sampled = GaussianDP(noise_multiplier=1.5, adjacency="zero", sampling=0.2).release(1.5)
     assert epsilon([sampled] * 30, DELTA) == pytest.approx(independent((event, 30)), rel=0.01)
 
     mixture = [Mechanism("gaussian", 3.0)] * 5 + [Mechanism("laplace", 2.0)] * 4
@@ -208,6 +212,139 @@ def test_the_closed_form_of_one_gaussian_release_agrees() -> None:
         s = 1 / noise
         delta = normal(s / 2 - actual / s) - math.exp(actual) * normal(-s / 2 - actual / s)
         assert delta == pytest.approx(DELTA, rel=0.01)
+
+
+# -- the noise for a budget ----------------------------------------------------------------------------------
+
+
+def budgeted(rounds: int, folder: Path | None = None, **settings: Any) -> tuple[Settings, FilterHost]:
+    plan = Participation.every_round(rounds)
+    return {"name": "GaussianDP", **settings}, FilterHost("site-1", "job", folder, participation=plan)
+
+
+@pytest.mark.parametrize(
+    ("target", "rounds", "delta"), [(8.0, 20, 1e-5), (1.0, 100, 1e-6), (0.3, 3, 1e-5), (50, 7, 1e-4)]
+)
+def test_epsilon_alone_is_enough_and_is_used_up_by_the_last_round(target: float, rounds: int, delta: float) -> None:
+    base = {"w": np.zeros(5, np.float32)}
+    settings, host = budgeted(rounds, epsilon=target, delta=delta)
+    filters = site(settings, base, host)
+    for number in range(1, rounds + 1):
+        (ran,) = json.loads(sent(filters, base, base, number).encoding)
+    noise = ran["noise_multiplier"]
+    assert ran["spent"] <= target
+    assert ran["spent"] == pytest.approx(
+        independent((dp_accounting.GaussianDpEvent(noise / 2), rounds), delta=delta), rel=0.01
+    )
+    assert ran["spent"] == pytest.approx(target, rel=0.001)
+    with pytest.raises(PrivacyBudgetError, match=f"round {rounds + 1} "):
+        sent(filters, base, base, rounds + 1)
+
+
+def test_a_round_that_is_repeated_costs_noise_and_not_the_run(tmp_path: Path) -> None:
+    base = {"w": np.zeros(5, np.float32)}
+    settings, host = budgeted(5, tmp_path, epsilon=4)
+    used = []
+    for number in (1, 2, 2, 3, 4, 5):  # a new process each time, as after a kill
+        (ran,) = json.loads(sent(site(settings, base, host), base, base, number).encoding)
+        used.append(ran["noise_multiplier"])
+    assert used[0] == used[1] < used[2]
+    assert used[3:] == pytest.approx(used[2:3] * 3, rel=1e-4)
+    events = [(dp_accounting.GaussianDpEvent(noise / 2), 1) for noise in used]
+    assert independent(*events) == pytest.approx(4, rel=0.01) and ran["spent"] <= 4
+
+
+def test_noise_counts_the_rounds_for_which_a_site_is_drawn() -> None:
+    names = tuple(f"site-{i}" for i in range(10))
+    settings = RunSettings("job", names, 1, rounds=30, fraction=0.3, seed=5)
+    plans = participation(settings)
+    for number in range(1, 31):
+        assert {n for n, plan in plans.items() if number in plan.rounds} == set(sample_sites(settings, number, names))
+    counts = [len(plan.rounds) for plan in plans.values()]
+    most = max(counts)
+    assert sum(counts) == 90 and {plan.most for plan in plans.values()} == {most} and most < 20
+    noise = GaussianDP(epsilon=8).multiplier(most)
+    assert independent((dp_accounting.GaussianDpEvent(noise / 2), most)) == pytest.approx(8, rel=0.01)
+    turns = participation(RunSettings("job", names[:3], 1, rounds=9), make_strategy("cyclic"))
+    assert [list(plan.rounds) for plan in turns.values()] == [[1, 4, 7], [2, 5, 8], [3, 6, 9]]
+
+
+def test_noise_with_secret_sampling_is_that_of_dp_accounting() -> None:
+    noise = GaussianDP(epsilon=3, adjacency="zero", sampling=0.1).multiplier(25)
+    event = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(noise))
+    assert independent((event, 25)) == pytest.approx(3, rel=0.01)
+
+
+def test_central_noise_is_computed_too_and_the_budget_is_used_up() -> None:
+    base = {"w": np.zeros(3, np.float32)}
+    host = FilterHost(job="job", participation=Participation.every_round(2))
+    filters = ServerFilters([{"name": "GaussianDP", "epsilon": 2, "at": "server_in"}], host)
+    for number in (1, 2):
+        filters.afford(number)
+        aggregator = filters.aggregator(
+            lambda _: pytest.fail("not used"), base, lambda a, e: ({"w": np.empty(3, np.float32)}, {}), linear=True
+        )
+        aggregator.add(Update("job", number, "", "site-1", 1, number - 1, base, 1))
+        aggregator.result()
+    with pytest.raises(PrivacyBudgetError, match="the privacy budget of the server is spent: round 3"):
+        filters.afford(3)
+
+
+def test_a_plan_that_exceeds_what_other_jobs_have_left_is_refused_before_its_first_round(tmp_path: Path) -> None:
+    base = {"w": np.zeros(5, np.float32)}
+    limit = BudgetLimit(PrivacyBudget(6.0, DELTA), "site-1", all_jobs=True)
+    settings, host = budgeted(4, tmp_path, epsilon=5)
+    first = site(settings, base, replace(host, budget=limit))
+    for number in range(1, 5):
+        sent(first, base, base, number)
+    other = site(settings, base, replace(host, job="other", budget=limit))
+    with pytest.raises(PrivacyBudgetError, match="rounds 1 to 4 would bring epsilon to .* for all jobs"):
+        other.received(Task("other", 1, "", "train", 0, base))
+
+
+def test_all_trainings_of_a_job_share_its_budget(tmp_path: Path) -> None:
+    base = {"w": np.zeros(5, np.float32)}
+    settings, host = budgeted(3, tmp_path, epsilon=4, trainings=2)
+    for job in ("job", "job/2"):
+        filters = site(settings, base, replace(host, job=job))
+        for number in (1, 2, 3):
+            (ran,) = json.loads(sent(filters, base, base, number).encoding)
+    assert ran["spent"] == pytest.approx(4, rel=0.001)
+    with pytest.raises(PrivacyBudgetError, match="for the job job"):
+        sent(site(settings, base, replace(host, job="job/3")), base, base, 1)
+    assert Ledger(tmp_path).spent("job", DELTA) == pytest.approx(4, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("settings", "job", "text"),
+    [
+        ({"epsilon": 3, "noise_multiplier": 4.0}, {"rounds": 10}, "noise_multiplier 4 spends epsilon .* in 10 rounds"),
+        ({"epsilon": 3, "noise_multiplier": 4.0, "at": "server_in"}, {"rounds": 10}, "the budget is 3"),
+        (
+            {"epsilon": 3, "noise_multiplier": 4.0},
+            {"rounds": 10, "sites": 4, "fraction": 0.5},
+            " updates of a site",
+        ),
+        ({"epsilon": 8}, {}, "from the number of rounds"),
+        ({"epsilon": 8}, {"rounds": 4, "strategy": "fedbuff"}, "under FedBuff"),
+        ({}, {"rounds": 4}, "neither a budget nor noise"),
+    ],
+)
+def test_a_job_whose_budget_cannot_hold_is_refused_when_it_is_made(
+    settings: dict[str, Any], job: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Job(app="train.py", filters=({"name": "GaussianDP", **settings},), **job)
+
+
+def test_the_noise_that_the_refusal_names_is_enough() -> None:
+    filters = {"name": "GaussianDP", "epsilon": 3, "noise_multiplier": 4.0}
+    with pytest.raises(ConfigError) as caught:
+        Job(app="train.py", rounds=10, filters=(filters,))
+    noise = float(caught.value.fix.partition("it would be ")[2].partition(")")[0])
+    assert independent((dp_accounting.GaussianDpEvent(noise / 2), 10)) == pytest.approx(3, rel=0.01)
+    Job(app="train.py", rounds=10, filters=({**filters, "noise_multiplier": noise},))
+    Job(app="train.py", rounds=2, filters=(filters,))
 
 
 # -- the ledger ----------------------------------------------------------------------------------------------
@@ -281,7 +418,7 @@ def test_two_processes_cannot_spend_the_same_budget(tmp_path: Path) -> None:
 def test_a_ledger_that_cannot_be_written_lets_nothing_leave(tmp_path: Path) -> None:
     (tmp_path / "privacy.sqlite").write_text("no database at all, but long enough to be looked at " * 40)
     with pytest.raises(StoreError, match="ledger"):
-        site({"name": "GaussianDP"}, {"w": np.zeros(1)}, FilterHost("site-1", "job", tmp_path))
+        site({"name": "GaussianDP", "noise_multiplier": 1.0}, {"w": np.zeros(1)}, FilterHost("site-1", "job", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -298,14 +435,14 @@ def test_a_ledger_that_cannot_be_written_lets_nothing_leave(tmp_path: Path) -> N
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        check_filters([{"name": "GaussianDP", **settings}])
+        check_filters([{"name": "GaussianDP", "noise_multiplier": 1.0, **settings}])
 
 
 def test_central_noise_needs_a_strategy_that_takes_a_mean() -> None:
     class Median(FedAvg):
         linear = False
 
-    central = [{"name": "GaussianDP", "at": "server_in"}]
+    central = [{"name": "GaussianDP", "noise_multiplier": 1.0, "at": "server_in"}]
     check_filters(central, None, FedAvg())
     with pytest.raises(ConfigError, match="but Median needs the updates"):
         check_filters(central, None, Median())

@@ -1,4 +1,4 @@
-"""Command `fl-adapters privacy`: shows what has been spent of a privacy budget, and by which jobs."""
+"""Command `fl-adapters privacy show`: shows what has been spent of a privacy budget, and by which jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters.ledger import LEDGER_FILE, Entry, Ledger, epsilon
+from fl_runtime.filters.ledger import LEDGER_FILE, UNITS, Entry, Ledger, epsilon, job_of
 
 _SHOWN = 20
 
@@ -62,16 +62,35 @@ def _ledger(path: Path, delta: float) -> dict[str, Any]:
         entries = ledger.entries()
     finally:
         ledger.close()
-    jobs = {entry.job: [other for other in entries if other.job == entry.job] for entry in entries}
     return {
         "path": str(path),
-        "epsilon": _epsilon(entries, delta),
-        "jobs": [
-            {"job": job, "rounds": len({entry.round for entry in of}), "epsilon": _epsilon(of, delta)}
-            for job, of in jobs.items()
+        "totals": [
+            {"protects": unit, "epsilon": _epsilon(of, delta)}
+            for unit in UNITS
+            if (of := [entry for entry in entries if entry.mechanism.unit == unit])
         ],
+        "jobs": job_totals(entries, delta),
         "entries": [_fields(entry) for entry in entries],
     }
+
+
+def job_totals(entries: Sequence[Entry], delta: float) -> list[dict[str, Any]]:
+    """Return what each job has spent with all its trainings, one row for each unit of privacy.
+
+    Args:
+        entries: Entries of one ledger.
+        delta: The delta at which epsilon is stated.
+
+    Returns:
+        Rows with job, unit ("protects"), number of rounds, and epsilon, in the order in which the jobs began.
+    """
+    kinds = dict.fromkeys((job_of(entry.job), entry.mechanism.unit) for entry in entries)
+    rows = []
+    for job, unit in kinds:
+        own = [entry for entry in entries if (job_of(entry.job), entry.mechanism.unit) == (job, unit)]
+        rounds = len({(entry.job, entry.round) for entry in own})
+        rows.append({"job": job, "protects": unit, "rounds": rounds, "epsilon": _epsilon(own, delta)})
+    return rows
 
 
 def _epsilon(entries: Sequence[Entry], delta: float) -> float:
@@ -88,6 +107,8 @@ def _fields(entry: Entry) -> dict[str, Any]:
         "mechanism": mechanism.kind,
         "noise": mechanism.noise,
         "sampling": mechanism.sampling,
+        "count": mechanism.count,
+        "protects": mechanism.unit,
     }
 
 
@@ -95,12 +116,11 @@ def _show(ledger: dict[str, Any], delta: float, console: Console) -> None:
     if not console.is_terminal:
         console.width = 120
     console.print(ledger["path"], highlight=False, soft_wrap=True)
-    totals = Table("job", "rounds", f"epsilon at delta {delta:g}", box=None)
-    for job in ledger["jobs"]:
-        totals.add_row(job["job"], str(job["rounds"]), f"{job['epsilon']:.4g}")
-    totals.add_row("all jobs", "", f"{ledger['epsilon']:.4g}")
+    totals = Table("job", "rounds", f"epsilon at delta {delta:g}", "protects", box=None)
+    for row in (*ledger["jobs"], *({"job": "all jobs", "rounds": "", **total} for total in ledger["totals"])):
+        totals.add_row(row["job"], str(row["rounds"]), f"{row['epsilon']:.4g}", UNITS[row["protects"]])
     console.print(totals)
-    lines = Table("at", "job", "round", "filter", "mechanism", "noise", "sampling", box=None)
+    lines = Table("at", "job", "round", "filter", "mechanism", "noise", "sampling", "count", "protects", box=None)
     for entry in ledger["entries"][-_SHOWN:]:
         lines.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in entry.values()))
     console.print(lines)
