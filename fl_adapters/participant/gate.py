@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -91,6 +92,14 @@ class Gate:
         with self.leaving_on_refusal():
             self._policy.check_handshake(list(state), terms)
             self._filters.agree(state, weights=terms.content == "weights")
+        if held := self._filters.held_back:
+            shown = f"{', '.join(held[:2])}{', ...' if held[2:] else ''}"
+            print(
+                f"fl-adapters: {len(held)} running statistics ({shown}) stay at this site, since noise would spoil "
+                "them; the global model keeps their first values. GroupNorm has none (docs/privacy.md)",
+                file=sys.stderr,
+                flush=True,
+            )
         metric = Ranking.of(terms, self._job.get("best_metric"), self._job.get("best_mode")).metric
         self._withheld = metric if self._filters.withhold(metric) else ""
         return self._filters.agreement

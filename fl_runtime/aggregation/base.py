@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,16 +9,6 @@ from typing import ClassVar, Literal
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.capabilities import WEIGHTS
 from fl_runtime.types import Arrays, Content, Settings, Update
-
-_STATISTIC = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance)$")
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor holds running statistics of a normalisation layer, judged by its name.
-
-    Such tensors are only averaged, since a variance after a server optimizer's step could be negative.
-    """
-    return _STATISTIC.search(name) is not None
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from fl_runtime.aggregation.base import WeightsStrategy, is_statistic
+from fl_runtime.aggregation.base import WeightsStrategy
 from fl_runtime.aggregation.fedavg import WeightedMean, accumulator_dtype, blocks
 from fl_runtime.aggregation.spec import choice, number
 from fl_runtime.errors import UpdateRefusedError
+from fl_runtime.tensor_names import is_statistic
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update, is_floating
 
 

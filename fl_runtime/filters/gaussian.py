@@ -22,6 +22,7 @@ from fl_runtime.filters.ledger import (
     training_of,
 )
 from fl_runtime.filters.noise import bernoulli, blocks, gaussian, store_rounded
+from fl_runtime.tensor_names import is_statistic
 from fl_runtime.types import Allocate, Array, Arrays, Settings, Task, Update
 
 Auto = Literal["auto"]
@@ -45,7 +46,8 @@ class GaussianDP(FilterSettings):
     The strategy must be `fedavg` without arguments, and this must be the last filter at `server_in`.
 
     The unit of privacy is a site's whole update of a round, not a single record. Integer tensors are replaced by those
-    of the global model. Metrics and numbers of examples are not covered; see `NoisyMetrics` and `Examples`.
+    of the global model. The running statistics of normalization layers stay at the site: noise would make variances
+    negative. Metrics and numbers of examples are not covered; see `NoisyMetrics` and `Examples`.
 
     Every release is recorded in the ledger, also one that is repeated after a restart, and the total epsilon appears in
     the history. Noise is drawn from the operating system in float64 and rounded to float32 or narrower. Needs the extra
@@ -270,7 +272,8 @@ class NoisyMean:
         self._settings, self._releases = settings, releases
         self._base, self._allocate = base, allocate
         self._round, self._count = 0, 0
-        self._sums: dict[str, Array] = {n: np.zeros(a.size) for n, a in base.items() if is_real(a.dtype)}
+        noisy = {n: a for n, a in base.items() if is_real(a.dtype) and not is_statistic(n)}
+        self._sums: dict[str, Array] = {n: np.zeros(a.size) for n, a in noisy.items()}
 
     def add(self, update: Update) -> None:
         """Add one clipped update to the sum, unless sampling leaves it out."""
@@ -312,7 +315,7 @@ def clipping(update: Update, clip: float) -> float:
 
     Args:
         update: An update with content "delta".
-        clip: Largest norm over all real tensors together.
+        clip: Largest norm over all real tensors together. Running statistics do not count: they are not released.
 
     Returns:
         A factor of at most 1.
@@ -328,7 +331,7 @@ def clipping(update: Update, clip: float) -> float:
                 where=f"update of {update.site}, round {update.round}",
                 fix=f"keep it at the site with keep_local=[{name!r}]",
             )
-        if is_real(array.dtype):
+        if is_real(array.dtype) and not is_statistic(name):
             flat = array.reshape(-1)
             for block in blocks(flat.size):
                 values = flat[block].astype(np.float64)

@@ -32,8 +32,11 @@ from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics
 from fl_runtime.filters.feedback import ErrorFeedback
+from fl_runtime.filters.gaussian import GaussianDP
 from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.filters.server import applied_filters
+from fl_runtime.filters.svt import SVTPrivacy
+from fl_runtime.tensor_names import STATISTICS, is_statistic
 from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update, is_floating
 
 F = TypeVar("F", Update, Report)
@@ -77,6 +80,7 @@ class SiteFilters:
         self._outgoing: list[_OutgoingFilter] = []
         self._cipher: Cipher | None = None
         self._key = ""
+        self._statistics: ExcludeVars | None = None  # holds back running statistics, which noise would spoil
         self.set_policy_filters(policy_filters, host.budget)
 
     def set_policy_filters(self, policy_filters: Sequence[Settings], budget: BudgetLimit | None = None) -> None:
@@ -144,9 +148,34 @@ class SiteFilters:
                         f"{type(item).__name__} works on weights, but this adapter does not send weights",
                         "leave the filter out",
                     )
+        self._statistics = ExcludeVars(STATISTICS) if self._adds_noise and self.statistics else None
+        if self._statistics and any(isinstance(step.filter, HomomorphicCKKS) for step in self._outgoing):
+            raise refuse(
+                f"noise would spoil the running statistics of the model, such as {self.statistics[0]}, and with "
+                "HomomorphicCKKS no tensor can be held back",
+                f"keep_local: {list(STATISTICS)}, or use layers without such statistics (GroupNorm)",
+            )
         clash = [name for name in self._agreed if AUX in name]
         if clash and (self._arriving or encodings([step.filter for step in self._outgoing])):
             raise refuse(f"the name of tensor {clash[0]!r} contains {AUX!r}, which encodings use", "rename the tensor")
+
+    @property
+    def _adds_noise(self) -> bool:
+        """Whether a filter adds noise to what this site sends, here or at the server."""
+        central = at_point(self._job, "server_in")
+        return any(
+            isinstance(item, (GaussianDP, SVTPrivacy)) for item in (*central, *(s.filter for s in self._outgoing))
+        )
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of the running statistics of normalization layers among the tensors that were agreed on."""
+        return [name for name, (dtype, _) in self._agreed.items() if is_statistic(name) and is_floating(dtype)]
+
+    @property
+    def held_back(self) -> list[str]:
+        """Names of the running statistics that stay at this site, since a filter adds noise. Call after `agree`."""
+        return self.statistics if self._statistics else []
 
     @property
     def agreement(self) -> dict[str, str]:
@@ -167,7 +196,12 @@ class SiteFilters:
         Returns:
             The selected arrays, not copied.
         """
-        return {n: a for n, a in arrays.items() if any(item.excludes(n) for item in self._excluding)}
+        return {name: array for name, array in arrays.items() if self._keeps(name)}
+
+    def _keeps(self, name: str) -> bool:
+        """Whether this site continues with its own values of a tensor."""
+        ignored = [*self._excluding, *([self._statistics] if self._statistics else [])]
+        return any(item.excludes(name) for item in ignored)
 
     def restore(self, own_values: Arrays) -> None:
         """Restore the arrays that an earlier process of this site got from `own_values`. Call after `agree`."""
@@ -193,8 +227,9 @@ class SiteFilters:
             arrays = self._cipher.decrypt(arrays, self._agreed)
         if self._arriving and task.kind == "train":
             arrays = {n: np.asarray(a) for n, a in _decoded(self._arriving, arrays, self._agreed).items()}
-        if self._own_values and task.kind == "train":
-            for name, value in self._own_values.items():
+        for name, value in self._own_values.items():
+            # at its end, too, a site goes on with its own statistics: the global model has none
+            if name in arrays and (task.kind == "train" or (self._statistics and self._statistics.excludes(name))):
                 arrays[name][...] = value
         if task.kind == "train":
             for step in self._outgoing:
@@ -207,7 +242,7 @@ class SiteFilters:
 
     def _save_own_values(self, arrays: Arrays) -> None:
         for name, array in arrays.items():
-            if any(item.excludes(name) for item in self._excluding):
+            if self._keeps(name):
                 self._own_values[name] = np.array(array)
 
     def _save_base(self, arrays: Arrays) -> None:
@@ -244,6 +279,9 @@ class SiteFilters:
         # first the filters that the adapter itself applied (Session.submit(held_back=))
         ran: list[Settings] = list(applied_filters(update.encoding))
         filter_task = replace(task, arrays=self._base)
+        if self._statistics:
+            update = replace(update, arrays=self._statistics.encode(update.arrays))
+            ran.append(self._statistics.settings())
         for step in self._outgoing:
             if isinstance(step.filter, FactsFilter):
                 update = _with_facts(update, step)

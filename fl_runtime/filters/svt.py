@@ -24,7 +24,7 @@ class SVTPrivacy(FilterSettings):
 
     Unit of privacy: a site's whole update, replaced by any other, so that every |x_i| may change by gamma and every x_i
     by 2 gamma at once. The guarantee is pure (delta 0), and rounds add up. Integer tensors are replaced by those of the
-    global model.
+    global model. The running statistics of normalization layers stay at the site.
 
     The noise grows with c, and with the defaults it outweighs single coordinates. The defaults of NVIDIA FLARE's filter
     of this name (a tenth of all coordinates, with the noise for one) amount to an epsilon of thousands per round.

@@ -22,7 +22,7 @@ from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.facts import NoisyMetrics
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean, Releases
 from fl_runtime.filters.ledger import BudgetLimit, Ledger, Mechanism, PrivacyBudget, epsilon
-from fl_runtime.filters.server import ServerFilters
+from fl_runtime.filters.server import ServerFilters, decoded
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.server.courses.sampling import sample_sites
 from fl_runtime.types import Array, Arrays, RunSettings, ServerState, Settings, Task, Update
@@ -90,6 +90,49 @@ def test_a_short_update_is_not_stretched_and_nothing_is_repeated() -> None:
     np.random.seed(1)
     b = sent(site({"name": "GaussianDP", "noise_multiplier": 1.0}, base), base, base).arrays["w"].copy()
     assert abs(np.corrcoef(a.reshape(-1), b.reshape(-1))[0, 1]) < 5 / a.size**0.5
+
+
+@pytest.mark.parametrize("name", ["GaussianDP", "SVTPrivacy"])
+@pytest.mark.parametrize("kind", ["bn.running_var", "norm/moving_variance"])
+def test_running_statistics_neither_leave_nor_use_up_the_clip(name: str, kind: str) -> None:
+    """The weights move by 0.36 and the statistics by 2.31: with a clip of 1 the weights must not be shortened."""
+    base = {"w": np.zeros(900, np.float32), kind: np.ones(32, np.float32)}
+    arrays = {"w": np.full(900, 0.012, np.float32), kind: np.full(32, 1 + 2.31 / 32**0.5, np.float32)}
+    arguments = {"noise_multiplier": 1e-6} if name == "GaussianDP" else {"gamma": 1.0}
+    filters = site({"name": name, **arguments}, base)
+    leaves = sent(filters, base, arrays)
+    assert list(leaves.arrays) == ["w"] and filters.held_back == [kind]
+    if name == "GaussianDP":
+        np.testing.assert_allclose(leaves.arrays["w"], arrays["w"], atol=1e-5)
+    back = decoded(leaves, base)
+    assert list(back.arrays) == ["w"]
+    for task in ("train", "final", "best"):
+        arrived = {n: np.copy(a) for n, a in base.items()}
+        seen = filters.received(Task("job", 2, "", task, 1, arrived))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(seen.arrays[kind], arrays[kind])
+        np.testing.assert_array_equal(seen.arrays["w"], base["w"])
+
+
+def test_statistics_that_reach_the_server_are_not_released_with_central_noise() -> None:
+    base = {"w": np.zeros(50, np.float32), "bn.running_var": np.ones(50, np.float32)}
+    home = FilterHost(job="job")
+    settings = {"name": "GaussianDP", "clip": 1.0, "noise_multiplier": 3.0, "at": "server_in"}
+    filters = ServerFilters([settings], home)
+    allocated = {n: np.empty(a.shape, a.dtype) for n, a in base.items()}
+    aggregator = filters.aggregator(lambda _: pytest.fail("not used"), base, lambda a, e: (allocated, {}), linear=True)
+    far = {"w": base["w"] + 0.1, "bn.running_var": base["bn.running_var"] * 100}
+    aggregator.add(Update("job", 1, "", "site-1", 1, 0, far, 1))
+    model, _ = aggregator.result()
+    np.testing.assert_array_equal(model["bn.running_var"], base["bn.running_var"])
+    assert model["w"].std() > 1
+
+
+def test_statistics_under_encryption_are_refused_with_the_way_out() -> None:
+    filters = SiteFilters(
+        [{"name": "GaussianDP", "noise_multiplier": 1.0}, {"name": "HomomorphicCKKS"}], (), FilterHost("site-1", "job")
+    )
+    with pytest.raises(ConfigError, match=r"such as bn.running_var.*\n.*\n.*keep_local: .*running_var.*GroupNorm"):
+        filters.agree({"w": np.zeros(3, np.float32), "bn.running_var": np.ones(3, np.float32)})
 
 
 def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
