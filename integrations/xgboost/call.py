@@ -14,6 +14,7 @@ import xgboost
 from fl_adapters.participant.options import Options
 from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.errors import ConfigError
+from fl_runtime.wire.names import Names, names_of
 
 Mode = Literal["bagging", "cyclic", "histogram"]
 MODES = ("bagging", "cyclic", "histogram")
@@ -27,8 +28,6 @@ _DEFAULTS: dict[str, Any] = {
     "multi_strategy": "one_output_per_tree",
     "base_score": "agreed before round 1",
 }
-_NAMED_FEATURES = 1000  # beyond these a block of features is one line of the handshake
-_BLOCK = 100
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def check_options(options: Options) -> None:
             raise ConfigError(f"{name}={value!r} has no meaning for trees", where=name, fix=f"leave {name} out")
 
 
-def agreement(call: TrainCall, start: TreeModel) -> dict[str, str]:
+def agreement(call: TrainCall, start: TreeModel) -> dict[str, str | Names]:
     """Collect what must be equal at all sites.
 
     Args:
@@ -101,16 +100,16 @@ def agreement(call: TrainCall, start: TreeModel) -> dict[str, str]:
         start: The model that this site would start from.
 
     Returns:
-        Name -> value, for the handshake.
+        Name -> text or list of names, for the handshake.
     """
     head = start.head
-    facts = {name: str(call.params.get(name, default)) for name, default in _DEFAULTS.items()}
+    facts: dict[str, str | Names] = {name: str(call.params.get(name, default)) for name, default in _DEFAULTS.items()}
     if call.obj is not None:
         facts["objective"] = f"custom: {getattr(call.obj, '__name__', type(call.obj).__name__)}"
     facts["xgboost"] = ".".join(map(str, installed_version()))
     facts["num_target"] = str(head["learner"]["learner_model_param"]["num_target"])
-    facts["features"] = str(call.dtrain.num_col())
-    facts |= _features(call.dtrain) | _categories(call.dtrain, head)
+    facts["number of features"] = str(call.dtrain.num_col())
+    facts |= {"features": _features(call.dtrain), **_categories(call.dtrain, head)}
     if call.xgb_model is not None:
         facts["xgb_model"] = _digest(json.dumps(head, default=str), *start.trees)
     for name in ("monotone_constraints", "interaction_constraints"):
@@ -125,30 +124,32 @@ def installed_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _features(dtrain: xgboost.DMatrix) -> dict[str, str]:
-    columns = dtrain.num_col()
-    names = dtrain.feature_names or [f"f{i}" for i in range(columns)]
-    types = dtrain.feature_types or [""] * columns
-    lines = [f"{name} ({kind})" if kind else str(name) for name, kind in zip(names, types, strict=True)]
-    facts = {f"feature {i}": line for i, line in enumerate(lines[:_NAMED_FEATURES])}
-    for start in range(_NAMED_FEATURES, columns, _BLOCK):
-        block = lines[start : start + _BLOCK]
-        facts[f"features {start} to {start + len(block) - 1}"] = _digest("\n".join(block))
-    return facts
+def _features(dtrain: xgboost.DMatrix) -> Names:
+    """Names and types of the features, in their order."""
+    names = _feature_names(dtrain)
+    types = dtrain.feature_types or [""] * len(names)
+    return names_of(f"{name} ({kind})" if kind else name for name, kind in zip(names, types, strict=True))
 
 
-def _categories(dtrain: xgboost.DMatrix, head: Mapping[str, Any]) -> dict[str, str]:
-    """Category values of each feature. XGBoost keeps them in the model since 3.1; before, it knows their codes only."""
+def _categories(dtrain: xgboost.DMatrix, head: Mapping[str, Any]) -> dict[str, str | Names]:
+    """The category behind each code, over all features.
+
+    XGBoost keeps them in the model since 3.1; before, it knows their codes only.
+    """
     booster = head["learner"]["gradient_booster"]
     model = booster["gbtree"]["model"] if "gbtree" in booster else booster["model"]
-    names = dtrain.feature_names or [f"f{i}" for i in range(dtrain.num_col())]
-    facts = {}
-    for name, encoded in zip(names, model.get("cats", {}).get("enc", []), strict=False):
-        values = _category_values(encoded)
-        if values:
-            text = ", ".join(values)
-            facts[f"categories of {name}"] = text if len(text) < 200 else f"{text[:150]}... ({_digest(text)})"
-    return facts
+    encodings = model.get("cats", {}).get("enc", [])
+    lines = [
+        f"{name} {code} = {value}"
+        for name, encoding in zip(_feature_names(dtrain), encodings, strict=False)
+        for code, value in enumerate(_category_values(encoding))
+    ]
+    categorical = lines or "c" in (dtrain.feature_types or ())
+    return {"categories": names_of(lines)} if categorical and encodings else {}
+
+
+def _feature_names(dtrain: xgboost.DMatrix) -> list[str]:
+    return list(map(str, dtrain.feature_names or (f"f{i}" for i in range(dtrain.num_col()))))
 
 
 def _category_values(encoded: Mapping[str, Any]) -> list[str]:

@@ -105,6 +105,21 @@ def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
     exchange_contents(booster, fresh)
 
 
+def received(arrays: Arrays, call: TrainCall) -> TreeModel:
+    """The model in arrays from the server, with this site's own names of features.
+
+    They differ from those in the arrays only if a site has left them out of the comparison (`agree=False`).
+    """
+    model = TreeModel.from_arrays(arrays)
+    names, learner = call.dtrain.feature_names, model.head["learner"]
+    if not names or list(learner.get("feature_names", ())) == names:
+        return model
+    types = call.dtrain.feature_types or []
+    return TreeModel(
+        {**model.head, "learner": {**learner, "feature_names": names, "feature_types": types}}, model.trees
+    )
+
+
 def without_categories(model: TreeModel) -> TreeModel:
     """The model without category values: training on bare category codes, XGBoost would compare the values."""
     if "cats" not in model.model:

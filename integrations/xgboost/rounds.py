@@ -149,11 +149,11 @@ class TreeRounds:
         """
         self.session.finish(
             export=lambda folder: model.export(booster, folder),
-            load=(lambda arrays: model.load(booster, TreeModel.from_arrays(arrays), self.call)) if scored else None,
+            load=(lambda arrays: model.load(booster, model.received(arrays, self.call), self.call)) if scored else None,
         )
 
     def _load_task(self, booster: xgboost.Booster, task: Task) -> None:
-        self.task, self.loaded = task, TreeModel.from_arrays(task.arrays)
+        self.task, self.loaded = task, model.received(task.arrays, self.call)
         model.load(booster, self.loaded, self.call)
         self.round, self.over = task.round, task.kind == "final"
 

@@ -15,7 +15,7 @@ import xgboost_data as d
 import fl_adapters.xgboost.call
 from fl_adapters import ConfigError, HandshakeError
 from fl_adapters.testing import LocalFederation
-from fl_adapters.xgboost import FederatedCallback, train
+from fl_adapters.xgboost import FederatedCallback, FederatedXGBClassifier, train
 
 NAMES = ["age", "dose", "size", "rate", "site"]
 
@@ -45,14 +45,14 @@ def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) 
         (
             {"data": {"feature_names": NAMES}},
             {"data": {"feature_names": [*NAMES[:4], "hours"]}},
-            "feature 4: site != hours",
+            "features: 4: 'site' != 'hours'",
         ),
         (
             {"data": {"feature_names": NAMES, "feature_types": ["float"] * 5}},
             {"data": {"feature_names": NAMES, "feature_types": ["int", *["float"] * 4]}},
-            "feature 0: age (float) != age (int)",
+            "features: 0: 'age (float)' != 'age (int)'",
         ),
-        ({}, {"data": {"x": d.X[:, :4]}}, "features: 5 != 4"),
+        ({}, {"data": {"x": d.X[:, :4]}}, "number of features: 5 != 4"),
         (
             {"params": {"objective": "multi:softprob", "num_class": 3}, "data": {"label": d.CLASSES}},
             {"params": {"objective": "multi:softprob", "num_class": 4}, "data": {"label": d.CLASSES}},
@@ -107,7 +107,41 @@ def test_different_categories_are_refused() -> None:
         return {"x": pd.DataFrame({"kind": pd.Categorical.from_codes(codes, names)}), "enable_categorical": True}
 
     error = differing({"data": frame(["a", "b"])}, {"data": frame(["b", "a"])})
-    assert "categories of kind: a, b != b, a" in str(error)
+    assert "categories: 0: 'kind 0 = a' != 'kind 0 = b', 1: 'kind 1 = b' != 'kind 1 = a'" in str(error)
+    assert "agree=False" in error.fix
+
+
+def test_two_swapped_columns_of_many_are_named() -> None:
+    names = [f"gene {i}" for i in range(3_000)]
+    x = np.zeros((len(d.X), len(names)), np.float32)
+    swapped = [*names[:2_000], names[2_001], names[2_000], *names[2_002:]]
+    error = differing(*({"data": {"x": x, "feature_names": n}} for n in (names, swapped)))
+    assert "features: 3000 entries each; 2000: 'gene 2000' != 'gene 2001'" in str(error)
+
+
+@pytest.mark.parametrize("mode", ["bagging", "histogram"])
+def test_other_names_may_be_meant(mode: Any) -> None:
+    if mode == "histogram":
+        pytest.importorskip("cryptography")
+
+    def site(place: Any) -> list[str] | None:
+        names = NAMES if place.index else NAMES[::-1]
+        data = d.matrix(place.index, feature_names=names)
+        return train(d.BASE, data, 2, kit=place.kit, mode=mode, agree=bool(place.index)).feature_names
+
+    with LocalFederation(sites=2) as run:
+        assert run.run(site) == {"site-1": NAMES[::-1], "site-2": NAMES}
+
+
+def test_encoded_labels_are_compared_if_the_script_tells_them() -> None:
+    def site(place: Any) -> None:
+        classes = np.array(["benign", "malignant"])[:: 1 if place.index else -1]
+        model = FederatedXGBClassifier(n_estimators=2, federated={"kit": place.kit, "agree": {"classes": classes}})
+        model.fit(d.X, d.CLASSES > 0)
+
+    with LocalFederation(sites=2) as run:
+        outcomes = run.outcomes({place.name: site for place in run.places}, check=False)
+    assert all("classes: 0: 'malignant' != 'benign'" in str(outcome.error) for outcome in outcomes.values())
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "tree-cyclic"])
