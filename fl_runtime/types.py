@@ -260,6 +260,7 @@ class Event:
     - "task_sent", "update": a site received a task, or its update arrived.
     - "aggregator": under swarm, a site was chosen to aggregate the round.
     - "report", "scored": one site evaluated the model of `round`, or all of them did.
+    - "warning": something may be wrong with the run; `text` says what, in words.
     - "cross_score", "cross_site": a site evaluated another site's model, or all did (with the matrix).
     - "starting", "restarted", "exited": a site's process in a simulation.
 

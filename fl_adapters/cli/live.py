@@ -25,7 +25,7 @@ _COLUMNS = ("site", "state", "round", "loss", "examples", "up", "down", "seconds
 
 
 class _LiveView:
-    """Listener that updates the view, and prints log lines of failed sites above the table."""
+    """Listener that updates the view, and prints warnings and log lines of failed sites above the table."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -36,6 +36,8 @@ class _LiveView:
         if event.kind == "exited" and event.data["tail"]:
             lines = [f"{event.site}: {event.data['status']}; {event.data['log']} ends with", *event.data["tail"]]
             self._console.print(Text("\n    | ".join(lines), style="yellow"))
+        elif event.kind == "warning":
+            self._console.print(Text(f"warning: {event.data['text']}", style="yellow"))
 
 
 @contextmanager

@@ -129,6 +129,8 @@ class ProgressLines:
                 self._settle(event.round)
             case "left" if data["early"] and not self._failed:
                 self._say(f"{event.site} dropped out: {data['reason']}")
+            case "warning":
+                self._say(f"warning: {data['text']}")
             case "restarted":
                 self._say(f"{event.site}: {data['status']}; started again")
             case "exited" if data["tail"]:

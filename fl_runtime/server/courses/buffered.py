@@ -17,6 +17,7 @@ from fl_runtime.filters.server import decoded
 from fl_runtime.server.courses.base import Offer, Status, Upload, leased
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import event_fields
+from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
@@ -178,6 +179,8 @@ class Buffered:
             num_examples=sum(u.num_examples for u in updates),
             local_steps=sum(u.local_steps for u in updates),
         )
+        if number == 1:
+            hint_at_same_data(state, due)
         state.published.notify_all()
         for accepted in due:
             state.blobs.free(accepted.blob)

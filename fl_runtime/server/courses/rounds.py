@@ -8,6 +8,7 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.errors import QuorumError
+from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.sampling import choose_participants, open_round
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
@@ -115,6 +116,8 @@ class Rounds:
             state.results.append(result)
             self._scoring.scores.record_training(current.round, result.metrics)
             state.events.emit("round_finished", current.round, **event_fields(result))
+        if current.round == 1:
+            hint_at_same_data(state, list(current.accepted.values()))
         state.published.notify_all()
         if previous is not None:
             if previous.strategy_state is not None:

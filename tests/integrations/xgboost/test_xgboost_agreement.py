@@ -144,6 +144,18 @@ def test_encoded_labels_are_compared_if_the_script_tells_them() -> None:
     assert all("classes: 0: 'malignant' != 'benign'" in str(outcome.error) for outcome in outcomes.values())
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_sites_that_grow_the_same_trees_are_asked_for_their_data(own: bool) -> None:
+    def site(place: Any) -> None:
+        train(d.BASE, d.matrix(place.index if own else 0), 2, kit=place.kit)
+
+    with LocalFederation(sites=2) as run:
+        run.run(site)
+        run.result()
+        hints = [event.data["text"] for event in run.events if event.kind == "warning"]
+    assert len(hints) == (0 if own else 1)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "tree-cyclic"])
 def test_a_strategy_of_the_job_that_does_not_fit_is_refused(strategy: str) -> None:
     error = differing({}, {}, strategy=strategy)
