@@ -149,6 +149,7 @@ class KitPolicyGate(PolicyGate):
         self._audit: AuditLog = AuditLog(folder, folder)
         self._job = ""
         self._strategy: str | None = None  # the job's, if it names one
+        self._names: list[str] = []  # of the tensors that were named at the handshake
         self._refusal: PermissionDeniedError | None = None  # the last one; its text is the policy's, free of data
         try:
             self._file: PolicyFile = PolicyFile(kit.policy_file)
@@ -194,9 +195,13 @@ class KitPolicyGate(PolicyGate):
             self._policy.check_names(names, self.identity)
             if self._strategy is None:  # the script chooses it
                 self._policy.check_strategy(self._job, terms.strategy, self.identity)
+        self._names = list(names)
 
     def visible_software(self, info: Mapping[str, str]) -> Mapping[str, str]:
-        return info if self._policy.info else {}
+        visible = info if self._policy.info else {}
+        count, names = len(self._names), self._names
+        self._audit.write("handshake", self.identity, job=self._job, tensors=count, names=names, software=dict(visible))
+        return visible
 
     def record_task(self, task: Task) -> bool:
         self._audit.write(f"task: {task.kind}", job=task.job, round=task.round, version=task.version)
@@ -226,7 +231,8 @@ class KitPolicyGate(PolicyGate):
                 self._policy.check_initial(self.identity)
 
     def record_update(self, update: Update) -> None:
-        size = sum(array.nbytes for array in (*update.arrays.values(), *update.extras.values()))
+        arrays = (*update.arrays.values(), *update.extras.values())
+        size = sum(array.nbytes for array in arrays)
         with _RecordRefusals(self, "send update", round=update.round):
             self._policy.check_bytes(size, self.identity)
         self._audit.write(
@@ -234,16 +240,20 @@ class KitPolicyGate(PolicyGate):
             self.identity,
             job=update.job,
             round=update.round,
-            tensors=len(update.arrays) + len(update.extras),
+            tensors=len(arrays),
+            numbers=sum(array.size for array in arrays),
             bytes=size,
             num_examples=update.num_examples,
+            local_steps=update.local_steps,
             metrics=dict(update.metrics),
-            filters=[str(item.get("name")) for item in applied_filters(update.encoding)],
+            filters=list(applied_filters(update.encoding)),
         )
 
     def record_report(self, report: Report) -> None:
         metrics, examples = plain(report.metrics), report.num_examples
-        self._audit.write("report", self.identity, job=self._job, metrics=metrics, num_examples=examples)
+        self._audit.write(
+            "report", self.identity, job=self._job, version=report.version, metrics=metrics, num_examples=examples
+        )
 
     def visible_reason(self, reason: LeaveReason) -> str:
         if self._policy.reasons:
@@ -260,6 +270,7 @@ class KitPolicyGate(PolicyGate):
     def stream_identity(self) -> StreamIdentity:
         from fl_runtime.trust.stream_identity import StreamIdentity
 
+        self._audit.write("stream", self.identity, job=self._job)
         return StreamIdentity(self._file.path.parent)  # read each time: a certificate may be renewed during a run
 
     # -- for `fl-adapters run` --------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fl_adapters.participant.kit import KIT_VARIABLE
+
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 _Delta = Annotated[float, typer.Option(help="Delta at which epsilon is stated, between 0 and 1.")]
 
@@ -29,7 +31,8 @@ privacy = typer.Typer(
     epilog="""\b
 Examples:
   fl-adapters privacy kits/hospital-a            what has been spent: short for `privacy show`
-  fl-adapters privacy plan --epsilon 8 --delta 1e-5 --rounds 20""",
+  fl-adapters privacy plan --epsilon 8 --delta 1e-5 --rounds 20
+  fl-adapters privacy report kits/hospital-a     a page for the data protection officer""",
     rich_markup_mode=None,
     add_completion=False,
 )
@@ -95,3 +98,28 @@ def plan(
     filter_fields = {"epsilon": epsilon, "delta": delta, "clip": clip, "adjacency": adjacency, "at": at}
     job_fields = {"rounds": rounds, "sites": sites, "fraction": fraction, "seed": seed}
     sys.exit(command.run(job, filter_fields, job_fields, as_json))
+
+
+@privacy.command(
+    epilog="""\b
+Examples:
+  fl-adapters privacy report kits/hospital-a
+  fl-adapters privacy report kits/hospital-a --job tumour-2 --out reports --json"""
+)
+def report(
+    kit: Annotated[Path, typer.Argument(envvar=KIT_VARIABLE, help="Startup kit of a site.")],
+    delta: _Delta = 1e-5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for privacy-report.html and privacy-report.txt. Default: the kit.")
+    ] = None,
+    job: Annotated[str, typer.Option(help="Report on this job alone. Default: all.")] = "",
+    as_json: _Json = False,
+) -> None:
+    """Make a page for the data protection officer: what has left a site, when, and to whom.
+
+    It lists tensors, numbers, bytes, metrics, the filters in force, the epsilon spent, and what was refused, from the
+    site's audit log and privacy ledger. The exit status is 1 if lines of the log were edited, removed or moved.
+    """
+    from fl_adapters.cli.privacy import report as command
+
+    sys.exit(command.run(kit, delta, out, job, as_json))

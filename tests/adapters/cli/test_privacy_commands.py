@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from study import Study, readdressed
 from typer.testing import CliRunner
 
-from fl_adapters import Job
+from fl_adapters import Job, connect
 from fl_adapters.cli.app import app
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.trust.audit import entries
 
 dp_accounting = pytest.importorskip("dp_accounting")
 
@@ -88,7 +93,7 @@ def test_what_cannot_be_planned_is_an_error_that_names_the_option(args: list[str
     assert text in said("plan", *args, status=1)
 
 
-@pytest.mark.parametrize("command", ["show", "plan"])
+@pytest.mark.parametrize("command", ["show", "plan", "report"])
 def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
     text = said(command, "--help")
     assert "--json" in text and f"fl-adapters privacy {command} " in text.partition("Examples:")[2]
@@ -96,3 +101,117 @@ def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
 
 def test_a_folder_in_place_of_a_command_shows_its_ledger(tmp_path: Path) -> None:
     assert "there is no privacy ledger in this folder" in said(str(tmp_path), status=1)
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kit of a site that took part in a job with noise, and was kept out of another one by its policy."""
+    with Study(tmp_path_factory.mktemp("study")) as study:
+        kits = {name: readdressed(study, name) for name in study.sites}
+        (kits["north"] / "policy.yml").write_text(
+            "filters: [{name: GaussianDP, epsilon: 8, clip: 0.5}, {name: AllowMetrics, names: ['<loss>']}]\n"
+            "strategies: [fedavg]"
+        )
+        study.job("tumour", rounds=3)
+        trained(kits)
+        study.job("second", by="ada", rounds=1, strategy="median", min_sites=1)
+        trained(kits)
+    return kits["north"]
+
+
+def trained(kits: dict[str, Path]) -> None:
+    """Let all sites take part in the job that is running, each in a thread."""
+
+    def work(name: str) -> None:
+        weights = {"w": np.zeros((4, 5), np.float32), "b": np.zeros(3, np.float32)}
+        try:
+            with connect(kit=str(kits[name])) as site:
+                for task in site.tasks(initial=weights):
+                    arrays = {n: a + 1 for n, a in task.arrays.items()}
+                    task.submit(arrays, num_examples=37, metrics={"<loss>": 0.5, "patients": 12.0})
+        except FederationError:
+            assert name == "north"
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in kits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def reported(kit: Path, out: Path, *args: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["privacy", "report", str(kit), "--out", str(out), *args, "--json"])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "exit": done.exit_code}
+
+
+def test_the_report_names_what_left_when_and_to_whom(kit: Path, tmp_path: Path) -> None:
+    report = reported(kit, tmp_path)
+    assert report["exit"] == 0 and report["log"]["findings"] == []
+    assert (report["site"], report["organisation"]) == ("north", "north-hospital")
+    log = entries(kit)
+    left = [e for e in log if e["action"] in ("handshake", "update", "report", "left") and e["outcome"] == "done"]
+    assert [(d["line"], d["time"]) for d in report["departures"]] == [(e["number"], e["time"]) for e in left]
+
+    updates = [d for d in report["departures"] if d["what"] == "weights"]
+    assert [d["round"] for d in updates] == [1, 2, 3]
+    for update in updates:
+        assert (update["tensors"], update["numbers"], update["bytes"]) == (2, 23, 92)
+        assert update["metrics"] == {"<loss>": 0.5} and update["num_examples"] == 37
+        assert any("GaussianDP(" in f and "spent=" in f and "by the site's policy" in f for f in update["filters"])
+    job = report["jobs"][0]
+    assert (job["job"], job["rounds"], job["submitted_by"]) == ("tumour", 3, log[0]["submitted_by"])
+    sums = [sum(e.get(field, 0) for e in left if e["job"] == "tumour") for field in ("numbers", "bytes")]
+    assert [job["numbers"], job["bytes"]] == sums and job["metrics"] == ["<loss>"]
+    (spent,) = report["spent"]
+    assert (spent["job"], spent["protects"], spent["rounds"]) == ("tumour", "update", 3)
+    noise = planned("--epsilon", "8", "--rounds", "3")
+    assert spent["epsilon"] == pytest.approx(exact(noise["noise_multiplier"], 3, 1e-5), rel=0.01)
+    (refusal,) = report["refused"]
+    assert refusal["job"] == "second" and "strategies" in refusal["rule"]
+
+
+def test_the_page_is_one_file_in_html_and_one_in_text_with_the_same_facts(kit: Path, tmp_path: Path) -> None:
+    report = reported(kit, tmp_path)
+    page, text = (Path(file).read_text() for file in report["files"])
+    assert page.startswith("<!doctype html>") and "<script" not in page and "http" not in page
+    assert "&lt;loss&gt;=0.5" in page and "<loss>" not in page
+    flat = html.unescape(page)
+    for fact in (
+        f"To whom: the server {report['server']}",
+        "sites' weights on to: south.",
+        "intact: no line was edited",
+        "a site's whole update of a round",
+        "strategies: median is not one of fedavg",
+        "What this page does not count",
+    ):
+        assert fact in flat and fact.split(":")[0] in text, fact
+    for departure in report["departures"]:
+        assert departure["time"][:19].replace("T", " ") in flat and departure["what"] in flat
+
+
+def test_a_report_of_one_job_and_one_of_an_unknown_one(kit: Path, tmp_path: Path) -> None:
+    report = reported(kit, tmp_path, "--job", "second")
+    assert report["spent"] == [] and {d["job"] for d in report["departures"]} <= {"second"}
+    assert "nothing is on record about the job third" in said("report", str(kit), "--job", "third", status=1)
+
+
+def test_a_log_that_was_edited_is_told_and_changes_the_exit_status(kit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in kit.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "audit.jsonl").write_text((kit / "audit.jsonl").read_text().replace('"bytes": 92', '"bytes": 9', 1))
+    report = reported(copy, tmp_path / "out")
+    assert report["exit"] == 1 and any("edited" in what for what in report["log"]["findings"])
+    assert "not intact" in Path(report["files"][1]).read_text()
+
+
+def test_a_folder_that_is_no_sites_kit_is_refused_in_words(kit: Path, tmp_path: Path) -> None:
+    assert "startup kit" in said("report", str(tmp_path), status=1)
+    assert "this is the kit of a server" in said("report", str(kit.parents[1] / "kits" / "server"), status=1)
