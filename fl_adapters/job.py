@@ -14,12 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_adapters.participant.options import Options
-from fl_runtime.aggregation import FedNova, make_strategy
+from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError, did_you_mean
 from fl_runtime.filters import (
-    at_point,
     check_best_metric,
     check_budgets,
     check_cross_site,
@@ -27,7 +26,6 @@ from fl_runtime.filters import (
     check_repeatable,
     check_site_weights,
 )
-from fl_runtime.filters.facts import Examples
 from fl_runtime.types import RunSettings, Strategy
 
 R_co = TypeVar("R_co", covariant=True)
@@ -348,12 +346,6 @@ def _check(job: Job) -> None:
     chosen = strategy if "strategy" in job.model_fields_set else None  # else the script may choose
     check_filters(job.filters, job.optimizer_state, chosen)
     _check_budgets(job, chosen)
-    if isinstance(chosen, FedNova) and any(isinstance(item, Examples) for item in at_point(job.filters, "site_out")):
-        raise ConfigError(
-            "the filter Examples hides the number of local steps, which fednova needs",
-            where="filters",
-            fix="leave the filter out, or use another strategy",
-        )
     if job.best_metric is not None:
         check_best_metric(job.filters, job.best_metric)
     if job.site_weights:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
 from fl_runtime.errors import FederationError
 from fl_runtime.filters import check_repeatable
@@ -91,7 +92,10 @@ class Gate:
         """
         with self.leaving_on_refusal():
             self._policy.check_handshake(list(state), terms)
-            self._filters.agree(state, weights=terms.content == "weights")
+            strategy = make_strategy(self._job.get("strategy") or terms.strategy)
+            corrects = LocalTerms.from_config(strategy.configure(1, ())).control_variates
+            extras = corrects or self._job.get("optimizer_state") == "average"
+            self._filters.agree(state, weights=terms.content == "weights", strategy=strategy, extras=extras)
         if held := self._filters.held_back:
             shown = f"{', '.join(held[:2])}{', ...' if held[2:] else ''}"
             print(

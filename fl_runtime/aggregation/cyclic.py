@@ -31,6 +31,7 @@ class Cyclic(WeightsStrategy):
     """
 
     name: ClassVar[str] = "cyclic"
+    partial: ClassVar[bool] = True
     weighted: ClassVar[bool] = False
     order: Literal["fixed", "shuffled"] = choice("fixed", "shuffled")
 

@@ -51,6 +51,7 @@ class FedAvg(WeightsStrategy):
     """
 
     name: ClassVar[str] = "fedavg"
+    partial: ClassVar[bool] = True
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property
@@ -112,8 +113,11 @@ class WeightedMean:
             _fold_all(mean.reshape(-1), value.reshape(-1), share, first=not previous)
 
     def means(self) -> dict[str, Array]:
-        """Return the means of the weights, floats in float32 or wider. Writing to them changes the result."""
-        return {name: mean for (extra, name), mean in self._sums.items() if not extra}
+        """Return the means of the weights that any site has sent, floats in float32 or wider.
+
+        Writing to them changes the result.
+        """
+        return {key[1]: mean for key, mean in self._sums.items() if not key[0] and key in self._weights}
 
     def result(self) -> tuple[Arrays, Arrays]:
         """Return (arrays, extras) of the mean, in the arrays that `allocate` made."""

@@ -22,6 +22,8 @@ class FedBuff(WeightsStrategy):
 
         x' = x + lr sum_i w_i s(t_i) D_i / sum_i w_i,   D_i = x_i - x_(b_i),   s(t) = (1 + t)^-staleness
 
+    Sums are over the updates that have the tensor.
+
     b_i is the version of the global model that an update was trained from, and t_i the number of versions made since.
     Each site gets the newest model as soon as it has sent an update, and sends `rounds` updates in all. Updates count
     in the order of arrival, whichever site sent them; the last version is made of those that are left. The run ends
@@ -44,6 +46,7 @@ class FedBuff(WeightsStrategy):
     """
 
     name: ClassVar[str] = "fedbuff"
+    partial: ClassVar[bool] = True
     k: int = number(2, least=1)
     lr: float = number(1.0, above=0)
     staleness: float = number(0.5, least=0)
@@ -98,11 +101,15 @@ class _Buffered:
     def result(self) -> tuple[Arrays, Arrays]:
         out, extras = self._allocate(self._base, {})
         shares = [self._strategy.share(update, self._version) for update in self._updates]
-        total = sum(weight for weight, _ in shares)
-        factors = [self._strategy.lr * weight * discount / total for weight, discount in shares]
         for name, base in self._base.items():
             flat, target = base.reshape(-1), out[name].reshape(-1)
-            deltas = [update.arrays[name].reshape(-1) for update in self._updates]
+            senders = [i for i, update in enumerate(self._updates) if name in update.arrays]
+            if not senders:
+                target[...] = flat
+                continue
+            total = sum(shares[i][0] for i in senders)
+            factors = [self._strategy.lr * shares[i][0] * shares[i][1] / total for i in senders]
+            deltas = [self._updates[i].arrays[name].reshape(-1) for i in senders]
             for block in blocks(flat.size):
                 parts = [delta[block] for delta in deltas]
                 target[block] = _stepped(flat[block], parts, factors) if is_floating(base.dtype) else max_of(parts)

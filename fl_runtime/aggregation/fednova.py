@@ -40,6 +40,8 @@ class FedNova(WeightsStrategy):
     """
 
     name: ClassVar[str] = "fednova"
+    partial: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = True
     momentum: float = number(0.0, least=0, below=1)
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
@@ -75,13 +77,16 @@ class _Normalised:
     def __init__(self, strategy: FedNova, base: Arrays, allocate: Allocate) -> None:
         self._strategy, self._base, self._allocate = strategy, base, allocate
         self._mean = WeightedMean(self._in_memory, equal=strategy.weights == "equal")
-        self._weight, self._path = 0.0, 0.0  # total weight, and weighted mean of a_i, so far
+        # of every tensor, over the sites that have sent it: total weight, and weighted mean of a_i
+        self._totals: dict[str, tuple[float, float]] = {}
 
     def add(self, update: Update) -> None:
         path = self._strategy.path(update.local_steps)
         weight = update.site_weight if self._strategy.weights == "equal" else update.weight
-        self._weight += weight
-        self._path += (path - self._path) * (weight / self._weight)
+        for name in update.arrays:
+            total, mean = self._totals.get(name, (0.0, 0.0))
+            total += weight
+            self._totals[name] = total, mean + (path - mean) * (weight / total)
         self._mean.add(replace(update, arrays=_Normal(update.arrays, self._base, path)))
 
     def result(self) -> tuple[Arrays, Arrays]:
@@ -94,8 +99,9 @@ class _Normalised:
                 out[name][...] = mean
                 continue
             target, base, flat = out[name].reshape(-1), self._base[name].reshape(-1), mean.reshape(-1)
+            path = flat.dtype.type(self._totals[name][1])
             for block in blocks(flat.size):
-                step = flat[block] * flat.dtype.type(self._path)
+                step = flat[block] * path
                 target[block] = np.add(base[block], step, dtype=flat.dtype, casting="unsafe")
         return out, out_extras
 

@@ -32,6 +32,7 @@ class ServerOptimizer(WeightsStrategy):
         weights: The mean is weighted by numbers of "examples", or all sites count the same ("equal").
     """
 
+    partial: ClassVar[bool] = True
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property

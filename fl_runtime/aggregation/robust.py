@@ -66,6 +66,7 @@ class CoordinateMedian(RobustStrategy):
     """
 
     name: ClassVar[str] = "median"
+    partial: ClassVar[bool] = True
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
         """Take the median of every element, see `RobustStrategy.plan`."""
@@ -205,6 +206,7 @@ class NormBounding(RobustStrategy):
     """
 
     name: ClassVar[str] = "norm-bounding"
+    partial: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
     bound: float = number(1.0, above=0)
     weights: Literal["equal", "examples"] = choice("equal", "examples")

@@ -78,6 +78,8 @@ class Described(Workflow):
 
     Attributes:
         name: Name of the strategy in `--strategy` and `Job(strategy=...)`.
+        partial: Whether updates may lack tensors, see `Strategy`.
+        needs_steps: Whether updates must state their number of optimizer steps, see `Strategy`.
 
     Raises:
         ConfigError: If an argument is out of range, when the object is made.
@@ -90,6 +92,8 @@ class Described(Workflow):
     """
 
     name: ClassVar[str]
+    partial: ClassVar[bool] = False
+    needs_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for item in fields(self):

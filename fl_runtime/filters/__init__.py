@@ -178,6 +178,13 @@ def check_filters(
                 f"{name} at {item.at} works on rounds, which {strategy_name} does not have",
                 "use at: site_out, or another strategy",
             )
+        if strategy is not None and strategy.needs_steps and isinstance(item.filter, Examples):
+            raise refuse(
+                f"the filter Examples hides the number of local steps, which {strategy.spec} needs",
+                "leave the filter out, or use another strategy",
+            )
+        if isinstance(item.filter, ExcludeVars) and item.at == "site_out":
+            _check_held_back(placed)
         if isinstance(item.filter, GaussianDP):
             _check_gaussian(item, placed, strategy)
         if isinstance(item.filter, HomomorphicCKKS):
@@ -317,6 +324,14 @@ def _check_gaussian(item: PlacedFilter, placed: Sequence[PlacedFilter], strategy
         raise refuse(
             f"GaussianDP at server_in adds its noise to a mean, but {type(strategy).__name__} needs the updates",
             "use the strategy fedavg without arguments, or GaussianDP at site_out",
+        )
+
+
+def _check_held_back(placed: Sequence[PlacedFilter]) -> None:
+    if any(isinstance(other.filter, GaussianDP) and other.at == "server_in" for other in placed):
+        raise refuse(
+            "GaussianDP at server_in adds noise to every tensor, also to those that ExcludeVars holds back",
+            "keep the tensors at all sites with keep_local, or use GaussianDP at site_out",
         )
 
 

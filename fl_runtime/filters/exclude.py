@@ -14,12 +14,14 @@ from fl_runtime.types import Arrays
 class ExcludeVars(FilterSettings):
     """Holds back the tensors whose names match a pattern.
 
-    At `site_out` (default) matching tensors do not leave the site. The server averages each tensor over the sites that
-    send it; a tensor that no site sends keeps its value in the global model. At `site_in` the arriving values of
-    matching tensors are ignored, and the site continues with its own.
+    At `site_out` (default) matching tensors do not leave the site. The strategy combines each tensor as if only the
+    sites that send it had taken part in the round. So their shares of the examples add up to 1, and the median is
+    theirs. A tensor that no site sends keeps its value in the global model, and its moments at the server. At `site_in`
+    the arriving values of matching tensors are ignored, and the site continues with its own.
 
     Use `keep_local` of the job or the script if all sites hold back the same tensors: those are not even named at the
-    handshake. This filter is for a site that holds back more than the others. Named after the filter of NVIDIA FLARE.
+    handshake. This filter is for a site that holds back more than the others. `krum` and `trimmed-mean` compare whole
+    updates: a site whose policy has this filter is refused before round 1. Named after the filter of NVIDIA FLARE.
 
     Attributes:
         names: Name patterns (`fnmatch`: `*`, `?`, `[abc]`), such as ["head.*"]; at least one.

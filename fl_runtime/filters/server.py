@@ -155,7 +155,7 @@ class ServerFilters:
             self._releases.afford(round)
 
     def aggregator(
-        self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool
+        self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool, partial: bool
     ) -> Aggregator:
         """Make the aggregator of a round, which takes updates as they arrived.
 
@@ -164,6 +164,7 @@ class ServerFilters:
             base: The global model of this round.
             allocate: Makes the arrays of the next global model.
             linear: Whether the strategy needs only the weighted mean of the updates.
+            partial: Whether the strategy takes updates that lack tensors.
 
         Returns:
             An aggregator that decodes and filters each update before the strategy's aggregator takes it.
@@ -171,7 +172,7 @@ class ServerFilters:
         if self.encrypted is not None:
             return CiphertextMean(self.encrypted, self._context, allocate)
         if self._central is None or self._releases is None:
-            return _Filtered(make, base, allocate, self._incoming, linear=linear)
+            return _Filtered(make, base, allocate, self._incoming, linear=linear, partial=partial)
         noisy = NoisyMean(self._central, self._releases, base, allocate)
         return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
 
@@ -221,7 +222,8 @@ class ServerFilters:
 class _Filtered:
     """An aggregator that gives decoded and filtered updates to the strategy's aggregator.
 
-    A tensor that a site held back does not count in a mean. Strategies that need all tensors see its global value.
+    A tensor that a site holds back is missing from its update. Strategies that need whole updates see its global value.
+    A tensor that no site sends keeps its global value.
     """
 
     def __init__(
@@ -232,6 +234,7 @@ class _Filtered:
         filters: Sequence[RunningFilter],
         *,
         linear: bool = True,
+        partial: bool = True,
         differences: bool = False,
     ) -> None:
         """Make the aggregator.
@@ -242,9 +245,10 @@ class _Filtered:
             allocate: Makes the arrays of the next global model.
             filters: The filters of `server_in`, in order.
             linear: Whether the strategy's aggregator is a running mean, which reads each update once.
+            partial: Whether the strategy's aggregator takes updates that lack tensors.
             differences: Whether it takes differences instead of weights.
         """
-        self._linear, self._differences = linear, differences
+        self._linear, self._partial, self._differences = linear, partial, differences
         self._base, self._allocate, self._filters = base, allocate, filters
         self._inner = make(self._allocate_whole)
         self._decoding = False
@@ -258,7 +262,7 @@ class _Filtered:
         if self._filters or self._differences:
             update = self._apply_filters(update)
         self._names.update(update.arrays)
-        if filtered and not self._linear and update.arrays.keys() != self._base.keys():
+        if filtered and not self._partial and update.arrays.keys() != self._base.keys():
             sent = update.arrays
             complete = LazyArrays(self._base, lambda name: sent[name] if name in sent else self._base[name])
             update = replace(update, arrays=complete)

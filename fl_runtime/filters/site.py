@@ -37,7 +37,7 @@ from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.filters.svt import SVTPrivacy
 from fl_runtime.tensor_names import STATISTICS, is_statistic
-from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update, is_floating
+from fl_runtime.types import Array, Arrays, Report, Settings, Strategy, Task, Update, is_floating
 
 F = TypeVar("F", Update, Report)
 
@@ -72,6 +72,8 @@ class SiteFilters:
         self._arriving = encodings(at_point(job, "server_out"))
         self._excluding = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
         self._agreed: Layout = {}
+        self._strategy: Strategy | None = None
+        self._extras = False
         self._weights = True  # whether the tensors are weights
         self._own_values: dict[str, Array] = {}  # own values of the tensors whose arriving values are ignored
         self._base: dict[str, Array] = {}
@@ -107,12 +109,12 @@ class SiteFilters:
             for policy, filters in ((False, self._job), (True, policy_filters))
             for item in at_point(filters, "site_out")
         ]
-        check_filters([step.filter.settings() for step in steps])  # the job's and the site's together
-        if any(step.host.from_policy and isinstance(step.filter, HomomorphicCKKS) for step in steps):
-            raise refuse("HomomorphicCKKS cannot be in a policy, since all sites must use it", "ask for it in the job")
         # encodings and encryption run after the filters that change values
         last = [s for s in steps if encodings([s.filter]) or isinstance(s.filter, HomomorphicCKKS)]
         self._outgoing = [s for s in steps if s not in last] + last
+        self._check_together()
+        if any(step.host.from_policy and isinstance(step.filter, HomomorphicCKKS) for step in steps):
+            raise refuse("HomomorphicCKKS cannot be in a policy, since all sites must use it", "ask for it in the job")
         self._check_tensors()
 
     def described(self) -> str:
@@ -121,23 +123,47 @@ class SiteFilters:
             _as_text(step.filter.settings()) + (" (site)" if step.host.from_policy else "") for step in self._outgoing
         )
 
-    def agree(self, state: Arrays, *, weights: bool = True) -> None:
+    def agree(
+        self, state: Arrays, *, weights: bool = True, strategy: Strategy | None = None, extras: bool = False
+    ) -> None:
         """Set the tensors that this run exchanges. Called before the handshake.
 
         Args:
             state: This site's values of the tensors; copied where they are needed.
             weights: Whether the tensors are weights. If not, only metrics and numbers of examples can be filtered.
+            strategy: The run's strategy; None if it is not known.
+            extras: Whether arrays travel beside the tensors, such as optimizer moments or control variates.
 
         Raises:
-            ConfigError: If a filter cannot work on these tensors.
+            ConfigError: If a filter cannot work on these tensors, or with this strategy.
         """
         self._agreed, self._weights = layout_of(state), weights
+        self._strategy, self._extras = strategy, extras
+        self._check_together()
         self._check_tensors()
         encrypted = next((s.filter for s in self._outgoing if isinstance(s.filter, HomomorphicCKKS)), None)
         if encrypted is not None:
             encrypted.check_tensors(self._agreed)
             self._cipher, self._key = site_cipher(encrypted, self._host)
         self._save_own_values(state)
+
+    def _check_together(self) -> None:
+        """Raise ConfigError if the filters of job and policy do not work together, or with the strategy."""
+        at_server = [settings for settings in self._job if settings.get("at") in ("server_in", "server_out")]
+        own = [step.filter.settings() for step in self._outgoing]
+        check_filters([*own, *at_server])
+        strategy = self._strategy
+        if strategy is None or not self._weights:
+            return
+        check_filters(own, "average" if self._extras else None, strategy)
+        if not strategy.partial and any(
+            isinstance(s.filter, ExcludeVars) and s.host.from_policy for s in self._outgoing
+        ):
+            raise refuse(
+                f"ExcludeVars in this site's policy holds back tensors that other sites send, but {strategy.spec} "
+                "compares whole updates",
+                "use another strategy, or keep_local in the job so that all sites hold back the same tensors",
+            )
 
     def _check_tensors(self) -> None:
         """Raise ConfigError if a filter cannot work on the agreed tensors."""

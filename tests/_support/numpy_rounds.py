@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from federation_bench import Site, serving
 
+from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.types import Array, Arrays, Task
 
 EXAMPLES = (30, 10, 70, 5, 45, 20, 60, 15)
@@ -39,9 +41,14 @@ def rounds_of(
     sites: int = 3,
     rounds: int = 4,
     trained: Trained = pulled,
+    held_back: Mapping[int, Sequence[str]] = {},
     **fields: Any,
 ) -> list[Model]:
-    """Return copies of the global model after each round; `fields` are those of RunSettings."""
+    """Return copies of the global model after each round; `fields` are those of RunSettings.
+
+    Args:
+        held_back: Tensors that a site holds back in every round, by its index.
+    """
     found: dict[int, Model] = {}
 
     with serving(folder, sites, sockets=False, rounds=rounds, strategy=strategy, **fields) as bench:
@@ -55,7 +62,7 @@ def rounds_of(
                 found[task.version] = {key: np.copy(array) for key, array in task.arrays.items()}
                 if task.kind == "final":
                     break
-                submitted(site, task, index, trained)
+                submitted(site, task, index, trained, held_back.get(index, ()))
                 task = site.client.next_task()
             site.client.leave("done", early=False)
 
@@ -63,9 +70,10 @@ def rounds_of(
     return [found[version] for version in sorted(found) if version > 0]
 
 
-def submitted(site: Site, task: Task, index: int, trained: Trained = pulled) -> str:
-    arrays = {name: trained(index, task.round, array) for name, array in task.arrays.items()}
-    return site.submit(task, arrays, EXAMPLES[index], local_steps=STEPS[index])
+def submitted(site: Site, task: Task, index: int, trained: Trained = pulled, held_back: Sequence[str] = ()) -> str:
+    arrays = {name: trained(index, task.round, array) for name, array in task.arrays.items() if name not in held_back}
+    encoding = json.dumps([ExcludeVars(tuple(held_back)).settings()]) if held_back else ""
+    return site.submit(task, arrays, EXAMPLES[index], local_steps=STEPS[index], encoding=encoding)
 
 
 def reference(

@@ -59,6 +59,7 @@ class Scaffold(WeightsStrategy):
     """
 
     name: ClassVar[str] = "scaffold"
+    partial: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, GRADIENT_CORRECTION})
     lr: float = number(1.0, above=0)

@@ -221,20 +221,17 @@ class Buffered:
 
 
 class _Differences(Mapping[str, Array]):
-    """Each tensor's difference to the model that the site began with, computed when it is asked for.
-
-    A tensor that the site has held back counts as unchanged.
-    """
+    """Each sent tensor's difference to the model that the site began with, computed when it is asked for."""
 
     def __init__(self, arrays: Arrays, start: Arrays, newest: Arrays) -> None:
         self._arrays, self._start, self._newest = arrays, start, newest
 
     def __getitem__(self, name: str) -> Array:
         start = self._start[name]
-        return difference(name, self._arrays.get(name, start), start, self._newest[name])
+        return difference(name, self._arrays[name], start, self._newest[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._start)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self._start)
+        return len(self._arrays)

@@ -31,6 +31,7 @@ class Summing:
             base,
             self._allocate,
             linear=strategy.linear,
+            partial=strategy.partial,
         )
 
     def next_in_order(self) -> Accepted | None:
