@@ -155,7 +155,13 @@ class ServerFilters:
             self._releases.afford(round)
 
     def aggregator(
-        self, make: Callable[[Allocate], Aggregator], base: Arrays, allocate: Allocate, *, linear: bool, partial: bool
+        self,
+        make: Callable[[Allocate], Aggregator],
+        base: Arrays,
+        allocate: Allocate,
+        *,
+        linear: bool,
+        partial: bool = True,
     ) -> Aggregator:
         """Make the aggregator of a round, which takes updates as they arrived.
 
