@@ -363,8 +363,7 @@ class Strategy(Protocol):
         initial: Where the initial model comes from: the first site, or all sites through an aggregator of round 0,
             whose base model is empty.
         weighted: Whether `site_weights` of the job have an effect.
-        partial: Whether updates may lack tensors that their sites hold back. Each tensor is then combined as if only
-            the sites that send it took part. If not, a missing tensor counts as unchanged.
+        partial: Whether updates may lack tensors, each of which is then combined over the sites that send it.
         needs_steps: Whether every update must state its number of optimizer steps.
     """
 

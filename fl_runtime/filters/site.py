@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,6 +51,16 @@ class _OutgoingFilter:
     running: RunningFilter | None = None
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What the run exchanges: tensors and their layout, whether they are weights, the strategy, and whether extras."""
+
+    layout: Layout = field(default_factory=dict)
+    weights: bool = True
+    strategy: Strategy | None = None
+    extras: bool = False
+
+
 class SiteFilters:
     """All filters of one site in one run, with their state. Only one thread may use it at a time.
 
@@ -71,10 +81,7 @@ class SiteFilters:
         self._job, self._host = job, host
         self._arriving = encodings(at_point(job, "server_out"))
         self._excluding = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
-        self._agreed: Layout = {}
-        self._strategy: Strategy | None = None
-        self._extras = False
-        self._weights = True  # whether the tensors are weights
+        self._agreed = _Agreed()
         self._own_values: dict[str, Array] = {}  # own values of the tensors whose arriving values are ignored
         self._base: dict[str, Array] = {}
         self._work: dict[str, Array] = {}
@@ -137,13 +144,12 @@ class SiteFilters:
         Raises:
             ConfigError: If a filter cannot work on these tensors, or with this strategy.
         """
-        self._agreed, self._weights = layout_of(state), weights
-        self._strategy, self._extras = strategy, extras
+        self._agreed = _Agreed(layout_of(state), weights, strategy, extras)
         self._check_together()
         self._check_tensors()
         encrypted = next((s.filter for s in self._outgoing if isinstance(s.filter, HomomorphicCKKS)), None)
         if encrypted is not None:
-            encrypted.check_tensors(self._agreed)
+            encrypted.check_tensors(self._agreed.layout)
             self._cipher, self._key = site_cipher(encrypted, self._host)
         self._save_own_values(state)
 
@@ -152,10 +158,10 @@ class SiteFilters:
         at_server = [settings for settings in self._job if settings.get("at") in ("server_in", "server_out")]
         own = [step.filter.settings() for step in self._outgoing]
         check_filters([*own, *at_server])
-        strategy = self._strategy
-        if strategy is None or not self._weights:
+        strategy = self._agreed.strategy
+        if strategy is None or not self._agreed.weights:
             return
-        check_filters(own, "average" if self._extras else None, strategy)
+        check_filters(own, "average" if self._agreed.extras else None, strategy)
         if not strategy.partial and any(
             isinstance(s.filter, ExcludeVars) and s.host.from_policy for s in self._outgoing
         ):
@@ -167,7 +173,7 @@ class SiteFilters:
 
     def _check_tensors(self) -> None:
         """Raise ConfigError if a filter cannot work on the agreed tensors."""
-        if not self._weights:
+        if not self._agreed.weights:
             for item in (*self._arriving, *self._excluding, *(step.filter for step in self._outgoing)):
                 if not isinstance(item, FactsFilter):
                     raise refuse(
@@ -181,7 +187,7 @@ class SiteFilters:
                 "HomomorphicCKKS no tensor can be held back",
                 f"keep_local: {list(STATISTICS)}, or use layers without such statistics (GroupNorm)",
             )
-        clash = [name for name in self._agreed if AUX in name]
+        clash = [name for name in self._agreed.layout if AUX in name]
         if clash and (self._arriving or encodings([step.filter for step in self._outgoing])):
             raise refuse(f"the name of tensor {clash[0]!r} contains {AUX!r}, which encodings use", "rename the tensor")
 
@@ -196,7 +202,7 @@ class SiteFilters:
     @property
     def statistics(self) -> list[str]:
         """Names of the running statistics of normalization layers among the tensors that were agreed on."""
-        return [name for name, (dtype, _) in self._agreed.items() if is_statistic(name) and is_floating(dtype)]
+        return [name for name, (dtype, _) in self._agreed.layout.items() if is_statistic(name) and is_floating(dtype)]
 
     @property
     def held_back(self) -> list[str]:
@@ -250,9 +256,9 @@ class SiteFilters:
         """
         arrays = task.arrays
         if self._cipher and is_encrypted(arrays):
-            arrays = self._cipher.decrypt(arrays, self._agreed)
+            arrays = self._cipher.decrypt(arrays, self._agreed.layout)
         if self._arriving and task.kind == "train":
-            arrays = {n: np.asarray(a) for n, a in _decoded(self._arriving, arrays, self._agreed).items()}
+            arrays = {n: np.asarray(a) for n, a in _decoded(self._arriving, arrays, self._agreed.layout).items()}
         for name, value in self._own_values.items():
             # at its end, too, a site goes on with its own statistics: the global model has none
             if name in arrays and (task.kind == "train" or (self._statistics and self._statistics.excludes(name))):
@@ -322,7 +328,7 @@ class SiteFilters:
         elif last:
             update = self._encoded(self._difference(update), last)
         elif update.content == "delta":
-            narrow = {n: a.astype(self._agreed[n][0], copy=False) for n, a in update.arrays.items()}
+            narrow = {n: a.astype(self._agreed.layout[n][0], copy=False) for n, a in update.arrays.items()}
             update = replace(update, arrays=narrow)
         encoded_by_adapter = update.content == "encoded" and not last and not self._cipher
         if not ran or encoded_by_adapter:  # an adapter's own encoding (trees, LoRA factors) stays in `encoding`
@@ -375,7 +381,7 @@ class SiteFilters:
             return update
         differences: dict[str, Array] = {}
         for name, array in update.arrays.items():
-            dtype = work_dtype(self._agreed[name][0])
+            dtype = work_dtype(self._agreed.layout[name][0])
             out = self._work.get(name)
             if out is None:
                 out = self._work[name] = np.empty(array.shape, dtype)
@@ -391,10 +397,10 @@ class SiteFilters:
         arrays = update.arrays
         if update.content == "delta":
             arrays = LazyArrays(arrays, lambda name: np.add(self._base[name], update.arrays[name], dtype=np.float64))
-        return replace(update, arrays=self._cipher.encrypt(arrays, self._agreed), content="encoded")
+        return replace(update, arrays=self._cipher.encrypt(arrays, self._agreed.layout), content="encoded")
 
     def _encoded(self, update: Update, chain: list[EncodingFilter]) -> Update:
-        layout = work_layout({name: self._agreed[name] for name in update.arrays})
+        layout = work_layout({name: self._agreed.layout[name] for name in update.arrays})
         with_feedback = any(getattr(item, "error_feedback", False) for item in chain)
         if with_feedback:
             self._feedback.add_to(update.arrays, update.round)

@@ -138,6 +138,6 @@ def test_filters_of_a_policy_that_the_strategy_cannot_take_are_refused_before_ro
 
 
 def test_central_noise_on_tensors_that_are_held_back_is_refused() -> None:
-    central = {"name": "GaussianDP", "at": "server_in"}
+    central = {"name": "GaussianDP", "noise_multiplier": 1.0, "at": "server_in"}
     with pytest.raises(ConfigError, match="adds noise to every tensor, also to those that ExcludeVars holds back"):
         SiteFilters((central,), [{"name": "ExcludeVars", "names": ["layer.bias"]}], FilterHost("north"))
