@@ -81,7 +81,7 @@ def simulate(
     job: Annotated[
         Path | None, typer.Option(help="Job file (YAML). Options on the command line replace its fields.")
     ] = None,
-    gpus: Annotated[str, typer.Option(help="CUDA devices that the sites get in turn: 0,1. Default: all see all.")] = "",
+    gpus: Annotated[str, typer.Option(help="CUDA devices for the sites in turn, of the visible ones: 0,1.")] = "",
     every: Annotated[
         str | None,
         typer.Option(help='Training between exchanges: "epoch", "2 epochs", or a number of optimizer steps.'),

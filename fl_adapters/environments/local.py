@@ -15,8 +15,9 @@ from typing import Literal, Protocol
 
 from fl_adapters.environments import heatmap
 from fl_adapters.environments.listeners import RunTracker
+from fl_adapters.environments.logs import tail
 from fl_adapters.environments.outcome import SiteExit, run_error
-from fl_adapters.environments.processes import SiteProcesses, describe_status, tail
+from fl_adapters.environments.processes import SiteProcesses, describe_status
 from fl_adapters.job import Job, site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_adapters.environments.logs import last_error
 from fl_adapters.environments.processes import describe_status
 from fl_runtime.errors import AbortedError, ConfigError, FederationError, QuorumError, SiteFailedError
 from fl_runtime.types import RunSettings
@@ -58,14 +60,14 @@ def run_error(
     failed = [item for item in exits if item.status != 0]
     if error is None:
         enough = len(exits) - len(failed) >= settings.min_sites
-        return None if enough else _explained(failed[-1], settings)
+        return None if enough else _explained(failed[-1], exits, settings)
     cause = next((item for item in exits if item.first and not item.clean), None)
     if cause is None or not isinstance(error, _CONSEQUENCES):
         return error
-    return _explained(cause, settings)
+    return _explained(cause, exits, settings)
 
 
-def _explained(item: SiteExit, settings: RunSettings) -> FederationError:
+def _explained(item: SiteExit, exits: Sequence[SiteExit], settings: RunSettings) -> FederationError:
     if not item.joined and item.status == 0:
         return ConfigError(
             f"{item.site}'s script ended without exchanging anything with the server",
@@ -77,11 +79,25 @@ def _explained(item: SiteExit, settings: RunSettings) -> FederationError:
         fix = "let the script take part until the last round"
     else:
         fix = "correct the error in the log"
-    if 1 < settings.min_sites == len(settings.sites) and item.when != AFTER_THE_LAST_ROUND:
+    alike = _all_alike(exits, settings)
+    if 1 < settings.min_sites == len(settings.sites) and item.when != AFTER_THE_LAST_ROUND and not alike:
         fix += f", or set min_sites below {settings.min_sites} to continue without a site"
+    others = "; every other site's ended alike" if alike else ""
     return SiteFailedError(
-        f"{item.site}'s process ended {item.when}: {describe_status(item.status)}", where=_log_and_tail(item), fix=fix
+        f"{item.site}'s process ended {item.when}: {describe_status(item.status)}{others}",
+        where=_log_and_tail(item),
+        fix=fix,
     )
+
+
+def _all_alike(exits: Sequence[SiteExit], settings: RunSettings) -> bool:
+    """Whether there are several sites and every one failed with the same error, apart from names and numbers."""
+    if len(exits) < len(settings.sites) or len(exits) < 2 or any(item.clean for item in exits):
+        return False
+    errors = {
+        (item.status, re.sub(r"0x[0-9a-f]+|\d+", "", last_error(item.tail).replace(item.site, ""))) for item in exits
+    }
+    return len(errors) == 1
 
 
 def _log_and_tail(item: SiteExit) -> str:

@@ -201,17 +201,6 @@ def free_ports(count: int) -> list[int]:
             item.close()
 
 
-def tail(log: Path, lines: int = 20, chunk_bytes: int = 16_384) -> list[str]:
-    """The last lines of a log, without trailing blank ones. Reads at most `chunk_bytes` from its end."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - chunk_bytes))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
-    return text.rstrip().splitlines()[-lines:]
-
-
 def describe_status(status: int) -> str:
     """Exit status in words, such as "exit status 1" or "killed by SIGKILL"."""
     if status >= 0:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_adapters.environments.gpus import visible_devices
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -25,7 +26,8 @@ from fl_adapters.environments.local import (
     site_processes,
     starting_event,
 )
-from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment, tail
+from fl_adapters.environments.logs import tail
+from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.extras import needs_trust_extra
@@ -52,7 +54,8 @@ class ProofOfConcept:
         sites: Number of sites, or their names. None takes the job's sites, else three.
         args: Arguments of the script.
         module: Whether the job's app is a module to run with `python -m`.
-        gpus: CUDA devices that the sites get in turn. Empty leaves `CUDA_VISIBLE_DEVICES` alone.
+        gpus: CUDA devices that the sites get in turn, counted within `CUDA_VISIBLE_DEVICES` where that is set. Empty
+            leaves the variable alone.
         folder: Folder that the run's own folder, named after the job, is made in.
         port: TCP port of the server; 0 takes a free one.
         listeners: Functions that are called with each `Event`, one at a time, from other threads.
@@ -86,6 +89,7 @@ class ProofOfConcept:
         began = time.monotonic()
         command = script_command(job, self.args, module=self.module)
         sites = select_sites(job, self.sites)
+        visible_devices(self.gpus)  # reports a GPU that is not there before anything is made
         folder = Path(self.folder).resolve()
         job = job.model_copy(update={"name": _free_name(folder, job), "sites": sites})
         printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
@@ -106,9 +110,9 @@ class ProofOfConcept:
 
     def _start_sites(self, processes: SiteProcesses, command: list[str], run: LocalRun, kits: Path) -> None:
         sites = run.settings.sites
-        ports = free_ports(len(sites))
+        ports, gpus = free_ports(len(sites)), visible_devices(self.gpus)
         for index, site in enumerate(sites):
-            gpu = str(self.gpus[index % len(self.gpus)]) if self.gpus else None
+            gpu = gpus[index % len(gpus)] if gpus else None
             environment = site_environment(kits / site, len(sites), ports[index], gpu)
             ours = [*_CLI, "run", "--kit", str(kits / site), "--results", str(run.folder), "--", *command]
             processes.start(site, ours, environment, run.log(site))

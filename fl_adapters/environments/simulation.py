@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.environments import resuming
+from fl_adapters.environments.gpus import visible_devices
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -55,7 +56,8 @@ class Simulation:
         sites: Number of sites, or their names. None takes the job's sites, else three: `site-1` to `site-3`.
         args: Arguments of the script.
         module: Whether the job's app is a module to run with `python -m`.
-        gpus: CUDA devices that the sites get in turn. Empty leaves `CUDA_VISIBLE_DEVICES` alone.
+        gpus: CUDA devices that the sites get in turn, counted within `CUDA_VISIBLE_DEVICES` where that is set. Empty
+            leaves the variable alone.
         folder: Folder that the run's own folder, named after the job, is made in.
         port: TCP port of the server; 0 takes a free one.
         listeners: Functions that are called with each `Event`, one at a time, from threads of the server.
@@ -106,6 +108,7 @@ class Simulation:
         command = [] if virtual else script_command(job, self.args, module=self.module)
         sites = select_sites(job, self.sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
+        visible_devices(self.gpus)
         if virtual:
             virtual.check(job, settings)
         folder = make_run_folder(Path(self.folder).resolve(), job)
@@ -173,7 +176,7 @@ class Simulation:
         self, processes: SiteProcesses, command: list[str], run: LocalRun, tokens: dict[str, str], address: str
     ) -> None:
         sites = run.settings.sites
-        ports = free_ports(len(sites))
+        ports, gpus = free_ports(len(sites)), visible_devices(self.gpus)
         for index, site in enumerate(sites):
             kit = Kit(
                 job=run.settings.name,
@@ -186,7 +189,7 @@ class Simulation:
                 simulated=True,
             )
             kit_folder = kit.save(run.folder / "sites" / site / "kit")
-            gpu = str(self.gpus[index % len(self.gpus)]) if self.gpus else None
+            gpu = gpus[index % len(gpus)] if gpus else None
             environment = site_environment(kit_folder, len(sites), ports[index], gpu)
             processes.start(site, command, environment, run.log(site))
 

@@ -109,7 +109,8 @@ with fl.connect() as site:
         assert "ConfigError" in (bench.folder / "runs" / "x" / "sites" / site / "log.txt").read_text()
 
 
-def test_each_site_has_a_name_arguments_and_resources_of_its_own(bench: Any) -> None:
+def test_each_site_has_a_name_arguments_and_resources_of_its_own(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,10,11,12,13,14,15")
     script = """
 import json, os, sys
 import numpy as np
@@ -148,7 +149,7 @@ with fl.connect() as site:
     assert north["site"] == ["north", 0, 2, "n"]
     assert south["site"] == ["south", 1, 2, "n"]
     assert north["args"] == ["--lr", "0.1", "--name", "mine"]
-    assert (north["CUDA_VISIBLE_DEVICES"], south["CUDA_VISIBLE_DEVICES"]) == ("4", "7")
+    assert (north["CUDA_VISIBLE_DEVICES"], south["CUDA_VISIBLE_DEVICES"]) == ("12", "15")
     assert north["MASTER_PORT"] != south["MASTER_PORT"]
     assert int(north["OMP_NUM_THREADS"]) >= 1
     assert north["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
@@ -167,6 +168,40 @@ def test_a_dying_site_ends_the_run_and_shows_its_log_and_status(bench: Any, addi
     assert "ValueError: the disk of site-2 is full" in done.stderr
     assert "sites/site-2/log.txt" in done.stderr
     assert "min_sites below 3" in done.stderr
+
+
+def test_sites_that_all_fail_show_the_cause_and_no_advice_to_leave_one_out(bench: Any) -> None:
+    script = bench.script(
+        "unreadable.py",
+        """
+def read(depth):
+    if depth:
+        return read(depth - 1) if depth % 2 else again(depth - 1)
+    raise OSError("parts/train.csv cannot be read")
+
+def again(depth):
+    return read(depth)
+
+try:
+    read(40)
+except OSError as error:
+    def wrapped(depth):
+        if depth:
+            return wrapped(depth - 1) if depth % 2 else once_more(depth - 1)
+        raise RuntimeError("no data") from error
+
+    def once_more(depth):
+        return wrapped(depth)
+
+    wrapped(40)
+""",
+    )
+    done = bench.run("simulate", script.name, "--sites", "2", "--rounds", "2")
+    assert done.returncode == 1
+    assert "OSError: parts/train.csv cannot be read" in done.stderr
+    assert "RuntimeError: no data" in done.stderr
+    assert "every other site's ended alike" in done.stderr
+    assert "min_sites" not in done.stderr
 
 
 def test_a_killed_site_is_named_with_its_signal_in_json(bench: Any) -> None:

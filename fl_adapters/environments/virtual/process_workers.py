@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.environments.processes import describe_status, tail
+from fl_adapters.environments.logs import tail
+from fl_adapters.environments.processes import describe_status
 from fl_adapters.environments.virtual.function import RunInfo
 from fl_adapters.environments.virtual.launch import Launcher
 from fl_runtime.errors import FederationError, SiteFailedError

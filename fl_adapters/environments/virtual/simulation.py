@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from fl_adapters.environments.gpus import visible_devices
 from fl_adapters.environments.local import LocalRun, SimulationResult, make_result, starting_event
 from fl_adapters.environments.processes import available_cores, thread_settings
 from fl_adapters.environments.virtual.function import (
@@ -179,10 +180,11 @@ def _processes(virtual: VirtualSimulation, job: Job, run: LocalRun) -> _WorkerPo
     if virtual.function is not None:
         launcher = Forking(virtual.function, logs)
     else:
+        gpus = visible_devices(virtual.gpus)
         environments = {name: thread_settings(count) | dict(os.environ) for name in names}
         for index, name in enumerate(names):
-            if virtual.gpus:
-                environments[name]["CUDA_VISIBLE_DEVICES"] = str(virtual.gpus[index % len(virtual.gpus)])
+            if gpus:
+                environments[name]["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         launcher = Importing(job.app, virtual.args, logs, environments)
     return ProcessWorkers(launcher, names, run.folder / "server" / "updates", logs)
 
