@@ -23,7 +23,7 @@ from . import neighbours, restart, scores
 from .export import export
 from .live import LiveModel
 from .progress import Progress, RoundBudget
-from .trainer import FitCall, ensure_built, raw_model, restored_epoch, set_restored_epoch
+from .trainer import FitCall, counts_examples, ensure_built, raw_model, restored_epoch, set_restored_epoch
 
 FRAMEWORK = "keras"
 
@@ -79,7 +79,7 @@ class FitRun:
         run = cls(callback, options, fit)
         with run._leaving_on_error():
             neighbours.move_outputs(fit.callbacks, session.output_dir)
-            neighbours.put_first(callback, fit.callbacks)
+            neighbours.put_around(callback, fit.callbacks)
         return run
 
     def prepare_exact_restart(self) -> None:
@@ -217,6 +217,8 @@ class FitRun:
         self._evaluates = self._scores_global_models(settings)
         neighbours.refuse_unsupported(fit.callbacks, settings, evaluates=self._evaluates)
         ensure_built(model, fit)
+        if not (self._options.num_examples or fit.num_examples or counts_examples(model)):
+            raise _uncounted()
         budget = RoundBudget.of(model, settings.every, settings.rounds, settings.phases)
         budget.check(fit)
         if session.attempt == 1 and settings.rounds:
@@ -319,12 +321,7 @@ class FitRun:
             seen //= max(progress.epochs, 1)
         examples = self._options.num_examples or self.fit.num_examples or seen
         if not examples:
-            raise ConfigError(
-                "the number of examples that this site trains on is unknown: the data has no length, and train_step "
-                "does not count them",
-                where="fit",
-                fix="pass FederatedCallback(num_examples=...)",
-            )
+            raise _uncounted()
         return LocalResult(examples, batches // progress.budget.accumulation, metrics)
 
     def _stop_fit(self) -> None:
@@ -354,6 +351,7 @@ class FitRun:
             live.state.set_state(best[1])
             for stopper in stoppers:  # after this hook, it loads what it holds as the best
                 stopper.best_weights, stopper.best_epoch = model.get_weights(), self._epoch_of_version.get(best[0], 0)
+        neighbours.keep_result(self.fit.callbacks, live.state)
 
     def _score(self, arrays: Arrays) -> tuple[dict[str, float], int]:
         self._current_live.state.set_state(arrays)
@@ -368,3 +366,12 @@ class FitRun:
     def _report(self, metrics: dict[str, float], examples: int) -> None:
         self.awaits_score = False
         self._session.report(metrics, examples)
+
+
+def _uncounted() -> ConfigError:
+    return ConfigError(
+        "the number of examples that this site trains on is unknown: the data does not tell its size, and a train_step "
+        "of your own may count batches instead",
+        where="fit",
+        fix="pass FederatedCallback(num_examples=...)",
+    )

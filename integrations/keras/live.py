@@ -12,6 +12,7 @@ from fl_adapters.participant.outputs import SiteHome
 from fl_runtime.aggregation.corrections.local_terms import without_control
 from fl_runtime.capabilities import GRADIENT_CORRECTION, PERSONAL_MODEL
 from fl_runtime.types import Arrays, Task
+from fl_runtime.wire.names import Facts
 
 from .correction import can_correct
 from .local_backend import KerasLocalBackend
@@ -54,7 +55,7 @@ class LiveModel:
         self.local.home = home
         correcting = {GRADIENT_CORRECTION, PERSONAL_MODEL} if can_correct(model) else set()
         self.capabilities = self.state.capabilities | correcting
-        self.agreement = {**self.state.agreement(model), **self.moments.agreement(settings.optimizer_state)}
+        self.agreement: Facts = {**self.state.agreement(model), **self.moments.agreement(settings.optimizer_state)}
         self._final: Arrays | None = None
 
     def extras(self, weights: Arrays) -> Arrays:

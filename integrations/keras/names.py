@@ -50,6 +50,23 @@ def named_variables(model: Any) -> dict[str, Named]:
     return dict(zip(names, (named for _, named in named_by_id.values()), strict=True))
 
 
+def named_layers(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name all layers below a model.
+
+    Args:
+        model: The model.
+        prefix: What the names begin with.
+
+    Yields:
+        Name and layer, such as ("encoder/dense_1", layer); a layer comes before those that it holds. A shared layer
+        comes again under each of its names.
+    """
+    children = sublayers(model)
+    for name, child in zip(_numbered((c.name, _snake(type(c).__name__)) for c in children), children, strict=True):
+        yield prefix + name, child
+        yield from named_layers(child, f"{prefix}{name}/")
+
+
 def _walk(layer: Any, prefix: str) -> Iterator[tuple[str, Named]]:
     made_to_train, others = own_variables(layer)
     own = [*made_to_train, *others]

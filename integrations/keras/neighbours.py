@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ import keras
 
 from fl_adapters.participant.options import BestMetric, SiteSettings
 from fl_runtime.errors import ConfigError
+from fl_runtime.types import Arrays
+
+from .state import KerasState
 
 _PATHS = {
     keras.callbacks.ModelCheckpoint: "filepath",
@@ -30,10 +34,48 @@ def refuse_twice(callback: keras.callbacks.Callback, callbacks: Any) -> None:
         )
 
 
-def put_first(callback: keras.callbacks.Callback, callbacks: Any) -> None:
-    """Put `callback` before all others, so that they save and watch the model after the exchange."""
-    others = [other for other in callbacks.callbacks if other is not callback]
-    callbacks.callbacks = [callback, *others]  # a new list, since Keras may be iterating over the old one
+class ResultKeeper(keras.callbacks.Callback):
+    """Puts the result of a run into the model once more, after all other callbacks have seen the end of fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: tuple[KerasState, Arrays] | None = None
+
+    def keep(self, state: KerasState) -> None:
+        """Take what the model holds now as the result of the run."""
+        self._kept = state, state.get_state()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Put the result back if other callbacks have changed the model since, and say so."""
+        if self._kept is None:
+            return
+        state, arrays = self._kept
+        self._kept = None
+        _ = self.model  # under JAX, this sets the variables to what other callbacks have made of them
+        if state.set_result(arrays):
+            print(
+                "fl-adapters: a callback changed the weights after the last exchange; they are the global ones again",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def put_around(callback: keras.callbacks.Callback, callbacks: Any) -> None:
+    """Put `callback` before all others, so that they save and watch the model after the exchange.
+
+    A `ResultKeeper` comes last.
+    """
+    others = [other for other in callbacks.callbacks if other is not callback and not isinstance(other, ResultKeeper)]
+    keeper = ResultKeeper()
+    keeper.set_model(callbacks.model)
+    callbacks.callbacks = [callback, *others, keeper]  # a new list, since Keras may be iterating over the old one
+
+
+def keep_result(callbacks: Any, state: KerasState) -> None:
+    """Let the model end with the variables that it holds now, whatever other callbacks do."""
+    for other in callbacks.callbacks:
+        if isinstance(other, ResultKeeper):
+            other.keep(state)
 
 
 def move_outputs(callbacks: Any, new_path: Callable[[str], str]) -> None:

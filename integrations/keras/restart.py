@@ -15,6 +15,7 @@ from fl_runtime.types import Array
 from .live import LiveModel
 from .names import named_variables
 from .optimizer import all_optimizers, build
+from .preprocessing import deriving_again
 from .progress import Progress
 from .state import assign, to_host
 from .trainer import FitCall
@@ -59,7 +60,8 @@ class FitSnapshot:
     def load(self, state: State) -> None:
         self.epochs = state["epochs"]
         weights, saved = self._weights(), state["weights"]
-        _set(list(weights.values()), [saved[name] for name in weights] if weights.keys() == saved.keys() else [])
+        with deriving_again(self._model):
+            _set(list(weights.values()), [saved[name] for name in weights] if weights.keys() == saved.keys() else [])
         _set(self._seeds(), state["seeds"])
         for optimizer, values in zip(all_optimizers(self._model), state["optimizers"], strict=True):
             _set(optimizer.variables, values)

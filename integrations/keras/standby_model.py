@@ -12,6 +12,7 @@ from fl_runtime.types import Array, Arrays
 
 from .names import named_variables
 from .optimizer import build, initial_values, optimizers
+from .preprocessing import deriving_again
 from .state import assign, to_host
 from .trainer import learning_rate
 
@@ -25,6 +26,7 @@ class KerasStandbyModel(StandbyModel):
     """
 
     def __init__(self, model: Any) -> None:
+        self._model = model
         (optimizer,) = optimizers(model)
         build(model, optimizer)
         self._live = {n: v.variable for n, v in named_variables(model).items() if v.role in ("trainable", "buffer")}
@@ -35,7 +37,8 @@ class KerasStandbyModel(StandbyModel):
         self._state = [np.array(np.broadcast_to(value, tuple(variable.shape))) for variable, value in values]
 
     def swap(self) -> None:
-        self._weights = {name: _exchange(variable, self._weights[name]) for name, variable in self._live.items()}
+        with deriving_again(self._model):
+            self._weights = {name: _exchange(variable, self._weights[name]) for name, variable in self._live.items()}
         self._state = [
             value if variable is self._rate else _exchange(variable, value)
             for variable, value in zip(self._variables, self._state, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import keras
@@ -14,8 +15,10 @@ from fl_runtime.capabilities import OPTIMIZER_STATE
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, TensorSpec, differences
+from fl_runtime.wire.names import Facts, Names, names_of
 
 from .names import Named, named_variables
+from .preprocessing import deriving_again, facts
 
 _ROLES = {"auto": ("trainable", "buffer"), "trainable": ("trainable",)}
 _SHOWN_DIFFERENCES = 20
@@ -46,6 +49,8 @@ class KerasState:
         named = named_variables(model)
         admitted = set(selected(named, exchange, keep_local))
         roles = _ROLES.get(exchange) if isinstance(exchange, str) else None
+        self._model = model
+        self._told = False
         self.variables = {n: v.variable for n, v in named.items() if n in admitted and (not roles or v.role in roles)}
         if not self.variables:
             raise ConfigError(
@@ -62,7 +67,9 @@ class KerasState:
         return {name: to_host(variable) for name, variable in self.variables.items()}
 
     def set_state(self, arrays: Arrays) -> None:
-        """Copy arrays into the live variables.
+        """Copy arrays into the live variables, and let layers compute what they derive from them again.
+
+        The first time that this changes adapted statistics, such as those of `Normalization`, one line says so.
 
         Args:
             arrays: Arrays of the names, shapes and dtypes that `get_state` returns.
@@ -78,16 +85,36 @@ class KerasState:
                 where="model variables",
                 fix="build the same model at every site",
             )
-        for name, array in arrays.items():
-            assign(self.variables[name], array)
+        with deriving_again(self._model) as changed:
+            for name, array in arrays.items():
+                assign(self.variables[name], array)
+        if changed and not self._told:
+            self._told = True
+            print(
+                f"fl-adapters: {', '.join(changed)} now has the statistics of the global model, in place of those that "
+                "this site adapted to its own data",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def agreement(self, model: Any) -> dict[str, str]:
-        """Return what must be equal at all sites beside the variables that travel, as name -> value."""
-        facts = {"framework": "keras", "model": type(model).__name__}
+    def set_result(self, arrays: Arrays) -> bool:
+        """Copy arrays into the live variables, as `set_state` does, unless all have these values already.
+
+        Returns:
+            Whether a variable had another value, to the bit.
+        """
+        if all(to_host(variable).tobytes() == arrays[name].tobytes() for name, variable in self.variables.items()):
+            return False
+        self.set_state(arrays)
+        return True
+
+    def agreement(self, model: Any) -> Facts:
+        """Return what must be equal at all sites beside the variables that travel."""
+        common: dict[str, str | Names] = {"framework": "keras", "model": type(model).__name__}
         if self._base:
-            facts["base.tensors"] = str(len(self._base))
-            facts["base.fingerprint"] = _fingerprint(self._base)
-        return facts
+            common["frozen tensors"] = str(len(self._base))
+            common["frozen layers"] = names_of(_fingerprints(self._base))
+        return common | facts(model)
 
 
 def to_host(variable: Any) -> Array:
@@ -106,11 +133,12 @@ def spec(name: str, variable: Any) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(int(n) for n in variable.shape))
 
 
-def _fingerprint(named: dict[str, Named]) -> str:
-    """A hash over names, shapes, dtypes and contents. It guards against mistakes, not against an attacker."""
-    digest = xxhash.xxh3_128()
+def _fingerprints(named: dict[str, Named]) -> list[str]:
+    """Layer and hash over its names, shapes, dtypes and contents; against mistakes, not against an attacker."""
+    layers: dict[str, xxhash.xxh3_64] = {}
     for name in sorted(named):
         value: Any = to_host(named[name].variable)
+        digest = layers.setdefault(name.rpartition("/")[0] or name, xxhash.xxh3_64())
         digest.update(f"{name}|{list(value.shape)}|{value.dtype}|".encode())
         digest.update(value.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+    return [f"{layer} ({digest.hexdigest()})" for layer, digest in layers.items()]

@@ -18,6 +18,11 @@ from fl_runtime.errors import ConfigError
 
 _STEP = "_backend_update_step"
 _VARIABLES = "_variables"
+_KEEPING_BATCHES = (
+    *("_PrefetchDataset", "_OptionsDataset", "_CacheDataset", "_ShuffleDataset", "_ModelDataset"),
+    *("_MapDataset", "_ParallelMapDataset", "_AssertCardinalityDataset"),
+)
+"""Operations of tf.data that change neither the number of batches nor, but for a map of the user's, their rows."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class FitCall:
         """Size of the training set; None if the data does not tell it."""
         data = self._data
         batches, size = data.num_batches, data.batch_size
+        if batches and not size and self.data_kind == "TFDatasetAdapter":
+            return _rows(data._dataset)  # Keras 3.10.0 and 3.15.1
         if not batches or not size:
             return None
         partial = data.partial_batch_size
@@ -89,6 +96,20 @@ class FitCall:
     @property
     def _data(self) -> Any:
         return self.iterator.data_adapter  # EpochIterator is not exported: Keras 3.10.0 and 3.15.1
+
+
+def _rows(dataset: Any) -> int | None:
+    """Number of rows that a `tf.data.Dataset` puts into batches; None if its last operations do not tell.
+
+    A batch of a dataset whose last one may be smaller has no static size, so the operation that makes the batches is
+    looked up.
+    """
+    while type(dataset).__name__ in _KEEPING_BATCHES:  # names and `_input_dataset`: TensorFlow 2.18.0 and 2.21.0
+        dataset = dataset._input_dataset
+    if type(dataset).__name__ not in ("_BatchDataset", "_ParallelBatchDataset"):
+        return None
+    rows = int(dataset._input_dataset.cardinality())
+    return rows if rows > 0 else None
 
 
 def calling_fit(model: Any) -> FitCall | None:
@@ -153,21 +174,54 @@ def set_restored_epoch(model: Any, epoch: int | None) -> None:
 def ensure_built(model: Any, fit: FitCall) -> None:
     """Build a model that TensorFlow would otherwise build within its first step.
 
+    A model without `call`, whose own `train_step` calls its layers, is complete once these are built.
+
     Raises:
         ConfigError: If the model cannot be built from the first batch.
     """
     # Model._flatten_layers and Trainer._symbolic_build: Keras 3.10.0 and 3.15.1
-    if all(layer.built for layer in model._flatten_layers()):
+    if all(layer.built or not _has_call(layer) for layer in model._flatten_layers()):
         return
+    where = f"{type(model).__name__} {model.name!r}"
+    if not _has_call(model):
+        parts = [part.name for part in sublayers(model) if not all(layer.built for layer in part._flatten_layers())]
+        raise ConfigError(
+            f"{', '.join(parts)} has no variables yet, and {type(model).__name__} has no call() that would make them",
+            where=where,
+            fix="begin its models with keras.Input, or call each on a batch once before fit",
+        )
     try:
         model._symbolic_build(iterator=fit.iterator)
         fit.iterator.reset()
     except Exception as error:
         raise ConfigError(
             f"the model has no variables yet, and could not be built from the first batch: {error}",
-            where=f"{type(model).__name__} {model.name!r}",
+            where=where,
             fix="build it before fit: begin it with keras.Input, or call it on a batch once",
         ) from error
+
+
+def _has_call(layer: Any) -> bool:
+    return type(layer).call not in (keras.Model.call, keras.layers.Layer.call)
+
+
+def counts_examples(model: Any) -> bool:
+    """Whether the running mean of the loss counts examples: a `train_step` of the user's own may count batches."""
+    return type(model).train_step is keras.Model.train_step
+
+
+def compile_again(model: Any) -> None:
+    """Make the model's functions for training, evaluation and prediction anew, if it has them.
+
+    A running `fit` or `evaluate` takes the new function with its next step.
+    """
+    for function, make in (  # read in each step by the loops of every backend: Keras 3.10.0 and 3.15.1
+        ("train_function", model.make_train_function),
+        ("test_function", model.make_test_function),
+        ("predict_function", model.make_predict_function),
+    ):
+        if getattr(model, function, None) is not None:
+            make(force=True)
 
 
 def own_variables(layer: Any) -> tuple[list[Any], list[Any]]:

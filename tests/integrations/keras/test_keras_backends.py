@@ -20,7 +20,10 @@ from fl_adapters.testing.conformance.adapter import require_same_bits
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself
 
 HERE = Path(__file__).parent
-ON_EACH = ("test_keras_conformance.py", "test_keras_exchange.py", "test_keras_corrections.py", "test_keras_restart.py")
+ON_EACH = (
+    *("test_keras_conformance.py", "test_keras_exchange.py", "test_keras_corrections.py", "test_keras_restart.py"),
+    *("test_keras_own_train_step.py", "test_keras_preprocessing.py"),
+)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import keras
 import keras_models as m
 import numpy as np
@@ -75,7 +77,7 @@ def test_what_travels_by_default_is_trained_or_kept_beside_it() -> None:
     model.layers[0].trainable = model.layers[1].trainable = False
     assert list(KerasState(model).variables) == ["head/kernel", "head/bias"]
     assert len(KerasState(model, "all").variables) == 8
-    assert "base.fingerprint" in KerasState(model).agreement(model)
+    assert "frozen layers" in KerasState(model).agreement(model)
     model.layers[1].trainable = True
     assert len(KerasState(model).variables) == 6 and len(KerasState(model, "trainable").variables) == 4
 
@@ -87,7 +89,7 @@ def test_other_frozen_weights_are_refused() -> None:
         m.fit(m.compiled(model), m.rows(0), FederatedCallback(kit=place.kit), epochs=2)
 
     with LocalFederation(sites=2, rounds=2, states=m.STATES) as federation:
-        with pytest.raises(HandshakeError, match="base.fingerprint"):
+        with pytest.raises(HandshakeError, match="frozen layers: "):
             federation.run(train)
 
 
@@ -278,3 +280,29 @@ def test_swapped_weights_are_refused() -> None:
         callback, model = FederatedCallback(kit=federation.places[0].kit), m.compiled(m.classifier(), optimizer)
         with pytest.raises(ConfigError, match="SwapEMAWeights"):
             m.fit(model, m.rows(0), callback, swap, epochs=2)
+
+
+def test_other_callbacks_do_not_change_the_result(capfd: pytest.CaptureFixture[str]) -> None:
+    """A forward pass in training mode moves the statistics of batch normalization, and a callback may set weights."""
+    seen = {}
+
+    class Meddler(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            self.model(m.rows(7)[0], training=True)
+
+        def on_train_end(self, logs=None) -> None:
+            seen[threading.current_thread().name] = m.weights(self.model)
+            self.model.set_weights([np.zeros_like(array) for array in self.model.get_weights()])
+
+    def train(place):
+        model = m.compiled(m.classifier(seed=place.index))
+        meddler = [Meddler()] if place.index == 0 else []
+        m.fit(model, m.rows(place.index), FederatedCallback(kit=place.kit), *meddler, epochs=2)
+        return m.weights(model)
+
+    with LocalFederation(sites=2, rounds=2, states=m.STATES) as federation:
+        first, second = federation.run(train).values()
+        final = federation.model()
+    for weights in (seen["site-1"], first, second):
+        require_same_bits(weights, final)
+    assert capfd.readouterr().err.count("a callback changed the weights after the last exchange") == 1
