@@ -13,9 +13,9 @@ from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.agreement import agreement
-from fl_adapters.torch.local_backend import TorchLocalBackend
-from fl_adapters.torch.lora import LoraFreezing, lora_facts, lora_state
-from fl_adapters.torch.lora_factors import LoraFactors
+from fl_adapters.torch.local_work.backend import TorchLocalBackend
+from fl_adapters.torch.lora.factors import LoraFactors
+from fl_adapters.torch.lora.strategy import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch.optimizer_state import TorchOptimizerState
 from fl_adapters.torch.restart import (
     all_tensors,

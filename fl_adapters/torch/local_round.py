@@ -11,8 +11,8 @@ from torch import nn
 
 from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State
-from fl_adapters.torch.correction import plain
 from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.progress import (
     Progress,
     Tally,
@@ -22,7 +22,8 @@ from fl_adapters.torch.progress import (
     warn_if_schedule_ends_early,
 )
 from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, samplers_of, seed_round
-from fl_adapters.torch.trainer_run import Resumed, TrainerPort, TrainerRun
+from fl_adapters.torch.trainer_port import Resumed, TrainerPort
+from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Metrics
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_model
 from torch import nn
 
 from fl_adapters.participant.options import Every, SharedArguments
-from fl_adapters.torch.correction import plain
 from fl_adapters.torch.local_round import LocalRound, LoopPort, StepCounter, TrainingData
+from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.progress import Progress, Tally, size_of
 from fl_adapters.torch.ranks import world_size
 from fl_adapters.torch.state import unwrap

@@ -18,7 +18,7 @@ from fl_adapters.participant.options import Every
 from fl_adapters.participant.restart import not_restartable, require_whole_epochs, seed_python
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
-from fl_adapters.torch.correction import plain
+from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.state import as_array, as_tensor, is_sharded, unwrap
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, advance_schedule, plain_schedule, warn_if_schedule_ends_early
 from fl_adapters.torch.restart import TorchSnapshot
-from fl_adapters.torch.trainer_run import Resumed, TrainerPort, TrainerRun
+from fl_adapters.torch.trainer_port import Resumed, TrainerPort
+from fl_adapters.torch.trainer_run import TrainerRun
 
 from . import budget, restart
 from . import trainer as hf

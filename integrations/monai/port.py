@@ -10,7 +10,8 @@ from monai.handlers import LrScheduleHandler, ValidationHandler
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress
 from fl_adapters.torch.restart import TorchSnapshot
-from fl_adapters.torch.trainer_run import Resumed, TrainerPort, TrainerRun
+from fl_adapters.torch.trainer_port import Resumed, TrainerPort
+from fl_adapters.torch.trainer_run import TrainerRun
 
 from . import budget, restart
 from . import trainer as monai

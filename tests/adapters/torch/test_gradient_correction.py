@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_adapters.torch.correction import GradientCorrection, StepMeter, is_plain_sgd
+from fl_adapters.torch.local_work.correction import GradientCorrection, StepMeter, is_plain_sgd
 from fl_runtime.errors import ConfigError
 
 RATE, MU = 0.1, 0.5

@@ -11,8 +11,8 @@ from torch import nn
 
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.torch.live_model import LiveModel
-from fl_adapters.torch.lora import LoraFreezing
-from fl_adapters.torch.lora_factors import LoraFactors
+from fl_adapters.torch.lora.factors import LoraFactors
+from fl_adapters.torch.lora.strategy import LoraFreezing
 from fl_runtime.aggregation import FedExLoRA, FlexLoRA, FLoRA, make_strategy
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Arrays, Task

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fl_adapters.participant.local_work.backend import StandbyModel
 from fl_adapters.participant.state_file import State
-from fl_adapters.torch.correction import plain
+from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.restart import load_tensors, packed, packed_optimizer, packed_tensors, states_of, unpacked
 from fl_adapters.torch.state import NamedTensors, as_array, as_tensor
 from fl_runtime.types import Arrays

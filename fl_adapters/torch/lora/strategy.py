@@ -12,7 +12,7 @@ from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
 from fl_adapters.torch.agreement import fingerprint
-from fl_adapters.torch.lora_factors import LoraFactors
+from fl_adapters.torch.lora.factors import LoraFactors
 from fl_adapters.torch.state import TorchState
 from fl_runtime.aggregation.lora.names import FROZEN, factor_of, pairs_of, patterns_of
 from fl_runtime.aggregation.lora.products import LoraProducts

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fl_adapters.participant.local_work.backend import LocalBackend, StepRecord
 from fl_adapters.torch import ranks
-from fl_adapters.torch.correction import GradientCorrection, StepMeter, is_plain_sgd
-from fl_adapters.torch.standby_model import TorchStandbyModel
+from fl_adapters.torch.local_work.correction import GradientCorrection, StepMeter, is_plain_sgd
+from fl_adapters.torch.local_work.standby_model import TorchStandbyModel
 from fl_adapters.torch.state import TorchState, as_tensor
 from fl_runtime.types import Arrays
 

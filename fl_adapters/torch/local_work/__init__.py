@@ -1,0 +1,1 @@
+"""FedProx, SCAFFOLD and Ditto on a live torch model."""

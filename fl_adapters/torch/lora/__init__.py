@@ -1,0 +1,1 @@
+"""LoRA strategies on a live torch model."""
