@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fl_adapters.participant.exchange import matches
@@ -59,7 +60,7 @@ class LiveModel:
         self._freezing = LoraFreezing(default_state.tensors)
         self.state = lora_state(model, default_state, settings)
         self._final: Arrays | None = None
-        self._final_local: Arrays = {}
+        self._final_local: dict[str, Tensor] = {}
         self._moments = [TorchOptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
         backend = TorchLocalBackend(model, optimizers, self.state)
         self.gradients = backend.gradients
@@ -214,29 +215,34 @@ class LiveModel:
         for name, array in shared:
             self.state.copy_in(name, array)
 
-    def receive_final(self, task: Task | None, *, more: bool = False) -> None:
-        """Set the final weights, and keep a copy for `restore_final`, since the trainer may still change them.
+    def receive_final(self, task: Task | None) -> None:
+        """Set the final weights, and keep a copy of them for `restore_final`.
 
         Args:
             task: The final task, on rank 0; None on the others.
-            more: Whether the trainer will make further steps. Then the tensors that do not travel are copied too.
         """
         self.load(task.arrays if task else None)
-        self._final = self.state.snapshot_global()
-        local = packed_tensors(self._local_tensors()) if more and not ranks.several() else {}
-        self._final_local = {name: array.copy() for name, array in local.items()}
+        self.keep_final()
 
     def keep_final(self) -> None:
-        """Keep a copy of the final weights for `restore_final`. They must be in the model."""
-        if self._final is None:
-            self._final = self.state.snapshot_global()
+        """Keep a copy of the weights in the model for `restore_final`: those that travel, and those of this site."""
+        self._final = self.state.snapshot_global()
+        own = {name: tensor for name, tensor in self._local_tensors().items() if not is_sharded(tensor)}
+        self._final_local = {name: tensor.detach().to("cpu", copy=True) for name, tensor in own.items()}
 
-    def restore_final(self) -> None:
-        """Put the final weights back, on every rank."""
+    @torch.no_grad()
+    def restore_final(self, *, initial_base: bool = False) -> None:
+        """Put the weights of `keep_final` back, on every rank, whatever has changed them since.
+
+        Args:
+            initial_base: Whether a LoRA strategy that adds to the base weights gives them back their initial values,
+                and the adapter all that was learnt.
+        """
         assert self._final is not None
-        self.state.restore_global(self._final)
-        if self._final_local:
-            load_tensors(self._local_tensors(), self._final_local)
+        (self.state.restore_global if initial_base else self.state.set_state)(self._final)
+        tensors = all_tensors(self._model)
+        for name, own in self._final_local.items():
+            tensors[name].copy_(own)
 
     def _set_moments(self, arrays: Arrays) -> None:
         remaining = dict(arrays)  # what is left is for the first optimizer

@@ -218,6 +218,7 @@ class FederatedLoop(SharedArguments):
                 run.stop_early(port.where)
             raise
         run.finish(self._export or self._save, end_with_best=self._best_at_end)
+        run.settle()
 
     def _begin(self, run: TrainerRun[LoopPort], data: TrainingData) -> LoopPort:
         """Make the handshake and take the first global model."""

@@ -172,7 +172,7 @@ class TorchSite:
     def cross_evaluate(self, live: LiveModel, evaluate: Callable[[], None]) -> None:
         """Score every site's model here, if the job asks for it, and put the final weights back afterwards.
 
-        Call it when the final weights are in the model and have been scored.
+        Call it when the final weights are in the model, kept by `live.keep_final`, and have been scored.
 
         Args:
             live: The model.
@@ -181,7 +181,6 @@ class TorchSite:
         """
         if not live.cross_site:
             return
-        live.keep_final()
         while self._load_next(live):
             evaluate()
         live.restore_final()
@@ -193,13 +192,13 @@ class TorchSite:
         live.load(task.arrays if task else None)
         return True
 
-    def finish(self, live: LiveModel, export: Callable[[str], None], load: Callable[[Arrays], None] | None) -> None:
+    def finish(self, live: LiveModel, export: Callable[[str], None]) -> None:
         """Leave the run after its last round, and export the personal model, if any, to this site's own folder.
 
         Args:
             live: The model, with the final weights.
-            export: Writes the live model to a folder in the framework's format.
-            load: Loads arrays into the live model, for the export of the best model; see `Session.finish`.
+            export: Writes the live model to a folder in the framework's format. In a simulation one site writes the
+                final and the best model with it, whether or not it has scored any.
         """
         live.local.close()
         personal = live.local.personal
@@ -209,7 +208,7 @@ class TorchSite:
             if personal is not None:
                 with personal.in_place():
                     export(str(session.home.folder / PERSONAL))
-            session.finish(export=export, load=load)
+            session.finish(export=export, load=live.state.set_state)
 
         ranks.on_rank_zero(leave)
 

@@ -21,6 +21,8 @@ The calls of one training, in their order:
 5. `run.report(metrics, num_examples)` when a validation has ended and `run.awaits_score` is true.
 6. `run.finish(export)` when the trainer has ended and `run.over` is true; `run.stop_early(where)` when it ended before.
    After an error in the trainer itself `run.fail(error)`.
+7. `run.settle()` in the trainer's very last hook, after `finish`. Until then other code of the user's may still change
+   the weights, such as a forward pass in training mode, which changes batch-norm statistics.
 
 After any end `run.active` is false, and every further hook must do nothing. A `TrainerRun` may be pickled and copied:
 a copy made before `begin` takes the original's place, a later one is inactive and holds no tensors.
@@ -81,7 +83,8 @@ class TrainerRun(Generic[P]):
         self._site = site
         self._live: LiveModel | None = None
         self._port: P | None = None
-        self._keeps_final = False
+        self._finished: LiveModel | None = None
+        self._initial_base = False
 
     @classmethod
     def join(cls, options: Options, framework: str, folders: Mapping[str, str] | None = None) -> TrainerRun[P] | None:
@@ -102,7 +105,7 @@ class TrainerRun(Generic[P]):
     def __getstate__(self) -> dict[str, Any]:
         """Live tensors stay behind. A copy of a training that has begun does not take part."""
         active = self.active and not self.begun
-        return {**self.__dict__, "active": active, "begun": False, "_live": None, "_port": None}
+        return {**self.__dict__, "active": active, "begun": False, "_live": None, "_port": None, "_finished": None}
 
     @property
     def settings(self) -> SiteSettings:
@@ -132,7 +135,7 @@ class TrainerRun(Generic[P]):
         examples: int | None = None,
         best: BestMetric | None = None,
         follow: bool = True,
-        keep_final: bool = False,
+        initial_base: bool = False,
     ) -> None:
         """Make the handshake and take the first task, wherever the trainer and the run stand after a restart.
 
@@ -145,8 +148,8 @@ class TrainerRun(Generic[P]):
             examples: Size of the training set over all ranks, or None if unknown.
             best: Metric by which the trainer picks its best model. It is proposed where the job is silent.
             follow: Correct gradients in a hook on each optimizer's own `step`. If False, the adapter calls `correct`.
-            keep_final: The trainer may change the weights after it was told to stop: keep a copy of the final ones,
-                and put them back in `finish`.
+            initial_base: Whether the trainer saves a PEFT adapter without its base. LoRA strategies that add to the
+                base weights then end with the initial base, and an adapter that holds all that was learnt.
 
         Raises:
             ConfigError: If the model, the optimizers or the checkpoint do not fit the run.
@@ -155,7 +158,7 @@ class TrainerRun(Generic[P]):
         with self.leaving_on_error():
             if self._live is not None:
                 self._live.local.close()  # of a training that was interrupted
-            self._port, self.evaluates, self._keeps_final = port, evaluates, keep_final
+            self._port, self.evaluates, self._initial_base = port, evaluates, initial_base
             self.over = self.awaits_score = False
             self.tally = Tally(self._site.options.num_examples or examples)
             live = self._live = LiveModel(model, optimizers, self.settings)
@@ -241,20 +244,31 @@ class TrainerRun(Generic[P]):
                     fix="resume from an earlier checkpoint, or without one",
                 )
             live = self.live
-            if self._keeps_final:
-                live.restore_final()
+            live.restore_final(initial_base=self._initial_base)
             if self.awaits_score:
                 self.port.validate()
+                live.restore_final()
             self.report({}, 1)  # if even that gave no score, let nobody wait for one
             if self.evaluates:
                 self._site.cross_evaluate(live, self._score_unseen)
             best = self._best() if end_with_best else None
-            self._site.finish(live, export, live.state.set_state if self.evaluates else None)
+            self._site.finish(live, export)
             self._forget()
+            self._finished = live
             version: int | None = ranks.share(best[0] if best else None)
             if version is not None:
                 live.load(best[1] if best else None)
+                live.keep_final()
             return version
+
+    def settle(self) -> None:
+        """Put the weights with which `finish` ended into the model once more, and let go of the model.
+
+        Not collective. Does nothing unless `finish` was the last call.
+        """
+        live, self._finished = self._finished, None
+        if live is not None:
+            live.restore_final()
 
     def stop_early(self, where: str) -> None:
         """Leave the run because the trainer has ended before the last round, by an early stop for example.
@@ -309,7 +323,8 @@ class TrainerRun(Generic[P]):
         live, port, number = self.live, self.port, first.round
         self.seed = first.seed
         if first.kind == "final":
-            self._load_final(first, more=True)
+            self.over = True
+            live.receive_final(first.task)
             self.progress = Progress.at(number, port.steps, self.settings.every)
             self.awaits_score = self.evaluates
             port.stop()
@@ -353,7 +368,7 @@ class TrainerRun(Generic[P]):
     def _take_next(self, arrived: ArrivedTask) -> None:
         number, self.seed = arrived.round, arrived.seed
         if arrived.kind == "final":
-            self._load_final(arrived, more=False)
+            self.live.receive_final(arrived.task)
             self.over, number = True, number + 1  # the final task has the number of the last round
         else:
             self.live.receive(arrived.task)
@@ -364,13 +379,6 @@ class TrainerRun(Generic[P]):
         if self.evaluates:
             self.awaits_score = True
             self.port.validate_next()
-
-    def _load_final(self, arrived: ArrivedTask, *, more: bool) -> None:
-        self.over = True
-        if self._keeps_final:
-            self.live.receive_final(arrived.task, more=more)
-        else:
-            self.live.load(arrived.arrays)
 
     def _score_unseen(self) -> None:
         self.awaits_score = True

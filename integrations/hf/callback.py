@@ -95,7 +95,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
                 rounds=budget.trainer_rounds(run.budget, state),
                 evaluates=hf.has_validation_data(trainer) if wanted is None else wanted,
                 best=hf.best_metric(args),
-                keep_final=True,  # HF makes a step before it looks whether to stop, and may load its own best weights
+                initial_base=True,  # HF saves the adapter of a PEFT model alone
             )
             port.warn_if_schedule_ends_early()
             if not run.over:
@@ -155,10 +155,11 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         if not run.over:
             run.stop_early(run.port.where)
             return
-        exporter = Exporter(trained["model"], trained["processing_class"])
+        exporter, trainer = Exporter(trained["model"], trained["processing_class"]), run.port.trainer
         best = run.finish(exporter.export, end_with_best=args.load_best_model_at_end)
         if best is not None:
             point_to_best(args, state, best)
+        hf.call_last(trainer, run.settle)
 
     def _join(self, args: TrainingArguments) -> TrainerRun[TransformersPort] | None:
         """Join the federation and move the trainer's output folders; None outside of one."""

@@ -6,7 +6,7 @@ All access to private attributes of transformers stands here. Checked in transfo
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -92,6 +92,25 @@ def evaluate_unseen(trainer: Trainer, callback: TrainerCallback) -> None:
         handler.callbacks, trainer.is_in_train = callbacks, training
         vars(control).update(flags)
         del state.log_history[rows:]
+
+
+class _AtEnd(TrainerCallback):
+    """Calls a function in `on_train_end`, once."""
+
+    def __init__(self, trainer: Trainer, function: Callable[[], None]) -> None:
+        self._trainer, self._function = trainer, function
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.remove_callback(self)
+        self._function()
+
+
+def call_last(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call a function after the `on_train_end` of all other callbacks. Only within an `on_train_end`.
+
+    HF runs through its list of callbacks, and so comes to one that is appended meanwhile.
+    """
+    trainer.callback_handler.callbacks.append(_AtEnd(trainer, function))
 
 
 def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:

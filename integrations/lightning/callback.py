@@ -173,6 +173,11 @@ class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[m
             self._begin(run, trainer, pl_module, evaluates=False)
             run.finish(Exporter(trainer, pl_module).export)
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Put the final weights back: hooks of the user's own may have changed them, or statistics, meanwhile."""
+        if stage == "fit" and self._run is not None:
+            self._run.settle()
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the run with the error."""
         if self._run is not None:

@@ -122,6 +122,7 @@ class FederatedHandler(SharedArguments):
         }
         for event, hook in hooks.items():
             monai.put_first(engine, event, hook)
+        monai.put_last(engine, Events.COMPLETED, self._settled)
         with run.leaving_on_error():
             monai.refuse_unsupported(engine)
             budget.apply(run.budget, engine)
@@ -186,6 +187,11 @@ class FederatedHandler(SharedArguments):
         if not run.begun:  # there was nothing to train: resumed from a checkpoint at the end of its budget
             self._begin(run, engine, epoch_ends=True)
         run.finish(Exporter(engine.network).export)
+
+    def _settled(self, engine: Any) -> None:
+        """Put the final weights back: other handlers may have changed them, or statistics, meanwhile."""
+        if self._run is not None:
+            self._run.settle()
 
     def _exception_raised(self, engine: Any, error: Exception) -> None:
         if self._run is not None:

@@ -49,10 +49,21 @@ def put_first(engine: Any, event: Any, hook: Callable[..., None]) -> None:
     Ignite runs handlers in the order in which they were attached and has no other way to say which comes first.
     """
     handlers = event_handlers(engine)[event]
+    handlers.insert(0, _taken(engine, event, hook))
+
+
+def put_last(engine: Any, event: Any, hook: Callable[..., None]) -> None:
+    """Make `hook` the last of the handlers that `event` has so far; once, however often this is called."""
+    handlers = event_handlers(engine)[event]
+    handlers.append(_taken(engine, event, hook))
+
+
+def _taken(engine: Any, event: Any, hook: Callable[..., None]) -> tuple[Any, Any, Any]:
+    """Attach `hook` if it is not attached, and take its entry out of the list of handlers."""
+    handlers = event_handlers(engine)[event]
     if not engine.has_event_handler(hook, event):
         engine.add_event_handler(event, hook)
-    place = next(i for i, (handler, _, _) in enumerate(handlers) if handler == hook)
-    handlers.insert(0, handlers.pop(place))
+    return handlers.pop(next(i for i, (handler, _, _) in enumerate(handlers) if handler == hook))
 
 
 def attached(engine: Any, kind: type[H]) -> list[H]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch_loops as t
 from killed_sites import WarmProcess, run_sites
+from safetensors.numpy import load_file
 
 from fl_adapters.testing import (
     CorrectionCase,
@@ -353,3 +354,27 @@ def test_steps_without_rounds_in_the_job_are_refused() -> None:
 
     with pytest.raises((ConfigError, SiteFailedError), match="unknown how long this run is"):
         run(body, sites=1, rounds=None)
+
+
+def test_statistics_changed_by_evaluate_are_put_back() -> None:
+    """An `evaluate` that forgets `model.eval()` changes the batch-norm statistics."""
+
+    def body(place: Place) -> Any:
+        net = t.network()
+        optimizer = t.optimizer_for(net)
+
+        def evaluate() -> dict[str, float]:
+            net.train()
+            return {"loss": net(torch.full((8, 4), 50.0)).mean().item()}
+
+        for round in FederatedLoop(net, optimizer, kit=place.kit, evaluate=evaluate).rounds(t.loader(place.index)):
+            steps_of(round, net, optimizer)
+        return {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+
+    with LocalFederation(sites=2, rounds=2, states=t.STATES) as federation:
+        sites = federation.run(body)
+        exported = load_file(federation.folder / "model" / "model.safetensors")
+        final = federation.model()
+    for found in sites.values():
+        assert all((found[name] == array).all() for name, array in final.items())
+        assert all((found[name] == array).all() for name, array in exported.items())

@@ -9,7 +9,7 @@ import runpy
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -41,11 +41,22 @@ _forks.set_forkserver_preload(_PRELOADED)
 
 
 class Partner(threading.Thread):
-    """A second site without a trainer, in a thread: answers each round with `work(round, arrays)`."""
+    """A second site without a trainer, in a thread: answers each round with `work(round, arrays)`.
 
-    def __init__(self, kit: str, model: Any, work: Callable[[int, Arrays], Arrays], num_examples: int) -> None:
+    `score`, if given, is called for each global model and returns its loss.
+    """
+
+    def __init__(
+        self,
+        kit: str,
+        model: Any,
+        work: Callable[[int, Arrays], Arrays],
+        num_examples: int,
+        score: Callable[[], float] | None,
+    ) -> None:
         super().__init__(daemon=True)
         self._kit, self._work, self._num_examples = kit, work, num_examples
+        self._score = score
         self._initial = {name: np.copy(array) for name, array in TorchState(model).get_state().items()}
         self._facts = agreement(model, framework="transformers")
         self.received: list[Arrays] = []
@@ -61,6 +72,8 @@ class Partner(threading.Thread):
     def _take_part(self) -> None:
         with connect(kit=self._kit) as site:
             for task in site.tasks(initial=self._initial, agreement=self._facts):
+                if self._score is not None:
+                    task.report({"loss": self._score()}, 1)
                 arrays = {name: np.copy(array) for name, array in task.arrays.items()}
                 self.received.append(arrays)
                 task.submit(self._work(task.round, arrays), num_examples=self._num_examples)
@@ -94,9 +107,10 @@ class Federation:
         *,
         number: int = 2,
         num_examples: int = 32,
+        score: Callable[[], float] | None = None,
     ) -> Partner:
         """Start site `number` in a thread; `model` gives the tensors that travel and what must agree."""
-        return Partner(self.kit(number), model, work, num_examples)
+        return Partner(self.kit(number), model, work, num_examples, score)
 
     def fork(self, program: str, values: Any = None, *, number: int | None = 1) -> SiteProcess:
         """Run `program` (source text) in a warm process as site `number`, or outside the federation for None."""
@@ -109,9 +123,9 @@ class Federation:
         """Return the run's result, or raise its error if it failed."""
         return self._open.result(TIMEOUT_S)
 
-    def model(self) -> Arrays:
-        """Return the server's final global model."""
-        return self._open.model()
+    def model(self, which: Literal["final", "best"] = "final") -> Arrays:
+        """Return the server's final or best global model."""
+        return self._open.model(which)
 
     def events_of(self, kind: str, site: str | None = None) -> list[Event]:
         """Return the events in order, after ending the federation so that none is still on its way."""
