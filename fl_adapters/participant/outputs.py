@@ -59,7 +59,8 @@ def placed(kit: Kit | None, folder: str) -> str:
 
     Returns:
         `folder` itself, unless the site is simulated. Then a folder in the working directory is moved below the
-        site's own folder, and `claimed_path` decides about others. Remote folders ("s3://...") are not moved.
+        site's own folder, and `claimed_path` decides about others. Remote folders ("s3://...") are not moved. If
+        `folder` exists, the moved one is made.
 
     Raises:
         ConfigError: Another site of the simulation writes to the same folder.
@@ -72,7 +73,10 @@ def placed(kit: Kit | None, folder: str) -> str:
         return folder
     here = Path.cwd().resolve()  # frameworks make relative paths absolute before we see them
     path = os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
-    return os.path.normpath(claimed_path(run, kit.site, path))
+    moved = os.path.normpath(claimed_path(run, kit.site, path))
+    if absolute.is_dir():  # what exists under the old name is expected under the new one
+        os.makedirs(moved, exist_ok=True)
+    return moved
 
 
 def claimed_path(run: Path, site: str, path: str) -> str:

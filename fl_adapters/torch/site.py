@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -87,6 +88,9 @@ class TorchSite:
             if session is None:
                 return None
             moved = {name: session.output_dir(path) for name, path in (folders or {}).items()}
+            for name, path in moved.items():
+                if os.path.isdir((folders or {})[name]):  # what exists under the old name is expected under the new one
+                    os.makedirs(path, exist_ok=True)
             return session.job, session.settings.to_json(), moved
 
         fields = ranks.share(ranks.on_rank_zero(join))

@@ -69,8 +69,9 @@ class FederatedCallback(SharedArguments, TrainerCallback):
             return
         with run.leaving_on_error():
             trainer = hf.calling_trainer()
-            hf.refuse_unsupported(trainer, args, run.settings)
-            budget.apply(run.budget, args, trainer.train_dataset)
+            hf.refuse_unsupported(trainer, run.settings)
+            budget.apply(run.budget, trainer.args, trainer.train_dataset)
+            hf.copy_length(trainer.args, args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
@@ -84,17 +85,18 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         with run.leaving_on_error():
             trainer = hf.calling_trainer()
             hf.refuse_search(state)
-            hf.refuse_unsupported(trainer, args, run.settings)
-            budget.check(run.budget, state, args, trained["train_dataloader"])
+            hf.refuse_unsupported(trainer, run.settings)
+            budget.check(run.budget, state, trainer.args, trained["train_dataloader"])
+            hf.warn_of_head(trainer)
             wanted = run.settings.evaluate_global
             port = TransformersPort(trainer, self, state, control, run, trained)
             run.begin(
                 port,
-                trained["model"],
+                trainer.model,
                 [trained["optimizer"]],
                 rounds=budget.trainer_rounds(run.budget, state),
                 evaluates=hf.has_validation_data(trainer) if wanted is None else wanted,
-                best=hf.best_metric(args),
+                best=hf.best_metric(trainer.args),
                 initial_base=True,  # HF saves the adapter of a PEFT model alone
             )
             port.warn_if_schedule_ends_early()
@@ -119,7 +121,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         if run.came_back:
             state.epoch += run.port.epochs_before
         if not run.over and budget.ends_phase(run.budget, state):
-            self._exchange(run, args, state, control, trained["train_dataloader"])
+            self._exchange(run, state, control, trained["train_dataloader"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
@@ -132,7 +134,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
             control.should_evaluate = False  # done at this step, right after the exchange
         unfinished = not run.over and state.global_step > run.progress.began and not control.should_training_stop
         if unfinished and budget.epoch_ends_phase(run.budget, state):
-            self._exchange(run, args, state, control, trained["train_dataloader"])
+            self._exchange(run, state, control, trained["train_dataloader"])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **evaluated: Any
@@ -155,10 +157,10 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         if not run.over:
             run.stop_early(run.port.where)
             return
-        exporter, trainer = Exporter(trained["model"], trained["processing_class"]), run.port.trainer
-        best = run.finish(exporter.export, end_with_best=args.load_best_model_at_end)
+        trainer = run.port.trainer
+        best = run.finish(Exporter(trainer).export, end_with_best=trainer.args.load_best_model_at_end)
         if best is not None:
-            point_to_best(args, state, best)
+            point_to_best(trainer.args, state, best)
         hf.call_last(trainer, run.settle)
 
     def _join(self, args: TrainingArguments) -> TrainerRun[TransformersPort] | None:
@@ -168,12 +170,12 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         if run is not None:
             for name, path in run.joined.folders.items():
                 setattr(args, name, path)
+                setattr(hf.calling_trainer().args, name, path)
         return run
 
     def _exchange(
         self,
         run: TrainerRun[TransformersPort],
-        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         dataloader: Any,
@@ -182,7 +184,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         with run.leaving_on_error():
             port, steps, loss = run.port, state.global_step - run.progress.began, hf.loss_sum()
             port.control, run.progress.steps = control, state.global_step
-            num_examples = self.options.num_examples or hf.training_examples(args, dataloader, steps)
+            num_examples = self.options.num_examples or hf.training_examples(port.trainer.args, dataloader, steps)
             metrics = hf.round_metrics(loss, port.loss_before, steps)
             port.loss_before = loss
             run.exchange(num_examples, metrics, more=state.global_step < state.max_steps)

@@ -1,22 +1,37 @@
-"""Results of a run in the formats of transformers and PEFT."""
+"""Results of a run in the formats of transformers, PEFT and sentence-transformers."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel, Trainer
+from transformers.utils import cached_file
 
 from fl_adapters.torch.state import is_sharded, unwrap
 
+_PREPROCESSORS = ("tokenizer", "processor", "feature_extractor", "image_processor")
+_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
 
 class Exporter:
-    """Writes the trainer's model and its tokenizer or processor. Used on rank 0 alone."""
+    """Writes the trainer's model, and what prepares its inputs. Used on rank 0 alone.
 
-    def __init__(self, model: nn.Module, processing_class: Any) -> None:
-        self._model, self._processing_class = unwrap(model), processing_class
+    Tokenizer or processor are the trainer's own `processing_class`, else that of its data collator, as in HF's own
+    `save_model`. Without either they are read from where the model's weights came from.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._model: nn.Module = unwrap(trainer.model)
+        self._preprocessors = [trainer.processing_class] if trainer.processing_class is not None else []
+        if not self._preprocessors:
+            parts = [getattr(trainer.data_collator, name, None) for name in _PREPROCESSORS]
+            self._preprocessors = [part for part in parts if hasattr(part, "save_pretrained")]
 
     def export(self, folder: str) -> None:
         """Write the model as it is to `folder`, with `save_pretrained` if it has that, else as `model.safetensors`.
@@ -26,17 +41,47 @@ class Exporter:
         os.makedirs(folder, exist_ok=True)
         if isinstance(self._model, PeftModel):
             self._model.save_pretrained(folder, state_dict=self._unsharded())
-        elif isinstance(self._model, PreTrainedModel):
-            self._model.save_pretrained(folder)
+        elif callable(save_pretrained := getattr(self._model, "save_pretrained", None)):
+            save_pretrained(folder)
         else:
             from safetensors.torch import save_model
 
             save_model(self._model, os.path.join(folder, "model.safetensors"))
-        if hasattr(self._processing_class, "save_pretrained"):
-            self._processing_class.save_pretrained(folder)
+        for preprocessor in self._preprocessors or self._of_the_base(folder):
+            if hasattr(preprocessor, "save_pretrained"):
+                preprocessor.save_pretrained(folder)
+
+    def _of_the_base(self, folder: str) -> Sequence[Any]:
+        """Tokenizer or processor that lies beside the weights from which the model was made, if it is on this machine.
+
+        Says so, since the script may have used another one. Empty for models that are not of transformers.
+        """
+        if not isinstance(self._model, PreTrainedModel | PeftModel):
+            return []
+        source = getattr(getattr(self._model, "config", None), "name_or_path", "")
+        found = _preprocessor_of(source) if source else None
+        name = os.path.basename(folder)
+        said = f"{name}/ gets the tokenizer or processor of {source}" if found else f"{name}/ has no tokenizer"
+        print(f"fl-adapters: {said}, since the Trainer has no processing_class=", file=sys.stderr, flush=True)
+        return [found] if found else []
 
     def _unsharded(self) -> dict[str, Tensor] | None:
         """Tensors that one rank can read alone, if the base is sharded over ranks; else None."""
         if not any(is_sharded(parameter) for parameter in self._model.parameters()):
             return None
         return {name: tensor for name, tensor in self._model.state_dict().items() if not is_sharded(tensor)}
+
+
+def _preprocessor_of(source: str) -> Any:
+    """Tokenizer or processor of `source`, a folder or a name on the Hub; None if it is not on this machine."""
+    with suppress(OSError, ValueError, ImportError):  # not there, with code of its own, or in need of more packages
+        # for a folder without one, AutoProcessor would make an empty tokenizer
+        if any(_lies_there(source, name) for name in _CONFIGS):
+            return AutoProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return None
+
+
+def _lies_there(source: str, name: str) -> bool:
+    with suppress(OSError):
+        return cached_file(source, name, local_files_only=True) is not None
+    return False

@@ -43,11 +43,7 @@ class TransformersPort(TrainerPort):
         self.epochs_before = 0
         self._callback, self._state = callback, state
         self._job, self._every, self._budget = run.joined.job, run.settings.every, run.budget
-        self._model, self._loader, self._scheduler = (
-            trained["model"],
-            trained["train_dataloader"],
-            trained["lr_scheduler"],
-        )
+        self._model, self._loader, self._scheduler = trainer.model, trained["train_dataloader"], trained["lr_scheduler"]
         self._score = Score()
 
     @property

@@ -6,6 +6,7 @@ All access to private attributes of transformers stands here. Checked in transfo
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -26,9 +27,29 @@ def calling_trainer() -> Trainer:
     return _trainer_frame()[0]
 
 
+def copy_length(args: TrainingArguments, passed: Any) -> None:
+    """Copy the trainer's length to the arguments that its callbacks get, if these are other ones.
+
+    SetFit passes its own, from which it sets those of its trainer before each training.
+    """
+    if passed is not args:
+        passed.max_steps = args.max_steps
+        passed.num_epochs = (args.num_train_epochs, passed.classifier_num_epochs)
+
+
+def warn_of_head(trainer: Trainer) -> None:
+    """Warn that SetFit fits its head after the training of the body, with the rows of this site."""
+    if hasattr(trainer, "setfit_model"):
+        warnings.warn(
+            "the head of this SetFit model is fitted after the federated training of its body, with the rows of this "
+            "site alone; it stays here, and model/ holds the body",
+            stacklevel=2,
+        )
+
+
 def has_validation_data(trainer: Trainer) -> bool:
-    """Whether the trainer can evaluate."""
-    return trainer.eval_dataset is not None
+    """Whether the trainer can evaluate: on a data set, or by an evaluator of sentence-transformers."""
+    return trainer.eval_dataset is not None or getattr(trainer, "evaluator", None) is not None
 
 
 def training_examples(args: TrainingArguments, dataloader: Any, steps: int) -> int:
@@ -113,8 +134,9 @@ def call_last(trainer: Trainer, function: Callable[[], None]) -> None:
     trainer.callback_handler.callbacks.append(_AtEnd(trainer, function))
 
 
-def refuse_unsupported(trainer: Trainer, args: TrainingArguments, settings: SiteSettings) -> None:
+def refuse_unsupported(trainer: Trainer, settings: SiteSettings) -> None:
     """Raise ConfigError, before the first step, for a trainer that cannot be federated."""
+    args = trainer.args
     if trainer.is_deepspeed_enabled:
         raise _refused(
             "DeepSpeed keeps master copies of the weights that new global weights would not reach",

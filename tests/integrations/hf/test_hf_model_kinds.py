@@ -126,9 +126,9 @@ def test_pattern_without_a_match_is_refused_before_the_first_step(federation) ->
 def test_what_has_not_been_tested_is_refused_with_the_reason(feature, reason) -> None:
     """None of these runs on a CPU, so a stand-in reports what the Trainer would."""
     stand_in = SimpleNamespace(
-        **{"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": None, "eval_dataset": None, **feature}
+        **{"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": None, "args": m.arguments(), **feature}
     )
     settings = SiteSettings.resolve(FederatedCallback().options, {})
     assert settings.every == Every(epochs=1)
     with pytest.raises(ConfigError, match=reason):
-        refuse_unsupported(stand_in, m.arguments(), settings)
+        refuse_unsupported(stand_in, settings)
