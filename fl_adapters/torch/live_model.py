@@ -44,6 +44,8 @@ class LiveModel:
         model: The module that is trained, in its wrapper (DDP, FSDP2) if it has one.
         optimizers: All its optimizers.
         settings: Settings that hold at this site.
+        initial_base: Whether a LoRA strategy that adds to the base weights gives them back their initial values at the
+            end, and the adapter all that was learnt.
 
     Raises:
         ConfigError: If the model cannot travel, or the state of its optimizers cannot be averaged as `settings` ask.
@@ -54,7 +56,10 @@ class LiveModel:
         gradients: Gradient corrections, which the adapter connects with the trainer's optimizer steps.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings, *, initial_base: bool = False
+    ) -> None:
+        self._initial_base = initial_base
         self._model, self._optimizers, self._settings = model, list(optimizers), settings
         default_state = TorchState(model, settings.exchange, settings.keep_local)
         self._freezing = LoraFreezing(default_state.tensors)
@@ -231,15 +236,10 @@ class LiveModel:
         self._final_local = {name: tensor.detach().to("cpu", copy=True) for name, tensor in own.items()}
 
     @torch.no_grad()
-    def restore_final(self, *, initial_base: bool = False) -> None:
-        """Put the weights of `keep_final` back, on every rank, whatever has changed them since.
-
-        Args:
-            initial_base: Whether a LoRA strategy that adds to the base weights gives them back their initial values,
-                and the adapter all that was learnt.
-        """
+    def restore_final(self) -> None:
+        """Put the weights of `keep_final` back, on every rank, whatever has changed them since."""
         assert self._final is not None
-        (self.state.restore_global if initial_base else self.state.set_state)(self._final)
+        (self.state.restore_global if self._initial_base else self.state.set_state)(self._final)
         tensors = all_tensors(self._model)
         for name, own in self._final_local.items():
             tensors[name].copy_(own)

@@ -84,7 +84,6 @@ class TrainerRun(Generic[P]):
         self._live: LiveModel | None = None
         self._port: P | None = None
         self._finished: LiveModel | None = None
-        self._initial_base = False
 
     @classmethod
     def join(cls, options: Options, framework: str, folders: Mapping[str, str] | None = None) -> TrainerRun[P] | None:
@@ -158,10 +157,10 @@ class TrainerRun(Generic[P]):
         with self.leaving_on_error():
             if self._live is not None:
                 self._live.local.close()  # of a training that was interrupted
-            self._port, self.evaluates, self._initial_base = port, evaluates, initial_base
+            self._port, self.evaluates = port, evaluates
             self.over = self.awaits_score = False
             self.tally = Tally(self._site.options.num_examples or examples)
-            live = self._live = LiveModel(model, optimizers, self.settings)
+            live = self._live = LiveModel(model, optimizers, self.settings, initial_base=initial_base)
             self.begun = True
             if follow:
                 live.gradients.follow(optimizers)
@@ -244,7 +243,7 @@ class TrainerRun(Generic[P]):
                     fix="resume from an earlier checkpoint, or without one",
                 )
             live = self.live
-            live.restore_final(initial_base=self._initial_base)
+            live.restore_final()
             if self.awaits_score:
                 self.port.validate()
                 live.restore_final()
