@@ -87,6 +87,7 @@ class SiteClient:
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
         self._session = pb.Session()
         self._parts = False  # whether the server takes a registration in several messages
+        self._held = 0  # 1 + version of the last model to train that was received
         self._presence: Presence | None = None
 
     @property
@@ -182,8 +183,11 @@ class SiteClient:
         Returns:
             The task. Its arrays are views of a buffer of this client, and valid until the next task is asked for.
         """
-        request = pb.NextRequest(session=self._session, best=best, evaluate=evaluate, done=done)
-        return self._downloads.task(request)
+        request = pb.NextRequest(session=self._session, best=best, evaluate=evaluate, done=done, held=self._held)
+        task = self._downloads.task(request)
+        if task.kind == "train":
+            self._held = task.version + 1
+        return task
 
     def submit(self, update: Update, inspected: Inspected | None = None) -> str:
         """Send an update. Sending the same one again is harmless.

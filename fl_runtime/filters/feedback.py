@@ -1,4 +1,6 @@
-"""Error feedback: what a lossy encoding lost is added to the site's next update.
+"""Error feedback: what a lossy encoding lost is added to what is sent next, by a site and by the server.
+
+A site adds the error to its next update:
 
     sent_t = encode(d_t + e_t),  e_{t+1} = d_t + e_t - decode(sent_t),  e_0 = 0
 
@@ -6,19 +8,104 @@ Source: Karimireddy et al. 2019, "Error feedback fixes SignSGD and other gradien
 
 The error e is also written to disk, a file per round, so that a killed site continues with the error after the last
 round that it answered. The files survive the death of the process, not that of the machine.
+
+The server encodes the difference between the global model and what the sites hold, so its next difference includes the
+error. Both sides add up what was decoded, with the same bits: `advanced`. See fl_runtime/server/broadcast.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fl_runtime.errors import StoreError
-from fl_runtime.filters.base import FilterHost, is_real
-from fl_runtime.types import Array, Arrays
+from fl_runtime.errors import ProtocolError, StoreError
+from fl_runtime.filters.base import EncodingFilter, FilterHost, Layout, LazyArrays, is_real, layout_of, work_dtype
+from fl_runtime.types import Array, Arrays, Task, is_floating
+
+HELD_VERSION = "held_version"
+"""Setting of a task whose arrays are an encoded difference: version of the model that the difference is added to."""
+
+
+def decode_chain(chain: Sequence[EncodingFilter], arrays: Arrays, layout: Layout) -> Arrays:
+    """Undo a chain of encodings, last first.
+
+    Args:
+        chain: The encodings, in the order in which they ran.
+        arrays: The encoded arrays.
+        layout: Layout before the first encoding.
+
+    Returns:
+        Arrays of this layout; see `EncodingFilter.decode`.
+    """
+    layouts = [layout]
+    for item in chain[:-1]:
+        layouts.append(item.layout(layouts[-1]))
+    for item, input_layout in zip(reversed(chain), reversed(layouts), strict=True) if chain else ():
+        arrays = item.decode(arrays, input_layout)
+    return arrays
+
+
+def difference_to(held: Arrays, arrays: Arrays) -> LazyArrays:
+    """Return arrays minus what the sites hold, in float32 or wider; integers and booleans stay as they are."""
+
+    def difference(name: str) -> Array:
+        dtype = work_dtype(arrays[name].dtype)
+        if not is_floating(dtype):
+            return arrays[name]
+        return np.subtract(arrays[name], held[name], dtype=dtype, casting="unsafe")
+
+    return LazyArrays(arrays, difference)
+
+
+def advanced(held: Arrays, difference: Arrays) -> dict[str, Array]:
+    """Return what the sites hold after a decoded difference, in new arrays with the dtypes of `held`."""
+    found: dict[str, Array] = {}
+    for name, array in held.items():
+        change = difference[name]
+        if is_floating(array.dtype):
+            change = np.add(array, change, dtype=work_dtype(array.dtype), casting="unsafe")
+        found[name] = np.array(change, array.dtype)
+    return found
+
+
+class HeldModel:
+    """The global model as this site holds it, if the job encodes models at `server_out`.
+
+    Args:
+        chain: The job's encodings at `server_out`, in order.
+    """
+
+    def __init__(self, chain: Sequence[EncodingFilter]) -> None:
+        self.chain = chain
+        self._arrays: dict[str, Array] = {}
+        self._version: int | None = None
+
+    def receive(self, task: Task) -> dict[str, Array]:
+        """Take a task of training, and return the global model in arrays that the caller may change.
+
+        Args:
+            task: The task as it arrived: the model, or an encoded difference to the one that this site holds.
+
+        Raises:
+            ProtocolError: The difference is one to another model.
+        """
+        base = task.config.get(HELD_VERSION)
+        if base is None:
+            self._arrays = {name: np.array(array) for name, array in task.arrays.items()}
+        elif base != self._version:
+            raise ProtocolError(
+                f"the server sent a difference to model {base}, but this site holds model {self._version}",
+                where=f"task of round {task.round}",
+            )
+        else:
+            layout = {n: (work_dtype(dtype), shape) for n, (dtype, shape) in layout_of(self._arrays).items()}
+            self._arrays = advanced(self._arrays, decode_chain(self.chain, task.arrays, layout))
+        self._version = task.version
+        return {name: np.array(array) for name, array in self._arrays.items()}
 
 
 class ErrorFeedback:

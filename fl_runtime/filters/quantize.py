@@ -33,8 +33,10 @@ _FLOAT32 = np.dtype(np.float32)
 class Quantize(FilterSettings):
     """Encodes numbers in 16, 8 or 4 bits; the receiver decodes them.
 
-    At `site_out` (default) the differences to the global model are encoded, at `server_out` the global model itself
-    (except the final one, which is not encoded). Integer tensors travel as they are.
+    At `site_out` (default) the differences to the global model are encoded. At `server_out` it is the difference of the
+    global model to what the sites hold, which is the last one as they decoded it (fl_runtime/server/broadcast.py). The
+    server keeps its exact model and applies the sites' changes to it. The first and the final model travel whole, as
+    does the model of a site that does not hold the last one. Integer tensors travel as they are.
 
     "fp16" and "bf16" round to nearest, ties to even; fp16 limits values to +-65504. "int8" and "int4" work on blocks of
     consecutive numbers x: s = max|x| / L travels as float32, and each x as round(x / s), with L = 127 or 7. The error
@@ -47,7 +49,8 @@ class Quantize(FilterSettings):
     Attributes:
         to: "fp16", "bf16", "int8" or "int4".
         block: Numbers per block for "int8" and "int4", from 8 to 2^20.
-        error_feedback: At `site_out`: whether the error of the encoding is added to the site's next update.
+        error_feedback: At `site_out`: whether the error of the encoding is added to the site's next update. At
+            `server_out` it always is part of the next difference.
 
     Raises:
         ConfigError: If an argument is out of range.

@@ -27,6 +27,7 @@ from fl_runtime.filters.base import (
     work_layout,
 )
 from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
+from fl_runtime.filters.feedback import advanced, decode_chain, difference_to
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean, Releases
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Strategy, Task, Update, is_floating
 
@@ -88,31 +89,31 @@ def is_filtered(update: Update) -> bool:
     return update.content == "delta" or bool(_parsed(update.encoding)[1])
 
 
-def decoded(update: Update, base: Arrays) -> Update:
+def decoded(update: Update, base: Arrays, held: Arrays | None = None) -> Update:
     """Decode an update to weights.
 
     Args:
         update: The update as it arrived.
         base: The global model that the site trained from.
+        held: That model as the site holds it, if it was encoded on its way. The site's change to it is then applied to
+            `base`, so that the server loses nothing of its exact model. None if the site holds `base`.
 
     Returns:
         An update with content "weights". Its arrays are computed at each access, floats in float32 or wider; arrays
         that the site held back are missing.
     """
-    if not is_filtered(update):
+    if not is_filtered(update) and held is None:
         return update
-    arrays, chain = update.arrays, _parsed(update.encoding)[1]
-    layouts = [work_layout(layout_of(base)) if encodings(chain) else layout_of(base)]
-    for item in chain[:-1]:
-        layouts.append(item.layout(layouts[-1]))
-    for item, layout in zip(reversed(chain), reversed(layouts), strict=True) if chain else ():
-        arrays = item.decode(arrays, layout)
+    chain, layout = _parsed(update.encoding)[1], layout_of(base)
+    arrays = decode_chain(chain, update.arrays, work_layout(layout) if encodings(chain) else layout)
 
     def weights(name: str) -> Array:
-        array = arrays[name]
-        if update.content == "weights" or not is_floating(base[name].dtype):
+        array, dtype = arrays[name], work_dtype(base[name].dtype)
+        if not is_floating(dtype) or (update.content == "weights" and held is None):
             return array
-        return np.add(base[name], array, dtype=work_dtype(base[name].dtype), casting="unsafe")
+        if update.content == "weights" and held is not None:
+            array = np.subtract(array, held[name], dtype=dtype, casting="unsafe")
+        return np.add(base[name], array, dtype=dtype, casting="unsafe")
 
     return replace(update, arrays=LazyArrays(arrays, weights), content="weights", encoding="")
 
@@ -162,6 +163,7 @@ class ServerFilters:
         *,
         linear: bool,
         partial: bool = True,
+        held: Arrays | None = None,
     ) -> Aggregator:
         """Make the aggregator of a round, which takes updates as they arrived.
 
@@ -171,6 +173,7 @@ class ServerFilters:
             allocate: Makes the arrays of the next global model.
             linear: Whether the strategy needs only the weighted mean of the updates.
             partial: Whether the strategy takes updates that lack tensors.
+            held: The global model as the sites hold it, if it was encoded on its way; see `decoded`.
 
         Returns:
             An aggregator that decodes and filters each update before the strategy's aggregator takes it.
@@ -178,11 +181,19 @@ class ServerFilters:
         if self.encrypted is not None:
             return CiphertextMean(self.encrypted, self._context, allocate)
         if self._central is None or self._releases is None:
-            return _Filtered(make, base, allocate, self._incoming, linear=linear, partial=partial)
+            return _Filtered(make, base, allocate, self._incoming, linear=linear, partial=partial, held=held)
         noisy = NoisyMean(self._central, self._releases, base, allocate)
-        return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True)
+        return _Filtered(lambda _: noisy, base, allocate, self._incoming, differences=True, held=held)
 
-    def check(self, update: Update, base: Arrays, finite: Callable[[Arrays], None], strategy: Strategy) -> None:
+    def check(
+        self,
+        update: Update,
+        base: Arrays,
+        finite: Callable[[Arrays], None],
+        strategy: Strategy,
+        *,
+        held: Arrays | None = None,
+    ) -> None:
         """Check an update before it is accepted: decode all of it, and let the strategy check the result.
 
         Args:
@@ -190,6 +201,7 @@ class ServerFilters:
             base: The global model that the site trained from; empty for an initial model.
             finite: Raises for arrays that hold NaN or infinite values.
             strategy: The job's strategy.
+            held: The global model as the site holds it; see `decoded`.
 
         Raises:
             UpdateRefusedError: If the update cannot be decoded, is not finite, or the strategy refuses it.
@@ -201,28 +213,45 @@ class ServerFilters:
                 )
             check_ciphertexts(update, self.encrypted, self._context)
             return
-        if is_filtered(update):
+        if is_filtered(update) or held is not None:
             if not base:
                 raise UpdateRefusedError("the initial model must not be filtered", where=f"site {update.site}")
-            update = decoded(update, base)
+            update = decoded(update, base, held)
             for name in update.arrays:
                 finite({name: update.arrays[name]})
         strategy.check(update)
 
-    def encode_global_model(self, arrays: Arrays) -> Arrays | None:
-        """Encode the global model for a round of training.
+    @property
+    def encodes_model(self) -> bool:
+        """Whether a filter at `server_out` encodes the global model."""
+        return bool(self._outgoing)
+
+    def encode_difference(self, arrays: Arrays, held: Arrays) -> Arrays:
+        """Encode the difference between the global model and what the sites hold.
 
         Args:
             arrays: The global model.
+            held: What the sites hold.
 
         Returns:
-            The arrays to send, or None if no filter at `server_out` changes them.
+            The arrays to send.
         """
-        if not self._outgoing:
-            return None
+        encoded: Arrays = difference_to(held, arrays)
         for item in self._outgoing:
-            arrays = item.encode(arrays)
-        return arrays
+            encoded = item.encode(encoded)
+        return encoded
+
+    def decode_difference(self, encoded: Arrays, held: Arrays) -> dict[str, Array]:
+        """Compute what the sites hold after they have received a difference.
+
+        Args:
+            encoded: What `encode_difference` returned.
+            held: What the sites hold before.
+
+        Returns:
+            New arrays, with the bits that the sites compute.
+        """
+        return advanced(held, decode_chain(self._outgoing, encoded, work_layout(layout_of(held))))
 
 
 class _Filtered:
@@ -242,6 +271,7 @@ class _Filtered:
         linear: bool = True,
         partial: bool = True,
         differences: bool = False,
+        held: Arrays | None = None,
     ) -> None:
         """Make the aggregator.
 
@@ -253,9 +283,10 @@ class _Filtered:
             linear: Whether the strategy's aggregator is a running mean, which reads each update once.
             partial: Whether the strategy's aggregator takes updates that lack tensors.
             differences: Whether it takes differences instead of weights.
+            held: The global model as the sites hold it, if it was encoded on its way; see `decoded`.
         """
         self._linear, self._partial, self._differences = linear, partial, differences
-        self._base, self._allocate, self._filters = base, allocate, filters
+        self._base, self._held, self._allocate, self._filters = base, held, allocate, filters
         self._inner = make(self._allocate_whole)
         self._decoding = False
         self._names: set[str] = set()
@@ -263,8 +294,8 @@ class _Filtered:
 
     def add(self, update: Update) -> None:
         filtered = is_filtered(update)
-        self._decoding |= filtered or bool(self._filters)
-        update = decoded(update, self._base)
+        self._decoding |= filtered or bool(self._filters) or self._held is not None
+        update = decoded(update, self._base, self._held)
         if self._filters or self._differences:
             update = self._apply_filters(update)
         self._names.update(update.arrays)

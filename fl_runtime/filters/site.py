@@ -31,7 +31,7 @@ from fl_runtime.filters.ckks import Cipher, HomomorphicCKKS, is_encrypted
 from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.filters.facts import AllowMetrics
-from fl_runtime.filters.feedback import ErrorFeedback
+from fl_runtime.filters.feedback import HELD_VERSION, ErrorFeedback, HeldModel, decode_chain
 from fl_runtime.filters.gaussian import GaussianDP
 from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.filters.server import applied_filters
@@ -79,7 +79,7 @@ class SiteFilters:
     def __init__(self, job: Sequence[Settings], policy_filters: Sequence[Settings], host: FilterHost) -> None:
         check_filters(job)
         self._job, self._host = job, host
-        self._arriving = encodings(at_point(job, "server_out"))
+        self._global = HeldModel(encodings(at_point(job, "server_out")))
         self._excluding = [item for item in at_point(job, "site_in") if isinstance(item, ExcludeVars)]
         self._agreed = _Agreed()
         self._own_values: dict[str, Array] = {}  # own values of the tensors whose arriving values are ignored
@@ -174,7 +174,7 @@ class SiteFilters:
     def _check_tensors(self) -> None:
         """Raise ConfigError if a filter cannot work on the agreed tensors."""
         if not self._agreed.weights:
-            for item in (*self._arriving, *self._excluding, *(step.filter for step in self._outgoing)):
+            for item in (*self._global.chain, *self._excluding, *(step.filter for step in self._outgoing)):
                 if not isinstance(item, FactsFilter):
                     raise refuse(
                         f"{type(item).__name__} works on weights, but this adapter does not send weights",
@@ -188,7 +188,7 @@ class SiteFilters:
                 f"keep_local: {list(STATISTICS)}, or use layers without such statistics (GroupNorm)",
             )
         clash = [name for name in self._agreed.layout if AUX in name]
-        if clash and (self._arriving or encodings([step.filter for step in self._outgoing])):
+        if clash and (self._global.chain or encodings([step.filter for step in self._outgoing])):
             raise refuse(f"the name of tensor {clash[0]!r} contains {AUX!r}, which encodings use", "rename the tensor")
 
     @property
@@ -257,8 +257,9 @@ class SiteFilters:
         arrays = task.arrays
         if self._cipher and is_encrypted(arrays):
             arrays = self._cipher.decrypt(arrays, self._agreed.layout)
-        if self._arriving and task.kind == "train":
-            arrays = {n: np.asarray(a) for n, a in _decoded(self._arriving, arrays, self._agreed.layout).items()}
+        if self._global.chain and task.kind == "train":
+            arrays = self._global.receive(task)
+            task = replace(task, config={name: value for name, value in task.config.items() if name != HELD_VERSION})
         for name, value in self._own_values.items():
             # at its end, too, a site goes on with its own statistics: the global model has none
             if name in arrays and (task.kind == "train" or (self._statistics and self._statistics.excludes(name))):
@@ -408,18 +409,8 @@ class SiteFilters:
         for item in chain:
             arrays = item.encode(arrays)
         if with_feedback:
-            self._feedback.remember(update.arrays, _decoded(chain, arrays, layout), update.round)
+            self._feedback.remember(update.arrays, decode_chain(chain, arrays, layout), update.round)
         return replace(update, arrays=arrays, content="encoded")
-
-
-def _decoded(chain: Sequence[EncodingFilter], arrays: Arrays, layout: Layout) -> Arrays:
-    """Undo a chain of encodings, last first."""
-    layouts = [layout]
-    for item in chain[:-1]:
-        layouts.append(item.layout(layouts[-1]))
-    for item, input_layout in zip(reversed(chain), reversed(layouts), strict=True):
-        arrays = item.decode(arrays, input_layout)
-    return arrays
 
 
 def _opened(item: Any, host: FilterHost) -> _OutgoingFilter:

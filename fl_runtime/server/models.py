@@ -36,12 +36,19 @@ class Model:
 
 
 class Models:
-    """The newest and the best global model, and the recycling of the others. Used under the run's lock."""
+    """The newest and the best global model, and the recycling of the others. Used under the run's lock.
+
+    Attributes:
+        newest: The newest global model.
+        best: The best one among those that have been replaced, or None.
+        held: The newest model as the sites of the round have it, if an encoding at `server_out` changes it; else None.
+    """
 
     def __init__(self, journal: Journal, blobs: Blobs, lock: threading.RLock) -> None:
         self._journal, self._blobs, self._lock = journal, blobs, lock
         self.newest: Model | None = None
         self.best: Model | None = None
+        self.held: Model | None = None
 
     @property
     def version(self) -> int:

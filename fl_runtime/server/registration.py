@@ -89,6 +89,7 @@ class Member:
         described: Number of tensors in the manifests that the site has sent, over all attempts.
         known: True if any attempt has registered.
         expelled: Why this attempt may not take part any more, or "".
+        held: Version of the last model to train that this attempt has received, or None.
         questions: Lists of names of which the site is asked for the entries in a range, by the list's name.
         excerpts: Its answers, by the list's name.
     """
@@ -105,6 +106,7 @@ class Member:
     described: int = 0
     known: bool = False
     expelled: str = ""
+    held: int | None = None
     questions: dict[str, range] = field(default_factory=dict)
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
 

@@ -128,7 +128,15 @@ class Run:
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def wait_for_task(
-        self, name: str, attempt: int, best: bool, beat_s: float, *, evaluate: bool = False, done: str = ""
+        self,
+        name: str,
+        attempt: int,
+        best: bool,
+        beat_s: float,
+        *,
+        evaluate: bool = False,
+        done: str = "",
+        held: int | None = None,
     ) -> Iterator[Offer | None]:
         """Wait until there is a task for a site.
 
@@ -139,6 +147,7 @@ class Run:
             beat_s: How often to yield None meanwhile, in seconds.
             evaluate: Ask for another site's model to be scored.
             done: See `Course.offer`.
+            held: Version of the last model to train that the process has received, or None.
 
         Yields:
             None every `beat_s` seconds of waiting, then one offer, whose model is leased.
@@ -149,7 +158,9 @@ class Run:
                 self._final.expect_no_score(name)
         while True:
             with state.lock:
-                offer = self._offer(self.membership.caller(name, attempt), best, evaluate, done)
+                member = self.membership.caller(name, attempt)
+                member.held = held
+                offer = self._offer(member, best, evaluate, done)
                 if offer is None:
                     state.published.wait(beat_s)
                     offer = self._offer(self.membership.caller(name, attempt), best, evaluate, done)

@@ -156,7 +156,8 @@ class FederationService:
         attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
         beat_s = _beat_s(request.session) or BEAT_S
         done = limits.check_text(request.done, "the stage of a request")
-        for offer in self._run.wait_for_task(peer.name, attempt, best, beat_s, evaluate=evaluate, done=done):
+        held = request.held - 1 if request.held else None
+        for offer in self._run.wait_for_task(peer.name, attempt, best, beat_s, evaluate=evaluate, done=done, held=held):
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:

@@ -46,16 +46,23 @@ class TensorChecks:
         """Decode the update, check that its values are finite, and ask the strategy."""
         state = self._state
         with state.lock:
-            model = state.models.newest
-            if model is not None:
-                model.leases += 1
+            model, held = state.models.newest, state.models.held
+            leased = [item for item in (model, held) if item is not None]
+            for item in leased:
+                item.leases += 1
         try:
             where = f"update of {update.site}, round {update.round}"
             base = model.blob.views()[0] if model else {}
-            state.filters.check(update, base, lambda arrays: check_finite(arrays, where), state.plan.strategy)
+            state.filters.check(
+                update,
+                base,
+                lambda arrays: check_finite(arrays, where),
+                state.plan.strategy,
+                held=held.blob.views()[0] if held else None,
+            )
         finally:
-            if model is not None:
-                state.models.release(model)
+            for item in leased:
+                state.models.release(item)
 
 
 def travelling_manifest(

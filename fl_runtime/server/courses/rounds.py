@@ -8,6 +8,8 @@ from typing import Any
 
 from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.errors import QuorumError
+from fl_runtime.server.broadcast import Broadcast
+from fl_runtime.server.courses.base import Offer, leased
 from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.sampling import choose_participants, open_round
 from fl_runtime.server.courses.scoring import Scoring
@@ -15,10 +17,10 @@ from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.recovery import load_model, load_update
+from fl_runtime.server.registration import Member
 from fl_runtime.server.state import OpenRound, RunState, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, StrategyStateEntry
-from fl_runtime.wire.manifest import Manifest
 
 
 class Rounds:
@@ -31,18 +33,21 @@ class Rounds:
 
     def __init__(self, state: RunState, membership: Membership, scoring: Scoring) -> None:
         self._state, self._membership, self._scoring = state, membership, scoring
-        self._encoded: Model | None = None  # the global model as a filter has encoded it for the open round
+        self._broadcast = Broadcast(state)
         self.last_used: dict[str, int] = {}
         self.silent: set[str] = set()
         scoring.on_settled = self._stop_out_of_patience
 
-    @property
-    def model_to_send(self) -> Model | None:
-        """The global model as it travels to the sites of the open round."""
-        return self._encoded or self._state.models.newest
+    def offer(self, member: Member, current: OpenRound) -> Offer:
+        """The task of training in the open round, with the global model as it travels to this site."""
+        model, config = self._broadcast.model_for(member)
+        return leased("train", current.round, {**current.config, **config}, model, member, current.stage)
 
     def open(self, number: int) -> OpenRound:
-        """The round that the journal knows as open, or a new one for the sites that are present."""
+        """The round that the journal knows as open, or a new one for the sites that are present.
+
+        Raises PrivacyBudgetError if the server's own budget does not allow another round.
+        """
         state, membership, settings = self._state, self._membership, self._state.settings
         state.phase = "training"
         if state.open_round is None:
@@ -57,7 +62,9 @@ class Rounds:
                 settings, strategy, number, participants, stage_of(state.journal.reader.repeats(number))
             )
             state.journal.round_opened(number, tuple(participants), time.time())
-        self._encode_global_model()
+        if state.models.newest is not None:  # else this is round 0, which makes the first model
+            state.filters.afford(state.models.version + 1)
+            self._broadcast.prepare()
         if number > 0:
             state.events.emit("round_started", number, sites=list(state.open_round.participants))
         state.published.notify_all()
@@ -168,33 +175,6 @@ class Rounds:
             bytes_up=sum(current.bytes_up.values()),
             bytes_down=sum(current.bytes_down.values()),
         )
-
-    def _encode_global_model(self) -> None:
-        """Encode the global model with the job's filters, once for all sites of the round and all tries at it.
-
-        Raises PrivacyBudgetError if the server's own budget does not allow another round.
-        """
-        state, newest = self._state, self._state.models.newest
-        if newest is None:  # round 0: the first model is being made
-            return
-        state.filters.afford(newest.version + 1)
-        if self._encoded is not None and self._encoded.version == newest.version:
-            return
-        previous, self._encoded = self._encoded, None
-        if previous is not None:
-            state.models.recycle(previous)
-        source, extras = newest.blob.views()
-        arrays = state.filters.encode_global_model(source)
-        if arrays is None:
-            return
-        manifest = Manifest.of(arrays, extras)
-        state.add_layout(manifest)
-        blob = state.blobs.create(f"handed-out-{newest.version}", manifest)
-        for targets, values in zip(blob.views(), (arrays, extras), strict=True):
-            for name, target in targets.items():
-                target[...] = values[name]
-        digests = manifest.digests_of_payload(blob.buffer)
-        self._encoded = Model(ModelEntry(newest.version, blob.name, manifest.layout, digests), blob)
 
     def _stop_out_of_patience(self, version: int) -> None:
         """End the run with its newest model if the rounds up to this version bring no improvement any more.

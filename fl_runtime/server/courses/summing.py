@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fl_runtime.server.broadcast import held_arrays, without_held
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.types import Arrays, ServerState
@@ -24,7 +25,8 @@ class Summing:
         self._order, self._added = list(state.settings.sites), 0
         model, strategy = state.models.newest, state.plan.strategy
         base, extras = model.blob.views() if model else ({}, {})
-        previous = model.strategy_state.views()[0] if model and model.strategy_state else {}
+        previous = without_held(model.strategy_state.views()[0]) if model and model.strategy_state else {}
+        held = state.models.held.blob.views()[0] if state.models.held else None
         server_state = ServerState(extras, previous, self._allocate_state, state.settings.sites)
         self._aggregator = state.filters.aggregator(
             lambda allocate: strategy.aggregator(base, allocate, config, server_state),
@@ -32,6 +34,7 @@ class Summing:
             self._allocate,
             linear=strategy.linear,
             partial=strategy.partial,
+            held=held,
         )
 
     def next_in_order(self) -> Accepted | None:
@@ -54,6 +57,8 @@ class Summing:
         for accepted in self._remaining():
             self.add(accepted)
         self._aggregator.result()
+        if self.strategy_state is None and held_arrays(self._state):
+            self._allocate_state({})
         assert self._blob is not None
         return self._blob
 
@@ -75,10 +80,14 @@ class Summing:
         return self._blob.views()
 
     def _allocate_state(self, arrays: Arrays) -> Arrays:
-        manifest = Manifest.of(arrays)
+        held = held_arrays(self._state)
+        manifest = Manifest.of({**arrays, **held})
         with self._state.lock:
             if self.strategy_state is not None:
                 self._state.blobs.free(self.strategy_state)
             self._state.journal.layout(manifest)
             self.strategy_state = self._state.blobs.create(f"kept-{self._current.round}", manifest)
-        return self.strategy_state.views()[0]
+        views = self.strategy_state.views()[0]
+        for name, array in held.items():
+            views[name][...] = array
+        return {name: views[name] for name in arrays}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fl_runtime.errors import FederationError, ProtocolError, RoundFailedError
 from fl_runtime.server import limits
-from fl_runtime.server.courses.base import Offer, RoundSum, Status, Upload, leased
+from fl_runtime.server.courses.base import Offer, RoundSum, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
@@ -61,7 +61,7 @@ class Synchronous:
             current.participants.append(name)
         if current.round == 0:
             return Offer("initial", 0, current.config, None, True, current.stage)
-        return leased("train", current.round, current.config, self._rounds.model_to_send, member, current.stage)
+        return self._rounds.offer(member, current)
 
     def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
         state = self._state

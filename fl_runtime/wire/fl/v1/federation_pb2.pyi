@@ -190,7 +190,7 @@ class NameQuestion(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class NextRequest(_message.Message):
-    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate", "shared", "done")
+    __slots__ = ("session", "layouts", "resume_from", "resume_round", "resume_digest", "best", "evaluate", "shared", "done", "held")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class NextRequest(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layouts: _containers.RepeatedScalarFieldContainer[bytes]
     resume_from: int
@@ -209,7 +210,8 @@ class NextRequest(_message.Message):
     evaluate: bool
     shared: bool
     done: str
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ..., shared: bool = ..., done: _Optional[str] = ...) -> None: ...
+    held: int
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layouts: _Optional[_Iterable[bytes]] = ..., resume_from: _Optional[int] = ..., resume_round: _Optional[int] = ..., resume_digest: _Optional[bytes] = ..., best: bool = ..., evaluate: bool = ..., shared: bool = ..., done: _Optional[str] = ..., held: _Optional[int] = ...) -> None: ...
 
 class TaskHeader(_message.Message):
     __slots__ = ("job", "round", "stage", "kind", "version", "config_json", "payload", "offset")
