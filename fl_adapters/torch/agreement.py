@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from fl_adapters.participant.options import Exchange
-from fl_adapters.torch.state import frozen_base, full_tensor, unwrap
+from fl_adapters.torch.selection import frozen_base, full_tensor, unwrap
 
 FULL_HASH_BYTES = 2 << 30
 """Largest size in bytes at which all of the frozen weights is hashed, which takes about a second."""
@@ -29,7 +29,12 @@ _CONFIG_FIELDS = "num_attention_heads num_key_value_heads hidden_act".split()  #
 
 
 def agreement(
-    module: nn.Module, *, framework: str, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()
+    module: nn.Module,
+    *,
+    framework: str,
+    exchange: Exchange = "auto",
+    keep_local: tuple[str, ...] = (),
+    beside: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Return the facts about a model that must be equal at all sites, for `Session.register`.
 
@@ -40,6 +45,7 @@ def agreement(
         framework: Name of the training framework.
         exchange: What travels; see `exchanged_tensors`.
         keep_local: Name patterns of tensors that never leave the site, and need not be equal.
+        beside: Live tensors of other modules that may travel too, by name.
 
     Returns:
         Fact -> value, such as "base.fingerprint" -> a hash of the frozen weights.
@@ -57,7 +63,7 @@ def agreement(
         if isinstance(value := getattr(config, field, None), int | str):
             facts[f"model.{field}"] = str(value)
     facts |= _peft_facts(module)
-    frozen = frozen_base(module, exchange, keep_local)
+    frozen = frozen_base(module, exchange, keep_local, beside)
     if frozen:
         facts["base.tensors"] = str(len(frozen))
         facts["base.parameters"] = str(sum(t.numel() for t in frozen.values()))

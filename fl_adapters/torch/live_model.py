@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from fl_adapters.torch.restart import (
     packed_optimizer,
     packed_tensors,
 )
-from fl_adapters.torch.state import TorchState, is_sharded
+from fl_adapters.torch.selection import is_sharded, listed, tensors_beside, warn_of_unknown_parameters
+from fl_adapters.torch.state import TorchState
 from fl_runtime.aggregation.corrections.local_terms import without_control
 from fl_runtime.aggregation.lora.products import ENCODING
 from fl_runtime.capabilities import GRADIENT_CORRECTION, LORA, OPTIMIZER_STATE, PERSONAL_MODEL
@@ -44,6 +46,8 @@ class LiveModel:
         model: The module that is trained, in its wrapper (DDP, FSDP2) if it has one.
         optimizers: All its optimizers.
         settings: Settings that hold at this site.
+        others: Other modules that the optimizers may train, such as a loss with parameters, by name. What they train
+            of them travels like a part of the model.
         initial_base: Whether a LoRA strategy that adds to the base weights gives them back their initial values at the
             end, and the adapter all that was learnt.
 
@@ -57,17 +61,26 @@ class LiveModel:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Any], settings: SiteSettings, *, initial_base: bool = False
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        settings: SiteSettings,
+        others: Mapping[str, nn.Module] | None = None,
+        *,
+        initial_base: bool = False,
     ) -> None:
         self._initial_base = initial_base
         self._model, self._optimizers, self._settings = model, list(optimizers), settings
-        default_state = TorchState(model, settings.exchange, settings.keep_local)
+        self._beside = tensors_beside(model, others or {}, optimizers)
+        warn_of_unknown_parameters(model, optimizers, self._beside)
+        self._frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+        default_state = TorchState(model, settings.exchange, settings.keep_local, self._beside)
         self._freezing = LoraFreezing(default_state.tensors)
-        self.state = lora_state(model, default_state, settings)
+        self.state = lora_state(model, default_state, settings, self._beside)
         self._final: Arrays | None = None
         self._final_local: dict[str, Tensor] = {}
         self._moments = [TorchOptimizerState(optimizer, self.state.tensors) for optimizer in optimizers]
-        backend = TorchLocalBackend(model, optimizers, self.state)
+        backend = TorchLocalBackend(model, optimizers, self.state, self._beside)
         self.gradients = backend.gradients
         self.local = LocalWork(backend, phases=settings.phases)
         if settings.optimizer_state == "average":
@@ -113,8 +126,13 @@ class LiveModel:
         gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
         if not (ranks.is_rank_zero() or gathers):
             return {}
-        exchange, keep_local = self._settings.exchange, self._settings.keep_local
-        facts = agreement(self._model, framework=framework, exchange=exchange, keep_local=keep_local)
+        facts = agreement(
+            self._model,
+            framework=framework,
+            exchange=self._settings.exchange,
+            keep_local=self._settings.keep_local,
+            beside=self._beside,
+        )
         return lora_facts(facts, self._settings.plan, self._freezing.factors)
 
     def arrays(self) -> Arrays:
@@ -127,6 +145,27 @@ class LiveModel:
             return {}
         held_back = self.held_back
         return {name: array for name, array in self.state.get_state().items() if not matches(name, held_back)}
+
+    def warn_of_unfrozen(self) -> None:
+        """Warn, once, of parameters that were frozen when the run began, are trained now, and do not travel.
+
+        Those that the settings keep at the site are left out.
+        """
+        travels = {id(tensor) for tensor in self.state.tensors.values()}
+        local = self._settings.keep_local
+        unfrozen = [
+            name
+            for name, parameter in self._all_tensors().items()
+            if parameter.requires_grad and id(parameter) in self._frozen - travels and not matches(name, local)
+        ]
+        if unfrozen and isinstance(self._settings.exchange, str):
+            self._frozen.clear()
+            warnings.warn(
+                f"{len(unfrozen)} parameters were frozen when the run began and are trained now. They do not travel, "
+                f"so they differ from site to site: {listed(unfrozen)}. To exchange them, pass exchange='all' from the "
+                "beginning, or unfreeze them before the run",
+                stacklevel=3,
+            )
 
     def moments(self) -> Arrays:
         """Return the optimizer moments that travel beside the weights.
@@ -190,13 +229,16 @@ class LiveModel:
             state: What `state_dict` returned there.
         """
         # among all tensors, since other parameters may have been frozen when the state was saved
-        load_tensors(all_tensors(self._model), state["tensors"])
+        load_tensors(self._all_tensors(), state["tensors"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
         self.local.load_state_dict(state["local"])
 
     def _local_tensors(self) -> dict[str, Tensor]:
-        return local_tensors(self._model, list(self.state.tensors.values()))
+        return local_tensors(self._all_tensors(), list(self.state.tensors.values()))
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        return {**all_tensors(self._model), **self._beside}
 
     def resume(self, task: Task | None) -> None:
         """Continue in the middle of the round of rank 0's task, with the weights and moments that the model has.
@@ -219,6 +261,7 @@ class LiveModel:
         self.state.check(specs)
         for name, array in shared:
             self.state.copy_in(name, array)
+        self.state.derive()
 
     def receive_final(self, task: Task | None) -> None:
         """Set the final weights, and keep a copy of them for `restore_final`.
@@ -240,7 +283,7 @@ class LiveModel:
         """Put the weights of `keep_final` back, on every rank, whatever has changed them since."""
         assert self._final is not None
         (self.state.restore_global if self._initial_base else self.state.set_state)(self._final)
-        tensors = all_tensors(self._model)
+        tensors = self._all_tensors()
         for name, own in self._final_local.items():
             tensors[name].copy_(own)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from fl_adapters.torch.local_round import LocalRound, LoopPort, StepCounter, Tra
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.progress import Progress, Tally, size_of
 from fl_adapters.torch.ranks import world_size
-from fl_adapters.torch.state import unwrap
+from fl_adapters.torch.selection import parameters_of, unwrap, warn_of_unknown_parameters
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Metrics
@@ -169,6 +168,8 @@ class FederatedLoop(SharedArguments):
             )
         run: TrainerRun[LoopPort] | None = TrainerRun.join(self.options, _FRAMEWORK)
         data = TrainingData(loader, epochs)
+        if run is None:
+            warn_of_unknown_parameters(self._model, self._optimizers)  # in a federation `begin` does so
         with StepCounter(self._optimizers, data):
             yield from self._alone(data) if run is None else self._federated(run, data)
 
@@ -307,20 +308,11 @@ def _check_kinds(model: Any, optimizers: Sequence[Any], evaluate: Any) -> None:
 
 
 def _check_parameters(model: nn.Module, optimizers: Sequence[Any]) -> None:
-    """Raise ConfigError if the optimizers train nothing of the model, and warn if they train more than the model."""
+    """Raise ConfigError if the optimizers train nothing of the model."""
     own = {id(parameter) for parameter in model.parameters()}
-    trained = [parameter for o in optimizers for group in plain(o).param_groups for parameter in group["params"]]
-    foreign = sum(id(parameter) not in own for parameter in trained)
-    if foreign == len(trained):
+    if not any(id(parameter) in own for parameter in parameters_of(optimizers)):
         raise ConfigError(
             "the optimizer holds no parameter of the model, so the weights that travel would never change",
             where="FederatedLoop",
             fix="give the model and the optimizer that was made from its parameters()",
-        )
-    if foreign:
-        warnings.warn(
-            f"{foreign} of the {len(trained)} parameters that the optimizer trains are not part of the model that was "
-            "given to FederatedLoop: they stay at this site. To exchange several networks, put them into one "
-            "nn.ModuleDict",
-            stacklevel=3,
         )

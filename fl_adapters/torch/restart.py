@@ -19,7 +19,8 @@ from fl_adapters.participant.restart import not_restartable, require_whole_epoch
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.local_work.correction import plain
-from fl_adapters.torch.state import as_array, as_tensor, is_sharded, unwrap
+from fl_adapters.torch.selection import is_sharded, unwrap
+from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array
 
@@ -170,21 +171,18 @@ def states_of(optimizer: Any, states: State) -> dict[Any, Any]:
     }
 
 
-def local_tensors(module: nn.Module, travelling: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors that training may change and that do not travel: trained parameters, and all buffers.
-
-    Includes buffers that the model's own state_dict leaves out.
-    """
+def local_tensors(tensors: Mapping[str, Tensor], travelling: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` that training may change and that do not travel: trained parameters, and all buffers."""
     travels = {id(tensor) for tensor in travelling}
     return {
         name: tensor
-        for name, tensor in all_tensors(module).items()
+        for name, tensor in tensors.items()
         if id(tensor) not in travels and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
     }
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every live parameter and buffer, by its name in the unwrapped module."""
+    """Every live parameter and buffer, those that its own state_dict leaves out included, by its name there."""
     module = unwrap(module)
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 

@@ -1,23 +1,21 @@
-"""The state of a live torch module: which tensors travel, under which names, and how they are copied in and out.
+"""The state of a live torch module: the tensors that travel, and how they are copied in and out.
 
-Tensors are copied in place; modules are never moved, rebuilt or copied. Of a PEFT model the adapter travels, under the
-names that its tensors have in `adapter_model.safetensors`.
+Tensors are copied in place; modules are never moved, rebuilt or copied.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fl_adapters.participant.exchange import matches, selected
 from fl_adapters.participant.options import Exchange
-from fl_runtime.errors import ConfigError, StateMismatchError
+from fl_adapters.torch.selection import exchanged_tensors
+from fl_adapters.torch.spectral_norm import spectral_layers
+from fl_runtime.errors import StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.dtypes import DTYPES
 
@@ -28,125 +26,6 @@ _DTYPES: dict[torch.dtype, np.dtype[Any]] = {getattr(torch, n): d for n, d in DT
 _TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in _DTYPES.items()}
 _BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16)}  # carry dtypes that torch cannot convert to NumPy
 _MAX_DIFFERENCES = 20
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the user's own module, without its wrappers.
-
-    Args:
-        module: A module, possibly inside DistributedDataParallel, DataParallel or torch.compile, in any order.
-
-    Returns:
-        The innermost module.
-    """
-    while True:
-        if "_orig_mod" in module._modules:  # torch.compile
-            module = module._modules["_orig_mod"]  # type: ignore[assignment]
-        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
-        else:
-            return module
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without the parts that torch.compile and activation checkpointing add.
-
-    Args:
-        name: Name of a parameter or buffer.
-
-    Returns:
-        The name that it has in the unwrapped module.
-    """
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-@dataclass(frozen=True)
-class NamedTensors:
-    """The live parameters and persistent buffers of a module. A tied tensor appears once, under its first name.
-
-    Attributes:
-        tensors: Name -> live tensor, in the module's order. Tensors of a PEFT adapter have PEFT's own names.
-        adapter: Names of the tensors of the active PEFT adapter; empty without one.
-    """
-
-    tensors: dict[str, Tensor]
-    adapter: frozenset[str]
-
-    @staticmethod
-    def of(module: nn.Module) -> NamedTensors:
-        """Return the tensors of a module.
-
-        Args:
-            module: The live module, with its wrappers or without.
-
-        Returns:
-            Its tensors by name.
-
-        Raises:
-            ConfigError: Several PEFT adapters are active.
-        """
-        module = unwrap(module)
-        live = {id(t) for t in (*module.parameters(), *module.buffers())}
-        state = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor) and id(v) in live}
-        adapter = {id(tensor): plain_name(name) for name, tensor in _adapter_tensors(module, state).items()}
-        first_name = {id(tensor): plain_name(name) for name, tensor in reversed(state.items())}
-        tensors = {adapter.get(i, first_name[i]): tensor for tensor in state.values() if (i := id(tensor))}
-        return NamedTensors(tensors, frozenset(adapter.values()))
-
-
-def exchanged_tensors(
-    module: nn.Module, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """Return the tensors of a module that travel.
-
-    Args:
-        module: The live module, with its wrappers or without.
-        exchange: "auto" (trainable parameters and persistent buffers; of a PEFT model only the adapter), "trainable",
-            "all", or name patterns with the wildcards of the shell.
-        keep_local: Name patterns of tensors that never leave the site.
-
-    Returns:
-        Name -> live tensor, in the module's order.
-
-    Raises:
-        ConfigError: A pattern matches no name, no tensor is selected, or a selected tensor cannot be averaged.
-    """
-    named = NamedTensors.of(module)
-    admitted = set(selected(named.tensors, exchange, keep_local)) & _names_of_kind(named, exchange)
-    tensors = {name: tensor for name, tensor in named.tensors.items() if name in admitted}
-    if not tensors:
-        raise ConfigError(
-            "no tensor of the model would travel",
-            where=f"exchange={exchange!r}, keep_local={list(keep_local)!r}",
-            fix="train at least one parameter, or choose what travels with exchange=",
-        )
-    for name, tensor in tensors.items():
-        _check_can_travel(name, tensor)
-    return tensors
-
-
-def frozen_base(module: nn.Module, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return the parameters that neither travel nor are trained: the base that must be equal at all sites.
-
-    Args:
-        module: The live module, with its wrappers or without.
-        exchange: What travels; see `exchanged_tensors`.
-        keep_local: Name patterns of tensors that never leave the site. They are left out here too.
-
-    Returns:
-        Name -> live parameter, in the module's order.
-
-    Raises:
-        ConfigError: As `exchanged_tensors` does.
-    """
-    exchanged = exchanged_tensors(module, exchange, keep_local)
-    return {
-        name: tensor
-        for name, tensor in NamedTensors.of(module).tensors.items()
-        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        if name not in exchanged and not matches(name, keep_local)
-        if ".original_module." not in name  # PEFT's untrained copy of a module to save; the model does not use it
-    }
 
 
 class TorchState:
@@ -172,18 +51,26 @@ class TorchState:
 
     capabilities: frozenset[str] = frozenset()
 
-    def __init__(self, module: nn.Module, exchange: Exchange = "auto", keep_local: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        exchange: Exchange = "auto",
+        keep_local: tuple[str, ...] = (),
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Select the tensors that travel.
 
         Args:
             module: The live module, with its wrappers or without.
             exchange: What travels: "auto", "trainable", "all", or name patterns; see `exchanged_tensors`.
             keep_local: Name patterns of tensors that never leave the site.
+            beside: Live tensors of other modules that may travel too, by name.
 
         Raises:
             ConfigError: A pattern matches no name, no tensor is selected, or a selected tensor cannot be averaged.
         """
-        self.tensors = exchanged_tensors(module, exchange, keep_local)
+        self.tensors = exchanged_tensors(module, exchange, keep_local, beside)
+        self._spectral_layers = list(spectral_layers(module))
         self._host: dict[str, Tensor] = {}
 
     @property
@@ -217,6 +104,15 @@ class TorchState:
         self.check(specs_of(arrays))
         for name, array in arrays.items():
             self.copy_in(name, array)
+        self.derive()
+
+    def derive(self) -> None:
+        """Compute anew what follows from the weights: singular vectors of spectral normalisation.
+
+        Call it when `copy_in` has set all tensors; `set_state` does so itself.
+        """
+        for layer in self._spectral_layers:
+            layer.estimate()
 
     def restore_global(self, arrays: Arrays) -> None:
         """Set the final global model, with which the user's own code continues.
@@ -347,113 +243,6 @@ def as_tensor(array: Array) -> Tensor:
     if hasattr(np, array.dtype.name):
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(_BITS[array.dtype.itemsize][1])).view(dtype)
-
-
-def _names_of_kind(named: NamedTensors, exchange: Exchange) -> set[str]:
-    """Return the names that "auto", "trainable" or "all" selects. For patterns, return all names."""
-    trainable = {name for name, tensor in named.tensors.items() if tensor.requires_grad}
-    if exchange == "trainable":
-        return trainable
-    if exchange != "auto":
-        return set(named.tensors)
-    if not named.adapter:
-        return trainable | {name for name, tensor in named.tensors.items() if not isinstance(tensor, nn.Parameter)}
-    if outside := sorted(trainable - named.adapter):
-        warnings.warn(
-            f"these parameters are trained but not exchanged, because they are not a part of the PEFT adapter: "
-            f"{', '.join(outside[:4])}{' ...' if len(outside) > 4 else ''}; to exchange them, use "
-            "exchange='trainable' or PEFT's modules_to_save",
-            stacklevel=2,
-        )
-    return set(named.adapter)
-
-
-def _adapter_tensors(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the active adapter under PEFT's names; none if `module` is not a PEFT model."""
-    if not hasattr(module, "peft_config") or not hasattr(module, "active_adapters"):
-        return {}
-    from peft import PeftModel, get_peft_model_state_dict
-
-    if not isinstance(module, PeftModel):
-        return {}  # transformers has injected the adapter itself: its parameters are the trainable ones
-    active: list[str] = list(module.active_adapters)
-    if len(active) != 1:
-        raise ConfigError(
-            f"{len(active)} PEFT adapters are active: {', '.join(active)}",
-            where=type(module).__name__,
-            fix="activate the one to be exchanged with model.set_adapter(name)",
-        )
-    # PEFT's names are known only to PEFT's save function, which may copy tensors. So it gets stand-ins instead, each
-    # filled with the number of a live tensor. A stand-in that it has cut no longer stands for a live tensor.
-    raw_names = list(state)
-    stand_ins = {
-        name: torch.full((1,) * tensor.dim(), float(number), dtype=torch.float64).expand(tensor.shape)
-        for number, (name, tensor) in enumerate(state.items())
-    }
-    saved = get_peft_model_state_dict(module, stand_ins, adapter_name=active[0], save_embedding_layers=False)
-    numbers = {name: _number(tensor) for name, tensor in saved.items()}
-    if all(
-        n in range(len(raw_names)) and saved[name].shape == state[raw_names[n]].shape for name, n in numbers.items()
-    ):
-        return {name: state[raw_names[number]] for name, number in numbers.items()}
-    # prompt learning saves a computed prompt, but what must travel is its parameters
-    return {name: tensor for name, tensor in state.items() if tensor.requires_grad}
-
-
-def _number(stand_in: Tensor) -> int:
-    """Return the number that a stand-in is filled with, or -1 for a tensor that is not a stand-in."""
-    if stand_in.dtype != torch.float64 or stand_in.numel() == 0:
-        return -1
-    return int(stand_in[(0,) * stand_in.dim()])
-
-
-def _check_can_travel(name: str, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise ConfigError(
-            "a tensor that should travel is not in memory (meta device)", where=name, fix="do not offload it"
-        )
-    if is_sharded(tensor):
-        raise ConfigError(
-            "of a model sharded by FSDP, only a PEFT adapter can travel",
-            where=name,
-            fix="train an adapter with peft, or use DDP",
-        )
-    if tensor.dtype not in _DTYPES:
-        raise ConfigError(
-            f"tensors of dtype {tensor.dtype} cannot travel",
-            where=name,
-            fix=f"keep it at the site: keep_local=[{name!r}]",
-        )
-    if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
-        raise ConfigError(
-            f"a quantised weight ({tensor.dtype}) cannot be averaged",
-            where=name,
-            fix="train a PEFT adapter on the quantised model, and exchange only that (exchange='auto')",
-        )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this rank holds only a part of the tensor: a DTensor, as FSDP2 makes them.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        False for a plain tensor.
-    """
-    return hasattr(tensor, "full_tensor")
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor. Collective for a sharded one: every rank must call it.
-
-    Args:
-        tensor: A plain or sharded tensor.
-
-    Returns:
-        `tensor` itself, or all parts of a sharded one as a new tensor.
-    """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _describe(spec: tuple[tuple[int, ...], str]) -> str:

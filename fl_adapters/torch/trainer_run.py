@@ -135,6 +135,7 @@ class TrainerRun(Generic[P]):
         best: BestMetric | None = None,
         follow: bool = True,
         initial_base: bool = False,
+        others: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Make the handshake and take the first task, wherever the trainer and the run stand after a restart.
 
@@ -149,6 +150,7 @@ class TrainerRun(Generic[P]):
             follow: Correct gradients in a hook on each optimizer's own `step`. If False, the adapter calls `correct`.
             initial_base: Whether the trainer saves a PEFT adapter without its base. LoRA strategies that add to the
                 base weights then end with the initial base, and an adapter that holds all that was learnt.
+            others: Other modules that the optimizers may train, such as a loss with parameters, by name.
 
         Raises:
             ConfigError: If the model, the optimizers or the checkpoint do not fit the run.
@@ -160,7 +162,7 @@ class TrainerRun(Generic[P]):
             self._port, self.evaluates = port, evaluates
             self.over = self.awaits_score = False
             self.tally = Tally(self._site.options.num_examples or examples)
-            live = self._live = LiveModel(model, optimizers, self.settings, initial_base=initial_base)
+            live = self._live = LiveModel(model, optimizers, self.settings, others, initial_base=initial_base)
             self.begun = True
             if follow:
                 live.gradients.follow(optimizers)
@@ -202,6 +204,7 @@ class TrainerRun(Generic[P]):
         """
         with self.leaving_on_error():
             local_steps = self.progress.steps - self.progress.began
+            self.live.warn_of_unfrozen()
             arrived = self._site.exchange(self.live, LocalResult(num_examples, local_steps, metrics), more=more)
             self.tally.reset()
             if arrived is None:

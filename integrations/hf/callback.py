@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fl_adapters.participant.options import SharedArguments
 from fl_adapters.torch.restart import seed_round
+from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
 
 from . import budget
@@ -98,6 +99,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
                 evaluates=hf.has_validation_data(trainer) if wanted is None else wanted,
                 best=hf.best_metric(trainer.args),
                 initial_base=True,  # HF saves the adapter of a PEFT model alone
+                others=modules_in(trainer),
             )
             port.warn_if_schedule_ends_early()
             if not run.over:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel, Trainer
 from transformers.utils import cached_file
 
-from fl_adapters.torch.state import is_sharded, unwrap
+from fl_adapters.torch.selection import is_sharded, unwrap
 
 _PREPROCESSORS = ("tokenizer", "processor", "feature_extractor", "image_processor")
 _CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")

@@ -9,6 +9,7 @@ from typing import Any
 from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.options import SharedArguments
 from fl_adapters.torch.progress import rows_of
+from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 
@@ -210,6 +211,7 @@ class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[m
                 evaluates=scores,
                 examples=lightning.training_examples(trainer),
                 best=lightning.best_metric(trainer),
+                others=modules_in(module),
                 follow=False,  # Lightning clips after `on_before_optimizer_step`, and that comes before `step`
             )
 

@@ -7,7 +7,7 @@ import os
 import torch
 from safetensors.torch import save_model
 
-from fl_adapters.torch.state import unwrap
+from fl_adapters.torch.selection import unwrap
 
 
 class Exporter:

@@ -10,6 +10,7 @@ from monai.handlers import LrScheduleHandler, ValidationHandler
 
 from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.options import SharedArguments
+from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 
@@ -218,6 +219,7 @@ class FederatedHandler(SharedArguments):
                 evaluates=validation is not None,
                 examples=monai.training_examples(engine),
                 best=None if validation is None else key_metric(validation.validator),
+                others=modules_in(engine),
             )
             if run.came_back:
                 restart.catch_up(engine)

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
 from fl_adapters.torch.progress import rows_of, size_of
-from fl_adapters.torch.state import unwrap
+from fl_adapters.torch.selection import unwrap
 from fl_runtime.errors import ConfigError
 
 from .budget import ENDLESS

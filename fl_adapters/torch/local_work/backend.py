@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,15 +24,18 @@ class TorchLocalBackend(LocalBackend):
         gradients: The correction, for the adapter to connect with the trainer's optimizer steps.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Any], state: TorchState) -> None:
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Any], state: TorchState, beside: Mapping[str, Tensor]
+    ) -> None:
         """Correct nothing as yet.
 
         Args:
             module: The live model.
             optimizers: All optimizers that train it.
-            state: The tensors of the model that travel.
+            state: The tensors that travel.
+            beside: Live tensors of other modules that are trained too, by name.
         """
-        self._module, self._optimizers = module, optimizers
+        self._module, self._optimizers, self._beside = module, optimizers, beside
         self._parameters = {
             name: tensor
             for name, tensor in state.tensors.items()
@@ -78,7 +81,7 @@ class TorchLocalBackend(LocalBackend):
         return StepRecord(mean_gradients=meter.means()) if meter.gradients else StepRecord(rates=meter.rates())
 
     def standby_model(self) -> TorchStandbyModel:
-        return TorchStandbyModel(self._module, self._optimizers)
+        return TorchStandbyModel(self._module, self._optimizers, self._beside)
 
     def close(self) -> None:
         self.gradients.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +12,24 @@ from fl_adapters.participant.local_work.backend import StandbyModel
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.restart import load_tensors, packed, packed_optimizer, packed_tensors, states_of, unpacked
-from fl_adapters.torch.state import NamedTensors, as_array, as_tensor
+from fl_adapters.torch.selection import NamedTensors
+from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.types import Arrays
 
 _STEP = "step"
 
 
 class TorchStandbyModel(StandbyModel):
-    """A `StandbyModel` for a torch module and its optimizers.
+    """A `StandbyModel` for a torch module, its optimizers, and what they train beside the module.
 
     Weights are copied into the live tensors; the optimizers' state tensors change hands without a copy. Learning
     rates belong to the training loop, so both sets use the same.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Any]) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[Any], beside: Mapping[str, Tensor]) -> None:
         self._live = {
             name: tensor
-            for name, tensor in NamedTensors.of(module).tensors.items()
+            for name, tensor in NamedTensors.of(module, beside).tensors.items()
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         }
         self._weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fl_adapters.participant.options import Exchange
-from fl_adapters.torch.state import Specs, TorchState, as_tensor, is_sharded, unwrap
+from fl_adapters.torch.selection import is_sharded, unwrap
+from fl_adapters.torch.state import Specs, TorchState, as_tensor
 from fl_runtime.aggregation.lora.names import Pair, pairs_of
 from fl_runtime.aggregation.lora.products import LoraProducts
 from fl_runtime.errors import ConfigError
@@ -93,7 +95,12 @@ class LoraFactors(TorchState):
     """
 
     def __init__(
-        self, model: nn.Module, exchange: Exchange, keep_local: tuple[str, ...], strategy: LoraProducts
+        self,
+        model: nn.Module,
+        exchange: Exchange,
+        keep_local: tuple[str, ...],
+        strategy: LoraProducts,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Check that the strategy can work with every adapted layer.
 
@@ -102,12 +109,13 @@ class LoraFactors(TorchState):
             exchange: What travels; see `exchanged_tensors`.
             keep_local: Name patterns of tensors that never leave the site.
             strategy: The job's strategy.
+            beside: Live tensors of other modules that may travel too, by name.
 
         Raises:
             ConfigError: The product of a layer's factors cannot be formed, or the strategy must change a base weight
                 that cannot be changed.
         """
-        super().__init__(model, exchange, keep_local)
+        super().__init__(model, exchange, keep_local, beside)
         self._model, self._strategy, self._is_final = unwrap(model), strategy, False
         self._layers = _layers_of(self._model, self.tensors)
         self._pairs = {name: pair for pair in self._layers for name in (pair.a, pair.b)}

@@ -21,13 +21,16 @@ from fl_runtime.errors import ConfigError
 _RANKS = "peft.r peft.lora_alpha peft.rank_pattern peft.alpha_pattern peft.use_rslora".split()
 
 
-def lora_state(model: nn.Module, default: TorchState, settings: SiteSettings) -> TorchState:
+def lora_state(
+    model: nn.Module, default: TorchState, settings: SiteSettings, beside: Mapping[str, Tensor]
+) -> TorchState:
     """Return the state that a model exchanges under the job's strategy.
 
     Args:
         model: The live model.
         default: The state that it exchanges under a strategy that is not for LoRA.
         settings: Settings that hold at this site.
+        beside: Live tensors of other modules that may travel too, by name.
 
     Returns:
         `default` for other strategies, and for a model without an adapter, which the handshake will refuse.
@@ -46,10 +49,10 @@ def lora_state(model: nn.Module, default: TorchState, settings: SiteSettings) ->
                 where="optimizer_state='average'",
                 fix='use optimizer_state="keep" or "reset"',
             )
-        return LoraFactors(model, settings.exchange, settings.keep_local, strategy)
+        return LoraFactors(model, settings.exchange, settings.keep_local, strategy, beside)
     local = patterns_of(strategy.stays) if strategy.stays else ()
     local = tuple(pattern for pattern in local if any(matches(name, [pattern]) for name in default.tensors))
-    return TorchState(model, settings.exchange, (*settings.keep_local, *local)) if local else default
+    return TorchState(model, settings.exchange, (*settings.keep_local, *local), beside) if local else default
 
 
 def lora_facts(facts: dict[str, str], plan: SitePlan, factors: Mapping[str, Tensor]) -> dict[str, str]:

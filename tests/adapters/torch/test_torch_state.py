@@ -12,7 +12,8 @@ from torch import nn
 
 from fl_adapters.torch.agreement import agreement, fingerprint
 from fl_adapters.torch.optimizer_state import TorchOptimizerState
-from fl_adapters.torch.state import TorchState, as_array, as_tensor, exchanged_tensors, unwrap
+from fl_adapters.torch.selection import exchanged_tensors, unwrap
+from fl_adapters.torch.state import TorchState, as_array, as_tensor
 from fl_runtime.errors import ConfigError, StateMismatchError
 
 peft = pytest.importorskip("peft")

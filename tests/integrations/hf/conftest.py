@@ -53,11 +53,12 @@ class Partner(threading.Thread):
         work: Callable[[int, Arrays], Arrays],
         num_examples: int,
         score: Callable[[], float] | None,
+        beside: dict[str, Any] | None,
     ) -> None:
         super().__init__(daemon=True)
         self._kit, self._work, self._num_examples = kit, work, num_examples
         self._score = score
-        self._initial = {name: np.copy(array) for name, array in TorchState(model).get_state().items()}
+        self._initial = {name: np.copy(array) for name, array in TorchState(model, beside=beside).get_state().items()}
         self._facts = agreement(model, framework="transformers")
         self.received: list[Arrays] = []
         self.error: BaseException | None = None
@@ -108,9 +109,13 @@ class Federation:
         number: int = 2,
         num_examples: int = 32,
         score: Callable[[], float] | None = None,
+        beside: dict[str, Any] | None = None,
     ) -> Partner:
-        """Start site `number` in a thread; `model` gives the tensors that travel and what must agree."""
-        return Partner(self.kit(number), model, work, num_examples, score)
+        """Start site `number` in a thread; `model` gives the tensors that travel and what must agree.
+
+        `beside` are further tensors that travel, by name.
+        """
+        return Partner(self.kit(number), model, work, num_examples, score, beside)
 
     def fork(self, program: str, values: Any = None, *, number: int | None = 1) -> SiteProcess:
         """Run `program` (source text) in a warm process as site `number`, or outside the federation for None."""

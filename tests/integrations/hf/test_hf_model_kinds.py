@@ -9,6 +9,7 @@ import hf_models as m
 import numpy as np
 import peft
 import pytest
+import st_models as st
 import torch
 from safetensors.torch import load_model
 from torch import nn
@@ -99,6 +100,60 @@ def test_model_that_the_trainer_makes_itself(federation) -> None:
     )
     trainer.train()
     assert len(run.ended().rounds) == 1
+
+
+class ScaledLoss(nn.Module):
+    """A loss with a parameter of its own, which the trainer's optimizer trains too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs["logits"] * self.scale, labels)
+
+
+def test_parameters_of_a_loss_travel_with_the_model(federation) -> None:
+    run = federation(sites=2, rounds=2)
+    loss = ScaledLoss()
+    beside = {"compute_loss_func.scale": ScaledLoss().scale}
+    partner = run.partner(m.classifier(), halved, beside=beside)
+    model = m.classifier()
+    trainer = m.Trainer(
+        model=model,
+        args=m.arguments(),
+        train_dataset=m.Tokens(32),
+        compute_loss_func=loss,
+        optimizers=(torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1), None),
+        callbacks=[FederatedCallback(kit=run.kit())],
+    )
+    trainer.train()
+    partner.ended()
+    run.ended()
+    assert loss.scale.item() == partner.received[-1]["compute_loss_func.scale"].item()
+    assert loss.scale.item() not in (1.0, 0.5)
+
+
+def test_classifier_of_a_softmax_loss_travels_unless_it_is_kept_local(federation, tmp_path) -> None:
+    package, datasets = pytest.importorskip("sentence_transformers"), pytest.importorskip("datasets")
+    losses = pytest.importorskip("sentence_transformers.losses")
+    heads = {}
+    for keep_local in ((), ("loss.*",)):
+        run = federation(rounds=1)
+        model = package.SentenceTransformer(st.base(tmp_path / f"base-{len(heads)}"), device="cpu")
+        loss = losses.SoftmaxLoss(model, 16, num_labels=2)
+        package.SentenceTransformerTrainer(
+            model=model,
+            args=package.SentenceTransformerTrainingArguments("out", use_cpu=True, report_to=[], save_strategy="no"),
+            train_dataset=datasets.Dataset.from_dict(st.pairs()),
+            loss=loss,
+            callbacks=[FederatedCallback(kit=run.kit(), keep_local=keep_local)],
+        ).train()
+        run.ended()
+        heads[keep_local] = {name: array for name, array in run.model().items() if name.startswith("loss.")}
+        if not keep_local:
+            assert np.array_equal(heads[()]["loss.classifier.weight"], loss.classifier.weight.detach().numpy())
+    assert [sorted(found) for found in heads.values()] == [["loss.classifier.bias", "loss.classifier.weight"], []]
 
 
 def test_patterns_choose_layers(federation) -> None:

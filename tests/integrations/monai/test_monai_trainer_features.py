@@ -345,3 +345,32 @@ def test_outside_a_federation_it_stays_out_of_the_way(monkeypatch, capfd) -> Non
     assert len(lines) == 1
     with pytest.raises(ConfigError, match="required=True"):
         m.trainer(m.network(), [FederatedHandler(required=True)]).run()
+
+
+class ScaledLoss(torch.nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(scores * self.scale, labels)
+
+
+def test_parameters_of_a_loss_travel_with_the_network(federation) -> None:
+    run = federation(sites=2)
+
+    def site(place: Any) -> float:
+        torch.manual_seed(place.index)
+        net, loss = m.network(), ScaledLoss()
+        optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()], lr=0.1)
+        handler = FederatedHandler(kit=place.kit)
+        trainer = m.trainer(net, [handler], data=m.loader(place.index), epochs=100, optimizer=optimizer)
+        trainer.loss_function = loss
+        trainer.run()
+        return loss.scale.item()
+
+    scales = set(run.run(site).values())
+    assert scales == {run.model()["loss_function.scale"].item()}
+    assert scales != {1.0}
