@@ -13,7 +13,7 @@ from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Content, Terms
-from fl_runtime.wire.names import Facts, Names, names_of
+from fl_runtime.wire.names import TENSORS_OF, Facts, Names, names_of
 
 Exchange: TypeAlias = str | tuple[str, ...]
 """What travels: "auto", "trainable", "all", or name patterns."""
@@ -245,7 +245,7 @@ class SiteSettings:
         """
         own = self.agree if isinstance(self.agree, Mapping) else {}
         facts = {**facts, **{name: names_of(entries) for name, entries in own.items()}}
-        lists = [name for name, fact in facts.items() if isinstance(fact, Names)]
+        lists = [n for n, fact in facts.items() if isinstance(fact, Names) and not n.startswith(TENSORS_OF)]
         if self.agree is False and lists:
             print(f"fl-adapters: agree=False: not compared with other sites: {', '.join(lists)}", file=sys.stderr)
             facts = {name: fact for name, fact in facts.items() if name not in lists}

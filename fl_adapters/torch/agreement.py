@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fl_adapters.participant.options import Exchange
 from fl_adapters.torch.selection import frozen_base, full_tensor, unwrap
+from fl_runtime.wire.names import TENSORS_OF, Names
 
 FULL_HASH_BYTES = 2 << 30
 """Largest size in bytes at which all of the frozen weights is hashed, which takes about a second."""
@@ -35,7 +36,7 @@ def agreement(
     exchange: Exchange = "auto",
     keep_local: tuple[str, ...] = (),
     beside: Mapping[str, Tensor] | None = None,
-) -> dict[str, str]:
+) -> dict[str, str | Names]:
     """Return the facts about a model that must be equal at all sites, for `Session.register`.
 
     Collective if the model is sharded: every rank must call it.
@@ -48,7 +49,7 @@ def agreement(
         beside: Live tensors of other modules that may travel too, by name.
 
     Returns:
-        Fact -> value, such as "base.fingerprint" -> a hash of the frozen weights.
+        Fact -> value, such as "base.fingerprint" -> a hash of the frozen weights, and the list of their tensors.
 
     Raises:
         ConfigError: A pattern matches no name, or a selected tensor cannot travel.
@@ -57,7 +58,7 @@ def agreement(
     base = getattr(module, "get_base_model", lambda: module)()
     # fully_shard() puts a class of torch's before the user's class
     user_class = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
-    facts = {"framework": framework, "model": user_class.__name__}
+    facts: dict[str, str | Names] = {"framework": framework, "model": user_class.__name__}
     config = getattr(base, "config", None)
     for field in _CONFIG_FIELDS:
         if isinstance(value := getattr(config, field, None), int | str):
@@ -68,11 +69,27 @@ def agreement(
         facts["base.tensors"] = str(len(frozen))
         facts["base.parameters"] = str(sum(t.numel() for t in frozen.values()))
         facts["base.dtypes"] = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in frozen.values()}))
-        facts["base.fingerprint"] = fingerprint(frozen)
+        facts |= fingerprinted("base.fingerprint", frozen)
     return facts
 
 
-@torch.no_grad()
+def fingerprinted(name: str, tensors: Mapping[str, Tensor]) -> dict[str, str | Names]:
+    """Return the facts about tensors that must be equal at all sites and do not travel.
+
+    Collective if a tensor is sharded.
+
+    Args:
+        name: What the tensors are, for the error where sites differ.
+        tensors: Name -> tensor, on any device.
+
+    Returns:
+        The hash of all tensors, and a list with the hash of each, by which the error names those that differ.
+    """
+    digests = _digests(tensors, FULL_HASH_BYTES)
+    entries = tuple(f"{digest} {tensor}" for tensor, digest in digests.items())
+    return {name: _joined(digests), f"{TENSORS_OF}{name}": Names(entries)}
+
+
 def fingerprint(tensors: Mapping[str, Tensor], *, full_bytes: int = FULL_HASH_BYTES) -> str:
     """Return a hash of tensors: xxh3 over names, shapes, dtypes and contents, in the order of the names.
 
@@ -87,14 +104,25 @@ def fingerprint(tensors: Mapping[str, Tensor], *, full_bytes: int = FULL_HASH_BY
     Returns:
         128 bits as 32 hexadecimal digits.
     """
+    return _joined(_digests(tensors, full_bytes))
+
+
+def _joined(digests: Mapping[str, str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(f"{name}|{digest}|" for name, digest in digests.items()).encode())
+
+
+@torch.no_grad()
+def _digests(tensors: Mapping[str, Tensor], full_bytes: int) -> dict[str, str]:
+    """Hash of each tensor, by name, in the order of the names."""
     full = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) <= full_bytes
-    digest = xxhash.xxh3_128()
+    found = {}
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}|".encode())
+        digest = xxhash.xxh3_64(f"{list(tensor.shape)}|{tensor.dtype}|".encode())
         for piece in _hashed_bytes(tensor, full):
             digest.update(piece.cpu().numpy().data)
-    return digest.hexdigest()
+        found[name] = digest.hexdigest()
+    return found
 
 
 def _hashed_bytes(tensor: Tensor, full: bool) -> list[Tensor]:

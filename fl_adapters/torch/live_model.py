@@ -34,6 +34,7 @@ from fl_runtime.aggregation.lora.products import ENCODING
 from fl_runtime.capabilities import GRADIENT_CORRECTION, LORA, OPTIMIZER_STATE, PERSONAL_MODEL
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Content, Task
+from fl_runtime.wire.names import Facts
 
 
 class LiveModel:
@@ -114,7 +115,7 @@ class LiveModel:
         """Name patterns of agreed tensors that `arrays` leaves out, because they are frozen in this round."""
         return tuple(p for p in self._freezing.held_back if any(matches(name, [p]) for name in self.state.tensors))
 
-    def agreement(self, framework: str) -> dict[str, str]:
+    def agreement(self, framework: str) -> Facts:
         """Return the facts that must be equal at all sites.
 
         Args:

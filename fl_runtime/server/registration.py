@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
 from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
-from fl_runtime.wire.names import Excerpt, NamesDigest, describe_difference
+from fl_runtime.wire.names import TENSORS_OF, Excerpt, NamesDigest, describe_difference
 
 _LISTED = 8
 _BEST = ("best_metric", "best_mode")
@@ -149,14 +149,16 @@ def check_agreement(
     """
     name_of_first = spokesman(registrations)
     first = registrations[name_of_first]
+    differing = differing_names(registrations)
     names = {
-        pair: [_described(name, pair, registrations, excerpts or {}) for name in lists]
-        for pair, lists in differing_names(registrations).items()
+        pair: {name: _described(name, pair, registrations, excerpts or {}) for name in lists}
+        for pair, lists in differing.items()
     }
     for name, other in registrations.items():
-        declared = _declared_differences(first, other)
+        detailed = {listed.removeprefix(TENSORS_OF) for listed in differing.get((name_of_first, name), ())}
+        declared = _declared_differences(first, other, detailed)
         tensors = differences(layouts[first.layout], layouts[other.layout], strategy.agreed_shape)
-        lines = names.pop((name_of_first, name), [])
+        lines = names.pop((name_of_first, name), {})
         if declared or tensors or lines:
             raise _disagreement(name_of_first, name, declared, lines, tensors, when)
     for (name, other_name), lines in names.items():
@@ -222,13 +224,14 @@ def check_capabilities(registrations: Mapping[str, Registration], what: str, req
             )
 
 
-def _declared_differences(first: Registration, other: Registration) -> list[str]:
+def _declared_differences(first: Registration, other: Registration, detailed: Collection[str]) -> list[str]:
+    """Lines for the texts that differ, but for those that a list tells in detail."""
     both_score = first.evaluates and other.evaluates  # a site without validation data has no say in the best metric
     left, right = ({**r.agreement, **asdict(r.terms)} for r in (first, other))
     return [
         f"{key}: {left.get(key, 'missing')} != {right.get(key, 'missing')}"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and (both_score or key not in _BEST)
+        if left.get(key) != right.get(key) and (both_score or key not in _BEST) and key not in detailed
     ]
 
 
@@ -245,10 +248,13 @@ def _described(
 
 
 def _disagreement(
-    first: str, other: str, declared: list[str], names: list[str], tensors: list[str], when: str
+    first: str, other: str, declared: list[str], names: Mapping[str, str], tensors: list[str], when: str
 ) -> HandshakeError:
-    """The error for two sites that differ. Settings come first, since they often cause differences in tensors."""
-    lines = declared + names + tensors[:_LISTED]
+    """The error for two sites that differ; `names` has a line for each list of names.
+
+    Settings come first, since they often cause differences in tensors.
+    """
+    lines = [*declared, *names.values(), *tensors[:_LISTED]]
     if len(tensors) > _LISTED:
         lines.append(f"... and {len(tensors) - _LISTED} more tensors")
     count = f" in {len(tensors)} tensors" if tensors else ""
@@ -260,7 +266,13 @@ def _disagreement(
         fixes.append("give both the same settings")
     if any(line.partition(":")[0] in _BEST for line in declared):
         fixes.append("--best-metric and --best-mode name the best metric for all sites")
-    if names:
+    weights = [name for name in names if name.startswith(TENSORS_OF)]
+    if weights:
+        fixes.append(
+            "load the same frozen weights at every site, by name and revision; where they are random, seed the script "
+            "before it makes them"
+        )
+    if len(names) > len(weights):
         fixes.append("use the same names in the same order at every site; if the difference is meant, pass agree=False")
     return kind(
         f"{first} and {other} do not agree{count} ({first} != {other}):\n    " + "\n    ".join(lines),

@@ -22,6 +22,13 @@ MAX_BLOCKS = 1_024
 MAX_EXCERPT = 1_024
 """Most entries that one excerpt brings."""
 
+TENSORS_OF = "tensors of "
+"""Prefix of a list of tensors, each as "<digest> <name>", that details a text: the digest of all of them together.
+
+The text "base.fingerprint" has the list "tensors of base.fingerprint". Where both differ between sites, the list is
+told in place of the text, without digests.
+"""
+
 _INLINE_ENTRIES, _INLINE_CHARS = 256, 4_096
 _ENTRY_CHARS, _NAME_CHARS = 120, 200
 _BLOCK_OF_DATA = 64  # so that the digest of a block cannot be guessed entry by entry
@@ -252,6 +259,8 @@ def describe_difference(
         excerpts = Excerpt(0, left.entries), Excerpt(0, right.entries)
     if left.count == right.count == 1 and whole:
         return f"{name}: {left.entries[0]!r} != {right.entries[0]!r}"
+    if name.startswith(TENSORS_OF):
+        return _describe_tensors(name.removeprefix(TENSORS_OF), counts, _differing_tensors(*excerpts or ()))
     shown = _differing(*excerpts) if excerpts else []
     if shown:
         more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
@@ -272,6 +281,18 @@ def _differing(left: Excerpt, right: Excerpt) -> list[str]:
     return lines
 
 
+def _describe_tensors(what: str, counts: str, names: list[str]) -> str:
+    told = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"{what}: {'; '.join(filter(None, (counts, f'these tensors differ: {told}' if told else '')))}"
+
+
+def _differing_tensors(*excerpts: Excerpt) -> list[str]:
+    """Names of the tensors that two excerpts do not have alike."""
+    digests = [dict(entry.split(" ", 1)[::-1] for entry in excerpt.entries if " " in entry) for excerpt in excerpts]
+    names = dict.fromkeys(name for found in digests for name in found)
+    return [name for name in names if len({found.get(name) for found in digests}) > 1]
+
+
 def names_of(entries: Iterable[object], *, from_data: bool = False) -> Names:
     """Return a list of names from values of any type.
 
@@ -289,7 +310,7 @@ def facts_of(given: Mapping[str, object]) -> dict[str, str | Names]:
     """Return facts from a user's values.
 
     Args:
-        given: Name -> a text, or a list or array of values in their order.
+        given: Name -> a text, a list or array of values in their order, or `Names`.
 
     Returns:
         The facts.
@@ -299,6 +320,9 @@ def facts_of(given: Mapping[str, object]) -> dict[str, str | Names]:
     """
     facts: dict[str, str | Names] = {}
     for name, value in given.items():
+        if isinstance(value, Names):
+            facts[name] = value
+            continue
         if not isinstance(value, str) and (isinstance(value, Mapping) or not isinstance(value, Iterable)):
             raise ConfigError(
                 f"{name!r} is {value!r}, which is neither a text nor a list of names",

@@ -11,12 +11,13 @@ from fl_adapters.participant.exchange import matches
 from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
-from fl_adapters.torch.agreement import fingerprint
+from fl_adapters.torch.agreement import fingerprinted
 from fl_adapters.torch.lora.factors import LoraFactors
 from fl_adapters.torch.state import TorchState
 from fl_runtime.aggregation.lora.names import FROZEN, factor_of, pairs_of, patterns_of
 from fl_runtime.aggregation.lora.products import LoraProducts
 from fl_runtime.errors import ConfigError
+from fl_runtime.wire.names import Names
 
 _RANKS = "peft.r peft.lora_alpha peft.rank_pattern peft.alpha_pattern peft.use_rslora".split()
 
@@ -55,7 +56,7 @@ def lora_state(
     return TorchState(model, settings.exchange, (*settings.keep_local, *local), beside) if local else default
 
 
-def lora_facts(facts: dict[str, str], plan: SitePlan, factors: Mapping[str, Tensor]) -> dict[str, str]:
+def lora_facts(facts: dict[str, str | Names], plan: SitePlan, factors: Mapping[str, Tensor]) -> dict[str, str | Names]:
     """Adapt the facts of the agreement to a LoRA strategy.
 
     Args:
@@ -74,7 +75,7 @@ def lora_facts(facts: dict[str, str], plan: SitePlan, factors: Mapping[str, Tens
         return {name: value for name, value in facts.items() if not (strategy.mixed and name in _RANKS)}
     if strategy.stays and strategy.stays == strategy.frozen(1):
         frozen = {name: tensor for name, tensor in factors.items() if factor_of(name) == strategy.stays}
-        facts = facts | {f"lora_{strategy.stays} (frozen; seed the script before PEFT makes it)": fingerprint(frozen)}
+        facts = facts | fingerprinted(f"lora_{strategy.stays} (frozen; seed the script before PEFT makes it)", frozen)
     return facts
 
 

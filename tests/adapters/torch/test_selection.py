@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fl_adapters.torch.agreement import agreement
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.selection import exchanged_tensors, frozen_base, modules_in, tensors_beside
 from fl_adapters.torch.state import TorchState
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, HandshakeError
 
 NORMS = pytest.mark.parametrize(
     "norm", [spectral_norm, parametrizations.spectral_norm], ids=["hook", "parametrization"]
@@ -116,6 +117,34 @@ def test_private_adapter_that_is_not_active_stays_out_of_the_handshake(exchange:
     assert TorchState(mine, exchange).specs == TorchState(others, exchange).specs
     assert frozen_base(mine, exchange).keys() == frozen_base(others, exchange).keys()
     assert agreement(mine, framework="t", exchange=exchange) == agreement(others, framework="t", exchange=exchange)
+
+
+def on_frozen_layers(layers: int, other: int) -> nn.Module:
+    """A network whose frozen layers are the same at each call, but for that with the number `other`."""
+    torch.manual_seed(0)
+    body = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))).requires_grad_(False)
+    if other >= 0:
+        nn.init.ones_(body[other].bias)
+    return nn.Sequential(body, t.network())
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"), [(3, r"these tensors differ: 0\.2\.bias"), (200, r"400 entries each; .*: 0\.2\.bias")]
+)
+def test_other_frozen_weights_are_named_and_not_told_as_hashes(layers: int, named: str) -> None:
+    """Of a few tensors and of many, about which the server asks the sites."""
+
+    def body(place: Any) -> None:
+        net = on_frozen_layers(layers, other=2 if place.index else -1)
+        optimizer = t.optimizer_for(net[1])
+        next(FederatedLoop(net, optimizer, kit=place.kit, agree=False).rounds(t.loader()))
+
+    with LocalFederation(sites=2, rounds=1, states=t.STATES) as federation:
+        with pytest.raises(HandshakeError, match=rf"base\.fingerprint: {named}") as caught:
+            federation.run(body)
+    assert not re.search(r"[0-9a-f]{16}", str(caught.value))
+    assert "load the same frozen weights at every site" in caught.value.fix
+    assert "agree=False" not in caught.value.fix
 
 
 class Loss(nn.Module):
