@@ -14,7 +14,7 @@ from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
-from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.local_work.backend import TorchLocalBackend
 from fl_adapters.torch.lora.factors import LoraFactors
 from fl_adapters.torch.lora.strategy import LoraFreezing, lora_facts, lora_state

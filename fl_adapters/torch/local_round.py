@@ -11,6 +11,7 @@ from torch import nn
 
 from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State
+from fl_adapters.torch.handshake.names import labels_of_config, names_of_data
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.progress import (
@@ -22,10 +23,12 @@ from fl_adapters.torch.progress import (
     warn_if_schedule_ends_early,
 )
 from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, samplers_of, seed_round
+from fl_adapters.torch.selection import unwrap
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Metrics
+from fl_runtime.wire.names import Names
 
 _NO_MORE = object()
 
@@ -251,6 +254,10 @@ class LoopPort(TrainerPort):
             where=f"FederatedLoop.load_state_dict, at step {progress.steps}",
             fix="begin a new run from the checkpoint's weights, without load_state_dict",
         )
+
+    def names(self) -> dict[str, Names]:
+        config = getattr(unwrap(self.model), "config", None)
+        return labels_of_config(config) | names_of_data(getattr(self.data.loader, "dataset", None))
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
         target, made = (epochs, self.data.epochs_made) if self.counts_epochs else (steps, self.data.steps_made)

@@ -16,6 +16,7 @@ from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_runtime.types import Arrays, Metrics, Task
+from fl_runtime.wire.names import Names
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class TorchSite:
     def start(
         self,
         live: LiveModel,
+        names: Callable[[], Mapping[str, Names]],
         *,
         rounds: int | None,
         evaluates: bool,
@@ -109,6 +111,7 @@ class TorchSite:
 
         Args:
             live: The model. Its weights become the initial global ones if the server asks this site for them.
+            names: Returns lists of names that must be equal at all sites that give them. Called on rank 0 alone.
             rounds: Number of rounds that the trainer's own length amounts to.
             evaluates: Whether this site scores each global model.
             best: Metric by which the trainer picks its best model. It is proposed where the job is silent.
@@ -125,7 +128,7 @@ class TorchSite:
             live.local.home = session.home
             session.register(
                 arrays,
-                agreement=facts,
+                agreement={**facts, **names()},
                 rounds=rounds,
                 evaluates=evaluates,
                 cross_evaluates=evaluates,

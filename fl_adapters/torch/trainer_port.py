@@ -10,6 +10,7 @@ from fl_adapters.participant.restart import not_restartable
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress
 from fl_adapters.torch.restart import TorchSnapshot
+from fl_runtime.wire.names import Names
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ class TrainerPort(Protocol):
             The checkpoint, or None if the trainer starts from the beginning.
         """
         return None
+
+    def names(self) -> Mapping[str, Names]:
+        """Return lists of names that the script's objects hold, which are compared between the sites.
+
+        Returns:
+            What a list is -> the list: label names, a tokenizer's vocabulary. Empty where nothing is known.
+        """
+        return {}
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
         """Move the learning-rate schedules on to where the other sites are.

@@ -168,7 +168,7 @@ class TrainerRun(Generic[P]):
                 live.gradients.follow(optimizers)
             snapshot = port.snapshot(live) if self.settings.exact_restart else None
             resumed = self._checked(port.resumed())
-            first = self._site.start(live, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot)
+            first = self._site.start(live, port.names, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot)
             self.came_back = snapshot is not None and snapshot.loaded and port.steps > 0
             self._take_first(first, resumed)
 

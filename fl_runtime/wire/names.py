@@ -16,7 +16,7 @@ import xxhash
 from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
-MAX_LISTS = 64
+MAX_LISTS = 256
 MAX_COUNT = 2**31
 MAX_BLOCKS = 1_024
 MAX_EXCERPT = 1_024
@@ -304,6 +304,39 @@ def names_of(entries: Iterable[object], *, from_data: bool = False) -> Names:
         The list, with the text of each value.
     """
     return Names(tuple(str(entry) for entry in entries), from_data)
+
+
+def ordered(value: Any) -> list[str]:
+    """Return names in the order of their numbers.
+
+    Args:
+        value: A list of names, a dict of name to number, a dict of number to name, or any object.
+
+    Returns:
+        The names; with their numbers where those are not 0, 1, 2 and so on. Empty for anything else, as for the labels
+        of rows, which repeat.
+    """
+    if isinstance(value, Mapping):
+        numbered = _numbered(value)
+        complete = [number for number, _ in numbered] == list(range(len(numbered)))
+        return [name if complete else f"{number} = {name}" for number, name in numbered]
+    if isinstance(value, list | tuple) and value and all(isinstance(entry, str) for entry in value):
+        return list(value) if len(set(value)) == len(value) else []
+    return []
+
+
+def _numbered(names: Mapping[Any, Any]) -> list[tuple[int, str]]:
+    """(number, name) in the order of the numbers, from a dict in either direction; empty if it is neither."""
+    items: Iterable[tuple[Any, Any]] = names.items()
+    if all(isinstance(key, str) and _is_number(value) for key, value in items):
+        return sorted((int(value), key) for key, value in items)
+    if all(isinstance(value, str) and (_is_number(key) or str(key).isdigit()) for key, value in items):
+        return sorted((int(key), value) for key, value in items)
+    return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def facts_of(given: Mapping[str, object]) -> dict[str, str | Names]:

@@ -12,9 +12,11 @@ from fl_adapters.torch.progress import Progress, advance_schedule, plain_schedul
 from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_adapters.torch.trainer_run import TrainerRun
+from fl_runtime.wire.names import Names
 
 from . import budget, restart
 from . import trainer as hf
+from .names import names_of_trainer
 from .scores import Score
 
 
@@ -99,6 +101,9 @@ class TransformersPort(TrainerPort):
             where=f"checkpoint at step {state.global_step}",
             fix="begin a new run from its weights: load them with from_pretrained, without resume_from_checkpoint",
         )
+
+    def names(self) -> dict[str, Names]:
+        return names_of_trainer(self.trainer)
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
         advance_schedule(plain_schedule(self._scheduler), (steps or 0) - self.steps)

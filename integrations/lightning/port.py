@@ -10,9 +10,11 @@ from fl_adapters.torch.progress import Progress
 from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_adapters.torch.trainer_run import TrainerRun
+from fl_runtime.wire.names import Names
 
 from . import budget, restart
 from . import trainer as lightning
+from .names import names_of_fit
 
 
 class LightningPort(TrainerPort):
@@ -94,6 +96,9 @@ class LightningPort(TrainerPort):
             where=f"ckpt_path, at step {self._trainer.global_step}",
             fix="begin a new run from its weights: MyModule.load_from_checkpoint(path), then fit without ckpt_path",
         )
+
+    def names(self) -> dict[str, Names]:
+        return names_of_fit(self._trainer, self._module)
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
         done = self._trainer.current_epoch, self._trainer.global_step

@@ -16,6 +16,8 @@ from fl_adapters.participant.outputs import claimed_path, placed
 from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
+from .names import channels_of
+
 HANDLER, SITE = "federated_handler", "federated_site"
 """Ids added to a bundle's config. Its expressions may use them, and the command line may override their parts."""
 
@@ -110,6 +112,16 @@ def has_handler(parser: ConfigParser) -> bool:
     return any(component["_target_"] == _TARGET and i != HANDLER for i, component in _components(parser.get()))
 
 
+def compare_channels(parser: ConfigParser) -> None:
+    """Let every handler of the bundle compare what the metadata says of channels, unless it says what to compare."""
+    channels = channels_of(parser)
+    # a text that begins so would be evaluated or looked up
+    texts = {name: names for name, names in channels.items() if not any(text[:1] in ("$", "@", "%") for text in names)}
+    for name, component in list(_components(parser.get())):
+        if texts and component["_target_"] == _TARGET and "agree" not in component:
+            parser[f"{name}#agree"] = texts
+
+
 def set_epochs(parser: ConfigParser, trainer_id: str, overridden: Mapping[str, Any]) -> None:
     """Set the bundle's own number of epochs, whatever its id, to that of the federation.
 
@@ -170,7 +182,10 @@ def workflow_of(bundle: Path, override: Mapping[str, Any], **given: Any) -> Conf
     trainer = find_trainer(workflow.parser, trainer_id, where)
     if not has_handler(workflow.parser):
         add_handler(workflow.parser, workflow.run_id, trainer)
+        compare_channels(workflow.parser)  # before the session is opened
         set_epochs(workflow.parser, trainer, override)
+    else:
+        compare_channels(workflow.parser)
     place_outputs(workflow.parser, root, current_kit())
     return workflow
 

@@ -21,7 +21,9 @@ from fl_adapters.torch.progress import size_of
 from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
+from fl_runtime.wire.names import facts_of
 
+from .names import channels_of
 from .scores import plain_numbers
 
 _FRAMEWORK = "monai client algorithm"
@@ -117,7 +119,7 @@ def _federated(
     evaluates = _evaluates(algo, session.settings)
     session.register(
         first,
-        agreement={"framework": _FRAMEWORK},
+        agreement=facts_of({"framework": _FRAMEWORK, **_channels(algo)}),
         rounds=rounds,
         evaluates=evaluates,
         cross_evaluates=evaluates,
@@ -141,6 +143,12 @@ def _federated(
         copy_model_state(dst=network, src=final.weights)
     session.finish()
     return final
+
+
+def _channels(algo: ClientAlgo) -> dict[str, list[str]]:
+    """What the metadata of the algorithm's bundle says of channels, if it trains one."""
+    parser = getattr(getattr(algo, "train_workflow", None), "parser", None)
+    return {} if parser is None else channels_of(parser)
 
 
 def _alone(algo: ClientAlgo, initial: Mapping[str, torch.Tensor] | None, extra: dict[str, Any]) -> ExchangeObject:

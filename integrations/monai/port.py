@@ -7,11 +7,13 @@ from typing import Any
 
 from monai.handlers import LrScheduleHandler, ValidationHandler
 
+from fl_adapters.torch.handshake.names import names_of_data
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress
 from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_adapters.torch.trainer_run import TrainerRun
+from fl_runtime.wire.names import Names
 
 from . import budget, restart
 from . import trainer as monai
@@ -92,6 +94,9 @@ class MonaiPort(TrainerPort):
             fix="make a new trainer for each run, with weights of an earlier one if you like; to resume a run, "
             "save and load the handler together with the trainer: {'trainer': trainer, 'federation': handler, ...}",
         )
+
+    def names(self) -> dict[str, Names]:
+        return names_of_data(getattr(self._engine.data_loader, "dataset", None))
 
     def advance_schedules(self, epochs: int | None, steps: int | None) -> None:
         handlers = monai.attached(self._engine, LrScheduleHandler)

@@ -11,7 +11,7 @@ from fl_adapters.participant.exchange import matches
 from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
-from fl_adapters.torch.agreement import fingerprinted
+from fl_adapters.torch.handshake.agreement import fingerprinted
 from fl_adapters.torch.lora.factors import LoraFactors
 from fl_adapters.torch.state import TorchState
 from fl_runtime.aggregation.lora.names import FROZEN, factor_of, pairs_of, patterns_of

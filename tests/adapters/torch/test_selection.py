@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.testing import LocalFederation
 from fl_adapters.torch import FederatedLoop
-from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.selection import exchanged_tensors, frozen_base, modules_in, tensors_beside
 from fl_adapters.torch.state import TorchState

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fl_adapters.torch.agreement import agreement, fingerprint
+from fl_adapters.torch.handshake.agreement import agreement, fingerprint
 from fl_adapters.torch.optimizer_state import TorchOptimizerState
 from fl_adapters.torch.selection import exchanged_tensors, unwrap
 from fl_adapters.torch.state import TorchState, as_array, as_tensor

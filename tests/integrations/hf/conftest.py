@@ -22,7 +22,7 @@ import hf_models
 
 from fl_adapters import connect
 from fl_adapters.testing import LocalFederation
-from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.state import TorchState
 from fl_runtime.server import RunResult
 from fl_runtime.types import Arrays, Event

@@ -14,7 +14,7 @@ from lightning_site_process import SiteProcess
 
 from fl_adapters import connect
 from fl_adapters.lightning import FederatedCallback
-from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import ConfigError
 

@@ -16,7 +16,7 @@ from monai.handlers import CheckpointLoader, CheckpointSaver, LrScheduleHandler
 
 from fl_adapters import connect
 from fl_adapters.monai import FederatedHandler
-from fl_adapters.torch.agreement import agreement
+from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import ConfigError, FederationError
 

@@ -1,0 +1,1 @@
+"""What a torch trainer declares at the handshake: facts about its model, and lists of names."""
