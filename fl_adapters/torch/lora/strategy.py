@@ -13,9 +13,10 @@ from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
 from fl_adapters.torch.handshake.agreement import fingerprinted
 from fl_adapters.torch.lora.factors import LoraFactors
-from fl_adapters.torch.state import TorchState
-from fl_runtime.aggregation.lora.names import FROZEN, factor_of, pairs_of, patterns_of
+from fl_adapters.torch.state import TorchState, is_sharded
+from fl_runtime.aggregation.lora.names import FROZEN, factor_of, frozen_as, frozen_patterns, pairs_of
 from fl_runtime.aggregation.lora.products import LoraProducts
+from fl_runtime.aggregation.lora.strategies import LoraAverage
 from fl_runtime.errors import ConfigError
 from fl_runtime.wire.names import Names
 
@@ -51,7 +52,9 @@ def lora_state(
                 fix='use optimizer_state="keep" or "reset"',
             )
         return LoraFactors(model, settings.exchange, settings.keep_local, strategy, beside)
-    local = patterns_of(strategy.stays) if strategy.stays else ()
+    if strategy.fixed:
+        _refuse_zeros(strategy, default.tensors)
+    local = strategy.local_patterns
     local = tuple(pattern for pattern in local if any(matches(name, [pattern]) for name in default.tensors))
     return TorchState(model, settings.exchange, (*settings.keep_local, *local), beside) if local else default
 
@@ -73,10 +76,21 @@ def lora_facts(facts: dict[str, str | Names], plan: SitePlan, factors: Mapping[s
         return facts
     if isinstance(strategy, LoraProducts):
         return {name: value for name, value in facts.items() if not (strategy.mixed and name in _RANKS)}
-    if strategy.stays and strategy.stays == strategy.frozen(1):
-        frozen = {name: tensor for name, tensor in factors.items() if factor_of(name) == strategy.stays}
-        facts = facts | fingerprinted(f"lora_{strategy.stays} (frozen; seed the script before PEFT makes it)", frozen)
+    if strategy.fixed:
+        frozen = {name: tensor for name, tensor in factors.items() if frozen_as(name) == strategy.fixed}
+        facts = facts | fingerprinted(f"lora_{strategy.fixed} (frozen; seed the script before PEFT makes it)", frozen)
     return facts
+
+
+def _refuse_zeros(strategy: LoraAverage, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a factor of zeros that is to be fixed: the other one would never have a gradient."""
+    for name, tensor in tensors.items():
+        if frozen_as(name) == strategy.fixed and not is_sharded(tensor) and not bool(tensor.detach().any()):
+            raise ConfigError(
+                f"this LoRA factor is zero and {strategy.name} keeps it fixed, so that the other one has no gradient",
+                where=name,
+                fix="initialise it with random numbers, as PEFT does, or use another strategy",
+            )
 
 
 class LoraFreezing:
@@ -109,7 +123,7 @@ class LoraFreezing:
         """Name patterns of the factors that stay fixed in this round; no site sends them."""
         if not self._frozen:
             return ()
-        return patterns_of("A" if self._frozen == "A" else "B")
+        return frozen_patterns("A" if self._frozen == "A" else "B")
 
     def begin(self, config: Mapping[str, Any], *, over: bool) -> None:
         """Freeze the factor that a task names, and train the other one.
@@ -122,16 +136,16 @@ class LoraFreezing:
             ConfigError: A factor would change between frozen and trained while several ranks train.
         """
         factor = "" if over else str(config.get(FROZEN, ""))
-        changed = [n for n, t in self._trained.items() if t.requires_grad != (factor_of(n) != factor)]
+        changed = [n for n, t in self._trained.items() if t.requires_grad != (frozen_as(n) != factor)]
         if changed and ranks.several():
             raise ConfigError(
                 "a LoRA factor cannot be frozen while several ranks train: DDP waits for the gradient of every "
                 "parameter that was trainable when DDP wrapped the model",
                 where=changed[0],
-                fix="train with one process per site; for ffa-lora, freeze A before the trainer is made",
+                fix="train with one process per site; for ffa-lora, freeze A (embeddings: B) before DDP wraps it",
             )
         for name, tensor in self._trained.items():
-            tensor.requires_grad_(factor_of(name) != factor)
+            tensor.requires_grad_(frozen_as(name) != factor)
             if not tensor.requires_grad:
                 tensor.grad = None
         self._frozen = factor

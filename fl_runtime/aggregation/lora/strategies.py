@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fl_runtime.aggregation.fedavg import FedAvg
-from fl_runtime.aggregation.lora.names import FROZEN, Factor
+from fl_runtime.aggregation.lora.names import FROZEN, Factor, frozen_patterns, patterns_of
 from fl_runtime.capabilities import LORA, WEIGHTS
 from fl_runtime.types import Settings
 
@@ -25,7 +25,7 @@ class LoraAverage(FedAvg):
 
     Attributes:
         requires: Capabilities that every site's adapter must have.
-        stays: The factor that never leaves a site; "" for none.
+        stays: The factor that never leaves a site; "" for none. If it is fixed, see `frozen_as` for embeddings.
         weights: n_i is the site's number of "examples", or 1 for every site ("equal").
     """
 
@@ -42,6 +42,18 @@ class LoraAverage(FedAvg):
             "A" or "B", or None if both are trained.
         """
         return None
+
+    @property
+    def fixed(self) -> Factor | None:
+        """The factor that is fixed in every round; None if there is none."""
+        return self.frozen(1) if self.frozen(1) == self.frozen(2) else None
+
+    @property
+    def local_patterns(self) -> tuple[str, ...]:
+        """Name patterns (`fnmatch`) of the factors that never leave a site."""
+        if not self.stays:
+            return ()
+        return frozen_patterns(self.stays) if self.fixed else patterns_of(self.stays)
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         """Return the setting that names the fixed factor."""
@@ -72,8 +84,9 @@ class FedIT(LoraAverage):
 class FFALoRA(LoraAverage):
     """Keeps A fixed and averages B: B' = sum_i p_i B_i, so that B'A = sum_i p_i B_i A exactly.
 
-    A is the initial one, equal at all sites. It does not travel; the handshake compares its fingerprint. Sites need a
-    model with a LoRA adapter, all of the same rank.
+    A is the initial one, equal at all sites. It does not travel; the handshake compares its fingerprint. An embedding
+    begins with A = 0 in PEFT, so that B would have no gradient: there B is fixed and A is averaged, which is as exact.
+    Sites need a model with a LoRA adapter, all of the same rank.
 
     Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning".
 
@@ -104,7 +117,8 @@ class RoLoRA(LoraAverage):
     """Alternates: B' = sum_i p_i B_i with A fixed in odd rounds, A' = sum_i p_i A_i with B fixed in even rounds.
 
     The fixed factor is equal at all sites, so the mean of the products is exact in every round. The fixed factor is not
-    sent to the server. Sites need a model with a LoRA adapter, all of the same rank.
+    sent to the server. For an embedding, which begins with A = 0 in PEFT, odd and even rounds change places. Sites need
+    a model with a LoRA adapter, all of the same rank.
 
     Source: Chen et al. 2024, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA".
 
