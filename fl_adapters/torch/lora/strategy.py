@@ -13,7 +13,8 @@ from fl_adapters.participant.options import SiteSettings
 from fl_adapters.torch import ranks
 from fl_adapters.torch.handshake.agreement import fingerprinted
 from fl_adapters.torch.lora.factors import LoraFactors
-from fl_adapters.torch.state import TorchState, is_sharded
+from fl_adapters.torch.selection import is_sharded
+from fl_adapters.torch.state import TorchState
 from fl_runtime.aggregation.lora.names import FROZEN, factor_of, frozen_as, frozen_patterns, pairs_of
 from fl_runtime.aggregation.lora.products import LoraProducts
 from fl_runtime.aggregation.lora.strategies import LoraAverage
