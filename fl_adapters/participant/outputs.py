@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,55 @@ def placed(kit: Kit | None, folder: str) -> str:
     if absolute.is_dir():  # what exists under the old name is expected under the new one
         os.makedirs(moved, exist_ok=True)
     return moved
+
+
+class SavesApart:
+    """Where the files lie that a script saves by a path of its own, in `trainer.save_model("final")` for example.
+
+    Sites of a simulation run in the same working directory, and would overwrite each other's.
+
+    Args:
+        kit: The site's startup kit.
+        saver: Call that saves, for the message: "trainer.save_model".
+    """
+
+    def __init__(self, kit: Kit, saver: str) -> None:
+        self._kit, self._saver = kit, saver
+        self._moved: dict[str, str] = {}
+
+    def written(self, path: str) -> str:
+        """Return the path to write to, and say so on stderr if it is another one.
+
+        Args:
+            path: Path that the script gives.
+
+        Returns:
+            What `placed` returns.
+
+        Raises:
+            ConfigError: Another site of the simulation writes to the same path.
+        """
+        if path not in self._moved:
+            self._moved[path] = placed(self._kit, path)
+            if self._moved[path] != path:
+                print(
+                    f"fl-adapters: {self._saver}({path!r}) writes to {self._moved[path]}: simulated sites share the "
+                    "working directory",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return self._moved[path]
+
+    def read(self, path: str) -> str:
+        """Return the path to read from.
+
+        Args:
+            path: Path that the script gives.
+
+        Returns:
+            Where `written` has moved it, or `path` itself.
+        """
+        return self._moved.get(path, path)
 
 
 def claimed_path(run: Path, site: str, path: str) -> str:

@@ -90,7 +90,7 @@ class FederatedLoop(SharedArguments):
                 loss.backward()
                 optimizer.step()
                 round.add_loss(loss.detach())
-        torch.save(model.state_dict(), "final.pt")
+        torch.save(model.state_dict(), f"final-{fl_adapters.site().name}.pt")
         ```
     """
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.options import SharedArguments
 from fl_adapters.torch.restart import seed_round
 from fl_adapters.torch.selection import modules_in
@@ -170,9 +171,11 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         folders = {name: path for name in _FOLDERS if (path := getattr(args, name, None))}
         run: TrainerRun[TransformersPort] | None = TrainerRun.join(self.options, "transformers", folders)
         if run is not None:
+            trainer = hf.calling_trainer()
+            hf.keep_saves_apart(trainer, current_kit(self.options.kit))
             for name, path in run.joined.folders.items():
                 setattr(args, name, path)
-                setattr(hf.calling_trainer().args, name, path)
+                setattr(trainer.args, name, path)
         return run
 
     def _exchange(

@@ -5,6 +5,7 @@ All access to private attributes of transformers stands here. Checked in transfo
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,9 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.options import BestMetric, SiteSettings
+from fl_adapters.participant.outputs import SavesApart
 from fl_runtime.errors import ConfigError
 
 _IGNORED = "ignore_keys_for_eval"  # argument of `train()`, by its name there
@@ -25,6 +28,26 @@ _IGNORED = "ignore_keys_for_eval"  # argument of `train()`, by its name there
 def calling_trainer() -> Trainer:
     """The Trainer whose hook is running. HF gives a callback no reference to it, but it is on the call stack."""
     return _trainer_frame()[0]
+
+
+class SavesModel:
+    """`save_model` of one simulated site's Trainer: a folder that the script names is the site's own."""
+
+    def __init__(self, trainer: Trainer, kit: Kit) -> None:
+        self._save_model, self._paths = trainer.save_model, SavesApart(kit, "trainer.save_model")
+
+    def __call__(self, output_dir: Any = None, *args: Any, **options: Any) -> None:
+        folder = None if output_dir is None else self._paths.written(os.fspath(output_dir))
+        self._save_model(folder, *args, **options)
+
+
+def keep_saves_apart(trainer: Trainer, kit: Kit | None) -> None:
+    """Let `trainer.save_model(folder)` write below a simulated site's own folder, like the trainer's other outputs.
+
+    HF has no hook for it, so this Trainer gets a `save_model` of its own. Its class is left alone.
+    """
+    if kit is not None and kit.simulated and not isinstance(trainer.save_model, SavesModel):
+        trainer.save_model = SavesModel(trainer, kit)
 
 
 def copy_length(args: TrainingArguments, passed: Any) -> None:

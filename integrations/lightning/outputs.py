@@ -6,13 +6,36 @@ import os
 from typing import Any
 
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.outputs import placed
+from fl_adapters.participant.outputs import SavesApart, placed
 
 from .trainer import move_logger, set_root_folder
 
 
+class CheckpointsApart:
+    """Lightning's `CheckpointIO` of a simulated site: what `trainer.save_checkpoint(path)` writes is the site's own."""
+
+    def __init__(self, io: Any, kit: Kit) -> None:
+        self._io, self._paths = io, SavesApart(kit, "trainer.save_checkpoint")
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, *args: Any, **options: Any) -> None:
+        """Save to this site's own folder."""
+        self._io.save_checkpoint(checkpoint, self._paths.written(os.fspath(path)), *args, **options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
+        """Load what this site has saved under `path`, or else what lies there."""
+        return self._io.load_checkpoint(self._paths.read(os.fspath(path)), *args, **options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove what this site has saved under `path`, or else what lies there."""
+        self._io.remove_checkpoint(self._paths.read(os.fspath(path)))
+
+    def teardown(self) -> None:
+        """End the plugin that saves."""
+        self._io.teardown()
+
+
 def move(trainer: Any, kit: Kit | None) -> None:
-    """Move default_root_dir, the folders of file loggers, and explicit checkpoint folders. May be called again.
+    """Move default_root_dir, the folders of file loggers, and explicit paths of checkpoints. May be called again.
 
     Raises ConfigError for an absolute path, outside the working directory, that another site has claimed.
     """
@@ -24,3 +47,5 @@ def move(trainer: Any, kit: Kit | None) -> None:
     for checkpoint in trainer.checkpoint_callbacks:
         if getattr(checkpoint, "dirpath", None):
             checkpoint.dirpath = placed(kit, os.fspath(checkpoint.dirpath))
+    if not isinstance(trainer.strategy.checkpoint_io, CheckpointsApart):
+        trainer.strategy.checkpoint_io = CheckpointsApart(trainer.strategy.checkpoint_io, kit)

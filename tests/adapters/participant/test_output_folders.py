@@ -86,3 +86,11 @@ def test_folders_below_the_working_directory_move_however_they_are_written(
     assert placed(None, "out") == "out"
     production = Kit("job", "site-1", 0, 2, "nowhere", "secret")
     assert placed(production, "out") == "out"
+
+
+def test_a_moved_folder_exists_if_that_of_the_script_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kit = Kit("job", "site-1", 0, 2, "nowhere", "secret", run=str(tmp_path / "runs" / "job"), simulated=True)
+    (tmp_path / "there").mkdir()
+    assert Path(placed(kit, "there")).is_dir()
+    assert not Path(placed(kit, "absent")).exists()

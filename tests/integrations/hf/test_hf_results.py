@@ -13,6 +13,7 @@ import torch
 from transformers import BertForSequenceClassification, DataCollatorWithPadding, pipeline
 
 from fl_adapters.hf import FederatedCallback
+from fl_runtime.errors import ConfigError
 
 
 class Texts(torch.utils.data.Dataset):
@@ -86,6 +87,33 @@ def test_moved_output_folder_exists(federation) -> None:
     moved = Path(trainer.args.output_dir)
     assert moved == run.folder / "sites" / "site-1" / "out"
     (moved / "predictions.json").write_text("{}")
+
+
+def test_models_that_sites_save_by_the_same_name_do_not_meet(federation, capsys) -> None:
+    run = federation(sites=2)
+    trainers = [m.trainer(FederatedCallback(kit=run.kit(n)), model=m.classifier(seed=n)) for n in (1, 2)]
+    for trainer in trainers:
+        trainer.save_model("my_model")
+        trainer.save_model()
+    assert not Path("my_model").exists()
+    said = capsys.readouterr().err
+    assert [said.count(f"site-{n}/my_model: simulated sites share the working directory") for n in (1, 2)] == [1, 1]
+    for number, trainer in enumerate(trainers, start=1):
+        own = run.folder / "sites" / f"site-{number}"
+        for folder in (own / "my_model", own / "out"):
+            opened = BertForSequenceClassification.from_pretrained(folder)
+            assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), trainer.model.parameters(), strict=True))
+    shared = str(run.folder.parent.parent / "elsewhere")
+    trainers[0].save_model(shared)
+    with pytest.raises(ConfigError, match="site-1 and site-2 would both write"):
+        trainers[1].save_model(shared)
+
+
+def test_alone_a_model_is_saved_where_the_script_says(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
+    m.trainer(FederatedCallback(), model=m.classifier()).save_model("my_model")
+    assert (tmp_path / "my_model" / "model.safetensors").exists()
 
 
 def test_sentence_transformer(federation, tmp_path) -> None:

@@ -60,3 +60,23 @@ def test_best_model_is_written_whichever_site_has_validation_data(federation, sc
     final = Path(run.folder, "model", "model.safetensors")
     assert m.same({name: tensor.numpy() for name, tensor in saved.items()}, run.model("best"))
     assert all(m.same(load_file(final), weights) for weights in sites.values())
+
+
+def test_checkpoints_that_sites_save_by_the_same_name_do_not_meet(federation, pl) -> None:
+    """And the script finds its own again by that name."""
+    run = federation(sites=2, rounds=1)
+
+    def site(place: Any) -> Any:
+        torch.manual_seed(place.index)
+        module = m.module(pl)
+        trainer = m.trainer(FederatedCallback(kit=place.kit, keep_local=["net.1.*"]), pl=pl, max_epochs=100)
+        trainer.fit(module, m.loader(place.index), m.validation())
+        trainer.save_checkpoint("final.ckpt")
+        scores = trainer.validate(module, m.validation(), ckpt_path="final.ckpt", verbose=False)
+        return m.weights(module), scores
+
+    for name, (weights, scores) in run.run(site).items():
+        saved = torch.load(run.folder / "sites" / name / "final.ckpt", weights_only=True)["state_dict"]
+        assert m.same({n: tensor.numpy() for n, tensor in saved.items()}, weights)
+        assert scores
+    assert not Path("final.ckpt").exists()
