@@ -22,6 +22,7 @@ OptimizerPolicy = Literal["keep", "reset", "average"]
 """What happens to optimizer state when new global weights arrive."""
 
 _POLICIES = ("keep", "reset", "average")
+_LISTED = 8
 _EXCHANGES = ("auto", "trainable", "all")
 
 
@@ -247,7 +248,8 @@ class SiteSettings:
         facts = {**facts, **{name: names_of(entries) for name, entries in own.items()}}
         lists = [n for n, fact in facts.items() if isinstance(fact, Names) and not n.startswith(TENSORS_OF)]
         if self.agree is False and lists:
-            print(f"fl-adapters: agree=False: not compared with other sites: {', '.join(lists)}", file=sys.stderr)
+            told = ", ".join(lists[:_LISTED]) + (", ..." if len(lists) > _LISTED else "")
+            print(f"fl-adapters: agree=False: not compared with other sites: {told}", file=sys.stderr)
             facts = {name: fact for name, fact in facts.items() if name not in lists}
         return {**facts, "every": str(self.every), "optimizer_state": self.optimizer_state}
 

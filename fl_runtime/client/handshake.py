@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fl_runtime.client.calls import PatientCalls, parsed
 from fl_runtime.errors import ConnectionLostError
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
-from fl_runtime.wire.names import Facts, Names, NamesDigest, excerpt_of
+from fl_runtime.wire.names import MAX_NAME_CHARS, Facts, Names, NamesDigest, excerpt_of
 
 PARTS = "parts"
 """Feature of a server that takes a registration in several messages, and may ask questions."""
@@ -29,7 +29,8 @@ class Handshake:
         """
         self._calls, self._parts = calls, parts
         self._texts = {name: fact for name, fact in facts.items() if isinstance(fact, str)}
-        self._names = {name: fact for name, fact in facts.items() if isinstance(fact, Names)} if parts else {}
+        lists = {name[:MAX_NAME_CHARS]: fact for name, fact in facts.items() if isinstance(fact, Names)}
+        self._names = lists if parts else {}
 
     def register(self, request: pb.RegisterRequest) -> pb.RegisterReply:
         """Register, and wait for the other sites.

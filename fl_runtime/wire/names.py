@@ -18,7 +18,10 @@ from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 MAX_LISTS = 256
 MAX_COUNT = 2**31
+MAX_NAME_CHARS = 200
 MAX_BLOCKS = 1_024
+MAX_ALL_BLOCKS = 2**16
+"""Most blocks of all lists of a site together: 512 KiB of digests."""
 MAX_EXCERPT = 1_024
 """Most entries that one excerpt brings."""
 
@@ -30,7 +33,7 @@ told in place of the text, without digests.
 """
 
 _INLINE_ENTRIES, _INLINE_CHARS = 256, 4_096
-_ENTRY_CHARS, _NAME_CHARS = 120, 200
+_ENTRY_CHARS = 120
 _BLOCK_OF_DATA = 64  # so that the digest of a block cannot be guessed entry by entry
 _DIGEST_BYTES, _BLOCK_DIGEST_BYTES = 16, 8
 _SHOWN = 4
@@ -159,7 +162,7 @@ class NamesDigest:
         blocks = -(-message.count // message.block) if message.block else -1
         sizes_fit = len(message.block_digests) == blocks * _BLOCK_DIGEST_BYTES and len(message.digest) == _DIGEST_BYTES
         complete = len(message.entries) in (0, message.count) and len(message.entries) <= _INLINE_ENTRIES
-        readable = len(message.name) <= _NAME_CHARS and all(len(entry) <= _ENTRY_CHARS for entry in message.entries)
+        readable = len(message.name) <= MAX_NAME_CHARS and all(len(entry) <= _ENTRY_CHARS for entry in message.entries)
         if not (sizes_fit and complete and readable and message.count <= MAX_COUNT and blocks <= MAX_BLOCKS):
             raise ProtocolError(f"the list of names {message.name[:60]!r} of a registration cannot be read")
         return cls(
@@ -257,10 +260,10 @@ def describe_difference(
     whole = left.tells_entries and right.tells_entries
     if whole:
         excerpts = Excerpt(0, left.entries), Excerpt(0, right.entries)
-    if left.count == right.count == 1 and whole:
-        return f"{name}: {left.entries[0]!r} != {right.entries[0]!r}"
     if name.startswith(TENSORS_OF):
         return _describe_tensors(name.removeprefix(TENSORS_OF), counts, _differing_tensors(*excerpts or ()))
+    if left.count == right.count == 1 and whole:
+        return f"{name}: {left.entries[0]!r} != {right.entries[0]!r}"
     shown = _differing(*excerpts) if excerpts else []
     if shown:
         more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
@@ -380,7 +383,10 @@ def checked_lists(messages: Sequence[pb.NameList]) -> dict[str, NamesDigest]:
     """
     if len(messages) > MAX_LISTS:
         raise ProtocolError(f"a registration has {len(messages)} lists of names; the limit is {MAX_LISTS}")
-    return {message.name: NamesDigest.from_proto(message) for message in messages}
+    digests = {message.name: NamesDigest.from_proto(message) for message in messages}
+    if sum(len(digest.blocks) for digest in digests.values()) > MAX_ALL_BLOCKS * _BLOCK_DIGEST_BYTES:
+        raise ProtocolError(f"the lists of names of a registration have more than {MAX_ALL_BLOCKS} blocks")
+    return digests
 
 
 def _shortened(entry: str) -> str:

@@ -18,6 +18,7 @@ from fl_adapters.participant.registry import leaving_on_error, open_session, run
 from fl_adapters.participant.session import RoundStats, Session
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
+from fl_runtime.wire.names import Names, names_of
 
 from . import neighbours, restart, scores
 from .export import export
@@ -230,7 +231,7 @@ class FitRun:
         restored = restored_epoch(model) or 0  # by BackupAndRestore
         rounds = session.register(
             live.state.get_state(),
-            agreement=live.agreement,
+            agreement={**live.agreement, **_classes(fit)},
             rounds=None if settings.rounds else budget.own_rounds(fit, 0 if restored else epoch),
             evaluates=self._evaluates,
             cross_evaluates=self._evaluates,
@@ -366,6 +367,11 @@ class FitRun:
     def _report(self, metrics: dict[str, float], examples: int) -> None:
         self.awaits_score = False
         self._session.report(metrics, examples)
+
+
+def _classes(fit: FitCall) -> dict[str, Names]:
+    names = fit.class_names
+    return {"classes of the training data": names_of(names)} if names else {}
 
 
 def _uncounted() -> ConfigError:

@@ -15,7 +15,7 @@ from fl_runtime.capabilities import OPTIMIZER_STATE
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest, TensorSpec, differences
-from fl_runtime.wire.names import Facts, Names, names_of
+from fl_runtime.wire.names import TENSORS_OF, Facts, Names, names_of
 
 from .names import Named, named_variables
 from .preprocessing import deriving_again, facts
@@ -113,7 +113,9 @@ class KerasState:
         common: dict[str, str | Names] = {"framework": "keras", "model": type(model).__name__}
         if self._base:
             common["frozen tensors"] = str(len(self._base))
-            common["frozen layers"] = names_of(_fingerprints(self._base))
+            digests = _fingerprints(self._base)
+            common["frozen layers"] = xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
+            common[f"{TENSORS_OF}frozen layers"] = names_of(digests)
         return common | facts(model)
 
 
@@ -134,11 +136,11 @@ def spec(name: str, variable: Any) -> TensorSpec:
 
 
 def _fingerprints(named: dict[str, Named]) -> list[str]:
-    """Layer and hash over its names, shapes, dtypes and contents; against mistakes, not against an attacker."""
+    """Hash over a layer's names, shapes, dtypes and contents, and its name; against mistakes, not an attacker."""
     layers: dict[str, xxhash.xxh3_64] = {}
     for name in sorted(named):
         value: Any = to_host(named[name].variable)
         digest = layers.setdefault(name.rpartition("/")[0] or name, xxhash.xxh3_64())
         digest.update(f"{name}|{list(value.shape)}|{value.dtype}|".encode())
         digest.update(value.reshape(-1).view(np.uint8))
-    return [f"{layer} ({digest.hexdigest()})" for layer, digest in layers.items()]
+    return [f"{digest.hexdigest()} {layer}" for layer, digest in layers.items()]

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.wire.names import ordered
 
 _STEP = "_backend_update_step"
 _VARIABLES = "_variables"
@@ -60,6 +61,23 @@ class FitCall:
             return None
         partial = data.partial_batch_size
         return int((batches - 1) * size + partial if partial else batches * size)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the training data, in their order; empty if it does not tell them.
+
+        `image_dataset_from_directory` tells them, also below the `map` or `prefetch` of a script.
+        """
+        data, loader = self._data, self.torch_loader
+        # TFDatasetAdapter._dataset, PyDatasetAdapter.py_dataset: Keras 3.10.0 and 3.15.1
+        source = getattr(data, "_dataset", None) if loader is None else loader.dataset
+        source = getattr(data, "py_dataset", None) if source is None else source
+        while source is not None:
+            for name in ("class_names", "class_indices", "class_to_idx", "classes"):
+                if entries := ordered(getattr(source, name, None)):
+                    return entries
+            source = getattr(source, "_input_dataset", None)  # TensorFlow 2.18.0 and 2.21.0
+        return []
 
     @property
     def continues_data(self) -> bool:
