@@ -26,6 +26,7 @@ from fl_runtime.filters import (
     check_repeatable,
     check_site_weights,
 )
+from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.types import RunSettings, Strategy
 
 R_co = TypeVar("R_co", covariant=True)
@@ -76,7 +77,8 @@ class Job(BaseModel):
         rejoin_s: Seconds to wait for a site whose process or connection is gone, before `min_sites` decides.
             Default 60.
         late: What happens to an update that arrives after its round has closed: "drop" it, or "carry" it into the
-            next round. Default "drop".
+            next round. There the site's change to the model that it trained from is applied to the newer one.
+            Default "drop".
         durability: What acknowledged updates survive: the death of a "process", or a "power" failure too, for which
             the server waits for its disk. Default "process".
         every: Local budget between two exchanges: "epoch", "N epochs", or a number of optimizer steps. Default None:
@@ -319,6 +321,8 @@ def _check(job: Job) -> None:
             where="late",
             fix="leave late out of the job",
         )
+    if job.late == "carry":
+        _check_carried(job)
     if strategy.buffer:
         for field, wanted in (
             ("fraction", job.fraction < 1),
@@ -372,6 +376,18 @@ def _check_budgets(job: Job, strategy: Strategy | None) -> None:
         rounds = job.rounds and math.ceil(job.rounds * job.fraction)
         settings = RunSettings(job.name, ("any",), 1, rounds=rounds, seed=job.seed)
     check_budgets(job.filters, settings, strategy)
+
+
+def _check_carried(job: Job) -> None:
+    """Refuse what needs whole weights of the sites, which send differences if their updates may be carried."""
+    encrypted = any(settings.get("name") == HomomorphicCKKS.__name__ for settings in job.filters)
+    for what, wanted in (("cross_site", job.cross_site), ("the filter HomomorphicCKKS", encrypted)):
+        if wanted:
+            raise ConfigError(
+                f"{what} needs whole weights, but with late: carry the sites send differences to the global model",
+                where="late",
+                fix=f"leave late or {what.removeprefix('the filter ')} out of the job",
+            )
 
 
 def _check_name(name: str, field: str) -> None:
