@@ -98,6 +98,9 @@ class Job(BaseModel):
         patience: Number of rounds without a better `best_metric` after which the run ends. Default None: the script's
             own early stopping, if any.
         min_delta: Least difference of `best_metric` that counts as better, for `patience`. Default 0.
+        trainings: Largest number of trainings in a script, each of which is a run of its own (docs/trainings.md).
+            With 1, the job ends with the run, and a script that trains a second time ends with an error. Default
+            None: as many as the scripts have.
         seed: Seed of everything that the run draws, at least 0. Default None: 0 where one is needed.
         exact_restart: Whether a site that is killed and started again ends with the same bits as without. Every round
             then begins with random states made from `seed`, the site and the round (docs/restart.md). Default False.
@@ -139,6 +142,7 @@ class Job(BaseModel):
     best_mode: Literal["min", "max"] = "min"
     patience: int | None = Field(default=None, ge=1)
     min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    trainings: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=0)
     exact_restart: bool = False
 

@@ -212,6 +212,7 @@ class RunSettings:
         min_delta: Least difference of the metric that counts as better, for `patience`.
         cross_site: Whether every site evaluates every site's model after the last round.
         durability: Whether acknowledged updates survive the death of processes, or also a power failure.
+        trainings: Largest number of trainings in a site's script; None for any number.
     """
 
     name: str
@@ -240,6 +241,7 @@ class RunSettings:
     min_delta: float = 0.0
     cross_site: bool = False
     durability: Literal["process", "power"] = "process"
+    trainings: int | None = None
 
     @property
     def sites_per_round(self) -> int:
@@ -254,6 +256,7 @@ class Event:
     The kinds of events:
 
     - "joined", "registered", "left": a site joined, finished its handshake, or left.
+    - "script_ended": the script of a site that has left has ended.
     - "started", "finished", "failed": the run began, ended, or failed.
     - "round_started", "round_finished": a round was opened, or its model was committed.
     - "round_dropped": an open round turned out not to be needed.

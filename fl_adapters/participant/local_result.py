@@ -1,10 +1,10 @@
-"""The result of a site's local training in one round, as `submit` and `exchange` take it."""
+"""The result of a site's local training in one round, and the update that carries it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fl_runtime.types import Metrics
+from fl_runtime.types import Arrays, Content, Metrics, Task, Update
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,40 @@ class LocalResult:
         """
         personal = {name.replace("train_", "train_personal_", 1): value for name, value in metrics.items()}
         return replace(self, metrics={**personal, **self.metrics})
+
+
+@dataclass(frozen=True)
+class UpdateHeader:
+    """What all updates of a session have in common.
+
+    Attributes:
+        job: Name of the job.
+        site: Name of the site.
+        attempt: Number of the site's process in this run, from 1.
+        content: What the arrays of updates hold.
+        encoding: The adapter's own encoding of updates whose content is "encoded".
+    """
+
+    job: str
+    site: str
+    attempt: int
+    content: Content = "weights"
+    encoding: str = ""
+
+    def update(self, task: Task, arrays: Arrays, result: LocalResult, extras: Arrays) -> Update:
+        """Return the update that answers `task`. Arrays and extras are borrowed."""
+        return Update(
+            job=self.job,
+            round=task.round,
+            stage=task.stage,
+            site=self.site,
+            attempt=self.attempt,
+            base_version=task.version,
+            arrays=arrays,
+            num_examples=int(result.num_examples),
+            local_steps=result.local_steps,
+            metrics=result.metrics,
+            extras=extras,
+            content=self.content,
+            encoding=self.encoding,
+        )

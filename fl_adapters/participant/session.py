@@ -17,7 +17,7 @@ from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.local_result import LocalResult
+from fl_adapters.participant.local_result import LocalResult, UpdateHeader
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
 from fl_adapters.participant.policy_gate import LeaveReason
@@ -31,7 +31,7 @@ from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.secure_stream import SecureStream
-from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
+from fl_runtime.types import Arrays, Metrics, Report, Summary, Task, Terms
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Facts
@@ -63,43 +63,6 @@ class RoundStats:
             "federation_bytes_down": self.bytes_down,
             "federation_seconds": round(self.seconds, 6),
         }
-
-
-@dataclass(frozen=True)
-class UpdateHeader:
-    """What all updates of a session have in common.
-
-    Attributes:
-        job: Name of the job.
-        site: Name of the site.
-        attempt: Number of the site's process in this run, from 1.
-        content: What the arrays of updates hold.
-        encoding: The adapter's own encoding of updates whose content is "encoded".
-    """
-
-    job: str
-    site: str
-    attempt: int
-    content: Content = "weights"
-    encoding: str = ""
-
-    def update(self, task: Task, arrays: Arrays, result: LocalResult, extras: Arrays) -> Update:
-        """Return the update that answers `task`. Arrays and extras are borrowed."""
-        return Update(
-            job=self.job,
-            round=task.round,
-            stage=task.stage,
-            site=self.site,
-            attempt=self.attempt,
-            base_version=task.version,
-            arrays=arrays,
-            num_examples=int(result.num_examples),
-            local_steps=result.local_steps,
-            metrics=result.metrics,
-            extras=extras,
-            content=self.content,
-            encoding=self.encoding,
-        )
 
 
 class TransferMeter:
@@ -150,15 +113,18 @@ class Session:
     Attributes:
         site: Name and index of this site, number of sites, and name of the job.
         settings: The settings that hold at this site.
-        home: This site's own folder in the job.
+        home: This site's own folder in the training.
+        training: Which training of the site's script this is, from 1.
         results: Export, best model and cross-site evaluation at the end of the run.
         rounds: Number of rounds of the run; 0 before `register`.
         local_round: Number of rounds this site has trained. Differs from `task.round` only when the server samples
             sites. Without a restart point, a restarted process starts from its first task's round.
-        closed: Whether this site has left the run.
+        closed: Whether this session has ended.
+        left: Whether this training is over for the site: it has had the final model, or has told the server that it
+            leaves early. Otherwise another session of the site goes on with it.
     """
 
-    def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
+    def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport, training: int = 1) -> None:
         """Join the run that the kit belongs to.
 
         Args:
@@ -166,19 +132,24 @@ class Session:
             options: The script's arguments.
             framework: Name of the training framework, such as "keras".
             transport: Connection to the server. The session closes it when it ends.
+            training: Which training of the site's script this is, from 1.
 
         Raises:
             FederationError: The server cannot be reached or refuses the site, or the site's policy refuses the job.
         """
-        self.closed = False
-        self._kit = kit
+        self.closed = self.left = self._resting = False
+        self.training = training
+        self._kit = kit = kit.of_training(training)
         self._swarm: SwarmSite | None = None
         self._gate = Gate(kit, framework, self.leave)
         self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
-        welcome = self._client.join(kit.job)
+        welcome = self._client.join(kit.job, training)
+        if training > 1 and not welcome.trains_again:
+            raise _one_training(kit.server)
         job = str(welcome.settings["name"])
         self.site = Site(welcome.site, welcome.index, welcome.count, job)
         self.settings = SiteSettings.resolve(options, welcome.settings)
+        self._trains_again = welcome.trains_again and welcome.settings.get("trainings") != training
         self.home = SiteHome(own_folder(kit, job), welcome.count, fresh=welcome.attempt == 1)
         self.results = Results(
             self._client,
@@ -230,7 +201,9 @@ class Session:
     @property
     def round_seed(self) -> int | None:
         """Seed for all random states of the current round, or None unless the job asks for exact restarts."""
-        return None if self._restart is None else round_seed(self.settings.seed, self.name, self._current())
+        if self._restart is None:
+            return None
+        return round_seed(self.settings.seed, self.name, self._current(), self.training)
 
     @property
     def exchanges_all(self) -> bool:
@@ -467,19 +440,30 @@ class Session:
         self._end(LeaveReason.of(reason), early=True)
 
     def detach(self) -> None:
-        """End this attempt without leaving the run, because the next attempt of this site replaces it."""
-        self.closed = True
+        """End this attempt without leaving the run, because the next attempt or training of this site replaces it."""
+        self.closed, self._resting = True, False
         if self._swarm is not None:
             self._swarm.close()
         self._client.close()
 
+    def end_script(self, *, early: bool) -> None:
+        """Tell the server that the script trains no more, if it waits for that.
+
+        Args:
+            early: Whether the script has ended with an error.
+        """
+        if self._resting:
+            self._client.leave("its script has ended", early=early)
+            self.detach()
+
     def _end(self, reason: LeaveReason, *, early: bool) -> None:
         if not self.closed:
-            self.closed = True
+            heard = self._client.leave(self._gate.leave(reason, early=early), early=early, stays=self._trains_again)
+            self.closed, self.left, self._resting = True, heard or not early, heard and self._trains_again
             if self._swarm is not None:
                 self._swarm.close()
-            self._client.leave(self._gate.leave(reason, early=early), early=early)
-            self._client.close()
+            if not self._resting:
+                self._client.close()
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
@@ -498,3 +482,11 @@ class Session:
 
     def _gated_report(self, metrics: Mapping[str, float | Summary], num_examples: int, version: int) -> Report:
         return self._gate.send_report(Report(self.job, version, self.name, metrics, num_examples))
+
+
+def _one_training(server: str) -> ConfigError:
+    return ConfigError(
+        "this script trains a second time, and the server holds one training a job",
+        where=server,
+        fix="upgrade fl-adapters at the server, or train once in a script",
+    )

@@ -230,9 +230,9 @@ class LocalFederation:
             except BaseException as error:
                 first.append(error)
                 outcomes[place.name] = Outcome(error=error)
-                close_sessions(f"{type(error).__name__}: {error}", read_kit(place.kit))
+                close_sessions(f"{type(error).__name__}: {error}", read_kit(place.kit), failed=True)
             else:
-                close_sessions("its script ended before the last round", read_kit(place.kit))
+                close_sessions("its script ended before the last round", read_kit(place.kit), failed=False)
 
         places = [place for place in self.places if place.name in work]
         self._in_threads(site, places, timeout_s)

@@ -21,10 +21,12 @@ class Membership:
 
     Attributes:
         members: Every site of the job by name, in the job's order.
+        on_departure: Called under the lock with a member whose script has ended, or whose process is gone.
     """
 
     def __init__(self, state: RunState) -> None:
         self._state = state
+        self.on_departure: Callable[[Member], None] = _ignore
         self.members = {name: Member(name, index) for index, name in enumerate(state.settings.sites)}
 
     # -- calls of sites --------------------------------------------------------------------------------------
@@ -37,6 +39,7 @@ class Membership:
             member = self._named(name)
             member.attempt += 1
             member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
+            member.script = ""
             member.layouts.clear()
             member.questions.clear()
             member.excerpts.clear()
@@ -138,18 +141,37 @@ class Membership:
             if attempt != member.attempt:
                 return
             member.attending -= 1
-            if member.attending == 0 and not member.gone:
+            if member.attending == 0 and _expected(member):
                 member.absent_since = time.monotonic()
                 self._state.changed.notify_all()
 
-    def mark_gone(self, name: str, reason: str, *, early: bool) -> None:
-        """Stop counting on a site that has left, or whose process is known to be dead."""
+    def mark_gone(self, name: str, reason: str, *, early: bool, stays: bool = False) -> None:
+        """Stop counting on a site that has left, or whose process is known to be dead.
+
+        Args:
+            name: Name of the site.
+            reason: Why it is gone.
+            early: True if the run goes on without it.
+            stays: True if its script goes on and may begin another training.
+        """
         with self._state.lock:
             member = self.members[name]
-            if member.gone:
+            if not _expected(member):
                 return
-            member.gone = reason or "it left"
-            self._state.events.emit("left", site=name, reason=member.gone, early=early)
+            if member.gone and not stays:
+                self._state.events.emit("script_ended", site=name, early=early)
+            elif not member.gone:
+                member.gone = reason or "it left"
+                self._state.events.emit("left", site=name, reason=member.gone, early=early, stays=stays)
+            member.script = "resting" if stays else "" if early else "ended"
+            if not stays:
+                self.on_departure(member)
+            self._state.changed.notify_all()
+
+    def moved_on(self, name: str) -> None:
+        """Note that a site has begun another training, so that this run does not wait for it any more."""
+        with self._state.lock:
+            self.members[name].script = ""
             self._state.changed.notify_all()
 
     def expel(self, name: str, reason: str) -> None:
@@ -162,12 +184,12 @@ class Membership:
             self.mark_gone(name, reason, early=True)
             self._state.published.notify_all()
 
-    def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
+    def leave(self, name: str, attempt: int, reason: str, *, early: bool, stays: bool = False) -> None:
         """Record that a site left on purpose, so that a restarted server does not wait for it."""
         with self._state.lock:
             self.caller(name, attempt)
-            self._state.journal.left(name, True)
-            self.mark_gone(name, reason, early=early)
+            self._state.journal.left(name, True, stays=stays)
+            self.mark_gone(name, reason, early=early, stays=stays)
 
     def caller(self, name: str, attempt: int) -> Member:
         """Return the member that makes this call, if it may.
@@ -210,6 +232,10 @@ class Membership:
     def joined(self) -> list[str]:
         """Names of the sites that have joined and are not gone."""
         return [m.name for m in self.members.values() if m.attempt and not m.gone]
+
+    def resting(self) -> list[str]:
+        """Names of the sites that have left and may begin another training."""
+        return [m.name for m in self.members.values() if m.script == "resting"]
 
     def known(self) -> list[str]:
         """Names of the sites that have ever registered and are not gone, including those that are reconnecting."""
@@ -281,14 +307,14 @@ class Membership:
     def _absences(self) -> list[float]:
         """Seconds until each absent site is given up."""
         now, limit = time.monotonic(), self._state.settings.rejoin_s
-        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and not m.gone]
+        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and _expected(m)]
         # wake a little later than that, so that the limit has passed
         return [max(w, 0.0) + 0.01 for w in waits]
 
     def _expire_absent(self) -> None:
         limit = self._state.settings.rejoin_s
         for m in self.members.values():
-            if not m.gone and m.absent_since and time.monotonic() - m.absent_since > limit:
+            if _expected(m) and m.absent_since and time.monotonic() - m.absent_since > limit:
                 m.lost = True
                 self.mark_gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
 
@@ -297,3 +323,12 @@ class Membership:
         if member is None:
             raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
         return member
+
+
+def _expected(member: Member) -> bool:
+    """Whether the site's process should be there."""
+    return member.script == "resting" or not member.gone
+
+
+def _ignore(member: Member) -> None:
+    """Stand in for `on_departure` until somebody listens."""

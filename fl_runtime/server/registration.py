@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
 from fl_runtime.types import Strategy, Terms
@@ -92,6 +92,8 @@ class Member:
         held: Version of the last model to train that this attempt has received, or None.
         questions: Lists of names of which the site is asked for the entries in a range, by the list's name.
         excerpts: Its answers, by the list's name.
+        script: "resting" if the site has left, but its script goes on and may begin another training. "ended" once the
+            script has ended normally. "" until the site leaves, and if its process is gone.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Member:
     held: int | None = None
     questions: dict[str, range] = field(default_factory=dict)
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
+    script: Literal["", "resting", "ended"] = ""
 
     @property
     def active(self) -> bool:
@@ -118,6 +121,8 @@ class Member:
     @property
     def standing(self) -> str:
         """Where the site stands, as a human-readable message."""
+        if self.script == "resting":
+            return "done; its script still runs"
         if self.gone:
             return f"gone: {self.gone}"
         if self.active:

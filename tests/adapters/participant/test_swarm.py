@@ -350,7 +350,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
         except DeathError:
             dead.set()
             if closing:
-                current = federation.server._run.state.open_round
+                current = federation.server.trainings.newest.run.state.open_round
                 assert current is not None
                 end = time.monotonic() + 60
                 while not current.collected:
