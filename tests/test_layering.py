@@ -16,6 +16,7 @@ RUNTIME = {
     "capabilities": set[str](),
     "tensor_names": set[str](),
     "version": {"errors"},
+    "trainings": set[str](),
     "wire": GROUND,
     "filters": GROUND,
     "aggregation": GROUND,

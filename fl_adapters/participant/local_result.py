@@ -1,10 +1,12 @@
-"""The result of a site's local training in one round, and the update that carries it."""
+"""The result of a site's local training in one round, the update that carries it, and the names of metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from fl_runtime.types import Arrays, Content, Metrics, Task, Update
+
+_PREFIXES = ("val_", "val/", "valid_", "valid/", "validation_", "validation/")
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,15 @@ class UpdateHeader:
             content=self.content,
             encoding=self.encoding,
         )
+
+
+def without_prefix(name: str) -> str:
+    """Return a metric's name without a prefix for "validation": "val_loss" becomes "loss".
+
+    Args:
+        name: Name of a metric in the framework.
+
+    Returns:
+        The name as the server sees it.
+    """
+    return next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p) and name != p), name)

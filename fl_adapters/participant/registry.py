@@ -65,12 +65,12 @@ def open_session(options: Options, *, framework: str, fresh: bool = False) -> Se
     session = entry.session
     if not fresh or not (session.closed or session.registered):
         return session
-    if session.left:
-        following = _join(kit, options, framework, training=session.training + 1)
-        session.detach()  # only now, so that the server sees the site all the time
+    if session.departure.left:
+        following = _join(kit, options, framework, session.site.training + 1)
+        session.departure.detach()  # only now, so that the server sees the site all the time
         return following
-    session.detach()  # leaving, even for a moment, could end a run that needs every site
-    return _join(kit, options, framework, training=session.training)
+    session.departure.detach()  # leaving, even for a moment, could end a run that needs every site
+    return _join(kit, options, framework, session.site.training)
 
 
 def running_session(options: Options, *, framework: str) -> Session:
@@ -127,7 +127,7 @@ def close_sessions(reason: str, kit: Kit | None = None, *, failed: bool | None =
             continue
         if not entry.session.closed:
             entry.session.leave(LeaveReason.own(reason))
-        entry.session.end_script(early=early)
+        entry.session.departure.end_script(early=early)
 
 
 def _key(kit: Kit) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fl_adapters.adapter import Snapshot
+from fl_adapters.participant.departure import Departure
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
@@ -114,14 +115,11 @@ class Session:
         site: Name and index of this site, number of sites, and name of the job.
         settings: The settings that hold at this site.
         home: This site's own folder in the training.
-        training: Which training of the site's script this is, from 1.
         results: Export, best model and cross-site evaluation at the end of the run.
         rounds: Number of rounds of the run; 0 before `register`.
         local_round: Number of rounds this site has trained. Differs from `task.round` only when the server samples
             sites. Without a restart point, a restarted process starts from its first task's round.
-        closed: Whether this session has ended.
-        left: Whether this training is over for the site: it has had the final model, or has told the server that it
-            leaves early. Otherwise another session of the site goes on with it.
+        departure: How this site leaves the run.
     """
 
     def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport, training: int = 1) -> None:
@@ -137,8 +135,6 @@ class Session:
         Raises:
             FederationError: The server cannot be reached or refuses the site, or the site's policy refuses the job.
         """
-        self.closed = self.left = self._resting = False
-        self.training = training
         self._kit = kit = kit.of_training(training)
         self._swarm: SwarmSite | None = None
         self._gate = Gate(kit, framework, self.leave)
@@ -147,9 +143,10 @@ class Session:
         if training > 1 and not welcome.trains_again:
             raise _one_training(kit.server)
         job = str(welcome.settings["name"])
-        self.site = Site(welcome.site, welcome.index, welcome.count, job)
+        self.site = Site(welcome.site, welcome.index, welcome.count, job, training=training)
         self.settings = SiteSettings.resolve(options, welcome.settings)
-        self._trains_again = welcome.trains_again and welcome.settings.get("trainings") != training
+        trains_again = welcome.trains_again and welcome.settings.get("trainings") != training
+        self.departure = Departure(self._client, self._gate, trains_again=trains_again, on_close=self._close_swarm)
         self.home = SiteHome(own_folder(kit, job), welcome.count, fresh=welcome.attempt == 1)
         self.results = Results(
             self._client,
@@ -189,6 +186,11 @@ class Session:
         return self._header.attempt
 
     @property
+    def closed(self) -> bool:
+        """Whether this session has ended."""
+        return self.departure.closed
+
+    @property
     def registered(self) -> bool:
         """Whether the handshake is done."""
         return self.rounds > 0
@@ -203,7 +205,7 @@ class Session:
         """Seed for all random states of the current round, or None unless the job asks for exact restarts."""
         if self._restart is None:
             return None
-        return round_seed(self.settings.seed, self.name, self._current(), self.training)
+        return round_seed(self.settings.seed, self.name, self._current(), self.site.training)
 
     @property
     def exchanges_all(self) -> bool:
@@ -426,7 +428,7 @@ class Session:
         """
         self._current()
         self.results.write(export, load)
-        self._end(LeaveReason.own(_FINISHED), early=False)
+        self.departure.leave(LeaveReason.own(_FINISHED), early=False)
 
     def leave(self, reason: str | BaseException | LeaveReason) -> None:
         """Leave the run early. The job's quorum decides whether the others go on.
@@ -437,33 +439,11 @@ class Session:
         Args:
             reason: Why: an exception, a text, or a `LeaveReason` whose public part may leave every site.
         """
-        self._end(LeaveReason.of(reason), early=True)
+        self.departure.leave(LeaveReason.of(reason), early=True)
 
-    def detach(self) -> None:
-        """End this attempt without leaving the run, because the next attempt or training of this site replaces it."""
-        self.closed, self._resting = True, False
+    def _close_swarm(self) -> None:
         if self._swarm is not None:
             self._swarm.close()
-        self._client.close()
-
-    def end_script(self, *, early: bool) -> None:
-        """Tell the server that the script trains no more, if it waits for that.
-
-        Args:
-            early: Whether the script has ended with an error.
-        """
-        if self._resting:
-            self._client.leave("its script has ended", early=early)
-            self.detach()
-
-    def _end(self, reason: LeaveReason, *, early: bool) -> None:
-        if not self.closed:
-            heard = self._client.leave(self._gate.leave(reason, early=early), early=early, stays=self._trains_again)
-            self.closed, self.left, self._resting = True, heard or not early, heard and self._trains_again
-            if self._swarm is not None:
-                self._swarm.close()
-            if not self._resting:
-                self._client.close()
 
     def _current(self) -> Task:
         if self._task is None or self.closed:

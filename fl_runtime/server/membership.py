@@ -168,12 +168,6 @@ class Membership:
                 self.on_departure(member)
             self._state.changed.notify_all()
 
-    def moved_on(self, name: str) -> None:
-        """Note that a site has begun another training, so that this run does not wait for it any more."""
-        with self._state.lock:
-            self.members[name].script = ""
-            self._state.changed.notify_all()
-
     def expel(self, name: str, reason: str) -> None:
         """Exclude a site that may not take part any more. Its calls under way are refused."""
         with self._state.lock:
@@ -232,10 +226,6 @@ class Membership:
     def joined(self) -> list[str]:
         """Names of the sites that have joined and are not gone."""
         return [m.name for m in self.members.values() if m.attempt and not m.gone]
-
-    def resting(self) -> list[str]:
-        """Names of the sites that have left and may begin another training."""
-        return [m.name for m in self.members.values() if m.script == "resting"]
 
     def known(self) -> list[str]:
         """Names of the sites that have ever registered and are not gone, including those that are reconnecting."""

@@ -127,7 +127,8 @@ class Run:
             suppress(FederationError),
             self.state.lock,
         ):  # a run that failed, or whose server is closed, is not waited for
-            self.membership.wait_until(lambda: not self.membership.resting(), threading.TIMEOUT_MAX)
+            members = self.membership.members.values()
+            self.membership.wait_until(lambda: all(m.script != "resting" for m in members), threading.TIMEOUT_MAX)
 
     def _farewell(self) -> None:
         """Serve until every site has taken what it wants and left."""

@@ -12,8 +12,8 @@ from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.records.results import RunResult
-from fl_runtime.server.training import TrainingOptions
-from fl_runtime.server.trainings import Trainings
+from fl_runtime.server.trainings.training import TrainingOptions
+from fl_runtime.server.trainings.trainings import Trainings
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings, Strategy

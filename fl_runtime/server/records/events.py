@@ -103,4 +103,4 @@ class Silent:
     """Takes events that nobody listens to."""
 
     def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
-        """Drop the event."""
+        """Do nothing with the event; see `Emitter`."""

@@ -100,6 +100,12 @@ class Training:
                 if member.gone and member.script != "resting":
                     self._departed(member)
 
+    def moved_on(self, site: str) -> None:
+        """Note that a site has begun another training, so that this one does not wait for the end of its script."""
+        with self.run.state.lock:
+            self.run.membership.members[site].script = ""
+            self.run.state.changed.notify_all()
+
     def result(self) -> RunResult:
         """The rounds so far, with the validation metrics that sites have reported.
 

@@ -14,7 +14,7 @@ from fl_runtime.server.records.events import Events, Silent, TrainingEvents
 from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.service import first_request
-from fl_runtime.server.training import Training, TrainingOptions
+from fl_runtime.server.trainings.training import Training, TrainingOptions
 from fl_runtime.store.journal import Journal
 from fl_runtime.trainings import training_folder, training_name
 from fl_runtime.transport.base import Peer
@@ -168,7 +168,7 @@ class Trainings:
             previous = self._open.get(number - 1)
             training = self._open[number]
         if previous is not None:
-            previous.run.membership.moved_on(site)
+            previous.moved_on(site)
         self._close_idle()
         return training
 
