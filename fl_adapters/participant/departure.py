@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from fl_adapters.participant.gate import Gate
@@ -21,17 +22,27 @@ class Departure:
             leaves early. Otherwise another session of the site goes on with it.
     """
 
-    def __init__(self, client: SiteClient, gate: Gate, *, trains_again: bool, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        client: SiteClient,
+        gate: Gate,
+        *,
+        trains_again: bool,
+        registered: Callable[[], bool],
+        on_close: Callable[[], None],
+    ) -> None:
         """Prepare for the end.
 
         Args:
             client: The connection to the server.
             gate: The site's gate, which knows what may be said.
             trains_again: Whether the job takes another training of the script after this one.
+            registered: Whether the handshake is done. A site that leaves before has not trained, and may try again.
             on_close: Called when the session ends.
         """
         self.closed = self.left = False
-        self._client, self._gate, self._trains_again, self._on_close = client, gate, trains_again, on_close
+        self._client, self._gate, self._trains_again = client, gate, trains_again
+        self._registered, self._on_close = registered, on_close
         self._resting = False
 
     def leave(self, reason: LeaveReason, *, early: bool) -> None:
@@ -43,9 +54,10 @@ class Departure:
         """
         if self.closed:
             return
-        text = self._gate.leave(reason, early=early)
-        heard = self._client.leave(text, early=early, stays=self._trains_again)
-        self.closed, self.left, self._resting = True, heard or not early, heard and self._trains_again
+        stays = self._trains_again and self._registered()
+        heard = self._client.leave(self._gate.leave(reason, early=early), early=early, stays=stays)
+        self.closed, self._resting = True, heard and stays
+        self.left = self._registered() and (heard or not early)
         self._on_close()
         if not self._resting:
             self._client.close()
@@ -65,3 +77,16 @@ class Departure:
         if self._resting:
             self._client.leave("its script has ended", early=early)
             self.detach()
+
+
+def trains_after(training: int, most: int | None) -> bool:
+    """Return whether the server should wait for another training, or for the end of the script.
+
+    An interactive session, such as a notebook, may stay open for days after its training. Unless the job says how many
+    trainings it holds, the server does not wait for those.
+
+    Args:
+        training: Number of the training that ends.
+        most: Largest number of trainings in the job; None for any number.
+    """
+    return training < most if most is not None else not hasattr(sys, "ps1")

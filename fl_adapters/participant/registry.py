@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit, current_kit
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.policy_gate import LeaveReason
@@ -59,18 +60,19 @@ def open_session(options: Options, *, framework: str, fresh: bool = False) -> Se
         return None
     entry = _sessions.get(_key(kit))
     if entry is None:
-        return _join(kit, options, framework, training=1)
+        return _join(kit, options, framework, None)
     if entry.is_inherited:
         return None
     session = entry.session
     if not fresh or not (session.closed or session.registered):
         return session
     if session.departure.left:
-        following = _join(kit, options, framework, session.site.training + 1)
+        following = _join(kit, options, framework, session.site)
         session.departure.detach()  # only now, so that the server sees the site all the time
         return following
     session.departure.detach()  # leaving, even for a moment, could end a run that needs every site
-    return _join(kit, options, framework, session.site.training)
+    place = session.site
+    return _join(kit, options, framework, replace(place, training=place.training - 1) if place.training > 1 else None)
 
 
 def running_session(options: Options, *, framework: str) -> Session:
@@ -134,10 +136,10 @@ def _key(kit: Kit) -> str:
     return f"{kit.server}/{kit.job}/{kit.site}"
 
 
-def _join(kit: Kit, options: Options, framework: str, training: int) -> Session:
+def _join(kit: Kit, options: Options, framework: str, before: Site | None) -> Session:
     transport = _transport(kit)
     try:
-        session = Session(kit, options, framework, transport, training)
+        session = Session(kit, options, framework, transport, before)
     except FederationError:
         transport.close()
         raise

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.participant.departure import Departure
+from fl_adapters.participant.departure import Departure, trains_after
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
@@ -122,7 +122,9 @@ class Session:
         departure: How this site leaves the run.
     """
 
-    def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport, training: int = 1) -> None:
+    def __init__(
+        self, kit: Kit, options: Options, framework: str, transport: Transport, before: Site | None = None
+    ) -> None:
         """Join the run that the kit belongs to.
 
         Args:
@@ -130,23 +132,31 @@ class Session:
             options: The script's arguments.
             framework: Name of the training framework, such as "keras".
             transport: Connection to the server. The session closes it when it ends.
-            training: Which training of the site's script this is, from 1.
+            before: The place of the script's training before, or None if this is its first.
 
         Raises:
             FederationError: The server cannot be reached or refuses the site, or the site's policy refuses the job.
         """
-        self._kit = kit = kit.of_training(training)
+        self.rounds = 0
         self._swarm: SwarmSite | None = None
         self._gate = Gate(kit, framework, self.leave)
         self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
-        welcome = self._client.join(kit.job, training)
-        if training > 1 and not welcome.trains_again:
+        job = before.job.partition("/")[0] if before else ""
+        welcome = self._client.join(kit.job, before.training + 1 if before else 1, job)
+        if before and not welcome.training:
             raise _one_training(kit.server)
-        job = str(welcome.settings["name"])
+        job, training = str(welcome.settings["name"]), max(welcome.training, 1)
+        self._kit = kit = kit.of_training(training)
         self.site = Site(welcome.site, welcome.index, welcome.count, job, training=training)
         self.settings = SiteSettings.resolve(options, welcome.settings)
-        trains_again = welcome.trains_again and welcome.settings.get("trainings") != training
-        self.departure = Departure(self._client, self._gate, trains_again=trains_again, on_close=self._close_swarm)
+        trains_again = bool(welcome.training) and trains_after(training, welcome.settings.get("trainings"))
+        self.departure = Departure(
+            self._client,
+            self._gate,
+            trains_again=trains_again,
+            registered=lambda: self.registered,
+            on_close=self._close_swarm,
+        )
         self.home = SiteHome(own_folder(kit, job), welcome.count, fresh=welcome.attempt == 1)
         self.results = Results(
             self._client,
@@ -156,7 +166,6 @@ class Session:
             current_task=self._current,
             report=self.report,
         )
-        self.rounds = 0
         self.local_round = 0
         points = self.home.folder / RESTART
         self._restart = SiteRestart(points, fresh=self.home.fresh) if self.settings.exact_restart else None

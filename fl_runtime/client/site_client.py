@@ -44,7 +44,7 @@ class Welcome:
         attempt: Number of this process among those of the site.
         settings: Settings of the job, with the fields of `RunSettings`.
         started: True if the rounds have begun already.
-        trains_again: True if the server takes further trainings of the site's script.
+        training: Number of the training that the site has joined; 0 if the server holds one training a job.
     """
 
     site: str
@@ -53,7 +53,7 @@ class Welcome:
     attempt: int
     settings: Mapping[str, Any]
     started: bool
-    trains_again: bool = False
+    training: int = 0
 
 
 class SiteClient:
@@ -103,12 +103,14 @@ class SiteClient:
         """Bytes of tasks so far, message headers included; files count as if they had been sent."""
         return self._downloads.nbytes
 
-    def join(self, job: str = "", training: int = 1) -> Welcome:
+    def join(self, job: str = "", training: int = 1, follows: str = "") -> Welcome:
         """Begin an attempt. The server refuses the calls of earlier processes of this site from now on.
 
         Args:
             job: Name of the job to join, or "" for whichever the server runs.
             training: Which training of the site's script this is, from 1.
+            follows: Job of the script's training before. If `job` is "" and the server runs another job now, this is
+                the first training of that.
 
         Returns:
             Who this site is, and the job's settings.
@@ -124,6 +126,7 @@ class SiteClient:
             version=VERSION,
             job=training_name(job, training) if job else "",
             training=training,
+            follows=follows,
         )
         reply = self._calls.ask("Join", request, pb.JoinReply)
         settings = json.loads(reply.settings_json)
@@ -134,8 +137,7 @@ class SiteClient:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
         self._uploads.frame_bytes = frames.frame_bytes(reply.count)
         self._presence = Presence(self._calls, self._session)
-        trains_again = "trainings" in reply.features
-        return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started, trains_again)
+        return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started, reply.training)
 
     def register(
         self,

@@ -162,7 +162,8 @@ class Membership:
                 self._state.events.emit("script_ended", site=name, early=early)
             elif not member.gone:
                 member.gone = reason or "it left"
-                self._state.events.emit("left", site=name, reason=member.gone, early=early, stays=stays)
+                goes_on = {"stays": True} if stays else {}
+                self._state.events.emit("left", site=name, reason=member.gone, early=early, **goes_on)
             member.script = "resting" if stays else "" if early else "ended"
             if not stays:
                 self.on_departure(member)

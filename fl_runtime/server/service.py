@@ -118,6 +118,7 @@ class FederationService:
             settings_json=json.dumps(asdict(settings)),
             started=self._state.plan.rounds is not None,
             shared_folder=str(self._state.blobs.folder.resolve()) if self._share else "",
+            training=request.training,
         ).SerializeToString()
 
     def _register(self, peer: Peer, request: pb.RegisterRequest, requests: Iterator[bytes]) -> Iterator[bytes]:

@@ -82,7 +82,9 @@ class Trainings:
         """Answer one call of a site, in the training that it belongs to. See `fl_runtime.transport.base.Service`."""
         request = first_request(method, requests)
         if isinstance(request, pb.JoinRequest):
-            training = self._entered(peer.name, max(request.training, 1))
+            another = bool(request.follows) and request.follows != self._settings.name
+            request.training = 1 if another else max(request.training, 1)
+            training = self._entered(peer.name, request.training)
         else:
             session = request.update.session if isinstance(request, pb.UpdatePart) else request.session  # type: ignore[attr-defined]
             training = self._named(session.job)

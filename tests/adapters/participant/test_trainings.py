@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
+from study import Study, readdressed
 
 import fl_adapters as fl
 from fl_adapters.testing import LocalFederation, Place
@@ -103,3 +107,24 @@ def test_a_site_that_stops_early_comes_to_the_next_training() -> None:
         assert outcome.value is not None
         np.testing.assert_array_equal(outcome.value["w"], expected(0, 1))
     assert [len(result.rounds[-1].sites) for result in results] == [1, 2]
+
+
+def test_a_notebook_takes_part_in_one_job_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its process goes on, and nobody waits for its end. The next job is no second training of the first."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+
+    def adds_one(kit: Path) -> Arrays:
+        with fl.connect(kit=str(kit)) as site:
+            for task in site.tasks(initial={"w": np.zeros(4, np.float32)}):
+                task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+        return site.arrays
+
+    with Study(tmp_path) as study, ThreadPoolExecutor() as threads:
+        kits = [readdressed(study, name) for name in study.sites]
+        for job in ("first", "second"):
+            study.job(job, rounds=2)
+            for arrays in threads.map(adds_one, kits, timeout=60):
+                np.testing.assert_array_equal(arrays["w"], np.full(4, 2, np.float32))
+            assert study.server.wait_for_job(job, 60)
+            outcome = study.server.outcome(job)
+            assert outcome["error"] is None and [len(item["rounds"]) for item in outcome["trainings"]] == [2]
