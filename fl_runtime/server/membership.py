@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fl_runtime.errors import AbortedError, PermissionDeniedError, ProtocolError, QuorumError
-from fl_runtime.server import limits
+from fl_runtime.server.calls import limits
 from fl_runtime.server.registration import Member, Registration, check_latecomer
 from fl_runtime.server.state import RunState
 from fl_runtime.wire.manifest import Manifest
@@ -38,7 +38,7 @@ class Membership:
             state.raise_if_ended()
             member = self._named(name)
             member.attempt += 1
-            member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
+            member.gone, member.registration, member.expelled = "", None, ""
             member.script = ""
             member.layouts.clear()
             member.questions.clear()
@@ -127,8 +127,8 @@ class Membership:
             member = self.caller(name, attempt)
             member.attending += 1
             member.absent_since = None
-            if member.lost:  # it was marked lost, but its process lives
-                member.gone, member.lost = "", False
+            if member.script == "lost":  # it was marked lost, but its process lives
+                member.gone = member.script = ""
                 state.events.emit("joined", site=name, attempt=attempt, version="")
                 state.published.notify_all()
             state.changed.notify_all()
@@ -306,8 +306,8 @@ class Membership:
         limit = self._state.settings.rejoin_s
         for m in self.members.values():
             if _expected(m) and m.absent_since and time.monotonic() - m.absent_since > limit:
-                m.lost = True
                 self.mark_gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
+                m.script = "lost"
 
     def _named(self, name: str) -> Member:
         member = self.members.get(name)

@@ -83,7 +83,6 @@ class Member:
         absent_since: Since when no stream has been open, in monotonic seconds. None while the site is present, and
             before it has ever joined.
         gone: Why the site no longer counts, or "". It may come back.
-        lost: True if the site is gone because it was absent for too long.
         registration: What this attempt registered, or None before that.
         layouts: Layout digests that this attempt knows, so that their manifests need not be sent again.
         described: Number of tensors in the manifests that the site has sent, over all attempts.
@@ -93,7 +92,7 @@ class Member:
         questions: Lists of names of which the site is asked for the entries in a range, by the list's name.
         excerpts: Its answers, by the list's name.
         script: "resting" if the site has left, but its script goes on and may begin another training. "ended" once the
-            script has ended normally. "" until the site leaves, and if its process is gone.
+            script has ended normally. "lost" if the site was absent for too long. "" otherwise.
     """
 
     name: str
@@ -102,7 +101,6 @@ class Member:
     attending: int = 0
     absent_since: float | None = None
     gone: str = ""
-    lost: bool = False
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
@@ -111,7 +109,7 @@ class Member:
     held: int | None = None
     questions: dict[str, range] = field(default_factory=dict)
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
-    script: Literal["", "resting", "ended"] = ""
+    script: Literal["", "resting", "ended", "lost"] = ""
 
     @property
     def active(self) -> bool:

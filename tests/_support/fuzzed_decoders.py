@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server import service
+from fl_runtime.server.calls.service import first_request
 from fl_runtime.server.federation.federation import _object
-from fl_runtime.server.service import first_request
 from fl_runtime.trust.identity import Identity
 from fl_runtime.wire import frames
 from fl_runtime.wire.dtypes import dtype_of

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fl_runtime.server.calls.service import FederationService
 from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.registration import Member
 from fl_runtime.server.run import Run
-from fl_runtime.server.service import FederationService
 from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.types import RunSettings, Strategy
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from fl_runtime.errors import ConfigError, FederationError, ProtocolError, StoreError
+from fl_runtime.server.calls.service import first_request
 from fl_runtime.server.records.events import Events, Silent, TrainingEvents
 from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
-from fl_runtime.server.service import first_request
 from fl_runtime.server.trainings.training import Training, TrainingOptions
 from fl_runtime.store.journal import Journal
 from fl_runtime.trainings import training_folder, training_name

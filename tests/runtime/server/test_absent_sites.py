@@ -25,9 +25,9 @@ from tcp_proxy import TcpProxy
 
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import AbortedError, FederationError, QuorumError, StateMismatchError
+from fl_runtime.server.calls.service import FederationService
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
-from fl_runtime.server.service import FederationService
 from fl_runtime.transport.base import Peer, Service
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Aggregator, Allocate, Arrays, ServerState, Settings, Update

@@ -15,12 +15,12 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
-from fl_runtime.server import limits
+from fl_runtime.server.calls import limits
+from fl_runtime.server.calls.relay import Relay
+from fl_runtime.server.calls.spool import Spool, Transfer
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration
-from fl_runtime.server.relay import Relay
 from fl_runtime.server.run import Run
-from fl_runtime.server.spool import Spool, Transfer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
