@@ -21,6 +21,8 @@ from fl_runtime.transport.base import Peer
 from fl_runtime.types import RunSettings
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
+_DIGITS = 7  # of the number of a training
+
 
 class Trainings:
     """The trainings of one job. Its methods may be called from any thread.
@@ -164,11 +166,8 @@ class Trainings:
                 raise failed
             if number > self.count:
                 self._begin_next(site, number)
-            elif number not in self._open:
-                self._open[number] = self._visited(number)
-                self._open[number].begin(self._ended)
+            training = self._reopened(number)
             previous = self._open.get(number - 1)
-            training = self._open[number]
         if previous is not None:
             previous.moved_on(site)
         self._close_idle()
@@ -204,14 +203,19 @@ class Trainings:
         training.begin(self._ended)
 
     def _named(self, job: str) -> Training:
-        """The training of a session."""
-        with self._lock:
-            if not job:
-                return self._open.get(1) or self._open[self.count]
-            for number, training in self._open.items():
-                if job == training_name(self._settings.name, number):
-                    return training
+        """The training of a session. One that was closed is opened, since the server may have been started again."""
+        name, _, number = job.partition("/")
+        if name in ("", self._settings.name) and len(number) < _DIGITS and (number.isdecimal() or not number):
+            with self._lock:
+                if 1 <= int(number or 1) <= self.count:
+                    return self._reopened(int(number or 1))
         raise ProtocolError(f"the job {job[:100]!r} does not run here any more", fix="start the site again")
+
+    def _reopened(self, number: int) -> Training:
+        if number not in self._open:
+            self._open[number] = self._visited(number)
+            self._open[number].begin(self._ended)
+        return self._open[number]
 
     # -- opening and closing -----------------------------------------------------------------------------------
 
