@@ -242,16 +242,14 @@ class Membership:
     def check_quorum(self, counted: Sequence[str], when: str) -> None:
         """Raise QuorumError, which names the sites that are gone, if fewer than `min_sites` sites are counted."""
         needed = max(self._state.settings.min_sites, 1)
+        if not counted:
+            raise QuorumError(f"no site is left {when}", where=self.reasons(), fix="look at the logs of the sites")
         if len(counted) < needed:
             sites = "1 site is" if len(counted) == 1 else f"{len(counted)} sites are"
-            reasons = [m.gone.replace(m.name, "") for m in self.members.values() if m.gone]
-            alike = len(reasons) == len(self.members) > 1 and len(set(reasons)) == 1
-            without = "; all ended alike, so fewer sites would not help"
             raise QuorumError(
                 f"only {sites} left {when}; the job needs at least {needed}",
                 where=self.reasons(),
-                fix="look at the log of the site that left"
-                + (without if alike else "; lower min_sites to go on without it"),
+                fix="look at the log of the site that left; lower min_sites to go on without it",
             )
 
     def reasons(self) -> str:
