@@ -131,6 +131,8 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
         session.leave(LeaveReason.own(f"a callback stopped training in round {rounds.round} of {rounds.rounds}"))
     for callback in callbacks:
         booster = callback.after_training(booster)
+    if rounds.over:
+        rounds.put_back(booster)
     if rounds.over and stopping is not None and stopping.save_best:
         booster = booster[: booster.best_iteration + 1]
     return released(booster)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import xgboost
 
 from fl_adapters.participant.options import Options
@@ -81,6 +83,17 @@ def checked_params(params: Any) -> dict[str, Any]:
     return checked
 
 
+def check_mode(params: Mapping[str, Any], mode: Mode) -> None:
+    """Raise ConfigError for parameters that a mode cannot honour."""
+    if mode != "histogram" and str(params.get("lambdarank_unbiased", "")).lower() in ("1", "true"):
+        raise ConfigError(
+            "lambdarank_unbiased learns the bias of positions over the rounds, and XGBoost cannot go on from it when "
+            "the model is replaced, as it is in each round of this mode",
+            where=f'params, mode="{mode}"',
+            fix='use mode="histogram", or leave lambdarank_unbiased out',
+        )
+
+
 def check_options(options: Options) -> None:
     """Raise ConfigError for shared arguments that make no sense for trees."""
     for name, value, allowed in (
@@ -110,12 +123,33 @@ def agreement(call: TrainCall, start: TreeModel) -> dict[str, str | Names]:
     facts["num_target"] = str(head["learner"]["learner_model_param"]["num_target"])
     facts["number of features"] = str(call.dtrain.num_col())
     facts |= {"features": _features(call.dtrain), **_categories(call.dtrain, head)}
+    facts["feature weights"] = names_of(call.dtrain.get_float_info("feature_weights").tolist() or ["equal"])
     if call.xgb_model is not None:
         facts["xgb_model"] = _digest(json.dumps(head, default=str), *start.trees)
-    for name in ("monotone_constraints", "interaction_constraints"):
-        if call.params.get(name):
-            facts[name] = str(call.params[name])
+    for name in ("monotone_constraints", "interaction_constraints", "quantile_alpha"):
+        if name in call.params:
+            facts[name] = str(np.asarray(call.params[name]).tolist() if name == "quantile_alpha" else call.params[name])
     return facts
+
+
+def tree_parameters(booster: xgboost.Booster) -> dict[str, str]:
+    """All parameters of the trees and of the objective, with XGBoost's own names and defaults."""
+    learner = json.loads(booster.save_config())["learner"]
+    part = learner["gradient_booster"]
+    sections = [part.get("gbtree", part)["tree_train_param"]]
+    sections += [section for name, section in learner["objective"].items() if name.endswith("_param")]
+    return {f"parameter {name}": str(value) for section in sections for name, value in section.items()}
+
+
+def warn_of_unnamed_columns(dtrain: xgboost.DMatrix) -> None:
+    """Say on stderr that columns without names cannot be compared between sites."""
+    if not dtrain.feature_names and dtrain.num_col() > 1:
+        print(
+            f"fl-adapters: the {dtrain.num_col()} columns of the data have no names to compare, so their order must be "
+            "the same at all sites; pass a DataFrame or feature_names= to have it checked",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def installed_version() -> tuple[int, int]:

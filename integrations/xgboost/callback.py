@@ -16,7 +16,7 @@ from .call import TrainCall, check_options, checked_params
 from .model import SEEDING, trees_after
 from .rounds import FRAMEWORK, TreeRounds, check_budget
 from .scores import Evaluation, Stopping, stopping_of
-from .trainer import running_train
+from .trainer import call_last, running_train
 
 
 class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
@@ -92,19 +92,20 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
         self._rounds: TreeRounds | None = None
         self._evaluation: Evaluation | None = None
         self._iterations = 0  # iterations of the current round
+        self._keeper = _ResultKeeper()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave everything of a running training behind: a copy does not take part in it."""
-        return {**self.__dict__, "_rounds": None, "_evaluation": None}
+        return {**self.__dict__, "_rounds": None, "_evaluation": None, "_keeper": _ResultKeeper()}
 
     def before_training(self, model: xgboost.Booster) -> xgboost.Booster:
         """Join the federation and take the first global model."""
         session = open_session(self.options, framework=FRAMEWORK, fresh=True)
         if session is None:
             return model
-        self._iterations = 0
+        self._iterations, self._keeper = 0, _ResultKeeper()
         with leaving_on_error(session.leave):
-            call = _calling_train(self.options, mask=self._mask)
+            call = _calling_train(self.options, self._keeper, mask=self._mask)
             checked_params(call.params)
             self._rounds = rounds = TreeRounds(session, call, self._mode)
             check_budget(rounds)
@@ -150,13 +151,26 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
             with leaving_on_error(rounds.session.leave):
                 if rounds.over:
                     rounds.finish(model, scored=self._evaluation is not None)
+                    self._keeper.rounds = rounds
                 else:
                     stopped = f"training stopped in round {rounds.round} of {rounds.rounds}"
                     rounds.session.leave(LeaveReason.own(stopped))
         return model
 
 
-def _calling_train(options: Options, *, mask: bool) -> TrainCall:
+class _ResultKeeper(xgboost.callback.TrainingCallback):
+    """Puts the final model back after all other callbacks, once it is given the rounds that have ended."""
+
+    rounds: TreeRounds | None = None
+
+    def after_training(self, model: xgboost.Booster) -> xgboost.Booster:
+        if self.rounds is not None:
+            self.rounds.put_back(model)
+        return model
+
+
+def _calling_train(options: Options, keeper: _ResultKeeper, *, mask: bool) -> TrainCall:
+    """The arguments of the running `xgboost.train`, which calls `keeper` after all other callbacks."""
     arguments = running_train()
     if arguments is None:
         raise ConfigError(
@@ -164,6 +178,7 @@ def _calling_train(options: Options, *, mask: bool) -> TrainCall:
             where="before_training",
             fix="call xgboost.train(..., callbacks=[FederatedCallback()]) or fl_adapters.xgboost.train",
         )
+    call_last(keeper, arguments)
     return TrainCall(
         params=dict(arguments["params"]),
         dtrain=arguments["dtrain"],

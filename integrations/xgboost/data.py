@@ -56,8 +56,8 @@ def summary(
     """Summarise every feature by weighted points, from which the server computes the bins of all sites.
 
     There are at most four points per bin. A point stands for at least `min_rows` rows: it is a value that so many rows
-    share, or the mean of neighbouring values. Remaining rows are counted with a neighbouring point. A feature with
-    fewer rows is not described.
+    share, or the mean of neighbouring values. Remaining rows are counted with a neighbouring point, and once more by
+    their sign, so that the server can tell whether the sites together have enough of them for cuts of their own.
 
     Args:
         rows: What `rows_of` returned.
@@ -76,6 +76,7 @@ def summary(
     order = np.argsort(rows["indices"], kind="stable")
     ends = np.cumsum(np.bincount(rows["indices"], minlength=columns))
     points, shares, levels = [], [], np.zeros(columns, np.int64)
+    rest = np.zeros((columns, 2), np.int64)
     draw = np.random.default_rng()
     for feature in range(columns):
         chosen = order[ends[feature - 1] if feature else 0 : ends[feature]]
@@ -84,14 +85,15 @@ def summary(
             levels[feature] = int(values.max()) + 1 if len(values) else 0
             values = values[:0]
         finite = np.isfinite(values)
-        point, weight = _points(values[finite], weights[row_of[chosen[: len(values)]]][finite], max_bin, min_rows)
+        row_weights = weights[row_of[chosen[: len(values)]]][finite]
+        point, weight, rest[feature] = _points(values[finite], row_weights, max_bin, min_rows)
         points.append(_moved(point, noise, draw) if noise else point)
         shares.append(weight)
-    return QuantileSummary(tuple(points), tuple(shares), levels, max_bin)
+    return QuantileSummary(tuple(points), tuple(shares), levels, max_bin, rest, max(min_rows, 1))
 
 
-def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple[Array, Array]:
-    """(points in ascending order, their weights)."""
+def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple[Array, Array, tuple[int, int]]:
+    """(points in ascending order, their weights, number of rows (below zero, others) that no point describes)."""
     distinct, where, counts = np.unique(values, return_inverse=True, return_counts=True)
     size = max(min_rows, len(values) / (_POINTS_PER_BIN * max_bin))
     common = counts >= size
@@ -99,18 +101,20 @@ def _points(values: Array, weights: Array, max_bin: int, min_rows: int) -> tuple
     ranks = np.floor((np.cumsum(counts) - counts / 2) / size)
     starts = np.flatnonzero((np.diff(runs, prepend=-1) != 0) | (np.diff(ranks, prepend=-1) != 0))
     if len(starts) == 0:
-        return np.empty(0, np.float32), np.empty(0)
+        return np.empty(0, np.float32), np.empty(0), (0, 0)
     group = np.repeat(np.arange(len(starts)), np.diff([*starts, len(distinct)]))
     rows = np.bincount(group, counts)
     total = np.bincount(where, weights, len(distinct))
     weight = np.bincount(group, total)
     mean = np.bincount(group, distinct.astype(np.float64) * counts) / rows
     shared = np.flatnonzero(rows >= min_rows)
+    undescribed = counts * (rows[group] < min_rows)
+    rest = int(undescribed[distinct < 0].sum()), int(undescribed[distinct >= 0].sum())
     if len(shared) == 0:
-        return np.empty(0, np.float32), np.empty(0)
+        return np.empty(0, np.float32), np.empty(0), rest
     heir = np.maximum(np.searchsorted(shared, np.arange(len(starts)), side="right") - 1, 0)
     point, same = np.unique(mean[shared].astype(np.float32), return_inverse=True)
-    return point, np.bincount(same[heir], weight, len(point))
+    return point, np.bincount(same[heir], weight, len(point)), rest
 
 
 def _moved(points: Array, noise: float, draw: Any) -> Array:

@@ -32,6 +32,7 @@ from .ring import Ring, Sockets
 from .worker import Channel
 
 _GRACEFUL_EXIT_S = 10.0
+_ABOVE_ALL = 1e38  # twice this, which XGBoost makes the last cut, is still a float32
 ISOLATED = True
 """Whether workers try to leave the machine's network. If not, they listen on all addresses, so sites on one machine
 connect directly instead of through the relay."""
@@ -255,7 +256,7 @@ class _WorkerProcess:
         """Send the data, the agreed bins and the model to continue from."""
         self.network = str(self._receive()[0]["network"])
         reference = reference_rows(cuts)
-        params = {**call.params, **SEEDING}
+        params = {**call.params, **SEEDING, "max_bin": len(reference)}
         for name in ("eval_metric", "disable_default_eval_metric"):
             params.pop(name, None)
         threads = int(params.get("nthread") or params.get("n_jobs") or 0)
@@ -265,7 +266,7 @@ class _WorkerProcess:
             "timeout_s": timeout_s,
             "params": json.loads(json.dumps(params, default=_jsonable)),
             "gradients": call.obj is not None,
-            "max_bin": int(call.params.get("max_bin", 256)),
+            "max_bin": len(reference),
             "threads": threads or None,
             "names": call.dtrain.feature_names,
             "types": call.dtrain.feature_types,
@@ -332,14 +333,15 @@ class _WorkerProcess:
 def reference_rows(cuts: Arrays) -> Array:
     """Make rows from which XGBoost derives exactly the agreed bins.
 
-    If a feature has at most max_bin distinct values, XGBoost cuts at each but the lowest. So the rows list a lowest
-    value and then every cut.
+    XGBoost cuts at each distinct value but the lowest, if `max_bin` is as large as their number. So the rows list a
+    lowest value and then every cut. A highest value follows that no data reaches: XGBoost takes every row to lie below
+    the last cut, and splits present from missing values there, while a prediction compares with the cut.
 
     Args:
         cuts: The agreed bins: "cuts" float32, "cut_ends" and "levels" int64 with an entry per feature.
 
     Returns:
-        float32 [rows, features], with at most max_bin rows.
+        float32 [rows, features]. Their number is the `max_bin` that XGBoost must use, at least 2.
     """
     ends = [0, *cuts["cut_ends"].tolist()]
     columns = []
@@ -349,10 +351,10 @@ def reference_rows(cuts: Arrays) -> Array:
             columns.append(np.arange(levels, dtype=np.float32))
         elif len(bounds):
             below = bounds[0] - max(abs(bounds[0]), np.float32(1))
-            columns.append(np.concatenate([[below], bounds]).astype(np.float32))
+            columns.append(np.concatenate([[below], bounds, [_ABOVE_ALL]]).astype(np.float32))
         else:
-            columns.append(np.zeros(1, np.float32))
-    height = max(len(column) for column in columns)
+            columns.append(np.array([0, _ABOVE_ALL], np.float32))
+    height = max(2, *(len(column) for column in columns))
     return np.stack([np.resize(column, height) for column in columns], axis=1)
 
 
@@ -362,4 +364,4 @@ def _round_and_stage(generation: str) -> tuple[int, int]:
 
 
 def _jsonable(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xgboost
 
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, HandshakeError
 
 from .trainer import set_booster
 from .training import train
@@ -16,6 +16,7 @@ _FEDERATED = (
     *("mode", "mask_statistics", "quantile_rows", "quantile_noise", "collective_timeout_s"),
     *("kit", "every", "evaluate_global", "num_examples", "required", "agree"),
 )
+_EXAMPLES = 1000  # labels that are looked at for an error's examples
 
 
 def _own(params: dict[str, Any]) -> dict[str, Any]:
@@ -83,12 +84,12 @@ class _Federated:
         self, x: Any, y: Any, eval_set: Any, weights: Any, verbose: Any, columns: dict[str, Any], params: dict[str, Any]
     ) -> None:
         """Fit on this site's rows. eval_set: tuples (X, y) or (X, y, dict of further columns)."""
-        data = self._matrix(x, y, weight=weights, **columns)
+        this: Any = self
+        data = self._matrix(x, y, weight=weights, feature_weights=this.feature_weights, **columns)
         evals = [
             (self._matrix(item[0], item[1], **(item[2] if len(item) > 2 else {})), f"validation_{number}")
             for number, item in enumerate(eval_set or ())
         ]
-        this: Any = self
         self._boost(data, evals, params=params, verbose_eval=verbose, xgb_model=columns_model(this, params))
 
 
@@ -109,6 +110,32 @@ def _row_objective(objective: Any) -> Any:
 
     decorated.__name__ = getattr(objective, "__name__", type(objective).__name__)
     return decorated
+
+
+def _labels(y: Any, classes: int | None) -> tuple[Any, int]:
+    """The labels as an array of numbers, and the number of classes, at least 2."""
+    labels = np.asarray(y)
+    if labels.dtype.kind not in "iuf":  # booleans, objects, text
+        try:
+            labels = labels.astype(float)
+        except (TypeError, ValueError):
+            names = sorted({str(label) for label in labels.reshape(-1)[:_EXAMPLES]})[:3]
+            raise ConfigError(
+                f"the labels are not numbers but {', '.join(map(repr, names))}, ...",
+                where="fit",
+                fix="number the classes from 0 on, in the same way at every site: "
+                f"{{{', '.join(f'{name!r}: {number}' for number, name in enumerate(names))}, ...}}",
+            ) from None
+    local_count = int(labels.max()) + 1 if len(labels) and np.isfinite(labels).all() else 0
+    count = max(classes or local_count, 2)
+    whole = np.isfinite(labels).all() and np.array_equal(labels, np.floor(labels))
+    if local_count > count or not whole or labels.min(initial=0) < 0:
+        raise ConfigError(
+            f"the labels run from {labels.min()} to {labels.max()}, which does not fit {count} classes",
+            where="fit",
+            fix="label the classes 0, 1, ... in the same way at every site, and pass their number: classes=",
+        )
+    return labels, count
 
 
 def _weighted(eval_set: Any, weights: Any) -> list[Any]:
@@ -233,15 +260,7 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
             ConfigError: For labels that do not fit `classes`, and arguments that cannot be federated.
             HandshakeError: If the sites do not agree, before round 1.
         """
-        labels = np.asarray(y)
-        local_count = int(labels.max()) + 1 if len(labels) else 0
-        count = max(self.classes or local_count, 2)
-        if local_count > count or not np.array_equal(labels, labels.astype(int)) or labels.min(initial=0) < 0:
-            raise ConfigError(
-                f"the labels run from {labels.min()} to {labels.max()}, which does not fit {count} classes",
-                where="fit",
-                fix="label the classes 0, 1, ... in the same way at every site, and pass their number: classes=",
-            )
+        labels, count = _labels(y, self.classes)
         params: dict[str, Any] = {"xgb_model": xgb_model}
         if count > 2:
             params |= {"num_class": count}
@@ -249,7 +268,15 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
                 params |= {"objective": "multi:softprob"}
         self.n_classes_ = count
         sets = _weighted(eval_set, sample_weight_eval_set)
-        self._fit(X, labels, sets, sample_weight, verbose, {"base_margin": base_margin}, params)
+        try:
+            self._fit(X, labels, sets, sample_weight, verbose, {"base_margin": base_margin}, params)
+        except HandshakeError as error:
+            if self.classes is None and "num_class: " in error.what:
+                fix = (
+                    f"if a site has no rows of some class, pass classes= at every site, such as classes={max(count, 3)}"
+                )
+                raise type(error)(error.what, where=error.where, fix=f"{fix}; else {error.fix}") from None
+            raise
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 import xgboost
 
 from fl_runtime.aggregation.trees import ubjson
-from fl_runtime.aggregation.trees.document import TreeModel, masked
-from fl_runtime.aggregation.trees.strategies import WEIGHT
+from fl_runtime.aggregation.trees.document import TreeModel, base_score, masked, pooled_base_score
+from fl_runtime.aggregation.trees.strategies import BASE_SUMS, ROW_WEIGHT, WEIGHT
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array, Arrays
 
@@ -30,6 +31,8 @@ EMPTY: Arrays = {
 
 SEEDING = {"seed_per_iteration": True}
 """Makes row and column sampling depend on the iteration alone, so that it repeats after a restart."""
+
+_SAME_SCORE = 1e-4  # XGBoost sums in float32
 
 
 def initial_model(call: TrainCall) -> TreeModel:
@@ -105,6 +108,12 @@ def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
     exchange_contents(booster, fresh)
 
 
+def is_same(booster: xgboost.Booster, model: TreeModel) -> bool:
+    """Whether a booster has the trees of a model, and their weights."""
+    held = TreeModel.from_document(booster.save_raw("ubj"))
+    return (list(map(bytes, held.trees)), held.weight_drop) == (list(map(bytes, model.trees)), model.weight_drop)
+
+
 def received(arrays: Arrays, call: TrainCall) -> TreeModel:
     """The model in arrays from the server, with this site's own names of features.
 
@@ -139,9 +148,63 @@ def released(booster: xgboost.Booster) -> xgboost.Booster:
     return booster.reset()
 
 
-def weight_extra(data: xgboost.DMatrix) -> dict[str, Array]:
-    """This site's weight in the initial model, as an extra of its first update."""
-    return {WEIGHT: np.array([rows_weight(data)], np.float64)}
+def weight_extra(call: TrainCall, start: TreeModel) -> dict[str, Array]:
+    """This site's part in the base score of all sites, as extras of its first update.
+
+    Args:
+        call: The arguments of `train`.
+        start: What `initial_model` returned.
+    """
+    return {WEIGHT: np.array([rows_weight(call.dtrain)], np.float64), BASE_SUMS: _base_sums(call, start)}
+
+
+def warn_of_mean_base_score(call: TrainCall, extras: Arrays) -> None:
+    """Say on stderr if the base score will not be that of all rows together.
+
+    Args:
+        call: The arguments of `train`.
+        extras: What `weight_extra` returned.
+    """
+    objective = str(call.params.get("objective", ""))
+    given = call.xgb_model is not None or call.params.get("base_score") is not None
+    if not given and not len(extras[BASE_SUMS]) and not objective.startswith("rank:"):
+        print(
+            f"fl-adapters: the base score of {objective or 'this objective'} over all sites is the mean of their own, "
+            "not that of all rows together; pass base_score= to choose it",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def round_extra(call: TrainCall) -> dict[str, Array]:
+    """The mean weight of this site's rows, as an extra of the updates in mode "bagging"; none without row weights."""
+    if call.options.num_examples or not len(call.dtrain.get_weight()):
+        return {}
+    return {ROW_WEIGHT: np.array([rows_weight(call.dtrain) / max(call.dtrain.num_row(), 1)], np.float64)}
+
+
+def _base_sums(call: TrainCall, start: TreeModel) -> Array:
+    """Sums from which the base score over all sites is computed exactly: of the labels, or of the rows of each class.
+
+    Empty if XGBoost computes the base score of this site's rows in another way, such as a median.
+    """
+    empty = np.empty(0)
+    if call.xgb_model is not None or call.params.get("base_score") is not None:
+        return empty
+    labels, scores = call.dtrain.get_label().astype(np.float64), np.array(base_score(start.head))
+    weights = call.dtrain.get_weight().astype(np.float64)
+    rows = call.dtrain.num_row()
+    weights = weights if len(weights) == rows else np.ones(rows)
+    if not rows or len(labels) % rows or not weights.sum():
+        return empty
+    if str(call.params.get("objective", "")).startswith("multi:"):
+        sums = np.bincount(labels.astype(np.int64), weights, len(scores))
+    else:
+        sums = weights @ labels.reshape(rows, -1)
+    if len(sums) != len(scores) or len(call.dtrain.get_uint_info("group_ptr")):
+        return empty
+    own = pooled_base_score(start.head, sums, float(weights.sum()))
+    return sums if np.allclose(own, scores, rtol=_SAME_SCORE, atol=_SAME_SCORE) else empty
 
 
 def learning_rate(booster: xgboost.Booster) -> str:

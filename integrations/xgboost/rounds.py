@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import xgboost
 
 from fl_adapters.adapter import Snapshot
@@ -13,7 +15,7 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Metrics, Task, Terms
 
 from . import model
-from .call import Mode, TrainCall, agreement
+from .call import Mode, TrainCall, agreement, check_mode, tree_parameters, warn_of_unnamed_columns
 
 FRAMEWORK = "xgboost"
 
@@ -35,6 +37,7 @@ class TreeRounds:
     """
 
     def __init__(self, session: Session, call: TrainCall, mode: Mode) -> None:
+        check_mode(call.params, mode)
         self.session, self.call, self.mode = session, call, mode
         every = session.settings.every
         self.boosts = every.epochs or every.steps or 1
@@ -97,9 +100,14 @@ class TreeRounds:
         call, session = self.call, self.session
         start = model.initial_model(call)
         self.first = start.rounds
+        if session.attempt == 1:
+            warn_of_unnamed_columns(call.dtrain)
+        facts = agreement(call, start) | {"every": f"{self.boosts} boosting rounds"}
+        if self.mode == "histogram":  # all sites grow the same trees
+            facts |= tree_parameters(booster)
         self.rounds = session.register(
             {**model.EMPTY, **(empty or {})},
-            agreement=agreement(call, start) | {"every": f"{self.boosts} boosting rounds"},
+            agreement=facts,
             rounds=-(-call.num_boost_round // self.boosts),
             evaluates=evaluates,
             restarts=snapshot is not None,
@@ -107,7 +115,9 @@ class TreeRounds:
             terms=terms,
             encoding=ENCODING,
         )
-        own = {**model.weight_extra(call.dtrain), **(extras or {})}
+        own = {**model.weight_extra(call, start), **(extras or {})}
+        if session.attempt == 1:
+            model.warn_of_mean_base_score(call, own)
         self._load_task(booster, session.start(lambda: {**start.to_arrays(), **(empty or {})}, own, snapshot))
 
     def exchange(
@@ -132,7 +142,8 @@ class TreeRounds:
         assert before is not None
         examples = call.options.num_examples or call.dtrain.num_row()
         result = LocalResult(examples, grown.rounds, metrics or {})
-        task = self.session.exchange({**grown.to_arrays(), **(empty or {})}, result)
+        extras = model.round_extra(call) if self.mode == "bagging" else None
+        task = self.session.exchange({**grown.to_arrays(), **(empty or {})}, result, extras=extras)
         self._load_task(booster, task)
         return task.version != before.version
 
@@ -141,15 +152,29 @@ class TreeRounds:
         self._load_task(booster, self.session.next_task())
 
     def finish(self, booster: xgboost.Booster, *, scored: bool) -> None:
-        """Leave the run and write its results; the booster holds the final model afterwards.
+        """Put the final model into the booster, leave the run and write its results.
 
         Args:
             booster: The booster with the final model.
             scored: Whether global models have been scored, so that there is a best one.
         """
+        final = TreeModel(self.loaded.head, tuple(map(bytes, self.loaded.trees)))
+        self.loaded = final  # the arrays of the last task end with the session
+        self.put_back(booster)
         self.session.finish(
             export=lambda folder: model.export(booster, folder),
             load=(lambda arrays: model.load(booster, model.received(arrays, self.call), self.call)) if scored else None,
+        )
+
+    def put_back(self, booster: xgboost.Booster) -> None:
+        """Put the global model into the booster again if a callback has changed it, and say so."""
+        if model.is_same(booster, self.loaded):
+            return
+        model.load(booster, self.loaded, self.call)
+        print(
+            "fl-adapters: a callback changed the model after the last exchange; it is the global one again",
+            file=sys.stderr,
+            flush=True,
         )
 
     def _load_task(self, booster: xgboost.Booster, task: Task) -> None:

@@ -27,6 +27,16 @@ def running_train() -> Mapping[str, Any] | None:
     return None
 
 
+def call_last(callback: xgboost.callback.TrainingCallback, arguments: Mapping[str, Any]) -> None:
+    """Let a running `xgboost.train` call a callback after all others.
+
+    Args:
+        callback: The callback.
+        arguments: What `running_train` returned, before the first iteration.
+    """
+    arguments["cb_container"].callbacks.append(callback)  # CallbackContainer: XGBoost 3.0.0, 3.2.0 and 3.4.1
+
+
 def exchange_contents(one: xgboost.Booster, other: xgboost.Booster) -> None:
     """Let two booster objects exchange all that they hold, while whoever holds on to them keeps the objects."""
     one.handle, other.handle = other.handle, one.handle  # the C++ object: XGBoost 3.0.0, 3.2.0 and 3.4.1

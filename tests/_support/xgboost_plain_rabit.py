@@ -30,7 +30,7 @@ def grow(index: int | None, kind: str, reference: Any, model: bytearray, rounds:
     params, columns, obj = d.parts(kind)
     plain = d.matrix(index, **columns)
     shared = xgboost.QuantileDMatrix(
-        reference, feature_types=plain.feature_types, enable_categorical=True, max_bin=params["max_bin"], nthread=1
+        reference, feature_types=plain.feature_types, enable_categorical=True, max_bin=len(reference), nthread=1
     )
     mine = slice(None) if index is None else d.rows(index)
     x, label = columns.pop("x", d.X)[mine], columns.pop("label", d.BINARY)[mine]
@@ -46,11 +46,11 @@ def grow(index: int | None, kind: str, reference: Any, model: bytearray, rounds:
         feature_types=plain.feature_types,
         feature_names=plain.feature_names,
         enable_categorical=True,
-        max_bin=params["max_bin"],
+        max_bin=len(reference),
         nthread=1,
         **given,
     )
-    booster = xgboost.Booster(params, [data], model_file=model)
+    booster = xgboost.Booster({**params, "max_bin": len(reference)}, [data], model_file=model)
     for iteration in range(rounds):
         booster.update(data, iteration, fobj=obj)
     return booster

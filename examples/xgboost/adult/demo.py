@@ -129,9 +129,8 @@ def central_on_shared_bins(
     matrices = [matrix(part.train) for part in parts]
     summaries = [summary(rows_of(data), data.feature_types, MAX_BIN, 10, 0.0) for data in matrices]
     types = matrices[0].feature_types
-    bins = xgboost.QuantileDMatrix(
-        reference_rows(merged(summaries)), feature_types=types, enable_categorical=True, max_bin=MAX_BIN
-    )
+    reference = reference_rows(merged(summaries))
+    bins = xgboost.QuantileDMatrix(reference, feature_types=types, enable_categorical=True, max_bin=len(reference))
     plain = matrix(everything)
     data = xgboost.QuantileDMatrix(
         plain.get_data(),
@@ -140,12 +139,13 @@ def central_on_shared_bins(
         feature_names=plain.feature_names,
         feature_types=types,
         enable_categorical=True,
-        max_bin=MAX_BIN,
+        max_bin=len(reference),
     )
     config = json.loads(ours.save_config())["learner"]["learner_model_param"]["base_score"]
     params = {**PARAMS, "base_score": float(config.strip("[]"))}
     began = time.monotonic()
-    booster = xgboost.train({**params, "seed_per_iteration": True}, data, rounds)
+    params |= {"seed_per_iteration": True, "max_bin": len(reference)}
+    booster = xgboost.train(params, data, rounds)
     seconds = time.monotonic() - began
     codes = xgboost.DMatrix(
         test.get_data(),

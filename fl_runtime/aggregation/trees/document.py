@@ -26,6 +26,7 @@ from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.types import Array, Arrays
 
 NAMES = ("head", "trees", "ends", "sizes")
+_LEAST_SHARE = 1e-6
 _ROOT_PARENT = 2147483647
 _MAX_TREES = 10_000_000
 
@@ -162,6 +163,27 @@ def base_score(head: dict[str, Any]) -> list[float]:
     """Return the base score: one number, or one per class (XGBoost 3.1 and later)."""
     text = str(head["learner"]["learner_model_param"]["base_score"])
     return [float(part) for part in text.strip("[]").split(",")]
+
+
+def pooled_base_score(head: dict[str, Any], sums: Array, weight: float) -> list[float]:
+    """Compute the base score of rows at several sites from sums over their rows.
+
+    For objectives "multi:...", it is log p_k - mean(log p) for the classes' shares p, at least 1e-6, as in XGBoost 3.1
+    and later. For others it is the mean of the labels, one per target.
+
+    Args:
+        head: Head of a model with the objective.
+        sums: Sums of the weights of each class's rows, or of weight times label for each target, float64.
+        weight: Sum of the weights of all rows, above 0.
+
+    Returns:
+        A number per class or target.
+    """
+    means = np.asarray(sums, np.float64) / weight
+    if not str(head["learner"]["objective"]["name"]).startswith("multi:"):
+        return [float(mean) for mean in means]
+    logs = np.log(np.maximum(means, _LEAST_SHARE))
+    return [float(score) for score in logs - logs.mean()]
 
 
 def with_base_score(head: dict[str, Any], scores: Iterable[float]) -> dict[str, Any]:

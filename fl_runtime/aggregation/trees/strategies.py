@@ -17,11 +17,12 @@ from fl_runtime.aggregation.trees.document import (
     TreeModel,
     base_score,
     check_tree,
+    pooled_base_score,
     scaled,
     with_base_score,
 )
 from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedError
-from fl_runtime.types import Aggregator, Allocate, Arrays, Content, ServerState, Settings, Update
+from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, ServerState, Settings, Update
 
 ENCODING = "xgboost-trees"
 _GROUPS = ("num_class", "num_target")
@@ -32,6 +33,12 @@ FAILED = "fl_adapters.failed"
 
 WEIGHT = "weight"
 """Extra of an update for the initial model: sum of the weights of the site's rows, float64[1]."""
+
+BASE_SUMS = "base_sums"
+"""Extra of an update for the initial model: what `pooled_base_score` sums, float64, empty if it does not apply."""
+
+ROW_WEIGHT = "row_weight"
+"""Extra of an update in bagging: mean weight of the site's rows, float64[1]; absent if rows have no weights."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class TreeStrategy(Described):
                 check_tree(ubjson.loads(tree), features)
             if update.round == 0 and not (np.isfinite(base_score(model.head)).all() and _weight(update) >= 0):
                 raise ProtocolError("the base score of the update is not a finite number, or its weight is negative")
+            if not (np.isfinite(_base_sums(update)).all() and 0 <= _row_weight(update) < np.inf):
+                raise ProtocolError("the sums for the base score or the row weight of the update are not valid numbers")
         except (ProtocolError, UpdateRefusedError) as error:
             raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
         except (KeyError, TypeError, ValueError, IndexError):
@@ -94,7 +103,8 @@ class TreeBagging(TreeStrategy):
     """Every site boosts on the global model, and the new trees of all sites are appended to it.
 
     The leaves of a tree are scaled by its site's share of the examples, so the step of a round is the weighted mean of
-    the sites' steps. It has no arguments. Sites need the capability "tree-bagging" (XGBoost, mode="bagging").
+    the sites' steps. Where rows have weights, an example counts with the mean weight of its site. It has no arguments.
+    Sites need the capability "tree-bagging" (XGBoost, mode="bagging").
     """
 
     name: ClassVar[str] = "tree-bagging"
@@ -119,7 +129,7 @@ class TreeCyclic(TreeStrategy):
     requires: ClassVar[frozenset[str]] = frozenset({"tree-cyclic"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
-        return {"turn": sites[(round - 1) % len(sites)]} if round > 0 else {}
+        return {"turn": sites[(round - 1) % len(sites)]} if round > 0 and sites else {}
 
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         return _Appending(base, allocate, only=config["turn"]) if base else _Beginning(allocate)
@@ -155,8 +165,8 @@ class TreeHistogram(TreeStrategy):
 class _Beginning:
     """The aggregator of round 0: a model without trees (or the one that all sites continue) and a common base score.
 
-    The base score is the mean of the sites' own, weighted by the weights of their rows. For objectives whose base score
-    is a mean, XGBoost would estimate the same on all rows together.
+    Where all sites send sums, the base score is computed from these, as XGBoost would from all rows together. Otherwise
+    it is the mean of the sites' own, weighted by the weights of their rows.
     """
 
     def __init__(self, allocate: Allocate) -> None:
@@ -164,6 +174,7 @@ class _Beginning:
         self._model: TreeModel | None = None
         self._sum: list[float] = []
         self._weight = 0.0
+        self._base_sums: list[Array] = []
         self._distinct_scores = set[str]()
 
     def add(self, update: Update) -> None:
@@ -180,13 +191,17 @@ class _Beginning:
             )
         self._sum = [total + score * weight for total, score in zip(self._sum, scores, strict=True)]
         self._weight += weight
+        self._base_sums.append(np.copy(_base_sums(update)))
         self._distinct_scores.add(str(model.head["learner"]["learner_model_param"]["base_score"]))
 
     def result(self) -> tuple[Arrays, Arrays]:
         assert self._model is not None
         scores = base_score(self._model.head)
         if len(self._distinct_scores) > 1 and self._weight:
-            scores = [total / self._weight for total in self._sum]
+            if all(len(sums) == len(scores) for sums in self._base_sums):
+                scores = pooled_base_score(self._model.head, np.sum(self._base_sums, axis=0), self._weight)
+            else:
+                scores = [total / self._weight for total in self._sum]
         model = TreeModel(with_base_score(self._model.head, scores), self._model.trees)
         return _stored(model, self._allocate, self._further_arrays())
 
@@ -251,6 +266,7 @@ class _Grown:
 
     site: str
     examples: int
+    row_weight: float
     model: TreeModel
     trees: tuple[dict[str, Any], ...]
 
@@ -268,13 +284,12 @@ class _Appending:
             model = TreeModel.from_arrays(update.arrays)
             _check_same(self._base, model, update)
             trees = tuple(ubjson.loads(tree) for tree in model.trees)
-            self._parts.append(_Grown(update.site, update.num_examples, model, trees))
+            self._parts.append(_Grown(update.site, update.num_examples, _row_weight(update), model, trees))
 
     def result(self) -> tuple[Arrays, Arrays]:
         if not self._parts:
             raise RoundFailedError(f"no trees came from {self._only}, whose turn it was", fix="see that site's log")
-        total = sum(part.examples for part in self._parts)
-        shares = [part.examples / total for part in self._parts]
+        shares = self._shares()
         model, trees = dict(self._base.model), list(self._base.trees)
         info, starts = list(model["tree_info"]), list(model["iteration_indptr"])
         weights, new_weights = self._weights(shares)
@@ -289,6 +304,13 @@ class _Appending:
         model["gbtree_model_param"] = model["gbtree_model_param"] | {"num_trees": str(len(trees))}
         grown = TreeModel(self._base.head, tuple(trees)).with_head(model, weights)
         return _stored(grown, self._allocate, self._other_arrays)
+
+    def _shares(self) -> list[float]:
+        """Return each site's share. Sites that all send 1 as their number of examples have equal shares."""
+        equal = all(part.examples == 1 for part in self._parts)
+        weights = [1.0 if equal else part.examples * part.row_weight for part in self._parts]
+        total = sum(weights) or 1.0
+        return [weight / total for weight in weights]
 
     def _of_round(self, number: int, shares: list[float]) -> list[tuple[int, float, _Grown, int]]:
         """Return (class, share, part, index of the tree in it) of a local boosting round, by class, then by site."""
@@ -349,6 +371,14 @@ def _expected_weights(base: TreeModel, grown: TreeModel) -> int:
 
 def _weight(update: Update) -> float:
     return float(update.extras[WEIGHT][0])
+
+
+def _base_sums(update: Update) -> Array:
+    return np.asarray(update.extras.get(BASE_SUMS, np.empty(0)), np.float64)
+
+
+def _row_weight(update: Update) -> float:
+    return float(update.extras[ROW_WEIGHT][0]) if ROW_WEIGHT in update.extras else 1.0
 
 
 def _stored(model: TreeModel, allocate: Allocate, more: Arrays) -> tuple[Arrays, Arrays]:

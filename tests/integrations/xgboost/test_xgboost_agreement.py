@@ -63,6 +63,13 @@ def differing(first: dict[str, Any], second: dict[str, Any], **federation: Any) 
         ({"params": {"max_bin": 64}}, {}, "max_bin: 64 != 32"),
         ({"params": {"base_score": 0.5}}, {}, "base_score: 0.5 != agreed before round 1"),
         ({"params": {"num_parallel_tree": 2}}, {}, "num_parallel_tree: 2 != 1"),
+        ({"params": {"quantile_alpha": np.array([0.5])}}, {}, "quantile_alpha: [0.5] != missing"),
+        (
+            {"data": {"feature_weights": [0, 1, 1, 1, 1]}},
+            {"data": {"feature_weights": [2] * 5}},
+            "feature weights: 0: ",
+        ),
+        ({"data": {"feature_weights": [0, 1, 1, 1, 1]}}, {}, "feature weights: 5 entries != 1 entries"),
         ({"rounds": 3}, {}, "different numbers of rounds: site-1: 3, site-2: 2"),
     ],
 )
@@ -70,6 +77,12 @@ def test_sites_that_differ_are_refused(mode: str, first: Any, second: Any, diffe
     if mode == "histogram":
         pytest.importorskip("cryptography")
     assert difference in str(differing({"mode": mode} | first, {"mode": mode} | second))
+
+
+def test_parameters_of_trees_that_are_grown_together_are_compared() -> None:
+    pytest.importorskip("cryptography")
+    first, second = ({"mode": "histogram", "params": {"max_depth": depth, "reg_alpha": 0.0}} for depth in (3, 4))
+    assert "parameter max_depth: 3 != 4" in str(differing(first, second))
 
 
 def test_different_modes_are_refused() -> None:
@@ -202,3 +215,32 @@ def test_a_plain_train_with_early_stopping_is_refused() -> None:
             xgboost.train(
                 d.BASE, data, 7, evals=[(data, "a")], early_stopping_rounds=2, callbacks=[callback], verbose_eval=False
             )
+
+
+@pytest.mark.parametrize("mode", ["bagging", "cyclic", None])
+def test_unbiased_ranking_is_refused_where_models_are_replaced(mode: Any) -> None:
+    params, columns = d.BASE | {"objective": "rank:ndcg", "lambdarank_unbiased": True}, {"qid": d.QUERIES}
+    data = d.matrix(0, d.RELEVANCE, **columns)
+    assert train(params, data, 3).num_boosted_rounds() == 3  # alone it is XGBoost's own
+    with LocalFederation(sites=1) as federation:
+        kit = federation.places[0].kit
+        options = {"callbacks": [FederatedCallback(kit=kit)]} if mode is None else {"mode": mode, "kit": kit}
+        with pytest.raises(ConfigError, match="lambdarank_unbiased"):
+            (xgboost.train if mode is None else train)(params, data, 3, **options)
+
+
+def test_arguments_by_position_are_those_of_xgboost() -> None:
+    data, log = d.matrix(0), {}
+    params = d.BASE | {"objective": "binary:logistic"}
+    train(params, data, 2, [(data, "mine")], None, None, None, log, False)
+    with LocalFederation(sites=1) as federation:
+        ours: dict[str, Any] = {}
+        train(params, data, 2, [(data, "mine")], None, None, None, ours, False, kit=federation.places[0].kit)
+    assert ours["mine"]["logloss"] == pytest.approx(log["mine"]["logloss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_columns_without_names_are_told_once(names: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with LocalFederation(sites=1) as federation:
+        train(d.BASE, d.matrix(0, feature_names=names), 3, kit=federation.places[0].kit)
+    assert capfd.readouterr().err.count("the 5 columns of the data have no names") == (names is None)

@@ -60,7 +60,8 @@ def base_score(model: bytearray) -> Any:
 def test_bagging_steps_by_the_weighted_mean_of_the_sites(kind: str) -> None:
     models, boosters = federated("bagging", kind, 4, every=2)
     assert len(models) == 3
-    shares = np.array(d.SIZES) / sum(d.SIZES)
+    sizes = [np.sum(d.parts(kind)[1].get("weight", np.ones(len(d.X)))[d.rows(index)]) for index in range(len(d.SIZES))]
+    shares = np.array(sizes) / sum(sizes)
     for number in (1, 2):
         turn = range(2 * number - 2, 2 * number)
         alone = [continued(kind, models[number - 1], index, turn) for index in range(len(d.SIZES))]
@@ -86,19 +87,76 @@ def test_cyclic_goes_on_where_the_site_before_has_stopped(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("params", "label", "weight"),
     [
-        ("binary", d.BINARY.mean()),
-        ("regression with weights", np.average(d.REAL, weights=d.WEIGHTS)),
+        ({"objective": "binary:logistic"}, d.BINARY, None),
+        ({"objective": "reg:squarederror"}, d.REAL, d.WEIGHTS),
+        ({"objective": "count:poisson"}, np.exp(d.REAL / 3), d.WEIGHTS),
+        ({"objective": "reg:squarederror"}, np.stack([d.REAL, d.REAL**2], 1), d.WEIGHTS),
+        ({"objective": "multi:softprob", "num_class": 3}, d.CLASSES, None),
+        ({"objective": "multi:softmax", "num_class": 3}, d.CLASSES, d.WEIGHTS),
     ],
 )
-def test_base_score_is_that_of_all_rows(kind: str, expected: float) -> None:
-    models, _ = federated("bagging", kind, 1)
-    central = xgboost.train(d.parts(kind)[0], d.matrix(None, **d.parts(kind)[1]), 1)
-    found = base_score(models[0])
-    assert found == pytest.approx(base_score(central.save_raw("ubj")), rel=0.02 if kind == "binary" else 1e-4)
-    if xgboost.__version__ >= "3.1" or kind != "binary":  # before, one Newton step towards it
-        assert found == pytest.approx(expected, rel=1e-4)
+@pytest.mark.skipif(xgboost.__version__ < "3.1", reason="before, one Newton step for objectives that are no mean")
+def test_base_score_is_that_of_all_rows(params: Any, label: Any, weight: Any, capfd: Any) -> None:
+    """Sites hold different labels: sorted by label, the first site has few classes and the last one few others."""
+    order = np.argsort(label if np.ndim(label) == 1 else label[:, 0], kind="stable")
+
+    def matrix(rows: Any) -> xgboost.DMatrix:
+        return xgboost.DMatrix(d.X[rows], label[rows], weight=None if weight is None else weight[rows])
+
+    with LocalFederation(sites=d.SITES) as federation:
+        found = federation.run(
+            lambda place: train(d.BASE | params, matrix(order[d.rows(place.index)]), 1, kit=place.kit)
+        )["site-2"]
+    central = xgboost.train(d.BASE | params, matrix(order), 1)
+    ours, theirs = (base_score(booster.save_raw("ubj")) for booster in (found, central))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+    assert "base score" not in capfd.readouterr().err
+
+
+def test_a_base_score_that_is_no_mean_is_told(capfd: Any) -> None:
+    params = d.BASE | {"objective": "reg:absoluteerror"}
+    with LocalFederation(sites=2) as federation:
+        federation.run(lambda place: train(params, d.matrix(place.index, d.REAL), 1, kit=place.kit))
+    assert capfd.readouterr().err.count("the base score of reg:absoluteerror over all sites is the mean") == 2
+
+
+class Meddler(xgboost.callback.TrainingCallback):
+    """A callback that grows another tree, or returns a part of the model."""
+
+    def __init__(self, data: xgboost.DMatrix, when: str) -> None:
+        self._data, self._when = data, when
+
+    def after_iteration(self, model: xgboost.Booster, epoch: int, evals_log: Any) -> bool:
+        if self._when == "last round" and epoch == 2:
+            model.update(self._data, 3)
+        return False
+
+    def after_training(self, model: xgboost.Booster) -> xgboost.Booster:
+        return model[:1] if self._when == "end" else model
+
+
+@pytest.mark.parametrize("when", ["last round", "end"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_other_callbacks_do_not_change_the_result(plain: bool, when: str, capfd: Any) -> None:
+    params = d.BASE | {"objective": "binary:logistic"}
+
+    def site(place: Any) -> xgboost.Booster:
+        data = d.matrix(place.index)
+        callbacks: list[Any] = [Meddler(data, when)] if place.index == 0 else []
+        if plain:
+            return xgboost.train(params, data, 3, callbacks=[FederatedCallback(kit=place.kit), *callbacks])
+        return train(params, data, 3, callbacks=callbacks, kit=place.kit)
+
+    with LocalFederation(sites=2) as federation:
+        first, second = federation.run(site).values()
+        federation.result()
+        expected = xgboost.Booster(params, model_file=federation.server.export(federation.folder / "final", "final"))
+    for booster in (first, second):
+        assert booster.num_boosted_rounds() == 3
+        np.testing.assert_array_equal(booster.predict(d.matrix(None)), expected.predict(d.matrix(None)))
+    assert capfd.readouterr().err.count("a callback changed the model after the last exchange") == 1
 
 
 def test_a_base_score_of_ones_own_stays() -> None:
@@ -106,6 +164,27 @@ def test_a_base_score_of_ones_own_stays() -> None:
     with LocalFederation(sites=2) as federation:
         boosters = federation.run(lambda place: train(params, d.matrix(place.index), 1, kit=place.kit))
     assert base_score(boosters["site-1"].save_raw("ubj")) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "filters", "shares"),
+    [
+        ({}, (), [1, 3]),
+        ({"num_examples": 10}, (), [1, 1]),
+        ({}, ({"name": "Examples", "equal": True},), [1, 1]),
+    ],
+)
+def test_row_weights_count(options: Any, filters: Any, shares: Any) -> None:
+    """Two sites of equal size, one with three times the weight: leaves without regularisation show the shares."""
+    params = {"objective": "reg:squarederror", "base_score": 0.0, "reg_lambda": 0.0, "eta": 1.0, "max_depth": 1}
+
+    def site(place: Any) -> xgboost.Booster:
+        data = xgboost.DMatrix(np.arange(8.0)[:, None], np.full(8, place.index), weight=np.full(8, (1, 3)[place.index]))
+        return train(params, data, 1, kit=place.kit, **options)
+
+    with LocalFederation(sites=2, filters=filters) as federation:
+        booster = federation.run(site)["site-1"]
+    np.testing.assert_allclose(booster.inplace_predict(np.zeros((1, 1))), shares[1] / sum(shares), rtol=1e-6)
 
 
 def test_filters_of_what_travels_beside_trees() -> None:

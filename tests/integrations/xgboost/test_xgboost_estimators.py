@@ -71,8 +71,9 @@ def test_classifier_of_classes_that_one_site_lacks() -> None:
     assert models["site-3"].predict_proba(d.X).shape == (len(d.X), 3)
     assert (models["site-1"].predict(d.X) == label).mean() > 0.6
     unnamed = lambda place: FederatedXGBClassifier(n_estimators=2, federated={"kit": place.kit}, **OPTIONS)  # noqa: E731
-    with pytest.raises(HandshakeError, match="num_class"):
+    with pytest.raises(HandshakeError, match="num_class") as refused:
         fitted(unnamed, label)
+    assert "pass classes= at every site" in refused.value.fix
 
 
 def test_ranker() -> None:
@@ -109,9 +110,27 @@ def test_alone_it_is_the_estimator_itself() -> None:
     assert clone(ours).get_params()["max_depth"] == 3
 
 
+def test_feature_weights_choose_the_columns() -> None:
+    """A column of weight 0 is never drawn, alone and in a federation."""
+    options = OPTIONS | {"n_estimators": 6, "colsample_bynode": 0.4, "feature_weights": np.array([0, 1, 1, 1, 0.0])}
+    alone = FederatedXGBRegressor(**options).fit(d.X, d.REAL)
+    plain = xgboost.XGBRegressor(**options).fit(d.X, d.REAL)
+    np.testing.assert_array_equal(alone.predict(d.X), plain.predict(d.X))
+    models = fitted(lambda place: FederatedXGBRegressor(federated={"kit": place.kit}, **options), d.REAL)
+    for model in (alone, *models.values()):
+        used = set(model.get_booster().get_score())
+        assert used and not used & {"f0", "f4"}
+
+
 @pytest.mark.parametrize(
     ("label", "federated", "match"),
-    [(d.BINARY - 1, {}, "labels run from -1"), (d.BINARY, {"modes": "cyclic"}, "'modes'")],
+    [
+        (d.BINARY - 1, {}, "labels run from -1"),
+        (d.BINARY, {"modes": "cyclic"}, "'modes'"),
+        (np.where(d.BINARY, "yes", "no"), {}, "not numbers but 'no', 'yes'(.|\n)*'no': 0, 'yes': 1"),
+        (np.where(d.BINARY, "yes", None), {}, "not numbers but 'None', 'yes'"),
+        (np.where(d.BINARY, 1.0, np.nan), {}, "labels run from nan"),
+    ],
 )
 def test_what_cannot_work_is_refused(label: Any, federated: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):

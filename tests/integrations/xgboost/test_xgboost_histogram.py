@@ -130,11 +130,75 @@ def test_two_threads_grow_the_same_splits() -> None:
     assert boosters["site-1"].save_raw("ubj") == boosters["site-2"].save_raw("ubj")
 
 
+RARE = np.random.default_rng(2).random((len(d.X), 2)) < 0.09
+
+
+@pytest.mark.parametrize("kind", ["indicators", "present or missing", "small numbers", "both signs"])
+def test_features_that_few_rows_of_each_site_have_are_split_on(kind: str) -> None:
+    """Each site has fewer than `quantile_rows` rows of every feature; all sites together have enough."""
+    draw = np.random.default_rng(4)
+    values = {
+        "indicators": np.where(RARE, 1.0, 0.0),
+        "present or missing": np.where(RARE, 4e4, np.nan),
+        "small numbers": np.where(RARE, draw.integers(1, 4, RARE.shape), 0.0),
+        "both signs": np.where(RARE, draw.choice([-2.0, 3.0], RARE.shape), np.nan),
+    }[kind]
+    assert 12 < RARE[:, 0].sum() < 40 and RARE[:12].sum(0).max() < 10
+    order = np.arange(len(d.X)) % 6  # six sites, fewer than ten rare rows each
+    label = np.nan_to_num(values) @ np.array([1.0, -2.0]) / np.nanmax(np.abs(values))
+    params = d.BASE | {
+        "objective": "reg:squarederror",
+        "base_score": 0.0,
+        "eta": 1.0,
+        "reg_lambda": 0.0,
+        "max_bin": 256,
+    }
+    params["max_depth"] = 6
+
+    def site(place: Any) -> xgboost.Booster:
+        mine = order == place.index
+        assert RARE[mine].sum(0).max() < 10
+        return train(params, xgboost.DMatrix(values[mine], label[mine]), 4, mode="histogram", kit=place.kit)
+
+    with LocalFederation(sites=6) as federation:
+        booster = federation.run(site, timeout_s=60)["site-1"]
+    everything = xgboost.DMatrix(values, label)
+    central = xgboost.train(params, everything, 4)
+    np.testing.assert_allclose(booster.predict(everything), central.predict(everything), atol=1e-5)
+    np.testing.assert_allclose(booster.predict(everything), label, atol=1e-5)
+
+
+def test_values_beyond_the_bins_are_predicted_as_they_were_trained() -> None:
+    """Few rows lie far above the highest cut: a split of present from missing values must take them along."""
+    x = np.where(np.arange(len(d.X)) % 3 == 0, np.nan, d.X[:, 0]).astype(np.float32)
+    x[1::60] = 1e6
+    label = np.isfinite(x).astype(float)
+    params = d.BASE | {"objective": "reg:squarederror", "base_score": 0.0, "eta": 1.0, "reg_lambda": 0.0}
+
+    def site(place: Any) -> xgboost.Booster:
+        mine = d.rows(place.index)
+        return train(params, xgboost.DMatrix(x[mine, None], label[mine]), 1, mode="histogram", kit=place.kit)
+
+    with LocalFederation(sites=d.SITES) as federation:
+        booster = federation.run(site, timeout_s=60)["site-1"]
+    np.testing.assert_allclose(booster.predict(xgboost.DMatrix(x[:, None])), label, atol=1e-6)
+
+
+def test_quantiles_by_an_array() -> None:
+    params = d.BASE | {"objective": "reg:quantileerror", "quantile_alpha": np.array([0.1, 0.9])}
+    with LocalFederation(sites=2) as federation:
+        boosters = federation.run(
+            lambda place: train(params, d.matrix(place.index, d.REAL), 8, mode="histogram", kit=place.kit), timeout_s=60
+        )
+    low, high = boosters["site-1"].predict(d.matrix(None)).T
+    assert (low < high).mean() > 0.9
+
+
 def test_bins_are_close_to_those_of_xgboost() -> None:
     params = d.parts("binary")[0]
     own = xgboost.QuantileDMatrix(d.X, max_bin=params["max_bin"])
-    agreed = xgboost.QuantileDMatrix(reference("binary"), max_bin=params["max_bin"])
-    shared = xgboost.QuantileDMatrix(d.X, max_bin=params["max_bin"], ref=agreed)
+    agreed = xgboost.QuantileDMatrix(reference("binary"), max_bin=len(reference("binary")))
+    shared = xgboost.QuantileDMatrix(d.X, max_bin=len(reference("binary")), ref=agreed)
     for feature in range(d.COLUMNS):
         ranks = []
         for matrix in (own, shared):
@@ -154,5 +218,6 @@ def test_a_summary_is_bounded_and_tells_no_value_of_few_rows() -> None:
     assert not set(told.points[0].tolist()) & set(x[:, 0].astype(np.float32).tolist())
     assert told.points[2].tolist() == [0.0]  # the seven are counted, and not told
     assert [weights.sum() for weights in told.weights] == [20_000] * 3
+    assert told.rest[2].tolist() == [0, 7]
     noisy = summary(rows_of(xgboost.DMatrix(x.astype(np.float32))), None, 16, 10, 0.5)
     assert not np.array_equal(noisy.points[0], told.points[0]) and np.all(np.diff(noisy.points[0]) > 0)

@@ -263,7 +263,9 @@ def test_a_round_that_comes_to_nothing_is_opened_again_and_ends_the_run_at_last(
         assert stages == ["", "2", "3", "4"]
 
 
-QUANTILES = QuantileSummary((np.empty(0, np.float32),) * 2, (np.empty(0),) * 2, np.zeros(2, np.int64), 16)
+QUANTILES = QuantileSummary(
+    (np.empty(0, np.float32),) * 2, (np.empty(0),) * 2, np.zeros(2, np.int64), 16, np.zeros((2, 2), np.int64), 1
+)
 CUTS = {"cuts": np.empty(0, np.float32), "cut_ends": np.empty(0, np.int64), "levels": np.empty(0, np.int64)}
 
 
