@@ -18,6 +18,7 @@ from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch.progress import size_of
+from fl_adapters.torch.selection import NamedTensors
 from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
@@ -114,7 +115,8 @@ def _federated(
     extra: dict[str, Any],
 ) -> ExchangeObject:
     own = initial if initial is not None else _weights_before_training(algo, extra)
-    first = _arrays(own, selected(own, session.settings.exchange, session.settings.keep_local))
+    names = selected(own, session.settings.exchange, session.settings.keep_local)
+    first = _arrays(own, [name for name in names if name not in _staying(algo)])
     examples = options.num_examples or _training_examples(algo)
     evaluates = _evaluates(algo, session.settings)
     session.register(
@@ -143,6 +145,12 @@ def _federated(
         copy_model_state(dst=network, src=final.weights)
     session.finish()
     return final
+
+
+def _staying(algo: ClientAlgo) -> frozenset[str]:
+    """Names of tensors that never travel: singular vectors of spectral normalisation."""
+    network = getattr(getattr(algo, "trainer", None), "network", None)
+    return frozenset() if network is None else NamedTensors.of(network).staying
 
 
 def _channels(algo: ClientAlgo) -> dict[str, list[str]]:

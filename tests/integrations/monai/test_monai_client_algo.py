@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import monai_bundles
@@ -76,6 +77,19 @@ def test_weights_and_differences(federation, differences) -> None:
     assert scores == pytest.approx([1 + (mean - 1) / 2, mean])
     steps = {e.data["local_steps"] for e in run.events if e.kind == "update"}
     assert steps == ({5} if differences else {0})
+
+
+def test_singular_vectors_of_spectral_normalisation_stay(federation) -> None:
+    run = federation(sites=1, rounds=1)
+
+    def site(place: Any) -> None:
+        algo = Adding(1)
+        network = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 2))
+        algo.trainer, algo.weights = SimpleNamespace(network=network), dict(network.state_dict())
+        run_client_algo(algo, kit=place.kit, num_examples=1, evaluate_global=False)
+
+    run.run(site)
+    assert sorted(run.model()) == ["bias", "parametrizations.weight.original"]
 
 
 def test_alone_it_trains_once() -> None:
