@@ -121,8 +121,8 @@ class TrainingExample(Protocol):
             different: Whether to build a model whose tensors differ in name or shape from those of other sites.
             fail_at: Optimizer step, counted from 1, in which the user's code (a data set, a forward pass) calls
                 `failing()`. 0 for no failure.
-            **arguments: Arguments for the callback, such as `kit`, `every`, `keep_local` and `num_examples`. Without
-                `kit` the training runs outside a federation.
+            **arguments: Arguments for the callback, such as `kit`, `every`, `keep_local` and `agree`. Without `kit` the
+                training runs outside a federation.
 
         Returns:
             Weights and steps after the call.
@@ -148,8 +148,8 @@ TrainingCase: TypeAlias = Callable[[TrainingExample], None]
 def training_cases() -> tuple[TrainingCase, ...]:
     """All cases for a whole training, as functions that take a `TrainingExample`.
 
-    They compare weights with a plain loop, count optimizer steps, and check that a site with another model is
-    refused, that a failing site is done without or ends the run, and that the script also trains alone.
+    They compare weights with a plain loop, count optimizer steps, and check that a site with another model or other
+    labels is refused, that a failing site is done without or ends the run, and that the script also trains alone.
 
     Returns:
         The cases. A case raises AssertionError if the adapter breaks its promise.
@@ -169,6 +169,7 @@ def training_cases() -> tuple[TrainingCase, ...]:
         alone_the_script_trains_as_if_nothing_were_there,
         required_refuses_to_train_alone,
         another_model_is_refused_before_the_first_step,
+        other_names_are_refused_before_the_first_step,
         a_site_that_is_not_drawn_waits,
         a_site_that_fails_is_done_without,
         a_site_that_is_needed_ends_the_run,
@@ -271,15 +272,25 @@ def required_refuses_to_train_alone(example: TrainingExample) -> None:
 
 
 def another_model_is_refused_before_the_first_step(example: TrainingExample) -> None:
+    _require_refusal(example, "site-1", [{}, {"different": True}])
+
+
+def other_names_are_refused_before_the_first_step(example: TrainingExample) -> None:
+    orders = [["cat", "dog"], ["dog", "cat"]]
+    _require_refusal(example, "labels: 0: 'cat' != 'dog'", [{"agree": {"labels": order}} for order in orders])
+
+
+def _require_refusal(example: TrainingExample, said: str, arguments: Sequence[dict[str, Any]]) -> None:
+    """Train with these further arguments at each site, which must be refused before round 1 at all of them."""
     with _federation(example, rounds=2) as federation:
         work = {
-            place.name: lambda place: example.train(place.index, kit=place.kit, epochs=9, different=place.index == 1)
+            place.name: lambda place: example.train(place.index, kit=place.kit, epochs=9, **arguments[place.index])
             for place in federation.places
         }
         outcomes = federation.outcomes(work, check=False)
     for name, outcome in outcomes.items():
         require(isinstance(outcome.error, HandshakeError), f"{name} got {outcome.error!r} and no HandshakeError")
-        require("site-1" in str(outcome.error), f"the error does not name the sites: {outcome.error}")
+        require(said in str(outcome.error), f"the error does not say {said!r}: {outcome.error}")
     require(not _of_kind(federation.events, "round_started"), "a round was started")
 
 

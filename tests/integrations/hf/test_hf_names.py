@@ -6,6 +6,7 @@ from typing import Any
 
 import hf_models as m
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -80,3 +81,18 @@ def test_labels_that_one_site_alone_names_are_no_difference() -> None:
 def test_other_labels_may_be_meant() -> None:
     errors, steps = outcomes({"labels": ["no", "yes"], "options": {"agree": False}}, {"labels": ["yes", "no"]})
     assert errors == [None, None] and steps == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_sites_that_train_on_the_same_rows_are_asked_for_their_data(own: bool) -> None:
+    def site(place: Any) -> None:
+        rows = m.Tokens(32, seed=place.index if own else 0)
+        callback = FederatedCallback(kit=place.kit)
+        m.trainer(callback, model=m.classifier(), train_dataset=rows, output_dir=f"out-{place.name}").train()
+
+    with LocalFederation(sites=2, rounds=1, states=[(torch.get_rng_state, torch.set_rng_state)]) as federation:
+        federation.run(site)
+        federation.result()
+        hints = [event.data["text"] for event in federation.events if event.kind == "warning"]
+    assert len(hints) == (0 if own else 1)
+    assert own or "all 2 sites trained on 32 examples, with exactly the same train_loss" in hints[0]
