@@ -241,7 +241,7 @@ def _sends_all(options: Options) -> bool:
 def _selected(initial: Arrays, settings: SiteSettings) -> Iterator[tuple[str, Array]]:
     given = _named(initial, "site.tasks(initial=...)")
     for name in selected(given, settings.exchange, settings.keep_local):
-        yield name, _array(name, given[name], "initial")
+        yield name, as_array(name, given[name], "initial")
 
 
 def _named(arrays: object, where: str) -> Mapping[str, Any]:
@@ -256,8 +256,20 @@ def _named(arrays: object, where: str) -> Mapping[str, Any]:
     return arrays
 
 
-def _array(name: str, value: object, where: str) -> Array:
-    """Return a value as an array. Raises ConfigError for what is no array and no number."""
+def as_array(name: str, value: object, where: str) -> Array:
+    """Return a value that a script gives as an array.
+
+    Args:
+        name: Name of the tensor.
+        value: An array, a number, or an object that NumPy reads as an array.
+        where: Where the script gives it, for errors.
+
+    Returns:
+        The array, not copied if it is one.
+
+    Raises:
+        ConfigError: It is a list or something else that is neither an array nor a number.
+    """
     fix = f"pass np.asarray(value, dtype) for {name!r}"
     if isinstance(value, list | tuple | Mapping | str | bytes) or value is None:
         raise ConfigError(f"{name!r} is a {type(value).__name__}, not an array", where=where, fix=fix)
@@ -392,11 +404,13 @@ class SiteTask:
         where = f"task.submit(...), round {self.round}"
         given = {} if isinstance(arrays, Mapping) and not arrays else _named(arrays, where)
         names = dict.fromkeys([*(name for name in self._agreed if name in given), *(given if self._sends_all else ())])
-        sent = {name: _array(name, given[name], where) for name in names}
+        sent = {name: as_array(name, given[name], where) for name in names}
         if {name: (array.dtype, array.shape) for name, array in sent.items()} == self._agreed:
             return sent
         agreed = {name: np.empty(shape, dtype) for name, (dtype, shape) in self._agreed.items()}
         lines = differences(Manifest.of(agreed), Manifest.of(sent))
+        if not lines:  # only the order of bytes differs
+            return sent
         drifted = [
             n for n, a in sent.items() if n in agreed and agreed[n].shape == a.shape and agreed[n].dtype != a.dtype
         ]

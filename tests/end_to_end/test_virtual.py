@@ -389,6 +389,7 @@ def test_a_bad_result_is_refused_with_site_and_round(
         ({"strategy": "fedbuff"}, "fedbuff needs sites with"),
         ({"filters": [{"name": "Quantize", "to": "int8"}]}, "the filter Quantize at site_out needs sites"),
         ({"function": print}, "there are no initial weights"),
+        ({"function": print, "initial": {"w": [0.0, 1.0]}}, "'w' is a list, not an array"),
         ({"function": print, "initial": {"w": np.zeros(2)}, "args": ("a",)}, "take no command-line arguments"),
     ],
 )

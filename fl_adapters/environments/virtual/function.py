@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fl_adapters.loop import SiteTask
+from fl_adapters.loop import SiteTask, as_array
 from fl_adapters.participant import identity
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
@@ -98,7 +98,7 @@ def initial_weights(initial: InitialWeights | None) -> Arrays:
             fix="write a function initial() in the same module that returns a dict of name -> NumPy array, "
             "or name a file with Job(initial=)",
         )
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return {name: as_array(name, array, "initial") for name, array in arrays.items()}
 
 
 def encode_layout(manifest: Manifest) -> str:
