@@ -26,6 +26,7 @@ from fl_runtime.filters import (
     check_repeatable,
     check_site_weights,
 )
+from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.types import RunSettings, Strategy
 
 R_co = TypeVar("R_co", covariant=True)
@@ -76,7 +77,8 @@ class Job(BaseModel):
         rejoin_s: Seconds to wait for a site whose process or connection is gone, before `min_sites` decides.
             Default 60.
         late: What happens to an update that arrives after its round has closed: "drop" it, or "carry" it into the
-            next round. Default "drop".
+            next round. There the site's change to the model that it trained from is applied to the newer one.
+            Default "drop".
         durability: What acknowledged updates survive: the death of a "process", or a "power" failure too, for which
             the server waits for its disk. Default "process".
         every: Local budget between two exchanges: "epoch", "N epochs", or a number of optimizer steps. Default None:
@@ -96,6 +98,9 @@ class Job(BaseModel):
         patience: Number of rounds without a better `best_metric` after which the run ends. Default None: the script's
             own early stopping, if any.
         min_delta: Least difference of `best_metric` that counts as better, for `patience`. Default 0.
+        trainings: Largest number of trainings in a script, each of which is a run of its own (docs/trainings.md).
+            With 1, the job ends with the run, and a script that trains a second time ends with an error. Default
+            None: as many as the scripts have.
         seed: Seed of everything that the run draws, at least 0. Default None: 0 where one is needed.
         exact_restart: Whether a site that is killed and started again ends with the same bits as without. Every round
             then begins with random states made from `seed`, the site and the round (docs/restart.md). Default False.
@@ -137,6 +142,7 @@ class Job(BaseModel):
     best_mode: Literal["min", "max"] = "min"
     patience: int | None = Field(default=None, ge=1)
     min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    trainings: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=0)
     exact_restart: bool = False
 
@@ -319,6 +325,8 @@ def _check(job: Job) -> None:
             where="late",
             fix="leave late out of the job",
         )
+    if job.late == "carry":
+        _check_carried(job)
     if strategy.buffer:
         for field, wanted in (
             ("fraction", job.fraction < 1),
@@ -372,6 +380,18 @@ def _check_budgets(job: Job, strategy: Strategy | None) -> None:
         rounds = job.rounds and math.ceil(job.rounds * job.fraction)
         settings = RunSettings(job.name, ("any",), 1, rounds=rounds, seed=job.seed)
     check_budgets(job.filters, settings, strategy)
+
+
+def _check_carried(job: Job) -> None:
+    """Refuse what needs whole weights of the sites, which send differences if their updates may be carried."""
+    encrypted = any(settings.get("name") == HomomorphicCKKS.__name__ for settings in job.filters)
+    for what, wanted in (("cross_site", job.cross_site), ("the filter HomomorphicCKKS", encrypted)):
+        if wanted:
+            raise ConfigError(
+                f"{what} needs whole weights, but with late: carry the sites send differences to the global model",
+                where="late",
+                fix=f"leave late or {what.removeprefix('the filter ')} out of the job",
+            )
 
 
 def _check_name(name: str, field: str) -> None:

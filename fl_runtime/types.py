@@ -26,7 +26,6 @@ Settings: TypeAlias = Mapping[str, Any]
 
 Content = Literal["weights", "delta", "encoded"]
 """What the arrays of an update hold: new weights, their difference to the base model, or an encoding of its own."""
-
 TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
 """What a task asks for; see `Task`."""
 
@@ -53,8 +52,8 @@ class Task:
     - "train": train one round, starting from `arrays`.
     - "final": the run is over; `arrays` is the global model after the last round.
     - "best": `arrays` is the global model of the best round; empty if no round has a score of the best metric.
-    - "evaluate": evaluate `arrays` on your validation data; `config["model"]` names whose model it is.
-    - "evaluated": no model is left to evaluate.
+    - "evaluate": evaluate `arrays` on your validation data; `config["model"]` names whose model it is. "evaluated": no
+      model is left to evaluate.
     - "share" (swarm only): send your update to the site `config["to"]`.
     - "aggregate" (swarm only): aggregate the updates of `config["sites"]`.
 
@@ -212,6 +211,7 @@ class RunSettings:
         min_delta: Least difference of the metric that counts as better, for `patience`.
         cross_site: Whether every site evaluates every site's model after the last round.
         durability: Whether acknowledged updates survive the death of processes, or also a power failure.
+        trainings: Largest number of trainings in a site's script; None for any number.
     """
 
     name: str
@@ -240,6 +240,7 @@ class RunSettings:
     min_delta: float = 0.0
     cross_site: bool = False
     durability: Literal["process", "power"] = "process"
+    trainings: int | None = None
 
     @property
     def sites_per_round(self) -> int:
@@ -253,15 +254,14 @@ class Event:
 
     The kinds of events:
 
-    - "joined", "registered", "left": a site joined, finished its handshake, or left.
+    - "joined", "registered", "left", "script_ended": a site joined, finished its handshake, left, or ended its script.
     - "started", "finished", "failed": the run began, ended, or failed.
-    - "round_started", "round_finished": a round was opened, or its model was committed.
-    - "round_dropped": an open round turned out not to be needed.
+    - "round_started", "round_finished", "round_dropped": a round was opened, committed, or not needed after all.
     - "task_sent", "update": a site received a task, or its update arrived.
     - "aggregator": under swarm, a site was chosen to aggregate the round.
-    - "report", "scored": one site evaluated the model of `round`, or all of them did.
+    - "report", "scored": one site evaluated the model of `round`, or all of them did. "cross_score", "cross_site": a
+      site evaluated another site's model, or all did (with the matrix).
     - "warning": something may be wrong with the run; `text` says what, in words.
-    - "cross_score", "cross_site": a site evaluated another site's model, or all did (with the matrix).
     - "starting", "restarted", "exited": a site's process in a simulation.
 
     Attributes:

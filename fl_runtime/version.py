@@ -9,7 +9,7 @@ VERSION = "0.1.0"
 PROTOCOL = 1
 """Protocol number of this version, the only one so far; see wire/fl/v1/federation.proto."""
 
-FEATURES: tuple[str, ...] = ("beats", "parts")
+FEATURES: tuple[str, ...] = ("beats", "parts", "trainings")
 """Optional parts of the protocol that this version supports. Two sides use those that both name."""
 
 SERVER_NAME = "server.fl-adapters.internal"

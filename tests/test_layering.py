@@ -9,13 +9,14 @@ import pytest
 from source_tree import INTEGRATIONS, SOURCES, imports
 
 # Part of fl_runtime -> the parts that it may import besides itself. A new part must be given its place here.
-GROUND = {"types", "errors", "version", "capabilities", "tensor_names"}
+GROUND = {"types", "errors", "version", "capabilities", "tensor_names", "trainings"}
 RUNTIME = {
     "types": set[str](),
     "errors": set[str](),
     "capabilities": set[str](),
     "tensor_names": set[str](),
     "version": {"errors"},
+    "trainings": set[str](),
     "wire": GROUND,
     "filters": GROUND,
     "aggregation": GROUND,

@@ -16,7 +16,7 @@ from fl_adapters.environments.progress import RunView, SiteView, metrics_text, s
 from fl_runtime.types import Event
 
 if TYPE_CHECKING:
-    from fl_adapters.environments.local import SimulationResult
+    from fl_adapters.environments.local import TrainingResult
 
 _ROUNDS_SHOWN = 30
 _SITES_SHOWN = 24
@@ -91,7 +91,8 @@ def _combine(state: str, group: list[SiteView]) -> SiteView:
 def _title(view: RunView) -> str:
     if not view.round:
         return f"{view.job}  waiting for the sites" if view.job else "starting"
-    return f"{view.job}  round {view.round}/{view.rounds}"
+    training = f"  training {view.training}" if view.training > 1 else ""
+    return f"{view.job}{training}  round {view.round}/{view.rounds}"
 
 
 def _cells(site: SiteView) -> list[str]:
@@ -109,12 +110,12 @@ def _cells(site: SiteView) -> list[str]:
     ]
 
 
-def rounds_table(result: SimulationResult) -> Table:
-    """Table with one row per round, limited to the last rounds."""
+def rounds_table(result: TrainingResult, title: str) -> Table:
+    """Table with one row per round of a training, limited to the last rounds."""
     last = result.rounds[-_ROUNDS_SHOWN:]
     metrics = list(dict.fromkeys(name for item in last for name in item.metrics))
     left_out = len(result.rounds) - len(last)
-    table = Table(title=f"{result.job}", caption=f"{left_out} earlier rounds are not shown" if left_out else None)
+    table = Table(title=title, caption=f"{left_out} earlier rounds are not shown" if left_out else None)
     table.add_column("round", justify="right")
     for name in (*metrics, "sites", "up", "down", "seconds"):
         table.add_column(name, justify="right")

@@ -19,7 +19,7 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
-    from fl_adapters.environments.local import SimulationResult
+    from fl_adapters.environments.local import SimulationResult, TrainingResult
     from fl_adapters.environments.virtual.simulation import Engine
     from fl_adapters.job import Job
 
@@ -149,16 +149,26 @@ def _simulate(options: SimulateOptions, job: Job, console: Console) -> Simulatio
 
 def _sum_up(result: SimulationResult, console: Console) -> None:
     """Print the rounds and where the results are."""
-    console.print(rounds_table(result))
-    paths = {"model": result.model, "best": result.best, "history": result.folder / "history.csv"}
+    several = len(result.trainings) > 1
+    for training in result.trainings:
+        title = f"{result.job}, training {training.number}" if several else result.job
+        console.print(rounds_table(training, title))
+        paths = {"model": training.model, "best": training.best, "history": training.folder / "history.csv"}
+        for name, path in paths.items():
+            best = f" (round {training.best_round})" if name == "best" else ""
+            _print_path(console, name, path, best)
+        if training.no_best and console.is_terminal:  # otherwise a line of progress has said it
+            console.print(f"best     none: {training.no_best}", highlight=False, soft_wrap=True)
     logs = next((folder for name in ("workers", "sites") if (folder := result.folder / name).exists()), None)
-    for name, path in {**paths, "logs": logs}.items():
-        if path is not None:
-            best = f" (round {result.best_round})" if name == "best" else ""
-            console.print(f"{name:8} {_short(path)}{best}", highlight=False, soft_wrap=True)
-    if result.no_best and console.is_terminal:  # otherwise a line of progress has said it
-        console.print(f"best     none: {result.no_best}", highlight=False, soft_wrap=True)
-    console.print(f"{len(result.rounds)} rounds in {result.wall_s:.1f} s", highlight=False)
+    _print_path(console, "logs", logs)
+    rounds = sum(len(training.rounds) for training in result.trainings)
+    of_trainings = f" of {len(result.trainings)} trainings" if several else ""
+    console.print(f"{rounds} rounds{of_trainings} in {result.wall_s:.1f} s", highlight=False)
+
+
+def _print_path(console: Console, name: str, path: Path | None, note: str = "") -> None:
+    if path is not None:
+        console.print(f"{name:8} {_short(path)}{note}", highlight=False, soft_wrap=True)
 
 
 def _short(path: Path) -> str:
@@ -180,4 +190,18 @@ def _json_fields(result: SimulationResult) -> dict[str, Any]:
         "best_round": result.best_round,
         "no_best": result.no_best,
         "folder": str(result.folder),
+        "trainings": [_training_fields(training) for training in result.trainings],
+    }
+
+
+def _training_fields(training: TrainingResult) -> dict[str, Any]:
+    return {
+        "number": training.number,
+        "folder": str(training.folder),
+        "rounds": len(training.rounds),
+        "metrics": [dict(item.metrics) for item in training.rounds],
+        "model": None if training.model is None else str(training.model),
+        "best": None if training.best is None else str(training.best),
+        "best_round": training.best_round,
+        "no_best": training.no_best,
     }

@@ -77,8 +77,8 @@ def _within(gpu: str, visible: Sequence[str]) -> str:
 
 def _no_gpu(gpu: str, where: str, number: int | None) -> ConfigError:
     if number:
-        fix = "give numbers " + (f"from 0 to {number - 1}" if number > 1 else "0 alone")
-        fix += f": they count within {VARIABLE}" if where.startswith(VARIABLE) else " to --gpus"
+        fix = "give 0" if number == 1 else f"give numbers from 0 to {number - 1}"
+        fix += f"; they count within {VARIABLE}" if where.startswith(VARIABLE) else ""
     else:
         fix = "leave --gpus out to train on the CPU" if number == 0 else "give numbers, such as --gpus 0,1"
     return ConfigError(f"there is no GPU {gpu!r}", where=where, fix=fix)

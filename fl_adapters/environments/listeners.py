@@ -23,7 +23,7 @@ class RunTracker:
     def __init__(self) -> None:
         self.joined: set[str] = set()
         self.first_dropout = ""
-        self._round = 0
+        self._round, self._training = 0, 1
         self._finished = False
         self.started: float | None = None
         self._left: dict[str, bool] = {}
@@ -33,6 +33,9 @@ class RunTracker:
         with self._changed:
             if event.kind == "joined":
                 self.joined.add(event.site)
+                self._left.pop(event.site, None)
+            elif event.kind == "started":
+                self._training, self._round, self._finished = event.data.get("training", 1), 0, False
             elif event.kind == "round_started":
                 self._round = event.round
                 self.started = self.started or time.monotonic()
@@ -50,7 +53,8 @@ class RunTracker:
             return AFTER_THE_LAST_ROUND
         if site not in self.joined:
             return "before it joined"
-        return f"in round {self._round}" if self._round else "before round 1"
+        of_training = f" of training {self._training}" if self._training > 1 else ""
+        return (f"in round {self._round}" if self._round else "before round 1") + of_training
 
     def left_early(self, site: str, timeout_s: float = 2.0) -> bool:
         """Whether a site left before the end of the run. Waits for its "left" event, which may still be on its way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from fl_adapters.job import Job, site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult
 from fl_runtime.server.records.results import RunResult
+from fl_runtime.trainings import training_folder
 from fl_runtime.types import Event, Listener, RunSettings
 
 _POLL_S = 0.02
@@ -45,12 +47,17 @@ class JobServer(Protocol):
         """Wait for the end of the run; False if it has not ended within `timeout_s` seconds."""
         ...
 
-    def result(self) -> RunResult:
-        """Rounds, bytes and error so far."""
+    @property
+    def training_count(self) -> int:
+        """Number of trainings so far."""
         ...
 
-    def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
-        """Write a global model into `folder`; None if there is no such model."""
+    def result(self, training: int = 1) -> RunResult:
+        """Rounds, bytes and error of a training so far."""
+        ...
+
+    def export(self, folder: Path, which: Literal["final", "best"] = "final", *, training: int = 1) -> Path | None:
+        """Write a global model of a training into `folder`; None if there is no such model."""
         ...
 
 
@@ -95,8 +102,34 @@ def select_sites(job: Job, requested: int | Sequence[str] | None) -> tuple[str, 
 
 
 @dataclass(frozen=True)
+class TrainingResult:
+    """Result of one training of the sites' scripts. A script that trains k times has k of them.
+
+    Attributes:
+        number: Number of the training, from 1.
+        folder: Its folder: `runs/<job>` for the first one, then `runs/<job>/2`, and so on.
+        rounds: One `RoundResult` per round, in order: metrics, sites, bytes and seconds.
+        best_round: Number of the round with the best score, or None if no round has one.
+        model: Folder with the final global model, or None if there is none.
+        best: Folder with the model of `best_round`, or None if there is none.
+        no_best: Why there is no best round, as a human-readable message; "" if there is one.
+    """
+
+    number: int
+    folder: Path
+    rounds: tuple[RoundResult, ...]
+    best_round: int | None
+    model: Path | None
+    best: Path | None
+    no_best: str = ""
+
+
+@dataclass(frozen=True)
 class SimulationResult:
     """Result of a finished run on this machine.
+
+    Rounds, models and bytes are those of the first training, and usually the only one. A script that trains more than
+    once has a `TrainingResult` for each time in `trainings`.
 
     Attributes:
         job: Name of the job, which is also the name of its folder.
@@ -111,6 +144,7 @@ class SimulationResult:
         model: Folder with the final global model, or None if there is none.
         best: Folder with the model of `best_round`, or None if there is none.
         no_best: Why there is no best round, as a human-readable message; "" if there is one.
+        trainings: The results of all trainings, in order.
     """
 
     job: str
@@ -125,6 +159,7 @@ class SimulationResult:
     model: Path | None
     best: Path | None
     no_best: str = ""
+    trainings: tuple[TrainingResult, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,7 +225,7 @@ def follow(server: JobServer, processes: SiteProcesses, run: LocalRun) -> list[S
             well = len(processes.running) + sum(item.clean for item in exits)
             exits.append(_exited(server, run, site, status, goes_on=well >= run.settings.min_sites))
         if over:
-            failed_at = failed_at or (time.monotonic() if server.result().error else None)
+            failed_at = failed_at or (time.monotonic() if server.result(server.training_count).error else None)
             if failed_at and time.monotonic() > failed_at + _FAILED_GRACE_S:
                 processes.stop(_STOP_GRACE_S)
             time.sleep(_POLL_S)
@@ -220,11 +255,31 @@ def _exited(server: JobServer, run: LocalRun, site: str, status: int, *, goes_on
     return ended
 
 
-def _exported(server: JobServer, folder: Path, which: Literal["final", "best"]) -> Path | None:
+def _exported(server: JobServer, folder: Path, which: Literal["final", "best"], training: int = 1) -> Path | None:
     """The model as the first site's process wrote it in its framework's format, else as plain safetensors."""
-    if not server.result().rounds:  # only the initial model exists
+    if not server.result(training).rounds:  # only the initial model exists
         return None
-    return folder if folder.exists() or server.export(folder, which) is not None else None
+    return folder if folder.exists() or server.export(folder, which, training=training) is not None else None
+
+
+def remove_models(server: JobServer, run: LocalRun) -> None:
+    """Delete the exported models of a run that is about to be resumed: they are outdated."""
+    for number in range(1, server.training_count + 1):
+        for name in ("model", "best"):
+            shutil.rmtree(training_folder(run.folder, number) / name, ignore_errors=True)
+
+
+def _training_result(server: JobServer, run: LocalRun, number: int) -> TrainingResult:
+    folder, result = training_folder(run.folder, number), server.result(number)
+    return TrainingResult(
+        number=number,
+        folder=folder,
+        rounds=result.rounds,
+        best_round=result.best_round,
+        model=_exported(server, folder / "model", "final", number),
+        best=_exported(server, folder / "best", "best", number),
+        no_best=result.no_best,
+    )
 
 
 def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, began: float) -> SimulationResult:
@@ -242,25 +297,28 @@ def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, 
     Raises:
         FederationError: The run failed; the error is the cause.
     """
-    result = server.result()
-    model, best = _exported(server, run.folder / "model", "final"), _exported(server, run.folder / "best", "best")
+    result = server.result(server.training_count)
+    trainings = tuple(_training_result(server, run, number) for number in range(1, server.training_count + 1))
     error = result.error if exits is None else run_error(result.error, exits, run.settings)
     if error is not None:
         raise error
-    heatmap.draw(run.folder)
+    for training in trainings:
+        heatmap.draw(training.folder)
+    first, result = trainings[0], server.result()
     return SimulationResult(
         job=run.settings.name,
         folder=run.folder,
         sites=run.settings.sites,
-        rounds=result.rounds,
-        best_round=result.best_round,
+        rounds=first.rounds,
+        best_round=first.best_round,
         wall_s=time.monotonic() - began,
         startup_s=(run.tracker.started or time.monotonic()) - began,
         bytes_up=result.bytes_up,
         bytes_down=result.bytes_down,
-        model=model,
-        best=best,
-        no_best=result.no_best,
+        model=first.model,
+        best=first.best,
+        no_best=first.no_best,
+        trainings=trainings,
     )
 
 

@@ -31,6 +31,8 @@ class ProductionResult:
         bytes_up: Bytes from sites to the server over all rounds.
         bytes_down: Bytes from the server to sites over all rounds.
         no_best: Why there is no best round, as a human-readable message; "" if there is one.
+        trainings: Rounds of each training, in order, for scripts that train more than once. The fields above are those
+            of the first one.
     """
 
     job: str
@@ -41,6 +43,7 @@ class ProductionResult:
     bytes_up: int
     bytes_down: int
     no_best: str = ""
+    trainings: tuple[tuple[RoundResult, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,4 +116,5 @@ class Production:
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
             no_best=result.no_best,
+            trainings=tuple(remote.result(number).rounds for number in range(1, remote.training_count + 1)),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 from fl_runtime.types import Event
 
@@ -45,7 +45,8 @@ class RunView:
         sites: State of each site, by name.
         round: Number of the newest round.
         rounds: Number of rounds in all, or None before it is known.
-        metrics: Aggregated metrics by round.
+        training: Number of the training, from 1, for scripts that train more than once.
+        metrics: Aggregated metrics by round of this training.
         began: Time at which this view was made, in seconds of `time.monotonic`.
     """
 
@@ -54,6 +55,7 @@ class RunView:
     sites: dict[str, SiteView] = field(default_factory=dict)
     round: int = 0
     rounds: int | None = None
+    training: int = 1
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -67,7 +69,11 @@ class RunView:
             case "joined":
                 site.state = "joined"
             case "started":
-                self.rounds = data["rounds"]
+                self.rounds, self.training = data["rounds"], data.get("training", 1)
+                if self.training > 1:
+                    self.round, self.metrics = 0, {}
+                    for view in self.sites.values():
+                        view.loss, view.reports_loss = None, False
             case "round_started":
                 self.round = event.round
             case "task_sent":
@@ -117,11 +123,12 @@ class ProgressLines:
                 self._say(f"results in {data['folder']}")
             case "joined":
                 again = f" again (attempt {data['attempt']})" if data["attempt"] > 1 else ""
-                self._say(f"{event.site} joined{again}")
+                self._say(f"{event.site} joined{training_text(data)}{again}")
             case "registered":
                 self._evaluates |= data["evaluates"]
             case "started":
-                self._say(f"{counted(data['rounds'], 'round')} with {counted(len(data['sites']), 'site')}")
+                rounds, sites = counted(data["rounds"], "round"), counted(len(data["sites"]), "site")
+                self._say(f"{rounds} with {sites}{training_text(data)}")
             case "round_finished":
                 self._pending[event.round] = event
                 self._settle(event.round - 2 if self._evaluates else event.round)
@@ -156,6 +163,11 @@ class ProgressLines:
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._view.began:6.1f} s] {text}", file=self._out, flush=True)
+
+
+def training_text(data: Mapping[str, Any]) -> str:
+    """Which training an event belongs to, as the end of a sentence; "" for the first one."""
+    return f", training {data['training']}" if "training" in data else ""
 
 
 def counted(number: int, thing: str) -> str:

@@ -50,20 +50,26 @@ class RemoteJob:
         """Wait for the job to end and its results to be written; False after `timeout_s` seconds without that."""
         return self._ended.wait(timeout_s)
 
-    def result(self) -> RunResult:
-        """Result of the job. Empty before the job has ended."""
+    @property
+    def training_count(self) -> int:
+        """Number of trainings of the job; 1 before it has ended."""
+        return max(1, len(self.outcome.get("trainings", ())))
+
+    def result(self, training: int = 1) -> RunResult:
+        """Result of a training of the job. Empty before the job has ended."""
         outcome = self.outcome
         error = FederationError.from_wire(outcome["error"]) if outcome.get("error") else self._error
+        values = outcome["trainings"][training - 1] if outcome.get("trainings") else outcome
         return RunResult(
-            rounds=tuple(RoundResult.from_json(item) for item in outcome.get("rounds", ())),
-            best_round=outcome.get("best_round"),
-            no_best=outcome.get("no_best", ""),
+            rounds=tuple(RoundResult.from_json(item) for item in values.get("rounds", ())),
+            best_round=values.get("best_round"),
+            no_best=values.get("no_best", ""),
             error=error,
-            bytes_up=outcome.get("bytes_up", 0),
-            bytes_down=outcome.get("bytes_down", 0),
+            bytes_up=values.get("bytes_up", 0),
+            bytes_down=values.get("bytes_down", 0),
         )
 
-    def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
+    def export(self, folder: Path, which: Literal["final", "best"] = "final", *, training: int = 1) -> Path | None:
         """Folder with a model that the server wrote by itself; None if it is not there."""
         return folder if folder.exists() else None
 

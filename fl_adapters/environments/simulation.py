@@ -21,6 +21,7 @@ from fl_adapters.environments.local import (
     follow,
     make_result,
     make_run_folder,
+    remove_models,
     script_command,
     select_sites,
     site_processes,
@@ -33,7 +34,6 @@ from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
-from fl_runtime.server.records.history import History
 from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.types import Listener
 
@@ -199,20 +199,17 @@ def _server(run: LocalRun, port: int, share: bool) -> Iterator[tuple[Server, dic
     if not share:
         use_one_arena()  # as `fl-adapters server` does, since share=False shows its exchange
     tokens = {site: secrets.token_urlsafe(24) for site in run.settings.sites}
-    history = History(run.folder)
     fresh, address = not (run.folder / "server").exists(), ""
     try:
-        server = Server(run.settings, run.folder, tokens, port=port, listeners=[history, run.tell], share=share)
+        server = Server(run.settings, run.folder, tokens, port=port, listeners=[run.tell], share=share, record=True)
         try:
             if server.finished:
                 raise ConfigError("this run has finished", where=str(run.folder), fix="see its model and history there")
-            for name in ("model", "best"):  # of a resumed run: outdated
-                shutil.rmtree(run.folder / name, ignore_errors=True)
+            remove_models(server, run)
             address = server.start()
             yield server, tokens, address
         finally:
             server.close()  # delivers the last events
     finally:
-        history.close()
         if fresh and not address:  # nothing ran, so leave the name free
             shutil.rmtree(run.folder, ignore_errors=True)

@@ -95,7 +95,13 @@ class Gate:
             strategy = make_strategy(self._job.get("strategy") or terms.strategy)
             corrects = LocalTerms.from_config(strategy.configure(1, ())).control_variates
             extras = corrects or self._job.get("optimizer_state") == "average"
-            self._filters.agree(state, weights=terms.content == "weights", strategy=strategy, extras=extras)
+            self._filters.agree(
+                state,
+                weights=terms.content == "weights",
+                strategy=strategy,
+                extras=extras,
+                differences=self._job.get("late") == "carry",
+            )
         if held := self._filters.held_back:
             shown = f"{', '.join(held[:2])}{', ...' if held[2:] else ''}"
             print(

@@ -23,6 +23,7 @@ class Site:
         job: Name of the job; "" without a startup kit.
         personal: Folder of this site's personal model in the framework's format, after a training with the strategy
             "ditto". None without a startup kit.
+        training: Which training of the site's script a session belongs to, from 1.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Site:
     count: int
     job: str
     personal: Path | None = field(default=None, compare=False)
+    training: int = field(default=1, compare=False)
 
 
 _virtual: ContextVar[Site | None] = ContextVar("virtual site", default=None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import training_folder
 
 KIT_VARIABLE = "FL_ADAPTERS_KIT"
 """Environment variable with the folder of the startup kit."""
@@ -56,6 +57,10 @@ class Kit:
 
     def __repr__(self) -> str:
         return f"Kit(job={self.job!r}, site={self.site!r}, index={self.index}, count={self.count}, ...)"
+
+    def of_training(self, number: int) -> Kit:
+        """Return the kit for a training of the site's script, from 1. Its run has a folder of its own."""
+        return replace(self, run=str(training_folder(Path(self.run), number))) if self.run else self
 
     def save(self, folder: Path) -> Path:
         """Write the kit to a folder. Only the owner of the file may read it.

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit, current_kit
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.policy_gate import LeaveReason
@@ -41,12 +42,13 @@ def open_session(options: Options, *, framework: str, fresh: bool = False) -> Se
     Args:
         options: The script's arguments.
         framework: Name of the training framework, such as "keras".
-        fresh: Whether a new training begins. A session that is past its handshake is then replaced by the site's next
-            attempt, as when a notebook cell runs twice.
+        fresh: Whether a training begins. If the site has left its last run, the script's next training is joined, which
+            is a run of its own. If it is in the middle of a run, the site's next attempt at that run replaces the
+            session, as when a notebook cell runs twice.
 
     Returns:
-        The session. None without a startup kit, which is announced once on stderr, and in a process that was forked
-        from the one that joined.
+        The session; without `fresh` it may have ended. None without a startup kit, which is announced once on stderr,
+        and in a process that was forked from the one that joined.
 
     Raises:
         ConfigError: There is no kit, although `options.required` asks for one.
@@ -58,13 +60,19 @@ def open_session(options: Options, *, framework: str, fresh: bool = False) -> Se
         return None
     entry = _sessions.get(_key(kit))
     if entry is None:
-        return _join(kit, options, framework)
+        return _join(kit, options, framework, None)
     if entry.is_inherited:
         return None
     session = entry.session
-    if fresh and session.registered and not session.closed:
-        session.detach()  # leaving, even for a moment, could end a run that needs every site
-    return _join(kit, options, framework) if session.closed else session
+    if not fresh or not (session.closed or session.registered):
+        return session
+    if session.departure.left:
+        following = _join(kit, options, framework, session.site)
+        session.departure.detach()  # only now, so that the server sees the site all the time
+        return following
+    session.departure.detach()  # leaving, even for a moment, could end a run that needs every site
+    place = session.site
+    return _join(kit, options, framework, replace(place, training=place.training - 1) if place.training > 1 else None)
 
 
 def running_session(options: Options, *, framework: str) -> Session:
@@ -106,27 +114,32 @@ def leaving_on_error(leave: Callable[[BaseException], object]) -> Iterator[None]
         raise
 
 
-def close_sessions(reason: str, kit: Kit | None = None) -> None:
-    """Leave the runs of this process that have not ended. Called automatically when the interpreter exits.
+def close_sessions(reason: str, kit: Kit | None = None, *, failed: bool | None = None) -> None:
+    """Leave the runs of this process, since its script has ended. Called automatically when the interpreter exits.
 
     Args:
-        reason: Why the site leaves, without any value of the user's: it is sent as it is.
+        reason: Why the site leaves a run that has not ended, without any value of the user's: it is sent as it is.
         kit: Leave only the run of this kit; None leaves all runs.
+        failed: Whether the script has ended with an error. Default: whether the interpreter ends with an exception.
     """
+    early = hasattr(sys, "last_value") if failed is None else failed
     for key in list(_sessions) if kit is None else [_key(kit)]:
         entry = _sessions.pop(key, None)
-        if entry is not None and not entry.is_inherited and not entry.session.closed:
+        if entry is None or entry.is_inherited:
+            continue
+        if not entry.session.closed:
             entry.session.leave(LeaveReason.own(reason))
+        entry.session.departure.end_script(early=early)
 
 
 def _key(kit: Kit) -> str:
     return f"{kit.server}/{kit.job}/{kit.site}"
 
 
-def _join(kit: Kit, options: Options, framework: str) -> Session:
+def _join(kit: Kit, options: Options, framework: str, before: Site | None) -> Session:
     transport = _transport(kit)
     try:
-        session = Session(kit, options, framework, transport)
+        session = Session(kit, options, framework, transport, before)
     except FederationError:
         transport.close()
         raise

@@ -19,6 +19,7 @@ from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State, read_state, write_state
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import training_name
 from fl_runtime.types import Arrays, Task
 
 _SUFFIX = ".safetensors"
@@ -121,18 +122,19 @@ class SiteRestart:
         return point["turn"], point["held_back"]
 
 
-def round_seed(seed: int | None, site: str, task: Task) -> int:
+def round_seed(seed: int | None, site: str, task: Task, training: int = 1) -> int:
     """Return the seed of one site's round: the same whenever the round is repeated.
 
     Args:
         seed: The job's seed.
         site: Name of the site.
         task: The task of the round.
+        training: Which training of the site's script the round belongs to.
 
     Returns:
         A number from 0 to 2**63 - 1.
     """
-    text = f"{seed or 0}/{site}/{task.round}/{task.stage}"
+    text = f"{seed or 0}/{training_name(site, training)}/{task.round}/{task.stage}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fl_adapters.adapter import Snapshot
+from fl_adapters.participant.departure import Departure, trains_after
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.local_result import LocalResult
+from fl_adapters.participant.local_result import LocalResult, UpdateHeader
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
 from fl_adapters.participant.policy_gate import LeaveReason
@@ -31,7 +32,7 @@ from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.secure_stream import SecureStream
-from fl_runtime.types import Arrays, Content, Metrics, Report, Summary, Task, Terms, Update
+from fl_runtime.types import Arrays, Metrics, Report, Summary, Task, Terms
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Facts
@@ -63,43 +64,6 @@ class RoundStats:
             "federation_bytes_down": self.bytes_down,
             "federation_seconds": round(self.seconds, 6),
         }
-
-
-@dataclass(frozen=True)
-class UpdateHeader:
-    """What all updates of a session have in common.
-
-    Attributes:
-        job: Name of the job.
-        site: Name of the site.
-        attempt: Number of the site's process in this run, from 1.
-        content: What the arrays of updates hold.
-        encoding: The adapter's own encoding of updates whose content is "encoded".
-    """
-
-    job: str
-    site: str
-    attempt: int
-    content: Content = "weights"
-    encoding: str = ""
-
-    def update(self, task: Task, arrays: Arrays, result: LocalResult, extras: Arrays) -> Update:
-        """Return the update that answers `task`. Arrays and extras are borrowed."""
-        return Update(
-            job=self.job,
-            round=task.round,
-            stage=task.stage,
-            site=self.site,
-            attempt=self.attempt,
-            base_version=task.version,
-            arrays=arrays,
-            num_examples=int(result.num_examples),
-            local_steps=result.local_steps,
-            metrics=result.metrics,
-            extras=extras,
-            content=self.content,
-            encoding=self.encoding,
-        )
 
 
 class TransferMeter:
@@ -150,15 +114,17 @@ class Session:
     Attributes:
         site: Name and index of this site, number of sites, and name of the job.
         settings: The settings that hold at this site.
-        home: This site's own folder in the job.
+        home: This site's own folder in the training.
         results: Export, best model and cross-site evaluation at the end of the run.
         rounds: Number of rounds of the run; 0 before `register`.
         local_round: Number of rounds this site has trained. Differs from `task.round` only when the server samples
             sites. Without a restart point, a restarted process starts from its first task's round.
-        closed: Whether this site has left the run.
+        departure: How this site leaves the run.
     """
 
-    def __init__(self, kit: Kit, options: Options, framework: str, transport: Transport) -> None:
+    def __init__(
+        self, kit: Kit, options: Options, framework: str, transport: Transport, before: Site | None = None
+    ) -> None:
         """Join the run that the kit belongs to.
 
         Args:
@@ -166,19 +132,31 @@ class Session:
             options: The script's arguments.
             framework: Name of the training framework, such as "keras".
             transport: Connection to the server. The session closes it when it ends.
+            before: The place of the script's training before, or None if this is its first.
 
         Raises:
             FederationError: The server cannot be reached or refuses the site, or the site's policy refuses the job.
         """
-        self.closed = False
-        self._kit = kit
+        self.rounds = 0
         self._swarm: SwarmSite | None = None
         self._gate = Gate(kit, framework, self.leave)
         self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
-        welcome = self._client.join(kit.job)
-        job = str(welcome.settings["name"])
-        self.site = Site(welcome.site, welcome.index, welcome.count, job)
+        job = before.job.partition("/")[0] if before else ""
+        welcome = self._client.join(kit.job, before.training + 1 if before else 1, job)
+        if before and not welcome.training:
+            raise _one_training(kit.server)
+        job, training = str(welcome.settings["name"]), max(welcome.training, 1)
+        self._kit = kit = kit.of_training(training)
+        self.site = Site(welcome.site, welcome.index, welcome.count, job, training=training)
         self.settings = SiteSettings.resolve(options, welcome.settings)
+        trains_again = bool(welcome.training) and trains_after(training, welcome.settings.get("trainings"))
+        self.departure = Departure(
+            self._client,
+            self._gate,
+            trains_again=trains_again,
+            registered=lambda: self.registered,
+            on_close=self._close_swarm,
+        )
         self.home = SiteHome(own_folder(kit, job), welcome.count, fresh=welcome.attempt == 1)
         self.results = Results(
             self._client,
@@ -188,7 +166,6 @@ class Session:
             current_task=self._current,
             report=self.report,
         )
-        self.rounds = 0
         self.local_round = 0
         points = self.home.folder / RESTART
         self._restart = SiteRestart(points, fresh=self.home.fresh) if self.settings.exact_restart else None
@@ -218,6 +195,11 @@ class Session:
         return self._header.attempt
 
     @property
+    def closed(self) -> bool:
+        """Whether this session has ended."""
+        return self.departure.closed
+
+    @property
     def registered(self) -> bool:
         """Whether the handshake is done."""
         return self.rounds > 0
@@ -230,7 +212,9 @@ class Session:
     @property
     def round_seed(self) -> int | None:
         """Seed for all random states of the current round, or None unless the job asks for exact restarts."""
-        return None if self._restart is None else round_seed(self.settings.seed, self.name, self._current())
+        if self._restart is None:
+            return None
+        return round_seed(self.settings.seed, self.name, self._current(), self.site.training)
 
     @property
     def exchanges_all(self) -> bool:
@@ -453,7 +437,7 @@ class Session:
         """
         self._current()
         self.results.write(export, load)
-        self._end(LeaveReason.own(_FINISHED), early=False)
+        self.departure.leave(LeaveReason.own(_FINISHED), early=False)
 
     def leave(self, reason: str | BaseException | LeaveReason) -> None:
         """Leave the run early. The job's quorum decides whether the others go on.
@@ -464,22 +448,11 @@ class Session:
         Args:
             reason: Why: an exception, a text, or a `LeaveReason` whose public part may leave every site.
         """
-        self._end(LeaveReason.of(reason), early=True)
+        self.departure.leave(LeaveReason.of(reason), early=True)
 
-    def detach(self) -> None:
-        """End this attempt without leaving the run, because the next attempt of this site replaces it."""
-        self.closed = True
+    def _close_swarm(self) -> None:
         if self._swarm is not None:
             self._swarm.close()
-        self._client.close()
-
-    def _end(self, reason: LeaveReason, *, early: bool) -> None:
-        if not self.closed:
-            self.closed = True
-            if self._swarm is not None:
-                self._swarm.close()
-            self._client.leave(self._gate.leave(reason, early=early), early=early)
-            self._client.close()
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
@@ -498,3 +471,11 @@ class Session:
 
     def _gated_report(self, metrics: Mapping[str, float | Summary], num_examples: int, version: int) -> Report:
         return self._gate.send_report(Report(self.job, version, self.name, metrics, num_examples))
+
+
+def _one_training(server: str) -> ConfigError:
+    return ConfigError(
+        "this script trains a second time, and the server holds one training a job",
+        where=server,
+        fix="upgrade fl-adapters at the server, or train once in a script",
+    )

@@ -25,6 +25,7 @@ from fl_adapters.participant.registry import close_sessions
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.trainings import training_folder
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Peer, Service
 from fl_runtime.types import Arrays, Event, RunSettings, Strategy
@@ -230,9 +231,9 @@ class LocalFederation:
             except BaseException as error:
                 first.append(error)
                 outcomes[place.name] = Outcome(error=error)
-                close_sessions(f"{type(error).__name__}: {error}", read_kit(place.kit))
+                close_sessions(f"{type(error).__name__}: {error}", read_kit(place.kit), failed=True)
             else:
-                close_sessions("its script ended before the last round", read_kit(place.kit))
+                close_sessions("its script ended before the last round", read_kit(place.kit), failed=False)
 
         places = [place for place in self.places if place.name in work]
         self._in_threads(site, places, timeout_s)
@@ -260,11 +261,12 @@ class LocalFederation:
             raise result.error
         return result
 
-    def model(self, which: Literal["final", "best"] = "final") -> Arrays:
+    def model(self, which: Literal["final", "best"] = "final", *, training: int = 1) -> Arrays:
         """The global model as the server exports it.
 
         Args:
             which: "final" for the newest model, "best" for that of the best round.
+            training: Number of the training, from 1, if the work trains more than once.
 
         Returns:
             Arrays by tensor name, owned by the caller.
@@ -272,7 +274,7 @@ class LocalFederation:
         Raises:
             FederationError: There is no such model yet.
         """
-        path = self.server.export(self.folder / which, which)
+        path = self.server.export(training_folder(self.folder, training) / which, which, training=training)
         if path is None:
             raise FederationError("there is no global model yet")
         return {name: np.copy(array) for name, array in read_tensors(path).items()}

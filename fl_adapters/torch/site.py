@@ -74,18 +74,19 @@ class TorchSite:
     options: Options
     framework: str
 
-    def join(self, folders: Mapping[str, str] | None = None) -> JoinedRun | None:
+    def join(self, folders: Mapping[str, str] | None = None, *, trains: bool = True) -> JoinedRun | None:
         """Open a new session for one training.
 
         Args:
             folders: Output folders of the trainer, by any names.
+            trains: Whether the training begins now. If not, the settings are those of the process's latest run.
 
         Returns:
             The run, or None outside a federation.
         """
 
         def join() -> tuple[str, object, dict[str, str]] | None:
-            session = open_session(self.options, framework=self.framework, fresh=True)
+            session = open_session(self.options, framework=self.framework, fresh=trains)
             if session is None:
                 return None
             moved = {name: session.output_dir(path) for name, path in (folders or {}).items()}
@@ -96,6 +97,15 @@ class TorchSite:
 
         fields = ranks.share(ranks.on_rank_zero(join))
         return None if fields is None else JoinedRun(fields[0], SiteSettings.from_json(fields[1]), fields[2])
+
+    def awaits(self, joined: JoinedRun) -> bool:
+        """Whether the process's session is that of a joined run, and its training has not begun."""
+
+        def waiting() -> bool:
+            session = self.session()
+            return session.job == joined.job and not (session.registered or session.closed)
+
+        return bool(ranks.share(ranks.on_rank_zero(waiting)))
 
     def start(
         self,

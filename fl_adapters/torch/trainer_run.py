@@ -86,25 +86,33 @@ class TrainerRun(Generic[P]):
         self._finished: LiveModel | None = None
 
     @classmethod
-    def join(cls, options: Options, framework: str, folders: Mapping[str, str] | None = None) -> TrainerRun[P] | None:
+    def join(
+        cls, options: Options, framework: str, folders: Mapping[str, str] | None = None, *, trains: bool = True
+    ) -> TrainerRun[P] | None:
         """Join the federation for one training.
 
         Args:
             options: The script's own arguments.
             framework: Name of the framework. It must be the same at all sites.
             folders: Output folders of the trainer, by any names. `joined.folders` has those to use instead.
+            trains: Whether the training begins now. A run of a trainer that is only set up may have to be joined again
+                once it `awaits_training` no more.
 
         Returns:
             The run, or None outside a federation.
         """
         site = TorchSite(options, framework)
-        joined = site.join(folders)
+        joined = site.join(folders, trains=trains)
         return None if joined is None else cls(site, joined)
 
     def __getstate__(self) -> dict[str, Any]:
         """Live tensors stay behind. A copy of a training that has begun does not take part."""
         active = self.active and not self.begun
         return {**self.__dict__, "active": active, "begun": False, "_live": None, "_port": None, "_finished": None}
+
+    def awaits_training(self) -> bool:
+        """Whether this run can still begin. Collective. False once another trainer of the process has used it."""
+        return self.active and not self.begun and self._site.awaits(self.joined)
 
     @property
     def settings(self) -> SiteSettings:

@@ -15,6 +15,7 @@ from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import FederationError
+from fl_runtime.trainings import training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
@@ -43,6 +44,7 @@ class Welcome:
         attempt: Number of this process among those of the site.
         settings: Settings of the job, with the fields of `RunSettings`.
         started: True if the rounds have begun already.
+        training: Number of the training that the site has joined; 0 if the server holds one training a job.
     """
 
     site: str
@@ -51,6 +53,7 @@ class Welcome:
     attempt: int
     settings: Mapping[str, Any]
     started: bool
+    training: int = 0
 
 
 class SiteClient:
@@ -100,20 +103,30 @@ class SiteClient:
         """Bytes of tasks so far, message headers included; files count as if they had been sent."""
         return self._downloads.nbytes
 
-    def join(self, job: str = "") -> Welcome:
+    def join(self, job: str = "", training: int = 1, follows: str = "") -> Welcome:
         """Begin an attempt. The server refuses the calls of earlier processes of this site from now on.
 
         Args:
             job: Name of the job to join, or "" for whichever the server runs.
+            training: Which training of the site's script this is, from 1.
+            follows: Job of the script's training before. If `job` is "" and the server runs another job now, this is
+                the first training of that.
 
         Returns:
             Who this site is, and the job's settings.
 
         Raises:
             ProtocolError: The server runs another job, does not know this site, or has an incompatible version.
+            ConfigError: The job does not hold so many trainings.
         """
         request = pb.JoinRequest(
-            protocol_min=PROTOCOL, protocol_max=PROTOCOL, features=FEATURES, version=VERSION, job=job
+            protocol_min=PROTOCOL,
+            protocol_max=PROTOCOL,
+            features=FEATURES,
+            version=VERSION,
+            job=training_name(job, training) if job else "",
+            training=training,
+            follows=follows,
         )
         reply = self._calls.ask("Join", request, pb.JoinReply)
         settings = json.loads(reply.settings_json)
@@ -124,7 +137,7 @@ class SiteClient:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
         self._uploads.frame_bytes = frames.frame_bytes(reply.count)
         self._presence = Presence(self._calls, self._session)
-        return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started)
+        return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started, reply.training)
 
     def register(
         self,
@@ -243,7 +256,7 @@ class SiteClient:
         keep_freed_memory()  # payloads of streams always travel in messages
         return Tunnel(self._transport, self._session, accept, lost)
 
-    def leave(self, reason: str, *, early: bool) -> None:
+    def leave(self, reason: str, *, early: bool, stays: bool = False) -> bool:
         """Leave the run. Errors are logged and not raised.
 
         A server that is out of reach is tried for a few seconds only. It finds out by itself that the site is gone.
@@ -251,13 +264,20 @@ class SiteClient:
         Args:
             reason: Why this site leaves, for the events and the other sites' error messages.
             early: True if the run goes on without this site.
+            stays: True if the script goes on and may train again. The site then keeps the connection, and calls `leave`
+                once more when its script ends.
+
+        Returns:
+            Whether the server has heard it.
         """
         patience_s = min(_GOODBYE_S, self._patience_s)
         try:
-            request = pb.LeaveRequest(session=self._session, reason=reason, early=early)
+            request = pb.LeaveRequest(session=self._session, reason=reason, early=early, stays=stays)
             self._calls.ask("Leave", request, pb.Done, patience_s)
         except FederationError as error:
             log.info("the server did not answer the goodbye: %s", error)
+            return False
+        return True
 
     def close(self) -> None:
         """Close the connection. May be called more than once, and while another thread is in a call."""

@@ -117,7 +117,7 @@ class ErrorFeedback:
 
     def __init__(self, host: FilterHost) -> None:
         self._folder = host.folder
-        self._stem = f"feedback-{host.job}-"
+        self._stem = f"feedback-{host.job.replace('/', '@')}-"  # a further training of a job is called "job/2"
         self._residuals: dict[str, Array] = {}
         self._loaded = False
 

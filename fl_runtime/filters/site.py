@@ -53,12 +53,13 @@ class _OutgoingFilter:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """What the run exchanges: tensors and their layout, whether they are weights, the strategy, and whether extras."""
+    """What the run exchanges, see `SiteFilters.agree`."""
 
     layout: Layout = field(default_factory=dict)
     weights: bool = True
     strategy: Strategy | None = None
     extras: bool = False
+    differences: bool = False
 
 
 class SiteFilters:
@@ -131,7 +132,13 @@ class SiteFilters:
         )
 
     def agree(
-        self, state: Arrays, *, weights: bool = True, strategy: Strategy | None = None, extras: bool = False
+        self,
+        state: Arrays,
+        *,
+        weights: bool = True,
+        strategy: Strategy | None = None,
+        extras: bool = False,
+        differences: bool = False,
     ) -> None:
         """Set the tensors that this run exchanges. Called before the handshake.
 
@@ -140,11 +147,13 @@ class SiteFilters:
             weights: Whether the tensors are weights. If not, only metrics and numbers of examples can be filtered.
             strategy: The run's strategy; None if it is not known.
             extras: Whether arrays travel beside the tensors, such as optimizer moments or control variates.
+            differences: Whether weights leave as differences to the global model that the site trained from, since an
+                update may count in a later round (`late: carry`).
 
         Raises:
             ConfigError: If a filter cannot work on these tensors, or with this strategy.
         """
-        self._agreed = _Agreed(layout_of(state), weights, strategy, extras)
+        self._agreed = _Agreed(layout_of(state), weights, strategy, extras, differences and weights)
         self._check_together()
         self._check_tensors()
         encrypted = next((s.filter for s in self._outgoing if isinstance(s.filter, HomomorphicCKKS)), None)
@@ -287,7 +296,7 @@ class SiteFilters:
 
     @property
     def _needs_base(self) -> bool:
-        return any(step.running or encodings([step.filter]) for step in self._outgoing)
+        return self._agreed.differences or any(s.running or encodings([s.filter]) for s in self._outgoing)
 
     # -- leaving ---------------------------------------------------------------------------------------------
 
@@ -324,6 +333,8 @@ class SiteFilters:
                 update = step.running(self._difference(update), filter_task)
             ran.append(_record(step))
         last = encodings([step.filter for step in self._outgoing])
+        if self._agreed.differences and update.content == "weights":
+            update = self._difference(update)
         if self._cipher:
             update = self._encrypted(update)
         elif last:

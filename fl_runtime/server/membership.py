@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fl_runtime.errors import AbortedError, PermissionDeniedError, ProtocolError, QuorumError
-from fl_runtime.server import limits
+from fl_runtime.server.calls import limits
 from fl_runtime.server.registration import Member, Registration, check_latecomer
 from fl_runtime.server.state import RunState
 from fl_runtime.wire.manifest import Manifest
@@ -21,10 +21,12 @@ class Membership:
 
     Attributes:
         members: Every site of the job by name, in the job's order.
+        on_departure: Called under the lock with a member whose script has ended, or whose process is gone.
     """
 
     def __init__(self, state: RunState) -> None:
         self._state = state
+        self.on_departure: Callable[[Member], None] = _ignore
         self.members = {name: Member(name, index) for index, name in enumerate(state.settings.sites)}
 
     # -- calls of sites --------------------------------------------------------------------------------------
@@ -36,7 +38,8 @@ class Membership:
             state.raise_if_ended()
             member = self._named(name)
             member.attempt += 1
-            member.gone, member.lost, member.registration, member.expelled = "", False, None, ""
+            member.gone, member.registration, member.expelled = "", None, ""
+            member.script = ""
             member.layouts.clear()
             member.questions.clear()
             member.excerpts.clear()
@@ -124,8 +127,8 @@ class Membership:
             member = self.caller(name, attempt)
             member.attending += 1
             member.absent_since = None
-            if member.lost:  # it was marked lost, but its process lives
-                member.gone, member.lost = "", False
+            if member.script == "lost":  # it was marked lost, but its process lives
+                member.gone = member.script = ""
                 state.events.emit("joined", site=name, attempt=attempt, version="")
                 state.published.notify_all()
             state.changed.notify_all()
@@ -138,18 +141,32 @@ class Membership:
             if attempt != member.attempt:
                 return
             member.attending -= 1
-            if member.attending == 0 and not member.gone:
+            if member.attending == 0 and _expected(member):
                 member.absent_since = time.monotonic()
                 self._state.changed.notify_all()
 
-    def mark_gone(self, name: str, reason: str, *, early: bool) -> None:
-        """Stop counting on a site that has left, or whose process is known to be dead."""
+    def mark_gone(self, name: str, reason: str, *, early: bool, stays: bool = False) -> None:
+        """Stop counting on a site that has left, or whose process is known to be dead.
+
+        Args:
+            name: Name of the site.
+            reason: Why it is gone.
+            early: True if the run goes on without it.
+            stays: True if its script goes on and may begin another training.
+        """
         with self._state.lock:
             member = self.members[name]
-            if member.gone:
+            if not _expected(member):
                 return
-            member.gone = reason or "it left"
-            self._state.events.emit("left", site=name, reason=member.gone, early=early)
+            if member.gone and not stays:
+                self._state.events.emit("script_ended", site=name, early=early)
+            elif not member.gone:
+                member.gone = reason or "it left"
+                goes_on = {"stays": True} if stays else {}
+                self._state.events.emit("left", site=name, reason=member.gone, early=early, **goes_on)
+            member.script = "resting" if stays else "" if early else "ended"
+            if not stays:
+                self.on_departure(member)
             self._state.changed.notify_all()
 
     def expel(self, name: str, reason: str) -> None:
@@ -162,12 +179,12 @@ class Membership:
             self.mark_gone(name, reason, early=True)
             self._state.published.notify_all()
 
-    def leave(self, name: str, attempt: int, reason: str, *, early: bool) -> None:
+    def leave(self, name: str, attempt: int, reason: str, *, early: bool, stays: bool = False) -> None:
         """Record that a site left on purpose, so that a restarted server does not wait for it."""
         with self._state.lock:
             self.caller(name, attempt)
-            self._state.journal.left(name, True)
-            self.mark_gone(name, reason, early=early)
+            self._state.journal.left(name, True, stays=stays)
+            self.mark_gone(name, reason, early=early, stays=stays)
 
     def caller(self, name: str, attempt: int) -> Member:
         """Return the member that makes this call, if it may.
@@ -225,16 +242,14 @@ class Membership:
     def check_quorum(self, counted: Sequence[str], when: str) -> None:
         """Raise QuorumError, which names the sites that are gone, if fewer than `min_sites` sites are counted."""
         needed = max(self._state.settings.min_sites, 1)
+        if not counted:
+            raise QuorumError(f"no site is left {when}", where=self.reasons(), fix="look at the logs of the sites")
         if len(counted) < needed:
             sites = "1 site is" if len(counted) == 1 else f"{len(counted)} sites are"
-            reasons = [m.gone.replace(m.name, "") for m in self.members.values() if m.gone]
-            alike = len(reasons) == len(self.members) > 1 and len(set(reasons)) == 1
-            without = "; all ended alike, so fewer sites would not help"
             raise QuorumError(
                 f"only {sites} left {when}; the job needs at least {needed}",
                 where=self.reasons(),
-                fix="look at the log of the site that left"
-                + (without if alike else "; lower min_sites to go on without it"),
+                fix="look at the log of the site that left; lower min_sites to go on without it",
             )
 
     def reasons(self) -> str:
@@ -281,19 +296,28 @@ class Membership:
     def _absences(self) -> list[float]:
         """Seconds until each absent site is given up."""
         now, limit = time.monotonic(), self._state.settings.rejoin_s
-        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and not m.gone]
+        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and _expected(m)]
         # wake a little later than that, so that the limit has passed
         return [max(w, 0.0) + 0.01 for w in waits]
 
     def _expire_absent(self) -> None:
         limit = self._state.settings.rejoin_s
         for m in self.members.values():
-            if not m.gone and m.absent_since and time.monotonic() - m.absent_since > limit:
-                m.lost = True
+            if _expected(m) and m.absent_since and time.monotonic() - m.absent_since > limit:
                 self.mark_gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
+                m.script = "lost"
 
     def _named(self, name: str) -> Member:
         member = self.members.get(name)
         if member is None:
             raise ProtocolError(f"{name} is not a site of this run", fix=f"its sites are {', '.join(self.members)}")
         return member
+
+
+def _expected(member: Member) -> bool:
+    """Whether the site's process should be there."""
+    return member.script == "resting" or not member.gone
+
+
+def _ignore(member: Member) -> None:
+    """Stand in for `on_departure` until somebody listens."""

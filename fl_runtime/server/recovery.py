@@ -45,6 +45,8 @@ def restore_plan(state: RunState, membership: Membership) -> None:
             member.registration, member.known = Registration.from_json(registration), True
     for name in journal.reader.who_left():
         membership.members[name].gone = "it left"
+    for name in journal.reader.who_rests():
+        membership.members[name].script = "resting"
     state.restore_plan()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fl_runtime.errors import HandshakeError, StateMismatchError
 from fl_runtime.types import Strategy, Terms
@@ -83,7 +83,6 @@ class Member:
         absent_since: Since when no stream has been open, in monotonic seconds. None while the site is present, and
             before it has ever joined.
         gone: Why the site no longer counts, or "". It may come back.
-        lost: True if the site is gone because it was absent for too long.
         registration: What this attempt registered, or None before that.
         layouts: Layout digests that this attempt knows, so that their manifests need not be sent again.
         described: Number of tensors in the manifests that the site has sent, over all attempts.
@@ -92,6 +91,8 @@ class Member:
         held: Version of the last model to train that this attempt has received, or None.
         questions: Lists of names of which the site is asked for the entries in a range, by the list's name.
         excerpts: Its answers, by the list's name.
+        script: "resting" if the site has left, but its script goes on and may begin another training. "ended" once the
+            script has ended normally. "lost" if the site was absent for too long. "" otherwise.
     """
 
     name: str
@@ -100,7 +101,6 @@ class Member:
     attending: int = 0
     absent_since: float | None = None
     gone: str = ""
-    lost: bool = False
     registration: Registration | None = None
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
@@ -109,6 +109,7 @@ class Member:
     held: int | None = None
     questions: dict[str, range] = field(default_factory=dict)
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
+    script: Literal["", "resting", "ended", "lost"] = ""
 
     @property
     def active(self) -> bool:
@@ -118,6 +119,8 @@ class Member:
     @property
     def standing(self) -> str:
         """Where the site stands, as a human-readable message."""
+        if self.script == "resting":
+            return "done; its script still runs"
         if self.gone:
             return f"gone: {self.gone}"
         if self.active:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fl_runtime.errors import FederationError, UpdateRefusedError
@@ -20,7 +21,7 @@ from fl_runtime.server.courses.swarm import Swarm
 from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.courses.virtual import Virtual, VirtualSites
 from fl_runtime.server.membership import Membership
-from fl_runtime.server.records.events import Events
+from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.recovery import reading, restore_plan, restore_results
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import RunState
@@ -47,7 +48,7 @@ class Run:
         self,
         settings: RunSettings,
         folder: Path,
-        events: Events,
+        events: Emitter,
         strategy: Strategy | None = None,
         virtual: VirtualSites | None = None,
     ) -> None:
@@ -119,6 +120,15 @@ class Run:
             )
         finally:
             self.ended.set()
+
+    def rest(self) -> None:
+        """Wait until no site that has left may begin another training: each has begun it, or its script has ended."""
+        with (
+            suppress(FederationError),
+            self.state.lock,
+        ):  # a run that failed, or whose server is closed, is not waited for
+            members = self.membership.members.values()
+            self.membership.wait_until(lambda: all(m.script != "resting" for m in members), threading.TIMEOUT_MAX)
 
     def _farewell(self) -> None:
         """Serve until every site has taken what it wants and left."""

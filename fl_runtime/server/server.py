@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +12,25 @@ from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.records.results import RunResult
-from fl_runtime.server.run import Run
-from fl_runtime.server.service import FederationService
+from fl_runtime.server.trainings.training import TrainingOptions
+from fl_runtime.server.trainings.trainings import Trainings
 from fl_runtime.store.lock import FolderLock
-from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.base import Service
 from fl_runtime.types import Listener, RunSettings, Strategy
 
 _THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and a call of the process that takes over
 _SPARE_THREADS = 8
 _GRACE_S = 0.5
-_LAST_STEP_S = 30.0  # the sum or the write to the disk that the run may be in when its server is closed
 
 
 class Server:
-    """The server of one job: it runs the job in `folder`/server, from the beginning or from where its journal stands.
+    """The server of one job: it runs the job in its folder, from the beginning or from where its journals stand.
 
     Threads of its own do all the work. Its methods may be called from any thread.
 
     Attributes:
         service: The service that a transport serves, such as the memory transport of tests.
+        trainings: The job's trainings: one, unless the sites' scripts train more than once.
 
     Example:
         ```python
@@ -55,20 +52,23 @@ class Server:
         port: int = 0,
         listeners: Sequence[Listener] = (),
         share: bool = False,
+        record: bool = False,
         strategy: Strategy | None = None,
         virtual: VirtualSites | None = None,
     ) -> None:
-        """Open the job's folder, and recover the run if its journal holds one.
+        """Open the job's folder, and recover the runs whose journals are there.
 
         Args:
             settings: The job's settings.
-            folder: Folder of the run; the server's part of it is the folder `server` in it.
+            folder: Folder of the job. The server's part of it is the folder `server` in it. Further trainings of the
+                sites' scripts have the folders 2, 3, and so on in it.
             tokens: Secret of every site, by its name. Who sends the secret is the site.
             host: Address to serve on.
             port: Port to serve on, or 0 for a free one.
-            listeners: Called with each event of the run, one at a time and in order.
+            listeners: Called with each event of the job, one at a time and in order.
             share: True if all sites run on this machine, for the same user. Large payloads then stay in files that both
                 sides map, and only messages about them cross the socket.
+            record: True to write history.csv, events.jsonl and TensorBoard files into the folder of each training.
             strategy: A strategy to use in place of the one that `settings` name, such as a workflow of one's own.
             virtual: The sites, if they have no processes that call the server.
 
@@ -80,16 +80,15 @@ class Server:
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
+        options = TrainingOptions(share=share, strategy=strategy, virtual=virtual)
         try:
-            self._run = Run(settings, folder / "server", self._events, strategy, virtual)
-            self._run.recover()
-            self._finished = self._run.state.journal.reader.finished()
+            self.trainings = Trainings(settings, folder, self._events, options, record=record)
+            self._finished = self.trainings.newest.over_before
         except BaseException:
             self._events.close()
             self._lock.close()
             raise
-        self.service: Service = FederationService(self._run, share=share)
-        self._loop = threading.Thread(target=self._run.drive, name="fl-rounds", daemon=True)
+        self.service: Service = self.trainings
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
@@ -112,16 +111,16 @@ class Server:
 
     def begin(self) -> None:
         """Begin the run without serving over gRPC. Something else must serve `service`."""
-        self._loop.start()
+        self.trainings.begin()
 
     def site_left(self, name: str, reason: str) -> None:
-        """Tell the run that a site's process is known to be dead.
+        """Tell the job that a site's process is known to be dead, or has ended.
 
         Args:
             name: Name of the site.
             reason: Why it is dead, for the events and error messages.
         """
-        self._run.membership.mark_gone(name, reason, early=True)
+        self.trainings.site_left(name, reason)
 
     def expel(self, name: str, reason: str) -> None:
         """Exclude a site that may not take part any more. Its calls under way are refused.
@@ -130,48 +129,57 @@ class Server:
             name: Name of the site.
             reason: Why, for the events and for the site's error.
         """
-        self._run.membership.expel(name, reason)
+        self.trainings.expel(name, reason)
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands, for people to read.
+        """Where the newest training stands, for people to read.
 
         Returns:
-            JSON values: `phase`, `round` (under way, or closed last), `rounds` (None before the handshake), `sites`
-            (name to state), and `error` (None unless the run failed).
+            JSON values: `phase`, `training` (its number), `round` (under way, or closed last), `rounds` (None before
+            the handshake), `sites` (name to state), and `error` (None unless the run failed).
         """
-        state = self._run.state
+        training = self.trainings.newest
+        state = training.run.state
         with state.lock:
             return {
                 "phase": state.phase,
+                "training": training.number,
                 "round": state.open_round.round if state.open_round else len(state.results),
                 "rounds": state.plan.rounds,
-                "sites": {member.name: member.standing for member in self._run.membership.members.values()},
+                "sites": {member.name: member.standing for member in training.run.membership.members.values()},
                 "error": state.error.to_wire() if state.error else None,
             }
 
     @property
+    def training_count(self) -> int:
+        """Number of trainings so far: one, unless the sites' scripts train more than once."""
+        return self.trainings.count
+
+    @property
     def finished(self) -> bool:
-        """True if the run had ended well before this server was made, so that there is nothing to continue."""
+        """True if the job had ended well before this server was made, so that there is nothing to continue."""
         return self._finished
 
     def abort(self, reason: str) -> None:
-        """End the run with an AbortedError that every site gets.
+        """End the job with an AbortedError that every site gets.
 
         Args:
             reason: The message of that error.
         """
-        self._run.state.fail(AbortedError(reason))
+        self.trainings.fail(AbortedError(reason))
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the run is done or has failed, and its listeners have been called with all events.
+        """Wait until the job is done or has failed, and its listeners have been called with all events.
+
+        The job is done once its last training has ended, and no site's script can begin another one.
 
         Args:
             timeout_s: How long to wait, in seconds; None for as long as it takes.
 
         Returns:
-            True once the run has ended, False after the timeout.
+            True once the job has ended, False after the timeout.
         """
-        return self._run.ended.wait(timeout_s) and self.delivered(timeout_s)
+        return self.trainings.wait(timeout_s) and self.delivered(timeout_s)
 
     def delivered(self, timeout_s: float | None = None) -> bool:
         """Wait until the listeners have been called with all events so far. Must not be called by a listener.
@@ -184,30 +192,24 @@ class Server:
         """
         return self._events.delivered(timeout_s)
 
-    def result(self) -> RunResult:
-        """The rounds so far, with the validation metrics that sites have reported.
+    def result(self, training: int = 1) -> RunResult:
+        """The rounds of a training so far, with the validation metrics that sites have reported.
+
+        Args:
+            training: Number of the training, from 1 to `training_count`.
 
         Returns:
-            A snapshot; it does not change while the run goes on.
+            A snapshot; it does not change while the run goes on. Its error is that of the job.
         """
-        state, scores = self._run.state, self._run.scoring.scores
-        with state.lock:
-            rounds = tuple(replace(r, metrics=scores.of(r.round)) for r in state.results)
-            return RunResult(
-                rounds=rounds,
-                best_round=state.models.best_version,
-                error=state.error,
-                bytes_up=sum(r.bytes_up for r in rounds),
-                bytes_down=sum(r.bytes_down for r in rounds),
-                no_best=self._run.scoring.no_best(),
-            )
+        return self.trainings.result(training)
 
-    def export(self, folder: Path, which: Literal["final", "best"] = "final") -> Path | None:
+    def export(self, folder: Path, which: Literal["final", "best"] = "final", *, training: int = 1) -> Path | None:
         """Write a global model as `folder`/model.safetensors, or in the strategy's own format.
 
         Args:
             folder: Folder to write to; it is made if it does not exist.
             which: The newest model, or the best one so far.
+            training: Number of the training, from 1 to `training_count`.
 
         Returns:
             The file, or None if there is no such model.
@@ -215,37 +217,18 @@ class Server:
         Raises:
             StoreError: The file cannot be written.
         """
-        state = self._run.state
-        with state.lock:
-            model = state.models.newest if which == "final" else state.models.best
-            if model is None:
-                return None
-            durable = state.settings.durability == "power"
-            native_file = state.plan.strategy.export(model.blob.views()[0])
-            if native_file is not None:
-                name, content = native_file
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(content)
-                if durable:
-                    sync(folder / name)
-                    sync(folder)
-                return folder / name
-            path = folder / "model.safetensors"
-            metadata = {"format": "pt", "job": state.settings.name, "round": str(model.version)}
-            write_tensors(path, model.blob.views()[0], metadata, durable=durable)
-            return path
+        return self.trainings.export(training, folder, which)
 
     def close(self) -> None:
-        """Stop serving and deliver the last events. Nothing touches the run's files any more when it returns.
+        """Stop serving and deliver the last events. Nothing touches the job's files any more when it returns.
 
-        A run that has not ended can be continued later, by another server for the same folder.
+        A job that has not ended can be continued later, by another server for the same folder.
         """
         if self._stop_serving:
             self._stop_serving(_GRACE_S)
-        self._run.state.halt()
-        if self._loop.is_alive():
-            self._loop.join(_LAST_STEP_S)
+        self.trainings.close()
         self._events.close()
+        self.trainings.close_histories()
         self._lock.close()
 
 

@@ -17,7 +17,7 @@ from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation
 from fl_runtime.filters.server import ServerFilters, applied_filters
 from fl_runtime.server.models import Models
-from fl_runtime.server.records.events import Events
+from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal
@@ -118,7 +118,7 @@ class RunState:
         error: Why the run failed, or None.
     """
 
-    def __init__(self, settings: RunSettings, folder: Path, events: Events, strategy: Strategy | None = None) -> None:
+    def __init__(self, settings: RunSettings, folder: Path, events: Emitter, strategy: Strategy | None = None) -> None:
         """Open the run's folder, or make it.
 
         Args:

@@ -6,7 +6,7 @@ from fl_runtime.errors import StateMismatchError, UpdateRefusedError
 from fl_runtime.filters.base import Layout
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.server import applied_filters, update_layout
-from fl_runtime.server import limits
+from fl_runtime.server.calls import limits
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.state import RunState
 from fl_runtime.types import Update

@@ -6,8 +6,9 @@ only with the job's durability "power". Otherwise the journal survives the death
 Format, schema version 1 (SQLite in WAL mode; TEXT columns other than names hold JSON):
 
     meta      key, value: schema_version; job (the run's settings); rounds and terms (result of the handshake);
-              left (names of sites that left); repeats ([round, number of failed tries]); buffer ([[site, round], ...]);
-              ended ("null", or the error)
+              left (names of sites that left); resting (those of them whose scripts may train again);
+              repeats ([round, number of failed tries]); buffer ([[site, round], ...]); ended ("null", or the error);
+              over ("true" once the job has ended with this run)
     layout    layout (16 bytes, see wire/manifest.py), manifest (protobuf fl.v1.Manifest)
     site      name, attempt (number of the site's newest process), registration
     model     version (round whose result it is), blob (file name), layout, digests (8 bytes per tensor)
@@ -105,6 +106,7 @@ class Journal:
         if recorded is None:
             with self._db.transaction():
                 self._db.put("job", text)
+                self._db.put("over", "false")
         elif {**_DEFAULTS, **json.loads(recorded)} != json.loads(text):
             name = json.loads(recorded)["name"]
             raise ConfigError(
@@ -120,14 +122,20 @@ class Journal:
         self._db.run("INSERT INTO site VALUES (?, ?, NULL) ON CONFLICT (name) DO UPDATE SET attempt=excluded.attempt",
                   site, attempt)  # fmt: skip
 
-    def left(self, site: str, left: bool) -> None:
-        """Record whether a site has left: a restarted server does not wait for sites that have."""
-        names = self.reader.who_left()
-        if left == (site in names):
+    def left(self, site: str, left: bool, *, stays: bool = False) -> None:
+        """Record whether a site has left: a restarted server does not wait for sites that have.
+
+        Args:
+            site: Name of the site.
+            left: Whether it has left.
+            stays: Whether its script goes on and may begin another training.
+        """
+        gone, resting = self.reader.who_left(), self.reader.who_rests()
+        if left == (site in gone) and stays == (site in resting):
             return
-        names = [*names, site] if left else [name for name in names if name != site]
         with self._db.transaction():
-            self._db.put("left", json.dumps(names))
+            self._db.put("left", json.dumps(_with(gone, site, wanted=left)))
+            self._db.put("resting", json.dumps(_with(resting, site, wanted=stays)))
 
     def registered(self, site: str, registration: Mapping[str, Any]) -> None:
         """Record a site's part of the handshake, as JSON values."""
@@ -225,7 +233,18 @@ class Journal:
         with self._db.transaction():
             self._db.put("ended", json.dumps(error.to_wire() if error else None))
 
+    def over(self) -> None:
+        """Record that the run was the last of its job, and that every site's script has ended."""
+        with self._db.transaction():
+            self._db.put("over", "true")
+
     def _insert_update(self, entry: UpdateEntry) -> None:
         header = json.dumps(entry.header)
         row = (entry.round, entry.site, entry.digest, entry.blob, entry.layout)
         self._db.run("INSERT INTO update_ VALUES (?, ?, ?, ?, ?, ?)", *row, f"{header}\n{row_check(row, header)}")
+
+
+def _with(names: list[str], name: str, *, wanted: bool) -> list[str]:
+    """Return the names with or without `name`, in their order."""
+    others = [other for other in names if other != name]
+    return [*others, name] if wanted else others

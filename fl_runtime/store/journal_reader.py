@@ -29,6 +29,11 @@ class JournalReader:
         """Whether the run has ended without an error."""
         return self._db.get("ended") == "null"
 
+    def over(self) -> bool:
+        """Whether the job had ended with this run: no site's script could begin another training."""
+        value = self._db.get("over")
+        return self.finished() if value is None else value == "true"  # jobs of earlier versions had one run
+
     def rounds(self) -> int | None:
         """Return the number of rounds that the handshake agreed on, or None before it."""
         value = self._db.get("rounds")
@@ -114,6 +119,11 @@ class JournalReader:
     def who_left(self) -> list[str]:
         """Return the names of the sites that have left and not come back."""
         sites: list[str] = json.loads(self._db.get("left") or "[]")
+        return sites
+
+    def who_rests(self) -> list[str]:
+        """Return the names of the sites that have left, and whose scripts may begin another training."""
+        sites: list[str] = json.loads(self._db.get("resting") or "[]")
         return sites
 
     def repeats(self, round: int) -> int:

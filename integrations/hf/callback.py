@@ -66,7 +66,7 @@ class FederatedCallback(SharedArguments, TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Join, move output folders of a simulated site, and set the trainer's length."""
-        run = self._run = self._join(args)
+        run = self._run = self._join(args, trains=False)
         if run is None:
             return
         with run.leaving_on_error():
@@ -79,8 +79,8 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
         """Make the handshake and take the first global model."""
-        if self._run is None or not self._run.active:  # added after the constructor, or trained before
-            self._run = self._join(args)
+        if self._run is None or not self._run.awaits_training():  # added after the constructor, or trained before
+            self._run = self._join(args, trains=True)
         run = self._run
         if run is None:
             return
@@ -166,10 +166,10 @@ class FederatedCallback(SharedArguments, TrainerCallback):
             point_to_best(trainer.args, state, best)
         hf.call_last(trainer, run.settle)
 
-    def _join(self, args: TrainingArguments) -> TrainerRun[TransformersPort] | None:
+    def _join(self, args: TrainingArguments, *, trains: bool) -> TrainerRun[TransformersPort] | None:
         """Join the federation and move the trainer's output folders; None outside of one."""
         folders = {name: path for name in _FOLDERS if (path := getattr(args, name, None))}
-        run: TrainerRun[TransformersPort] | None = TrainerRun.join(self.options, "transformers", folders)
+        run: TrainerRun[TransformersPort] | None = TrainerRun.join(self.options, "transformers", folders, trains=trains)
         if run is not None:
             trainer = hf.calling_trainer()
             hf.keep_saves_apart(trainer, current_kit(self.options.kit))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fl_adapters.participant.metric_names import without_prefix
+from fl_adapters.participant.local_result import without_prefix
 
 _SET = "/dataloader_idx_"
 

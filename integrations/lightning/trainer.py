@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from fl_adapters.participant.metric_names import without_prefix
+from fl_adapters.participant.local_result import without_prefix
 from fl_adapters.participant.options import BestMetric, SiteSettings
 from fl_adapters.torch.progress import size_of
 from fl_runtime.errors import ConfigError

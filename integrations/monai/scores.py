@@ -13,7 +13,7 @@ from ignite.engine import Events
 from ignite.metrics import Metric
 from monai.handlers import DecollateBatch, IgniteMetricHandler, PostProcessing
 
-from fl_adapters.participant.metric_names import without_prefix
+from fl_adapters.participant.local_result import without_prefix
 from fl_adapters.participant.options import BestMetric
 
 from .trainer import event_handlers, metric_name, set_event_handlers

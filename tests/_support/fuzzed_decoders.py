@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server import service
+from fl_runtime.server.calls.service import first_request
 from fl_runtime.server.federation.federation import _object
-from fl_runtime.server.relay import first_part
 from fl_runtime.trust.identity import Identity
 from fl_runtime.wire import frames
 from fl_runtime.wire.dtypes import dtype_of
@@ -88,7 +88,7 @@ def score(data: bytes) -> None:
 
 
 def tunnel(data: bytes) -> None:
-    first_part(iter([data]))
+    first_request("Tunnel", iter([data]))
 
 
 def control(data: bytes) -> None:

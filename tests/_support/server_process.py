@@ -28,11 +28,12 @@ from fl_runtime.types import RunSettings
 
 folder, port, fields = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 run = RunSettings(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-server = Server(run, folder, {name: "secret of " + name for name in run.sites}, port=port)
+server = Server(run, folder, {name: "secret of " + name for name in run.sites}, port=port, record=True)
 print(server.start(), flush=True)
 server.wait()
 error = server.result().error
-server.export(folder / "model")
+for number in range(1, server.training_count + 1):
+    server.export(folder / ("model" if number == 1 else f"model-{number}"), training=number)
 server.close()
 sys.exit(str(error) if error else 0)
 """

@@ -183,6 +183,31 @@ def test_scores_of_the_global_model_choose_the_best_round(here: Path) -> None:
     np.testing.assert_array_equal(read_tensors(result.best / "model.safetensors")["w"], [2, 2])
 
 
+@pytest.mark.parametrize(
+    "score",
+    ["task.report({'loss': abs(task.round - 1 - 2)}, 1)", "metrics['loss'] = abs(task.round - 2)"],
+    ids=["of models", "of training"],
+)
+def test_patience_ends_the_run_by_either_kind_of_score(here: Path, score: str) -> None:
+    """The model of round 2 is the best, so rounds 3 and 4 bring no improvement."""
+    result = simulated(
+        script(f"""
+            import numpy as np
+
+            initial = {{"w": np.zeros(2, np.float32)}}
+
+            def train(task, site):
+                metrics = {{}}
+                {score}
+                task.submit(task.arrays, num_examples=3, metrics=metrics)
+        """),
+        sites=3,
+        rounds=9,
+        patience=2,
+    )
+    assert (len(result.rounds), result.best_round) == (4, 2)
+
+
 def test_what_is_submitted_may_be_any_view_of_what_came(here: Path) -> None:
     """Updates are written to the task's own arrays, which must not show."""
     result = simulated(

@@ -100,13 +100,18 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
-    """Tell the server at once of a command that ended before the last round."""
+    """Tell the server at once of a command that ended before the last round, or without telling the server."""
     try:
         running = control.ask("Status")["running"]
     except ConnectionLostError:
         return
-    if running and running["job"] == job["job"] and not running["sites"].get(kit.site, "gone").startswith("gone"):
-        _leave(site, kit, LeaveReason.own(f"its command ended before the last round (exit status {status})"))
+    if not running or running["job"] != job["job"]:
+        return
+    training, standing = running.get("training", 1), running["sites"].get(kit.site, "gone")
+    if standing.startswith("done"):
+        _leave(site, kit, LeaveReason.own("its command has ended"), training, early=status != 0)
+    elif not standing.startswith("gone"):
+        _leave(site, kit, LeaveReason.own(f"its command ended before the last round (exit status {status})"), training)
         if status == 0:
             raise SiteFailedError(
                 "the command ended before the last round",
@@ -115,16 +120,16 @@ def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any],
             )
 
 
-def _leave(site: Any, kit: Kit, reason: LeaveReason | BaseException) -> None:
-    """Leave the job early in the name of the site."""
+def _leave(site: Any, kit: Kit, reason: LeaveReason | BaseException, training: int = 1, *, early: bool = True) -> None:
+    """Leave a training of the job for good, in the name of the site."""
     from fl_runtime.client import SiteClient
     from fl_runtime.transport.grpc import GrpcTransport
     from fl_runtime.transport.tls import FileCredentials
 
     client = SiteClient(GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S)
     try:
-        client.join()
-        client.leave(site.record_leaving(LeaveReason.of(reason), early=True), early=True)
+        client.join(training=training)
+        client.leave(site.record_leaving(LeaveReason.of(reason), early=early), early=early)
     except FederationError as error:
         _say(f"could not tell the server: {error.what}")
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from fl_adapters.environments.gpus import visible_devices
-from fl_adapters.environments.local import LocalRun, SimulationResult, make_result, starting_event
+from fl_adapters.environments.local import LocalRun, SimulationResult, make_result, remove_models, starting_event
 from fl_adapters.environments.processes import available_cores, thread_settings
 from fl_adapters.environments.virtual.function import (
     InitialWeights,
@@ -29,7 +29,6 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.server import Server
 from fl_runtime.server.courses.virtual import VirtualSites, check_settings
 from fl_runtime.server.courses.workers import Workers
-from fl_runtime.server.records.history import History
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Arrays, RunSettings
 from fl_runtime.wire.manifest import Manifest
@@ -114,24 +113,20 @@ def _simulated(
         exchanges_all=settings.exchange is None or isinstance(settings.exchange, str),
     )
     pool.begin(info, manifest)
-    history = History(run.folder)
+    sites = VirtualSites(initial, pool)
+    server = Server(settings, run.folder, {}, listeners=[run.tell], virtual=sites, record=True)
     try:
-        server = Server(settings, run.folder, {}, listeners=[history, run.tell], virtual=VirtualSites(initial, pool))
-        try:
-            _follow(server, run.folder)
-            return make_result(server, run, None, began)
-        finally:
-            server.close()
+        _follow(server, run)
+        return make_result(server, run, None, began)
     finally:
-        history.close()
+        server.close()
 
 
-def _follow(server: Server, folder: Path) -> None:
+def _follow(server: Server, run: LocalRun) -> None:
     """Wait for the end of the run. Ctrl-C aborts it and keeps the model so far."""
     if server.finished:
-        raise ConfigError("this run has finished", where=str(folder), fix="see its model and history there")
-    for name in ("model", "best"):  # of a resumed run: outdated
-        shutil.rmtree(folder / name, ignore_errors=True)
+        raise ConfigError("this run has finished", where=str(run.folder), fix="see its model and history there")
+    remove_models(server, run)
     server.begin()
     try:
         while not server.wait(3600.0):
@@ -139,7 +134,7 @@ def _follow(server: Server, folder: Path) -> None:
     except KeyboardInterrupt:
         server.abort("stopped by Ctrl-C")
         server.wait()
-        server.export(folder / "model")
+        server.export(run.folder / "model")
         raise
 
 

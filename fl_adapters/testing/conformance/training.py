@@ -165,6 +165,7 @@ def training_cases() -> tuple[TrainingCase, ...]:
         a_budget_in_steps_is_exact,
         a_budget_in_epochs_is_exact,
         the_trainers_own_budget_decides_without_rounds,
+        a_second_training_is_a_run_of_its_own,
         local_tensors_stay,
         alone_the_script_trains_as_if_nothing_were_there,
         required_refuses_to_train_alone,
@@ -231,6 +232,22 @@ def the_trainers_own_budget_decides_without_rounds(example: TrainingExample) -> 
         rounds = len(federation.result().rounds)
     require(rounds == 3, f"a budget of 3 epochs became {rounds} rounds instead of 3")
     _require_steps(trained, 3 * example.steps_per_epoch)
+
+
+def a_second_training_is_a_run_of_its_own(example: TrainingExample) -> None:
+    """As in cross-validation: the script builds another model and trains again, here for longer."""
+    epochs = (1, 2)
+    with _federation(example) as federation:
+        trained = federation.run(lambda place: [example.train(place.index, kit=place.kit, epochs=n) for n in epochs])
+        models = [federation.model(training=number) for number in (1, 2)]
+    for number, (rounds, final) in enumerate(zip(epochs, models, strict=True)):
+        results = {name: trainings[number] for name, trainings in trained.items()}
+        _require_steps(results, rounds * example.steps_per_epoch)
+        for name, result in results.items():
+            weights = {tensor: result.weights[tensor] for tensor in final}
+            require_same_bits(weights, final, f"training {number + 1} of {name}: ")
+        expected = by_hand(example, "keep", [[0, 1]] * rounds, example.steps_per_epoch, list(final))
+        require_close(final, expected.final)
 
 
 def local_tensors_stay(example: TrainingExample) -> None:

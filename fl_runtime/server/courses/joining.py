@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from fl_runtime.capabilities import EXACT_RESTART
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.membership import Membership
@@ -71,7 +71,8 @@ class Joining:
 
         Raises:
             QuorumError: Too few sites are left, or have registered before the deadline.
-            HandshakeError: They do not agree, or an adapter lacks a capability that the job needs.
+            HandshakeError: They do not agree, an adapter lacks a capability that the job needs, or the script of a site
+                has ended after fewer trainings.
             StateMismatchError: Their models differ.
             ConfigError: The job's settings do not fit what the sites registered.
         """
@@ -116,6 +117,13 @@ class Joining:
 
     def _all_registered(self) -> bool:
         members = self._membership.members.values()
+        over = next((m for m in members if m.script == "ended" and not m.attempt), None)
+        if over is not None:
+            raise HandshakeError(
+                f"the sites' scripts train a different number of times: {over.name}: {over.gone}",
+                where=f"handshake of {self._state.settings.name}",
+                fix="let every site's script train equally often",
+            )
         self._membership.check_quorum(self._membership.remaining(), "before round 1")
         return all(m.active for m in members if not m.gone)
 

@@ -131,10 +131,9 @@ class Rounds:
                 state.blobs.free(previous.strategy_state)
                 previous.strategy_state = None
             self._scoring.keep_better(previous)
-        if current.round > 0 and not self._scoring.evaluators(
-            current.round
-        ):  # the metrics of training are all there is
-            self._stop_out_of_patience(current.round)
+        scoring, number = self._scoring, current.round
+        if number > 0 and not scoring.evaluators(number) and not scoring.scores.reported(number - 1):
+            self._stop_out_of_patience(number)  # no site scores models: the metrics of training are all there is
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         """Restore the open round, its updates and the best model; returns the names of the updates' files."""

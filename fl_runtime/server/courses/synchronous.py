@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from fl_runtime.errors import FederationError, ProtocolError, RoundFailedError
-from fl_runtime.server import limits
+from fl_runtime.server.calls import limits
 from fl_runtime.server.courses.base import Offer, RoundSum, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.courses.initial import InitialModel

@@ -167,8 +167,8 @@ class FederationServer:
             name: Name of the job.
 
         Returns:
-            JSON values: `job`, `submitted_by`, `rounds`, `best_round`, `no_best`, `bytes_up`, `bytes_down`, `folder`,
-            `error`.
+            JSON values: `job`, `submitted_by`, `trainings`, `error`, and those of the first training: `rounds`,
+            `best_round`, `no_best`, `bytes_up`, `bytes_down`, `folder`. `trainings` has these of every training.
         """
         with self._lock:
             return self._past[name]

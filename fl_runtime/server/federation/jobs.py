@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.errors import ConfigError, FederationError, StoreError
-from fl_runtime.server.records.history import History
+from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.server import Server
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import training_folder
 from fl_runtime.trust.audit import AuditLog
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.identity import Identity, check_name
@@ -178,12 +179,10 @@ class RunningJob:
         self._audit = JobAudit(audit, settings, submitter, who)
         fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._history = History(self.folder)
         try:
-            listeners = [self._history, self._record, self._audit, *listeners]
-            self.server = Server(settings, self.folder, {}, listeners=listeners)
+            listeners = [self._record, self._audit, *listeners]
+            self.server = Server(settings, self.folder, {}, listeners=listeners, record=True)
         except FederationError:
-            self._history.close()
             if fresh:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -201,17 +200,18 @@ class RunningJob:
 
     def outcome(self) -> dict[str, Any]:
         """The outcome of the job as JSON values; "error" is None if it did not fail."""
-        result = self.server.result()
-        error = self._error or result.error
+        count = self.server.training_count
+        results = [self.server.result(number) for number in range(1, count + 1)]
+        error = self._error or results[-1].error
+        trainings = [
+            {"folder": str(training_folder(self.folder, number)), **_values(result)}
+            for number, result in enumerate(results, 1)
+        ]
         return {
             "job": self.settings.name,
             "submitted_by": str(self.submitter),
-            "rounds": [item.to_json() for item in result.rounds],
-            "best_round": result.best_round,
-            "no_best": result.no_best,
-            "bytes_up": result.bytes_up,
-            "bytes_down": result.bytes_down,
-            "folder": str(self.folder),
+            **trainings[0],
+            "trainings": trainings,
             "error": error.to_wire() if error else None,
         }
 
@@ -224,10 +224,9 @@ class RunningJob:
             self._thread.join()
         else:
             self.server.close()
-            self._history.close()
 
     def _record(self, event: Event) -> None:
-        if event.kind == "left" and not event.data["early"]:
+        if event.kind in ("left", "script_ended") and not event.data["early"] and not event.data.get("stays"):
             self.done.add(event.site)
         self.events.append(event)
 
@@ -241,21 +240,18 @@ class RunningJob:
             self._finish()
         except (StoreError, OSError) as error:  # it remains the current job, to be continued
             self.halted = error if isinstance(error, StoreError) else disk_error(error, self.folder)
-            self._history.close()
         self.events.close()
         self._on_end(self)
 
     def _finish(self) -> None:
         """Write the job's results and outcome. Raises StoreError if its store failed."""
-        error = self.server.result().error
+        error = self.server.result(self.server.training_count).error
         if isinstance(error, StoreError):
             self.server.close()
             raise error
         try:
-            kinds: tuple[Literal["final", "best"], ...] = ("final", "best") if self.server.result().rounds else ()
-            for which, name in zip(kinds, ("model", "best"), strict=False):
-                if not (self.folder / name).exists():  # a site on this machine may have written its framework's format
-                    self.server.export(self.folder / name, which)
+            for number in range(1, self.server.training_count + 1):
+                self._export(number)
         except StoreError:
             self.server.close()
             raise
@@ -263,11 +259,29 @@ class RunningJob:
             log.error("%s", failure)
             self._error = failure
         self.server.close()
-        self._history.close()
         outcome = self.outcome()
         write_file(self.folder / _OUTCOME, json.dumps(outcome).encode())
         (self.folder.parent / _CURRENT).unlink(missing_ok=True)
         self._audit.record_end(outcome["error"])
+
+    def _export(self, number: int) -> None:
+        """Write the models of a training, unless a site on this machine has written them in its framework's format."""
+        kinds: tuple[Literal["final", "best"], ...] = ("final", "best") if self.server.result(number).rounds else ()
+        for which, name in zip(kinds, ("model", "best"), strict=False):
+            folder = training_folder(self.folder, number) / name
+            if not folder.exists():
+                self.server.export(folder, which, training=number)
+
+
+def _values(result: RunResult) -> dict[str, Any]:
+    """The result of a training as JSON values."""
+    return {
+        "rounds": [item.to_json() for item in result.rounds],
+        "best_round": result.best_round,
+        "no_best": result.no_best,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+    }
 
 
 def unfinished(folder: Path) -> Unfinished | None:

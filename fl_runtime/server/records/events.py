@@ -7,11 +7,26 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fl_runtime.types import Event, Listener
 
 log = logging.getLogger(__name__)
+
+
+class Emitter(Protocol):
+    """Takes the events of one run."""
+
+    def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        """Queue an event. It never blocks, and may be called under any lock.
+
+        Args:
+            kind: What happened; see `Event`.
+            round: Number of the round, 0 if the event belongs to none.
+            site: Name of the site, "" if the event belongs to none.
+            **data: Further facts; JSON values.
+        """
+        ...
 
 
 class Events:
@@ -22,14 +37,18 @@ class Events:
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
-        self._queue: queue.SimpleQueue[Event | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Event, Sequence[Listener]] | threading.Event | None] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._deliver, name="fl-events", daemon=True)
         self._thread.start()
 
     def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
-        """Queue an event. It never blocks, and may be called under any lock."""
-        self._queue.put(Event(kind, time.time(), round, site, data))
+        """Queue an event; see `Emitter`."""
+        self.deliver(Event(kind, time.time(), round, site, data), ())
+
+    def deliver(self, event: Event, first: Sequence[Listener]) -> None:
+        """Queue an event that the listeners in `first` receive before all others."""
+        self._queue.put((event, first))
 
     def delivered(self, timeout_s: float | None = None) -> bool:
         """Wait until everything emitted so far has been delivered; False after `timeout_s` seconds.
@@ -53,12 +72,35 @@ class Events:
         self._thread.join()
 
     def _deliver(self) -> None:
-        while (event := self._queue.get()) is not None:
-            if isinstance(event, threading.Event):
-                event.set()
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
                 continue
-            for listener in self._listeners:
+            event, first = item
+            for listener in (*first, *self._listeners):
                 try:
                     listener(event)
                 except Exception:  # the run must not end because of a listener
                     log.exception("a listener failed at event %s", event.kind)
+
+
+class TrainingEvents:
+    """The events of one training. They go to its own listeners, and to those of the job.
+
+    From the second training on, `data["training"]` holds the number of the training.
+    """
+
+    def __init__(self, events: Events, number: int, listeners: Sequence[Listener]) -> None:
+        self._events, self._number, self._listeners = events, number, listeners
+
+    def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        """Queue an event; see `Emitter`."""
+        numbered = {"training": self._number, **data} if self._number > 1 else data
+        self._events.deliver(Event(kind, time.time(), round, site, numbered), self._listeners)
+
+
+class Silent:
+    """Takes events that nobody listens to."""
+
+    def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        """Do nothing with the event; see `Emitter`."""

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from fl_adapters import Job, connect
 from fl_adapters.cli.app import app
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.registry import close_sessions
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.trust.audit import entries
 
@@ -134,6 +136,8 @@ def trained(kits: dict[str, Path]) -> None:
                     task.submit(arrays, num_examples=37, metrics={"<loss>": 0.5, "patients": 12.0})
         except FederationError:
             assert name == "north"
+        finally:
+            close_sessions("its script ended before the last round", read_kit(kits[name]))
 
     threads = [threading.Thread(target=work, args=(name,)) for name in kits]
     for thread in threads:

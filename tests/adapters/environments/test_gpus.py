@@ -32,7 +32,7 @@ def test_numbers_count_within_the_visible_devices(gpus: list[str | int], visible
     ("gpus", "visible", "said"),
     [
         (["2"], "2,3", "there is no GPU '2'.*CUDA_VISIBLE_DEVICES=2,3.*from 0 to 1"),
-        ([1], "3", "there is no GPU '1'.*0 alone"),
+        ([1], "3", "there is no GPU '1'.*give 0; they count within CUDA_VISIBLE_DEVICES"),
         ([0], "", "there is no GPU '0'.*leave --gpus out"),
         ([0], "-1", "leave --gpus out"),
         (["GPU-1"], "GPU-2", "there is no GPU 'GPU-1'"),

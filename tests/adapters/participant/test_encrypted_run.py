@@ -253,7 +253,7 @@ def test_a_run_equals_the_plain_one_and_the_server_cannot_read_it(tmp_path: Path
     with LocalFederation(sites=3, rounds=3, folder=tmp_path / "run", sockets=True, filters=(HE,)) as federation:
         found = federation.run(loop)
         federation.result()
-        state = federation.server._run.state
+        state = federation.server.trainings.newest.run.state
         assert state.models.newest is not None
         held, context = state.models.newest.blob.views()[0], state.filters._context
     for final in found.values():

@@ -230,7 +230,7 @@ def test_a_server_that_is_killed_goes_on_with_what_was_encoded(tmp_path: Path) -
         peers["site-2"].client.submit(peers["site-2"].leaving())
         if killed:
             server._lock.close()  # as the end of its process does
-            server = Server(server._run.state.settings, folder, {})
+            server = Server(server.trainings.newest.run.state.settings, folder, {})
             server.begin()
             peers = {name: Peer(server, name, filters) for name in peers}
             for peer in peers.values():

@@ -147,7 +147,7 @@ def test_the_role_moves_and_the_server_holds_no_update() -> None:
 
 def test_what_others_could_read_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes that the server relays do not contain the weights, which are all the same here."""
-    from fl_runtime.server.relay import Relay
+    from fl_runtime.server.calls.relay import Relay
 
     passed: list[bytes] = []
     inner = Relay._pass_on
@@ -350,7 +350,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
         except DeathError:
             dead.set()
             if closing:
-                current = federation.server._run.state.open_round
+                current = federation.server.trainings.newest.run.state.open_round
                 assert current is not None
                 end = time.monotonic() + 60
                 while not current.collected:

@@ -161,7 +161,7 @@ def test_what_other_callbacks_monitor_picks_the_best_round() -> None:
         callback = FederatedCallback(kit=federation.places[0].kit)
         model = m.compiled(m.classifier())
         m.fit(model, m.rows(0), stopping, callback, epochs=3, validation_data=m.rows(9, 20))
-        result, terms = federation.result(), federation.server._run.state.plan.terms
+        result, terms = federation.result(), federation.server.trainings.newest.run.state.plan.terms
         require_same_bits(m.weights(model), federation.model("best"))
     assert (terms.best_metric, terms.best_mode) == ("accuracy", "max")
     assert result.best_round == 1 + int(np.argmax([r.metrics["accuracy"] for r in result.rounds]))

@@ -205,6 +205,6 @@ def test_what_model_checkpoint_monitors_picks_the_best_round(federation, pl) -> 
     savers = lambda: [pl.callbacks.ModelCheckpoint(monitor="val_acc", mode="max")]  # noqa: E731
     two_sites(run, pl, savers, enable_checkpointing=True)
     result = run.result()
-    terms = run.server._run.state.plan.terms
+    terms = run.server.trainings.newest.run.state.plan.terms
     assert (terms.best_metric, terms.best_mode) == ("acc", "max")
     assert result.best_round == 1 + int(np.argmax([r.metrics["acc"] for r in result.rounds]))

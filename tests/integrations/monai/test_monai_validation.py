@@ -336,7 +336,7 @@ def test_the_key_metric_picks_the_best_round(federation) -> None:
 
     run.run(site)
     result = run.result()
-    terms = run.server._run.state.plan.terms
+    terms = run.server.trainings.newest.run.state.plan.terms
     assert (terms.best_metric, terms.best_mode) == ("mean_dice", "max")
     assert result.best_round == 1 + int(np.argmax([r.metrics["mean_dice"] for r in result.rounds]))
 

@@ -30,6 +30,7 @@ LEFT_OUT = {
     "equals_a_plain_loop_with_kept_optimizer",
     "equals_a_plain_loop_with_reset_optimizer",
     "local_tensors_stay",
+    "a_second_training_is_a_run_of_its_own",  # test_xgboost_trainings.py
     "a_site_that_fails_is_done_without",
     "a_site_that_is_not_drawn_waits",
 }

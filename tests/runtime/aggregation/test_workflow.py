@@ -126,7 +126,7 @@ def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> N
         task = sites["site-1"].client.next_task()
         sites["site-1"].submit(task, {"w": np.ones(2)})
         assert sites["site-2"].client.next_task().round == 2
-        settings = bench.server._run.state.settings
+        settings = bench.server.trainings.newest.run.state.settings
         run = Run(settings, tmp_path / "server", Events([]))
         run.recover()
         current = run.state.open_round

@@ -27,10 +27,10 @@ from fl_runtime.errors import (
     UpdateRefusedError,
 )
 from fl_runtime.server import Server
+from fl_runtime.server.calls.service import FederationService
 from fl_runtime.server.courses.joining import Joining
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
-from fl_runtime.server.service import FederationService
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Arrays

@@ -298,7 +298,7 @@ def test_what_travels_beside_the_weights_is_bounded_and_equal(siege: Siege) -> N
 
 
 def test_a_site_that_describes_ever_new_tensors_is_stopped(siege: Siege, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fl_runtime.server import limits
+    from fl_runtime.server.calls import limits
 
     monkeypatch.setattr(limits, "MAX_DESCRIBED", 1_000)
     blobs = siege.study.runs / "job/server/blobs"

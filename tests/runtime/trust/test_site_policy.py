@@ -138,7 +138,7 @@ def test_what_the_policy_does_not_allow_is_refused_with_its_rule_on_both_sides(
     assert refusal["who"] == SITE.uri
     assert refusal["error"] == error.what
     (left,) = until(lambda: of_north(study, "left"), "the server to know that north has left")
-    assert left["facts"] == {"reason": error.what, "early": True}
+    assert (left["facts"]["reason"], left["facts"]["early"]) == (error.what, True)
     assert ended["south"] is not None
     assert error.what in str(ended["south"]), "the others hear why"
 

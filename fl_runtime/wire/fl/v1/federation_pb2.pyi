@@ -40,21 +40,25 @@ class Payload(_message.Message):
     def __init__(self, layout: _Optional[bytes] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., total_bytes: _Optional[int] = ..., digests: _Optional[bytes] = ..., inline: _Optional[bytes] = ..., file: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol_min", "protocol_max", "features", "version", "job")
+    __slots__ = ("protocol_min", "protocol_max", "features", "version", "job", "training", "follows")
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     protocol_min: int
     protocol_max: int
     features: _containers.RepeatedScalarFieldContainer[str]
     version: str
     job: str
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
+    training: int
+    follows: str
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., training: _Optional[int] = ..., follows: _Optional[str] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "features", "version", "attempt", "site", "index", "count", "settings_json", "started", "shared_folder")
+    __slots__ = ("protocol", "features", "version", "attempt", "site", "index", "count", "settings_json", "started", "shared_folder", "training")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +69,7 @@ class JoinReply(_message.Message):
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     SHARED_FOLDER_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     version: str
@@ -75,7 +80,8 @@ class JoinReply(_message.Message):
     settings_json: str
     started: bool
     shared_folder: str
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ..., shared_folder: _Optional[str] = ...) -> None: ...
+    training: int
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ..., shared_folder: _Optional[str] = ..., training: _Optional[int] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("job", "attempt", "beat_s")
@@ -346,14 +352,16 @@ class TunnelPart(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., peer: _Optional[str] = ..., stream: _Optional[str] = ..., opened: _Optional[str] = ..., credit: _Optional[int] = ..., closed: bool = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("session", "reason", "early")
+    __slots__ = ("session", "reason", "early", "stays")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     EARLY_FIELD_NUMBER: _ClassVar[int]
+    STAYS_FIELD_NUMBER: _ClassVar[int]
     session: Session
     reason: str
     early: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., reason: _Optional[str] = ..., early: bool = ...) -> None: ...
+    stays: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., reason: _Optional[str] = ..., early: bool = ..., stays: bool = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()

@@ -154,11 +154,6 @@ class _Line:
             self._changed.notify_all()
 
 
-def first_part(parts: Iterator[bytes]) -> pb.TunnelPart:
-    """The first part of a call, which names the caller's session."""
-    return _parsed(next(parts, b""))
-
-
 def _parsed(message: bytes) -> pb.TunnelPart:
     try:
         return pb.TunnelPart.FromString(message)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar, get_args
 
@@ -15,12 +15,12 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
-from fl_runtime.server import limits
+from fl_runtime.server.calls import limits
+from fl_runtime.server.calls.relay import Relay
+from fl_runtime.server.calls.spool import Spool, Transfer
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration
-from fl_runtime.server.relay import Relay, first_part
 from fl_runtime.server.run import Run
-from fl_runtime.server.spool import Spool, Transfer
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
@@ -30,6 +30,17 @@ from fl_runtime.wire.manifest import Manifest, check_count
 from fl_runtime.wire.names import Excerpt, Question, checked_lists
 
 M = TypeVar("M", bound=Message)
+
+_REQUESTS: Mapping[str, type[Message]] = {
+    "Join": pb.JoinRequest,
+    "Register": pb.RegisterRequest,
+    "Attend": pb.SessionRequest,
+    "Next": pb.NextRequest,
+    "Submit": pb.UpdatePart,
+    "Score": pb.ScoreRequest,
+    "Leave": pb.LeaveRequest,
+    "Tunnel": pb.TunnelPart,
+}
 
 BEAT_S = 10.0
 """Seconds between signs of life in a call that waits for a task, if the site does not ask for an interval."""
@@ -49,7 +60,7 @@ class FederationService:
         self._run, self._state, self._share = run, run.state, share
         self._spool = Spool(run.state.blobs, run.state.lock)
         self._relay = Relay(run.membership.members)
-        self._methods: dict[str, Callable[[Peer, Iterator[bytes]], Iterator[bytes]]] = {
+        self._methods: dict[str, Callable[[Peer, Any, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,
             "Attend": self._attend,
@@ -62,12 +73,22 @@ class FederationService:
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer one call of a site. See `fl_runtime.transport.base.Service`."""
-        if method not in self._methods:
-            raise ProtocolError(
-                f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs"
-            )
+        yield from self.answer(method, peer, first_request(method, requests), requests)
+
+    def answer(self, method: str, peer: Peer, request: Message, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Answer one call whose first message has been read.
+
+        Args:
+            method: Name of the call.
+            peer: Who is calling.
+            request: The first message, as `first_request` returns it.
+            requests: The messages after it.
+
+        Yields:
+            The encoded messages of the answer.
+        """
         try:
-            yield from self._methods[method](peer, requests)
+            yield from self._methods[method](peer, request, requests)
         except StoreError as error:  # what is acknowledged from now on might be lost
             self._state.fail(error)
             raise
@@ -80,8 +101,7 @@ class FederationService:
 
     # -- joining ---------------------------------------------------------------------------------------------
 
-    def _join(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        request = _first(pb.JoinRequest, requests)
+    def _join(self, peer: Peer, request: pb.JoinRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         protocol = choose_protocol(request.protocol_min, request.protocol_max, request.version)
         settings = self._state.settings
         if request.job not in ("", settings.name):
@@ -98,10 +118,10 @@ class FederationService:
             settings_json=json.dumps(asdict(settings)),
             started=self._state.plan.rounds is not None,
             shared_folder=str(self._state.blobs.folder.resolve()) if self._share else "",
+            training=request.training,
         ).SerializeToString()
 
-    def _register(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        request = _first(pb.RegisterRequest, requests)
+    def _register(self, peer: Peer, request: pb.RegisterRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         manifest = Manifest.from_proto(_whole_manifest(request, requests))
         limits.check_table(request.agreement, "the agreement")
         limits.check_table(request.info, "the info")
@@ -120,15 +140,14 @@ class FederationService:
         for step in membership.register(peer.name, attempt, manifest, registration, beat_s):
             if isinstance(step, Question):
                 yield pb.RegisterReply(question=step.to_proto()).SerializeToString()
-                excerpt = _first(pb.RegisterRequest, requests).excerpt
+                excerpt = _next_part(requests).excerpt
                 membership.answer(peer.name, attempt, step.name, Excerpt.from_proto(excerpt))
             else:
                 reply = pb.RegisterReply(waiting=pb.Waiting()) if step is None else pb.RegisterReply(rounds=step)
                 yield reply.SerializeToString()
 
-    def _attend(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        session = _first(pb.SessionRequest, requests).session
-        attempt, beat_s = self._attempt(session), _beat_s(session)
+    def _attend(self, peer: Peer, request: pb.SessionRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
+        attempt, beat_s = self._attempt(request.session), _beat_s(request.session)
         ended = threading.Event()
         self._run.membership.attend(peer.name, attempt)
         try:
@@ -139,20 +158,19 @@ class FederationService:
         finally:
             self._run.membership.mark_absent(peer.name, attempt)
 
-    def _leave(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        request = _first(pb.LeaveRequest, requests)
-        self._run.membership.leave(peer.name, self._attempt(request.session), request.reason[:500], early=request.early)
+    def _leave(self, peer: Peer, request: pb.LeaveRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
+        attempt, reason = self._attempt(request.session), request.reason[:500]
+        self._run.membership.leave(peer.name, attempt, reason, early=request.early, stays=request.stays)
         yield pb.Done().SerializeToString()
 
-    def _tunnel(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+    def _tunnel(self, peer: Peer, request: pb.TunnelPart, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Relay the streams of one site until its call ends."""
-        self._run.check_attempt(peer.name, self._attempt(first_part(requests).session))
+        self._run.check_attempt(peer.name, self._attempt(request.session))
         yield from self._relay.serve(peer.name, requests, peer.when_gone)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
-    def _next(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        request = _first(pb.NextRequest, requests)
+    def _next(self, peer: Peer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         attempt, best, evaluate = self._attempt(request.session), request.best, request.evaluate
         beat_s = _beat_s(request.session) or BEAT_S
         done = limits.check_text(request.done, "the stage of a request")
@@ -217,15 +235,14 @@ class FederationService:
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
-    def _submit(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        first = _expected(requests, "an update ended before its header")
-        header = _parse(pb.UpdatePart, first).update
+    def _submit(self, peer: Peer, request: pb.UpdatePart, requests: Iterator[bytes]) -> Iterator[bytes]:
+        header, header_bytes = request.update, request.ByteSize()
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
         facts, digest = _update_fields(header), frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
             transfer = self._spool.begin(name, digest, self._manifest(name, header), payload.digests)
-            received = len(first)
+            received = header_bytes
             try:
                 if payload.inline:
                     transfer.receiver.take(payload.inline[transfer.receiver.arrived :])
@@ -252,7 +269,7 @@ class FederationService:
             journaled = {**facts, "metrics": to_json(facts["metrics"])}
             status = self._run.accept(Upload(update, transfer.blob, digest, journaled, received))
         if status == "late":
-            self._state.events.emit("update", header.round, name, status="late", bytes_up=len(first))
+            self._state.events.emit("update", header.round, name, status="late", bytes_up=header_bytes)
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
     def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:
@@ -276,8 +293,7 @@ class FederationService:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest
 
-    def _score(self, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        request = _first(pb.ScoreRequest, requests)
+    def _score(self, peer: Peer, request: pb.ScoreRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         metrics = _metrics(request.metrics_json)
         examples = max(limits.check_count(request.num_examples, "num_examples"), 1)
         report = Report(self._state.settings.name, request.version, peer.name, metrics, examples)
@@ -304,7 +320,7 @@ def _whole_manifest(first: pb.RegisterRequest, requests: Iterator[bytes]) -> pb.
     """The manifest of a registration, whose tensors may come in several messages."""
     manifest, part = first.manifest, first
     while part.more:
-        part = _parse(pb.RegisterRequest, _expected(requests, "a registration ended before its last message"))
+        part = _next_part(requests)
         if not part.manifest.tensors:
             raise ProtocolError("a message of a registration brings no tensors")
         manifest.tensors.extend(part.manifest.tensors)
@@ -387,15 +403,34 @@ def _terms(text: str) -> Terms:
     return terms
 
 
+def first_request(method: str, requests: Iterator[bytes]) -> Message:
+    """Read the first message of a call.
+
+    Args:
+        method: Name of the call.
+        requests: The call's messages.
+
+    Returns:
+        The message, decoded as the request of this method.
+
+    Raises:
+        ProtocolError: There is no such method, or the message is not one of its requests.
+        TransferDamagedError: The call ended before its first message.
+    """
+    if method not in _REQUESTS:
+        raise ProtocolError(f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs")
+    return _parse(_REQUESTS[method], _expected(requests, "a call ended before its first message"))
+
+
+def _next_part(requests: Iterator[bytes]) -> pb.RegisterRequest:
+    return _parse(pb.RegisterRequest, _expected(requests, "a registration ended before its last message"))
+
+
 def _parse(kind: type[M], message: bytes) -> M:
     try:
         return kind.FromString(message)
     except DecodeError:
         raise ProtocolError(f"a request is not a {kind.__name__} message") from None
-
-
-def _first(kind: type[M], requests: Iterator[bytes]) -> M:
-    return _parse(kind, _expected(requests, "a call ended before its first message"))
 
 
 def _expected(requests: Iterator[bytes], if_ended: str) -> bytes:
