@@ -172,7 +172,6 @@ class FederatedXGBRegressor(xgboost.XGBRegressor, _Federated):
         self,
         X: Any,  # noqa: N803 (scikit-learn's name)
         y: Any,
-        *,
         sample_weight: Any = None,
         base_margin: Any = None,
         eval_set: Any = None,
@@ -233,7 +232,6 @@ class FederatedXGBClassifier(xgboost.XGBClassifier, _Federated):
         self,
         X: Any,  # noqa: N803 (scikit-learn's name)
         y: Any,
-        *,
         sample_weight: Any = None,
         base_margin: Any = None,
         eval_set: Any = None,
@@ -307,7 +305,6 @@ class FederatedXGBRanker(xgboost.XGBRanker, _Federated):
         self,
         X: Any,  # noqa: N803 (scikit-learn's name)
         y: Any,
-        *,
         group: Any = None,
         qid: Any = None,
         sample_weight: Any = None,

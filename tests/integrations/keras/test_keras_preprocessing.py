@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fl_adapters.keras import FederatedCallback
+from fl_adapters.keras.standby_model import KerasStandbyModel
 from fl_adapters.testing import LocalFederation
 from fl_adapters.testing.conformance.adapter import require_close, require_same_bits
 from fl_runtime.errors import HandshakeError
@@ -117,6 +118,21 @@ def test_statistics_that_stay_at_the_site_are_its_own() -> None:
     x = scaled_rows(1)[0]
     own = (x - x.mean(0)) / x.std(0) @ weights["dense/kernel"] + weights["dense/bias"]
     np.testing.assert_allclose(predicted, own, rtol=1e-3, atol=1e-4)
+
+
+def test_a_personal_model_computes_with_its_own_statistics() -> None:
+    model, probe = adapted(0), scaled_rows(1)[0]
+    m.fit(model, scaled_rows(0))  # builds the optimizer, and compiles
+    standby = KerasStandbyModel(model)
+    mean = np.arange(6, dtype="float32")
+    standby.set_weights({**standby.weights(), "normalization/mean": mean})
+    own = model.predict(probe, verbose=0)
+    standby.swap()
+    weights = m.weights(model)
+    expected = (probe - mean) / scaled_rows(0)[0].std(0) @ weights["dense/kernel"] + weights["dense/bias"]
+    np.testing.assert_allclose(model.predict(probe, verbose=0), expected, rtol=1e-3, atol=1e-3)
+    standby.swap()
+    np.testing.assert_array_equal(model.predict(probe, verbose=0), own)
 
 
 WORDS = (["the cat sat", "the dog ran"], ["the cat sat", "the fox hid"])

@@ -104,6 +104,8 @@ def test_alone_it_is_the_estimator_itself() -> None:
     ours = FederatedXGBClassifier(n_estimators=3, **OPTIONS).fit(d.X, d.BINARY)
     plain = xgboost.XGBClassifier(n_estimators=3, **OPTIONS).fit(d.X, d.BINARY)
     np.testing.assert_array_equal(ours.predict_proba(d.X), plain.predict_proba(d.X))
+    weighted = FederatedXGBClassifier(n_estimators=3, **OPTIONS).fit(d.X, d.BINARY, d.WEIGHTS)  # by position
+    assert not np.array_equal(weighted.predict_proba(d.X), plain.predict_proba(d.X))
     assert ours.get_params()["n_estimators"] == 3 and "federated" in ours.get_params()
     from sklearn.base import clone
 

@@ -184,6 +184,27 @@ def test_values_beyond_the_bins_are_predicted_as_they_were_trained() -> None:
     np.testing.assert_allclose(booster.predict(xgboost.DMatrix(x[:, None])), label, atol=1e-6)
 
 
+@pytest.mark.skipif(xgboost.__version__ < "3.1", reason="before, the base score of classes is no function of means")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_without_a_base_score_the_model_is_that_of_plain_xgboost(classes: int) -> None:
+    """Whole numbers as features give the sites the bins of XGBoost; the sites' classes are distributed unevenly."""
+    x, label = np.round(d.X * 2), np.minimum(d.CLASSES, classes - 1)
+    order = np.argsort(label, kind="stable")
+    multi = {"objective": "multi:softprob", "num_class": classes}
+    params = d.BASE | ({"objective": "binary:logistic"} if classes == 2 else multi)
+
+    def site(place: Any) -> xgboost.Booster:
+        mine = order[d.rows(place.index)]
+        data = xgboost.DMatrix(x[mine], label[mine])
+        return train(params, data, ROUNDS, mode="histogram", kit=place.kit, quantile_rows=1)
+
+    with LocalFederation(sites=d.SITES) as federation:
+        booster = federation.run(site, timeout_s=60)["site-3"]
+    everything = xgboost.DMatrix(x, label)
+    central = xgboost.train(params, everything, ROUNDS)
+    np.testing.assert_allclose(booster.predict(everything), central.predict(everything), atol=2e-5)
+
+
 def test_quantiles_by_an_array() -> None:
     params = d.BASE | {"objective": "reg:quantileerror", "quantile_alpha": np.array([0.1, 0.9])}
     with LocalFederation(sites=2) as federation:
