@@ -162,8 +162,8 @@ class LiveModel:
         if unfrozen and isinstance(self._settings.exchange, str):
             self._frozen.clear()
             warnings.warn(
-                f"{len(unfrozen)} parameters were frozen when the run began and are trained now. They do not travel, "
-                f"so they differ from site to site: {listed(unfrozen)}. To exchange them, pass exchange='all' from the "
+                "parameters that were frozen when the run began are trained now, but they do not travel, so they "
+                f"differ from site to site: {listed(unfrozen)}. To exchange them, pass exchange='all' from the "
                 "beginning, or unfreeze them before the run",
                 stacklevel=3,
             )

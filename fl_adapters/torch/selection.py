@@ -1,11 +1,10 @@
 """Which tensors of a live torch model travel, and under which names.
 
-Of a PEFT model the active adapter travels, under the names that its tensors have in `adapter_model.safetensors`. Beside
-the model's own tensors, those of other modules can travel that the optimizers train: a loss with a classifier of its
-own, say.
+Of a PEFT model the active adapter travels, under the names that its tensors have in `adapter_model.safetensors`. What
+the optimizers train beside the model travels too, such as the classifier of a loss.
 
-Three kinds of tensors never travel: frozen ones (unless `exchange` says so), those of PEFT adapters that are not
-active, and the singular vectors of spectral normalisation, which each site computes from the weights.
+Two kinds of tensors never travel: those of PEFT adapters that are not active, and the singular vectors of spectral
+normalisation, which each site computes from the weights.
 """
 
 from __future__ import annotations
@@ -237,7 +236,9 @@ def tensors_beside(module: nn.Module, others: Mapping[str, nn.Module], optimizer
 
     Returns:
         "<module>.<tensor>" -> live tensor, each once: trained parameters, and the buffers of the layers that have some.
+        A name that the model has too begins with "beside.".
     """
+    taken = NamedTensors.of(module).tensors
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     trained = {id(parameter) for parameter in parameters_of(optimizers)}
     found: dict[str, Tensor] = {}
@@ -247,7 +248,8 @@ def tensors_beside(module: nn.Module, others: Mapping[str, nn.Module], optimizer
         for n, tensor in state.items():
             buffer = not isinstance(tensor, nn.Parameter) and n.rpartition(".")[0] in layers
             if id(tensor) not in known and (id(tensor) in trained or buffer):
-                found[f"{name}.{n}"] = tensor
+                full_name = f"{name}.{n}"
+                found[f"beside.{full_name}" if full_name in taken else full_name] = tensor
                 known.add(id(tensor))
     return found
 
@@ -261,9 +263,8 @@ def parameters_of(optimizers: Iterable[Any]) -> Iterator[Tensor]:
     Yields:
         Each live parameter, in the order of the parameter groups.
     """
-    for optimizer in optimizers:
-        for group in getattr(optimizer, "optimizer", optimizer).param_groups:
-            yield from group["params"]
+    for _, parameter in _described(optimizers):
+        yield parameter
 
 
 def warn_of_unknown_parameters(
@@ -277,15 +278,22 @@ def warn_of_unknown_parameters(
         beside: What can travel beside it; see `tensors_beside`.
     """
     known = {id(tensor) for tensor in (*module.parameters(), *(beside or {}).values())}
-    unknown = [p for p in parameters_of(optimizers) if p.requires_grad and id(p) not in known]
+    unknown = [n for n, p in _described(optimizers) if p.requires_grad and id(p) not in known]
     if unknown:
-        shapes = listed([str(list(parameter.shape)) for parameter in unknown])
         warnings.warn(
-            f"{len(unknown)} parameters that the optimizer trains are not part of the model, so they stay at this site "
-            f"and differ from those of the others; their shapes: {shapes}. To exchange them, make them part of the "
-            "model: put several networks into one nn.ModuleDict",
+            "parameters that the optimizer trains are not part of the model, so they stay at this site and differ from "
+            f"those of other sites. There are {len(unknown)}, by name or shape: {listed(unknown)}. To exchange them, "
+            "make them part of the model: put several networks into one nn.ModuleDict",
             stacklevel=3,
         )
+
+
+def _described(optimizers: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that optimizers train, each with its name, if the optimizer was given names, else with its shape."""
+    for optimizer in optimizers:
+        for group in getattr(optimizer, "optimizer", optimizer).param_groups:
+            names = group.get("param_names") or [str(list(parameter.shape)) for parameter in group["params"]]
+            yield from zip(names, group["params"], strict=True)
 
 
 def _names_of_kind(named: NamedTensors, exchange: Exchange) -> set[str]:

@@ -171,6 +171,23 @@ def test_what_is_trained_beside_the_model_travels_with_it() -> None:
     assert list(exchanged_tensors(net, patterns, beside=beside)) == names
 
 
+def test_what_is_trained_beside_the_model_never_takes_the_name_of_a_part_of_it() -> None:
+    net, head = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1)
+    beside = tensors_beside(net, {"0": head}, [optimizer])
+    assert list(exchanged_tensors(net, beside=beside)) == ["0.weight", "0.bias", "beside.0.weight", "beside.0.bias"]
+
+
+def test_unknown_parameters_are_named_if_the_optimizer_has_names() -> None:
+    net, head = t.network(), nn.Linear(2, 2, bias=False)
+    try:
+        optimizer = torch.optim.SGD([*net.named_parameters(), ("head.weight", head.weight)], lr=0.1)
+    except TypeError:
+        pytest.skip("optimizers of this release of torch take no names")
+    with pytest.warns(UserWarning, match=r"There are 1, by name or shape: head\.weight\."):
+        next(FederatedLoop(net, optimizer).rounds(t.loader()))
+
+
 def test_what_is_trained_beside_the_model_and_kept_local_is_saved_for_restarts() -> None:
     net = t.network()
     head = nn.Linear(2, 3)
@@ -199,5 +216,5 @@ def test_parameters_that_are_unfrozen_during_the_run_are_named() -> None:
                 net[0].requires_grad_(True)
 
     with LocalFederation(sites=1, rounds=3, states=t.STATES) as federation:
-        with pytest.warns(UserWarning, match=r"1 parameters were frozen .* site to site: 0\.weight\. .*exchange='all'"):
+        with pytest.warns(UserWarning, match=r"were frozen .* site to site: 0\.weight\. .*exchange='all'"):
             federation.run(body)
