@@ -22,6 +22,7 @@ from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.types import Arrays, Report, RunSettings, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
+from fl_runtime.wire.names import Facts
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
     from fl_runtime.trust.stream_identity import StreamIdentity
@@ -113,6 +114,10 @@ class Gate:
         metric = Ranking.of(terms, self._job.get("best_metric"), self._job.get("best_mode")).metric
         self._withheld = metric if self._filters.withhold(metric) else ""
         return self._filters.agreement
+
+    def declare(self, facts: Facts) -> Facts:
+        """Return what this site declares at the handshake, as the policy lets it leave."""
+        return self._policy.visible_facts(facts)
 
     def software(self) -> Mapping[str, str]:
         """Return what the server may know about this site's software and filters. Call after `register`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedErro
 from fl_runtime.filters.ledger import BudgetLimit, PrivacyBudget
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.types import Report, Settings, Task, Terms, Update
+from fl_runtime.wire.names import Facts, Names
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
     from fl_runtime.trust.audit import AuditLog
@@ -84,6 +85,10 @@ class PolicyGate:
     def check_names(self, names: Sequence[str], round: int) -> None:
         """Check whether tensors of these names may travel now. Called before filters, which may rename tensors."""
 
+    def visible_facts(self, facts: Facts) -> Facts:
+        """Return what the site declares at the handshake, with the entries of lists kept back if the policy says so."""
+        return facts
+
     def visible_software(self, info: Mapping[str, str]) -> Mapping[str, str]:
         """Return the part of `info` on this site's software that the server may see."""
         return info
@@ -148,6 +153,7 @@ class KitPolicyGate(PolicyGate):
         self.identity = kit.identity
         self._audit: AuditLog = AuditLog(folder, folder)
         self._job = ""
+        self._lists: list[str] = []  # names of the lists that the site declares
         self._strategy: str | None = None  # the job's, if it names one
         self._names: list[str] = []  # of the tensors that were named at the handshake
         self._refusal: PermissionDeniedError | None = None  # the last one; its text is the policy's, free of data
@@ -197,10 +203,17 @@ class KitPolicyGate(PolicyGate):
                 self._policy.check_strategy(self._job, terms.strategy, self.identity)
         self._names = list(names)
 
+    def visible_facts(self, facts: Facts) -> Facts:
+        self._lists = [name for name, fact in facts.items() if isinstance(fact, Names)]
+        if self._policy.names:
+            return facts
+        return {n: replace(fact, from_data=True) if isinstance(fact, Names) else fact for n, fact in facts.items()}
+
     def visible_software(self, info: Mapping[str, str]) -> Mapping[str, str]:
         visible = info if self._policy.info else {}
         count, names = len(self._names), self._names
-        self._audit.write("handshake", self.identity, job=self._job, tensors=count, names=names, software=dict(visible))
+        facts: dict[str, Any] = {"tensors": count, "names": names, "lists": self._lists, "software": dict(visible)}
+        self._audit.write("handshake", self.identity, job=self._job, **facts)
         return visible
 
     def record_task(self, task: Task) -> bool:

@@ -276,7 +276,7 @@ class Session:
         filters = self._gate.register(state, terms)
         self.rounds = self._client.register(
             Manifest.of(state),
-            agreement=self.settings.declared({**agreement, **filters}),
+            agreement=self._gate.declare(self.settings.declared({**agreement, **filters})),
             info=self._gate.software(),
             capabilities=capabilities
             | session_capabilities(cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None),

@@ -48,6 +48,10 @@ filters: []
 # Whether to send the versions of this site's software.
 # info: false
 
+# Whether the labels, tokens and feature names in which sites differ are shown to the server and the other sites.
+# Without it, sites are compared by digests of 64 entries, and an error tells positions only.
+# names: false
+
 # Privacy budget: the largest total that filters with a ledger may spend.
 # privacy: {epsilon: 8.0, delta: 1.0e-5}
 
@@ -119,6 +123,7 @@ class Policy(_Part):
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
         reasons: Whether the site may send the text of an error or of another reason when it leaves. It may quote data.
         info: Whether the site may send the versions of its software.
+        names: Whether entries of lists that sites must share, such as labels, may leave the site beside digests.
         privacy: Privacy budget; None sets no limit.
         strategies: Accepted strategies, by name or full text; None accepts every one.
         adapters: Accepted adapters by short name, such as "hf"; None accepts every one.
@@ -134,6 +139,7 @@ class Policy(_Part):
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False
     info: bool = True
+    names: bool = True
     privacy: Privacy | None = None
     strategies: tuple[str, ...] | None = None
     adapters: tuple[str, ...] | None = None

@@ -270,7 +270,8 @@ def describe_difference(
         told = ", ".join(shown[:_SHOWN] + (more if whole else ["..."]))
     else:
         where = left.first_difference(right) or range(0)
-        told = f"the first that differ are among {where.start} to {where.stop - 1}" if left.block == right.block else ""
+        told = f"the first that differ are among {where.start} to {where.stop - 1}"
+        told = told if left.block == right.block else "they differ"
         told += " (their text stays at the sites)" if left.from_data or right.from_data else ""
     return f"{name}: {'; '.join(filter(None, (counts, told)))}"
 

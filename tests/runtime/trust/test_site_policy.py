@@ -183,6 +183,33 @@ def test_metrics_counts_versions_and_reasons_leave_as_the_policy_says(study: Stu
     assert "patients" not in [name for e in of_north(study, "update") for name in e["facts"]["metrics"]]
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_labels_in_which_sites_differ_are_shown_as_the_policy_says(study: Study, shown: bool) -> None:
+    study.job()
+    kits = {name: readdressed(study, name) for name in study.sites}
+    (kits["north"] / "policy.yml").write_text(f"names: {str(shown).lower()}")
+    labels = {"north": ["Jane Doe", "Jane Roe"], "south": ["a", "b"]}
+    ended: dict[str, BaseException] = {}
+
+    def train(name: str) -> None:
+        try:
+            with connect(kit=kits[name]) as site:
+                next(iter(site.tasks(initial=W, agreement={"labels": labels[name]})))
+        except FederationError as error:
+            ended[name] = error
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in study.sites]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all("do not agree" in str(ended[name]) and "labels" in str(ended[name]) for name in study.sites)
+    assert ("Jane" in str(ended["south"])) == shown
+    assert shown or "their text stays at the sites" in str(ended["south"])
+    (handshake,) = [entry for entry in entries(kits["north"]) if entry["action"] == "handshake"]
+    assert handshake["lists"] == ["labels"]
+
+
 class UnluckyError(ConfigError):
     """An error of fl-adapters' own kind, raised by a user's code with a name in it."""
 
