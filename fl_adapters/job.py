@@ -378,7 +378,7 @@ def _check_budgets(job: Job, strategy: Strategy | None) -> None:
         settings = job.settings(site_names(job.sites))
     else:
         rounds = job.rounds and math.ceil(job.rounds * job.fraction)
-        settings = RunSettings(job.name, ("any",), 1, rounds=rounds, seed=job.seed)
+        settings = RunSettings(job.name, ("any",), 1, rounds=rounds, seed=job.seed, trainings=job.trainings)
     check_budgets(job.filters, settings, strategy)
 
 

@@ -29,3 +29,41 @@ def training_folder(folder: Path, number: int) -> Path:
         `folder` itself for the first training, then the folders 2, 3, and so on in it.
     """
     return folder if number == 1 else folder / str(number)
+
+
+def job_of(name: str) -> str:
+    """Return the job of a training.
+
+    Args:
+        name: Name of a training, from `training_name`.
+
+    Returns:
+        The job's own name.
+    """
+    return name.partition("/")[0]
+
+
+def number_of(name: str) -> int:
+    """Return the number of a training.
+
+    Args:
+        name: Name of a training, from `training_name`.
+
+    Returns:
+        Its number, from 1.
+    """
+    number = name.partition("/")[2]
+    return int(number) if number.isdecimal() else 1
+
+
+def first_folder(folder: Path, name: str) -> Path:
+    """Return the folder of the same part of the job's first training, which all trainings may share.
+
+    Args:
+        folder: A folder in the folder of a training, such as runs/<job>/2/server.
+        name: Name of the training, from `training_name`.
+
+    Returns:
+        The folder of the first training, such as runs/<job>/server.
+    """
+    return folder if number_of(name) == 1 else folder.parents[1] / folder.name

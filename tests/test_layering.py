@@ -38,6 +38,7 @@ OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
     "cryptography": ("fl_runtime.trust",),
     "pyzipper": ("fl_runtime.trust",),
     "dp_accounting": ("fl_runtime.filters",),
+    "opacus": ("fl_adapters.torch.",),
     "tenseal": ("fl_runtime.filters",),
 }
 

@@ -159,6 +159,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
     imported -= {
         "cryptography",
         "dp_accounting",
+        "opacus",
         "pyzipper",
         "ray",
         "safetensors",

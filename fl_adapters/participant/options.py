@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fl_adapters.participant.local_work.site_plan import SitePlan
+from fl_adapters.privacy import DPSGD
 from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Content, Terms
@@ -99,6 +100,7 @@ class Options:
         required: Whether a missing startup kit is an error, instead of a local run.
         agree: Whether lists of names that the adapter sees, such as labels and vocabularies, must be equal at all
             sites; or further such lists, by any name.
+        dp_sgd: How to train with differential privacy for records; None trains without.
 
     Raises:
         ConfigError: An argument cannot work.
@@ -113,8 +115,11 @@ class Options:
     num_examples: int | None = None
     required: bool = False
     agree: bool | Mapping[str, Sequence[Any]] = True
+    dp_sgd: DPSGD | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dp_sgd, DPSGD | None):
+            raise ConfigError(f"dp_sgd={self.dp_sgd!r} is not a DPSGD", fix="write dp_sgd=fl_adapters.DPSGD(epsilon=8)")
         if self.every is not None:
             Every.parse(self.every)
         _exchange(self.exchange)
@@ -372,3 +377,50 @@ class SharedArguments:
             required=required,
             agree=agree,
         )
+
+
+class PrivateArguments(SharedArguments):
+    """Base of the callbacks that can train with differential privacy for single records (DP-SGD).
+
+    Args:
+        dp_sgd: Settings of DP-SGD, such as `DPSGD(max_grad_norm=1.0, epsilon=8)`. Default: None, without noise.
+        kit: See `SharedArguments`, as all that follow.
+        every: Training between two exchanges.
+        exchange: What travels.
+        keep_local: Name patterns of tensors that never leave this site.
+        optimizer_state: What becomes of the optimizer when new global weights arrive.
+        evaluate_global: Whether each global model is scored.
+        num_examples: Weight of this site in the average.
+        required: Raise an error instead of training alone if there is no startup kit.
+        agree: Whether lists of names must be equal at all sites; or further such lists.
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        dp_sgd: DPSGD | None = None,
+        kit: str | None = None,
+        every: str | int | None = None,
+        exchange: str | Sequence[str] | None = None,
+        keep_local: Sequence[str] = (),
+        optimizer_state: str | None = None,
+        evaluate_global: bool | None = None,
+        num_examples: int | None = None,
+        required: bool = False,
+        agree: bool | Mapping[str, Sequence[Any]] = True,
+    ) -> None:
+        super().__init__(
+            kit=kit,
+            every=every,
+            exchange=exchange,
+            keep_local=keep_local,
+            optimizer_state=optimizer_state,
+            evaluate_global=evaluate_global,
+            num_examples=num_examples,
+            required=required,
+            agree=agree,
+        )
+        self.options = replace(self.options, dp_sgd=dp_sgd)

@@ -13,9 +13,11 @@ from fl_adapters.participant.exchange import matches
 from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.state_file import State
+from fl_adapters.privacy import DPSGD
 from fl_adapters.torch import ranks
 from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.local_work.backend import TorchLocalBackend
+from fl_adapters.torch.local_work.dp_sgd import Batches, PrivateTraining
 from fl_adapters.torch.lora.factors import LoraFactors
 from fl_adapters.torch.lora.strategy import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch.optimizer_state import TorchOptimizerState
@@ -33,6 +35,7 @@ from fl_runtime.aggregation.corrections.local_terms import without_control
 from fl_runtime.aggregation.lora.products import ENCODING
 from fl_runtime.capabilities import GRADIENT_CORRECTION, LORA, OPTIMIZER_STATE, PERSONAL_MODEL
 from fl_runtime.errors import ConfigError
+from fl_runtime.filters.base import FilterHost
 from fl_runtime.types import Arrays, Content, Task
 from fl_runtime.wire.names import Facts
 
@@ -59,6 +62,7 @@ class LiveModel:
         state: The tensors that travel.
         local: Local-training changes required by the job's strategy.
         gradients: Gradient corrections, which the adapter connects with the trainer's optimizer steps.
+        private: DP-SGD on this model; None without.
     """
 
     def __init__(
@@ -84,10 +88,33 @@ class LiveModel:
         backend = TorchLocalBackend(model, optimizers, self.state, self._beside)
         self.gradients = backend.gradients
         self.local = LocalWork(backend, phases=settings.phases)
+        self.private: PrivateTraining | None = None
         if settings.optimizer_state == "average":
             self._refuse_shared_parameters()
             for moments in self._moments:
                 moments.refuse_if_not_averageable()
+
+    def train_privately(self, dp_sgd: DPSGD, data: Any, host: FilterHost) -> None:
+        """Train with DP-SGD from now on, until the corrections of gradients end.
+
+        Args:
+            dp_sgd: The script's settings.
+            data: DataLoader of the training set.
+            host: The site, with the folder of its ledger.
+
+        Raises:
+            ConfigError: If the model, the data or the job do not allow it.
+        """
+        settings = self._settings
+        unsupported = "exact_restart" if settings.exact_restart else "a personal model" if settings.phases > 1 else ""
+        if unsupported:
+            raise ConfigError(
+                f"the job asks for {unsupported}, which DP-SGD does not support",
+                where="dp_sgd",
+                fix="leave one of the two out",
+            )
+        self.private = PrivateTraining(dp_sgd, self._model, self._optimizers, Batches.of(data), settings.every, host)
+        self.gradients.private = self.private
 
     @property
     def capabilities(self) -> frozenset[str]:

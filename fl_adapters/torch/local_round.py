@@ -233,6 +233,10 @@ class LoopPort(TrainerPort):
         """Unknown: how many batches make a step is the loop's affair."""
         return None
 
+    @property
+    def training_data(self) -> Any:
+        return self.data.loader
+
     def stop(self) -> None:
         """Nothing to do: the loop looks at `run.over` before each round."""
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from fl_adapters.participant.options import Every, SharedArguments
+from fl_adapters.participant.options import Every, PrivateArguments
+from fl_adapters.privacy import DPSGD
 from fl_adapters.torch.local_round import LocalRound, LoopPort, StepCounter, TrainingData
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.progress import Progress, Tally, size_of
@@ -27,7 +28,7 @@ Evaluate = Callable[[], Metrics | tuple[Metrics, int]]
 """evaluate() -> metrics of the model as it is, or (metrics, number of validation examples)."""
 
 
-class FederatedLoop(SharedArguments):
+class FederatedLoop(PrivateArguments):
     """Makes a training loop of your own a site of a federation.
 
     Your loop runs over rounds in place of epochs, and takes the batches of each round from the round itself. Zeroing
@@ -70,6 +71,8 @@ class FederatedLoop(SharedArguments):
         num_examples: Weight of this site in the average. Default: the length of the loader's data set, or the examples
             seen in the round if it has none.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        dp_sgd: Differential privacy for single records: `DPSGD(max_grad_norm=1.0, epsilon=8)`, see `fl_adapters.DPSGD`.
+            Default: none.
         agree: Whether lists of names that the adapter sees (label names) must be equal at all sites. A dict adds lists
             that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 
@@ -113,6 +116,7 @@ class FederatedLoop(SharedArguments):
         evaluate_global: bool | None = None,
         num_examples: int | None = None,
         required: bool = False,
+        dp_sgd: DPSGD | None = None,
         agree: bool | Mapping[str, Sequence[Any]] = True,
     ) -> None:
         super().__init__(
@@ -124,6 +128,7 @@ class FederatedLoop(SharedArguments):
             evaluate_global=evaluate_global,
             num_examples=num_examples,
             required=required,
+            dp_sgd=dp_sgd,
             agree=agree,
         )
         optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]

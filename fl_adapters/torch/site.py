@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from fl_adapters.adapter import Snapshot
+from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
-from fl_adapters.participant.policy_gate import LeaveReason
+from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.session import Session
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
+from fl_runtime.filters.base import FilterHost
+from fl_runtime.filters.calibration import Participation
 from fl_runtime.types import Arrays, Metrics, Task
 from fl_runtime.wire.names import Names
 
@@ -88,6 +94,8 @@ class TorchSite:
         def join() -> tuple[str, object, dict[str, str]] | None:
             session = open_session(self.options, framework=self.framework, fresh=trains)
             if session is None:
+                if self.options.dp_sgd is not None:
+                    print("fl-adapters: outside a federation dp_sgd has no effect: no noise is added", file=sys.stderr)
                 return None
             moved = {name: session.output_dir(path) for name, path in (folders or {}).items()}
             for name, path in moved.items():
@@ -116,6 +124,7 @@ class TorchSite:
         evaluates: bool,
         best: BestMetric | None = None,
         snapshot: Snapshot | None = None,
+        data: Any = None,
     ) -> ArrivedTask:
         """Make the handshake and receive the first task.
 
@@ -127,9 +136,13 @@ class TorchSite:
             best: Metric by which the trainer picks its best model. It is proposed where the job is silent.
             snapshot: Saves and loads the adapter's state, in jobs with `exact_restart`. In a process that replaces
                 another one, the saved state has been loaded when this returns.
+            data: DataLoader of the training set, for DP-SGD.
 
         Returns:
             The first task.
+
+        Raises:
+            ConfigError: If the model, the data or the job do not allow DP-SGD.
         """
         arrays, facts = live.arrays(), live.agreement(self.framework)
 
@@ -147,6 +160,10 @@ class TorchSite:
                 terms=session.settings.terms(live.content, best),
                 encoding=live.encoding,
             )
+            if self.options.dp_sgd is not None:
+                live.train_privately(
+                    self.options.dp_sgd, data, self._ledger_host(session, self.options.dp_sgd.trainings)
+                )
             return session.start(lambda: live.arrays() if snapshot else arrays, snapshot=snapshot)
 
         return self._begin_task(live, ranks.on_rank_zero(start))
@@ -166,6 +183,8 @@ class TorchSite:
         round_result = live.local.end_phase(result, more=more)
         if round_result is None:
             return None
+        if live.private is not None:
+            round_result = live.private.spend(round_result)
         arrays, moments = live.arrays(), live.moments()
 
         def exchange() -> Task:
@@ -244,8 +263,18 @@ class TorchSite:
         """Return the session. Only rank 0 may call this."""
         return running_session(self.options, framework=self.framework)
 
+    def _ledger_host(self, session: Session, trainings: int) -> FilterHost:
+        """Return this site as the place where DP-SGD spends its budget, and keeps the ledger of it."""
+        kit = current_kit(self.options.kit)
+        assert kit is not None  # there is a session
+        folder, budget = kit.credentials or kit.folder, policy_gate_of(kit).budget
+        plan = Participation.every_round(session.rounds, trainings)
+        return FilterHost(session.name, session.job, Path(folder), budget=budget, participation=plan)
+
     def _begin_task(self, live: LiveModel, task: Task | None) -> ArrivedTask:
         arrived = self._share_task(task)
+        if live.private is not None and task is not None and task.kind == "train":
+            live.private.begin(task.round)
         live.apply_task_config(task, over=arrived.kind == "final")
         return arrived
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fl_adapters.participant.restart import not_restartable
 from fl_adapters.torch.live_model import LiveModel
@@ -81,6 +81,11 @@ class TrainerPort(Protocol):
     @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps of an epoch, or None if unknown."""
+        return None
+
+    @property
+    def training_data(self) -> Any:
+        """DataLoader of the training set, for DP-SGD."""
         return None
 
     def resumed(self) -> Resumed | None:

@@ -176,7 +176,10 @@ class TrainerRun(Generic[P]):
                 live.gradients.follow(optimizers)
             snapshot = port.snapshot(live) if self.settings.exact_restart else None
             resumed = self._checked(port.resumed())
-            first = self._site.start(live, port.names, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot)
+            data = port.training_data if self._site.options.dp_sgd else None
+            first = self._site.start(
+                live, port.names, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot, data=data
+            )
             self.came_back = snapshot is not None and snapshot.loaded and port.steps > 0
             self._take_first(first, resumed)
 

@@ -226,7 +226,7 @@ def check_budgets(filters: Sequence[Settings], settings: RunSettings, strategy: 
             releases = settings.rounds
             if placed.at == "site_out":
                 releases = max(own.most for own in participation(settings, strategy).values())
-            _check_budget(item, int(releases * item.trainings), settings)
+            _check_budget(item, releases * (settings.trainings or 1), settings)
 
 
 def _check_budget(item: GaussianDP, releases: int, settings: RunSettings) -> None:

@@ -14,7 +14,7 @@ from fl_runtime.filters.ledger import Mechanism, PrivacyBudget, epsilon
 from fl_runtime.types import Array, RunSettings, Strategy
 
 _MOST_NOISE = 1e9
-_EXACT, _SAMPLED = 1e-6, 1e-3  # relative accuracy of the noise; distributions with sampling take long to compute
+_EXACT, _SAMPLED = 1e-7, 2e-3  # how close epsilon comes to its target; distributions with sampling take long to compute
 
 
 def draw_order(seed: int | None, round: int, count: int) -> Array:
@@ -39,22 +39,25 @@ class Participation:
         rounds: Numbers of these rounds, ascending.
         most: Largest number of such rounds of any site of the job. Noise is computed for it, so that it is the same at
             all sites.
+        trainings: Number of trainings of the job, each with these rounds, that share a budget.
     """
 
     rounds: tuple[int, ...]
     most: int
+    trainings: int = 1
 
     @classmethod
-    def every_round(cls, rounds: int) -> Participation:
+    def every_round(cls, rounds: int, trainings: int = 1) -> Participation:
         """Return the participation in all rounds of a run.
 
         Args:
             rounds: Number of rounds.
+            trainings: Number of trainings that share a budget.
 
         Returns:
             The participation.
         """
-        return cls(tuple(range(1, rounds + 1)), rounds)
+        return cls(tuple(range(1, rounds + 1)), rounds, trainings)
 
     def left(self, round: int) -> int:
         """Return how many releases are still to come.
@@ -92,7 +95,7 @@ def participation(settings: RunSettings, strategy: Strategy | None = None) -> di
     for round, names in zip(rounds, chosen, strict=True):
         for name in names:
             own[name].append(round)
-    return {name: Participation(tuple(numbers), most) for name, numbers in own.items()}
+    return {name: Participation(tuple(numbers), most, settings.trainings or 1) for name, numbers in own.items()}
 
 
 def rounded_up(value: float, digits: int = 4) -> float:
@@ -126,24 +129,35 @@ def noise_for(budget: PrivacyBudget, releases: int, kind: Mechanism, earlier: Se
         ConfigError: If the package `dp-accounting` is needed and not installed.
     """
 
-    def holds(noise: float) -> bool:
-        return (
-            epsilon([*earlier, replace(kind, noise=noise, count=kind.count * releases)], budget.delta) <= budget.epsilon
-        )
+    def excess(noise: float) -> float:
+        """Return log(epsilon / target): at most 0 if this noise is enough."""
+        coming = replace(kind, noise=noise, count=kind.count * releases)
+        return math.log(max(epsilon([*earlier, coming], budget.delta), 1e-300) / budget.epsilon)
 
-    high = 1.0
-    while not holds(high):
+    high, above = 1.0, excess(1.0)
+    low, below = high, above
+    while above > 0:  # too little noise
+        low, below = high, above
         high *= 2
         if high > _MOST_NOISE:
             raise PrivacyBudgetError(
                 f"nothing is left of the privacy budget of epsilon {budget.epsilon:g} at delta {budget.delta:g}",
                 fix="use a larger budget, or end the run here",
             )
-    low = high / 2
-    while low > 1e-6 and holds(low):
-        low, high = low / 2, low
-    accuracy = _EXACT if kind.sampling == 1 and all(m.kind == "gaussian" for m in earlier) else _SAMPLED
-    while high - low > accuracy * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high * (1 + 1e-9)
+        above = excess(high)
+    while below <= 0:
+        high, above = low, below
+        low /= 2
+        below = excess(low)
+    accuracy = (
+        _EXACT if kind.sampling == 1 and all(m.kind == "gaussian" and m.sampling == 1 for m in earlier) else _SAMPLED
+    )
+    while above < -accuracy and high - low > 1e-12 * high:
+        # a line through both ends in log(noise), aimed half the accuracy beyond the target
+        share = min(max((below + accuracy / 2) / (below - above), 0.1), 0.9)
+        middle = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+        if (found := excess(middle)) > 0:
+            low, below = middle, found
+        else:
+            high, above = middle, found
+    return high

@@ -19,10 +19,10 @@ from fl_runtime.filters.ledger import (
     PrivacyBudget,
     epsilon,
     need_accounting,
-    training_of,
 )
 from fl_runtime.filters.noise import bernoulli, blocks, gaussian, store_rounded
 from fl_runtime.tensor_names import is_statistic
+from fl_runtime.trainings import number_of
 from fl_runtime.types import Allocate, Array, Arrays, Settings, Task, Update
 
 Auto = Literal["auto"]
@@ -59,8 +59,8 @@ class GaussianDP(FilterSettings):
     Attributes:
         clip: Largest L2 norm of an update, in the unit of the weights, greater than 0.
         noise_multiplier: Standard deviation of the noise divided by `clip`, greater than 0. "auto" computes it from
-            `epsilon`, `delta` and the number of rounds in which a site takes part. A round that is repeated makes the
-            noise of the rounds after it larger, up to four times.
+            `epsilon`, `delta` and the number of rounds in which a site takes part, in all `trainings` of the job. A
+            round that is repeated makes the noise of the rounds after it larger, up to four times.
         epsilon: Privacy budget, greater than 0. A job whose rounds would exceed it is refused when it is made. A single
             round that would exceed it is refused by the site at `site_out`, by the server at `server_in`. It counts for
             the job with all its trainings, or over all jobs if the filter is in the site's policy. None sets no limit
@@ -70,8 +70,6 @@ class GaussianDP(FilterSettings):
             it against replacement by zeros, with a public number of sites (sensitivity clip).
         sampling: Probability with which an update counts, greater than 0 and at most 1; only at `server_in`, and below
             1 only with adjacency "zero". The server keeps its draws secret, so amplification by Poisson sampling holds.
-        trainings: Number of trainings of the job's script that share the budget, such as the folds of a
-            cross-validation. For noise_multiplier "auto".
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -84,7 +82,6 @@ class GaussianDP(FilterSettings):
     delta: float = 1e-5
     adjacency: Literal["replace", "zero"] = "replace"
     sampling: float = 1.0
-    trainings: int = 1
 
     def __post_init__(self) -> None:
         check_number(self, "clip", self.clip, above=0)
@@ -92,7 +89,6 @@ class GaussianDP(FilterSettings):
             check_number(self, "noise_multiplier", self.noise_multiplier, above=0)
         check_number(self, "delta", self.delta, above=0, below=1)
         check_number(self, "sampling", self.sampling, above=0, most=1)
-        check_number(self, "trainings", self.trainings, least=1)
         if self.epsilon is not None:
             check_number(self, "epsilon", self.epsilon, above=0)
         elif self.noise_multiplier == "auto":
@@ -121,32 +117,35 @@ class GaussianDP(FilterSettings):
         """
         return Mechanism("gaussian", noise_multiplier / self.sensitivity, self.sampling)
 
-    def multiplier(self, releases: int, earlier: Sequence[Mechanism] = ()) -> float:
+    def multiplier(self, releases: int) -> float:
         """Return the noise multiplier for a number of releases.
 
         Args:
-            releases: Number of releases that share the budget, or what is left of it.
-            earlier: What has been released already, against the same budget.
+            releases: Number of releases that share the budget.
 
         Returns:
             `noise_multiplier` itself, or with "auto" the least one that stays within the budget.
-
-        Raises:
-            PrivacyBudgetError: If nothing is left of the budget.
         """
         if self.noise_multiplier != "auto":
             return self.noise_multiplier
-        assert self.epsilon is not None
-        budget = PrivacyBudget(self.epsilon, self.delta)
-        return noise_for(budget, releases, self.release(1.0), earlier) * self.sensitivity
+        assert self.budget is not None
+        return noise_for(self.budget, releases, self.release(1.0)) * self.sensitivity
 
-    def limits(self, host: FilterHost) -> list[BudgetLimit]:
-        """Return the limits that hold at a host: this filter's own budget, and the host's."""
-        limits = [] if self.epsilon is None else [self._limit(self.epsilon, host)]
-        return limits + ([host.budget] if host.budget else [])
+    @property
+    def budget(self) -> PrivacyBudget | None:
+        """The filter's own budget."""
+        return None if self.epsilon is None else PrivacyBudget(self.epsilon, self.delta)
 
-    def _limit(self, epsilon: float, host: FilterHost) -> BudgetLimit:
-        return BudgetLimit(PrivacyBudget(epsilon, self.delta), host.site or "the server", all_jobs=host.from_policy)
+    def releases(self, host: FilterHost) -> Releases:
+        """Make the object that chooses the noise of each round and records it.
+
+        Args:
+            host: The site or server at which the filter runs.
+
+        Returns:
+            The releases of one training.
+        """
+        return Releases("GaussianDP", self.release(1.0), self.noise_multiplier, self.budget, host)
 
     def open(self, host: FilterHost) -> RunningFilter:
         """Make the filter of one site."""
@@ -154,48 +153,67 @@ class GaussianDP(FilterSettings):
 
 
 class Releases:
-    """The releases of one `GaussianDP` in one training: their noise, and the ledger that they are recorded in.
+    """The releases of Gaussian noise in one training: how much noise each has, and the ledger that records them.
+
+    `GaussianDP` uses it, and DP-SGD in the adapters for torch.
 
     Args:
-        settings: The filter.
-        host: The site or server at which it runs.
+        name: Name of the filter for the ledger and for messages.
+        kind: The release of one round at a noise multiplier of 1.
+        noise_multiplier: The noise multiplier of every round; "auto" computes it from the budget.
+        budget: The own budget; None for none.
+        host: The site or server at which the releases happen.
 
     Raises:
         ConfigError: If a package is missing, or the noise cannot be computed since the job sets no number of rounds.
     """
 
-    def __init__(self, settings: GaussianDP, host: FilterHost) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: Mechanism,
+        noise_multiplier: float | Auto,
+        budget: PrivacyBudget | None,
+        host: FilterHost,
+    ) -> None:
         need_accounting()
-        if settings.noise_multiplier == "auto" and host.participation is None:
+        if noise_multiplier == "auto" and host.participation is None:
             raise refuse(
-                "GaussianDP computes its noise from the number of rounds, which the job does not set",
+                f"{name} computes its noise from the number of rounds, which the job does not set",
                 "give --rounds or Job(rounds=), or a number as noise_multiplier",
             )
-        self._settings, self._host = settings, host
+        self._name, self._kind, self._fixed, self._budget = name, kind, noise_multiplier, budget
+        self._host = host
         self._ledger = Ledger(host.folder)
-        self._limits = settings.limits(host)
+        own = [BudgetLimit(budget, host.site or "the server", all_jobs=host.from_policy)] if budget else []
+        self._limits = own + ([host.budget] if host.budget else [])
         self._planned: float | None = None
 
-    def afford(self, round: int) -> None:
+    def afford(self, round: int) -> float:
         """Check the budget before a round; before the first round of a job, for all its rounds.
 
         Args:
             round: The round that begins.
 
+        Returns:
+            The noise multiplier that the round will have.
+
         Raises:
             PrivacyBudgetError: If the budget does not allow it.
         """
-        release = self._settings.release(self._next(round))
+        noise = self.noise(round)
         job, plan = self._host.job, self._host.participation
-        ahead = plan.left(round) if plan is not None and not self._ledger.releases(job) else 1
+        ahead = plan.left(round) if plan is not None and not self._earlier() else 1
         last = plan.rounds[-1] if plan is not None and ahead > 1 else round
-        self._ledger.afford(job, round, [replace(release, count=ahead)], self._limits, until=last)
+        self._ledger.afford(job, round, [self._release(noise, ahead)], self._limits, until=last)
+        return noise
 
-    def spend(self, round: int) -> float:
+    def spend(self, round: int, noise: float | None = None) -> float:
         """Record the release of a round that is about to leave.
 
         Args:
             round: The round.
+            noise: Its noise multiplier, if it was chosen before the round.
 
         Returns:
             The noise multiplier of this release.
@@ -203,39 +221,63 @@ class Releases:
         Raises:
             PrivacyBudgetError: If the budget does not allow it. Nothing is recorded then.
         """
-        noise = self._next(round)
-        self._ledger.spend(self._host.job, round, "GaussianDP", [self._settings.release(noise)], self._limits)
+        noise = self.noise(round) if noise is None else noise
+        self._ledger.spend(self._host.job, round, self._name, [self._release(noise)], self._limits)
         return noise
 
-    def spent(self) -> float:
-        """Return the epsilon of all releases so far that count against this filter's budget."""
-        return self._ledger.spent(self._host.job, self._settings.delta, all_jobs=self._host.from_policy)
+    def spent(self, delta: float) -> float:
+        """Return the epsilon of all releases so far that count against the own budget.
 
-    def _next(self, round: int) -> float:
-        """Return the noise multiplier of the next release: as planned, or more if something was repeated."""
-        settings, host, plan = self._settings, self._host, self._host.participation
-        if settings.noise_multiplier != "auto":
-            return settings.noise_multiplier
-        assert plan is not None and settings.epsilon is not None
-        trainings = int(settings.trainings)
+        Args:
+            delta: The delta at which epsilon is stated.
+
+        Returns:
+            The epsilon.
+        """
+        return epsilon(self._earlier(), delta)
+
+    def noise(self, round: int) -> float:
+        """Return the noise multiplier of a round: as planned, or more if something was repeated.
+
+        Args:
+            round: The round.
+
+        Returns:
+            The noise multiplier.
+
+        Raises:
+            PrivacyBudgetError: If no noise is enough.
+        """
+        if self._fixed != "auto":
+            return self._fixed
+        plan, budget = self._host.participation, self._budget
+        assert plan is not None and budget is not None
         if self._planned is None:
-            self._planned = settings.multiplier(max(1, plan.most) * trainings)
-        left = plan.left(round) + max(0, trainings - training_of(host.job)) * len(plan.rounds)
-        earlier = self._ledger.releases(host.job, all_jobs=host.from_policy)
-        planned = replace(settings.release(self._planned), count=left)
-        if not earlier or epsilon([*earlier, planned], settings.delta) <= settings.epsilon:
+            self._planned = self._multiplier(budget, max(1, plan.most) * plan.trainings)
+        left = plan.left(round) + max(0, plan.trainings - number_of(self._host.job)) * len(plan.rounds)
+        earlier = self._earlier()
+        if not earlier or epsilon([*earlier, self._release(self._planned, left)], budget.delta) <= budget.epsilon:
             return self._planned
-        if epsilon(earlier, settings.delta) >= settings.epsilon:
+        if epsilon(earlier, budget.delta) >= budget.epsilon:
             return self._planned  # nothing is left: `Ledger.afford` says so
-        needed = settings.multiplier(left, earlier)
+        needed = self._multiplier(budget, left, earlier)
         return needed if needed < _MOST_INCREASE * self._planned else self._planned
+
+    def _multiplier(self, budget: PrivacyBudget, times: int, earlier: Sequence[Mechanism] = ()) -> float:
+        return noise_for(budget, times, self._kind, earlier) / self._kind.noise
+
+    def _release(self, noise: float, times: int = 1) -> Mechanism:
+        return replace(self._kind, noise=self._kind.noise * noise, count=self._kind.count * times)
+
+    def _earlier(self) -> list[Mechanism]:
+        return self._ledger.releases(self._host.job, all_jobs=self._host.from_policy, unit=self._kind.unit)
 
 
 class _LocalGaussian:
     """Clips and adds noise at a site."""
 
     def __init__(self, settings: GaussianDP, host: FilterHost) -> None:
-        self._settings, self._releases = settings, Releases(settings, host)
+        self._settings, self._releases = settings, settings.releases(host)
         self.record: Settings = {}
 
     def afford(self, round: int) -> None:
@@ -254,7 +296,10 @@ class _LocalGaussian:
                     store_rounded(flat[block], values + gaussian(len(values)) * (multiplier * clip))
             else:
                 array[...] = task.arrays[name]
-        self.record = {"noise_multiplier": round(multiplier, 6), "spent": round(self._releases.spent(), 6)}
+        self.record = {
+            "noise_multiplier": round(multiplier, 6),
+            "spent": round(self._releases.spent(self._settings.delta), 6),
+        }
         return update
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.errors import ConfigError, PrivacyBudgetError, StoreError
+from fl_runtime.trainings import job_of
 
 LEDGER_FILE = "privacy.sqlite"
 _SCHEMA = """CREATE TABLE IF NOT EXISTS spent (
@@ -238,31 +239,6 @@ class BudgetLimit:
     budget: PrivacyBudget
     owner: str
     all_jobs: bool = False
-
-
-def job_of(name: str) -> str:
-    """Return the job of a training.
-
-    Args:
-        name: Name of a job, or of one of its trainings: JOB/2.
-
-    Returns:
-        The job's own name. The releases of all its trainings count against its budget.
-    """
-    return name.partition("/")[0]
-
-
-def training_of(name: str) -> int:
-    """Return which training of its job a name stands for.
-
-    Args:
-        name: Name of a job, or of one of its trainings: JOB/2.
-
-    Returns:
-        1 for a plain name, else the number after the stroke.
-    """
-    number = name.partition("/")[2]
-    return int(number) if number.isdecimal() else 1
 
 
 def need_accounting() -> None:

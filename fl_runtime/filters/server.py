@@ -28,7 +28,7 @@ from fl_runtime.filters.base import (
 )
 from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
 from fl_runtime.filters.feedback import advanced, decode_chain, difference_to
-from fl_runtime.filters.gaussian import GaussianDP, NoisyMean, Releases
+from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Strategy, Task, Update, is_floating
 
 _ENCODING_NAMES = ("ExcludeVars", "Quantize", "TopK")
@@ -141,7 +141,7 @@ class ServerFilters:
             (item for item in at_point(filters, "site_out") if isinstance(item, HomomorphicCKKS)), None
         )
         self._context = self.encrypted.public_context() if self.encrypted else None
-        self._releases = Releases(self._central, host) if self._central is not None else None
+        self._releases = self._central.releases(host) if self._central is not None else None
 
     def afford(self, round: int) -> None:
         """Check the server's own privacy budget before a round.

@@ -21,6 +21,7 @@ from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.store.journal import Journal
+from fl_runtime.trainings import first_folder
 from fl_runtime.types import RunSettings, Settings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest
 
@@ -138,8 +139,9 @@ class RunState:
         self.journal.begin(settings)
         self.blobs = Blobs(folder / "blobs", durable=durable)
         self.layouts: dict[bytes, Manifest] = {}
-        plan = Participation.every_round(settings.rounds) if settings.rounds else None
-        self.filters = ServerFilters(settings.filters, FilterHost(job=settings.name, folder=folder, participation=plan))
+        plan = Participation.every_round(settings.rounds, settings.trainings or 1) if settings.rounds else None
+        first = first_folder(folder, settings.name)  # one ledger for all trainings of the job
+        self.filters = ServerFilters(settings.filters, FilterHost(job=settings.name, folder=first, participation=plan))
         self.models = Models(self.journal, self.blobs, self.lock)
         self.phase: RunPhase = "joining"
         self.open_round: OpenRound | None = None

@@ -52,7 +52,8 @@ filters: []
 # Without it, sites are compared by digests of 64 entries, and an error tells positions only.
 # names: false
 
-# Privacy budget: the largest total that filters with a ledger may spend.
+# Privacy budget over all jobs: the largest total that filters with a ledger may spend (epsilon protects this site's
+# whole update of a round), and the same again that DP-SGD may spend (epsilon protects a single record).
 # privacy: {epsilon: 8.0, delta: 1.0e-5}
 
 # Strategies and adapters that may be used.
@@ -88,7 +89,8 @@ class Submitters(_Part):
 
 
 class Privacy(_Part):
-    """Largest total privacy cost that this site's filters may spend, over all jobs.
+    """Largest total privacy cost over all jobs: of this site's filters, which protect its whole updates, and apart from
+    that of DP-SGD, which protects single records.
 
     Attributes:
         epsilon: Greater than 0.

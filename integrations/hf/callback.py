@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fl_adapters.participant.kit import current_kit
-from fl_adapters.participant.options import SharedArguments
+from fl_adapters.participant.options import PrivateArguments
 from fl_adapters.torch.restart import seed_round
 from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
@@ -21,7 +21,7 @@ from .scores import point_to_best
 _FOLDERS = ("output_dir", "logging_dir")  # of TrainingArguments; transformers 5 has the first alone
 
 
-class FederatedCallback(SharedArguments, TrainerCallback):
+class FederatedCallback(PrivateArguments, TrainerCallback):
     """Makes a `transformers.Trainer` a site of a federation.
 
     One `trainer.train()` spans all rounds. Afterwards the model holds the final global weights, or those of the best
@@ -47,6 +47,8 @@ class FederatedCallback(SharedArguments, TrainerCallback):
         num_examples: Weight of this site in the average. Default: the length of `train_dataset`, or the examples seen
             in the round if it has none.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        dp_sgd: Differential privacy for single records: `DPSGD(max_grad_norm=1.0, epsilon=8)`, see `fl_adapters.DPSGD`.
+            Default: none.
         agree: Whether lists of names that the adapter sees (label names, tokenizer) must be equal at all sites. A dict
             adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 

@@ -62,6 +62,11 @@ class TransformersPort(TrainerPort):
             return None
         return budget.steps_per_epoch(self.trainer.args, self._loader)
 
+    @property
+    def training_data(self) -> Any:
+        hf.warn_of_loss_over_tokens(self._model)
+        return self._loader
+
     def stop(self) -> None:
         self.control.should_training_stop = True
 

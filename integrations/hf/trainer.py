@@ -261,3 +261,17 @@ def set_first_step(trainer: Trainer, step: int) -> None:
     # transformers 4.57.6 and 5.23.0 have the first, 5.23.0 alone the second
     for name in ("_globalstep_last_logged", "_initial_global_step"):
         setattr(trainer, name, step)
+
+
+def warn_of_loss_over_tokens(model: Any) -> None:
+    """Warn if a model's own loss is a mean over tokens, which DP-SGD cannot divide among records."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(base).__name__.endswith(_OVER_TOKENS):
+        warnings.warn(
+            f"the loss of {type(base).__name__} is a mean over the tokens of a batch: the epsilon of DP-SGD holds only "
+            "if all records have the same number of labels, such as blocks of equal length",
+            stacklevel=2,
+        )
+
+
+_OVER_TOKENS = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")

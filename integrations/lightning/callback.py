@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from fl_adapters.participant.kit import current_kit
-from fl_adapters.participant.options import SharedArguments
+from fl_adapters.participant.options import PrivateArguments
 from fl_adapters.torch.progress import rows_of
 from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
@@ -20,7 +20,7 @@ from .framework import callback_classes
 from .port import LightningPort
 
 
-class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[misc]
+class FederatedCallback(PrivateArguments, *callback_classes()):  # type: ignore[misc]
     """Makes a Lightning `Trainer` a site of a federation, for `lightning.pytorch` and for `pytorch_lightning`.
 
     One `trainer.fit()` spans all rounds. Afterwards the module holds the final global weights. The trainer's length is
@@ -51,6 +51,8 @@ class FederatedCallback(SharedArguments, *callback_classes()):  # type: ignore[m
         num_examples: Weight of this site in the average. Default: the training examples that an epoch uses, or those
             seen in the round if the data have no length.
         required: Raise ConfigError instead of training alone if there is no startup kit.
+        dp_sgd: Differential privacy for single records: `DPSGD(max_grad_norm=1.0, epsilon=8)`, see `fl_adapters.DPSGD`.
+            Default: none.
         agree: Whether lists of names that the adapter sees (label names, tokenizer) must be equal at all sites. A dict
             adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
 

@@ -54,6 +54,11 @@ class LightningPort(TrainerPort):
     def steps_per_epoch(self) -> int | None:
         return budget.steps_per_epoch(self._trainer)
 
+    @property
+    def training_data(self) -> Any:
+        loaders = lightning.training_loaders(self._trainer)
+        return loaders[0] if len(loaders) == 1 else loaders
+
     def stop(self) -> None:
         if not (self.in_batch and self.at_end):
             lightning.stop(self._trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 PUBLIC = {
     "fl_adapters": """
-        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic Ditto FFALoRA FLoRA
+        AbortedError ConfigError ConnectedSite ConnectionLostError CoordinateMedian Cyclic DPSGD Ditto FFALoRA FLoRA
         FedAdagrad FedAdam FedAvg FedAvgM FedBuff FedExLoRA FedIT FedNova FedProx FedSALoRA FedYogi
         FederationError FlexLoRA HandshakeError Job Krum NormBounding PermissionDeniedError PrivacyBudgetError
         Production ProofOfConcept ProtocolError QuorumError RoLoRA Scaffold Simulation Site SiteFailedError

@@ -14,7 +14,8 @@ from rich.table import Table
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.errors import ConfigError
-from fl_runtime.filters.ledger import LEDGER_FILE, UNITS, Entry, Ledger, epsilon, job_of
+from fl_runtime.filters.ledger import LEDGER_FILE, UNITS, Entry, Ledger, epsilon
+from fl_runtime.trainings import job_of
 
 _SHOWN = 20
 

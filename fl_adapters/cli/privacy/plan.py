@@ -82,7 +82,7 @@ def _row(placed: PlacedFilter, job: Job, rounds: int) -> dict[str, Any]:
         settings = replace(job.settings(_names(job)), rounds=rounds)
         plans = participation(settings, make_strategy(str(job.strategy)))
         releases = max(plan.most for plan in plans.values())
-    releases *= int(dp.trainings)
+    releases *= job.trainings or 1
     noise = rounded_up(dp.multiplier(max(1, releases)))
     return {
         "rounds": rounds,

@@ -7,7 +7,7 @@ trainer: its adapter calls `add` before each step, or `follow` once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from fl_runtime.types import Array
 _Number = float | Tensor
 
 
+class PrivateGradients(Protocol):
+    """What changes gradients before they are corrected; see `fl_adapters.torch.local_work.dp_sgd.PrivateTraining`."""
+
+    def change_gradients(self, optimizer: Any) -> None:
+        """Replace the gradients before a step.
+
+        Args:
+            optimizer: The optimizer that is about to make a step.
+        """
+        ...
+
+    def close(self) -> None:
+        """Remove everything from the model."""
+        ...
+
+
 class GradientCorrection:
     """Adds mu * (w - anchor) + offset to the gradient of each parameter w. All ranks add the same.
 
@@ -28,6 +44,7 @@ class GradientCorrection:
     Attributes:
         meter: Records the steps; None if nobody needs them.
         steps: Number of corrected steps since `begin`.
+        private: DP-SGD, whose gradients are corrected; None without.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -45,6 +62,7 @@ class GradientCorrection:
         self._active = False
         self.meter: StepMeter | None = None
         self.steps = 0
+        self.private: PrivateGradients | None = None
 
     def follow(self, optimizers: Sequence[Any]) -> None:
         """Call `add` before every step of these optimizers, until `close`.
@@ -64,6 +82,9 @@ class GradientCorrection:
             handle.remove()
         self._handles.clear()
         self.end()
+        if self.private is not None:
+            self.private.close()
+            self.private = None
 
     def begin(
         self,
@@ -103,6 +124,14 @@ class GradientCorrection:
         Raises:
             ConfigError: For sparse gradients.
         """
+        if self.private is not None:
+            if scale is not None:
+                raise ConfigError(
+                    "DP-SGD cannot clip gradients that a scaler has enlarged (float16)",
+                    where="dp_sgd",
+                    fix="train in float32 or bfloat16",
+                )
+            self.private.change_gradients(optimizer)
         if not self._active:
             return
         groups = [self._with_gradients(group) for group in plain(optimizer).param_groups]

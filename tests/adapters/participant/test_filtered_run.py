@@ -345,6 +345,33 @@ def test_a_budget_alone_lasts_for_all_rounds(tmp_path: Path, central: bool) -> N
     assert max(spent) == pytest.approx(8, rel=1e-3) and max(spent) <= 8
 
 
+@pytest.mark.parametrize("central", [False, True], ids=["site", "server"])
+@pytest.mark.parametrize("said", [False, True], ids=["unsaid", "said"])
+def test_all_trainings_of_a_script_share_one_ledger_and_its_budget(tmp_path: Path, central: bool, said: bool) -> None:
+    pytest.importorskip("dp_accounting")
+    from fl_runtime.filters.ledger import LEDGER_FILE, Ledger
+
+    dp = {"name": "GaussianDP", "clip": 0.1, "epsilon": 8, **({"at": "server_in"} if central else {})}
+
+    def twice(place: Place) -> None:
+        loop(place)
+        loop(place)
+
+    settings: dict[str, Any] = {"trainings": 2} if said else {}
+    with LocalFederation(sites=2, rounds=3, filters=(dp,), folder=tmp_path, **settings) as federation:
+        outcomes = federation.outcomes({"site-1": twice, "site-2": twice}, check=False)
+        ledgers = [Ledger(path.parent) for path in tmp_path.rglob(LEDGER_FILE)]
+        spent = [ledger.spent("test", 1e-5) for ledger in ledgers]
+    errors = [outcome.error for outcome in outcomes.values()]
+    assert len(spent) == (1 if central else 2)
+    assert spent == pytest.approx([8] * len(spent), rel=1e-3) and max(spent) <= 8
+    if said:
+        assert errors == [None, None]
+        assert {entry.job for entry in ledgers[0].entries()} == {"test", "test/2"}
+    else:
+        assert all(error is not None and "privacy budget" in str(error) for error in errors)
+
+
 def test_the_ledger_of_nothing_is_an_error_that_says_where_to_look(tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -20,7 +20,7 @@ from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import Facts, FilterHost
 from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.facts import NoisyMetrics
-from fl_runtime.filters.gaussian import GaussianDP, NoisyMean, Releases
+from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
 from fl_runtime.filters.ledger import BudgetLimit, Ledger, Mechanism, PrivacyBudget, epsilon
 from fl_runtime.filters.server import ServerFilters, decoded
 from fl_runtime.filters.site import SiteFilters
@@ -162,7 +162,7 @@ def test_central_noise_is_added_once_to_a_mean_of_equals() -> None:
 def test_sampling_is_random_and_the_denominator_is_not() -> None:
     base = {"w": np.zeros(4, np.float32)}
     settings = GaussianDP(clip=1.0, noise_multiplier=1e-9, adjacency="zero", sampling=0.25)
-    releases = Releases(settings, FilterHost())
+    releases = settings.releases(FilterHost())
 
     def drawn() -> float:
         mean = NoisyMean(settings, releases, base, lambda a, e: ({"w": np.empty(4, np.float32)}, {}))
@@ -347,7 +347,8 @@ def test_a_plan_that_exceeds_what_other_jobs_have_left_is_refused_before_its_fir
 
 def test_all_trainings_of_a_job_share_its_budget(tmp_path: Path) -> None:
     base = {"w": np.zeros(5, np.float32)}
-    settings, host = budgeted(3, tmp_path, epsilon=4, trainings=2)
+    settings, host = budgeted(3, tmp_path, epsilon=4)
+    host = replace(host, participation=Participation.every_round(3, trainings=2))
     for job in ("job", "job/2"):
         filters = site(settings, base, replace(host, job=job))
         for number in (1, 2, 3):
