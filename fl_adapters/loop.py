@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from fl_adapters.participant.exchange import selected
+from fl_adapters.participant.kit import Kit, current_kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.policy_gate import LeaveReason
@@ -68,7 +69,14 @@ def connect(**options: Any) -> ConnectedSite:
         ```
     """
     checked = Options(**options)
-    return ConnectedSite(open_session(checked, framework="this loop", fresh=True), checked)
+    kit = current_kit(checked.kit)
+    if kit is not None and (earlier := _at_their_end.get(kit)) is not None:
+        earlier.finish()  # another training begins within its block
+    return ConnectedSite(open_session(checked, framework="this loop", fresh=True), checked, kit)
+
+
+_at_their_end: dict[Kit, ConnectedSite] = {}
+"""Sites whose loop is over and whose block is not, so that they may still score the final model."""
 
 
 class ConnectedSite:
@@ -97,8 +105,8 @@ class ConnectedSite:
         ```
     """
 
-    def __init__(self, session: Session | None, options: Options) -> None:
-        self._session, self._options = session, options
+    def __init__(self, session: Session | None, options: Options, kit: Kit | None = None) -> None:
+        self._session, self._options, self._kit = session, options, kit
         self.arrays: Arrays = {}
         self.name = session.name if session else "local"
         self.index = session.site.index if session else 0
@@ -113,8 +121,8 @@ class ConnectedSite:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        if self._session is not None and self._over:
-            self._session.finish()
+        if self._over:
+            self.finish()
         elif self._session is not None:
             self._session.leave(LeaveReason.own("its loop ended before the last round") if error is None else error)
         return False
@@ -196,9 +204,22 @@ class ConnectedSite:
             # the models to evaluate arrive in the same buffer
             self.arrays = {name: np.copy(array) for name, array in task.arrays.items()}
             session.results.cross_evaluate(lambda arrays: _score(evaluate, arrays))
-        self._over = self._in_block  # until the end of the block, the final model may be scored
-        if not self._over:
-            session.finish()
+        self._over = True
+        if not self._in_block or self._kit is None:
+            self.finish()
+        else:
+            _at_their_end[self._kit] = self  # until the end of the block, the final model may be scored
+
+    def finish(self) -> None:
+        """Leave the run at its end, after the loop over `tasks`. The end of the `with` block does it.
+
+        Call it to let the run end before the block does, when no score of the final model follows.
+        """
+        if self._over and self._session is not None:
+            self._over = False
+            if self._kit is not None:
+                _at_their_end.pop(self._kit, None)
+            self._session.finish()
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """Report the score of the current global model; after the loop, of the final one.

@@ -181,3 +181,34 @@ def test_an_evaluation_that_returns_no_pair_is_refused_in_words() -> None:
         error = federation.outcomes({"site-1": work}, check=False)["site-1"].error
     assert isinstance(error, ConfigError)
     assert "has returned a dict" in error.what and "return a pair" in error.fix
+
+
+def test_another_training_within_the_block_ends_the_run_of_the_first() -> None:
+    def work(place: Place) -> tuple[int, Any]:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+            with fl.connect(kit=place.kit) as second:
+                rounds = 0
+                for task in second.tasks(initial=start()):
+                    rounds += 1
+                    task.submit({"w": task.arrays["w"] + 5}, num_examples=1)
+            return rounds, second.arrays
+
+    with LocalFederation(sites=2, rounds=3) as federation:
+        for rounds, arrays in federation.run(work).values():
+            assert rounds == 3 and arrays["w"].tolist() == [15.0] * 2
+
+
+def test_a_site_can_let_the_run_end_before_its_block() -> None:
+    def work(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=start()):
+                task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
+            site.finish()
+            with pytest.raises(ConfigError, match="comes too late"):
+                site.report({"loss": 1.0}, 1)
+
+    with LocalFederation(sites=1, rounds=1) as federation:
+        federation.run(work)
+        federation.result()
