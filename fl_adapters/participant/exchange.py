@@ -1,12 +1,20 @@
-"""Selection of the tensors that travel, by name patterns with the wildcards of the shell (`*`, `?`, `[abc]`)."""
+"""Which tensors travel: those that patterns select, and nothing else from the handshake on.
+
+Patterns have the wildcards of the shell (`*`, `?`, `[abc]`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
 
 from fl_adapters.participant.options import Exchange
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, ProtocolError, StateMismatchError
+from fl_runtime.types import Arrays, Strategy
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -53,3 +61,62 @@ def selected(names: Iterable[str], exchange: Exchange, keep_local: tuple[str, ..
             fix="let exchange= match more names, or keep_local= fewer",
         )
     return exchanged
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """The tensors that a site registered at the handshake, with which it compares whatever arrives and leaves.
+
+    Attributes:
+        layout: Tensor name -> dtype, and the part of the shape that is equal at all sites (-1 where it may differ).
+        strategy: The run's strategy, which says what that part is.
+    """
+
+    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+    strategy: Strategy
+
+    @classmethod
+    def of(cls, state: Arrays, strategy: Strategy) -> RegisteredModel:
+        """Describe the tensors of a model, which is not kept."""
+        return cls({n: (a.dtype, strategy.agreed_shape(n, a.shape)) for n, a in state.items()}, strategy)
+
+    def check_arrived(self, arrays: Arrays, where: str) -> None:
+        """Check a model of the server.
+
+        Args:
+            arrays: The model's tensors, decoded.
+            where: Location for the error message.
+
+        Raises:
+            ProtocolError: It has other tensors than this site registered, or they have other shapes or dtypes.
+        """
+        wrong = sorted(self.layout.keys() ^ arrays.keys())
+        for name in () if wrong else arrays:
+            dtype, shape = self.layout[name]
+            if arrays[name].dtype != dtype or self.strategy.agreed_shape(name, arrays[name].shape) != shape:
+                wrong.append(name)
+        if wrong:
+            raise ProtocolError(
+                f"the server sends a model that is not the one of the handshake: {', '.join(wrong[:4])} "
+                f"{'differs' if len(wrong) == 1 else 'differ'} in name, shape or dtype",
+                where=where,
+                fix="ask the server's operator; this site goes on with no such model",
+            )
+
+    def check_leaving(self, arrays: Arrays, where: str) -> None:
+        """Check that an update has only tensors that were registered, whatever names a task carried.
+
+        Args:
+            arrays: The update's tensors.
+            where: Location for the error message.
+
+        Raises:
+            StateMismatchError: There are others.
+        """
+        others = [name for name in arrays if name not in self.layout]
+        if others:
+            raise StateMismatchError(
+                f"tensors that were not registered at the handshake do not leave the site: {', '.join(others[:4])}",
+                where=where,
+                fix="submit only the tensors of `initial`, or give them all there",
+            )

@@ -10,18 +10,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_adapters.participant.exchange import RegisteredModel
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
-from fl_runtime.errors import FederationError
+from fl_runtime.errors import FederationError, ProtocolError, UpdateRefusedError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.site import SiteFilters
 from fl_runtime.types import Arrays, Report, RunSettings, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
+from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.names import Facts
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
@@ -50,6 +52,7 @@ class Gate:
         self._kit, self._framework, self._on_refusal = kit, framework, on_refusal
         self._policy = policy_gate_of(kit)
         self._filters: SiteFilters
+        self._registered: RegisteredModel | None = None
         self._job: Settings = {}
         self._withheld = ""  # the metric of the best round, if filters withhold it
 
@@ -96,6 +99,7 @@ class Gate:
             strategy = make_strategy(self._job.get("strategy") or terms.strategy)
             corrects = LocalTerms.from_config(strategy.configure(1, ())).control_variates
             extras = corrects or self._job.get("optimizer_state") == "average"
+            self._registered = RegisteredModel.of(state, strategy) if terms.content == "weights" else None
             self._filters.agree(
                 state,
                 weights=terms.content == "weights",
@@ -129,22 +133,37 @@ class Gate:
     # -- what arrives ----------------------------------------------------------------------------------------
 
     def receive(self, task: Task) -> Task:
-        """Record an arriving task, reload the policy's filters if its file changed, and decode the task's arrays."""
+        """Record an arriving task, reload the policy's filters if its file changed, and decode and check its arrays."""
         with self.leaving_on_refusal():
             if self._policy.record_task(task):
                 self._filters.set_policy_filters(self._policy.filters, self._policy.budget)
-            return self._filters.received(task)
+            return self._decoded(task)
 
     def decode(self, task: Task) -> Task:
-        """Decode the arrays of a model that this site evaluates or exports."""
+        """Decode and check the arrays of a model that this site evaluates or exports."""
         with self.leaving_on_refusal():
-            return self._filters.received(task)
+            return self._decoded(task)
+
+    def check_registered(self, arrays: Arrays, where: str) -> None:
+        """Check that an update has only tensors that were registered. Call after `register`."""
+        if self._registered is not None:
+            with self.leaving_on_refusal():
+                self._registered.check_leaving(arrays, where)
+
+    def _decoded(self, task: Task) -> Task:
+        decoded = self._filters.received(task)
+        if self._registered is not None and decoded.arrays:
+            where = f"{task.kind} task of round {task.round}"
+            self._registered.check_arrived(decoded.arrays, where)
+            if not self._kit.simulated:  # in a simulation the server is this user's own
+                _check_finite_model(decoded.arrays, where)
+        return decoded
 
     # -- what leaves -----------------------------------------------------------------------------------------
 
     def send_initial(self, update: Update) -> Update:
         """Filter this site's weights for use as the initial model; return what leaves."""
-        return self._checked_and_filtered(update, self._filters.initial)
+        return self._checked_and_filtered(update, self._filters.initial, initial=True)
 
     def send_update(self, update: Update, task: Task) -> Update:
         """Check and filter the update that answers `task`; return what leaves."""
@@ -180,10 +199,14 @@ class Gate:
         """Return what proves this site's identity to other sites, or None if there are no certificates."""
         return self._policy.stream_identity()
 
-    def _checked_and_filtered(self, update: Update, apply_filters: Callable[[Update], Update]) -> Update:
+    def _checked_and_filtered(
+        self, update: Update, apply_filters: Callable[[Update], Update], *, initial: bool = False
+    ) -> Update:
         with self.leaving_on_refusal():
-            self._policy.check_names([*update.arrays, *update.extras], update.round)
+            self._policy.check_names([*update.arrays, *update.extras], update.round, initial=initial)
             filtered = apply_filters(update)
+            if filtered.arrays is not update.arrays:
+                check_finite(filtered.arrays, f"{update.site}, round {update.round}, after the filters")
             self._policy.record_update(filtered)
         return filtered
 
@@ -207,3 +230,14 @@ def _participation(site: str, job: Settings) -> Participation | None:
     settings = RunSettings(**known | {"sites": tuple(job["sites"])})
     strategy = make_strategy(settings.strategy) if settings.strategy else None
     return participation(settings, strategy)[site]
+
+
+def _check_finite_model(arrays: Arrays, where: str) -> None:
+    try:
+        check_finite(arrays, where)
+    except UpdateRefusedError as error:
+        raise ProtocolError(
+            f"the server sends a model with {error.what}",
+            where=where,
+            fix="ask the server's operator; training on it, and noise scaled by it, would be worthless",
+        ) from None

@@ -82,8 +82,14 @@ class PolicyGate:
     def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
         """Check whether tensors of these names may travel, under the terms that the script proposes."""
 
-    def check_names(self, names: Sequence[str], round: int) -> None:
-        """Check whether tensors of these names may travel now. Called before filters, which may rename tensors."""
+    def check_names(self, names: Sequence[str], round: int, *, initial: bool) -> None:
+        """Check whether tensors of these names may travel now. Called before filters, which may rename tensors.
+
+        Args:
+            names: Names of the tensors.
+            round: Round of the task that they answer, for the audit log.
+            initial: Whether they are this site's own weights for the initial model.
+        """
 
     def visible_facts(self, facts: Facts) -> Facts:
         """Return what the site declares at the handshake, with the entries of lists kept back if the policy says so."""
@@ -237,10 +243,10 @@ class KitPolicyGate(PolicyGate):
             BudgetLimit(PrivacyBudget(limit.epsilon, limit.delta), self.identity.name, all_jobs=True) if limit else None
         )
 
-    def check_names(self, names: Sequence[str], round: int) -> None:
+    def check_names(self, names: Sequence[str], round: int, *, initial: bool) -> None:
         with _RecordRefusals(self, "send update", round=round):
             self._policy.check_names(names, self.identity)
-            if round == 0:
+            if initial:
                 self._policy.check_initial(self.identity)
 
     def record_update(self, update: Update) -> None:

@@ -140,7 +140,8 @@ class Session:
         self.rounds = 0
         self._swarm: SwarmSite | None = None
         self._gate = Gate(kit, framework, self.leave)
-        self._client = SiteClient(transport, kit.patience_s, same_machine=kit.simulated)
+        local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
+        self._client = SiteClient(transport, kit.patience_s, same_machine=local)
         job = before.job.partition("/")[0] if before else ""
         welcome = self._client.join(kit.job, before.training + 1 if before else 1, job)
         if before and not welcome.training:
@@ -336,6 +337,7 @@ class Session:
         """
         task = self._current()
         where = f"update of {self.name}, round {task.round}"
+        self._gate.check_registered(arrays, where)
         check_weight(result.num_examples, where)
         inspected = inspect(arrays, extras or {}, where)
         self._meter.begin()
@@ -345,7 +347,7 @@ class Session:
         if self._restart is not None:
             self._restart.save(task, self.local_round, self._gate.own_values(arrays))
         sent = self._gate.send_update(update, task)
-        if self._swarm is not None and update.round > 0:  # the tensors go to the round's aggregator
+        if self._swarm is not None:  # the tensors go to the round's aggregator
             with self._gate.leaving_on_refusal():
                 sent = self._swarm.receipt(sent)
         return self._client.submit(sent, inspected)

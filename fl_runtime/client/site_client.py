@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
-from fl_runtime.errors import FederationError
+from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.trainings import training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
@@ -31,6 +32,8 @@ from fl_runtime.wire.names import Facts
 log = logging.getLogger(__name__)
 
 _GOODBYE_S = 10.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class SiteClient:
             follows=follows,
         )
         reply = self._calls.ask("Join", request, pb.JoinReply)
-        settings = json.loads(reply.settings_json)
+        settings = _settings(reply)
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
         self._parts = PARTS in reply.features
@@ -284,3 +287,20 @@ class SiteClient:
         if self._presence is not None:
             self._presence.close()
         self._calls.close()
+
+
+def _settings(reply: pb.JoinReply) -> dict[str, Any]:
+    """The job's settings. Names become folders at this site, so they are checked here, once for all."""
+    try:
+        settings = json.loads(reply.settings_json)
+        names = [settings["name"].partition("/")[0], reply.site]
+        training = settings["name"].partition("/")[2]
+        if all(map(_NAME.fullmatch, names)) and (not training or _NUMBER.fullmatch(training)):
+            assert isinstance(settings, dict)
+            return settings
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, AssertionError):
+        pass
+    raise ProtocolError(
+        "the server names a job or a site in a way that this site does not accept as a name",
+        fix="ask the server's operator; names have letters, digits, '.', '_', '@' and '-'",
+    )

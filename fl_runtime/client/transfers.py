@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.client.calls import PatientCalls, parsed
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.transport.shared import SharedFolder
-from fl_runtime.types import Array, Summary, Task, Update
+from fl_runtime.types import Array, Summary, Task, TaskKind, Update
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -112,6 +112,7 @@ class Downloads:
 
     def _expect(self, header: pb.TaskHeader) -> _Incoming:
         """Make the buffer ready for a payload, or go on with the one that broke off."""
+        _check_kind(header)
         payload = header.payload
         digest = frames.payload_digest(payload)
         if self._incoming and self._incoming.digest == digest and self._incoming.receiver.arrived == header.offset:
@@ -155,6 +156,16 @@ class Downloads:
             arrays=arrays,
             extras=extras,
             config=json.loads(header.config_json or "{}"),
+        )
+
+
+def _check_kind(header: pb.TaskHeader) -> None:
+    """Raise ProtocolError for a task whose kind is unknown, or does not go with its round."""
+    fits = {"initial": header.round == 0, "train": header.round >= 1}
+    if header.kind not in get_args(TaskKind) or not fits.get(header.kind, True):
+        raise ProtocolError(
+            f"the server sends a task of kind {header.kind[:40]!r} in round {header.round}, which no run has",
+            fix="run the same version of fl-adapters at server and site",
         )
 
 

@@ -1,0 +1,192 @@
+"""A server that turns on its sites, over mutual TLS: whatever it sends, a site gives nothing away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from study import Study, readdressed
+
+from fl_adapters import FederationError, PermissionDeniedError, ProtocolError, connect
+from fl_adapters.participant.kit import Kit, read_kit
+from fl_adapters.participant.registry import close_sessions
+from fl_runtime.transport.base import Peer
+from fl_runtime.trust.audit import entries
+from fl_runtime.wire import frames
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+from fl_runtime.wire.manifest import Manifest
+
+W = {"body": np.zeros((4, 3), np.float32), "head": np.ones(3, np.float32)}
+
+
+class Hostile:
+    """A job's service whose answers are changed on their way to the sites."""
+
+    def __init__(self, study: Study, change: Callable[[str, bytes], bytes]) -> None:
+        assert study.server._job is not None
+        self._inner, self._change = study.server._job.server.service, change
+        study.server._job.server.service = self
+        self.received: list[pb.UpdateHeader] = []
+
+    def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
+        for message in self._inner.handle(method, peer, self._watched(method, requests)):
+            yield self._change(method, message)
+
+    def _watched(self, method: str, requests: Iterator[bytes]) -> Iterator[bytes]:
+        for message in requests:
+            if method == "Submit" and not frames.is_frame(message):
+                self.received.append(pb.UpdatePart.FromString(message).update)
+            yield message
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with Study(tmp_path, ("north",)) as study:
+        yield study
+
+
+def train(kit: Path, **options: Any) -> Any:
+    try:
+        with connect(kit=str(kit), **options) as site:
+            for task in site.tasks(initial=W):
+                task.submit({name: array + 1 for name, array in task.arrays.items()}, num_examples=1)
+        return site.arrays
+    finally:
+        close_sessions("its script ended before the last round", read_kit(kit))
+
+
+def changed_task(change: Callable[[pb.TaskHeader], None], kinds: tuple[str, ...] = ("train",)) -> Any:
+    def work(method: str, message: bytes) -> bytes:
+        part = pb.TaskPart.FromString(message) if method == "Next" and not frames.is_frame(message) else None
+        if part is None or part.task.kind not in kinds:
+            return message
+        change(part.task)
+        return part.SerializeToString()
+
+    return work
+
+
+def holding(arrays: dict[str, Any]) -> Callable[[pb.TaskHeader], None]:
+    """Put another model into a task."""
+
+    def change(task: pb.TaskHeader) -> None:
+        manifest = Manifest.of(arrays)
+        task.payload.CopyFrom(frames.describe(manifest, manifest.digests(arrays, {}), known=False))
+        task.payload.inline = b"".join(np.ascontiguousarray(arrays[spec.name]).tobytes() for spec in manifest.tensors)
+
+    return change
+
+
+def test_an_initial_model_is_what_it_is_whatever_round_the_server_names(study: Study) -> None:
+    """The policy keeps the site's own weights at home; a round of 1 does not make them an update."""
+    kit = readdressed(study, "north")
+    (kit / "policy.yml").write_text("initial: false\n")
+    study.job()
+
+    def change(task: pb.TaskHeader) -> None:
+        task.round = 1
+
+    hostile = Hostile(study, changed_task(change, ("initial",)))
+    with pytest.raises(ProtocolError, match="'initial' in round 1"):
+        train(kit)
+    assert not hostile.received
+
+
+def test_an_honest_request_for_the_initial_model_is_refused_by_the_same_policy(study: Study) -> None:
+    kit = readdressed(study, "north")
+    (kit / "policy.yml").write_text("initial: false\n")
+    study.job()
+    hostile = Hostile(study, lambda method, message: message)
+    with pytest.raises(PermissionDeniedError):
+        train(kit)
+    assert not hostile.received
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({**W, "body": np.full((4, 3), np.nan, np.float32)}, "NaN or infinite values in body"),
+        ({**W, "body": np.full((4, 3), np.inf, np.float32)}, "NaN or infinite values in body"),
+        ({**W, "secret": np.zeros(3, np.float32)}, "secret differs in name, shape or dtype"),
+        ({"body": W["body"]}, "head differs in name, shape or dtype"),
+        ({**W, "body": np.zeros((4, 3), np.float64)}, "body differs in name, shape or dtype"),
+        ({**W, "body": np.zeros((3, 4), np.float32)}, "body differs in name, shape or dtype"),
+    ],
+    ids=["NaN", "infinite", "another tensor", "a tensor less", "another dtype", "another shape"],
+)
+@pytest.mark.parametrize("noise", [False, True], ids=["plain", "under noise"])
+def test_a_model_that_is_not_the_one_of_the_handshake_is_not_trained_on(
+    study: Study, arrays: dict[str, Any], text: str, noise: bool
+) -> None:
+    kit = readdressed(study, "north")
+    if noise:
+        (kit / "policy.yml").write_text("filters: [{name: GaussianDP, noise_multiplier: 1.0, clip: 1.0}]\n")
+    study.job()
+    hostile = Hostile(study, changed_task(holding(arrays)))
+    with pytest.raises(ProtocolError, match=text):
+        train(kit)
+    assert [header.round for header in hostile.received] == [0]  # the initial model; no update left
+    assert not [entry for entry in entries(kit) if entry["action"] == "update" and entry["round"] > 0]
+
+
+def test_a_tensor_that_stays_at_home_does_not_leave_because_a_task_names_it(study: Study) -> None:
+    kit = readdressed(study, "north")
+    study.job()
+    hostile = Hostile(study, changed_task(holding(W)))
+    with pytest.raises(ProtocolError, match="head differs"):
+        train(kit, keep_local=["head"])
+    assert all("head" not in [t.name for t in header.payload.manifest.tensors] for header in hostile.received)
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/elsewhere", "../../elsewhere", "a/../b", "job/2/3", "job/x", "", "-rf", "a\nb", 7]
+)
+def test_a_name_of_a_job_is_a_name(study: Study, name: Any, tmp_path: Path) -> None:
+    kit = readdressed(study, "north")
+    study.job()
+
+    def change(method: str, message: bytes) -> bytes:
+        if method != "Join":
+            return message
+        reply = pb.JoinReply.FromString(message)
+        settings = json.loads(reply.settings_json)
+        reply.settings_json = json.dumps({**settings, "name": name})
+        return reply.SerializeToString()
+
+    Hostile(study, change)
+    before = sorted(path for path in tmp_path.rglob("*") if "audit" not in path.name)
+    with pytest.raises(ProtocolError, match="does not accept as a name"):
+        train(kit)
+    assert sorted(path for path in tmp_path.rglob("*") if "audit" not in path.name) == before
+
+
+def test_a_server_with_certificates_is_on_another_machine_whatever_the_site_was_told(study: Study) -> None:
+    """`run --results` lets a site write results on this machine. That makes no file of it the server's."""
+    kit = readdressed(study, "north")
+    study.job()
+    key = next(kit.glob("key*.pem"))
+    before = key.read_bytes()
+
+    def change(method: str, message: bytes) -> bytes:
+        if method == "Join":
+            reply = pb.JoinReply.FromString(message)
+            reply.shared_folder = str(kit)
+            return reply.SerializeToString()
+        if method == "Next" and not frames.is_frame(message):
+            part = pb.TaskPart.FromString(message)
+            if part.task.kind == "train":
+                part.task.payload.inline, part.task.payload.file = b"", key.name
+                return part.SerializeToString()
+        return message
+
+    hostile = Hostile(study, change)
+    script_kit = Kit("job", "north", 0, 1, study.address, "", str(study.folder / "results"), True, credentials=str(kit))
+    folder = script_kit.save(study.folder / "script-kit")
+    with pytest.raises(FederationError):
+        train(folder)
+    assert key.read_bytes() == before
+    assert [header.round for header in hostile.received] == [0]
