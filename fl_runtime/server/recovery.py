@@ -43,6 +43,8 @@ def restore_plan(state: RunState, membership: Membership) -> None:
         member.absent_since = time.monotonic()
         if registration:
             member.registration, member.known = Registration.from_json(registration), True
+    if journal.reader.failed():  # it is resumed with the scripts of all sites, those that left included
+        journal.resumed()
     for name in journal.reader.who_left():
         membership.members[name].gone = "it left"
     for name in journal.reader.who_rests():

@@ -111,6 +111,7 @@ class Run:
             self._final.conclude()
             self._cross_site.conclude()
             self._farewell()
+            self._forget_updates()
         except FederationError as error:
             self.state.fail(error)
         except Exception as error:
@@ -120,6 +121,11 @@ class Run:
             )
         finally:
             self.ended.set()
+
+    def _forget_updates(self) -> None:
+        """Delete the files of the sites' updates, which nobody needs any more."""
+        with self.state.lock:
+            self.state.blobs.forget(self.state.models.blob_names())
 
     def rest(self) -> None:
         """Wait until no site that has left may begin another training: each has begun it, or its script has ended."""

@@ -168,6 +168,15 @@ class Blobs:
         """Stop recycling: `free` does nothing from now on, since the folder may belong to another server or be gone."""
         self.closed = True
 
+    def forget(self, keep: set[str]) -> None:
+        """Delete all files but some, those that were freed for reuse included. Nobody may use the others afterwards.
+
+        Args:
+            keep: Names of the blobs to leave alone.
+        """
+        self._free.clear()
+        self.sweep(keep)
+
     def sweep(self, keep: set[str]) -> None:
         """Delete the files that a killed server left behind.
 
@@ -176,7 +185,8 @@ class Blobs:
         """
         for path in self.folder.glob(f"*{_SUFFIX}"):
             if path.name.removesuffix(_SUFFIX) not in keep:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows does not delete mapped files
+                    path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"

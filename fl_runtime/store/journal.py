@@ -233,6 +233,12 @@ class Journal:
         with self._db.transaction():
             self._db.put("ended", json.dumps(error.to_wire() if error else None))
 
+    def resumed(self) -> None:
+        """Record that a run that had failed goes on, with all of its sites."""
+        with self._db.transaction():
+            for key in ("left", "resting"):
+                self._db.put(key, "[]")
+
     def over(self) -> None:
         """Record that the run was the last of its job, and that every site's script has ended."""
         with self._db.transaction():

@@ -29,6 +29,10 @@ class JournalReader:
         """Whether the run has ended without an error."""
         return self._db.get("ended") == "null"
 
+    def failed(self) -> bool:
+        """Whether the run has ended with an error."""
+        return self._db.get("ended") not in (None, "null")
+
     def over(self) -> bool:
         """Whether the job had ended with this run: no site's script could begin another training."""
         value = self._db.get("over")

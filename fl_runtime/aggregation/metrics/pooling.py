@@ -14,6 +14,7 @@ from fl_runtime.types import Metrics, Summary
 
 _KINDS = ("mean", "root_mean", "auc", "aucpr")
 _MAX_BINS = 2**16
+_MAX_WEIGHT = 2.0**63  # far more than the rows of any site, and sums of it stay finite
 
 
 def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[str, float]:
@@ -32,7 +33,7 @@ def pooled(parts: Iterable[tuple[Mapping[str, float | Summary], int]]) -> dict[s
         for name, value in metrics.items():
             summary = value if isinstance(value, Summary) else Summary("mean", value, num_examples)
             by_name.setdefault(name, []).append(summary)
-    values = {name: _pooled(summaries) for name, summaries in by_name.items()}
+    values = {name: _pooled_or_nan(summaries) for name, summaries in by_name.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -113,6 +114,14 @@ def area_under_precision_recall(histogram: Mapping[int, tuple[float, float]]) ->
     return area
 
 
+def _pooled_or_nan(parts: list[Summary]) -> float | None:
+    """Pool one metric. Numbers of extreme size that a site may send make it NaN, and never an error of the run."""
+    try:
+        return _pooled(parts)
+    except (ArithmeticError, ValueError):
+        return math.nan
+
+
 def _pooled(parts: list[Summary]) -> float | None:
     kind = parts[0].kind
     parts = [part for part in parts if part.kind == kind and part.weight]
@@ -154,7 +163,7 @@ def _summary(fields: Mapping[str, Any]) -> Summary:
     rows = fields.get("histogram", [])
     histogram = {int(score): (float(negative), float(positive)) for score, negative, positive in rows}
     weights = [weight, *(w for pair in histogram.values() for w in pair)]
-    if kind not in _KINDS or len(histogram) > _MAX_BINS or not all(w >= 0 and math.isfinite(w) for w in weights):
+    if kind not in _KINDS or len(histogram) > _MAX_BINS or not all(0 <= w <= _MAX_WEIGHT for w in weights):
         raise ValueError
     return Summary(kind, value, weight, histogram)
 

@@ -19,6 +19,7 @@ from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import event_fields
 from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.summing import checked_digests
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.records.results import RoundResult
@@ -152,7 +153,7 @@ class Buffered:
             arrays = _Differences(update.arrays, start, base)
             aggregator.add(replace(update, arrays=arrays, content="delta", site_weight=weight))
         aggregator.result()
-        digests = blobs[0].manifest.digests_of_payload(blobs[0].buffer)
+        digests = checked_digests(blobs[0], None, newest.version + 1, (accepted.update for accepted in due))
         with state.lock:
             self._commit(newest, due, blobs[0], digests)
 

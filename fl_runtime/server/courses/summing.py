@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
+
+from fl_runtime.errors import RoundFailedError, UpdateRefusedError
 from fl_runtime.server.broadcast import held_arrays, without_held
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.types import Arrays, ServerState
+from fl_runtime.types import Arrays, ServerState, Update, is_floating
+from fl_runtime.wire.finite import inspect
 from fl_runtime.wire.manifest import Manifest
 
 
@@ -91,3 +97,48 @@ class Summing:
         for name, array in held.items():
             views[name][...] = array
         return {name: views[name] for name in arrays}
+
+
+def checked_digests(blob: Blob, strategy_state: Blob | None, round: int, updates: Iterable[Update]) -> bytes:
+    """Check a finished sum before it is committed, and compute the digests of its tensors in the same pass.
+
+    Args:
+        blob: The next global model.
+        strategy_state: What the strategy keeps beside it, or None.
+        round: Number of the round.
+        updates: The updates that were summed.
+
+    Returns:
+        The digests, in the order of the manifest.
+
+    Raises:
+        RoundFailedError: A value is not finite, as when updates are finite but their sum overflows. The message names
+            the sites whose updates have the largest norms.
+    """
+    try:
+        for part in filter(None, (blob, strategy_state)):
+            arrays, extras = part.views()
+            inspected = inspect(arrays, extras, f"round {round}")
+            if part is blob:
+                found = inspected
+    except UpdateRefusedError as error:
+        raise RoundFailedError(
+            f"the new global model is not finite: {error.what}; the largest updates came from {_largest(updates)}",
+            where=f"round {round}",
+            fix="look at the logs of these sites; lower their learning rate, or leave them out with min_sites",
+        ) from None
+    specs = blob.manifest.tensors
+    return b"".join(found.tensors[spec.extra, spec.name][1] for spec in specs)
+
+
+def _largest(updates: Iterable[Update]) -> str:
+    """The three sites whose updates have the largest norms, with these norms."""
+    norms = {update.site: _norm(update) for update in updates}
+    largest = sorted(norms, key=lambda site: (-norms[site], site))[:3]
+    return ", ".join(f"{site} (norm {norms[site]:.3g})" for site in largest)
+
+
+def _norm(update: Update) -> float:
+    with np.errstate(all="ignore"):
+        floating = [array for array in update.arrays.values() if is_floating(array.dtype)]
+        return math.sqrt(sum(float(np.sum(np.square(array.astype(np.float64)))) for array in floating))

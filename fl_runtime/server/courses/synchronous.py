@@ -12,7 +12,7 @@ from fl_runtime.server.courses.base import Offer, RoundSum, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
-from fl_runtime.server.courses.summing import Summing
+from fl_runtime.server.courses.summing import Summing, checked_digests
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, OpenRound, RunState
@@ -152,11 +152,12 @@ class Synchronous:
                     rounds.drop()
                     return
                 blob = summing.finish()
+            updates = [accepted.update for accepted in current.accepted.values()]
+            digests = checked_digests(blob, summing.strategy_state, number, updates)
         except RoundFailedError as error:
             summing.give_up()
             self._try_again(current, error)
             return
-        digests = blob.manifest.digests_of_payload(blob.buffer)
         with state.lock:
             rounds.commit(current, blob, digests, summing.strategy_state)
             for accepted in current.accepted.values():

@@ -21,7 +21,7 @@ from fl_runtime.server.courses.base import Offer, Status, Upload
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
-from fl_runtime.server.courses.summing import Summing
+from fl_runtime.server.courses.summing import Summing, checked_digests
 from fl_runtime.server.courses.workers import Done, Failed, Order, Workers
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member, Registration, check_capabilities
@@ -168,12 +168,13 @@ class Virtual:
                 rounds.drop()
                 return
             blob = summing.finish()
+            updates = [accepted.update for accepted in current.accepted.values()]
+            digests = checked_digests(blob, summing.strategy_state, number, updates)
         except FederationError:
             summing.give_up()
             raise
         finally:
             collection.release()
-        digests = blob.manifest.digests_of_payload(blob.buffer)
         with state.lock:
             rounds.commit(current, blob, digests, summing.strategy_state)
 

@@ -14,9 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError, StoreError
+from fl_runtime.errors import (
+    ConfigError,
+    ConnectionLostError,
+    FederationError,
+    PermissionDeniedError,
+    ProtocolError,
+    StoreError,
+)
 from fl_runtime.server.federation.guard import CALLS_EACH, Guard
-from fl_runtime.server.federation.jobs import RunningJob, past_outcome, unfinished
+from fl_runtime.server.federation.jobs import RunningJob, give_up, past_outcome, unfinished
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
 from fl_runtime.trust.audit import AuditLog
@@ -79,26 +86,41 @@ class FederationServer:
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
-        """Serve, and continue an unfinished job.
+        """Serve, and continue an unfinished job. One that cannot be continued is recorded as failed.
 
         Returns:
             The address that it serves on, as "host:port".
 
         Raises:
-            ConfigError: The port is in use, or the unfinished job cannot be read.
+            ConfigError: The port is in use.
+            StoreError: The disk fails.
         """
         from fl_runtime.transport.grpc import GrpcServer
         from fl_runtime.transport.tls import FileCredentials
 
         threads = CALLS_EACH * (len(self._kit.sites) + 8) + 16
         server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
-        job = unfinished(self._folder)
         address = server.start(self._host, self._port)
         self._stop_serving = server.stop
         self.audit.write("server started", self._kit.identity, address=address, version=VERSION)
-        if job:
-            self._begin(job.settings, job.submitter)
+        try:
+            job = unfinished(self._folder)
+            if job:
+                self._begin(job.settings, job.submitter)
+        except FederationError as error:
+            if isinstance(error.__cause__, OSError):  # of the disk, which may be well again later
+                raise
+            self._give_up(error)
         return address
+
+    def _give_up(self, error: FederationError) -> None:
+        """Record a job that cannot be continued as failed, so that the next one can begin."""
+        outcome = give_up(self._folder, error)
+        name = outcome["job"] if outcome else ""
+        log.error("the job %s cannot be continued: %s", name, error)
+        self.audit.write("job not continued", self._kit.identity, job=name, reason=error.what)
+        if outcome:
+            self._past[name] = outcome
 
     def submit(self, fields: Mapping[str, Any], submitter: Identity) -> str:
         """Start a job.

@@ -25,7 +25,8 @@ from fl_runtime.types import Event, Listener, RunSettings
 
 log = logging.getLogger(__name__)
 
-_CURRENT, _JOB, _OUTCOME = "current.json", "job.json", "outcome.json"
+_CURRENT = ".current.json"  # no name of a job begins with a dot
+_JOB, _OUTCOME = "job.json", "outcome.json"
 _EVENTS_KEPT = 20_000
 _AUDITED = ("joined", "registered", "left", "started", "task_sent", "update", "round_finished", "failed", "finished")
 
@@ -178,7 +179,7 @@ class RunningJob:
         self._lock = threading.Lock()
         self._audit = JobAudit(audit, settings, submitter, who)
         fresh = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what sites have sent
         try:
             listeners = [self._record, self._audit, *listeners]
             self.server = Server(settings, self.folder, {}, listeners=listeners, record=True)
@@ -258,6 +259,12 @@ class RunningJob:
         except FederationError as failure:
             log.error("%s", failure)
             self._error = failure
+        except Exception as failure:  # whatever it is, the job must end, so that the next one can begin
+            log.exception("the results of the job %s could not be written", self.settings.name)
+            self._error = FederationError(
+                f"the results could not be written: {failure!r}",
+                fix="see the server's log; the journal holds the model",
+            )
         self.server.close()
         outcome = self.outcome()
         write_file(self.folder / _OUTCOME, json.dumps(outcome).encode())
@@ -287,23 +294,58 @@ def _values(result: RunResult) -> dict[str, Any]:
 def unfinished(folder: Path) -> Unfinished | None:
     """The job that was running when the server was stopped or killed, or None if there was none.
 
-    Raises ConfigError if its files cannot be read.
+    Raises:
+        ConfigError: Its files cannot be read.
     """
     try:
-        name = json.loads((folder / _CURRENT).read_text("utf-8"))["job"]
+        name = _current(folder)
+        if name is None:
+            return None
         fields = json.loads((folder / name / _JOB).read_text("utf-8"))
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields["settings"].items()
+        }
+        return Unfinished(RunSettings(**settings), Identity.from_uri(fields["submitter"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the job that was running cannot be read: {error!r}",
+            where=str(folder),
+            fix="submit it again under another name",
+        ) from None
+
+
+def _current(folder: Path) -> str | None:
+    """Name of the job that was running, or None."""
+    try:
+        name = json.loads((folder / _CURRENT).read_text("utf-8"))["job"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"the job that was running cannot be read: {error}",
-            where=str(folder),
-            fix=f"delete {_CURRENT} to give the job up",
-        ) from None
-    settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in fields["settings"].items()
-    }
-    return Unfinished(RunSettings(**settings), Identity.from_uri(fields["submitter"]))
+    check_name(name, "job")
+    return str(name)
+
+
+def give_up(folder: Path, error: FederationError) -> Mapping[str, Any] | None:
+    """Record that the job that was running cannot be continued, so that other jobs can run.
+
+    Args:
+        folder: Folder of all jobs.
+        error: Why not.
+
+    Returns:
+        The job's outcome, or None if not even its name can be read.
+    """
+    try:
+        name = _current(folder)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        name = None
+    (folder / _CURRENT).unlink(missing_ok=True)
+    if name is None:
+        return None
+    nothing: dict[str, Any] = {"rounds": [], "best_round": None, "no_best": "", "bytes_up": 0, "bytes_down": 0}
+    outcome = {"job": name, "submitted_by": "", "folder": str(folder / name), **nothing, "error": error.to_wire()}
+    if (folder / name).is_dir():
+        write_file(folder / name / _OUTCOME, json.dumps(outcome).encode())
+    return outcome
 
 
 def past_outcome(folder: Path, name: str) -> Mapping[str, Any] | None:

@@ -21,7 +21,7 @@ import fl_adapters as fl
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
-from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.registry import close_sessions, open_session
 from fl_adapters.participant.swarm import SwarmSite
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import Swarm
@@ -314,8 +314,11 @@ def test_a_killed_server_goes_on_with_the_same_bits(when: str, tmp_path: Path, m
 
     def site(index: int) -> Arrays:
         name = f"site-{index + 1}"
-        kit = Kit("test", name, index, 3, server.address, name).save(tmp_path / name)
-        return loop(Place(name, index, 3, str(kit)))
+        kit = Kit("test", name, index, 3, server.address, name)
+        try:
+            return loop(Place(name, index, 3, str(kit.save(tmp_path / name))))
+        finally:
+            close_sessions("its script ended before the last round", kit)
 
     try:
         with ThreadPoolExecutor(3) as pool:

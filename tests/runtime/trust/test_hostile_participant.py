@@ -1,0 +1,136 @@
+"""A participant with a valid certificate that turns on the others: its own part fails, and theirs goes on."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_bench import Site, at_once, started
+from study import Study, until
+
+import fl_adapters as fl
+from fl_adapters.testing import LocalFederation, Place
+from fl_runtime.errors import RoundFailedError
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+
+W = {"w": np.zeros(4, np.float32)}
+
+# Metrics whose pooling overflows, divides by zero, or leaves the domain of a function.
+METRICS: dict[str, Any] = {
+    "a square that overflows": {"kind": "root_mean", "value": 1e200, "weight": 1},
+    "a sum that overflows": {"kind": "mean", "value": 1.7e308, "weight": 1e18},
+    "the tiniest counts": {
+        "kind": "auc",
+        "value": 0.5,
+        "weight": 1,
+        "histogram": [[0, 5e-324, 5e-324], [1, 1, 5e-324]],
+    },
+    "lopsided counts": {
+        "kind": "aucpr",
+        "value": 0.5,
+        "weight": 1,
+        "histogram": [[0, 1e18, 5e-324], [1, 5e-324, 1e18]],
+    },
+    "no negatives": {"kind": "auc", "value": 0.5, "weight": 1, "histogram": [[0, 0, 3]]},
+    "no positives": {"kind": "aucpr", "value": 0.5, "weight": 1, "histogram": [[0, 3, 0]]},
+    "a plain number that is infinite": "inf",
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with Study(tmp_path) as study:
+        yield study
+
+
+def whole_job(study: Study, name: str, metrics: str = "{}") -> None:
+    """Run a job of one round to its end. North reports `metrics` of the final model."""
+    study.job(name, rounds=1)
+    sites = [study.site(site) for site in study.sites]
+    tasks = started(sites, W, evaluates=True)
+
+    def take_part(site: Site) -> None:
+        site.submit(tasks[site.name], {"w": W["w"] + 1})
+        final = site.client.next_task()
+        text = metrics if site.name == "north" else '{"loss": 0.5}'
+        session = pb.Session(job=name, attempt=site.welcome.attempt)
+        request = pb.ScoreRequest(session=session, version=final.version, metrics_json=text, num_examples=1)
+        list(site.transport.call("Score", request.SerializeToString()))
+        site.client.leave("done", early=False)
+
+    at_once(sites, take_part)
+    assert study.server.wait_for_job(name, 30)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=str)
+def test_a_metric_of_any_size_neither_ends_the_job_nor_blocks_the_next(study: Study, metric: str) -> None:
+    whole_job(study, "first", json.dumps({"loss": METRICS[metric]}))
+    assert study.server.outcome("first")["error"] is None
+    whole_job(study, "second")
+    assert study.server.outcome("second")["error"] is None
+
+
+@pytest.mark.parametrize("name", ["current.json", "job.json", "outcome.json", "server", "2"])
+def test_no_name_of_a_job_collides_with_a_file_of_the_server(study: Study, name: str) -> None:
+    whole_job(study, name)
+    whole_job(study, "next")
+    study.server.close()
+    study.start()
+    whole_job(study, "after-a-restart")
+    assert (study.runs / name / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["no json", "other settings", "no journal"])
+def test_a_server_starts_whatever_became_of_its_job_and_names_it(study: Study, damage: str) -> None:
+    study.job("lost")
+    study.server.close()
+    if damage == "no json":
+        (study.runs / "lost" / "job.json").write_text("{")
+    elif damage == "other settings":
+        fields = json.loads((study.runs / "lost" / "job.json").read_text())
+        fields["settings"]["a setting of a later version"] = 1
+        (study.runs / "lost" / "job.json").write_text(json.dumps(fields))
+    else:
+        for file in (study.runs / "lost" / "server").glob("journal.sqlite*"):  # the write-ahead log, too
+            file.unlink()
+        (study.runs / "lost" / "server" / "journal.sqlite").write_bytes(b"not a database" * 1000)
+    study.start()
+    assert study.server.outcome("lost")["error"]["what"]
+    assert any(entry["action"] == "job not continued" and entry["job"] == "lost" for entry in study.log())
+    whole_job(study, "next")
+    assert study.server.outcome("next")["error"] is None
+
+
+def test_of_the_updates_of_sites_nothing_is_left_after_the_job(study: Study) -> None:
+    whole_job(study, "job")
+    folder = study.runs / "job"
+    until(lambda: not list((folder / "server" / "blobs").glob("update-*")), "the updates to be deleted")
+    tensors = [read_tensors(path) for path in (folder / "server" / "blobs").iterdir() if path.suffix == ".safetensors"]
+    assert all(np.array_equal(arrays["w"], W["w"] + 1) for arrays in tensors)  # the model of round 1 alone
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm:lr=4", "fedadam:lr=0.1", "fedyogi:lr=0.1", "fedadagrad:lr=0.1"])
+def test_updates_whose_sum_is_not_finite_make_no_model(strategy: str) -> None:
+    """Each update is finite; the server's step, or its second moment, is not. The round fails and says who it was."""
+
+    def site(place: Place) -> None:
+        with fl.connect(kit=place.kit) as joined:
+            for task in joined.tasks(initial=W):
+                large = task.round == 2 and place.index > 0
+                task.submit({"w": task.arrays["w"] + np.float32(3e38 if large else 1)}, num_examples=1)
+
+    with LocalFederation(sites=3, rounds=3, strategy=strategy) as federation:
+        outcomes = federation.outcomes(dict.fromkeys(("site-1", "site-2", "site-3"), site), check=False)
+        model = federation.model()
+    assert np.isfinite(model["w"]).all()
+    for outcome in outcomes.values():
+        assert isinstance(outcome.error, RoundFailedError)
+        assert "the new global model is not finite" in str(outcome.error)
+        assert "site-2 (norm 6e+38), site-3 (norm 6e+38), site-1 (norm" in str(outcome.error)
