@@ -10,9 +10,13 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
+from fl_runtime.text import printable
+
 
 class FederationError(Exception):
     """Base class of all errors of fl-adapters.
+
+    Texts are made printable, since another participant may have chosen a part of them.
 
     Args:
         what: What is wrong, in one sentence.
@@ -29,6 +33,7 @@ class FederationError(Exception):
     code: ClassVar[str] = "error"
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        what, where, fix = (printable(text, lines=True) for text in (what, where, fix))
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
 

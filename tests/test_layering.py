@@ -9,10 +9,11 @@ import pytest
 from source_tree import INTEGRATIONS, SOURCES, imports
 
 # Part of fl_runtime -> the parts that it may import besides itself. A new part must be given its place here.
-GROUND = {"types", "errors", "version", "capabilities", "tensor_names", "trainings"}
+GROUND = {"types", "errors", "version", "capabilities", "tensor_names", "trainings", "text"}
 RUNTIME = {
     "types": set[str](),
-    "errors": set[str](),
+    "errors": {"text"},
+    "text": set[str](),
     "capabilities": set[str](),
     "tensor_names": set[str](),
     "version": {"errors"},

@@ -13,6 +13,7 @@ import numpy as np
 from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.client.calls import PatientCalls, parsed
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
+from fl_runtime.text import METRIC_NAMES, is_metric_name
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.types import Array, Summary, Task, TaskKind, Update
 from fl_runtime.wire import frames
@@ -279,10 +280,12 @@ class _Offset:
 def metrics_json(metrics: Mapping[str, float | Summary]) -> str:
     """Metrics as JSON text. Scalars of NumPy and other libraries become plain numbers.
 
-    Raises ConfigError for a metric that is not a number.
+    Raises ConfigError for a metric that is not a number, or has a name that no metric can have.
     """
     numbers: dict[str, Any] = {}
     for name, value in metrics.items():
+        if not is_metric_name(str(name)):
+            raise ConfigError(f"a metric cannot be called {str(name)[:50]!r}", fix=METRIC_NAMES)
         try:
             numbers |= to_json({str(name): value})
         except (TypeError, ValueError):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.server.registration import Member
+from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
 from fl_runtime.types import Update
 from fl_runtime.wire.manifest import Manifest
 
@@ -22,18 +23,21 @@ MAX_DESCRIBED = 500_000
 _EXTRA_TIMES, _EXTRA_BYTES = 8, 2**27
 
 
-def check_table(fields: Mapping[str, str], what: str) -> None:
-    """Limit the number and length of the free fields of a registration."""
+def checked_table(fields: Mapping[str, str], what: str) -> dict[str, str]:
+    """Limit the number and length of the free fields of a registration, and return them as printable text."""
     if len(fields) > MAX_ENTRIES or any(len(k) + len(v) > MAX_TEXT_CHARS for k, v in fields.items()):
         raise ProtocolError(
             f"{what} of a registration has more than {MAX_ENTRIES} entries, or an entry of more than {MAX_TEXT_CHARS} "
             "characters"
         )
+    return {printable(key): printable(value, lines=True) for key, value in fields.items()}
 
 
 def check_text(text: str, what: str, limit_chars: int = 200) -> str:
     if len(text) > limit_chars:
         raise ProtocolError(f"{what} is {len(text)} characters long; the limit is {limit_chars}")
+    if not text.isprintable():
+        raise ProtocolError(f"{what} is not printable")
     return text
 
 
@@ -44,8 +48,14 @@ def check_count(count: int, what: str) -> int:
 
 
 def check_metrics(metrics: object) -> None:
-    if isinstance(metrics, dict) and len(metrics) > MAX_METRICS:
+    """Limit the number of metrics in a message, and what they may be called: names end up in tables and on screens."""
+    if not isinstance(metrics, dict):
+        return
+    if len(metrics) > MAX_METRICS:
         raise ProtocolError(f"a message has {len(metrics)} metrics; the limit is {MAX_METRICS}")
+    wrong = [name for name in metrics if not is_metric_name(name)]
+    if wrong:
+        raise ProtocolError(f"a metric cannot be called {str(wrong[0])[:50]!r}", fix=METRIC_NAMES)
 
 
 def check_described(member: Member, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ from fl_runtime.server.calls.spool import Spool, Transfer
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration
 from fl_runtime.server.run import Run
+from fl_runtime.text import printable
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
@@ -106,7 +107,7 @@ class FederationService:
         settings = self._state.settings
         if request.job not in ("", settings.name):
             raise ProtocolError(f"this server runs the job {settings.name!r}, not {request.job!r}")
-        member = self._run.membership.join(peer.name, request.version[:100])
+        member = self._run.membership.join(peer.name, printable(request.version, 100))
         yield pb.JoinReply(
             protocol=protocol,
             features=FEATURES,
@@ -123,14 +124,14 @@ class FederationService:
 
     def _register(self, peer: Peer, request: pb.RegisterRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         manifest = Manifest.from_proto(_whole_manifest(request, requests))
-        limits.check_table(request.agreement, "the agreement")
-        limits.check_table(request.info, "the info")
-        limits.check_table(dict.fromkeys(request.capabilities, ""), "the list of capabilities")
+        agreement = limits.checked_table(request.agreement, "the agreement")
+        info = limits.checked_table(request.info, "the info")
+        capabilities = limits.checked_table(dict.fromkeys(request.capabilities, ""), "the list of capabilities")
         registration = Registration(
             layout=manifest.layout,
-            agreement=dict(request.agreement),
-            info=dict(request.info),
-            capabilities=frozenset(request.capabilities),
+            agreement=agreement,
+            info=info,
+            capabilities=frozenset(capabilities),
             rounds=request.rounds,
             evaluates=request.evaluates,
             terms=_terms(request.terms_json),
@@ -159,7 +160,7 @@ class FederationService:
             self._run.membership.mark_absent(peer.name, attempt)
 
     def _leave(self, peer: Peer, request: pb.LeaveRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        attempt, reason = self._attempt(request.session), request.reason[:500]
+        attempt, reason = self._attempt(request.session), printable(request.reason, 500)
         self._run.membership.leave(peer.name, attempt, reason, early=request.early, stays=request.stays)
         yield pb.Done().SerializeToString()
 
@@ -395,10 +396,13 @@ def _terms(text: str) -> Terms:
         assert isinstance(values, dict)
         terms = Terms(**{name: value for name, value in values.items() if name in known})
         assert terms.content in ("weights", "delta", "encoded") and terms.best_mode in ("min", "max")
-        assert all(isinstance(text, str) and len(text) <= 200 for text in (terms.strategy, terms.best_metric))
+        assert all(
+            isinstance(text, str) and len(text) <= 200 and text.isprintable()
+            for text in (terms.strategy, terms.best_metric)
+        )
         assert terms.patience is None or int(terms.patience) >= 1
         assert float(terms.min_delta) >= 0
-    except (AssertionError, TypeError, ValueError):
+    except (AssertionError, TypeError, ValueError, OverflowError):
         raise ProtocolError("the terms of a registration cannot be read") from None
     return terms
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import Site, at_once, started
+from federation_bench import Site, at_once, errors_together, registered, started
 from study import Study, until
 
 import fl_adapters as fl
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.errors import RoundFailedError
+from fl_runtime.errors import ProtocolError, RoundFailedError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
@@ -134,3 +134,27 @@ def test_updates_whose_sum_is_not_finite_make_no_model(strategy: str) -> None:
         assert isinstance(outcome.error, RoundFailedError)
         assert "the new global model is not finite" in str(outcome.error)
         assert "site-2 (norm 6e+38), site-3 (norm 6e+38), site-1 (norm" in str(outcome.error)
+
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\n=cmd()|x!A1\u202e"
+
+
+@pytest.mark.parametrize("name", [ESCAPES, "=1+1", "@SUM(A1)", "a\nb", "", "x" * 201], ids=repr)
+def test_a_metric_has_a_name_that_can_stand_on_a_screen_and_in_a_table(study: Study, name: str) -> None:
+    with pytest.raises(ProtocolError, match="a metric cannot be called"):
+        whole_job(study, "job", json.dumps({name: 1.0}))
+
+
+def test_nothing_that_a_site_writes_steers_a_terminal(study: Study) -> None:
+    study.job(rounds=1)
+    north, south = (study.site(name) for name in study.sites)
+    registered([north, south], W, info={"python": ESCAPES}, agreement={"labels": ESCAPES})
+    north.client.leave(ESCAPES, early=True)
+    until(lambda: [entry for entry in study.log() if entry["action"] == "failed"], "the job to end")
+    texts = [str(errors_together(south.client.next_task)[0]), json.dumps(study.server.outcome("job")["error"])]
+    texts += [path.read_text("utf-8") for path in study.runs.rglob("*.csv")]
+    texts += [
+        str(json.loads(line)) for path in study.runs.rglob("events.jsonl") for line in path.open(encoding="utf-8")
+    ]
+    shown = [text for text in texts if "owned" in text]
+    assert shown and all(text.replace("\n", "").isprintable() for text in texts)
