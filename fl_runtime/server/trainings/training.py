@@ -103,7 +103,9 @@ class Training:
     def moved_on(self, site: str) -> None:
         """Note that a site has begun another training, so that this one does not wait for the end of its script."""
         with self.run.state.lock:
-            self.run.membership.members[site].script = ""
+            member = self.run.membership.members.get(site)
+            if member is not None:
+                member.script = ""
             self.run.state.changed.notify_all()
 
     def result(self) -> RunResult:

@@ -204,11 +204,15 @@ class Trainings:
 
     def _named(self, job: str) -> Training:
         """The training of a session. One that was closed is opened, since the server may have been started again."""
-        name, _, number = job.partition("/")
-        if name in ("", self._settings.name) and len(number) < _DIGITS and (number.isdecimal() or not number):
+        name, _, digits = job.partition("/")
+        if name in ("", self._settings.name) and len(digits) < _DIGITS and (digits.isdecimal() or not digits):
+            number = int(digits or 1)
+            training = self._open.get(number)  # without the lock, which is held while a model is read from the disk
+            if training is not None:
+                return training
             with self._lock:
-                if 1 <= int(number or 1) <= self.count:
-                    return self._reopened(int(number or 1))
+                if 1 <= number <= self.count:
+                    return self._reopened(number)
         raise ProtocolError(f"the job {job[:100]!r} does not run here any more", fix="start the site again")
 
     def _reopened(self, number: int) -> Training:
