@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import training_folder
 
@@ -19,6 +20,9 @@ KIT_VARIABLE = "FL_ADAPTERS_KIT"
 
 KIT_FILE = "kit.json"
 """Name of the file in a kit's folder that `read_kit` reads."""
+
+MANIFEST = "manifest.json"
+"""Name of the signed list of files in a kit that `fl-adapters provision` made."""
 
 KIT_FORMAT = 1
 """Format number that this version reads and writes."""
@@ -117,7 +121,23 @@ def read_kit(folder: str | os.PathLike[str]) -> Kit:
         raise ConfigError("there is no startup kit here", where=str(file), fix=fix) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the startup kit cannot be read: {error}", where=str(file), fix=_RENEW) from None
-    return replace(_checked(fields, file), folder=str(folder))
+    kit = replace(_checked(fields, file), folder=str(folder))
+    _check_authentic(kit, file)
+    return kit
+
+
+def _check_authentic(kit: Kit, file: Path) -> None:
+    """Raise ConfigError for a kit that was changed after it was made, or that would connect without any secret."""
+    if (file.parent / MANIFEST).exists():
+        with needs_trust_extra():
+            from fl_runtime.trust.kits import read_unsigned
+        read_unsigned(file.parent)
+    if not kit.credentials and not kit.token:
+        raise ConfigError(
+            "this startup kit has neither a certificate nor a secret: nothing would be encrypted, and no policy held",
+            where=str(file),
+            fix=_RENEW,
+        )
 
 
 _RENEW = "get a fresh kit, or start the simulation again; the file is not meant to be edited"

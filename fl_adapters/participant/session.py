@@ -29,6 +29,7 @@ from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SWARM
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.exclude import ExcludeVars
+from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.secure_stream import SecureStream
@@ -142,7 +143,7 @@ class Session:
         self._gate = Gate(kit, framework, self.leave)
         local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
         self._client = SiteClient(transport, kit.patience_s, same_machine=local)
-        job = before.job.partition("/")[0] if before else ""
+        job = job_of(before.job) if before else ""
         welcome = self._client.join(kit.job, before.training + 1 if before else 1, job)
         if before and not welcome.training:
             raise _one_training(kit.server)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from study import Study, readdressed
 
-from fl_adapters import FederationError, PermissionDeniedError, ProtocolError, connect
+from fl_adapters import ConfigError, FederationError, PermissionDeniedError, ProtocolError, connect
 from fl_adapters.participant.kit import Kit, read_kit
 from fl_adapters.participant.registry import close_sessions
 from fl_runtime.transport.base import Peer
@@ -190,3 +190,27 @@ def test_a_server_with_certificates_is_on_another_machine_whatever_the_site_was_
         train(folder)
     assert key.read_bytes() == before
     assert [header.round for header in hostile.received] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"credentials": ""}, "kit.json was changed after the kit was made"),
+        ({"server": "127.0.0.1:1"}, "kit.json was changed after the kit was made"),
+        ({"credentials": "", "token": "x", "simulated": True}, "kit.json was changed after the kit was made"),
+    ],
+    ids=["without credentials", "another server", "as in a simulation"],
+)
+def test_a_script_opens_a_kit_as_the_command_does(study: Study, change: dict[str, Any], text: str) -> None:
+    """Started directly with $FL_ADAPTERS_KIT: a kit that was changed is refused, and never means plaintext."""
+    kit = readdressed(study, "north")
+    fields = json.loads((kit / "kit.json").read_text())
+    (kit / "kit.json").write_text(json.dumps({**fields, **change}))
+    with pytest.raises(ConfigError, match=text), connect(kit=str(kit)):
+        pass
+
+
+def test_a_kit_without_any_secret_is_refused(tmp_path: Path) -> None:
+    folder = Kit("job", "north", 0, 1, "127.0.0.1:1", "").save(tmp_path / "kit")
+    with pytest.raises(ConfigError, match="neither a certificate nor a secret"):
+        read_kit(folder)
