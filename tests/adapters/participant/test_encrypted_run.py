@@ -286,7 +286,7 @@ def test_a_run_equals_the_plain_one_and_the_server_cannot_read_it(tmp_path: Path
     pieces = [secret[at : at + 32] for at in range(1000, len(secret) - 32, 9_000)]
     pieces += [found["site-1"]["w"][row, :8].tobytes() for row in range(0, 130, 10)]
     everything = b"".join(path.read_bytes() for path in files)
-    assert len(everything) > 10**6
+    assert len(everything) > 5 * 10**5  # the models; updates are deleted at the end of a run
     assert not [piece for piece in pieces if piece in everything]
     assert secret.hex()[-64:] not in json.dumps([e.data for e in federation.events], default=str)
 

@@ -345,7 +345,7 @@ def test_a_site_that_comes_back_trains_the_round_again(closing: bool) -> None:
                 session = open_session(Options(kit=place.kit), framework="test")
                 assert session is not None and session.attempt == 1
                 session.submit(initial(1), LocalResult(1, 0, {}))  # of a process that dies now
-                session.detach()
+                session.departure.detach()
                 raise DeathError
 
         try:
