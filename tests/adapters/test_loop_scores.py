@@ -79,22 +79,6 @@ def test_patience_ends_the_run_whenever_the_scores_come(kind: str, patience: int
     assert result.best_round == min(range(1, ends + 1), key=LOSSES.__getitem__)
 
 
-def test_scores_that_come_after_the_next_commit_end_the_run_too() -> None:
-    """One site of two has nothing to score, so a round's scores are complete when the next one is committed."""
-
-    def work(place: Place) -> Arrays:
-        with fl.connect(kit=place.kit) as site:
-            for task in site.tasks(initial=start()):
-                task.submit({"w": task.arrays["w"] + 1}, num_examples=1)
-                if place.index == 0 and task.round % 2:  # of every other model
-                    task.report({"loss": float(task.round)}, 1)
-            return site.arrays
-
-    with LocalFederation(sites=2, rounds=9, patience=2) as federation:
-        federation.run(work)
-        assert 3 <= len(federation.result().rounds) <= 5
-
-
 @pytest.mark.parametrize("kind", ["reported", "evaluated"])
 def test_the_final_model_can_be_scored_and_be_the_best(kind: str) -> None:
     with LocalFederation(sites=2, rounds=7) as federation:

@@ -56,8 +56,12 @@ def test_a_loop_of_its_own_conforms(case: RestartCase) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"filters": ({"name": "TopK", "ratio": 0.5, "small": 1},), "strategy": "fedadam:lr=0.1"}],
-    ids=["plain", "error feedback, and moments at the server"],
+    [
+        {},
+        {"filters": ({"name": "TopK", "ratio": 0.5, "small": 1},), "strategy": "fedadam:lr=0.1"},
+        {"filters": ({"name": "Quantize", "to": "int4", "at": "server_out"},), "strategy": "fedavgm"},
+    ],
+    ids=["plain", "error feedback, and moments at the server", "models as differences"],
 )
 def test_killed_at_random_instants(tmp_path: Path, settings: dict[str, Any]) -> None:
     with WarmProcess("numpy", "fl_adapters.loop") as warm:

@@ -173,3 +173,21 @@ def test_the_job_says_when_patience_ends(tmp_path: Path) -> None:
     assert losses_until_the_end(tmp_path / "three", losses, patience=3) == [1, 2, 3, 4, 5, 6]
     assert losses_until_the_end(tmp_path / "delta", losses, patience=3, min_delta=1.5) == [1, 2, 3, 4]
     assert losses_until_the_end(tmp_path / "max", losses, patience=1, best_mode="max") == [1, 2]
+
+
+def test_scores_that_are_complete_only_after_the_next_commit_end_the_run_one_round_later(tmp_path: Path) -> None:
+    """Site 2 never reports, so the scores of a round are final when the next one is committed."""
+    losses = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    with serving(tmp_path, 2, sockets=False, rounds=5, patience=1) as bench:
+        sites = joined(bench)
+        tasks = {"site-1": sites["site-1"].start({"w": np.zeros(2)}), "site-2": sites["site-2"].client.next_task()}
+        while tasks["site-1"].kind == "train":
+            version = tasks["site-1"].version
+            sites["site-1"].client.report(Report("test", version, "site-1", {"loss": losses[version]}, 1))
+            for name, site in sites.items():
+                site.submit(tasks[name], {"w": np.ones(2)})
+            tasks = {name: site.client.next_task() for name, site in sites.items()}
+        for site in sites.values():
+            site.client.leave("done", early=False)
+        ended(bench.server)
+        assert [result.round for result in bench.server.result().rounds] == [1, 2, 3]
