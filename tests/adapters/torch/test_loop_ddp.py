@@ -17,6 +17,8 @@ import torch_ddp_site
 from torch_ddp_site import train
 from torch_loops import ROWS, STATES
 
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.registry import close_sessions
 from fl_adapters.testing import LocalFederation
 
 TIMEOUT_S = 60
@@ -50,6 +52,7 @@ def partner(run: LocalFederation, **more: Any) -> threading.Thread:
     def take_part() -> None:
         with suppress(Exception):
             train(run.places[1].kit, **more)
+        close_sessions("its script has ended", read_kit(run.places[1].kit))
 
     thread = threading.Thread(target=take_part, daemon=True)
     thread.start()

@@ -17,6 +17,9 @@ import pytest
 import torch
 from lightning_ddp_site import fit
 
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.registry import close_sessions
+
 TIMEOUT_S = 240
 
 
@@ -41,6 +44,7 @@ def partner(run: Any, **more: Any) -> threading.Thread:
     def take_part() -> None:
         with suppress(Exception):
             fit(m.package(), run.places[1].kit, devices=1, **more)
+        close_sessions("its script has ended", read_kit(run.places[1].kit))
 
     thread = threading.Thread(target=take_part, daemon=True)
     thread.start()

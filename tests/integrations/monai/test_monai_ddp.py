@@ -17,6 +17,9 @@ import pytest
 import torch
 from monai_ddp_site import train
 
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.registry import close_sessions
+
 SITE = Path(monai_ddp_site.__file__)
 TIMEOUT_S = 240
 
@@ -51,6 +54,7 @@ def partner(run: Any, **more: Any) -> threading.Thread:
     def take_part() -> None:
         with suppress(Exception):
             train(run.places[1].kit, ranks=1, **more)
+        close_sessions("its script has ended", read_kit(run.places[1].kit))
 
     thread = threading.Thread(target=take_part, daemon=True)
     thread.start()
