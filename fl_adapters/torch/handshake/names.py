@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -143,10 +144,29 @@ def _tokens_of_probe(tokenizer: Any) -> list[str]:
     try:
         if backend := getattr(tokenizer, "backend_tokenizer", None):
             # not `tokenize`: it runs in threads, and the library then warns at each fork of a data loader
-            return [str(token) for token in backend.encode(_PROBE, add_special_tokens=False).tokens]
+            with _untrimmed(backend):
+                return [str(token) for token in backend.encode(_PROBE, add_special_tokens=False).tokens]
         return [str(token) for token in tokenizer.tokenize(_PROBE)]
     except Exception:  # a tokenizer that needs more than a text, such as the boxes of its words
         return []
+
+
+@contextmanager
+def _untrimmed(backend: Any) -> Iterator[None]:
+    """Without the padding and truncation of the last call, which a `tokenizers.Tokenizer` keeps.
+
+    A site whose rows come tokenized from a cache has made no such call.
+    """
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
 
 
 def _settings_of(processor: Any) -> list[str]:

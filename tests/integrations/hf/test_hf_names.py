@@ -73,6 +73,19 @@ def test_names_that_differ_are_refused_before_the_first_step(first: Any, second:
         assert said in error.what
 
 
+def test_padding_of_the_last_call_is_no_difference() -> None:
+    """As in run_qa.py, where one site's rows come tokenized from the cache of `datasets`."""
+    used = tokenizer()
+    used.add_special_tokens({"pad_token": "word0"})
+    used("word1 word2", padding="max_length", max_length=3, truncation=True)
+    state = used.backend_tokenizer.padding, used.backend_tokenizer.truncation
+    unused = tokenizer()
+    unused.add_special_tokens({"pad_token": "word0"})
+    errors, steps = outcomes({"processing_class": used}, {"processing_class": unused})
+    assert errors == [None, None] and steps == 2
+    assert (used.backend_tokenizer.padding, used.backend_tokenizer.truncation) == state and None not in state
+
+
 def test_labels_that_one_site_alone_names_are_no_difference() -> None:
     errors, steps = outcomes({"labels": ["no", "yes"]}, {})
     assert errors == [None, None] and steps == 2
