@@ -134,7 +134,9 @@ def train(session: Session, call: TrainCall, mode: Mode, grower: Grower, log: Lo
     if rounds.over:
         rounds.put_back(booster)
     if rounds.over and stopping is not None and stopping.save_best:
+        attributes = booster.attributes()
         booster = booster[: booster.best_iteration + 1]
+        booster.set_attr(**attributes)  # a slice has none
     return released(booster)
 
 

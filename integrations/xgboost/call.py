@@ -73,6 +73,9 @@ class TrainCall:
 def checked_params(params: Any) -> dict[str, Any]:
     """The parameters as a dict. Raises ConfigError for those that cannot be federated."""
     checked = dict(params or {})
+    if not isinstance(params, Mapping):  # pairs, among which XGBoost reads every eval_metric
+        metrics = [value for name, value in params or () if name == "eval_metric"]
+        checked |= {"eval_metric": metrics} if len(metrics) > 1 else {}
     for name, value, why in (
         ("booster", "gblinear", "its model has no trees"),
         ("process_type", "update", "it changes existing trees"),

@@ -92,6 +92,21 @@ def test_a_site_with_one_class_has_no_auc_and_counts_in_that_of_all() -> None:
     assert 0.5 < log["mine"]["auc"][-1] <= 1.0
 
 
+def test_each_metric_among_pairs_of_parameters_is_evaluated() -> None:
+    """A list of pairs may name eval_metric several times, as XGBoost's own demo evals_result.py does."""
+    pairs = [("objective", "binary:logistic"), ("eval_metric", "logloss"), ("eval_metric", "error"), ("nthread", 1)]
+    alone: dict[str, Any] = {}
+    log: dict[str, Any] = {}
+    data = d.matrix(0, d.BINARY)
+    xgboost.train(pairs, data, 2, evals=[(data, "mine")], evals_result=alone, verbose_eval=False)
+    with LocalFederation(sites=1) as federation:
+        kit = federation.places[0].kit
+        train(pairs, data, 2, evals=[(data, "mine")], evals_result=log, verbose_eval=False, kit=kit)
+    assert list(log["mine"]) == ["logloss", "error"]
+    for name, values in alone["mine"].items():
+        assert log["mine"][name] == pytest.approx(values, abs=1e-6)
+
+
 def test_early_stopping_is_that_of_the_score_of_all_sites() -> None:
     params = {"objective": "binary:logistic", "eta": 1.0, "eval_metric": ["auc", "logloss"]}
     boosters, log, result = run(params, 40, OPPOSITE, early_stopping_rounds=3)
@@ -111,6 +126,8 @@ def test_early_stopping_callback_of_xgboost_keeps_the_best() -> None:
     best = int(np.argmax(log["other"]["auc"]))
     assert len(log["other"]["auc"]) == best + 3 < 40
     assert boosters["site-2"].num_boosted_rounds() == best + 1
+    assert boosters["site-2"].best_iteration == best  # which XGBoost itself keeps in the shortened model
+    assert boosters["site-2"].best_score == pytest.approx(max(log["other"]["auc"]), abs=1e-6)
 
 
 def test_early_stopping_that_watches_nothing_is_refused() -> None:
