@@ -149,6 +149,49 @@ def test_models_without_call_equal_a_loop_that_averages_by_hand(make) -> None:
         require_same_bits({name: weights[name] for name in global_model}, global_model)
 
 
+class TwoLosses(Autoencoder):
+    """Two running means of its own, as in the VAE and the GAN of keras.io, and none of Keras."""
+
+    def __init__(self, **parts: keras.Model) -> None:
+        super().__init__(**parts)
+        self.size_tracker = keras.metrics.Mean(name="size")
+
+    @property
+    def metrics(self):
+        return [self.tracker, self.size_tracker]
+
+    def train_step(self, data):
+        x = data[0] if isinstance(data, tuple) else data
+        self.size_tracker.update_state(keras.ops.mean(keras.ops.abs(x)))
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("every", ["epoch", 1, "2 epochs"])
+def test_running_means_of_the_model_itself_are_in_the_history(every: object) -> None:
+    x = m.rows(0, 8)[0]
+
+    def made() -> keras.Model:
+        keras.utils.set_random_seed(0)
+        model = TwoLosses(encoder=dense("encoder", 6, 2), decoder=dense("decoder", 2, 6))
+        model.compile(keras.optimizers.SGD(0.05))
+        return model
+
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    with LocalFederation(sites=1, rounds=2, every=every) as federation:
+        made().fit(x, epochs=4, callbacks=[FederatedCallback(kit=federation.places[0].kit, num_examples=8)], **options)
+        rounds = [event.data["metrics"] for event in federation.events if event.kind == "update"]
+    sizes = [float(np.abs(x[i : i + 4]).mean()) for i in (0, 4)]
+    each = sizes if every == 1 else [sum(sizes) / 2] * 2
+    assert [metrics["train_size"] for metrics in rounds] == pytest.approx(each, rel=1e-5)
+    alone = made().fit(x, epochs=4, **options).history["loss"]
+    if every == "epoch":
+        assert [metrics["train_loss"] for metrics in rounds] == pytest.approx(alone[:2], rel=1e-5)
+    if every == "2 epochs":
+        assert [metrics["train_loss"] for metrics in rounds] == pytest.approx(
+            [sum(alone[:2]) / 2, sum(alone[2:]) / 2], rel=1e-5
+        )
+
+
 def test_a_frozen_teacher_stays_where_it_is_but_is_the_same_everywhere() -> None:
     def train(place, **options):
         model = distiller(teacher_seed=place.index)
