@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from fl_runtime.errors import AbortedError, PermissionDeniedError, ProtocolError, QuorumError
+from fl_runtime.errors import AbortedError, FederationError, ProtocolError, QuorumError
 from fl_runtime.server.calls import limits
 from fl_runtime.server.registration import Member, Registration, check_latecomer
 from fl_runtime.server.state import RunState
@@ -38,7 +38,7 @@ class Membership:
             state.raise_if_ended()
             member = self._named(name)
             member.attempt += 1
-            member.gone, member.registration, member.expelled = "", None, ""
+            member.gone, member.registration, member.refusal = "", None, None
             member.script = ""
             member.layouts.clear()
             member.questions.clear()
@@ -169,14 +169,17 @@ class Membership:
                 self.on_departure(member)
             self._state.changed.notify_all()
 
-    def expel(self, name: str, reason: str) -> None:
-        """Exclude a site that may not take part any more. Its calls under way are refused."""
+    def expel(self, name: str, error: FederationError) -> None:
+        """Exclude a site that may not take part any more. Its calls under way, and later ones, get the error."""
         with self._state.lock:
             member = self.members.get(name)
             if member is None or self._state.phase in ("failed", "done"):
                 return
-            member.expelled = reason
-            self.mark_gone(name, reason, early=True)
+            member.refusal = error
+            member.registration, member.known = None, False  # it has no say in what the others have agreed on
+            self._state.journal.left(name, True)
+            self._state.journal.registered(name, None)
+            self.mark_gone(name, error.what, early=True)
             self._state.published.notify_all()
 
     def leave(self, name: str, attempt: int, reason: str, *, early: bool, stays: bool = False) -> None:
@@ -189,17 +192,13 @@ class Membership:
     def caller(self, name: str, attempt: int) -> Member:
         """Return the member that makes this call, if it may.
 
-        Raises the run's error if it failed, PermissionDeniedError for an expelled site, and AbortedError for an older
-        process of a restarted site.
+        Raises the run's error if it failed, the refusal of an expelled site, and AbortedError for an older process of a
+        restarted site.
         """
         self._state.raise_if_ended()
         member = self._named(name)
-        if member.expelled:
-            raise PermissionDeniedError(
-                f"{name} may not take part any more: {member.expelled}",
-                where=f"rule certificate: {member.expelled}",
-                fix="join again with a new certificate",
-            )
+        if member.refusal is not None:
+            raise member.refusal
         if attempt != member.attempt:
             raise AbortedError(
                 f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fl_runtime.errors import HandshakeError, StateMismatchError
+from fl_runtime.errors import FederationError, HandshakeError, StateMismatchError
 from fl_runtime.types import Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 from fl_runtime.wire.names import TENSORS_OF, Excerpt, NamesDigest, describe_difference
@@ -87,7 +87,7 @@ class Member:
         layouts: Layout digests that this attempt knows, so that their manifests need not be sent again.
         described: Number of tensors in the manifests that the site has sent, over all attempts.
         known: True if any attempt has registered.
-        expelled: Why this attempt may not take part any more, or "".
+        refusal: The error that every call of this attempt gets, if it may not take part any more.
         held: Version of the last model to train that this attempt has received, or None.
         questions: Lists of names of which the site is asked for the entries in a range, by the list's name.
         excerpts: Its answers, by the list's name.
@@ -105,7 +105,7 @@ class Member:
     layouts: set[bytes] = field(default_factory=set)
     described: int = 0
     known: bool = False
-    expelled: str = ""
+    refusal: FederationError | None = None
     held: int | None = None
     questions: dict[str, range] = field(default_factory=dict)
     excerpts: dict[str, Excerpt] = field(default_factory=dict)

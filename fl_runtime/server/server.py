@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.aggregation import make_strategy
-from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.errors import AbortedError, ConfigError, PermissionDeniedError
 from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Events
@@ -129,7 +129,12 @@ class Server:
             name: Name of the site.
             reason: Why, for the events and for the site's error.
         """
-        self.trainings.expel(name, reason)
+        error = PermissionDeniedError(
+            f"{name} may not take part any more: {reason}",
+            where=f"rule certificate: {reason}",
+            fix="join again with a new certificate",
+        )
+        self.trainings.expel(name, error)
 
     def state(self) -> dict[str, Any]:
         """Where the newest training stands, for people to read.

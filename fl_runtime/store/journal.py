@@ -137,8 +137,8 @@ class Journal:
             self._db.put("left", json.dumps(_with(gone, site, wanted=left)))
             self._db.put("resting", json.dumps(_with(resting, site, wanted=stays)))
 
-    def registered(self, site: str, registration: Mapping[str, Any]) -> None:
-        """Record a site's part of the handshake, as JSON values."""
+    def registered(self, site: str, registration: Mapping[str, Any] | None) -> None:
+        """Record a site's part of the handshake, as JSON values; None if it no longer counts."""
         self._db.run("UPDATE site SET registration=? WHERE name=?", json.dumps(registration), site)
 
     def agreed(self, rounds: int, terms: Terms = Terms()) -> None:  # noqa: B008 (frozen)

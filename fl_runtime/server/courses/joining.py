@@ -80,10 +80,10 @@ class Joining:
         with state.lock:
             if not membership.wait_until(self._all_registered, settings.deadline_s):
                 membership.check_quorum(membership.present(), "at the deadline of the handshake")
-            registrations = {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
+            registrations = self._agreeing(
+                {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
+            )
             first = registrations[spokesman(registrations)]
-            excerpts = self._ask_about_names(registrations)
-            check_agreement(registrations, state.layouts, state.plan.strategy, excerpts=excerpts)
             state.agree(first.terms)
             self._check_strategy(registrations)
             self._cross_site.check(registrations)
@@ -99,6 +99,51 @@ class Joining:
             course = self._agreed()
             state.enter("initial")
             return course
+
+    def _agreeing(self, registrations: dict[str, Registration]) -> dict[str, Registration]:
+        """Return the registrations that fit together: all of them, or those of a majority that makes a quorum.
+
+        The other sites are expelled, each with the error that says how it differs. Raises HandshakeError for all sites
+        if there is no such majority.
+        """
+        while True:
+            excerpts = self._ask_about_names(registrations)
+            error = self._disagreement(registrations, excerpts)
+            if error is None:
+                return registrations
+            fitting = self._majority(registrations)
+            if len(fitting) < self._state.settings.min_sites or len(fitting) == len(registrations):
+                raise error  # the latter if each fits to one site, but not to each other
+            base = spokesman(fitting)
+            for name in registrations.keys() - fitting.keys():
+                pair = {base: fitting[base], name: registrations[name]}
+                self._membership.expel(name, self._disagreement(pair, excerpts) or error)
+            registrations = fitting
+
+    def _majority(self, registrations: dict[str, Registration]) -> dict[str, Registration]:
+        """The registrations that fit to one of them, if they are more than half; else none."""
+        compared: set[str] = set()
+        for base, first in registrations.items():
+            if base in compared:
+                continue
+            fitting = {
+                name: other
+                for name, other in registrations.items()
+                if name == base or self._disagreement({base: first, name: other}, {}) is None
+            }
+            if 2 * len(fitting) > len(registrations):
+                return fitting
+            compared |= fitting.keys()
+        return {}
+
+    def _disagreement(
+        self, registrations: Mapping[str, Registration], excerpts: Mapping[str, Mapping[str, Excerpt]]
+    ) -> HandshakeError | None:
+        try:
+            check_agreement(registrations, self._state.layouts, self._state.plan.strategy, excerpts=excerpts)
+        except HandshakeError as error:
+            return error
+        return None
 
     def _ask_about_names(self, registrations: Mapping[str, Registration]) -> dict[str, dict[str, Excerpt]]:
         """Ask two sites whose lists of names differ for the first entries that do, so that the error can show them."""

@@ -119,10 +119,10 @@ class Trainings:
         for training in self._all_open():
             training.run.membership.mark_gone(name, reason, early=True)
 
-    def expel(self, name: str, reason: str) -> None:
-        """Exclude a site that may not take part any more. Its calls under way are refused."""
+    def expel(self, name: str, error: FederationError) -> None:
+        """Exclude a site that may not take part any more. Its calls under way get the error."""
         for training in self._all_open():
-            training.run.membership.expel(name, reason)
+            training.run.membership.expel(name, error)
 
     def result(self, number: int) -> RunResult:
         """The result of a training, as far as it has come."""

@@ -15,7 +15,7 @@ from study import Study, until
 
 import fl_adapters as fl
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.errors import ProtocolError, RoundFailedError
+from fl_runtime.errors import HandshakeError, ProtocolError, RoundFailedError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
@@ -158,3 +158,42 @@ def test_nothing_that_a_site_writes_steers_a_terminal(study: Study) -> None:
     ]
     shown = [text for text in texts if "owned" in text]
     assert shown and all(text.replace("\n", "").isprintable() for text in texts)
+
+
+def adding_one(model: dict[str, Any], **options: Any) -> Any:
+    def work(place: Place) -> Any:
+        with fl.connect(kit=place.kit) as site:
+            for task in site.tasks(initial=model, **options):
+                task.submit({name: array + 1 for name, array in task.arrays.items()}, num_examples=1)
+        return site.arrays
+
+    return work
+
+
+OTHERS: dict[str, Any] = {
+    "another shape": adding_one({"w": np.zeros(5, np.float32)}),
+    "another name": adding_one({"v": np.zeros(4, np.float32)}),
+    "other labels": adding_one(W, agreement={"labels": ["dog", "cat"]}),
+}
+
+
+@pytest.mark.parametrize("odd", OTHERS)
+@pytest.mark.parametrize("which", ["site-1", "site-3"])
+def test_a_site_that_does_not_fit_leaves_and_the_others_begin(odd: str, which: str) -> None:
+    fits = adding_one(W, agreement={"labels": ["cat", "dog"]}) if odd == "other labels" else adding_one(W)
+    with LocalFederation(sites=3, min_sites=2, rounds=2) as federation:
+        work = {place.name: OTHERS[odd] if place.name == which else fits for place in federation.places}
+        outcomes = federation.outcomes(work, check=False)
+        result = federation.result()
+    assert isinstance(outcomes.pop(which).error, HandshakeError)
+    assert all(len(item.sites) == 2 and which not in item.sites for item in result.rounds) and len(result.rounds) == 2
+    for outcome in outcomes.values():
+        np.testing.assert_array_equal(outcome.value["w"], np.full(4, 2, np.float32))
+
+
+@pytest.mark.parametrize("min_sites", [1, 2])
+def test_of_two_sites_that_differ_nobody_can_say_which_is_right(min_sites: int) -> None:
+    with LocalFederation(sites=2, min_sites=min_sites, rounds=2) as federation:
+        work = {"site-1": adding_one(W), "site-2": OTHERS["another shape"]}
+        outcomes = federation.outcomes(work, check=False)
+    assert all(isinstance(outcome.error, HandshakeError) for outcome in outcomes.values())
