@@ -56,9 +56,10 @@ class Exporter:
 
         Says so, since the script may have used another one. Empty for models that are not of transformers.
         """
-        if not isinstance(self._model, PreTrainedModel | PeftModel):
+        base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        if not isinstance(base, PreTrainedModel):
             return []
-        source = getattr(getattr(self._model, "config", None), "name_or_path", "")
+        source = base.config.name_or_path
         found = _preprocessor_of(source) if source else None
         name = os.path.basename(folder)
         said = f"{name}/ gets the tokenizer or processor of {source}" if found else f"{name}/ has no tokenizer"

@@ -21,6 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hf_models
 
 from fl_adapters import connect
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.registry import close_sessions
 from fl_adapters.testing import LocalFederation
 from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.state import TorchState
@@ -125,7 +127,9 @@ class Federation:
         return process
 
     def ended(self) -> RunResult:
-        """Return the run's result, or raise its error if it failed."""
+        """End the scripts of this process; return the run's result, or raise its error if it failed."""
+        for place in self._open.places:
+            close_sessions("its script has ended", read_kit(place.kit))
         return self._open.result(TIMEOUT_S)
 
     def model(self, which: Literal["final", "best"] = "final") -> Arrays:

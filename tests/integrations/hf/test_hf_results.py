@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import st_models as st
 import torch
-from transformers import BertForSequenceClassification, DataCollatorWithPadding, pipeline
+from transformers import AutoTokenizer, BertForSequenceClassification, DataCollatorWithPadding, pipeline
 
 from fl_adapters.hf import FederatedCallback
 from fl_runtime.errors import ConfigError
@@ -78,6 +78,21 @@ def test_model_whose_tokenizer_nobody_knows_is_announced(federation, tmp_path, c
     _, folder = trained_classifier(federation, tmp_path / "base", with_tokenizer=False, collates=False)
     assert "model/ has no tokenizer, since the Trainer has no processing_class=" in capsys.readouterr().err
     assert not list((folder / "model").glob("token*"))
+
+
+def test_adapter_has_the_tokenizer_of_its_base(federation, tmp_path) -> None:
+    run = federation(rounds=1)
+    base = BertForSequenceClassification.from_pretrained(st.base(tmp_path / "base", classifies=True))
+    m.Trainer(
+        model=m.adapted(base),
+        args=m.arguments(),
+        train_dataset=Texts(padded=True),
+        callbacks=[FederatedCallback(kit=run.kit())],
+    ).train()
+    run.ended()
+    assert (run.folder / "model" / "adapter_model.safetensors").exists()
+    opened, text = AutoTokenizer.from_pretrained(run.folder / "model"), "word1 word7"
+    assert opened(text)["input_ids"] == st.tokenizer()(text)["input_ids"]
 
 
 def test_moved_output_folder_exists(federation) -> None:
