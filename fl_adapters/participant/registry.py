@@ -132,6 +132,19 @@ def close_sessions(reason: str, kit: Kit | None = None, *, failed: bool | None =
         entry.session.departure.end_script(early=early)
 
 
+def end_finished_script(kit: Kit) -> None:
+    """Tell a run whose training is over in this process that its script trains no more.
+
+    Does nothing if the training goes on, or if the process has no session of this kit.
+
+    Args:
+        kit: The kit of the site.
+    """
+    entry = _sessions.get(_key(kit))
+    if entry is not None and not entry.is_inherited and entry.session.closed:
+        entry.session.departure.end_script(early=False)
+
+
 def _key(kit: Kit) -> str:
     return f"{kit.server}/{kit.job}/{kit.site}"
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from fl_adapters.participant.kit import Kit, read_kit
 from fl_adapters.participant.local_work.site_plan import SitePlan
-from fl_adapters.participant.registry import close_sessions
+from fl_adapters.participant.registry import close_sessions, end_finished_script
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
@@ -244,6 +244,8 @@ class LocalFederation:
     def result(self, timeout_s: float = 10.0) -> RunResult:
         """Wait for the end of the run and return its result.
 
+        Scripts of this process whose training is over count as ended: they may train outside of `run`.
+
         Args:
             timeout_s: Seconds to wait.
 
@@ -254,6 +256,8 @@ class LocalFederation:
             FederationError: The run failed; this is its error.
             TimeoutError: The run has not ended in time, because a site has not left.
         """
+        for place in self.places:
+            end_finished_script(read_kit(place.kit))
         if not self.server.wait(timeout_s):
             raise TimeoutError(f"the run has not ended within {timeout_s:g} s: a site has not left")
         result = self.server.result()
