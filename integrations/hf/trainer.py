@@ -177,6 +177,8 @@ def refuse_unsupported(trainer: Trainer, settings: SiteSettings) -> None:
         raise _refused(
             "auto_find_batch_size starts training over in the middle of a round", fix="set per_device_train_batch_size"
         )
+    if hasattr(trainer, "setfit_model") and trainer.train_dataset is None:
+        return  # SetFit gives its trainer the data sets when it trains
     if settings.evaluate_global and not has_validation_data(trainer):
         raise ConfigError(
             "evaluate_global=True needs validation data", where="Trainer", fix="pass eval_dataset= to the Trainer"

@@ -187,3 +187,15 @@ def test_what_has_not_been_tested_is_refused_with_the_reason(feature, reason) ->
     assert settings.every == Every(epochs=1)
     with pytest.raises(ConfigError, match=reason):
         refuse_unsupported(stand_in, settings)
+
+
+def test_data_sets_that_setfit_gives_later_are_not_missed_in_the_constructor() -> None:
+    """As in SetFit's README: its trainer has load_best_model_at_end, and no data before it trains."""
+    trainer = m.trainer(train_dataset=None)
+    trainer.setfit_model = trainer.model
+    trainer.args.load_best_model_at_end = True
+    settings = SiteSettings.resolve(FederatedCallback().options, {})
+    refuse_unsupported(trainer, settings)
+    trainer.train_dataset = m.Tokens(8)
+    with pytest.raises(ConfigError, match="no round is scored"):
+        refuse_unsupported(trainer, settings)
