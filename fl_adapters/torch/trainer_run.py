@@ -266,7 +266,7 @@ class TrainerRun(Generic[P]):
                 self._site.cross_evaluate(live, self._score_unseen)
             best = self._best() if end_with_best else None
             self._site.finish(live, export)
-            self._forget()
+            self.release()
             self._finished = live
             version: int | None = ranks.share(best[0] if best else None)
             if version is not None:
@@ -291,7 +291,7 @@ class TrainerRun(Generic[P]):
         Args:
             where: Where the trainer stands: "step 6 of 12".
         """
-        self._forget()
+        self.release()
         self._site.leave(LeaveReason.own(f"the trainer stopped at {where}, in round {self.progress.round}"))
 
     def fail(self, error: BaseException) -> None:
@@ -300,7 +300,7 @@ class TrainerRun(Generic[P]):
         Does nothing for a KeyboardInterrupt: an interrupted notebook cell may be run again.
         """
         if self.active:
-            self._forget()
+            self.release()
             if not isinstance(error, KeyboardInterrupt):
                 self._site.leave(error)
 
@@ -320,7 +320,7 @@ class TrainerRun(Generic[P]):
 
     def _abandon(self, error: BaseException) -> None:
         if self.active:
-            self._forget()
+            self.release()
             self._site.leave(error)
 
     def _checked(self, resumed: Resumed | None) -> Resumed | None:
@@ -407,8 +407,8 @@ class TrainerRun(Generic[P]):
 
         return ranks.on_rank_zero(fetched)
 
-    def _forget(self) -> None:
-        """End this site's part, and let go of the trainer and the model."""
+    def release(self) -> None:
+        """End this object's part, and let go of the trainer and the model. Does nothing to the session."""
         self.active = self.begun = False
         if self._live is not None:
             self._live.local.close()

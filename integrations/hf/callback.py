@@ -82,6 +82,8 @@ class FederatedCallback(PrivateArguments, TrainerCallback):
     ) -> None:
         """Make the handshake and take the first global model."""
         if self._run is None or not self._run.awaits_training():  # added after the constructor, or trained before
+            if self._run is not None:
+                self._run.release()  # of a training that was interrupted
             self._run = self._join(args, trains=True)
         run = self._run
         if run is None:

@@ -15,6 +15,8 @@ import torch_loops as t
 from killed_sites import WarmProcess, run_sites
 from safetensors.numpy import load_file
 
+from fl_adapters.participant.kit import read_kit
+from fl_adapters.participant.registry import close_sessions
 from fl_adapters.testing import (
     CorrectionCase,
     CrossSiteCase,
@@ -202,6 +204,7 @@ def test_a_checkpoint_of_the_loop_resumes_the_run() -> None:
                 steps_of(round, net, optimizer)
             else:
                 return numbers, loop.state_dict(), optimizer.state_dict()["state"][0]["step"].item()
+            close_sessions("its process died", read_kit(place.kit), failed=True)
 
     with LocalFederation(sites=2, rounds=4, min_sites=1) as federation:
         numbers, state, steps = federation.run(body)["site-1"]

@@ -11,6 +11,7 @@ import pytest
 SITE = """
 import copy
 import os
+import tempfile
 import numpy as np
 import peft
 import torch
@@ -54,8 +55,9 @@ trainer = m.trainer(
     eval_dataset=m.Tokens(16, seed=9) if VALUES.get("arguments") else None, **VALUES.get("arguments", {}),
 )
 trainer.train()
-trainer.save_model("mine")
-opened = peft.PeftModel.from_pretrained(copy.deepcopy(plain), "mine")
+mine = os.path.join(tempfile.mkdtemp(), "mine")  # a path in the working directory would be moved below the run
+trainer.save_model(mine)
+opened = peft.PeftModel.from_pretrained(copy.deepcopy(plain), mine)
 bases = [l.get_base_layer().weight for l in model.modules() if hasattr(l, "lora_A")]
 olds = [l.get_base_layer().weight for l in opened.modules() if hasattr(l, "lora_A")]
 RESULT = {
