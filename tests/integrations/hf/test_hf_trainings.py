@@ -70,3 +70,25 @@ def test_a_trainer_that_only_evaluates_is_no_training() -> None:
 
     first, second = run(work, 1)
     assert first == second
+
+
+def test_the_head_first_and_then_all_layers() -> None:
+    """The second training goes on from the weights of the first, and exchanges more tensors."""
+
+    def work(place: Place) -> Any:
+        model = classifier()
+        model.bert.requires_grad_(False)
+        data = InOrder(Tokens(32, seed=place.index))
+        trainer(FederatedCallback(kit=place.kit), model=model, train_dataset=data).train()
+        head = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
+        model.requires_grad_(True)
+        trainer(FederatedCallback(kit=place.kit), model=model, train_dataset=data).train()
+        return head, {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
+
+    first, second = run(work, 2)
+    untouched = {n: p.detach().numpy() for n, p in classifier().named_parameters()}
+    for after_head, after_all in (first, second):
+        changed = {n for n in untouched if not np.array_equal(untouched[n], after_head[n])}
+        assert changed == {n for n in untouched if n.startswith("classifier.")}
+        assert sum(not np.array_equal(after_head[n], after_all[n]) for n in untouched) > len(changed)
+    assert same(first[0], second[0]) and same(first[1], second[1])
