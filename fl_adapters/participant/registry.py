@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from fl_adapters.participant.identity import Site
@@ -157,7 +158,10 @@ def _join(kit: Kit, options: Options, framework: str, before: Site | None) -> Se
         transport.close()
         raise
     _sessions[_key(kit)] = _Entry(session, os.getpid())
-    atexit.register(close_sessions, "its script ended before the last round")
+    reason = "its script ended before the last round"
+    atexit.register(close_sessions, reason)
+    # processes of multiprocessing, such as those of Lightning's ddp_spawn, end without what atexit has registered
+    Finalize(None, close_sessions, args=(reason,), exitpriority=0)
     return session
 
 

@@ -37,6 +37,7 @@ State = tuple[Callable[[], Any], Callable[[Any], None]]
 """Getter and setter of a state that belongs to the process, such as `(torch.get_rng_state, torch.set_rng_state)`."""
 
 _ENDING_S = 5.0
+_LOOK_S = 0.02
 _PYTHON: State = (random.getstate, random.setstate)
 _NUMPY: State = (np.random.get_state, np.random.set_state)
 
@@ -256,11 +257,12 @@ class LocalFederation:
             FederationError: The run failed; this is its error.
             TimeoutError: The run has not ended in time, because a site has not left.
         """
-        if not self.server.wait(0):
-            for place in self.places:
+        deadline = time.monotonic() + timeout_s
+        while not self.server.wait(_LOOK_S):
+            for place in self.places:  # again and again: a site may finish in a thread of the caller's
                 end_finished_script(read_kit(place.kit))
-        if not self.server.wait(timeout_s):
-            raise TimeoutError(f"the run has not ended within {timeout_s:g} s: a site has not left")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the run has not ended within {timeout_s:g} s: a site has not left")
         result = self.server.result()
         if result.error is not None:
             raise result.error
