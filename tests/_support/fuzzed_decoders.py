@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import FederationError, ProtocolError
-from fl_runtime.server import service
+from fl_runtime.server.calls import service
 from fl_runtime.server.calls.service import first_request
 from fl_runtime.server.federation.federation import _object
 from fl_runtime.trust.identity import Identity

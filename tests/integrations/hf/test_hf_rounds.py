@@ -310,9 +310,9 @@ def test_local_early_stop_leaves_the_others_going(federation) -> None:
     trainer.train()
     partner.ended()
     assert trainer.state.global_step == 8
+    assert len(run.ended().rounds) == 4
     (left,) = run.events_of("left", "site-1")
     assert "the trainer stopped at step" in left.data["reason"]
-    assert len(run.ended().rounds) == 4
 
 
 def test_failed_run_ends_training_with_its_error(federation) -> None:
