@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_DIGITS = 6  # of the number of a training
+
 
 def training_name(job: str, number: int) -> str:
     """Return the name of a training, by which messages, audit logs and privacy ledgers refer to it.
@@ -29,6 +31,21 @@ def training_folder(folder: Path, number: int) -> Path:
         `folder` itself for the first training, then the folders 2, 3, and so on in it.
     """
     return folder if number == 1 else folder / str(number)
+
+
+def parsed_name(name: str) -> tuple[str, int] | None:
+    """Take the name of a training apart, which another participant may have sent.
+
+    Args:
+        name: The name. Its job is not checked.
+
+    Returns:
+        The job and the number of the training; None if what follows the job is no number of a training.
+    """
+    job, _, digits = name.partition("/")
+    if not digits:
+        return job, 1
+    return (job, int(digits)) if len(digits) <= _DIGITS and digits.isascii() and digits.isdecimal() else None
 
 
 def job_of(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
-from fl_runtime.errors import FederationError, ProtocolError
-from fl_runtime.trainings import training_name
+from fl_runtime.errors import ConfigError, FederationError, ProtocolError
+from fl_runtime.trainings import parsed_name, training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.trust.identity import check_name
 from fl_runtime.types import Metrics, Report, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
@@ -32,8 +32,6 @@ from fl_runtime.wire.names import Facts
 log = logging.getLogger(__name__)
 
 _GOODBYE_S = 10.0
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
@@ -293,12 +291,12 @@ def _settings(reply: pb.JoinReply) -> dict[str, Any]:
     """The job's settings. Names become folders at this site, so they are checked here, once for all."""
     try:
         settings = json.loads(reply.settings_json)
-        names = [settings["name"].partition("/")[0], reply.site]
-        training = settings["name"].partition("/")[2]
-        if all(map(_NAME.fullmatch, names)) and (not training or _NUMBER.fullmatch(training)):
-            assert isinstance(settings, dict)
+        training = parsed_name(settings["name"])
+        if isinstance(settings, dict) and training is not None:
+            check_name(training[0], "job")
+            check_name(reply.site, "site")
             return settings
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, AssertionError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, ConfigError):
         pass
     raise ProtocolError(
         "the server names a job or a site in a way that this site does not accept as a name",

@@ -16,12 +16,10 @@ from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.trainings.training import Training, TrainingOptions
 from fl_runtime.store.journal import Journal
-from fl_runtime.trainings import training_folder, training_name
+from fl_runtime.trainings import parsed_name, training_folder, training_name
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import RunSettings
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
-
-_DIGITS = 7  # of the number of a training
 
 
 class Trainings:
@@ -204,9 +202,9 @@ class Trainings:
 
     def _named(self, job: str) -> Training:
         """The training of a session. One that was closed is opened, since the server may have been started again."""
-        name, _, digits = job.partition("/")
-        if name in ("", self._settings.name) and len(digits) < _DIGITS and (digits.isdecimal() or not digits):
-            number = int(digits or 1)
+        parsed = parsed_name(job)
+        if parsed is not None and parsed[0] in ("", self._settings.name):
+            number = parsed[1]
             training = self._open.get(number)  # without the lock, which is held while a model is read from the disk
             if training is not None:
                 return training
