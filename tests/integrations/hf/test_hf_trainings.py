@@ -92,3 +92,30 @@ def test_the_head_first_and_then_all_layers() -> None:
         assert changed == {n for n in untouched if n.startswith("classifier.")}
         assert sum(not np.array_equal(after_head[n], after_all[n]) for n in untouched) > len(changed)
     assert same(first[0], second[0]) and same(first[1], second[1])
+
+
+def test_a_grid_search_over_folds_equals_plain_trainings() -> None:
+    """Sites with the same rows learn what one of them learns alone: candidate by candidate, and fold by fold."""
+    candidates = [(rate, fold) for rate in (1e-2, 3e-2) for fold in (1, 2)]
+
+    def search(*callbacks: Any) -> list[dict[str, np.ndarray]]:
+        found = []
+        for rate, fold in candidates:
+            data = InOrder(Tokens(16, seed=fold))
+            model = adapted(classifier(), seed=fold)
+            item = trainer(*callbacks, model=model, train_dataset=data, learning_rate=rate, num_train_epochs=2)
+            item.train()
+            found.append(weights(item.model))
+        return found
+
+    states = [(torch.get_rng_state, torch.set_rng_state)]
+    with LocalFederation(sites=2, states=states) as federation:
+        trained = federation.run(lambda place: search(FederatedCallback(kit=place.kit)))
+        federation.result()
+        assert federation.server.training_count == len(candidates)
+    alone = search()
+    for found in trained.values():
+        for got, want in zip(found, alone, strict=True):
+            for name in want:
+                np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+    assert not same(alone[0], alone[1]) and not same(alone[0], alone[2])
