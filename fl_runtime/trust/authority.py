@@ -1,7 +1,7 @@
 """The certificate authority of a federation: a folder to keep private, best on a machine without network.
 
 authority/
-    ca.pem, ca.key          the authority's certificate and its private key (mode 0600)
+    ca.pem, ca.key          the authority's certificate and its private key (mode 0600, see passphrase.py)
     project.yml             who may have a certificate, and with which role
     issued/SERIAL.pem       every certificate that was issued
     revoked.json            serial number -> time of revocation
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 
 from cryptography import x509
@@ -23,18 +24,19 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.certificates import (
     Certificate,
+    PrivateKey,
     PublicKey,
-    fingerprint,
+    authority_fingerprint,
     key_pem,
     load,
     new_key,
     read_certificate,
-    read_key,
     sign,
     subject,
 )
 from fl_runtime.trust.files import check_private, read_file, write_file
 from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.passphrase import no_passphrase, open_key
 from fl_runtime.trust.project import Project, read_project, split_address
 from fl_runtime.version import SERVER_NAME
 
@@ -47,6 +49,8 @@ class Authority:
 
     Args:
         folder: The authority's folder.
+        passphrase: Returns the passphrase of the private key. It is called at the first signature, and only if the key
+            is encrypted.
 
     Attributes:
         folder: The authority's folder.
@@ -57,21 +61,25 @@ class Authority:
         ConfigError: If the folder holds no authority, or others can read its private key.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, passphrase: Callable[[], bytes] = no_passphrase) -> None:
+        self.folder, self._passphrase = folder, passphrase
         self.pem = read_file(folder / "ca.pem", "certificate authority")
-        key_file = folder / "ca.key"
-        self._key = read_key(read_file(key_file, "authority's private key"), str(key_file))
-        check_private(key_file)
+        read_file(folder / "ca.key", "authority's private key")
+        check_private(folder / "ca.key")
         self.project = read_project(folder / "project.yml")
 
+    @cached_property
+    def _key(self) -> PrivateKey:
+        return open_key(self.folder / "ca.key", self._passphrase)
+
     @classmethod
-    def create(cls, folder: Path, project: Project) -> Authority:
+    def create(cls, folder: Path, project: Project, passphrase: bytes = b"") -> Authority:
         """Create the authority of a new federation.
 
         Args:
             folder: Folder to create.
             project: The federation's participants.
+            passphrase: Encrypts the private key; empty for a key that is not encrypted.
 
         Returns:
             The authority.
@@ -96,17 +104,17 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         )
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_file(folder / "ca.key", key_pem(key), secret=True)
+        write_file(folder / "ca.key", key_pem(key, passphrase), secret=True)
         write_file(folder / "ca.pem", _pem(builder.sign(key, hashes.SHA256())))
         save_project(folder, project)
-        authority = cls(folder)
+        authority = cls(folder, lambda: passphrase)
         authority._sign_list({})
         return authority
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the authority's public key, hexadecimal, for comparison over another channel."""
-        return fingerprint(self._key.public_key())
+        return authority_fingerprint(self.pem)
 
     def issue(self, identity: Identity, key: PublicKey, *, days: float | None = None) -> bytes:
         """Issue a certificate.

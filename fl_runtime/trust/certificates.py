@@ -65,30 +65,38 @@ def new_key() -> PrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def key_pem(key: PrivateKey) -> bytes:
-    """Return a private key as unencrypted PEM (PKCS 8)."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def key_pem(key: PrivateKey, passphrase: bytes = b"") -> bytes:
+    """Return a private key as PEM (PKCS 8), encrypted if there is a passphrase."""
+    encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
-def read_key(pem: bytes, where: str = "") -> PrivateKey:
+def is_encrypted(key: bytes) -> bool:
+    """Whether a private key as PEM can be read with a passphrase only."""
+    return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in key or b"Proc-Type: 4,ENCRYPTED" in key
+
+
+def read_key(pem: bytes, where: str = "", passphrase: bytes = b"") -> PrivateKey:
     """Read a private key.
 
     Args:
-        pem: The key, unencrypted.
+        pem: The key.
         where: Its file, for the error message.
+        passphrase: Its passphrase; empty if it is not encrypted.
 
     Returns:
         The key.
 
     Raises:
-        ConfigError: If it is not a P-256 key as PEM.
+        ConfigError: If it is not a P-256 key as PEM, or the passphrase is not the key's.
     """
+    encrypted = is_encrypted(pem)
     try:
-        key = serialization.load_pem_private_key(pem, None)
+        key = serialization.load_pem_private_key(pem, passphrase if encrypted else None)
     except (ValueError, TypeError):
         key = None
+    if encrypted and key is None:
+        raise ConfigError("this passphrase does not open the private key", where=where, fix="check the passphrase")
     if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ConfigError("this is not a P-256 private key in PEM", where=where, fix="get a new startup kit")
     return key
@@ -227,6 +235,13 @@ def fingerprint(key: PublicKey) -> str:
     digest = hashes.Hash(hashes.SHA256())
     digest.update(key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
     return digest.finalize().hex()
+
+
+def authority_fingerprint(ca_pem: bytes) -> str:
+    """Return the SHA-256 of an authority's public key, hexadecimal."""
+    key = load(ca_pem).public_key()
+    assert isinstance(key, PublicKey)
+    return fingerprint(key)
 
 
 def sign(key: PrivateKey, data: bytes) -> bytes:

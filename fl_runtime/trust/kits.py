@@ -23,11 +23,10 @@ from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.certificates import (
     Certificate,
     PrivateKey,
-    PublicKey,
+    authority_fingerprint,
     check_issued_by,
     fingerprint,
     key_pem,
-    load,
     new_key,
     read_certificate,
     read_key,
@@ -41,7 +40,6 @@ from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
 KIT_FORMAT = 1
 KIT_FILE, CERTIFICATE, KEY, CA, CRL = "kit.json", "certificate.pem", "key.pem", "ca.pem", "crl.pem"
 REQUEST, FRESH_KEY = "request.pem", "key.new.pem"
-_SIGNED = (KIT_FILE, CA)
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,13 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
         StoreError: If a file cannot be written.
         ConfigError: If the certificate would outlive the authority.
     """
+    files = {KIT_FILE: json.dumps(_fields(authority, identity), indent=1).encode(), CA: authority.pem}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files["manifest.json"] = json.dumps({"format": KIT_FORMAT, "files": digests}, indent=1, sort_keys=True).encode()
+    files["manifest.sig"] = authority.sign(files["manifest.json"])  # before anything is written: the key may be locked
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_file(folder / KIT_FILE, json.dumps(_fields(authority, identity), indent=1).encode())
-    write_file(folder / CA, authority.pem)
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _SIGNED}
-    manifest = json.dumps({"format": KIT_FORMAT, "files": digests}, indent=1, sort_keys=True).encode()
-    write_file(folder / "manifest.json", manifest)
-    write_file(folder / "manifest.sig", authority.sign(manifest))
+    for name, data in files.items():
+        write_file(folder / name, data)
     if with_key:
         key = new_key()
         write_file(folder / KEY, key_pem(key), secret=True)
@@ -279,13 +277,6 @@ def install(folder: Path, pem: bytes, where: str) -> Certificate:
         where=where,
         fix="install it where `cert request` was run, or request a new one",
     )
-
-
-def authority_fingerprint(ca_pem: bytes) -> str:
-    """Return the SHA-256 of an authority's public key, hexadecimal."""
-    key = load(ca_pem).public_key()
-    assert isinstance(key, PublicKey)
-    return fingerprint(key)
 
 
 def _key(path: Path) -> PrivateKey:

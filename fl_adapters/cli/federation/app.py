@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fl_adapters.cli.federation.authority_app import PassphraseFile, authority
 from fl_adapters.participant.kit import KIT_VARIABLE
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -47,6 +48,7 @@ def add_to(app: typer.Typer) -> None:
         audit_verify
     )
     app.add_typer(cert)
+    app.add_typer(authority)
     app.add_typer(audit)
 
 
@@ -60,15 +62,17 @@ def provision(
     without_keys: Annotated[
         bool, typer.Option("--without-keys", help="Make no keys: participants make theirs with `cert request`.")
     ] = False,
+    passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
     """Make a certificate authority and one startup kit per participant.
 
-    Run it again after adding participants to the project file: existing kits stay as they are.
+    Run it again after adding participants to the project file: existing kits stay as they are. With a passphrase from a
+    file or the environment, a new authority's key is encrypted.
     """
     from fl_adapters.cli.federation import provision as command
 
-    sys.exit(command.provision(project, out, as_zip, password, without_keys, as_json))
+    sys.exit(command.provision(project, out, as_zip, password, without_keys, passphrase_file, as_json))
 
 
 def unpack(
@@ -146,12 +150,13 @@ def cert_sign(
         Path | None, typer.Option(help="File for the certificate. Default: NAME.pem beside the request.")
     ] = None,
     days: _Days = None,
+    passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
     """Sign the request of a participant of the project."""
     from fl_adapters.cli.federation import cert as command
 
-    sys.exit(command.sign(request, authority, out, days, as_json))
+    sys.exit(command.sign(request, authority, out, days, passphrase_file, as_json))
 
 
 def cert_install(
@@ -175,6 +180,7 @@ def cert_renew(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the certificates.")] = Path("renewed"),
     days: _Days = None,
+    passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
     """Make new certificates for the same keys.
@@ -183,19 +189,20 @@ def cert_renew(
     """
     from fl_adapters.cli.federation import cert as command
 
-    sys.exit(command.renew(names or (), authority, out, days, as_json))
+    sys.exit(command.renew(names or (), authority, out, days, passphrase_file, as_json))
 
 
 def cert_revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Participant.")],
     authority: _Authority,
     kit: Annotated[Path | None, typer.Option(help="Kit of a project admin, to tell the server at once.")] = None,
+    passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
     """Revoke all certificates of a participant, also for open connections."""
     from fl_adapters.cli.federation import cert as command
 
-    sys.exit(command.revoke(name, authority, kit, as_json))
+    sys.exit(command.revoke(name, authority, kit, passphrase_file, as_json))
 
 
 def cert_list(authority: _Authority, as_json: _Json = False) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fl_adapters.cli.federation.passphrase import open_authority
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
 
@@ -25,15 +26,21 @@ def request(kit: Path, as_json: bool) -> int:
     return 0
 
 
-def sign(request_file: Path, authority_folder: Path, out: Path | None, days: float | None, as_json: bool) -> int:
+def sign(
+    request_file: Path,
+    authority_folder: Path,
+    out: Path | None,
+    days: float | None,
+    passphrase: Path | None,
+    as_json: bool,
+) -> int:
     """Sign a request, if the project knows its participant."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.errors import ConfigError
-        from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.certificates import read_request
         from fl_runtime.trust.files import read_file, write_file
 
-        authority = Authority(authority_folder)
+        authority = open_authority(authority_folder, passphrase)
         claimed, key = read_request(read_file(request_file, "signing request"), str(request_file))
         known = authority.project.participant(claimed.name)
         if claimed != known:
@@ -60,13 +67,14 @@ def install(certificate: Path, kit: Path, as_json: bool) -> int:
     return 0
 
 
-def renew(names: Sequence[str], authority_folder: Path, out: Path, days: float | None, as_json: bool) -> int:
+def renew(
+    names: Sequence[str], authority_folder: Path, out: Path, days: float | None, passphrase: Path | None, as_json: bool
+) -> int:
     """Make new certificates for the same keys: those of `names`, else all that expire soon."""
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.files import write_file
 
-        authority = Authority(authority_folder)
+        authority = open_authority(authority_folder, passphrase)
         due = list(names) or [name for name, item in _newest(authority).items() if item.expires_soon]
         renewed = {}
         for name in due:
@@ -78,15 +86,14 @@ def renew(names: Sequence[str], authority_folder: Path, out: Path, days: float |
     return 0
 
 
-def revoke(name: str, authority_folder: Path, kit: Path | None, as_json: bool) -> int:
+def revoke(name: str, authority_folder: Path, kit: Path | None, passphrase: Path | None, as_json: bool) -> int:
     """Revoke all certificates of a participant; with an admin's kit, tell the server at once."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.control import ControlClient
-        from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.kits import read_kit
 
         admin = None if kit is None else read_kit(kit, kind="admin")
-        authority = Authority(authority_folder)
+        authority = open_authority(authority_folder, passphrase)
         revoked, crl = authority.revoke(name)
         answer: dict[str, Any] = {}
         if admin is not None:

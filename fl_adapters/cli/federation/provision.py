@@ -8,11 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fl_adapters.cli.federation.passphrase import given, open_authority
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
 
 
-def provision(project: Path, out: Path, as_zip: bool, password: str, without_keys: bool, as_json: bool) -> int:
+def provision(
+    project: Path,
+    out: Path,
+    as_zip: bool,
+    password: str,
+    without_keys: bool,
+    passphrase: Path | None,
+    as_json: bool,
+) -> int:
     """Make kits for all participants without one in `out`, and the authority in `out`/authority if there is none."""
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
@@ -27,16 +36,16 @@ def provision(project: Path, out: Path, as_zip: bool, password: str, without_key
         new_project = read_project(project)
         folder = out / "authority"
         if (folder / "ca.key").exists():
-            authority = Authority(folder)
+            authority = open_authority(folder, passphrase)
             if authority.project.federation != new_project.federation:
                 raise ConfigError(
                     f"{folder} is the authority of {authority.project.federation}, not of {new_project.federation}",
                     fix="choose another folder with --out",
                 )
             save_project(folder, new_project)
-            authority = Authority(folder)
+            authority = open_authority(folder, passphrase)
         else:
-            authority = Authority.create(folder, new_project)
+            authority = Authority.create(folder, new_project, given(passphrase))
         kits: dict[str, dict[str, Any]] = {}
         for identity in new_project.participants():
             kit = out / identity.name
