@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, QuorumError
 from fl_runtime.server.calls import limits
-from fl_runtime.server.registration import Member, Registration, check_latecomer
+from fl_runtime.server.registration import Member, Registration, check_latecomer, needed_capabilities
 from fl_runtime.server.state import RunState
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Excerpt, Question
@@ -66,7 +66,8 @@ class Membership:
             self.add_manifest(member, manifest)
             member.layouts.add(manifest.layout)
             if state.plan.rounds is not None:
-                check_latecomer(name, registration, self.members, state.layouts, state.plan.strategy)
+                needs = needed_capabilities(state.settings, state.plan.strategy, state.plan.terms)
+                check_latecomer(name, registration, self.members, state.layouts, state.plan.strategy, needs)
             member.registration, member.known = registration, True
             state.journal.registered(name, registration.to_json())
             state.events.emit(

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART
 from fl_runtime.errors import FederationError, HandshakeError, StateMismatchError
-from fl_runtime.types import Strategy, Terms
+from fl_runtime.types import RunSettings, Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 from fl_runtime.wire.names import TENSORS_OF, Excerpt, NamesDigest, describe_difference
 
@@ -200,31 +201,57 @@ def check_latecomer(
     members: Mapping[str, Member],
     layouts: Mapping[bytes, Manifest],
     strategy: Strategy,
+    needs: Mapping[str, frozenset[str]],
 ) -> None:
-    """Compare a site that registers after the run has begun with the first other site, as `check_agreement` does."""
+    """Check a site that registers after the run has begun: that it has the capabilities that the run needs, and fits
+    the first other site, as `check_agreement` does."""
+    check_capabilities({name: registration}, needs, "during the run")
     others = {m.name: m.registration for m in members.values() if m.registration and m.name != name}
     if others:
         first = next(iter(others.items()))
         check_agreement(dict([first, (name, registration)]), layouts, strategy, "during the run")
 
 
-def check_capabilities(registrations: Mapping[str, Registration], what: str, requires: frozenset[str]) -> None:
+def needed_capabilities(settings: RunSettings, strategy: Strategy, terms: Terms) -> dict[str, frozenset[str]]:
+    """Return the capabilities that every site of a run needs.
+
+    Args:
+        settings: The job's settings.
+        strategy: The strategy of the run.
+        terms: What the sites have agreed on; they name the strategy if the job does not.
+
+    Returns:
+        What needs them (the strategy, or the name of a setting) -> names of capabilities.
+    """
+    needs = {f"the strategy {settings.strategy or terms.strategy}": strategy.requires}
+    if settings.cross_site:
+        needs["cross_site"] = frozenset({CROSS_EVALUATION})
+    if settings.exact_restart:
+        needs["exact_restart"] = frozenset({EXACT_RESTART})
+    return needs
+
+
+def check_capabilities(
+    registrations: Mapping[str, Registration], needs: Mapping[str, frozenset[str]], when: str = "before round 1"
+) -> None:
     """Raise HandshakeError, which names the first such site, if a site's adapter lacks a capability.
 
     Args:
         registrations: Registrations by site.
-        what: What needs the capabilities: the job's strategy, or the name of a setting.
-        requires: The capabilities that every site needs.
+        needs: What `needed_capabilities` returned.
+        when: When the sites are checked, for the error.
     """
-    for name, registration in registrations.items():
-        weights = {"weights"} if registration.terms.content == "weights" else set()
-        missing = requires - registration.capabilities - weights
-        if missing:
-            raise HandshakeError(
-                f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not have",
-                where=f"handshake of {name}, before round 1",
-                fix=_FIXES.get(what, "choose another strategy, or an adapter and version that support it"),
-            )
+    for what, requires in needs.items():
+        for name, registration in registrations.items():
+            weights = {"weights"} if registration.terms.content == "weights" else set()
+            missing = requires - registration.capabilities - weights
+            if missing:
+                raise HandshakeError(
+                    f"{what} needs the capability {', '.join(sorted(missing))}, which the adapter of {name} does not "
+                    "have",
+                    where=f"handshake of {name}, {when}",
+                    fix=_FIXES.get(what, "choose another strategy, or an adapter and version that support it"),
+                )
 
 
 def _declared_differences(first: Registration, other: Registration, detailed: Collection[str]) -> list[str]:

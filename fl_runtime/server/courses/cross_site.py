@@ -11,17 +11,14 @@ have scored all models, or at the deadline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fl_runtime.aggregation.metrics.pooling import plain
-from fl_runtime.capabilities import CROSS_EVALUATION
 from fl_runtime.filters import check_cross_site
 from fl_runtime.server.courses.base import Offer, leased
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.recovery import load_update
-from fl_runtime.server.registration import Member, Registration, check_capabilities
+from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import ModelEntry
@@ -43,11 +40,10 @@ class CrossEvaluation:
         self._last: dict[str, Accepted] = {}
         self._models: dict[str, Model] = {}
 
-    def check(self, registrations: Mapping[str, Registration]) -> None:
-        """Raise ConfigError or HandshakeError if the sites' own models cannot be evaluated."""
+    def check_settings(self) -> None:
+        """Raise ConfigError if filters or strategy leave no models of single sites to evaluate."""
         if self._enabled:
             check_cross_site(self._state.settings.filters, self._state.plan.strategy)
-            check_capabilities(registrations, "cross_site", frozenset({CROSS_EVALUATION}))
 
     def keep(self, accepted: Accepted) -> Blob | None:
         """Take over the file of an update whose round is closed. Returns a file that is not needed any more, if any."""

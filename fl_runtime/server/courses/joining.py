@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fl_runtime.capabilities import EXACT_RESTART
 from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
@@ -15,6 +14,7 @@ from fl_runtime.server.registration import (
     check_agreement,
     check_capabilities,
     differing_names,
+    needed_capabilities,
     spokesman,
 )
 from fl_runtime.server.state import RunState
@@ -71,8 +71,8 @@ class Joining:
 
         Raises:
             QuorumError: Too few sites are left, or have registered before the deadline.
-            HandshakeError: They do not agree, an adapter lacks a capability that the job needs, or the script of a site
-                has ended after fewer trainings.
+            HandshakeError: They do not agree, too many adapters lack a capability that the job needs, or the script of
+                a site has ended after fewer trainings.
             StateMismatchError: Their models differ.
             ConfigError: The job's settings do not fit what the sites registered.
         """
@@ -83,12 +83,11 @@ class Joining:
             registrations = self._agreeing(
                 {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
             )
+            state.agree(registrations[spokesman(registrations)].terms)
+            self._check_settings()
+            registrations = self._able(registrations)
             first = registrations[spokesman(registrations)]
-            state.agree(first.terms)
-            self._check_strategy(registrations)
-            self._cross_site.check(registrations)
-            if settings.exact_restart:
-                check_capabilities(registrations, "exact_restart", frozenset({EXACT_RESTART}))
+            state.agree(first.terms)  # the spokesman, who names the best metric, may have been a site that left
             rounds = settings.rounds or max(r.rounds for r in registrations.values())
             if not rounds:
                 raise ConfigError(
@@ -119,6 +118,26 @@ class Joining:
                 pair = {base: fitting[base], name: registrations[name]}
                 self._membership.expel(name, self._disagreement(pair, excerpts) or error)
             registrations = fitting
+
+    def _able(self, registrations: dict[str, Registration]) -> dict[str, Registration]:
+        """Return the registrations of the sites that can do what the job needs, if they make a quorum.
+
+        The other sites are expelled, each with the error that names what it lacks. Raises that of the first one for
+        all sites if too few are left.
+        """
+        plan, lacking = self._state.plan, dict[str, HandshakeError]()
+        needs = needed_capabilities(self._state.settings, plan.strategy, plan.terms)
+        for name, registration in registrations.items():
+            try:
+                check_capabilities({name: registration}, needs)
+            except HandshakeError as error:
+                lacking[name] = error
+        able = {name: registration for name, registration in registrations.items() if name not in lacking}
+        if lacking and len(able) < max(self._state.settings.min_sites, 1):
+            raise next(iter(lacking.values()))
+        for name, reason in lacking.items():
+            self._membership.expel(name, reason)
+        return able
 
     def _majority(self, registrations: dict[str, Registration]) -> dict[str, Registration]:
         """The registrations that fit to one of them, if they are more than half; else none."""
@@ -172,13 +191,13 @@ class Joining:
         self._membership.check_quorum(self._membership.remaining(), "before round 1")
         return all(m.active for m in members if not m.gone)
 
-    def _check_strategy(self, registrations: dict[str, Registration]) -> None:
-        settings, plan = self._state.settings, self._state.plan
-        name = f"the strategy {settings.strategy or plan.terms.strategy}"
-        if settings.fraction < 1 and plan.strategy.content == "encoded":
+    def _check_settings(self) -> None:
+        """Raise ConfigError if the job's settings do not fit the strategy that the sites have agreed on."""
+        settings, strategy = self._state.settings, self._state.plan.strategy
+        if settings.fraction < 1 and strategy.content == "encoded":
             raise ConfigError(
-                f"{name} needs all sites in every round",
+                f"the strategy {settings.strategy or self._state.plan.terms.strategy} needs all sites in every round",
                 where="fraction",
                 fix="leave fraction out of the job",
             )
-        check_capabilities(registrations, name, plan.strategy.requires)
+        self._cross_site.check_settings()

@@ -146,7 +146,7 @@ class Virtual:
             return
         state.agree(Terms())
         first, strategy = next(iter(members)), state.plan.strategy
-        check_capabilities({first: registration}, f"the strategy {strategy.spec}", strategy.requires)
+        check_capabilities({first: registration}, {f"the strategy {strategy.spec}": strategy.requires})
         assert state.settings.rounds is not None
         state.begin(state.settings.rounds, list(members), manifest)
 
