@@ -1,0 +1,99 @@
+"""The settings of a job, and what the sites' scripts propose where a job leaves them open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fl_runtime.types.messages import Content, Settings
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Settings that the sites' scripts propose where the job leaves them open. All sites must propose the same.
+
+    Attributes:
+        content: What the arrays of updates hold.
+        strategy: The strategy that fits these updates, as text.
+        best_metric: Metric that decides which round is the best.
+        best_mode: Whether lower or higher values of that metric are better.
+        patience: Number of rounds without a better metric after which the run ends; None never ends it early.
+        min_delta: Least difference of the metric that counts as better, for `patience`.
+    """
+
+    content: Content = "weights"
+    strategy: str = "fedavg"
+    best_metric: str = "loss"
+    best_mode: Literal["min", "max"] = "min"
+    patience: int | None = None
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of one job as the server and the sites read them. `fl_adapters.Job` describes each in full.
+
+    Attributes:
+        name: Name of the job.
+        sites: Names of the sites, in the order in which updates are summed.
+        min_sites: Number of updates that a round needs (the quorum).
+        rounds: Number of rounds; None leaves it to the sites' trainers, which must agree.
+        strategy: The strategy as text; None leaves it to the sites' `Terms`.
+        deadline_s: Seconds after which a round closes with the updates that are there.
+        late: What happens to an update that arrives after its round has closed.
+        every: Local budget between two exchanges; None leaves it to the scripts.
+        exchange: Which tensors travel; None leaves it to the scripts.
+        keep_local: Name patterns of tensors that never leave a site.
+        optimizer_state: What happens to optimizer state at an exchange; None leaves it to the scripts.
+        filters: Filters of what travels, in order; each a table of settings.
+        initial: Path of a safetensors file with the initial model; None takes the first site's weights.
+        best_metric: Metric that decides which round is the best; None leaves it to the sites' `Terms`.
+        best_mode: Whether lower or higher is better; None leaves it to the sites' `Terms`.
+        seed: Seed of everything random in the run; None means 0 where a number is needed.
+        exact_restart: Whether a restarted site must end with the same bits.
+        rejoin_s: Seconds to wait for a site whose connection is gone before `min_sites` decides.
+        app: Name of the app that the sites run; the policy of a site maps it to a command.
+        submitted_by: Identity (URI) of who submitted the job; "" in a simulation.
+        fraction: Share of the sites that take part in a round, above 0 and at most 1.
+        site_weights: Site name -> factor of its weight; 1 for sites not named.
+        patience: Rounds without a better metric after which the run ends; None leaves it to the sites' `Terms`.
+        min_delta: Least difference of the metric that counts as better, for `patience`.
+        cross_site: Whether every site evaluates every site's model after the last round.
+        durability: Whether acknowledged updates survive the death of processes, or also a power failure.
+        trainings: Largest number of trainings in a site's script; None for any number.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    min_sites: int
+    rounds: int | None = None
+    strategy: str | None = None
+    deadline_s: float = 86_400.0
+    late: Literal["drop", "carry"] = "drop"
+    every: str | int | None = None
+    exchange: str | tuple[str, ...] | None = None
+    keep_local: tuple[str, ...] = ()
+    optimizer_state: str | None = None
+    filters: tuple[Settings, ...] = ()
+    initial: str | None = None
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] | None = None
+    seed: int | None = None
+    exact_restart: bool = False
+    rejoin_s: float = 60.0
+    app: str = ""
+    submitted_by: str = ""
+    fraction: float = 1.0
+    site_weights: Mapping[str, float] = field(default_factory=dict)
+    patience: int | None = None
+    min_delta: float = 0.0
+    cross_site: bool = False
+    durability: Literal["process", "power"] = "process"
+    trainings: int | None = None
+
+    @property
+    def sites_per_round(self) -> int:
+        """Number of sites in a round: `fraction` of all sites, rounded up."""
+        return max(1, math.ceil(self.fraction * len(self.sites) - 1e-9))
