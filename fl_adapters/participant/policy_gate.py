@@ -18,7 +18,7 @@ from fl_runtime.types import Report, Settings, Task, Terms, Update
 from fl_runtime.wire.names import Facts, Names
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
-    from fl_runtime.trust.audit import AuditLog
+    from fl_runtime.trust.audit import AuditLog, Witness
     from fl_runtime.trust.policy import Policy, PolicyFile
     from fl_runtime.trust.stream_identity import StreamIdentity
 
@@ -165,6 +165,7 @@ class KitPolicyGate(PolicyGate):
         self._refusal: PermissionDeniedError | None = None  # the last one; its text is the policy's, free of data
         try:
             self._file: PolicyFile = PolicyFile(kit.policy_file)
+            self._audit.ship_to(self._file.current.syslog)
         except FederationError as error:
             self._audit.refused(self.identity, "read policy", error)
             raise
@@ -302,6 +303,12 @@ class KitPolicyGate(PolicyGate):
             **facts: Further facts; JSON values.
         """
         self._audit.write(action, self.identity, **facts)
+
+    def witness(self) -> Witness:
+        """Return the witness that notes lines of the server's audit log in this site's, and tells the server of it."""
+        from fl_runtime.trust.audit import Witness
+
+        return Witness(self._audit, self._file.path.parent, self.identity)
 
     def app_command(self, app: str) -> str:
         """Return the local command that the policy names for an app.

@@ -8,6 +8,7 @@ kit/
     key.pem                 its private key, mode 0600; `cert request` makes it here
     policy.yml              sites only: what may leave the site; the site edits it
     crl.pem                 server only: the revocation list
+    audit.jsonl, audit.head, log-counter.json   server and sites: the audit log, its signature, and the number of lines
 """
 
 from __future__ import annotations

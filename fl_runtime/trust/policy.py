@@ -67,6 +67,9 @@ filters: []
 # apps: {tumour: "python /opt/train/train_federated.py"}
 
 # resources: {gpus: ["0"], processes: 1}
+
+# Syslog server that gets every line of the audit log as it is written: udp://, tcp:// or tls://HOST:PORT.
+# syslog: "tls://logs.example.org:6514?ca=/etc/ssl/logs.pem"
 """
 
 
@@ -132,6 +135,7 @@ class Policy(_Part):
         submitters: Whose jobs the site takes part in.
         apps: A job's `app` -> the local command that runs it.
         resources: What local commands may use.
+        syslog: Address of a syslog server that gets every line of the audit log; "" for none. Read at the start.
     """
 
     filters: tuple[dict[str, Any], ...] = ()
@@ -148,6 +152,7 @@ class Policy(_Part):
     submitters: Submitters = Submitters()
     apps: Mapping[str, str] = Field(default_factory=dict)
     resources: Resources = Resources()
+    syslog: str = ""
 
     @field_validator("exchange", mode="before")
     @classmethod

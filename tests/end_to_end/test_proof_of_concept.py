@@ -137,7 +137,7 @@ def test_the_same_hf_script_gives_the_same_bits_everywhere(bench: Any, federatio
     assert (proof.folder / "history.csv").exists()
     assert (proof.folder / "best").exists()
     for kit in ("server", "site-1", "site-2"):
-        count, findings = audit.verify(federation / kit, federation / kit)
+        count, findings = audit.verify(federation / kit, audit.Anchor(kit=federation / kit))
         assert (count > 10, findings) == (True, [])
 
 
@@ -197,7 +197,7 @@ with fl.connect() as site:
     assert second.wait(60) == 0
     model = read_tensors(bench.folder / "runs/long/model/model.safetensors")
     np.testing.assert_array_equal(model["w"], np.full(3, 4.5, np.float32))
-    assert audit.verify(federation / "server", federation / "server")[1] == []
+    assert audit.verify(federation / "server", audit.Anchor(kit=federation / "server"))[1] == []
     actions = [entry["action"] for entry in audit.entries(federation / "server")]
     assert "job continued" in actions
 

@@ -44,9 +44,11 @@ def add_to(app: typer.Typer) -> None:
     )(run)
     for name, command, epilog in _CERT_COMMANDS:
         cert.command(name=name, epilog=f"\b\nExamples:\n{epilog}")(command)
-    audit.command(name="verify", epilog="\b\nExamples:\n  fl-adapters audit verify kits/server --kit kits/server")(
-        audit_verify
-    )
+    audit.command(
+        name="verify",
+        epilog="\b\nExamples:\n  fl-adapters audit verify kits/server --kit kits/server\n"
+        "  fl-adapters audit verify copies/server --authority kits/ada/ca.pem --witness kits/north",
+    )(audit_verify)
     app.add_typer(cert)
     app.add_typer(authority)
     app.add_typer(audit)
@@ -96,6 +98,9 @@ def server(
     job: Annotated[
         Path | None, typer.Option(help="Job file (YAML) to run, after which the server ends. Default: wait for jobs.")
     ] = None,
+    syslog: Annotated[
+        str, typer.Option(help="Syslog server for the audit log: udp://, tcp:// or tls://HOST:PORT.")
+    ] = "",
     as_json: _Json = False,
 ) -> None:
     """Run the server of a federation: one port, mutual TLS.
@@ -104,7 +109,7 @@ def server(
     """
     from fl_adapters.cli.federation import server as command
 
-    sys.exit(command.run(kit, folder, listen, job, as_json))
+    sys.exit(command.run(kit, folder, listen, job, syslog, as_json))
 
 
 def run(
@@ -215,12 +220,23 @@ def cert_list(authority: _Authority, as_json: _Json = False) -> None:
 def audit_verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with audit.jsonl.")],
     kit: Annotated[Path | None, typer.Option(help="Startup kit that must have signed the log.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="Certificate of the authority whose participant must have signed: ca.pem.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Public key or certificate of the signer, in PEM.")] = None,
+    witness: Annotated[
+        list[Path] | None,
+        typer.Option(help="Audit log of another participant, which noted lines of this one. May be repeated."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Find lines of the audit log that were edited, removed or moved. The exit status is 1 if there are any."""
+    """Find lines of the audit log that were edited, removed, added or moved. The exit status is 1 if there are any.
+
+    Name one signer that you trust: --kit, --authority or --key. Anyone can write a log that is consistent in itself.
+    """
     from fl_adapters.cli.federation import audit as command
 
-    sys.exit(command.verify(folder, kit, as_json))
+    sys.exit(command.verify(folder, kit, authority, key, witness or [], as_json))
 
 
 _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (

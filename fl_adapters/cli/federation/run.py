@@ -34,7 +34,9 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
         with site.process_slot():
             _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
             with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:  # the command connects by itself
-                job = control.ask("Assignment", patience_s=patience_s)
+                witness = site.witness()
+                job = control.ask("Assignment", patience_s=patience_s, log=witness.statement())
+                witness.take(job.get("log"), "server")
             _say(f"job {job['job']}, submitted by {job['submitted_by']}")
             _check(site, kit, job)
             status = _run(site, kit, job, command, results)
@@ -102,7 +104,10 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
     """Tell the server at once of a command that ended before the last round, or without telling the server."""
     try:
-        running = control.ask("Status")["running"]
+        witness = site.witness()
+        status_now = control.ask("Status", log=witness.statement())
+        witness.take(status_now.get("log"), "server")
+        running = status_now["running"]
     except ConnectionLostError:
         return
     if not running or running["job"] != job["job"]:

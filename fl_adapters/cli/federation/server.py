@@ -21,7 +21,7 @@ from fl_runtime.types import RunSettings
 _LOOK_S = 0.2
 
 
-def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_json: bool) -> int:
+def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, syslog: str, as_json: bool) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.server.federation.federation import FederationServer
@@ -33,7 +33,7 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, as_j
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
         lines = ProgressLines(sys.stderr)
-        server = FederationServer(kit, folder.resolve(), read_job, listen=listen, listeners=[lines])
+        server = FederationServer(kit, folder.resolve(), read_job, listen=listen, listeners=[lines], syslog=syslog)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())

@@ -77,7 +77,7 @@ def collect(folder: Path, delta: float, job: str = "") -> dict[str, Any]:
     Raises:
         ConfigError: The folder is not the kit of a site with an audit log, or has nothing on the job.
     """
-    from fl_runtime.trust.audit import entries, verify
+    from fl_runtime.trust.audit import Anchor, entries, verify
     from fl_runtime.trust.kits import read_unsigned
     from fl_runtime.trust.policy import POLICY_FILE, read_policy
 
@@ -88,7 +88,7 @@ def collect(folder: Path, delta: float, job: str = "") -> dict[str, Any]:
     identity, kit = read_unsigned(folder)
     if identity.kind != "site":
         raise ConfigError(f"this is the kit of a {identity.kind}", where=str(folder), fix="pass the kit of a site")
-    lines, findings = verify(folder, folder)
+    lines, findings = verify(folder, Anchor(kit=folder))
     log = [entry for entry in entries(folder) if not job or job_of(str(entry.get("job", ""))) == job]
     spent = _spent(folder, delta, job)
     if job and not log and not spent:

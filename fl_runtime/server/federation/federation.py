@@ -26,7 +26,7 @@ from fl_runtime.server.federation.guard import CALLS_EACH, Guard
 from fl_runtime.server.federation.jobs import RunningJob, give_up, past_outcome, unfinished
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
-from fl_runtime.trust.audit import AuditLog
+from fl_runtime.trust.audit import AuditLog, Witness
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CRL, StartupKit
 from fl_runtime.trust.project import split_address
@@ -57,7 +57,14 @@ class FederationServer:
     """
 
     def __init__(
-        self, kit: StartupKit, folder: Path, read_job: ReadJob, *, listen: str = "", listeners: Sequence[Listener] = ()
+        self,
+        kit: StartupKit,
+        folder: Path,
+        read_job: ReadJob,
+        *,
+        listen: str = "",
+        listeners: Sequence[Listener] = (),
+        syslog: str = "",
     ) -> None:
         """Make a server that does not serve yet.
 
@@ -67,13 +74,16 @@ class FederationServer:
             read_job: Reads and checks the settings of a submitted job.
             listen: Address to serve on, as "host:port"; "" for that of the kit.
             listeners: Called with each event of every job, one at a time and in order.
+            syslog: Address of a syslog server that gets every line of the audit log, too; "" for none.
 
         Raises:
-            ConfigError: A file of the kit cannot be read.
+            ConfigError: A file of the kit cannot be read, or the address of the syslog server is not valid.
         """
         self._kit, self._folder, self._read_job, self._listeners = kit, folder, read_job, tuple(listeners)
-        self._host, self._port = split_address(listen or kit.listen)
+        self._listen = split_address(listen or kit.listen)
         self.audit = AuditLog(kit.folder, kit.folder)
+        self.audit.ship_to(syslog)
+        self._witness = Witness(self.audit, kit.folder, kit.identity)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._job: RunningJob | None = None
@@ -100,7 +110,7 @@ class FederationServer:
 
         threads = CALLS_EACH * (len(self._kit.sites) + 8) + 16
         server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
-        address = server.start(self._host, self._port)
+        address = server.start(*self._listen)
         self._stop_serving = server.stop
         self.audit.write("server started", self._kit.identity, address=address, version=VERSION)
         try:
@@ -167,6 +177,7 @@ class FederationServer:
         if job is not None:
             job.close()
         self.audit.write("server stopped", self._kit.identity)
+        self.audit.close()
 
     def wait_for_job(self, name: str, timeout_s: float | None = None) -> bool:
         """Wait until a job has ended and its results are written.
@@ -245,6 +256,8 @@ class FederationServer:
         }
         if caller.kind == "admin":
             self.audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
+        elif "log" in fields:
+            self._witness.take(fields["log"], "site", caller)
         for answer in answers[method](caller, fields):
             yield json.dumps(answer).encode()
 
@@ -270,6 +283,7 @@ class FederationServer:
                 "submitted_by": settings.submitted_by,
                 "index": settings.sites.index(caller.name),
                 "count": len(settings.sites),
+                "log": self._witness.statement(caller),
             }
             return
 
@@ -292,6 +306,7 @@ class FederationServer:
             "sites": list(self._kit.sites),
             "running": running,
             "ended": past,
+            "log": self._witness.statement(caller),
         }
 
     def _submit_job(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""The audit log: its content, and that no line can be edited, removed or moved unnoticed."""
+"""The audit log: its content, and that no line can be edited, removed, added or moved unnoticed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fl_adapters.cli.app import app
 from fl_runtime.errors import ConfigError
-from fl_runtime.trust.audit import AuditLog, entries, verify
+from fl_runtime.trust.audit import Anchor, AuditLog, entries, verify
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import write_kit
 
@@ -47,10 +47,11 @@ def put(kit: Path, content: list[bytes]) -> None:
 
 
 def test_a_log_that_nobody_touched_is_good(kit: Path) -> None:
-    assert verify(kit, kit) == (LINES, [])
+    assert verify(kit, Anchor(kit=kit)) == (LINES, [])
     done = CliRunner().invoke(app, ["audit", "verify", str(kit), "--kit", str(kit), "--json"])
     assert done.exit_code == 0
-    assert json.loads(done.stdout.splitlines()[-1]) == {"ok": True, "lines": LINES, "findings": []}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer == {"ok": True, "lines": LINES, "signer": "site north of north-hospital", "findings": []}
 
 
 @pytest.mark.parametrize("number", range(LINES))
@@ -63,10 +64,10 @@ def test_an_edited_removed_or_moved_line_is_found_whichever_it_is(kit: Path, num
     twice = [*good[: number + 1], good[number], *good[number + 1 :]]
     for harm in (edited, good[:number] + good[number + 1 :], good[:number], swapped, twice):
         put(kit, harm)
-        _, findings = verify(kit, kit)
+        _, findings = verify(kit, Anchor(kit=kit))
         assert findings
     put(kit, edited)
-    assert verify(kit)[1][0].line == number + 1
+    assert verify(kit, Anchor(kit=kit))[1][0].line == number + 1
 
 
 def test_any_changed_byte_is_found(kit: Path) -> None:
@@ -81,7 +82,7 @@ def test_any_changed_byte_is_found(kit: Path) -> None:
         if json_lines(bytes(harm)) == json_lines(good):
             continue
         (kit / "audit.jsonl").write_bytes(harm)
-        assert verify(kit, kit)[1], (at, good[at - 20 : at + 20])
+        assert verify(kit, Anchor(kit=kit))[1], (at, good[at - 20 : at + 20])
 
 
 def json_lines(data: bytes) -> object:
@@ -98,17 +99,19 @@ def test_a_log_written_anew_lacks_the_signature(kit: Path) -> None:
         forged.write("update", round=number)
     for name in ("audit.jsonl", "audit.head"):
         (kit / name).write_bytes((other / name).read_bytes())
-    assert verify(kit)[1] == []
-    (finding,) = verify(kit, kit)[1]
-    assert "was not signed by site north" in finding.what
+    (mixed,) = verify(kit, Anchor(authority=kit / "ca.pem"))[1]
+    assert "log-counter.json was signed by site north of north-hospital, audit.head by site south" in mixed.what
+    head, counter = verify(kit, Anchor(kit=kit))[1]
+    assert "was not signed by site north of north-hospital, but by site south" in head.what
+    assert "log-counter.json" in counter.what
 
 
 def test_a_missing_head_or_log_is_said(kit: Path) -> None:
     (kit / "audit.head").unlink()
-    assert "audit.head" in verify(kit)[1][0].what
+    assert "audit.head" in verify(kit, Anchor(kit=kit))[1][0].what
     (kit / "audit.jsonl").unlink()
     with pytest.raises(ConfigError, match="no audit log here"):
-        verify(kit)
+        verify(kit, Anchor(kit=kit))
 
 
 def test_threads_and_processes_write_one_chain(kit: Path) -> None:
@@ -125,14 +128,14 @@ def test_threads_and_processes_write_one_chain(kit: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: log.write("from a thread", n=n), range(50)))
     assert [process.wait(60) for process in others] == [0, 0]
-    assert verify(kit, kit) == (LINES + 100, [])
+    assert verify(kit, Anchor(kit=kit)) == (LINES + 100, [])
 
 
 def test_a_process_killed_within_a_line_is_seen_and_does_not_break_the_chain(kit: Path) -> None:
     with open(kit / "audit.jsonl", "ab") as file:
         file.write(b'{"number": 13, "before": "torn')
     AuditLog(kit, kit).write("after the kill")
-    _, findings = verify(kit, kit)
+    _, findings = verify(kit, Anchor(kit=kit))
     assert findings[0].line == LINES + 1
     assert entries_of_whole_lines(kit)[-1]["action"] == "after the kill"
 
@@ -140,11 +143,12 @@ def test_a_process_killed_within_a_line_is_seen_and_does_not_break_the_chain(kit
 def test_lines_without_a_signature_are_said_when_the_log_is_opened_again(kit: Path) -> None:
     head = (kit / "audit.head").read_bytes()
     AuditLog(kit, kit).write("unsigned")
-    (kit / "audit.head").write_bytes(head)  # as if it had been killed between line and signature
-    assert "1 lines follow the last signed one" in verify(kit)[1][0].what
+    for name in ("audit.head", "log-counter.json"):
+        (kit / name).write_bytes(head)  # as if it had been killed between line and signature
+    assert "1 lines follow the last signed one" in verify(kit, Anchor(kit=kit))[1][0].what
     AuditLog(kit, kit)
     assert entries(kit)[-1]["unsigned_lines"] == 1
-    assert verify(kit, kit)[1] == []
+    assert verify(kit, Anchor(kit=kit))[1] == []
 
 
 def entries_of_whole_lines(kit: Path) -> list[dict[str, object]]:
@@ -170,4 +174,4 @@ def test_the_server_puts_a_whole_run_on_record(study: Study) -> None:
         assert (action, who) in records
     update = next(entry for entry in study.log() if entry["action"] == "update")
     assert (update["round"], update["facts"]["status"], update["facts"]["metrics"]) == (1, "used", {"loss": 0.5})
-    assert verify(study.kits / "server", study.kits / "server")[1] == []
+    assert verify(study.kits / "server", Anchor(kit=study.kits / "server"))[1] == []
