@@ -28,6 +28,7 @@ from fl_runtime.filters import (
 )
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.types import RunSettings, Strategy
+from fl_runtime.yaml_files import read_yaml
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -179,14 +180,7 @@ class Job(BaseModel):
         Raises:
             ConfigError: The file cannot be read, or a field cannot work. The message names file and field.
         """
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"the job file cannot be read: {error.strerror or error}", where=str(path), fix="check the path"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the job file is not YAML: {error}", where=str(path), fix="correct it there") from None
+        fields = read_yaml(Path(path), "the job file")
         if not isinstance(fields, dict):
             raise ConfigError(
                 "the job file is not a table of settings",

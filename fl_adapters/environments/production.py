@@ -13,7 +13,7 @@ from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
-from fl_runtime.control import ControlClient
+from fl_runtime.client.control import ControlClient
 from fl_runtime.server import RoundResult
 from fl_runtime.types import Event, Listener
 

@@ -33,7 +33,7 @@ from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import KIT_VARIABLE
-from fl_runtime.control import ControlClient
+from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.types import Listener
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
-from fl_runtime.control import ControlClient
+from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import FederationError
 from fl_runtime.server.records.results import RoundResult, RunResult
 from fl_runtime.types import Event, Listener

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -34,14 +34,14 @@ from fl_runtime.trust.certificates import (
     sign,
     subject,
 )
-from fl_runtime.trust.files import check_private, read_file, write_file
+from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.passphrase import no_passphrase, open_key
 from fl_runtime.trust.project import Project, read_project, split_address
+from fl_runtime.trust.revocation import read_list
 from fl_runtime.version import SERVER_NAME
 
 _CLOCK_SKEW = timedelta(minutes=5)
-_CRL_LIFETIME = timedelta(days=3650)
 
 
 class Authority:
@@ -66,6 +66,8 @@ class Authority:
         self.pem = read_file(folder / "ca.pem", "certificate authority")
         read_file(folder / "ca.key", "authority's private key")
         check_private(folder / "ca.key")
+        for file in ("ca.key", "ca.pem", "project.yml", "revoked.json", "crl.pem"):
+            check_unwritable(folder / file)
         self.project = read_project(folder / "project.yml")
 
     @cached_property
@@ -89,6 +91,7 @@ class Authority:
         """
         if (folder / "ca.key").exists():
             raise ConfigError(f"{folder} has an authority already", fix="choose another folder")
+        check_unwritable(folder)
         key, now = new_key(), datetime.now(UTC)
         name = subject(f"{project.federation} authority"[:64])
         builder = (
@@ -108,7 +111,7 @@ class Authority:
         write_file(folder / "ca.pem", _pem(builder.sign(key, hashes.SHA256())))
         save_project(folder, project)
         authority = cls(folder, lambda: passphrase)
-        authority._sign_list({})
+        authority.sign_list()
         return authority
 
     @property
@@ -144,13 +147,15 @@ class Authority:
         if identity.kind == "server":
             names += [x509.DNSName(SERVER_NAME), _host_name(split_address(self.project.server.address)[0])]
         serial = x509.random_serial_number()
+        begins = [item.not_before for item in self.issued() if item.identity.name == identity.name]
+        later = [time + timedelta(seconds=1) for time in begins]  # so that the newest certificate is always known
         builder = (
             x509.CertificateBuilder()
             .subject_name(subject(identity.name))
             .issuer_name(authority.subject)
             .public_key(key)
             .serial_number(serial)
-            .not_valid_before(now - _CLOCK_SKEW)
+            .not_valid_before(min(now, max(now - _CLOCK_SKEW, *later)) if later else now - _CLOCK_SKEW)
             .not_valid_after(now + lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(authority=False), critical=True)
@@ -209,46 +214,88 @@ class Authority:
         entries: dict[str, str] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         return {int(serial, 16): when for serial, when in entries.items()}
 
+    def counting(self, name: str) -> Iterator[Certificate]:
+        """Yield the certificates of a participant that count: neither revoked nor expired, oldest first.
+
+        Args:
+            name: Name of the participant.
+        """
+        revoked, now = self.revoked(), datetime.now(UTC)
+        for item in self.issued():
+            if item.identity.name == name and item.serial not in revoked and now < item.not_after:
+                yield item
+
     def revoke(self, name: str) -> tuple[list[Certificate], bytes]:
-        """Revoke every valid certificate of a participant.
+        """Revoke every certificate of a participant. Doing it again changes nothing but the number of the list.
 
         Args:
             name: Name of the participant.
 
         Returns:
-            The revoked certificates, and the new signed revocation list as PEM.
+            The certificates that were not revoked before, and the newly signed revocation list as PEM.
 
         Raises:
-            ConfigError: If there is no certificate to revoke.
+            ConfigError: If the participant never had a certificate.
         """
-        revoked = self.revoked()
-        certificates = [item for item in self.issued() if item.identity.name == name and item.serial not in revoked]
+        certificates = [item for item in self.issued() if item.identity.name == name]
         if not certificates:
-            raise ConfigError(f"there is no certificate of {name} to revoke", fix="see `fl-adapters cert list`")
-        when = datetime.now(UTC).isoformat(timespec="seconds")
-        return certificates, self._sign_list({**revoked, **{item.serial: when for item in certificates}})
+            raise ConfigError(f"{name!r} never had a certificate", fix="see `fl-adapters cert list`")
+        return self.revoke_certificates(certificates), self.crl
 
-    def sign(self, data: bytes) -> bytes:
-        """Sign data with the authority's key; ca.pem is enough to verify the signature."""
-        return sign(self._key, data)
+    def revoke_certificates(self, certificates: Sequence[Certificate]) -> list[Certificate]:
+        """Revoke certificates, and sign the list of all revoked ones.
 
-    def _sign_list(self, revoked: dict[int, str]) -> bytes:
-        entries = {f"{serial:x}": when for serial, when in revoked.items()}
+        Args:
+            certificates: The certificates; those that were revoked before keep their time of revocation.
+
+        Returns:
+            Those that were not revoked before.
+        """
+        revoked, when = self.revoked(), datetime.now(UTC).isoformat(timespec="seconds")
+        new = [item for item in certificates if item.serial not in revoked]
+        entries = {f"{serial:x}": time for serial, time in (revoked | {item.serial: when for item in new}).items()}
+        # before the list: if this process is killed now, the next list has them too
+        write_file(self.folder / "revoked.json", json.dumps(entries, indent=1).encode())
+        self.sign_list()
+        return new
+
+    @property
+    def crl(self) -> bytes:
+        """The signed revocation list as PEM."""
+        return read_file(self.folder / "crl.pem", "revocation list")
+
+    def sign_list(self) -> bytes:
+        """Sign the revocation list again: with a higher number, and valid for the project's `crl_days` from now.
+
+        Returns:
+            The list as PEM, which is also in the authority's folder.
+        """
         now = datetime.now(UTC)
+        ends = min(now + timedelta(days=self.project.crl_days), load(self.pem).not_valid_after_utc)
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(load(self.pem).subject)
             .last_update(now)
-            .next_update(now + _CRL_LIFETIME)
-            .add_extension(x509.CRLNumber(len(entries)), critical=False)
+            .next_update(ends)
+            .add_extension(x509.CRLNumber(self._next_number(now)), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
-        for serial, when in revoked.items():
+        for serial, when in self.revoked().items():
             entry = x509.RevokedCertificateBuilder().serial_number(serial)
             builder = builder.add_revoked_certificate(entry.revocation_date(datetime.fromisoformat(when)).build())
         crl = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-        write_file(self.folder / "revoked.json", json.dumps(entries, indent=1).encode())
         write_file(self.folder / "crl.pem", crl)
         return crl
+
+    def _next_number(self, now: datetime) -> int:
+        """Return a number above that of every list before: the time, which also grows if the folder is a backup."""
+        path = self.folder / "crl.pem"
+        before = read_list(path.read_bytes(), self.pem, str(path)).number if path.exists() else 0
+        return max(before + 1, int(now.timestamp()))
+
+    def sign(self, data: bytes) -> bytes:
+        """Sign data with the authority's key; ca.pem is enough to verify the signature."""
+        return sign(self._key, data)
 
 
 def save_project(folder: Path, project: Project) -> None:

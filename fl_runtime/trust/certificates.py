@@ -6,6 +6,7 @@ setting that gRPC's Python interface does not offer.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -242,6 +243,12 @@ def authority_fingerprint(ca_pem: bytes) -> str:
     key = load(ca_pem).public_key()
     assert isinstance(key, PublicKey)
     return fingerprint(key)
+
+
+def same_fingerprint(first: str, second: str) -> bool:
+    """Return whether two fingerprints are the same, whatever colons, spaces and capitals people write them with."""
+    digits = [re.sub(r"[\s:]", "", text).lower() for text in (first, second)]
+    return digits[0] == digits[1]
 
 
 def sign(key: PrivateKey, data: bytes) -> bytes:

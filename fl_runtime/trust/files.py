@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fl_runtime.errors import ConfigError, StoreError
@@ -87,3 +89,63 @@ def check_private(path: Path) -> None:
             where=str(path),
             fix=f"chmod 600 {path}; if others may have read it, ask for a new certificate",
         )
+
+
+def check_unwritable(path: Path) -> None:
+    """Check that nobody else can write a file or folder, or replace it by way of a folder above it.
+
+    It must belong to this process's user or to root, and no group or other user may have write permission. A group that
+    is its owner's own, with the owner's name and nobody else in it, counts as the owner. A folder above it may be
+    writable if it is sticky, like /tmp. Does nothing on Windows.
+
+    Args:
+        path: A file or folder of a kit or an authority; if it is missing, the folders above it are checked.
+
+    Raises:
+        ConfigError: If somebody else can write there; the message has the command that puts it right.
+    """
+    if os.name != "posix":
+        return
+    for place, is_above in _ways_to(path):
+        try:
+            status = place.stat()
+        except OSError:
+            continue  # a missing file is reported by its reader
+        mode = stat.S_IMODE(status.st_mode)
+        writers = [who for who, bit in (("group", stat.S_IWGRP), ("others", stat.S_IWOTH)) if mode & bit]
+        if "group" in writers and _is_private_group(status):
+            writers.remove("group")
+        if writers and not (is_above and mode & stat.S_ISVTX):
+            raise ConfigError(
+                f"{' and '.join(writers)} can change {'what is in ' if is_above else ''}{place} (mode {mode:04o})",
+                where=str(path),
+                fix=f"chmod go-w {shlex.quote(str(place))}; check what is in it, since it may have been changed",
+            )
+        if not is_above and status.st_uid not in (0, os.geteuid()):
+            raise ConfigError(
+                f"{place} belongs to another user (number {status.st_uid})",
+                where=str(path),
+                fix=f"chown {os.geteuid()} {shlex.quote(str(place))}, or run this as that user",
+            )
+
+
+def _ways_to(path: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield a file, its target if it is a link, and all folders above both, each with whether it is such a folder."""
+    seen = set()
+    for place in (Path(os.path.abspath(path)), path.resolve()):
+        for number, each in enumerate((place, *place.parents)):
+            if each not in seen:
+                seen.add(each)
+                yield each, number > 0
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether the group of a file has the name of its owner and no other member, as many systems set users up."""
+    import grp
+    import pwd
+
+    try:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    return owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name and set(group.gr_mem) <= {owner.pw_name}

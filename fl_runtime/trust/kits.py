@@ -34,7 +34,7 @@ from fl_runtime.trust.certificates import (
     request,
     signed_by,
 )
-from fl_runtime.trust.files import check_private, read_file, write_file
+from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
 
@@ -181,6 +181,7 @@ def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:
         ConfigError: If a file is missing or was changed, or the manifest's signature is not valid.
     """
     data = read_file(folder / KIT_FILE, "startup kit")
+    check_kit_unwritable(folder)
     manifest, signature = folder / "manifest.json", folder / "manifest.sig"
     if not manifest.exists() and b'"simulated"' in data:
         raise ConfigError(
@@ -196,6 +197,20 @@ def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:
     if fields.get("format") != KIT_FORMAT:
         raise ConfigError(f"this kit has format {fields.get('format')!r}", where=str(folder), fix="upgrade fl-adapters")
     return Identity.from_uri(fields["identity"]), fields
+
+
+def check_kit_unwritable(folder: Path) -> None:
+    """Check that nobody else can change a kit: the folder, the folders above it, and the files in it.
+
+    Args:
+        folder: The kit's folder.
+
+    Raises:
+        ConfigError: If somebody can; the message has the command that puts it right.
+    """
+    check_unwritable(folder)
+    for name in (KIT_FILE, CA, "manifest.json", "manifest.sig", CERTIFICATE, KEY, POLICY_FILE, CRL, "ckks.key"):
+        check_unwritable(folder / name)
 
 
 _NEW_KIT = "get a new startup kit; only policy.yml is meant to be edited"

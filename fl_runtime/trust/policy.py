@@ -7,12 +7,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fl_runtime.errors import ConfigError, PermissionDeniedError
+from fl_runtime.trust.files import check_unwritable
 from fl_runtime.trust.identity import Identity, Role
 from fl_runtime.trust.project import findings
+from fl_runtime.yaml_files import read_yaml
 
 POLICY_FILE = "policy.yml"
 ADAPTERS_ONLY = ("*lora_*", "*ia3_*", "*prompt_encoder*", "*prompt_embeddings*", "*adapter*", "*modules_to_save*")
@@ -292,6 +293,7 @@ class PolicyFile:
                 where=str(self.path),
                 fix="restore the file: without a policy nothing leaves the site. An empty file limits nothing",
             ) from None
+        check_unwritable(self.path)  # each time: its mode may have changed, or that of a folder
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if stamp == self._stamp:
             return False
@@ -312,17 +314,9 @@ def read_policy(path: Path) -> Policy:
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or has unknown or invalid fields.
     """
+    check_unwritable(path)
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Policy.model_validate(fields or {})
-    except OSError as error:
-        raise ConfigError(
-            f"the policy cannot be read: {error.strerror}", where=str(path), fix="check the path and its permissions"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the policy is not valid YAML: {error}", where=str(path), fix="correct the file at that place"
-        ) from None
+        return Policy.model_validate(read_yaml(path, "the policy") or {})
     except ValidationError as error:
         fix = "the settings are: " + ", ".join(Policy.model_fields)
         raise ConfigError(findings(error), where=str(path), fix=fix) from None

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.identity import Identity, Role, check_name
+from fl_runtime.yaml_files import read_yaml
 
 DEFAULT_DAYS = 90.0
+DEFAULT_CRL_DAYS = 365.0
 DEFAULT_PORT = 8443
 
 
@@ -83,6 +83,8 @@ class Project(_Part):
         admins: The admins.
         days: Lifetime of participants' certificates in days, greater than 0 and at most 825.
         authority_days: Lifetime of the authority's certificate in days, greater than 0 and at most 3653.
+        crl_days: How long a revocation list counts after it was signed, in days, greater than 0 and at most 3653. The
+            federation stops taking jobs when the last one has ended.
 
     Raises:
         ConfigError: If a name or address is not usable, or a name is used twice.
@@ -94,6 +96,7 @@ class Project(_Part):
     admins: tuple[AdminEntry, ...] = ()
     days: float = Field(default=DEFAULT_DAYS, gt=0, le=825)
     authority_days: float = Field(default=1826.0, gt=0, le=3653)
+    crl_days: float = Field(default=DEFAULT_CRL_DAYS, gt=0, le=3653)
 
     @model_validator(mode="after")
     def _checked(self) -> Project:
@@ -156,21 +159,11 @@ def read_project(path: Path) -> Project:
         ConfigError: If the file cannot be read or is not a valid project; the message names the fields.
     """
     try:
-        fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"the project cannot be read: {error.strerror}", where=str(path), fix="check the path"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the project is not valid YAML: {error}", where=str(path), fix="correct the file at that place"
-        ) from None
-    try:
-        return Project.model_validate(fields)
+        return Project.model_validate(read_yaml(path, "the project"))
     except ValidationError as error:
         raise ConfigError(findings(error), where=str(path), fix="see docs/production.md for an example") from None
     except ConfigError as error:
-        raise ConfigError(error.what, where=str(path), fix=error.fix) from None
+        raise ConfigError(error.what, where=error.where or str(path), fix=error.fix) from None
 
 
 _PLAIN_WORDS = {

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from federation_bench import Site
 
 from fl_adapters.cli.federation.server import read_job
-from fl_runtime.control import ControlClient
+from fl_runtime.client.control import ControlClient
 from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.transport.base import Credentials
 from fl_runtime.transport.grpc import GrpcTransport

@@ -149,7 +149,7 @@ def _handshake(kit: StartupKit, host: str, port: int) -> str:
 
 
 def _clock(kit: StartupKit) -> Check:
-    from fl_runtime.control import ControlClient
+    from fl_runtime.client.control import ControlClient
     from fl_runtime.transport.grpc import proxy_variable
 
     control = ControlClient.of_kit(kit.folder, kit.address)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fl_adapters.cli.federation.authority_app import PassphraseFile, authority
+from fl_adapters.cli.output import report_errors
 from fl_adapters.participant.kit import KIT_VARIABLE
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -19,9 +20,15 @@ _Days = Annotated[
     float | None, typer.Option(help="Lifetime of the certificate in days. Default: that of the project file.")
 ]
 
+_PasswordFile = Annotated[
+    Path | None,
+    typer.Option("--password-file", help="File with the password, of mode 0600. Else $FL_ADAPTERS_PASSWORD."),
+]
+_NoPassword = Annotated[str, typer.Option("--password", hidden=True)]
+
 cert = typer.Typer(
     name="cert",
-    help="Request, sign, install, renew, revoke and list certificates.",
+    help="Request, sign, install, renew, revoke and list certificates; sign the revocation list.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -58,37 +65,52 @@ def provision(
     project: Annotated[Path, typer.Argument(metavar="PROJECT.yml", help="Project file, which lists the participants.")],
     out: Annotated[Path, typer.Option(help="Folder for the kits and the certificate authority.")] = Path("kits"),
     as_zip: Annotated[bool, typer.Option("--zip", help="Make an encrypted zip (AES-256) of each kit.")] = False,
-    password: Annotated[
-        str, typer.Option(envvar="FL_ADAPTERS_PASSWORD", help="Password of all zips. Default: a random one for each.")
-    ] = "",
+    password_file: _PasswordFile = None,
     without_keys: Annotated[
         bool, typer.Option("--without-keys", help="Make no keys: participants make theirs with `cert request`.")
     ] = False,
     passphrase_file: PassphraseFile = None,
+    again: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--again", metavar="NAME", help="Make a second kit of this participant, and revoke its certificates."
+        ),
+    ] = None,
     as_json: _Json = False,
+    password: _NoPassword = "",
 ) -> None:
     """Make a certificate authority and one startup kit per participant.
 
-    Run it again after adding participants to the project file: existing kits stay as they are. With a passphrase from a
-    file or the environment, a new authority's key is encrypted.
+    Run it again after adding participants to the project file: existing kits stay as they are, and nobody who has a
+    certificate gets a second one. The passwords of zips are random, unless a file or $FL_ADAPTERS_PASSWORD has one.
+    With a passphrase from a file or the environment, a new authority's key is encrypted.
     """
     from fl_adapters.cli.federation import provision as command
+    from fl_adapters.cli.passwords import given_password
 
-    sys.exit(command.provision(project, out, as_zip, password, without_keys, passphrase_file, as_json))
+    with report_errors(as_json):
+        shared = given_password(password, password_file, command.PASSWORD_VARIABLE)
+    sys.exit(command.provision(project, out, as_zip, shared, without_keys, again or (), passphrase_file, as_json))
 
 
 def unpack(
     archive: Annotated[Path, typer.Argument(metavar="KIT.zip", help="Kit that `provision --zip` made.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the kit. Default: the zip's name.")] = None,
-    password: Annotated[
-        str, typer.Option(envvar="FL_ADAPTERS_PASSWORD", prompt=True, hide_input=True, help="Password of the zip.")
-    ] = "",
+    password_file: _PasswordFile = None,
     as_json: _Json = False,
+    password: _NoPassword = "",
 ) -> None:
-    """Unpack a startup kit from an encrypted zip. 7-Zip and WinZip can open it too."""
-    from fl_adapters.cli.federation import provision as command
+    """Unpack a startup kit from an encrypted zip. 7-Zip and WinZip can open it too.
 
-    sys.exit(command.unpack(archive, out, password, as_json))
+    It asks for the password, unless a file or $FL_ADAPTERS_PASSWORD has it.
+    """
+    from fl_adapters.cli.federation import provision as command
+    from fl_adapters.cli.passwords import ask_password, given_password
+
+    with report_errors(as_json):
+        secret = given_password(password, password_file, command.PASSWORD_VARIABLE)
+        secret = secret or ask_password(f"Password of {archive.name}", command.PASSWORD_VARIABLE)
+    sys.exit(command.unpack(archive, out, secret, as_json))
 
 
 def server(
@@ -156,12 +178,21 @@ def cert_sign(
     ] = None,
     days: _Days = None,
     passphrase_file: PassphraseFile = None,
+    fingerprint: Annotated[
+        str, typer.Option(help="Fingerprint of the key, as its owner has read it out. Default: ask at the terminal.")
+    ] = "",
+    keep_earlier: Annotated[
+        bool, typer.Option("--keep-earlier", help="Let certificates of the participant's earlier keys count, too.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
-    """Sign the request of a participant of the project."""
+    """Sign the request of a participant of the project, after comparing the fingerprint of its key.
+
+    Its earlier certificates, for another key, are revoked.
+    """
     from fl_adapters.cli.federation import cert as command
 
-    sys.exit(command.sign(request, authority, out, days, passphrase_file, as_json))
+    sys.exit(command.sign(request, authority, out, days, fingerprint, keep_earlier, passphrase_file, as_json))
 
 
 def cert_install(
@@ -204,14 +235,32 @@ def cert_revoke(
     passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
-    """Revoke all certificates of a participant, also for open connections."""
+    """Revoke all certificates of a participant, also for open connections.
+
+    It can be run again, for example if the server could not be reached.
+    """
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.revoke(name, authority, kit, passphrase_file, as_json))
 
 
+def cert_crl(
+    authority: _Authority,
+    kit: Annotated[Path | None, typer.Option(help="Kit of a project admin, to send the list to the server.")] = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: _Json = False,
+) -> None:
+    """Sign the revocation list again, before it ends, and send it to the server.
+
+    The list counts for the project file's `crl_days`. The server takes no jobs once it has ended.
+    """
+    from fl_adapters.cli.federation import cert as command
+
+    sys.exit(command.crl(authority, kit, passphrase_file, as_json))
+
+
 def cert_list(authority: _Authority, as_json: _Json = False) -> None:
-    """List all certificates, with the end of their validity and their state."""
+    """List all certificates, first those that count: state, end, serial number and the fingerprint of the key."""
     from fl_adapters.cli.federation import cert as command
 
     sys.exit(command.listing(authority, as_json))
@@ -253,7 +302,12 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
 )
 _CERT_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("request", cert_request, "  fl-adapters cert request --kit north"),
-    ("sign", cert_sign, "  fl-adapters cert sign request.pem --authority kits/authority"),
+    (
+        "sign",
+        cert_sign,
+        "  fl-adapters cert sign request.pem --authority kits/authority\n"
+        "  fl-adapters cert sign request.pem --authority kits/authority --fingerprint 5f1c...",
+    ),
     ("install", cert_install, "  fl-adapters cert install north.pem --kit north"),
     (
         "renew",
@@ -262,5 +316,6 @@ _CERT_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
         "  fl-adapters cert renew north --authority kits/authority --days 30",
     ),
     ("revoke", cert_revoke, "  fl-adapters cert revoke north --authority kits/authority --kit kits/ada"),
+    ("crl", cert_crl, "  fl-adapters cert crl --authority kits/authority --kit kits/ada"),
     ("list", cert_list, "  fl-adapters cert list --authority kits/authority"),
 )

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+import typer
 
 from fl_adapters.cli.federation.passphrase import open_authority
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def request(kit: Path, as_json: bool) -> int:
     """Make a new key in the kit, and a request to have it signed."""
     with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.certificates import fingerprint, read_request
         from fl_runtime.trust.kits import make_request
 
         path = make_request(kit)
+        _, key = read_request(path.read_bytes(), str(path))
+        shown = fingerprint(key)
         _print_result(
-            as_json, f"send {path} to the certificate authority; the private key stays here", request=str(path)
+            as_json,
+            f"send {path} to the certificate authority; the private key stays here\n"
+            f"the key's fingerprint: {shown}\n"
+            "read it out to the authority by another way, such as the telephone: it signs this key only",
+            request=str(path),
+            fingerprint=shown,
         )
     return 0
 
@@ -31,13 +43,18 @@ def sign(
     authority_folder: Path,
     out: Path | None,
     days: float | None,
+    expected: str,
+    keep_earlier: bool,
     passphrase: Path | None,
     as_json: bool,
 ) -> int:
-    """Sign a request, if the project knows its participant."""
+    """Sign a request, if the project knows its participant and the fingerprint is that of the participant's key.
+
+    Certificates of the participant's earlier keys are revoked, unless `keep_earlier`.
+    """
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.errors import ConfigError
-        from fl_runtime.trust.certificates import read_request
+        from fl_runtime.trust.certificates import fingerprint, read_request
         from fl_runtime.trust.files import read_file, write_file
 
         authority = open_authority(authority_folder, passphrase)
@@ -49,10 +66,60 @@ def sign(
                 where=str(request_file),
                 fix="make the request with a startup kit of this federation, or correct the project file",
             )
+        shown = fingerprint(key)
+        _compare(str(known), shown, expected, request_file)
         path = out or request_file.with_name(f"{known.name}.pem")
+        earlier = [item for item in authority.counting(known.name) if item.fingerprint != shown]
         write_file(path, authority.issue(known, key, days=days))
-        _print_result(as_json, f"{known}: {path}; install it with `fl-adapters cert install`", certificate=str(path))
+        lines = [f"{known}: {path}; install it with `fl-adapters cert install`"]
+        if earlier and keep_earlier:
+            lines.append(f"{len(earlier)} of its earlier certificates, for another key, count as well (--keep-earlier)")
+        elif earlier:
+            authority.revoke_certificates(earlier)
+            lines.append(
+                f"{len(earlier)} of its earlier certificates, for another key, {'is' if len(earlier) == 1 else 'are'} "
+                f"revoked now. When {known.name} has installed the new one: {how_to_tell_server(authority_folder)}"
+            )
+        _print_result(
+            as_json,
+            "\n".join(lines),
+            certificate=str(path),
+            fingerprint=shown,
+            **{"kept" if keep_earlier else "revoked": [f"{item.serial:x}" for item in earlier]},
+        )
     return 0
+
+
+def _compare(who: str, shown: str, expected: str, request_file: Path) -> None:
+    """Compare the fingerprint of a request with `expected`, or ask at the terminal whether it is the right one."""
+    from fl_runtime.errors import ConfigError
+    from fl_runtime.trust.certificates import same_fingerprint
+
+    if expected:
+        if not same_fingerprint(shown, expected):
+            raise ConfigError(
+                f"the request is for the key {shown}, not for {expected}",
+                where=str(request_file),
+                fix=f"ask {who} for the fingerprint by telephone; if it differs, somebody has changed the request",
+            )
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"nobody has compared the fingerprint of the key in this request: {shown}",
+            where=str(request_file),
+            fix=f"ask {who} for the fingerprint that `cert request` showed, and pass it as --fingerprint",
+        )
+    typer.echo(f"{who} asks for a certificate for the key\n    {shown}", err=True)
+    if not typer.confirm("Ask them to read out their fingerprint by telephone. Is it the same?", err=True):
+        raise ConfigError("the request was not signed", where=str(request_file), fix="ask for a new request")
+
+
+def how_to_tell_server(authority_folder: Path) -> str:
+    """Return what to do so that the server gets the newest revocation list."""
+    return (
+        f"tell the server with `fl-adapters cert crl --authority {authority_folder} --kit KIT` (the kit of a project "
+        f"admin), or copy {authority_folder / 'crl.pem'} into the server's kit"
+    )
 
 
 def install(certificate: Path, kit: Path, as_json: bool) -> int:
@@ -87,32 +154,71 @@ def renew(
 
 
 def revoke(name: str, authority_folder: Path, kit: Path | None, passphrase: Path | None, as_json: bool) -> int:
-    """Revoke all certificates of a participant; with an admin's kit, tell the server at once."""
+    """Revoke all certificates of a participant; with an admin's kit, tell the server, also if it was done before."""
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.control import ControlClient
-        from fl_runtime.trust.kits import read_kit
-
-        admin = None if kit is None else read_kit(kit, kind="admin")
+        admin = _admin(kit)
         authority = open_authority(authority_folder, passphrase)
-        revoked, crl = authority.revoke(name)
-        answer: dict[str, Any] = {}
-        if admin is not None:
-            control = ControlClient.of_kit(admin.folder, admin.address)
-            try:
-                answer = control.ask("Revoke", crl=crl.decode())
-            finally:
-                control.close()
-        next_step = (
-            "the server refuses them now" if admin else f"copy {authority.folder / 'crl.pem'} to the server's kit"
+        revoked, _ = authority.revoke(name)
+        what = f"{name}: certificates revoked: {len(revoked)}" if revoked else f"{name}: revoked before"
+        answer = _push(authority, admin)
+        next_step = "the server refuses them now" if admin else f"THE SERVER STILL ACCEPTS THEM: {_told(authority)}"
+        _print_result(
+            as_json, f"{what}; {next_step}", serials=[f"{item.serial:x}" for item in revoked], server=answer or None
         )
-        serials = [f"{item.serial:x}" for item in revoked]
+    return 0
+
+
+def crl(authority_folder: Path, kit: Path | None, passphrase: Path | None, as_json: bool) -> int:
+    """Sign the revocation list again; with an admin's kit, tell the server."""
+    with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.revocation import read_list
+
+        admin = _admin(kit)
+        authority = open_authority(authority_folder, passphrase)
+        signed = read_list(authority.sign_list(), authority.pem, str(authority.folder / "crl.pem"))
+        answer = _push(authority, admin)
+        next_step = "the server has it" if admin else _told(authority)
+        text = f"revocation list {signed.number}, which counts until {signed.ends:%Y-%m-%d %H:%M} UTC; {next_step}"
         _print_result(
             as_json,
-            f"{name}: certificates revoked: {len(revoked)}; {next_step}",
-            serials=serials,
+            text,
+            number=signed.number,
+            ends=signed.ends.isoformat(),
+            serials=[f"{serial:x}" for serial in sorted(signed.serials)],
             server=answer or None,
         )
     return 0
+
+
+def _admin(kit: Path | None) -> Any:
+    """Read an admin's kit, before anything is signed; None without one."""
+    from fl_runtime.trust.kits import read_kit
+
+    return None if kit is None else read_kit(kit, kind="admin")
+
+
+def _told(authority: Any) -> str:
+    return how_to_tell_server(authority.folder)
+
+
+def _push(authority: Any, admin: Any) -> dict[str, Any]:
+    """Send the authority's list to the server, with an admin's kit. Returns the server's answer."""
+    from fl_runtime.client.control import ControlClient
+    from fl_runtime.errors import FederationError
+
+    if admin is None:
+        return {}
+    control = ControlClient.of_kit(admin.folder, admin.address)
+    try:
+        return control.ask("Revoke", crl=authority.crl.decode())
+    except FederationError as error:
+        raise type(error)(
+            f"the list is signed, but the server does not have it: {error.what}",
+            where=error.where,
+            fix=f"as soon as the server answers, run the same command again, or {_told(authority)}",
+        ) from None
+    finally:
+        control.close()
 
 
 def listing(authority_folder: Path, as_json: bool) -> int:
@@ -122,30 +228,24 @@ def listing(authority_folder: Path, as_json: bool) -> int:
         from fl_runtime.trust.authority import Authority
 
         authority = Authority(authority_folder)
-        revoked, newest = authority.revoked(), _newest(authority)
+        revoked, issued = authority.revoked(), list(authority.issued())
         rows = []
-        for item in authority.issued():
-            state = "valid"
+        for item in issued:
+            later = [each for each in issued if each.fingerprint == item.fingerprint and each.serial not in revoked]
+            state, counts = "valid", True
             if item.serial in revoked:
-                state = f"revoked {revoked[item.serial]}"
+                state, counts = f"revoked {revoked[item.serial]}", False
             elif item.not_after < datetime.now(UTC):
-                state = "expired"
-            elif newest[item.identity.name].serial != item.serial:
-                state = "replaced"
+                state, counts = "expired", False
+            elif later[-1].serial != item.serial:
+                state = "renewed; counts until the renewed one is used"
             elif item.expires_soon:
                 state = "ends soon"
-            rows.append(_facts(item, state))
-        table = Table("name", "who", "valid until", "days left", "state", "serial")
-        for row in rows:
-            table.add_row(
-                row["name"],
-                row["who"],
-                row["not_after"][:10],
-                f"{row['days_left']:.0f}",
-                row["state"],
-                row["serial"][:12],
-            )
-        console.print(table)
+            rows.append({**_facts(item, state), "counts": counts})
+        for row in sorted(rows, key=lambda row: (not row["counts"], row["name"], row["not_before"])):
+            until = f"until {row['not_after'][:16]} UTC, {row['days_left']:.0f} days"
+            _print(console, f"{row['who']}: {row['state']} ({until})")
+            _print(console, f"    serial {row['serial']}, fingerprint {row['fingerprint']}")
         if as_json:
             show_json({"authority": authority.fingerprint, "certificates": rows})
     return 0
@@ -167,11 +267,17 @@ def _facts(certificate: Any, state: str) -> dict[str, Any]:
         "days_left": round(certificate.days_left(), 3),
         "state": state,
         "serial": f"{certificate.serial:x}",
+        "fingerprint": certificate.fingerprint,
     }
 
 
 def _print_result(as_json: bool, text: str, **fields: Any) -> None:
     """Print a line for people, and with `as_json` the fields as JSON."""
-    console_for(as_json).print(text, highlight=False, soft_wrap=True)
+    _print(console_for(as_json), text)
     if as_json:
         show_json(fields)
+
+
+def _print(console: Console, text: str) -> None:
+    """Print a line whole, whatever the width of the terminal."""
+    console.print(text, highlight=False, soft_wrap=True)

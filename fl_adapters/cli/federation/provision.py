@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from fl_adapters.cli.federation.cert import how_to_tell_server
 from fl_adapters.cli.federation.passphrase import given, open_authority
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
+from fl_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fl_runtime.trust.authority import Authority
+    from fl_runtime.trust.identity import Identity
+    from fl_runtime.trust.project import Project
+
+PASSWORD_VARIABLE = "FL_ADAPTERS_PASSWORD"
+"""Environment variable that may hold the password of zips."""
+
+_PARTIAL = ".partial"  # folder for kits that are being made, so that half a kit is never taken for one
 
 
 def provision(
@@ -19,14 +32,16 @@ def provision(
     as_zip: bool,
     password: str,
     without_keys: bool,
+    again: Sequence[str],
     passphrase: Path | None,
     as_json: bool,
 ) -> int:
-    """Make kits for all participants without one in `out`, and the authority in `out`/authority if there is none."""
+    """Make kits for all participants who have neither a kit in `out` nor a certificate, and the authority if needed.
+
+    Participants in `again` get another kit, and their certificates are revoked.
+    """
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.errors import ConfigError
-        from fl_runtime.trust.authority import Authority, save_project
         from fl_runtime.trust.kits import write_kit
         from fl_runtime.trust.project import read_project
 
@@ -34,48 +49,97 @@ def provision(
             from fl_runtime.trust.archive import new_password, write_archive
 
         new_project = read_project(project)
-        folder = out / "authority"
-        if (folder / "ca.key").exists():
-            authority = open_authority(folder, passphrase)
-            if authority.project.federation != new_project.federation:
+        for name in again:
+            new_project.participant(name)
+            if _has_kit(out / name):
                 raise ConfigError(
-                    f"{folder} is the authority of {authority.project.federation}, not of {new_project.federation}",
-                    fix="choose another folder with --out",
+                    f"there is a kit of {name} already", where=str(out / name), fix="move it away, and run this again"
                 )
-            save_project(folder, new_project)
-            authority = open_authority(folder, passphrase)
-        else:
-            authority = Authority.create(folder, new_project, given(passphrase))
+        authority = _authority(out, new_project, passphrase)
+        _revoke_earlier(console, authority, again)
         kits: dict[str, dict[str, Any]] = {}
+        unmade: dict[str, list[str]] = {}
         for identity in new_project.participants():
             kit = out / identity.name
-            if kit.exists() or (as_zip and kit.with_name(f"{kit.name}.zip").exists()):
+            if _has_kit(kit):
                 continue
-            write_kit(kit, authority, identity, with_key=not without_keys)
-            kits[identity.name] = {"identity": str(identity), "kit": str(kit)}
+            if issued := list(authority.counting(identity.name)):
+                unmade[identity.name] = [f"{item.serial:x}" for item in issued]
+                _show_unmade(console, identity, out, f"{issued[-1].not_after:%Y-%m-%d}")
+                continue
+            partial = out / _PARTIAL / identity.name
+            shutil.rmtree(partial, ignore_errors=True)
+            write_kit(partial, authority, identity, with_key=not without_keys)
+            kits[identity.name] = made = {"identity": str(identity), "kit": str(kit)}
             if as_zip:
-                import shutil
-
-                kit_password = password or new_password()
                 path = kit.with_name(f"{kit.name}.zip")
-                write_archive(path, kit, kit_password)
-                shutil.rmtree(kit)
-                kits[identity.name] |= {"kit": str(path), "password": kit_password}
-        _show(console, kits, authority.fingerprint)
+                made |= {"kit": str(path), "password": password or new_password()}
+                write_archive(path, partial, made["password"])
+                shutil.rmtree(partial)
+            else:
+                partial.rename(kit)
+            _show_kit(console, made)  # at once: should a later kit fail, nobody could open this one
+        shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+        _show_end(console, bool(kits or unmade), authority.fingerprint)
         if as_json:
-            show_json({"federation": new_project.federation, "authority": authority.fingerprint, "kits": kits})
+            fields = {"federation": new_project.federation, "authority": authority.fingerprint}
+            show_json({**fields, "kits": kits, "unmade": unmade})
     return 0
 
 
-def _show(console: Console, kits: dict[str, dict[str, Any]], fingerprint: str) -> None:
-    table = Table("participant", "kit", *(["password"] if any("password" in kit for kit in kits.values()) else []))
-    for kit in kits.values():
-        table.add_row(kit["identity"], kit["kit"], *([kit["password"]] if "password" in kit else []))
-    console.print(table if kits else "every participant has a kit already")
-    console.print(f"the authority's fingerprint: {fingerprint}", highlight=False, soft_wrap=True)
-    console.print(
-        "keep the folder `authority` secret: whoever has its key can pose as any participant", highlight=False
+def _has_kit(kit: Path) -> bool:
+    return kit.exists() or kit.with_name(f"{kit.name}.zip").exists()
+
+
+def _authority(out: Path, project: Project, passphrase: Path | None) -> Authority:
+    """Open the authority in `out`/authority with the new project, or create it."""
+    from fl_runtime.trust.authority import Authority, save_project
+
+    folder = out / "authority"
+    if not (folder / "ca.key").exists():
+        out.mkdir(parents=True, exist_ok=True, mode=0o755)
+        return Authority.create(folder, project, given(passphrase))
+    authority = open_authority(folder, passphrase)
+    if authority.project.federation != project.federation:
+        raise ConfigError(
+            f"{folder} is the authority of {authority.project.federation}, not of {project.federation}",
+            fix="choose another folder with --out",
+        )
+    save_project(folder, project)
+    return open_authority(folder, passphrase)
+
+
+def _revoke_earlier(console: Console, authority: Authority, names: Sequence[str]) -> None:
+    """Revoke the certificates of participants who get another kit. First, so that a broken run leaves no second one."""
+    for name in names:
+        if revoked := authority.revoke_certificates(list(authority.counting(name))):
+            _print(console, f"{name}: certificates revoked: {len(revoked)}. {how_to_tell_server(authority.folder)}")
+
+
+def _show_kit(console: Console, kit: dict[str, Any]) -> None:
+    _print(console, f"{kit['identity']}: {kit['kit']}")
+    if "password" in kit:
+        _print(console, f"    password: {kit['password']}")
+
+
+def _show_unmade(console: Console, identity: Identity, out: Path, until: str) -> None:
+    _print(
+        console,
+        f"{identity}: has a certificate until {until}, so no second kit was made. If its kit is lost, "
+        f"`fl-adapters provision ... --out {out} --again {identity.name}` makes another and revokes that certificate",
     )
+
+
+def _show_end(console: Console, any_shown: bool, fingerprint: str) -> None:
+    if not any_shown:
+        _print(console, "every participant has a kit already")
+    _print(console, f"the authority's fingerprint: {fingerprint}")
+    _print(console, "keep the folder `authority` secret: whoever has its key can pose as any participant")
+
+
+def _print(console: Console, text: str) -> None:
+    """Print a line whole, whatever the width of the terminal."""
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def unpack(archive: Path, out: Path | None, password: str, as_json: bool) -> int:

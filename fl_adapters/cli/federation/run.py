@@ -27,7 +27,7 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
     """Run the command. Returns its exit status, as a shell does: 128 + N after signal N."""
     with report_errors(as_json), needs_trust_extra():
         from fl_adapters.participant.policy_gate import KitPolicyGate
-        from fl_runtime.control import ControlClient
+        from fl_runtime.client.control import ControlClient
 
         site = KitPolicyGate(kit_folder)
         kit = read_script_kit(kit_folder)

@@ -17,7 +17,7 @@ def run(kit_folder: Path, as_json: bool) -> int:
     """Ask the server and show its answer. Returns exit status 0."""
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.control import ControlClient
+        from fl_runtime.client.control import ControlClient
         from fl_runtime.trust.kits import read_kit
 
         kit = read_kit(kit_folder)

@@ -332,7 +332,7 @@ def test_every_command_of_a_federation_has_help_with_an_example_and_json(command
     "line",
     [
         "provision nowhere.yml",
-        "unpack nowhere.zip --password x",
+        "unpack nowhere.zip",
         "server --kit nowhere",
         "run --kit nowhere -- true",
         "status --kit nowhere",
@@ -342,6 +342,7 @@ def test_every_command_of_a_federation_has_help_with_an_example_and_json(command
         "cert install nowhere.pem --kit nowhere",
         "cert renew --authority nowhere",
         "cert revoke north --authority nowhere",
+        "cert crl --authority nowhere",
         "cert list --authority nowhere",
     ],
 )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +19,10 @@ from typer.testing import CliRunner
 from fl_adapters.cli.app import app
 from fl_adapters.cli.doctor.kit_checks import kit_checks
 from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
+from fl_runtime.trust import kits
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import install, make_request, read_kit, write_kit
+from fl_runtime.trust.revocation import read_list
 
 W = {"w": np.zeros(4, np.float32)}
 
@@ -35,16 +41,77 @@ def test_a_private_key_never_leaves_its_owner(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no certificate yet"):
         read_kit(tmp_path / "north")
 
-    request = Path(str(ran("cert", "request", "--kit", tmp_path / "north")["request"]))
+    asked = ran("cert", "request", "--kit", tmp_path / "north")
+    request = Path(str(asked["request"]))
     assert b"PRIVATE" not in request.read_bytes()
     assert stat.S_IMODE((tmp_path / "north/key.new.pem").stat().st_mode) == 0o600
-    signed = ran("cert", "sign", request, "--authority", tmp_path / "authority", "--out", tmp_path / "signed.pem")
+    signing = ["cert", "sign", request, "--authority", tmp_path / "authority", "--out", tmp_path / "signed.pem"]
+    signed = ran(*signing, "--fingerprint", str(asked["fingerprint"]))
     ran("cert", "install", str(signed["certificate"]), "--kit", tmp_path / "north")
 
     assert read_kit(tmp_path / "north").identity.name == "north"
     assert not (tmp_path / "north/key.new.pem").exists()
     for path in (tmp_path / "authority").rglob("*"):
         assert path.name == "ca.key" or path.is_dir() or b"PRIVATE" not in path.read_bytes()
+
+
+def _signing(tmp_path: Path) -> tuple[Authority, Path, str]:
+    """Return an authority, a second request of north's, and its fingerprint."""
+    authority = Authority.create(tmp_path / "authority", project())
+    write_kit(tmp_path / "north", authority, authority.project.participant("north"))
+    asked = ran("cert", "request", "--kit", tmp_path / "north")
+    return authority, Path(str(asked["request"])), str(asked["fingerprint"])
+
+
+def test_a_request_is_signed_only_when_its_fingerprint_was_compared(tmp_path: Path) -> None:
+    authority, request, fingerprint = _signing(tmp_path)
+    signing = ["cert", "sign", str(request), "--authority", str(authority.folder)]
+    for options, says in (
+        ([], f"nobody has compared the fingerprint of the key in this request: {fingerprint}"),
+        (["--fingerprint", "0" * 64], f"the request is for the key {fingerprint}, not for {'0' * 64}"),
+        (["--fingerprint", fingerprint[:-1]], "the request is for the key"),
+    ):
+        done = CliRunner().invoke(app, [*signing, *options])
+        assert done.exit_code == 1
+        assert says in done.output
+    assert len(list(authority.issued())) == 1
+    read_out = " : ".join(fingerprint.upper()[at : at + 4] for at in range(0, 64, 4))
+    assert ran(*signing, "--fingerprint", read_out)["fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 1)])
+def test_a_person_at_a_terminal_is_asked_to_compare_the_fingerprint(tmp_path: Path, answer: str, status: int) -> None:
+    import pty
+
+    authority, request, fingerprint = _signing(tmp_path)
+    ours, theirs = pty.openpty()
+    words = ["cert", "sign", str(request), "--authority", str(authority.folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(kits.__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fl_adapters.cli", *words], stdin=theirs, stderr=subprocess.PIPE, env=environment
+    )
+    os.write(ours, f"{answer}\n".encode())
+    _, shown = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == status
+    assert fingerprint in shown.decode()
+    assert len(list(authority.issued())) == (2 if answer == "y" else 1)
+
+
+def test_a_second_key_revokes_the_first_unless_both_shall_count(tmp_path: Path) -> None:
+    authority, request, fingerprint = _signing(tmp_path)
+    first = read_kit(tmp_path / "north").certificate
+    signing = ["cert", "sign", request, "--authority", authority.folder, "--fingerprint", fingerprint]
+    assert ran(*signing, "--keep-earlier")["kept"] == [f"{first.serial:x}"]
+    assert len(list(authority.counting("north"))) == 2
+
+    signed = ran(*signing)
+    assert signed["revoked"] == [f"{first.serial:x}"]
+    assert {item.fingerprint for item in authority.counting("north")} == {fingerprint}
+    assert first.serial in read_list(authority.crl, authority.pem, "").serials
+    ran("cert", "install", str(signed["certificate"]), "--kit", tmp_path / "north")
+    assert read_kit(tmp_path / "north").certificate.fingerprint == fingerprint
 
 
 def test_what_a_request_asks_for_is_what_the_project_says_or_nothing(tmp_path: Path) -> None:
@@ -198,13 +265,21 @@ def test_a_revocation_list_also_counts_as_a_file_and_never_goes_back(study: Stud
 def test_the_list_shows_what_has_become_of_every_certificate(study: Study) -> None:
     study.authority.revoke("south")
     install(study.kits / "north", study.authority.renew("north"), "mail")
-    install(study.kits / "mina", study.authority.renew("mina", days=0.001), "mail")
-    rows = ran("cert", "list", "--authority", study.authority.folder)["certificates"]
-    states = [(row["name"], row["state"].partition(" 2")[0]) for row in rows]  # type: ignore[attr-defined]
-    assert states.count(("south", "revoked")) == 1
-    assert [state for name, state in states if name == "north"] == ["replaced", "valid"]
-    with pytest.raises(ConfigError, match="no certificate of south"):
-        study.authority.revoke("south")
+    install(study.kits / "mina", study.authority.renew("mina", days=1 / 86_400), "mail")
+    until(lambda: read_kit(study.kits / "mina").certificate.days_left() < 0, "it to end")
+    rows: Any = ran("cert", "list", "--authority", study.authority.folder)["certificates"]
+    states = [(row["name"], row["state"].partition(" 2")[0], row["counts"]) for row in rows]
+    assert states.count(("south", "revoked", False)) == 1
+    renewed = "renewed; counts until the renewed one is used"
+    assert [state for state in states if state[0] == "north"] == [("north", renewed, True), ("north", "valid", True)]
+    assert [state for state in states if state[0] == "mina"] == [("mina", renewed, True), ("mina", "expired", False)]
+    counting = {row["serial"]: row["fingerprint"] for row in rows if row["counts"]}
+    for name in ("north", "ada"):
+        kit = read_kit(study.kits / name).certificate
+        assert counting[f"{kit.serial:x}"] == kit.fingerprint
+    shown = CliRunner().invoke(app, ["cert", "list", "--authority", str(study.authority.folder)], env={"COLUMNS": "40"})
+    for serial, fingerprint in counting.items():
+        assert f"serial {serial}, fingerprint {fingerprint}\n" in shown.output
 
 
 def test_doctor_warns_before_a_certificate_ends_and_says_what_to_do(study: Study) -> None:

@@ -16,7 +16,9 @@ import pytest
 import pyzipper
 from cryptography import x509
 from study import project
+from typer.testing import CliRunner
 
+from fl_adapters.cli.app import app
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.participant import kit as script_kit
 from fl_runtime.errors import ConfigError, PermissionDeniedError
@@ -38,7 +40,7 @@ admins:
 
 
 def command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    packages = str(Path(script_kit.__file__).parents[1])
+    packages = str(Path(script_kit.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": packages}
     line = [sys.executable, "-m", "fl_adapters.cli", *args]
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
@@ -66,6 +68,73 @@ def test_the_command_makes_a_kit_for_everybody_and_leaves_kits_alone_that_are_th
     assert again["authority"] == result["authority"]
     assert (tmp_path / "kits/north/key.pem").read_bytes() == before
     assert read_kit(tmp_path / "kits/east").sites == ("north", "south", "east")
+
+
+def test_a_kit_that_was_sent_away_is_not_made_again_unless_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "project.yml").write_text(PROJECT)
+    assert command(tmp_path, "provision", "project.yml", "--zip").returncode == 0
+    for sent in (tmp_path / "kits").glob("*.zip"):
+        sent.unlink()
+
+    again = command(tmp_path, "provision", "project.yml", "--zip", "--json")
+    result = json.loads(again.stdout)
+    assert result["kits"] == {}
+    assert set(result["unmade"]) == {"server", "north", "south", "ada@study.org"}
+    assert "site north of north-hospital: has a certificate until" in again.stderr
+    assert "--again north" in again.stderr
+    assert list((tmp_path / "kits").glob("*.zip")) == []
+
+    second = json.loads(command(tmp_path, "provision", "project.yml", "--again", "north", "--json").stdout)
+    assert set(second["kits"]) == {"north"}
+    kit, authority = read_kit(tmp_path / "kits/north"), Authority(tmp_path / "kits/authority")
+    assert [item.serial for item in authority.counting("north")] == [kit.certificate.serial]
+    assert [f"{serial:x}" for serial in authority.revoked()] == result["unmade"]["north"]
+
+    refused = command(tmp_path, "provision", "project.yml", "--again", "north")
+    assert refused.returncode == 1
+    assert "there is a kit of north already" in refused.stderr
+    assert read_kit(tmp_path / "kits/north").certificate == kit.certificate
+
+
+def test_a_provisioning_that_was_killed_leaves_no_half_kit_and_no_silent_certificate(tmp_path: Path) -> None:
+    (tmp_path / "project.yml").write_text(PROJECT)
+    kill_in_write_kit = (
+        "import os\n"
+        "from fl_adapters.cli.app import app\n"
+        "from fl_runtime.trust import kits\n"
+        "write = kits.write_file\n"
+        "def killed(path, *args, **options):\n"
+        "    if path.parent.name == 'south' and path.name == 'policy.yml': os._exit(9)\n"
+        "    write(path, *args, **options)\n"
+        "kits.write_file = killed; app(['provision', 'project.yml'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(script_kit.__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", kill_in_write_kit], cwd=tmp_path, env=environment, check=False)
+    assert killed.returncode == 9
+    result = json.loads(command(tmp_path, "provision", "project.yml", "--json").stdout)
+    assert set(result["kits"]) == {"ada@study.org"}
+    assert set(result["unmade"]) == {"south"}
+    assert not (tmp_path / "kits/south").exists()
+    result = json.loads(command(tmp_path, "provision", "project.yml", "--again", "south", "--json").stdout)
+    assert read_kit(tmp_path / "kits/south").identity.name == "south"
+    assert len(list(Authority(tmp_path / "kits/authority").counting("south"))) == 1
+
+
+def test_passwords_are_shown_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    (tmp_path / "project.yml").write_text(PROJECT)
+    done = CliRunner().invoke(
+        app,
+        ["provision", str(tmp_path / "project.yml"), "--out", str(tmp_path / "kits"), "--zip"],
+        env={"COLUMNS": "20", "LINES": "5", "TERM": "xterm"},
+    )
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    passwords = [line.removeprefix("    password: ") for line in lines if line.startswith("    password: ")]
+    kits = [lines[number - 1].partition(": ")[2] for number, line in enumerate(lines) if line.startswith("    pass")]
+    assert len(set(passwords)) == 4
+    for number, (kit, password) in enumerate(zip(kits, passwords, strict=True)):
+        read_archive(Path(kit), tmp_path / f"unpacked-{number}", password)
+        assert read_kit(tmp_path / f"unpacked-{number}")
 
 
 def test_a_kit_says_who_it_is_and_its_key_is_its_owners_alone(kits: Path) -> None:
@@ -304,7 +373,10 @@ def test_the_commands_zip_and_unpack(tmp_path: Path) -> None:
         for path in (tmp_path / "kits/north", tmp_path / "kits/north.zip"):
             with pytest.raises(ConfigError, match=f"first run `fl-adapters unpack {tmp_path}/kits/north.zip`"):
                 read(path)
-    done = command(tmp_path, "unpack", result["kit"], "--password", result["password"], "--json")
+    password = tmp_path / "password"
+    password.write_text(result["password"] + "\n")
+    password.chmod(0o600)
+    done = command(tmp_path, "unpack", result["kit"], "--password-file", str(password), "--json")
     assert done.returncode == 0, done.stderr
     assert read_kit(Path(tmp_path, json.loads(done.stdout)["kit"])).identity.name == "north"
 
