@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fl_adapters.participant.options import Options
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
+from fl_runtime.aggregation.shares import check_max_share
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.errors import ConfigError, did_you_mean
 from fl_runtime.filters import (
@@ -73,6 +74,8 @@ class Job(BaseModel):
         fraction: Share of the sites that take part in a round, above 0 and at most 1, drawn for each round from
             `seed` and its number. The others wait. Default 1.0.
         site_weights: Site name -> factor of its weight in the average, above 0. Default: 1 for every site.
+        max_share: Largest share of one site in the weights of a model, above 0 and at most 1. A site above it is scaled
+            down to it, whatever number of examples it states. Default None: no cap.
         deadline_s: Seconds after which a round closes with the updates that are there, if they make a quorum.
             Default 86400 (a day).
         rejoin_s: Seconds to wait for a site whose process or connection is gone, before `min_sites` decides.
@@ -129,6 +132,7 @@ class Job(BaseModel):
     cross_site: bool = False
     fraction: float = Field(default=1.0, gt=0, le=1)
     site_weights: dict[str, float] = Field(default_factory=dict)
+    max_share: float | None = Field(default=None, gt=0, le=1)
     deadline_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)
     rejoin_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     late: Literal["drop", "carry"] = "drop"
@@ -228,7 +232,7 @@ class Job(BaseModel):
 
         Raises:
             ConfigError: The job does not fit the sites: `min_sites` is too high, `site_weights` names other sites, or
-                the strategy needs more updates.
+                the strategy or `max_share` needs more updates.
         """
         names = check_names(sites)
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
@@ -250,7 +254,9 @@ class Job(BaseModel):
                 fix=f"its sites are: {', '.join(names)}",
             )
         settings = replace(settings, min_sites=self.min_sites or most)
-        make_strategy(str(self.strategy)).check_sites(settings.min_sites)
+        strategy = make_strategy(str(self.strategy))
+        strategy.check_sites(settings.min_sites)
+        check_max_share(settings, strategy)
         return settings
 
 

@@ -35,6 +35,10 @@ class Cyclic(WeightsStrategy):
     weighted: ClassVar[bool] = False
     order: Literal["fixed", "shuffled"] = choice("fixed", "shuffled")
 
+    def cohort(self, updates: int) -> int:
+        """Return 1: a model is made of one site's update."""
+        return min(1, updates)
+
     def plan_round(self, round: int, present: Sequence[str]) -> RoundPlan:
         """Send the model to the site whose turn it is."""
         if self.order == "fixed":

@@ -57,6 +57,10 @@ class FedBuff(WeightsStrategy):
         """Number of updates the server collects before it makes a new global model."""
         return self.k
 
+    def cohort(self, updates: int) -> int:
+        """Return k, or the number of updates if it is less."""
+        return min(self.k, updates)
+
     def check(self, update: Update) -> None:
         """Refuse extras, since sites' updates do not belong to a common round in which extras could be averaged."""
         if update.extras:

@@ -38,6 +38,10 @@ class RobustStrategy(WeightsStrategy):
                 fix='use optimizer_state="keep" or "reset"',
             )
 
+    def weights_of(self, updates: Sequence[Update]) -> Sequence[float]:
+        """Return the same weight for every update, unless sites have weights; see `Strategy`."""
+        return super().weights_of(updates) if self.weighted else [1.0] * len(updates)
+
     def aggregator(self, base: Arrays, allocate: Allocate, config: Settings, state: ServerState) -> Aggregator:
         """Return an aggregator that waits for all updates."""
         return Gathered(base, allocate, self.plan)
@@ -158,6 +162,10 @@ class Krum(RobustStrategy):
                 where="strategy",
                 fix="add sites, raise min_sites, or lower f and m",
             )
+
+    def cohort(self, updates: int) -> int:
+        """Return m, or the number of updates if it is less."""
+        return min(self.m, updates)
 
     def plan(self, updates: Sequence[Update], base: Arrays) -> Combine:
         """Average the m updates with the lowest scores, see `RobustStrategy.plan`."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from fl_runtime.aggregation.workflow import Workflow
 from fl_runtime.errors import ConfigError, did_you_mean
+from fl_runtime.types import Update
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Described(Workflow):
 
     Attributes:
         name: Name of the strategy in `--strategy` and `Job(strategy=...)`.
+        scalable: Whether the server can scale down the weight of one update, see `Strategy`.
         partial: Whether updates may lack tensors, see `Strategy`.
         needs_steps: Whether updates must state their number of optimizer steps, see `Strategy`.
 
@@ -92,6 +94,7 @@ class Described(Workflow):
     """
 
     name: ClassVar[str]
+    scalable: ClassVar[bool] = True
     partial: ClassVar[bool] = False
     needs_steps: ClassVar[bool] = False
 
@@ -141,6 +144,29 @@ class Described(Workflow):
         Raises:
             ConfigError: If a round of this strategy needs more. The base class accepts any number.
         """
+
+    def cohort(self, updates: int) -> int:
+        """Return how many of a round's updates make the next model. The base class returns all of them.
+
+        Args:
+            updates: Number of updates in the round.
+
+        Returns:
+            The number.
+        """
+        return updates
+
+    def weights_of(self, updates: Sequence[Update]) -> Sequence[float]:
+        """Return the weights with which updates count.
+
+        Args:
+            updates: The updates of a round, or of a buffer.
+
+        Returns:
+            Number of examples times the job's factor; with the argument `weights` "equal", the factor alone.
+        """
+        equal = getattr(self, "weights", "examples") == "equal"
+        return [update.site_weight if equal else update.weight for update in updates]
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the part of a tensor's shape that must be equal at all sites.

@@ -222,6 +222,11 @@ class ServerFilters:
         strategy.check(update)
 
     @property
+    def counts_equally(self) -> bool:
+        """Whether a filter at `server_in` gives every update the same weight, whatever the strategy says."""
+        return self._central is not None
+
+    @property
     def encodes_model(self) -> bool:
         """Whether a filter at `server_out` encodes the global model."""
         return bool(self._outgoing)

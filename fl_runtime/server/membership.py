@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fl_runtime.errors import AbortedError, FederationError, ProtocolError, QuorumError
 from fl_runtime.server.calls import limits
+from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.registration import Member, Registration, check_latecomer, needed_capabilities
 from fl_runtime.server.state import RunState
 from fl_runtime.wire.manifest import Manifest
@@ -21,12 +22,14 @@ class Membership:
 
     Attributes:
         members: Every site of the job by name, in the job's order.
+        quorum: What an aggregate of their updates must be made of.
         on_departure: Called under the lock with a member whose script has ended, or whose process is gone.
     """
 
     def __init__(self, state: RunState) -> None:
         self._state = state
         self.on_departure: Callable[[Member], None] = _ignore
+        self.quorum = Quorum(state)
         self.members = {name: Member(name, index) for index, name in enumerate(state.settings.sites)}
 
     # -- calls of sites --------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class RunSettings:
         submitted_by: Identity (URI) of who submitted the job; "" in a simulation.
         fraction: Share of the sites that take part in a round, above 0 and at most 1.
         site_weights: Site name -> factor of its weight; 1 for sites not named.
+        max_share: Largest share of one site in the weights of an aggregate; None for no cap.
         patience: Rounds without a better metric after which the run ends; None leaves it to the sites' `Terms`.
         min_delta: Least difference of the metric that counts as better, for `patience`.
         cross_site: Whether every site evaluates every site's model after the last round.
@@ -87,6 +88,7 @@ class RunSettings:
     submitted_by: str = ""
     fraction: float = 1.0
     site_weights: Mapping[str, float] = field(default_factory=dict)
+    max_share: float | None = None
     patience: int | None = None
     min_delta: float = 0.0
     cross_site: bool = False

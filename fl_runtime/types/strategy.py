@@ -62,6 +62,8 @@ class ServerState:
             aggregator fills them before `result` returns. They are committed together with the next model, never leave
             the server, and are `previous` in the next round.
         sites: Names of all sites of the job, in its order, whether or not they take part in the round.
+        max_share: Largest share of one site in the weights of an aggregate; None for no cap. The weights of a round's
+            updates are within it already.
 
     Example:
         ```python
@@ -75,6 +77,7 @@ class ServerState:
     previous: Arrays = field(default_factory=dict)
     allocate_next: Callable[[Arrays], Arrays] = dict
     sites: tuple[str, ...] = ()
+    max_share: float | None = None
 
 
 class Strategy(Protocol):
@@ -89,6 +92,7 @@ class Strategy(Protocol):
         initial: Where the initial model comes from: the first site, or all sites through an aggregator of round 0,
             whose base model is empty.
         weighted: Whether `site_weights` of the job have an effect.
+        scalable: Whether the server can scale down the weight of one update, so that a cap on shares holds.
         partial: Whether updates may lack tensors, each of which is then combined over the sites that send it.
         needs_steps: Whether every update must state its number of optimizer steps.
     """
@@ -96,6 +100,7 @@ class Strategy(Protocol):
     content: ClassVar[Content]
     initial: ClassVar[Literal["first", "all"]]
     weighted: ClassVar[bool]
+    scalable: ClassVar[bool]
     partial: ClassVar[bool]
     needs_steps: ClassVar[bool]
 
@@ -138,6 +143,28 @@ class Strategy(Protocol):
 
         Raises:
             ConfigError: The strategy needs more.
+        """
+        ...
+
+    def cohort(self, updates: int) -> int:
+        """Return how many of a round's updates make the next model.
+
+        Args:
+            updates: Number of updates in the round.
+
+        Returns:
+            All of them, or fewer if the strategy chooses among them.
+        """
+        ...
+
+    def weights_of(self, updates: Sequence[Update]) -> Sequence[float]:
+        """Return the weights with which updates count in the next model. Only a cap on shares asks for them.
+
+        Args:
+            updates: The updates of a round, or of a buffer. Their arrays may be encoded.
+
+        Returns:
+            A weight for each update, at least 0.
         """
         ...
 

@@ -93,10 +93,13 @@ class _SiteWeights:
         weights = state.previous.get(_KEPT)
         self._before = {} if weights is None else {n: float(w) for n, w in zip(self._sites, weights, strict=True) if w}
         self._known, self._round = dict(self._before), dict[str, float]()
+        # a site that comes later is held to the cap among the earlier ones, whose weights in c cannot change any more
+        cap, others = state.max_share, math.fsum(self._before.values())
+        self._most = cap / (1 - cap) * others if others and cap is not None and cap < 1 else math.inf
 
     def of(self, update: Update) -> float:
         """Return the weight of the update's site; the first one counts."""
-        weight = self._known.setdefault(update.site, update.weight)
+        weight = self._known.setdefault(update.site, min(update.weight, self._most))
         self._round[update.site] = weight
         return weight
 

@@ -103,12 +103,19 @@ class TreeBagging(TreeStrategy):
     """Every site boosts on the global model, and the new trees of all sites are appended to it.
 
     The leaves of a tree are scaled by its site's share of the examples, so the step of a round is the weighted mean of
-    the sites' steps. Where rows have weights, an example counts with the mean weight of its site. It has no arguments.
+    the sites' steps. Where rows have weights, an example counts with the mean weight of its site. A cap on shares
+    (`max_share`) holds for the trees of a round and for the common base score. It has no arguments.
     Sites need the capability "tree-bagging" (XGBoost, mode="bagging").
     """
 
     name: ClassVar[str] = "tree-bagging"
     requires: ClassVar[frozenset[str]] = frozenset({"tree-bagging"})
+
+    def weights_of(self, updates: Sequence[Update]) -> Sequence[float]:
+        """Return the weights of the sites' rows; for the initial model, those behind the base score."""
+        if updates and updates[0].round == 0:
+            return [_weight(update) * update.site_weight for update in updates]
+        return _tree_weights([(u.num_examples, _row_weight(u), u.site_weight) for u in updates])
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {}
@@ -128,6 +135,10 @@ class TreeCyclic(TreeStrategy):
     name: ClassVar[str] = "tree-cyclic"
     requires: ClassVar[frozenset[str]] = frozenset({"tree-cyclic"})
 
+    def cohort(self, updates: int) -> int:
+        """Return 1: the new trees of a model are those of one site."""
+        return min(1, updates)
+
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
         return {"turn": sites[(round - 1) % len(sites)]} if round > 0 and sites else {}
 
@@ -145,6 +156,7 @@ class TreeHistogram(TreeStrategy):
     """
 
     name: ClassVar[str] = "tree-histogram"
+    scalable: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset({"tree-histogram"})
 
     def configure(self, round: int, sites: Sequence[str]) -> Settings:
@@ -179,7 +191,7 @@ class _Beginning:
 
     def add(self, update: Update) -> None:
         model = TreeModel.from_arrays(update.arrays)
-        scores, weight = base_score(model.head), _weight(update)
+        scores, weight = base_score(model.head), _weight(update) * update.site_weight
         if self._model is None:
             self._model = TreeModel(model.head, tuple(bytes(tree) for tree in model.trees))
             self._sum = [0.0] * len(scores)
@@ -191,7 +203,7 @@ class _Beginning:
             )
         self._sum = [total + score * weight for total, score in zip(self._sum, scores, strict=True)]
         self._weight += weight
-        self._base_sums.append(np.copy(_base_sums(update)))
+        self._base_sums.append(_base_sums(update) * update.site_weight)
         self._distinct_scores.add(str(model.head["learner"]["learner_model_param"]["base_score"]))
 
     def result(self) -> tuple[Arrays, Arrays]:
@@ -267,6 +279,7 @@ class _Grown:
     site: str
     examples: int
     row_weight: float
+    factor: float
     model: TreeModel
     trees: tuple[dict[str, Any], ...]
 
@@ -284,7 +297,9 @@ class _Appending:
             model = TreeModel.from_arrays(update.arrays)
             _check_same(self._base, model, update)
             trees = tuple(ubjson.loads(tree) for tree in model.trees)
-            self._parts.append(_Grown(update.site, update.num_examples, _row_weight(update), model, trees))
+            self._parts.append(
+                _Grown(update.site, update.num_examples, _row_weight(update), update.site_weight, model, trees)
+            )
 
     def result(self) -> tuple[Arrays, Arrays]:
         if not self._parts:
@@ -306,9 +321,8 @@ class _Appending:
         return _stored(grown, self._allocate, self._other_arrays)
 
     def _shares(self) -> list[float]:
-        """Return each site's share. Sites that all send 1 as their number of examples have equal shares."""
-        equal = all(part.examples == 1 for part in self._parts)
-        weights = [1.0 if equal else part.examples * part.row_weight for part in self._parts]
+        """Return each site's share of the step."""
+        weights = _tree_weights([(part.examples, part.row_weight, part.factor) for part in self._parts])
         total = sum(weights) or 1.0
         return [weight / total for weight in weights]
 
@@ -367,6 +381,15 @@ def _expected_weights(base: TreeModel, grown: TreeModel) -> int:
         return 0
     new = len(grown.trees)
     return new if len(grown.weight_drop or []) == new else len(base.weight_drop) + new
+
+
+def _tree_weights(parts: Sequence[tuple[int, float, float]]) -> list[float]:
+    """Return the weights of trees from the (examples, mean weight of a row, factor) of their sites.
+
+    Sites that all send 1 as their number of examples count the same, but for the factor.
+    """
+    equal = all(examples == 1 for examples, _, _ in parts)
+    return [factor if equal else examples * row_weight * factor for examples, row_weight, factor in parts]
 
 
 def _weight(update: Update) -> float:

@@ -144,14 +144,15 @@ class Buffered:
                 blobs.append(state.blobs.create(f"model-{newest.version + 1}", manifest))
             return blobs[-1].views()
 
-        base = newest.blob.views()[0]
+        base, quorum, factors = newest.blob.views()[0], self._membership.quorum, state.settings.site_weights
         aggregator = state.plan.strategy.aggregator(base, allocate, {"version": newest.version}, ServerState())
-        for accepted in due:
-            start = self._models.get(accepted.update.base_version, newest).blob.views()[0]
-            weight = state.settings.site_weights.get(accepted.update.site, 1.0)
-            update = decoded(accepted.update, start)
-            arrays = _Differences(update.arrays, start, base)
-            aggregator.add(replace(update, arrays=arrays, content="delta", site_weight=weight))
+        whole = quorum.max_share([accepted.update.site for accepted in due]) is not None
+        weighted = [replace(a.update, site_weight=factors.get(a.update.site, 1.0)) for a in due]
+        for update in quorum.within_share(weighted):
+            start = self._models.get(update.base_version, newest).blob.views()[0]
+            update = decoded(update, start)
+            arrays = _Differences(update.arrays, start, base, whole=whole)
+            aggregator.add(replace(update, arrays=arrays, content="delta"))
         aggregator.result()
         digests = checked_digests(blobs[0], None, newest.version + 1, (accepted.update for accepted in due))
         with state.lock:
@@ -222,17 +223,25 @@ class Buffered:
 
 
 class _Differences(Mapping[str, Array]):
-    """Each sent tensor's difference to the model that the site began with, computed when it is asked for."""
+    """Each tensor's difference to the model that the site began with, computed when it is asked for.
 
-    def __init__(self, arrays: Arrays, start: Arrays, newest: Arrays) -> None:
+    With `whole`, a tensor that the site held back is there without a change; otherwise it is missing.
+    """
+
+    def __init__(self, arrays: Arrays, start: Arrays, newest: Arrays, *, whole: bool) -> None:
         self._arrays, self._start, self._newest = arrays, start, newest
+        self._names = newest if whole else arrays
 
     def __getitem__(self, name: str) -> Array:
-        start = self._start[name]
-        return difference(name, self._arrays[name], start, self._newest[name])
+        start, newest = self._start[name], self._newest[name]
+        if name in self._arrays:
+            return difference(name, self._arrays[name], start, newest)
+        if name not in self._names:
+            raise KeyError(name)
+        return difference(name, newest, newest, newest)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._names)

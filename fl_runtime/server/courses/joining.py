@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from fl_runtime.aggregation.shares import check_max_share
 from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
@@ -200,4 +201,5 @@ class Joining:
                 where="fraction",
                 fix="leave fraction out of the job",
             )
+        check_max_share(settings, strategy)
         self._cross_site.check_settings()

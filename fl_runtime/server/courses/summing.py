@@ -10,36 +10,45 @@ import numpy as np
 
 from fl_runtime.errors import RoundFailedError, UpdateRefusedError
 from fl_runtime.server.broadcast import held_arrays, without_held
+from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.types import Arrays, ServerState, Update, is_floating
+from fl_runtime.types import Aggregator, Arrays, ServerState, Update, is_floating
 from fl_runtime.wire.finite import inspect
 from fl_runtime.wire.manifest import Manifest
 
 
 class Summing:
-    """Sums updates in the order of the job's sites, each as soon as it and all before it are there. A `RoundSum`."""
+    """Sums updates in the order of the job's sites, each as soon as it and all before it are there. A `RoundSum`.
 
-    def __init__(self, state: RunState, current: OpenRound) -> None:
-        self._state, self._current = state, current
+    If a cap on shares may hold, updates are summed at the end: each weight depends on all of them.
+    """
+
+    def __init__(self, state: RunState, quorum: Quorum, current: OpenRound) -> None:
+        self._state, self._quorum, self._current = state, quorum, current
         self._blob: Blob | None = None
         self.strategy_state: Blob | None = None
+        self._waiting: list[Update] = []  # for the weights of all
+        self._aggregator: Aggregator | None = None
         self._begin()
 
     def _begin(self) -> None:
+        self._order, self._added, self._waiting = list(self._state.settings.sites), 0, []
+        self._aggregator = None if self._quorum.may_scale else self._make_aggregator(None)
+
+    def _make_aggregator(self, max_share: float | None) -> Aggregator:
         state, config = self._state, self._current.config
-        self._order, self._added = list(state.settings.sites), 0
         model, strategy = state.models.newest, state.plan.strategy
         base, extras = model.blob.views() if model else ({}, {})
         previous = without_held(model.strategy_state.views()[0]) if model and model.strategy_state else {}
         held = state.models.held.blob.views()[0] if state.models.held else None
-        server_state = ServerState(extras, previous, self._allocate_state, state.settings.sites)
-        self._aggregator = state.filters.aggregator(
+        server_state = ServerState(extras, previous, self._allocate_state, state.settings.sites, max_share)
+        return state.filters.aggregator(
             lambda allocate: strategy.aggregator(base, allocate, config, server_state),
             base,
             self._allocate,
             linear=strategy.linear,
-            partial=strategy.partial,
+            partial=strategy.partial and max_share is None,
             held=held,
         )
 
@@ -54,7 +63,11 @@ class Summing:
         self._order.remove(accepted.update.site)
         self._added += 1
         weight = self._state.settings.site_weights.get(accepted.update.site, 1.0)
-        self._aggregator.add(replace(accepted.update, site_weight=weight))
+        update = replace(accepted.update, site_weight=weight)
+        if self._aggregator is None:
+            self._waiting.append(update)
+        else:
+            self._aggregator.add(update)
 
     def finish(self) -> Blob:
         """Add the updates that are left, and complete the sum."""
@@ -62,6 +75,10 @@ class Summing:
             self._begin()  # a site came back to the round after its place in the order had been passed: sum again
         for accepted in self._remaining():
             self.add(accepted)
+        if self._aggregator is None:
+            self._aggregator = self._make_aggregator(self._quorum.max_share([u.site for u in self._waiting]))
+            for update in self._quorum.within_share(self._waiting):
+                self._aggregator.add(update)
         self._aggregator.result()
         if self.strategy_state is None and held_arrays(self._state):
             self._allocate_state({})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fl_runtime.aggregation.swarm import RECEIPT, in_turn, named_missing
 from fl_runtime.errors import ProtocolError, QuorumError
@@ -269,9 +269,10 @@ class SwarmSum:
             )
         turns = in_turn(list(members), current.round, state.settings.seed or 0)
         aggregator = min(able, key=lambda name: (self._aggregation_failures[name], turns.index(name)))
-        weights = state.settings.site_weights
-        shares = [[name, current.accepted[name].update.num_examples, weights.get(name, 1.0)] for name in sites]
-        instructions = {"strategy": state.plan.strategy.spec, "sites": shares}
+        factors = state.settings.site_weights
+        receipts = [replace(current.accepted[name].update, site_weight=factors.get(name, 1.0)) for name in sites]
+        weights = [[u.site, u.num_examples, u.site_weight] for u in self._membership.quorum.within_share(receipts)]
+        instructions = {"strategy": state.plan.strategy.spec, "sites": weights}
         stage = f"{_PREFIX}{current.round}-{secrets.token_hex(8)}"
         return AggregationOrder(stage, current.round, aggregator, members[aggregator].attempt, sites, instructions)
 

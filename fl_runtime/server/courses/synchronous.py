@@ -49,7 +49,7 @@ class Synchronous:
         """
         self._state, self._membership, self._rounds = state, membership, rounds
         self._initial, self._cross_site = initial, cross_site
-        self._summing = summing or (lambda current: Summing(state, current))
+        self._summing = summing or (lambda current: Summing(state, membership.quorum, current))
         self.checks = TensorChecks(state, membership)
 
     def offer(self, member: Member, done: str) -> Offer | None:

@@ -155,7 +155,7 @@ class Virtual:
         state, rounds = self._state, self._rounds
         with state.lock:
             current = rounds.open(number)
-            summing = Summing(state, current)
+            summing = Summing(state, self._membership.quorum, current)
         collection = _Collection(state, self._membership, self._scoring, rounds, current, summing, self._sites.workers)
         try:
             collection.run()
@@ -202,7 +202,7 @@ class _Collection:
         self._arrived: dict[str, Done] = {}
         self._failed: set[str] = set()
         self._held: list[Done] = []
-        self._streams = state.plan.strategy.linear and not state.settings.filters
+        self._streams = state.plan.strategy.linear and not state.settings.filters and not membership.quorum.may_scale
         assert state.models.newest is not None
         self._model = state.models.newest
 

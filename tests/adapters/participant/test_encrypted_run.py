@@ -23,6 +23,7 @@ import fl_adapters as fl
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import CoordinateMedian, FedAvg
+from fl_runtime.aggregation.shares import within_cap
 from fl_runtime.errors import ConfigError, HandshakeError, RoundFailedError, UpdateRefusedError
 from fl_runtime.filters import check_filters
 from fl_runtime.filters.base import FilterHost
@@ -92,6 +93,19 @@ def test_a_weighted_mean_equals_the_plain_one(cipher: Cipher) -> None:
     found = cipher.decrypt(mean_of(cipher, [cipher.encrypt(p, wide) for p in parts], examples), wide)
     wanted = {n: sum(e * p[n] for e, p in zip(examples, parts, strict=True)) / sum(examples) for n in wide}
     assert distance(found, wanted) < 1e-9  # the promise is 1e-6
+
+
+def test_a_weighted_mean_keeps_to_a_cap_on_shares(cipher: Cipher) -> None:
+    parts, examples = [arrays(seed) for seed in range(3)], [3, 1, 10**9]
+    updates = [update(cipher.encrypt(p, LAYOUT), n, f"s{n}") for p, n in zip(parts, examples, strict=True)]
+    capped, names = within_cap(updates, FedAvg().weights_of(updates), 0.4)
+    server = CiphertextMean(cipher.settings, cipher.settings.public_context(), allocate)
+    for item in capped:
+        server.add(item)
+    found = cipher.decrypt(server.result()[0], LAYOUT)
+    wanted = {n: sum(s * p[n].astype(np.float64) for s, p in zip((0.4, 0.2, 0.4), parts, strict=True)) for n in LAYOUT}
+    assert names == ("s1000000000",)
+    assert distance(found, wanted) < 1e-3  # of bfloat16, in which one of the tensors is
 
 
 def test_one_packing_over_all_tensors(settings: HomomorphicCKKS, cipher: Cipher) -> None:

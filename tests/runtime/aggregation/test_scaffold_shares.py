@@ -14,6 +14,7 @@ import pytest
 
 from fl_runtime.aggregation.corrections.local_terms import control_extras, control_of
 from fl_runtime.aggregation.corrections.scaffold import Scaffold
+from fl_runtime.aggregation.shares import within_cap
 from fl_runtime.server.courses.sampling import sample_sites
 from fl_runtime.types import Array, Arrays, RunSettings, ServerState, Update
 
@@ -36,6 +37,7 @@ class Federation:
     own: Array = field(default_factory=lambda: np.zeros(len(SITES)))
     previous: Arrays = field(default_factory=dict)
     extras: Arrays = field(default_factory=dict)
+    max_share: float | None = None
 
     def round(self, number: int, participants: list[int]) -> None:
         following: dict[str, Array] = {}
@@ -44,7 +46,8 @@ class Federation:
             following.update({name: np.empty_like(array) for name, array in arrays.items()})
             return following
 
-        state = ServerState(self.extras, self.previous, allocate_next, SITES)
+        state = ServerState(self.extras, self.previous, allocate_next, SITES, self.max_share)
+        updates = []
         aggregator = self.strategy.aggregator({"w": self.x}, _allocate, {}, state)
         for i in participants:
             y = self.x.copy()
@@ -55,7 +58,11 @@ class Federation:
             self.own[i] = own[0]
             examples, factor = int(self.examples[i]), float(self.site_weights[i])
             update = Update("job", number, "", SITES[i], 1, number - 1, {"w": y}, examples, extras=share)
-            aggregator.add(replace(update, site_weight=factor))
+            updates.append(replace(update, site_weight=factor))
+        if self.max_share is not None:
+            updates, _ = within_cap(updates, self.strategy.weights_of(updates), self.max_share)
+        for update in updates:
+            aggregator.add(update)
         arrays, self.extras = aggregator.result()
         self.x, self.c, self.previous = arrays["w"], control_of(self.extras)["w"], following
 
@@ -108,6 +115,23 @@ def test_c_is_the_weighted_mean_over_all_sites(
     optimum = (p * CURVATURE) @ MINIMUM / ((p * CURVATURE).sum())
     if len(participants) > 1 or rounds is everyone:
         np.testing.assert_allclose(np.mean(tail[-100:]), optimum, atol=0.02)
+
+
+@pytest.mark.parametrize("rounds", [fraction(0.5), missing, everyone])
+def test_under_a_cap_no_site_has_a_larger_share_in_c(rounds: Callable[[], Iterator[list[int]]]) -> None:
+    federation = Federation(Scaffold(), examples=np.array([10, 4000, 35, 90, 7, 150_000]), max_share=0.4)
+    seen: set[int] = set()
+    for number, participants in enumerate(rounds(), 1):
+        if len(participants) < 3:
+            continue
+        federation.round(number, participants)
+        seen.update(participants)
+        if len(seen) == len(SITES):
+            weight = federation.previous["site_weights"]
+            p = weight / weight.sum()
+            assert p.max() <= 0.4 * (1 + 1e-9)
+            np.testing.assert_allclose(federation.c, p @ federation.own, rtol=1e-9, atol=1e-9)
+    assert len(seen) == len(SITES)
 
 
 def test_the_first_number_of_examples_counts_for_c() -> None:

@@ -130,6 +130,17 @@ def test_sites_propose_the_strategy_and_the_first_model_is_made_of_all(tmp_path:
         assert ubjson.loads(path.read_bytes())["learner"]["gradient_booster"]["name"] == "gbtree"
 
 
+def test_of_all_trees_no_site_has_a_larger_share(tmp_path: Path) -> None:
+    with serving(tmp_path, 2, sockets=False, rounds=1, max_share=0.5) as bench:
+        sites, tasks = begun(bench, weights=(1e9, 1.0))
+        param = TreeModel.from_arrays(tasks[0].arrays).head["learner"]["learner_model_param"]
+        assert float(param["base_score"]) == pytest.approx(0.4)  # of 0.2 and 0.6
+        submit(sites[0], tasks[0], grown(stump(1, 2)), 1)
+        submit(sites[1], tasks[1], grown(stump(4, 8)), 10**9)
+        finals = at_once(sites, lambda site: site.client.next_task())
+        assert leaves(finals[0].arrays) == [[0.5, 1.0], [2.0, 4.0]]
+
+
 @pytest.mark.parametrize("place", ["beside the model", "in the model"])  # XGBoost until 3.3, and since then
 @pytest.mark.parametrize("sends", ["all weights", "those of its trees"])
 def test_weights_of_dart_are_the_mean_of_what_the_sites_make_of_them(tmp_path: Path, place: str, sends: str) -> None:

@@ -136,6 +136,26 @@ def test_updates_whose_sum_is_not_finite_make_no_model(strategy: str) -> None:
         assert "site-2 (norm 6e+38), site-3 (norm 6e+38), site-1 (norm" in str(outcome.error)
 
 
+def test_a_number_of_examples_of_any_size_does_not_take_the_model(tmp_path: Path) -> None:
+    with Study(tmp_path, ("north", "south", "west")) as study:
+        job = study.job(rounds=1, max_share=0.4)
+        sites = [study.site(name) for name in study.sites]
+        tasks = started(sites, W)
+        examples = {"north": 2**53, "south": 30, "west": 60}
+        values = {"north": 1000.0, "south": 1.0, "west": 2.0}
+        for site in sites:
+            site.submit(tasks[site.name], {"w": W["w"] + values[site.name]}, examples[site.name])
+        finals = at_once(sites, lambda site: site.client.next_task().arrays["w"].tolist())
+        for site in sites:
+            site.client.leave("done", early=False)
+        assert study.server.wait_for_job(job, 30)
+        events = [json.loads(line) for line in (study.runs / job / "events.jsonl").open(encoding="utf-8")]
+    # 0.4 for north; 30 : 60 would be 0.2 and 0.4
+    np.testing.assert_allclose(finals, [[0.4 * 1000 + 0.2 * 1 + 0.4 * 2] * 4] * 3, rtol=1e-6)
+    (warning,) = [event for event in events if event["kind"] == "warning"]
+    assert warning["site"] == "north" and "scaled down to max_share=0.4" in str(warning)
+
+
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\n=cmd()|x!A1\u202e"
 
 
