@@ -107,6 +107,10 @@ chaos: $(VENV)/.stamp  ## runs under faults: CHAOS_FAULTS of them, as CHAOS_SEED
 	@PYTHONPATH=$(CURDIR):tests/_support $(VENV)/bin/python tests/chaos/chaos.py --seed $(CHAOS_SEED) \
 	  --faults $(CHAOS_FAULTS) $(ARGS)
 
+.PHONY: attack
+attack: $(VENV)/.stamp  ## hostile sites, admins, servers and strangers against one federation, which must not notice
+	@PYTHONPATH=$(CURDIR):tests/_support:tests/attack $(VENV)/bin/python tests/attack/attack.py $(ARGS)
+
 .PHONY: bench
 bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the other
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script $(ARGS); done
@@ -122,11 +126,11 @@ proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py a
 	  --pyi_out=fl_runtime/wire fl/v1/federation.proto
 
 .PHONY: fuzz
-fuzz: $(VENV)/.stamp  ## coverage-guided fuzzing of the decoders for FUZZ_S seconds; findings are in .fuzz/
+fuzz: $(VENV)/.stamp  ## coverage-guided fuzzing of decoders and file readers for FUZZ_S seconds; findings are in .fuzz/
 	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/python -m pip install -q atheris
 	@mkdir -p .fuzz
 	@$(VENV)/bin/python tests/fuzz/fuzz_decoder.py -max_total_time=$(FUZZ_S) -max_len=4096 -timeout=10 \
-	  -rss_limit_mb=2048 -artifact_prefix=.fuzz/ .fuzz tests/fuzz/corpus
+	  -dict=tests/fuzz/dictionary -rss_limit_mb=2048 -artifact_prefix=.fuzz/ .fuzz tests/fuzz/corpus
 
 .PHONY: permissions
 permissions: $(VENV)/.stamp  ## make docs/permissions.md from the table of permissions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -28,6 +29,7 @@ from fl_runtime.filters import (
     check_site_weights,
 )
 from fl_runtime.filters.ckks import HomomorphicCKKS
+from fl_runtime.text import METRIC_NAMES, is_metric_name
 from fl_runtime.types import RunSettings, Strategy
 from fl_runtime.yaml_files import read_yaml
 
@@ -35,6 +37,9 @@ R_co = TypeVar("R_co", covariant=True)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = ("global", "local")  # names in history.csv, and of a script that runs alone
+_MOST_ROUNDS, _MOST_SITES = 1_000_000, 100_000  # the server keeps a result of each round, and a record of each site
+_LONGEST_S = 1e9  # 31 years; Python cannot wait for longer than 292
+_LARGEST_SEED = 2**63 - 1
 
 
 class Environment(Protocol[R_co]):
@@ -61,8 +66,8 @@ class Job(BaseModel):
         name: Name of the job and of its folder runs/<name>: at most 64 letters, digits, ".", "_" and "-". Default:
             made from the app and the time.
         app: The script, module or app name that every site runs. Required.
-        rounds: Number of rounds. Default None: the trainer's own budget decides, and all sites must agree on it.
-            Option `--rounds`.
+        rounds: Number of rounds, at most a million. Default None: the trainer's own budget decides, and all sites must
+            agree on it. Option `--rounds`.
         strategy: How updates become the next global model: a name ("fedavg"), a name with arguments
             ("fedadam:lr=0.1,tau=0.001"), or an object such as `FedAdam(lr=0.1)`, which is kept as that text. Default
             "fedavg", which gives way to what the script needs (trees of XGBoost). Option `--strategy`.
@@ -125,16 +130,16 @@ class Job(BaseModel):
 
     name: str = ""
     app: str = Field(min_length=1)
-    rounds: int | None = Field(default=None, ge=1)
+    rounds: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
     strategy: str | Described = "fedavg"  # a job that has been made holds text
     sites: int | tuple[str, ...] | None = None
-    min_sites: int | None = Field(default=None, ge=1)
+    min_sites: int | None = Field(default=None, ge=1, le=_MOST_SITES)
     cross_site: bool = False
     fraction: float = Field(default=1.0, gt=0, le=1)
     site_weights: dict[str, float] = Field(default_factory=dict)
     max_share: float | None = Field(default=None, gt=0, le=1)
-    deadline_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)
-    rejoin_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    deadline_s: float = Field(default=86_400.0, gt=0, le=_LONGEST_S, allow_inf_nan=False)
+    rejoin_s: float = Field(default=60.0, gt=0, le=_LONGEST_S, allow_inf_nan=False)
     late: Literal["drop", "carry"] = "drop"
     durability: Literal["process", "power"] = "process"
     every: str | int | None = None
@@ -145,10 +150,10 @@ class Job(BaseModel):
     initial: str | None = None
     best_metric: str = Field(default="loss", min_length=1)
     best_mode: Literal["min", "max"] = "min"
-    patience: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
     min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    trainings: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=0)
+    trainings: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
+    seed: int | None = Field(default=None, ge=0, le=_LARGEST_SEED)
     exact_restart: bool = False
 
     @model_validator(mode="wrap")
@@ -270,11 +275,12 @@ def site_names(sites: int | Sequence[str]) -> tuple[str, ...]:
         "site-1", "site-2" and so on for a number, else the given names.
 
     Raises:
-        ConfigError: The number is below 1, or a name cannot be used; see `check_names`.
+        ConfigError: The number is below 1 or above 100,000, or a name cannot be used; see `check_names`.
     """
     if isinstance(sites, int):
-        if sites < 1:
-            raise ConfigError(f"a job cannot run with {sites} sites", where="sites", fix="give at least 1 site")
+        if not 1 <= sites <= _MOST_SITES:
+            fix = f"give at least 1 site, and at most {_MOST_SITES}"
+            raise ConfigError(f"a job cannot run with {sites} sites", where="sites", fix=fix)
         return tuple(f"site-{number}" for number in range(1, sites + 1))
     return check_names(sites)
 
@@ -297,7 +303,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
         _check_name(name, "sites")
         if name in _RESERVED:
             raise ConfigError(f"a site cannot be called {name!r}", where="sites", fix="choose another name")
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ConfigError(f"site {twice[0]!r} is listed twice", where="sites", fix="give every site its own name")
     return tuple(names)
@@ -306,6 +312,14 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 def _check(job: Job) -> None:
     """Check what the types of the fields alone do not say."""
     _check_name(job.name, "name")
+    if not job.app.isprintable():
+        raise ConfigError(
+            f"the app cannot be called {job.app[:100]!r}",
+            where="app",
+            fix="use a name or path of printable characters: it is shown on the screens of sites and admins",
+        )
+    if not is_metric_name(job.best_metric):
+        raise ConfigError(f"a metric cannot be called {job.best_metric[:50]!r}", where="best_metric", fix=METRIC_NAMES)
     strategy = make_strategy(str(job.strategy))
     if job.site_weights and not strategy.weighted:
         raise ConfigError(

@@ -50,7 +50,8 @@ def read_yaml(path: Path, what: str) -> Any:
         raise ConfigError(
             f"{what} is not valid YAML: {error}", where=str(path), fix="correct the file at that place"
         ) from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a date or number that cannot be
+    except (RecursionError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # nested too deeply; a date, a number or a truth value that cannot be, of which PyYAML makes all of these
         raise ConfigError(
             f"{what} cannot be understood: {error}", where=str(path), fix="write it as in the documentation"
         ) from None

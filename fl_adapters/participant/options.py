@@ -52,7 +52,7 @@ class Every:
         Raises:
             ConfigError: The value is none of these.
         """
-        match = re.fullmatch(r"\s*(\d+)?\s*(epochs?|steps?)?\s*", str(value))
+        match = re.fullmatch(r"\s*(\d{1,9})?\s*(epochs?|steps?)?\s*", str(value))
         number, unit = match.groups() if match else (None, None)
         count = int(number) if number else 1
         if isinstance(value, bool) or match is None or not (number or unit == "epoch") or count < 1:

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Mapping
 
 from fl_runtime.client.calls import PatientCalls, parsed
-from fl_runtime.errors import ConnectionLostError
+from fl_runtime.errors import ConnectionLostError, ProtocolError
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.names import MAX_NAME_CHARS, Facts, Names, NamesDigest, excerpt_of
 
@@ -77,6 +77,10 @@ def _parts(request: pb.RegisterRequest) -> list[pb.RegisterRequest]:
 
 
 def _answer(question: pb.NameQuestion, names: Mapping[str, Names]) -> bytes:
-    asked = names.get(question.name, Names(()))
-    excerpt = excerpt_of(asked, question.start, question.stop).to_proto(question.name)
+    if question.name not in names:
+        raise ProtocolError(
+            f"the server asks for the list of names {question.name[:100]!r}, which this site has not registered",
+            fix="ask the server's operator",
+        )
+    excerpt = excerpt_of(names[question.name], question.start, question.stop).to_proto(question.name)
     return pb.RegisterRequest(excerpt=excerpt).SerializeToString()

@@ -9,19 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import ConfigError, FederationError, ProtocolError
+from fl_runtime.text import printable
 from fl_runtime.trainings import parsed_name, training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.identity import check_name
-from fl_runtime.types import Metrics, Report, Task, Terms, Update
+from fl_runtime.types import Metrics, Report, RunSettings, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
@@ -130,6 +133,11 @@ class SiteClient:
             follows=follows,
         )
         reply = self._calls.ask("Join", request, pb.JoinReply)
+        if reply.protocol != PROTOCOL:
+            raise ProtocolError(
+                f"the server speaks protocol {reply.protocol}, this site {PROTOCOL}",
+                fix="install the same version of fl-adapters at server and sites",
+            )
         settings = _settings(reply)
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
@@ -287,6 +295,19 @@ class SiteClient:
         self._calls.close()
 
 
+def _check_types(settings: dict[str, Any]) -> None:
+    """Raise ProtocolError if a setting of the job has another type than this version expects; unknown ones pass."""
+    try:
+        TypeAdapter(RunSettings).validate_python(settings)
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        field = ".".join(map(str, item["loc"]))
+        raise ProtocolError(
+            f"the server sends settings that this site cannot read: {printable(field, 100)}: {item['msg']}",
+            fix="run the same version of fl-adapters at server and site",
+        ) from None
+
+
 def _settings(reply: pb.JoinReply) -> dict[str, Any]:
     """The job's settings. Names become folders at this site, so they are checked here, once for all."""
     try:
@@ -295,6 +316,7 @@ def _settings(reply: pb.JoinReply) -> dict[str, Any]:
         if isinstance(settings, dict) and training is not None:
             check_name(training[0], "job")
             check_name(reply.site, "site")
+            _check_types(settings)
             return settings
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, ConfigError):
         pass

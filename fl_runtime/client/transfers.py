@@ -13,7 +13,7 @@ import numpy as np
 from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.client.calls import PatientCalls, parsed
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
-from fl_runtime.text import METRIC_NAMES, is_metric_name
+from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.types import Array, Summary, Task, TaskKind, Update
 from fl_runtime.wire import frames
@@ -21,6 +21,7 @@ from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
+_GROWTH_TIMES, _GROWTH_BYTES = 8, 2**30
 _WITHOUT_MODEL = ("initial", "evaluated", "share", "aggregate")
 
 
@@ -98,6 +99,12 @@ class Downloads:
                     if part.HasField("waiting"):
                         continue
                     header = part.task
+                    if header.job != request.session.job:
+                        raise ProtocolError(
+                            f"the server sends a task of the job {printable(header.job, 100)!r} to a site of "
+                            f"{request.session.job}",
+                            fix="ask the server's operator",
+                        )
                     self._incoming = incoming = self._expect(header)
                     self.nbytes += self._read_shared(header.payload, incoming.receiver)
                     payload_read.set()
@@ -119,18 +126,31 @@ class Downloads:
         if self._incoming and self._incoming.digest == digest and self._incoming.receiver.arrived == header.offset:
             return self._incoming
         if payload.HasField("manifest"):
-            self._layouts.add(Manifest.from_proto(payload.manifest))
+            manifest = Manifest.from_proto(payload.manifest)
+            self._check_size(manifest)
+            self._layouts.add(manifest)
         if header.kind in _WITHOUT_MODEL or (header.kind == "best" and not header.HasField("payload")):
             return _Incoming(digest, frames.Receiver(Manifest(()), payload.digests, np.empty(0, np.uint8)))
-        manifest = self._layouts.manifests.get(payload.layout)
-        if manifest is None:
+        expected = self._layouts.manifests.get(payload.layout)
+        if expected is None:
             raise ProtocolError("a task refers to a layout that this site has not seen")
-        if len(self._buffer) != manifest.nbytes:
-            self._buffer = np.empty(manifest.nbytes, np.uint8)
-        receiver = frames.Receiver(manifest, payload.digests, self._buffer)
+        if len(self._buffer) != expected.nbytes:
+            self._buffer = np.empty(expected.nbytes, np.uint8)
+        receiver = frames.Receiver(expected, payload.digests, self._buffer)
         if payload.inline:
             receiver.take(payload.inline)
         return _Incoming(digest, receiver)
+
+    def _check_size(self, manifest: Manifest) -> None:
+        """Refuse a model that is far larger than any before, before memory is taken for it. Trees may grow."""
+        known = max((item.nbytes for item in self._layouts.manifests.values()), default=0)
+        most = _GROWTH_TIMES * known + _GROWTH_BYTES
+        if manifest.nbytes > most:
+            raise ProtocolError(
+                f"the server announces a model of {manifest.nbytes} bytes to a site that knows one of {known}; the "
+                f"limit is {most}",
+                fix="ask the server's operator",
+            )
 
     def _read_shared(self, payload: pb.Payload, receiver: frames.Receiver) -> int:
         """Take a payload from the file that its header names, if it names one; returns the bytes read."""
@@ -156,7 +176,7 @@ class Downloads:
             version=header.version,
             arrays=arrays,
             extras=extras,
-            config=json.loads(header.config_json or "{}"),
+            config=_config(header),
         )
 
 
@@ -168,6 +188,21 @@ def _check_kind(header: pb.TaskHeader) -> None:
             f"the server sends a task of kind {header.kind[:40]!r} in round {header.round}, which no run has",
             fix="run the same version of fl-adapters at server and site",
         )
+
+
+def _config(header: pb.TaskHeader) -> Mapping[str, Any]:
+    """The settings in a task. Raises ProtocolError if they are not a JSON object."""
+    try:
+        config = json.loads(header.config_json or "{}")
+        if isinstance(config, dict):
+            return config
+    except (ValueError, RecursionError):
+        pass
+    raise ProtocolError(
+        "the settings in a task are not a JSON object",
+        where=f"{header.kind} task of round {header.round}",
+        fix="ask the server's operator",
+    )
 
 
 class Uploads:

@@ -193,11 +193,11 @@ class Membership:
             self._state.journal.left(name, True, stays=stays)
             self.mark_gone(name, reason, early=early, stays=stays)
 
-    def caller(self, name: str, attempt: int) -> Member:
-        """Return the member that makes this call, if it may.
+    def caller(self, name: str, attempt: int, *, takes_part: bool = False) -> Member:
+        """Return the member that makes this call, if it may. With `takes_part`, it must have registered and not left.
 
-        Raises the run's error if it failed, the refusal of an expelled site, and AbortedError for an older process of a
-        restarted site.
+        Raises the run's error if it failed, the refusal of an expelled site, AbortedError for an older process of a
+        restarted site, and ProtocolError for a site that does not take part.
         """
         self._state.raise_if_ended()
         member = self._named(name)
@@ -208,6 +208,13 @@ class Membership:
                 f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",
                 where=name,
                 fix="run one process per site; this one can be stopped",
+            )
+        left = member.gone != "" and member.script != "lost"  # a site that was given up may be there after all
+        if takes_part and (member.registration is None or left):
+            raise ProtocolError(
+                f"{name} {'has left this run' if left else 'has not registered in this run'}",
+                where=name,
+                fix="join and register before anything is sent: the server compares the sites' models at the handshake",
             )
         return member
 

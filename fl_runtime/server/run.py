@@ -202,9 +202,9 @@ class Run:
     # -- updates and reports ---------------------------------------------------------------------------------
 
     def check_attempt(self, name: str, attempt: int) -> None:
-        """Raise the run's error if it failed, or AbortedError if another process of the site has taken over."""
+        """Raise the run's error if it failed, or another one if this process of the site does not take part in it."""
         with self.state.lock:
-            self.membership.caller(name, attempt)
+            self.membership.caller(name, attempt, takes_part=True)
 
     def admit(self, name: str, attempt: int, round: int, stage: str, num_examples: int) -> Status | None:
         """Decide about an update before its bytes are sent.
@@ -214,10 +214,10 @@ class Run:
 
         Raises:
             UpdateRefusedError: The update has no weight.
-            ProtocolError: The update is for a round that has not been opened.
+            ProtocolError: The update is for a round that has not been opened, or the site does not take part.
         """
         with self.state.lock:
-            self.membership.caller(name, attempt)
+            self.membership.caller(name, attempt, takes_part=True)
             if num_examples <= 0:
                 raise UpdateRefusedError(
                     f"num_examples is {num_examples}; the weight of an update must be above zero",
@@ -248,7 +248,7 @@ class Run:
     def score(self, report: Report, attempt: int) -> None:
         """Take a site's report on a global model or, after the last round, on another site's model."""
         with self.state.lock:
-            self.membership.caller(report.site, attempt)
+            self.membership.caller(report.site, attempt, takes_part=True)
             if self._cross_site.covers(report.version):
                 self._cross_site.report(report)
             else:

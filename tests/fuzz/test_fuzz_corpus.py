@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fuzzed_decoders import DECODERS, one
+import yaml
+from fuzzed_decoders import DECODERS, TREE, TREE_HEAD, one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fl_runtime.aggregation.trees import ubjson
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
@@ -31,16 +36,37 @@ def seeds() -> dict[str, bytes]:
     inline.update.payload.inline = b"".join(plain.pieces(ARRAYS, {}))
     whole = inline.SerializeToString()
     register = pb.RegisterRequest(manifest=manifest.to_proto(), agreement={"every": "epoch"}, capabilities=["x"])
+    summary = {"kind": "auc", "value": 0.7, "weight": 5, "histogram": [[0, 1, 2], [1, 2, 0]]}
+    head, tree = ubjson.dumps(TREE_HEAD), ubjson.dumps(TREE)
+    whole_model = {**TREE_HEAD, "learner": {**TREE_HEAD["learner"]}}
+    booster = TREE_HEAD["learner"]["gradient_booster"]
+    whole_model["learner"]["gradient_booster"] = {**booster, "model": {**booster["model"], "trees": [TREE]}}
+    rules: dict[str, Any] = {
+        "filters": [{"name": "ExcludeVars", "names": ["head.*"]}],
+        "exchange": "adapters",
+        "max_round_bytes": 10**8,
+        "privacy": {"epsilon": 8.0, "delta": 1e-5},
+        "submitters": {"roles": ["lead"], "organisations": "own"},
+        "apps": {"tumour": "python train.py"},
+    }
+    settings = {"name": "a", "app": "train", "rounds": 3, "strategy": "fedadam:lr=0.1", "min_sites": 1}
     part = pb.TunnelPart(session=pb.Session(job="job", attempt=1), peer="south", stream="s1", opened="ring", credit=9)
     messages = {
         "manifest": manifest.to_proto().SerializeToString(),
         "frame": frames.frame([memoryview(b"hello")]),
         "transfer": len(update).to_bytes(2, "big") + update + body,
         "registration": register.SerializeToString(),
-        "score": pb.ScoreRequest(version=1, metrics_json='{"loss": 1e3, "x": NaN}').SerializeToString(),
+        "score": pb.ScoreRequest(
+            version=1, metrics_json=json.dumps({"loss": 1e3, "x": math.nan, "auc": summary})
+        ).SerializeToString(),
         "control": b'{"job": {"name": "a", "rounds": 3}}',
         "identity": b"fl-adapters://study/admin/ada%40x?organisation=north&role=lead",
         "tunnel": part.SerializeToString(),
+        "trees": len(head).to_bytes(2, "big") + head + tree,
+        "tree_document": ubjson.dumps(whole_model),
+        "policy": yaml.safe_dump(rules).encode(),
+        "job": yaml.safe_dump(settings).encode(),
+        "submitted_job": json.dumps(settings).encode(),
     }
     found = {d.__name__: bytes([n]) + messages[d.__name__] for n, d in enumerate(DECODERS)}
     return found | {"transfer-inline": bytes([2]) + len(whole).to_bytes(2, "big") + whole}

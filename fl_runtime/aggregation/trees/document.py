@@ -61,7 +61,7 @@ class TreeModel:
             document = _typed(json.loads(data)) if text else ubjson.loads(data)
             model = booster_model(document)
             trees = tuple(ubjson.dumps(tree) for tree in model["trees"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ProtocolError("this is not a tree model of XGBoost") from None
         model["trees"] = []
         return cls(document, trees)
@@ -86,7 +86,7 @@ class TreeModel:
                 raise ProtocolError("the trees of a model do not lie one after the other")
             document = ubjson.loads(head.tobytes())
             booster_model(document)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise ProtocolError("these arrays do not hold a tree model") from None
         data = np.ascontiguousarray(trees).data
         return cls(document, tuple(data[a:b] for a, b in pairwise(cuts)))
@@ -157,6 +157,30 @@ def booster_model(document: dict[str, Any]) -> dict[str, Any]:
     booster = document["learner"]["gradient_booster"]
     model: dict[str, Any] = booster["gbtree"]["model"] if "gbtree" in booster else booster["model"]
     return model
+
+
+def check_head(head: dict[str, Any]) -> None:
+    """Check that the parts of a head that aggregation reads are there, with the right types.
+
+    Args:
+        head: The head, which may come from a hostile peer.
+
+    Raises:
+        ProtocolError: A part is missing, or of another type.
+    """
+    model, learner = booster_model(head), head["learner"]
+    attributes, params = learner["attributes"], learner["learner_model_param"]
+    texts = [learner["gradient_booster"]["name"], learner["objective"]["name"], *attributes, *attributes.values()]
+    texts += [params[name] for name in ("base_score", "num_class", "num_feature", "num_target")]
+    integers = [*model["tree_info"], *model["iteration_indptr"]]
+    valid = (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, (int, np.integer)) for number in integers)
+        and isinstance(model["gbtree_model_param"], dict)
+        and len(model["iteration_indptr"]) > 0
+    )
+    if not valid:
+        raise ProtocolError("the head of a tree model has fields of the wrong types")
 
 
 def base_score(head: dict[str, Any]) -> list[float]:

@@ -16,6 +16,7 @@ from fl_runtime.aggregation.trees.document import (
     NAMES,
     TreeModel,
     base_score,
+    check_head,
     check_tree,
     pooled_base_score,
     scaled,
@@ -39,6 +40,9 @@ BASE_SUMS = "base_sums"
 
 ROW_WEIGHT = "row_weight"
 """Extra of an update in bagging: mean weight of the site's rows, float64[1]; absent if rows have no weights."""
+
+
+_MAX_WEIGHT = 2.0**63  # far more than the rows of any site weigh, and sums of it stay finite
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class TreeStrategy(Described):
             )
         try:
             model = TreeModel.from_arrays(update.arrays)
+            check_head(model.head)
             features = int(model.head["learner"]["learner_model_param"]["num_feature"])
             groups = max(*(int(model.head["learner"]["learner_model_param"][name]) for name in _GROUPS), 1)
             info, starts = list(model.model["tree_info"]), [int(at) for at in model.model["iteration_indptr"]]
@@ -84,13 +89,15 @@ class TreeStrategy(Described):
                 raise ProtocolError("the update does not give each of its trees a finite weight")
             for tree in model.trees:
                 check_tree(ubjson.loads(tree), features)
-            if update.round == 0 and not (np.isfinite(base_score(model.head)).all() and _weight(update) >= 0):
-                raise ProtocolError("the base score of the update is not a finite number, or its weight is negative")
-            if not (np.isfinite(_base_sums(update)).all() and 0 <= _row_weight(update) < np.inf):
+            if update.round == 0 and not (
+                np.isfinite(base_score(model.head)).all() and 0 <= _weight(update) <= _MAX_WEIGHT
+            ):
+                raise ProtocolError("the base score of the update is not a finite number, or its weight is no number")
+            if not (np.isfinite(_base_sums(update)).all() and 0 <= _row_weight(update) <= _MAX_WEIGHT):
                 raise ProtocolError("the sums for the base score or the row weight of the update are not valid numbers")
         except (ProtocolError, UpdateRefusedError) as error:
             raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             raise UpdateRefusedError("the update does not hold a tree model", where=where) from None
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
@@ -214,6 +221,11 @@ class _Beginning:
                 scores = pooled_base_score(self._model.head, np.sum(self._base_sums, axis=0), self._weight)
             else:
                 scores = [total / self._weight for total in self._sum]
+        if not np.isfinite(np.asarray(scores, np.float32)).all():
+            raise RoundFailedError(
+                "the base score of all sites together is not finite",
+                fix="pass the same base_score in params at every site, such as 0.5, or look at the labels of the sites",
+            )
         model = TreeModel(with_base_score(self._model.head, scores), self._model.trees)
         return _stored(model, self._allocate, self._further_arrays())
 

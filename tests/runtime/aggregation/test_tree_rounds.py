@@ -46,6 +46,7 @@ def head(base: str = "5E-1", trees: int = 0) -> dict[str, Any]:
         "attributes": {},
         "gradient_booster": {"model": model, "name": "gbtree"},
         "learner_model_param": param,
+        "objective": {"name": "reg:squarederror"},
     }
     return {"learner": learner, "version": [3, 0, 0]}
 

@@ -32,6 +32,7 @@ def test_a_store_that_fails_halts_the_run_until_the_server_is_started_again(tmp_
 
         def joined_and_submitted() -> None:  # the sum of the first update may have met the disk already
             impatient.join()
+            impatient.register(W)
             impatient.submit(tasks["site-2"], value(4))
 
         with pytest.raises(StoreError, match="cannot write.*gave up after 0.3 s") as caught:

@@ -16,10 +16,12 @@ from fl_adapters.participant.kit import Kit, read_kit
 from fl_adapters.participant.registry import close_sessions
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import entries
+from fl_runtime.trust.audit.lines import COUNTER_FILE, HEAD_FILE, LOG_FILE
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
+LOG_FILES = (LOG_FILE, HEAD_FILE, COUNTER_FILE)
 W = {"body": np.zeros((4, 3), np.float32), "head": np.ones(3, np.float32)}
 
 
@@ -158,10 +160,10 @@ def test_a_name_of_a_job_is_a_name(study: Study, name: Any, tmp_path: Path) -> N
         return reply.SerializeToString()
 
     Hostile(study, change)
-    before = sorted(path for path in tmp_path.rglob("*") if "audit" not in path.name)
+    before = sorted(path for path in tmp_path.rglob("*") if path.name not in LOG_FILES)
     with pytest.raises(ProtocolError, match="does not accept as a name"):
         train(kit)
-    assert sorted(path for path in tmp_path.rglob("*") if "audit" not in path.name) == before
+    assert sorted(path for path in tmp_path.rglob("*") if path.name not in LOG_FILES) == before
 
 
 def test_a_server_with_certificates_is_on_another_machine_whatever_the_site_was_told(study: Study) -> None:
