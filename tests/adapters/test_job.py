@@ -182,7 +182,7 @@ def test_an_unknown_field_lists_the_known_and_every_error_is_reported_at_once() 
     ("text", "wanted"),
     [
         ("app: train.py\nrounds: many\n", "rounds cannot be 'many'"),
-        ("app: [unclosed\n", "not YAML"),
+        ("app: [unclosed\n", "not valid YAML"),
         ("- app\n", "not a table"),
         ("", "not a table"),
         ("app: train.py\nwhatever: 1\n", "whatever is not a field"),

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from attack_federation import Federation, HonestJob, tried
+from attack_server import HostileServer
 from attack_table import Attack, Outcome
 from attacks import ATTACKS, QUICK
-from hostile_server import HostileServer
 
 from fl_runtime.transport.tls_setting import only_tls_1_3
 

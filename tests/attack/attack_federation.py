@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+from attack_client import Attacker
 from attack_table import Attack, Outcome
 from federation_bench import Site, at_once, started
-from hostile_client import Attacker
 from study import ADMINS, project, until
 
 import fl_runtime

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from attack_server import MODEL, HostileServer, Script
 from attack_table import Attack
 from attacks_joining import ESCAPES
-from hostile_server import MODEL, HostileServer, Script
 
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 

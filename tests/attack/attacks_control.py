@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from attack_client import Attacker
 from attack_table import Attack
 from attacks_joining import ESCAPES
-from hostile_client import Attacker
 
 _NUMBERS = itertools.count()
 

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import grpc
+from attack_client import SERVER_NAME, Attacker
 from attack_table import Attack
-from hostile_client import SERVER_NAME, Attacker
 from study import certificate
 
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS

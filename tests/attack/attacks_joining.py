@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from attack_client import Attacker
 from attack_table import Attack
-from hostile_client import Attacker
 
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 

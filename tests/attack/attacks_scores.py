@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from attack_client import Attacker, member
 from attack_table import Attack
 from attacks_joining import ESCAPES
-from hostile_client import Attacker, member
 
 
 def metric(value: Any, name: str = "loss") -> Callable[[Attacker], object]:

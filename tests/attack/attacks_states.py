@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from attack_client import Attacker, member
 from attack_table import Attack
-from hostile_client import Attacker, member
 
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 

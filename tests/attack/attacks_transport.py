@@ -9,8 +9,8 @@ import struct
 from collections.abc import Callable
 from functools import partial
 
+from attack_client import Attacker, answer_of, member
 from attack_table import Attack
-from hostile_client import Attacker, answer_of, member
 
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from attack_client import MODEL, Attacker, member, pieces
 from attack_table import Attack
 from attacks_joining import ESCAPES
-from hostile_client import MODEL, Attacker, member, pieces
 
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
