@@ -10,6 +10,7 @@ kinds, told apart by their methods:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -298,7 +299,8 @@ def check_number(
     Raises:
         ConfigError: If it is not.
     """
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+    valid = valid and abs(value) <= sys.float_info.max  # type: ignore[arg-type]  # an int may be larger than any float
     if valid:
         number = float(value)  # type: ignore[arg-type]
         valid = (
