@@ -82,12 +82,13 @@ class Production:
         """
         began = time.monotonic()
         with needs_trust_extra():
+            from fl_runtime.client.roots import RenewingTransport
             from fl_runtime.trust.kits import read_kit
 
             kit = read_kit(Path(self.kit), kind="admin")
         printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         tell = FanOut((*self.listeners, *printers))
-        control = ControlClient.of_kit(kit.folder, kit.address)
+        control = ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))
         try:
             remote = RemoteJob(control, job, tell, self.patience_s)
             data = {

@@ -168,12 +168,12 @@ def _join(kit: Kit, options: Options, framework: str, before: Site | None) -> Se
 def _transport(kit: Kit) -> Transport:
     if kit.server.startswith(memory.SCHEME):
         return memory.connect(kit.server, kit.site)
+    if kit.credentials:
+        from fl_runtime.client.roots import RenewingTransport
+
+        return RenewingTransport.of_kit(Path(kit.credentials), kit.server)
     from fl_runtime.transport.grpc import GrpcTransport  # late: importing grpc takes time
 
-    if kit.credentials:
-        from fl_runtime.transport.tls import FileCredentials
-
-        return GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials)))
     return GrpcTransport(kit.server, kit.token)
 
 

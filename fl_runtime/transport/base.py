@@ -12,7 +12,7 @@ from typing import Protocol
 
 METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
 """Calls within a job; their messages are protobuf (wire/fl/v1/federation.proto)."""
-CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke")
+CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke", "Roots", "HandOutRoots")
 """Calls about jobs; their messages are JSON (server/federation)."""
 
 

@@ -4,6 +4,9 @@ authority/
     ca.pem, ca.key          the authority's certificate and its private key (mode 0600, see passphrase.py)
     project.yml             who may have a certificate, and with which role
     issued/SERIAL.pem       every certificate that was issued
+    next/ca.pem, ca.key     during a rotation (see roots/rotation.py): the new root, which signs from then on
+    roots.json              after the first rotation: what participants need to trust the newest root
+    retired/                certificates of earlier roots
     revoked.json            serial number -> time of revocation
     crl.pem                 the signed revocation list for the server (X.509 CRL)
 """
@@ -14,7 +17,7 @@ import ipaddress
 import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from cryptography import x509
@@ -27,21 +30,21 @@ from fl_runtime.trust.certificates import (
     PrivateKey,
     PublicKey,
     authority_fingerprint,
+    is_encrypted,
     key_pem,
     load,
-    new_key,
     read_certificate,
     sign,
     subject,
 )
 from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
-from fl_runtime.trust.passphrase import no_passphrase, open_key
+from fl_runtime.trust.passphrase import NEXT, no_passphrase, open_key
 from fl_runtime.trust.project import Project, read_project, split_address
 from fl_runtime.trust.revocation import read_list
+from fl_runtime.trust.roots.root import CLOCK_SKEW, Root, key_usage
+from fl_runtime.trust.roots.staging import settle
 from fl_runtime.version import SERVER_NAME
-
-_CLOCK_SKEW = timedelta(minutes=5)
 
 
 class Authority:
@@ -54,7 +57,8 @@ class Authority:
 
     Attributes:
         folder: The authority's folder.
-        pem: Its certificate.
+        pem: Certificate of its root; during a rotation that of the new one.
+        roots: The trusted roots as PEM, the newest first; two during a rotation.
         project: Who may have a certificate, and with which role.
 
     Raises:
@@ -62,17 +66,50 @@ class Authority:
     """
 
     def __init__(self, folder: Path, passphrase: Callable[[], bytes] = no_passphrase) -> None:
-        self.folder, self._passphrase = folder, passphrase
-        self.pem = read_file(folder / "ca.pem", "certificate authority")
-        read_file(folder / "ca.key", "authority's private key")
-        check_private(folder / "ca.key")
-        for file in ("ca.key", "ca.pem", "project.yml", "revoked.json", "crl.pem"):
+        self.folder, self._passphrase = folder, cache(passphrase)
+        for file in ("ca.key", "ca.pem", "project.yml", "revoked.json", "crl.pem", f"{NEXT}/ca.key", f"{NEXT}/ca.pem"):
             check_unwritable(folder / file)
+        settle(folder)
+        old = read_file(folder / "ca.pem", "certificate authority")
+        new = self._next / "ca.pem"
+        self.is_rotating = new.exists()
+        if not self.is_rotating and self._next.exists():  # the process that ended a rotation was killed
+            self._next.rmdir()
+        self.pem = new.read_bytes() if self.is_rotating else old
+        self.roots = self.pem + old if self.is_rotating else old
+        for key_file in (folder / "ca.key", *([self._next / "ca.key"] if self.is_rotating else [])):
+            read_file(key_file, "authority's private key")
+            check_private(key_file)
         self.project = read_project(folder / "project.yml")
+
+    def reopened(self) -> Authority:
+        """Return the authority as its folder is now."""
+        return Authority(self.folder, self._passphrase)
+
+    @property
+    def passphrase(self) -> bytes:
+        """Passphrase of the root's key; empty if the key is not encrypted."""
+        return self._passphrase() if is_encrypted(read_file(self.folder / "ca.key", "authority's private key")) else b""
+
+    @property
+    def _next(self) -> Path:
+        """Folder of the new root during a rotation."""
+        return self.folder / NEXT
 
     @cached_property
     def _key(self) -> PrivateKey:
-        return open_key(self.folder / "ca.key", self._passphrase)
+        return open_key((self._next if self.is_rotating else self.folder) / "ca.key", self._passphrase)
+
+    @cached_property
+    def oldest_root(self) -> Root:
+        """The oldest trusted root: until the end of a rotation, everybody trusts it."""
+        key = open_key(self.folder / "ca.key", self._passphrase) if self.is_rotating else self._key
+        return Root(read_file(self.folder / "ca.pem", "certificate authority"), key)
+
+    @property
+    def newest_root(self) -> Root:
+        """The newest root, which signs certificates and kits."""
+        return Root(self.pem, self._key)
 
     @classmethod
     def create(cls, folder: Path, project: Project, passphrase: bytes = b"") -> Authority:
@@ -92,23 +129,10 @@ class Authority:
         if (folder / "ca.key").exists():
             raise ConfigError(f"{folder} has an authority already", fix="choose another folder")
         check_unwritable(folder)
-        key, now = new_key(), datetime.now(UTC)
-        name = subject(f"{project.federation} authority"[:64])
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _CLOCK_SKEW)
-            .not_valid_after(now + timedelta(days=project.authority_days))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(authority=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        )
+        root = Root.make(project, "")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_file(folder / "ca.key", key_pem(key, passphrase), secret=True)
-        write_file(folder / "ca.pem", _pem(builder.sign(key, hashes.SHA256())))
+        write_file(folder / "ca.key", key_pem(root.key, passphrase), secret=True)
+        write_file(folder / "ca.pem", root.pem)
         save_project(folder, project)
         authority = cls(folder, lambda: passphrase)
         authority.sign_list()
@@ -119,13 +143,17 @@ class Authority:
         """SHA-256 of the authority's public key, hexadecimal, for comparison over another channel."""
         return authority_fingerprint(self.pem)
 
-    def issue(self, identity: Identity, key: PublicKey, *, days: float | None = None) -> bytes:
+    def issue(
+        self, identity: Identity, key: PublicKey, *, days: float | None = None, root: Root | None = None
+    ) -> bytes:
         """Issue a certificate.
 
         Args:
             identity: Who its holder is.
             key: The holder's public key.
             days: Lifetime in days; None takes the project's.
+            root: The root that signs it. None: the newest; for the server the oldest, since during a rotation there may
+                be sites that have not heard of the new one.
 
         Returns:
             The certificate as PEM, which is also recorded in the authority's folder.
@@ -135,12 +163,13 @@ class Authority:
         """
         now = datetime.now(UTC)
         lifetime = timedelta(days=self.project.days if days is None else days)
-        authority = load(self.pem)
+        root = root or (self.oldest_root if identity.kind == "server" else self.newest_root)
+        authority = load(root.pem)
         if now + lifetime > authority.not_valid_after_utc:
             raise ConfigError(
                 f"the certificate of {identity.name} would outlive the authority, which ends on "
                 f"{authority.not_valid_after_utc:%Y-%m-%d}",
-                fix="issue it for fewer days, or provision a new federation",
+                fix="issue it for fewer days, or make a new root with `fl-adapters authority rotate`",
             )
         usage = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
@@ -155,15 +184,15 @@ class Authority:
             .issuer_name(authority.subject)
             .public_key(key)
             .serial_number(serial)
-            .not_valid_before(min(now, max(now - _CLOCK_SKEW, *later)) if later else now - _CLOCK_SKEW)
+            .not_valid_before(min(now, max(now - CLOCK_SKEW, *later)) if later else now - CLOCK_SKEW)
             .not_valid_after(now + lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(authority=False), critical=True)
+            .add_extension(key_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key()), critical=False)
         )
-        pem = _pem(builder.sign(self._key, hashes.SHA256()))
+        pem = _pem(builder.sign(root.key, hashes.SHA256()))
         write_file(self.folder / "issued" / f"{serial:x}.pem", pem)
         return pem
 
@@ -254,6 +283,7 @@ class Authority:
         revoked, when = self.revoked(), datetime.now(UTC).isoformat(timespec="seconds")
         new = [item for item in certificates if item.serial not in revoked]
         entries = {f"{serial:x}": time for serial, time in (revoked | {item.serial: when for item in new}).items()}
+        _ = self.oldest_root  # asks for the passphrase before anything is written
         # before the list: if this process is killed now, the next list has them too
         write_file(self.folder / "revoked.json", json.dumps(entries, indent=1).encode())
         self.sign_list()
@@ -270,31 +300,42 @@ class Authority:
         Returns:
             The list as PEM, which is also in the authority's folder.
         """
+        crl = self.make_list(self.oldest_root)  # everybody trusts that one
+        write_file(self.folder / "crl.pem", crl)
+        return crl
+
+    def make_list(self, root: Root) -> bytes:
+        """Sign a revocation list as `sign_list` does, without putting it into the authority's folder.
+
+        Args:
+            root: The root that signs.
+
+        Returns:
+            The list as PEM.
+        """
         now = datetime.now(UTC)
-        ends = min(now + timedelta(days=self.project.crl_days), load(self.pem).not_valid_after_utc)
+        ends = min(now + timedelta(days=self.project.crl_days), load(root.pem).not_valid_after_utc)
         builder = (
             x509.CertificateRevocationListBuilder()
-            .issuer_name(load(self.pem).subject)
+            .issuer_name(load(root.pem).subject)
             .last_update(now)
             .next_update(ends)
             .add_extension(x509.CRLNumber(self._next_number(now)), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key()), critical=False)
         )
         for serial, when in self.revoked().items():
             entry = x509.RevokedCertificateBuilder().serial_number(serial)
             builder = builder.add_revoked_certificate(entry.revocation_date(datetime.fromisoformat(when)).build())
-        crl = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-        write_file(self.folder / "crl.pem", crl)
-        return crl
+        return builder.sign(root.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def _next_number(self, now: datetime) -> int:
         """Return a number above that of every list before: the time, which also grows if the folder is a backup."""
         path = self.folder / "crl.pem"
-        before = read_list(path.read_bytes(), self.pem, str(path)).number if path.exists() else 0
+        before = read_list(path.read_bytes(), self.roots, str(path)).number if path.exists() else 0
         return max(before + 1, int(now.timestamp()))
 
     def sign(self, data: bytes) -> bytes:
-        """Sign data with the authority's key; ca.pem is enough to verify the signature."""
+        """Sign data with the newest root's key; `pem` is enough to verify the signature."""
         return sign(self._key, data)
 
 
@@ -312,20 +353,6 @@ def save_project(folder: Path, project: Project) -> None:
 
     text = yaml.safe_dump(project.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_file(folder / "project.yml", text.encode())
-
-
-def _usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _host_name(host: str) -> x509.GeneralName:

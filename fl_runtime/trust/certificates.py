@@ -7,6 +7,7 @@ setting that gRPC's Python interface does not offer.
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -20,6 +21,7 @@ from cryptography.x509.oid import NameOID
 from fl_runtime.errors import ConfigError, PermissionDeniedError
 from fl_runtime.trust.identity import Identity
 
+_LONGEST = 6  # certificates in a chain, with the root
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
@@ -154,30 +156,110 @@ def load(pem: bytes, where: str = "") -> x509.Certificate:
         raise ConfigError("this is not a certificate in PEM", where=where, fix="get a new startup kit") from None
 
 
+def pem_list(pem: bytes) -> list[bytes]:
+    """Split a text with several certificates into one PEM text for each."""
+    return [each.public_bytes(serialization.Encoding.PEM) for each in load_all(pem)]
+
+
 def ends(pem: bytes) -> datetime:
     """Return the time (UTC) at which any certificate expires, also one without an identity."""
     return load(pem).not_valid_after_utc
 
 
-def check_issued_by(pem: bytes, authority_pem: bytes, where: str = "") -> None:
-    """Check that an authority signed a certificate. It does not check dates or revocation.
+def load_all(pem: bytes, where: str = "") -> list[x509.Certificate]:
+    """Parse one certificate or more, in the order of the file. Raises ConfigError if there is none."""
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError:
+        raise ConfigError("this is not a certificate in PEM", where=where, fix="get a new startup kit") from None
+
+
+def check_issued_by(pem: bytes, roots: bytes, where: str = "") -> None:
+    """Check that a trusted root issued a certificate, directly or through intermediate authorities.
+
+    It does not check the dates of the certificate itself, or revocation.
 
     Args:
-        pem: The certificate.
-        authority_pem: The authority's certificate.
+        pem: The certificate, and after it any intermediate ones.
+        roots: The trusted roots, and after them any intermediate ones.
         where: The certificate's file, for the error message.
 
     Raises:
-        ConfigError: If it did not.
+        ConfigError: If none did.
     """
-    try:
-        load(pem, where).verify_directly_issued_by(load(authority_pem))
-    except (ValueError, TypeError, InvalidSignature):
+    load_all(pem, where)
+    if not is_issued_by(pem, roots):
         raise ConfigError(
             "the certificate was not signed by this federation's authority",
             where=where,
             fix="install the certificate that the authority's `cert sign` made for this kit",
-        ) from None
+        )
+
+
+def is_issued_by(pem: bytes, roots: bytes) -> bool:
+    """Whether a trusted root issued a certificate, see `check_issued_by`.
+
+    Only signatures, the intermediate certificates' dates and their right to sign are checked. As in RFC 5280, section
+    6.1.1, a trusted root is a name and a key: a path length in its own certificate does not count.
+
+    Args:
+        pem: The certificate, and after it any intermediate ones.
+        roots: The trusted roots, and after them any intermediate ones.
+
+    Returns:
+        Whether it did.
+
+    Raises:
+        ConfigError: If one of both is not certificates as PEM.
+    """
+    return _is_issued_by(pem, roots, int(time.time() // 60))
+
+
+@lru_cache(maxsize=4096)
+def _is_issued_by(pem: bytes, roots: bytes, minute: int) -> bool:
+    """Whether a root issued a certificate. `minute` is that of the clock, since intermediate certificates expire."""
+    leaf, *given = load_all(pem)
+    known = load_all(roots)
+    trusted = [each for each in known if is_self_signed(each)]
+    between = [each for each in (*given, *known) if not is_self_signed(each)]
+    return _leads_to(leaf, trusted, between, 0)
+
+
+def _leads_to(
+    certificate: x509.Certificate, trusted: list[x509.Certificate], between: list[x509.Certificate], below: int
+) -> bool:
+    if any(signed(certificate, root) for root in trusted):
+        return True
+    if below + 2 >= _LONGEST:
+        return False
+    issuers = [each for each in between if each != certificate and _may_sign(each, below) and signed(certificate, each)]
+    return any(_leads_to(issuer, trusted, between, below + 1) for issuer in issuers)
+
+
+def is_self_signed(certificate: x509.Certificate) -> bool:
+    """Whether a certificate is signed with its own key, as those of roots are."""
+    return certificate.subject == certificate.issuer and signed(certificate, certificate)
+
+
+def signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether one certificate names another as its issuer and was signed with that one's key."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _may_sign(certificate: x509.Certificate, below: int) -> bool:
+    """Whether an intermediate certificate may issue others now, with so many intermediate ones below it."""
+    if not certificate.not_valid_before_utc <= datetime.now(UTC) <= certificate.not_valid_after_utc:
+        return False
+    try:
+        basic = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return False
+    return basic.ca and usage.key_cert_sign and (basic.path_length is None or basic.path_length >= below)
 
 
 def request(key: PrivateKey, identity: Identity) -> bytes:

@@ -9,12 +9,14 @@ kit/
     policy.yml              sites only: what may leave the site; the site edits it
     crl.pem                 server only: the revocation list
     audit.jsonl, audit.head, log-counter.json   server and sites: the audit log, its signature, and the number of lines
+    origin.pem, roots.json  after a rotation of the authority, see roots/kit_roots.py
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ from fl_runtime.trust.certificates import (
 from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
+from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, read_roots, take_up
+from fl_runtime.trust.roots.rotation import past_statements
+from fl_runtime.trust.roots.staging import read_settled
 
 KIT_FORMAT = 1
 KIT_FILE, CERTIFICATE, KEY, CA, CRL = "kit.json", "certificate.pem", "key.pem", "ca.pem", "crl.pem"
@@ -85,7 +90,7 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
         StoreError: If a file cannot be written.
         ConfigError: If the certificate would outlive the authority.
     """
-    files = {KIT_FILE: json.dumps(_fields(authority, identity), indent=1).encode(), CA: authority.pem}
+    files = {KIT_FILE: json.dumps(_fields(authority, identity), indent=1).encode(), CA: authority.roots}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["manifest.json"] = json.dumps({"format": KIT_FORMAT, "files": digests}, indent=1, sort_keys=True).encode()
     files["manifest.sig"] = authority.sign(files["manifest.json"])  # before anything is written: the key may be locked
@@ -104,7 +109,7 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
 
 def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
     """Return the fields of kit.json. Training scripts read job, site, index, count, server and token."""
-    project = authority.project
+    project, statements = authority.project, past_statements(authority.folder)
     sites = [site.name for site in project.sites]
     listen = project.server.listen or f"0.0.0.0:{project.server.address.rpartition(':')[2]}"
     return {
@@ -119,6 +124,7 @@ def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
         "token": "",
         "credentials": ".",
         "sites": sites,
+        **({"roots": statements[-1].number} if statements else {}),
         **({"listen": listen} if identity.kind == "server" else {}),
     }
 
@@ -136,6 +142,10 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
     Raises:
         ConfigError: If it is not a complete and valid kit; the message names the file.
     """
+    return read_settled(folder, lambda: _read_kit(folder, kind))
+
+
+def _read_kit(folder: Path, kind: str) -> StartupKit:
     identity, fields = read_unsigned(folder)
     if kind and identity.kind != kind:
         raise ConfigError(
@@ -180,6 +190,47 @@ def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:
     Raises:
         ConfigError: If a file is missing or was changed, or the manifest's signature is not valid.
     """
+    identity, fields, _ = read_settled(folder, lambda: _read_signed(folder))
+    return identity, fields
+
+
+def take_up_roots(folder: Path, offer: Mapping[str, Any]) -> int | None:
+    """Take up the roots that the authority has stated, see `fl_runtime.trust.roots.kit_roots.take_up`.
+
+    Args:
+        folder: The kit's folder.
+        offer: What the server, or a file of the authority, offers to the kit's participant.
+
+    Returns:
+        Number of the newest statement, or None if there was nothing new.
+
+    Raises:
+        ConfigError: If the kit is not valid, or a statement is not signed by a root that it trusts.
+        StoreError: If the kit cannot be written.
+    """
+    identity, fields = read_unsigned(folder)
+    return take_up(folder, identity, _first(fields), offer)
+
+
+def known_roots(folder: Path) -> KitRoots:
+    """Return the roots that a kit trusts, and the number of the statement that made them so.
+
+    Args:
+        folder: The kit's folder.
+
+    Raises:
+        ConfigError: If the kit is not valid.
+    """
+    return read_settled(folder, lambda: _read_signed(folder)[2])
+
+
+def _first(fields: Mapping[str, Any]) -> int:
+    """Return the number of the newest statement about roots when the kit was made."""
+    return int(fields.get("roots", 0))
+
+
+def _read_signed(folder: Path) -> tuple[Identity, dict[str, Any], KitRoots]:
+    """Read what the authority has signed: participant, fields of kit.json, and roots."""
     data = read_file(folder / KIT_FILE, "startup kit")
     check_kit_unwritable(folder)
     manifest, signature = folder / "manifest.json", folder / "manifest.sig"
@@ -187,16 +238,19 @@ def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:
         raise ConfigError(
             "this is the kit of a simulation", where=str(folder), fix="pass a kit made by `fl-adapters provision`"
         )
-    signed_list, ca = read_file(manifest, "manifest"), read_file(folder / CA, "authority's certificate")
+    origin = folder / (ORIGIN if (folder / ORIGIN).exists() else CA)
+    signed_list, ca = read_file(manifest, "manifest"), read_file(origin, "authority's certificate")
     if not signed_by(ca, signed_list, read_file(signature, "manifest's signature")):
         raise ConfigError("the manifest's signature is not valid", where=str(manifest), fix=_NEW_KIT)
     for name, digest in json.loads(signed_list)["files"].items():
-        if hashlib.sha256(read_file(folder / name, "file of the kit")).hexdigest() != digest:
-            raise ConfigError(f"{name} was changed after the kit was made", where=str(folder / name), fix=_NEW_KIT)
+        path = origin if name == CA else folder / name
+        if hashlib.sha256(read_file(path, "file of the kit")).hexdigest() != digest:
+            raise ConfigError(f"{path.name} was changed after the kit was made", where=str(path), fix=_NEW_KIT)
     fields = json.loads(data)
     if fields.get("format") != KIT_FORMAT:
         raise ConfigError(f"this kit has format {fields.get('format')!r}", where=str(folder), fix="upgrade fl-adapters")
-    return Identity.from_uri(fields["identity"]), fields
+    identity = Identity.from_uri(fields["identity"])
+    return identity, fields, read_roots(folder, identity.federation, _first(fields))
 
 
 def check_kit_unwritable(folder: Path) -> None:
@@ -278,7 +332,7 @@ def install(folder: Path, pem: bytes, where: str) -> Certificate:
         ConfigError: If the certificate is not for this kit, or for a key that the kit does not have.
     """
     identity, _ = read_unsigned(folder)
-    certificate = checked_certificate(pem, (folder / CA).read_bytes(), identity, where)
+    certificate = checked_certificate(pem, known_roots(folder).roots, identity, where)
     for name in (FRESH_KEY, KEY):
         path = folder / name
         if path.exists() and fingerprint(_key(path).public_key()) == certificate.fingerprint:

@@ -13,6 +13,10 @@ VARIABLE = "FL_ADAPTERS_AUTHORITY_PASSPHRASE"
 """Environment variable from which commands take the passphrase."""
 
 
+NEXT = "next"
+"""Folder in that of the authority with the key of the new root, during a rotation."""
+
+
 def no_passphrase() -> bytes:
     """Refuse to give a passphrase, for callers that have none. Raises ConfigError."""
     raise ConfigError(
@@ -48,8 +52,14 @@ def change(authority_folder: Path, old: Callable[[], bytes], new: bytes) -> None
         new: The new passphrase; empty to keep the key without encryption.
 
     Raises:
-        ConfigError: If the key cannot be opened.
+        ConfigError: If the key cannot be opened, or a rotation has begun.
         StoreError: If the file cannot be written; the old one is still there then.
     """
+    if (authority_folder / NEXT / "ca.key").exists():
+        raise ConfigError(
+            "the authority has two keys, since a rotation has begun",
+            where=str(authority_folder),
+            fix="end it with `fl-adapters authority finish`, then change the passphrase",
+        )
     path = authority_folder / "ca.key"
     write_file(path, key_pem(open_key(path, old), new), secret=True)

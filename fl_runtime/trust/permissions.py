@@ -27,6 +27,7 @@ class Rule:
 
 
 _SITE: Mapping[str, Scope] = {"site": "itself"}
+_EVERYBODY: Mapping[str, Scope] = {**_SITE, **dict.fromkeys(ROLES, "itself")}
 _ADMINS: Mapping[str, Scope] = dict.fromkeys(ROLES, "any")
 
 TABLE: Mapping[str, Rule] = {
@@ -46,6 +47,8 @@ TABLE: Mapping[str, Rule] = {
         "abort a job; answered when it has ended",
         {"project-admin": "any", "organisation-admin": "organisation", "lead": "own"},
     ),
+    "Roots": Rule("learn of new roots, and get its certificate under them", _EVERYBODY),
+    "HandOutRoots": Rule("have new roots of the authority handed out", {"project-admin": "any"}),
     "Revoke": Rule("put a newer revocation list in force", {"project-admin": "any"}),
 }
 """Call -> rule. Calls that are missing here are refused to everyone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.trust.certificates import load
+from fl_runtime.trust.certificates import load_all
 from fl_runtime.trust.files import read_file, write_file
 
 _NEWEST = "crl.number"  # beside the list: number of the newest list that was ever in force
@@ -46,24 +47,23 @@ class SignedList:
         return self.ends - datetime.now(UTC) < (self.ends - self.signed) / 4
 
 
-def read_list(pem: bytes, authority_pem: bytes, where: str) -> SignedList:
+def read_list(pem: bytes, roots: bytes, where: str) -> SignedList:
     """Read a revocation list and verify its signature.
 
     Args:
         pem: The list.
-        authority_pem: Certificate of the authority that should have signed it.
+        roots: The roots as PEM, one of which should have signed it.
         where: Its file or sender, for the error message.
 
     Returns:
         The list.
 
     Raises:
-        ConfigError: If it is not a list signed by this authority, or has no number or no end.
+        ConfigError: If it is not a list signed by one of them, or has no number or no end.
     """
-    authority = load(authority_pem)
     try:
         crl = x509.load_pem_x509_crl(pem)
-        valid = crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+        valid = any(crl.is_signature_valid(root.public_key()) for root in load_all(roots))  # type: ignore[arg-type]
         number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         ends = crl.next_update_utc
     except (ValueError, TypeError, x509.ExtensionNotFound):
@@ -86,7 +86,7 @@ class RevocationList:
 
     Args:
         path: The list as PEM.
-        authority_pem: Certificate of the authority that signs the list.
+        roots: The roots as PEM, one of which signs the list; or a function that returns them.
         required: Whether a missing list is an error. If not, and there never was one, nothing is revoked.
 
     Raises:
@@ -94,8 +94,8 @@ class RevocationList:
             it is required or was there before.
     """
 
-    def __init__(self, path: Path, authority_pem: bytes, *, required: bool = False) -> None:
-        self._path, self._authority = path, authority_pem
+    def __init__(self, path: Path, roots: bytes | Callable[[], bytes], *, required: bool = False) -> None:
+        self._path, self._roots = path, roots
         self._lock = threading.Lock()
         self._stamp: tuple[int, int, int] | None = None
         self._current: SignedList | None = None
@@ -162,7 +162,7 @@ class RevocationList:
             return added
 
     def _checked(self, pem: bytes, where: str) -> SignedList:
-        signed = read_list(pem, self._authority, where)
+        signed = read_list(pem, self._roots if isinstance(self._roots, bytes) else self._roots(), where)
         self._newest = max(self._newest, self._read_newest())  # another process may have installed one
         if signed.number < self._newest or not signed.serials >= self.serials:
             raise ConfigError(

@@ -1,8 +1,9 @@
 """Authentication of secure streams: each site signs its key of the stream with its certificate.
 
 Format of a signed key: a JSON object with key (hexadecimal), signature (hexadecimal, ECDSA with SHA-256) and
-certificate (PEM). The signature covers "fl-adapters stream key 1", sender, receiver, the stream's name and the public
-key, separated by zero bytes. It is therefore valid for one stream between two sites only.
+certificate (PEM, and after it those that lead to the root). The signature covers "fl-adapters stream key 1", sender,
+receiver, the stream's name and the public key, separated by zero bytes. It is therefore valid for one stream between
+two sites only.
 
 No library replaces this: it is one signed statement over certificates that we have already. JWS (`PyJWT`, `joserfc`)
 would bring a format with algorithms to choose from, and the certificate would still have to be verified here.
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.trust.certificates import check_issued_by, read_certificate, read_key, sign, signed_by
-from fl_runtime.trust.kits import CA, KEY, read_kit
+from fl_runtime.trust.files import read_file
+from fl_runtime.trust.kits import KEY, known_roots, read_kit
 
 _PURPOSE = b"fl-adapters stream key 1"
 
@@ -32,12 +34,8 @@ class StreamIdentity:
     """
 
     def __init__(self, folder: Path) -> None:
-        kit = read_kit(folder, kind="site")
-        self._me, self._certificate = kit.identity, kit.certificate.pem
-        self._key, self._authority = (
-            read_key((folder / KEY).read_bytes(), str(folder / KEY)),
-            (folder / CA).read_bytes(),
-        )
+        self._folder = folder
+        self._me = read_kit(folder, kind="site").identity
 
     def signed(self, public: bytes, peer: str, stream: str) -> bytes:
         """Sign a public key.
@@ -50,8 +48,12 @@ class StreamIdentity:
         Returns:
             The message to send.
         """
-        signature = sign(self._key, _statement(public, self._me.name, peer, stream))
-        fields = {"key": public.hex(), "signature": signature.hex(), "certificate": self._certificate.decode()}
+        certificate = read_kit(self._folder).certificate.pem  # each time, since it may have been renewed
+        key = read_key(read_file(self._folder / KEY, "private key"), str(self._folder / KEY))
+        signature = sign(key, _statement(public, self._me.name, peer, stream))
+        # during a rotation of the authority, the other site may not have heard of the new root
+        chain = "".join([certificate.decode(), *known_roots(self._folder).crossed])
+        fields = {"key": public.hex(), "signature": signature.hex(), "certificate": chain}
         return json.dumps(fields).encode()
 
     def checked(self, message: bytes, peer: str, stream: str) -> bytes:
@@ -72,7 +74,7 @@ class StreamIdentity:
             fields = json.loads(message)
             public, signature = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
             pem = str(fields["certificate"]).encode()
-            check_issued_by(pem, self._authority)
+            check_issued_by(pem, known_roots(self._folder).roots)
             certificate = read_certificate(pem)
             holder, now = certificate.identity, datetime.now(UTC)
             valid = (holder.federation, holder.kind, holder.name) == (self._me.federation, "site", peer)

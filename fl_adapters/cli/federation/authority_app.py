@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fl_adapters.participant.kit import KIT_VARIABLE
+
 PassphraseFile = Annotated[
     Path | None,
     typer.Option(
@@ -19,9 +21,11 @@ PassphraseFile = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 _Authority = Annotated[Path, typer.Option("--authority", help="Folder of the certificate authority.")]
 
+_Admin = Annotated[Path | None, typer.Option("--kit", help="Kit of a project admin, to reach the server.")]
+
 authority = typer.Typer(
     name="authority",
-    help="Look after the certificate authority.",
+    help="Look after the certificate authority: its passphrase, and the change to a new root.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -43,6 +47,53 @@ def passphrase(
     sys.exit(command.passphrase(folder, file, new_file, remove, as_json))
 
 
+def rotate(folder: _Authority, kit: _Admin = None, file: PassphraseFile = None, as_json: _Json = False) -> None:
+    """Begin to change to a new root, or go on with a rotation that has begun.
+
+    Everybody gets a certificate under the new root, and takes it up through the server; runs go on. Until `finish`,
+    both roots count.
+    """
+    from fl_adapters.cli.federation import authority as command
+
+    sys.exit(command.rotate(folder, kit, file, as_json))
+
+
+def finish(
+    folder: _Authority,
+    kit: _Admin = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", metavar="NAME", help="Participant to leave behind. Repeatable.")
+    ] = None,
+    file: PassphraseFile = None,
+    as_json: _Json = False,
+) -> None:
+    """End a rotation: the old root does not count any more, and its key is deleted.
+
+    Refused while a participant has not taken up the new root.
+    """
+    from fl_adapters.cli.federation import authority as command
+
+    sys.exit(command.finish(folder, kit, without or (), file, as_json))
+
+
+def status(folder: _Authority, kit: _Admin = None, as_json: _Json = False) -> None:
+    """Show the trusted roots, and with an admin's kit who has taken up the newest."""
+    from fl_adapters.cli.federation import authority as command
+
+    sys.exit(command.status(folder, kit, as_json))
+
+
+def install(
+    package: Annotated[Path, typer.Argument(metavar="roots.json", help="File in the authority's folder.")],
+    kit: Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the startup kit.")],
+    as_json: _Json = False,
+) -> None:
+    """Take up new roots in a kit by hand. The kit of the server hands them out from then on."""
+    from fl_adapters.cli.federation import authority as command
+
+    sys.exit(command.install(package, kit, as_json))
+
+
 for _name, _command, _examples in (
     (
         "passphrase",
@@ -50,5 +101,14 @@ for _name, _command, _examples in (
         "  fl-adapters authority passphrase --authority kits/authority\n"
         "  fl-adapters authority passphrase --authority kits/authority --passphrase-file old --new-file new",
     ),
+    ("rotate", rotate, "  fl-adapters authority rotate --authority kits/authority --kit kits/ada"),
+    ("status", status, "  fl-adapters authority status --authority kits/authority --kit kits/ada"),
+    (
+        "finish",
+        finish,
+        "  fl-adapters authority finish --authority kits/authority --kit kits/ada\n"
+        "  fl-adapters authority finish --authority kits/authority --kit kits/ada --without west",
+    ),
+    ("install", install, "  fl-adapters authority install roots.json --kit north"),
 ):
     authority.command(name=_name, epilog=f"\b\nExamples:\n{_examples}")(_command)

@@ -28,12 +28,14 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
     with report_errors(as_json), needs_trust_extra():
         from fl_adapters.participant.policy_gate import KitPolicyGate
         from fl_runtime.client.control import ControlClient
+        from fl_runtime.client.roots import RenewingTransport
 
         site = KitPolicyGate(kit_folder)
         kit = read_script_kit(kit_folder)
         with site.process_slot():
             _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
-            with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:  # the command connects by itself
+            # the command connects by itself
+            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.server))) as control:
                 witness = site.witness()
                 job = control.ask("Assignment", patience_s=patience_s, log=witness.statement())
                 witness.take(job.get("log"), "server")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fl_adapters.cli.federation.connection import connected
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
 
@@ -17,15 +18,11 @@ def run(kit_folder: Path, as_json: bool) -> int:
     """Ask the server and show its answer. Returns exit status 0."""
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.client.control import ControlClient
         from fl_runtime.trust.kits import read_kit
 
         kit = read_kit(kit_folder)
-        control = ControlClient.of_kit(kit.folder, kit.address)
-        try:
+        with connected(kit) as control:
             status = control.ask("Status")
-        finally:
-            control.close()
         _show(console, status)
         if as_json:
             show_json(status)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fl_runtime.errors import (
 )
 from fl_runtime.server.federation.guard import CALLS_EACH, Guard
 from fl_runtime.server.federation.jobs import RunningJob, give_up, past_outcome, unfinished
+from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
 from fl_runtime.trust.audit import AuditLog, Witness
@@ -42,6 +44,7 @@ ReadJob = Callable[[Mapping[str, Any], Sequence[str]], RunSettings]
 BEAT_S = 10.0
 ABORT_S = 10.0
 _REQUEST_BYTES = 2**18
+_PACKAGE_BYTES = 2**22  # with the certificates of all participants
 _GRACE_S = 0.5
 
 
@@ -90,9 +93,10 @@ class FederationServer:
         self._past: dict[str, Mapping[str, Any]] = {}
         self._closed = False
         self.halted: StoreError | None = None
-        revoked = RevocationList(kit.folder / CRL, (kit.folder / "ca.pem").read_bytes())
+        roots = RootsAtServer(kit)
+        revoked = RevocationList(kit.folder / CRL, roots)
         federation = kit.identity.federation
-        self._guard = Guard(self, self, federation, revoked, self.audit, self._expel)
+        self._guard = Guard(self, self, federation, roots, revoked, self.audit, self._expel)
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
@@ -245,7 +249,7 @@ class FederationServer:
 
     def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
         """Answer a call about jobs. The guard has established who is calling, and that the call is allowed."""
-        fields = _object(request)
+        fields = _object(request, _PACKAGE_BYTES if method == "HandOutRoots" else _REQUEST_BYTES)
         answers: Mapping[str, Callable[[Identity, Mapping[str, Any]], Iterator[Mapping[str, Any]]]] = {
             "Assignment": self._assignment,
             "Status": self._status,
@@ -253,8 +257,10 @@ class FederationServer:
             "AbortJob": self._abort_job,
             "Watch": self._watch,
             "Revoke": self._revoke,
+            "Roots": partial(self._roots_for, peer),
+            "HandOutRoots": self._hand_out_roots,
         }
-        if caller.kind == "admin":
+        if caller.kind == "admin" and method != "Roots":
             self.audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
         elif "log" in fields:
             self._witness.take(fields["log"], "site", caller)
@@ -337,6 +343,38 @@ class FederationServer:
         ended = self._guard.put_in_force(_field(fields, "crl", str).encode())
         yield {"ended": ended}
 
+    def _roots_for(self, peer: Peer, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Answer what is newer than the caller's statement; wait for it if the caller says so."""
+        number = _field(fields, "number", int)
+        if self._guard.roots.note(caller.name, number, peer.certificate):
+            self.audit.write("new root taken up", caller, number=number, address=peer.address)
+        while True:
+            with self._lock:  # while it is held, nobody is told of new roots
+                offer = self._guard.roots.offer(caller.name, number, peer.certificate)
+                if offer is None and fields.get("wait") is True:
+                    self._changed.wait(BEAT_S)
+                    if self._closed:
+                        raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
+                    offer = self._guard.roots.offer(caller.name, number, peer.certificate)
+            if offer is not None or fields.get("wait") is not True:
+                yield offer or {}
+                return
+            yield {"waiting": True}
+
+    def _hand_out_roots(self, caller: Identity, fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Take up new roots, and hand them out; without any, only tell who has taken up the newest."""
+        if "package" in fields:
+            before = self._guard.roots.number
+            self._guard.roots.install(_field(fields, "package", dict))
+            if self._guard.roots.number != before:
+                self.audit.write(
+                    "new roots", caller, number=self._guard.roots.number, roots=self._guard.roots.fingerprints
+                )
+                self._guard.end_invalid_calls()
+        with self._lock:
+            self._changed.notify_all()
+        yield self._guard.roots.standing()
+
     def _named(self, name: str) -> RunningJob:
         with self._lock:
             if self._job is None or self._job.settings.name != name:
@@ -344,16 +382,16 @@ class FederationServer:
             return self._job
 
 
-def _object(request: bytes) -> Mapping[str, Any]:
+def _object(request: bytes, limit: int = _REQUEST_BYTES) -> Mapping[str, Any]:
     try:
-        if len(request) > _REQUEST_BYTES:
+        if len(request) > limit:
             raise ValueError
         fields = json.loads(request or b"{}")
         if isinstance(fields, dict):
             return fields
     except (ValueError, RecursionError):
         pass
-    raise ProtocolError(f"a request is not a JSON object of at most {_REQUEST_BYTES} bytes")
+    raise ProtocolError(f"a request is not a JSON object of at most {limit} bytes")
 
 
 def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -364,4 +402,4 @@ def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _loggable(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {name: value for name, value in fields.items() if name != "crl"}
+    return {name: value for name, value in fields.items() if name not in ("crl", "package")}

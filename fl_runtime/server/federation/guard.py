@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
+from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.transport.base import METHODS, Peer, Service
 from fl_runtime.trust import permissions
 from fl_runtime.trust.audit import AuditLog
-from fl_runtime.trust.certificates import Certificate, read_certificate
+from fl_runtime.trust.certificates import Certificate, is_issued_by, read_certificate
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.revocation import RevocationList
 
@@ -48,7 +49,10 @@ class Control(Protocol):
 class Guard:
     """A service that passes on the calls that the table of permissions allows.
 
-    Every second it ends the calls whose certificate has expired or was revoked.
+    Every second it ends the calls whose certificate has expired or was revoked, or is of a root that was retired.
+
+    Attributes:
+        roots: The trusted roots.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Guard:
         service: Service,
         control: Control,
         federation: str,
+        roots: RootsAtServer,
         revoked: RevocationList,
         audit: AuditLog,
         on_expelled: Callable[[str, str], None],
@@ -66,12 +71,13 @@ class Guard:
             service: Answers the calls within a job.
             control: Answers the calls about jobs.
             federation: Name of the federation whose certificates count.
+            roots: The trusted roots.
             revoked: The list of revoked certificates.
             audit: The log that every refusal is put on.
             on_expelled: Called with a participant's name and a reason when its certificate was revoked.
         """
         self._service, self._control, self._federation = service, control, federation
-        self._revoked, self._audit, self._on_expelled = revoked, audit, on_expelled
+        self.roots, self._revoked, self._audit, self._on_expelled = roots, revoked, audit, on_expelled
         self._lock = threading.Lock()
         self._open: dict[int, tuple[Certificate, Peer]] = {}
         self._counts: Counter[str] = Counter()
@@ -106,6 +112,10 @@ class Guard:
         except FederationError as error:
             self._audit.refused(who, method, error, address=peer.address)
             raise
+
+    def end_invalid_calls(self) -> None:
+        """End the open calls of certificates that do not count any more, at once instead of within a second."""
+        self._end_invalid_calls()
 
     def put_in_force(self, crl: bytes) -> list[str]:
         """Install a newer revocation list, which takes effect at once and on open connections.
@@ -142,6 +152,8 @@ class Guard:
     def _why_invalid(self, certificate: Certificate) -> str:
         if certificate.serial in self._revoked:
             return "its certificate was revoked"
+        if not is_issued_by(certificate.pem, self.roots()):
+            return "its certificate is of a root that was retired"
         now = datetime.now(UTC)
         if now > certificate.not_after:
             return f"its certificate expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fl_adapters.cli.app import app
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.authority import Authority
-from fl_runtime.trust.certificates import new_key
+from fl_runtime.trust.certificates import fingerprint, new_key, read_request
 from fl_runtime.trust.kits import make_request, read_kit, write_kit
 
 SECRET = "correct horse"
@@ -68,8 +68,9 @@ def test_every_command_that_signs_asks_for_it_and_those_that_read_do_not(authori
     before = sorted(authority.rglob("*"))
 
     assert run("cert", "list", *at)[0] == 0
+    compared = fingerprint(read_request(request.read_bytes())[1])
     signing: list[tuple[str | Path, ...]] = [
-        ("cert", "sign", request, *at),
+        ("cert", "sign", request, *at, "--fingerprint", compared),
         ("cert", "renew", "north", *at, "--out", tmp_path / "renewed"),
         ("cert", "revoke", "north", *at),
         ("provision", projects, "--out", tmp_path / "kits"),

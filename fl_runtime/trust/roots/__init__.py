@@ -1,0 +1,1 @@
+"""Trusted roots: chains of certificates, and the change from one root to the next."""
