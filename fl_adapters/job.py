@@ -85,6 +85,11 @@ class Job(BaseModel):
             Default 86400 (a day).
         rejoin_s: Seconds to wait for a site whose process or connection is gone, before `min_sites` decides.
             Default 60.
+        patience_s: Seconds for which the job waits without a quorum, and a site without the server. Default None: in a
+            federation between organisations what its project file says, else a day. In a simulation `rejoin_s` at the
+            server and 30 at the sites.
+        join_s: Seconds to wait for further sites before round 1, once `min_sites` are there. Others may still join
+            later. Default None: ten minutes in a federation between organisations, `deadline_s` in a simulation.
         late: What happens to an update that arrives after its round has closed: "drop" it, or "carry" it into the
             next round. There the site's change to the model that it trained from is applied to the newer one.
             Default "drop".
@@ -140,6 +145,8 @@ class Job(BaseModel):
     max_share: float | None = Field(default=None, gt=0, le=1)
     deadline_s: float = Field(default=86_400.0, gt=0, le=_LONGEST_S, allow_inf_nan=False)
     rejoin_s: float = Field(default=60.0, gt=0, le=_LONGEST_S, allow_inf_nan=False)
+    patience_s: float | None = Field(default=None, gt=0, le=_LONGEST_S, allow_inf_nan=False)
+    join_s: float | None = Field(default=None, ge=0, le=_LONGEST_S, allow_inf_nan=False)
     late: Literal["drop", "carry"] = "drop"
     durability: Literal["process", "power"] = "process"
     every: str | int | None = None

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fl_adapters.environments.progress import RunView, SiteView, metrics_text, size_text
+from fl_adapters.environments.progress import RunView, SiteView, metrics_text, size_text, waiting_text
 from fl_runtime.types import Event
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class _LiveView:
         if event.kind == "exited" and event.data["tail"]:
             lines = [f"{event.site}: {event.data['status']}; {event.data['log']} ends with", *event.data["tail"]]
             self._console.print(Text("\n    | ".join(lines), style="yellow"))
+        elif event.kind == "waiting":
+            self._console.print(Text(waiting_text(event.data), style="yellow"))
         elif event.kind == "warning":
             self._console.print(Text(f"warning: {event.data['text']}", style="yellow"))
 

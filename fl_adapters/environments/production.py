@@ -57,6 +57,7 @@ class Production:
         listeners: Functions that are called with each `Event`, one at a time, from a thread of this object.
         quiet: Print nothing. Otherwise one line per round goes to stderr.
         patience_s: Seconds to wait for a server that does not answer. The server continues the job when it is back.
+            None takes those of the kit, a day unless the project file says otherwise.
 
     Example:
         >>> job = Job(app="spleen", rounds=20)
@@ -66,7 +67,7 @@ class Production:
     kit: str | Path
     listeners: Sequence[Listener] = ()
     quiet: bool = False
-    patience_s: float = 600.0
+    patience_s: float | None = None
 
     def run(self, job: Job) -> ProductionResult:
         """Run a job to its end. Ctrl-C aborts it at the server.
@@ -90,7 +91,7 @@ class Production:
         tell = FanOut((*self.listeners, *printers))
         control = ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))
         try:
-            remote = RemoteJob(control, job, tell, self.patience_s)
+            remote = RemoteJob(control, job, tell, kit.patience_s if self.patience_s is None else self.patience_s)
             data = {
                 "job": remote.name,
                 "folder": f"the server's runs/{remote.name}",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Event
 
 
@@ -138,6 +139,10 @@ class ProgressLines:
                 self._say(f"{event.site} dropped out: {data['reason']}")
             case "warning":
                 self._say(f"warning: {data['text']}")
+            case "waiting":
+                self._say(waiting_text(data))
+            case "quorum":
+                self._say(f"enough sites are here again, after {duration_text(data['waited_s'])}")
             case "restarted":
                 self._say(f"{event.site}: {data['status']}; started again")
             case "exited" if data["tail"]:
@@ -168,6 +173,16 @@ class ProgressLines:
 def training_text(data: Mapping[str, Any]) -> str:
     """Which training an event belongs to, as the end of a sentence; "" for the first one."""
     return f", training {data['training']}" if "training" in data else ""
+
+
+def waiting_text(data: Mapping[str, Any]) -> str:
+    """Whom a run waits for, and until when, from the data of a "waiting" event."""
+    until = time.strftime("%d %b %H:%M", time.localtime(data["until"]))
+    so_far, sites = duration_text(data["waited_s"]), ", ".join(data["sites"])
+    return (
+        f"waiting for {sites} ({so_far} so far, until {until} at the latest): {data['here']} of the "
+        f"{counted(data['needed'], 'site')} that the job needs {'is' if data['here'] == 1 else 'are'} connected"
+    )
 
 
 def counted(number: int, thing: str) -> str:

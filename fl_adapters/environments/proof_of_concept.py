@@ -40,6 +40,7 @@ from fl_runtime.types import Listener
 _ADMIN = "admin"
 _START_S = 30.0
 _PATIENCE_S = 10.0
+_QUORUM_S = 60.0  # on one machine, a site that is gone for longer does not come back
 _CLI = (sys.executable, "-m", "fl_adapters.cli")
 
 
@@ -130,6 +131,7 @@ def _provision(kits: Path, sites: Sequence[str], address: str) -> None:
         server=ServerEntry(address=address, listen=address),
         sites=tuple(SiteEntry(name=name, organisation=name) for name in sites),
         admins=(AdminEntry(name=_ADMIN, organisation="proof-of-concept", role="project-admin"),),
+        patience_s=_QUORUM_S,
         days=30,
     )
     authority = Authority.create(kits / "authority", project)

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import training_folder
+from fl_runtime.types import PRODUCTION_PATIENCE_S
 
 KIT_VARIABLE = "FL_ADAPTERS_KIT"
 """Environment variable with the folder of the startup kit."""
@@ -41,7 +42,8 @@ class Kit:
         token: Secret of the site in a simulation, "" elsewhere. Never print it.
         run: Folder of the run (runs/<job>) in a simulation, else "".
         simulated: Whether the site belongs to a simulation on this machine.
-        patience_s: Seconds for which the site waits for a server that cannot be reached.
+        patience_s: Seconds for which the site waits for a server that cannot be reached, unless a job says otherwise.
+        own_patience: Whether the site has chosen `patience_s` itself, so that it holds in every job.
         credentials: Folder of the site's key and certificate, made by `provision`; "" in a simulation. In the file, it
             is relative to the kit's folder.
         folder: Folder that the kit was read from; "" if it was not read from one.
@@ -56,6 +58,7 @@ class Kit:
     run: str = ""
     simulated: bool = False
     patience_s: float = 30.0
+    own_patience: bool = False
     credentials: str = ""
     folder: str = field(default="", compare=False)
 
@@ -151,6 +154,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "run": (str,),
     "simulated": (bool,),
     "patience_s": (int, float),
+    "own_patience": (bool,),
     "credentials": (str,),
 }
 _REQUIRED = ("job", "site", "index", "count", "server", "token")
@@ -178,6 +182,8 @@ def _checked(fields: object, file: Path) -> Kit:
         wrong_bool = isinstance(value, bool) and bool not in _TYPES[name]
         if wrong_bool or not isinstance(value, _TYPES[name]):
             raise ConfigError(f"{name!r} cannot be {value!r}", where=str(file), fix=_RENEW)
+    if known.get("credentials"):
+        known = {"patience_s": PRODUCTION_PATIENCE_S, **known}  # kits of earlier versions have none
     kit = Kit(**known)
     if kit.credentials:
         kit = replace(kit, credentials=str((file.parent / kit.credentials).resolve()))

@@ -32,6 +32,7 @@ from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.transport.waiting import SILENCE_S
 from fl_runtime.trust.secure_stream import SecureStream
 from fl_runtime.types import Arrays, Metrics, Report, Summary, Task, Terms
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
@@ -142,7 +143,7 @@ class Session:
         self._swarm: SwarmSite | None = None
         self._gate = Gate(kit, framework, self.leave)
         local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
-        self._client = SiteClient(transport, kit.patience_s, same_machine=local)
+        self._client = SiteClient(transport, kit.patience_s, own_patience=kit.own_patience, same_machine=local)
         job = job_of(before.job) if before else ""
         welcome = self._client.join(kit.job, before.training + 1 if before else 1, job)
         if before and not welcome.training:
@@ -179,7 +180,9 @@ class Session:
         if strategy is not None and strategy.relayed:
             with self._gate.leaving_on_refusal():
                 deadline_s = float(welcome.settings["deadline_s"])
-                self._swarm = SwarmSite(self._client, self.name, self.seal, strategy, kit.patience_s, deadline_s)
+                self._swarm = SwarmSite(
+                    self._client, self.name, self.seal, strategy, min(kit.patience_s, SILENCE_S), deadline_s
+                )
 
     @property
     def name(self) -> str:

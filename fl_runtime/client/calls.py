@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import random
-import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,14 +11,17 @@ from google.protobuf.message import DecodeError, Message
 
 from fl_runtime.errors import ConnectionLostError, ProtocolError, StoreError, TransferDamagedError
 from fl_runtime.transport.base import Transport
+from fl_runtime.transport.waiting import SILENCE_S, Clock, Reminders, SystemClock, duration_text
 from fl_runtime.transport.watchdog import Watchdog, WatchedCall
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
 
+log = logging.getLogger(__name__)
+
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 _DAMAGED_TRIES = 4
-_BEATS = 4  # signs of life to ask for within the patience of a call
+_BEATS = 4  # signs of life to ask for within the longest silence of a call
 _ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
 _random = random.Random()  # a generator of our own, so that the user's random state does not change
 
@@ -26,14 +29,19 @@ _random = random.Random()  # a generator of our own, so that the user's random s
 class PatientCalls:
     """The calls of one site, made by one thread at a time.
 
-    A call that meets a broken connection is repeated until the server has been out of reach for `patience_s` seconds. A
-    call that hears nothing for so long counts as broken too, if the server promises signs of life. There is no other
-    deadline.
+    A call that meets a broken connection is repeated until the server has been out of reach for `patience_s` seconds,
+    with a line in the log now and then. A call that hears nothing for half a minute, or `patience_s` if that is less,
+    counts as broken too, if the server promises signs of life. There is no other deadline.
+
+    Attributes:
+        patience_s: How long the server may be out of reach, in seconds.
     """
 
-    def __init__(self, transport: Transport, patience_s: float) -> None:
-        self._transport, self._patience_s = transport, patience_s
-        self._watchdog = Watchdog(patience_s)
+    def __init__(self, transport: Transport, patience_s: float, clock: Clock | None = None) -> None:
+        self._transport, self.patience_s = transport, patience_s
+        self._clock: Clock = clock or SystemClock()
+        self._silence_s = min(patience_s, SILENCE_S)
+        self._watchdog = Watchdog(self._silence_s)
         self._beats = False  # the server gives signs of life in every call that waits
         self._under_way: WatchedCall | None = None
         self._heard = 0  # number of messages from the server; while it grows, the server is within reach
@@ -42,7 +50,7 @@ class PatientCalls:
     def expect_beats(self) -> float:
         """Expect signs of life from the server in every call that waits; returns how often to ask for, in seconds."""
         self._beats = True
-        return self._patience_s / _BEATS
+        return self._silence_s / _BEATS
 
     def begin(self, method: str, requests: bytes | Iterator[bytes]) -> WatchedCall:
         """Begin a call once, without repeating it."""
@@ -85,28 +93,41 @@ class PatientCalls:
         Returns:
             What the attempt that succeeded returned.
         """
-        patience_s = self._patience_s if patience_s is None else patience_s
+        patience_s = self.patience_s if patience_s is None else patience_s
+        silence_s, reminders = min(patience_s, self._silence_s), Reminders(patience_s)
         given_up_at: float | None = None
         pause_s, heard, damages, arrived, retry_granted = FIRST_PAUSE_S, self._heard, 0, 0, False
         while True:
-            began = time.monotonic()
+            began = self._clock.now()
             try:
-                return attempt()
+                result = attempt()
             except (ConnectionLostError, StoreError) as error:  # a server whose disk is full may be back soon
                 if isinstance(error, TransferDamagedError):
                     arrived, previous = progress(), arrived
                     damages = 1 if arrived > previous else damages + 1
                 if self._closed or damages == _DAMAGED_TRIES:
                     raise
-                now = time.monotonic()
-                silent = now - began >= patience_s and not retry_granted
+                now = self._clock.now()
+                silent = now - began >= silence_s and not retry_granted
                 if given_up_at is None or self._heard != heard or silent:
                     retry_granted = silent
                     given_up_at, pause_s, heard = now + patience_s, FIRST_PAUSE_S, self._heard
                 if now > given_up_at:
-                    what = f"{error.what}; gave up after {patience_s:g} s"
+                    what = f"{error.what}; gave up after {duration_text(patience_s)}"
                     raise type(error)(what, where=error.where, fix=error.fix) from None
-            time.sleep(pause_s * _random.uniform(0.5, 1.0))
+                away_s = now - (given_up_at - patience_s)
+                if reminders.due(away_s):
+                    log.warning(
+                        "the server has not answered for %s; waiting up to %s",
+                        duration_text(away_s),
+                        duration_text(patience_s),
+                    )
+            else:
+                if given_up_at is not None and reminders.any:
+                    away_s = self._clock.now() - (given_up_at - patience_s)
+                    log.warning("the server answers again, after %s", duration_text(away_s))
+                return result
+            self._clock.sleep(pause_s * _random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     def progressed(self) -> None:

@@ -6,7 +6,7 @@ import logging
 import threading
 
 from fl_runtime.client.calls import FIRST_PAUSE_S, LONGEST_PAUSE_S, PatientCalls
-from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.errors import ConnectionLostError, FederationError, StoreError
 from fl_runtime.transport.watchdog import WatchedCall
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
@@ -33,7 +33,7 @@ class Presence:
                         self._call.cancel()
                     for _ in self._call:
                         pause_s = FIRST_PAUSE_S
-            except ConnectionLostError:
+            except (ConnectionLostError, StoreError):  # a server that halts or is being stopped may be back soon
                 log.debug("presence lost; opening it again")
             except FederationError as error:  # another process took over, or the run failed: the next call reports it
                 log.debug("presence ended: %s", error)

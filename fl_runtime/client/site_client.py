@@ -23,6 +23,7 @@ from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
+from fl_runtime.transport.waiting import Clock
 from fl_runtime.trust.identity import check_name
 from fl_runtime.types import Metrics, Report, RunSettings, Task, Terms, Update
 from fl_runtime.version import FEATURES, PROTOCOL, VERSION
@@ -81,16 +82,26 @@ class SiteClient:
         ```
     """
 
-    def __init__(self, transport: Transport, patience_s: float, *, same_machine: bool = False) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        patience_s: float,
+        *,
+        own_patience: bool = False,
+        same_machine: bool = False,
+        clock: Clock | None = None,
+    ) -> None:
         """Make a client that has not called the server yet.
 
         Args:
             transport: How to reach the server. The client closes it.
             patience_s: How long the server may be out of reach, in seconds.
+            own_patience: Keep to that even if the job says otherwise.
             same_machine: Trust the server when it names a folder on this machine for large payloads.
+            clock: Measures how long the server is out of reach; None for this machine's.
         """
-        self._transport, self._patience_s, self._same_machine = transport, patience_s, same_machine
-        self._calls, self._layouts = PatientCalls(transport, patience_s), Layouts()
+        self._transport, self._own_patience, self._same_machine = transport, own_patience, same_machine
+        self._calls, self._layouts = PatientCalls(transport, patience_s, clock), Layouts()
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
         self._session = pb.Session()
         self._parts = False  # whether the server takes a registration in several messages
@@ -139,6 +150,8 @@ class SiteClient:
                 fix="install the same version of fl-adapters at server and sites",
             )
         settings = _settings(reply)
+        if settings.get("patience_s") and not self._own_patience:
+            self._calls.patience_s = float(settings["patience_s"])
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
         self._parts = PARTS in reply.features
@@ -279,7 +292,7 @@ class SiteClient:
         Returns:
             Whether the server has heard it.
         """
-        patience_s = min(_GOODBYE_S, self._patience_s)
+        patience_s = min(_GOODBYE_S, self._calls.patience_s)
         try:
             request = pb.LeaveRequest(session=self._session, reason=reason, early=early, stays=stays)
             self._calls.ask("Leave", request, pb.Done, patience_s)

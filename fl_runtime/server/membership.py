@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from fl_runtime.errors import AbortedError, FederationError, ProtocolError, QuorumError
+from fl_runtime.errors import AbortedError, FederationError, ProtocolError
 from fl_runtime.server.calls import limits
+from fl_runtime.server.outages import Outages
 from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.registration import Member, Registration, check_latecomer, needed_capabilities
 from fl_runtime.server.state import RunState
+from fl_runtime.transport.waiting import Clock, duration_text
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Excerpt, Question
 
@@ -22,15 +23,18 @@ class Membership:
 
     Attributes:
         members: Every site of the job by name, in the job's order.
+        clock: Measures absences and timeouts.
+        outages: Whether enough sites are connected, and what the run waits for while they are not.
         quorum: What an aggregate of their updates must be made of.
         on_departure: Called under the lock with a member whose script has ended, or whose process is gone.
     """
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
+    def __init__(self, state: RunState, clock: Clock) -> None:
+        self._state, self.clock = state, clock
         self.on_departure: Callable[[Member], None] = _ignore
         self.quorum = Quorum(state)
         self.members = {name: Member(name, index) for index, name in enumerate(state.settings.sites)}
+        self.outages = Outages(state, self.members, clock)
 
     # -- calls of sites --------------------------------------------------------------------------------------
 
@@ -46,9 +50,10 @@ class Membership:
             member.layouts.clear()
             member.questions.clear()
             member.excerpts.clear()
-            member.attending, member.absent_since = 0, time.monotonic()
+            member.attending, member.absent_since = 0, self.clock.now()
             state.journal.joined(name, member.attempt)
             state.journal.left(name, False)
+            state.journal.lost(name, False)
             state.events.emit("joined", site=name, attempt=member.attempt, version=version)
             state.changed.notify_all()
             state.published.notify_all()  # wakes the previous attempt's waiting calls, which then end
@@ -133,6 +138,7 @@ class Membership:
             member.absent_since = None
             if member.script == "lost":  # it was marked lost, but its process lives
                 member.gone = member.script = ""
+                state.journal.lost(name, False)
                 state.events.emit("joined", site=name, attempt=attempt, version="")
                 state.published.notify_all()
             state.changed.notify_all()
@@ -146,7 +152,7 @@ class Membership:
                 return
             member.attending -= 1
             if member.attending == 0 and _expected(member):
-                member.absent_since = time.monotonic()
+                member.absent_since = self.clock.now()
                 self._state.changed.notify_all()
 
     def mark_gone(self, name: str, reason: str, *, early: bool, stays: bool = False) -> None:
@@ -249,18 +255,16 @@ class Membership:
         """
         return next(iter(self.known()), None)
 
-    def check_quorum(self, counted: Sequence[str], when: str) -> None:
-        """Raise QuorumError, which names the sites that are gone, if fewer than `min_sites` sites are counted."""
-        needed = max(self._state.settings.min_sites, 1)
-        if not counted:
-            raise QuorumError(f"no site is left {when}", where=self.reasons(), fix="look at the logs of the sites")
-        if len(counted) < needed:
-            sites = "1 site is" if len(counted) == 1 else f"{len(counted)} sites are"
-            raise QuorumError(
-                f"only {sites} left {when}; the job needs at least {needed}",
-                where=self.reasons(),
-                fix="look at the log of the site that left; lower min_sites to go on without it",
-            )
+    def check_quorum(self, counted: Sequence[str], when: str) -> bool:
+        """Check that `min_sites` sites are counted; see `Outages.check`.
+
+        Returns:
+            True if so. False if they are not, but the run waits for sites that would.
+
+        Raises:
+            QuorumError: They are not, and nobody is waited for any longer. It names the sites that are gone.
+        """
+        return self.outages.check(counted, when, self.reasons())
 
     def reasons(self) -> str:
         """Why each site that is gone is gone, as a human-readable message."""
@@ -269,25 +273,26 @@ class Membership:
     # -- waiting ---------------------------------------------------------------------------------------------
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait under the lock until `ready()` is true. Sites absent for longer than `rejoin_s` are marked gone.
+        """Wait under the lock until `ready()` is true. Sites that are absent for too long are marked gone meanwhile.
 
         Returns:
-            True once `ready()` is true, False after `timeout_s` seconds.
+            True once `ready()` is true, False after `timeout_s` seconds, outages not counted (`Outages.left_s`).
 
         Raises:
             FederationError: The run failed, or the server was closed.
         """
-        state = self._state
-        deadline = time.monotonic() + timeout_s
+        state, began = self._state, self.clock.now()
         while True:
             state.raise_if_ended(even_done=True)
             self._expire_absent()
             if ready():
                 return True
-            left_s = deadline - time.monotonic()
+            left_s = self.outages.left_s(began, timeout_s)
             if left_s <= 0:
                 return False
-            state.changed.wait(min([left_s, *self._absences()]))
+            wakes_in_s = self.outages.wakes_in_s([m.absent_since for m in self._absent() if m.absent_since is not None])
+            # wake a little later than that, so that the limit has passed
+            self.clock.wait(state.changed, min(left_s, max(wakes_in_s, 0.0) + 0.01))
 
     def wait_for_quorum(self) -> None:
         """Wait until enough sites are present to open a round, or every site is present or gone: at most `rejoin_s`."""
@@ -301,21 +306,20 @@ class Membership:
         return enough and not (settings.exact_restart and returning)
 
     def _none_can_come(self) -> bool:
-        return all(m.active or m.gone for m in self.members.values())
+        return not self.outages.waiting and all(m.active or m.gone for m in self.members.values())
 
-    def _absences(self) -> list[float]:
-        """Seconds until each absent site is given up."""
-        now, limit = time.monotonic(), self._state.settings.rejoin_s
-        waits = [limit - (now - m.absent_since) for m in self.members.values() if m.absent_since and _expected(m)]
-        # wake a little later than that, so that the limit has passed
-        return [max(w, 0.0) + 0.01 for w in waits]
+    def _absent(self) -> list[Member]:
+        return [m for m in self.members.values() if m.absent_since is not None and _expected(m)]
 
     def _expire_absent(self) -> None:
-        limit = self._state.settings.rejoin_s
-        for m in self.members.values():
-            if _expected(m) and m.absent_since and time.monotonic() - m.absent_since > limit:
-                self.mark_gone(m.name, f"its connection was lost for more than {limit:g} s", early=True)
+        """Mark those sites gone that the run does not wait for any longer."""
+        self.outages.watch()
+        for m in self._absent():
+            if m.absent_since is not None and self.outages.gives_up(m.absent_since):
+                absence = duration_text(self.clock.now() - m.absent_since)
+                self.mark_gone(m.name, f"its connection was lost {absence} ago", early=True)
                 m.script = "lost"
+                self._state.journal.lost(m.name, True)
 
     def _named(self, name: str) -> Member:
         member = self.members.get(name)

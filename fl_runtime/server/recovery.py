@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,13 +39,15 @@ def restore_plan(state: RunState, membership: Membership) -> None:
     for name, attempt, registration in journal.reader.sites():
         member = membership.members[name]
         member.attempt = attempt
-        member.absent_since = time.monotonic()
+        member.absent_since = membership.clock.now()
         if registration:
             member.registration, member.known = Registration.from_json(registration), True
     if journal.reader.failed():  # it is resumed with the scripts of all sites, those that left included
         journal.resumed()
     for name in journal.reader.who_left():
         membership.members[name].gone = "it left"
+    for name in journal.reader.who_is_lost():
+        membership.members[name].gone, membership.members[name].script = "its connection was lost", "lost"
     for name in journal.reader.who_rests():
         membership.members[name].script = "resting"
     state.restore_plan()

@@ -25,6 +25,7 @@ from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.recovery import reading, restore_plan, restore_results
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import RunState
+from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import Report, RunSettings, Strategy, TaskKind
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Run:
         events: Emitter,
         strategy: Strategy | None = None,
         virtual: VirtualSites | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Open the run's folder, or make it.
 
@@ -60,9 +62,10 @@ class Run:
             events: Where to emit the run's events.
             strategy: A strategy to use in place of the one that `settings`, or else the sites' terms, name.
             virtual: The sites, if they have no processes that call the server.
+            clock: Measures absences and timeouts; None for this machine's.
         """
         self.state = state = RunState(settings, folder, events, strategy)
-        self.membership = Membership(state)
+        self.membership = Membership(state, clock or SystemClock())
         self.scoring = Scoring(state, self.membership)
         self._cross_site = CrossEvaluation(state, self.membership, self.scoring)
         self._initial = InitialModel(state, self.membership)

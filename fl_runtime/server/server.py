@@ -16,6 +16,7 @@ from fl_runtime.server.trainings.training import TrainingOptions
 from fl_runtime.server.trainings.trainings import Trainings
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.transport.base import Service
+from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import Listener, RunSettings, Strategy
 
 _THREADS_PER_SITE = 4  # presence, a waiting Next, streams, and a call of the process that takes over
@@ -55,6 +56,7 @@ class Server:
         record: bool = False,
         strategy: Strategy | None = None,
         virtual: VirtualSites | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Open the job's folder, and recover the runs whose journals are there.
 
@@ -71,6 +73,7 @@ class Server:
             record: True to write history.csv, events.jsonl and TensorBoard files into the folder of each training.
             strategy: A strategy to use in place of the one that `settings` name, such as a workflow of one's own.
             virtual: The sites, if they have no processes that call the server.
+            clock: Measures absences and timeouts; None for this machine's.
 
         Raises:
             ConfigError: The settings cannot work, or the folder holds a run with other settings.
@@ -80,7 +83,7 @@ class Server:
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
-        options = TrainingOptions(share=share, strategy=strategy, virtual=virtual)
+        options = TrainingOptions(share, strategy, virtual, clock or SystemClock())
         try:
             self.trainings = Trainings(settings, folder, self._events, options, record=record)
             self._finished = self.trainings.newest.over_before

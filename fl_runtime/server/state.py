@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,7 +52,7 @@ class OpenRound:
         round: Number of the round; 0 makes the initial model.
         participants: Names of the sites whose updates the round waits for.
         config: Settings that travel with the round's tasks.
-        began: When the round was opened, in monotonic seconds.
+        began: When the round was opened, in seconds of the clock of `Membership`.
         stage: "" for the first try at the round, then "2", "3", and so on.
         accepted: Updates that count so far, by site.
         bytes_down: Bytes of tasks sent in this round, by site.
@@ -194,9 +193,9 @@ class RunState:
             self.journal.layout(manifest)
 
     def emit_update(
-        self, update: Update, status: str, *, round: int, began: float, bytes_up: int, bytes_down: int
+        self, update: Update, status: str, *, round: int, seconds: float, bytes_up: int, bytes_down: int
     ) -> None:
-        """Emit the event of an update that has arrived, and wake the thread that drives the run."""
+        """Emit the event of an update that arrived `seconds` into its round; wake the thread that drives the run."""
         self.events.emit(
             "update",
             round,
@@ -207,7 +206,7 @@ class RunState:
             metrics=dict(update.metrics),
             bytes_up=bytes_up,
             bytes_down=bytes_down,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             **({"filters": list(ran)} if (ran := applied_filters(update.encoding)) else {}),
         )
         self.changed.notify_all()

@@ -6,7 +6,8 @@ only with the job's durability "power". Otherwise the journal survives the death
 Format, schema version 1 (SQLite in WAL mode; TEXT columns other than names hold JSON):
 
     meta      key, value: schema_version; job (the run's settings); rounds and terms (result of the handshake);
-              left (names of sites that left); resting (those of them whose scripts may train again);
+              left (names of sites that left); resting (those of them whose scripts may train again); lost (names of
+              sites whose connection was lost for too long);
               repeats ([round, number of failed tries]); buffer ([[site, round], ...]); ended ("null", or the error);
               over ("true" once the job has ended with this run)
     layout    layout (16 bytes, see wire/manifest.py), manifest (protobuf fl.v1.Manifest)
@@ -137,6 +138,18 @@ class Journal:
             self._db.put("left", json.dumps(_with(gone, site, wanted=left)))
             self._db.put("resting", json.dumps(_with(resting, site, wanted=stays)))
 
+    def lost(self, site: str, lost: bool) -> None:
+        """Record whether a site's connection has been lost for too long: a restarted server does not wait again.
+
+        Args:
+            site: Name of the site.
+            lost: Whether it has.
+        """
+        names = self.reader.who_is_lost()
+        if lost != (site in names):
+            with self._db.transaction():
+                self._db.put("lost", json.dumps(_with(names, site, wanted=lost)))
+
     def registered(self, site: str, registration: Mapping[str, Any] | None) -> None:
         """Record a site's part of the handshake, as JSON values; None if it no longer counts."""
         self._db.run("UPDATE site SET registration=? WHERE name=?", json.dumps(registration), site)
@@ -236,7 +249,7 @@ class Journal:
     def resumed(self) -> None:
         """Record that a run that had failed goes on, with all of its sites."""
         with self._db.transaction():
-            for key in ("left", "resting"):
+            for key in ("left", "lost", "resting"):
                 self._db.put(key, "[]")
 
     def over(self) -> None:

@@ -125,6 +125,11 @@ class JournalReader:
         sites: list[str] = json.loads(self._db.get("left") or "[]")
         return sites
 
+    def who_is_lost(self) -> list[str]:
+        """Return the names of the sites whose connection was lost for too long, and that have not come back."""
+        sites: list[str] = json.loads(self._db.get("lost") or "[]")
+        return sites
+
     def who_rests(self) -> list[str]:
         """Return the names of the sites that have left, and whose scripts may begin another training."""
         sites: list[str] = json.loads(self._db.get("resting") or "[]")

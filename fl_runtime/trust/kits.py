@@ -42,6 +42,7 @@ from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
 from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, read_roots, take_up
 from fl_runtime.trust.roots.rotation import past_statements
 from fl_runtime.trust.roots.staging import read_settled
+from fl_runtime.types import PRODUCTION_PATIENCE_S
 
 KIT_FORMAT = 1
 KIT_FILE, CERTIFICATE, KEY, CA, CRL = "kit.json", "certificate.pem", "key.pem", "ca.pem", "crl.pem"
@@ -58,6 +59,7 @@ class StartupKit:
         address: The server's address as sites reach it, "host:port".
         listen: "host:port" that the server binds; empty in other kits.
         sites: Names of the federation's sites, in order.
+        patience_s: Seconds for which it goes on without others, unless a job or the site says otherwise.
         certificate: The participant's certificate.
         authority: Fingerprint of the authority, see `authority_fingerprint`.
     """
@@ -67,6 +69,7 @@ class StartupKit:
     address: str
     listen: str
     sites: tuple[str, ...]
+    patience_s: float
     certificate: Certificate
     authority: str
 
@@ -125,6 +128,7 @@ def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
         "credentials": ".",
         "sites": sites,
         **({"roots": statements[-1].number} if statements else {}),
+        "patience_s": project.patience_s,
         **({"listen": listen} if identity.kind == "server" else {}),
     }
 
@@ -173,6 +177,7 @@ def _read_kit(folder: Path, kind: str) -> StartupKit:
         address=str(fields["server"]),
         listen=str(fields.get("listen", "")),
         sites=tuple(map(str, fields.get("sites", ()))),
+        patience_s=float(fields.get("patience_s", PRODUCTION_PATIENCE_S)),  # kits of earlier versions have none
         certificate=certificate,
         authority=authority_fingerprint(ca),
     )

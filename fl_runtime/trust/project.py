@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.identity import Identity, Role, check_name
+from fl_runtime.types import PRODUCTION_PATIENCE_S
 from fl_runtime.yaml_files import read_yaml
 
 DEFAULT_DAYS = 90.0
@@ -81,6 +82,7 @@ class Project(_Part):
         server: The server.
         sites: The sites, at least one.
         admins: The admins.
+        patience_s: Seconds for which sites go on without the server, and jobs without a quorum; greater than 0.
         days: Lifetime of participants' certificates in days, greater than 0 and at most 825.
         authority_days: Lifetime of the authority's certificate in days, greater than 0 and at most 3653.
         crl_days: How long a revocation list counts after it was signed, in days, greater than 0 and at most 3653. The
@@ -94,6 +96,7 @@ class Project(_Part):
     server: ServerEntry
     sites: tuple[SiteEntry, ...] = Field(min_length=1)
     admins: tuple[AdminEntry, ...] = ()
+    patience_s: float = Field(default=PRODUCTION_PATIENCE_S, gt=0, le=1e9, allow_inf_nan=False)
     days: float = Field(default=DEFAULT_DAYS, gt=0, le=825)
     authority_days: float = Field(default=1826.0, gt=0, le=3653)
     crl_days: float = Field(default=DEFAULT_CRL_DAYS, gt=0, le=3653)

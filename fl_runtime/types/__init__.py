@@ -20,10 +20,11 @@ from fl_runtime.types.messages import (
     Update,
     is_floating,
 )
-from fl_runtime.types.settings import RunSettings, Terms
+from fl_runtime.types.settings import PRODUCTION_PATIENCE_S, RunSettings, Terms
 from fl_runtime.types.strategy import Aggregator, Allocate, RoundPlan, ServerState, Strategy
 
 __all__ = [
+    "PRODUCTION_PATIENCE_S",
     "Aggregator",
     "Allocate",
     "Array",

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fl_runtime.types.messages import Content, Settings
+
+PRODUCTION_PATIENCE_S = 86_400.0
+"""Default of `patience_s` in a federation between organisations: a day, for a network that is down over night."""
+
+PRODUCTION_JOIN_S = 600.0
+"""Default of `join_s` in a federation between organisations."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,9 @@ class RunSettings:
         cross_site: Whether every site evaluates every site's model after the last round.
         durability: Whether acknowledged updates survive the death of processes, or also a power failure.
         trainings: Largest number of trainings in a site's script; None for any number.
+        patience_s: Seconds to wait for a quorum that is gone, and for a server; None, as in a simulation, waits for
+            `rejoin_s` and for as long as the sites' startup kits say.
+        join_s: Seconds to wait for further sites once `min_sites` have registered; None waits until `deadline_s`.
     """
 
     name: str
@@ -94,6 +103,20 @@ class RunSettings:
     cross_site: bool = False
     durability: Literal["process", "power"] = "process"
     trainings: int | None = None
+    patience_s: float | None = None
+    join_s: float | None = None
+
+    def for_production(self, patience_s: float) -> RunSettings:
+        """Return these settings with the defaults of a federation between organisations.
+
+        Args:
+            patience_s: How long it waits for a quorum, in seconds.
+
+        Returns:
+            The settings; what the job names itself is kept.
+        """
+        patience_s = patience_s if self.patience_s is None else self.patience_s
+        return replace(self, patience_s=patience_s, join_s=PRODUCTION_JOIN_S if self.join_s is None else self.join_s)
 
     @property
     def sites_per_round(self) -> int:

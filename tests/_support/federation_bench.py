@@ -15,6 +15,7 @@ from fl_runtime.client import SiteClient, Welcome
 from fl_runtime.server import Server
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.memory import MemoryTransport
+from fl_runtime.transport.waiting import Clock
 from fl_runtime.types import Arrays, Event, RunSettings, Task, Update
 from fl_runtime.wire.manifest import Manifest
 
@@ -51,10 +52,16 @@ class Site:
     """One site's client, with the sequences of calls that tests make."""
 
     def __init__(
-        self, name: str, transport: Transport, patience_s: float = WAIT_S, *, same_machine: bool = False
+        self,
+        name: str,
+        transport: Transport,
+        patience_s: float = WAIT_S,
+        *,
+        same_machine: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         self.name, self.transport = name, transport
-        self.client = SiteClient(transport, patience_s, same_machine=same_machine)
+        self.client = SiteClient(transport, patience_s, same_machine=same_machine, clock=clock)
 
     def join(self) -> Welcome:
         self.welcome = self.client.join()
@@ -144,6 +151,7 @@ class Bench:
         token: str = "",
         patience_s: float = WAIT_S,
         same_machine: bool = False,
+        clock: Clock | None = None,
     ) -> Site:
         """Connect one more process of a site, through the proxy at `address` if one is given."""
         transport: Transport
@@ -153,7 +161,7 @@ class Bench:
             transport = GrpcTransport(address or self.address, token or f"secret of {name}")
         else:
             transport = MemoryTransport(self.server.service, name)
-        self.made.append(Site(name, transport, patience_s, same_machine=same_machine))
+        self.made.append(Site(name, transport, patience_s, same_machine=same_machine, clock=clock))
         return self.made[-1]
 
     def started(self, arrays: Arrays, **registration: Any) -> tuple[dict[str, Site], dict[str, Task]]:
@@ -174,13 +182,14 @@ def serving(
     sockets: bool = True,
     port: int = 0,
     share: bool = False,
+    clock: Clock | None = None,
     **fields: Any,
 ) -> Iterator[Bench]:
     """Run a server, and end what is left of its run afterwards."""
     run = settings(sites, **fields)
     watch = Watch()
     tokens = {name: f"secret of {name}" for name in run.sites}
-    server = Server(run, folder, tokens, port=port, listeners=[watch], share=share)
+    server = Server(run, folder, tokens, port=port, listeners=[watch], share=share, clock=clock)
     if sockets:
         address = server.start()
     else:

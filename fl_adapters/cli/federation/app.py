@@ -143,7 +143,10 @@ def run(
     results: Annotated[
         Path | None, typer.Option(help="Folder for the framework's output and model, laid out as in a simulation.")
     ] = None,
-    patience_s: Annotated[float, typer.Option(help="Seconds to wait for a server that does not answer.")] = 3600.0,
+    patience_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds to wait for a server that does not answer. Default: the job's, else the project's."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Wait for a job and run COMMAND as a participant. The site opens no port.

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError,
 _PATIENCE_S = 30.0
 
 
-def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float, as_json: bool) -> int:
+def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float | None, as_json: bool) -> int:
     """Run the command. Returns its exit status, as a shell does: 128 + N after signal N."""
     with report_errors(as_json), needs_trust_extra():
         from fl_adapters.participant.policy_gate import KitPolicyGate
@@ -32,12 +33,14 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
 
         site = KitPolicyGate(kit_folder)
         kit = read_script_kit(kit_folder)
+        if patience_s is not None:
+            kit = replace(kit, patience_s=patience_s, own_patience=True)
         with site.process_slot():
             _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
             # the command connects by itself
             with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.server))) as control:
                 witness = site.witness()
-                job = control.ask("Assignment", patience_s=patience_s, log=witness.statement())
+                job = control.ask("Assignment", patience_s=kit.patience_s, log=witness.statement())
                 witness.take(job.get("log"), "server")
             _say(f"job {job['job']}, submitted by {job['submitted_by']}")
             _check(site, kit, job)
@@ -73,6 +76,7 @@ def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], re
             run="" if results is None else str(results.resolve()),
             simulated=results is not None,
             patience_s=kit.patience_s,
+            own_patience=kit.own_patience,
         )
         environment = {**os.environ, **site.environment(), KIT_VARIABLE: str(command_kit.save(Path(folder, "kit")))}
         site.record("command started", job=job["job"], command=words)

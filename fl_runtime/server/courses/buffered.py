@@ -46,14 +46,14 @@ class Buffered:
         self._models: dict[int, Model] = {}  # older models that are still needed, by version
         self._base_versions: dict[str, int] = {}  # version that each site trains from; unknown after a restart
         self._last_used: dict[str, int] = {}
-        self._since = time.monotonic()  # when the model in the making was begun; the bytes are counted since then
+        self._since = membership.clock.now()  # when the model in the making was begun; the bytes are counted since then
         self._bytes_up = self._bytes_down = 0
 
     def offer(self, member: Member, done: str) -> Offer | None:
         """The newest model, as long as the site has rounds of its own left."""
         state, number = self._state, self._last_used.get(member.name, 0) + 1
         newest, rounds = state.models.newest, state.plan.rounds
-        if newest is None or rounds is None or number > rounds:
+        if newest is None or rounds is None or number > rounds or self._membership.outages.lost:
             return None
         self._base_versions[member.name] = newest.version
         return leased("train", number, {}, newest, member)
@@ -82,7 +82,8 @@ class Buffered:
             state.blobs.free(blob)
             status = "late"
         label = status if status == "late" else "buffered"
-        state.emit_update(update, label, round=update.round, began=self._since, bytes_up=upload.bytes_up, bytes_down=0)
+        seconds = self._membership.clock.now() - self._since
+        state.emit_update(update, label, round=update.round, seconds=seconds, bytes_up=upload.bytes_up, bytes_down=0)
         return status
 
     def task_sent(self, site: str, round: int, nbytes: int) -> None:
@@ -93,14 +94,14 @@ class Buffered:
         self._initial.obtain()
         state, membership = self._state, self._membership
         with state.lock:
-            self._since = time.monotonic()
+            self._since = membership.clock.now()
             if state.models.newest is not None and state.models.version == 0:
                 state.events.emit("round_started", 1, sites=[])
             state.enter("training")
 
         def ready() -> bool:
-            membership.check_quorum(membership.joined(), "in training")
-            return bool(self._due()) or self._finished()
+            complete = membership.check_quorum(membership.joined(), "in training")
+            return complete and not membership.outages.lost and (bool(self._due()) or self._finished())
 
         while True:
             with state.lock:
@@ -169,7 +170,7 @@ class Buffered:
         state.journal.round_opened(number, result.sites, time.time())
         still_buffered = [(a.update.site, a.update.round) for a in remaining]
         state.journal.committed(entry, number, result.to_json(), buffered=still_buffered)
-        state.models.newest, self._waiting, self._since = Model(entry, blob), remaining, time.monotonic()
+        state.models.newest, self._waiting, self._since = Model(entry, blob), remaining, self._membership.clock.now()
         self._bytes_up = self._bytes_down = 0
         state.results.append(result)
         self._scoring.scores.record_training(number, result.metrics)
@@ -192,7 +193,7 @@ class Buffered:
     def _result(self, number: int, senders: set[str], metrics: Mapping[str, float]) -> RoundResult:
         return RoundResult(
             round=number,
-            seconds=time.monotonic() - self._since,
+            seconds=self._membership.clock.now() - self._since,
             metrics=metrics,
             sites=tuple(name for name in self._membership.members if name in senders),
             missing=(),

@@ -79,8 +79,7 @@ class Joining:
         """
         state, membership, settings = self._state, self._membership, self._state.settings
         with state.lock:
-            if not membership.wait_until(self._all_registered, settings.deadline_s):
-                membership.check_quorum(membership.present(), "at the deadline of the handshake")
+            self._wait_for_sites()
             registrations = self._agreeing(
                 {m.name: m.registration for m in membership.members.values() if m.active and m.registration}
             )
@@ -99,6 +98,34 @@ class Joining:
             course = self._agreed()
             state.enter("initial")
             return course
+
+    def _wait_for_sites(self) -> None:
+        """Wait until all sites have registered, or a quorum of them has and the others have had `join_s` to follow.
+
+        Without a quorum, the wait ends with a QuorumError at `deadline_s`, but not before the run's patience does.
+        """
+        membership, settings = self._membership, self._state.settings
+        clock, outages = membership.clock, membership.outages
+        began = clock.now()
+
+        def enough() -> bool:
+            return len(membership.present()) >= outages.needed
+
+        while True:
+            left_s = began + settings.deadline_s - clock.now()
+            if not membership.wait_until(
+                lambda: self._all_registered() or enough(), max(left_s, outages.patience_left_s)
+            ):
+                membership.check_quorum(membership.present(), "at the deadline of the handshake")
+                continue
+            join_s = began + settings.deadline_s - clock.now() if settings.join_s is None else settings.join_s
+            if not membership.wait_until(lambda: self._all_registered() or not enough(), join_s):
+                break
+            if self._all_registered():
+                return
+        late = [m.name for m in membership.members.values() if not m.gone and not m.active]
+        text = f"the run begins without {', '.join(late)}, which may still join it"
+        self._state.events.emit("warning", text=text)
 
     def _agreeing(self, registrations: dict[str, Registration]) -> dict[str, Registration]:
         """Return the registrations that fit together: all of them, or those of a majority that makes a quorum.
@@ -189,8 +216,8 @@ class Joining:
                 where=f"handshake of {self._state.settings.name}",
                 fix="let every site's script train equally often",
             )
-        self._membership.check_quorum(self._membership.remaining(), "before round 1")
-        return all(m.active for m in members if not m.gone)
+        complete = self._membership.check_quorum(self._membership.remaining(), "before round 1")
+        return complete and all(m.active for m in members if not m.gone)
 
     def _check_settings(self) -> None:
         """Raise ConfigError if the job's settings do not fit the strategy that the sites have agreed on."""

@@ -52,15 +52,15 @@ class Rounds:
         state.phase = "training"
         if state.open_round is None:
             membership.wait_for_quorum()
+            while not membership.check_quorum(membership.present(), f"at the start of round {number}"):
+                membership.wait_for_quorum()
             participants = membership.present()
-            membership.check_quorum(participants, f"at the start of round {number}")
             punctual = [name for name in participants if name not in self.silent]
             participants = punctual if len(punctual) >= settings.min_sites else participants
             strategy = state.plan.strategy
             participants = choose_participants(settings, strategy, number, participants)
-            state.open_round = open_round(
-                settings, strategy, number, participants, stage_of(state.journal.reader.repeats(number))
-            )
+            stage, now = stage_of(state.journal.reader.repeats(number)), membership.clock.now()
+            state.open_round = open_round(settings, strategy, number, participants, stage, now)
             state.journal.round_opened(number, tuple(participants), time.time())
         if state.models.newest is not None:  # else this is round 0, which makes the first model
             state.filters.afford(state.models.version + 1)
@@ -141,7 +141,8 @@ class Rounds:
         self.last_used = state.journal.reader.last_used()
         for entry in unfinished:
             stage = stage_of(state.journal.reader.repeats(entry.round))
-            state.open_round = open_round(state.settings, state.plan.strategy, entry.round, entry.participants, stage)
+            strategy, now = state.plan.strategy, self._membership.clock.now()
+            state.open_round = open_round(state.settings, strategy, entry.round, entry.participants, stage, now)
             for update in state.journal.reader.updates(entry.round):
                 state.open_round.accepted[update.site] = load_update(state, update)
         self._recover_best(state.journal.reader.models()[:-1])
@@ -167,7 +168,7 @@ class Rounds:
             sites = results[-1].sites  # results are kept: thousands of rounds should not hold thousands of copies
         return RoundResult(
             round=current.round,
-            seconds=time.monotonic() - current.began,
+            seconds=self._membership.clock.now() - current.began,
             metrics=metrics,
             sites=sites,
             missing=tuple(n for n in current.participants if n not in current.accepted),

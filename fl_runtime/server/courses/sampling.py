@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from fl_runtime.filters.calibration import draw_order
@@ -21,15 +20,15 @@ def choose_participants(settings: RunSettings, strategy: Strategy, round: int, p
 
 
 def open_round(
-    settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str
+    settings: RunSettings, strategy: Strategy, round: int, participants: Sequence[str], stage: str, now: float
 ) -> OpenRound:
-    """The round with these participants, the same after a restart of the server. Its clock begins now."""
+    """The round with these participants, the same after a restart of the server. It begins `now`."""
     config = dict(strategy.configure(round, participants))
     plan = strategy.plan_round(round, participants) if round else RoundPlan()
     chosen = round > 0 and (settings.fraction < 1 or plan.sites is not None)
     if chosen:
         config["drawn"] = True  # so that a site that waits is not taken for one that comes back late
-    return OpenRound(round, list(participants), config, time.monotonic(), stage, drawn=chosen, answers=plan.answers)
+    return OpenRound(round, list(participants), config, now, stage, drawn=chosen, answers=plan.answers)
 
 
 def sample_sites(settings: RunSettings, round: int, present: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 
 from fl_runtime.aggregation.metrics.pooling import plain, to_json
@@ -62,15 +61,16 @@ class Scoring:
             None every `beat_s` seconds of waiting, then the pooled metrics and whether the run ends with this version.
         """
         state = self._state
-        deadline = time.monotonic() + state.settings.deadline_s / 2
+        began, half_s = self._membership.clock.now(), state.settings.deadline_s / 2
         while True:
             with state.lock:
                 self._membership.caller(name, attempt)
                 if not self.scores.settled(version):
-                    if self.evaluators(version) <= self.scores.reported(version) or time.monotonic() > deadline:
+                    too_late = self._membership.outages.left_s(began, half_s) <= 0
+                    if self.evaluators(version) <= self.scores.reported(version) or too_late:
                         self.settle(version)
                     else:
-                        state.published.wait(min(1.0, state.settings.deadline_s / 2, beat_s or math.inf))
+                        state.published.wait(min(1.0, half_s, beat_s or math.inf))
                 settled = self.scores.settled(version)
                 rounds = state.plan.rounds
                 answer = self.scores.of(version), rounds is not None and version >= rounds

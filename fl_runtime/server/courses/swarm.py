@@ -51,7 +51,10 @@ class Swarm:
 
     def offer(self, member: Member, done: str) -> Offer | None:
         order = self._current_order()
-        return self._receipts.offer(member, done) if order is None else order.offer(member, done)
+        if order is None:
+            return self._receipts.offer(member, done)
+        replaced = self._sum is not None and member.name in self._sum.replaced()  # its update was lost with its process
+        return None if replaced else order.offer(member, done)
 
     def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
         order = self._current_order()
@@ -186,7 +189,7 @@ class SwarmSum:
         """Leave out receipts whose process has been replaced: its update was lost with it."""
         current = self._current
         if current is self._state.open_round and not current.collected:
-            for name in self._replaced():
+            for name in self.replaced():
                 self._rounds.leave_out(current, name)
 
     def next_in_order(self) -> Accepted | None:
@@ -221,11 +224,16 @@ class SwarmSum:
                 state.published.notify_all()
                 aggregator = membership.members[order.aggregator]
                 try:
-                    membership.wait_until(lambda o=order, a=aggregator: o.finished(a), state.settings.deadline_s)  # type: ignore[misc]
+                    membership.wait_until(
+                        lambda o=order, a=aggregator: o.finished(a) or bool(self.replaced()),  # type: ignore[misc]
+                        state.settings.deadline_s,
+                    )
                 finally:
                     self.order = None
                 if order.model is not None:
                     return order.model
+                if self.replaced():
+                    continue
                 self._aggregation_failures[order.aggregator] += 1
                 if order.missing in order.sites:
                     self._delivery_failures[order.missing] += 1
@@ -239,7 +247,7 @@ class SwarmSum:
         """Take receipts again from sites that were restarted: they have nothing to share, and train the round again."""
         current = self._current
         members = self._membership.members
-        restarted = [name for name in self._replaced() if not members[name].gone]
+        restarted = [name for name in self.replaced() if not members[name].gone]
         for name in restarted:
             self._rounds.leave_out(current, name)
         if restarted:
@@ -247,7 +255,7 @@ class SwarmSum:
             self._state.published.notify_all()
         return bool(restarted)
 
-    def _replaced(self) -> list[str]:
+    def replaced(self) -> list[str]:
         """Sites whose receipt was sent by a process that another one has replaced."""
         members, accepted = self._membership.members, self._current.accepted
         return [name for name, item in accepted.items() if members[name].attempt != item.update.attempt]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from fl_runtime.errors import FederationError, ProtocolError, RoundFailedError
@@ -107,7 +106,7 @@ class Synchronous:
             update,
             status,
             round=current.round,
-            began=current.began,
+            seconds=self._membership.clock.now() - current.began,
             bytes_up=upload.bytes_up,
             bytes_down=current.bytes_down.get(update.site, 0),
         )
@@ -178,7 +177,7 @@ class Synchronous:
 
     def _sum_next(self, current: OpenRound, summing: RoundSum) -> bool:
         """Wait for an update to sum, and sum it without the lock. True when the round can close."""
-        rounds = self._rounds
+        rounds, membership = self._rounds, self._membership
         due: Accepted | None = None
 
         def ready() -> bool:
@@ -187,8 +186,8 @@ class Synchronous:
             return due is not None or rounds.not_needed(current) or self._complete(current)
 
         with self._state.lock:
-            left_s = current.began + self._state.settings.deadline_s - time.monotonic()
-            in_time = self._membership.wait_until(ready, left_s)
+            left_s = membership.outages.left_s(current.began, self._state.settings.deadline_s)
+            in_time = membership.wait_until(ready, left_s)
             if due is None:
                 if not in_time:
                     rounds.check_deadline(current)
@@ -204,8 +203,13 @@ class Synchronous:
         counted = [*current.accepted, *pending]
         when = f"in round {current.round}"
         if not current.drawn:
-            membership.check_quorum(counted, when)
+            if len(counted) < membership.outages.needed:  # others may still come into the round
+                pending += [name for name in membership.known() if name not in current.participants]
+                counted = [*current.accepted, *pending]
+            if not membership.check_quorum(counted, when):
+                return False
         elif len(counted) < self._rounds.needed(current):
-            membership.check_quorum(membership.present(), when)
+            if not membership.check_quorum(membership.present(), when):
+                return False
             raise RoundFailedError(f"only {len(counted)} of the chosen sites are left", fix="look at their logs")
         return not pending or (current.answers is not None and len(current.accepted) >= current.answers)

@@ -8,7 +8,6 @@ seeds.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -219,7 +218,7 @@ class _Collection:
                 order = pending.popleft()
                 workers.give(order)
                 self._count_order(order, model.blob.manifest.nbytes)
-            left_s = deadline - time.monotonic()
+            left_s = deadline - self._membership.clock.now()
             if left_s <= 0:
                 self._close_late()
                 return
@@ -290,8 +289,8 @@ class _Collection:
         with state.lock:
             current.accepted[site] = Accepted(replace(update, arrays={}, extras={}), _NOT_SPOOLED, b"")
             current.bytes_up[site] = size
-            down = current.bytes_down.get(site, 0)
-            state.emit_update(update, "used", round=current.round, began=current.began, bytes_up=size, bytes_down=down)
+            down, seconds = current.bytes_down.get(site, 0), self._membership.clock.now() - current.began
+            state.emit_update(update, "used", round=current.round, seconds=seconds, bytes_up=size, bytes_down=down)
 
     def _close_late(self) -> None:
         """Close the round at its deadline with the updates that are there, if they are enough."""

@@ -161,6 +161,7 @@ class FederationServer:
                 )
             if (self._folder / settings.name).exists():
                 raise ConfigError(f"a job {settings.name} exists already", where="name", fix="choose another name")
+            settings = settings.for_production(self._kit.patience_s)
             self._begin(replace(settings, submitted_by=submitter.uri), submitter)
             return settings.name
 

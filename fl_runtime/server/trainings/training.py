@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.registration import Member
 from fl_runtime.server.run import Run
 from fl_runtime.store.tensorfile import sync, write_tensors
+from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import RunSettings, Strategy
 
 _LAST_STEP_S = 30.0  # the sum or the write to the disk that the run may be in when it is closed
@@ -28,11 +29,13 @@ class TrainingOptions:
         share: True if all sites run on this machine; see `Server`.
         strategy: A strategy to use in place of the one that the settings name.
         virtual: The sites, if they have no processes that call the server.
+        clock: Measures absences and timeouts.
     """
 
     share: bool = False
     strategy: Strategy | None = None
     virtual: VirtualSites | None = None
+    clock: Clock = field(default_factory=SystemClock)
 
 
 class Training:
@@ -73,7 +76,7 @@ class Training:
             StoreError: The folder cannot be written, or is damaged.
         """
         self.number, self.folder, self._visited = number, folder, visited
-        self.run = Run(settings, folder / "server", emitter, options.strategy, options.virtual)
+        self.run = Run(settings, folder / "server", emitter, options.strategy, options.virtual, options.clock)
         self.run.recover()
         self.over_before = self.run.state.journal.reader.over()
         self.run.membership.on_departure = self._departed
