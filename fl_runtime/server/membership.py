@@ -71,11 +71,12 @@ class Membership:
         state = self._state
         with state.lock:
             member = self.caller(name, attempt)
+            if state.plan.rounds is not None:
+                layouts = {**state.layouts, manifest.layout: manifest}  # what does not fit is not kept
+                needs = needed_capabilities(state.settings, state.plan.strategy, state.plan.terms)
+                check_latecomer(name, registration, self.members, layouts, state.plan.strategy, needs)
             self.add_manifest(member, manifest)
             member.layouts.add(manifest.layout)
-            if state.plan.rounds is not None:
-                needs = needed_capabilities(state.settings, state.plan.strategy, state.plan.terms)
-                check_latecomer(name, registration, self.members, state.layouts, state.plan.strategy, needs)
             member.registration, member.known = registration, True
             state.journal.registered(name, registration.to_json())
             state.events.emit(

@@ -129,6 +129,11 @@ class Member:
         return "joined" if self.attempt else "awaited"
 
 
+def agreed_layout(members: Mapping[str, Member]) -> bytes:
+    """Layout digest of the tensors that sites have registered, or b"" before the first has. Called under the lock."""
+    return next((m.registration.layout for m in members.values() if m.registration), b"")
+
+
 def check_agreement(
     registrations: Mapping[str, Registration],
     layouts: Mapping[bytes, Manifest],

@@ -8,6 +8,7 @@ from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.filters.server import applied_filters, update_layout
 from fl_runtime.server.calls import limits
 from fl_runtime.server.membership import Membership
+from fl_runtime.server.registration import agreed_layout
 from fl_runtime.server.state import RunState
 from fl_runtime.types import Update
 from fl_runtime.wire.dtypes import dtype_name, dtype_of
@@ -23,13 +24,16 @@ class TensorChecks:
 
     def check_layout(self, manifest: Manifest, content: str, encoding: str) -> None:
         """Compare an update's tensors with the agreed ones, as the update's filters change them."""
-        state, strategy = self._state, self._state.plan.strategy
-        agreed = next((m.registration.layout for m in self._membership.members.values() if m.registration), b"")
-        strategy_content, encrypted = strategy.content, state.filters.encrypted
+        state = self._state
+        with state.lock:  # the comparison itself may be long
+            strategy, encrypted = state.plan.strategy, state.filters.encrypted
+            agreed = state.layouts.get(agreed_layout(self._membership.members))
+            newest = state.models.newest.blob.manifest.nbytes if state.models.newest else 0
+        strategy_content = strategy.content
         plain = content == strategy_content == "weights" and not encoding and encrypted is None
-        if not agreed or (plain and manifest.layout == agreed):
+        if agreed is None or (plain and manifest.layout == agreed.layout):
             return
-        expected = travelling_manifest(state.layouts[agreed], content, encoding, strategy_content, encrypted)
+        expected = travelling_manifest(agreed, content, encoding, strategy_content, encrypted)
         lines: list[str] = []
         if expected.layout != manifest.layout:
             lines = differences(expected, manifest, strategy.agreed_shape if strategy_content == "encoded" else None)
@@ -39,7 +43,6 @@ class TensorChecks:
                 + "\n    ".join(lines[:8]),
                 fix="the model must not change its parameters during a run",
             )
-        newest = state.models.newest.blob.manifest.nbytes if state.models.newest else 0
         limits.check_size(manifest, max(expected.nbytes, newest))
 
     def check_values(self, update: Update) -> None:

@@ -8,12 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
 """Calls within a job; their messages are protobuf (wire/fl/v1/federation.proto)."""
 CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke", "Roots", "HandOutRoots")
 """Calls about jobs; their messages are JSON (server/federation)."""
+
+
+Resource: TypeAlias = Literal["tensors", "registered bytes", "metric bytes"]
+"""What calls use besides time: described tensors, texts of registrations, and texts of metrics."""
+
+
+class Account(Protocol):
+    """Counts what one call costs the server against the quota of its caller."""
+
+    def spend(self, resource: Resource, amount: int) -> None:
+        """Count something before work is done on it.
+
+        Args:
+            resource: What the call uses.
+            amount: How much of it.
+
+        Raises:
+            PermissionDeniedError: The caller is over its quota.
+        """
+        ...
+
+    def read(self) -> None:
+        """Note that a first message has been dealt with. Large ones of one caller take turns, as they take memory."""
+        ...
+
+    def earn(self) -> None:
+        """Note that the call has brought the run on, for which the caller may make the calls of another round."""
+        ...
+
+    def void(self) -> None:
+        """Note that the call brought nothing new: it counts like one that was refused."""
+        ...
+
+
+class Unmetered:
+    """The account of a caller without a quota, such as a site of a simulation."""
+
+    def spend(self, resource: Resource, amount: int) -> None:
+        """Count nothing; see `Account`."""
+
+    def read(self) -> None:
+        """Count nothing; see `Account`."""
+
+    def earn(self) -> None:
+        """Count nothing; see `Account`."""
+
+    def void(self) -> None:
+        """Count nothing; see `Account`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +76,7 @@ class Peer:
         fault: Why the connection is not secure enough, or empty.
         address: The network address that it calls from, for the log.
         hang_up: Ends the call; may be called from any thread.
+        account: Counts what the call costs.
     """
 
     name: str
@@ -36,6 +85,7 @@ class Peer:
     fault: str = ""
     address: str = ""
     hang_up: Callable[[], object] = lambda: None
+    account: Account = Unmetered()  # noqa: RUF009 (it has no state)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.server.registration import Member
 from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
 from fl_runtime.types import Update
 from fl_runtime.wire.manifest import Manifest
+
+T = TypeVar("T")
 
 MAX_METRICS = 1_000
 MAX_ENTRIES = 256
@@ -20,7 +23,41 @@ MAX_COUNT = 2**53
 MAX_DESCRIBED = 500_000
 """Most tensors that one site may describe in one run, over all its manifests."""
 
+MAX_METRIC_NAMES = 2_000
+"""Most different names of metrics that one site may use in one run."""
+
 _EXTRA_TIMES, _EXTRA_BYTES = 8, 2**27
+_EXTRA_TENSORS = 1_000
+
+
+class MetricNames:
+    """The names of metrics that sites have used in a run. Each gets a column of the history and a curve."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, str]] = {}
+
+    def known(self, site: str, metrics: Mapping[str, T]) -> dict[str, T]:
+        """Note the names of a site's metrics.
+
+        Args:
+            site: Name of the site.
+            metrics: Metrics by name.
+
+        Returns:
+            The metrics, under one text object per name, so that memory does not grow with every message.
+
+        Raises:
+            ProtocolError: The site has used too many names.
+        """
+        names = self._names.setdefault(site, {})
+        new = [name for name in metrics if name not in names]
+        if len(names) + len(new) > MAX_METRIC_NAMES:
+            raise ProtocolError(
+                f"{site} has given its metrics more than {MAX_METRIC_NAMES} different names in this run",
+                fix="use the same names in every round",
+            )
+        names.update(zip(new, new, strict=True))
+        return {names[name]: value for name, value in metrics.items()}
 
 
 def checked_table(fields: Mapping[str, str], what: str) -> dict[str, str]:
@@ -56,6 +93,15 @@ def check_metrics(metrics: object) -> None:
     wrong = [name for name in metrics if not is_metric_name(name)]
     if wrong:
         raise ProtocolError(f"a metric cannot be called {str(wrong[0])[:50]!r}", fix=METRIC_NAMES)
+
+
+def check_tensor_count(count: int, agreed: Manifest | None) -> None:
+    """Refuse a manifest that cannot be one of this run's by the number of its tensors, before they are read."""
+    if agreed is not None and count > _EXTRA_TIMES * len(agreed.tensors) + _EXTRA_TENSORS:
+        raise ProtocolError(
+            f"a message describes {count} tensors; the model that the sites agreed on has {len(agreed.tensors)}",
+            fix="build the same model at every site",
+        )
 
 
 def check_described(member: Member, manifest: Manifest) -> None:

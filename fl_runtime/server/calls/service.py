@@ -19,7 +19,7 @@ from fl_runtime.server.calls import limits
 from fl_runtime.server.calls.relay import Relay
 from fl_runtime.server.calls.spool import Spool, Transfer
 from fl_runtime.server.courses.base import Offer, Upload
-from fl_runtime.server.registration import Registration
+from fl_runtime.server.registration import Registration, agreed_layout
 from fl_runtime.server.run import Run
 from fl_runtime.text import printable
 from fl_runtime.transport.base import Peer
@@ -46,6 +46,7 @@ _REQUESTS: Mapping[str, type[Message]] = {
 BEAT_S = 10.0
 """Seconds between signs of life in a call that waits for a task, if the site does not ask for an interval."""
 _SHORTEST_BEAT_S = 0.1
+_COUNTED = ("used", "carried")
 
 
 class FederationService:
@@ -61,6 +62,8 @@ class FederationService:
         self._run, self._state, self._share = run, run.state, share
         self._spool = Spool(run.state.blobs, run.state.lock)
         self._relay = Relay(run.membership.members)
+        self._metric_names = limits.MetricNames()
+        self._sent: dict[str, tuple[str, int, str]] = {}  # the last task of each site: kind, round and stage
         self._methods: dict[str, Callable[[Peer, Any, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
             "Register": self._register,
@@ -123,7 +126,11 @@ class FederationService:
         ).SerializeToString()
 
     def _register(self, peer: Peer, request: pb.RegisterRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        manifest = Manifest.from_proto(_whole_manifest(request, requests))
+        described = _whole_manifest(request, requests)
+        self._count_tensors(peer, described)
+        peer.account.spend("registered bytes", request.ByteSize() - described.ByteSize())
+        manifest = Manifest.from_proto(described)
+        peer.account.read()
         agreement = limits.checked_table(request.agreement, "the agreement")
         info = limits.checked_table(request.info, "the info")
         capabilities = limits.checked_table(dict.fromkeys(request.capabilities, ""), "the list of capabilities")
@@ -180,14 +187,18 @@ class FederationService:
             if offer is None:
                 yield pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
             else:
-                yield from self._send(peer.name, offer, request, requests)
+                yield from self._send(peer, offer, request, requests)
 
-    def _send(self, name: str, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
+    def _send(self, peer: Peer, offer: Offer, request: pb.NextRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the task's header and frames, or the name of a file in place of frames.
 
         The model stays leased until the last frame is out, or the site has said that it has read the file.
         """
         count = 0
+        task = (offer.kind, offer.round, offer.stage)
+        if self._sent.get(peer.name) == task:
+            peer.account.void()
+        self._sent[peer.name] = task
         shared = request.shared and self._share and _is_large(offer)
         try:
             for message in self._messages(offer, request, shared):
@@ -199,7 +210,7 @@ class FederationService:
         finally:
             if offer.model is not None:
                 self._state.models.release(offer.model)
-            self._run.task_sent(offer.kind, offer.round, name, count)
+            self._run.task_sent(offer.kind, offer.round, peer.name, count)
 
     def _messages(self, offer: Offer, request: pb.NextRequest, shared: bool) -> Iterator[bytes]:
         header = pb.TaskHeader(
@@ -239,10 +250,12 @@ class FederationService:
     def _submit(self, peer: Peer, request: pb.UpdatePart, requests: Iterator[bytes]) -> Iterator[bytes]:
         header, header_bytes = request.update, request.ByteSize()
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
-        facts, digest = _update_fields(header), frames.payload_digest(payload)
+        facts, digest = self._update_fields(peer, header), frames.payload_digest(payload)
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
-            transfer = self._spool.begin(name, digest, self._manifest(name, header), payload.digests)
+            manifest = self._manifest(peer, header)
+            peer.account.read()
+            transfer = self._spool.begin(name, digest, manifest, payload.digests)
             received = header_bytes
             try:
                 if payload.inline:
@@ -269,36 +282,53 @@ class FederationService:
                 raise
             journaled = {**facts, "metrics": to_json(facts["metrics"])}
             status = self._run.accept(Upload(update, transfer.blob, digest, journaled, received))
+        (peer.account.earn if status in _COUNTED else peer.account.void)()
         if status == "late":
             self._state.events.emit("update", header.round, name, status="late", bytes_up=header_bytes)
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
 
-    def _manifest(self, name: str, header: pb.UpdateHeader) -> Manifest:
-        """The manifest of an update, which must fit the tensors that the sites agreed on; extras may be added."""
-        payload, form = header.payload, (header.content, header.encoding)
-        with self._state.lock:
-            checks = self._run.course.checks
-            if payload.HasField("manifest"):
-                manifest = Manifest.from_proto(payload.manifest)
-                if manifest.layout != payload.layout:
-                    raise ProtocolError("a manifest does not have the layout that its header names")
-                checks.check_layout(manifest, *form)  # before the manifest is stored
-                self._run.membership.add_manifest(self._run.membership.members[name], manifest)
-            elif payload.layout not in self._state.layouts:
+    def _manifest(self, peer: Peer, header: pb.UpdateHeader) -> Manifest:
+        """The manifest of an update, which must fit the tensors that the sites agreed on; extras may be added.
+
+        What may be large is read and compared without the run's lock.
+        """
+        payload, state = header.payload, self._state
+        if payload.HasField("manifest"):
+            self._count_tensors(peer, payload.manifest)
+            manifest = Manifest.from_proto(payload.manifest)
+            if manifest.layout != payload.layout:
+                raise ProtocolError("a manifest does not have the layout that its header names")
+        else:
+            with state.lock:
+                known = state.layouts.get(payload.layout)
+            if known is None:
                 raise ProtocolError("an update refers to a layout that the server has not seen")
-            manifest = self._state.layouts[payload.layout]
-            checks.check_layout(manifest, *form)
+            manifest = known
+        self._run.course.checks.check_layout(manifest, header.content, header.encoding)  # before it is stored
+        with state.lock:
+            self._run.membership.add_manifest(self._run.membership.members[peer.name], manifest)
+            manifest = state.layouts[payload.layout]
         if payload.inline and len(payload.inline) != manifest.nbytes:
             raise ProtocolError(f"an update brings {len(payload.inline)} bytes; its tensors have {manifest.nbytes}")
         if payload.total_bytes != manifest.nbytes:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest
 
+    def _count_tensors(self, peer: Peer, described: pb.Manifest) -> None:
+        """Count the tensors of a manifest before they are read. ProtocolError if this run has none with so many."""
+        check_count(described)
+        count = len(described.tensors)
+        with self._state.lock:
+            begun, agreed = self._state.plan.rounds is not None, agreed_layout(self._run.membership.members)
+            limits.check_tensor_count(count, self._state.layouts.get(agreed) if begun else None)
+        peer.account.spend("tensors", count)
+
     def _score(self, peer: Peer, request: pb.ScoreRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        metrics = _metrics(request.metrics_json)
+        metrics = self._metrics(peer, request.metrics_json)
         examples = max(limits.check_count(request.num_examples, "num_examples"), 1)
         report = Report(self._state.settings.name, request.version, peer.name, metrics, examples)
         attempt = self._attempt(request.session)
+        peer.account.read()
         self._run.score(report, attempt)
         if not request.wait:
             yield pb.ScoreReply().SerializeToString()
@@ -310,6 +340,28 @@ class FederationService:
             else:
                 metrics_json, stop = json.dumps(to_json(answer[0])), answer[1]
                 yield pb.ScoreReply(metrics_json=metrics_json, stop=stop).SerializeToString()
+
+    def _update_fields(self, peer: Peer, header: pb.UpdateHeader) -> dict[str, Any]:
+        """The fields of an Update other than its tensors, as JSON values."""
+        if header.content not in get_args(Content):
+            raise ProtocolError(f"the content of an update is {header.content[:40]!r}, which this server does not know")
+        return {
+            "round": header.round,
+            "stage": limits.check_text(header.stage, "the stage of an update"),
+            "attempt": header.session.attempt,
+            "base_version": header.base_version,
+            "content": header.content,
+            "encoding": limits.check_text(header.encoding, "the encoding of an update", limits.MAX_ENCODING_CHARS),
+            "num_examples": limits.check_count(header.num_examples, "num_examples"),
+            "local_steps": limits.check_count(header.local_steps, "local_steps"),
+            "metrics": plain(self._metrics(peer, header.metrics_json)),
+        }
+
+    def _metrics(self, peer: Peer, text: str) -> dict[str, float | Summary]:
+        peer.account.spend("metric bytes", len(text))
+        metrics = _json(text, "metrics")
+        limits.check_metrics(metrics)
+        return self._metric_names.known(peer.name, from_json(metrics))
 
 
 def _beat_s(session: pb.Session) -> float | None:
@@ -358,34 +410,11 @@ def _is_large(offer: Offer) -> bool:
     return offer.model is not None and offer.model.blob.manifest.nbytes > frames.INLINE_BYTES
 
 
-def _update_fields(header: pb.UpdateHeader) -> dict[str, Any]:
-    """The fields of an Update other than its tensors, as JSON values."""
-    if header.content not in get_args(Content):
-        raise ProtocolError(f"the content of an update is {header.content[:40]!r}, which this server does not know")
-    return {
-        "round": header.round,
-        "stage": limits.check_text(header.stage, "the stage of an update"),
-        "attempt": header.session.attempt,
-        "base_version": header.base_version,
-        "content": header.content,
-        "encoding": limits.check_text(header.encoding, "the encoding of an update", limits.MAX_ENCODING_CHARS),
-        "num_examples": limits.check_count(header.num_examples, "num_examples"),
-        "local_steps": limits.check_count(header.local_steps, "local_steps"),
-        "metrics": plain(_metrics(header.metrics_json)),
-    }
-
-
 def _json(text: str, what: str) -> object:
     try:
         return json.loads(text or "{}")
     except (ValueError, RecursionError):
         raise ProtocolError(f"{what} are not JSON") from None
-
-
-def _metrics(text: str) -> dict[str, float | Summary]:
-    metrics = _json(text, "metrics")
-    limits.check_metrics(metrics)
-    return from_json(metrics)
 
 
 def _terms(text: str) -> Terms:

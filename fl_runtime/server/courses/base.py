@@ -62,7 +62,9 @@ class UpdateChecks(Protocol):
     """The checks that an update must pass before it may count."""
 
     def check_layout(self, manifest: Manifest, content: str, encoding: str) -> None:
-        """Check the names, shapes and dtypes of an update's tensors, before its bytes are taken. Called under the lock.
+        """Check the names, shapes and dtypes of an update's tensors, before its bytes are taken.
+
+        Called without the lock, since the comparison may be long.
 
         Args:
             manifest: The tensors that the site announces.

@@ -23,8 +23,10 @@ from fl_runtime.errors import (
     ProtocolError,
     StoreError,
 )
-from fl_runtime.server.federation.guard import CALLS_EACH, Guard
+from fl_runtime.server.federation.audit_summary import AuditSummary
+from fl_runtime.server.federation.guard import Guard
 from fl_runtime.server.federation.jobs import RunningJob, give_up, past_outcome, unfinished
+from fl_runtime.server.federation.quota import CALLS_EACH, HELD_EACH
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
@@ -54,7 +56,6 @@ class FederationServer:
     A job that was running when the server was killed goes on.
 
     Attributes:
-        audit: The audit log, in the kit's folder.
         halted: Why nothing runs any more, if the store failed, for example because the disk is full. Jobs go on when
             the server is started again.
     """
@@ -84,9 +85,9 @@ class FederationServer:
         """
         self._kit, self._folder, self._read_job, self._listeners = kit, folder, read_job, tuple(listeners)
         self._listen = split_address(listen or kit.listen)
-        self.audit = AuditLog(kit.folder, kit.folder)
-        self.audit.ship_to(syslog)
-        self._witness = Witness(self.audit, kit.folder, kit.identity)
+        self._audit = AuditSummary(AuditLog(kit.folder, kit.folder))
+        self._audit.log.ship_to(syslog)
+        self._witness = Witness(self._audit.log, kit.folder, kit.identity)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._job: RunningJob | None = None
@@ -96,7 +97,7 @@ class FederationServer:
         roots = RootsAtServer(kit)
         revoked = RevocationList(kit.folder / CRL, roots)
         federation = kit.identity.federation
-        self._guard = Guard(self, self, federation, roots, revoked, self.audit, self._expel)
+        self._guard = Guard(self, self, federation, roots, revoked, self._audit, self._expel, self._go_on_without)
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
@@ -112,11 +113,11 @@ class FederationServer:
         from fl_runtime.transport.grpc import GrpcServer
         from fl_runtime.transport.tls import FileCredentials
 
-        threads = CALLS_EACH * (len(self._kit.sites) + 8) + 16
+        threads = (CALLS_EACH + HELD_EACH) * (len(self._kit.sites) + 8) + 16
         server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
         address = server.start(*self._listen)
         self._stop_serving = server.stop
-        self.audit.write("server started", self._kit.identity, address=address, version=VERSION)
+        self._audit.log.write("server started", self._kit.identity, address=address, version=VERSION)
         try:
             job = unfinished(self._folder)
             if job:
@@ -132,7 +133,7 @@ class FederationServer:
         outcome = give_up(self._folder, error)
         name = outcome["job"] if outcome else ""
         log.error("the job %s cannot be continued: %s", name, error)
-        self.audit.write("job not continued", self._kit.identity, job=name, reason=error.what)
+        self._audit.log.write("job not continued", self._kit.identity, job=name, reason=error.what)
         if outcome:
             self._past[name] = outcome
 
@@ -181,8 +182,8 @@ class FederationServer:
         self._guard.close()
         if job is not None:
             job.close()
-        self.audit.write("server stopped", self._kit.identity)
-        self.audit.close()
+        self._audit.log.write("server stopped", self._kit.identity)
+        self._audit.log.close()
 
     def wait_for_job(self, name: str, timeout_s: float | None = None) -> bool:
         """Wait until a job has ended and its results are written.
@@ -214,7 +215,7 @@ class FederationServer:
     def _begin(self, settings: RunSettings, submitter: Identity) -> None:
         with self._lock:
             self._job = RunningJob(
-                settings, submitter, self._folder, self.audit, self._listeners, self._guard.who, self._on_job_end
+                settings, submitter, self._folder, self._audit, self._listeners, self._guard.who, self._on_job_end
             )
             self._changed.notify_all()
 
@@ -229,6 +230,12 @@ class FederationServer:
         with self._lock:
             if self._job is not None:
                 self._job.server.expel(name, reason)
+
+    def _go_on_without(self, name: str, reason: str) -> None:
+        """Let the running job go on without one of its sites, which may join again."""
+        with self._lock:
+            if self._job is not None and name in self._job.settings.sites:
+                self._job.server.site_left(name, reason)
 
     # -- calls of a job's sites --------------------------------------------------------------------------------
 
@@ -262,7 +269,7 @@ class FederationServer:
             "HandOutRoots": self._hand_out_roots,
         }
         if caller.kind == "admin" and method != "Roots":
-            self.audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
+            self._audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
         elif "log" in fields:
             self._witness.take(fields["log"], "site", caller)
         for answer in answers[method](caller, fields):
@@ -348,7 +355,7 @@ class FederationServer:
         """Answer what is newer than the caller's statement; wait for it if the caller says so."""
         number = _field(fields, "number", int)
         if self._guard.roots.note(caller.name, number, peer.certificate):
-            self.audit.write("new root taken up", caller, number=number, address=peer.address)
+            self._audit.log.write("new root taken up", caller, number=number, address=peer.address)
         while True:
             with self._lock:  # while it is held, nobody is told of new roots
                 offer = self._guard.roots.offer(caller.name, number, peer.certificate)
@@ -368,7 +375,7 @@ class FederationServer:
             before = self._guard.roots.number
             self._guard.roots.install(_field(fields, "package", dict))
             if self._guard.roots.number != before:
-                self.audit.write(
+                self._audit.log.write(
                     "new roots", caller, number=self._guard.roots.number, roots=self._guard.roots.fingerprints
                 )
                 self._guard.end_invalid_calls()

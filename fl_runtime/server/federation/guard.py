@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,18 +11,16 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
+from fl_runtime.server.federation.audit_summary import AuditSummary
+from fl_runtime.server.federation.quota import CALLS_EACH, HOLD_S, CallAccount, Quotas
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.transport.base import METHODS, Peer, Service
 from fl_runtime.trust import permissions
-from fl_runtime.trust.audit import AuditLog
 from fl_runtime.trust.certificates import Certificate, is_issued_by, read_certificate
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.revocation import RevocationList
 
 log = logging.getLogger(__name__)
-
-CALLS_EACH = 8
-"""Calls that one participant may have open at a time, so that nobody uses up the threads of others. A site needs 3."""
 
 _LOOK_S = 1.0
 
@@ -47,7 +44,7 @@ class Control(Protocol):
 
 
 class Guard:
-    """A service that passes on the calls that the table of permissions allows.
+    """A service that passes on the calls that the table of permissions and the caller's quota allow.
 
     Every second it ends the calls whose certificate has expired or was revoked, or is of a root that was retired.
 
@@ -62,8 +59,9 @@ class Guard:
         federation: str,
         roots: RootsAtServer,
         revoked: RevocationList,
-        audit: AuditLog,
+        audit: AuditSummary,
         on_expelled: Callable[[str, str], None],
+        on_over: Callable[[str, str], None],
     ) -> None:
         """Make a guard, and start its thread.
 
@@ -73,17 +71,18 @@ class Guard:
             federation: Name of the federation whose certificates count.
             roots: The trusted roots.
             revoked: The list of revoked certificates.
-            audit: The log that every refusal is put on.
+            audit: Takes every refusal to the audit log.
             on_expelled: Called with a participant's name and a reason when its certificate was revoked.
+            on_over: Called with a participant's name and a reason when a call of a job is over its quota.
         """
         self._service, self._control, self._federation = service, control, federation
         self.roots, self._revoked, self._audit, self._on_expelled = roots, revoked, audit, on_expelled
+        self._on_over = on_over
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[Certificate, Peer]] = {}
-        self._counts: Counter[str] = Counter()
+        self._open: dict[object, tuple[Certificate, Peer]] = {}
+        self._quotas = Quotas()
         self._seen: dict[int, Certificate] = {}  # certificates of earlier callers, without revoked ones
         self._known: dict[str, Identity] = {}
-        self._next = 0
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="fl-guard", daemon=True)
         self._watcher.start()
@@ -91,9 +90,13 @@ class Guard:
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on a call that its caller is allowed to make. Raises PermissionDeniedError for others."""
         who: Identity | None = None
+        account: CallAccount | None = None
         try:
             certificate = read_certificate(peer.certificate)
             who = certificate.identity
+            void = f"{certificate.serial:x}" if self._why_invalid(certificate) else ""
+            account = self._quotas.account(who, method, void=void)
+            account.begin()
             self._check(certificate)
             if peer.fault:
                 raise PermissionDeniedError(
@@ -101,17 +104,33 @@ class Guard:
                 )
             self._seen[certificate.serial], self._known[who.name] = certificate, who
             permissions.check(who, method)
-            with self._counted(certificate, peer):
-                named = replace(peer, name=who.name)
+            with self._counted(certificate, peer, account):
+                named = replace(peer, name=who.name, account=account)
+                messages = account.counted(requests)
                 if method in METHODS:
-                    yield from self._service.handle(method, named, requests)
+                    yield from self._service.handle(method, named, messages)
                 else:
-                    yield from self._control.control(method, who, named, next(requests, b""))
-        except ConnectionLostError:
-            raise
+                    yield from self._control.control(method, who, named, next(messages, b""))
         except FederationError as error:
-            self._audit.refused(who, method, error, address=peer.address)
+            if account is not None:
+                account.refuse(error)
+            if not isinstance(error, ConnectionLostError):
+                self._audit.refused(who, method, error, once=account is not None and account.over, address=peer.address)
+            if who is not None and account is not None and account.over:
+                self._answer_late(who, method, error, account)
             raise
+        finally:
+            if account is not None:
+                account.read()
+
+    def _answer_late(self, who: Identity, method: str, error: FederationError, account: CallAccount) -> None:
+        """Hold back a refusal over the quota. The jobs' other sites go on without a site that is over its quota."""
+        if method in METHODS and not account.crowded:
+            self._on_over(who.name, error.what)
+        error.__traceback__ = error.__context__ = None  # they hold the messages of the call
+        account.read()
+        with self._quotas.held(who) as may:
+            self._closed.wait(HOLD_S if may else 0)
 
     def end_invalid_calls(self) -> None:
         """End the open calls of certificates that do not count any more, at once instead of within a second."""
@@ -133,6 +152,7 @@ class Guard:
     def close(self) -> None:
         self._closed.set()
         self._watcher.join()
+        self._audit.sum_up(everything=True)
 
     def _check(self, certificate: Certificate) -> None:
         reason = self._why_invalid(certificate)
@@ -160,28 +180,24 @@ class Guard:
         return "its certificate is not valid yet" if now < certificate.not_before else ""
 
     @contextmanager
-    def _counted(self, certificate: Certificate, peer: Peer) -> Iterator[None]:
+    def _counted(self, certificate: Certificate, peer: Peer, account: CallAccount) -> Iterator[None]:
         """Keep the call on the list of open ones. Raises PermissionDeniedError if the participant has too many."""
         name = certificate.identity.name
         with self._lock:
-            if self._counts[name] >= CALLS_EACH:
+            if sum(item.identity.name == name for item, _ in self._open.values()) >= CALLS_EACH:
+                account.over = account.crowded = True
                 raise PermissionDeniedError(
                     f"{certificate.identity} has {CALLS_EACH} calls open already",
                     where=f"rule calls: at most {CALLS_EACH} at a time",
                     fix="run one process per site",
                 )
-            self._counts[name] += 1
-            self._next += 1
-            number = self._next
-            self._open[number] = certificate, peer
+            call = object()
+            self._open[call] = certificate, peer
         try:
             yield
         finally:
             with self._lock:
-                del self._open[number]
-                self._counts[name] -= 1
-                if not self._counts[name]:
-                    del self._counts[name]
+                del self._open[call]
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):
@@ -189,6 +205,7 @@ class Guard:
                 if self._revoked.refresh():
                     self._audit.write("revocation list read", serials=[f"{item:x}" for item in self._revoked.serials])
                 self._end_invalid_calls()
+                self._audit.sum_up()
             except FederationError as error:
                 log.warning("%s", error)
 

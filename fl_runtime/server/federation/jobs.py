@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.errors import ConfigError, FederationError, StoreError
+from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.server import Server
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trainings import training_folder
-from fl_runtime.trust.audit import AuditLog
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.identity import Identity, check_name
 from fl_runtime.types import Event, Listener, RunSettings
@@ -101,10 +101,13 @@ class EventBuffer:
 
 
 class JobAudit:
-    """A listener that puts a job's events on the audit log, with the identity of the site that each is about."""
+    """A listener that puts a job's events on the audit log, with the identity of the site that each is about.
+
+    Events by which the run proceeds are written in full. Those that a site can repeat at will are summed up.
+    """
 
     def __init__(
-        self, audit: AuditLog, settings: RunSettings, submitter: Identity, who: Callable[[str], Identity | None]
+        self, audit: AuditSummary, settings: RunSettings, submitter: Identity, who: Callable[[str], Identity | None]
     ) -> None:
         """Make the listener.
 
@@ -115,6 +118,7 @@ class JobAudit:
             who: Returns the identity of a site that has called, by its name.
         """
         self._audit, self._settings, self._submitter, self._who = audit, settings, submitter, who
+        self._last_task: dict[str, tuple[int, str]] = {}  # round and kind, by site
 
     def __call__(self, event: Event) -> None:
         if event.kind not in _AUDITED:
@@ -123,17 +127,26 @@ class JobAudit:
         if event.kind == "failed":
             facts["reason"] = event.data["error"]["what"]
         who = self._who(event.site) if event.site else None
-        job = self._settings.name
-        self._audit.write(event.kind, who, job=job, site=event.site, round=event.round, facts=facts)
+        write = self._audit.log.write if self._brings_on(event) else self._audit.write
+        write(event.kind, who, job=self._settings.name, site=event.site, round=event.round, facts=facts)
+
+    def _brings_on(self, event: Event) -> bool:
+        if event.kind == "task_sent":
+            task = event.round, str(event.data["task"])
+            before, self._last_task[event.site] = self._last_task.get(event.site), task
+            return task != before
+        if event.kind == "update":
+            return event.data["status"] in ("used", "carried")
+        return not event.site
 
     def record_begin(self, *, fresh: bool) -> None:
         """Record that the job was started, or continued after a stop of the server."""
         entry = "job started" if fresh else "job continued"
-        self._audit.write(entry, self._submitter, job=self._settings.name, sites=self._settings.sites)
+        self._audit.log.write(entry, self._submitter, job=self._settings.name, sites=self._settings.sites)
 
     def record_end(self, error: object) -> None:
         """Record the end of the job. `error` is None if it finished."""
-        self._audit.write("job ended", self._submitter, job=self._settings.name, result=error or "finished")
+        self._audit.log.write("job ended", self._submitter, job=self._settings.name, result=error or "finished")
 
 
 class RunningJob:
@@ -154,7 +167,7 @@ class RunningJob:
         settings: RunSettings,
         submitter: Identity,
         folder: Path,
-        audit: AuditLog,
+        audit: AuditSummary,
         listeners: Sequence[Listener],
         who: Callable[[str], Identity | None],
         on_end: Callable[[RunningJob], None],

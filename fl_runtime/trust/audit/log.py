@@ -173,8 +173,7 @@ class AuditLog:
         Raises:
             StoreError: If the log cannot be written.
         """
-        rule = error.where.removeprefix("rule ") if error.where.startswith("rule ") else error.code
-        self.write(action, who, rule=rule, error=error.what, **facts)
+        self.write(action, who, rule=rule_of(error), error=error.what, **facts)
 
     def last_line(self) -> LineMark:
         """Return the mark of the last line, for somebody else to note it.
@@ -281,6 +280,11 @@ class AuditLog:
             raise StoreError(
                 f"the audit log cannot be written: {error.strerror}", where=str(self._log), fix="check the disk"
             ) from None
+
+
+def rule_of(error: FederationError) -> str:
+    """The rule by which something was refused: what follows "rule " in the error's `where`, else the error's code."""
+    return error.where.removeprefix("rule ") if error.where.startswith("rule ") else error.code
 
 
 def _is_own(certificate: bytes, signer: _Signer, authority: Path) -> bool:
