@@ -81,7 +81,7 @@ class Federation:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        described = project(self.address, (*HONEST, "evil", "gone"))
+        described = project(self.address, (*HONEST, "evil", "greedy", "gone"))
         self.authority = Authority.create(folder / "authority", described)
         for identity in self.authority.project.participants():
             write_kit(folder / identity.name, self.authority, identity)
@@ -123,7 +123,7 @@ class Federation:
 
     def attacker(self, who: str) -> Attacker:
         """Return somebody who attacks the server with the kit of a participant, or without any."""
-        attacker = Attacker(self, who if who == "evil" or who in ADMINS else "")
+        attacker = Attacker(self, who if who in ("evil", "greedy", *ADMINS) else "")
         self._things.callback(attacker.close)
         return attacker
 
@@ -134,7 +134,7 @@ class Federation:
 
 
 class HonestJob:
-    """A job of the three honest sites, whose rounds a test moves on one by one. The site "evil" may take part, too.
+    """A job of the three honest sites, whose rounds a test moves on one by one. Two attackers may take part, too.
 
     Attributes:
         models: The global model before each round, as the sites got it.
@@ -149,14 +149,15 @@ class HonestJob:
                 "app": "x",
                 "name": name,
                 "rounds": rounds,
-                "sites": [*HONEST, "evil"],
+                "sites": [*HONEST, "evil", "greedy"],
                 "min_sites": 3,
                 "deadline_s": 600.0,
             },
         )
-        evil = federation.attacker("evil")
-        evil.join()
-        evil.leave()
+        for name in ("evil", "greedy"):  # so that the honest sites do not wait for them
+            attacker = federation.attacker(name)
+            attacker.join()
+            attacker.leave()
         self.sites = [Site(site, federation.transport(site)) for site in HONEST]
         self.tasks = started(self.sites, W)
         self.models: list[Arrays] = [W]

@@ -13,6 +13,7 @@ import numpy as np
 from fl_adapters import connect
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.registry import close_sessions
+from fl_runtime.errors import ProtocolError
 from fl_runtime.transport.base import Peer
 from fl_runtime.transport.grpc import GrpcServer
 from fl_runtime.transport.tls import FileCredentials
@@ -101,6 +102,8 @@ class HostileServer:
             next(requests, None)
             yield from self.script.raw[method]
             return
+        if not hasattr(self, f"_{method.lower()}"):
+            raise ProtocolError(f"this server does not answer {method}")
         first = next(requests)
         yield from getattr(self, f"_{method.lower()}")(first, requests)
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Who = Literal["evil", "mina", "lena", "lars", "ada", "stranger", "server", "mail"]
+Who = Literal["evil", "greedy", "mina", "lena", "lars", "ada", "stranger", "server", "mail"]
 """Whose part the attacker plays.
 
-It is a site of the job (evil), an observer (mina), a lead (lena), a lead of another organisation (lars), the project's
-admin (ada), somebody without a kit, the server of a site, or somebody whose files a careless admin opens.
+It is a site of the job (evil), another one that calls without a pause (greedy), an observer (mina), a lead (lena), a
+lead of another organisation (lars), the project's admin (ada), somebody without a kit, the server of a site, or
+somebody whose files a careless admin opens.
 """
 
 

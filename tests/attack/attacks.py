@@ -7,6 +7,7 @@ import attacks_by_server
 import attacks_control
 import attacks_identity
 import attacks_joining
+import attacks_on_costs
 import attacks_scores
 import attacks_states
 import attacks_transport
@@ -23,6 +24,7 @@ ATTACKS: tuple[Attack, ...] = (
     *attacks_states.ATTACKS,
     *attacks_identity.ATTACKS,
     *attacks_transport.ATTACKS,
+    *attacks_on_costs.ATTACKS,
 )
 """Every variant, by kind: what `make attack` sends."""
 
