@@ -94,7 +94,7 @@ class PatientCalls:
             What the attempt that succeeded returned.
         """
         patience_s = self.patience_s if patience_s is None else patience_s
-        silence_s, reminders = min(patience_s, self._silence_s), Reminders(patience_s)
+        silence_s, reminders = min(patience_s, self._silence_s), Reminders()
         given_up_at: float | None = None
         pause_s, heard, damages, arrived, retry_granted = FIRST_PAUSE_S, self._heard, 0, 0, False
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 from fl_runtime.errors import ConnectionLostError, ProtocolError
 from fl_runtime.transport.base import Transport
+from fl_runtime.transport.waiting import Reminders, duration_text
 
-_PAUSE_S = 0.2
+_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
+
+log = logging.getLogger(__name__)
 
 
 class ControlClient:
@@ -65,14 +69,15 @@ class ControlClient:
             ConnectionLostError: The server is out of reach.
             FederationError: The server refused the call.
         """
-        began = time.monotonic()
+        began, reminders, pause_s = time.monotonic(), Reminders(), _PAUSE_S
         while True:
             try:
                 return self._final_answer(method, fields)
             except ConnectionLostError:
-                if time.monotonic() > max(began, self._last_answer) + patience_s:
+                if not self._is_patient(began, patience_s, reminders):
                     raise
-            time.sleep(_PAUSE_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def follow(self, job: str, *, patience_s: float = 30.0) -> Iterator[Mapping[str, Any]]:
         """Follow a job's events until it has ended. Lost connections are made again.
@@ -88,10 +93,11 @@ class ControlClient:
             ConnectionLostError: The server is out of reach.
             FederationError: The server refused the call.
         """
-        next_number, began = 0, time.monotonic()
+        next_number, began, reminders, pause_s = 0, time.monotonic(), Reminders(), _PAUSE_S
         while True:
             try:
                 for answer in self._answers("Watch", {"job": job, "from": next_number}):
+                    reminders, pause_s = Reminders(), _PAUSE_S
                     if "event" in answer:
                         next_number = answer["number"] + 1
                     if "waiting" not in answer:
@@ -99,9 +105,20 @@ class ControlClient:
                     if "ended" in answer:
                         return
             except ConnectionLostError:
-                if time.monotonic() > max(began, self._last_answer) + patience_s:
+                if not self._is_patient(began, patience_s, reminders):
                     raise
-            time.sleep(_PAUSE_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _is_patient(self, began: float, patience_s: float, reminders: Reminders) -> bool:
+        """Whether to call again. Logs now and then for how long the server has not answered."""
+        away_s = time.monotonic() - max(began, self._last_answer)
+        if away_s > patience_s:
+            return False
+        if reminders.due(away_s):
+            text = "the server has not answered for %s; waiting up to %s"
+            log.warning(text, duration_text(away_s), duration_text(patience_s))
+        return True
 
     def close(self) -> None:
         """Close the connection to the server."""

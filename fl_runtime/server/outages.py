@@ -34,7 +34,7 @@ class Outages:
         self._short_since: float | None = None  # since when too few sites are connected
         self._met_since = -math.inf  # since when enough are
         self._past: deque[tuple[float, float]] = deque(maxlen=_OUTAGES_KEPT)  # begin and end of each outage
-        self._reminders = Reminders(self._patience_s)
+        self._reminders = Reminders()
 
     @property
     def needed(self) -> int:
@@ -63,7 +63,7 @@ class Outages:
             return
         now, here = self.clock.now(), sum(self._is_there(m) for m in self._members.values())
         if here < self.needed and self._short_since is None:
-            self._short_since, self._reminders = now, Reminders(self._patience_s)
+            self._short_since, self._reminders = now, Reminders()
         elif here >= self.needed and self._short_since is not None:
             since, self._short_since, self._met_since = self._short_since, None, now
             self._past.append((since, min(now, since + self._patience_s)))

@@ -51,20 +51,16 @@ class SystemClock:
 
 
 class Reminders:
-    """When a line on the screen is due that something is still waited for: at growing intervals of up to an hour.
+    """When a line on the screen is due that something is still waited for: after a minute, then at growing intervals
+    of up to an hour."""
 
-    Args:
-        patience_s: How long is waited in all, in seconds. The first line comes after a minute, or a quarter of it.
-    """
-
-    def __init__(self, patience_s: float) -> None:
-        self._first_s = min(_FIRST_REMINDER_S, patience_s / 4)
-        self._next_s = self._first_s
+    def __init__(self) -> None:
+        self._next_s = _FIRST_REMINDER_S
 
     @property
     def any(self) -> bool:
         """Whether a line was due since the wait began."""
-        return self._next_s > self._first_s
+        return self._next_s > _FIRST_REMINDER_S
 
     @property
     def next_s(self) -> float:

@@ -94,7 +94,7 @@ def here(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(bench.folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(audit.__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(audit.__file__).parents[3]))
     return Path(bench.folder)
 
 

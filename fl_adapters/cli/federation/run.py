@@ -111,7 +111,8 @@ def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any],
     """Tell the server at once of a command that ended before the last round, or without telling the server."""
     try:
         witness = site.witness()
-        status_now = control.ask("Status", log=witness.statement())
+        patience_s = kit.patience_s if status else 0.0  # else the server would wait as long for a site that failed
+        status_now = control.ask("Status", patience_s=patience_s, log=witness.statement())
         witness.take(status_now.get("log"), "server")
         running = status_now["running"]
     except ConnectionLostError:
@@ -137,7 +138,9 @@ def _leave(site: Any, kit: Kit, reason: LeaveReason | BaseException, training: i
     from fl_runtime.transport.grpc import GrpcTransport
     from fl_runtime.transport.tls import FileCredentials
 
-    client = SiteClient(GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S)
+    client = SiteClient(
+        GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S, own_patience=True
+    )
     try:
         client.join(training=training)
         client.leave(site.record_leaving(LeaveReason.of(reason), early=early), early=early)

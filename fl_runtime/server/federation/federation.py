@@ -115,17 +115,18 @@ class FederationServer:
 
         threads = (CALLS_EACH + HELD_EACH) * (len(self._kit.sites) + 8) + 16
         server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
-        address = server.start(*self._listen)
-        self._stop_serving = server.stop
-        self._audit.log.write("server started", self._kit.identity, address=address, version=VERSION)
-        try:
-            job = unfinished(self._folder)
-            if job:
-                self._begin(job.settings, job.submitter)
-        except FederationError as error:
-            if isinstance(error.__cause__, OSError):  # of the disk, which may be well again later
-                raise
-            self._give_up(error)
+        with self._lock:  # sites that call already wait until their job goes on
+            address = server.start(*self._listen)
+            self._stop_serving = server.stop
+            self._audit.log.write("server started", self._kit.identity, address=address, version=VERSION)
+            try:
+                job = unfinished(self._folder)
+                if job:
+                    self._begin(job.settings, job.submitter)
+            except FederationError as error:
+                if isinstance(error.__cause__, OSError):  # of the disk, which may be well again later
+                    raise
+                self._give_up(error)
         return address
 
     def _give_up(self, error: FederationError) -> None:

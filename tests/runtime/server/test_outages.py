@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,23 @@ import numpy as np
 import pytest
 from federation_bench import WAIT_S, Bench, Site, at_once, ended, errors_together, registered, serving, started
 from moved_clock import MovedClock
-from study import until
+from study import Study, until
 from tcp_proxy import TcpProxy
 
-from fl_runtime.errors import QuorumError
+from fl_adapters.environments.remote import RemoteJob
+from fl_adapters.job import Job
+from fl_runtime.aggregation.swarm import RECEIPT
+from fl_runtime.capabilities import CROSS_EVALUATION, SWARM
+from fl_runtime.client import SiteClient
+from fl_runtime.errors import ConnectionLostError, QuorumError
 from fl_runtime.server import Server
 from fl_runtime.server.registration import Member
-from fl_runtime.types import Arrays, Task
+from fl_runtime.transport.grpc import GrpcTransport
+from fl_runtime.types import Arrays, Report, Task
+from fl_runtime.wire.manifest import Manifest
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
+OUTAGES_S = [float(os.environ.get("FL_ADAPTERS_OUTAGE_S", "5"))]
 W: Arrays = {"w": np.zeros(3)}
 
 
@@ -352,3 +362,130 @@ def test_a_job_begins_with_its_quorum_after_join_s_and_takes_who_comes_later(tmp
         for site in sites[:2]:
             site.submit(tasks[site.name], value(0))
         assert late.client.next_task().arrays["w"].tolist() == [2.0] * 3
+
+
+def test_an_outage_during_a_cross_site_evaluation_leaves_no_gap_in_the_matrix(tmp_path: Path) -> None:
+    with federation(tmp_path, 2, 1, cross_site=True, rounds=1, deadline_s=600.0) as (bench, away, clock):
+        tasks = started(bench.made, W, capabilities=frozenset({CROSS_EVALUATION}))
+        at_once(bench.made, lambda site: site.submit(tasks[site.name], value(1)))
+        one, two = bench.made
+
+        def evaluate(site: Site) -> None:
+            assert site.client.next_task().kind == "final"
+            while (task := site.client.next_task(evaluate=True)).kind == "evaluate":
+                site.client.report(Report(task.job, task.version, site.name, {"loss": 1.0}, 1))
+            site.client.leave("done", early=False)
+
+        two.client.next_task()
+        away.leave()
+        evaluate(one)
+        passed(bench, clock, 2)
+        away.come_back()
+        evaluate(two)
+        matrix = bench.watch.wait("cross_site").data["matrix"]
+    assert {model: sorted(scores) for model, scores in matrix.items()} == {
+        "global": ["site-1", "site-2"],
+        "site-1": ["site-1", "site-2"],
+        "site-2": ["site-1", "site-2"],
+    }
+
+
+def test_a_swarm_round_that_an_outage_interrupts_is_aggregated_by_no_other_set_of_sites(tmp_path: Path) -> None:
+    """The server has all receipts, and a site is cut off before an aggregator is asked; min_sites is all."""
+    capabilities = frozenset({SWARM})
+    with federation(tmp_path, 2, 1, strategy="swarm", rounds=1, deadline_s=600.0) as (bench, away, clock):
+        tasks = started(bench.made, W, capabilities=capabilities)
+        one, two = bench.made
+        two.submit(tasks["site-2"], {}, content="encoded", encoding=RECEIPT)
+        away.leave()
+        one.submit(tasks["site-1"], {}, content="encoded", encoding=RECEIPT)
+        passed(bench, clock, 2)
+        assert not bench.watch.all("aggregator")
+        away.come_back()
+        order = bench.watch.wait("aggregator")
+        assert order.data["sites"] == ["site-1", "site-2"]
+        aggregator = one if order.site == "site-1" else two
+        task = aggregator.client.next_task()
+        assert task.kind == "aggregate"
+        aggregator.submit(task, value(5))
+        assert aggregator.client.next_task().arrays["w"].tolist() == [5.0] * 3
+
+
+# -- who decides ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, (DAY_S, 600.0)), ({"patience_s": 5.0, "join_s": 0.0}, (5.0, 0.0))]
+)
+def test_in_production_the_project_decides_where_the_job_does_not(
+    study: Study, given: dict[str, float], expected: tuple[float, float]
+) -> None:
+    RemoteJob(study.admin("lena"), Job(app="x", name="job", rounds=1, **given), lambda event: None, 30)
+    settings = study.site("north").join().settings
+    assert (settings["patience_s"], settings["join_s"]) == expected
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_site_keeps_to_its_own_patience_whatever_the_job_says(tmp_path: Path, own: bool) -> None:
+    clock = MovedClock()
+    with serving(tmp_path, 1, patience_s=HOUR_S) as bench, TcpProxy(bench.address) as proxy:
+        client = SiteClient(GrpcTransport(proxy.address, "secret of site-1"), 60.0, own_patience=own, clock=clock)
+        client.join()
+        client.register(Manifest.of(W), agreement={}, info={}, capabilities=frozenset(), rounds=0, evaluates=False)
+        proxy.refuses = True
+        proxy.cut()
+        error: list[ConnectionLostError] = []
+
+        def ask() -> None:
+            try:
+                client.next_task()
+            except ConnectionLostError as lost:
+                error.append(lost)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: clock.pass_by(20) or error, "the end of the site's patience")
+        asking.join(WAIT_S)
+        client.close()
+    assert error[0].what.endswith(f"gave up after {'60 s' if own else '1 h'}")
+
+
+# -- by real clocks -------------------------------------------------------------------------------------------------
+
+
+def final_bits(folder: Path, outage_s: float) -> bytes:
+    """The result of three sites, two of which are cut off in the middle of their updates of round 2."""
+    first = {"w": np.random.default_rng(0).normal(size=200_000)}
+    fields: dict[str, Any] = {"rounds": 3, "rejoin_s": 0.5, "deadline_s": 600.0, "patience_s": 900.0}
+    with serving(folder, 3, **fields) as bench, TcpProxy(bench.address) as proxy:
+        sites = [bench.site(name, address=proxy.address if name != "site-1" else "") for name in bench.names]
+        tasks = started(sites, first)
+
+        def outage() -> None:
+            proxy.wait_for("up", proxy.counted()[0] + 500_000)
+            proxy.refuses = True
+            proxy.cut()
+            threading.Timer(outage_s, setattr, (proxy, "refuses", False)).start()
+
+        for number in (1, 2, 3):
+            if outage_s and number == 2:
+                threading.Thread(target=outage).start()
+
+            def work(site: Site, given: dict[str, Task] = tasks) -> Task:
+                site.submit(given[site.name], trained(site, given[site.name]), int(site.name[-1]))
+                return site.client.next_task()
+
+            with ThreadPoolExecutor() as pool:
+                tasks = dict(zip(bench.names, pool.map(work, sites), strict=True))
+        assert {task.kind for task in tasks.values()} == {"final"}
+        updates = sorted((event.round, event.site) for event in bench.watch.all("update"))
+        assert updates == [(number, name) for number in (1, 2, 3) for name in bench.names]
+        assert not bench.watch.all("left")
+        assert not outage_s or bench.server.result().rounds[1].seconds >= outage_s
+        return bytes(tasks["site-2"].arrays["w"].tobytes())
+
+
+@pytest.mark.parametrize("outage_s", OUTAGES_S)
+def test_a_real_outage_in_the_middle_of_updates_changes_no_bit(tmp_path: Path, outage_s: float) -> None:
+    """$FL_ADAPTERS_OUTAGE_S gives another length, such as 180."""
+    assert final_bits(tmp_path / "quiet", 0) == final_bits(tmp_path / "outage", outage_s)

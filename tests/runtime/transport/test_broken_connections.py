@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from federation_bench import WAIT_S, Bench, Site, serving, started, together
+from moved_clock import MovedClock
 from tcp_proxy import Direction, TcpProxy
 
+from fl_runtime.client.calls import PatientCalls
 from fl_runtime.errors import ConnectionLostError, TransferDamagedError
 from fl_runtime.transport.base import Call
 from fl_runtime.transport.grpc import GrpcTransport
@@ -339,3 +341,28 @@ def test_memory_does_not_grow_with_repeated_breaks_of_one_upload(tmp_path: Path)
         site.client.next_task()
         files = list((tmp_path / "server" / "blobs").iterdir())
         assert len(files) <= 4
+
+
+def test_a_site_waits_hours_for_its_server_and_says_so_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    clock, tries = MovedClock(), [0]
+
+    def attempt() -> str:
+        tries[0] += 1
+        if tries[0] == 100:  # after two hours
+            return "an answer"
+        clock.pass_by(7200 / 99)
+        raise ConnectionLostError("connection refused")
+
+    calls = PatientCalls(GrpcTransport("127.0.0.1:1", "token"), 86_400.0, clock)
+    assert calls.repeat(attempt) == "an answer"
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "the server has not answered for 73 s; waiting up to 24 h"
+    assert lines[-2:] == [
+        "the server has not answered for 1 h 4 min; waiting up to 24 h",
+        "the server answers again, after 1 h 59 min",
+    ]
+    assert len(lines) == 8  # after 1, 2, 4, 8, 16, 32 and 64 minutes
+    tries[0] = -(10**9)
+    with pytest.raises(ConnectionLostError, match="gave up after 24 h"):
+        calls.repeat(attempt)
+    calls.close()

@@ -385,3 +385,17 @@ def test_a_certificate_does_not_outlive_its_authority(tmp_path: Path) -> None:
     short = Project(**{**project().model_dump(), "authority_days": 10})
     with pytest.raises(ConfigError, match="would outlive the authority"):
         write_kit(tmp_path / "kit", Authority.create(tmp_path / "authority", short), short.participant("north"))
+
+
+def test_how_long_to_wait_is_the_projects_in_every_kit_and_a_day_without(tmp_path: Path) -> None:
+    authority = Authority.create(tmp_path / "authority", project(patience_s=7200))
+    for name in ("server", "north"):
+        write_kit(tmp_path / name, authority, authority.project.participant(name))
+    assert read_kit(tmp_path / "server").patience_s == 7200
+    assert script_kit.read_kit(tmp_path / "north").patience_s == 7200
+    assert project().patience_s == 86_400
+    fields = json.loads((tmp_path / "north" / "kit.json").read_text())
+    del fields["patience_s"]  # as in the kits of earlier versions
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kit.json").write_text(json.dumps(fields))
+    assert script_kit.read_kit(tmp_path / "old").patience_s == 86_400
