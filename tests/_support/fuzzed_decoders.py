@@ -22,9 +22,10 @@ from fl_runtime.aggregation.trees import ubjson
 from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.aggregation.trees.strategies import ENCODING, WEIGHT, TreeBagging
 from fl_runtime.errors import FederationError, ProtocolError
-from fl_runtime.server.calls import service
-from fl_runtime.server.calls.service import first_request
+from fl_runtime.server.calls import limits, service
+from fl_runtime.server.calls.service import FederationService, first_request
 from fl_runtime.server.federation.federation import _object
+from fl_runtime.transport.base import Peer
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import read_policy
 from fl_runtime.types import Arrays, ServerState, Update
@@ -39,6 +40,7 @@ _KNOWN = Manifest.of({"a": np.zeros((3, 2), np.float32), "b": np.zeros(5, np.int
 _SITES = ("north", "south")
 _FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")  # of the files of policies and jobs
 _NORTH = Identity("study", "site", "north", "north-hospital")
+_PEER = Peer("north", lambda callback: True)
 _LENA = Identity("study", "admin", "lena", "north-hospital", "lead")
 
 _FIELDS = {"num_feature": "2", "num_class": "0", "num_target": "1", "base_score": "5E-1"}
@@ -102,7 +104,7 @@ def transfer(data: bytes) -> None:
     """A whole upload: a header, then the rest cut into frames of 64 bytes. Nothing is written past the buffer."""
     size = int.from_bytes(data[:2], "big")
     header = _parsed(pb.UpdatePart, data[2 : 2 + size]).update
-    service._update_fields(header)
+    _service()._update_fields(_PEER, header)
     found = Manifest.from_proto(header.payload.manifest) if header.payload.HasField("manifest") else _KNOWN
     if found.nbytes > MOST_BYTES:
         return
@@ -127,7 +129,7 @@ def registration(data: bytes) -> None:
 
 def score(data: bytes) -> None:
     """The metrics of a model: once they are read, they can be pooled with those of another site, and recorded."""
-    metrics = service._metrics(_parsed(pb.ScoreRequest, data).metrics_json)
+    metrics = _service()._metrics(_PEER, _parsed(pb.ScoreRequest, data).metrics_json)
     to_json(pooled([(metrics, 1), (metrics, 3), ({"loss": 0.5}, 2)]))
     to_json(metrics)
 
@@ -220,6 +222,13 @@ def _tree_arrays(head: bytes, tree: bytes) -> Arrays:
 
 def _allocated(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
     return {n: np.empty_like(a) for n, a in arrays.items()}, {n: np.empty_like(a) for n, a in extras.items()}
+
+
+def _service() -> FederationService:
+    """A service without a run, which can read fields of messages alone."""
+    found = object.__new__(FederationService)
+    found._metric_names = limits.MetricNames()
+    return found
 
 
 def _file(data: bytes) -> Path:
