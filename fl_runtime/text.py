@@ -1,7 +1,11 @@
-"""Text from elsewhere: made printable before it reaches a terminal, a log or a file."""
+"""Text from elsewhere: made printable before it reaches a terminal, a log or a file, and JSON that is bounded."""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+MAX_JSON_DEPTH = 32
 MAX_METRIC_CHARS = 200
 METRIC_NAMES = "use printable names of at most 200 characters that do not begin with one of = + - @"
 """What to do about a name that `is_metric_name` refuses."""
@@ -34,3 +38,46 @@ def is_metric_name(name: object) -> bool:
         and name.isprintable()
         and not name.startswith(_FORMULA)
     )
+
+
+def parse_json(data: str | bytes, *, limit_chars: int = 2**24, depth: int = MAX_JSON_DEPTH) -> Any:
+    """Read JSON that another participant, or a file of it, may have chosen.
+
+    Args:
+        data: The JSON text; bytes in UTF-8.
+        limit_chars: Largest length of the text.
+        depth: Largest number of lists and objects within each other.
+
+    Returns:
+        Its value. Every text in it can be encoded in UTF-8.
+
+    Raises:
+        ValueError: It is not JSON, too long, nested too deeply, or holds half of a surrogate pair.
+    """
+    if len(data) > limit_chars:
+        raise ValueError(f"a JSON text has {len(data)} characters; the limit is {limit_chars}")
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("a JSON text is nested too deeply") from None
+    if text.count("[") + text.count("{") > depth and _depth(value, depth) > depth:
+        raise ValueError(f"a JSON text is nested more than {depth} levels deep")
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError
+    return value
+
+
+def _depth(value: object, limit: int) -> int:
+    """Return how deeply lists and objects are nested, or more than `limit`."""
+    level, found = [value], 0
+    while level and found <= limit:
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (list, dict))
+        ]
+        found += 1
+    return found

@@ -10,9 +10,11 @@ from typing import Any, Literal
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import FederationError
+from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server.records.results import RoundResult, RunResult
 from fl_runtime.types import Event, Listener
+
+_FIX = "run the same version of fl-adapters here and at the server, or ask who runs the server"
 
 
 class RemoteJob:
@@ -60,14 +62,18 @@ class RemoteJob:
         outcome = self.outcome
         error = FederationError.from_wire(outcome["error"]) if outcome.get("error") else self._error
         values = outcome["trainings"][training - 1] if outcome.get("trainings") else outcome
-        return RunResult(
-            rounds=tuple(RoundResult.from_json(item) for item in values.get("rounds", ())),
-            best_round=values.get("best_round"),
-            no_best=values.get("no_best", ""),
-            error=error,
-            bytes_up=values.get("bytes_up", 0),
-            bytes_down=values.get("bytes_down", 0),
-        )
+        try:
+            return RunResult(
+                rounds=tuple(RoundResult.from_json(item) for item in values.get("rounds", ())),
+                best_round=values.get("best_round"),
+                no_best=values.get("no_best", ""),
+                error=error,
+                bytes_up=values.get("bytes_up", 0),
+                bytes_down=values.get("bytes_down", 0),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+            what = f"the server's result of the job cannot be read: {wrong!r}"[:300]
+            raise ProtocolError(what, fix=_FIX) from None
 
     def export(self, folder: Path, which: Literal["final", "best"] = "final", *, training: int = 1) -> Path | None:
         """Folder with a model that the server wrote by itself; None if it is not there."""
@@ -82,6 +88,8 @@ class RemoteJob:
                     self.outcome = answer["ended"]
         except FederationError as error:
             self._error = error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._error = ProtocolError(f"the server's events of the job cannot be read: {error!r}"[:300], fix=_FIX)
         finally:
             self._ended.set()
 

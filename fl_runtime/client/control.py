@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConnectionLostError, ProtocolError
+from fl_runtime.text import parse_json
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.waiting import Reminders, duration_text
 
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
 
 log = logging.getLogger(__name__)
+_MAX_CHARS = 2**26
+_FIX = "run the same version of fl-adapters here and at the server, or ask who runs the server"
 
 
 class ControlClient:
@@ -132,10 +135,54 @@ class ControlClient:
 
     def _answers(self, method: str, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for message in self._transport.call(method, json.dumps(fields).encode()):
-            try:
-                answer = json.loads(message)
-                assert isinstance(answer, dict)
-            except (ValueError, AssertionError):
-                raise ProtocolError(f"the server's answer to {method} is not a JSON object") from None
+            answer = _answer(method, message)
             self._last_answer = time.monotonic()
             yield answer
+
+
+_ERROR = (None, {"what": str})
+_JOB = {"job": str, "submitted_by": str, "phase": str, "round": int, "rounds": (None, int), "sites": {"*": str}}
+_ROUND = {"round": int, "sites": [str], "missing": [str], "metrics": dict}
+_OUTCOME = {"error": _ERROR, "rounds": [_ROUND], "folder": str}
+_SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "Assignment": {"job": str, "app": str, "submitted_by": str, "index": int, "count": int},
+    "Status": {"federation": str, "version": str, "time": (int, float), "sites": [str], "running": (None, _JOB)}
+    | {"ended": {"*": {"error": _ERROR, "rounds": list}}},
+    "SubmitJob": {"job": str},
+    "AbortJob": {"job": str},
+    "Revoke": {"ended": [str]},
+}
+_EVENT = {"number": int, "event": {"kind": str, "time": (int, float), "round": int, "site": str, "data": dict}}
+_ENDED = {"ended": _OUTCOME}
+
+
+def _answer(method: str, message: bytes) -> dict[str, Any]:
+    """Read an answer. Raises ProtocolError if it does not have the fields that its readers need."""
+    try:
+        answer = parse_json(message, limit_chars=_MAX_CHARS)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ProtocolError(f"the server's answer to {method} is not a JSON object", fix=_FIX)
+    shape = (_ENDED if "ended" in answer else _EVENT) if method == "Watch" else _SHAPES.get(method, {})
+    if "waiting" not in answer and not _fits(answer, shape):
+        raise ProtocolError(f"the server's answer to {method} does not have the fields that it should have", fix=_FIX)
+    return answer
+
+
+def _fits(value: object, shape: Any) -> bool:
+    """Whether a value has a shape: a type, None, a tuple of alternatives, [shape of the items], or shapes of fields.
+
+    The field "*" stands for all fields.
+    """
+    if isinstance(shape, tuple):
+        return any(_fits(value, alternative) for alternative in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(item, shape[0]) for item in value)
+    if isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            return False
+        if "*" in shape:
+            return all(_fits(item, shape["*"]) for item in value.values())
+        return all(_fits(value.get(name), part) for name, part in shape.items())
+    return value is None if shape is None else type(value) is shape

@@ -416,7 +416,7 @@ def _is_loopback(address: str) -> bool:
 def _federation_error(error: Any, address: str, plain: bool) -> FederationError:
     for key, value in error.trailing_metadata() or ():
         if key == _ERROR_KEY:
-            return integrity.checked_error(value) if plain else FederationError.from_wire(json.loads(value))
+            return integrity.checked_error(value) if plain else integrity.error_of(value)
     if error.code() in _TRANSIENT:
         return ConnectionLostError(
             f"the server at {address} does not answer ({error.details() or error.code().name})",

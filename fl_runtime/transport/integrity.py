@@ -9,14 +9,14 @@ answer, would encrypt every tensor of a simulation for nothing. The hash itself 
 
 from __future__ import annotations
 
-import json
-
 import xxhash
 
 from fl_runtime.errors import FederationError, ProtocolError, TransferDamagedError
+from fl_runtime.text import parse_json
 from fl_runtime.wire import frames
 
 CHECK_BYTES = 8
+_MAX_ERROR_CHARS = 2**16
 CHECK_KEY = "fl-check"
 
 
@@ -67,7 +67,18 @@ def checked_error(data: bytes) -> FederationError:
     content, digest = data[:-CHECK_BYTES], data[-CHECK_BYTES:]
     if xxhash.xxh3_64_digest(content) != digest:
         return _damaged("an error has a wrong check sum")
-    return FederationError.from_wire(json.loads(content))
+    return error_of(content)
+
+
+def error_of(content: bytes) -> FederationError:
+    """Return the error that the other end raised, or a ProtocolError if the bytes do not describe one."""
+    try:
+        fields = parse_json(content, limit_chars=_MAX_ERROR_CHARS)
+        if isinstance(fields, dict):
+            return FederationError.from_wire(fields)
+    except ValueError:
+        pass
+    return ProtocolError("the server answers with an error that cannot be read", fix="ask the server's operator")
 
 
 def _damaged(what: str) -> TransferDamagedError:

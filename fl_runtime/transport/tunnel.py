@@ -13,6 +13,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from google.protobuf.message import DecodeError
+
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.transport.base import Call, Transport
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -186,6 +188,8 @@ class Tunnel:
                     self._take(pb.TunnelPart.FromString(message))
         except FederationError as error:
             log.debug("the tunnel has ended: %s", error)
+        except DecodeError:
+            log.warning("the tunnel has ended: the server's message is not a TunnelPart message")
         finally:
             self._outgoing.put(None)  # ends _messages
             self._end_streams()

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.text import parse_json
 from fl_runtime.trust.certificates import check_issued_by, read_certificate, read_key, sign, signed_by
 from fl_runtime.trust.files import read_file
 from fl_runtime.trust.kits import KEY, known_roots, read_kit
@@ -71,7 +72,7 @@ class StreamIdentity:
             ConnectionLostError: If that site of this federation did not sign it for this stream and this site.
         """
         try:
-            fields = json.loads(message)
+            fields = parse_json(message, limit_chars=2**16)
             public, signature = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
             pem = str(fields["certificate"]).encode()
             check_issued_by(pem, known_roots(self._folder).roots)
@@ -80,7 +81,7 @@ class StreamIdentity:
             valid = (holder.federation, holder.kind, holder.name) == (self._me.federation, "site", peer)
             valid = valid and certificate.not_before <= now <= certificate.not_after
             valid = valid and signed_by(pem, _statement(public, peer, self._me.name, stream), signature)
-        except (ValueError, KeyError, TypeError, FederationError):
+        except (ValueError, KeyError, TypeError, AssertionError, FederationError):
             valid, public = False, b""
         if not valid:
             raise ConnectionLostError(

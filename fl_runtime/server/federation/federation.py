@@ -28,6 +28,7 @@ from fl_runtime.server.federation.guard import Guard
 from fl_runtime.server.federation.jobs import RunningJob, give_up, past_outcome, unfinished
 from fl_runtime.server.federation.quota import CALLS_EACH, HELD_EACH
 from fl_runtime.server.federation.roots import RootsAtServer
+from fl_runtime.text import parse_json
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
 from fl_runtime.trust.audit import AuditLog, Witness
@@ -395,7 +396,7 @@ def _object(request: bytes, limit: int = _REQUEST_BYTES) -> Mapping[str, Any]:
     try:
         if len(request) > limit:
             raise ValueError
-        fields = json.loads(request or b"{}")
+        fields = parse_json(request or b"{}")
         if isinstance(fields, dict):
             return fields
     except (ValueError, RecursionError):
