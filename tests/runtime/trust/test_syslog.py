@@ -189,7 +189,7 @@ def test_addresses_have_the_ports_of_their_standards() -> None:
 def test_the_server_of_a_federation_sends_its_log(tmp_path: Path) -> None:
     server, port = listener(socket.SOCK_DGRAM)
     with server, Study(tmp_path) as study:
-        study.server.audit.ship_to(f"udp://127.0.0.1:{port}")
+        study.server._audit.log.ship_to(f"udp://127.0.0.1:{port}")
         study.job()
         actions = set()
         while "job started" not in actions:
