@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from fl_adapters.cli import job_app
 from fl_adapters.cli.federation import app as federation_app
+from fl_adapters.cli.job import app as job_app
 from fl_adapters.cli.privacy import app as privacy_app
 from fl_adapters.cli.script_command import ScriptCommand
 from fl_runtime.version import VERSION

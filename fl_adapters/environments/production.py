@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fl_adapters.environments.download import download
 from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.progress import ProgressLines
-from fl_adapters.environments.remote import RemoteJob
+from fl_adapters.environments.remote import RemoteJob, submit
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.client.control import ControlClient
@@ -70,7 +73,7 @@ class Production:
     patience_s: float | None = None
 
     def run(self, job: Job) -> ProductionResult:
-        """Run a job to its end. Ctrl-C aborts it at the server.
+        """Run a job to its end. Ctrl-C stops following it; the job goes on.
 
         Args:
             job: The job. Its `app` is a name that the sites' policies map to a command.
@@ -81,31 +84,116 @@ class Production:
         Raises:
             FederationError: The job was refused, or failed.
         """
-        began = time.monotonic()
+        with self._connected() as (control, patience_s):
+            return self._followed(control, patience_s, job, job.app)
+
+    def submit(self, job: Job, *, priority: int = 0) -> str:
+        """Put a job into the federation's queue, and return at once.
+
+        Args:
+            job: The job.
+            priority: From -100 to 100; jobs with a higher one start first.
+
+        Returns:
+            Name of the job, for `attach`.
+
+        Raises:
+            FederationError: The job was refused.
+        """
+        with self._connected() as (control, _):
+            return submit(control, job, priority=priority)
+
+    def attach(self, job: str) -> ProductionResult:
+        """Follow a job that was submitted before to its end. Ctrl-C stops following it; the job goes on.
+
+        Args:
+            job: Name of the job.
+
+        Returns:
+            The result of the finished job.
+
+        Raises:
+            FederationError: There is no such job, or it failed.
+        """
+        with self._connected() as (control, patience_s):
+            return self._followed(control, patience_s, job, "")
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return the jobs that wait or run, and those that ended last.
+
+        Returns:
+            For each job a dict with `job`, `state` ("queued", "running", "finished", "failed", "aborted"), `app`,
+            `sites`, `submitted_by`, `priority`, and the times `submitted_at`, `started_at` and `ended_at` in seconds
+            since the epoch.
+        """
+        with self._connected() as (control, _):
+            return list(control.ask("Status")["jobs"])
+
+    def abort(self, job: str) -> None:
+        """End a job that waits or runs.
+
+        Args:
+            job: Name of the job.
+
+        Raises:
+            FederationError: There is no such job, it cannot be done, or this admin may not do it.
+        """
+        with self._connected() as (control, _):
+            control.ask("AbortJob", job=job)
+
+    def resume(self, job: str) -> None:
+        """Put a job that failed or was aborted back into the queue, to go on where its journal stands.
+
+        Args:
+            job: Name of the job.
+
+        Raises:
+            FederationError: There is no such job, it cannot be done, or this admin may not do it.
+        """
+        with self._connected() as (control, _):
+            control.ask("ResumeJob", job=job)
+
+    def download(self, job: str, folder: str | Path) -> list[Path]:
+        """Download the result files of a job that has ended; see `environments.download.download`.
+
+        Args:
+            job: Name of the job.
+            folder: Folder to write to.
+
+        Returns:
+            The files.
+
+        Raises:
+            FederationError: There is no such job, it has not ended, or a file cannot be fetched.
+        """
+        with self._connected() as (control, patience_s):
+            return download(control, job, Path(folder), patience_s=patience_s)
+
+    @contextmanager
+    def _connected(self) -> Iterator[tuple[ControlClient, float]]:
+        """A connection to the server, and how long to wait for it."""
         with needs_trust_extra():
             from fl_runtime.client.roots import RenewingTransport
             from fl_runtime.trust.kits import read_kit
 
             kit = read_kit(Path(self.kit), kind="admin")
+        with closing(ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))) as control:
+            yield control, kit.patience_s if self.patience_s is None else self.patience_s
+
+    def _followed(self, control: ControlClient, patience_s: float, job: Job | str, app: str) -> ProductionResult:
+        began = time.monotonic()
         printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         tell = FanOut((*self.listeners, *printers))
-        control = ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))
+        remote = RemoteJob(control, job, tell, patience_s)
+        sites = control.ask("ShowJob", job=remote.name, patience_s=patience_s)["settings"]["sites"]
+        facts = {"job": remote.name, "folder": f"the server's runs/{remote.name}", "sites": sites, "command": app}
+        tell(Event("starting", time.time(), data=facts))
         try:
-            remote = RemoteJob(control, job, tell, kit.patience_s if self.patience_s is None else self.patience_s)
-            data = {
-                "job": remote.name,
-                "folder": f"the server's runs/{remote.name}",
-                "sites": kit.sites,
-                "command": job.app,
-            }
-            tell(Event("starting", time.time(), data=data))
-            try:
-                remote.wait()
-            except KeyboardInterrupt:
-                remote.abort("stopped by Ctrl-C")
-                raise
-        finally:
-            control.close()
+            remote.wait()
+        except KeyboardInterrupt:
+            text = f"no longer following {remote.name}, which goes on; to end it: fl-adapters job abort {remote.name}"
+            print(text, file=sys.stderr, flush=True)
+            raise
         result = remote.result()
         if result.error is not None:
             raise result.error

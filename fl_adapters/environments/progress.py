@@ -106,10 +106,16 @@ class RunView:
 
 
 class ProgressLines:
-    """Listener that writes one line to a stream for each round, and for each site that joins or drops out."""
+    """Listener that writes one line to a stream for each round, and for each site that joins or drops out.
 
-    def __init__(self, out: IO[str]) -> None:
-        self._out = out
+    Args:
+        out: The stream.
+        job: Name of the job, if lines of several jobs go to the stream. They then begin with date, time and job in
+            place of the seconds since the start.
+    """
+
+    def __init__(self, out: IO[str], job: str = "") -> None:
+        self._out, self._job = out, job
         self._view = RunView()
         self._evaluates = False
         self._failed = False  # sites that leave after a failure are not worth a line
@@ -167,7 +173,9 @@ class ProgressLines:
         )
 
     def _say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._view.began:6.1f} s] {text}", file=self._out, flush=True)
+        seconds = f"[{time.monotonic() - self._view.began:6.1f} s]"
+        begin = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._job}:" if self._job else seconds
+        print(f"{begin} {text}", file=self._out, flush=True)
 
 
 def training_text(data: Mapping[str, Any]) -> str:

@@ -18,19 +18,18 @@ _FIX = "run the same version of fl-adapters here and at the server, or ask who r
 
 
 class RemoteJob:
-    """A job on a federation's server. Creating this object submits it.
+    """A job on a federation's server. Creating this object submits it, unless only its name is given.
 
     Args:
         control: Connection to the server as an admin. The caller closes it.
-        job: The job.
+        job: The job; or the name of one that was submitted before.
         tell: Listener that a thread of this object calls with each event of the job.
         patience_s: Seconds to wait for a server that does not answer.
     """
 
-    def __init__(self, control: ControlClient, job: Job, tell: Listener, patience_s: float) -> None:
-        fields = {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
+    def __init__(self, control: ControlClient, job: Job | str, tell: Listener, patience_s: float) -> None:
         self._control, self._tell, self._patience_s = control, tell, patience_s
-        self.name: str = control.ask("SubmitJob", job=fields)["job"]
+        self.name = job if isinstance(job, str) else submit(control, job)
         self.outcome: Mapping[str, Any] = {}
         self._error: FederationError | None = None
         self._ended = threading.Event()
@@ -92,6 +91,24 @@ class RemoteJob:
             self._error = ProtocolError(f"the server's events of the job cannot be read: {error!r}"[:300], fix=_FIX)
         finally:
             self._ended.set()
+
+
+def submit(control: ControlClient, job: Job, *, priority: int = 0) -> str:
+    """Put a job into the queue of a federation.
+
+    Args:
+        control: Connection to the server as an admin.
+        job: The job.
+        priority: From -100 to 100; jobs with a higher one start first.
+
+    Returns:
+        Name of the job.
+
+    Raises:
+        FederationError: The server refused it.
+    """
+    fields = {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
+    return str(control.ask("SubmitJob", job=fields, priority=priority)["job"])
 
 
 def _event(fields: Mapping[str, Any]) -> Event:

@@ -14,7 +14,6 @@ from typing import Any, TypeGuard
 from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import training_folder
-from fl_runtime.types import PRODUCTION_PATIENCE_S
 
 KIT_VARIABLE = "FL_ADAPTERS_KIT"
 """Environment variable with the folder of the startup kit."""
@@ -183,6 +182,8 @@ def _checked(fields: object, file: Path) -> Kit:
         if wrong_bool or not isinstance(value, _TYPES[name]):
             raise ConfigError(f"{name!r} cannot be {value!r}", where=str(file), fix=_RENEW)
     if known.get("credentials"):
+        from fl_runtime.types import PRODUCTION_PATIENCE_S  # late: it imports numpy, and this file is read by `--help`
+
         known = {"patience_s": PRODUCTION_PATIENCE_S, **known}  # kits of earlier versions have none
     kit = Kit(**known)
     if kit.credentials:

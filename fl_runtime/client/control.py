@@ -123,6 +123,24 @@ class ControlClient:
             log.warning(text, duration_text(away_s), duration_text(patience_s))
         return True
 
+    def stream(self, method: str, **fields: Any) -> Iterator[bytes]:
+        """Make a call that is answered with bytes in place of JSON, such as "Download".
+
+        Args:
+            method: Name of the call.
+            **fields: The request's fields; JSON values.
+
+        Yields:
+            The pieces of the answer.
+
+        Raises:
+            ConnectionLostError: The connection broke.
+            FederationError: The server refused the call.
+        """
+        for message in self._transport.call(method, json.dumps(fields).encode()):
+            self._last_answer = time.monotonic()
+            yield message
+
     def close(self) -> None:
         """Close the connection to the server."""
         self._transport.close()

@@ -79,7 +79,7 @@ class Server:
             ConfigError: The settings cannot work, or the folder holds a run with other settings.
             StoreError: The folder is in use by another server, cannot be written, or is damaged.
         """
-        _check(settings, strategy)
+        check_settings(settings, strategy)
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
@@ -157,6 +157,12 @@ class Server:
                 "sites": {member.name: member.standing for member in training.run.membership.members.values()},
                 "error": state.error.to_wire() if state.error else None,
             }
+
+    def is_present(self, site: str) -> bool:
+        """Return whether a process of a site takes part in the newest training at this moment."""
+        run = self.trainings.newest.run
+        with run.state.lock:
+            return site in run.membership.joined()
 
     @property
     def training_count(self) -> int:
@@ -240,7 +246,16 @@ class Server:
         self._lock.close()
 
 
-def _check(settings: RunSettings, strategy: Strategy | None) -> None:
+def check_settings(settings: RunSettings, strategy: Strategy | None = None) -> None:
+    """Check the settings of a job before it is started.
+
+    Args:
+        settings: The job's settings.
+        strategy: A strategy to use in place of the one that `settings` name.
+
+    Raises:
+        ConfigError: The settings cannot work.
+    """
     if strategy is None and settings.strategy:  # without one in the job, the sites may name it
         strategy = make_strategy(settings.strategy)
     check_filters(settings.filters, settings.optimizer_state, strategy)

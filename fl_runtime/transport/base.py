@@ -12,7 +12,21 @@ from typing import Literal, Protocol, TypeAlias
 
 METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
 """Calls within a job; their messages are protobuf (wire/fl/v1/federation.proto)."""
-CONTROL_METHODS = ("Assignment", "Status", "SubmitJob", "AbortJob", "Watch", "Revoke", "Roots", "HandOutRoots")
+CONTROL_METHODS = (
+    "Assignment",
+    "RefuseJob",
+    "Status",
+    "ShowJob",
+    "Watch",
+    "Download",
+    "SubmitJob",
+    "AbortJob",
+    "ResumeJob",
+    "DeleteJob",
+    "Revoke",
+    "Roots",
+    "HandOutRoots",
+)
 """Calls about jobs; their messages are JSON (server/federation)."""
 
 

@@ -27,11 +27,12 @@ class Rule:
 
 
 _SITE: Mapping[str, Scope] = {"site": "itself"}
-_EVERYBODY: Mapping[str, Scope] = {**_SITE, **dict.fromkeys(ROLES, "itself")}
 _ADMINS: Mapping[str, Scope] = dict.fromkeys(ROLES, "any")
+_EVERYBODY: Mapping[str, Scope] = {**_SITE, **dict.fromkeys(ROLES, "itself")}
 
 TABLE: Mapping[str, Rule] = {
     "Assignment": Rule("learn which job waits for this site", _SITE),
+    "RefuseJob": Rule("say that this site does not take part in a job", _SITE),
     "Join": Rule("join a job as one of its sites", _SITE),
     "Register": Rule("register the tensors it exchanges", _SITE),
     "Attend": Rule("keep its session open", _SITE),
@@ -41,7 +42,9 @@ TABLE: Mapping[str, Rule] = {
     "Tunnel": Rule("exchange streams of bytes with the job's other sites", _SITE),
     "Leave": Rule("leave a job", _SITE),
     "Status": Rule("see sites, jobs and rounds", {"site": "any", **_ADMINS}),
+    "ShowJob": Rule("see a job's settings, state and result files", {"site": "itself", **_ADMINS}),
     "Watch": Rule("follow the events of a job", _ADMINS),
+    "Download": Rule("download the result files of a job that has ended", {"site": "itself", **_ADMINS}),
     "SubmitJob": Rule("submit a job", {"project-admin": "any", "lead": "own"}),
     "AbortJob": Rule(
         "abort a job; answered when it has ended",
@@ -49,6 +52,14 @@ TABLE: Mapping[str, Rule] = {
     ),
     "Roots": Rule("learn of new roots, and get its certificate under them", _EVERYBODY),
     "HandOutRoots": Rule("have new roots of the authority handed out", {"project-admin": "any"}),
+    "ResumeJob": Rule(
+        "put a job that failed or was aborted back into the queue",
+        {"project-admin": "any", "organisation-admin": "organisation", "lead": "own"},
+    ),
+    "DeleteJob": Rule(
+        "delete a job that has ended, with its results",
+        {"project-admin": "any", "lead": "own"},
+    ),
     "Revoke": Rule("put a newer revocation list in force", {"project-admin": "any"}),
 }
 """Call -> rule. Calls that are missing here are refused to everyone."""

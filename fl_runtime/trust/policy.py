@@ -30,7 +30,6 @@ filters: []
 #  - {name: Examples, equal: true}
 
 # Name patterns of the tensors that may leave this site; "adapters" stands for those of PEFT adapters.
-# exchange: adapters
 # exchange: ["encoder.*"]
 
 # Whether this site's own weights may become the initial global model. Filters are not applied to them.

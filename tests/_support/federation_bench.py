@@ -63,8 +63,8 @@ class Site:
         self.name, self.transport = name, transport
         self.client = SiteClient(transport, patience_s, same_machine=same_machine, clock=clock)
 
-    def join(self) -> Welcome:
-        self.welcome = self.client.join()
+    def join(self, job: str = "") -> Welcome:
+        self.welcome = self.client.join(job)
         return self.welcome
 
     def register(
@@ -108,10 +108,16 @@ class Site:
         return self.client.submit(update)
 
     def take_part(
-        self, arrays: Arrays, change: Callable[[Task], Arrays], num_examples: int = 1, **registration: Any
+        self,
+        arrays: Arrays,
+        change: Callable[[Task], Arrays],
+        num_examples: int = 1,
+        *,
+        job: str = "",
+        **registration: Any,
     ) -> Arrays:
         """Join, register and answer every task with change(task); return the final weights."""
-        self.join()
+        self.join(job)
         self.register(arrays, **registration)
         task = self.start(arrays)
         while task.kind == "train":

@@ -24,7 +24,7 @@ from fl_runtime.aggregation.trees.strategies import ENCODING, WEIGHT, TreeBaggin
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server.calls import limits, service
 from fl_runtime.server.calls.service import FederationService, first_request
-from fl_runtime.server.federation.federation import _object
+from fl_runtime.server.federation.requests import read_object
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import read_policy
@@ -140,7 +140,7 @@ def tunnel(data: bytes) -> None:
 
 def control(data: bytes) -> None:
     """A control request, such as those about jobs."""
-    assert isinstance(_object(data), dict)
+    assert isinstance(read_object(data), dict)
 
 
 def identity(data: bytes) -> None:
@@ -188,12 +188,12 @@ def policy(data: bytes) -> None:
 def job(data: bytes) -> None:
     """A job file: one that can be read can be submitted."""
     fields = job_fields(Job.from_file(_file(data)))
-    read_job(_object(json.dumps(fields).encode()), _SITES)
+    read_job(read_object(json.dumps(fields).encode()), _SITES)
 
 
 def submitted_job(data: bytes) -> None:
     """A job as JSON values, as the server of a federation gets it."""
-    read_job(_object(data), _SITES)
+    read_job(read_object(data), _SITES)
 
 
 DECODERS: tuple[Callable[[bytes], Any], ...] = (

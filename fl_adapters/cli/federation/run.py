@@ -57,7 +57,7 @@ def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
     try:
         site.check_job({**job, "name": job["job"]})
     except PermissionDeniedError as error:
-        _leave(site, kit, error)
+        _leave(site, kit, job["job"], error)
         raise
 
 
@@ -85,7 +85,7 @@ def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], re
         except OSError as error:
             reason = f"{words[0]} cannot be started: {error.strerror}"
             site.record("command failed", job=job["job"], reason=reason)
-            _leave(site, kit, LeaveReason(reason, "its command cannot be started"))
+            _leave(site, kit, job["job"], LeaveReason(reason, "its command cannot be started"))
             raise ConfigError(reason, fix="check the command after --") from None
         with _passed_on(process):
             status = process.wait()
@@ -114,16 +114,18 @@ def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any],
         patience_s = kit.patience_s if status else 0.0  # else the server would wait as long for a site that failed
         status_now = control.ask("Status", patience_s=patience_s, log=witness.statement())
         witness.take(status_now.get("log"), "server")
-        running = status_now["running"]
+        running = _state_of(job["job"], status_now)
     except ConnectionLostError:
         return
-    if not running or running["job"] != job["job"]:
+    if not running:
         return
-    training, standing = running.get("training", 1), running["sites"].get(kit.site, "gone")
+    states = running.get("site_states", running["sites"])
+    training, standing = running.get("training", 1), states.get(kit.site, "gone")
     if standing.startswith("done"):
-        _leave(site, kit, LeaveReason.own("its command has ended"), training, early=status != 0)
+        _leave(site, kit, job["job"], LeaveReason.own("its command has ended"), training, early=status != 0)
     elif not standing.startswith("gone"):
-        _leave(site, kit, LeaveReason.own(f"its command ended before the last round (exit status {status})"), training)
+        reason = LeaveReason.own(f"its command ended before the last round (exit status {status})")
+        _leave(site, kit, job["job"], reason, training)
         if status == 0:
             raise SiteFailedError(
                 "the command ended before the last round",
@@ -132,7 +134,15 @@ def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any],
             )
 
 
-def _leave(site: Any, kit: Kit, reason: LeaveReason | BaseException, training: int = 1, *, early: bool = True) -> None:
+def _state_of(name: str, status: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Where a job stands in the answer of the server, if it runs. Older servers run, and tell, one job only."""
+    jobs = status.get("jobs", [status["running"]])
+    return next((job for job in jobs if job and job["job"] == name and "phase" in job), None)
+
+
+def _leave(
+    site: Any, kit: Kit, job: str, reason: LeaveReason | BaseException, training: int = 1, *, early: bool = True
+) -> None:
     """Leave a training of the job for good, in the name of the site."""
     from fl_runtime.client import SiteClient
     from fl_runtime.transport.grpc import GrpcTransport
@@ -142,7 +152,7 @@ def _leave(site: Any, kit: Kit, reason: LeaveReason | BaseException, training: i
         GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S, own_patience=True
     )
     try:
-        client.join(training=training)
+        client.join(job, training)
         client.leave(site.record_leaving(LeaveReason.of(reason), early=early), early=early)
     except FederationError as error:
         _say(f"could not tell the server: {error.what}")

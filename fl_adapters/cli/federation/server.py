@@ -32,8 +32,14 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, sysl
         use_one_arena()
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
-        lines = ProgressLines(sys.stderr)
-        server = FederationServer(kit, folder.resolve(), read_job, listen=listen, listeners=[lines], syslog=syslog)
+        server = FederationServer(
+            kit,
+            folder.resolve(),
+            read_job,
+            listen=listen,
+            listener_of=lambda name: ProgressLines(sys.stderr, job=name),
+            syslog=syslog,
+        )
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
@@ -42,27 +48,28 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, sysl
             print(f"{kit.identity.federation}: serving at {address} as {kit.address}", file=sys.stderr, flush=True)
             if kit.certificate.expires_soon:
                 print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
+            told = {record.name for record in server.queue.records() if record.ended}
             name = None if job is None else _start_job(server, job, kit.identity)
-            watched = name
             while not stop.wait(_LOOK_S):
-                if server.halted:
-                    raise server.halted
-                watched = watched or server.running()
-                if watched is not None and server.wait_for_job(watched, 0):
-                    print(_summary(server.outcome(watched), with_error=watched != name), file=sys.stderr, flush=True)
-                    if watched == name:
-                        return _finish(server.outcome(watched), as_json)
-                    watched = None
+                if server.queue.halted:
+                    raise server.queue.halted
+                for ended in [item.name for item in server.queue.records() if item.ended and item.name not in told]:
+                    told.add(ended)
+                    print(_summary(server.outcome(ended), with_error=ended != name), file=sys.stderr, flush=True)
+                told -= {record.name for record in server.queue.records() if not record.ended}  # resumed
+                if name in told:
+                    return _finish(server.outcome(name), as_json)
             return 0
         finally:
             server.close()
 
 
 def _start_job(server: Any, job: Job, identity: Any) -> str:
-    """Submit the file's job, or continue it if an earlier server left it running. Returns its name."""
-    running: str | None = server.running()
-    if running is not None and (running == job.name or "name" not in job.model_fields_set):
-        return running
+    """Submit the file's job, or continue it if an earlier server left it waiting or running. Returns its name."""
+    chosen = "name" in job.model_fields_set
+    for record in server.queue.records():
+        if not record.ended and (record.name == job.name or not chosen):
+            return str(record.name)
     name: str = server.submit(job_fields(job), identity)
     return name
 

@@ -33,18 +33,28 @@ def _show(console: Console, status: Mapping[str, Any]) -> None:
     console.print(
         f"{status['federation']}, fl-adapters {status['version']}: {len(status['sites'])} sites", highlight=False
     )
-    job = status["running"]
-    if job is None:
+    for job in status["jobs"]:
+        console.print(f"{job['job']} by {job['submitted_by']}: {job_state(job)}", highlight=False, soft_wrap=True)
+        if "phase" in job:
+            table = Table("site", "state")
+            for site, state in job["site_states"].items():
+                table.add_row(site, state)
+            console.print(table)
+    if not any("phase" in job for job in status["jobs"]):
         console.print("no job is running")
-    else:
-        console.print(
-            f"{job['job']} by {job['submitted_by']}: {job['phase']}, round {job['round']} of {job['rounds'] or '?'}",
-            highlight=False,
-        )
-        table = Table("site", "state")
-        for site, state in job["sites"].items():
-            table.add_row(site, state)
-        console.print(table)
-    for name, past in status["ended"].items():
-        outcome = f"failed: {past['error']['what']}" if past["error"] else f"finished, {len(past['rounds'])} rounds"
-        console.print(f"{name}: {outcome}", highlight=False, soft_wrap=True)
+
+
+def job_state(job: Mapping[str, Any]) -> str:
+    """Where a job stands, in a few words.
+
+    Args:
+        job: A job of the server's answer.
+
+    Returns:
+        Such as "training, round 3 of 10", "queued" or "failed: ...".
+    """
+    if "phase" in job:
+        return f"{job['phase']}, round {job['round']} of {job['rounds'] or '?'}"
+    if job.get("error"):
+        return f"{job['state']}: {job['error']['what']}"
+    return f"finished, {job['rounds_done']} rounds" if job["state"] == "finished" else str(job["state"])

@@ -73,3 +73,17 @@ class RunResult:
     bytes_up: int = 0
     bytes_down: int = 0
     no_best: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values, without the error.
+
+        Returns:
+            A new dict with a key for every attribute but `error`.
+        """
+        return {
+            "rounds": [item.to_json() for item in self.rounds],
+            "best_round": self.best_round,
+            "no_best": self.no_best,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+        }

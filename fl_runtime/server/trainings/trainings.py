@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from google.protobuf.message import Message
+
 from fl_runtime.errors import ConfigError, FederationError, ProtocolError, StoreError
 from fl_runtime.server.calls.service import first_request
 from fl_runtime.server.records.events import Events, Silent, TrainingEvents
@@ -80,7 +82,10 @@ class Trainings:
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer one call of a site, in the training that it belongs to. See `fl_runtime.transport.base.Service`."""
-        request = first_request(method, requests)
+        yield from self.answer(method, peer, first_request(method, requests), requests)
+
+    def answer(self, method: str, peer: Peer, request: Message, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Answer one call whose first message has been read; see `FederationService.answer`."""
         if isinstance(request, pb.JoinRequest):
             another = bool(request.follows) and request.follows != self._settings.name
             request.training = 1 if another else max(request.training, 1)

@@ -317,6 +317,10 @@ def test_the_live_table_shows_many_sites_by_their_states() -> None:
 
 
 FEDERATION = ("provision", "unpack", "server", "run", "status", "audit verify")
+FEDERATION += tuple(
+    f"job {name}"
+    for name in ("submit", "list", "show", "follow", "logs", "abort", "resume", "download", "compare", "delete")
+)
 FEDERATION += tuple(f"cert {name}" for name in ("request", "sign", "install", "renew", "revoke", "list"))
 
 

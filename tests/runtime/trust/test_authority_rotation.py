@@ -131,7 +131,7 @@ def test_a_running_job_goes_on_through_a_whole_rotation(study: Rotated) -> None:
     assert study.server.wait_for_job("job", 30)
     outcome = study.server.outcome("job")
     assert outcome["error"] is None
-    assert [item["sites"] for item in outcome["rounds"]] == [("north", "south")] * 4
+    assert [item["sites"] for item in outcome["rounds"]] == [["north", "south"]] * 4
     for name in study.sites:
         np.testing.assert_array_equal(results[name], np.full(4, 4, np.float32))
     for kit in (study.kits / "server", *map(study.kit, ("north", "south", "ada"))):

@@ -170,7 +170,7 @@ def test_a_certificate_is_renewed_while_the_run_goes_on(study: Study) -> None:
     assert study.server.wait_for_job("job", 30)
     outcome = study.server.outcome("job")
     assert outcome["error"] is None
-    assert [item["missing"] for item in outcome["rounds"]] == [(), ()]
+    assert [item["missing"] for item in outcome["rounds"]] == [[], []]
     assert read_kit(study.kits / "north").certificate.days_left() > 0
     assert all(site.welcome.attempt == 1 for site in sites), "nobody had to join again"
 
@@ -220,7 +220,7 @@ def test_revoking_ends_open_connections_at_once_and_the_others_go_on(study: Stud
     assert study.server.wait_for_job("job", 30)
     outcome = study.server.outcome("job")
     assert outcome["error"] is None
-    assert [item["sites"] for item in outcome["rounds"]] == [("north", "south"), ("south",)]
+    assert [item["sites"] for item in outcome["rounds"]] == [["north", "south"], ["south"]]
     refused = [entry for entry in study.refusals() if entry["rule"] == "certificate: its certificate was revoked"]
     assert refused and all("site/north" in entry["who"] for entry in refused)
 
@@ -244,7 +244,7 @@ def test_an_update_under_way_when_its_site_is_revoked_does_not_count(study: Stud
     south.client.next_task()
     south.client.leave("done", early=False)
     assert study.server.wait_for_job("job", 30)
-    assert study.server.outcome("job")["rounds"][0]["sites"] == ("south",)
+    assert study.server.outcome("job")["rounds"][0]["sites"] == ["south"]
 
 
 def test_a_revocation_list_also_counts_as_a_file_and_never_goes_back(study: Study) -> None:

@@ -26,12 +26,11 @@ W = {"body": np.zeros((4, 3), np.float32), "head": np.ones(3, np.float32)}
 
 
 class Hostile:
-    """A job's service whose answers are changed on their way to the sites."""
+    """A server whose answers are changed on their way to the sites."""
 
     def __init__(self, study: Study, change: Callable[[str, bytes], bytes]) -> None:
-        assert study.server._job is not None
-        self._inner, self._change = study.server._job.server.service, change
-        study.server._job.server.service = self
+        self._inner, self._change = study.server, change
+        study.server._guard._service = self
         self.received: list[pb.UpdateHeader] = []
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:

@@ -89,7 +89,7 @@ class Siege:
         assert self.study.server.wait_for_job("job", 60)
         outcome = self.study.server.outcome("job")
         assert outcome["error"] is None
-        assert [item["sites"] for item in outcome["rounds"]] == [("north", "south")] * 2
+        assert [item["sites"] for item in outcome["rounds"]] == [["north", "south"]] * 2
         return read_tensors(Path(outcome["folder"]) / "model/model.safetensors")
 
 
@@ -154,14 +154,22 @@ def test_replayed_and_repeated_updates_count_once(siege: Siege) -> None:
 def test_updates_of_a_finished_job_are_refused(siege: Siege) -> None:
     undisturbed(siege)
     message = pb.UpdatePart(update=siege.header(round=2)).SerializeToString()
-    for name in ("north", "evil"):
-        answers = []
-        try:
-            answers = siege.send(message, of=name)
-        except (AbortedError, PermissionDeniedError, ProtocolError, UpdateRefusedError):
-            continue
-        assert pb.SubmitReply.FromString(answers[-1]).accepted.status in ("duplicate", "late")
+
+    def refused_of_all() -> None:
+        for name in ("north", "evil"):
+            answers = []
+            try:
+                answers = siege.send(message, of=name)
+            except (AbortedError, PermissionDeniedError, ProtocolError, UpdateRefusedError):
+                continue
+            assert pb.SubmitReply.FromString(answers[-1]).accepted.status in ("duplicate", "late")
+
+    refused_of_all()
     siege.study.job("next", sites=["north"])
+    refused_of_all()
+    for number in range(5):  # the server forgets the processes of jobs that ended long ago
+        siege.study.job(f"short-{number}", sites=["evil"])
+        siege.study.admin("lena").ask("AbortJob", job=f"short-{number}")
     assert "does not run here any more" in refused(lambda: siege.send(message, of="north")).what
 
 

@@ -1,0 +1,1 @@
+"""Commands `fl-adapters job ...`: the jobs of a federation, and simulations to resume."""

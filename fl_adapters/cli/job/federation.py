@@ -1,0 +1,189 @@
+"""What `fl-adapters job ...` does with the jobs of a federation, over an admin's kit."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fl_adapters.cli.federation.status import job_state
+from fl_adapters.cli.output import console_for, report_errors, show_json
+from fl_adapters.environments.production import Production
+from fl_adapters.environments.remote import submit as put_into_queue
+from fl_adapters.extras import needs_trust_extra
+from fl_adapters.job import Job
+from fl_runtime.aggregation.metrics.pooling import from_json, plain
+from fl_runtime.client.control import ControlClient
+from fl_runtime.errors import FederationError
+from fl_runtime.text import printable
+
+_EVENTS = "events.jsonl"
+
+
+@contextmanager
+def _connected(kit_folder: Path, as_json: bool) -> Iterator[ControlClient]:
+    """A connection with an admin's kit; errors in the block end the command."""
+    with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.kits import read_kit
+
+        kit = read_kit(kit_folder, kind="admin")
+        with closing(ControlClient.of_kit(kit.folder, kit.address)) as control:
+            yield control
+
+
+def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool) -> int:
+    """Submit the job of a file. Returns the exit status."""
+    with _connected(kit, as_json) as control:
+        name = put_into_queue(control, Job.from_file(file), priority=priority)
+        print(f"{name} is in the queue; to follow it: fl-adapters job follow {name} --kit {kit}", file=sys.stderr)
+        if not follow_it:
+            if as_json:
+                show_json(control.ask("ShowJob", job=name))
+            return 0
+    return follow(kit, name, None, as_json)
+
+
+def list_jobs(kit: Path, as_json: bool) -> int:
+    """List the federation's jobs. Returns exit status 0."""
+    with _connected(kit, as_json) as control:
+        jobs = control.ask("Status")["jobs"]
+    table = Table("job", "state", "sites", "submitted by", "submitted")
+    for job in jobs:
+        sites = ", ".join(job["sites"]) if len(job["sites"]) < 5 else f"{len(job['sites'])} sites"
+        table.add_row(job["job"], job_state(job), sites, job["submitted_by"], _clock(job["submitted_at"]))
+    console_for(as_json).print(table if jobs else "there are no jobs yet; submit one with `fl-adapters job submit`")
+    if as_json:
+        show_json({"jobs": jobs})
+    return 0
+
+
+def show(kit: Path, name: str, as_json: bool) -> int:
+    """Show one job. Returns exit status 0."""
+    with _connected(kit, as_json) as control:
+        job = control.ask("ShowJob", job=name)
+    console = console_for(as_json)
+    console.print(f"{job['job']} by {job['submitted_by']}: {job_state(job)}", highlight=False, soft_wrap=True)
+    times = [f"{what} {_clock(job[f'{what}_at'])}" for what in ("submitted", "started", "ended") if job[f"{what}_at"]]
+    console.print(", ".join(times), highlight=False)
+    for site, state in job.get("site_states", {}).items():
+        console.print(f"  {site}: {state}", highlight=False, soft_wrap=True)
+    settings = {key: value for key, value in job["settings"].items() if value not in (None, (), [], {}, "")}
+    table = Table("setting", "value")
+    for key, value in settings.items():
+        table.add_row(key, json.dumps(value) if not isinstance(value, str) else value)
+    console.print(table)
+    for item in job.get("files", ()):
+        console.print(f"  {item['path']}, {item['size_bytes']} bytes", highlight=False)
+    if job.get("files"):
+        console.print(f"to fetch them: fl-adapters job download {name} --kit {kit}", highlight=False)
+    if as_json:
+        show_json(job)
+    return 0
+
+
+def follow(kit: Path, name: str, patience_s: float | None, as_json: bool) -> int:
+    """Follow a job to its end. Returns exit status 0; the error of a failed job ends the command."""
+    with report_errors(as_json):
+        result = Production(kit, patience_s=patience_s).attach(name)
+        best = f", the best was round {result.best_round}" if result.best_round else ""
+        print(f"{name}: {len(result.rounds)} rounds{best}", file=sys.stderr)
+        print(f"to fetch the models: fl-adapters job download {name} --kit {kit}", file=sys.stderr)
+        if as_json:
+            show_json(
+                {
+                    "job": name,
+                    "rounds": [item.to_json() for item in result.rounds],
+                    "best_round": result.best_round,
+                    "bytes_up": result.bytes_up,
+                    "bytes_down": result.bytes_down,
+                }
+            )
+    return 0
+
+
+def logs(kit: Path, name: str, as_json: bool) -> int:
+    """Print the events of a job so far. Returns exit status 0."""
+    with _connected(kit, as_json) as control:
+        text = b"".join(control.stream("Download", job=name, file=_EVENTS)).decode(errors="replace")
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+            told = f"{_clock(event['time'])} {name} {event['site'] or 'server'}: {_sentence(event)}"
+        except (ValueError, KeyError, TypeError):  # the last line may not be whole yet
+            continue
+        print(line if as_json else printable(told, 400))
+    return 0
+
+
+def change(kit: Path, call: str, name: str, as_json: bool) -> int:
+    """Make a call that changes a job. Returns exit status 0."""
+    with _connected(kit, as_json) as control:
+        answer = control.ask(call, job=name)
+    said = {"AbortJob": "aborted", "ResumeJob": "back in the queue", "DeleteJob": "deleted"}[call]
+    console_for(as_json).print(f"{name}: {said}", highlight=False)
+    if as_json:
+        show_json(answer)
+    return 0
+
+
+def fetch(kit: Path, name: str, folder: Path, patience_s: float | None, as_json: bool) -> int:
+    """Download the result files of a job. Returns exit status 0."""
+    with report_errors(as_json):
+        files = Production(kit, patience_s=patience_s).download(name, folder)
+    console = console_for(as_json)
+    for path in files:
+        console.print(str(path), highlight=False, soft_wrap=True)
+    if as_json:
+        show_json({"job": name, "folder": str(folder), "files": [str(path) for path in files]})
+    return 0
+
+
+def compare(kit: Path, names: Sequence[str], as_json: bool) -> int:
+    """Show the settings in which jobs differ, and the metrics of their best rounds. Returns exit status 0."""
+    with _connected(kit, as_json) as control:
+        jobs = {name: control.ask("ShowJob", job=name) for name in names}
+    settings: dict[str, dict[str, Any]] = {}
+    for key in {key: None for job in jobs.values() for key in job["settings"] if key not in ("name", "submitted_by")}:
+        values = {name: job["settings"].get(key) for name, job in jobs.items()}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            settings[key] = values
+    best = {name: _best_metrics(job) for name, job in jobs.items()}
+    table = Table("", *names)
+    table.add_row("state", *(job_state(job) for job in jobs.values()))
+    for key, values in settings.items():
+        table.add_row(key, *(json.dumps(values[name]) for name in names))
+    for metric in {metric: None for metrics in best.values() for metric in metrics}:
+        table.add_row(metric, *(f"{best[name][metric]:.5g}" if metric in best[name] else "" for name in names))
+    console_for(as_json).print(table)
+    if as_json:
+        states = {name: job["state"] for name, job in jobs.items()}
+        show_json({"jobs": list(names), "states": states, "settings": settings, "best": best})
+    return 0
+
+
+def _best_metrics(job: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a job's best round, or of its last one if none is the best; none before its end."""
+    outcome = job.get("outcome") or {}
+    rounds = outcome.get("rounds", [])
+    chosen = [item for item in rounds if item["round"] == outcome.get("best_round")] or rounds[-1:]
+    return plain(from_json(chosen[0]["metrics"])) if chosen else {}
+
+
+def _sentence(event: Mapping[str, Any]) -> str:
+    """What an event says, in one line."""
+    of_round = f" in round {event['round']}" if event.get("round") else ""
+    data = event.get("data", {})
+    if event["kind"] == "failed":
+        return f"failed{of_round}: {FederationError.from_wire(data['error']).what}"
+    facts = ", ".join(f"{key} {value}" for key, value in data.items() if isinstance(value, (str, int, float)) and value)
+    return f"{event['kind'].replace('_', ' ')}{of_round}{f': {facts}' if facts else ''}"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

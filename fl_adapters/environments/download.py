@@ -1,0 +1,100 @@
+"""Downloads the result files of a job from the server of a federation."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fl_runtime.client.control import ControlClient
+from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
+from fl_runtime.store.tensorfile import disk_error
+
+_PART = ".part"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,254}")
+_PAUSE_S = 0.2
+
+
+def download(control: ControlClient, job: str, folder: Path, *, patience_s: float = 30.0) -> list[Path]:
+    """Download the result files of a job that has ended: models, history, events and figures.
+
+    A download that was interrupted goes on where it stopped, also in another process. Files that are there and whole
+    are not fetched again. Every file is compared with the server's SHA-256 digest before it gets its name.
+
+    Args:
+        control: Connection to the server, as an admin or as a site of the job.
+        job: Name of the job.
+        folder: Folder to write to. It is made if it does not exist.
+        patience_s: How long the server may be out of reach, in seconds.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: There is no such job, or it has not ended.
+        ConnectionLostError: The server is out of reach.
+        StoreError: A file cannot be written.
+        TransferDamagedError: A file is not what the server says.
+    """
+    shown = control.ask("ShowJob", job=job, patience_s=patience_s)
+    if "files" not in shown:
+        raise ConfigError(f"the job {job} has not ended", fix="wait for its end: fl-adapters job follow")
+    return [_fetched(control, job, folder, item, patience_s) for item in _checked(shown["files"])]
+
+
+def _checked(files: Any) -> list[Mapping[str, Any]]:
+    """The server's list of files; ProtocolError unless each stays below the folder that it is written to."""
+    kinds = {"path": str, "size_bytes": int, "sha256": str}
+    entries: list[Any] = files if isinstance(files, list) else [None]
+    for item in entries:
+        whole = isinstance(item, dict) and all(isinstance(item.get(key), kind) for key, kind in kinds.items())
+        if not whole or not all(_NAME.fullmatch(part) for part in item["path"].split("/")):
+            raise ProtocolError(f"the server names a result file in a way that is not accepted: {item!r:.200}")
+    return entries
+
+
+def _fetched(control: ControlClient, job: str, folder: Path, item: Mapping[str, Any], patience_s: float) -> Path:
+    path = folder / str(item["path"])
+    part = path.with_name(path.name + _PART)
+    try:
+        if path.is_file() and _digest(path) == item["sha256"]:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(control, job, item, part, patience_s)
+        if _digest(part) != item["sha256"]:
+            part.unlink()
+            raise TransferDamagedError(
+                f"{item['path']} did not arrive as the server has it", where=f"job {job}", fix="download it again"
+            )
+        part.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return path
+
+
+def _fetch(control: ControlClient, job: str, item: Mapping[str, Any], part: Path, patience_s: float) -> None:
+    """Append to the part of a file until it is whole. Lost connections are made again."""
+    wanted, lost_since = item["size_bytes"], None
+    with part.open("ab") as file:
+        if file.tell() > wanted:
+            file.truncate(0)
+            file.seek(0)
+        while file.tell() < wanted or wanted == 0:
+            try:
+                for piece in control.stream("Download", job=job, file=item["path"], **{"from": file.tell()}):
+                    file.write(piece[: wanted - file.tell()])
+                    lost_since = None
+                return
+            except ConnectionLostError:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() > lost_since + patience_s:
+                    raise
+            time.sleep(_PAUSE_S)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,247 @@
+"""The calls about jobs. They carry JSON: one object as the request, one or more objects as the answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
+from fl_runtime.server.federation.archive import JobRecord
+from fl_runtime.server.federation.audit_summary import AuditSummary
+from fl_runtime.server.federation.jobs import RunningJob
+from fl_runtime.server.federation.queue import JobQueue
+from fl_runtime.server.federation.requests import BEAT_S, REQUEST_BYTES, field, names, read_object
+from fl_runtime.server.federation.results import chunks, files_of
+from fl_runtime.server.federation.root_calls import RootCalls
+from fl_runtime.text import printable
+from fl_runtime.transport.base import Peer
+from fl_runtime.trust import permissions
+from fl_runtime.trust.audit import Witness
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.kits import StartupKit
+from fl_runtime.version import VERSION
+
+ABORT_S = 10.0
+_PACKAGE_BYTES = 2**22  # with the certificates of all participants
+_REASON_CHARS = 500
+_MOST_SLOTS = 1000
+_ENDED_SHOWN = 20
+
+_Fields = Mapping[str, Any]
+
+
+class JobCalls:
+    """Answers the calls of admins and sites about jobs.
+
+    Args:
+        kit: The server's startup kit.
+        queue: The jobs.
+        audit: The log that calls of admins are put on.
+        witness: Takes note of the ends of the sites' audit logs, and tells that of the server's own.
+        roots: Answers the calls about roots.
+        revoke: Puts a revocation list in force, and returns the names of participants that are revoked.
+    """
+
+    def __init__(
+        self,
+        kit: StartupKit,
+        queue: JobQueue,
+        audit: AuditSummary,
+        witness: Witness,
+        roots: RootCalls,
+        revoke: Callable[[bytes], list[str]],
+    ) -> None:
+        self._kit, self._queue, self._audit, self._witness, self._put_in_force = kit, queue, audit, witness, revoke
+        self._answers: Mapping[str, Callable[[Identity, Peer, _Fields], Iterator[_Fields | bytes]]] = {
+            "Assignment": self._assignment,
+            "RefuseJob": self._refuse_job,
+            "Status": self._status,
+            "ShowJob": self._show_job,
+            "SubmitJob": self._submit_job,
+            "AbortJob": self._abort_job,
+            "ResumeJob": self._resume_job,
+            "DeleteJob": self._delete_job,
+            "Watch": self._watch,
+            "Download": self._download,
+            "Revoke": self._revoke,
+            "Roots": roots.newer,
+            "HandOutRoots": roots.hand_out,
+        }
+
+    def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
+        """Answer a call about jobs. The guard has established who is calling, and that the call is allowed."""
+        fields = read_object(request, _PACKAGE_BYTES if method == "HandOutRoots" else REQUEST_BYTES)
+        if caller.kind == "admin" and method != "Roots":
+            self._audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
+        elif "log" in fields:
+            self._witness.take(fields["log"], "site", caller)
+        for answer in self._answers[method](caller, peer, fields):
+            yield answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+    # -- calls of sites ----------------------------------------------------------------------------------------
+
+    def _assignment(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        """Wait until there is another job for this site, with a sign of life now and then."""
+        queue, at_work = self._queue, names(fields, "running")
+        slots = fields.get("resources", {}).get("slots") if isinstance(fields.get("resources"), dict) else None
+        if isinstance(slots, int) and 0 < slots <= _MOST_SLOTS:
+            queue.set_slots(caller.name, slots)
+        while True:
+            with queue.changed:
+                job = self._work_for(caller.name, at_work)
+                if job is None and not queue.closed:
+                    queue.changed.wait(BEAT_S)
+                    job = self._work_for(caller.name, at_work)
+                if queue.halted:
+                    raise queue.halted
+                if queue.closed:
+                    raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
+            if job is None:
+                yield {"waiting": True}
+                continue
+            settings = job.record.settings
+            yield {
+                "job": settings.name,
+                "app": settings.app,
+                "strategy": settings.strategy,
+                "submitted_by": settings.submitted_by,
+                "index": settings.sites.index(caller.name),
+                "count": len(settings.sites),
+                "settings": asdict(settings),
+                "log": self._witness.statement(caller),
+            }
+            return
+
+    def _work_for(self, site: str, at_work: frozenset[str]) -> RunningJob | None:
+        """A job that waits for a site and that the site does not run. One in which no process of it is comes first."""
+        jobs = [job for job in self._queue.running() if job.waits_for(site) and job.name not in at_work]
+        absent = [job for job in jobs if not job.server.is_present(site)]
+        return next(iter(absent or jobs), None)
+
+    def _refuse_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        name, reason = field(fields, "job", str), printable(field(fields, "reason", str), _REASON_CHARS)
+        job = self._queue.job(name)
+        if job is None or caller.name not in job.sites:
+            raise ConfigError(f"the job {name[:100]!r} does not run with {caller.name}", fix="see `fl-adapters status`")
+        job.refuse(caller.name, f"it refuses the job: {reason}")
+        yield {"job": name}
+
+    # -- what there is -----------------------------------------------------------------------------------------
+
+    def _status(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        records, running = self._queue.records(), self._queue.running()
+        ended = [record for record in records if record.ended][-_ENDED_SHOWN:]
+        shown = [record for record in records if not record.ended]
+        own = [job for job in running if caller.kind != "site" or caller.name in job.sites]
+        yield {
+            "federation": self._kit.identity.federation,
+            "version": VERSION,
+            "time": time.time(),
+            "you": caller.uri,
+            "sites": list(self._kit.sites),
+            "jobs": [self._facts(record) for record in (*ended, *shown)],
+            # what versions before the queue, with one job at a time, tell and ask for
+            "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
+            "ended": {record.name: self._queue.outcome(record.name) for record in ended},
+            "log": self._witness.statement(caller),
+        }
+
+    def _facts(self, record: JobRecord) -> dict[str, Any]:
+        """A job's record; with where its rounds stand while it runs, and its outcome once it has ended."""
+        job = self._queue.job(record.name)
+        if job is not None:
+            state = job.server.state()
+            return {**record.facts(), **state, "sites": list(job.sites), "site_states": state["sites"]}
+        outcome = self._queue.outcome(record.name) if record.ended else {}
+        return {**record.facts(), "error": outcome.get("error"), "rounds_done": len(outcome.get("rounds", ()))}
+
+    def _show_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        record = self._visible(caller, fields)
+        settings = asdict(record.settings)
+        shown: dict[str, Any] = {**self._facts(record), "settings": settings}
+        if record.ended:
+            shown["outcome"] = self._queue.outcome(record.name)
+            shown["files"] = [item.to_json() for item in files_of(self._queue.folder(record.name))]
+        yield shown
+
+    def _watch(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        record = self._visible(caller, fields)
+        first = fields.get("from", 0)
+        yield from self._until_it_runs(record.name)
+        job = self._queue.job(record.name)
+        if job is not None:
+            for number, event in job.events.follow(first if isinstance(first, int) else 0, BEAT_S):
+                yield {"waiting": True} if event is None else {"number": number, "event": event}
+            if job.halted:
+                raise job.halted
+        if self._queue.record(record.name).ended:
+            yield {"ended": self._queue.outcome(record.name)}
+        elif self._queue.closed:
+            raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
+
+    def _until_it_runs(self, name: str) -> Iterator[_Fields]:
+        queue = self._queue
+        while True:
+            with queue.changed:
+                if queue.record(name).state != "queued" or queue.closed:
+                    return
+                ahead = [record.name for record in queue.records() if record.state == "queued"].index(name)
+                queue.changed.wait(BEAT_S)
+            yield {"waiting": True, "queued_after": ahead}
+
+    def _download(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[bytes]:
+        record = self._visible(caller, fields)
+        offset = fields.get("from", 0)
+        path = field(fields, "file", str)
+        yield from chunks(self._queue.folder(record.name), path, offset if isinstance(offset, int) else 0)
+
+    def _visible(self, caller: Identity, fields: _Fields) -> JobRecord:
+        """The job that a call names, if its caller may see it: an admin, or one of its sites."""
+        record = self._queue.record(field(fields, "job", str))
+        if caller.kind == "site" and caller.name not in record.settings.sites:
+            raise PermissionDeniedError(
+                f"{caller.name} is not a site of the job {record.name}",
+                where=f"rule sites: {', '.join(record.settings.sites)}",
+                fix="ask an admin of the project",
+            )
+        return record
+
+    # -- what admins do ----------------------------------------------------------------------------------------
+
+    def _submit_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        priority = fields.get("priority", 0)
+        if not isinstance(priority, int):
+            raise ProtocolError("the priority of a job is not a whole number")
+        name = self._queue.submit(field(fields, "job", dict), caller, priority)
+        yield {"job": name, "state": self._queue.record(name).state}
+
+    def _abort_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        name = self._permitted(caller, "AbortJob", fields)
+        self._queue.abort(name, f"{caller} has aborted the job")
+        yield {"job": name, "ended": self._queue.wait_for_job(name, ABORT_S)}  # so that its sites have room again
+
+    def _resume_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        name = self._permitted(caller, "ResumeJob", fields)
+        self._queue.resume(name, caller)
+        yield {"job": name, "state": self._queue.record(name).state}
+
+    def _delete_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        name = self._permitted(caller, "DeleteJob", fields)
+        self._queue.delete(name, caller)
+        yield {"job": name}
+
+    def _permitted(self, caller: Identity, call: str, fields: _Fields) -> str:
+        """Name of the job that a call is about, if the table of permissions lets its caller do that with it."""
+        record = self._queue.record(field(fields, "job", str))
+        permissions.check_job(caller, call, record.submitter)
+        return record.name
+
+    def _revoke(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        yield {"ended": self._put_in_force(field(fields, "crl", str).encode())}
+
+
+def _loggable(fields: _Fields) -> _Fields:
+    return {name: value for name, value in fields.items() if name not in ("crl", "package")}

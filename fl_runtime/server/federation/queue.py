@@ -1,0 +1,325 @@
+"""The queue of a federation's server: jobs wait until their sites have room, and several run at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fl_runtime.errors import AbortedError, ConfigError, FederationError, StoreError
+from fl_runtime.server.federation.archive import JobArchive, JobRecord, outcome_of
+from fl_runtime.server.federation.audit_summary import AuditSummary
+from fl_runtime.server.federation.jobs import RunningJob
+from fl_runtime.server.federation.schedule import next_to_start
+from fl_runtime.server.server import check_settings
+from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.kits import StartupKit
+from fl_runtime.types import Listener, RunSettings
+
+log = logging.getLogger(__name__)
+
+ReadJob = Callable[[Mapping[str, Any], Sequence[str]], RunSettings]
+"""read(fields, sites) -> the settings of a submitted job. It checks everything and raises ConfigError."""
+
+_PRIORITIES = range(-100, 101)
+_KEPT_AFTER_END = 4
+_MOST_QUEUED = 1000
+
+
+class JobQueue:
+    """The jobs of a federation: those that wait, run, and have ended. Its methods may be called from any thread.
+
+    Jobs that waited or ran when the server was killed go on.
+
+    Attributes:
+        changed: Is notified when a job is submitted, starts or ends. Its lock guards the queue's state.
+        closed: Whether the queue starts no more jobs, because the server is being stopped.
+        halted: Why nothing runs any more, if the store failed, for example because the disk is full. Jobs go on when
+            the server is started again.
+    """
+
+    def __init__(
+        self,
+        kit: StartupKit,
+        folder: Path,
+        read_job: ReadJob,
+        audit: AuditSummary,
+        listener_of: Callable[[str], Listener] | None,
+        who: Callable[[str], Identity | None],
+    ) -> None:
+        """Read the jobs of a folder. None of them runs before `begin`.
+
+        Args:
+            kit: The server's startup kit.
+            folder: Folder for the runs.
+            read_job: Reads and checks the settings of a submitted job.
+            audit: The log that all jobs are put on.
+            listener_of: Makes a listener for a job's events from the job's name.
+            who: Returns the identity of a site that has called, by its name.
+
+        Raises:
+            ConfigError: The folder holds jobs of another federation.
+            StoreError: The disk fails.
+        """
+        self._sites, self._identity, self._patience_s = kit.sites, kit.identity, kit.patience_s
+        self._read_job, self._audit, self._listener_of, self._who = read_job, audit, listener_of, who
+        self._archive = JobArchive(folder, kit.identity.federation)
+        self._running: dict[str, RunningJob] = {}
+        self._lately: deque[RunningJob] = deque(maxlen=_KEPT_AFTER_END)
+        self._slots: dict[str, int] = {}
+        self.changed = threading.Condition(threading.RLock())
+        self.closed = False
+        self.halted: StoreError | None = None
+
+    def begin(self) -> None:
+        """Continue the jobs that have not ended. One that cannot go on is recorded as failed.
+
+        Raises:
+            StoreError: The disk fails.
+        """
+        with self.changed:
+            for name, error in list(self._archive.unreadable.items()):
+                self._give_up(name, "", error)
+            for record in self._archive.in_state("running"):
+                self._begin(record)
+            self.schedule()
+
+    def submit(self, fields: Mapping[str, Any], submitter: Identity, priority: int = 0) -> str:
+        """Put a job into the queue. It starts at once if its sites have room.
+
+        Args:
+            fields: The job's settings as they were submitted.
+            submitter: Who submits it.
+            priority: From -100 to 100; jobs with a higher one start first.
+
+        Returns:
+            Name of the job. It survives a kill of the server from now on.
+
+        Raises:
+            ConfigError: The settings cannot work, or there is a job of this name.
+        """
+        if priority not in _PRIORITIES:
+            raise ConfigError(f"a priority of {priority} is not possible", where="priority", fix="use -100 to 100")
+        with self.changed:
+            settings = self._read_job(fields, self._sites)
+            if settings.initial:
+                raise ConfigError(
+                    "a submitted job cannot name a file with initial weights", where="initial", fix="leave it out"
+                )
+            settings = replace(settings.for_production(self._patience_s), submitted_by=submitter.uri)
+            check_settings(settings)
+            waiting = len(self._archive.in_state("queued"))
+            if waiting >= _MOST_QUEUED:
+                raise ConfigError(f"{waiting} jobs are waiting already", fix="wait, or abort some of them")
+            self._archive.add(settings, submitter, priority)
+            self._audit.write("job queued", submitter, job=settings.name, sites=settings.sites, priority=priority)
+            self.schedule()
+            return settings.name
+
+    def resume(self, name: str, admin: Identity) -> None:
+        """Put a job that failed or was aborted back into the queue. It goes on where its journal stands.
+
+        Args:
+            name: Name of the job.
+            admin: Who resumes it.
+
+        Raises:
+            ConfigError: There is no such job, or it has not ended, or it has finished.
+        """
+        with self.changed:
+            record = self.record(name)
+            if record.state not in ("failed", "aborted"):
+                state = "has finished" if record.state == "finished" else f"is {record.state}"
+                raise ConfigError(f"the job {name} {state}", fix="only a job that failed or was aborted can be resumed")
+            self._archive.reopened(name)
+            self._audit.write("job resumed", admin, job=name)
+            self.schedule()
+
+    def abort(self, name: str, reason: str) -> None:
+        """End a job that waits or runs. Its sites get an AbortedError.
+
+        Args:
+            name: Name of the job.
+            reason: The message of that error.
+
+        Raises:
+            ConfigError: There is no such job, or it has ended.
+        """
+        with self.changed:
+            record, job = self.record(name), self._running.get(name)
+            if record.ended:
+                raise ConfigError(f"the job {name} has ended already", fix="see `fl-adapters job show`")
+            if job is None:
+                self._record_end(record, AbortedError(reason))
+        if job is not None:
+            job.server.abort(reason)
+
+    def delete(self, name: str, admin: Identity) -> None:
+        """Delete a job that has ended, with its results.
+
+        Args:
+            name: Name of the job.
+            admin: Who deletes it.
+
+        Raises:
+            ConfigError: There is no such job, or it has not ended.
+            StoreError: The disk fails.
+        """
+        with self.changed:
+            if not self.record(name).ended:
+                raise ConfigError(f"the job {name} has not ended", fix="abort it first")
+            self._archive.delete(name)
+            self._audit.write("job deleted", admin, job=name)
+
+    # -- what there is -----------------------------------------------------------------------------------------
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a job. Raises ConfigError if there is none of this name."""
+        return self._archive.folder / self.record(name).name
+
+    def records(self) -> tuple[JobRecord, ...]:
+        """Return the records of all jobs, in the order of their submission."""
+        with self.changed:
+            return self._archive.all()
+
+    def record(self, name: str) -> JobRecord:
+        """Return the record of a job. Raises ConfigError if there is none of this name."""
+        with self.changed:
+            record = self._archive.get(name)
+        if record is None:
+            raise ConfigError(f"there is no job {name[:100]!r}", fix="see `fl-adapters job list`")
+        return record
+
+    def job(self, name: str) -> RunningJob | None:
+        """Return the job of this name if it runs, else None."""
+        with self.changed:
+            return self._running.get(name)
+
+    def running(self) -> tuple[RunningJob, ...]:
+        """Return the jobs that run, in the order in which they started."""
+        with self.changed:
+            return tuple(self._running.values())
+
+    # -- starting and ending -----------------------------------------------------------------------------------
+
+    def lately_ended(self) -> tuple[RunningJob, ...]:
+        """Return the jobs that ended last, whose sites may still have to hear of it. The newest comes first."""
+        with self.changed:
+            return tuple(job for job in reversed(self._lately) if job.name not in self._running)
+
+    def set_slots(self, site: str, slots: int) -> None:
+        """Note how many jobs a site runs at a time. More room may let another job start."""
+        with self.changed:
+            if self._slots.get(site, 1) != slots:
+                self._slots[site] = slots
+                self.schedule()
+
+    def schedule(self) -> None:
+        """Start the jobs whose sites have room. A job that cannot start is recorded as failed."""
+        with self.changed:
+            while not self.closed and not self.halted:
+                busy = [job.busy() for job in self._running.values()]
+                record = next_to_start(self._archive.in_state("queued"), busy, self._slots)
+                if record is None:
+                    break
+                try:
+                    self._begin(self._archive.started(record.name))
+                except StoreError as error:
+                    self.halted = error
+            self.changed.notify_all()
+
+    def _begin(self, record: JobRecord) -> None:
+        """Start or continue a job. One that cannot go on is recorded as failed, unless the disk is the reason."""
+        folder = self._archive.folder / record.name
+        listeners = [self._listener_of(record.name)] if self._listener_of else []
+        try:
+            job = RunningJob(record, folder, self._audit, listeners, self._who, self._on_job_end)
+            self._running[record.name] = job
+        except FederationError as error:
+            if isinstance(error.__cause__, OSError):  # which may be well again later
+                raise
+            self._give_up(record.name, record.submitter, error)
+
+    def _give_up(self, name: str, submitter: object, error: FederationError) -> None:
+        """Record a job that cannot go on as failed, so that it is in nobody's way."""
+        log.error("the job %s cannot be continued: %s", name, error)
+        self._audit.write("job not continued", self._identity, job=name, reason=error.what)
+        self._archive.ended(name, outcome_of(name, submitter, self._archive.folder / name, error))
+
+    def _record_end(self, record: JobRecord, error: FederationError) -> None:
+        folder = self._archive.folder / record.name
+        self._archive.ended(record.name, outcome_of(record.name, record.submitter, folder, error))
+        self._audit.write("job ended", record.submitter, job=record.name, result=error.to_wire())
+        self.changed.notify_all()
+
+    def _on_job_end(self, job: RunningJob) -> None:
+        with self.changed:
+            self.halted = self.halted or job.halted
+            if job.halted is None:
+                outcome = job.outcome()
+                try:
+                    self._archive.ended(job.name, outcome)
+                except StoreError as error:
+                    self.halted = job.halted = error
+                else:
+                    del self._running[job.name]
+                    self._lately.append(job)
+                    job.audit.record_end(outcome["error"])
+                    self.schedule()
+            self.changed.notify_all()
+
+    # -- waiting for jobs ---------------------------------------------------------------------------------------
+
+    def wait_for_job(self, name: str, timeout_s: float | None = None) -> bool:
+        """Wait until a job has ended and its results are written.
+
+        Args:
+            name: Name of the job.
+            timeout_s: How long to wait, in seconds; None for as long as it takes.
+
+        Returns:
+            True once it has; False after the timeout, or when the server is closed or halted.
+        """
+
+        def has_ended() -> bool:
+            record = self._archive.get(name)
+            return record.ended if record is not None else self._archive.outcome(name) is not None
+
+        with self.changed:
+            self.changed.wait_for(lambda: has_ended() or self.closed or self.halted, timeout_s)
+            return has_ended()
+
+    def outcome(self, name: str) -> Mapping[str, Any]:
+        """The outcome of a job that has ended.
+
+        Args:
+            name: Name of the job.
+
+        Returns:
+            JSON values: `job`, `submitted_by`, `trainings`, `error`, and those of the first training: `rounds`,
+            `best_round`, `no_best`, `bytes_up`, `bytes_down`, `folder`. `trainings` has these of every training.
+
+        Raises:
+            ConfigError: There is no such job, or it has not ended.
+        """
+        with self.changed:
+            outcome = self._archive.outcome(name)
+        if outcome is None:
+            raise ConfigError(f"the job {name[:100]!r} has no outcome", fix="see `fl-adapters job list`")
+        return outcome
+
+    def stop_scheduling(self) -> None:
+        """Start no more jobs, and let everybody go who waits for one."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Stop all jobs. Those that have not ended continue in another queue for the same folder."""
+        self.stop_scheduling()
+        for job in self.running():
+            job.close()

@@ -1,0 +1,117 @@
+"""The commands `fl-adapters job ...` and `Production`, against a federation that runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from study import Study, readdressed, until
+from typer.testing import CliRunner
+
+from fl_adapters import Job, Production
+from fl_adapters.cli.app import app
+from fl_runtime.errors import AbortedError
+
+W = {"w": np.zeros(3, np.float32)}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with Study(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def job(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `fl-adapters job WORDS --json` as lena; return what it prints as JSON, and check the exit status."""
+    monkeypatch.chdir(tmp_path)
+    kit = readdressed(study, "lena")
+
+    def run(*words: str, status: int = 0) -> Any:
+        done = CliRunner().invoke(app, ["job", *words, "--kit", str(kit), "--json"])
+        assert done.exit_code == status, done.output
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def whole(study: Study, name: str, amount: float = 1.0) -> None:
+    with ThreadPoolExecutor(len(study.sites)) as pool:
+        sites = [
+            pool.submit(
+                study.site(site).take_part, W, lambda task: {"w": task.arrays["w"] + np.float32(amount)}, job=name
+            )
+            for site in study.sites
+        ]
+        for site in sites:
+            site.result(60)
+    assert study.server.wait_for_job(name, 30)
+
+
+def test_a_day_of_an_admin(study: Study, job: Any, tmp_path: Path) -> None:
+    for name, rounds in (("first", 2), ("second", 3)):
+        Path(f"{name}.yml").write_text(f"name: {name}\napp: tumour\nrounds: {rounds}\n")
+    assert job("submit", "first.yml")["state"] == "running"
+    assert job("submit", "second.yml", "--priority", "5")["state"] == "queued"
+    assert [(item["job"], item["state"]) for item in job("list")["jobs"]] == [
+        ("first", "running"),
+        ("second", "queued"),
+    ]
+    shown = job("show", "second")
+    assert (shown["priority"], shown["settings"]["rounds"], shown["sites"]) == (5, 3, ["north", "south"])
+
+    whole(study, "first")
+    followed = job("follow", "first")
+    assert (followed["job"], len(followed["rounds"])) == ("first", 2)
+    assert {"started", "round_finished", "left"} <= {
+        json.loads(line)["kind"] for line in (study.runs / "first" / "events.jsonl").read_text().splitlines()
+    }
+    lines = CliRunner().invoke(app, ["job", "logs", "first", "--kit", str(readdressed(study, "lena"))]).stdout
+    assert "first server: round finished in round 2" in lines
+
+    until(lambda: study.server.queue.record("second").state == "running", "the second job to start")
+    whole(study, "second", 2.0)
+    compared = job("compare", "first", "second")
+    assert compared["settings"]["rounds"] == {"first": 2, "second": 3}
+    assert compared["states"] == {"first": "finished", "second": "finished"}
+
+    fetched = job("download", "first", "--out", "results")
+    model = tmp_path / "results" / "model" / "model.safetensors"
+    assert str(Path("results/model/model.safetensors")) in fetched["files"]
+    assert model.read_bytes() == (study.runs / "first" / "model" / "model.safetensors").read_bytes()
+    job("delete", "first")
+    assert not (study.runs / "first").exists()
+    assert job("show", "first", status=1)["error"]["what"] == "there is no job 'first'"
+
+
+def test_a_job_that_was_aborted_is_resumed(study: Study, job: Any) -> None:
+    Path("one.yml").write_text("name: one\napp: tumour\nrounds: 2\n")
+    job("submit", "one.yml")
+    assert job("abort", "one") == {"job": "one", "ended": True}
+    assert job("follow", "one", status=1)["error"]["code"] == AbortedError.code
+    assert job("resume", "one") == {"job": "one", "state": "running"}
+    whole(study, "one")
+    assert job("show", "one")["state"] == "finished"
+
+
+def test_production_submits_and_attaches(study: Study, tmp_path: Path) -> None:
+    production = Production(readdressed(study, "lena"), quiet=True)
+    name = production.submit(Job(app="tumour", name="job", rounds=2))
+    assert [item["state"] for item in production.jobs()] == ["running"]
+    with ThreadPoolExecutor(1) as pool:
+        attached = pool.submit(production.attach, name)
+        whole(study, name)
+        assert len(attached.result(60).rounds) == 2
+    files = production.download(name, tmp_path / "out")
+    assert tmp_path / "out" / "model" / "model.safetensors" in files
+    second = production.submit(Job(app="tumour", name="other", rounds=2))
+    production.abort(second)
+    with pytest.raises(AbortedError, match="lena"):
+        production.attach(second)
+    production.resume(second)
+    assert production.jobs()[-1]["state"] == "running"

@@ -1,0 +1,293 @@
+"""The queue of a federation's server, over real sockets: order, room at the sites, restarts, resumed jobs, results."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_bench import Site, at_once
+from study import Study, until
+
+from fl_adapters.environments.download import download
+from fl_runtime.errors import (
+    AbortedError,
+    ConfigError,
+    FederationError,
+    PermissionDeniedError,
+    QuorumError,
+)
+from fl_runtime.server.federation.archive import JobArchive, JobRecord
+from fl_runtime.server.federation.schedule import next_to_start
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.trust.identity import Identity
+from fl_runtime.types import Arrays, RunSettings, Task
+
+W = {"w": np.zeros(3, np.float32)}
+SITES = ("north", "south", "west")
+LENA = Identity("study", "admin", "lena", "north-hospital", "lead")
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with Study(tmp_path, SITES) as running:
+        yield running
+
+
+def plus(amount: float) -> Any:
+    return lambda task: {"w": task.arrays["w"] + np.float32(amount)}
+
+
+def state(study: Study, name: str) -> str:
+    return study.server.queue.record(name).state
+
+
+def whole(study: Study, job: str, sites: tuple[str, ...], amount: float = 1.0) -> dict[str, Arrays]:
+    """Take part in a job with all of its sites, each in a thread."""
+    with ThreadPoolExecutor(len(sites)) as pool:
+        futures = {
+            name: pool.submit(study.site(name).take_part, W, plus(amount * (index + 1)), job=job)
+            for index, name in enumerate(sites)
+        }
+        return {name: future.result(60) for name, future in futures.items()}
+
+
+def record(number: int, sites: str, priority: int = 0) -> JobRecord:
+    settings = RunSettings(f"job-{number}", tuple(sites), 1)
+    return JobRecord(settings, LENA, "study", number, priority)
+
+
+@pytest.mark.parametrize(
+    ("queued", "busy", "slots", "first"),
+    [
+        ([record(2, "ab"), record(1, "ab")], [], {}, 1),
+        ([record(1, "ab"), record(2, "ab", priority=5)], [], {}, 2),
+        ([record(1, "ab", priority=-1), record(2, "ab")], [], {}, 2),
+        ([record(1, "ab"), record(2, "c")], ["a"], {}, 2),  # one that fits passes
+        ([record(1, "ab"), record(2, "b")], ["ab"], {}, None),
+        ([record(1, "ab")], ["ab"], {"a": 2}, None),  # b has no room
+        ([record(1, "ab")], ["ab"], {"a": 2, "b": 2}, 1),
+        ([record(1, "ab")], ["ab", "a"], {"a": 2, "b": 3}, None),
+        ([], [], {}, None),
+    ],
+)
+def test_the_oldest_of_the_highest_priority_that_fits_starts(
+    queued: list[JobRecord], busy: list[str], slots: dict[str, int], first: int | None
+) -> None:
+    chosen = next_to_start(queued, busy, slots)
+    assert (chosen.number if chosen else None) == first
+
+
+def test_jobs_wait_for_their_sites_in_order_and_others_pass(study: Study) -> None:
+    study.job("first", sites=["north", "south"])
+    study.job("second", sites=["south"])
+    study.job("other", sites=["west"])
+    study.admin("lena").ask(
+        "SubmitJob", job={"app": "x", "name": "urgent", "rounds": 2, "sites": ["south"]}, priority=9
+    )
+    states = {job["job"]: job["state"] for job in study.admin("mina").ask("Status")["jobs"]}
+    assert states == {"first": "running", "second": "queued", "other": "running", "urgent": "queued"}
+
+    finals = whole(study, "first", ("north", "south"))
+    assert finals["north"]["w"].tolist() == [3, 3, 3]  # two rounds of (1 + 2) / 2
+    assert study.server.wait_for_job("first", 30)
+    assert (state(study, "urgent"), state(study, "second")) == ("running", "queued")
+    whole(study, "urgent", ("south",))
+    assert study.server.wait_for_job("urgent", 30)
+    whole(study, "second", ("south",))
+    whole(study, "other", ("west",))
+    assert study.server.wait_for_job("second", 30)
+    assert study.server.wait_for_job("other", 30)
+
+
+def test_two_jobs_at_once_at_sites_with_room_keep_apart(study: Study) -> None:
+    def offered(name: str, running: list[str]) -> str:
+        asked = {"running": running, "resources": {"slots": 2}}
+        return str(study.admin(name).ask("Assignment", patience_s=30, **asked)["job"])
+
+    study.job("one")
+    study.job("two")
+    assert state(study, "two") == "queued"
+    for name in SITES:
+        assert offered(name, []) == "one"
+    until(lambda: state(study, "two") == "running", "the second job to start")
+    assert [offered(name, ["one"]) for name in SITES] == ["two"] * 3
+    results: dict[str, dict[str, Arrays]] = {}
+    threads = [
+        threading.Thread(target=lambda job=job, by=by: results.update({job: whole(study, job, SITES, by)}))
+        for job, by in (("one", 1.0), ("two", 10.0))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results["one"]["west"]["w"].tolist() == [4, 4, 4]
+    assert results["two"]["west"]["w"].tolist() == [40, 40, 40]
+    assert study.server.wait_for_job("one", 30)
+    assert study.server.wait_for_job("two", 30)
+
+
+def test_what_waits_and_what_runs_goes_on_after_a_restart(study: Study) -> None:
+    for name in ("first", "second", "third"):
+        study.job(name)
+    sites = [study.site(name) for name in SITES]
+    at_once(sites, lambda site: (site.join("first"), site.register(W)))
+    address = study.address
+    study.server.close()
+    study.start(address)
+    assert [state(study, name) for name in ("first", "second", "third")] == ["running", "queued", "queued"]
+    for name in ("first", "second", "third"):
+        until(lambda name=name: state(study, name) == "running", f"{name} to start")
+        assert whole(study, name, SITES)["north"]["w"].tolist() == [4, 4, 4]
+        assert study.server.wait_for_job(name, 30)
+
+
+def test_a_job_that_cannot_start_is_in_nobodys_way(study: Study) -> None:
+    study.job("first")
+    study.job("broken")
+    study.job("third")
+    (study.runs / "broken" / "server").mkdir()
+    (study.runs / "broken" / "server" / "journal.sqlite").write_bytes(b"not a database" * 1000)
+    study.admin("lena").ask("AbortJob", job="first")
+    until(lambda: state(study, "third") == "running", "the third job to start")
+    assert state(study, "broken") == "failed"
+    assert study.server.outcome("broken")["error"]["what"]
+    assert whole(study, "third", SITES)["north"]["w"].tolist() == [4, 4, 4]
+
+
+def until_round(study: Study, job: str, number: int) -> list[tuple[Site, Task]]:
+    """Take part in a job until a round; return its sites and their tasks."""
+
+    def take_part(site: Site) -> Task:
+        site.join(job)
+        site.register(W)
+        task = site.start(W)
+        while task.round < number:
+            site.submit(task, plus(SITES.index(site.name) + 1)(task))
+            task = site.client.next_task()
+        return task
+
+    sites = [study.site(name) for name in SITES]
+    return list(zip(sites, at_once(sites, take_part), strict=True))
+
+
+@pytest.mark.parametrize("how", ["aborted", "left", "killed and aborted"])
+def test_a_job_that_ended_early_is_resumed_where_it_stood(study: Study, how: str) -> None:
+    study.job("study-1", rounds=4)
+    taking_part = until_round(study, "study-1", 3)
+    if how == "left":
+        taking_part[2][0].client.leave("its disk is full", early=True)
+    else:
+        if how == "killed and aborted":
+            address = study.address
+            study.server.close()
+            study.start(address)
+        study.admin("lena").ask("AbortJob", job="study-1")
+    assert study.server.wait_for_job("study-1", 30)
+    error = FederationError.from_wire(study.server.outcome("study-1")["error"])
+    assert isinstance(error, QuorumError if how == "left" else AbortedError)
+    for site, _ in taking_part:
+        site.client.close()
+    assert not (study.runs / "study-1" / ".current.json").exists()
+
+    study.admin("lena").ask("ResumeJob", job="study-1")
+    assert whole(study, "study-1", SITES)["north"]["w"].tolist() == [8, 8, 8]  # four rounds of (1 + 2 + 3) / 3
+    assert study.server.wait_for_job("study-1", 30)
+    assert study.server.outcome("study-1")["error"] is None
+    assert [item["round"] for item in study.server.outcome("study-1")["rounds"]] == [1, 2, 3, 4]
+    assert read_tensors(study.runs / "study-1" / "model" / "model.safetensors")["w"].tolist() == [8, 8, 8]
+    with pytest.raises(ConfigError, match="has finished"):
+        study.admin("lena").ask("ResumeJob", job="study-1")
+
+
+def test_a_job_that_waits_can_be_aborted_resumed_and_deleted(study: Study) -> None:
+    study.job("first")
+    study.job("second")
+    lena = study.admin("lena")
+    lena.ask("AbortJob", job="second")
+    assert state(study, "second") == "aborted"
+    with pytest.raises(ConfigError, match="has ended already"):
+        lena.ask("AbortJob", job="second")
+    lena.ask("ResumeJob", job="second")
+    assert state(study, "second") == "queued"
+    with pytest.raises(ConfigError, match="has not ended"):
+        lena.ask("DeleteJob", job="second")
+    lena.ask("AbortJob", job="second")
+    with pytest.raises(PermissionDeniedError):
+        study.admin("lars").ask("DeleteJob", job="second")
+    lena.ask("DeleteJob", job="second")
+    assert not (study.runs / "second").exists()
+    study.job("second")  # its name is free again
+
+
+def test_a_site_that_refuses_a_job_is_not_waited_for(study: Study) -> None:
+    study.job("job", min_sites=2)
+    asked = study.admin("west").ask("Assignment", patience_s=30, running=[])
+    assert asked["settings"]["min_sites"] == 2
+    study.admin("west").ask("RefuseJob", job="job", reason="no app tumour\x1b[2J here")
+    assert whole(study, "job", ("north", "south"))["north"]["w"].tolist() == [3, 3, 3]
+    assert study.server.wait_for_job("job", 30)
+    refusals = [entry for entry in study.log() if entry["action"] == "left" and entry["site"] == "west"]
+    assert refusals[0]["facts"]["reason"] == "it refuses the job: no app tumour\\x1b[2J here"
+    with pytest.raises(ConfigError, match="does not run with"):
+        study.admin("west").ask("RefuseJob", job="job", reason="late")
+
+
+def test_results_are_downloaded_by_admins_and_sites_of_the_job_alone(study: Study, tmp_path: Path) -> None:
+    study.job("job", sites=["north", "south"])
+    with pytest.raises(ConfigError, match="has not ended"):
+        download(study.admin("mina"), "job", tmp_path / "early")
+    whole(study, "job", ("north", "south"))
+    assert study.server.wait_for_job("job", 30)
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    model = (study.runs / "job" / "model" / "model.safetensors").read_bytes()
+    (out / "model" / "model.safetensors.part").write_bytes(model[:10])  # an earlier download was interrupted
+    for who in ("mina", "north"):
+        files = download(study.admin(who), "job", out)
+        names = {path.relative_to(out).as_posix() for path in files}
+        assert {"model/model.safetensors", "history.csv", "events.jsonl", "outcome.json"} <= names
+        assert not any(name.startswith("server/") or name == "job.json" for name in names)
+        for name in names:
+            assert (out / name).read_bytes() == (study.runs / "job" / name).read_bytes()
+    assert not list(out.rglob("*.part"))
+    with pytest.raises(PermissionDeniedError, match="west is not a site of the job"):
+        download(study.admin("west"), "job", tmp_path / "west")
+
+
+@pytest.mark.parametrize(
+    "file", ["server/journal.sqlite", "job.json", "../other", "/etc/hostname", "link", "nothing", ""]
+)
+def test_nothing_but_results_can_be_downloaded(study: Study, file: str) -> None:
+    study.job("job")
+    study.admin("lena").ask("AbortJob", job="job")
+    assert study.server.wait_for_job("job", 30)
+    (study.runs / "other").write_text("secret")
+    (study.runs / "job" / "link").symlink_to(study.runs / "other")
+    with pytest.raises(ConfigError, match="the job has no file"):
+        list(study.admin("mina").stream("Download", job="job", file=file))
+
+
+def test_a_folder_of_another_federation_is_refused(study: Study) -> None:
+    study.job("job")
+    study.server.close()
+    with pytest.raises(ConfigError, match="holds the job job of the federation study, not of other"):
+        JobArchive(study.runs, "other")
+
+
+def test_a_folder_of_a_version_without_a_queue_is_read(study: Study) -> None:
+    study.job("old")
+    study.server.close()
+    file = study.runs / "old" / "job.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({key: fields[key] for key in ("settings", "submitter")}))
+    (study.runs / ".current.json").write_text(json.dumps({"job": "old"}))
+    study.start()
+    assert state(study, "old") == "running"
+    assert not (study.runs / ".current.json").exists()
+    assert whole(study, "old", SITES)["north"]["w"].tolist() == [4, 4, 4]
