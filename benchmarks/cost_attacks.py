@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class Target:
         return self._ends.stat().st_size // 8 + 1
 
 
+@cache
 def many_tensors() -> pb.Manifest:
     one = pb.Manifest(tensors=[pb.Tensor(name="t", dtype="float32", shape=[1])]).SerializeToString()
     return pb.Manifest.FromString(one * 200_000)
@@ -286,6 +288,7 @@ def registered(transport: GrpcTransport, weights: dict[str, Any]) -> int:
 def attack(name: str, folder: Path, address: str, mib: float, attempt: int, go: Any, counts: Any) -> None:
     """Loop an attack in several threads until the process is killed."""
     os.nice(19)
+    many_tensors()
 
     def loop(number: int) -> None:
         target = Target(folder, address, attempt, model(mib), number, counts)

@@ -164,6 +164,22 @@ class Blobs:
                 with suppress(OSError):  # Windows does not delete mapped files
                     self._path(old.name).unlink(missing_ok=True)
 
+    def discard(self, blob: Blob) -> None:
+        """Delete a blob's file; nobody may use views of it afterwards."""
+        if not self.closed:
+            with suppress(OSError):  # Windows does not delete mapped files
+                self._path(blob.name).unlink(missing_ok=True)
+
+    def recycles(self, manifest: Manifest) -> bool:
+        """Whether `create` would recycle a freed blob, and so take no more of the disk."""
+        return bool(self._free.get(manifest.layout))
+
+    def trim(self) -> None:
+        """Delete the files that were freed for reuse."""
+        for old in [blob for blobs in self._free.values() for blob in blobs]:
+            self.discard(old)
+        self._free.clear()
+
     def close(self) -> None:
         """Stop recycling: `free` does nothing from now on, since the folder may belong to another server or be gone."""
         self.closed = True

@@ -17,7 +17,7 @@ from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
 from fl_runtime.server.calls import limits
 from fl_runtime.server.calls.relay import Relay
-from fl_runtime.server.calls.spool import Spool, Transfer
+from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
 from fl_runtime.server.run import Run
@@ -93,6 +93,8 @@ class FederationService:
         """
         try:
             yield from self._methods[method](peer, request, requests)
+        except NoRoomError:
+            raise
         except StoreError as error:  # what is acknowledged from now on might be lost
             self._state.fail(error)
             raise
@@ -255,7 +257,7 @@ class FederationService:
         if status is None:
             manifest = self._manifest(peer, header)
             peer.account.read()
-            transfer = self._spool.begin(name, digest, manifest, payload.digests)
+            transfer = self._spool.begin(name, digest, manifest, payload.digests, self._share_of(), peer.hang_up)
             received = header_bytes
             try:
                 if payload.inline:
@@ -280,6 +282,7 @@ class FederationService:
             except BaseException:  # the connection broke: keep what has arrived for the next attempt
                 self._spool.keep_broken(transfer)
                 raise
+            self._spool.end(transfer)
             journaled = {**facts, "metrics": to_json(facts["metrics"])}
             status = self._run.accept(Upload(update, transfer.blob, digest, journaled, received))
         (peer.account.earn if status in _COUNTED else peer.account.void)()
@@ -313,6 +316,13 @@ class FederationService:
         if payload.total_bytes != manifest.nbytes:
             raise ProtocolError(f"an update announces {payload.total_bytes} bytes; its tensors have {manifest.nbytes}")
         return manifest
+
+    def _share_of(self) -> FairShare:
+        """What the run's other sites need of the disk."""
+        with self._state.lock:
+            agreed = self._state.layouts.get(agreed_layout(self._run.membership.members))
+            others = len(self._run.membership.remaining()) + 1  # the others, and the two models of a round
+        return FairShare(agreed.nbytes if agreed is not None else 0, others)
 
     def _count_tensors(self, peer: Peer, described: pb.Manifest) -> None:
         """Count the tensors of a manifest before they are read. ProtocolError if this run has none with so many."""

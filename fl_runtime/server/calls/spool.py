@@ -1,14 +1,45 @@
-"""The spool: files in which updates arrive. Each is verified before it counts, and a broken upload can resume."""
+"""The spool: files in which updates arrive. Each is verified before it counts, and a broken upload can resume.
+
+The space of an upload is allocated when it is announced, so the free space of the disk is what all announced uploads
+leave. One that does not fit is refused before anything is allocated, and the run goes on.
+"""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from fl_runtime.errors import ConnectionLostError, StoreError
 from fl_runtime.store.blobs import Blob, Blobs
 from fl_runtime.wire.frames import Receiver
 from fl_runtime.wire.manifest import Manifest
+
+_HEADROOM_BYTES = 16 * 2**20
+"""Free space that uploads leave to the journal, the histories and the audit log."""
+_HANG_UP_S = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoRoomError(StoreError):
+    """The disk has no room for an upload. The site repeats it while its patience lasts, and the run goes on."""
+
+
+@dataclass(frozen=True)
+class FairShare:
+    """What the uploads of a round take if every site sends the weights alone.
+
+    Attributes:
+        weights_bytes: Size of the weights.
+        others: Number of the run's other sites, and of the models that the server makes of their updates.
+    """
+
+    weights_bytes: int
+    others: int
 
 
 @dataclass
@@ -20,42 +51,126 @@ class Transfer:
         digest: Digest of the whole update.
         blob: The file that it is written to.
         receiver: Checks what arrives, and writes it into the blob.
+        hang_up: Ends the call that it arrives by.
+        usual: Whether it is no larger than the weights, so that its file will be of use again.
     """
 
     site: str
     digest: bytes
     blob: Blob
     receiver: Receiver
+    hang_up: Callable[[], object]
+    usual: bool
 
 
 class Spool:
-    """The uploads of all sites. Each site's last broken upload is kept, so that it can resume. Takes the run's lock."""
+    """The uploads of all sites, one of each at a time. Takes the run's lock.
+
+    Each site's last broken upload is kept, so that it can resume.
+    """
 
     def __init__(self, blobs: Blobs, lock: threading.RLock) -> None:
         self._blobs, self._lock = blobs, lock
+        self._ended = threading.Condition(lock)
+        self._active: dict[str, Transfer] = {}
         self._broken: dict[str, Transfer] = {}
         self._number = itertools.count()
 
-    def begin(self, site: str, digest: bytes, manifest: Manifest, digests: bytes) -> Transfer:
-        """A new transfer, or the site's broken one if that is of the same update."""
+    def begin(
+        self,
+        site: str,
+        digest: bytes,
+        manifest: Manifest,
+        digests: bytes,
+        share: FairShare,
+        hang_up: Callable[[], object],
+    ) -> Transfer:
+        """Begin a transfer, or go on with the site's broken one if that is of the same update.
+
+        An earlier upload of the site that is still under way is ended: its process has taken up another one.
+
+        Args:
+            site: The site that uploads.
+            digest: Digest of the whole update.
+            manifest: Its tensors.
+            digests: Digest of each tensor.
+            share: What the other sites need of the disk.
+            hang_up: Ends the call.
+
+        Returns:
+            The transfer. One of `end`, `keep_broken` and `drop` must be called with it.
+
+        Raises:
+            NoRoomError: The disk has no room for it.
+            ConnectionLostError: The site's earlier upload does not end.
+        """
         with self._lock:
+            self._end_earlier(site)
             broken = self._broken.pop(site, None)
             if broken and broken.digest == digest:
+                broken.hang_up = hang_up
+                self._active[site] = broken
                 return broken
             if broken:
-                self._blobs.free(broken.blob)
-            blob = self._blobs.create(f"upload-{next(self._number)}", manifest)
-        return Transfer(site, digest, blob, Receiver(manifest, digests, blob.buffer, finite=True))
+                self._give_back(broken)
+            blob = self._created(site, manifest, share)
+            receiver = Receiver(manifest, digests, blob.buffer, finite=True)
+            usual = manifest.nbytes <= share.weights_bytes
+            self._active[site] = transfer = Transfer(site, digest, blob, receiver, hang_up, usual)
+            return transfer
+
+    def end(self, transfer: Transfer) -> None:
+        """Note that a transfer is whole. Its file belongs to the caller from now on."""
+        with self._lock:
+            self._active.pop(transfer.site, None)
+            self._ended.notify_all()
+
+    def _end_earlier(self, site: str) -> None:
+        deadline = time.monotonic() + _HANG_UP_S
+        while (earlier := self._active.get(site)) is not None:
+            earlier.hang_up()
+            if self._active.get(site) is earlier and not self._ended.wait(deadline - time.monotonic()):
+                raise ConnectionLostError(f"an earlier upload of {site} is still under way", fix="send it again")
+
+    def _created(self, site: str, manifest: Manifest, share: FairShare) -> Blob:
+        """Create the file of an upload. One that is larger than the weights must leave the others their room."""
+        if not self._blobs.recycles(manifest):
+            excess = manifest.nbytes > share.weights_bytes
+            needed = manifest.nbytes + _HEADROOM_BYTES + excess * share.others * share.weights_bytes
+            if shutil.disk_usage(self._blobs.folder).free < needed:
+                self._blobs.trim()
+            free = shutil.disk_usage(self._blobs.folder).free
+            if free < needed:
+                raise _no_room(site, manifest, f"{free} are free, and {needed - manifest.nbytes} must be left")
+        try:
+            return self._blobs.create(f"upload-{next(self._number)}", manifest)
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+                raise _no_room(site, manifest, error.what) from error
+            raise
+
+    def _give_back(self, transfer: Transfer) -> None:
+        (self._blobs.free if transfer.usual else self._blobs.discard)(transfer.blob)
 
     def keep_broken(self, transfer: Transfer) -> None:
         """Keep what has arrived of a broken transfer, in place of an earlier one of the site."""
         with self._lock:
+            self.end(transfer)
             old = self._broken.pop(transfer.site, None)
             if old:
-                self._blobs.free(old.blob)
+                self._give_back(old)
             self._broken[transfer.site] = transfer
 
     def drop(self, transfer: Transfer) -> None:
         """Free the file of a transfer that will not be continued."""
         with self._lock:
-            self._blobs.free(transfer.blob)
+            self.end(transfer)
+            self._give_back(transfer)
+
+
+def _no_room(site: str, manifest: Manifest, why: str) -> NoRoomError:
+    return NoRoomError(
+        f"the server's disk has no room for an upload of {manifest.nbytes} bytes by {site}: {why}",
+        where="rule quota: announced bytes must fit the free disk",
+        fix="free disk space at the server; the site repeats the upload",
+    )

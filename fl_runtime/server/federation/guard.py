@@ -112,6 +112,7 @@ class Guard:
                 else:
                     yield from self._control.control(method, who, named, next(messages, b""))
         except FederationError as error:
+            error.__traceback__ = error.__context__ = None  # they hold the messages of the call, which may be large
             if account is not None:
                 account.refuse(error)
             if not isinstance(error, ConnectionLostError):
@@ -127,7 +128,6 @@ class Guard:
         """Hold back a refusal over the quota. The jobs' other sites go on without a site that is over its quota."""
         if method in METHODS and not account.crowded:
             self._on_over(who.name, error.what)
-        error.__traceback__ = error.__context__ = None  # they hold the messages of the call
         account.read()
         with self._quotas.held(who) as may:
             self._closed.wait(HOLD_S if may else 0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +16,13 @@ import pytest
 from federation_bench import Site, started
 from study import Study, until
 
-from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
+from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError, StoreError
 from fl_runtime.server.federation import audit_summary, quota
 from fl_runtime.server.federation.quota import CALLS, REFUSED, USED, Allowance, CallAccount, Quotas
 from fl_runtime.trust.audit import Anchor, verify
 from fl_runtime.trust.identity import Identity
 from fl_runtime.types import Report, Task
+from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
@@ -33,6 +37,7 @@ class Siege:
         study.job(rounds=3, min_sites=2)
         self.north, self.south, self.evil = sites = [study.site(name) for name in study.sites]
         self.tasks = started(sites, W, evaluates=True)
+        self.calls: list[tuple[Any, threading.Event]] = []
         self.session = pb.Session(job="job", attempt=self.evil.welcome.attempt)
 
     def send(self, method: str, request: Any, by: str = "evil") -> FederationError | None:
@@ -84,7 +89,11 @@ def siege(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Siege]:
     monkeypatch.setattr(quota, "HOLD_S", 0.01)  # the tests make hundreds of calls over the quota
     monkeypatch.setattr("fl_runtime.server.federation.guard.HOLD_S", 0.01)
     with Study(tmp_path, ("north", "south", "evil")) as study:
-        yield Siege(study)
+        siege = Siege(study)
+        yield siege
+        for call, hold in siege.calls:
+            hold.set()
+            call.cancel()
 
 
 def test_a_member_that_asks_for_the_status_in_a_loop_is_refused_and_summed_up(siege: Siege) -> None:
@@ -189,6 +198,67 @@ def test_downloading_the_same_model_in_a_loop_counts_as_nothing_new(siege: Siege
         list(siege.north.transport.call("Next", request.SerializeToString()))
     lines = [e for e in siege.study.log() if e["action"] == "task_sent" and "north" in e["who"]]
     assert len(lines) - before < 150, "the log does not grow with the calls"
+    siege.finish()
+
+
+def announced(siege: Siege, extra: int, name: str = "moments") -> bytes:
+    """The header of an update that announces so many numbers beside the weights."""
+    manifest = Manifest.of(W, {name: np.empty(extra, np.float32)})
+    payload = frames.describe(manifest, bytes(8 * len(manifest.tensors)), known=False)
+    header = pb.UpdateHeader(session=siege.session, round=1, content="weights", num_examples=1, payload=payload)
+    return pb.UpdatePart(update=header).SerializeToString()
+
+
+def blobs_mib(siege: Siege) -> float:
+    files = (siege.study.runs / "job" / "server" / "blobs").glob("*")
+    return sum(path.stat().st_size for path in files if path.exists()) / 2**20
+
+
+def test_of_all_uploads_that_a_site_announces_and_does_not_send_one_takes_disk(siege: Siege) -> None:
+    for number in range(6):  # each in a call that stays open
+        header, hold = announced(siege, 2**24 + number), threading.Event()
+
+        def messages(header: bytes = header, hold: threading.Event = hold) -> Iterator[bytes]:
+            yield header
+            hold.wait(60)
+
+        call = siege.evil.transport.call("Submit", messages())
+        assert pb.SubmitReply.FromString(next(call)).send_from == 0
+        siege.calls.append((call, hold))
+        assert blobs_mib(siege) < 2 * 64 + 10
+    siege.finish()
+
+
+def test_an_upload_that_does_not_fit_the_disk_is_refused_and_the_run_goes_on(
+    siege: Siege, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 MB are free: an announcement of 128 MiB fits, the files of the server and of others do afterwards."""
+    free = 300e6
+    usage = shutil.disk_usage(siege.study.folder)
+    monkeypatch.setattr(
+        "fl_runtime.server.calls.spool.shutil.disk_usage",
+        lambda folder: usage._replace(free=int(free - blobs_mib(siege) * 2**20)),
+    )
+    monkeypatch.setattr("fl_runtime.server.calls.spool._HEADROOM_BYTES", int(200e6))
+    error = siege.send("Submit", announced(siege, 2**25))
+    assert isinstance(error, StoreError)
+    assert "no room for an upload of 134217744 bytes by evil" in error.what
+    (line,) = [entry for entry in siege.study.refusals() if "disk" in entry["rule"]]
+    assert "evil" in line["who"] and "evil" in line["error"]
+    monkeypatch.undo()
+    siege.finish()
+
+
+def test_a_disk_that_is_full_when_an_upload_begins_refuses_that_upload(
+    siege: Siege, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fl_runtime.store.blobs._preallocate", full)
+    error = siege.send("Submit", announced(siege, 2**20))
+    assert isinstance(error, StoreError) and "No space left on device" in error.what
+    monkeypatch.undo()
     siege.finish()
 
 
