@@ -234,7 +234,7 @@ def serve(folder: Path, began: Any) -> None:
             ends.write(np.float64(time.monotonic()).tobytes())
 
     kit = read_kit(folder / "kits/server", kind="server")
-    server = FederationServer(kit, folder / "runs", read_job, listen="127.0.0.1:0", listeners=[listen])
+    server = FederationServer(kit, folder / "runs", read_job, listen="127.0.0.1:0", listener_of=lambda job: listen)
     address = server.start()
     job = Job(app="cost_attacks.py", name="job", rounds=10**6, min_sites=2, rejoin_s=1.0)
     server.submit(job_fields(job), kit.identity)
