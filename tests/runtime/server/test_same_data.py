@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import Bench, Site, ended, serving
+from federation_bench import Site, ended, serving
 
 from fl_adapters.environments.progress import ProgressLines
 from fl_runtime.types import Arrays
@@ -19,8 +20,9 @@ LOSS = 0.6931471805599453
 
 def hints(folder: Path, each: list[dict[str, Any]], **job: Any) -> list[str]:
     """Run a job of two rounds whose sites submit these fields; return the texts of the warnings."""
+    first_sent = threading.Barrier(len(each), timeout=30)
     with serving(folder, len(each), sockets=False, **job) as bench:
-        bench.run(lambda name: take_part(bench, bench.site(name), each[bench.names.index(name)]))
+        bench.run(lambda name: take_part(bench.site(name), each[bench.names.index(name)], first_sent))
         ended(bench.server)
         bench.server.close()
         lines = io.StringIO()
@@ -32,12 +34,14 @@ def hints(folder: Path, each: list[dict[str, Any]], **job: Any) -> list[str]:
         return found
 
 
-def take_part(bench: Bench, site: Site, fields: dict[str, Any]) -> None:
+def take_part(site: Site, fields: dict[str, Any], first_sent: threading.Barrier) -> None:
     site.join()
     site.register(WEIGHTS)
     task = site.start(WEIGHTS)
     while task.kind == "train":
         site.submit(task, {"w": task.arrays["w"] + 1}, **fields)
+        if task.round == 1:
+            first_sent.wait()  # else a fast site could fill a buffer alone
         task = site.client.next_task()
     site.client.leave("done", early=False)
 
