@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from study import until
 from typer.testing import CliRunner
 
 import fl_adapters
@@ -76,7 +77,7 @@ def test_without_a_terminal_the_command_says_how_to_give_the_password(folder: Pa
 
 
 def test_at_a_terminal_the_password_is_asked_for_and_not_shown(folder: Path) -> None:
-    pty = pytest.importorskip("pty")
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     provisioned(folder, FL_ADAPTERS_PASSWORD=SECRET)
     ours, theirs = pty.openpty()
     packages = str(Path(fl_adapters.__file__).parents[1])
@@ -95,6 +96,7 @@ def test_at_a_terminal_the_password_is_asked_for_and_not_shown(folder: Path) -> 
             asked = b"Password of north.zip" in shown
             shown += part
             if not asked and b"Password of north.zip" in shown:
+                until(lambda: not termios.tcgetattr(ours)[3] & termios.ECHO, "the echo to be off")  # drops what came
                 os.write(ours, f"{SECRET}\n".encode())
     os.close(ours)
     assert process.wait(60) == 0
