@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from fl_runtime.errors import ConnectionLostError, StoreError
 from fl_runtime.store.blobs import Blob, Blobs
+from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.wire.frames import Receiver
 from fl_runtime.wire.manifest import Manifest
 
@@ -137,9 +138,9 @@ class Spool:
         if not self._blobs.recycles(manifest):
             excess = manifest.nbytes > share.weights_bytes
             needed = manifest.nbytes + _HEADROOM_BYTES + excess * share.others * share.weights_bytes
-            if shutil.disk_usage(self._blobs.folder).free < needed:
+            if self._free_bytes() < needed:
                 self._blobs.trim()
-            free = shutil.disk_usage(self._blobs.folder).free
+            free = self._free_bytes()
             if free < needed:
                 raise _no_room(site, manifest, f"{free} are free, and {needed - manifest.nbytes} must be left")
         try:
@@ -148,6 +149,13 @@ class Spool:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
                 raise _no_room(site, manifest, error.what) from error
             raise
+
+    def _free_bytes(self) -> int:
+        """Free space of the disk. Raises StoreError if the disk fails."""
+        try:
+            return shutil.disk_usage(self._blobs.folder).free
+        except OSError as error:
+            raise disk_error(error, self._blobs.folder) from error
 
     def _give_back(self, transfer: Transfer) -> None:
         (self._blobs.free if transfer.usual else self._blobs.discard)(transfer.blob)
