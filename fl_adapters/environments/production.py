@@ -85,7 +85,7 @@ class Production:
             FederationError: The job was refused, or failed.
         """
         with self._connected() as (control, patience_s):
-            return self._followed(control, patience_s, job, job.app)
+            return self._followed(control, patience_s, job)
 
     def submit(self, job: Job, *, priority: int = 0) -> str:
         """Put a job into the federation's queue, and return at once.
@@ -116,7 +116,7 @@ class Production:
             FederationError: There is no such job, or it failed.
         """
         with self._connected() as (control, patience_s):
-            return self._followed(control, patience_s, job, "")
+            return self._followed(control, patience_s, job)
 
     def jobs(self) -> list[dict[str, Any]]:
         """Return the jobs that wait or run, and those that ended last.
@@ -180,13 +180,14 @@ class Production:
         with closing(ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))) as control:
             yield control, kit.patience_s if self.patience_s is None else self.patience_s
 
-    def _followed(self, control: ControlClient, patience_s: float, job: Job | str, app: str) -> ProductionResult:
+    def _followed(self, control: ControlClient, patience_s: float, job: Job | str) -> ProductionResult:
         began = time.monotonic()
         printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
         tell = FanOut((*self.listeners, *printers))
         remote = RemoteJob(control, job, tell, patience_s)
-        sites = control.ask("ShowJob", job=remote.name, patience_s=patience_s)["settings"]["sites"]
-        facts = {"job": remote.name, "folder": f"the server's runs/{remote.name}", "sites": sites, "command": app}
+        settings = control.ask("ShowJob", job=remote.name, patience_s=patience_s)["settings"]
+        place = f"the server's runs/{remote.name}"
+        facts = {"job": remote.name, "folder": place, "sites": settings["sites"], "command": settings["app"]}
         tell(Event("starting", time.time(), data=facts))
         try:
             remote.wait()
