@@ -39,7 +39,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters import Job
-from fl_adapters.cli.federation.server import job_fields, read_job
+from fl_adapters.cli.federation.server import read_job
+from fl_adapters.environments.remote import job_fields
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import FederationError
 from fl_runtime.server.federation.federation import FederationServer

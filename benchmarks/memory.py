@@ -38,7 +38,8 @@ from rich.table import Table
 from tree_memory import numbers
 
 from fl_adapters import Job, Simulation
-from fl_adapters.cli.federation.server import job_fields, read_job
+from fl_adapters.cli.federation.server import read_job
+from fl_adapters.environments.remote import job_fields
 from fl_runtime.client import SiteClient
 from fl_runtime.server import Server
 from fl_runtime.server.federation.federation import FederationServer

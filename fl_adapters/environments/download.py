@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trust.files import file_digest
 
 _PART = ".part"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,254}")
@@ -60,11 +60,11 @@ def _fetched(control: ControlClient, job: str, folder: Path, item: Mapping[str, 
     path = folder / str(item["path"])
     part = path.with_name(path.name + _PART)
     try:
-        if path.is_file() and _digest(path) == item["sha256"]:
+        if path.is_file() and file_digest(path) == item["sha256"]:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(control, job, item, part, patience_s)
-        if _digest(part) != item["sha256"]:
+        if file_digest(part) != item["sha256"]:
             part.unlink()
             raise TransferDamagedError(
                 f"{item['path']} did not arrive as the server has it", where=f"job {job}", fix="download it again"
@@ -93,8 +93,3 @@ def _fetch(control: ControlClient, job: str, item: Mapping[str, Any], part: Path
                 if time.monotonic() > lost_since + patience_s:
                     raise
             time.sleep(_PAUSE_S)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -172,13 +172,8 @@ class Production:
     @contextmanager
     def _connected(self) -> Iterator[tuple[ControlClient, float]]:
         """A connection to the server, and how long to wait for it."""
-        with needs_trust_extra():
-            from fl_runtime.client.roots import RenewingTransport
-            from fl_runtime.trust.kits import read_kit
-
-            kit = read_kit(Path(self.kit), kind="admin")
-        with closing(ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))) as control:
-            yield control, kit.patience_s if self.patience_s is None else self.patience_s
+        with connected(Path(self.kit)) as (control, patience_s):
+            yield control, patience_s if self.patience_s is None else self.patience_s
 
     def _followed(self, control: ControlClient, patience_s: float, job: Job | str) -> ProductionResult:
         began = time.monotonic()
@@ -209,3 +204,25 @@ class Production:
             no_best=result.no_best,
             trainings=tuple(remote.result(number).rounds for number in range(1, remote.training_count + 1)),
         )
+
+
+@contextmanager
+def connected(kit_folder: Path) -> Iterator[tuple[ControlClient, float]]:
+    """Connect to a federation's server as an admin, for the duration of the block.
+
+    Args:
+        kit_folder: The admin's startup kit.
+
+    Yields:
+        The connection, and the kit's patience: how long the server may be out of reach, in seconds.
+
+    Raises:
+        ConfigError: The folder is not the kit of an admin.
+    """
+    with needs_trust_extra():
+        from fl_runtime.client.roots import RenewingTransport
+        from fl_runtime.trust.kits import read_kit
+
+        kit = read_kit(kit_folder, kind="admin")
+    with closing(ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))) as control:
+        yield control, kit.patience_s

@@ -107,8 +107,12 @@ def submit(control: ControlClient, job: Job, *, priority: int = 0) -> str:
     Raises:
         FederationError: The server refused it.
     """
-    fields = {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
-    return str(control.ask("SubmitJob", job=fields, priority=priority)["job"])
+    return str(control.ask("SubmitJob", job=job_fields(job), priority=priority)["job"])
+
+
+def job_fields(job: Job) -> dict[str, Any]:
+    """Return a job as JSON values for its server. A job without a name has the one that was made for it."""
+    return {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
 
 
 def _event(fields: Mapping[str, Any]) -> Event:

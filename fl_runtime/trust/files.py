@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import stat
@@ -56,6 +57,12 @@ def read_file(path: Path, what: str) -> bytes:
     except OSError as error:
         fix = unpack_first(path.parent) or "check the path, or get a new kit"
         raise ConfigError(f"there is no {what} here: {error.strerror}", where=str(path), fix=fix) from None
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file in hexadecimal. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack_first(kit: Path) -> str:

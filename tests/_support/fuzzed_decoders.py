@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-from fl_adapters.cli.federation.server import job_fields, read_job
+from fl_adapters.cli.federation.server import read_job
+from fl_adapters.environments.remote import job_fields
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import pooled, to_json
 from fl_runtime.aggregation.trees import ubjson

@@ -11,6 +11,7 @@ from typing import Any
 
 from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines, counted
+from fl_adapters.environments.remote import job_fields
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
@@ -53,10 +54,11 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, sysl
             while not stop.wait(_LOOK_S):
                 if server.queue.halted:
                     raise server.queue.halted
-                for ended in [item.name for item in server.queue.records() if item.ended and item.name not in told]:
-                    told.add(ended)
-                    print(_summary(server.outcome(ended), with_error=ended != name), file=sys.stderr, flush=True)
-                told -= {record.name for record in server.queue.records() if not record.ended}  # resumed
+                ended = [record.name for record in server.queue.records() if record.ended]
+                for item in ended:
+                    if item not in told:
+                        print(_summary(server.outcome(item), with_error=item != name), file=sys.stderr, flush=True)
+                told = set(ended)  # one that is resumed is told again
                 if name in told:
                     return _finish(server.outcome(name), as_json)
             return 0
@@ -92,11 +94,6 @@ def _finish(outcome: Mapping[str, Any], as_json: bool) -> int:
     if outcome["error"]:
         raise FederationError.from_wire(outcome["error"])
     return 0
-
-
-def job_fields(job: Job) -> dict[str, Any]:
-    """A job as JSON values for its server. A job without a name gets one now."""
-    return {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
 
 
 def read_job(fields: Mapping[str, Any], known: Sequence[str]) -> RunSettings:

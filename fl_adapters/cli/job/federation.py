@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from rich.table import Table
 
 from fl_adapters.cli.federation.status import job_state
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.production import Production
+from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.remote import submit as put_into_queue
-from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
@@ -29,12 +28,8 @@ _EVENTS = "events.jsonl"
 @contextmanager
 def _connected(kit_folder: Path, as_json: bool) -> Iterator[ControlClient]:
     """A connection with an admin's kit; errors in the block end the command."""
-    with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.trust.kits import read_kit
-
-        kit = read_kit(kit_folder, kind="admin")
-        with closing(ControlClient.of_kit(kit.folder, kit.address)) as control:
-            yield control
+    with report_errors(as_json), connected(kit_folder) as (control, _):
+        yield control
 
 
 def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool) -> int:

@@ -465,6 +465,12 @@ def first_request(method: str, requests: Iterator[bytes]) -> Message:
     return _parse(_REQUESTS[method], _expected(requests, "a call ended before its first message"))
 
 
+def session_job(request: Message) -> str:
+    """Return the job or training that the first message of a call names, which is not a Join; "" if it names none."""
+    session = request.update.session if isinstance(request, pb.UpdatePart) else request.session  # type: ignore[attr-defined]
+    return str(session.job)
+
+
 def _next_part(requests: Iterator[bytes]) -> pb.RegisterRequest:
     return _parse(pb.RegisterRequest, _expected(requests, "a registration ended before its last message"))
 

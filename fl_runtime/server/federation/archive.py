@@ -197,6 +197,21 @@ class JobArchive:
         if record is not None:
             self._save(replace(record, state=_state_after(outcome), ended_at=time.time()))
 
+    def ended_without_a_round(self, name: str, submitter: object, error: FederationError) -> None:
+        """Note that a job has ended before it could run, or go on.
+
+        Args:
+            name: Name of the job.
+            submitter: Who submitted it.
+            error: Why it ended.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        training = {"folder": str(self.folder / name), **RunResult().to_json()}
+        facts = {"job": name, "submitted_by": str(submitter), **training, "trainings": [training]}
+        self.ended(name, {**facts, "error": error.to_wire()})
+
     def reopened(self, name: str) -> JobRecord:
         """Put a job that failed or was aborted back into the queue. Returns its record."""
         folder = self.folder / name
@@ -242,22 +257,6 @@ class JobArchive:
         write_file(self.folder / record.name / _JOB, json.dumps(fields, indent=1).encode())
         self._records[record.name] = record
         return record
-
-
-def outcome_of(name: str, submitter: object, folder: Path, error: FederationError) -> dict[str, Any]:
-    """The outcome of a job that ended without a round, as JSON values.
-
-    Args:
-        name: Name of the job.
-        submitter: Who submitted it.
-        folder: The job's folder.
-        error: Why it ended.
-
-    Returns:
-        Values with the fields of `RunningJob.outcome`.
-    """
-    training = {"folder": str(folder), **RunResult().to_json()}
-    return {"job": name, "submitted_by": str(submitter), **training, "trainings": [training], "error": error.to_wire()}
 
 
 def _state_after(outcome: Mapping[str, Any]) -> JobState:

@@ -135,6 +135,7 @@ class JobCalls:
         records, running = self._queue.records(), self._queue.running()
         ended = [record for record in records if record.ended][-_ENDED_SHOWN:]
         shown = [record for record in records if not record.ended]
+        outcomes = {record.name: self._outcome(record) for record in ended}
         own = [job for job in running if caller.kind != "site" or caller.name in job.sites]
         yield {
             "federation": self._kit.identity.federation,
@@ -142,28 +143,35 @@ class JobCalls:
             "time": time.time(),
             "you": caller.uri,
             "sites": list(self._kit.sites),
-            "jobs": [self._facts(record) for record in (*ended, *shown)],
+            "jobs": [self._facts(record, outcomes.get(record.name)) for record in (*ended, *shown)],
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
-            "ended": {record.name: self._queue.outcome(record.name) for record in ended},
+            "ended": {name: outcome for name, outcome in outcomes.items() if "rounds" in outcome},
             "log": self._witness.statement(caller),
         }
 
-    def _facts(self, record: JobRecord) -> dict[str, Any]:
+    def _outcome(self, record: JobRecord) -> _Fields:
+        """The outcome of a job that has ended. One that is not on the disk reads as an error."""
+        try:
+            return self._queue.outcome(record.name)
+        except ConfigError as error:
+            return {"error": error.to_wire()}
+
+    def _facts(self, record: JobRecord, outcome: _Fields | None) -> dict[str, Any]:
         """A job's record; with where its rounds stand while it runs, and its outcome once it has ended."""
         job = self._queue.job(record.name)
         if job is not None:
             state = job.server.state()
             return {**record.facts(), **state, "sites": list(job.sites), "site_states": state["sites"]}
-        outcome = self._queue.outcome(record.name) if record.ended else {}
-        return {**record.facts(), "error": outcome.get("error"), "rounds_done": len(outcome.get("rounds", ()))}
+        known = outcome or {}
+        return {**record.facts(), "error": known.get("error"), "rounds_done": len(known.get("rounds", ()))}
 
     def _show_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         record = self._visible(caller, fields)
-        settings = asdict(record.settings)
-        shown: dict[str, Any] = {**self._facts(record), "settings": settings}
-        if record.ended:
-            shown["outcome"] = self._queue.outcome(record.name)
+        outcome = self._outcome(record) if record.ended else None
+        shown: dict[str, Any] = {**self._facts(record, outcome), "settings": asdict(record.settings)}
+        if outcome is not None:
+            shown["outcome"] = outcome
             shown["files"] = [item.to_json() for item in files_of(self._queue.folder(record.name))]
         yield shown
 
@@ -188,9 +196,8 @@ class JobCalls:
             with queue.changed:
                 if queue.record(name).state != "queued" or queue.closed:
                     return
-                ahead = [record.name for record in queue.records() if record.state == "queued"].index(name)
                 queue.changed.wait(BEAT_S)
-            yield {"waiting": True, "queued_after": ahead}
+            yield {"waiting": True}
 
     def _download(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[bytes]:
         record = self._visible(caller, fields)

@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from fl_runtime.errors import ConfigError, PermissionDeniedError, ProtocolError
-from fl_runtime.server.calls.service import first_request
+from fl_runtime.server.calls.service import first_request, session_job
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.calls import JobCalls
 from fl_runtime.server.federation.guard import Guard
@@ -162,7 +162,4 @@ class FederationServer:
 
 def _job_named_in(request: Message) -> str:
     """The job that the first message of a site's call names, or "" if it names none."""
-    if isinstance(request, pb.JoinRequest):
-        return job_of(request.job)
-    session = request.update.session if isinstance(request, pb.UpdatePart) else request.session  # type: ignore[attr-defined]
-    return job_of(session.job)
+    return job_of(request.job if isinstance(request, pb.JoinRequest) else session_job(request))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
 from fl_runtime.server.federation.audit_summary import AuditSummary
@@ -132,10 +132,6 @@ class Guard:
         with self._quotas.held(who) as may:
             self._closed.wait(HOLD_S if may else 0)
 
-    def end_invalid_calls(self) -> None:
-        """End the open calls of certificates that do not count any more, at once instead of within a second."""
-        self._end_invalid_calls()
-
     def put_in_force(self, crl: bytes) -> list[str]:
         """Install a newer revocation list, which takes effect at once and on open connections.
 
@@ -143,7 +139,7 @@ class Guard:
             Names of the revoked participants that had called before.
         """
         self._revoked.install(crl)
-        return self._end_invalid_calls()
+        return self.end_invalid_calls()
 
     def who(self, name: str) -> Identity | None:
         """The identity of a participant that has called, by name."""
@@ -204,12 +200,12 @@ class Guard:
             try:
                 if self._revoked.refresh():
                     self._audit.write("revocation list read", serials=[f"{item:x}" for item in self._revoked.serials])
-                self._end_invalid_calls()
+                self.end_invalid_calls()
                 self._audit.sum_up()
             except FederationError as error:
                 log.warning("%s", error)
 
-    def _end_invalid_calls(self) -> list[str]:
+    def end_invalid_calls(self) -> list[str]:
         """End the calls whose certificate is not valid any more. A participant with a renewed one just calls again.
 
         Returns:
@@ -229,8 +225,3 @@ class Guard:
         for _, peer, _ in invalid:
             peer.hang_up()
         return [item.identity.name for item in revoked]
-
-
-def facts(identity: Identity) -> dict[str, Any]:
-    """An identity as JSON values."""
-    return {"name": identity.name, "kind": identity.kind, "organisation": identity.organisation, "role": identity.role}

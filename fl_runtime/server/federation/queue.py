@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import AbortedError, ConfigError, FederationError, StoreError
-from fl_runtime.server.federation.archive import JobArchive, JobRecord, outcome_of
+from fl_runtime.server.federation.archive import JobArchive, JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.schedule import next_to_start
@@ -154,7 +154,10 @@ class JobQueue:
             if record.ended:
                 raise ConfigError(f"the job {name} has ended already", fix="see `fl-adapters job show`")
             if job is None:
-                self._record_end(record, AbortedError(reason))
+                error = AbortedError(reason)
+                self._archive.ended_without_a_round(name, record.submitter, error)
+                self._audit.write("job ended", record.submitter, job=name, result=error.to_wire())
+                self.changed.notify_all()
         if job is not None:
             job.server.abort(reason)
 
@@ -204,12 +207,12 @@ class JobQueue:
         with self.changed:
             return tuple(self._running.values())
 
-    # -- starting and ending -----------------------------------------------------------------------------------
-
     def lately_ended(self) -> tuple[RunningJob, ...]:
         """Return the jobs that ended last, whose sites may still have to hear of it. The newest comes first."""
         with self.changed:
             return tuple(job for job in reversed(self._lately) if job.name not in self._running)
+
+    # -- starting and ending -----------------------------------------------------------------------------------
 
     def set_slots(self, site: str, slots: int) -> None:
         """Note how many jobs a site runs at a time. More room may let another job start."""
@@ -248,13 +251,7 @@ class JobQueue:
         """Record a job that cannot go on as failed, so that it is in nobody's way."""
         log.error("the job %s cannot be continued: %s", name, error)
         self._audit.write("job not continued", self._identity, job=name, reason=error.what)
-        self._archive.ended(name, outcome_of(name, submitter, self._archive.folder / name, error))
-
-    def _record_end(self, record: JobRecord, error: FederationError) -> None:
-        folder = self._archive.folder / record.name
-        self._archive.ended(record.name, outcome_of(record.name, record.submitter, folder, error))
-        self._audit.write("job ended", record.submitter, job=record.name, result=error.to_wire())
-        self.changed.notify_all()
+        self._archive.ended_without_a_round(name, submitter, error)
 
     def _on_job_end(self, job: RunningJob) -> None:
         with self.changed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ from typing import Any
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trust.files import file_digest
 
 _PRIVATE = ("server", "job.json")  # the journal with the updates of sites, and the server's own record
 CHUNK_BYTES = 2**20
@@ -46,12 +46,13 @@ def files_of(folder: Path) -> list[ResultFile]:
     Raises:
         StoreError: A file cannot be read.
     """
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if _is_result(folder, path):
-            found.append(ResultFile(name, path.stat().st_size, _digest(path)))
-    return found
+    paths = sorted(path for path in folder.rglob("*") if _is_result(folder, path))
+    try:
+        return [
+            ResultFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_digest(path)) for path in paths
+        ]
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 def chunks(folder: Path, name: str, offset_bytes: int) -> Iterator[bytes]:
@@ -89,11 +90,3 @@ def _is_result(folder: Path, path: Path) -> bool:
     private = any(part in _PRIVATE or part.startswith(".") for part in parts)
     links = any(step.is_symlink() for step in (path, *path.parents) if step != folder and folder in step.parents)
     return not private and not links and path.is_file()
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise disk_error(error, path) from error

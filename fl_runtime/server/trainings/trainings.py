@@ -12,7 +12,7 @@ from typing import Literal
 from google.protobuf.message import Message
 
 from fl_runtime.errors import ConfigError, FederationError, ProtocolError, StoreError
-from fl_runtime.server.calls.service import first_request
+from fl_runtime.server.calls.service import first_request, session_job
 from fl_runtime.server.records.events import Events, Silent, TrainingEvents
 from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
@@ -91,8 +91,7 @@ class Trainings:
             request.training = 1 if another else max(request.training, 1)
             training = self._entered(peer.name, request.training)
         else:
-            session = request.update.session if isinstance(request, pb.UpdatePart) else request.session  # type: ignore[attr-defined]
-            training = self._named(session.job)
+            training = self._named(session_job(request))
         yield from training.service.answer(method, peer, request, requests)
 
     def wait(self, timeout_s: float | None) -> bool:

@@ -287,7 +287,13 @@ def test_a_folder_of_a_version_without_a_queue_is_read(study: Study) -> None:
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({key: fields[key] for key in ("settings", "submitter")}))
     (study.runs / ".current.json").write_text(json.dumps({"job": "old"}))
+    (study.runs / "older").mkdir()  # it ended, but how was not written
+    older = {**fields["settings"], "name": "older"}
+    (study.runs / "older" / "job.json").write_text(json.dumps({"settings": older, "submitter": fields["submitter"]}))
     study.start()
     assert state(study, "old") == "running"
+    (shown,) = (job for job in study.admin().ask("Status")["jobs"] if job["job"] == "older")
+    assert (shown["state"], shown["error"]["what"]) == ("failed", "the job 'older' has no outcome")
+    assert study.admin().ask("ShowJob", job="older")["outcome"]["error"] == shown["error"]
     assert not (study.runs / ".current.json").exists()
     assert whole(study, "old", SITES)["north"]["w"].tolist() == [4, 4, 4]
