@@ -52,10 +52,9 @@ class ControlClient:
         Returns:
             The client; it connects at the first call.
         """
-        from fl_runtime.transport.grpc import GrpcTransport
-        from fl_runtime.transport.tls import FileCredentials
+        from fl_runtime.client.kit_transport import KitTransport
 
-        return cls(GrpcTransport(address, credentials=FileCredentials(folder)))
+        return cls(KitTransport(folder, address))
 
     def ask(self, method: str, *, patience_s: float = 0.0, **fields: Any) -> dict[str, Any]:
         """Make a call, and wait for its answer.

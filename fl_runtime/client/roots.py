@@ -66,10 +66,9 @@ class RenewingTransport:
         Returns:
             The connection, which is made at the first call.
         """
-        from fl_runtime.transport.grpc import GrpcTransport
-        from fl_runtime.transport.tls import FileCredentials
+        from fl_runtime.client.kit_transport import KitTransport
 
-        return cls(folder, GrpcTransport(address, credentials=FileCredentials(folder)))
+        return cls(folder, KitTransport(folder, address))
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
         """Start a call, see `Transport.call`."""

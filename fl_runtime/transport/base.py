@@ -24,10 +24,13 @@ CONTROL_METHODS = (
     "ResumeJob",
     "DeleteJob",
     "Revoke",
+    "Revocations",
     "Roots",
     "HandOutRoots",
 )
-"""Calls about jobs; their messages are JSON (server/federation)."""
+"""Calls about jobs and certificates; their messages are JSON (server/federation)."""
+BEGINNINGS = ("Assignment", "Join", "SubmitJob", "ResumeJob")
+"""Calls with which something begins. They need a revocation list that has not ended."""
 
 
 Resource: TypeAlias = Literal["tensors", "registered bytes", "metric bytes"]

@@ -6,10 +6,8 @@ No module outside this folder imports gRPC.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import json
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +28,8 @@ from fl_runtime.errors import (
 from fl_runtime.transport import integrity
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
 from fl_runtime.transport.malloc import keep_freed_memory
-from fl_runtime.transport.tls import refuses_old_tls, server_credentials
+from fl_runtime.transport.proxies import is_loopback, open_connection
+from fl_runtime.transport.tls import refuses_old_tls, server_certificate, server_credentials
 from fl_runtime.version import SERVER_NAME
 
 log = logging.getLogger(__name__)
@@ -40,6 +39,7 @@ _ERROR_KEY = "fl-error-bin"
 _ERROR_BYTES = {"what": 4_000, "where": 1_000, "fix": 1_000}  # gRPC always accepts up to 8 KiB of metadata
 _CHECK_NETWORK = "check the network between this machine and the server"
 _MESSAGE_BYTES = 8 * 2**20
+_LOOK_UP_S = 10.0
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
@@ -62,7 +62,6 @@ _OPEN_PORT = [  # additional options of a server that strangers can reach
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
 ]
-_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # variables that gRPC reads, in its order
 _NARROWEST_BYTES, _WIDEST_BYTES = 5 * 2**14, 7 * 2**20
 
 
@@ -94,30 +93,37 @@ class GrpcTransport:
     After a lost connection, the next call opens a new channel. The old channel would wait between its attempts for
     longer than configured (5 to 11 s in grpcio 1.62 to 1.78) and refuse calls meanwhile.
 
+    If certificates are revoked, each channel accepts only the one server certificate that was looked up before: gRPC
+    itself has no way to refuse a revoked one.
+
     Args:
         address: The server's "host:port".
         token: Secret that authenticates the site in a simulation on the loopback.
         credentials: Returns the credentials for mutual TLS. It is called before every call, so the next call uses a
             renewed certificate. None means a plain connection with `token`.
+        revoked: Returns the serial numbers of revoked certificates, with which no server is accepted. It is called
+            before every call.
     """
 
-    def __init__(self, address: str, token: str = "", credentials: Callable[[], Credentials] | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str = "",
+        credentials: Callable[[], Credentials] | None = None,
+        revoked: Callable[[], frozenset[int]] = frozenset,
+    ) -> None:
         self._address, self._plain = address, credentials is None
         self._authorization = f"Bearer {token}" if token else ""
         self._credentials: Callable[[], Credentials | None] = credentials or (lambda: None)
-        self._lock = threading.Lock()
-        self._channel = _Channel.open(address, self._credentials())
+        self._revoked = revoked
+        self._opening = threading.Lock()
+        self._channel: _Channel | None = None
         self._closed = False
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
-        """Start a call, see `Transport.call`."""
-        with self._lock:
-            if self._closed:
-                raise ConnectionLostError(f"the connection to {self._address} has been closed")
-            credentials = self._credentials()
-            if self._channel.lost.is_set() or credentials is not self._channel.credentials:
-                self._channel = _Channel.open(self._address, credentials)  # running calls keep the old one
-            channel = self._channel
+        """Start a call, see `Transport.call`. Raises PermissionDeniedError if the server's certificate was revoked."""
+        with self._opening:
+            channel = self._usable_channel()
         try:
             if isinstance(requests, bytes):
                 message = integrity.with_check(requests) if self._plain else requests
@@ -129,6 +135,42 @@ class GrpcTransport:
             raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
         return _GrpcCall(grpc_call, self._address, channel.lost, self._plain)
 
+    def _usable_channel(self) -> _Channel:
+        """Return the channel, or a new one if it is lost or was opened under other circumstances."""
+        credentials, revoked = self._credentials(), self._revoked()
+        channel = self._channel
+        if self._closed:
+            raise ConnectionLostError(f"the connection to {self._address} has been closed")
+        if (
+            channel is None
+            or channel.lost.is_set()
+            or credentials is not channel.credentials
+            or (revoked and (channel.server is None or channel.server in revoked))
+        ):
+            pinned = self._unrevoked_server(credentials, revoked) if credentials and revoked else None
+            channel = _Channel.open(self._address, credentials, pinned)
+            self._channel = channel  # running calls keep the old one
+            if self._closed:
+                channel.grpc_channel.close()
+        return channel
+
+    def _unrevoked_server(self, credentials: Credentials, revoked: frozenset[int]) -> tuple[int, bytes]:
+        """Return serial number and PEM of the server's certificate. Raises PermissionDeniedError if it was revoked."""
+        try:
+            serial, pem = server_certificate(credentials.authority, lambda: open_connection(self._address, _LOOK_UP_S))
+        except OSError as error:
+            raise ConnectionLostError(
+                f"the server at {self._address} does not answer ({error})",
+                fix="check that the server runs and that this machine can reach it",
+            ) from None
+        if serial in revoked:
+            raise PermissionDeniedError(
+                f"the certificate of the server at {self._address} was revoked (serial number {serial:x})",
+                where="rule certificate: the server's is not revoked",
+                fix="ask who runs the server: somebody may be posing as it; else it needs a new certificate",
+            )
+        return serial, pem
+
     def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
         if not self._plain:
             return ()
@@ -137,8 +179,8 @@ class GrpcTransport:
 
     def close(self) -> None:
         """Close the connection and end its calls."""
-        with self._lock:
-            self._closed = True
+        self._closed = True
+        if self._channel is not None:
             self._channel.grpc_channel.close()
 
 
@@ -151,19 +193,21 @@ class _Channel:
     streamed: Mapping[str, Any]
     lost: threading.Event
     credentials: Credentials | None
+    server: int | None = None  # serial number of the only certificate that it accepts; None: any of the authority
 
     @classmethod
-    def open(cls, address: str, credentials: Credentials | None) -> _Channel:
-        client = [*_CLIENT, ("grpc.enable_http_proxy", 0)] if _is_loopback(address) else _CLIENT
+    def open(cls, address: str, credentials: Credentials | None, pinned: tuple[int, bytes] | None = None) -> _Channel:
+        client = [*_CLIENT, ("grpc.enable_http_proxy", 0)] if is_loopback(address) else _CLIENT
         if credentials is None:
             channel = grpc.insecure_channel(address, options=client)
         else:
-            tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
+            trusted = pinned[1] if pinned else credentials.authority  # BoringSSL takes a leaf as an anchor, too
+            tls = grpc.ssl_channel_credentials(trusted, credentials.key, credentials.certificate)
             options = [*client, ("grpc.ssl_target_name_override", SERVER_NAME)]
             channel = grpc.secure_channel(address, tls, options=options)
         single = {m: channel.unary_stream(_path(m), None, None) for m in _ALL_METHODS}
         streamed = {m: channel.stream_stream(_path(m), None, None) for m in _ALL_METHODS}
-        return cls(channel, single, streamed, threading.Event(), credentials)
+        return cls(channel, single, streamed, threading.Event(), credentials, pinned[0] if pinned else None)
 
 
 @dataclass(frozen=True)
@@ -381,36 +425,6 @@ def _abort(context: Any, error: FederationError, plain: bool) -> None:
 def _shortened(text: str, max_bytes: int) -> str:
     data = text.encode(errors="replace")
     return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + " ..."
-
-
-def proxy_variable(address: str) -> str | None:
-    """Return the environment variable whose proxy gRPC uses for connections to an address.
-
-    Args:
-        address: The server's "host:port".
-
-    Returns:
-        Name of the variable, or None if connections are direct.
-    """
-    host = _host(address)
-    given = {name: os.environ.get(name, "") for name in ("no_grpc_proxy", "no_proxy", *_PROXIES)}
-    exempt = (given["no_grpc_proxy"] or given["no_proxy"]).split(",")
-    if _is_loopback(address) or any(host.endswith(name.strip()) for name in exempt if name.strip()):
-        return None
-    return next((name for name in _PROXIES if given[name]), None)
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")
-
-
-def _is_loopback(address: str) -> bool:
-    """Whether an address is this machine's own. No proxy can reach it."""
-    host = _host(address)
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _federation_error(error: Any, address: str, plain: bool) -> FederationError:

@@ -18,6 +18,7 @@ import grpc
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.transport.base import Credentials
+from fl_runtime.version import SERVER_NAME
 
 _RECORD_ALERT = 0x15
 _TIMEOUT_S = 5.0
@@ -81,6 +82,34 @@ def server_credentials(load: Callable[[], Credentials]) -> Any:
         return configuration(newest)
 
     return grpc.dynamic_ssl_server_credentials(configuration(current), fetch, require_client_authentication=True)
+
+
+def server_certificate(
+    authority: bytes, connect: Callable[[], socket.socket], server_name: str = SERVER_NAME
+) -> tuple[int, bytes]:
+    """Fetch the certificate of a server by a TLS handshake, and verify that the authority signed it.
+
+    Args:
+        authority: Certificate of the authority, as PEM.
+        connect: Opens a connection to the server.
+        server_name: Name that the certificate must have.
+
+    Returns:
+        Serial number and PEM of the server's certificate.
+
+    Raises:
+        OSError: If the server cannot be reached, or has no such certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=authority.decode())
+    context.set_alpn_protocols(["h2"])
+    # without a certificate of our own: the server refuses that, but has shown its own before
+    with connect() as plain, context.wrap_socket(plain, server_hostname=server_name) as secured:
+        fields, der = secured.getpeercert(), secured.getpeercert(binary_form=True)
+    if not fields or der is None:
+        raise ssl.SSLError("the server has shown no certificate")
+    return int(str(fields["serialNumber"]), 16), ssl.DER_cert_to_PEM_cert(der).encode()
 
 
 def refuses_old_tls(host: str, port: int) -> bool:

@@ -7,7 +7,7 @@ kit/
     certificate.pem         the participant's certificate; replaced when it is renewed
     key.pem                 its private key, mode 0600; `cert request` makes it here
     policy.yml              sites only: what may leave the site; the site edits it
-    crl.pem                 server only: the revocation list
+    crl.pem                 the newest revocation list; newer ones come with the server's answers
     audit.jsonl, audit.head, log-counter.json   server and sites: the audit log, its signature, and the number of lines
     origin.pem, roots.json  after a rotation of the authority, see roots/kit_roots.py
 """
@@ -39,6 +39,7 @@ from fl_runtime.trust.certificates import (
 from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
+from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, read_roots, take_up
 from fl_runtime.trust.roots.rotation import past_statements
 from fl_runtime.trust.roots.staging import read_settled
@@ -106,8 +107,7 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
         write_file(folder / CERTIFICATE, authority.issue(identity, key.public_key()))
     if identity.kind == "site" and not (folder / POLICY_FILE).exists():
         write_file(folder / POLICY_FILE, TEMPLATE.encode())
-    if identity.kind == "server":
-        write_file(folder / CRL, (authority.folder / CRL).read_bytes())
+    RevocationList(folder / CRL, authority.roots).install(authority.crl, str(authority.folder))
 
 
 def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
@@ -166,6 +166,7 @@ def _read_kit(folder: Path, kind: str) -> StartupKit:
         )
     ca = (folder / CA).read_bytes()
     certificate = checked_certificate(certificate_file.read_bytes(), ca, identity, str(certificate_file))
+    _finish_install(folder, certificate)
     check_private(key_file)
     if fingerprint(_key(key_file).public_key()) != certificate.fingerprint:
         raise ConfigError(
@@ -341,11 +342,8 @@ def install(folder: Path, pem: bytes, where: str) -> Certificate:
     for name in (FRESH_KEY, KEY):
         path = folder / name
         if path.exists() and fingerprint(_key(path).public_key()) == certificate.fingerprint:
-            if name == FRESH_KEY:
-                write_file(folder / KEY, path.read_bytes(), secret=True)
-                path.unlink()
-                (folder / REQUEST).unlink(missing_ok=True)
-            write_file(folder / CERTIFICATE, pem)
+            write_file(folder / CERTIFICATE, pem)  # first: `_finish_install` goes on from here after a crash
+            _finish_install(folder, certificate)
             return certificate
     raise ConfigError(
         "the certificate is for a key that this kit does not have",
@@ -356,3 +354,12 @@ def install(folder: Path, pem: bytes, where: str) -> Certificate:
 
 def _key(path: Path) -> PrivateKey:
     return read_key(read_file(path, "private key"), str(path))
+
+
+def _finish_install(folder: Path, certificate: Certificate) -> None:
+    """Put the new key in its place, if the certificate is for it. Also after an `install` that was interrupted."""
+    fresh = folder / FRESH_KEY
+    if fresh.exists() and fingerprint(_key(fresh).public_key()) == certificate.fingerprint:
+        write_file(folder / KEY, fresh.read_bytes(), secret=True)
+        fresh.unlink()
+        (folder / REQUEST).unlink(missing_ok=True)

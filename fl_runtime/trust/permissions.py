@@ -60,6 +60,7 @@ TABLE: Mapping[str, Rule] = {
         "delete a job that has ended, with its results",
         {"project-admin": "any", "lead": "own"},
     ),
+    "Revocations": Rule("fetch the revocation list", _EVERYBODY),
     "Revoke": Rule("put a newer revocation list in force", {"project-admin": "any"}),
 }
 """Call -> rule. Calls that are missing here are refused to everyone."""

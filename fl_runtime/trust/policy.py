@@ -29,7 +29,7 @@ filters: []
 #  - {name: RoundMetrics, decimals: 2}
 #  - {name: Examples, equal: true}
 
-# Name patterns of the tensors that may leave this site; "adapters" stands for those of PEFT adapters.
+# Name patterns of the tensors that may leave this site. `exchange: adapters` stands for those of PEFT adapters.
 # exchange: ["encoder.*"]
 
 # Whether this site's own weights may become the initial global model. Filters are not applied to them.

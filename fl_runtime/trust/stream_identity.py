@@ -19,7 +19,8 @@ from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.text import parse_json
 from fl_runtime.trust.certificates import check_issued_by, read_certificate, read_key, sign, signed_by
 from fl_runtime.trust.files import read_file
-from fl_runtime.trust.kits import KEY, known_roots, read_kit
+from fl_runtime.trust.kits import CRL, KEY, known_roots, read_kit
+from fl_runtime.trust.revocation import RevocationList
 
 _PURPOSE = b"fl-adapters stream key 1"
 
@@ -83,12 +84,21 @@ class StreamIdentity:
             valid = valid and signed_by(pem, _statement(public, peer, self._me.name, stream), signature)
         except (ValueError, KeyError, TypeError, AssertionError, FederationError):
             valid, public = False, b""
+        if valid and certificate.serial in self._revoked():
+            raise ConnectionLostError(
+                f"the key for the stream {stream} is signed with a certificate of the site {peer} that was revoked",
+                fix=f"{peer} needs a new certificate; the server should not have let it take part: ask who runs it",
+            )
         if not valid:
             raise ConnectionLostError(
                 f"the key for the stream {stream} is not signed by the site {peer}",
                 fix="the server, or someone on the way to it, may be trying to read the stream: ask who runs it",
             )
         return public
+
+    def _revoked(self) -> RevocationList:
+        """The list in the kit, read each time: a newer one may have come."""
+        return RevocationList(self._folder / CRL, known_roots(self._folder).roots)
 
 
 def _statement(public: bytes, sender: str, receiver: str, stream: str) -> bytes:

@@ -45,6 +45,7 @@ def kit_checks(folder: Path) -> Iterator[Check]:
     yield Check("startup kit", "ok", f"{kit.identity} in {kit.identity.federation}; files, key and signature are good")
     yield _authority(kit)
     yield _certificate(kit.certificate)
+    yield _revocation_list(kit)
     if kit.identity.kind == "site":
         try:
             read_policy(kit.policy_file)
@@ -82,6 +83,24 @@ def _certificate(certificate: Certificate) -> Check:
             "certificate", "note", until, "have the authority run `fl-adapters cert renew`, then `cert install`"
         )
     return Check("certificate", "ok", until)
+
+
+def _revocation_list(kit: StartupKit) -> Check:
+    from fl_runtime.trust.kits import CA, CRL
+    from fl_runtime.trust.revocation import RevocationList
+
+    server = kit.identity.kind == "server"
+    try:
+        current = RevocationList(kit.folder / CRL, (kit.folder / CA).read_bytes(), required=server).current
+    except FederationError as error:
+        return Check("revocation list", "problem", f"{error.what} ({error.where})", error.fix)
+    if current is None:
+        return Check("revocation list", "ok", "none yet; the server sends it with the first call")
+    detail = f"number {current.number}, counts until {current.ends:%Y-%m-%d %H:%M} UTC"
+    fix = "have the authority run `fl-adapters cert crl`, with the kit of a project admin"
+    if current.has_ended:
+        return Check("revocation list", "problem" if server else "note", detail, fix)
+    return Check("revocation list", "note" if current.ends_soon else "ok", detail, fix if current.ends_soon else "")
 
 
 def _listening(listen: str) -> Check:
@@ -150,7 +169,7 @@ def _handshake(kit: StartupKit, host: str, port: int) -> str:
 
 def _clock(kit: StartupKit) -> Check:
     from fl_runtime.client.control import ControlClient
-    from fl_runtime.transport.grpc import proxy_variable
+    from fl_runtime.transport.proxies import proxy_variable
 
     control = ControlClient.of_kit(kit.folder, kit.address)
     try:

@@ -145,12 +145,9 @@ def _leave(
 ) -> None:
     """Leave a training of the job for good, in the name of the site."""
     from fl_runtime.client import SiteClient
-    from fl_runtime.transport.grpc import GrpcTransport
-    from fl_runtime.transport.tls import FileCredentials
+    from fl_runtime.client.kit_transport import KitTransport
 
-    client = SiteClient(
-        GrpcTransport(kit.server, credentials=FileCredentials(Path(kit.credentials))), _PATIENCE_S, own_patience=True
-    )
+    client = SiteClient(KitTransport(Path(kit.credentials), kit.server), _PATIENCE_S, own_patience=True)
     try:
         client.join(job, training)
         client.leave(site.record_leaving(LeaveReason.of(reason), early=early), early=early)

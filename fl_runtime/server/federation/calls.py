@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from fl_runtime.trust import permissions
 from fl_runtime.trust.audit import Witness
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
+from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.version import VERSION
 
 ABORT_S = 10.0
@@ -42,6 +44,7 @@ class JobCalls:
         audit: The log that calls of admins are put on.
         witness: Takes note of the ends of the sites' audit logs, and tells that of the server's own.
         roots: Answers the calls about roots.
+        revoked: The revocation list, for those who ask for it.
         revoke: Puts a revocation list in force, and returns the names of participants that are revoked.
     """
 
@@ -52,9 +55,11 @@ class JobCalls:
         audit: AuditSummary,
         witness: Witness,
         roots: RootCalls,
+        revoked: RevocationList,
         revoke: Callable[[bytes], list[str]],
     ) -> None:
-        self._kit, self._queue, self._audit, self._witness, self._put_in_force = kit, queue, audit, witness, revoke
+        self._kit, self._queue, self._audit, self._witness = kit, queue, audit, witness
+        self._revoked, self._put_in_force = revoked, revoke
         self._answers: Mapping[str, Callable[[Identity, Peer, _Fields], Iterator[_Fields | bytes]]] = {
             "Assignment": self._assignment,
             "RefuseJob": self._refuse_job,
@@ -67,6 +72,7 @@ class JobCalls:
             "Watch": self._watch,
             "Download": self._download,
             "Revoke": self._revoke,
+            "Revocations": self._revocations,
             "Roots": roots.newer,
             "HandOutRoots": roots.hand_out,
         }
@@ -74,7 +80,7 @@ class JobCalls:
     def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
         """Answer a call about jobs. The guard has established who is calling, and that the call is allowed."""
         fields = read_object(request, _PACKAGE_BYTES if method == "HandOutRoots" else REQUEST_BYTES)
-        if caller.kind == "admin" and method != "Roots":
+        if caller.kind == "admin" and method not in ("Roots", "Revocations"):
             self._audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
         elif "log" in fields:
             self._witness.take(fields["log"], "site", caller)
@@ -248,6 +254,15 @@ class JobCalls:
 
     def _revoke(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         yield {"ended": self._put_in_force(field(fields, "crl", str).encode())}
+
+    def _revocations(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        """Answer with the revocation list, if the caller's is older. Numbers are texts, since they may be long."""
+        current = self._revoked.current
+        if current is None:
+            raise ConfigError("there is no revocation list", fix="copy crl.pem from the authority's folder")
+        known = str(fields.get("number", ""))[:50]
+        older = not re.fullmatch(r"[0-9]+", known) or int(known) < current.number
+        yield {"number": str(current.number), **({"crl": current.pem.decode()} if older else {})}
 
 
 def _loggable(fields: _Fields) -> _Fields:

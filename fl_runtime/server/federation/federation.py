@@ -16,8 +16,10 @@ from fl_runtime.server.federation.guard import Guard
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.queue import JobQueue, ReadJob
 from fl_runtime.server.federation.quota import CALLS_EACH, HELD_EACH
+from fl_runtime.server.federation.renewals import Renewals
 from fl_runtime.server.federation.root_calls import RootCalls
 from fl_runtime.server.federation.roots import RootsAtServer
+from fl_runtime.server.federation.validity import Validity
 from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import AuditLog, Witness
@@ -70,13 +72,15 @@ class FederationServer:
         self._audit.log.ship_to(syslog)
         self.queue = JobQueue(kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name))
         roots = RootsAtServer(kit)
-        revoked = RevocationList(kit.folder / CRL, roots)
+        revoked = RevocationList(kit.folder / CRL, roots, required=True)
+        renewals = Renewals(kit.folder / "renewals.json")
+        validity = Validity(kit.identity.federation, roots, revoked, renewals, self._audit)
         witness = Witness(self._audit.log, kit.folder, kit.identity)
         root_calls = RootCalls(roots, self.queue, self._audit.log, lambda: self._guard.end_invalid_calls())
-        calls = JobCalls(kit, self.queue, self._audit, witness, root_calls, lambda crl: self._guard.put_in_force(crl))
-        self._guard = Guard(
-            self, calls, kit.identity.federation, roots, revoked, self._audit, self._expel, self._go_on_without
+        calls = JobCalls(
+            kit, self.queue, self._audit, witness, root_calls, revoked, lambda crl: self._guard.put_in_force(crl)
         )
+        self._guard = Guard(self, calls, validity, self._audit, self._expel, self._go_on_without)
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:

@@ -7,18 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Protocol
 
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.quota import CALLS_EACH, HOLD_S, CallAccount, Quotas
-from fl_runtime.server.federation.roots import RootsAtServer
+from fl_runtime.server.federation.validity import Validity
 from fl_runtime.transport.base import METHODS, Peer, Service
 from fl_runtime.trust import permissions
-from fl_runtime.trust.certificates import Certificate, is_issued_by, read_certificate
+from fl_runtime.trust.certificates import Certificate, read_certificate
 from fl_runtime.trust.identity import Identity
-from fl_runtime.trust.revocation import RevocationList
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +45,13 @@ class Guard:
     """A service that passes on the calls that the table of permissions and the caller's quota allow.
 
     Every second it ends the calls whose certificate has expired or was revoked, or is of a root that was retired.
-
-    Attributes:
-        roots: The trusted roots.
     """
 
     def __init__(
         self,
         service: Service,
         control: Control,
-        federation: str,
-        roots: RootsAtServer,
-        revoked: RevocationList,
+        validity: Validity,
         audit: AuditSummary,
         on_expelled: Callable[[str, str], None],
         on_over: Callable[[str, str], None],
@@ -68,16 +61,13 @@ class Guard:
         Args:
             service: Answers the calls within a job.
             control: Answers the calls about jobs.
-            federation: Name of the federation whose certificates count.
-            roots: The trusted roots.
-            revoked: The list of revoked certificates.
+            validity: Tells which certificates count.
             audit: Takes every refusal to the audit log.
             on_expelled: Called with a participant's name and a reason when its certificate was revoked.
             on_over: Called with a participant's name and a reason when a call of a job is over its quota.
         """
-        self._service, self._control, self._federation = service, control, federation
-        self.roots, self._revoked, self._audit, self._on_expelled = roots, revoked, audit, on_expelled
-        self._on_over = on_over
+        self._service, self._control, self._validity = service, control, validity
+        self._audit, self._on_expelled, self._on_over = audit, on_expelled, on_over
         self._lock = threading.Lock()
         self._open: dict[object, tuple[Certificate, Peer]] = {}
         self._quotas = Quotas()
@@ -94,16 +84,17 @@ class Guard:
         try:
             certificate = read_certificate(peer.certificate)
             who = certificate.identity
-            void = f"{certificate.serial:x}" if self._why_invalid(certificate) else ""
+            void = f"{certificate.serial:x}" if self._validity.fault(certificate) else ""
             account = self._quotas.account(who, method, void=void)
             account.begin()
-            self._check(certificate)
+            self._validity.check(certificate)
             if peer.fault:
                 raise PermissionDeniedError(
                     f"{who} may not call: {peer.fault}", where="rule transport: TLS 1.3", fix="use TLS 1.3"
                 )
             self._seen[certificate.serial], self._known[who.name] = certificate, who
             permissions.check(who, method)
+            self._validity.check_call(certificate, method)
             with self._counted(certificate, peer, account):
                 named = replace(peer, name=who.name, account=account)
                 messages = account.counted(requests)
@@ -138,7 +129,7 @@ class Guard:
         Returns:
             Names of the revoked participants that had called before.
         """
-        self._revoked.install(crl)
+        self._validity.revoked.install(crl)
         return self.end_invalid_calls()
 
     def who(self, name: str) -> Identity | None:
@@ -149,31 +140,6 @@ class Guard:
         self._closed.set()
         self._watcher.join()
         self._audit.sum_up(everything=True)
-
-    def _check(self, certificate: Certificate) -> None:
-        reason = self._why_invalid(certificate)
-        if reason:
-            raise PermissionDeniedError(
-                f"{certificate.identity} may not call: {reason}",
-                where=f"rule certificate: {reason}",
-                fix="ask for a new certificate and install it with `fl-adapters cert install`",
-            )
-        if certificate.identity.federation != self._federation:
-            raise PermissionDeniedError(
-                f"{certificate.identity} belongs to {certificate.identity.federation}, not to {self._federation}",
-                where="rule certificate: the federation's own",
-                fix="use the kit of this federation",
-            )
-
-    def _why_invalid(self, certificate: Certificate) -> str:
-        if certificate.serial in self._revoked:
-            return "its certificate was revoked"
-        if not is_issued_by(certificate.pem, self.roots()):
-            return "its certificate is of a root that was retired"
-        now = datetime.now(UTC)
-        if now > certificate.not_after:
-            return f"its certificate expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC"
-        return "its certificate is not valid yet" if now < certificate.not_before else ""
 
     @contextmanager
     def _counted(self, certificate: Certificate, peer: Peer, account: CallAccount) -> Iterator[None]:
@@ -198,8 +164,7 @@ class Guard:
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):
             try:
-                if self._revoked.refresh():
-                    self._audit.write("revocation list read", serials=[f"{item:x}" for item in self._revoked.serials])
+                self._validity.refresh()
                 self.end_invalid_calls()
                 self._audit.sum_up()
             except FederationError as error:
@@ -212,14 +177,14 @@ class Guard:
             Names of the revoked participants that had called before.
         """
         with self._lock:
-            invalid = [(item, peer, why) for item, peer in self._open.values() if (why := self._why_invalid(item))]
-            revoked = [self._seen.pop(serial) for serial in self._revoked.serials & self._seen.keys()]
+            invalid = [(item, peer, why) for item, peer in self._open.values() if (why := self._validity.fault(item))]
+            revoked = [self._seen.pop(serial) for serial in self._validity.revoked.serials & self._seen.keys()]
         for item in revoked:
             self._on_expelled(item.identity.name, "its certificate was revoked")
         ended = {item.serial: (item, why) for item, _, why in invalid}
         for item, why in [
             *ended.values(),
-            *((item, self._why_invalid(item)) for item in revoked if item.serial not in ended),
+            *((item, self._validity.fault(item)) for item in revoked if item.serial not in ended),
         ]:
             self._audit.write("calls ended", item.identity, rule=f"certificate: {why}", error=f"{item.identity}: {why}")
         for _, peer, _ in invalid:

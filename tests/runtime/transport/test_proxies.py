@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from fl_adapters.cli.doctor import kit_checks
 from fl_runtime.errors import ConnectionLostError
-from fl_runtime.transport.grpc import proxy_variable
+from fl_runtime.transport.proxies import open_connection, proxy_variable
 
 DEAD = "http://127.0.0.1:9"
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy")
@@ -54,3 +57,35 @@ def test_the_doctor_names_a_proxy_that_may_be_in_the_way(monkeypatch: pytest.Mon
     assert check.status == "problem"
     assert "$https_proxy" in check.fix
     assert "fl.example.org to $no_proxy" in check.fix
+
+
+def test_our_own_connections_take_the_proxy_that_grpc_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy is on the loopback; it gets the secret of its URL, and what follows its answer is the server's."""
+    asked: list[bytes] = []
+
+    def answer(status: bytes) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += connection.recv(1000)
+            asked.append(head)
+            connection.sendall(b"HTTP/1.1 " + status + b"\r\nVia: here\r\n\r\nhello of the server")
+
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("https_proxy", f"http://ada:s%40fe@127.0.0.1:{listener.getsockname()[1]}")
+        for status in (b"200 OK", b"403 Forbidden"):
+            thread = threading.Thread(target=answer, args=(status,))
+            thread.start()
+            if status == b"200 OK":
+                with open_connection("fl.example.org:8443", 30.0) as connection:
+                    assert connection.recv(1000) == b"hello of the server"
+            else:
+                with pytest.raises(OSError, match=r"the proxy in \$https_proxy refuses"):
+                    open_connection("fl.example.org:8443", 30.0)
+            thread.join()
+    lines = asked[0].decode().split("\r\n")
+    assert lines[:2] == ["CONNECT fl.example.org:8443 HTTP/1.1", "Host: fl.example.org:8443"]
+    assert base64.b64decode(lines[2].removeprefix("Proxy-Authorization: Basic ")) == b"ada:s@fe"

@@ -21,7 +21,7 @@ from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
-LOG_FILES = (LOG_FILE, HEAD_FILE, COUNTER_FILE)
+LOG_FILES = (LOG_FILE, HEAD_FILE, COUNTER_FILE, "renewals.json")
 W = {"body": np.zeros((4, 3), np.float32), "head": np.ones(3, np.float32)}
 
 

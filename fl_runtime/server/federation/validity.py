@@ -1,0 +1,123 @@
+"""Which certificates count at the server: issued by a trusted root, in time, not revoked, and not replaced."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+
+from fl_runtime.errors import PermissionDeniedError
+from fl_runtime.server.federation.audit_summary import AuditSummary
+from fl_runtime.server.federation.renewals import Renewals
+from fl_runtime.server.federation.roots import RootsAtServer
+from fl_runtime.transport.base import BEGINNINGS
+from fl_runtime.trust.certificates import Certificate, is_issued_by
+from fl_runtime.trust.revocation import RevocationList
+
+log = logging.getLogger(__name__)
+
+_ALWAYS = ("Roots", "Revocations")  # calls by which a participant gets a newer certificate or list
+_SIGN_LIST = "where the authority is, run `fl-adapters cert crl --authority FOLDER --kit KIT` with an admin's kit"
+
+
+class Validity:
+    """Tells which certificates count.
+
+    Args:
+        federation: Name of the federation whose certificates count.
+        roots: The trusted roots.
+        revoked: The list of revoked certificates.
+        renewals: The certificates that were replaced by renewed ones.
+        audit: Takes notes about the revocation list to the audit log.
+
+    Attributes:
+        revoked: The list of revoked certificates.
+    """
+
+    def __init__(
+        self,
+        federation: str,
+        roots: RootsAtServer,
+        revoked: RevocationList,
+        renewals: Renewals,
+        audit: AuditSummary,
+    ) -> None:
+        self._federation, self._roots, self.revoked, self._renewals = federation, roots, revoked, renewals
+        self._audit = audit
+        self._list_state = ""
+
+    def fault(self, certificate: Certificate) -> str:
+        """Return why a certificate does not count, also for calls that are open; "" if it does."""
+        if certificate.serial in self.revoked:
+            return "its certificate was revoked"
+        if not is_issued_by(certificate.pem, self._roots()):
+            return "its certificate is of a root that was retired"
+        now = datetime.now(UTC)
+        if now > certificate.not_after:
+            return f"its certificate expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC"
+        return "its certificate is not valid yet" if now < certificate.not_before else ""
+
+    def check(self, certificate: Certificate) -> None:
+        """Check that a certificate counts. Raises PermissionDeniedError if it does not."""
+        reason = self.fault(certificate)
+        if reason:
+            raise PermissionDeniedError(
+                f"{certificate.identity} may not call: {reason}",
+                where=f"rule certificate: {reason}",
+                fix="ask for a new certificate and install it with `fl-adapters cert install`",
+            )
+        if certificate.identity.federation != self._federation:
+            raise PermissionDeniedError(
+                f"{certificate.identity} belongs to {certificate.identity.federation}, not to {self._federation}",
+                where="rule certificate: the federation's own",
+                fix="use the kit of this federation",
+            )
+
+    def check_call(self, certificate: Certificate, method: str) -> None:
+        """Check what a new call needs besides, and note that the certificate is in use.
+
+        Args:
+            certificate: The caller's certificate, which counts.
+            method: Name of the call.
+
+        Raises:
+            PermissionDeniedError: If a renewed certificate is in use, or something would begin on the word of a
+                revocation list that has ended. Calls that are open go on.
+        """
+        since = self._renewals.replaced_since(certificate)
+        if since is not None and method not in _ALWAYS:
+            raise PermissionDeniedError(
+                f"{certificate.identity} may not call: its certificate was replaced by a renewed one, in use since "
+                f"{since:%Y-%m-%d %H:%M} UTC",
+                where="rule certificate: the newest of its key",
+                fix="install the renewed certificate with `fl-adapters cert install` wherever this kit is used",
+            )
+        current = self.revoked.current
+        if method in BEGINNINGS and current is not None and current.has_ended:
+            raise PermissionDeniedError(
+                f"{certificate.identity} can begin nothing: the federation's revocation list ended on "
+                f"{current.ends:%Y-%m-%d %H:%M} UTC",
+                where="rule certificate: a revocation list that counts",
+                fix=_SIGN_LIST,
+            )
+
+    def refresh(self) -> None:
+        """Read the revocation list again if its file has changed, and say once that it ends soon or has ended.
+
+        Raises:
+            ConfigError: If the file is not valid; once for each change. The list in force stays in force.
+        """
+        self._warn_of_end()
+        if self.revoked.refresh():
+            self._audit.write("revocation list read", serials=[f"{item:x}" for item in self.revoked.serials])
+
+    def _warn_of_end(self) -> None:
+        current = self.revoked.current
+        state = "" if current is None else "ended" if current.has_ended else "ends soon" if current.ends_soon else ""
+        if state and state != self._list_state and current is not None:
+            when = f"{current.ends:%Y-%m-%d %H:%M} UTC"
+            self._audit.write(f"revocation list {state}", number=str(current.number), ends=when)
+            verb = "ended" if state == "ended" else "ends"
+            log.warning(
+                "the revocation list %s on %s; without a newer one nothing can begin: %s", verb, when, _SIGN_LIST
+            )
+        self._list_state = state
