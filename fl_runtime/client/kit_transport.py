@@ -16,6 +16,7 @@ from fl_runtime.transport.tls import FileCredentials
 from fl_runtime.trust.files import read_file
 from fl_runtime.trust.kits import CA, CRL
 from fl_runtime.trust.revocation import RevocationList
+from fl_runtime.trust.roots.staging import read_settled
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,16 @@ class KitTransport:
 
     def __init__(self, folder: Path, address: str) -> None:
         credentials = FileCredentials(folder)
-        self._revoked = RevocationList(folder / CRL, lambda: read_file(folder / CA, "authority's certificate"))
+        self._folder = folder
+        self._revoked = read_settled(folder, lambda: RevocationList(folder / CRL, self._roots))
         self._grpc = GrpcTransport(address, credentials=credentials, revoked=lambda: self._revoked.serials)
         self._fetching = threading.Lock()
         self._fetched_at: float | None = None
         self._said = ""  # what was warned of last, since it is asked again and again
+
+    def _roots(self) -> bytes:
+        """The trusted roots, read each time: they change with a rotation of the authority."""
+        return read_file(self._folder / CA, "authority's certificate")
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
         """Start a call, see `Transport.call`.

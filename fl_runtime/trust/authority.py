@@ -31,6 +31,7 @@ from fl_runtime.trust.certificates import (
     PublicKey,
     authority_fingerprint,
     is_encrypted,
+    is_issued_by,
     key_pem,
     load,
     read_certificate,
@@ -244,14 +245,15 @@ class Authority:
         return {int(serial, 16): when for serial, when in entries.items()}
 
     def counting(self, name: str) -> Iterator[Certificate]:
-        """Yield the certificates of a participant that count: neither revoked nor expired, oldest first.
+        """Yield the certificates of a participant that count: of a trusted root, not revoked or expired; oldest first.
 
         Args:
             name: Name of the participant.
         """
         revoked, now = self.revoked(), datetime.now(UTC)
         for item in self.issued():
-            if item.identity.name == name and item.serial not in revoked and now < item.not_after:
+            valid = item.serial not in revoked and now < item.not_after
+            if item.identity.name == name and valid and is_issued_by(item.pem, self.roots):
                 yield item
 
     def revoke(self, name: str) -> tuple[list[Certificate], bytes]:

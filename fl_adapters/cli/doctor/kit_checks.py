@@ -168,14 +168,14 @@ def _handshake(kit: StartupKit, host: str, port: int) -> str:
 
 
 def _clock(kit: StartupKit) -> Check:
-    from fl_runtime.client.control import ControlClient
+    from fl_adapters.cli.federation.connection import connected
     from fl_runtime.transport.proxies import proxy_variable
 
-    control = ControlClient.of_kit(kit.folder, kit.address)
     try:
-        before = time.time()
-        server = float(control.ask("Status")["time"])
-        apart = abs(server - (before + time.time()) / 2)
+        with connected(kit) as control:
+            before = time.time()
+            server = float(control.ask("Status")["time"])
+            apart = abs(server - (before + time.time()) / 2)
     except ConnectionLostError as error:
         fix = "the server refuses this certificate: check whether it is expired, revoked, or from another federation"
         proxy = proxy_variable(kit.address)
@@ -185,8 +185,6 @@ def _clock(kit: StartupKit) -> Check:
         return Check("server", "problem", error.what, fix)
     except FederationError as error:
         return Check("server", "problem", error.what, error.fix)
-    finally:
-        control.close()
     if apart > _CLOCK_S:
         return Check(
             "clock", "problem", f"{apart:.0f} s apart from the server's clock", "set this machine's clock, best by NTP"

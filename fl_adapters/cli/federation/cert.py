@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fl_adapters.cli.federation.connection import connected
 from fl_adapters.cli.federation.passphrase import open_authority
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
@@ -203,22 +204,19 @@ def _told(authority: Any) -> str:
 
 def _push(authority: Any, admin: Any) -> dict[str, Any]:
     """Send the authority's list to the server, with an admin's kit. Returns the server's answer."""
-    from fl_runtime.client.control import ControlClient
     from fl_runtime.errors import FederationError
 
     if admin is None:
         return {}
-    control = ControlClient.of_kit(admin.folder, admin.address)
     try:
-        return control.ask("Revoke", crl=authority.crl.decode())
+        with connected(admin) as control:
+            return control.ask("Revoke", crl=authority.crl.decode())
     except FederationError as error:
         raise type(error)(
             f"the list is signed, but the server does not have it: {error.what}",
             where=error.where,
             fix=f"as soon as the server answers, run the same command again, or {_told(authority)}",
         ) from None
-    finally:
-        control.close()
 
 
 def listing(authority_folder: Path, as_json: bool) -> int:
@@ -226,6 +224,7 @@ def listing(authority_folder: Path, as_json: bool) -> int:
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.authority import Authority
+        from fl_runtime.trust.certificates import is_issued_by
 
         authority = Authority(authority_folder)
         revoked, issued = authority.revoked(), list(authority.issued())
@@ -237,6 +236,8 @@ def listing(authority_folder: Path, as_json: bool) -> int:
                 state, counts = f"revoked {revoked[item.serial]}", False
             elif item.not_after < datetime.now(UTC):
                 state, counts = "expired", False
+            elif not is_issued_by(item.pem, authority.roots):
+                state, counts = "of a root that was retired", False
             elif later[-1].serial != item.serial:
                 state = "renewed; counts until the renewed one is used"
             elif item.expires_soon:

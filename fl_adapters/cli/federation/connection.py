@@ -27,11 +27,10 @@ def connected(kit: StartupKit) -> Iterator[ControlClient]:
     Raises:
         FederationError: The server is out of reach, or refuses the kit.
     """
+    from fl_runtime.client.kit_transport import KitTransport
     from fl_runtime.client.roots import take_up_new_roots
-    from fl_runtime.transport.grpc import GrpcTransport
-    from fl_runtime.transport.tls import FileCredentials
 
-    transport = GrpcTransport(kit.address, credentials=FileCredentials(kit.folder))
+    transport = KitTransport(kit.folder, kit.address)
     with closing(ControlClient(transport)) as control:
         try:
             if take_up_new_roots(kit.folder, transport):

@@ -45,7 +45,7 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
             _say(f"job {job['job']}, submitted by {job['submitted_by']}")
             _check(site, kit, job)
             status = _run(site, kit, job, command, results)
-            with closing(ControlClient.of_kit(kit_folder, kit.server)) as control:
+            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.server))) as control:
                 _report_early_end(control, site, kit, job, status)
         if as_json:
             show_json({"job": job["job"], "site": kit.site, "status": status})
@@ -145,9 +145,10 @@ def _leave(
 ) -> None:
     """Leave a training of the job for good, in the name of the site."""
     from fl_runtime.client import SiteClient
-    from fl_runtime.client.kit_transport import KitTransport
+    from fl_runtime.client.roots import RenewingTransport
 
-    client = SiteClient(KitTransport(Path(kit.credentials), kit.server), _PATIENCE_S, own_patience=True)
+    transport = RenewingTransport.of_kit(Path(kit.credentials), kit.server)
+    client = SiteClient(transport, _PATIENCE_S, own_patience=True)
     try:
         client.join(job, training)
         client.leave(site.record_leaving(LeaveReason.of(reason), early=early), early=early)

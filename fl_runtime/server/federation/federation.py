@@ -76,7 +76,7 @@ class FederationServer:
         renewals = Renewals(kit.folder / "renewals.json")
         validity = Validity(kit.identity.federation, roots, revoked, renewals, self._audit)
         witness = Witness(self._audit.log, kit.folder, kit.identity)
-        root_calls = RootCalls(roots, self.queue, self._audit.log, lambda: self._guard.end_invalid_calls())
+        root_calls = RootCalls(roots, self.queue, self._audit.log, lambda: self._guard.look_again())
         calls = JobCalls(
             kit, self.queue, self._audit, witness, root_calls, revoked, lambda crl: self._guard.put_in_force(crl)
         )

@@ -164,11 +164,19 @@ class Guard:
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):
             try:
-                self._validity.refresh()
-                self.end_invalid_calls()
+                self.look_again()
                 self._audit.sum_up()
             except FederationError as error:
                 log.warning("%s", error)
+
+    def look_again(self) -> None:
+        """Read roots and revocation list again if their files have changed, and end the calls that are invalid now.
+
+        Raises:
+            ConfigError: If the list is not valid; once for each change. The list in force stays in force.
+        """
+        self._validity.refresh()
+        self.end_invalid_calls()
 
     def end_invalid_calls(self) -> list[str]:
         """End the calls whose certificate is not valid any more. A participant with a renewed one just calls again.

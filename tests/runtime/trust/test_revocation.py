@@ -23,14 +23,14 @@ from fl_adapters.cli.doctor.kit_checks import kit_checks
 from fl_runtime.client import kit_transport
 from fl_runtime.client.control import ControlClient
 from fl_runtime.client.kit_transport import KitTransport
-from fl_runtime.client.roots import take_up_new_roots
+from fl_runtime.client.roots import RenewingTransport, take_up_new_roots
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError
 from fl_runtime.server.federation import renewals
 from fl_runtime.server.federation.roots import install_package
 from fl_runtime.transport.grpc import GrpcServer
 from fl_runtime.transport.tls import FileCredentials
 from fl_runtime.trust.authority import Authority
-from fl_runtime.trust.certificates import is_issued_by
+from fl_runtime.trust.certificates import is_issued_by, pem_list
 from fl_runtime.trust.kits import install, make_request, read_kit, write_kit
 from fl_runtime.trust.revocation import RevocationList, read_list
 from fl_runtime.trust.roots import rotation
@@ -453,3 +453,36 @@ def test_during_a_rotation_old_certificates_and_lists_of_the_old_root_count(stud
         message = StreamIdentity(study.kits / "south").signed(b"k" * 32, "north", "1.1|tracker")
         with pytest.raises(ConnectionLostError, match="south that was revoked"):
             StreamIdentity(each).checked(message, "south", "1.1|tracker")
+
+
+def test_a_process_that_lives_through_a_whole_rotation_is_held_to_the_newest_list(
+    study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kit_transport, "LIST_S", 0.0)
+    kit, idle = study.kits / "north", readdressed(study, "ada")
+    site = RenewingTransport.of_kit(kit, study.address)
+    assert list(site.call("Status", b"{}"))
+    authority = rotation.begin(study.authority)
+    study.admin().ask("HandOutRoots", package=rotation.read_package(authority.folder / rotation.PACKAGE))
+    until(lambda: is_issued_by(read_kit(kit).certificate.pem, authority.pem), "the new root in the kit")
+    assert {check.name: check.status for check in kit_checks(idle)}["clock"] == "ok", "doctor takes it up, too"
+    assert is_issued_by(read_kit(idle).certificate.pem, authority.pem)
+    words = ["--authority", str(authority.folder), "--kit", str(idle), "--json"]
+    without = [word for name in ("olga", "lena", "lars", "mina", "south") for word in ("--without", name)]
+    done = CliRunner().invoke(app, ["authority", "finish", *words, *without])
+    assert done.exit_code == 0, done.output
+    until(lambda: len(pem_list(read_kit(kit).folder.joinpath("ca.pem").read_bytes())) == 1, "one root in the kit")
+    assert list(site.call("Status", b"{}"))
+
+    done = CliRunner().invoke(app, ["cert", "revoke", "south", *words])
+    assert done.exit_code == 0, done.output
+    assert list(site.call("Status", b"{}"))
+    assert (kit / "crl.pem").read_bytes() == authority.crl
+    site.close()
+    assert not caplog.records
+    shown = CliRunner().invoke(app, ["cert", "list", *words[:2], "--json"])
+    rows = json.loads(shown.stdout.splitlines()[-1])["certificates"]
+    retired = [row for row in rows if row["state"] == "of a root that was retired"]
+    assert {"north", "server"} <= {row["name"] for row in retired}
+    assert not any(row["counts"] for row in retired)
+    assert [row["name"] for row in rows if row["counts"]].count("north") == 1
