@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from fl_runtime.server.federation.archive import JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.queue import JobQueue
+from fl_runtime.server.federation.quota import MOST_SLOTS
 from fl_runtime.server.federation.requests import BEAT_S, REQUEST_BYTES, field, names, read_object
 from fl_runtime.server.federation.results import chunks, files_of
 from fl_runtime.server.federation.root_calls import RootCalls
@@ -29,7 +31,6 @@ from fl_runtime.version import VERSION
 ABORT_S = 10.0
 _PACKAGE_BYTES = 2**22  # with the certificates of all participants
 _REASON_CHARS = 500
-_MOST_SLOTS = 1000
 _ENDED_SHOWN = 20
 
 _Fields = Mapping[str, Any]
@@ -93,9 +94,10 @@ class JobCalls:
         """Wait until there is another job for this site, with a sign of life now and then."""
         queue, at_work = self._queue, names(fields, "running")
         slots = fields.get("resources", {}).get("slots") if isinstance(fields.get("resources"), dict) else None
-        if isinstance(slots, int) and 0 < slots <= _MOST_SLOTS:
-            queue.set_slots(caller.name, slots)
-        while True:
+        if isinstance(slots, int) and slots > 0:
+            queue.set_slots(caller.name, min(slots, MOST_SLOTS))
+        left = self._woken_by(peer)
+        while not left.is_set():
             with queue.changed:
                 job = self._work_for(caller.name, at_work)
                 if job is None and not queue.closed:
@@ -120,6 +122,19 @@ class JobCalls:
                 "log": self._witness.statement(caller),
             }
             return
+
+    def _woken_by(self, peer: Peer) -> threading.Event:
+        """An event that is set when the caller ends its call. Whoever waits for the queue is woken then."""
+        left = threading.Event()
+
+        def leave() -> None:
+            left.set()
+            with self._queue.changed:
+                self._queue.changed.notify_all()
+
+        if not peer.when_gone(leave):
+            left.set()
+        return left
 
     def _work_for(self, site: str, at_work: frozenset[str]) -> RunningJob | None:
         """A job that waits for a site and that the site does not run. One in which no process of it is comes first."""

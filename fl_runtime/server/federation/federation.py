@@ -15,7 +15,7 @@ from fl_runtime.server.federation.calls import JobCalls
 from fl_runtime.server.federation.guard import Guard
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.queue import JobQueue, ReadJob
-from fl_runtime.server.federation.quota import CALLS_EACH, HELD_EACH
+from fl_runtime.server.federation.quota import CALLS_A_JOB, HELD_EACH, MOST_SLOTS
 from fl_runtime.server.federation.renewals import Renewals
 from fl_runtime.server.federation.root_calls import RootCalls
 from fl_runtime.server.federation.roots import RootsAtServer
@@ -80,7 +80,7 @@ class FederationServer:
         calls = JobCalls(
             kit, self.queue, self._audit, witness, root_calls, revoked, lambda crl: self._guard.put_in_force(crl)
         )
-        self._guard = Guard(self, calls, validity, self._audit, self._expel, self._go_on_without)
+        self._guard = Guard(self, calls, validity, self._audit, _JobsOfQueue(self.queue))
         self._stop_serving: Callable[[float], None] | None = None
 
     def start(self) -> str:
@@ -96,7 +96,8 @@ class FederationServer:
         from fl_runtime.transport.grpc import GrpcServer
         from fl_runtime.transport.tls import FileCredentials
 
-        threads = (CALLS_EACH + HELD_EACH) * (len(self._kit.sites) + 8) + 16
+        a_participant = 2 * CALLS_A_JOB * MOST_SLOTS + HELD_EACH  # a thread exists once it is needed
+        threads = a_participant * (len(self._kit.sites) + 8)
         server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
         with self.queue.changed:  # sites that call already wait until their jobs go on
             address = server.start(*self._listen)
@@ -127,16 +128,6 @@ class FederationServer:
         self._audit.log.write("server stopped", self._kit.identity)
         self._audit.log.close()
 
-    def _expel(self, name: str, reason: str) -> None:
-        for job in self.queue.running():
-            job.server.expel(name, reason)
-
-    def _go_on_without(self, name: str, reason: str) -> None:
-        """Let the jobs go on without one of their sites, which may join again."""
-        for job in self.queue.running():
-            if name in job.sites:
-                job.server.site_left(name, reason)
-
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer a call within one of the jobs that run. The guard has established who is calling."""
         request = first_request(method, requests)
@@ -162,6 +153,25 @@ class FederationServer:
         for job in (*waiting, *jobs, *self.queue.lately_ended()):
             return job
         raise ConfigError("no job is running", fix="start the script with `fl-adapters run`, which waits for one")
+
+
+class _JobsOfQueue:
+    """The jobs that run, for the guard; see `Jobs` there."""
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+
+    def count_of(self, name: str) -> int:
+        return sum(name in job.sites for job in self._queue.running())
+
+    def expel(self, name: str, reason: str) -> None:
+        for job in self._queue.running():
+            job.server.expel(name, reason)
+
+    def go_on_without(self, name: str, reason: str) -> None:
+        for job in self._queue.running():
+            if name in job.sites:
+                job.server.site_left(name, reason)
 
 
 def _job_named_in(request: Message) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
 from fl_runtime.server.federation.audit_summary import AuditSummary
-from fl_runtime.server.federation.quota import CALLS_EACH, HOLD_S, CallAccount, Quotas
+from fl_runtime.server.federation.quota import CALLS_A_JOB, HOLD_S, CallAccount, Quotas
 from fl_runtime.server.federation.validity import Validity
 from fl_runtime.transport.base import METHODS, Peer, Service
 from fl_runtime.trust import permissions
@@ -41,6 +41,40 @@ class Control(Protocol):
         ...
 
 
+class Jobs(Protocol):
+    """The jobs that run, as the guard sees them. A participant in none of them is passed over."""
+
+    def count_of(self, name: str) -> int:
+        """Return the number of jobs that a participant takes part in."""
+        ...
+
+    def expel(self, name: str, reason: str) -> None:
+        """Take a participant out of its jobs for good, because its certificate was revoked."""
+        ...
+
+    def go_on_without(self, name: str, reason: str) -> None:
+        """Let its jobs go on without a participant that is over its quota. It may join again."""
+        ...
+
+
+@dataclass(eq=False)
+class _OpenCall:
+    """A call that is being answered.
+
+    Attributes:
+        certificate: Its caller's.
+        peer: Its connection.
+        left: Whether the caller has ended it, which the thread that answers it may not have noticed yet.
+    """
+
+    certificate: Certificate
+    peer: Peer
+    left: bool = False
+
+    def leave(self) -> None:
+        self.left = True
+
+
 class Guard:
     """A service that passes on the calls that the table of permissions and the caller's quota allow.
 
@@ -53,8 +87,7 @@ class Guard:
         control: Control,
         validity: Validity,
         audit: AuditSummary,
-        on_expelled: Callable[[str, str], None],
-        on_over: Callable[[str, str], None],
+        jobs: Jobs,
     ) -> None:
         """Make a guard, and start its thread.
 
@@ -63,13 +96,12 @@ class Guard:
             control: Answers the calls about jobs.
             validity: Tells which certificates count.
             audit: Takes every refusal to the audit log.
-            on_expelled: Called with a participant's name and a reason when its certificate was revoked.
-            on_over: Called with a participant's name and a reason when a call of a job is over its quota.
+            jobs: The jobs that run.
         """
         self._service, self._control, self._validity = service, control, validity
-        self._audit, self._on_expelled, self._on_over = audit, on_expelled, on_over
+        self._audit, self._jobs = audit, jobs
         self._lock = threading.Lock()
-        self._open: dict[object, tuple[Certificate, Peer]] = {}
+        self._open: set[_OpenCall] = set()
         self._quotas = Quotas()
         self._seen: dict[int, Certificate] = {}  # certificates of earlier callers, without revoked ones
         self._known: dict[str, Identity] = {}
@@ -106,8 +138,9 @@ class Guard:
             error.__traceback__ = error.__context__ = None  # they hold the messages of the call, which may be large
             if account is not None:
                 account.refuse(error)
-            if not isinstance(error, ConnectionLostError):
-                self._audit.refused(who, method, error, once=account is not None and account.over, address=peer.address)
+            over = account is not None and account.over
+            if over or not isinstance(error, ConnectionLostError):
+                self._audit.refused(who, method, error, once=over, address=peer.address)
             if who is not None and account is not None and account.over:
                 self._answer_late(who, method, error, account)
             raise
@@ -118,7 +151,7 @@ class Guard:
     def _answer_late(self, who: Identity, method: str, error: FederationError, account: CallAccount) -> None:
         """Hold back a refusal over the quota. The jobs' other sites go on without a site that is over its quota."""
         if method in METHODS and not account.crowded:
-            self._on_over(who.name, error.what)
+            self._jobs.go_on_without(who.name, error.what)
         account.read()
         with self._quotas.held(who) as may:
             self._closed.wait(HOLD_S if may else 0)
@@ -143,23 +176,30 @@ class Guard:
 
     @contextmanager
     def _counted(self, certificate: Certificate, peer: Peer, account: CallAccount) -> Iterator[None]:
-        """Keep the call on the list of open ones. Raises PermissionDeniedError if the participant has too many."""
-        name = certificate.identity.name
+        """Keep the call on the list of open ones. Raises ConnectionLostError if the participant has too many.
+
+        That error lets an honest participant call again: its earlier connection may have broken without a sign, or its
+        earlier calls may end in a moment.
+        """
+        call = _OpenCall(certificate, peer)
+        most = CALLS_A_JOB * max(self._jobs.count_of(certificate.identity.name), 1)
         with self._lock:
-            if sum(item.identity.name == name for item, _ in self._open.values()) >= CALLS_EACH:
+            own = [item for item in self._open if item.certificate.identity.name == certificate.identity.name]
+            if sum(not item.left for item in own) >= most or len(own) >= 2 * most:
                 account.over = account.crowded = True
-                raise PermissionDeniedError(
-                    f"{certificate.identity} has {CALLS_EACH} calls open already",
-                    where=f"rule calls: at most {CALLS_EACH} at a time",
-                    fix="run one process per site",
+                raise ConnectionLostError(
+                    f"{certificate.identity} has {most} calls open already",
+                    where=f"rule calls: at most {CALLS_A_JOB} at a time for each job",
+                    fix="run one process per site and job",
                 )
-            call = object()
-            self._open[call] = certificate, peer
+            self._open.add(call)
         try:
+            if not peer.when_gone(call.leave):
+                call.leave()
             yield
         finally:
             with self._lock:
-                del self._open[call]
+                self._open.remove(call)
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):
@@ -185,10 +225,11 @@ class Guard:
             Names of the revoked participants that had called before.
         """
         with self._lock:
-            invalid = [(item, peer, why) for item, peer in self._open.values() if (why := self._validity.fault(item))]
+            open_calls = [(call.certificate, call.peer) for call in self._open]
+            invalid = [(item, peer, why) for item, peer in open_calls if (why := self._validity.fault(item))]
             revoked = [self._seen.pop(serial) for serial in self._validity.revoked.serials & self._seen.keys()]
         for item in revoked:
-            self._on_expelled(item.identity.name, "its certificate was revoked")
+            self._jobs.expel(item.identity.name, "its certificate was revoked")
         ended = {item.serial: (item, why) for item, _, why in invalid}
         for item, why in [
             *ended.values(),

@@ -17,8 +17,11 @@ from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDe
 from fl_runtime.transport.base import Resource
 from fl_runtime.trust.identity import Identity
 
-CALLS_EACH = 8
-"""Calls that one participant may have open at a time, so that nobody uses up the threads of others. A site needs 3."""
+CALLS_A_JOB = 8
+"""Calls that one participant may have open for each of its jobs, so that nobody uses up the threads of others. A site's
+process needs 3, and its daemon one. As many again may have been ended by their caller a moment ago."""
+MOST_SLOTS = 32
+"""Jobs that one site may run at a time. What it says beyond that is not believed."""
 HELD_EACH = 8
 """Refusals for calls over the quota that may be held back at a time, per participant."""
 HOLD_S = 1.0

@@ -16,7 +16,7 @@ import pytest
 from federation_bench import Site, started
 from study import Study, until
 
-from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError, StoreError
+from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError, ProtocolError, StoreError
 from fl_runtime.server.federation import audit_summary, quota
 from fl_runtime.server.federation.quota import CALLS, REFUSED, USED, Allowance, CallAccount, Quotas
 from fl_runtime.trust.audit import Anchor, verify
@@ -303,6 +303,62 @@ def test_what_is_used_up_comes_back_and_debts_are_bounded(monkeypatch: pytest.Mo
     now[0] += 10.1  # whatever it cost
     quotas.account(WHO, "Attend").begin()
     assert REFUSED.per_s > 0
+
+
+def waits_for_work(study: Study, site: str, running: list[str]) -> Any:
+    """Begin a call that the server answers once there is another job for the site."""
+    call = study.transport(site).call("Assignment", json.dumps({"running": running}).encode())
+    until(lambda: open_calls(study, site) > 0, "the call to arrive")
+    return call
+
+
+def open_calls(study: Study, site: str) -> int:
+    guard = study.server._guard
+    with guard._lock:
+        return sum(call.certificate.identity.name == site and not call.left for call in guard._open)
+
+
+def test_calls_that_their_caller_has_ended_leave_no_thread_waiting(tmp_path: Path) -> None:
+    with Study(tmp_path) as study:
+        for _ in range(40):
+            waits_for_work(study, "north", []).cancel()
+            until(lambda: not open_calls(study, "north"), "the server to notice")
+        until(lambda: not study.server._guard._open, "the threads to be free again, long before a sign of life is due")
+        assert study.refusals() == []
+
+
+def test_a_site_with_too_many_open_calls_calls_again_and_stays_in_its_job(tmp_path: Path) -> None:
+    """As after an outage of which the server has not heard: earlier connections seem to be open still."""
+    with Study(tmp_path) as study:
+        study.job("job", sites=["north"])
+        calls = [waits_for_work(study, "north", ["job"]) for _ in range(8)]
+        until(lambda: open_calls(study, "north") == 8, "all calls to be open")
+        site = study.site("north")
+        joining = threading.Thread(target=site.join, args=("job",))
+        joining.start()
+        until(study.refusals, "a refusal")
+        assert study.refusals()[0]["rule"] == "calls: at most 8 at a time for each job"
+        for call in calls:
+            call.cancel()
+        joining.join(30)
+        assert site.welcome.attempt == 1
+        assert study.server.queue.running()[0].server.state()["sites"]["north"] != "gone"
+
+
+def test_a_site_may_have_as_many_calls_for_each_of_its_jobs(tmp_path: Path) -> None:
+    with Study(tmp_path) as study:
+        for name in ("first", "second"):
+            study.job(name, sites=["north"])
+        study.admin("north").ask("Assignment", resources={"slots": 2})
+        until(lambda: len(study.server.queue.running()) == 2, "two jobs at a time")
+        running = [job.name for job in study.server.queue.running()]
+        request = json.dumps({"running": running}).encode()
+        calls = [study.transport("north").call("Assignment", request) for _ in range(16)]
+        until(lambda: open_calls(study, "north") == 16, "16 calls for two jobs")
+        with pytest.raises(ConnectionLostError, match="16 calls open already"):
+            study.admin("north").ask("Assignment", running=running)
+        for call in calls:
+            call.cancel()
 
 
 def test_a_revoked_certificate_does_not_use_up_the_quota_of_its_successor() -> None:
