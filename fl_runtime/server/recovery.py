@@ -29,7 +29,7 @@ def reading(journal: Journal) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, DecodeError, ProtocolError) as error:
-        raise StoreError(f"the journal is damaged: {error!r}", where=str(journal.path), fix=RESTORE) from error
+        raise StoreError(f"the journal is damaged: {error!r}", where=journal.where, fix=RESTORE) from error
 
 
 def restore_plan(state: RunState, membership: Membership) -> None:

@@ -25,6 +25,7 @@ from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.recovery import reading, restore_plan, restore_results
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import RunState
+from fl_runtime.store.stores import Store
 from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import Report, RunSettings, Strategy, TaskKind
 
@@ -50,6 +51,7 @@ class Run:
         settings: RunSettings,
         folder: Path,
         events: Emitter,
+        store: Store,
         strategy: Strategy | None = None,
         virtual: VirtualSites | None = None,
         clock: Clock | None = None,
@@ -58,13 +60,14 @@ class Run:
 
         Args:
             settings: The job's settings.
-            folder: Folder for the journal and the files of tensors.
+            folder: Folder of the run.
             events: Where to emit the run's events.
+            store: Keeps the journal and the files of tensors.
             strategy: A strategy to use in place of the one that `settings`, or else the sites' terms, name.
             virtual: The sites, if they have no processes that call the server.
             clock: Measures absences and timeouts; None for this machine's.
         """
-        self.state = state = RunState(settings, folder, events, strategy)
+        self.state = state = RunState(settings, folder, events, store, strategy)
         self.membership = Membership(state, clock or SystemClock())
         self.scoring = Scoring(state, self.membership)
         self._cross_site = CrossEvaluation(state, self.membership, self.scoring)

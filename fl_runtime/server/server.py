@@ -15,6 +15,7 @@ from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.trainings.training import TrainingOptions
 from fl_runtime.server.trainings.trainings import Trainings
 from fl_runtime.store.lock import FolderLock
+from fl_runtime.store.stores import FolderStore, Store
 from fl_runtime.transport.base import Service
 from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import Listener, RunSettings, Strategy
@@ -57,6 +58,7 @@ class Server:
         strategy: Strategy | None = None,
         virtual: VirtualSites | None = None,
         clock: Clock | None = None,
+        store: Store | None = None,
     ) -> None:
         """Open the job's folder, and recover the runs whose journals are there.
 
@@ -74,6 +76,7 @@ class Server:
             strategy: A strategy to use in place of the one that `settings` name, such as a workflow of one's own.
             virtual: The sites, if they have no processes that call the server.
             clock: Measures absences and timeouts; None for this machine's.
+            store: Keeps journals and tensors; None to keep them in the job's folder.
 
         Raises:
             ConfigError: The settings cannot work, or the folder holds a run with other settings.
@@ -83,7 +86,7 @@ class Server:
         self._lock = FolderLock(folder / "server")
         self._host, self._port, self._tokens = host, port, dict(tokens)
         self._events = Events(listeners)
-        options = TrainingOptions(share, strategy, virtual, clock or SystemClock())
+        options = TrainingOptions(share, strategy, virtual, clock or SystemClock(), store or FolderStore())
         try:
             self.trainings = Trainings(settings, folder, self._events, options, record=record)
             self._finished = self.trainings.newest.over_before

@@ -18,8 +18,8 @@ from fl_runtime.filters.server import ServerFilters, applied_filters
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult
-from fl_runtime.store.blobs import Blob, Blobs
-from fl_runtime.store.journal import Journal
+from fl_runtime.store.blobs import Blob
+from fl_runtime.store.stores import Store
 from fl_runtime.trainings import first_folder
 from fl_runtime.types import RunSettings, Settings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest
@@ -118,13 +118,16 @@ class RunState:
         error: Why the run failed, or None.
     """
 
-    def __init__(self, settings: RunSettings, folder: Path, events: Emitter, strategy: Strategy | None = None) -> None:
+    def __init__(
+        self, settings: RunSettings, folder: Path, events: Emitter, store: Store, strategy: Strategy | None = None
+    ) -> None:
         """Open the run's folder, or make it.
 
         Args:
             settings: The job's settings. The journal must have none, or the same.
-            folder: Folder for the journal and the blobs.
+            folder: Folder of the run.
             events: Where to emit the run's events.
+            store: Keeps the journal and the blobs.
             strategy: A strategy to use in place of the one that `settings`, or else the sites' terms, name.
         """
         self.settings, self.events = settings, events
@@ -134,9 +137,9 @@ class RunState:
         negotiable = strategy is None and settings.strategy is None
         self.plan = Plan(strategy or make_strategy(settings.strategy or Terms().strategy), negotiable=negotiable)
         durable = settings.durability == "power"
-        self.journal = Journal(folder / "journal.sqlite", durable=durable)
+        self.journal = store.journal(folder, durable=durable)
         self.journal.begin(settings)
-        self.blobs = Blobs(folder / "blobs", durable=durable)
+        self.blobs = store.blobs(folder, durable=durable)
         self.layouts: dict[bytes, Manifest] = {}
         plan = Participation.every_round(settings.rounds, settings.trainings or 1) if settings.rounds else None
         first = first_folder(folder, settings.name)  # one ledger for all trainings of the job

@@ -1,9 +1,10 @@
-"""The journal of a run: an SQLite database from which a killed server continues where it stopped.
+"""The journal of a run: a database from which a killed server continues where it stopped.
 
 An entry is written after the blobs it names are in place, and before any site is told. Commits are synced to the device
 only with the job's durability "power". Otherwise the journal survives the death of processes, not of machines.
 
-Format, schema version 1 (SQLite in WAL mode; TEXT columns other than names hold JSON):
+Format, schema version 1 (TEXT columns other than names hold JSON). The default store keeps it in SQLite, in WAL mode.
+The statements are those that SQLite and PostgreSQL have in common.
 
     meta      key, value: schema_version; job (the run's settings); rounds and terms (result of the handshake);
               left (names of sites that left); resting (those of them whose scripts may train again); lost (names of
@@ -32,6 +33,7 @@ from fl_runtime.errors import ConfigError, FederationError, StoreError
 from fl_runtime.store.database import Database
 from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.store.journal_reader import JournalReader
+from fl_runtime.store.sqlite import SqliteDatabase
 from fl_runtime.types import RunSettings, Terms
 from fl_runtime.wire.manifest import Manifest
 
@@ -64,23 +66,22 @@ class Journal:
     the database fails.
 
     Args:
-        path: The database file; created, with its folder, if missing.
-        durable: Whether every commit waits until it is on the device.
+        database: Where the entries are; the journal's tables are made if it has none. `close` closes it.
 
     Attributes:
-        path: The database file.
+        where: Names the database in messages.
         reader: Reads what the journal holds.
 
     Raises:
-        StoreError: If the file is damaged, cannot be written, or has a newer schema version.
+        StoreError: If the database is damaged, cannot be written, or has a newer schema version.
     """
 
-    def __init__(self, path: Path, *, durable: bool = False) -> None:
-        self.path = path
-        self._db = Database(path, durable=durable)
+    def __init__(self, database: Database) -> None:
+        self.where = database.where
+        self._db = database
         self.reader = JournalReader(self._db)
         with self._db.transaction():
-            if not self._db.rows("SELECT 1 FROM sqlite_master WHERE name='meta'"):
+            if not self._db.has_table("meta"):
                 for statement in _SCHEMA.split(";"):
                     self._db.run(statement)
                 self._db.put("schema_version", str(SCHEMA_VERSION))
@@ -89,9 +90,25 @@ class Journal:
         if version != SCHEMA_VERSION:
             raise StoreError(
                 f"the journal has schema version {version}; this version of fl-adapters reads {SCHEMA_VERSION}",
-                where=str(path),
+                where=self.where,
                 fix="continue the run with the version that started it, or upgrade fl-adapters",
             )
+
+    @classmethod
+    def in_file(cls, path: Path, *, durable: bool = False) -> Journal:
+        """Open a journal in an SQLite file.
+
+        Args:
+            path: The file; created, with its folder, if missing.
+            durable: Whether every commit waits until it is on the device.
+
+        Returns:
+            The journal.
+
+        Raises:
+            StoreError: If the file is damaged, cannot be written, or has a newer schema version.
+        """
+        return cls(SqliteDatabase(path, durable=durable))
 
     def begin(self, settings: RunSettings) -> None:
         """Record the job's settings, or compare them with those on record.
@@ -112,7 +129,7 @@ class Journal:
             name = json.loads(recorded)["name"]
             raise ConfigError(
                 f"this folder holds another run ({name!r}, or the same one with other settings)",
-                where=str(self._db.path),
+                where=self.where,
                 fix="use a new name for the job, or start it with the settings it began with",
             )
 
@@ -163,11 +180,17 @@ class Journal:
     def layout(self, manifest: Manifest) -> None:
         """Record a manifest, so that entries can name it by its layout."""
         message = manifest.to_proto().SerializeToString(deterministic=True)
-        self._db.run("INSERT OR IGNORE INTO layout VALUES (?, ?)", manifest.layout, message)
+        self._db.run("INSERT INTO layout VALUES (?, ?) ON CONFLICT (layout) DO NOTHING", manifest.layout, message)
 
     def round_opened(self, round: int, participants: tuple[str, ...], at: float) -> None:
         """Record an open round, its sites, and the time in seconds since the epoch."""
-        self._db.run("INSERT OR REPLACE INTO round VALUES (?, ?, ?, NULL)", round, json.dumps(participants), at)
+        replaced = "participants=excluded.participants, opened_at=excluded.opened_at, result=NULL"
+        self._db.run(
+            f"INSERT INTO round VALUES (?, ?, ?, NULL) ON CONFLICT (round) DO UPDATE SET {replaced}",
+            round,
+            json.dumps(participants),
+            at,
+        )
 
     def round_dropped(self, round: int, again: int) -> None:
         """Delete an open round and its updates.
@@ -237,8 +260,13 @@ class Journal:
 
     def scored(self, version: int, site: str, metrics: Mapping[str, Any], num_examples: int) -> None:
         """Record a site's evaluation of a model."""
+        replaced = "metrics=excluded.metrics, num_examples=excluded.num_examples"
         self._db.run(
-            "INSERT OR REPLACE INTO score VALUES (?, ?, ?, ?)", version, site, json.dumps(metrics), num_examples
+            f"INSERT INTO score VALUES (?, ?, ?, ?) ON CONFLICT (version, site) DO UPDATE SET {replaced}",
+            version,
+            site,
+            json.dumps(metrics),
+            num_examples,
         )
 
     def ended(self, error: FederationError | None) -> None:

@@ -63,7 +63,7 @@ class JournalReader:
         if not rows:
             raise StoreError(
                 f"the journal is damaged: it has no manifest for layout {layout.hex()}",
-                where=str(self._db.path),
+                where=self._db.where,
                 fix=RESTORE,
             )
         manifest = Manifest.from_proto(pb.Manifest.FromString(rows[0][0]))
@@ -150,5 +150,5 @@ class JournalReader:
 
     def _damaged(self, what: str) -> StoreError:
         return StoreError(
-            f"the journal is damaged: {what} differs from what was written", where=str(self._db.path), fix=RESTORE
+            f"the journal is damaged: {what} differs from what was written", where=self._db.where, fix=RESTORE
         )

@@ -14,6 +14,7 @@ from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.registration import Member
 from fl_runtime.server.run import Run
+from fl_runtime.store.stores import FolderStore, Store
 from fl_runtime.store.tensorfile import sync, write_tensors
 from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import RunSettings, Strategy
@@ -30,12 +31,14 @@ class TrainingOptions:
         strategy: A strategy to use in place of the one that the settings name.
         virtual: The sites, if they have no processes that call the server.
         clock: Measures absences and timeouts.
+        store: Keeps the journals and the tensors.
     """
 
     share: bool = False
     strategy: Strategy | None = None
     virtual: VirtualSites | None = None
     clock: Clock = field(default_factory=SystemClock)
+    store: Store = field(default_factory=FolderStore)
 
 
 class Training:
@@ -76,7 +79,15 @@ class Training:
             StoreError: The folder cannot be written, or is damaged.
         """
         self.number, self.folder, self._visited = number, folder, visited
-        self.run = Run(settings, folder / "server", emitter, options.strategy, options.virtual, options.clock)
+        self.run = Run(
+            settings,
+            folder / "server",
+            emitter,
+            options.store,
+            options.strategy,
+            options.virtual,
+            options.clock,
+        )
         self.run.recover()
         self.over_before = self.run.state.journal.reader.over()
         self.run.membership.on_departure = self._departed

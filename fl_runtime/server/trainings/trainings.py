@@ -17,7 +17,6 @@ from fl_runtime.server.records.events import Events, Silent, TrainingEvents
 from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.trainings.training import Training, TrainingOptions
-from fl_runtime.store.journal import Journal
 from fl_runtime.trainings import parsed_name, training_folder, training_name
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import RunSettings
@@ -54,11 +53,11 @@ class Trainings:
         self._histories: dict[int, History] = {}
         self._results: dict[int, RunResult] = {}
         self.count = 1
-        while self._journal(self.count + 1).exists():
+        while options.store.holds(self._run_folder(self.count + 1)):
             self.count += 1
         try:
             for number in range(1, self.count + 1):
-                if number == self.count or not _finished(self._journal(number)):
+                if number == self.count or not self._has_finished(number):
                     self._open[number] = self._opened(number)
             for number in range(1, self.count):
                 if number in self._open and number + 1 in self._open:
@@ -225,8 +224,16 @@ class Trainings:
 
     # -- opening and closing -----------------------------------------------------------------------------------
 
-    def _journal(self, number: int) -> Path:
-        return training_folder(self._folder, number) / "server" / "journal.sqlite"
+    def _run_folder(self, number: int) -> Path:
+        return training_folder(self._folder, number) / "server"
+
+    def _has_finished(self, number: int) -> bool:
+        """Whether the run of this training has ended without an error."""
+        journal = self._options.store.journal(self._run_folder(number))
+        try:
+            return journal.reader.finished()
+        finally:
+            journal.close()
 
     def _opened(self, number: int) -> Training:
         """Open a training, with a history if the job is recorded."""
@@ -274,12 +281,3 @@ class Trainings:
     def _all_open(self) -> list[Training]:
         with self._lock:
             return list(self._open.values())
-
-
-def _finished(journal: Path) -> bool:
-    """Whether the run of this journal has ended without an error."""
-    opened = Journal(journal)
-    try:
-        return opened.reader.finished()
-    finally:
-        opened.close()

@@ -14,6 +14,7 @@ from numpy_rounds import assert_same, pulled, reference, rounds_of, weights
 
 from fl_runtime.aggregation import Cyclic, FedAvg
 from fl_runtime.server.run import Run
+from fl_runtime.store.stores import FolderStore
 from fl_runtime.types import Array, RoundPlan, Task
 
 
@@ -127,7 +128,7 @@ def test_a_restarted_server_gives_the_turn_to_the_same_site(tmp_path: Path) -> N
         sites["site-1"].submit(task, {"w": np.ones(2)})
         assert sites["site-2"].client.next_task().round == 2
         settings = bench.server.trainings.newest.run.state.settings
-        run = Run(settings, tmp_path / "server", Events([]))
+        run = Run(settings, tmp_path / "server", Events([]), FolderStore())
         run.recover()
         current = run.state.open_round
         assert current is not None

@@ -28,6 +28,7 @@ from fl_runtime.errors import AbortedError, FederationError, QuorumError, StateM
 from fl_runtime.server.calls.service import FederationService
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
+from fl_runtime.store.stores import FolderStore
 from fl_runtime.transport.base import Peer, Service
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Aggregator, Allocate, Arrays, ServerState, Settings, Update
@@ -361,7 +362,7 @@ class Noticing:
 def test_an_update_that_comes_while_a_round_is_being_summed_is_not_counted_in_it(tmp_path: Path, late: str) -> None:
     strategy, watch = HeldMean(), Watch()
     events = Events([watch])
-    run = Run(settings(2, min_sites=1, deadline_s=2.5, late=late, rounds=2), tmp_path, events, strategy)
+    run = Run(settings(2, min_sites=1, deadline_s=2.5, late=late, rounds=2), tmp_path, events, FolderStore(), strategy)
     loop = threading.Thread(target=run.drive, daemon=True)
     loop.start()
     service = Noticing(FederationService(run), "site-2")

@@ -31,6 +31,7 @@ from fl_runtime.server.calls.service import FederationService
 from fl_runtime.server.courses.joining import Joining
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
+from fl_runtime.store.stores import FolderStore
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Arrays
@@ -135,7 +136,7 @@ def test_an_initial_model_that_is_no_tensor_file_is_refused(tmp_path: Path) -> N
 
 def test_no_site_is_asked_for_weights_that_the_job_gives(tmp_path: Path) -> None:
     """Not even between the handshake and the moment when the server reads the file."""
-    run = Run(settings(1, initial=str(tmp_path / "start.safetensors")), tmp_path, Events(()))
+    run = Run(settings(1, initial=str(tmp_path / "start.safetensors")), tmp_path, Events(()), FolderStore())
     site = Site("site-1", MemoryTransport(FederationService(run), "site-1"))
     attempt = site.join().attempt
     joining = run.course

@@ -63,7 +63,7 @@ def test_an_update_is_on_the_device_before_the_journal_speaks_of_it(
 
 def test_every_commit_of_a_durable_journal_waits_for_the_disk(tmp_path: Path) -> None:
     for durable, level in ((True, 2), (False, 0)):
-        journal = Journal(tmp_path / f"{durable}.sqlite", durable=durable)
+        journal = Journal.in_file(tmp_path / f"{durable}.sqlite", durable=durable)
         assert journal._db.rows("PRAGMA synchronous")[0] == (level,)
         journal.close()
 

@@ -22,7 +22,7 @@ MANIFEST = Manifest.of({"w": np.zeros(3)}, {"m": np.zeros(1, np.float32)})
 
 def reopened(journal: Journal, path: Path) -> Journal:
     journal.close()
-    again = Journal(path)
+    again = Journal.in_file(path)
     again.begin(SETTINGS)
     return again
 
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def journal(path: Path) -> Journal:
-    journal = Journal(path)
+    journal = Journal.in_file(path)
     journal.begin(SETTINGS)
     journal.layout(MANIFEST)
     return journal
@@ -88,12 +88,12 @@ def test_a_transaction_that_fails_leaves_nothing_behind(journal: Journal) -> Non
 
 def test_another_job_or_other_settings_are_refused(journal: Journal, path: Path) -> None:
     for other in (replace(SETTINGS, name="other"), replace(SETTINGS, rounds=4)):
-        again = Journal(path)
+        again = Journal.in_file(path)
         with pytest.raises(ConfigError, match="'job'") as caught:
             again.begin(other)
         assert caught.value.where == str(path)
         assert caught.value.fix
-    Journal(path).begin(SETTINGS)
+    Journal.in_file(path).begin(SETTINGS)
 
 
 def test_a_journal_from_before_a_setting_was_known_goes_on(journal: Journal, path: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_journal_from_before_a_setting_was_known_goes_on(journal: Journal, pat
         fields = json.loads(text)
         del fields["durability"], fields["cross_site"]
         db.execute("UPDATE meta SET value=? WHERE key='job'", (json.dumps(fields),))
-    Journal(path).begin(SETTINGS)
+    Journal.in_file(path).begin(SETTINGS)
     with pytest.raises(ConfigError):
-        Journal(path).begin(replace(SETTINGS, durability="power"))
+        Journal.in_file(path).begin(replace(SETTINGS, durability="power"))
 
 
 def test_a_newer_schema_is_refused_with_the_upgrade_to_make(journal: Journal, path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_newer_schema_is_refused_with_the_upgrade_to_make(journal: Journal, pa
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value=? WHERE key='schema_version'", (str(SCHEMA_VERSION + 1),))
     with pytest.raises(StoreError, match=f"schema version {SCHEMA_VERSION + 1}") as caught:
-        Journal(path)
+        Journal.in_file(path)
     assert "upgrade fl-adapters" in caught.value.fix
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, content: bytes) ->
     path = tmp_path / "journal.sqlite"
     path.write_bytes(content)
     with pytest.raises(StoreError) as caught:
-        Journal(path).begin(SETTINGS)
+        Journal.in_file(path).begin(SETTINGS)
     assert caught.value.where == str(path)
     assert caught.value.fix
 
