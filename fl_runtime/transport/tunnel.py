@@ -1,7 +1,8 @@
 """Byte streams between two sites, relayed by the server: one site's end of them.
 
 All streams of a site share one call. Each end may send up to `WINDOW_BYTES` more than the other has received. So a slow
-reader blocks only the writer of its own stream, and the server's memory stays bounded.
+reader blocks only the writer of its own stream, and the server's memory stays bounded. The receiver counts as well: it
+closes the stream of a peer that sends more, whatever server lets it through.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from weakref import WeakSet
 
 from google.protobuf.message import DecodeError
 
 from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.text import printable
 from fl_runtime.transport.base import Call, Transport
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
@@ -25,6 +28,10 @@ WINDOW_BYTES = 4 * 2**20
 """Bytes that a sender may have unread at the other end."""
 MESSAGE_BYTES = 2**20
 """Most bytes in one message."""
+PEER_BYTES = 8 * WINDOW_BYTES
+"""Bytes that one site may have unread at another, in all their streams."""
+_PEER_STREAMS = 64
+_UNREAD_BYTES = 64  # memory of an unread message beside its own bytes
 
 
 class Stream:
@@ -49,6 +56,7 @@ class Stream:
         self._send = send
         self._changed = threading.Condition()
         self._arrived: deque[bytes] = deque()
+        self._arrived_bytes = 0
         self._credit_bytes = WINDOW_BYTES
         self._closed_here = self._closed_there = False
 
@@ -87,6 +95,7 @@ class Stream:
             if not self._arrived or self._closed_here:
                 return b""
             data = self._arrived.popleft()
+            self._arrived_bytes -= len(data)
         self._send(pb.TunnelPart(peer=self.peer, stream=self.stream_id, credit=len(data)))
         return data
 
@@ -96,17 +105,35 @@ class Stream:
             if self._closed_here:
                 return
             self._closed_here = True
+            self._arrived.clear()
+            self._arrived_bytes = 0
             self._changed.notify_all()
         self._send(pb.TunnelPart(peer=self.peer, stream=self.stream_id, closed=True))
 
-    def take(self, part: pb.TunnelPart) -> None:
-        """Take a part that has arrived for this stream; called by the tunnel."""
+    @property
+    def unread_bytes(self) -> int:
+        """Memory that messages take which have arrived and have not been received."""
+        return self._arrived_bytes + _UNREAD_BYTES * len(self._arrived)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stream is closed and nothing is left to receive."""
+        return self._closed_here or (self._closed_there and not self._arrived)
+
+    def take(self, part: pb.TunnelPart) -> bool:
+        """Take a part that has arrived for this stream; called by the tunnel.
+
+        Returns:
+            Whether its data is within the credit of the other end.
+        """
         with self._changed:
-            if part.data:
+            if part.data and not self._closed_here:
                 self._arrived.append(part.data)
-            self._credit_bytes += part.credit
+                self._arrived_bytes += len(part.data)
+            self._credit_bytes = min(self._credit_bytes + part.credit, WINDOW_BYTES)
             self._closed_there = self._closed_there or part.closed
             self._changed.notify_all()
+            return self._arrived_bytes <= WINDOW_BYTES
 
 
 class Tunnel:
@@ -133,6 +160,8 @@ class Tunnel:
         self._accept, self._lost = accept, lost
         self._lock = threading.Lock()
         self._streams: dict[tuple[str, str], Stream] = {}
+        self._of_peer: dict[str, WeakSet[Stream]] = {}  # also closed ones whose last messages are unread
+        self._refused: set[str] = set()
         self._outgoing: queue.SimpleQueue[pb.TunnelPart | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._prefix = f"{session.attempt}:{id(self):x}"
@@ -163,7 +192,7 @@ class Tunnel:
                     "other sites cannot be reached: the call to the server has ended",
                     fix="check the connection to the server",
                 )
-            self._streams[peer, stream.stream_id] = stream
+            self._keep(stream)
         self._outgoing.put(pb.TunnelPart(peer=peer, stream=stream.stream_id, opened=name))
         return stream
 
@@ -200,14 +229,36 @@ class Tunnel:
         key = part.peer, part.stream
         with self._lock:
             stream = self._streams.get(key)
-            if stream is None and part.opened:
-                stream = self._streams[key] = Stream(self._outgoing.put, part.peer, part.opened, part.stream)
+            is_new = stream is None and bool(part.opened)
+            if is_new:
+                stream = Stream(self._outgoing.put, part.peer, part.opened, part.stream)
+                self._keep(stream)
             if part.closed:
                 self._streams.pop(key, None)
-        if stream is not None:
-            stream.take(part)
-            if part.opened:
-                self._accept(stream)
+            peers = list(self._of_peer.get(part.peer, ()))
+        if stream is None:
+            return
+        if not stream.take(part):
+            self._refuse(stream, f"at most {WINDOW_BYTES} bytes of a stream may be unread")
+        elif part.data and sum(item.unread_bytes for item in peers) > PEER_BYTES:
+            self._refuse(stream, f"at most {PEER_BYTES} bytes of one site may be unread")
+        elif is_new and sum(not item.is_over for item in peers) > _PEER_STREAMS:
+            self._refuse(stream, f"at most {_PEER_STREAMS} streams of one site may be open")
+        elif is_new:
+            self._accept(stream)
+
+    def _keep(self, stream: Stream) -> None:
+        self._streams[stream.peer, stream.stream_id] = stream
+        self._of_peer.setdefault(stream.peer, WeakSet()).add(stream)
+
+    def _refuse(self, stream: Stream, rule: str) -> None:
+        with self._lock:
+            self._streams.pop((stream.peer, stream.stream_id), None)
+            level = logging.DEBUG if stream.peer in self._refused else logging.WARNING
+            self._refused.add(stream.peer)
+        name = printable(stream.name, 100)
+        log.log(level, "%s sent more than it may, and its stream %s is closed: %s", stream.peer, name, rule)
+        stream.close()
 
     def _end_streams(self) -> None:
         with self._lock:

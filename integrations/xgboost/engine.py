@@ -197,7 +197,7 @@ class Engine:
             if generation is None or generation.name != name:
                 early = _round_and_stage(name) > (_round_and_stage(generation.name) if generation else self._last_ended)
                 if early:
-                    self._early_streams.append(stream)
+                    self._early_streams = [*(item for item in self._early_streams if not item.is_over), stream]
                     return
                 generation = None
         if generation is None or generation.ring is None:

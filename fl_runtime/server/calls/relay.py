@@ -1,7 +1,8 @@
 """The relay of streams between two sites. The server passes their parts on and does not look inside.
 
-A part waits in the queue of its receiver. What may wait there from one sender is limited. The two ends grant each other
-credit (fl_runtime/transport/tunnel.py); if a sender exceeds it, the server stops reading from that sender.
+The two ends grant each other credit (fl_runtime/transport/tunnel.py). The relay counts it too: a site that sends more
+than its peer has granted, or grants more than has arrived, loses its call and is named. So what waits here for one site
+from another is bounded. If many small parts wait, the server stops reading from their sender.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from google.protobuf.message import DecodeError
 
 from fl_runtime.errors import ProtocolError
+from fl_runtime.transport.tunnel import PEER_BYTES, WINDOW_BYTES
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
-_MAX_WAITING_BYTES = 64 * 2**20
 _MAX_STREAMS, _MAX_NAME_CHARS = 1_024, 200
-_BEAT_S = 10.0
+_PART_BYTES = 128  # memory of a waiting part beside its own bytes
+_BEAT_S, _LOOK_S = 10.0, 1.0
 
 
 class Relay:
@@ -43,16 +45,16 @@ class Relay:
             The parts that other sites send to it, and an empty message every few seconds without any.
 
         Raises:
-            ProtocolError: A part cannot be read, or asks for more than one site may have.
+            ProtocolError: A part cannot be read, asks for more than one site may have, or exceeds its credit.
         """
-        line = _Line()
+        line = _Line(site)
         if not when_gone(line.close):
             return
         with self._lock:
             old, self._lines[site] = self._lines.get(site), line
         if old is not None:
             old.close()
-        reader = threading.Thread(target=self._read, args=(site, line, parts), name=f"fl-relay-{site}", daemon=True)
+        reader = threading.Thread(target=self._read, args=(line, parts), name=f"fl-relay-{site}", daemon=True)
         reader.start()
         try:
             yield from line.outgoing()
@@ -64,18 +66,18 @@ class Relay:
                 if self._lines.get(site) is line:
                     del self._lines[site]
             for peer, stream in line.open_streams():
-                self._pass_on(site, pb.TunnelPart(peer=peer, stream=stream, closed=True), line, patient=False)
+                self._close(line, peer, stream, patient=False)
 
-    def _read(self, site: str, line: _Line, parts: Iterable[bytes]) -> None:
+    def _read(self, line: _Line, parts: Iterable[bytes]) -> None:
         try:
             for message in parts:
                 part = _parsed(message)
-                if part.peer not in self._sites or len(part.stream) > _MAX_NAME_CHARS:
+                if part.peer not in self._sites or max(len(part.stream), len(part.opened)) > _MAX_NAME_CHARS:
                     raise ProtocolError(
                         f"the stream {part.stream[:100]!r} leads to {part.peer[:100]!r}, which is not a site of this "
                         f"run, or the stream's name is longer than {_MAX_NAME_CHARS} characters"
                     )
-                self._pass_on(site, part, line, patient=True)
+                self._pass_on(line, part)
         except ProtocolError as error:
             line.error = error
         except Exception:  # the call has ended; there is nobody to tell
@@ -83,54 +85,121 @@ class Relay:
         finally:
             line.close()
 
-    def _pass_on(self, site: str, part: pb.TunnelPart, line: _Line, *, patient: bool) -> None:
-        peer = part.peer
-        line.track(peer, part)
+    def _pass_on(self, line: _Line, part: pb.TunnelPart) -> None:
+        """Pass on a part of a stream that is open. Parts that crossed with the end of their stream are dropped."""
+        peer, stream = part.peer, part.stream
         with self._lock:
             target = self._lines.get(peer)
-        part.peer = site
-        delivered = target is not None and target.put(site, part.SerializeToString(), patient=patient)
-        if target is not None and delivered:
-            target.track(site, part)
-        elif not part.closed:
-            closed = pb.TunnelPart(peer=peer, stream=part.stream, closed=True).SerializeToString()
-            line.put(peer, closed, patient=patient)  # a site that sends without reading waits here
+        if part.opened and line.begin(peer, stream, own=True) and target is not None:
+            target.begin(line.site, stream, own=False)
+        if part.closed:
+            self._close(line, peer, stream, patient=True)
+        elif line.send(peer, stream, len(part.data)):
+            if part.credit and target is not None:
+                target.credit(line.site, stream, part.credit)
+            part.peer = line.site
+            if target is None or not target.put(part, line):
+                line.end(peer, stream)
+                line.put(pb.TunnelPart(peer=peer, stream=stream, closed=True), line)
+
+    def _close(self, line: _Line, peer: str, stream: str, *, patient: bool) -> None:
+        with self._lock:
+            target = self._lines.get(peer)
+        line.end(peer, stream)
+        if target is not None and target.end(line.site, stream):
+            target.put(pb.TunnelPart(peer=line.site, stream=stream, closed=True), line if patient else None)
 
 
 class _Line:
-    """The queue of parts that wait for one site, and the streams that the site has open."""
+    """One site's call: the parts that wait for the site, and what the site has sent in its open streams.
 
-    def __init__(self) -> None:
+    Attributes:
+        site: Name of the site.
+        error: Why the relay has ended the call, or None.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.site = site
         self.error: ProtocolError | None = None
         self._changed = threading.Condition()
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._bytes: dict[str, int] = {}
-        self._open: set[tuple[str, str]] = set()
+        self._unread: dict[tuple[str, str], int] = {}  # open streams: bytes that the peer has not granted again
+        self._own: set[tuple[str, str]] = set()  # those that this site has opened
         self._closed = False
 
-    def track(self, peer: str, part: pb.TunnelPart) -> None:
-        """Note that a part opens, continues or closes a stream. ProtocolError for too many open streams."""
+    # -- what this site sends ----------------------------------------------------------------------------------
+
+    def begin(self, peer: str, stream: str, *, own: bool) -> bool:
+        """Note that a stream is open; False if it was already. ProtocolError if the site has opened too many."""
+        key = peer, stream
         with self._changed:
-            if part.closed:
-                self._open.discard((peer, part.stream))
-            else:
-                self._open.add((peer, part.stream))
-            if len(self._open) > _MAX_STREAMS:
-                raise ProtocolError(f"a site has more than {_MAX_STREAMS} streams open at a time")
+            if key in self._unread:
+                return False
+            if own and len(self._own) >= _MAX_STREAMS:
+                raise ProtocolError(f"{self.site} has more than {_MAX_STREAMS} streams open at a time")
+            self._unread[key] = 0
+            if own:
+                self._own.add(key)
+            return True
+
+    def send(self, peer: str, stream: str, count: int) -> bool:
+        """Count bytes that the site sends; False if the stream is not open. ProtocolError over its credit."""
+        key = peer, stream
+        with self._changed:
+            if key not in self._unread:
+                return False
+            self._unread[key] += count
+            everywhere = sum(unread for (name, _), unread in self._unread.items() if name == peer) if count else 0
+            if self._unread[key] > WINDOW_BYTES or everywhere > PEER_BYTES:
+                raise ProtocolError(
+                    f"{self.site} has sent more to {peer} than its credit: at most {WINDOW_BYTES} bytes in one stream, "
+                    f"and {PEER_BYTES} in all, may be unread",
+                    where=f"the stream {stream[:100]!r}",
+                    fix="send on when the other site has granted new credit, as fl_runtime.transport.tunnel does",
+                )
+            return True
+
+    def credit(self, peer: str, stream: str, count: int) -> None:
+        """Count credit that a peer grants to this site. ProtocolError if that is more than it has been sent."""
+        key = peer, stream
+        with self._changed:
+            unread = self._unread.get(key, count)
+            if count > unread:
+                raise ProtocolError(
+                    f"{peer} grants {self.site} a credit of {count} bytes, and has {unread} unread bytes of it",
+                    where=f"the stream {stream[:100]!r}",
+                    fix="grant as many bytes as have been read, as fl_runtime.transport.tunnel does",
+                )
+            if key in self._unread:
+                self._unread[key] -= count
+
+    def end(self, peer: str, stream: str) -> bool:
+        """Note that a stream is closed; False if it was not open."""
+        with self._changed:
+            self._own.discard((peer, stream))
+            return self._unread.pop((peer, stream), None) is not None
 
     def open_streams(self) -> list[tuple[str, str]]:
         with self._changed:
-            return list(self._open)
+            return list(self._unread)
 
-    def put(self, source: str, message: bytes, *, patient: bool) -> bool:
-        """Queue a message; False if the site has hung up. With `patient`, wait while too much of this source waits."""
+    # -- what waits for this site ------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def put(self, part: pb.TunnelPart, source: _Line | None) -> bool:
+        """Queue a part; False if the site has hung up. Waits while too much of its source waits, if one is given."""
+        message, name = part.SerializeToString(), source.site if source else part.peer
         with self._changed:
-            while patient and not self._closed and self._bytes.get(source, 0) > _MAX_WAITING_BYTES:
-                self._changed.wait()
+            while source and self._bytes.get(name, 0) > PEER_BYTES and not (self._closed or source.closed):
+                self._changed.wait(_LOOK_S)
             if self._closed:
                 return False
-            self._waiting.append((source, message))
-            self._bytes[source] = self._bytes.get(source, 0) + len(message)
+            self._waiting.append((name, message))
+            self._bytes[name] = self._bytes.get(name, 0) + len(message) + _PART_BYTES
             self._changed.notify_all()
             return True
 
@@ -144,13 +213,14 @@ class _Line:
                     return
                 source, message = self._waiting.popleft() if self._waiting else ("", b"")
                 if source:
-                    self._bytes[source] -= len(message)
+                    self._bytes[source] -= len(message) + _PART_BYTES
                     self._changed.notify_all()
             yield message  # an empty message is a sign of life
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
+            self._waiting.clear()
             self._changed.notify_all()
 
 

@@ -152,9 +152,9 @@ def test_what_others_could_read_is_sealed(monkeypatch: pytest.MonkeyPatch) -> No
     passed: list[bytes] = []
     inner = Relay._pass_on
 
-    def listening(self: Any, site: str, part: Any, line: Any, *, patient: bool) -> None:
+    def listening(self: Any, line: Any, part: Any) -> None:
         passed.append(part.data)
-        inner(self, site, part, line, patient=patient)
+        inner(self, line, part)
 
     monkeypatch.setattr(Relay, "_pass_on", listening)
     pattern = np.full(4096, 1.2345678)

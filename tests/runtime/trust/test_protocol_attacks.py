@@ -322,7 +322,7 @@ def test_a_site_that_describes_ever_new_tensors_is_stopped(siege: Siege, monkeyp
     [
         ([pb.TunnelPart(peer="nobody", stream="s")], "'nobody', which is not a site of this run"),
         ([pb.TunnelPart(peer="north", stream="s" * 100_000)], "longer than 200 characters"),
-        ([pb.TunnelPart(peer="north", stream=str(n), opened="x") for n in range(3_000)], "more than 1024 streams"),
+        ([pb.TunnelPart(peer="evil", stream=str(n), opened="x") for n in range(3_000)], "more than 1024 streams"),
     ],
     ids=["a stranger", "a long name", "ever more streams"],
 )
