@@ -46,8 +46,7 @@ def test_the_doctor_names_a_proxy_that_may_be_in_the_way(monkeypatch: pytest.Mon
     def lost(*_: object) -> None:
         raise ConnectionLostError("the server does not answer")
 
-    control = SimpleNamespace(ask=lost, close=lambda: None)
-    monkeypatch.setattr("fl_runtime.client.control.ControlClient.of_kit", lambda *_: control)
+    monkeypatch.setattr("fl_adapters.cli.federation.connection.connected", lost)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     kit = SimpleNamespace(folder=".", address="fl.example.org:8443")
