@@ -224,5 +224,5 @@ def connected(kit_folder: Path) -> Iterator[tuple[ControlClient, float]]:
         from fl_runtime.trust.kits import read_kit
 
         kit = read_kit(kit_folder, kind="admin")
-    with closing(ControlClient(RenewingTransport.of_kit(kit.folder, kit.address))) as control:
+    with closing(ControlClient(RenewingTransport.of_kit(kit.folder, kit.addresses))) as control:
         yield control, kit.patience_s

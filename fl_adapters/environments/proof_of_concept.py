@@ -169,7 +169,7 @@ def _connect(kits: Path, process: subprocess.Popen[bytes], log: Path) -> Control
     from fl_runtime.trust.kits import read_kit
 
     kit = read_kit(kits / _ADMIN)
-    control = ControlClient.of_kit(kit.folder, kit.address)
+    control = ControlClient.of_kit(kit.folder, kit.addresses)
     deadline = time.monotonic() + _START_S
     while True:
         try:

@@ -45,6 +45,7 @@ class Kit:
         own_patience: Whether the site has chosen `patience_s` itself, so that it holds in every job.
         credentials: Folder of the site's key and certificate, made by `provision`; "" in a simulation. In the file, it
             is relative to the kit's folder.
+        servers: Addresses of all servers, if several stand in for each other; else empty.
         folder: Folder that the kit was read from; "" if it was not read from one.
     """
 
@@ -59,10 +60,16 @@ class Kit:
     patience_s: float = 30.0
     own_patience: bool = False
     credentials: str = ""
+    servers: tuple[str, ...] = ()
     folder: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         return f"Kit(job={self.job!r}, site={self.site!r}, index={self.index}, count={self.count}, ...)"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Addresses at which the server may be, at least one."""
+        return self.servers or (self.server,)
 
     def of_training(self, number: int) -> Kit:
         """Return the kit for a training of the site's script, from 1. Its run has a folder of its own."""
@@ -155,6 +162,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "patience_s": (int, float),
     "own_patience": (bool,),
     "credentials": (str,),
+    "servers": (list,),
 }
 _REQUIRED = ("job", "site", "index", "count", "server", "token")
 
@@ -185,7 +193,7 @@ def _checked(fields: object, file: Path) -> Kit:
         from fl_runtime.types import PRODUCTION_PATIENCE_S  # late: it imports numpy, and this file is read by `--help`
 
         known = {"patience_s": PRODUCTION_PATIENCE_S, **known}  # kits of earlier versions have none
-    kit = Kit(**known)
+    kit = Kit(**{**known, "servers": tuple(map(str, known.get("servers", ())))})
     if kit.credentials:
         kit = replace(kit, credentials=str((file.parent / kit.credentials).resolve()))
     if not 0 <= kit.index < kit.count:

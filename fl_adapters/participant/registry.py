@@ -171,10 +171,10 @@ def _transport(kit: Kit) -> Transport:
     if kit.credentials:
         from fl_runtime.client.roots import RenewingTransport
 
-        return RenewingTransport.of_kit(Path(kit.credentials), kit.server)
+        return RenewingTransport.of_kit(Path(kit.credentials), kit.addresses)
     from fl_runtime.transport.grpc import GrpcTransport  # late: importing grpc takes time
 
-    return GrpcTransport(kit.server, kit.token)
+    return GrpcTransport(kit.addresses, kit.token)
 
 
 def _announce_alone(options: Options, framework: str) -> None:

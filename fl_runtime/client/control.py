@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,19 @@ class ControlClient:
         self._last_answer = 0.0  # when the server has last answered, in monotonic seconds
 
     @classmethod
-    def of_kit(cls, folder: Path, address: str) -> ControlClient:
+    def of_kit(cls, folder: Path, addresses: str | Sequence[str]) -> ControlClient:
         """A client that connects over mutual TLS, with the credentials of a kit.
 
         Args:
             folder: Folder of the kit.
-            address: Address of the server, as "host:port".
+            addresses: Addresses at which the server may be, each as "host:port"; one may be given as text.
 
         Returns:
             The client; it connects at the first call.
         """
         from fl_runtime.client.kit_transport import KitTransport
 
-        return cls(KitTransport(folder, address))
+        return cls(KitTransport(folder, addresses))
 
     def ask(self, method: str, *, patience_s: float = 0.0, **fields: Any) -> dict[str, Any]:
         """Make a call, and wait for its answer.

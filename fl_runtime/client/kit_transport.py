@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
@@ -35,17 +35,17 @@ class KitTransport:
 
     Args:
         folder: The kit's folder.
-        address: The server's "host:port".
+        addresses: Addresses at which the server may be, each as "host:port"; one may be given as text.
 
     Raises:
         ConfigError: If the kit is not complete, or its revocation list is not valid, older than one before, or gone.
     """
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, addresses: str | Sequence[str]) -> None:
         credentials = FileCredentials(folder)
         self._folder = folder
         self._revoked = read_settled(folder, lambda: RevocationList(folder / CRL, self._roots))
-        self._grpc = GrpcTransport(address, credentials=credentials, revoked=lambda: self._revoked.serials)
+        self._grpc = GrpcTransport(addresses, credentials=credentials, revoked=lambda: self._revoked.serials)
         self._fetching = threading.Lock()
         self._fetched_at: float | None = None
         self._said = ""  # what was warned of last, since it is asked again and again

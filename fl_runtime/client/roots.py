@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,19 @@ class RenewingTransport:
         self._watch = RootsWatch(folder, transport)
 
     @classmethod
-    def of_kit(cls, folder: Path, address: str) -> RenewingTransport:
+    def of_kit(cls, folder: Path, addresses: str | Sequence[str]) -> RenewingTransport:
         """Connect to the server with the credentials of a kit.
 
         Args:
             folder: The participant's kit.
-            address: Address of the server, as "host:port".
+            addresses: Addresses at which the server may be, each as "host:port"; one may be given as text.
 
         Returns:
             The connection, which is made at the first call.
         """
         from fl_runtime.client.kit_transport import KitTransport
 
-        return cls(folder, KitTransport(folder, address))
+        return cls(folder, KitTransport(folder, addresses))
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
         """Start a call, see `Transport.call`."""

@@ -10,7 +10,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport import integrity
+from fl_runtime.transport.addresses import Addresses
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.proxies import is_loopback, open_connection
@@ -97,7 +98,8 @@ class GrpcTransport:
     itself has no way to refuse a revoked one.
 
     Args:
-        address: The server's "host:port".
+        addresses: Where the server may be, each as "host:port"; one may be given as text. Calls go to one at which
+            somebody accepts connections. After a lost connection, the others are tried first.
         token: Secret that authenticates the site in a simulation on the loopback.
         credentials: Returns the credentials for mutual TLS. It is called before every call, so the next call uses a
             renewed certificate. None means a plain connection with `token`.
@@ -107,12 +109,12 @@ class GrpcTransport:
 
     def __init__(
         self,
-        address: str,
+        addresses: str | Sequence[str],
         token: str = "",
         credentials: Callable[[], Credentials] | None = None,
         revoked: Callable[[], frozenset[int]] = frozenset,
     ) -> None:
-        self._address, self._plain = address, credentials is None
+        self._addresses, self._plain = Addresses(addresses), credentials is None
         self._authorization = f"Bearer {token}" if token else ""
         self._credentials: Callable[[], Credentials | None] = credentials or (lambda: None)
         self._revoked = revoked
@@ -132,23 +134,24 @@ class GrpcTransport:
                 messages = map(integrity.with_check, requests) if self._plain else iter(requests)
                 grpc_call = channel.streamed[method](messages, metadata=self._metadata(method))
         except ValueError as error:  # closed by another thread
-            raise ConnectionLostError(f"the connection to {self._address} has been closed: {error}") from None
-        return _GrpcCall(grpc_call, self._address, channel.lost, self._plain)
+            raise ConnectionLostError(f"the connection to {channel.address} has been closed: {error}") from None
+        return _GrpcCall(grpc_call, channel.address, channel.lost, self._plain)
 
     def _usable_channel(self) -> _Channel:
         """Return the channel, or a new one if it is lost or was opened under other circumstances."""
         credentials, revoked = self._credentials(), self._revoked()
         channel = self._channel
         if self._closed:
-            raise ConnectionLostError(f"the connection to {self._address} has been closed")
+            raise ConnectionLostError(f"the connection to {self._addresses} has been closed")
         if (
             channel is None
             or channel.lost.is_set()
             or credentials is not channel.credentials
             or (revoked and (channel.server is None or channel.server in revoked))
         ):
+            address = self._addresses.look(elsewhere=channel is not None and channel.lost.is_set())
             pinned = self._unrevoked_server(credentials, revoked) if credentials and revoked else None
-            channel = _Channel.open(self._address, credentials, pinned)
+            channel = _Channel.open(address, credentials, pinned)
             self._channel = channel  # running calls keep the old one
             if self._closed:
                 channel.grpc_channel.close()
@@ -156,16 +159,17 @@ class GrpcTransport:
 
     def _unrevoked_server(self, credentials: Credentials, revoked: frozenset[int]) -> tuple[int, bytes]:
         """Return serial number and PEM of the server's certificate. Raises PermissionDeniedError if it was revoked."""
+        address = self._addresses.current
         try:
-            serial, pem = server_certificate(credentials.authority, lambda: open_connection(self._address, _LOOK_UP_S))
+            serial, pem = server_certificate(credentials.authority, lambda: open_connection(address, _LOOK_UP_S))
         except OSError as error:
             raise ConnectionLostError(
-                f"the server at {self._address} does not answer ({error})",
+                f"the server at {address} does not answer ({error})",
                 fix="check that the server runs and that this machine can reach it",
             ) from None
         if serial in revoked:
             raise PermissionDeniedError(
-                f"the certificate of the server at {self._address} was revoked (serial number {serial:x})",
+                f"the certificate of the server at {address} was revoked (serial number {serial:x})",
                 where="rule certificate: the server's is not revoked",
                 fix="ask who runs the server: somebody may be posing as it; else it needs a new certificate",
             )
@@ -188,6 +192,7 @@ class GrpcTransport:
 class _Channel:
     """A gRPC channel and its methods. The first call that finds the connection lost or damaged sets `lost`."""
 
+    address: str
     grpc_channel: Any
     single: Mapping[str, Any]
     streamed: Mapping[str, Any]
@@ -207,7 +212,7 @@ class _Channel:
             channel = grpc.secure_channel(address, tls, options=options)
         single = {m: channel.unary_stream(_path(m), None, None) for m in _ALL_METHODS}
         streamed = {m: channel.stream_stream(_path(m), None, None) for m in _ALL_METHODS}
-        return cls(channel, single, streamed, threading.Event(), credentials, pinned[0] if pinned else None)
+        return cls(address, channel, single, streamed, threading.Event(), credentials, pinned[0] if pinned else None)
 
 
 @dataclass(frozen=True)

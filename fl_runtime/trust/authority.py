@@ -175,7 +175,10 @@ class Authority:
         usage = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
         if identity.kind == "server":
-            names += [x509.DNSName(SERVER_NAME), _host_name(split_address(self.project.server.address)[0])]
+            names += [
+                x509.DNSName(SERVER_NAME),
+                _host_name(split_address(self.project.server.address_of(identity.name))[0]),
+            ]
         serial = x509.random_serial_number()
         begins = [item.not_before for item in self.issued() if item.identity.name == identity.name]
         later = [time + timedelta(seconds=1) for time in begins]  # so that the newest certificate is always known

@@ -57,7 +57,8 @@ class StartupKit:
     Attributes:
         folder: The kit's folder.
         identity: Who its participant is.
-        address: The server's address as sites reach it, "host:port".
+        address: The server's address as sites reach it, "host:port"; in other kits that of the first server.
+        addresses: Addresses of all servers that stand in for each other.
         listen: "host:port" that the server binds; empty in other kits.
         sites: Names of the federation's sites, in order.
         patience_s: Seconds for which it goes on without others, unless a job or the site says otherwise.
@@ -68,6 +69,7 @@ class StartupKit:
     folder: Path
     identity: Identity
     address: str
+    addresses: tuple[str, ...]
     listen: str
     sites: tuple[str, ...]
     patience_s: float
@@ -114,7 +116,9 @@ def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
     """Return the fields of kit.json. Training scripts read job, site, index, count, server and token."""
     project, statements = authority.project, past_statements(authority.folder)
     sites = [site.name for site in project.sites]
-    listen = project.server.listen or f"0.0.0.0:{project.server.address.rpartition(':')[2]}"
+    addresses = project.server.addresses
+    own = project.server.address_of(identity.name) if identity.kind == "server" else addresses[0]
+    listen = project.server.listen or f"0.0.0.0:{own.rpartition(':')[2]}"
     return {
         "format": KIT_FORMAT,
         "kind": identity.kind,
@@ -123,7 +127,8 @@ def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
         "site": identity.name,
         "index": sites.index(identity.name) if identity.kind == "site" else 0,
         "count": len(sites),
-        "server": project.server.address,
+        "server": own,
+        **({"servers": addresses} if len(addresses) > 1 else {}),
         "token": "",
         "credentials": ".",
         "sites": sites,
@@ -176,6 +181,7 @@ def _read_kit(folder: Path, kind: str) -> StartupKit:
         folder=folder.resolve(),
         identity=identity,
         address=str(fields["server"]),
+        addresses=tuple(map(str, fields.get("servers", ()))) or (str(fields["server"]),),
         listen=str(fields.get("listen", "")),
         sites=tuple(map(str, fields.get("sites", ()))),
         patience_s=float(fields.get("patience_s", PRODUCTION_PATIENCE_S)),  # kits of earlier versions have none

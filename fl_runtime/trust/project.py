@@ -36,16 +36,30 @@ class ServerEntry(_Part):
     """The server in a project file.
 
     Attributes:
-        name: Its name, which is also that of its kit.
-        address: "host:port" at which sites and admins reach it.
-        listen: "host:port" that it binds; empty for all interfaces and the port of `address`.
+        name: Its name, which is also that of its kit. Further servers have the names "server-2", "server-3" and so on.
+        address: "host:port" at which sites and admins reach it; a list of several if servers stand in for each other.
+        listen: "host:port" that it binds; empty for all interfaces and the port of its address.
         organisation: Who runs it; empty for the federation's name.
     """
 
     name: str = "server"
-    address: str
+    address: str | tuple[str, ...] = Field(min_length=1)
     listen: str = ""
     organisation: str = ""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All addresses, that of the first server first."""
+        return (self.address,) if isinstance(self.address, str) else self.address
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the servers, in the order of their addresses."""
+        return (self.name, *(f"{self.name}-{number}" for number in range(2, len(self.addresses) + 1)))
+
+    def address_of(self, name: str) -> str:
+        """Return the address of the server of this name."""
+        return self.addresses[self.names.index(name)]
 
 
 class SiteEntry(_Part):
@@ -104,7 +118,10 @@ class Project(_Part):
     @model_validator(mode="after")
     def _checked(self) -> Project:
         check_name(self.federation, "federation")
-        split_address(self.server.address)
+        for address in self.server.addresses:
+            split_address(address)
+        if len(set(self.server.addresses)) < len(self.server.addresses):
+            raise ConfigError("an address is listed twice", where="server.address", fix="list each server once")
         if self.server.listen:
             split_address(self.server.listen)
         names = [identity.name for identity in self.participants()]
@@ -120,9 +137,9 @@ class Project(_Part):
         return self
 
     def participants(self) -> Iterator[Identity]:
-        """Yield the identity of every participant: the server, the sites, the admins."""
-        server = self.server
-        yield Identity(self.federation, "server", server.name, server.organisation or self.federation)
+        """Yield the identity of every participant: the servers, the sites, the admins."""
+        for name in self.server.names:
+            yield Identity(self.federation, "server", name, self.server.organisation or self.federation)
         for site in self.sites:
             yield Identity(self.federation, "site", site.name, site.organisation)
         for admin in self.admins:

@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,9 +124,26 @@ def _listening(listen: str) -> Check:
 
 
 def _server(kit: StartupKit) -> Iterator[Check]:
+    unanswered = []
+    for address in kit.addresses:
+        checks = list(_reached(kit, address))
+        if all(check.status == "ok" for check in checks):
+            yield from checks
+            break
+        unanswered += checks
+    else:
+        yield from unanswered
+        return
+    for check in unanswered:  # one server serves at a time; the others do not listen meanwhile
+        yield replace(check, status="note" if check.status == "problem" else check.status)
+    yield _clock(kit)
+
+
+def _reached(kit: StartupKit, address: str) -> Iterator[Check]:
+    """Check the way to one address of the server, step by step until something fails."""
     from fl_runtime.trust.project import split_address
 
-    host, port = split_address(kit.address)
+    host, port = split_address(address)
     try:
         addresses = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
         yield Check("server's name", "ok", f"{host} is {', '.join(addresses)}")
@@ -136,7 +154,7 @@ def _server(kit: StartupKit) -> Iterator[Check]:
         socket.create_connection((host, port), _TIMEOUT_S).close()
         yield Check("server's port", "ok", f"{port} accepts connections")
     except OSError as error:
-        fix = f"start the server; allow outgoing TCP to {kit.address} in this network; sites need no open port"
+        fix = f"start the server; allow outgoing TCP to {address} in this network; sites need no open port"
         yield Check("server's port", "problem", f"{port}: {error.strerror or error}", fix)
         return
     problem = _handshake(kit, host, port)
@@ -146,7 +164,6 @@ def _server(kit: StartupKit) -> Iterator[Check]:
         )
         return
     yield Check("TLS", "ok", "version 1.3; the server's certificate is from this federation")
-    yield _clock(kit)
 
 
 def _handshake(kit: StartupKit, host: str, port: int) -> str:

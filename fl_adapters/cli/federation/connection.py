@@ -30,7 +30,7 @@ def connected(kit: StartupKit) -> Iterator[ControlClient]:
     from fl_runtime.client.kit_transport import KitTransport
     from fl_runtime.client.roots import take_up_new_roots
 
-    transport = KitTransport(kit.folder, kit.address)
+    transport = KitTransport(kit.folder, kit.addresses)
     with closing(ControlClient(transport)) as control:
         try:
             if take_up_new_roots(kit.folder, transport):

@@ -36,16 +36,16 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
         if patience_s is not None:
             kit = replace(kit, patience_s=patience_s, own_patience=True)
         with site.process_slot():
-            _say(f"{site.identity} waits for a job of {site.identity.federation} at {kit.server}")
+            _say(f"{site.identity} waits for a job of {site.identity.federation} at {' or '.join(kit.addresses)}")
             # the command connects by itself
-            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.server))) as control:
+            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.addresses))) as control:
                 witness = site.witness()
                 job = control.ask("Assignment", patience_s=kit.patience_s, log=witness.statement())
                 witness.take(job.get("log"), "server")
             _say(f"job {job['job']}, submitted by {job['submitted_by']}")
             _check(site, kit, job)
             status = _run(site, kit, job, command, results)
-            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.server))) as control:
+            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.addresses))) as control:
                 _report_early_end(control, site, kit, job, status)
         if as_json:
             show_json({"job": job["job"], "site": kit.site, "status": status})
@@ -71,6 +71,7 @@ def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], re
             index=job["index"],
             count=job["count"],
             server=kit.server,
+            servers=kit.servers,
             token="",
             credentials=kit.credentials,
             run="" if results is None else str(results.resolve()),
@@ -147,7 +148,7 @@ def _leave(
     from fl_runtime.client import SiteClient
     from fl_runtime.client.roots import RenewingTransport
 
-    transport = RenewingTransport.of_kit(Path(kit.credentials), kit.server)
+    transport = RenewingTransport.of_kit(Path(kit.credentials), kit.addresses)
     client = SiteClient(transport, _PATIENCE_S, own_patience=True)
     try:
         client.join(job, training)
