@@ -144,7 +144,7 @@ def _server(kits: Path, folder: Path) -> Iterator[ControlClient]:
     """Run the server's process during this block, and connect to it as the admin."""
     log = kits / "server.log"
     environment = {name: value for name, value in os.environ.items() if name != KIT_VARIABLE}
-    command = [*_CLI, "server", "--kit", str(kits / "server"), "--folder", str(folder)]
+    command = [*_CLI, "server", "--kit", str(kits / "server"), "--data", str(folder)]
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT

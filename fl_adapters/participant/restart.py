@@ -2,12 +2,14 @@
 
 A restart point is the state between two rounds, saved after local training and before the update is sent. So for
 every update that the server has accepted, the point after it is on disk. The point before it is needed as well, since
-an update that was not accepted is made again. Older points are not needed: the server is never further back.
+an update that was not accepted is made again. Older points are not needed: the server is never further back, unless
+it was restored from a backup. A site whose points are all newer begins without one, and says so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from fl_adapters.participant.state_file import State, read_state, write_state
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import training_name
 from fl_runtime.types import Arrays, Task
+
+log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 
@@ -54,13 +58,20 @@ class RestartPoints:
     def before(self, task: Task) -> State | None:
         """Return the state to begin `task` with, or None if there is none.
 
-        A point after that task itself is deleted: its update was not accepted, so the training is repeated.
+        A point after that task itself is deleted: its update was not accepted, so the training is repeated. So are
+        points after later tasks, which a server that was restored from a backup has lost.
         """
         for file in reversed(self._files()):
             trained_task, state = read_state(file)
-            if task.kind != "train" or trained_task != [task.round, task.stage]:
+            later = trained_task is not None and trained_task[0] > task.round
+            if task.kind != "train" or not (later or trained_task == [task.round, task.stage]):
                 return state
             file.unlink()
+        log.warning(
+            "the restart points of this site are all newer than round %s of the server, which was restored from a "
+            "backup. The site begins with the global weights alone, so the bits differ from those of one go",
+            task.round,
+        )
         return None
 
     def _files(self) -> list[Path]:

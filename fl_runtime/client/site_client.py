@@ -221,6 +221,13 @@ class SiteClient:
         request = pb.NextRequest(session=self._session, best=best, evaluate=evaluate, done=done, held=self._held)
         task = self._downloads.task(request)
         if task.kind == "train":
+            if task.version + 1 < self._held:
+                log.warning(
+                    "the server was restored from a backup and goes back from round %s to round %s. What this process "
+                    "keeps beside the weights, such as the optimizer's state, stays as it is",
+                    self._held,
+                    task.version + 1,
+                )
             self._held = task.version + 1
         return task
 

@@ -38,6 +38,8 @@ class Broadcast:
     def __init__(self, state: RunState) -> None:
         self._state = state
         self._difference: Model | None = None  # the encoded difference between the last h and this one
+        self._restored = state.journal.restored
+        self._given: set[str] = set()  # sites that have an h of this process
 
     def prepare(self) -> None:
         """Encode the newest model, once for all sites of the round and all tries at it."""
@@ -60,8 +62,10 @@ class Broadcast:
     def model_for(self, member: Member) -> tuple[Model | None, Settings]:
         """The model that this site receives, and what its task's config says about it."""
         models, difference = self._state.models, self._difference
-        if difference is not None and member.held == difference.version - 1:
+        known = not self._restored or member.name in self._given  # else the same number may be of another model
+        if difference is not None and known and member.held == difference.version - 1:
             return difference, {HELD_VERSION: member.held}
+        self._given.add(member.name)
         return models.held or models.newest, {}
 
     def _stored(self, name: str, arrays: Arrays, extras: Arrays) -> Model:

@@ -14,6 +14,9 @@ from fl_runtime.transport.waiting import Clock, duration_text
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Excerpt, Question
 
+_MOST_ATTEMPTS = 2**31
+_ATTEMPTS_LOST = 1000  # after a backup was restored, so that no number of a process is given twice
+
 
 class Membership:
     """The sites of one run.
@@ -44,7 +47,7 @@ class Membership:
         with state.lock:
             state.raise_if_ended()
             member = self._named(name)
-            member.attempt += 1
+            member.attempt += _ATTEMPTS_LOST if state.journal.restored else 1
             member.gone, member.registration, member.refusal = "", None, None
             member.script = ""
             member.layouts.clear()
@@ -210,7 +213,7 @@ class Membership:
         member = self._named(name)
         if member.refusal is not None:
             raise member.refusal
-        if attempt != member.attempt:
+        if attempt != member.attempt and not self._has_come_back(member, attempt):
             raise AbortedError(
                 f"this process is attempt {attempt} of {name}; attempt {member.attempt} has taken over",
                 where=name,
@@ -321,6 +324,21 @@ class Membership:
                 self.mark_gone(m.name, f"its connection was lost {absence} ago", early=True)
                 m.script = "lost"
                 self._state.journal.lost(m.name, True)
+
+    def _has_come_back(self, member: Member, attempt: int) -> bool:
+        """Take over a process that joined after the backup was made which this run was restored from."""
+        if not member.attempt < attempt < _MOST_ATTEMPTS or not self._state.journal.restored:
+            return False
+        if not member.known:
+            raise AbortedError(
+                f"the server was restored from a backup that is older than the registration of {member.name}",
+                where=member.name,
+                fix="start the site's script again",
+            )
+        member.attempt = attempt
+        self._state.journal.joined(member.name, attempt)
+        self._state.events.emit("joined", site=member.name, attempt=attempt, version="")
+        return True
 
     def _named(self, name: str) -> Member:
         member = self.members.get(name)

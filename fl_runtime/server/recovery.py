@@ -99,5 +99,29 @@ def load_update(state: RunState, entry: UpdateEntry) -> Accepted:
     return Accepted(update, blob, entry.digest)
 
 
+class SitesAhead:
+    """Sites that may be ahead of a run that was restored from a backup. Used under the run's lock.
+
+    What such a site has trained after the backup belongs to rounds that the run has lost. It counts as late, so that
+    the site asks for its next task, and so goes back to the run's round.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._restored = journal.restored
+        self._sent: dict[str, int] = {}
+
+    def task_sent(self, site: str, round: int) -> None:
+        """Note that this process has sent the task of a round to a site."""
+        self._sent[site] = round
+
+    def lost(self, site: str, round: int) -> bool:
+        """Whether an update may answer a task from before the restoration. This process has not sent its task."""
+        return self._restored and self._sent.get(site) != round
+
+    def lost_model(self, version: int, newest: int) -> bool:
+        """Whether a score is that of a model which the run has lost."""
+        return self._restored and version > newest
+
+
 def _damaged(state: RunState, blob: Blob, what: str) -> StoreError:
     return StoreError(f"{what} on disk is not what was written", where=str(state.blobs.path(blob)), fix=RESTORE)

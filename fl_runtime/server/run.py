@@ -22,7 +22,7 @@ from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.courses.virtual import Virtual, VirtualSites
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.records.events import Emitter
-from fl_runtime.server.recovery import reading, restore_plan, restore_results
+from fl_runtime.server.recovery import SitesAhead, reading, restore_plan, restore_results
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import RunState
 from fl_runtime.store.stores import Store
@@ -74,6 +74,7 @@ class Run:
         self._initial = InitialModel(state, self.membership)
         self._final = FinalModel(state, self.membership, self.scoring)
         self._virtual = virtual
+        self._ahead = SitesAhead(state.journal)
         self.course: Course = self._choose_course()
         self.ended = threading.Event()
 
@@ -202,6 +203,7 @@ class Run:
     def task_sent(self, kind: TaskKind, round: int, name: str, nbytes: int) -> None:
         """Note that a task has been sent to a site, in messages of `nbytes` bytes."""
         with self.state.lock:
+            self._ahead.task_sent(name, round)
             self.course.task_sent(name, round, nbytes)
             self.state.events.emit("task_sent", round, name, task=kind, bytes=nbytes)
 
@@ -232,6 +234,8 @@ class Run:
                 )
             if round == 0 and self._initial.wanted_from(name):
                 return None
+            if self._ahead.lost(name, round):
+                return "late"
             return self.course.admit(name, attempt, round, stage)
 
     def accept(self, upload: Upload) -> Status:
@@ -255,6 +259,9 @@ class Run:
         """Take a site's report on a global model or, after the last round, on another site's model."""
         with self.state.lock:
             self.membership.caller(report.site, attempt, takes_part=True)
+            newest, rounds = self.state.models.version, self.state.plan.rounds
+            if self._ahead.lost_model(report.version, newest) and newest != rounds:
+                return
             if self._cross_site.covers(report.version):
                 self._cross_site.report(report)
             else:

@@ -21,6 +21,10 @@ from fl_runtime.store.tensorfile import disk_error, header_of, sync
 from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.manifest import Manifest
 
+UPLOAD = "upload-"
+"""Prefix of the names of blobs that are being uploaded. They serve the process that creates them alone."""
+
+_FREE = "free-"
 _SUFFIX = ".safetensors"
 _FREE_LAYOUTS = 4
 
@@ -84,13 +88,18 @@ class Blobs:
             StoreError: If the disk is full or cannot be written.
         """
         path = self._path(name)
-        if self._free.get(manifest.layout):
+        while self._free.get(manifest.layout):
             blob = self._free[manifest.layout].pop()
+            if _is_backed_up(self._path(blob.name)):
+                self.discard(blob)
+                continue
             self.rename(blob, name)
             return blob
         header = header_of(manifest)
         size = len(header) + manifest.nbytes
         try:
+            if _is_backed_up(path):
+                path.unlink()
             with open(path, "w+b") as file:
                 file.write(header)
                 file.flush()
@@ -154,7 +163,7 @@ class Blobs:
         """Give a blob's file and mapping back for reuse; nobody may use views of it afterwards."""
         if self.closed:
             return
-        self.rename(blob, f"free-{id(blob):x}")
+        self.rename(blob, f"{_FREE}{id(blob):x}")
         layout = blob.manifest.layout
         free = self._free.pop(layout, [])
         free.append(blob)
@@ -181,7 +190,15 @@ class Blobs:
         self._free.clear()
 
     def close(self) -> None:
-        """Stop recycling: `free` does nothing from now on, since the folder may belong to another server or be gone."""
+        """Delete the buffers, and stop recycling.
+
+        `free` does nothing from now on, since the folder may belong to another server or be gone.
+        """
+        if not self.closed:
+            self._free.clear()
+            for path in buffers(self.folder):
+                with suppress(OSError):  # Windows does not delete mapped files
+                    path.unlink()
         self.closed = True
 
     def forget(self, keep: set[str]) -> None:
@@ -206,6 +223,32 @@ class Blobs:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """List the files of the blobs that a journal may name, which are those that are no buffers.
+
+    Args:
+        folder: Folder of the blobs; it need not exist.
+    """
+    return [path for path in sorted(folder.glob(f"*{_SUFFIX}")) if not path.name.startswith((_FREE, UPLOAD))]
+
+
+def buffers(folder: Path) -> list[Path]:
+    """List the files that no journal names: broken uploads, and blobs that were freed for reuse.
+
+    Args:
+        folder: Folder of the blobs; it need not exist.
+    """
+    return [path for path in sorted(folder.glob(f"*{_SUFFIX}")) if path.name.startswith((_FREE, UPLOAD))]
+
+
+def _is_backed_up(path: Path) -> bool:
+    """Whether a backup has linked to a file, whose contents must then stay."""
+    try:
+        return path.stat().st_nlink > 1
+    except OSError:
+        return False
 
 
 def _mapped(descriptor: int, header_bytes: int) -> Array:

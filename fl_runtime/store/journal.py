@@ -10,7 +10,8 @@ The statements are those that SQLite and PostgreSQL have in common.
               left (names of sites that left); resting (those of them whose scripts may train again); lost (names of
               sites whose connection was lost for too long);
               repeats ([round, number of failed tries]); buffer ([[site, round], ...]); ended ("null", or the error);
-              over ("true" once the job has ended with this run)
+              over ("true" once the job has ended with this run); restored (when the backup was made that this
+              journal was restored from, in seconds since the epoch)
     layout    layout (16 bytes, see wire/manifest.py), manifest (protobuf fl.v1.Manifest)
     site      name, attempt (number of the site's newest process), registration
     model     version (round whose result it is), blob (file name), layout, digests (8 bytes per tensor)
@@ -38,6 +39,8 @@ from fl_runtime.types import RunSettings, Terms
 from fl_runtime.wire.manifest import Manifest
 
 SCHEMA_VERSION = 1
+RESTORED = "restored"
+"""Key in `meta` that is set when the journal comes from a backup."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -135,6 +138,11 @@ class Journal:
 
     def close(self) -> None:
         self._db.close()
+
+    @property
+    def restored(self) -> bool:
+        """Whether the journal was restored from a backup, so that sites may be ahead of it."""
+        return self._db.get(RESTORED) is not None
 
     def joined(self, site: str, attempt: int) -> None:
         self._db.run("INSERT INTO site VALUES (?, ?, NULL) ON CONFLICT (name) DO UPDATE SET attempt=excluded.attempt",

@@ -1,4 +1,4 @@
-"""Lock on a run's folder: two servers that write the same journal and blobs would damage both."""
+"""Lock on a folder: two servers that write the same journal and blobs would damage both."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class FolderLock:
 
     Args:
         folder: The folder to lock; created if missing.
+        busy: What is wrong if another process holds the lock. The number of that process is added.
 
     Raises:
         StoreError: If another process holds the lock, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, busy: str = "another server is running this job") -> None:
         self._descriptor = -1
         try:
             import fcntl
@@ -33,17 +34,35 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
         except BlockingIOError:
             self.close()
+            owner = lock_owner(folder)
             raise StoreError(
-                "another server is running this job", where=str(folder), fix="wait until it has ended, or stop it"
+                f"{busy}{f' (process {owner})' if owner else ''}",
+                where=str(folder),
+                fix="wait until it has ended, or stop it",
             ) from None
         except OSError as error:
             self.close()
             raise disk_error(error, folder / _FILE) from error
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The open file of the lock. A child process that inherits it holds the lock too, until it ends."""
+        return (self._descriptor,) if self._descriptor >= 0 else ()
 
     def close(self) -> None:
         """Release the lock; further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def lock_owner(folder: Path) -> int | None:
+    """Return the number of the process that last locked a folder, or None if it is not known."""
+    try:
+        return int((folder / _FILE).read_text("ascii"))
+    except (OSError, ValueError):
+        return None

@@ -8,7 +8,7 @@ from typing import Protocol
 from fl_runtime.store.blobs import Blobs
 from fl_runtime.store.journal import Journal
 
-_JOURNAL, _BLOBS = "journal.sqlite", "blobs"
+JOURNAL_FILE, BLOBS_FOLDER = "journal.sqlite", "blobs"
 
 
 class Store(Protocol):
@@ -61,12 +61,12 @@ class FolderStore:
 
     def holds(self, folder: Path) -> bool:
         """Return whether there is a journal of a run; see `Store`."""
-        return (folder / _JOURNAL).exists()
+        return (folder / JOURNAL_FILE).exists()
 
     def journal(self, folder: Path, *, durable: bool = False) -> Journal:
         """Open the journal of a run, or make it; see `Store`."""
-        return Journal.in_file(folder / _JOURNAL, durable=durable)
+        return Journal.in_file(folder / JOURNAL_FILE, durable=durable)
 
     def blobs(self, folder: Path, *, durable: bool = False) -> Blobs:
         """Open the tensor files of a run; see `Store`."""
-        return Blobs(folder / _BLOBS, durable=durable)
+        return Blobs(folder / BLOBS_FOLDER, durable=durable)

@@ -117,7 +117,7 @@ def test_the_same_hf_script_gives_the_same_bits_everywhere(bench: Any, federatio
     proof = Job(app="train.py", name="proof").run(ProofOfConcept(sites=2, quiet=True))
 
     (bench.folder / "job.yml").write_text("name: real\napp: train.py\n")
-    server = bench.start("server", "--kit", "kits/server", "--job", "job.yml", "--folder", "server-runs", "--json")
+    server = bench.start("server", "--kit", "kits/server", "--job", "job.yml", "--data", "server-runs", "--json")
     sites = [bench.start("run", "--kit", f"kits/site-{n}", "--", sys.executable, "train.py") for n in (1, 2)]
     for process in (*sites, server):
         out, err = process.communicate(timeout=120)
@@ -142,7 +142,7 @@ def test_the_same_hf_script_gives_the_same_bits_everywhere(bench: Any, federatio
 
 
 def test_a_job_is_submitted_over_an_admins_kit_and_status_shows_it(bench: Any, adding: str, federation: Path) -> None:
-    server = bench.start("server", "--kit", "kits/server", "--folder", "server-runs")
+    server = bench.start("server", "--kit", "kits/server", "--data", "server-runs")
     status = _reached(bench)
     assert (status["federation"], status["running"]) == ("study", None)
     sites = [bench.start("run", "--kit", f"kits/site-{n}", "--", sys.executable, adding) for n in (1, 2)]
@@ -195,7 +195,7 @@ with fl.connect() as site:
         _until(lambda: "long" in _reached(bench)["ended"], "the end of the job")
         second.terminate()
     assert second.wait(60) == 0
-    model = read_tensors(bench.folder / "runs/long/model/model.safetensors")
+    model = read_tensors(federation / "server-data/long/model/model.safetensors")
     np.testing.assert_array_equal(model["w"], np.full(3, 4.5, np.float32))
     assert audit.verify(federation / "server", audit.Anchor(kit=federation / "server"))[1] == []
     actions = [entry["action"] for entry in audit.entries(federation / "server")]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fl_adapters.cli.federation.authority_app import PassphraseFile, authority
+from fl_adapters.cli.federation.server_app import server
 from fl_adapters.cli.output import report_errors
 from fl_adapters.participant.kit import KIT_VARIABLE
 
@@ -56,6 +57,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="\b\nExamples:\n  fl-adapters audit verify kits/server --kit kits/server\n"
         "  fl-adapters audit verify copies/server --authority kits/ada/ca.pem --witness kits/north",
     )(audit_verify)
+    app.add_typer(server)
     app.add_typer(cert)
     app.add_typer(authority)
     app.add_typer(audit)
@@ -111,27 +113,6 @@ def unpack(
         secret = given_password(password, password_file, command.PASSWORD_VARIABLE)
         secret = secret or ask_password(f"Password of {archive.name}", command.PASSWORD_VARIABLE)
     sys.exit(command.unpack(archive, out, secret, as_json))
-
-
-def server(
-    kit: _Kit,
-    folder: Annotated[Path, typer.Option(help="Folder for runs. The audit log is in the kit.")] = Path("runs"),
-    listen: Annotated[str, typer.Option(help="Address to bind, as host:port. Default: the kit's.")] = "",
-    job: Annotated[
-        Path | None, typer.Option(help="Job file (YAML) to run, after which the server ends. Default: wait for jobs.")
-    ] = None,
-    syslog: Annotated[
-        str, typer.Option(help="Syslog server for the audit log: udp://, tcp:// or tls://HOST:PORT.")
-    ] = "",
-    as_json: _Json = False,
-) -> None:
-    """Run the server of a federation: one port, mutual TLS.
-
-    SIGTERM and Ctrl-C stop it. Started again with the same folder, it continues the job that was running.
-    """
-    from fl_adapters.cli.federation import server as command
-
-    sys.exit(command.run(kit, folder, listen, job, syslog, as_json))
 
 
 def run(
@@ -297,10 +278,6 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
         "  fl-adapters provision project.yml --out kits\n  fl-adapters provision project.yml --zip",
     ),
     (unpack, "  fl-adapters unpack north.zip"),
-    (
-        server,
-        "  fl-adapters server --kit kits/server\n  fl-adapters server --kit kits/server --job job.yml --json",
-    ),
     (status, "  fl-adapters status --kit kits/ada"),
 )
 _CERT_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (

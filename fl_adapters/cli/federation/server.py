@@ -22,20 +22,23 @@ from fl_runtime.types import RunSettings
 _LOOK_S = 0.2
 
 
-def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, syslog: str, as_json: bool) -> int:
+def run(kit_folder: Path, data: Path | None, listen: str, job_file: Path | None, syslog: str, as_json: bool) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.server.federation.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
 
         kit = read_kit(kit_folder, kind="server")
+        folder = data_folder(kit.folder, data)
+        if data is None:
+            _check_for_jobs_elsewhere(folder, kit.identity.federation)
         only_tls_1_3()  # before gRPC is used
         use_one_arena()
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
         server = FederationServer(
             kit,
-            folder.resolve(),
+            folder,
             read_job,
             listen=listen,
             listener_of=lambda name: ProgressLines(sys.stderr, job=name),
@@ -46,7 +49,8 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, sysl
             signal.signal(number, lambda *_: stop.set())
         try:
             address = server.start()
-            print(f"{kit.identity.federation}: serving at {address} as {kit.address}", file=sys.stderr, flush=True)
+            where = f"serving at {address} as {kit.address}, data in {folder}"
+            print(f"{kit.identity.federation}: {where}", file=sys.stderr, flush=True)
             if kit.certificate.expires_soon:
                 print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
             told = {record.name for record in server.queue.records() if record.ended}
@@ -64,6 +68,33 @@ def run(kit_folder: Path, folder: Path, listen: str, job_file: Path | None, sysl
             return 0
         finally:
             server.close()
+
+
+def data_folder(kit: Path, chosen: Path | None) -> Path:
+    """Return the data folder of a server.
+
+    Args:
+        kit: Folder of the server's startup kit.
+        chosen: The folder that the user named, or None.
+
+    Returns:
+        The chosen one; else the folder beside the kit with "-data" after its name.
+    """
+    return (chosen or kit.resolve().with_name(f"{kit.resolve().name}-data")).resolve()
+
+
+def _check_for_jobs_elsewhere(folder: Path, federation: str) -> None:
+    """Refuse to begin with an empty folder if an earlier version left jobs in the working directory."""
+    from fl_runtime.server.federation.archive import jobs_of
+
+    earlier = Path("runs").resolve()
+    if folder.exists() or not (jobs := jobs_of(earlier, federation)):
+        return
+    raise ConfigError(
+        f"an earlier version left jobs of {federation} here: {', '.join(jobs[:5])}",
+        where=str(earlier),
+        fix=f"go on with them by `--data {earlier}`, or move the folder to {folder}",
+    )
 
 
 def _start_job(server: Any, job: Job, identity: Any) -> str:

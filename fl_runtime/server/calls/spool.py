@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fl_runtime.errors import ConnectionLostError, StoreError
-from fl_runtime.store.blobs import Blob, Blobs
+from fl_runtime.store.blobs import UPLOAD, Blob, Blobs
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.wire.frames import Receiver
 from fl_runtime.wire.manifest import Manifest
@@ -144,7 +144,7 @@ class Spool:
             if free < needed:
                 raise _no_room(site, manifest, f"{free} are free, and {needed - manifest.nbytes} must be left")
         try:
-            return self._blobs.create(f"upload-{next(self._number)}", manifest)
+            return self._blobs.create(f"{UPLOAD}{next(self._number)}", manifest)
         except StoreError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
                 raise _no_room(site, manifest, error.what) from error

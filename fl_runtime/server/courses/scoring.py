@@ -65,6 +65,9 @@ class Scoring:
         while True:
             with state.lock:
                 self._membership.caller(name, attempt)
+                if version > state.models.version:  # the run was restored from a backup that is older
+                    yield {}, False
+                    return
                 if not self.scores.settled(version):
                     too_late = self._membership.outages.left_s(began, half_s) <= 0
                     if self.evaluators(version) <= self.scores.reported(version) or too_late:

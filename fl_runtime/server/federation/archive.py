@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -120,12 +121,14 @@ class JobArchive:
             raise ConfigError(
                 f"this folder holds the job {name} of the federation {record.federation}, not of {self._federation}",
                 where=str(self.folder),
-                fix="give each federation's server a folder of its own with --folder",
+                fix="give each federation's server a folder of its own with --data",
             )
         outcome = self.outcome(name)
         if outcome is not None and not record.ended:  # killed between writing the one and the other
             record = replace(record, state=_state_after(outcome), ended_at=time.time())
         self._records[name] = record
+        if record.state == "finished":  # the server before may have been killed before it did this
+            self.forget_tensors(name)
 
     def _note_unreadable(self, name: str, error: FederationError) -> None:
         fix = "submit it again under another name"
@@ -221,6 +224,15 @@ class JobArchive:
                 shutil.rmtree(place / model, ignore_errors=True)
         return record
 
+    def forget_tensors(self, name: str) -> None:
+        """Delete the tensor files that a finished job was run with. Its models are among its results."""
+        folder = self.folder / name
+        for place in (folder, *folder.glob("[0-9]*")):
+            if any((place / "model").glob("*")):
+                for path in (place / "server" / "blobs").glob("*.safetensors"):
+                    with suppress(OSError):  # Windows does not delete mapped files; the next start does
+                        path.unlink()
+
     def delete(self, name: str) -> None:
         """Delete a job and its folder. It is off the list before its files go."""
         del self._records[name]
@@ -257,6 +269,25 @@ class JobArchive:
         write_file(self.folder / record.name / _JOB, json.dumps(fields, indent=1).encode())
         self._records[record.name] = record
         return record
+
+
+def jobs_of(folder: Path, federation: str) -> list[str]:
+    """List the jobs of a federation in a folder, whatever else is in it.
+
+    Args:
+        folder: The folder; it need not exist.
+        federation: Name of the federation.
+
+    Returns:
+        Names of the jobs that can be read.
+    """
+    found = []
+    for file in sorted(folder.glob(f"*/{_JOB}")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, FederationError):
+            record = _read(file, federation, None)
+            if record.submitter.federation == record.federation == federation:
+                found.append(record.name)
+    return found
 
 
 def _state_after(outcome: Mapping[str, Any]) -> JobState:

@@ -20,6 +20,7 @@ from fl_runtime.server.federation.renewals import Renewals
 from fl_runtime.server.federation.root_calls import RootCalls
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.server.federation.validity import Validity
+from fl_runtime.store.data_folder import DataFolder
 from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import AuditLog, Witness
@@ -55,7 +56,7 @@ class FederationServer:
 
         Args:
             kit: The server's startup kit.
-            folder: Folder for the runs.
+            folder: The server's data folder, which holds the jobs.
             read_job: Reads and checks the settings of a submitted job.
             listen: Address to serve on, as "host:port"; "" for that of the kit.
             listener_of: Makes the listener for the events of a job from the job's name.
@@ -64,10 +65,25 @@ class FederationServer:
         Raises:
             ConfigError: A file of the kit cannot be read, the folder holds jobs of another federation, or the address
                 of the syslog server is not valid.
-            StoreError: The disk fails.
+            StoreError: The disk fails, or another server uses the folder.
         """
         self._kit = kit
         self._listen = split_address(listen or kit.listen)
+        self._data = DataFolder(folder, kit.identity.federation)
+        try:
+            self._open(kit, folder, read_job, listener_of, syslog)
+        except BaseException:
+            self._data.close()
+            raise
+
+    def _open(
+        self,
+        kit: StartupKit,
+        folder: Path,
+        read_job: ReadJob,
+        listener_of: Callable[[str], Listener] | None,
+        syslog: str,
+    ) -> None:
         self._audit = AuditSummary(AuditLog(kit.folder, kit.folder))
         self._audit.log.ship_to(syslog)
         self.queue = JobQueue(kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name))
@@ -127,6 +143,7 @@ class FederationServer:
         self.queue.close()
         self._audit.log.write("server stopped", self._kit.identity)
         self._audit.log.close()
+        self._data.close()
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer a call within one of the jobs that run. The guard has established who is calling."""

@@ -264,10 +264,23 @@ class JobQueue:
                     self.halted = job.halted = error
                 else:
                     del self._running[job.name]
-                    self._lately.append(job)
+                    self._retire(job)
                     job.audit.record_end(outcome["error"])
                     self.schedule()
             self.changed.notify_all()
+
+    def _retire(self, job: RunningJob) -> None:
+        """Keep a job that has ended for sites that still ask for its end, in place of the oldest such job."""
+        if len(self._lately) == _KEPT_AFTER_END:
+            self._tidy(self._lately[0])
+        self._lately.append(job)
+        if job.server.training_count == 1:  # it goes on serving what it has mapped; others open files again
+            self._tidy(job)
+
+    def _tidy(self, job: RunningJob) -> None:
+        record = self._archive.get(job.name)
+        if record is not None and record.state == "finished":
+            self._archive.forget_tensors(job.name)
 
     # -- waiting for jobs ---------------------------------------------------------------------------------------
 
@@ -320,3 +333,5 @@ class JobQueue:
         self.stop_scheduling()
         for job in self.running():
             job.close()
+        for job in self.lately_ended():
+            self._tidy(job)

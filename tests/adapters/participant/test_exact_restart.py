@@ -188,6 +188,17 @@ def test_a_round_that_is_opened_again_begins_from_the_work_for_its_first_try(tmp
     assert points_of(tmp_path).before(task(1, "2")) == 1
 
 
+def test_points_of_rounds_that_a_restored_server_has_lost_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = RestartPoints(tmp_path, fresh=True)
+    for number in range(1, 5):
+        points.save(task(number), number)
+    assert points_of(tmp_path).before(task(4)) == 3
+    assert points_of(tmp_path).before(task(2)) is None
+    assert "all newer than round 2" in caplog.text
+
+
 def test_state_survives_in_full(tmp_path: Path) -> None:
     import ml_dtypes
 

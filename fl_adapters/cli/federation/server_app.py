@@ -1,0 +1,87 @@
+"""The options of `fl-adapters server`, `server backup` and `server restore`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fl_adapters.participant.kit import KIT_VARIABLE
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+_Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the server's startup kit.")]
+_Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder for jobs and the server's state. Default: beside the kit, KIT-data."),
+]
+
+server = typer.Typer(
+    name="server",
+    help="""Run the server of a federation: one port, mutual TLS.
+
+    SIGTERM and Ctrl-C stop it. Started again with the same data folder, it continues the jobs that were running.
+    """,
+    epilog="\b\nExamples:\n  fl-adapters server --kit kits/server\n"
+    "  fl-adapters server --kit kits/server --data /var/lib/fl-adapters\n"
+    "  fl-adapters server --kit kits/server --job job.yml --json",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+@server.callback()
+def serve(
+    context: typer.Context,
+    kit: Annotated[
+        Path | None, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the server's startup kit.")
+    ] = None,
+    data: _Data = None,
+    folder: Annotated[Path | None, typer.Option("--folder", hidden=True, help="Earlier name of --data.")] = None,
+    listen: Annotated[str, typer.Option(help="Address to bind, as host:port. Default: the kit's.")] = "",
+    job: Annotated[
+        Path | None, typer.Option(help="Job file (YAML) to run, after which the server ends. Default: wait for jobs.")
+    ] = None,
+    syslog: Annotated[
+        str, typer.Option(help="Syslog server for the audit log: udp://, tcp:// or tls://HOST:PORT.")
+    ] = "",
+    as_json: _Json = False,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    if kit is None:
+        raise typer.BadParameter("it is missing. Name the folder of the server's startup kit", param_hint="--kit")
+    from fl_adapters.cli.federation import server as command
+
+    sys.exit(command.run(kit, data or folder, listen, job, syslog, as_json))
+
+
+@server.command(epilog="\b\nExamples:\n  fl-adapters server backup /backups/monday --kit kits/server")
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make. It must not hold anything.")],
+    kit: _Kit,
+    data: _Data = None,
+    as_json: _Json = False,
+) -> None:
+    """Copy the server's data folder, consistently while the server runs."""
+    from fl_adapters.cli.federation import backup as command
+
+    sys.exit(command.back_up(out, kit, data, as_json))
+
+
+@server.command(epilog="\b\nExamples:\n  fl-adapters server restore /backups/monday --kit kits/server")
+def restore(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `server backup` has made.")],
+    kit: _Kit,
+    data: _Data = None,
+    as_json: _Json = False,
+) -> None:
+    """Make a data folder from a backup, after comparing every file with its digest.
+
+    The server that is started with it goes on where the backup stands. Sites that are ahead of it go back to its round.
+    """
+    from fl_adapters.cli.federation import backup as command
+
+    sys.exit(command.restore(folder, kit, data, as_json))

@@ -1,0 +1,265 @@
+"""Backups of a server's data folder: made under load, restored, and taken up by sites that are ahead of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_bench import Site, at_once
+from study import Study, until
+from typer.testing import CliRunner
+
+from fl_adapters.cli.app import app
+from fl_adapters.cli.federation.server import data_folder, read_job
+from fl_runtime.errors import ConfigError, StoreError
+from fl_runtime.server.federation.federation import FederationServer
+from fl_runtime.store.backup import back_up, restore
+from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.trust.kits import read_kit
+from fl_runtime.types import Arrays, Task
+
+W = {"w": np.zeros(50_000, np.float32)}
+ROUNDS = 40
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with Study(tmp_path) as running:
+        yield running
+
+
+def change(site: Site, task: Task) -> Arrays:
+    return {"w": task.arrays["w"] * np.float32(0.9) + np.float32(1 + (site.name == "south"))}
+
+
+def quiet_run(rounds: int) -> np.ndarray[Any, Any]:
+    """The weights after so many rounds, by a plain loop."""
+    w = np.zeros(1, np.float32)
+    for _ in range(rounds):
+        north, south = w * np.float32(0.9) + np.float32(1), w * np.float32(0.9) + np.float32(2)
+        w = ((north.astype(np.float64) + south.astype(np.float64)) / 2).astype(np.float32)
+    return w
+
+
+def train(site: Site, pause: threading.Event | None = None, at: int = 0) -> Arrays:
+    """Take part to the end, and stop before the update of round `at` until `pause` is set."""
+    site.join("job")
+    site.register(W)
+    task = site.start(W)
+    while task.kind == "train":
+        if pause is not None and task.round == at:
+            pause.wait(30)
+        site.submit(task, change(site, task))
+        task = site.client.next_task()
+    final = {"w": np.copy(task.arrays["w"])}
+    site.client.leave("done", early=False)
+    site.client.close()
+    return final
+
+
+def restored(study: Study, backup: Path, name: str) -> Path:
+    restore(backup, study.folder / name, "study")
+    study.runs = study.folder / name
+    return study.runs
+
+
+def test_backups_under_load_go_on_to_the_bits_of_a_quiet_run(study: Study, tmp_path: Path) -> None:
+    study.job("job", rounds=ROUNDS)
+    sites = [study.site(name) for name in study.sites]
+    training = threading.Thread(target=lambda: at_once(sites, train))
+    training.start()
+    backups = []
+    while training.is_alive() and len(backups) < 200:
+        backups.append(back_up(study.runs, tmp_path / f"backup-{len(backups)}", "study"))
+    training.join(60)
+    assert study.server.wait_for_job("job", 30)
+    study.server.close()
+
+    begun = {json.loads((item.folder / "job/job.json").read_text())["state"]: item for item in backups}
+    middle = [item for item in backups if any("/blobs/model-" in name for name in item.files)]
+    assert middle, f"no backup has a model, of {len(backups)}"
+    chosen = {id(item): item for item in (*begun.values(), middle[0], middle[len(middle) // 2], middle[-1])}
+    for number, item in enumerate(chosen.values()):
+        runs = restored(study, item.folder, f"data-{number}")
+        study.start()
+        if study.server.queue.record("job").state != "finished":
+            at_once([study.site(name) for name in study.sites], train)
+            assert study.server.wait_for_job("job", 30)
+        assert study.server.outcome("job")["error"] is None
+        assert [each["round"] for each in study.server.outcome("job")["rounds"]] == [*range(1, ROUNDS + 1)]
+        np.testing.assert_array_equal(read_tensors(runs / "job/model/model.safetensors")["w"], quiet_run(ROUNDS)[0])
+        study.server.close()
+    assert not (study.runs / ".backup/links").exists()
+
+
+def test_sites_that_are_ahead_of_a_restored_server_go_back_to_its_round(
+    study: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.job("job", rounds=6)
+    early, late = threading.Event(), threading.Event()
+    sites = [study.site(name) for name in study.sites]
+    finals: list[Arrays] = []
+
+    def work(site: Site) -> None:
+        site.join("job")
+        site.register(W)
+        task = site.start(W)
+        while task.kind == "train":
+            if (task.round, early.is_set()) == (2, False):
+                early.wait(30)
+            if (task.round, late.is_set()) == (5, False):
+                late.wait(30)
+            site.submit(task, change(site, task))
+            task = site.client.next_task()
+        finals.append({"w": np.copy(task.arrays["w"])})
+        site.client.leave("done", early=False)
+
+    def in_round(number: int) -> bool:
+        job = study.server.queue.job("job")
+        return job is not None and job.server.state()["round"] == number
+
+    training = threading.Thread(target=lambda: at_once(sites, work))
+    training.start()
+    until(lambda: in_round(2), "round 2")
+    back_up(study.runs, tmp_path / "monday", "study")
+    early.set()
+    until(lambda: in_round(5), "round 5")
+    address = study.address
+    study.server.close()
+    restored(study, tmp_path / "monday", "again")
+    study.start(address)
+    assert in_round(2)
+    late.set()  # both sites answer a round that the server has lost
+    training.join(60)
+    assert study.server.wait_for_job("job", 30)
+    assert [each["round"] for each in study.server.outcome("job")["rounds"]] == [1, 2, 3, 4, 5, 6]
+    for final in finals:
+        np.testing.assert_array_equal(final["w"], quiet_run(6)[0])
+    assert len(finals) == 2
+    assert "goes back from round 5 to round 2" in caplog.text
+
+
+def test_a_process_that_joined_after_the_backup_goes_on_and_the_one_before_it_does_not(
+    study: Study, tmp_path: Path
+) -> None:
+    study.job("job", rounds=3, min_sites=1, sites=["north"])
+    first = study.site("north")
+    first.join("job")
+    first.register(W)
+    first.start(W)
+    back_up(study.runs, tmp_path / "monday", "study")
+    second = study.site("north")
+    second.join("job")
+    second.register(W)
+    task = second.client.next_task()
+    address = study.address
+    study.server.close()
+    restored(study, tmp_path / "monday", "again")
+    study.start(address)
+
+    assert second.submit(task, change(second, task)) == "late"  # asked again, for the round as it is now
+    task = second.client.next_task()
+    assert (task.kind, task.round) == ("train", 1)
+    assert second.submit(task, change(second, task)) == "used"
+    with pytest.raises(Exception, match="attempt 2 has taken over"):
+        first.client.next_task()
+    third = study.site("north")
+    assert third.join("job").attempt > 2
+
+
+def test_a_finished_job_takes_the_disk_of_its_results(study: Study) -> None:
+    study.job("job", rounds=3)
+    at_once([study.site(name) for name in study.sites], train)
+    assert study.server.wait_for_job("job", 30)
+    folder = study.runs / "job"
+    until(lambda: not list((folder / "server").rglob("*.safetensors")), "the server's tensors to be deleted")
+    np.testing.assert_array_equal(read_tensors(folder / "model/model.safetensors")["w"], quiet_run(3)[0])
+    left = {path.name for path in (folder / "server").rglob("*") if path.is_file()}
+    assert left <= {"lock", "journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm"}
+    again = study.site("north")
+    again.join("job")  # its script was killed after the last round
+    again.register(W)
+    assert again.client.next_task().arrays["w"][0] == quiet_run(3)[0]
+
+
+def test_an_aborted_job_keeps_what_a_resumption_needs_and_no_buffers(study: Study) -> None:
+    study.job("job", rounds=3)
+    sites = [study.site(name) for name in study.sites]
+    at_once(sites, lambda site: (site.join("job"), site.register(W)))
+    tasks = at_once(sites, lambda site: site.start(W))
+    at_once([0, 1], lambda index: sites[index].submit(tasks[index], change(sites[index], tasks[index])))
+    sites[0].client.next_task()  # round 2 is open: the files of round 1 are buffers now
+    study.admin("lena").ask("AbortJob", job="job")
+    assert study.server.wait_for_job("job", 30)
+    names = sorted(path.name for path in (study.runs / "job/server/blobs").iterdir())
+    assert names
+    assert not [name for name in names if name.startswith(("free-", "upload-"))]
+    study.admin("lena").ask("ResumeJob", job="job")
+    finals = at_once([study.site(name) for name in study.sites], train)
+    np.testing.assert_array_equal(finals[0]["w"], quiet_run(3)[0])
+
+
+def test_a_data_folder_belongs_to_one_federation_and_one_server(study: Study, tmp_path: Path) -> None:
+    kit = read_kit(study.kits / "server")
+    with pytest.raises(StoreError, match="another server of this federation uses this folder"):
+        FederationServer(kit, study.runs, read_job)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/federation.json").write_text('{"format": 1, "federation": "flu"}')
+    with pytest.raises(ConfigError, match="the data folder of the federation flu, not of study"):
+        FederationServer(kit, tmp_path / "other", read_job)
+
+
+def test_a_backup_is_whole_or_refused(study: Study, tmp_path: Path) -> None:
+    study.job("waiting", sites=["north"])
+    until(lambda: (study.runs / "waiting/server/journal.sqlite").exists(), "the journal")
+    made = back_up(study.runs, tmp_path / "one", "study")
+    assert made.jobs == ("waiting",)
+    with pytest.raises(ConfigError, match="not empty"):
+        back_up(study.runs, tmp_path / "one", "study")
+    with pytest.raises(ConfigError, match="not empty"):
+        restore(tmp_path / "one", study.kits, "study")
+    with pytest.raises(ConfigError, match="of the federation study, not of flu"):
+        restore(tmp_path / "one", tmp_path / "new", "flu")
+    with pytest.raises(ConfigError, match="not a backup"):
+        restore(study.runs, tmp_path / "new", "study")
+    (tmp_path / "one/waiting/job.json").write_bytes(b"{}")
+    with pytest.raises(StoreError, match=r"waiting/job.json is not what was backed up"):
+        restore(tmp_path / "one", tmp_path / "new", "study")
+    (tmp_path / "one/waiting/job.json").unlink()
+    with pytest.raises(StoreError, match=r"waiting/job.json is not what was backed up"):
+        restore(tmp_path / "one", tmp_path / "new", "study")
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_commands_find_the_folder_beside_the_kit(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
+    kit, elsewhere = study.kits / "server", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    study.job("waiting", sites=["north"])
+    study.server.close()
+    study.runs.rename(study.kits / "server-data")
+    assert data_folder(kit, None) == study.kits / "server-data"
+    monkeypatch.chdir(elsewhere)
+    runner = CliRunner()
+    made = runner.invoke(app, ["server", "backup", "monday", "--kit", str(kit), "--json"])
+    assert json.loads(made.stdout.splitlines()[-1])["jobs"] == ["waiting"], made.output
+    data = str(tmp_path / "again")
+    back = runner.invoke(app, ["server", "restore", "monday", "--kit", str(kit), "--data", data, "--json"])
+    assert json.loads(back.stdout.splitlines()[-1])["data"] == data, back.output
+    assert (tmp_path / "again/waiting/job.json").exists()
+
+    (study.kits / "server-data").rename(elsewhere / "runs")  # where versions before --data kept them
+    refused = runner.invoke(app, ["server", "--kit", str(kit)])
+    assert refused.exit_code == 1
+    assert "an earlier version left jobs of study here: waiting" in refused.output
+    assert not (study.kits / "server-data").exists()
+    study.runs = elsewhere / "runs"
+    study.start()
