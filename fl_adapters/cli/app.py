@@ -15,6 +15,7 @@ from fl_adapters.cli.federation import app as federation_app
 from fl_adapters.cli.job import app as job_app
 from fl_adapters.cli.privacy import app as privacy_app
 from fl_adapters.cli.script_command import ScriptCommand
+from fl_adapters.cli.site import app as site_app
 from fl_runtime.version import VERSION
 
 app = typer.Typer(
@@ -236,4 +237,5 @@ def bundle(
 
 federation_app.add_to(app)
 app.add_typer(job_app.job)
+app.add_typer(site_app.site)
 app.add_typer(privacy_app.privacy)

@@ -41,12 +41,16 @@ class SiteProcesses:
     """Site processes, each in a process group of its own. None of them outlives this process.
 
     Use it from one thread. On POSIX a small helper process (`orphans.py`) ends them if this process is killed.
+
+    Args:
+        descriptors: Open file descriptors that the helper process inherits, such as that of a lock, which is then held
+            until all processes are gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, descriptors: Sequence[int] = ()) -> None:
         self._running: dict[str, SiteProcess] = {}
         self._over: dict[str, SiteProcess] = {}
-        self._reaper = _start_reaper()
+        self._reaper = _start_reaper(descriptors)
 
     def start(
         self,
@@ -213,11 +217,11 @@ def describe_status(status: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def _start_reaper() -> subprocess.Popen[bytes] | None:
+def _start_reaper(descriptors: Sequence[int]) -> subprocess.Popen[bytes] | None:
     if not _POSIX:
         return None
     command = [sys.executable, "-I", "-S", orphans.__file__]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=descriptors)
 
 
 def _signal_group(process: subprocess.Popen[bytes], *, kill: bool) -> None:

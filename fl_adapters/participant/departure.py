@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 from fl_adapters.participant.gate import Gate
+from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_runtime.client import SiteClient
+from fl_runtime.errors import ConnectionLostError, FederationError
+
+_NOTE = "script.json"
+
+
+@dataclass(frozen=True)
+class ScriptNote:
+    """What a script leaves in its kit's folder for the command that started it (`fl-adapters run` or `site`).
+
+    Attributes:
+        job: Name of the training that the script joined last.
+        attempt: Number of its process there, from 1.
+        state: "taking part", or how its part ended. "failed" if it died and has not left, so that it can be started
+            again; "left" if it left early; "done" after its last round.
+        reason: Why it ended, in full. It may quote data.
+        public: The part of the reason that may leave the site.
+    """
+
+    job: str
+    attempt: int
+    state: Literal["taking part", "failed", "left", "done"] = "taking part"
+    reason: str = ""
+    public: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> ScriptNote | None:
+        """Return the note in a kit's folder, or None if its script has never joined a job."""
+        try:
+            return cls(**json.loads((folder / _NOTE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, kit: Kit) -> None:
+        """Write the note into the folder of a command's own kit. Does nothing for other kits."""
+        own = kit.credentials and kit.folder and Path(kit.folder).resolve() != Path(kit.credentials).resolve()
+        if not own:
+            return
+        with suppress(OSError):  # training must not fail for it
+            self._write_into(Path(kit.folder))
+
+    @classmethod
+    def renew(cls, folder: Path) -> None:
+        """Forget how the script before has ended, since another one is started. Its number is kept.
+
+        Args:
+            folder: Folder of the command's kit.
+
+        Raises:
+            OSError: The note cannot be written.
+        """
+        note = cls.read(folder)
+        if note is not None:
+            cls(note.job, note.attempt)._write_into(folder)
+
+    def _write_into(self, folder: Path) -> None:
+        part = folder / f"{_NOTE}.part"
+        part.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        part.replace(folder / _NOTE)
 
 
 class Departure:
@@ -15,6 +79,8 @@ class Departure:
 
     After that the script may go on and train again. The connection therefore stays open until the script's next
     training has begun or the script has ended, so that the server knows that the site is still there.
+
+    The server is not told of the death of a script that a site daemon supervises, since the daemon starts it again.
 
     Attributes:
         closed: Whether the session has ended.
@@ -26,6 +92,8 @@ class Departure:
         self,
         client: SiteClient,
         gate: Gate,
+        kit: Kit,
+        note: ScriptNote,
         *,
         trains_again: bool,
         registered: Callable[[], bool],
@@ -36,6 +104,8 @@ class Departure:
         Args:
             client: The connection to the server.
             gate: The site's gate, which knows what may be said.
+            kit: The site's startup kit.
+            note: Training and attempt that the site has joined.
             trains_again: Whether the job takes another training of the script after this one.
             registered: Whether the handshake is done. A site that leaves before has not trained, and may try again.
             on_close: Called when the session ends.
@@ -44,6 +114,8 @@ class Departure:
         self._client, self._gate, self._trains_again = client, gate, trains_again
         self._registered, self._on_close = registered, on_close
         self._resting = False
+        self._kit, self._note = kit, note
+        note.write(kit)
 
     def leave(self, reason: LeaveReason, *, early: bool) -> None:
         """Leave the training. Does nothing if the session has ended.
@@ -54,13 +126,28 @@ class Departure:
         """
         if self.closed:
             return
+        if self._kit.supervised and _is_death(reason):
+            self._fail(reason)
+            return
         stays = self._trains_again and self._registered()
         heard = self._client.leave(self._gate.leave(reason, early=early), early=early, stays=stays)
         self.closed, self._resting = True, heard and stays
         self.left = self._registered() and (heard or not early)
+        self._write_note("left" if early else "done", reason)
         self._on_close()
         if not self._resting:
             self._client.close()
+
+    def abandon(self, reason: LeaveReason) -> None:
+        """Leave a training in the middle of which the script has ended.
+
+        Args:
+            reason: Why, for the server and the other sites.
+        """
+        if self._kit.supervised and not self.closed:
+            self._fail(reason)
+        else:
+            self.leave(reason, early=True)
 
     def detach(self) -> None:
         """End the session without a word, because the next attempt or training of this site replaces it."""
@@ -74,9 +161,30 @@ class Departure:
         Args:
             early: Whether the script has ended with an error.
         """
-        if self._resting:
-            self._client.leave("its script has ended", early=early)
-            self.detach()
+        if not self._resting:
+            return
+        if self._kit.supervised and early:
+            self._fail(LeaveReason.own("its script ended with an error after its training"))
+            return
+        self._client.leave("its script has ended", early=early)
+        self.detach()
+
+    def _fail(self, reason: LeaveReason) -> None:
+        """End the session of a script that is about to die, and leave a note for the daemon."""
+        self._write_note("failed", reason)
+        self.detach()
+
+    def _write_note(self, state: Literal["failed", "left", "done"], reason: LeaveReason) -> None:
+        replace(self._note, state=state, reason=reason.text[:2000], public=reason.public).write(self._kit)
+
+
+def _is_death(reason: LeaveReason) -> bool:
+    """Whether the script is about to die of an error that another try may not meet.
+
+    Errors of ours are refusals, which would only be repeated. A server that is out of reach may come back.
+    """
+    error = reason.error
+    return error is not None and (isinstance(error, ConnectionLostError) or not isinstance(error, FederationError))
 
 
 def trains_after(training: int, most: int | None) -> bool:

@@ -39,8 +39,11 @@ class Kit:
         count: Number of sites in the job.
         server: Address of the server, "host:port".
         token: Secret of the site in a simulation, "" elsewhere. Never print it.
-        run: Folder of the run (runs/<job>) in a simulation, else "".
-        simulated: Whether the site belongs to a simulation on this machine.
+        run: Folder of the run, below which the script's outputs and models go: runs/<job> in a simulation, a folder
+            of the site's own under a site daemon, else "".
+        simulated: Whether the site belongs to a simulation on this machine, whose sites share the run's folder.
+        supervised: Whether a site daemon starts the script again if it dies. The daemon then tells the server of
+            its end.
         patience_s: Seconds for which the site waits for a server that cannot be reached, unless a job says otherwise.
         own_patience: Whether the site has chosen `patience_s` itself, so that it holds in every job.
         credentials: Folder of the site's key and certificate, made by `provision`; "" in a simulation. In the file, it
@@ -57,6 +60,7 @@ class Kit:
     token: str
     run: str = ""
     simulated: bool = False
+    supervised: bool = False
     patience_s: float = 30.0
     own_patience: bool = False
     credentials: str = ""
@@ -159,6 +163,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "token": (str,),
     "run": (str,),
     "simulated": (bool,),
+    "supervised": (bool,),
     "patience_s": (int, float),
     "own_patience": (bool,),
     "credentials": (str,),

@@ -44,9 +44,9 @@ def own_folder(kit: Kit, job: str) -> Path:
         job: Name of the job.
 
     Returns:
-        runs/<job>/sites/<site> in a simulation, else a folder of the startup kit.
+        runs/<job>/sites/<site> in a simulation and under a site daemon, else a folder of the startup kit.
     """
-    if kit.simulated:
+    if kit.run:
         return Path(kit.run, "sites", kit.site)
     return Path(kit.credentials or kit.folder, "jobs", job)
 
@@ -59,14 +59,14 @@ def placed(kit: Kit | None, folder: str) -> str:
         folder: Folder that the script names, or an earlier result of this function.
 
     Returns:
-        `folder` itself, unless the site is simulated. Then a folder in the working directory is moved below the
-        site's own folder, and `claimed_path` decides about others. Remote folders ("s3://...") are not moved. If
+        `folder` itself, unless the run has a folder. Then a folder in the working directory is moved below the site's
+        own folder, and `claimed_path` decides about others. Remote folders ("s3://...") are not moved. If
         `folder` exists, the moved one is made.
 
     Raises:
         ConfigError: Another site of the simulation writes to the same folder.
     """
-    if kit is None or not kit.simulated or "://" in folder:
+    if kit is None or not kit.run or "://" in folder:
         return folder
     run = Path(kit.run).resolve()
     absolute = Path(folder).expanduser().resolve()
@@ -110,8 +110,8 @@ class SavesApart:
             self._moved[path] = placed(self._kit, path)
             if self._moved[path] != path:
                 print(
-                    f"fl-adapters: {self._saver}({path!r}) writes to {self._moved[path]}: simulated sites share the "
-                    "working directory",
+                    f"fl-adapters: {self._saver}({path!r}) writes to {self._moved[path]}: "
+                    f"{'simulated sites' if self._kit.simulated else 'jobs'} share the working directory",
                     file=sys.stderr,
                     flush=True,
                 )

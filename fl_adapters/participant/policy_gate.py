@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fl_adapters.participant.kit import Kit
 from fl_runtime.aggregation.metrics.pooling import plain
-from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError
+from fl_runtime.errors import FederationError, PermissionDeniedError
+from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.ledger import BudgetLimit, PrivacyBudget
 from fl_runtime.filters.server import applied_filters
+from fl_runtime.trainings import job_of
 from fl_runtime.types import Report, Settings, Task, Terms, Update
 from fl_runtime.wire.names import Facts, Names
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
+    from fl_runtime.trust.approval import Decision
     from fl_runtime.trust.audit import AuditLog, Witness
+    from fl_runtime.trust.identity import Identity
     from fl_runtime.trust.policy import Policy, PolicyFile
     from fl_runtime.trust.stream_identity import StreamIdentity
 
@@ -142,11 +146,14 @@ class KitPolicyGate(PolicyGate):
         identity: Identity of the site, from its certificate.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, jobs: Path | None = None, audit: AuditLog | None = None) -> None:
         """Read the policy.
 
         Args:
             folder: Folder of the startup kit.
+            jobs: Folder of this site's jobs, which holds what people have decided about them. Default: `jobs` in the
+                kit.
+            audit: The site's audit log, if it is open already.
 
         Raises:
             ConfigError: The kit is not one of a site, or its policy cannot be read.
@@ -157,7 +164,8 @@ class KitPolicyGate(PolicyGate):
 
         kit = read_kit(folder, kind="site")
         self.identity = kit.identity
-        self._audit: AuditLog = AuditLog(folder, folder)
+        self._jobs = jobs or folder / "jobs"
+        self._audit: AuditLog = audit or AuditLog(folder, folder)
         self._job = ""
         self._lists: list[str] = []  # names of the lists that the site declares
         self._strategy: str | None = None  # the job's, if it names one
@@ -165,7 +173,8 @@ class KitPolicyGate(PolicyGate):
         self._refusal: PermissionDeniedError | None = None  # the last one; its text is the policy's, free of data
         try:
             self._file: PolicyFile = PolicyFile(kit.policy_file)
-            self._audit.ship_to(self._file.current.syslog)
+            if audit is None:
+                self._audit.ship_to(self._file.current.syslog)
         except FederationError as error:
             self._audit.refused(self.identity, "read policy", error)
             raise
@@ -174,6 +183,7 @@ class KitPolicyGate(PolicyGate):
         self._job = str(job["name"])
         with _RecordRefusals(self, "join"):
             self._check_job(job)
+            self._check_approval(job)
             self._policy.check_adapter(_ADAPTERS.get(framework, framework), self.identity)
         self._audit.write("joined", self.identity, job=self._job, submitted_by=str(job.get("submitted_by", "")))
 
@@ -192,16 +202,29 @@ class KitPolicyGate(PolicyGate):
             self._check_job(job)
 
     def _check_job(self, job: Settings) -> None:
-        from fl_runtime.trust.identity import Identity
-
-        submitter_uri = str(job.get("submitted_by", ""))
-        submitter = Identity.from_uri(submitter_uri) if submitter_uri else None
-        self._policy.check_submitter(self._job, submitter, self.identity)
-        if job.get("cross_site"):
-            self._policy.check_cross_site(self._job, self.identity)
         self._strategy = job.get("strategy")
-        if self._strategy is not None:
-            self._policy.check_strategy(self._job, self._strategy, self.identity)
+        for refusal in job_refusals(self._policy, self.identity, job):
+            raise refusal
+
+    def decision_on(self, job: Settings) -> Decision | None:
+        """Return what somebody at the site has decided about a job, if the policy asks for that.
+
+        Args:
+            job: Settings of the job, as the server sends them.
+
+        Returns:
+            The decision, which is an approval if the policy does not ask. None if nobody has decided.
+        """
+        from fl_runtime.trust.approval import Decision, decision_on
+
+        if self._policy.approve is None:
+            return Decision(True, "", "", 0.0)
+        return decision_on(self._jobs / job_of(str(job["name"])), job)
+
+    def _check_approval(self, job: Settings) -> None:
+        decision = self.decision_on(job)
+        approved = decision is not None and decision.approved
+        self._policy.check_approval(str(job["name"]), self.identity, approved=approved)
 
     def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
         with _RecordRefusals(self, "register"):
@@ -293,7 +316,7 @@ class KitPolicyGate(PolicyGate):
         self._audit.write("stream", self.identity, job=self._job)
         return StreamIdentity(self._file.path.parent)  # read each time: a certificate may be renewed during a run
 
-    # -- for `fl-adapters run` --------------------------------------------------------------------------------
+    # -- for `fl-adapters run` and `fl-adapters site` ---------------------------------------------------------
 
     def record(self, action: str, **facts: Any) -> None:
         """Write an action of this site to its audit log.
@@ -310,31 +333,6 @@ class KitPolicyGate(PolicyGate):
 
         return Witness(self._audit, self._file.path.parent, self.identity)
 
-    def app_command(self, app: str) -> str:
-        """Return the local command that the policy names for an app.
-
-        Args:
-            app: The app of a job.
-
-        Returns:
-            The command line, for a shell-like split.
-
-        Raises:
-            ConfigError: The policy names no command for this app.
-        """
-        if app not in self._policy.apps:
-            raise ConfigError(
-                f"the policy names no command for the app {app!r}",
-                where=str(self._file.path),
-                fix="give the command after --, or add it to the policy under `apps`",
-            )
-        return self._policy.apps[app]
-
-    def environment(self) -> dict[str, str]:
-        """Return the environment variables that limit a command to this site's resources."""
-        gpus = self._policy.resources.gpus
-        return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-
     @contextmanager
     def process_slot(self) -> Iterator[None]:
         """Occupy one of the slots for commands that may run at the same time, during a `with` block.
@@ -343,13 +341,39 @@ class KitPolicyGate(PolicyGate):
             PermissionDeniedError: All slots are occupied.
         """
         most = self._policy.resources.processes
+        slot = self.free_slot()
         with _RecordRefusals(self, "run"):
-            slot = None if most is None else _acquire_slot(self._file.path.parent, most, self.identity)
-        try:
+            if slot is None:
+                raise PermissionDeniedError(
+                    f"{self.identity} may not run another command",
+                    where=f"rule resources: processes: {most} (the site's policy.yml)",
+                    fix="wait until a command has ended, or raise the number there",
+                )
+        with slot:
             yield
-        finally:
-            if slot is not None:
-                slot.close()
+
+    def free_slot(self) -> ExitStack | None:
+        """Occupy one of the slots for commands that may run at the same time.
+
+        Returns:
+            Frees the slot when it is closed. None if all slots are occupied.
+        """
+        slot = ExitStack()
+        most = self._policy.resources.processes
+        if most is None:
+            return slot
+        file = _acquire_slot(self._file.path.parent, most)
+        if file is None:
+            return None
+        slot.enter_context(file)
+        return slot
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as its file is now; as it was read last if the file cannot be read."""
+        with suppress(FederationError):
+            self._file.refresh()
+        return self._policy
 
     @property
     def _policy(self) -> Policy:
@@ -373,8 +397,41 @@ class _RecordRefusals:
             gate._audit.refused(gate.identity, self._action, error, job=gate._job, **self._facts)
 
 
-def _acquire_slot(folder: Path, most: int, identity: object) -> IO[bytes]:
-    """Lock one of `most` files, until it is closed. Raise PermissionDeniedError if all are locked."""
+def job_refusals(
+    policy: Policy, site: Identity, job: Settings, *, submitter_known: bool = True
+) -> Iterator[FederationError]:
+    """Yield what in a policy, of all that needs no script to decide, refuses a job: one error for each rule.
+
+    Args:
+        policy: The policy.
+        site: The site whose policy it is.
+        job: Settings of the job.
+        submitter_known: Whether the settings say who submits the job; otherwise that is not checked.
+    """
+    from fl_runtime.trust.identity import Identity
+
+    name, strategy, uri = str(job["name"]), job.get("strategy"), str(job.get("submitted_by", ""))
+    if submitter_known:
+        submitter = Identity.from_uri(uri) if uri else None
+        yield from _refused(lambda: policy.check_submitter(name, submitter, site))
+    if job.get("cross_site"):
+        yield from _refused(lambda: policy.check_cross_site(name, site))
+    if strategy is not None:
+        yield from _refused(lambda: policy.check_strategy(name, strategy, site))
+    if job.get("exact_restart"):
+        yield from _refused(lambda: check_repeatable(policy.filters))
+
+
+def _refused(check: Callable[[], None]) -> Iterator[FederationError]:
+    """Yield the error that a check raises, if any."""
+    try:
+        check()
+    except FederationError as error:
+        yield error
+
+
+def _acquire_slot(folder: Path, most: int) -> IO[bytes] | None:
+    """Lock one of `most` files, until it is closed. None if all are locked."""
     for number in range(most):
         file = open(folder / f"process-{number}.lock", "wb")  # noqa: SIM115 (open for as long as the slot is occupied)
         try:
@@ -385,13 +442,11 @@ def _acquire_slot(folder: Path, most: int, identity: object) -> IO[bytes]:
             return file
         except OSError:
             file.close()
-    raise PermissionDeniedError(
-        f"{identity} may not run another command",
-        where=f"rule resources: processes: {most} (the site's policy.yml)",
-        fix="wait until a command has ended, or raise the number there",
-    )
+    return None
 
 
 def policy_gate_of(kit: Kit) -> PolicyGate:
     """Return the policy gate of a site: that of its startup kit, or one that allows everything in a simulation."""
-    return KitPolicyGate(Path(kit.credentials)) if kit.credentials else PolicyGate()
+    if not kit.credentials:
+        return PolicyGate()
+    return KitPolicyGate(Path(kit.credentials), Path(kit.run).parent if kit.supervised else None)

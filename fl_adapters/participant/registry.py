@@ -129,7 +129,7 @@ def close_sessions(reason: str, kit: Kit | None = None, *, failed: bool | None =
         if entry is None or entry.is_inherited:
             continue
         if not entry.session.closed:
-            entry.session.leave(LeaveReason.own(reason))
+            entry.session.departure.abandon(LeaveReason.own(reason))
         entry.session.departure.end_script(early=early)
 
 

@@ -99,11 +99,11 @@ class Results:
     def write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
         """Write runs/<job>/model and, if there is a best round, runs/<job>/best.
 
-        Does nothing at a site that was not chosen to do so, and outside a simulation.
+        Does nothing if the run has no folder. In a simulation, one site does it for all.
 
         Args:
-            export: Writes the live model to a folder in the framework's format. None leaves it to the server, unless
-                the server cannot read the model.
+            export: Writes the live model to a folder in the framework's format. None writes safetensors; in a
+                simulation the server does that, unless it cannot read the model.
             load: Loads arrays into the live model, for the export of the best model; None exports the final one only.
         """
         if not self._exports():
@@ -114,13 +114,14 @@ class Results:
                 load(best.arrays)
                 export(str(self._folder("best")))
                 load(self._final_task().arrays)
-        elif self._gate.encrypts:
+        elif self._gate.encrypts or not self._kit.simulated:
             write_tensors(self._folder("model") / _FILE, self._final_task().arrays)
             if best := self.best():
                 write_tensors(self._folder("best") / _FILE, best.arrays)
 
     def _exports(self) -> bool:
-        return self._kit.simulated and bool(self._current_task().config.get("export"))
+        chosen = bool(self._current_task().config.get("export"))  # the one site that writes a folder which all share
+        return bool(self._kit.run) and (chosen or not self._kit.simulated)
 
     def _folder(self, name: str) -> Path:
         return Path(self._kit.run, name)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.participant.departure import Departure, trains_after
+from fl_adapters.participant.departure import Departure, ScriptNote, trains_after
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
@@ -156,6 +156,8 @@ class Session:
         self.departure = Departure(
             self._client,
             self._gate,
+            kit,
+            ScriptNote(job, welcome.attempt),
             trains_again=trains_again,
             registered=lambda: self.registered,
             on_close=self._close_swarm,
@@ -233,12 +235,12 @@ class Session:
             path: Output folder that the script names.
 
         Returns:
-            A folder below this site's own in a simulation, else `path`.
+            A folder below this site's own if the run has a folder, else `path`.
 
         Raises:
             ConfigError: The path is absolute, and another site of the simulation writes to it.
         """
-        return claimed_path(Path(self._kit.run), self.name, path) if self._kit.simulated else path
+        return claimed_path(Path(self._kit.run), self.name, path) if self._kit.run else path
 
     def register(
         self,

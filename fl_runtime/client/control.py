@@ -11,7 +11,7 @@ from typing import Any
 
 from fl_runtime.errors import ConnectionLostError, ProtocolError
 from fl_runtime.text import parse_json
-from fl_runtime.transport.base import Transport
+from fl_runtime.transport.base import Call, Transport
 from fl_runtime.transport.waiting import Reminders, duration_text
 
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
@@ -39,6 +39,7 @@ class ControlClient:
             transport: How to reach the server. The client closes it.
         """
         self._transport = transport
+        self._under_way: Call | None = None
         self._last_answer = 0.0  # when the server has last answered, in monotonic seconds
 
     @classmethod
@@ -80,6 +81,28 @@ class ControlClient:
                     raise
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def answers(self, method: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Make a call once, and yield every answer, among them the signs of life while the server waits.
+
+        Args:
+            method: Name of the call, such as "Assignment".
+            **fields: The request's fields; JSON values.
+
+        Yields:
+            The fields of each answer.
+
+        Raises:
+            ConnectionLostError: The server is out of reach, or the call was interrupted.
+            FederationError: The server refused the call.
+        """
+        yield from self._answers(method, fields)
+
+    def interrupt(self) -> None:
+        """End the call under way, if any. May be called by any thread."""
+        call = self._under_way
+        if call is not None:
+            call.cancel()
 
     def follow(self, job: str, *, patience_s: float = 30.0) -> Iterator[Mapping[str, Any]]:
         """Follow a job's events until it has ended. Lost connections are made again.
@@ -151,7 +174,8 @@ class ControlClient:
         return answers[-1]
 
     def _answers(self, method: str, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        for message in self._transport.call(method, json.dumps(fields).encode()):
+        self._under_way = self._transport.call(method, json.dumps(fields).encode())
+        for message in self._under_way:
             answer = _answer(method, message)
             self._last_answer = time.monotonic()
             yield answer

@@ -161,6 +161,17 @@ class SiteClient:
         self._presence = Presence(self._calls, self._session)
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started, reply.training)
 
+    def speak_for(self, job: str, attempt: int) -> None:
+        """Speak for a process of this site that has ended, without joining. The only call after it is `leave`.
+
+        The server does not listen if another process of the site has joined since.
+
+        Args:
+            job: Name of the training that the process joined, or of the job if it has not joined any.
+            attempt: Number of the process, as in `Welcome`; 0 if no process of the site has joined.
+        """
+        self._session = pb.Session(job=job, attempt=attempt)
+
     def register(
         self,
         manifest: Manifest,

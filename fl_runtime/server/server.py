@@ -128,6 +128,20 @@ class Server:
         """
         self.trainings.site_left(name, reason)
 
+    def refuse(self, name: str, reason: str, training: int = 1, attempt: int | None = None) -> bool:
+        """Note that a site takes part no more. It speaks for a process that has ended, or that it does not start.
+
+        Args:
+            name: Name of the site.
+            reason: Why, for the events and error messages.
+            training: Training that the process joined last, from 1.
+            attempt: Number of the process there; None if the site has started none.
+
+        Returns:
+            False if another process of the site takes part, which goes on.
+        """
+        return self.trainings.refuse(name, reason, training, attempt)
+
     def expel(self, name: str, reason: str) -> None:
         """Exclude a site that may not take part any more. Its calls under way are refused.
 

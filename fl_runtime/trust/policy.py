@@ -63,9 +63,13 @@ filters: []
 # Whose jobs this site takes part in.
 # submitters: {roles: [lead, project-admin], organisations: own}
 
-# The local command for a job's `app`, used by `fl-adapters run` without a command.
+# Hold every job until somebody at this site has looked at it and says `fl-adapters site approve JOB`.
+# approve: ask
+
+# The local command for a job's `app`, used by `fl-adapters site`, and by `fl-adapters run` without a command.
 # apps: {tumour: "python /opt/train/train_federated.py"}
 
+# Devices that commands see, and how many commands may run at a time; `fl-adapters site` divides the devices among them.
 # resources: {gpus: ["0"], processes: 1}
 
 # Syslog server that gets every line of the audit log as it is written: udp://, tcp:// or tls://HOST:PORT.
@@ -90,6 +94,11 @@ class Submitters(_Part):
     organisations: Literal["own"] | tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
 
+    @property
+    def limits(self) -> bool:
+        """Whether any job may be refused for its submitter."""
+        return any(field is not None for field in (self.roles, self.organisations, self.names))
+
 
 class Privacy(_Part):
     """Largest total privacy cost over all jobs: of this site's filters, which protect its whole updates, and apart from
@@ -108,8 +117,10 @@ class Resources(_Part):
     """What the local commands of a site may use.
 
     Attributes:
-        gpus: Devices that commands see (`CUDA_VISIBLE_DEVICES`); None does not change the environment.
-        processes: Largest number of commands at a time, at least 1; None does not limit it.
+        gpus: Devices that commands see (`CUDA_VISIBLE_DEVICES`); None does not change the environment. A site daemon
+            divides them among the commands that it runs at a time.
+        processes: Largest number of commands at a time, at least 1. None does not limit `fl-adapters run`; a site
+            daemon then runs one at a time.
     """
 
     gpus: tuple[str, ...] | None = None
@@ -133,6 +144,7 @@ class Policy(_Part):
         strategies: Accepted strategies, by name or full text; None accepts every one.
         adapters: Accepted adapters by short name, such as "hf"; None accepts every one.
         submitters: Whose jobs the site takes part in.
+        approve: "ask" holds every job until somebody at the site approves it; None holds none.
         apps: A job's `app` -> the local command that runs it.
         resources: What local commands may use.
         syslog: Address of a syslog server that gets every line of the audit log; "" for none. Read at the start.
@@ -150,6 +162,7 @@ class Policy(_Part):
     strategies: tuple[str, ...] | None = None
     adapters: tuple[str, ...] | None = None
     submitters: Submitters = Submitters()
+    approve: Literal["ask"] | None = None
     apps: Mapping[str, str] = Field(default_factory=dict)
     resources: Resources = Resources()
     syslog: str = ""
@@ -209,6 +222,20 @@ class Policy(_Part):
                 person = submitter or "an unknown person"
                 rule = f"submitters: {field} {value} is not one of {_listed(allowed)}"
                 raise _denied(site, f"take part in {job}, submitted by {person}", rule)
+
+    def check_approval(self, job: str, site: Identity, *, approved: bool) -> None:
+        """Check that somebody at the site has approved a job, if the policy asks for that.
+
+        Args:
+            job: Name of the job, for the message.
+            site: This site.
+            approved: Whether it was approved with its present settings.
+
+        Raises:
+            PermissionDeniedError: If nobody has.
+        """
+        if self.approve == "ask" and not approved:
+            raise _denied(site, f"take part in {job}, which nobody at the site has approved", "approve: ask")
 
     def check_adapter(self, framework: str, site: Identity) -> None:
         """Check that this adapter may be used at the site.

@@ -46,7 +46,7 @@ def keep_saves_apart(trainer: Trainer, kit: Kit | None) -> None:
 
     HF has no hook for it, so this Trainer gets a `save_model` of its own. Its class is left alone.
     """
-    if kit is not None and kit.simulated and not isinstance(trainer.save_model, SavesModel):
+    if kit is not None and kit.run and not isinstance(trainer.save_model, SavesModel):
         trainer.save_model = SavesModel(trainer, kit)
 
 

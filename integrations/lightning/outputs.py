@@ -39,7 +39,7 @@ def move(trainer: Any, kit: Kit | None) -> None:
 
     Raises ConfigError for an absolute path, outside the working directory, that another site has claimed.
     """
-    if kit is None or not kit.simulated:
+    if kit is None or not kit.run:
         return
     set_root_folder(trainer, placed(kit, trainer.default_root_dir))
     for logger in trainer.loggers:

@@ -141,7 +141,7 @@ def place_outputs(parser: ConfigParser, root: Path, kit: Kit | None) -> None:
 
     Moves folders within the bundle and within the working directory. Comes before anything is made from the config.
     """
-    if kit is None or not kit.simulated:
+    if kit is None or not kit.run:
         return
     for name, component in list(_components(parser.get())):
         for key in _FOLDERS:

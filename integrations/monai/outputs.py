@@ -18,7 +18,7 @@ def move(engine: Any, kit: Kit | None) -> None:
 
     Raises ConfigError for an absolute path, outside the working directory, that another site has claimed.
     """
-    if kit is None or not kit.simulated:
+    if kit is None or not kit.run:
         return
     savers = attached(engine, CheckpointSaver)
     for saver in (*savers, *attached(engine, MetricsSaver)):

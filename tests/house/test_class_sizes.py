@@ -22,6 +22,7 @@ CALLBACKS = (
 # Records of settings with more fields, each with the reason. No object with behaviour belongs here.
 SETTINGS = {
     "Job": "one field for each setting of a job file, which users write (docs/jobs.md)",
+    "Policy": "one field for each setting of policy.yml, which sites write (docs/production.md)",
     "RunSettings": "the settings of a job as the server, its journal and the sites read them",
 }
 

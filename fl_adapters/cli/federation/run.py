@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
@@ -21,77 +21,110 @@ from fl_adapters.participant.kit import read_kit as read_script_kit
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, SiteFailedError
 
-_PATIENCE_S = 30.0
+if TYPE_CHECKING:
+    from fl_adapters.cli.site.assignment import Assignment
+    from fl_adapters.participant.departure import ScriptNote
+    from fl_adapters.participant.policy_gate import KitPolicyGate
+
+_LOOK_S = 0.5
 
 
 def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience_s: float | None, as_json: bool) -> int:
     """Run the command. Returns its exit status, as a shell does: 128 + N after signal N."""
     with report_errors(as_json), needs_trust_extra():
+        from fl_adapters.cli.site.assignment import Assignment
         from fl_adapters.participant.policy_gate import KitPolicyGate
         from fl_runtime.client.control import ControlClient
         from fl_runtime.client.roots import RenewingTransport
 
-        site = KitPolicyGate(kit_folder)
+        gate = KitPolicyGate(kit_folder)
         kit = read_script_kit(kit_folder)
         if patience_s is not None:
             kit = replace(kit, patience_s=patience_s, own_patience=True)
-        with site.process_slot():
-            _say(f"{site.identity} waits for a job of {site.identity.federation} at {' or '.join(kit.addresses)}")
+        with gate.process_slot():
+            _say(f"{gate.identity} waits for a job of {gate.identity.federation} at {' or '.join(kit.addresses)}")
             # the command connects by itself
             with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.addresses))) as control:
-                witness = site.witness()
-                job = control.ask("Assignment", patience_s=kit.patience_s, log=witness.statement())
-                witness.take(job.get("log"), "server")
-            _say(f"job {job['job']}, submitted by {job['submitted_by']}")
-            _check(site, kit, job)
-            status = _run(site, kit, job, command, results)
-            with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.addresses))) as control:
-                _report_early_end(control, site, kit, job, status)
+                witness = gate.witness()
+                answer = control.ask("Assignment", patience_s=kit.patience_s, log=witness.statement())
+                witness.take(answer.get("log"), "server")
+            job = Assignment.of(answer)
+            _say(f"job {job.job}, submitted by {job.submitted_by}")
+            words = _checked_command(gate, kit, job, command)
+            _await_approval(gate, kit, job)
+            status = _run(gate, kit, job, words, results)
         if as_json:
-            show_json({"job": job["job"], "site": kit.site, "status": status})
+            show_json({"job": job.job, "site": kit.site, "status": status})
         return status if status >= 0 else 128 - status
 
 
-def _check(site: Any, kit: Kit, job: Mapping[str, Any]) -> None:
-    """Check the job against the policy. Tells the server of a refusal before raising it, so that no site waits."""
+def _checked_command(gate: KitPolicyGate, kit: Kit, job: Assignment, command: Sequence[str]) -> list[str]:
+    """The words of the command, for a job that the policy allows. The server is told of a refusal before it is raised,
+    so that no site waits."""
+    from fl_adapters.cli.site.command import CommandError, command_for
+
     try:
-        site.check_job({**job, "name": job["job"]})
-    except PermissionDeniedError as error:
-        _leave(site, kit, job["job"], error)
+        gate.check_job(job.settings)
+        return list(command) or command_for(gate, job.app)
+    except FederationError as error:
+        _leave(gate, kit, job, None, error.reason if isinstance(error, CommandError) else LeaveReason.of(error))
         raise
 
 
-def _run(site: Any, kit: Kit, job: Mapping[str, Any], command: Sequence[str], results: Path | None) -> int:
-    """Run the command, or the policy's command for the job's app, with a kit of its own."""
-    words = list(command) or shlex.split(site.app_command(job["app"]))
+def _await_approval(gate: KitPolicyGate, kit: Kit, job: Assignment) -> None:
+    """Wait until somebody at the site has approved the job, if the policy asks for that."""
+    from fl_adapters.cli.site.records import JobFolder
+
+    folder = JobFolder(Path(kit.credentials, "jobs", job.job))
+    if gate.decision_on(job.settings) is None:
+        folder.write(job, "waits for approval")
+        _say(f"the job waits until somebody says: fl-adapters site approve {job.job} --kit {kit.credentials}")
+    while (decision := gate.decision_on(job.settings)) is None:
+        time.sleep(_LOOK_S)
+    if not decision.approved:
+        said = f": {decision.reason}" if decision.reason else ""
+        reason = f"somebody at the site has refused the job{said}"
+        _leave(gate, kit, job, None, LeaveReason.own(reason))
+        raise PermissionDeniedError(reason, where="rule approve: ask (the site's policy.yml)")
+
+
+def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], results: Path | None) -> int:
+    """Run the command with a kit of its own, and tell the server if it ends too soon."""
+    from fl_adapters.cli.site.command import command_kit, gpu_environment
+    from fl_adapters.participant.departure import ScriptNote
+
     with tempfile.TemporaryDirectory(prefix="fl-adapters-kit-") as folder:
-        command_kit = Kit(
-            job=job["job"],
-            site=kit.site,
-            index=job["index"],
-            count=job["count"],
-            server=kit.server,
-            servers=kit.servers,
-            token="",
-            credentials=kit.credentials,
-            run="" if results is None else str(results.resolve()),
-            simulated=results is not None,
-            patience_s=kit.patience_s,
-            own_patience=kit.own_patience,
-        )
-        environment = {**os.environ, **site.environment(), KIT_VARIABLE: str(command_kit.save(Path(folder, "kit")))}
-        site.record("command started", job=job["job"], command=words)
+        own = command_kit(kit, job, results, supervised=False, shared=results is not None).save(Path(folder, "kit"))
+        environment = {**os.environ, **gpu_environment(gate.policy), KIT_VARIABLE: str(own)}
+        gate.record("command started", job=job.job, command=list(words))
         try:
             process = subprocess.Popen(words, env=environment)
         except OSError as error:
             reason = f"{words[0]} cannot be started: {error.strerror}"
-            site.record("command failed", job=job["job"], reason=reason)
-            _leave(site, kit, job["job"], LeaveReason(reason, "its command cannot be started"))
+            gate.record("command failed", job=job.job, reason=reason)
+            _leave(gate, kit, job, None, LeaveReason(reason, "its command cannot be started"))
             raise ConfigError(reason, fix="check the command after --") from None
         with _passed_on(process):
             status = process.wait()
-        site.record("command ended", job=job["job"], status=status)
+        gate.record("command ended", job=job.job, status=status)
+        if _compare_logs(gate, kit, kit.patience_s if status else 0.0):  # a site that failed must not be waited for
+            _report_early_end(gate, kit, job, ScriptNote.read(own), status)
     return status
+
+
+def _compare_logs(gate: KitPolicyGate, kit: Kit, patience_s: float) -> bool:
+    """Note where the server's audit log ends now, and tell the server where this site's does.
+
+    Returns whether the server was within reach before `patience_s` seconds had passed.
+    """
+    from fl_runtime.client.control import ControlClient
+    from fl_runtime.client.roots import RenewingTransport
+
+    witness, transport = gate.witness(), RenewingTransport.of_kit(Path(kit.credentials), kit.addresses)
+    with suppress(ConnectionLostError), closing(ControlClient(transport)) as control:
+        witness.take(control.ask("Status", patience_s=patience_s, log=witness.statement()).get("log"), "server")
+        return True
+    return False
 
 
 @contextmanager
@@ -108,55 +141,36 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _report_early_end(control: Any, site: Any, kit: Kit, job: Mapping[str, Any], status: int) -> None:
-    """Tell the server at once of a command that ended before the last round, or without telling the server."""
-    try:
-        witness = site.witness()
-        patience_s = kit.patience_s if status else 0.0  # else the server would wait as long for a site that failed
-        status_now = control.ask("Status", patience_s=patience_s, log=witness.statement())
-        witness.take(status_now.get("log"), "server")
-        running = _state_of(job["job"], status_now)
-    except ConnectionLostError:
+def _report_early_end(gate: KitPolicyGate, kit: Kit, job: Assignment, note: ScriptNote | None, status: int) -> None:
+    """Tell the server at once of a command that ended before the last round, or without telling the server.
+
+    The server hears it in the name of the process that this command has started. If another one has joined since, as
+    when a forgotten second `run` comes to its end, that one goes on.
+    """
+    if note is not None and note.state == "done":
+        if status != 0:
+            _leave(gate, kit, job, note, LeaveReason.own("its command has ended"))
         return
-    if not running:
+    if note is not None and note.state == "left":
         return
-    states = running.get("site_states", running["sites"])
-    training, standing = running.get("training", 1), states.get(kit.site, "gone")
-    if standing.startswith("done"):
-        _leave(site, kit, job["job"], LeaveReason.own("its command has ended"), training, early=status != 0)
-    elif not standing.startswith("gone"):
-        reason = LeaveReason.own(f"its command ended before the last round (exit status {status})")
-        _leave(site, kit, job["job"], reason, training)
-        if status == 0:
-            raise SiteFailedError(
-                "the command ended before the last round",
-                where=job["job"],
-                fix="let it take part until the last round, with FederatedCallback() or fl_adapters.connect()",
-            )
+    reason = LeaveReason.own(f"its command ended before the last round (exit status {status})")
+    heard = _leave(gate, kit, job, note, reason)
+    if status == 0 and heard:
+        raise SiteFailedError(
+            "the command ended before the last round",
+            where=job.job,
+            fix="let it take part until the last round, with FederatedCallback() or fl_adapters.connect()",
+        )
 
 
-def _state_of(name: str, status: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Where a job stands in the answer of the server, if it runs. Older servers run, and tell, one job only."""
-    jobs = status.get("jobs", [status["running"]])
-    return next((job for job in jobs if job and job["job"] == name and "phase" in job), None)
+def _leave(gate: KitPolicyGate, kit: Kit, job: Assignment, note: ScriptNote | None, reason: LeaveReason) -> bool:
+    """Leave the job for good, in the name of the process that this command has started, if any."""
+    from fl_adapters.cli.site.command import leave
 
-
-def _leave(
-    site: Any, kit: Kit, job: str, reason: LeaveReason | BaseException, training: int = 1, *, early: bool = True
-) -> None:
-    """Leave a training of the job for good, in the name of the site."""
-    from fl_runtime.client import SiteClient
-    from fl_runtime.client.roots import RenewingTransport
-
-    transport = RenewingTransport.of_kit(Path(kit.credentials), kit.addresses)
-    client = SiteClient(transport, _PATIENCE_S, own_patience=True)
-    try:
-        client.join(job, training)
-        client.leave(site.record_leaving(LeaveReason.of(reason), early=early), early=early)
-    except FederationError as error:
-        _say(f"could not tell the server: {error.what}")
-    finally:
-        client.close()
+    heard = leave(gate, kit, job.job, note, reason)
+    if not heard:
+        _say("the server does not wait for this command any more, or cannot be reached")
+    return heard
 
 
 def _say(text: str) -> None:

@@ -147,8 +147,9 @@ class JobCalls:
         job = self._queue.job(name)
         if job is None or caller.name not in job.sites:
             raise ConfigError(f"the job {name[:100]!r} does not run with {caller.name}", fix="see `fl-adapters status`")
-        job.refuse(caller.name, f"it refuses the job: {reason}")
-        yield {"job": name}
+        attempt, training = _number(fields, "attempt"), _number(fields, "training") or 1
+        whole = reason if attempt is not None else f"it refuses the job: {reason}"
+        yield {"job": name, "refused": job.refuse(caller.name, whole, training, attempt)}
 
     # -- what there is -----------------------------------------------------------------------------------------
 
@@ -278,6 +279,11 @@ class JobCalls:
         known = str(fields.get("number", ""))[:50]
         older = not re.fullmatch(r"[0-9]+", known) or int(known) < current.number
         yield {"number": str(current.number), **({"crl": current.pem.decode()} if older else {})}
+
+
+def _number(fields: _Fields, name: str) -> int | None:
+    value = fields.get(name)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _loggable(fields: _Fields) -> _Fields:

@@ -144,15 +144,22 @@ class RunningJob:
         """Return the sites that the job has work for."""
         return tuple(site for site in self.sites if self.waits_for(site))
 
-    def refuse(self, site: str, reason: str) -> None:
+    def refuse(self, site: str, reason: str, training: int = 1, attempt: int | None = None) -> bool:
         """Note that a site does not take part, so that nobody waits for it.
 
         Args:
             site: Name of the site.
             reason: Why not, for the events and error messages.
+            training: Training that the process for which the site speaks has joined last, from 1.
+            attempt: Number of that process there; None if the site has started none.
+
+        Returns:
+            False if another process of the site takes part, which goes on.
         """
-        self.done.add(site)
-        self.server.site_left(site, reason)
+        refused = self.server.refuse(site, reason, training, attempt)
+        if refused:
+            self.done.add(site)
+        return refused
 
     def outcome(self) -> dict[str, Any]:
         """The outcome of the job as JSON values; "error" is None if it did not fail."""

@@ -120,6 +120,25 @@ class Trainings:
         for training in self._all_open():
             training.run.membership.mark_gone(name, reason, early=True)
 
+    def refuse(self, name: str, reason: str, training: int, attempt: int | None) -> bool:
+        """Note that a site takes part no more. The site speaks for a process that has ended, or for none.
+
+        Args:
+            name: Name of the site.
+            reason: Why, for the events and error messages.
+            training: Training that the process joined last, from 1.
+            attempt: Number of the process there; None if the site has started none.
+
+        Returns:
+            False if another process of the site takes part, which goes on.
+        """
+        trainings = self._all_open()
+        if any(_has_another_process(item, name, item.number == training, attempt) for item in trainings):
+            return False
+        for item in trainings:
+            item.run.membership.mark_gone(name, reason, early=True)
+        return True
+
     def expel(self, name: str, error: FederationError) -> None:
         """Exclude a site that may not take part any more. Its calls under way get the error."""
         for training in self._all_open():
@@ -281,3 +300,14 @@ class Trainings:
     def _all_open(self) -> list[Training]:
         with self._lock:
             return list(self._open.values())
+
+
+def _has_another_process(training: Training, site: str, is_its_own: bool, attempt: int | None) -> bool:
+    """Whether a process of the site takes part in a training, other than one with this number that was its own."""
+    member = training.run.membership.members.get(site)
+    if member is None:
+        return False
+    with training.run.state.lock:
+        if is_its_own and attempt is not None:
+            return member.attempt > attempt
+        return member.attending > 0

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from study import Study, readdressed, until
 
+from fl_adapters.cli.site.command import command_for, gpu_environment
 from fl_adapters.loop import connect
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.local_result import LocalResult
@@ -352,7 +353,9 @@ def test_a_policy_that_cannot_be_read_lets_nothing_leave(study: Study, text: str
 
 
 def test_the_processes_of_a_site_are_counted(study: Study, tmp_path: Path) -> None:
-    (study.kits / "north/policy.yml").write_text("resources: {processes: 1, gpus: ['2', '3']}\napps: {tumour: 'x -y'}")
+    (study.kits / "north/policy.yml").write_text(
+        "resources: {processes: 1, gpus: ['2', '3']}\napps: {tumour: 'echo -y'}"
+    )
     first, second = KitPolicyGate(study.kits / "north"), KitPolicyGate(study.kits / "north")
     with first.process_slot():
         with pytest.raises(PermissionDeniedError, match="may not run another command") as caught:
@@ -361,10 +364,10 @@ def test_the_processes_of_a_site_are_counted(study: Study, tmp_path: Path) -> No
         assert "resources: processes: 1" in caught.value.where
     with second.process_slot():
         pass
-    assert first.environment() == {"CUDA_VISIBLE_DEVICES": "2,3"}
-    assert first.app_command("tumour") == "x -y"
+    assert gpu_environment(first.policy) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert command_for(first, "tumour") == ["echo", "-y"]
     with pytest.raises(ConfigError, match="the policy names no command for the app 'other'"):
-        first.app_command("other")
+        command_for(first, "other")
     (refusal,) = [entry for entry in entries(study.kits / "north") if entry["outcome"] == "refused"]
     assert refusal["rule"].startswith("resources: processes: 1")
 

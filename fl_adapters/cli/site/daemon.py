@@ -1,0 +1,385 @@
+"""The site daemon `fl-adapters site`: runs every job that includes its site, as the site's policy allows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fl_adapters.cli.site.assignment import Assignment
+from fl_adapters.cli.site.command import CommandError, command_for, command_kit, quoted
+from fl_adapters.cli.site.feed import JobFeed, Refusal
+from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
+from fl_adapters.cli.site.leftovers import end_leftovers
+from fl_adapters.cli.site.records import JobFolder, JobState
+from fl_adapters.cli.site.resources import Slots
+from fl_adapters.environments import orphans
+from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment
+from fl_adapters.participant.departure import ScriptNote
+from fl_adapters.participant.kit import KIT_VARIABLE, Kit
+from fl_adapters.participant.kit import read_kit as read_script_kit
+from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason
+from fl_runtime.client.control import ControlClient
+from fl_runtime.client.roots import RenewingTransport
+from fl_runtime.errors import FederationError, PermissionDeniedError, StoreError
+from fl_runtime.store.lock import FolderLock, lock_owner
+from fl_runtime.trust.audit import AuditLog
+from fl_runtime.trust.kits import read_kit
+
+_LOOK_S = 0.2
+_LOOK_AT_LOGS_S = 1.0
+_UNANSWERED_S = 5.0  # so long the server may take to say whether a job still runs
+_MOST_JOBS = 100  # that have not ended; the server could name any number
+_SETTLED_S = 5.0  # for so long after its end a job is not taken again: the server may not have heard of the end yet
+
+
+@dataclass(frozen=True)
+class DaemonOptions:
+    """Options of the command.
+
+    Attributes:
+        kit: Folder of the site's startup kit.
+        state: Folder for jobs, logs and decisions.
+        restarts: Number of times that a script that has died is started again.
+        grace_s: Seconds that scripts have to save when the daemon is stopped.
+    """
+
+    kit: Path
+    state: Path
+    restarts: int = RESTARTS
+    grace_s: float = 30.0
+
+
+class SiteDaemon:
+    """Runs the jobs of a site until it is stopped. Used by one thread, beside that of its `JobFeed`."""
+
+    def __init__(
+        self,
+        options: DaemonOptions,
+        kit: Kit,
+        audit: AuditLog,
+        processes: SiteProcesses,
+        feed: JobFeed,
+        wake: threading.Event,
+    ) -> None:
+        """Prepare the daemon.
+
+        Args:
+            options: Options of the command.
+            kit: The site's startup kit.
+            audit: The site's audit log.
+            processes: Starts and watches the scripts, by the names of their jobs.
+            feed: The connection to the server.
+            wake: Is set when the feed has news.
+        """
+        self._options, self._kit, self._processes, self._feed, self._wake = options, kit, processes, feed, wake
+        self._audit, self._gate = audit, KitPolicyGate(options.kit, options.state / "jobs", audit)
+        self._jobs: dict[str, SiteJob] = {}
+        self._settled: dict[str, float] = {}
+        self._logs_seen = 0.0
+
+    @property
+    def jobs(self) -> tuple[SiteJob, ...]:
+        """The jobs that have not ended."""
+        return tuple(self._jobs.values())
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set. Scripts then have `grace_s` seconds to save; their jobs go on at the next start.
+
+        Args:
+            stop: Ends the work.
+        """
+        while not stop.is_set():
+            self._wake.clear()
+            self._hear()
+            for job in self.jobs:
+                self._advance(job)
+            for name, status in self._processes.ended():
+                self._ended(self._jobs[name], status)
+            self._rotate_logs()
+            now = time.monotonic()
+            self._settled = {name: at for name, at in self._settled.items() if now - at < _SETTLED_S}
+            self._feed.update([*self._jobs, *self._settled], self._slots().told())
+            self._wake.wait(_LOOK_S)
+        if self._processes.running:
+            say(f"stopping: {', '.join(self._processes.running)} may save for {self._options.grace_s:g} s")
+        self._processes.stop(self._options.grace_s)
+
+    # -- what the server says ----------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        while self._feed.arrived:
+            job = self._feed.arrived.popleft()
+            if job.job in self._jobs or job.job in self._settled:
+                continue
+            if len(self._jobs) >= _MOST_JOBS:
+                say(f"{job.job}: not taken, since {_MOST_JOBS} jobs have not ended here")
+                continue
+            self._take(job)
+        while self._feed.heard:
+            self._settle(self._feed.heard.popleft())
+
+    def _take(self, assignment: Assignment) -> None:
+        """Check a new job against the policy. A refusal is told to the server at once."""
+        name = assignment.job
+        folder = JobFolder(self._options.state / "jobs" / name)
+        say(f"{name}: job of {assignment.submitter} for the app {assignment.app}")
+        job = SiteJob(assignment, folder, self._gate)
+        self._jobs[name] = job
+        try:
+            job.gate = KitPolicyGate(self._options.kit, self._options.state / "jobs", self._audit)
+            job.gate.check_job(assignment.settings)
+            job.command = command_for(job.gate, assignment.app)
+            if job.gate.decision_on(assignment.settings) is None:
+                job.phase = "waits for approval"
+                say(f"{name}: waits until somebody says: fl-adapters site approve {name}{self._where()}")
+            self._record(job, "waits for approval" if job.phase == "waits for approval" else "waits for room")
+        except CommandError as error:
+            self._refuse(job, error.reason, str(error))
+        except PermissionDeniedError as error:
+            self._refuse(job, LeaveReason.of(error), str(error))
+        except StoreError as error:
+            self._refuse(job, LeaveReason(error.what, "it cannot write its own files", error), str(error))
+        except FederationError as error:
+            self._refuse(job, LeaveReason(error.what, "its policy cannot be applied to this job", error), str(error))
+
+    def _where(self) -> str:
+        """Options that the person who approves must give too."""
+        state = "" if self._options.state == self._options.kit else f" --state {self._options.state}"
+        return f" --kit {self._options.kit}{state}"
+
+    def _settle(self, name: str) -> None:
+        job = self._jobs.pop(name, None)
+        if job is not None:
+            job.free()
+            self._settled[name] = time.monotonic()
+
+    # -- a job moves on ----------------------------------------------------------------------------------------
+
+    def _advance(self, job: SiteJob) -> None:
+        if job.phase not in ("running", "leaving") and self._is_over_there(job):
+            self._record(job, "ended", "the job has ended at the server")
+            say(f"{job.name}: has ended at the server")
+            self._settle(job.name)
+            return
+        if job.phase == "waits for approval":
+            self._look_for_decision(job)
+        if job.phase == "waits for room":
+            self._find_room(job)
+        if job.phase == "pausing" and self._may_resume(job):
+            self._start(job)
+
+    def _is_over_there(self, job: SiteJob) -> bool:
+        """Whether the server, asked since the job's last change here, does not run it any more."""
+        seen = self._feed.seen
+        return seen is not None and seen[0] >= job.since and job.name not in seen[1]
+
+    def _may_resume(self, job: SiteJob) -> bool:
+        """Whether a pause is over, and the server was asked if the job still runs, or does not answer."""
+        seen, waited_s = self._feed.seen, time.monotonic() - job.resumes_at
+        return waited_s >= 0 and ((seen is not None and seen[0] >= job.since) or waited_s > _UNANSWERED_S)
+
+    def _look_for_decision(self, job: SiteJob) -> None:
+        try:
+            decision = job.gate.decision_on(job.assignment.settings)
+        except FederationError as error:
+            self._refuse(job, LeaveReason(error.what, "its decision about the job cannot be read", error), str(error))
+            return
+        if decision is not None and decision.approved:
+            say(f"{job.name}: approved")
+            job.phase, job.since = "waits for room", time.monotonic()
+            job.resumes_at = job.since
+            self._feed.look()
+        elif decision is not None:
+            said = f": {decision.reason}" if decision.reason else ""
+            self._refuse(job, LeaveReason.own(f"somebody at the site has refused the job{said}"))
+
+    def _find_room(self, job: SiteJob) -> None:
+        """Start a job's command if there is a place for it."""
+        slots = self._slots()
+        taken = {other.place for other in self._jobs.values()}
+        place = next((number for number in range(slots.count) if number not in taken), None)
+        occupied = None if place is None else job.gate.free_slot()  # `fl-adapters run` may occupy places too
+        if place is None or occupied is None or not self._may_resume(job):
+            return
+        job.place, job.occupied = place, occupied
+        if self._start(job):
+            self._record(job, "running")
+            say(f"{job.name}: runs {quoted(job.command)}, output in {job.folder.log}")
+
+    def _start(self, job: SiteJob) -> bool:
+        """Start a job's command in its place. If that is not possible, the site takes no part."""
+        assert job.place is not None
+        slots, folder = self._slots(), job.folder
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            kit = command_kit(self._kit, job.assignment, folder.path, supervised=True).save(folder.kit)
+            ScriptNote.renew(folder.kit)
+            environment = site_environment(kit, slots.count, free_ports(1)[0], slots.gpus_of(job.place))
+            self._processes.start(job.name, job.command, environment, folder.log)
+        except OSError as error:
+            reason = f"{job.command[0]} cannot be started: {error.strerror}"
+            self._refuse(job, LeaveReason(reason, "its command cannot be started"))
+            return False
+        job.begin()
+        self._audit_line("command started", job=job.name, command=list(job.command))
+        return True
+
+    def _ended(self, job: SiteJob, status: int) -> None:
+        """Settle a job whose script has ended, or start it again."""
+        note = job.folder.note
+        self._audit_line("command ended", job=job.name, status=status)
+        if is_over(status, note):
+            assert note is not None
+            left = note.state == "left"
+            self._record(job, "left" if left else "finished", note.reason)
+            say(f"{job.name}: {f'has left: {note.reason}' if left else 'finished'}")
+            self._settle(job.name)
+            return
+        if status == 0:
+            self._leave(job, status)
+            return
+        pause_s = job.pause_s()
+        if job.deaths > self._options.restarts:
+            self._leave(job, status)
+            return
+        self._feed.look()
+        say(
+            f"{job.name}: its command ended ({describe_status(status)}); started again in {pause_s:g} s, "
+            f"{job.deaths} of {self._options.restarts} times; see {job.folder.log}"
+        )
+
+    def _leave(self, job: SiteJob, status: int) -> None:
+        reason = end_reason(status, job.folder.note, job.deaths)
+        self._give_up(job, reason, "left")
+
+    def _refuse(self, job: SiteJob, reason: LeaveReason, shown: str = "") -> None:
+        self._audit_line("job refused", job=job.name, reason=reason.text)
+        self._give_up(job, reason, "refused", shown)
+
+    def _give_up(self, job: SiteJob, reason: LeaveReason, state: JobState, shown: str = "") -> None:
+        """Tell the server that the site takes no part in a job, or no longer."""
+        job.phase = "leaving"
+        job.free()
+        say(f"{job.name}: {state}: {shown or reason.text}")
+        visible = reason.public
+        with suppress(FederationError):  # without its audit log or policy, the site says no more than is public
+            visible = job.gate.record_leaving(reason, early=True)
+        self._record(job, state, reason.text)
+        self._feed.refuse(Refusal(job.name, visible, job.folder.note))
+
+    # -- the site ----------------------------------------------------------------------------------------------
+
+    def _slots(self) -> Slots:
+        """The site's places, by its policy as it is now; as it was last if it cannot be read."""
+        return Slots.of(self._gate.policy.resources)
+
+    def _record(self, job: SiteJob, state: JobState, reason: str = "") -> None:
+        try:
+            job.folder.write(job.assignment, state, reason)
+        except (FederationError, OSError) as error:  # a full disk must not end the daemon
+            say(f"{job.name}: cannot be recorded: {error}")
+
+    def _audit_line(self, action: str, **facts: Any) -> None:
+        try:
+            self._gate.record(action, **facts)
+        except FederationError as error:  # a full disk must not end the daemon
+            say(f"the audit log cannot be written: {error}")
+
+    def _rotate_logs(self) -> None:
+        if time.monotonic() - self._logs_seen < _LOOK_AT_LOGS_S:
+            return
+        self._logs_seen = time.monotonic()
+        for name in self._processes.running:
+            self._jobs[name].folder.rotate_log()
+
+
+def run_daemon(options: DaemonOptions) -> dict[str, str]:
+    """Run the daemon until SIGTERM or Ctrl-C.
+
+    Args:
+        options: Options of the command.
+
+    Returns:
+        The jobs that have not ended, and where they stand. They go on at the next start.
+
+    Raises:
+        StoreError: Another daemon runs with this kit.
+        ConfigError: The kit or its policy cannot be used.
+    """
+    options = replace(options, kit=options.kit.resolve(), state=options.state.resolve())
+    read_kit(options.kit, kind="site")
+    kit, audit = read_script_kit(options.kit), AuditLog(options.kit, options.kit)
+    gate = KitPolicyGate(options.kit, options.state / "jobs", audit)
+    audit.ship_to(gate.policy.syslog)
+    os.environ.pop(KIT_VARIABLE, None)
+    with ExitStack() as things:
+        lock = _locked(options.kit)
+        things.callback(lock.close)
+        things.callback(audit.close)
+        end_leftovers(options.state / "jobs")
+        processes = SiteProcesses(lock.descriptors)
+        things.callback(processes.close)
+        wake, stop = threading.Event(), things.enter_context(_stopped_by_signals())
+        feed = JobFeed(ControlClient(RenewingTransport.of_kit(options.kit, kit.addresses)), gate.witness(), say, wake)
+        things.callback(feed.close)
+        daemon = SiteDaemon(options, kit, audit, processes, feed, wake)
+        say(f"{gate.identity} waits for jobs of {gate.identity.federation} at {' or '.join(kit.addresses)}")
+        gate.record("site daemon started", process=os.getpid())
+        daemon.run(stop)
+        gate.record("site daemon stopped", jobs=[job.name for job in daemon.jobs])
+        return {job.name: job.phase for job in daemon.jobs}
+
+
+def _locked(kit: Path) -> FolderLock:
+    """Lock the kit. The helper process of a daemon that was killed holds its lock until its scripts are gone."""
+    busy = "another site daemon runs with this kit"
+    deadline = time.monotonic() + 2 * orphans.GRACE_S
+    while True:
+        try:
+            return FolderLock(kit, busy)
+        except StoreError:
+            owner = lock_owner(kit)
+            if owner is None or _is_alive(owner) or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_S)
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """Give an event that SIGTERM and Ctrl-C set. A second Ctrl-C does what it always does."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """Show people a line on stderr."""
+    print(f"fl-adapters: {text}", file=sys.stderr, flush=True)

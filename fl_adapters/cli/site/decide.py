@@ -1,0 +1,108 @@
+"""Commands `fl-adapters site approve` and `site refuse`: what somebody at the site says about a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_adapters.cli.output import console_for, report_errors, show_json
+from fl_adapters.cli.site.assignment import Assignment
+from fl_adapters.cli.site.records import JobFolder, job_folders
+from fl_adapters.extras import needs_trust_extra
+from fl_runtime.errors import ConfigError
+from fl_runtime.text import printable
+
+_SHOWN_CHARS = 2000  # of each value, which the server has sent
+_EVERYTHING = "what the script chooses"
+
+
+def run(kit: Path, state: Path, job: str, as_json: bool, *, approved: bool, reason: str = "") -> int:
+    """Show a job that waits, and write the decision about it. Returns exit status 0."""
+    console = console_for(as_json)
+    with report_errors(as_json), needs_trust_extra():
+        from fl_adapters.participant.policy_gate import KitPolicyGate
+        from fl_runtime.trust.approval import decide
+
+        gate = KitPolicyGate(kit, state / "jobs")
+        folder = _folder_of(state, job)
+        assignment, record = folder.read()
+        if record["state"] != "waits for approval":
+            raise ConfigError(
+                f"the job {job} does not wait for approval: {record['state']}", fix=_waiting(state) or "nothing to do"
+            )
+        shown = describe(assignment, gate.policy.exchange, gate.policy.filters)
+        for name, value in shown.items():
+            console.print(f"{name:>13}  {printable(value, _SHOWN_CHARS)}", highlight=False, soft_wrap=True)
+        decide(folder.path, assignment.settings, approved=approved, reason=reason)
+        decision = "approved" if approved else "refused"
+        gate.record(f"job {decision} by a person", job=job, reason=reason, settings=dict(assignment.settings))
+        console.print(f"{job}: {decision}", highlight=False)
+        if as_json:
+            show_json({"decision": decision, "reason": reason, **shown, "settings": dict(assignment.settings)})
+    return 0
+
+
+def describe(
+    job: Assignment, exchange: Sequence[str] | None, site_filters: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Return what a person should know of a job before it runs at the site.
+
+    Args:
+        job: The job.
+        exchange: The policy's patterns of tensors that may leave the site; None for all.
+        site_filters: The policy's filters.
+
+    Returns:
+        Texts by name, in the order in which they are shown.
+    """
+    settings = job.settings
+    sites = [str(name) for name in settings.get("sites") or ()]
+    others = [name for index, name in enumerate(sites) if index != job.index]
+    return {
+        "job": job.job,
+        "submitted by": job.submitter,
+        "app": job.app,
+        "strategy": str(settings.get("strategy") or _EVERYTHING),
+        "rounds": str(settings.get("rounds") or _EVERYTHING),
+        "partners": ", ".join(others) if sites else f"{job.count - 1} other sites",
+        "exchange": _patterns(settings.get("exchange")),
+        "kept here": _patterns(settings.get("keep_local"), "nothing"),
+        "site allows": _patterns(exchange, "all tensors"),
+        "filters": _filters(settings.get("filters")),
+        "site filters": _filters(site_filters),
+        "cross-site": "other sites evaluate this site's model" if settings.get("cross_site") else "no",
+    }
+
+
+def _patterns(value: Any, none: str = _EVERYTHING) -> str:
+    if not value:
+        return none
+    return value if isinstance(value, str) else ", ".join(str(item) for item in value)
+
+
+def _filters(filters: Any) -> str:
+    if not filters:
+        return "none"
+    parts = []
+    for item in filters:
+        arguments = ", ".join(f"{name}={value}" for name, value in item.items() if name != "name")
+        parts.append(f"{item.get('name', '?')}({arguments})")
+    return "; ".join(parts)
+
+
+def _folder_of(state: Path, job: str) -> JobFolder:
+    folder = next((folder for folder in job_folders(state) if folder.path.name == job), None)
+    if folder is None:
+        raise ConfigError(
+            f"there is no job {job} at this site",
+            where=str(state / "jobs"),
+            fix=_waiting(state) or "see `fl-adapters status`; give --state if the daemon has one",
+        )
+    return folder
+
+
+def _waiting(state: Path) -> str:
+    """The jobs that wait for a decision, as a sentence; "" if there are none."""
+    waiting = [folder.path.name for folder in job_folders(state) if folder.read()[1]["state"] == "waits for approval"]
+    return f"these jobs wait for approval: {', '.join(waiting)}" if waiting else ""

@@ -1,0 +1,173 @@
+"""The daemon's connection to the server: asks for jobs, and says of which jobs the site takes no part."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fl_adapters.cli.site.assignment import Assignment
+from fl_adapters.participant.departure import ScriptNote
+from fl_runtime.client.control import ControlClient
+from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.trainings import number_of
+from fl_runtime.trust.audit import Witness
+
+_PAUSE_S = 1.0  # between two questions
+_LOOK_S = 60.0  # between two looks at which jobs run
+_REPEAT_S = 300.0  # between two lines about the same trouble
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What the server is to know of a job in which the site takes no part, or no longer.
+
+    Attributes:
+        job: Name of the job.
+        reason: Why, as the server may see it.
+        note: What the job's last script has left; None if no script has joined.
+    """
+
+    job: str
+    reason: str
+    note: ScriptNote | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of the call."""
+        spoken_for = {"training": number_of(self.note.job), "attempt": self.note.attempt} if self.note else {}
+        return {"job": self.job, "reason": self.reason, **spoken_for}
+
+
+class JobFeed:
+    """Asks for jobs in a thread of its own, from the first `update` until `close`.
+
+    A lost connection is made again for ever.
+
+    Attributes:
+        arrived: Assigned jobs that the daemon has not taken yet. A job may come more than once.
+        heard: Names of the jobs whose refusal the server has heard.
+        seen: When the server was last asked which jobs run, in monotonic seconds, and their names. None before that.
+    """
+
+    def __init__(
+        self, control: ControlClient, witness: Witness, say: Callable[[str], None], wake: threading.Event
+    ) -> None:
+        """Make a feed that does not ask yet.
+
+        Args:
+            control: The connection to the server, which the feed closes.
+            witness: Compares the audit logs of site and server.
+            say: Shows a line to people.
+            wake: Is set when something has arrived.
+        """
+        self.arrived: deque[Assignment] = deque()
+        self.heard: deque[str] = deque()
+        self.seen: tuple[float, frozenset[str]] | None = None
+        self._control, self._witness, self._say, self._wake = control, witness, say, wake
+        self._request: Mapping[str, Any] = {}
+        self._refusals: deque[Refusal] = deque()
+        self._changed, self._closed, self._wanted = threading.Event(), threading.Event(), threading.Event()
+        self._trouble, self._told_at = "", 0.0
+        self._thread = threading.Thread(target=self._work, name="fl-jobs", daemon=True)
+
+    def update(self, running: list[str], resources: Mapping[str, int]) -> None:
+        """Say what the site does now. The first call begins the questions.
+
+        Args:
+            running: Names of the jobs that the server should not assign.
+            resources: What the site has: slots, gpus and memory_bytes.
+        """
+        request = {"running": sorted(running), "resources": dict(resources)}
+        if request == self._request:
+            return
+        self._request = request
+        self._interrupt()
+        if not self._thread.ident:
+            self._thread.start()
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Tell the server, at the first opportunity, that the site takes no part in a job."""
+        self._refusals.append(refusal)
+        self._interrupt()
+
+    def look(self) -> None:
+        """Ask at the first opportunity which jobs run."""
+        self._wanted.set()
+        self._interrupt()
+
+    def close(self) -> None:
+        """Ask no more, and close the connection."""
+        self._closed.set()
+        self._interrupt()
+        self._control.close()
+        if self._thread.ident:
+            self._thread.join()
+
+    def _interrupt(self) -> None:
+        self._changed.set()
+        self._control.interrupt()
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            self._changed.clear()
+            try:
+                self._tell_refusals()
+                self._look()
+                self._ask()
+            except FederationError as error:
+                if not self._changed.is_set():  # otherwise this object has interrupted the call
+                    self._report(error.what if isinstance(error, ConnectionLostError) else str(error))
+            except Exception as error:  # whatever it is, the site must go on asking
+                self._report(f"the server's answer cannot be used: {error!r}")
+            self._closed.wait(_PAUSE_S)
+
+    def _tell_refusals(self) -> None:
+        while self._refusals:
+            refusal = self._refusals[0]
+            try:
+                self._control.ask("RefuseJob", **refusal.fields())
+            except ConnectionLostError:
+                raise
+            except FederationError as error:  # the job has ended meanwhile
+                self._say(f"{refusal.job}: the server does not wait for this site any more ({error.what})")
+            self._refusals.popleft()
+            self.heard.append(refusal.job)
+            self._wake.set()
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        if not self._wanted.is_set() and self.seen is not None and began - self.seen[0] < _LOOK_S:
+            return
+        self._wanted.clear()
+        status = self._control.ask("Status", log=self._witness.statement())
+        self._witness.take(status.get("log"), "server")
+        jobs = status.get("jobs", [{"state": "running", **status["running"]}] if status["running"] else [])
+        self.seen = began, frozenset(str(job["job"]) for job in jobs if job["state"] == "running")
+        self._wake.set()
+
+    def _ask(self) -> None:
+        for answer in self._control.answers("Assignment", **self._request, log=self._witness.statement()):
+            self._recovered()
+            if "waiting" not in answer:
+                self._witness.take(answer.get("log"), "server")
+                self.arrived.append(Assignment.of(answer))
+                self._wake.set()
+            if self._changed.is_set():
+                return
+
+    def _report(self, what: str) -> None:
+        """Show a trouble: once when it begins, and every so often while it lasts."""
+        if self._closed.is_set():
+            return
+        now = time.monotonic()
+        if what != self._trouble or now - self._told_at > _REPEAT_S:
+            self._trouble, self._told_at = what, now
+            self._say(f"{what}; trying again")
+
+    def _recovered(self) -> None:
+        if self._trouble:
+            self._trouble = ""
+            self._say("the server answers again")
