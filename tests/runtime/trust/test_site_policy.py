@@ -246,7 +246,7 @@ def test_the_text_of_an_error_stays_at_the_site_unless_its_policy_sends_it(
     assert [e["reason"] for e in entries(kits["north"]) if e["action"] == "left"] == [
         f"{error.__name__}: {ended['north']}"
     ]
-    until(lambda: list(study.runs.rglob("history.csv")), "the history to be written")
+    assert study.server.wait_for_job("job", 60), "all files are written"
     elsewhere = [
         path for place in (study.runs, study.kits, kits["south"]) for path in place.rglob("*") if path.is_file()
     ]
