@@ -89,6 +89,14 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.close()
 
 
+@pytest.fixture(scope="module")
+def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """One bench for all tests of a file."""
+    bench = Bench(tmp_path_factory.mktemp("bench"))
+    yield bench
+    bench.close()
+
+
 @pytest.fixture
 def adding(bench: Bench) -> str:
     """The name of the ADDING script in the bench's folder."""
