@@ -4,6 +4,9 @@ A restart point is the state between two rounds, saved after local training and 
 every update that the server has accepted, the point after it is on disk. The point before it is needed as well, since
 an update that was not accepted is made again. Older points are not needed: the server is never further back, unless
 it was restored from a backup. A site whose points are all newer begins without one, and says so.
+
+A trainer that saves checkpoints of its own within a round has a point there too. A process that dies in the round then
+goes on from that point, and not from the round's beginning.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +32,7 @@ from fl_runtime.types import Arrays, Task
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
+_WITHIN = "within-"
 
 
 class RestartPoints:
@@ -35,7 +41,7 @@ class RestartPoints:
     def __init__(self, folder: Path, *, fresh: bool) -> None:
         self._folder = folder
         if fresh:
-            for file in self._files():
+            for file in (*self._files(), *self._within()):
                 file.unlink(missing_ok=True)
 
     @property
@@ -53,7 +59,21 @@ class RestartPoints:
         size = write_state(path, [trained_task, state], recycled=older[0] if older else None)
         for file in older[1:]:
             file.unlink(missing_ok=True)
+        if done is not None:
+            self._forget_within(keep=done)
         return size
+
+    def save_within(self, task: Task, state: State) -> int:
+        """Save the state in the middle of the training for `task`. Return the file's size in bytes."""
+        path = self._within_path(task)
+        size = write_state(path, state)
+        self._forget_within(keep=task)
+        return size
+
+    def within(self, task: Task) -> State | None:
+        """Return the state in the middle of the training for `task`, or None if none was saved."""
+        path = self._within_path(task)
+        return read_state(path) if task.kind == "train" and path.exists() else None
 
     def before(self, task: Task) -> State | None:
         """Return the state to begin `task` with, or None if there is none.
@@ -74,14 +94,48 @@ class RestartPoints:
         )
         return None
 
+    def _forget_within(self, *, keep: Task) -> None:
+        """Delete points within other rounds: a server that was restored may send such a round again, with other sites.
+
+        The point within `keep` stays until the server has accepted that update.
+        """
+        for file in self._within():
+            if file != self._within_path(keep):
+                file.unlink(missing_ok=True)
+
+    def _within(self) -> list[Path]:
+        return [*self._folder.glob(f"{_WITHIN}*{_SUFFIX}")] if self._folder.is_dir() else []
+
+    def _within_path(self, task: Task) -> Path:
+        return self._folder / f"{_WITHIN}{task.round}-{task.stage}{_SUFFIX}"
+
     def _files(self) -> list[Path]:
         """Return the files of points in the order in which they were saved."""
         files = self._folder.glob(f"*{_SUFFIX}") if self._folder.is_dir() else []
         return sorted(file for file in files if file.name.removesuffix(_SUFFIX).isdigit())
 
 
+@runtime_checkable
+class SavesWithinRound(Protocol):
+    """A snapshot of a trainer that may have points within a round.
+
+    Attributes:
+        restart_cost: What a restart repeats, as a clause for the user.
+    """
+
+    restart_cost: str
+
+
+WHOLE_ROUND = "a restart repeats the round from its beginning"
+"""What a restart costs where there are no points within a round."""
+
+
 class SiteRestart:
-    """What lets one site continue exactly after its process died, in jobs with `exact_restart`."""
+    """What lets one site continue exactly after its process died, in jobs with `exact_restart`.
+
+    Attributes:
+        task: The task that arrived last; None before the first.
+    """
 
     def __init__(self, folder: Path, *, fresh: bool) -> None:
         """Open the site's restart points.
@@ -92,6 +146,7 @@ class SiteRestart:
         """
         self._points, self._fresh = RestartPoints(folder, fresh=fresh), fresh
         self._snapshot: Snapshot | None = None
+        self.task: Task | None = None
 
     def begin(self, snapshot: Snapshot | None, local_round: int) -> None:
         """Save the first point, in the first process of the site.
@@ -101,6 +156,9 @@ class SiteRestart:
             local_round: Number of rounds that this site has trained.
         """
         self._snapshot = snapshot
+        if snapshot is not None:
+            cost = snapshot.restart_cost if isinstance(snapshot, SavesWithinRound) else WHOLE_ROUND
+            print(f"fl-adapters: exact_restart: {cost}", file=sys.stderr)
         if self._points.empty:
             self.save(None, local_round, {})
 
@@ -116,8 +174,17 @@ class SiteRestart:
             state = {"turn": local_round, "held_back": dict(held_back), "own": self._snapshot.save()}
             self._points.save(done, state)
 
+    def save_within(self, own: State) -> None:
+        """Save a point in the middle of the current round, at a checkpoint of the trainer.
+
+        Args:
+            own: The adapter's state, with the weights in training. Borrowed for the call.
+        """
+        if self.task is not None:
+            self._points.save_within(self.task, own)
+
     def load(self, task: Task) -> tuple[int, Arrays] | None:
-        """Load the point before `task` into the adapter, in a process that replaces another one.
+        """Load the point before `task`, or the one within it, into the adapter of a process that replaces another.
 
         Args:
             task: The task that this process begins with.
@@ -129,7 +196,8 @@ class SiteRestart:
         point = None if self._fresh or self._snapshot is None else self._points.before(task)
         if point is None or self._snapshot is None:
             return None
-        self._snapshot.load(point["own"])
+        within = self._points.within(task)
+        self._snapshot.load(point["own"] if within is None else within)
         return point["turn"], point["held_back"]
 
 
@@ -146,6 +214,20 @@ def round_seed(seed: int | None, site: str, task: Task, training: int = 1) -> in
         A number from 0 to 2**63 - 1.
     """
     text = f"{seed or 0}/{training_name(site, training)}/{task.round}/{task.stage}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def part_seed(seed: int, *place: str | int) -> int:
+    """Return the seed of one part of a round, such as one of its steps.
+
+    Args:
+        seed: Seed of the round.
+        place: The kind of the part, and its numbers.
+
+    Returns:
+        A number from 0 to 2**63 - 1.
+    """
+    text = "/".join(map(str, (seed, *place)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 

@@ -122,6 +122,7 @@ class Session:
         local_round: Number of rounds this site has trained. Differs from `task.round` only when the server samples
             sites. Without a restart point, a restarted process starts from its first task's round.
         departure: How this site leaves the run.
+        restart: Restart points of this site, in jobs with `exact_restart`; else None.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Session:
         )
         self.local_round = 0
         points = self.home.folder / RESTART
-        self._restart = SiteRestart(points, fresh=self.home.fresh) if self.settings.exact_restart else None
+        self.restart = SiteRestart(points, fresh=self.home.fresh) if self.settings.exact_restart else None
         self._task: Task | None = None
         self._header = UpdateHeader(job, welcome.site, welcome.attempt)
         self._meter = TransferMeter(self._client)
@@ -219,7 +220,7 @@ class Session:
     @property
     def round_seed(self) -> int | None:
         """Seed for all random states of the current round, or None unless the job asks for exact restarts."""
-        if self._restart is None:
+        if self.restart is None:
             return None
         return round_seed(self.settings.seed, self.name, self._current(), self.site.training)
 
@@ -308,12 +309,12 @@ class Session:
         Returns:
             A task of kind "train"; of kind "final" if the run is over already.
         """
-        if self._restart is not None:
-            self._restart.begin(snapshot, self.local_round)
+        if self.restart is not None:
+            self.restart.begin(snapshot, self.local_round)
         if self._swarm is not None:
             self._swarm.start()
         task = self._wait()
-        point = self._restart.load(task) if self._restart is not None else None
+        point = self.restart.load(task) if self.restart is not None else None
         if point is not None:
             self.local_round, own_values = point
             self._gate.restore(own_values)
@@ -350,8 +351,8 @@ class Session:
         update = self._header.update(task, arrays, result, extras or {})
         if held_back:
             update = replace(update, encoding=json.dumps([ExcludeVars(held_back).settings()]))
-        if self._restart is not None:
-            self._restart.save(task, self.local_round, self._gate.own_values(arrays))
+        if self.restart is not None:
+            self.restart.save(task, self.local_round, self._gate.own_values(arrays))
         sent = self._gate.send_update(update, task)
         if self._swarm is not None:  # the tensors go to the round's aggregator
             with self._gate.leaving_on_refusal():
@@ -472,7 +473,9 @@ class Session:
 
     def _receive(self, task: Task) -> Task:
         self._task = self._gate.receive(task)
-        knows_count = self.local_round > 0 or self.attempt == 1 or self._restart is not None
+        if self.restart is not None:
+            self.restart.task = task
+        knows_count = self.local_round > 0 or self.attempt == 1 or self.restart is not None
         sampled = task.kind == "train" and task.config.get("drawn")
         self.local_round = self.local_round + 1 if sampled and knows_count else task.round
         return self._task

@@ -262,6 +262,18 @@ class LiveModel:
             load_optimizer(optimizer, saved)
         self.local.load_state_dict(state["local"])
 
+    def go_on(self, task: Task | None, weights: Arrays) -> None:
+        """Continue in the middle of a round whose optimizer state is loaded already, for exact restarts.
+
+        Args:
+            task: The task, on rank 0; None on the others.
+            weights: The weights that travel, as they were in training.
+        """
+        self.load(task.arrays if task else None)
+        self.local.begin(task)
+        load_tensors(self.state.tensors, weights)
+        self.state.derive()
+
     def _local_tensors(self) -> dict[str, Tensor]:
         return local_tensors(self._all_tensors(), list(self.state.tensors.values()))
 

@@ -6,16 +6,23 @@ cast moments to the dtype of their parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.options import Every
-from fl_adapters.participant.restart import not_restartable, require_whole_epochs, seed_python
+from fl_adapters.participant.restart import (
+    WHOLE_ROUND,
+    not_restartable,
+    part_seed,
+    require_whole_epochs,
+    seed_python,
+)
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.local_work.correction import plain
@@ -25,6 +32,19 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array
 
 _TENSOR, _DEVICE = "torch.Tensor", "device"
+
+
+@dataclass(frozen=True)
+class WithinRound:
+    """Where a training stood when a point was saved in the middle of a round.
+
+    Attributes:
+        progress: The fields of `Progress`.
+        weights: The weights that travel, in training: name -> array.
+    """
+
+    progress: Mapping[str, Any]
+    weights: Mapping[str, Array]
 
 
 class Stateful(Protocol):
@@ -58,18 +78,31 @@ class TorchSnapshot:
         live: The live model, with its local tensors and its optimizers.
         stateful: Other objects with a state, by names that the next process gives them too: schedules, scalers.
         own: Position of the trainer, and whatever else its adapter saves.
-        loaded: Whether `load` has been called: an earlier process of this site had saved a state.
+        restart_cost: What a restart repeats, as a clause for the user.
+        loaded: Whether the state of an earlier process, which had trained, was loaded.
+        within: Where the loaded state stands within a round; None for a state between two rounds.
     """
 
     live: Stateful
     stateful: Mapping[str, Any]
     own: Snapshot
+    restart_cost: str = WHOLE_ROUND
     loaded: bool = False
+    within: WithinRound | None = None
 
     def save(self) -> State:
         """State between two rounds, with views of live tensors: borrowed until the training goes on."""
         parts = {name: packed(part.state_dict()) for name, part in self.stateful.items()}
         return {"live": self.live.state_dict(), "stateful": parts, "own": packed(self.own.save())}
+
+    def save_within(self, weights: Mapping[str, Tensor], progress: Mapping[str, Any]) -> State:
+        """State in the middle of a round, with views of live tensors.
+
+        Args:
+            weights: The tensors that travel, by name.
+            progress: The fields of `Progress`.
+        """
+        return {**self.save(), "within": {"progress": dict(progress), "weights": packed_tensors(weights)}}
 
     def load(self, state: State) -> None:
         """Go on from a state that `save` gave in an earlier process of this site.
@@ -92,6 +125,8 @@ class TorchSnapshot:
             part.load_state_dict(unpacked(state["stateful"][name]))
         self.own.load(unpacked(state["own"]))
         self.loaded = True
+        if (within := state.get("within")) is not None:
+            self.within = WithinRound(within["progress"], within["weights"])
 
 
 def packed(value: Any) -> State:
@@ -224,6 +259,54 @@ def seed_round(seed: int, loader: Any = None) -> None:
         generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
+
+
+class SeededSampler:
+    """The sampler of a training set, which seeds all random states before each batch is taken.
+
+    What the data draw (an augmentation, the masks of a language model) then depends on the number of the batch alone,
+    and not on what training has drawn before. So batches that were trained can be skipped.
+
+    Attributes:
+        sampler: The sampler that decides the order.
+        seed: Seed of the epoch; None seeds nothing.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int) -> None:
+        self.sampler, self._batch_size = sampler, batch_size
+        self.seed: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for position, row in enumerate(self.sampler):
+            if self.seed is not None and position % self._batch_size == 0:
+                seed_round(part_seed(self.seed, "batch", position // self._batch_size))
+            yield row
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the number of the epoch on to a sampler whose order depends on it."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+def seed_batches(loader: Any) -> SeededSampler | None:
+    """Let the loader's own batch sampler take its rows from a `SeededSampler`.
+
+    Args:
+        loader: A training DataLoader, before its first epoch.
+
+    Returns:
+        The sampler, or None for a loader whose rows come in another way.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches) is not BatchSampler:
+        return None
+    if not isinstance(batches.sampler, SeededSampler):
+        batches.sampler = SeededSampler(batches.sampler, batches.batch_size)
+    sampler: Any = batches.sampler
+    return sampler if isinstance(sampler, SeededSampler) else None
 
 
 def samplers_of(loader: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from fl_adapters.participant.outputs import PERSONAL
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.session import Session
+from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_runtime.filters.base import FilterHost
@@ -195,6 +196,16 @@ class TorchSite:
             return session.next_task()
 
         return self._begin_task(live, ranks.on_rank_zero(exchange))
+
+    def save_within(self, state: State) -> None:
+        """Save a restart point in the middle of a round. Not collective: `exact_restart` needs one process at a site.
+
+        Args:
+            state: What `TorchSnapshot.save_within` returned.
+        """
+        restart = self.session().restart
+        if restart is not None:
+            restart.save_within(state)
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """Report the score of the model that arrived last.

@@ -46,6 +46,7 @@ from fl_adapters.participant.registry import leaving_on_error
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
+from fl_adapters.torch.restart import TorchSnapshot
 from fl_adapters.torch.site import ArrivedTask, JoinedRun, TorchSite
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_runtime.errors import ConfigError
@@ -68,7 +69,6 @@ class TrainerRun(Generic[P]):
         awaits_score: Whether the model in place still has to be scored.
         over: Whether the final weights have arrived.
         seed: Seed of the round's random states, for jobs with `exact_restart`; else None.
-        came_back: Whether a snapshot of an earlier process was loaded, so that the trainer goes on from there.
     """
 
     def __init__(self, site: TorchSite, joined: JoinedRun) -> None:
@@ -79,11 +79,11 @@ class TrainerRun(Generic[P]):
         self.evaluates = self.awaits_score = False
         self.over = False
         self.seed: int | None = None
-        self.came_back = False
         self._site = site
         self._live: LiveModel | None = None
         self._port: P | None = None
         self._finished: LiveModel | None = None
+        self._snapshot: TorchSnapshot | None = None
 
     @classmethod
     def join(
@@ -108,11 +108,24 @@ class TrainerRun(Generic[P]):
     def __getstate__(self) -> dict[str, Any]:
         """Live tensors stay behind. A copy of a training that has begun does not take part."""
         active = self.active and not self.begun
-        return {**self.__dict__, "active": active, "begun": False, "_live": None, "_port": None, "_finished": None}
+        return {
+            **self.__dict__,
+            "active": active,
+            "begun": False,
+            "_live": None,
+            "_port": None,
+            "_finished": None,
+            "_snapshot": None,
+        }
 
     def awaits_training(self) -> bool:
         """Whether this run can still begin. Collective. False once another trainer of the process has used it."""
         return self.active and not self.begun and self._site.awaits(self.joined)
+
+    @property
+    def came_back(self) -> bool:
+        """Whether a snapshot of an earlier process was loaded, so that the trainer goes on from there."""
+        return self._snapshot is not None and self._snapshot.loaded
 
     @property
     def settings(self) -> SiteSettings:
@@ -174,13 +187,14 @@ class TrainerRun(Generic[P]):
             self.begun = True
             if follow:
                 live.gradients.follow(optimizers)
-            snapshot = port.snapshot(live) if self.settings.exact_restart else None
+            snapshot = self._snapshot = port.snapshot(live) if self.settings.exact_restart else None
             resumed = self._checked(port.resumed())
             data = port.training_data if self._site.options.dp_sgd else None
             first = self._site.start(
                 live, port.names, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot, data=data
             )
-            self.came_back = snapshot is not None and snapshot.loaded and port.steps > 0
+            if snapshot is not None and not port.steps:
+                snapshot.loaded = False
             self._take_first(first, resumed)
 
     def correct(self, optimizer: Any, *, scale: Any = None, may_skip: bool = False) -> None:
@@ -223,6 +237,16 @@ class TrainerRun(Generic[P]):
                 return False
             self._take_next(arrived)
             return True
+
+    def save_within(self) -> None:
+        """Save a restart point where the trainer has saved a checkpoint, in jobs with `exact_restart`.
+
+        `progress` must be up to date. Does nothing between two rounds, where there is a point already.
+        """
+        if self._snapshot is not None and not (self.over or self.progress.at_beginning):
+            with self.leaving_on_error():
+                state = self._snapshot.save_within(self.live.state.tensors, asdict(self.progress))
+                self._site.save_within(state)
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """Report the score of the model in place. Does nothing if no score is awaited.
@@ -349,17 +373,25 @@ class TrainerRun(Generic[P]):
                 fix="resume from an earlier checkpoint, or without one",
             )
         within_round = False
-        if self.came_back:
+        within = self._snapshot.within if self._snapshot is not None else None
+        if within is not None:
+            self.progress = Progress(**within.progress)
+        elif self.came_back:
             self.progress = Progress.at(number, port.steps, self.settings.every)
         elif resumed is not None and resumed.progress.round == number:
             self.progress, within_round = resumed.progress, resumed.within_round
         else:
             self._catch_up(number)
-        if within_round:
+        if within is not None:
+            live.go_on(first.task, within.weights)
+        elif within_round:
             live.resume(first.task)
         else:
             live.receive(first.task)
-        if self.came_back and self.evaluates:  # the previous process died before it scored this model
+        # a model of which a part has been trained was scored before
+        if (
+            self.came_back and self.evaluates and within is None
+        ):  # the previous process died before it scored this model
             self.awaits_score = True
             port.validate()
 
@@ -412,4 +444,4 @@ class TrainerRun(Generic[P]):
         self.active = self.begun = False
         if self._live is not None:
             self._live.local.close()
-        self._live = self._port = None
+        self._live = self._port = self._snapshot = None

@@ -8,7 +8,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.options import PrivateArguments
-from fl_adapters.torch.restart import seed_round
 from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
 
@@ -115,8 +114,16 @@ class FederatedCallback(PrivateArguments, TrainerCallback):
     ) -> None:
         """Seed the data of the round, for exact restarts."""
         run = self._run
-        if run is not None and run.begun and run.seed is not None and state.global_step == run.progress.began:
-            seed_round(run.seed, trained["train_dataloader"])
+        if run is not None and run.begun and run.seed is not None:
+            run.port.begin_epoch(run.seed, run.progress.began)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
+    ) -> None:
+        """Seed the step, for exact restarts within a round."""
+        run = self._run
+        if run is not None and run.begun and run.seed is not None:
+            run.port.begin_step(run.seed, run.progress.began)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
@@ -126,7 +133,7 @@ class FederatedCallback(PrivateArguments, TrainerCallback):
         if run is None or not run.begun:
             return
         if run.came_back:
-            state.epoch += run.port.epochs_before
+            state.epoch = run.port.epoch_of_run(state.epoch)
         if not run.over and budget.ends_phase(run.budget, state):
             self._exchange(run, state, control, trained["train_dataloader"])
 
@@ -142,6 +149,13 @@ class FederatedCallback(PrivateArguments, TrainerCallback):
         unfinished = not run.over and state.global_step > run.progress.began and not control.should_training_stop
         if unfinished and budget.epoch_ends_phase(run.budget, state):
             self._exchange(run, state, control, trained["train_dataloader"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any) -> None:
+        """Save a restart point beside the trainer's checkpoint, for exact restarts within a round."""
+        run = self._run
+        if run is not None and run.begun and not run.over:
+            run.progress.steps = state.global_step
+            run.save_within()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **evaluated: Any

@@ -27,7 +27,7 @@ class TransformersPort(TrainerPort):
         control: Flags of the hook that runs now, which HF reads when all callbacks have run.
         loss_before: `hf.loss_sum()` when the round, or this phase of it, began.
         evaluated: Step at which a global model was last evaluated; -1 before the first.
-        epochs_before: Epochs of processes before this one (exact restarts). HF counts its own from 0.
+        epochs: Epochs of processes before this one (exact restarts).
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class TransformersPort(TrainerPort):
         self.trainer, self.control = trainer, control
         self.loss_before = hf.loss_sum()
         self.evaluated = -1
-        self.epochs_before = 0
+        self.epochs = restart.EpochCount()
+        self._round_data: restart.RoundData | None = None
         self._callback, self._state = callback, state
-        self._job, self._every, self._budget = run.joined.job, run.settings.every, run.budget
+        self._job, self._settings, self._budget = run.joined.job, run.settings, run.budget
         self._model, self._loader, self._scheduler = trainer.model, trained["train_dataloader"], trained["lr_scheduler"]
         self._score = Score()
 
@@ -58,7 +59,7 @@ class TransformersPort(TrainerPort):
 
     @property
     def steps_per_epoch(self) -> int | None:
-        if self._every.epochs is None:
+        if self._settings.every.epochs is None:
             return None
         return budget.steps_per_epoch(self.trainer.args, self._loader)
 
@@ -101,7 +102,7 @@ class TransformersPort(TrainerPort):
             return None
         return Resumed(
             job=hf.run_of_checkpoint(state),
-            progress=Progress.at(budget.rounds_done(self._budget, state) + 1, state.global_step, self._every),
+            progress=Progress.at(budget.rounds_done(self._budget, state) + 1, state.global_step, self._settings.every),
             within_round=not budget.between_rounds(self._budget, state),
             where=f"checkpoint at step {state.global_step}",
             fix="begin a new run from its weights: load them with from_pretrained, without resume_from_checkpoint",
@@ -114,9 +115,31 @@ class TransformersPort(TrainerPort):
         advance_schedule(plain_schedule(self._scheduler), (steps or 0) - self.steps)
 
     def snapshot(self, live: LiveModel) -> TorchSnapshot:
-        restart.refuse(self.trainer, self._state, self._every, self._model, self._scheduler, self._loader)
-        position = restart.Position(self.trainer, self._state, self._loader, self)
-        return restart.snapshot_of(self.trainer, live, self._scheduler, position)
+        restart.refuse(self.trainer, self._state, self._settings.every, self._model, self._scheduler, self._loader)
+        position = restart.Position(self.trainer, self._state, self._loader, self.epochs, self)
+        data = self._round_data = restart.RoundData(self.trainer, self._loader, self._settings)
+        return restart.snapshot_of(self.trainer, live, self._scheduler, position, data.cost)
+
+    def begin_epoch(self, seed: int, began: int) -> None:
+        """Seed the epoch that begins now, in jobs with `exact_restart`.
+
+        Args:
+            seed: Seed of the round.
+            began: Optimizer step at which the round began.
+        """
+        if self._round_data is not None:
+            per_epoch = budget.steps_per_epoch(self.trainer.args, self._loader)
+            number = (self.steps - began) // per_epoch
+            self._round_data.begin_epoch(self._loader, seed, number, self.epochs.begin())
+
+    def begin_step(self, seed: int, began: int) -> None:
+        """Seed the optimizer step that begins now; arguments as in `begin_epoch`."""
+        if self._round_data is not None:
+            self._round_data.begin_step(seed, self.steps - began)
+
+    def epoch_of_run(self, epoch: float) -> float:
+        """Number of epochs since the run began, from the number that HF counts in this process."""
+        return self.epochs.of_run(epoch, len(self._loader))
 
     def warn_if_schedule_ends_early(self) -> None:
         """Warn if a schedule that the user made ends before the run does."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from accelerate.data_loader import SeedableRandomSampler
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from fl_adapters.participant.options import Every
-from fl_adapters.participant.restart import not_restartable
+from fl_adapters.participant.options import Every, SiteSettings
+from fl_adapters.participant.restart import WHOLE_ROUND, not_restartable, part_seed
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import plain_schedule
-from fl_adapters.torch.restart import TorchSnapshot, refuse_inexact, refuse_parts, samplers_of
+from fl_adapters.torch.restart import (
+    TorchSnapshot,
+    refuse_inexact,
+    refuse_parts,
+    samplers_of,
+    seed_batches,
+    seed_round,
+)
 
 from . import trainer as hf
 
@@ -31,38 +39,75 @@ _POSITION = (
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
-class EpochCount(Protocol):
-    """Holder of the number of epochs that earlier processes have trained."""
+@dataclass
+class EpochCount:
+    """Epochs of a run that was continued in a new process. HF counts those of the process, from 0.
 
-    epochs_before: int
+    Attributes:
+        before: Whole epochs that earlier processes have trained.
+        skipped: Batches of the epoch after them that they have trained.
+        begun: Epochs that this process has begun.
+    """
+
+    before: int = 0
+    skipped: int = 0
+    begun: int = 0
+
+    def begin(self) -> int:
+        """Count an epoch that begins. Return the batches of it that earlier processes have trained."""
+        self.begun += 1
+        return self.skipped if self.begun == 1 else 0
+
+    def of_run(self, epoch: float, batches: int) -> float:
+        """Return the epochs since the run began, for HF's count at a step and the batches of an epoch."""
+        if self.skipped and self.begun == 1:
+            epoch = (round(epoch * batches) + self.skipped) / batches
+        return self.before + epoch
+
+
+class Losses(Protocol):
+    """Holder of the sum of losses at the beginning of the round.
+
+    Attributes:
+        loss_before: `hf.loss_sum()` when the round began.
+    """
+
+    loss_before: float | None
 
 
 class Position:
-    """Where a Trainer stands between two rounds, as a `Snapshot`. Loading it moves the trainer there.
+    """Where a Trainer stands, as a `Snapshot`. Loading it moves the trainer there.
 
-    HF counts the epochs of this process from 0: `count.epochs_before` is set to those of the processes before.
+    HF counts the epochs of this process from 0: `epochs` gets those of the processes before.
     """
 
-    def __init__(self, trainer: Trainer, state: TrainerState, loader: Any, count: EpochCount) -> None:
-        self._trainer, self._state, self._count = trainer, state, count
+    def __init__(self, trainer: Trainer, state: TrainerState, loader: Any, epochs: EpochCount, losses: Losses) -> None:
+        self._trainer, self._state, self._loader = trainer, state, loader
+        self._epochs, self._losses = epochs, losses
         callbacks = trainer.callback_handler.callbacks
         self._stateful: list[Any] = [callback for callback in callbacks if isinstance(callback, ExportableState)]
         self._samplers = [part for part in samplers_of(loader) if isinstance(part, SeedableRandomSampler)]
 
     def save(self) -> State:
         """Counts of the trainer, states of other callbacks, and the seeds of the data's order."""
-        before = self._count.epochs_before
+        before = self._epochs.before
         return {
             "state": {name: getattr(self._state, name) for name in _POSITION if hasattr(self._state, name)},
             "callbacks": [callback.state()["attributes"] for callback in self._stateful],
             "orders": [sampler.initial_seed - before for sampler in self._samplers],
+            "loss": self._loss(),
         }
 
     def load(self, state: State) -> None:
         """Move the trainer to where `save` was called in another process."""
         for name, value in state["state"].items():
             setattr(self._state, name, value)
-        before = self._count.epochs_before = round(self._state.epoch or 0)
+        epoch = self._state.epoch or 0.0
+        before = self._epochs.before = int(epoch)
+        if epoch > before:
+            self._epochs.skipped = round((epoch - before) * len(self._loader))
+        if self._losses.loss_before is not None:
+            self._losses.loss_before -= state.get("loss") or 0.0  # this process counts its losses from 0
         for callback, attributes in zip(self._stateful, state["callbacks"], strict=True):
             for name, value in attributes.items():
                 setattr(callback, name, value)
@@ -70,11 +115,80 @@ class Position:
             sampler.initial_seed = seed + before  # to which it adds the number of the epoch
         hf.set_first_step(self._trainer, self._state.global_step)
 
+    def _loss(self) -> float:
+        """Sum of the losses in this round so far; 0 if it is unknown."""
+        now, before = hf.loss_sum(), self._losses.loss_before
+        return 0.0 if now is None or before is None else now - before
 
-def snapshot_of(trainer: Trainer, live: LiveModel, scheduler: Any, position: Position) -> TorchSnapshot:
-    """State of this training that outlives a round and does not travel."""
+
+class RoundData:
+    """Data and random numbers of a round, so that a trainer can begin again at a checkpoint within it.
+
+    All that a round draws follows from its seed and from a position: that of the epoch, the batch, or the step.
+
+    Attributes:
+        cost: What a restart repeats, as a clause for the user.
+    """
+
+    def __init__(self, trainer: Trainer, loader: Any, settings: SiteSettings) -> None:
+        reason = _no_points_within(trainer.args, loader, settings)
+        self._batches = None if reason else seed_batches(loader)
+        if reason is None and self._batches is None:
+            reason = f"{type(loader).__name__} takes its rows in a way that cannot be repeated from the middle"
+        self._within = reason is None
+        self.cost = f"{WHOLE_ROUND}: {reason}" if reason else _interval(trainer.args)
+
+    def begin_epoch(self, loader: Any, seed: int, epoch: int, skipped: int) -> None:
+        """Seed an epoch of a round before its data begin.
+
+        Args:
+            loader: The training DataLoader, of accelerate.
+            seed: Seed of the round.
+            epoch: Number of the epoch within the round, counted from 0.
+            skipped: Batches at its beginning that an earlier process has trained.
+        """
+        if epoch == 0 or self._within:
+            seed = part_seed(seed, "epoch", epoch) if epoch else seed
+            seed_round(seed, loader)
+        if self._batches is not None:
+            self._batches.seed = seed
+            loader.skip_batches = skipped
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Seed what the model draws in an optimizer step.
+
+        Args:
+            seed: Seed of the round.
+            step: Number of the step within the round, counted from 0.
+        """
+        if self._within:
+            seed_round(part_seed(seed, "step", step))
+
+
+def _no_points_within(args: TrainingArguments, loader: Any, settings: SiteSettings) -> str | None:
+    """Why there are no restart points within a round; None if there are."""
+    if args.save_strategy == "no":
+        return 'save_strategy="no" saves no checkpoints'
+    if settings.plan.records_steps or settings.phases > 1:
+        return "what the strategy records of a round, or a second model, is not saved within it"
+    if not hasattr(loader, "skip_batches"):
+        return f"{type(loader).__name__} cannot skip batches"
+    if len(loader) % args.gradient_accumulation_steps:
+        return "the batches of an epoch are not a multiple of gradient_accumulation_steps"
+    return None
+
+
+def _interval(args: TrainingArguments) -> str:
+    if args.save_strategy == "steps":
+        return f"a restart repeats at most {args.save_steps:g} steps, those since the last checkpoint (save_steps)"
+    return "a restart repeats the steps since the last checkpoint"
+
+
+def snapshot_of(trainer: Trainer, live: LiveModel, scheduler: Any, position: Position, cost: str) -> TorchSnapshot:
+    """State of this training that outlives a round and does not travel. `cost`: what a restart repeats."""
     scaler = getattr(trainer.accelerator, "scaler", None)
-    return TorchSnapshot(live, {"schedule": scheduler, **({"scaler": scaler} if scaler is not None else {})}, position)
+    parts = {"schedule": scheduler, **({"scaler": scaler} if scaler is not None else {})}
+    return TorchSnapshot(live, parts, position, cost)
 
 
 def refuse(trainer: Trainer, state: TrainerState, every: Every, model: Any, scheduler: Any, loader: Any) -> None:

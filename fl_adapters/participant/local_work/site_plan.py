@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.lora.products import LoraProducts
 from fl_runtime.aggregation.lora.strategies import LoraAverage
 from fl_runtime.capabilities import PERSONAL_MODEL
@@ -55,6 +56,11 @@ class SitePlan:
     def phases(self) -> int:
         """Number of times each round trains the local budget: 2 with a personal model (Ditto), else 1."""
         return 2 if self.strategy is not None and PERSONAL_MODEL in self.strategy.requires else 1
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether an update tells of every step of its round (SCAFFOLD), beside the trained weights."""
+        return self.strategy is not None and LocalTerms.from_config(self.strategy.configure(1, ())).control_variates
 
     @property
     def relayed(self) -> bool:

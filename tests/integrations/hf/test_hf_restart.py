@@ -121,3 +121,62 @@ RESULT = trainer.state.global_step, [round(row["epoch"], 6) for row in trainer.s
     steps, evaluated = run.fork(program).result()
     assert (steps, evaluated) == (12, [1.0, 2.0, 3.0])
     assert sorted({event.round for event in run.events_of("report")}) == [1, 2, 3]
+
+
+WITHIN_A_ROUND = """
+import os, signal
+import hf_models as m, torch
+from fl_adapters.hf import FederatedCallback
+from transformers import TrainerCallback
+
+class Masked(m.Tokens):  # draws random numbers, as a collator for masked language models does
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return {**row, "input_ids": torch.where(torch.rand(8) < 0.2, 1, row["input_ids"])}
+
+class Dies(TrainerCallback):
+    steps = 0
+    def on_step_end(self, args, state, control, **_):
+        self.steps += 1
+        if VALUES[0] and state.global_step == VALUES[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+dies, options = Dies(), VALUES[1]
+trainer = m.trainer(
+    callbacks=[FederatedCallback(every="2 epochs", keep_local=["classifier.*"]), dies], model=m.classifier(0.2),
+    train_dataset=Masked(48), per_device_train_batch_size=4, save_strategy="steps", save_steps=2,
+    eval_dataset=m.Tokens(8), **options)
+trainer.train()
+epochs = [row["epoch"] for row in trainer.state.log_history if "eval_loss" in row]
+RESULT = dies.steps, trainer.state.global_step, epochs, {n: t.tolist() for n, t in trainer.model.state_dict().items()}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "per_round", "deaths"),
+    [({}, 24, [5, 15, 41]), ({"gradient_accumulation_steps": 2}, 12, [9])],
+    ids=["killed-three-times", "accumulating"],
+)
+def test_a_kill_in_the_middle_of_a_round_costs_the_steps_since_the_last_checkpoint(
+    federation, options: dict[str, Any], per_round: int, deaths: list[int]
+) -> None:
+    """Killed with SIGKILL in an epoch's middle; the oracle is the same site, not disturbed."""
+    quiet = federation(sites=1, rounds=2, exact_restart=True, seed=3).fork(WITHIN_A_ROUND, (0, options))
+    _, total, epochs, expected = quiet.result()
+    run = federation(sites=1, rounds=2, exact_restart=True, seed=3)
+    for step in deaths:
+        dead = run.fork(WITHIN_A_ROUND, (step, options))
+        dead.process.join(60)
+        assert dead.process.exitcode == -9, dead.log.read_text()
+        assert "at most 2 steps" in dead.log.read_text()
+    steps, reached, epochs_after, weights_after = run.fork(WITHIN_A_ROUND, (0, options)).result()
+    assert (reached, total) == (2 * per_round, 2 * per_round)
+    assert steps == total - (deaths[-1] - 1), "only the step after the last checkpoint is made again"
+    assert epochs[-1:] == epochs_after[-1:]
+    assert weights_after == expected
+
+
+def test_without_checkpoints_within_a_round_the_cost_of_a_restart_is_told(federation, capfd) -> None:
+    run = federation(sites=1, rounds=1, exact_restart=True)
+    m.trainer(FederatedCallback(kit=run.kit())).train()
+    assert "a restart repeats the round from its beginning" in capfd.readouterr().err
