@@ -286,14 +286,15 @@ def registered(transport: GrpcTransport, weights: dict[str, Any]) -> int:
     return session.attempt
 
 
-def attack(name: str, folder: Path, address: str, mib: float, attempt: int, go: Any, counts: Any) -> None:
-    """Loop an attack in several threads until the process is killed."""
+def attack(name: str, folder: Path, address: str, mib: float, attempt: int, ready: Any, go: Any, counts: Any) -> None:
+    """Loop an attack in several threads until the process is killed. They begin when all are ready, at `go`."""
     os.nice(19)
     many_tensors()
 
     def loop(number: int) -> None:
         target = Target(folder, address, attempt, model(mib), number, counts)
         calls = ATTACKS[name](target)
+        ready.release()
         go.wait()
         for _ in calls:
             pass
@@ -360,7 +361,7 @@ def disk_mib(folder: Path) -> float:
 def measure(name: str, folder: Path, args: argparse.Namespace) -> tuple[Window, Window, list[int]]:
     """Measure one attack on a federation of its own: without it, with it, and the attacker's calls."""
     began, attempts = SPAWN.Queue(), SPAWN.Queue()
-    go, counts = SPAWN.Event(), SPAWN.Array("l", 2)
+    ready, go, counts = SPAWN.Semaphore(0), SPAWN.Event(), SPAWN.Array("l", 2)
     with ExitStack() as processes:
 
         def start(work: Callable[..., None], *arguments: Any) -> int:
@@ -375,7 +376,10 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> tuple[Window, 
         address = began.get(timeout=PATIENCE_S)
         sites = start(take_part, folder, address, args.mib, attempts)
         attempt = attempts.get(timeout=PATIENCE_S)
-        start(attack, name, folder, address, args.mib, attempt, go, counts)
+        start(attack, name, folder, address, args.mib, attempt, ready, go, counts)
+        for _ in range(THREADS):
+            if not ready.acquire(timeout=PATIENCE_S):
+                raise TimeoutError(f"the attack {name} was not ready after {PATIENCE_S:g} s")
         while len(round_ends(folder, 0.0)) < WARM:
             time.sleep(SAMPLE_S)
         quiet = watch(folder, server, sites, args.quiet_s)

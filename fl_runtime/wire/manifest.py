@@ -11,7 +11,7 @@ Payload format: the bytes of all tensors back to back, without gaps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -31,6 +31,9 @@ MAX_TENSORS = 200_000
 MAX_NAME_CHARS = 1_024
 MAX_DIMENSIONS = 32
 MAX_TENSOR_BYTES = 2**46
+
+_MAX_FIELDS = 4_096
+_FIXED_BYTES = {1: 8, 5: 4}  # wire types of protobuf
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,62 @@ def check_count(message: pb.Manifest) -> None:
     """Raise ProtocolError if a manifest has more than `MAX_TENSORS` tensors."""
     if len(message.tensors) > MAX_TENSORS:
         raise ProtocolError(f"a manifest has {len(message.tensors)} tensors; the limit is {MAX_TENSORS}")
+
+
+def described_bytes(message: bytes, path: Sequence[int]) -> int:
+    """Return the length of the manifest in an encoded message, without decoding the manifest.
+
+    A decoded manifest takes ten times the memory of its message.
+
+    Args:
+        message: The encoded message, which may be malformed.
+        path: Numbers of the fields that lead to the manifest, outermost first.
+
+    Returns:
+        Number of bytes; if the field is there several times, of all together. What follows a fault is not counted.
+        What follows thousands of fields counts as if it were the manifest.
+    """
+    found = [memoryview(message)]
+    for number in path:
+        found = [field for part in found for field in _fields(part, number)]
+    return sum(map(len, found))
+
+
+def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
+    """Yield the contents of the fields with this number that have a length, up to the first fault."""
+    at = 0
+    for _ in range(_MAX_FIELDS):
+        if at >= len(message):
+            return
+        tag, at = _read_varint(message, at)
+        kind = tag & 7
+        length = 0
+        if kind == 0:
+            _, at = _read_varint(message, at)
+        elif kind == 2:
+            length, at = _read_varint(message, at)
+            if tag >> 3 == number:
+                yield message[at : at + length]
+        elif kind in _FIXED_BYTES:
+            length = _FIXED_BYTES[kind]
+        else:
+            return
+        at += length
+    yield message[at:]
+
+
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Return a number and the offset after it; past the end if there is none."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    return 0, len(message)
 
 
 def differences(left: Manifest, right: Manifest, shape_of: ShapeOf | None = None) -> list[str]:

@@ -24,7 +24,8 @@ from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.aggregation.trees.strategies import ENCODING, WEIGHT, TreeBagging
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.server.calls import limits, service
-from fl_runtime.server.calls.service import FederationService, first_request
+from fl_runtime.server.calls.requests import first_request
+from fl_runtime.server.calls.service import FederationService
 from fl_runtime.server.federation.requests import read_object
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.identity import Identity

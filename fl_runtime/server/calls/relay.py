@@ -18,6 +18,7 @@ from fl_runtime.transport.tunnel import PEER_BYTES, WINDOW_BYTES
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 _MAX_STREAMS, _MAX_NAME_CHARS = 1_024, 200
+_MAX_WAITING_BYTES = 2 * WINDOW_BYTES
 _PART_BYTES = 128  # memory of a waiting part beside its own bytes
 _BEAT_S, _LOOK_S = 10.0, 1.0
 
@@ -194,7 +195,7 @@ class _Line:
         """Queue a part; False if the site has hung up. Waits while too much of its source waits, if one is given."""
         message, name = part.SerializeToString(), source.site if source else part.peer
         with self._changed:
-            while source and self._bytes.get(name, 0) > PEER_BYTES and not (self._closed or source.closed):
+            while source and self._bytes.get(name, 0) > _MAX_WAITING_BYTES and not (self._closed or source.closed):
                 self._changed.wait(_LOOK_S)
             if self._closed:
                 return False

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
 from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
 from fl_runtime.server.calls import limits
 from fl_runtime.server.calls.relay import Relay
+from fl_runtime.server.calls.requests import DescribedLimit, expected, first_request, next_part
 from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
@@ -29,19 +30,6 @@ from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest, check_count
 from fl_runtime.wire.names import Excerpt, Question, checked_lists
-
-M = TypeVar("M", bound=Message)
-
-_REQUESTS: Mapping[str, type[Message]] = {
-    "Join": pb.JoinRequest,
-    "Register": pb.RegisterRequest,
-    "Attend": pb.SessionRequest,
-    "Next": pb.NextRequest,
-    "Submit": pb.UpdatePart,
-    "Score": pb.ScoreRequest,
-    "Leave": pb.LeaveRequest,
-    "Tunnel": pb.TunnelPart,
-}
 
 BEAT_S = 10.0
 """Seconds between signs of life in a call that waits for a task, if the site does not ask for an interval."""
@@ -77,7 +65,7 @@ class FederationService:
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer one call of a site. See `fl_runtime.transport.base.Service`."""
-        yield from self.answer(method, peer, first_request(method, requests), requests)
+        yield from self.answer(method, peer, first_request(method, requests, self.described_limit), requests)
 
     def answer(self, method: str, peer: Peer, request: Message, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer one call whose first message has been read.
@@ -98,6 +86,11 @@ class FederationService:
         except StoreError as error:  # what is acknowledged from now on might be lost
             self._state.fail(error)
             raise
+
+    def described_limit(self) -> DescribedLimit | None:
+        """How long the description of tensors may be in this run, or None before it has begun."""
+        agreed = self._agreed()
+        return DescribedLimit.of(agreed) if agreed else None
 
     def _attempt(self, session: pb.Session) -> int:
         """Number of the process that a call comes from. ProtocolError for a call of an earlier job."""
@@ -128,7 +121,7 @@ class FederationService:
         ).SerializeToString()
 
     def _register(self, peer: Peer, request: pb.RegisterRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        described = _whole_manifest(request, requests)
+        described = self._whole_manifest(request, requests)
         self._count_tensors(peer, described)
         peer.account.spend("registered bytes", request.ByteSize() - described.ByteSize())
         manifest = Manifest.from_proto(described)
@@ -150,7 +143,7 @@ class FederationService:
         for step in membership.register(peer.name, attempt, manifest, registration, beat_s):
             if isinstance(step, Question):
                 yield pb.RegisterReply(question=step.to_proto()).SerializeToString()
-                excerpt = _next_part(requests).excerpt
+                excerpt = next_part(requests).excerpt
                 membership.answer(peer.name, attempt, step.name, Excerpt.from_proto(excerpt))
             else:
                 reply = pb.RegisterReply(waiting=pb.Waiting()) if step is None else pb.RegisterReply(rounds=step)
@@ -327,11 +320,26 @@ class FederationService:
     def _count_tensors(self, peer: Peer, described: pb.Manifest) -> None:
         """Count the tensors of a manifest before they are read. ProtocolError if this run has none with so many."""
         check_count(described)
-        count = len(described.tensors)
+        limits.check_tensor_count(len(described.tensors), self._agreed())
+        peer.account.spend("tensors", len(described.tensors))
+
+    def _whole_manifest(self, first: pb.RegisterRequest, requests: Iterator[bytes]) -> pb.Manifest:
+        """The manifest of a registration, whose tensors may come in several messages."""
+        manifest, part = first.manifest, first
+        while part.more:
+            part = next_part(requests, self.described_limit)
+            if not part.manifest.tensors:
+                raise ProtocolError("a message of a registration brings no tensors")
+            manifest.tensors.extend(part.manifest.tensors)
+            check_count(manifest)
+            limits.check_tensor_count(len(manifest.tensors), self._agreed())
+        return manifest
+
+    def _agreed(self) -> Manifest | None:
+        """The model that the sites agreed on, or None before the run has begun."""
         with self._state.lock:
             begun, agreed = self._state.plan.rounds is not None, agreed_layout(self._run.membership.members)
-            limits.check_tensor_count(count, self._state.layouts.get(agreed) if begun else None)
-        peer.account.spend("tensors", count)
+            return self._state.layouts.get(agreed) if begun else None
 
     def _score(self, peer: Peer, request: pb.ScoreRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         metrics = self._metrics(peer, request.metrics_json)
@@ -379,23 +387,11 @@ def _beat_s(session: pb.Session) -> float | None:
     return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
 
 
-def _whole_manifest(first: pb.RegisterRequest, requests: Iterator[bytes]) -> pb.Manifest:
-    """The manifest of a registration, whose tensors may come in several messages."""
-    manifest, part = first.manifest, first
-    while part.more:
-        part = _next_part(requests)
-        if not part.manifest.tensors:
-            raise ProtocolError("a message of a registration brings no tensors")
-        manifest.tensors.extend(part.manifest.tensors)
-        check_count(manifest)
-    return manifest
-
-
 def _receive_frames(transfer: Transfer, requests: Iterator[bytes]) -> int:
     """Take frames until the payload is whole; returns the bytes of the messages."""
     count = 0
     while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
-        message = _expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
+        message = expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
         if not frames.is_frame(message):
             raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
         transfer.receiver.take(frames.frame_data(message))
@@ -408,7 +404,7 @@ def _await_filled_file(transfer: Transfer, requests: Iterator[bytes], *, finite:
 
     With `finite`, the site has checked that all values are finite.
     """
-    if not frames.is_frame(_expected(requests, "an upload ended before its file was filled")):
+    if not frames.is_frame(expected(requests, "an upload ended before its file was filled")):
         raise ProtocolError("an upload does not say with a frame that its file is filled")
     before = transfer.receiver.arrived
     transfer.receiver.filled(finite=finite)
@@ -444,50 +440,3 @@ def _terms(text: str) -> Terms:
     except (AssertionError, TypeError, ValueError, OverflowError):
         raise ProtocolError("the terms of a registration cannot be read") from None
     return terms
-
-
-def first_request(method: str, requests: Iterator[bytes]) -> Message:
-    """Read the first message of a call.
-
-    Args:
-        method: Name of the call.
-        requests: The call's messages.
-
-    Returns:
-        The message, decoded as the request of this method.
-
-    Raises:
-        ProtocolError: There is no such method, or the message is not one of its requests.
-        TransferDamagedError: The call ended before its first message.
-    """
-    if method not in _REQUESTS:
-        raise ProtocolError(f"this server does not answer {method}", fix="call a server that `fl-adapters server` runs")
-    return _parse(_REQUESTS[method], _expected(requests, "a call ended before its first message"))
-
-
-def session_job(request: Message) -> str:
-    """Return the job or training that the first message of a call names, which is not a Join; "" if it names none."""
-    session = request.update.session if isinstance(request, pb.UpdatePart) else request.session  # type: ignore[attr-defined]
-    return str(session.job)
-
-
-def _next_part(requests: Iterator[bytes]) -> pb.RegisterRequest:
-    return _parse(pb.RegisterRequest, _expected(requests, "a registration ended before its last message"))
-
-
-def _parse(kind: type[M], message: bytes) -> M:
-    try:
-        return kind.FromString(message)
-    except DecodeError:
-        raise ProtocolError(f"a request is not a {kind.__name__} message") from None
-
-
-def _expected(requests: Iterator[bytes], if_ended: str) -> bytes:
-    """Return the next message. Raises TransferDamagedError if the call has ended, so that the site sends it again.
-
-    A damaged connection can end a call silently: an HTTP/2 frame whose type is damaged is dropped.
-    """
-    message = next(requests, None)
-    if message is None:
-        raise TransferDamagedError(if_ended, fix="look at the network")
-    return message

@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from fl_runtime.errors import ConfigError, PermissionDeniedError, ProtocolError
-from fl_runtime.server.calls.service import first_request, session_job
+from fl_runtime.server.calls.requests import DescribedLimit, first_request, session_job
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.calls import JobCalls
 from fl_runtime.server.federation.guard import Guard
@@ -147,7 +147,7 @@ class FederationServer:
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer a call within one of the jobs that run. The guard has established who is calling."""
-        request = first_request(method, requests)
+        request = first_request(method, requests, self._described_limit)
         job = self._job_for(peer.name, request)
         if peer.name not in job.sites:
             raise PermissionDeniedError(
@@ -156,6 +156,10 @@ class FederationServer:
                 fix="submit a job with this site",
             )
         return job.server.trainings.answer(method, peer, request, requests)
+
+    def _described_limit(self) -> DescribedLimit | None:
+        """The limit of the run that allows most; None if there is one that has not begun, or none at all."""
+        return DescribedLimit.largest(job.server.trainings.described_limit() for job in self.queue.running())
 
     def _job_for(self, site: str, request: Message) -> RunningJob:
         """Return the job that a call names. A site that joins without naming one gets the first with work for it."""

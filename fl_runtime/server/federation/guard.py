@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError
 from fl_runtime.server.federation.audit_summary import AuditSummary
-from fl_runtime.server.federation.quota import CALLS_A_JOB, HOLD_S, CallAccount, Quotas
+from fl_runtime.server.federation.quota import CALLS_A_JOB, CallAccount, Quotas
 from fl_runtime.server.federation.validity import Validity
 from fl_runtime.transport.base import METHODS, Peer, Service
 from fl_runtime.trust import permissions
@@ -141,20 +141,22 @@ class Guard:
             over = account is not None and account.over
             if over or not isinstance(error, ConnectionLostError):
                 self._audit.refused(who, method, error, once=over, address=peer.address)
-            if who is not None and account is not None and account.over:
-                self._answer_late(who, method, error, account)
+            if who is not None and account is not None:
+                if over and method in METHODS and not account.crowded:
+                    self._jobs.go_on_without(who.name, error.what)  # the job's other sites do not wait for it
+                self._hold_back(who, account, requests, peer)
             raise
         finally:
             if account is not None:
                 account.read()
 
-    def _answer_late(self, who: Identity, method: str, error: FederationError, account: CallAccount) -> None:
-        """Hold back a refusal over the quota. The jobs' other sites go on without a site that is over its quota."""
-        if method in METHODS and not account.crowded:
-            self._jobs.go_on_without(who.name, error.what)
+    def _hold_back(self, who: Identity, account: CallAccount, requests: Iterator[bytes], peer: Peer) -> None:
+        """Hold back a refusal, so that a client that calls in a loop slows down. Its message takes no memory then."""
         account.read()
         with self._quotas.held(who) as may:
-            self._closed.wait(HOLD_S if may else 0)
+            if may and account.hold_s:
+                account.discard(requests, peer.hang_up)
+                self._closed.wait(account.hold_s)
 
     def put_in_force(self, crl: bytes) -> list[str]:
         """Install a newer revocation list, which takes effect at once and on open connections.

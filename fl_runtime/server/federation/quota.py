@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,11 +25,16 @@ MOST_SLOTS = 32
 HELD_EACH = 8
 """Refusals for calls over the quota that may be held back at a time, per participant."""
 HOLD_S = 1.0
-"""How long such a refusal is held back, so that a client that calls in a loop slows down."""
+"""How long such a refusal is held back, so that a client that calls in a loop slows down.
+
+A refused call of one large message is held back for less. Without that, the messages of a loop arrive faster than gRPC
+frees those that have been refused, and the server holds two for each of its calls.
+"""
 
 _SMALL_BYTES = 2**18  # first messages of up to so many bytes do not take turns with others once they have arrived
 _TURN_S = 10.0
 _BYTES_A_CALL = 2**17  # this many bytes of a refused call count like another refused call
+_HELD_BYTES_A_S = 2**24  # for how long the refusal of a large message is held back
 _DEBT_S = 10.0  # a participant is refused for at most so long after a call that cost too much
 
 
@@ -60,7 +65,7 @@ CALLS: Mapping[str, Allowance] = {
     "Register": _START,
     "Leave": _START,
     "Attend": Allowance(300, 5),
-    "Tunnel": Allowance(300, 5),
+    "Tunnel": Allowance(60, 2),
     "Assignment": Allowance(300, 5),
 }
 """Calls by their name. All others, those of admins, have 100 at once and 5 a second."""
@@ -124,6 +129,7 @@ class CallAccount:
         self._quota, self._who, self._method = quota, who, method
         self._bytes = 0
         self._reading = False  # whether this call has its caller's turn
+        self._messages = 0
         self.over = self.crowded = False
 
     def begin(self) -> None:
@@ -142,15 +148,43 @@ class CallAccount:
         first = None
         try:
             first = next(requests, None)
+            self._messages = 1
         finally:
             if first is None or len(first) <= _SMALL_BYTES:
                 self.read()
         if first is not None:
             self._bytes += len(first)
-            yield first
+            whole, first = [first], None
+            yield whole.pop()  # nothing here holds on to it, however long the call stays open
         for message in requests:
+            self._messages += 1
             self._bytes += len(message)
             yield message
+
+    @property
+    def hold_s(self) -> float:
+        """For how many seconds the refusal of this call should be held back."""
+        if self.over:
+            return HOLD_S
+        large = self._messages == 1 and self._bytes > _SMALL_BYTES
+        return min(self._bytes / _HELD_BYTES_A_S, HOLD_S) if large else 0.0
+
+    def discard(self, requests: Iterator[bytes], hang_up: Callable[[], object]) -> None:
+        """Read the first message of a call that is refused, which would take memory while the refusal is held back.
+
+        Args:
+            requests: The messages of the call.
+            hang_up: Ends the call; called if it sends nothing.
+        """
+        if self._messages or self._method == "Tunnel":  # of a stream that is read, gRPC takes in as much again
+            return
+        timer = threading.Timer(_TURN_S, hang_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            next(requests, None)
+        finally:
+            timer.cancel()
 
     def read(self) -> None:
         """Let other calls of the participant be read; see `Account`."""

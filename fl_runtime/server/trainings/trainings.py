@@ -12,7 +12,7 @@ from typing import Literal
 from google.protobuf.message import Message
 
 from fl_runtime.errors import ConfigError, FederationError, ProtocolError, StoreError
-from fl_runtime.server.calls.service import first_request, session_job
+from fl_runtime.server.calls.requests import DescribedLimit, first_request, session_job
 from fl_runtime.server.records.events import Events, Silent, TrainingEvents
 from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
@@ -81,7 +81,7 @@ class Trainings:
 
     def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer one call of a site, in the training that it belongs to. See `fl_runtime.transport.base.Service`."""
-        yield from self.answer(method, peer, first_request(method, requests), requests)
+        yield from self.answer(method, peer, first_request(method, requests, self.described_limit), requests)
 
     def answer(self, method: str, peer: Peer, request: Message, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer one call whose first message has been read; see `FederationService.answer`."""
@@ -92,6 +92,10 @@ class Trainings:
         else:
             training = self._named(session_job(request))
         yield from training.service.answer(method, peer, request, requests)
+
+    def described_limit(self) -> DescribedLimit | None:
+        """How long the description of tensors may be in any training; None if one has not begun."""
+        return DescribedLimit.largest(training.service.described_limit() for training in self._all_open())
 
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until the last training has ended, and no site can begin another one.

@@ -87,7 +87,6 @@ class Siege:
 @pytest.fixture
 def siege(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Siege]:
     monkeypatch.setattr(quota, "HOLD_S", 0.01)  # the tests make hundreds of calls over the quota
-    monkeypatch.setattr("fl_runtime.server.federation.guard.HOLD_S", 0.01)
     with Study(tmp_path, ("north", "south", "evil")) as study:
         siege = Siege(study)
         yield siege
@@ -148,10 +147,13 @@ def test_manifests_are_counted_before_they_are_read_and_when_they_are_refused(
     with ThreadPoolExecutor(4) as pool:
         errors = list(pool.map(lambda _: siege.send("Register", huge), range(4)))
     assert all(isinstance(error, (ProtocolError, PermissionDeniedError)) for error in errors)
-    assert any("describes 200000 tensors; the model that the sites agreed on has 1" in str(e) for e in errors)
+    says = "describes tensors in 3400000 bytes; the model that the sites agreed on has 1 tensors, and the limit is"
+    assert any(says in str(e) for e in errors)
     header = pb.UpdateHeader(session=siege.session, round=1, content="weights", num_examples=1)
     header.payload.manifest.CopyFrom(huge.manifest)
-    assert "200000 tensors" in str(siege.send("Submit", pb.UpdatePart(update=header)))
+    assert says in str(siege.send("Submit", pb.UpdatePart(update=header)))
+    header.payload.manifest.CopyFrom(pb.Manifest.FromString(one * 9_000))
+    assert "describes 9000 tensors; the model" in str(siege.send("Submit", pb.UpdatePart(update=header)))
     assert not read, "no manifest of that length is looked through"
     small = pb.RegisterRequest(session=siege.session, manifest=pb.Manifest.FromString(one * 1_000))
     monkeypatch.setitem(USED, "tensors", Allowance(5_000, 0))  # type: ignore[index]
