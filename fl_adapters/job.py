@@ -31,6 +31,7 @@ from fl_runtime.filters import (
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.text import METRIC_NAMES, is_metric_name
 from fl_runtime.types import RunSettings, Strategy
+from fl_runtime.types.needs import Needs
 from fl_runtime.yaml_files import read_yaml
 
 R_co = TypeVar("R_co", covariant=True)
@@ -116,6 +117,9 @@ class Job(BaseModel):
             With 1, the job ends with the run, and a script that trains a second time ends with an error. Default
             None: as many as the scripts have.
         seed: Seed of everything that the run draws, at least 0. Default None: 0 where one is needed.
+        resources: What the job needs at each site, where the site tells what it has: `gpus`, a number of GPUs that it
+            has for itself, and `memory_gb`. It waits in the queue until all its sites have so much free. Default: none;
+            it then gets the GPUs of one place at the site.
         exact_restart: Whether a site that is killed and started again ends with the same bits as without. Every round
             then begins with random states made from `seed`, the site and the round (docs/restart.md). Default False.
 
@@ -161,6 +165,7 @@ class Job(BaseModel):
     min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     trainings: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
     seed: int | None = Field(default=None, ge=0, le=_LARGEST_SEED)
+    resources: dict[str, float] = Field(default_factory=dict)
     exact_restart: bool = False
 
     @model_validator(mode="wrap")
@@ -367,6 +372,12 @@ def _check(job: Job) -> None:
             where="site_weights",
             fix="give a weight above zero; to leave a site out, remove it from `sites`",
         )
+    try:
+        Needs.of(job.resources)
+    except ValueError as error:
+        raise ConfigError(
+            f"resources {error}", where="resources", fix=f"correct {job.resources}, or leave it out of the job"
+        ) from None
     if job.sites is not None:
         job.settings(site_names(job.sites))  # names, and min_sites and the strategy against their number
     Options(  # checks the fields that a script may set as well

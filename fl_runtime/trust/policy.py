@@ -70,7 +70,8 @@ filters: []
 # apps: {tumour: "python /opt/train/train_federated.py"}
 
 # Devices that commands see, and how many commands may run at a time; `fl-adapters site` divides the devices among them.
-# resources: {gpus: ["0"], processes: 1}
+# memory_gb: memory for the jobs of `fl-adapters site` together, for jobs that say what they use.
+# resources: {gpus: ["0"], processes: 1, memory_gb: 64}
 
 # Syslog server that gets every line of the audit log as it is written: udp://, tcp:// or tls://HOST:PORT.
 # syslog: "tls://logs.example.org:6514?ca=/etc/ssl/logs.pem"
@@ -121,10 +122,13 @@ class Resources(_Part):
             divides them among the commands that it runs at a time.
         processes: Largest number of commands at a time, at least 1. None does not limit `fl-adapters run`; a site
             daemon then runs one at a time.
+        memory_gb: Memory for the jobs of a site daemon together, in GiB; None for this machine's. Jobs that say what
+            they use wait until so much is free. Nothing limits what they do use.
     """
 
     gpus: tuple[str, ...] | None = None
     processes: int | None = Field(default=None, ge=1)
+    memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class Policy(_Part):

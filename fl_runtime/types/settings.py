@@ -73,6 +73,7 @@ class RunSettings:
         patience_s: Seconds to wait for a quorum that is gone, and for a server; None, as in a simulation, waits for
             `rejoin_s` and for as long as the sites' startup kits say.
         join_s: Seconds to wait for further sites once `min_sites` have registered; None waits until `deadline_s`.
+        resources: What the job needs at each site: `gpus`, `memory_gb` (see `Needs`).
     """
 
     name: str
@@ -105,6 +106,7 @@ class RunSettings:
     trainings: int | None = None
     patience_s: float | None = None
     join_s: float | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     def for_production(self, patience_s: float) -> RunSettings:
         """Return these settings with the defaults of a federation between organisations.

@@ -32,7 +32,7 @@ def test_a_job_has_the_fields_of_the_contract() -> None:
     assert set(Job.model_fields) == set(
         "name app rounds strategy sites min_sites deadline_s late every exchange keep_local optimizer_state filters "
         "initial best_metric best_mode patience min_delta seed exact_restart fraction site_weights cross_site "
-        "rejoin_s durability trainings max_share patience_s join_s".split()
+        "rejoin_s durability trainings max_share patience_s join_s resources".split()
     )
     job = Job(app="train.py")
     assert (job.strategy, job.best_metric, job.best_mode, job.exact_restart) == ("fedavg", "loss", "min", False)
@@ -96,6 +96,7 @@ def test_job_and_run_settings_have_the_same_fields() -> None:
         "min_sites": (int | None, int),
         "filters": (tuple[dict[str, Any], ...], tuple[Mapping[str, Any], ...]),
         "site_weights": (dict[str, float], Mapping[str, float]),
+        "resources": (dict[str, float], Mapping[str, float]),
         "best_metric": (str, str | None),
         "best_mode": (Literal["min", "max"], Literal["min", "max"] | None),
         "optimizer_state": (Literal["keep", "reset", "average"] | None, str | None),

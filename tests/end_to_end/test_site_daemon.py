@@ -165,7 +165,7 @@ def test_jobs_run_at_a_time_or_in_turn_and_leave_their_results(federation: Feder
     federation.policy(resources={"gpus": ["3", "5"], "processes": 2})
     federation.touch("hold-a-1", "hold-b-1")
     for name in ("a", "b", "c"):
-        federation.job(name)
+        federation.job(name, resources={"gpus": 1} if name == "b" else {})
     federation.reached("at-a-1")
     federation.reached("at-b-1")
     assert {federation.log(name) for name in ("a", "b")} == {"gpus 3\n", "gpus 5\n"}

@@ -57,4 +57,6 @@ def job_state(job: Mapping[str, Any]) -> str:
         return f"{job['phase']}, round {job['round']} of {job['rounds'] or '?'}"
     if job.get("error"):
         return f"{job['state']}: {job['error']['what']}"
+    if job.get("waits_for"):
+        return f"{job['state']}, waits for {job['waits_for']}"
     return f"finished, {job['rounds_done']} rounds" if job["state"] == "finished" else str(job["state"])

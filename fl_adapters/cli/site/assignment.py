@@ -9,6 +9,7 @@ from typing import Any
 from fl_runtime.errors import ConfigError, FederationError, ProtocolError
 from fl_runtime.text import printable
 from fl_runtime.trust.identity import Identity, check_name
+from fl_runtime.types.needs import Needs
 
 _APP_CHARS = 500
 
@@ -33,6 +34,11 @@ class Assignment:
     count: int
     settings: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def needs(self) -> Needs:
+        """What the job needs at this site."""
+        return Needs.of(self.settings.get("resources") or {})
+
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Assignment:
         """Read an answer of the server.
@@ -55,6 +61,7 @@ class Assignment:
             if 0 <= index < count and (not settings or settings["name"] == job):
                 strategy = {} if settings else {"strategy": answer.get("strategy")}  # from an older server
                 own = {"name": job, "app": app, "submitted_by": submitter}
+                Needs.of(settings.get("resources") or {})  # raises ValueError
                 return cls(job, app, submitter, index, count, {**settings, **strategy, **own})
         except (KeyError, TypeError, ValueError, ConfigError):
             pass

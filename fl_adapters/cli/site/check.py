@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.cli.site.resources import Slots
+from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.types.needs import Needs
 
 
 def run(kit_folder: Path, job_file: Path, submitter: str, as_json: bool) -> int:
@@ -71,7 +72,7 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
             fix="name the sites",
         )
     settings = asdict(job.settings(sites)) | {"submitted_by": _uri(submitter, gate.identity.federation)}
-    policy, slots = gate.policy, Slots.of(gate.policy.resources)
+    policy, capacity = gate.policy, Capacity.of(gate.policy.resources)
     refusals = list(job_refusals(policy, gate.identity, settings, submitter_known=bool(submitter)))
     command = None
     try:
@@ -81,12 +82,16 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
     refusals.extend(_unusable_filters([*job.filters, *policy.filters]))
     if gate.identity.name not in sites:
         refusals.append(ConfigError(f"{gate.identity.name} is not a site of this job", where=f"{job_file}: sites"))
+    needs = Needs.of(job.resources)
+    if lacks := capacity.lacks(needs):
+        refusals.append(ConfigError(lacks, where=f"{job_file}: resources"))
+    place = capacity.place(needs, [])
     return {
         "job": job.name,
         "app": job.app,
         "command": command,
-        "gpus": slots.gpus_of(0),
-        "processes": slots.count,
+        "gpus": place.visible_devices if place else "",
+        "processes": capacity.slots,
         "filters": [dict(item) for item in (*job.filters, *policy.filters)],
         "approval": policy.approve == "ask",
         "refusals": [error.to_wire() for error in refusals],

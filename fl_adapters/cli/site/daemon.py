@@ -19,7 +19,7 @@ from fl_adapters.cli.site.feed import JobFeed, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
 from fl_adapters.cli.site.records import JobFolder, JobState
-from fl_adapters.cli.site.resources import Slots
+from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.environments import orphans
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment
 from fl_adapters.participant.departure import ScriptNote
@@ -106,7 +106,7 @@ class SiteDaemon:
             self._rotate_logs()
             now = time.monotonic()
             self._settled = {name: at for name, at in self._settled.items() if now - at < _SETTLED_S}
-            self._feed.update([*self._jobs, *self._settled], self._slots().told())
+            self._feed.update([*self._jobs, *self._settled], self._capacity().told())
             self._wake.wait(_LOOK_S)
         if self._processes.running:
             say(f"stopping: {', '.join(self._processes.running)} may save for {self._options.grace_s:g} s")
@@ -137,6 +137,9 @@ class SiteDaemon:
             job.gate = KitPolicyGate(self._options.kit, self._options.state / "jobs", self._audit)
             job.gate.check_job(assignment.settings)
             job.command = command_for(job.gate, assignment.app)
+            if lacks := Capacity.of(job.gate.policy.resources).lacks(assignment.needs):
+                self._refuse(job, LeaveReason.own(lacks))
+                return
             if job.gate.decision_on(assignment.settings) is None:
                 job.phase = "waits for approval"
                 say(f"{name}: waits until somebody says: fl-adapters site approve {name}{self._where()}")
@@ -203,9 +206,8 @@ class SiteDaemon:
 
     def _find_room(self, job: SiteJob) -> None:
         """Start a job's command if there is a place for it."""
-        slots = self._slots()
-        taken = {other.place for other in self._jobs.values()}
-        place = next((number for number in range(slots.count) if number not in taken), None)
+        taken = [other.place for other in self._jobs.values() if other.place is not None]
+        place = self._capacity().place(job.assignment.needs, taken)
         occupied = None if place is None else job.gate.free_slot()  # `fl-adapters run` may occupy places too
         if place is None or occupied is None or not self._may_resume(job):
             return
@@ -217,12 +219,12 @@ class SiteDaemon:
     def _start(self, job: SiteJob) -> bool:
         """Start a job's command in its place. If that is not possible, the site takes no part."""
         assert job.place is not None
-        slots, folder = self._slots(), job.folder
+        slots, folder = self._capacity().slots, job.folder
         try:
             folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             kit = command_kit(self._kit, job.assignment, folder.path, supervised=True).save(folder.kit)
             ScriptNote.renew(folder.kit)
-            environment = site_environment(kit, slots.count, free_ports(1)[0], slots.gpus_of(job.place))
+            environment = site_environment(kit, slots, free_ports(1)[0], job.place.visible_devices)
             self._processes.start(job.name, job.command, environment, folder.log)
         except OSError as error:
             reason = f"{job.command[0]} cannot be started: {error.strerror}"
@@ -277,9 +279,9 @@ class SiteDaemon:
 
     # -- the site ----------------------------------------------------------------------------------------------
 
-    def _slots(self) -> Slots:
-        """The site's places, by its policy as it is now; as it was last if it cannot be read."""
-        return Slots.of(self._gate.policy.resources)
+    def _capacity(self) -> Capacity:
+        """What the site has for jobs, by its policy as it is now; as it was last if it cannot be read."""
+        return Capacity.of(self._gate.policy.resources)
 
     def _record(self, job: SiteJob, state: JobState, reason: str = "") -> None:
         try:

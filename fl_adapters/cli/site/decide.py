@@ -71,6 +71,7 @@ def describe(
         "site allows": _patterns(exchange, "all tensors"),
         "filters": _filters(settings.get("filters")),
         "site filters": _filters(site_filters),
+        "needs": ", ".join(f"{name}: {value:g}" for name, value in (settings.get("resources") or {}).items()) or "-",
         "cross-site": "other sites evaluate this site's model" if settings.get("cross_site") else "no",
     }
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.cli.site.records import JobFolder
+from fl_adapters.cli.site.resources import Place
 from fl_adapters.environments.processes import describe_status
 from fl_adapters.participant.departure import ScriptNote
 from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason
@@ -33,7 +34,7 @@ class SiteJob:
         gate: The policy as it was read when the job came.
         command: The words of its command; empty before they are known.
         phase: Where it stands.
-        place: Number of its place among those of the site, while it occupies one.
+        place: What it occupies at the site, if anything.
         occupied: Frees the place.
         started_at: When its script was started last, in monotonic seconds.
         resumes_at: When the script may be started (again), likewise; 0 for at once.
@@ -46,7 +47,7 @@ class SiteJob:
     gate: KitPolicyGate
     command: Sequence[str] = ()
     phase: Phase = "waits for room"
-    place: int | None = None
+    place: Place | None = None
     occupied: ExitStack = field(default_factory=ExitStack)
     started_at: float = 0.0
     resumes_at: float = 0.0

@@ -19,6 +19,7 @@ from fl_runtime.server.federation.quota import MOST_SLOTS
 from fl_runtime.server.federation.requests import BEAT_S, REQUEST_BYTES, field, names, read_object
 from fl_runtime.server.federation.results import chunks, files_of
 from fl_runtime.server.federation.root_calls import RootCalls
+from fl_runtime.server.federation.schedule import Room
 from fl_runtime.text import printable
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
@@ -93,9 +94,9 @@ class JobCalls:
     def _assignment(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         """Wait until there is another job for this site, with a sign of life now and then."""
         queue, at_work = self._queue, names(fields, "running")
-        slots = fields.get("resources", {}).get("slots") if isinstance(fields.get("resources"), dict) else None
-        if isinstance(slots, int) and slots > 0:
-            queue.set_slots(caller.name, min(slots, MOST_SLOTS))
+        room = Room.told(fields.get("resources"), MOST_SLOTS)
+        if room is not None:
+            queue.set_room(caller.name, room)
         left = self._woken_by(peer)
         while not left.is_set():
             with queue.changed:
@@ -186,7 +187,9 @@ class JobCalls:
             state = job.server.state()
             return {**record.facts(), **state, "sites": list(job.sites), "site_states": state["sites"]}
         known = outcome or {}
-        return {**record.facts(), "error": known.get("error"), "rounds_done": len(known.get("rounds", ()))}
+        facts = {**record.facts(), "error": known.get("error"), "rounds_done": len(known.get("rounds", ()))}
+        waits_for = self._queue.waits_for(record)
+        return {**facts, "waits_for": waits_for} if waits_for else facts
 
     def _show_job(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         record = self._visible(caller, fields)

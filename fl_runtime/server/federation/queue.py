@@ -14,7 +14,7 @@ from fl_runtime.errors import AbortedError, ConfigError, FederationError, StoreE
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
-from fl_runtime.server.federation.schedule import next_to_start
+from fl_runtime.server.federation.schedule import Room, Work, next_to_start, shortage
 from fl_runtime.server.server import check_settings
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
@@ -70,7 +70,7 @@ class JobQueue:
         self._archive = JobArchive(folder, kit.identity.federation)
         self._running: dict[str, RunningJob] = {}
         self._lately: deque[RunningJob] = deque(maxlen=_KEPT_AFTER_END)
-        self._slots: dict[str, int] = {}
+        self._rooms: dict[str, Room] = {}
         self.changed = threading.Condition(threading.RLock())
         self.closed = False
         self.halted: StoreError | None = None
@@ -214,19 +214,26 @@ class JobQueue:
 
     # -- starting and ending -----------------------------------------------------------------------------------
 
-    def set_slots(self, site: str, slots: int) -> None:
-        """Note how many jobs a site runs at a time. More room may let another job start."""
+    def set_room(self, site: str, room: Room) -> None:
+        """Note what room for jobs a site has. More room may let another job start."""
         with self.changed:
-            if self._slots.get(site, 1) != slots:
-                self._slots[site] = slots
+            if self._rooms.get(site) != room:
+                self._rooms[site] = room
                 self.schedule()
+
+    def waits_for(self, record: JobRecord) -> str:
+        """Return which site has no room for a job that waits, and what is missing there; "" for other jobs."""
+        with self.changed:
+            return shortage(record.settings, self._work(), self._rooms) if record.state == "queued" else ""
+
+    def _work(self) -> list[Work]:
+        return [(job.record.settings, job.busy()) for job in self._running.values()]
 
     def schedule(self) -> None:
         """Start the jobs whose sites have room. A job that cannot start is recorded as failed."""
         with self.changed:
             while not self.closed and not self.halted:
-                busy = [job.busy() for job in self._running.values()]
-                record = next_to_start(self._archive.in_state("queued"), busy, self._slots)
+                record = next_to_start(self._archive.in_state("queued"), self._work(), self._rooms)
                 if record is None:
                     break
                 try:

@@ -23,7 +23,7 @@ from fl_runtime.errors import (
     QuorumError,
 )
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
-from fl_runtime.server.federation.schedule import next_to_start
+from fl_runtime.server.federation.schedule import Room, next_to_start, shortage
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.trust.identity import Identity
 from fl_runtime.types import Arrays, RunSettings, Task
@@ -57,8 +57,8 @@ def whole(study: Study, job: str, sites: tuple[str, ...], amount: float = 1.0) -
         return {name: future.result(60) for name, future in futures.items()}
 
 
-def record(number: int, sites: str, priority: int = 0) -> JobRecord:
-    settings = RunSettings(f"job-{number}", tuple(sites), 1)
+def record(number: int, sites: str, priority: int = 0, **resources: float) -> JobRecord:
+    settings = RunSettings(f"job-{number}", tuple(sites), 1, resources=resources)
     return JobRecord(settings, LENA, "study", number, priority)
 
 
@@ -79,8 +79,57 @@ def record(number: int, sites: str, priority: int = 0) -> JobRecord:
 def test_the_oldest_of_the_highest_priority_that_fits_starts(
     queued: list[JobRecord], busy: list[str], slots: dict[str, int], first: int | None
 ) -> None:
-    chosen = next_to_start(queued, busy, slots)
+    works = [(record(0, sites).settings, tuple(sites)) for sites in busy]
+    chosen = next_to_start(queued, works, {site: Room(number) for site, number in slots.items()})
     assert (chosen.number if chosen else None) == first
+
+
+@pytest.mark.parametrize(
+    ("needs", "others", "lacks"),
+    [
+        ({"gpus": 2}, [], ""),
+        ({"gpus": 5}, [], "a: 5 GPUs are needed, 4 of 4 are free"),
+        ({"gpus": 2}, [{"gpus": 3}], "a: 2 GPUs are needed, 1 of 4 are free"),
+        ({"gpus": 3}, [{}], "a: 3 GPUs are needed, 2 of 4 are free"),  # a job that says nothing has its share
+        ({"gpus": 2}, [{}], ""),
+        ({}, [{"gpus": 4}], "a: other jobs have all GPUs for themselves"),
+        ({}, [{"gpus": 3}], ""),
+        ({"gpus": 0}, [{"gpus": 4}], ""),
+        ({"memory_gb": 6}, [{"memory_gb": 6}], "a: 6 GiB of memory are needed, 4.0 are free"),
+        ({"memory_gb": 4}, [{"memory_gb": 6}], ""),
+        ({}, [{"gpus": 0}, {"gpus": 0}], "a: all places for jobs are taken (2)"),
+    ],
+)
+def test_a_job_waits_until_its_sites_have_the_gpus_and_the_memory_that_it_needs(
+    needs: dict[str, float], others: list[dict[str, float]], lacks: str
+) -> None:
+    works = [(record(0, "a", **other).settings, ("a",)) for other in others]
+    assert shortage(record(1, "a", **needs).settings, works, {"a": Room(2, 4, 10 * 2**30)}) == lacks
+
+
+def test_what_a_site_tells_of_its_room_is_checked() -> None:
+    assert Room.told({"slots": 99, "gpus": 4, "memory_bytes": -1}, 32) == Room(32, 4, None)
+    assert Room.told({"slots": 1, "gpus": "many"}, 32) == Room(1)
+    for nothing in (None, [], {}, {"slots": 0}, {"slots": True}):
+        assert Room.told(nothing, 32) is None
+
+
+def test_a_job_that_needs_more_than_its_site_has_says_what_it_waits_for(study: Study) -> None:
+    def tell(gpus: int) -> None:
+        control, others = study.admin("north"), ["small", "large"]
+        resources = {"slots": 2, "gpus": gpus, "memory_bytes": 2**30}
+        next(iter(control.answers("Assignment", running=others, resources=resources)))
+
+    study.job("small", sites=["north"], resources={"gpus": 1})
+    tell(2)
+    study.job("large", sites=["north"], resources={"gpus": 2})
+    shown = study.admin("lena").ask("ShowJob", job="large")
+    assert (shown["state"], shown["waits_for"]) == ("queued", "north: 2 GPUs are needed, 1 of 2 are free")
+    assert shown["settings"]["resources"] == {"gpus": 2}
+    tell(3)
+    assert state(study, "large") == "running"
+    with pytest.raises(ConfigError, match="resources names a whole number of gpus"):
+        study.job("half", resources={"gpus": 0.5})
 
 
 def test_jobs_wait_for_their_sites_in_order_and_others_pass(study: Study) -> None:
