@@ -31,12 +31,15 @@ class FileCredentials:
 
     Args:
         folder: Folder with the three files, usually a startup kit.
+        more: Returns further authorities whose certificates are accepted, as PEM. A server needs them for participants
+            whose certificates are by an outside authority.
 
     Raises:
         ConfigError: If a file is missing or cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: Callable[[], bytes] = bytes) -> None:
+        self._more, self._outside = more, b""
         self._files = [folder / name for name in ("key.pem", "certificate.pem", "ca.pem")]
         self._stamp: tuple[tuple[int, int], ...] = ()
         self._current: Credentials | None = None
@@ -45,9 +48,11 @@ class FileCredentials:
     def __call__(self) -> Credentials:
         try:
             stamp = tuple((status.st_mtime_ns, status.st_ino) for status in map(os.stat, self._files))
-            if self._current is None or stamp != self._stamp:
-                self._current = Credentials(*(path.read_bytes() for path in self._files))
-                self._stamp = stamp
+            outside = self._more()
+            if self._current is None or (stamp, outside) != (self._stamp, self._outside):
+                key, certificate, authority = (path.read_bytes() for path in self._files)
+                self._current = Credentials(key, certificate, authority + outside)
+                self._stamp, self._outside = stamp, outside
         except OSError as error:
             if self._current is None:
                 raise ConfigError(

@@ -8,7 +8,9 @@ authority/
     roots.json              after the first rotation: what participants need to trust the newest root
     retired/                certificates of earlier roots
     revoked.json            serial number -> time of revocation
+    revoked-outside.json    revoked certificates of outside authorities, with the time
     crl.pem                 the signed revocation list for the server (X.509 CRL)
+    outside.json            the project's outside authorities, signed
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from fl_runtime.trust.certificates import (
     is_issued_by,
     key_pem,
     load,
+    pem_list,
     read_certificate,
     sign,
     subject,
@@ -43,9 +46,22 @@ from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.passphrase import NEXT, no_passphrase, open_key
 from fl_runtime.trust.project import Project, read_project, split_address
 from fl_runtime.trust.revocation import read_list
+from fl_runtime.trust.roots.outside import (
+    OUTSIDE,
+    Holders,
+    Outside,
+    OutsideAuthority,
+    checked_name,
+    read_outside,
+    signed_outside,
+)
 from fl_runtime.trust.roots.root import CLOCK_SKEW, Root, key_usage
 from fl_runtime.trust.roots.staging import settle
 from fl_runtime.version import SERVER_NAME
+
+_REVOKED_OUTSIDE = "revoked-outside.json"
+_FILES = ("ca.key", "ca.pem", "project.yml", "revoked.json", _REVOKED_OUTSIDE, "crl.pem", OUTSIDE)
+_INDIRECT = x509.IssuingDistributionPoint(None, None, False, False, None, True, False)  # a list for several issuers
 
 
 class Authority:
@@ -68,7 +84,7 @@ class Authority:
 
     def __init__(self, folder: Path, passphrase: Callable[[], bytes] = no_passphrase) -> None:
         self.folder, self._passphrase = folder, cache(passphrase)
-        for file in ("ca.key", "ca.pem", "project.yml", "revoked.json", "crl.pem", f"{NEXT}/ca.key", f"{NEXT}/ca.pem"):
+        for file in (*_FILES, f"{NEXT}/ca.key", f"{NEXT}/ca.pem"):
             check_unwritable(folder / file)
         settle(folder)
         old = read_file(folder / "ca.pem", "certificate authority")
@@ -294,6 +310,44 @@ class Authority:
         self.sign_list()
         return new
 
+    def revoke_outside(self, name: str, pem: bytes) -> Certificate:
+        """Revoke a certificate of an outside authority, and sign the list of all revoked ones.
+
+        Args:
+            name: Its holder.
+            pem: The certificate.
+
+        Returns:
+            What it says.
+
+        Raises:
+            ConfigError: If none of the project's outside authorities issued it, or it is another participant's.
+            PermissionDeniedError: If it is nobody's.
+        """
+        outside = read_outside(self.signed_outside(), self.project.federation, [self.pem], OUTSIDE)
+        certificate = Holders(self.roots, outside).checked(pem)
+        if not certificate.issuer:
+            raise ConfigError(
+                "the federation's own authority issued this certificate",
+                fix="revoke it without --certificate, by the participant's name",
+            )
+        if certificate.identity.name != name:
+            raise ConfigError(f"this is the certificate of {certificate.identity}, not of {name}", fix="check the file")
+        entries, when = self._revoked_outside(), datetime.now(UTC).isoformat(timespec="seconds")
+        known = {(load(each).issuer, load(each).serial_number) for each in entries}
+        if (load(pem).issuer, certificate.serial) not in known:
+            entries[pem_list(pem)[0]] = when
+        listed = [{"certificate": each.decode(), "when": time} for each, time in entries.items()]
+        write_file(self.folder / _REVOKED_OUTSIDE, json.dumps(listed, indent=1).encode())
+        self.sign_list()
+        return certificate
+
+    def _revoked_outside(self) -> dict[bytes, str]:
+        """The revoked certificates of outside authorities: PEM -> time of revocation (ISO 8601)."""
+        path = self.folder / _REVOKED_OUTSIDE
+        entries = json.loads(path.read_text("utf-8")) if path.exists() else []
+        return {each["certificate"].encode(): each["when"] for each in entries}
+
     @property
     def crl(self) -> bytes:
         """The signed revocation list as PEM."""
@@ -331,6 +385,14 @@ class Authority:
         for serial, when in self.revoked().items():
             entry = x509.RevokedCertificateBuilder().serial_number(serial)
             builder = builder.add_revoked_certificate(entry.revocation_date(datetime.fromisoformat(when)).build())
+        outside = self._revoked_outside()
+        for pem, when in outside.items():  # after the others: an entry's issuer is that of the entry before by default
+            issuer = x509.CertificateIssuer([x509.DirectoryName(load(pem).issuer)])
+            entry = x509.RevokedCertificateBuilder().serial_number(load(pem).serial_number)
+            entry = entry.revocation_date(datetime.fromisoformat(when)).add_extension(issuer, critical=True)
+            builder = builder.add_revoked_certificate(entry.build())
+        if outside:
+            builder = builder.add_extension(_INDIRECT, critical=True)
         return builder.sign(root.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def _next_number(self, now: datetime) -> int:
@@ -338,6 +400,34 @@ class Authority:
         path = self.folder / "crl.pem"
         before = read_list(path.read_bytes(), self.roots, str(path)).number if path.exists() else 0
         return max(before + 1, int(now.timestamp()))
+
+    def signed_outside(self) -> bytes:
+        """Sign which outside authorities the project has.
+
+        Returns:
+            The contents of outside.json; empty if the project never had any.
+        """
+        entries = self.project.outside_authorities
+        path = self.folder / OUTSIDE
+        if not entries and not path.exists():
+            return b""
+        listed = [
+            (
+                entry.certificate.encode(),
+                {checked_name(name): self.project.participant(who) for who, name in entry.names.items()},
+            )
+            for entry in entries
+        ]
+        federation, before = self.project.federation, Outside()
+        if path.exists():
+            roots = [*pem_list(self.roots), *(each.read_bytes() for each in (self.folder / "retired").glob("*.pem"))]
+            before = read_outside(path.read_bytes(), federation, roots, str(path))
+            if before.authorities == tuple(OutsideAuthority(*each) for each in listed) and before.root == self.pem:
+                return path.read_bytes()
+        number = max(before.number + 1, int(datetime.now(UTC).timestamp()))
+        data = signed_outside(self._key, federation, number, listed)
+        write_file(path, data)
+        return data
 
     def sign(self, data: bytes) -> bytes:
         """Sign data with the newest root's key; `pem` is enough to verify the signature."""

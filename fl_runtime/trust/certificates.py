@@ -22,6 +22,7 @@ from fl_runtime.errors import ConfigError, PermissionDeniedError
 from fl_runtime.trust.identity import Identity
 
 _LONGEST = 6  # certificates in a chain, with the root
+_P256 = "use a P-256 key (`openssl ecparam -name prime256v1 -genkey`); if a kit was damaged, get a new startup kit"
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
@@ -37,6 +38,7 @@ class Certificate:
         not_after: End of its validity, with time zone UTC.
         fingerprint: SHA-256 of the public key, hexadecimal.
         pem: The certificate itself.
+        issuer: Name of the outside authority that issued it (RFC 4514); "" for the federation's own authority.
     """
 
     identity: Identity
@@ -45,6 +47,7 @@ class Certificate:
     not_after: datetime
     fingerprint: str
     pem: bytes
+    issuer: str = ""
 
     def days_left(self, now: datetime | None = None) -> float:
         """Return the number of days until it expires; negative after that.
@@ -101,7 +104,7 @@ def read_key(pem: bytes, where: str = "", passphrase: bytes = b"") -> PrivateKey
     if encrypted and key is None:
         raise ConfigError("this passphrase does not open the private key", where=where, fix="check the passphrase")
     if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise ConfigError("this is not a P-256 private key in PEM", where=where, fix="get a new startup kit")
+        raise ConfigError("this is not a P-256 private key in PEM", where=where, fix=_P256)
     return key
 
 

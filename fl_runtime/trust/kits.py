@@ -9,6 +9,8 @@ kit/
     policy.yml              sites only: what may leave the site; the site edits it
     crl.pem                 the newest revocation list; newer ones come with the server's answers
     audit.jsonl, audit.head, log-counter.json   server and sites: the audit log, its signature, and the number of lines
+    outside.json            outside authorities, if the project has any, signed by the federation's own
+    outside.crl.pem         their revocation lists, which the kit's owner may put there
     origin.pem, roots.json  after a rotation of the authority, see roots/kit_roots.py
 """
 
@@ -27,11 +29,9 @@ from fl_runtime.trust.certificates import (
     Certificate,
     PrivateKey,
     authority_fingerprint,
-    check_issued_by,
     fingerprint,
     key_pem,
     new_key,
-    read_certificate,
     read_key,
     request,
     signed_by,
@@ -40,7 +40,8 @@ from fl_runtime.trust.files import check_private, check_unwritable, read_file, w
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
 from fl_runtime.trust.revocation import RevocationList
-from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, read_roots, take_up
+from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, checked_outside, read_roots, take_up
+from fl_runtime.trust.roots.outside import OUTSIDE, Holders
 from fl_runtime.trust.roots.rotation import past_statements
 from fl_runtime.trust.roots.staging import read_settled
 from fl_runtime.types import PRODUCTION_PATIENCE_S
@@ -96,10 +97,13 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
         StoreError: If a file cannot be written.
         ConfigError: If the certificate would outlive the authority.
     """
+    outside = authority.signed_outside()
     files = {KIT_FILE: json.dumps(_fields(authority, identity), indent=1).encode(), CA: authority.roots}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["manifest.json"] = json.dumps({"format": KIT_FORMAT, "files": digests}, indent=1, sort_keys=True).encode()
     files["manifest.sig"] = authority.sign(files["manifest.json"])  # before anything is written: the key may be locked
+    if outside:
+        files[OUTSIDE] = outside
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name, data in files.items():
         write_file(folder / name, data)
@@ -169,8 +173,8 @@ def _read_kit(folder: Path, kind: str) -> StartupKit:
             where=str(folder),
             fix="make a request with `fl-adapters cert request`, have it signed, and install it with `cert install`",
         )
-    ca = (folder / CA).read_bytes()
-    certificate = checked_certificate(certificate_file.read_bytes(), ca, identity, str(certificate_file))
+    ca, holders = (folder / CA).read_bytes(), read_roots(folder, identity.federation, _first(fields)).holders
+    certificate = checked_certificate(certificate_file.read_bytes(), holders, identity, str(certificate_file))
     _finish_install(folder, certificate)
     check_private(key_file)
     if fingerprint(_key(key_file).public_key()) != certificate.fingerprint:
@@ -282,12 +286,12 @@ def check_kit_unwritable(folder: Path) -> None:
 _NEW_KIT = "get a new startup kit; only policy.yml is meant to be edited"
 
 
-def checked_certificate(pem: bytes, ca: bytes, identity: Identity, where: str) -> Certificate:
-    """Check that an authority issued a certificate to an identity.
+def checked_certificate(pem: bytes, holders: Holders, identity: Identity, where: str) -> Certificate:
+    """Check that a trusted authority issued a certificate to an identity.
 
     Args:
         pem: The certificate.
-        ca: The authority's certificate.
+        holders: Tells who holds a certificate.
         identity: The expected holder.
         where: The certificate's file, for the error message.
 
@@ -295,10 +299,10 @@ def checked_certificate(pem: bytes, ca: bytes, identity: Identity, where: str) -
         The certificate.
 
     Raises:
-        ConfigError: If the authority did not sign it, or its holder is another one.
+        ConfigError: If no trusted authority signed it, or its holder is another one.
+        PermissionDeniedError: If it is nobody's.
     """
-    check_issued_by(pem, ca, where)
-    certificate = read_certificate(pem)
+    certificate = holders.checked(pem, where)
     if certificate.identity != identity:
         raise ConfigError(
             f"the certificate is for {certificate.identity}, but the kit is for {identity}",
@@ -329,22 +333,26 @@ def make_request(folder: Path) -> Path:
     return folder / REQUEST
 
 
-def install(folder: Path, pem: bytes, where: str) -> Certificate:
+def install(folder: Path, pem: bytes, where: str, key: PrivateKey | None = None) -> Certificate:
     """Install a new or renewed certificate in its kit. Running processes that use the kit load it by themselves.
 
     Args:
         folder: The kit's folder.
         pem: The certificate.
         where: The certificate's file, for the error message.
+        key: Its private key, if that was not made in the kit.
 
     Returns:
         The certificate.
 
     Raises:
         ConfigError: If the certificate is not for this kit, or for a key that the kit does not have.
+        PermissionDeniedError: If it is by an outside authority, and its names are nobody's.
     """
     identity, _ = read_unsigned(folder)
-    certificate = checked_certificate(pem, known_roots(folder).roots, identity, where)
+    certificate = checked_certificate(pem, known_roots(folder).holders, identity, where)
+    if key is not None and fingerprint(key.public_key()) == certificate.fingerprint:
+        write_file(folder / FRESH_KEY, key_pem(key), secret=True)
     for name in (FRESH_KEY, KEY):
         path = folder / name
         if path.exists() and fingerprint(_key(path).public_key()) == certificate.fingerprint:
@@ -356,6 +364,34 @@ def install(folder: Path, pem: bytes, where: str) -> Certificate:
         where=where,
         fix="install it where `cert request` was run, or request a new one",
     )
+
+
+def install_outside(folder: Path, data: bytes, where: str) -> int:
+    """Put newer outside authorities in force in a kit. Running processes that use the kit load them by themselves.
+
+    Args:
+        folder: The kit's folder.
+        data: The contents of outside.json.
+        where: Its file, for the error message.
+
+    Returns:
+        Number of the version.
+
+    Raises:
+        ConfigError: If a root of this federation did not sign them, or they are older than those in the kit.
+        StoreError: If the kit cannot be written.
+    """
+    identity, _ = read_unsigned(folder)
+    known = known_roots(folder)
+    fresh = checked_outside(data, identity.federation, known.origin, known.statements, where)
+    if fresh.number < known.outside.number:
+        raise ConfigError(
+            f"these outside authorities (version {fresh.number}) are older than the kit's ({known.outside.number})",
+            where=where,
+            fix="use the outside.json in the authority's folder",
+        )
+    write_file(folder / OUTSIDE, data)
+    return fresh.number
 
 
 def _key(path: Path) -> PrivateKey:

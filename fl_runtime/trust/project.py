@@ -19,7 +19,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.trust.files import read_file
 from fl_runtime.trust.identity import Identity, Role, check_name
+from fl_runtime.trust.roots.outside import check_bundle, checked_name
 from fl_runtime.types import PRODUCTION_PATIENCE_S
 from fl_runtime.yaml_files import read_yaml
 
@@ -88,6 +90,31 @@ class AdminEntry(_Part):
     role: Role
 
 
+class OutsideEntry(_Part):
+    """An authority outside of the federation, whose certificates some participants have.
+
+    Attributes:
+        certificate: Its root's certificate, and after it any intermediate ones: PEM, or a file beside the project file.
+        names: Participant -> the name in its certificates: "dns:NAME", "email:ADDRESS", "uri:URI" or "subject:SUBJECT".
+
+    Raises:
+        ConfigError: If a name is not one, or stands for two participants.
+    """
+
+    certificate: str
+    names: dict[str, str]
+
+    @model_validator(mode="after")
+    def _checked(self) -> OutsideEntry:
+        names = [checked_name(name) for name in self.names.values()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"the name {name!r} stands for two participants", fix="map each name once")
+        if "BEGIN CERTIFICATE" in self.certificate:
+            check_bundle(self.certificate.encode(), "outside_authorities")
+        return self
+
+
 class Project(_Part):
     """The contents of a project file.
 
@@ -101,6 +128,7 @@ class Project(_Part):
         authority_days: Lifetime of the authority's certificate in days, greater than 0 and at most 3653.
         crl_days: How long a revocation list counts after it was signed, in days, greater than 0 and at most 3653. The
             federation stops taking jobs when the last one has ended.
+        outside_authorities: Authorities whose certificates count for the sites and admins that they are mapped to.
 
     Raises:
         ConfigError: If a name or address is not usable, or a name is used twice.
@@ -114,6 +142,7 @@ class Project(_Part):
     days: float = Field(default=DEFAULT_DAYS, gt=0, le=825)
     authority_days: float = Field(default=1826.0, gt=0, le=3653)
     crl_days: float = Field(default=DEFAULT_CRL_DAYS, gt=0, le=3653)
+    outside_authorities: tuple[OutsideEntry, ...] = ()
 
     @model_validator(mode="after")
     def _checked(self) -> Project:
@@ -134,7 +163,21 @@ class Project(_Part):
         for site in self.sites:
             if "@" in site.name or site.name in ("global", "local"):
                 raise ConfigError(f"a site cannot be called {site.name!r}", fix="choose another name")
+        for name in self.outside_holders():
+            if name not in names:
+                raise ConfigError(
+                    f"outside_authorities: {name!r} is no participant", fix="add it to sites or admins, or take it out"
+                )
+            if name in self.server.names:
+                raise ConfigError(
+                    "outside_authorities: the server's certificate is always by the federation's own authority",
+                    fix=f"take {name} out; otherwise whoever runs that authority could pose as the server",
+                )
         return self
+
+    def outside_holders(self) -> frozenset[str]:
+        """Names of the participants that may have a certificate of an outside authority."""
+        return frozenset(name for entry in self.outside_authorities for name in entry.names)
 
     def participants(self) -> Iterator[Identity]:
         """Yield the identity of every participant: the servers, the sites, the admins."""
@@ -179,11 +222,23 @@ def read_project(path: Path) -> Project:
         ConfigError: If the file cannot be read or is not a valid project; the message names the fields.
     """
     try:
-        return Project.model_validate(read_yaml(path, "the project"))
+        project = Project.model_validate(read_yaml(path, "the project"))
+        entries = [_with_certificate(entry, path.parent) for entry in project.outside_authorities]
+        return project.model_copy(update={"outside_authorities": tuple(entries)})
     except ValidationError as error:
         raise ConfigError(findings(error), where=str(path), fix="see docs/production.md for an example") from None
     except ConfigError as error:
         raise ConfigError(error.what, where=error.where or str(path), fix=error.fix) from None
+
+
+def _with_certificate(entry: OutsideEntry, folder: Path) -> OutsideEntry:
+    """Read the certificates of an outside authority, if the project file names their file."""
+    if "BEGIN CERTIFICATE" in entry.certificate:
+        return entry
+    path = folder / entry.certificate
+    pem = read_file(path, "certificate of an outside authority")
+    check_bundle(pem, str(path))
+    return entry.model_copy(update={"certificate": pem.decode(errors="replace")})
 
 
 _PLAIN_WORDS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.trust.certificates import load_all
+from fl_runtime.trust.certificates import Certificate, load_all
 from fl_runtime.trust.files import read_file, write_file
 
 _NEWEST = "crl.number"  # beside the list: number of the newest list that was ever in force
@@ -24,7 +24,8 @@ class SignedList:
 
     Attributes:
         number: Its number; newer lists have higher ones.
-        serials: Serial numbers of the revoked certificates.
+        serials: Serial numbers of the revoked certificates of the federation's own authority.
+        outside: Issuer's name and serial number of each revoked certificate of an outside authority.
         signed: When it was signed, in UTC.
         ends: Until when it counts (`nextUpdate`), in UTC.
         pem: The list itself.
@@ -32,6 +33,7 @@ class SignedList:
 
     number: int
     serials: frozenset[int]
+    outside: frozenset[tuple[str, int]]
     signed: datetime
     ends: datetime
     pem: bytes
@@ -74,15 +76,26 @@ def read_list(pem: bytes, roots: bytes, where: str) -> SignedList:
             where=where,
             fix="use the crl.pem in the authority's folder",
         )
-    return SignedList(number, frozenset(entry.serial_number for entry in crl), crl.last_update_utc, ends, pem)
+    entries = [(_issuer_in(entry), entry.serial_number) for entry in crl]
+    serials = frozenset(serial for issuer, serial in entries if not issuer)
+    outside = frozenset(entry for entry in entries if entry[0])
+    return SignedList(number, serials, outside, crl.last_update_utc, ends, pem)
+
+
+def _issuer_in(entry: x509.RevokedCertificate) -> str:
+    """The outside authority whose certificate an entry revokes; "" if it is one of the federation's own."""
+    try:
+        names = entry.extensions.get_extension_for_class(x509.CertificateIssuer).value
+    except x509.ExtensionNotFound:
+        return ""
+    return next(iter(names.get_values_for_type(x509.DirectoryName))).rfc4514_string()
 
 
 class RevocationList:
     """The revocation list in the file of a kit. Threads may share it.
 
-    `serial in revocation_list` tells whether a certificate is revoked. A file that is replaced while a process runs
-    takes effect with the next `refresh`. Older lists are refused: the highest number so far is kept in a file beside
-    the list.
+    `certificate in revocation_list` tells whether it is revoked. A file that is replaced while a process runs takes
+    effect with the next `refresh`. Older lists are refused: the highest number so far is kept in a file beside it.
 
     Args:
         path: The list as PEM.
@@ -104,8 +117,12 @@ class RevocationList:
         if self._current is None and (required or self._newest >= 0):
             raise ConfigError("the revocation list is missing", where=str(path), fix=_NEWEST_LIST)
 
-    def __contains__(self, serial: int) -> bool:
-        return serial in self.serials
+    def __contains__(self, certificate: Certificate) -> bool:
+        if self._current is None:
+            return False
+        if certificate.issuer:
+            return (certificate.issuer, certificate.serial) in self._current.outside
+        return certificate.serial in self._current.serials
 
     @property
     def current(self) -> SignedList | None:
@@ -114,7 +131,7 @@ class RevocationList:
 
     @property
     def serials(self) -> frozenset[int]:
-        """Serial numbers of the revoked certificates."""
+        """Serial numbers of the revoked certificates of the federation's own authority."""
         return frozenset() if self._current is None else self._current.serials
 
     def install(self, pem: bytes, where: str = "the list that was sent") -> frozenset[int]:
@@ -164,7 +181,8 @@ class RevocationList:
     def _checked(self, pem: bytes, where: str) -> SignedList:
         signed = read_list(pem, self._roots if isinstance(self._roots, bytes) else self._roots(), where)
         self._newest = max(self._newest, self._read_newest())  # another process may have installed one
-        if signed.number < self._newest or not signed.serials >= self.serials:
+        missing = self._current and not (signed.serials >= self.serials and signed.outside >= self._current.outside)
+        if signed.number < self._newest or missing:
             raise ConfigError(
                 f"this revocation list (number {signed.number}) is older than the one in force (number {self._newest})",
                 where=where,

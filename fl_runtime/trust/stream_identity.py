@@ -17,10 +17,11 @@ from pathlib import Path
 
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.text import parse_json
-from fl_runtime.trust.certificates import check_issued_by, read_certificate, read_key, sign, signed_by
+from fl_runtime.trust.certificates import Certificate, read_key, sign, signed_by
 from fl_runtime.trust.files import read_file
 from fl_runtime.trust.kits import CRL, KEY, known_roots, read_kit
 from fl_runtime.trust.revocation import RevocationList
+from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 
 _PURPOSE = b"fl-adapters stream key 1"
 
@@ -76,15 +77,14 @@ class StreamIdentity:
             fields = parse_json(message, limit_chars=2**16)
             public, signature = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
             pem = str(fields["certificate"]).encode()
-            check_issued_by(pem, known_roots(self._folder).roots)
-            certificate = read_certificate(pem)
+            certificate = known_roots(self._folder).holders.checked(pem)
             holder, now = certificate.identity, datetime.now(UTC)
             valid = (holder.federation, holder.kind, holder.name) == (self._me.federation, "site", peer)
             valid = valid and certificate.not_before <= now <= certificate.not_after
             valid = valid and signed_by(pem, _statement(public, peer, self._me.name, stream), signature)
         except (ValueError, KeyError, TypeError, AssertionError, FederationError):
             valid, public = False, b""
-        if valid and certificate.serial in self._revoked():
+        if valid and self._is_revoked(certificate):
             raise ConnectionLostError(
                 f"the key for the stream {stream} is signed with a certificate of the site {peer} that was revoked",
                 fix=f"{peer} needs a new certificate; the server should not have let it take part: ask who runs it",
@@ -96,9 +96,12 @@ class StreamIdentity:
             )
         return public
 
-    def _revoked(self) -> RevocationList:
-        """The list in the kit, read each time: a newer one may have come."""
-        return RevocationList(self._folder / CRL, known_roots(self._folder).roots)
+    def _is_revoked(self, certificate: Certificate) -> bool:
+        """Whether a list in the kit has a certificate. They are read each time: newer ones may have come."""
+        known = known_roots(self._folder)
+        if certificate in RevocationList(self._folder / CRL, known.roots):
+            return True
+        return OutsideLists(self._folder / OUTSIDE_LISTS, lambda: known.outside).revokes(certificate)
 
 
 def _statement(public: bytes, sender: str, receiver: str, stream: str) -> bytes:

@@ -184,12 +184,18 @@ def cert_install(
         Path, typer.Argument(metavar="CERTIFICATE.pem", help="Certificate from `cert sign` or `cert renew`.")
     ],
     kit: _Kit,
+    key: Annotated[
+        Path | None, typer.Option(help="Its private key, if that was made elsewhere, such as by `step ca certificate`.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Install a signed or renewed certificate into its kit. Running processes start to use it by themselves."""
+    """Install a signed or renewed certificate into its kit. Running processes start to use it by themselves.
+
+    A certificate of an outside authority must be one that the project file maps to this participant.
+    """
     from fl_adapters.cli.federation import cert as command
 
-    sys.exit(command.install(certificate, kit, as_json))
+    sys.exit(command.install(certificate, kit, key, as_json))
 
 
 def cert_renew(
@@ -216,6 +222,9 @@ def cert_revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Participant.")],
     authority: _Authority,
     kit: Annotated[Path | None, typer.Option(help="Kit of a project admin, to tell the server at once.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Revoke this certificate of an outside authority, in place of those of ours.")
+    ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
@@ -225,7 +234,7 @@ def cert_revoke(
     """
     from fl_adapters.cli.federation import cert as command
 
-    sys.exit(command.revoke(name, authority, kit, passphrase_file, as_json))
+    sys.exit(command.revoke(name, authority, kit, certificate, passphrase_file, as_json))
 
 
 def cert_crl(

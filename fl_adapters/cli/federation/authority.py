@@ -97,16 +97,23 @@ def status(folder: Path, kit_folder: Path | None, as_json: bool) -> int:
 
 
 def install(package_file: Path, kit_folder: Path, as_json: bool) -> int:
-    """Take up the roots of a file in a kit, by hand. The kit of the server hands them out from then on."""
+    """Take up roots.json or outside.json in a kit, by hand. The kit of the server hands new roots out from then on."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.server.federation.roots import install_package
-        from fl_runtime.trust.kits import known_roots, read_unsigned, take_up_roots
+        from fl_runtime.trust.files import read_file
+        from fl_runtime.trust.kits import install_outside, known_roots, read_unsigned, take_up_roots
         from fl_runtime.trust.roots.kit_roots import root_fingerprints
+        from fl_runtime.trust.roots.outside import OUTSIDE
         from fl_runtime.trust.roots.rotation import read_package
         from fl_runtime.trust.roots.statements import offered
 
-        package = read_package(package_file)
         identity, _ = read_unsigned(kit_folder)
+        if package_file.name == OUTSIDE:
+            version = install_outside(kit_folder, read_file(package_file, "outside authorities"), str(package_file))
+            text = f"{identity}: version {version} of the outside authorities is in force"
+            _show(as_json, [text], {"identity": identity.uri, "outside": version})
+            return 0
+        package = read_package(package_file)
         if identity.kind == "server":
             number = install_package(kit_folder, package)
         else:

@@ -84,11 +84,13 @@ def status(folder: _Authority, kit: _Admin = None, as_json: _Json = False) -> No
 
 
 def install(
-    package: Annotated[Path, typer.Argument(metavar="roots.json", help="File in the authority's folder.")],
+    package: Annotated[
+        Path, typer.Argument(metavar="roots.json", help="File in the authority's folder; also its outside.json.")
+    ],
     kit: Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the startup kit.")],
     as_json: _Json = False,
 ) -> None:
-    """Take up new roots in a kit by hand. The kit of the server hands them out from then on."""
+    """Take up new roots in a kit by hand, or outside authorities. The kit of the server hands new roots out."""
     from fl_adapters.cli.federation import authority as command
 
     sys.exit(command.install(package, kit, as_json))

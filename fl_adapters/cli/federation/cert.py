@@ -123,13 +123,15 @@ def how_to_tell_server(authority_folder: Path) -> str:
     )
 
 
-def install(certificate: Path, kit: Path, as_json: bool) -> int:
-    """Install a signed or renewed certificate into its kit. Running processes use it at once."""
+def install(certificate: Path, kit: Path, key_file: Path | None, as_json: bool) -> int:
+    """Install a signed or renewed certificate into its kit, with its key if that was made elsewhere."""
     with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.certificates import read_key
         from fl_runtime.trust.files import read_file
         from fl_runtime.trust.kits import install as install_in_kit
 
-        installed = install_in_kit(kit, read_file(certificate, "certificate"), str(certificate))
+        key = None if key_file is None else read_key(read_file(key_file, "private key"), str(key_file))
+        installed = install_in_kit(kit, read_file(certificate, "certificate"), str(certificate), key)
         text = f"{installed.identity}: valid until {installed.not_after:%Y-%m-%d %H:%M} UTC"
         _print_result(as_json, text, **_facts(installed, "valid"))
     return 0
@@ -154,12 +156,17 @@ def renew(
     return 0
 
 
-def revoke(name: str, authority_folder: Path, kit: Path | None, passphrase: Path | None, as_json: bool) -> int:
-    """Revoke all certificates of a participant; with an admin's kit, tell the server, also if it was done before."""
+def revoke(
+    name: str, authority_folder: Path, kit: Path | None, outside: Path | None, passphrase: Path | None, as_json: bool
+) -> int:
+    """Revoke all certificates of a participant; with an admin's kit, tell the server, also if it was done before.
+
+    With `outside`, the file of a certificate of an outside authority, revoke that one.
+    """
     with report_errors(as_json), needs_trust_extra():
         admin = _admin(kit)
         authority = open_authority(authority_folder, passphrase)
-        revoked, _ = authority.revoke(name)
+        revoked = authority.revoke(name)[0] if outside is None else [_revoke_outside(authority, name, outside)]
         what = f"{name}: certificates revoked: {len(revoked)}" if revoked else f"{name}: revoked before"
         answer = _push(authority, admin)
         next_step = "the server refuses them now" if admin else f"THE SERVER STILL ACCEPTS THEM: {_told(authority)}"
@@ -167,6 +174,13 @@ def revoke(name: str, authority_folder: Path, kit: Path | None, passphrase: Path
             as_json, f"{what}; {next_step}", serials=[f"{item.serial:x}" for item in revoked], server=answer or None
         )
     return 0
+
+
+def _revoke_outside(authority: Any, name: str, file: Path) -> Any:
+    """Revoke a participant's certificate of an outside authority."""
+    from fl_runtime.trust.files import read_file
+
+    return authority.revoke_outside(name, read_file(file, "certificate"))
 
 
 def crl(authority_folder: Path, kit: Path | None, passphrase: Path | None, as_json: bool) -> int:

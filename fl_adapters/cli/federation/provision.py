@@ -26,6 +26,12 @@ PASSWORD_VARIABLE = "FL_ADAPTERS_PASSWORD"
 _PARTIAL = ".partial"  # folder for kits that are being made, so that half a kit is never taken for one
 
 
+_TELL_KITS = (
+    "the outside authorities have changed: `fl-adapters authority install {file} --kit KIT` puts them in force in the "
+    "kits of the server and of the sites"
+)
+
+
 def provision(
     project: Path,
     out: Path,
@@ -44,6 +50,7 @@ def provision(
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.kits import write_kit
         from fl_runtime.trust.project import read_project
+        from fl_runtime.trust.roots.outside import OUTSIDE
 
         if as_zip:  # before anything is written: this needs pyzipper
             from fl_runtime.trust.archive import new_password, write_archive
@@ -57,6 +64,7 @@ def provision(
                 )
         authority = _authority(out, new_project, passphrase)
         _revoke_earlier(console, authority, again)
+        before, outside = _contents(authority.folder / OUTSIDE), authority.signed_outside()
         kits: dict[str, dict[str, Any]] = {}
         unmade: dict[str, list[str]] = {}
         for identity in new_project.participants():
@@ -69,7 +77,8 @@ def provision(
                 continue
             partial = out / _PARTIAL / identity.name
             shutil.rmtree(partial, ignore_errors=True)
-            write_kit(partial, authority, identity, with_key=not without_keys)
+            has_other = identity.name in new_project.outside_holders()
+            write_kit(partial, authority, identity, with_key=not (without_keys or has_other))
             kits[identity.name] = made = {"identity": str(identity), "kit": str(kit)}
             if as_zip:
                 path = kit.with_name(f"{kit.name}.zip")
@@ -79,12 +88,20 @@ def provision(
             else:
                 partial.rename(kit)
             _show_kit(console, made)  # at once: should a later kit fail, nobody could open this one
+            if has_other:
+                _print(console, "    has no certificate yet: put that of its own authority there with `cert install`")
         shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+        if before and outside != before:
+            _print(console, _TELL_KITS.format(file=authority.folder / OUTSIDE))
         _show_end(console, bool(kits or unmade), authority.fingerprint)
         if as_json:
             fields = {"federation": new_project.federation, "authority": authority.fingerprint}
             show_json({**fields, "kits": kits, "unmade": unmade})
     return 0
+
+
+def _contents(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
 
 
 def _has_kit(kit: Path) -> bool:

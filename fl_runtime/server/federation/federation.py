@@ -28,6 +28,7 @@ from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CRL, StartupKit
 from fl_runtime.trust.project import split_address
 from fl_runtime.trust.revocation import RevocationList
+from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 from fl_runtime.types import Listener
 from fl_runtime.version import VERSION
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -87,10 +88,11 @@ class FederationServer:
         self._audit = AuditSummary(AuditLog(kit.folder, kit.folder))
         self._audit.log.ship_to(syslog)
         self.queue = JobQueue(kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name))
-        roots = RootsAtServer(kit)
+        self._roots = roots = RootsAtServer(kit)
         revoked = RevocationList(kit.folder / CRL, roots, required=True)
         renewals = Renewals(kit.folder / "renewals.json")
-        validity = Validity(kit.identity.federation, roots, revoked, renewals, self._audit)
+        lists = OutsideLists(kit.folder / OUTSIDE_LISTS, lambda: roots.holders.outside)
+        validity = Validity(kit.identity.federation, roots, revoked, lists, renewals, self._audit)
         witness = Witness(self._audit.log, kit.folder, kit.identity)
         root_calls = RootCalls(roots, self.queue, self._audit.log, lambda: self._guard.look_again())
         calls = JobCalls(
@@ -114,7 +116,8 @@ class FederationServer:
 
         a_participant = 2 * CALLS_A_JOB * MOST_SLOTS + HELD_EACH  # a thread exists once it is needed
         threads = a_participant * (len(self._kit.sites) + 8)
-        server = GrpcServer(self._guard, None, threads, len(self._kit.sites), FileCredentials(self._kit.folder))
+        credentials = FileCredentials(self._kit.folder, lambda: self._roots.holders.outside.pem)
+        server = GrpcServer(self._guard, None, threads, len(self._kit.sites), credentials)
         with self.queue.changed:  # sites that call already wait until their jobs go on
             address = server.start(*self._listen)
             self._stop_serving = server.stop

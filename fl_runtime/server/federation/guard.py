@@ -15,7 +15,7 @@ from fl_runtime.server.federation.quota import CALLS_A_JOB, CallAccount, Quotas
 from fl_runtime.server.federation.validity import Validity
 from fl_runtime.transport.base import METHODS, Peer, Service
 from fl_runtime.trust import permissions
-from fl_runtime.trust.certificates import Certificate, read_certificate
+from fl_runtime.trust.certificates import Certificate
 from fl_runtime.trust.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Guard:
         self._lock = threading.Lock()
         self._open: set[_OpenCall] = set()
         self._quotas = Quotas()
-        self._seen: dict[int, Certificate] = {}  # certificates of earlier callers, without revoked ones
+        self._seen: dict[tuple[str, int], Certificate] = {}  # certificates of earlier callers, without revoked ones
         self._known: dict[str, Identity] = {}
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="fl-guard", daemon=True)
@@ -114,7 +114,7 @@ class Guard:
         who: Identity | None = None
         account: CallAccount | None = None
         try:
-            certificate = read_certificate(peer.certificate)
+            certificate = self._validity.read(peer.certificate)
             who = certificate.identity
             void = f"{certificate.serial:x}" if self._validity.fault(certificate) else ""
             account = self._quotas.account(who, method, void=void)
@@ -124,7 +124,7 @@ class Guard:
                 raise PermissionDeniedError(
                     f"{who} may not call: {peer.fault}", where="rule transport: TLS 1.3", fix="use TLS 1.3"
                 )
-            self._seen[certificate.serial], self._known[who.name] = certificate, who
+            self._seen[certificate.issuer, certificate.serial], self._known[who.name] = certificate, who
             permissions.check(who, method)
             self._validity.check_call(certificate, method)
             with self._counted(certificate, peer, account):
@@ -229,13 +229,13 @@ class Guard:
         with self._lock:
             open_calls = [(call.certificate, call.peer) for call in self._open]
             invalid = [(item, peer, why) for item, peer in open_calls if (why := self._validity.fault(item))]
-            revoked = [self._seen.pop(serial) for serial in self._validity.revoked.serials & self._seen.keys()]
+            revoked = [self._seen.pop(key) for key, item in list(self._seen.items()) if self._validity.revokes(item)]
         for item in revoked:
             self._jobs.expel(item.identity.name, "its certificate was revoked")
-        ended = {item.serial: (item, why) for item, _, why in invalid}
+        ended = {item.pem: (item, why) for item, _, why in invalid}
         for item, why in [
             *ended.values(),
-            *((item, self._validity.fault(item)) for item in revoked if item.serial not in ended),
+            *((item, self._validity.fault(item)) for item in revoked if item.pem not in ended),
         ]:
             self._audit.write("calls ended", item.identity, rule=f"certificate: {why}", error=f"{item.identity}: {why}")
         for _, peer, _ in invalid:

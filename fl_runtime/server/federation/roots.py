@@ -14,6 +14,7 @@ from fl_runtime.trust.certificates import is_issued_by, pem_list
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.kits import CA, StartupKit, known_roots, take_up_roots
 from fl_runtime.trust.roots.kit_roots import root_fingerprints
+from fl_runtime.trust.roots.outside import OUTSIDE, Holders
 from fl_runtime.trust.roots.rotation import checked_package, read_package
 from fl_runtime.trust.roots.statements import offered
 
@@ -41,6 +42,8 @@ class RootsAtServer:
         self._folder = kit.folder
         self._lock = threading.Lock()
         self._ca, self._handed_out = _Stamp(kit.folder / CA), _Stamp(kit.folder / HANDED_OUT)
+        self._outside = _Stamp(kit.folder / OUTSIDE)
+        self._outside.changed()
         self._known = known_roots(kit.folder)
         self._package: Mapping[str, Any] = {"statements": [], "certificates": {}}
         if self._handed_out.changed():
@@ -54,6 +57,12 @@ class RootsAtServer:
     def number(self) -> int:
         """Number of the newest statement."""
         return self._refreshed()[1]
+
+    @property
+    def holders(self) -> Holders:
+        """Tells who holds a certificate."""
+        self._refreshed()
+        return self._known.holders
 
     @property
     def fingerprints(self) -> list[str]:
@@ -90,6 +99,8 @@ class RootsAtServer:
     def note(self, name: str, number: int, certificate: bytes) -> bool:
         """Note that a participant has taken up the newest root. Its certificate under that root is the proof.
 
+        With a certificate of an outside authority, its word is enough.
+
         Args:
             name: The participant.
             number: Number of the newest statement that it knows.
@@ -99,7 +110,9 @@ class RootsAtServer:
             Whether that is news.
         """
         roots, newest = self._refreshed()
-        if number != newest or not is_issued_by(certificate, pem_list(roots)[0]):
+        if number != newest or not (
+            is_issued_by(certificate, pem_list(roots)[0]) or self._known.outside.issuer_of(certificate)
+        ):
             return False
         with self._lock:
             if self._taken_up.get(name, 0) >= number:
@@ -118,7 +131,8 @@ class RootsAtServer:
         """Return roots and number, after reading files again that have changed. What is not valid changes nothing."""
         with self._lock:
             try:
-                if self._ca.changed():
+                changed = [stamp.changed() for stamp in (self._ca, self._outside)]
+                if any(changed):
                     self._known = known_roots(self._folder)
                 if self._handed_out.changed():
                     self._package = read_package(self._folder / HANDED_OUT)

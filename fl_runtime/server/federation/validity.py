@@ -10,8 +10,9 @@ from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.renewals import Renewals
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.transport.base import BEGINNINGS
-from fl_runtime.trust.certificates import Certificate, is_issued_by
+from fl_runtime.trust.certificates import Certificate
 from fl_runtime.trust.revocation import RevocationList
+from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Validity:
         federation: Name of the federation whose certificates count.
         roots: The trusted roots.
         revoked: The list of revoked certificates.
+        outside_lists: The revocation lists of outside authorities.
         renewals: The certificates that were replaced by renewed ones.
         audit: Takes notes about the revocation list to the audit log.
 
@@ -38,23 +40,34 @@ class Validity:
         federation: str,
         roots: RootsAtServer,
         revoked: RevocationList,
+        outside_lists: OutsideLists,
         renewals: Renewals,
         audit: AuditSummary,
     ) -> None:
         self._federation, self._roots, self.revoked, self._renewals = federation, roots, revoked, renewals
-        self._audit = audit
+        self._outside_lists, self._audit = outside_lists, audit
         self._list_state = ""
+
+    def read(self, pem: bytes) -> Certificate:
+        """Read a certificate, with who holds it; see `Holders.read`."""
+        return self._roots.holders.read(pem)
 
     def fault(self, certificate: Certificate) -> str:
         """Return why a certificate does not count, also for calls that are open; "" if it does."""
-        if certificate.serial in self.revoked:
+        if self.revokes(certificate):
             return "its certificate was revoked"
-        if not is_issued_by(certificate.pem, self._roots()):
+        if not self._roots.holders.trusts(certificate):
+            if certificate.issuer:
+                return "its certificate is of an outside authority, or for a name, that does not count any more"
             return "its certificate is of a root that was retired"
         now = datetime.now(UTC)
         if now > certificate.not_after:
             return f"its certificate expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC"
         return "its certificate is not valid yet" if now < certificate.not_before else ""
+
+    def revokes(self, certificate: Certificate) -> bool:
+        """Whether a certificate is on the federation's revocation list, or on that of an outside authority."""
+        return certificate in self.revoked or self._outside_lists.revokes(certificate)
 
     def check(self, certificate: Certificate) -> None:
         """Check that a certificate counts. Raises PermissionDeniedError if it does not."""
@@ -81,7 +94,7 @@ class Validity:
 
         Raises:
             PermissionDeniedError: If a renewed certificate is in use, or something would begin on the word of a
-                revocation list that has ended. Calls that are open go on.
+                revocation list that has ended, also of an outside authority's. Calls that are open go on.
         """
         since = self._renewals.replaced_since(certificate)
         if since is not None and method not in _ALWAYS:
@@ -100,8 +113,17 @@ class Validity:
                 fix=_SIGN_LIST,
             )
 
+        ended = self._outside_lists.end_for(certificate)
+        if method in BEGINNINGS and ended is not None:
+            raise PermissionDeniedError(
+                f"{certificate.identity} can begin nothing: the revocation list of its authority, "
+                f"{certificate.issuer}, ended on {ended:%Y-%m-%d %H:%M} UTC",
+                where="rule certificate: a revocation list that counts",
+                fix=f"copy the newest list of that authority into {OUTSIDE_LISTS} of the server's kit",
+            )
+
     def refresh(self) -> None:
-        """Read the revocation list again if its file has changed, and say once that it ends soon or has ended.
+        """Read the revocation lists again if their files have changed, and say once that ours ends soon or has ended.
 
         Raises:
             ConfigError: If the file is not valid; once for each change. The list in force stays in force.
@@ -109,6 +131,8 @@ class Validity:
         self._warn_of_end()
         if self.revoked.refresh():
             self._audit.write("revocation list read", serials=[f"{item:x}" for item in self.revoked.serials])
+        if self._outside_lists.refresh():
+            self._audit.write("revocation lists of outside authorities read")
 
     def _warn_of_end(self) -> None:
         current = self.revoked.current

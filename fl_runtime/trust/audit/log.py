@@ -34,14 +34,15 @@ from fl_runtime.trust.audit.lines import (
 from fl_runtime.trust.audit.syslog import SyslogSender
 from fl_runtime.trust.certificates import (
     PrivateKey,
-    check_issued_by,
+    PublicKey,
     fingerprint,
     key_pem,
-    read_certificate,
+    load,
     read_key,
     sign,
 )
 from fl_runtime.trust.identity import Identity
+from fl_runtime.trust.kits import known_roots
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +95,14 @@ class _SignedFile:
         self._written = b""  # what this process wrote last, which needs no check
         self._mark = BEGIN
 
-    def read(self, signer: _Signer, authority: Path) -> LineMark | None:
+    def read(self, signer: _Signer, kit: Path) -> LineMark | None:
         """Return the signed line; BEGIN if the file is empty; None if it was changed by somebody else."""
         self._descriptor = self._file().fileno()
         data = os.pread(self._descriptor, _MAX_HEAD_BYTES, 0)
         if not data or data == self._written:
             return self._mark if data else BEGIN
         head = Head.read(data)
-        return head.mark if head is not None and head.valid and _is_own(head.certificate, signer, authority) else None
+        return head.mark if head is not None and head.valid and _is_own(head.certificate, signer, kit) else None
 
     def write(self, head: bytes, mark: LineMark) -> None:
         """Replace the contents. `read` has opened the file before."""
@@ -125,7 +126,7 @@ class AuditLog:
     """
 
     def __init__(self, folder: Path, kit: Path) -> None:
-        self._log, self._authority = folder / LOG_FILE, kit / "ca.pem"
+        self._log, self._kit = folder / LOG_FILE, kit
         self._key_file, self._certificate_file = str(kit / "key.pem"), str(kit / "certificate.pem")
         self._file = _OpenFile(self._log, os.O_APPEND)
         self._head, self._counter = _SignedFile(folder / HEAD_FILE), _SignedFile(folder / COUNTER_FILE)
@@ -210,9 +211,9 @@ class AuditLog:
 
     def _checked_end(self, file: IO[bytes]) -> LineMark:
         """Return the last line, after a line that says so if the log is not what was signed."""
-        signer, authority = self._signer(), self._authority
+        signer, kit = self._signer(), self._kit
         end = self._own_end(file) or _end(file)
-        signed, counted = self._head.read(signer, authority), self._counter.read(signer, authority)
+        signed, counted = self._head.read(signer, kit), self._counter.read(signer, kit)
         remembered = self._end[1]
         if end == signed == counted and remembered.number <= end.number:
             if end != remembered:  # another process wrote it
@@ -287,14 +288,14 @@ def rule_of(error: FederationError) -> str:
     return error.where.removeprefix("rule ") if error.where.startswith("rule ") else error.code
 
 
-def _is_own(certificate: bytes, signer: _Signer, authority: Path) -> bool:
-    """Whether a certificate is one of this kit: for its key, or of the authority for the same participant."""
+def _is_own(certificate: bytes, signer: _Signer, kit: Path) -> bool:
+    """Whether a certificate is one of a kit: for its key, or of a trusted authority for the same participant."""
     try:
-        found, own = read_certificate(certificate), read_certificate(signer.certificate)
-        if found.fingerprint == fingerprint(signer.key.public_key()):
+        key = load(certificate).public_key()
+        if isinstance(key, PublicKey) and fingerprint(key) == fingerprint(signer.key.public_key()):
             return True
-        check_issued_by(certificate, authority.read_bytes())
-        return found.identity == own.identity
+        holders = known_roots(kit).holders
+        return holders.checked(certificate).identity == holders.read(signer.certificate).identity
     except (FederationError, OSError):
         return False
 

@@ -27,12 +27,13 @@ from fl_runtime.trust.audit.lines import (
 )
 from fl_runtime.trust.certificates import (
     PublicKey,
-    check_issued_by,
     fingerprint,
     load,
     read_certificate,
 )
 from fl_runtime.trust.files import read_file
+from fl_runtime.trust.kits import known_roots
+from fl_runtime.trust.roots.outside import Holders
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,38 @@ class Anchor:
         if self.key is not None:
             key = _public_key(self.key)
             return "" if _key_of(certificate) == key else f"{HEAD_FILE} was not signed with the key in {self.key}"
-        authority = self.authority if self.authority is not None else Path(self.kit or "") / "ca.pem"
-        pem = read_file(authority, "authority's certificate")
-        load(pem, str(authority))
+        holders = self._holders()
         try:
-            check_issued_by(certificate, pem)
-            signer = read_certificate(certificate).identity
+            signer = holders.checked(certificate).identity
         except FederationError as error:
             return f"{HEAD_FILE} was not signed by a participant of this authority: {error.what}"
         if self.kit is not None:
-            owner = read_certificate(read_file(self.kit / "certificate.pem", "certificate")).identity
+            owner = holders.read(read_file(self.kit / "certificate.pem", "certificate")).identity
             return "" if signer == owner else f"{HEAD_FILE} was not signed by {owner}, but by {signer}"
         return ""
+
+    def holder(self, certificate: bytes) -> str:
+        """Return who signed a log, as a URI.
+
+        Args:
+            certificate: The signer's certificate, as PEM.
+
+        Returns:
+            The URI of its identity.
+
+        Raises:
+            FederationError: If this anchor cannot tell.
+        """
+        holders = Holders(certificate) if self.key is not None else self._holders()
+        return holders.read(certificate).identity.uri
+
+    def _holders(self) -> Holders:
+        """Who holds certificates, by the kit or the authority's certificate."""
+        if self.authority is None:
+            return known_roots(Path(self.kit or "")).holders
+        pem = read_file(self.authority, "authority's certificate")
+        load(pem, str(self.authority))
+        return Holders(pem)
 
 
 def verify(folder: Path, anchor: Anchor, witnesses: Sequence[Path] = ()) -> tuple[int, list[Finding]]:
@@ -136,7 +157,7 @@ def verify(folder: Path, anchor: Anchor, witnesses: Sequence[Path] = ()) -> tupl
         counter = Head.read(_contents(folder / COUNTER_FILE))
         findings += [Finding(0, text) for text in _counter_problems(counter, head, anchor)]
     for witness in witnesses:
-        findings += [Finding(0, text) for text in _witness_problems(witness, digests, head)]
+        findings += [Finding(0, text) for text in _witness_problems(witness, digests, head, anchor)]
     return count, findings
 
 
@@ -215,12 +236,13 @@ def _counter_problems(counter: Head | None, head: Head | None, anchor: Anchor) -
         yield f"{COUNTER_FILE} has counted {counter.mark.number} lines; {HEAD_FILE} signs line {head.mark.number}"
 
 
-def _witness_problems(path: Path, digests: Mapping[int, str], head: Head | None) -> Iterator[str]:
+def _witness_problems(path: Path, digests: Mapping[int, str], head: Head | None, anchor: Anchor) -> Iterator[str]:
     """Compare a log with what another participant noted of it."""
     file = path / LOG_FILE if path.is_dir() else path
     try:
-        owner = read_certificate(head.certificate).identity.uri if head else ""
+        owner = anchor.holder(head.certificate) if head else ""
     except FederationError:
+        yield f"nobody can tell whose log {file} has noted: pass --kit with the kit that wrote this one"
         return
     for line in read_file(file, "audit log").splitlines():
         try:

@@ -26,6 +26,7 @@ from fl_runtime.trust.certificates import (
 from fl_runtime.trust.files import read_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.revocation import read_list
+from fl_runtime.trust.roots.outside import NO_OUTSIDE, OUTSIDE, Holders, Outside, read_outside
 from fl_runtime.trust.roots.staging import locked, replace_together
 from fl_runtime.trust.roots.statements import Statement, follow, read_statements
 
@@ -43,6 +44,7 @@ class KitRoots:
         statements: The statements that it has taken up since.
         roots: The roots that it trusts now, as PEM, the newest first.
         number: Number of the newest statement that it knows.
+        outside: The outside authorities, which count beside the roots.
     """
 
     origin: bytes
@@ -50,6 +52,12 @@ class KitRoots:
     statements: tuple[Statement, ...]
     roots: bytes
     number: int
+    outside: Outside = NO_OUTSIDE
+
+    @property
+    def holders(self) -> Holders:
+        """Tells who holds a certificate."""
+        return Holders(self.roots, self.outside)
 
     @property
     def crossed(self) -> tuple[str, ...]:
@@ -73,7 +81,7 @@ def read_roots(folder: Path, federation: str, first: int) -> KitRoots:
     """
     roots = read_file(folder / _CA, "authority's certificate")
     if not (folder / ORIGIN).exists():
-        return KitRoots(roots, first, (), roots, first)
+        return KitRoots(roots, first, (), roots, first, _read_outside(folder, federation, roots, ()))
     origin = read_file(folder / ORIGIN, "authority's first certificate")
     path = folder / STATEMENTS
     try:
@@ -83,7 +91,38 @@ def read_roots(folder: Path, federation: str, first: int) -> KitRoots:
     found, number = follow(origin, first, federation, statements)
     if found != roots:
         raise ConfigError(f"{_CA} is not what the authority has stated", where=str(folder / _CA), fix=_NEW_KIT)
-    return KitRoots(origin, first, statements, roots, number)
+    return KitRoots(origin, first, statements, roots, number, _read_outside(folder, federation, origin, statements))
+
+
+def _read_outside(folder: Path, federation: str, origin: bytes, statements: tuple[Statement, ...]) -> Outside:
+    path = folder / OUTSIDE
+    if not path.exists():
+        return NO_OUTSIDE
+    return checked_outside(path.read_bytes(), federation, origin, statements, str(path))
+
+
+def checked_outside(
+    data: bytes, federation: str, origin: bytes, statements: tuple[Statement, ...], where: str
+) -> Outside:
+    """Read outside authorities that a root of the federation must have signed, the present one or an earlier one.
+
+    Nobody can send them to a kit: they come with it, or its owner installs them.
+
+    Args:
+        data: The contents of outside.json.
+        federation: Name of the federation.
+        origin: The roots under which the kit's manifest was signed, as PEM.
+        statements: The statements about roots that the kit has taken up since.
+        where: The file, for the error message.
+
+    Returns:
+        The outside authorities.
+
+    Raises:
+        ConfigError: If none of the roots signed them.
+    """
+    roots = [*pem_list(origin), *(root.encode() for statement in statements for root in statement.roots)]
+    return read_outside(data, federation, roots, where)
 
 
 _NEW_KIT = "get a new startup kit; only policy.yml is meant to be edited"

@@ -132,6 +132,7 @@ def not_heard(authority: Authority, taken_up: Mapping[str, int]) -> list[str]:
     statements = past_statements(authority.folder)
     number = statements[-1].number if statements else 0
     holders = {item.identity.name for root in pem_list(authority.roots) for item in under_root(authority, root)}
+    holders |= authority.project.outside_holders()
     names = [identity.name for identity in authority.project.participants() if identity.kind != "server"]
     return [name for name in names if name in holders and taken_up.get(name, 0) < number]
 
