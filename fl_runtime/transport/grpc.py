@@ -120,6 +120,7 @@ class GrpcTransport:
         self._revoked = revoked
         self._opening = threading.Lock()
         self._channel: _Channel | None = None
+        self._silent = False  # whether the server whose certificate was looked up last did not answer
         self._closed = False
 
     def call(self, method: str, requests: bytes | Iterable[bytes]) -> Call:
@@ -149,7 +150,8 @@ class GrpcTransport:
             or credentials is not channel.credentials
             or (revoked and (channel.server is None or channel.server in revoked))
         ):
-            address = self._addresses.look(elsewhere=channel is not None and channel.lost.is_set())
+            lost = channel is not None and channel.lost.is_set()
+            address = self._addresses.look(elsewhere=lost or self._silent)
             pinned = self._unrevoked_server(credentials, revoked) if credentials and revoked else None
             channel = _Channel.open(address, credentials, pinned)
             self._channel = channel  # running calls keep the old one
@@ -160,9 +162,11 @@ class GrpcTransport:
     def _unrevoked_server(self, credentials: Credentials, revoked: frozenset[int]) -> tuple[int, bytes]:
         """Return serial number and PEM of the server's certificate. Raises PermissionDeniedError if it was revoked."""
         address = self._addresses.current
+        self._silent = False
         try:
             serial, pem = server_certificate(credentials.authority, lambda: open_connection(address, _LOOK_UP_S))
         except OSError as error:
+            self._silent = True
             raise ConnectionLostError(
                 f"the server at {address} does not answer ({error})",
                 fix="check that the server runs and that this machine can reach it",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,23 @@ def test_a_thief_in_the_middle_cannot_let_the_real_server_be_looked_at_first(stu
         transport.close()
     assert impostor.asked == []
     impostor.close()
+
+
+def test_a_silent_first_server_is_passed_over_when_its_certificate_is_looked_up(study: Study, stolen: Path) -> None:
+    """It accepts connections and says nothing of TLS, as behind a proxy whose server is away."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        silent = f"127.0.0.1:{listener.getsockname()[1]}"
+        client = ControlClient(KitTransport(study.kits / "north", [silent, study.address]))
+        assert client.ask("Status", patience_s=20)["sites"]
+        client.close()
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_list_that_comes_during_a_run_ends_the_trust_in_its_server(study: Study, monkeypatch: Any) -> None:
