@@ -45,6 +45,7 @@ from fl_runtime.trust.stream_identity import StreamIdentity
 from fl_runtime.version import SERVER_NAME
 
 W = {"w": np.zeros(4, np.float32)}
+NORTH_URI = Identity("study", "site", "north", "north-hospital").uri
 NORTH, ADA = "dns:fl.north.example", "email:ada@north.example"
 
 
@@ -301,13 +302,15 @@ def test_names_that_the_project_maps_no_more_end_at_once(study: Mapped) -> None:
     study.job(by="ada")
     assert study.site("north").join()
     watch = study.transport("north").call("Roots", json.dumps({"number": 0, "wait": True}).encode())
-    assert next(iter(watch)) == b'{"waiting": true}'
+    open_calls = study.server._guard._open
+    until(lambda: any(call.certificate.identity.name == "north" for call in set(open_calls)), "north's open call")
     entry = OutsideEntry(certificate=study.hospital.bundle.decode(), names={"ada": ADA})
     fresh, old = study.changed(entry), (study.kits / "server" / OUTSIDE).read_bytes()
     shown = CliRunner().invoke(app, ["authority", "install", str(fresh), "--kit", str(study.kits / "server"), "--json"])
     assert shown.exit_code == 0, shown.output
     with pytest.raises(FederationError):
         list(watch)
+    assert [entry["who"] for entry in study.log() if entry["action"] == "calls ended"] == [NORTH_URI]
     assert "stand for no participant" in refusal(study, study.hospital.certificate(NORTH)).what
     assert study.admin("ada").ask("Status")
     with pytest.raises(ConfigError, match="are older than the kit's"):
