@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -58,6 +58,20 @@ class Environment(Protocol[R_co]):
         ...
 
 
+class EarlierModel(BaseModel):
+    """A global model that an earlier job has left at the server, as the initial model of another.
+
+    Attributes:
+        job: Name of the earlier job.
+        model: "last", or "best" for that of its best round.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    job: str = Field(pattern=f"^{_NAME.pattern}$")
+    model: Literal["last", "best"] = "last"
+
+
 class Job(BaseModel):
     """The settings of one federated run. Frozen. It carries settings, never code.
 
@@ -105,7 +119,8 @@ class Job(BaseModel):
             "average". Default None: the script's argument, else "keep".
         filters: Filters on the way of updates and models, in order. Each is a table with its `name`, its arguments,
             and optionally the point `at` which it runs (docs/filters.md). Default: none.
-        initial: Path of a safetensors file with the initial global model. Default None: the first site's weights.
+        initial: The initial global model: the path of a safetensors file, or the result of an earlier job at the same
+            server, `{"job": NAME, "model": "best"}` ("last" without `model`). Default None: the first site's weights.
         best_metric: Metric that decides which round is the best. Default "loss", which gives way to the script's own
             early stopping. Option `--best-metric`.
         best_mode: Whether lower ("min") or higher ("max") values of it are better. Default "min", which gives way
@@ -158,7 +173,7 @@ class Job(BaseModel):
     keep_local: tuple[str, ...] = ()
     optimizer_state: Literal["keep", "reset", "average"] | None = None
     filters: tuple[dict[str, Any], ...] = ()
-    initial: str | None = None
+    initial: str | EarlierModel | None = None
     best_metric: str = Field(default="loss", min_length=1)
     best_mode: Literal["min", "max"] = "min"
     patience: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
@@ -174,6 +189,8 @@ class Job(BaseModel):
         if isinstance(data, cls):
             return data
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        if isinstance(data.get("initial"), Mapping):
+            fields["initial"] = _earlier(data["initial"])
         strategy = fields.get("strategy")
         if isinstance(strategy, Described):
             fields["strategy"] = strategy.spec
@@ -253,6 +270,8 @@ class Job(BaseModel):
         """
         names = check_names(sites)
         fields = self.model_dump(exclude={"app", "sites", "min_sites"})
+        if isinstance(self.initial, EarlierModel):
+            fields |= {"initial": None, "initial_job": self.initial.model_dump()}
         fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script decides
         settings = RunSettings(sites=names, min_sites=self.min_sites or 0, app=self.app, **fields)
         most = settings.sites_per_round
@@ -275,6 +294,14 @@ class Job(BaseModel):
         strategy.check_sites(settings.min_sites)
         check_max_share(settings, strategy)
         return settings
+
+
+def _earlier(fields: Mapping[str, Any]) -> EarlierModel:
+    try:
+        return EarlierModel(**{str(name): value for name, value in fields.items()})
+    except ValidationError:
+        fix = "name an earlier job, and which of its models: {job: NAME, model: best} or {job: NAME, model: last}"
+        raise ConfigError(f"initial cannot be {dict(fields)!r}", where="initial", fix=fix) from None
 
 
 def site_names(sites: int | Sequence[str]) -> tuple[str, ...]:

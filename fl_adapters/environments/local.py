@@ -19,7 +19,7 @@ from fl_adapters.environments.listeners import RunTracker
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.outcome import SiteExit, run_error
 from fl_adapters.environments.processes import SiteProcesses, describe_status
-from fl_adapters.job import Job, site_names
+from fl_adapters.job import EarlierModel, Job, site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.server import RoundResult
 from fl_runtime.server.records.results import RunResult
@@ -96,9 +96,36 @@ def select_sites(job: Job, requested: int | Sequence[str] | None) -> tuple[str, 
             where="sites",
             fix="give sites in one of the two only",
         )
-    if job.initial is not None and not Path(job.initial).is_file():
+    if isinstance(job.initial, str) and not Path(job.initial).is_file():
         raise ConfigError(f"there is no file {job.initial}", where="initial", fix="check the path of the initial model")
     return sites
+
+
+def with_initial_file(job: Job, runs: Path) -> Job:
+    """Replace the name of an earlier job in `initial` by the file that it has left.
+
+    Args:
+        job: The job.
+        runs: Folder of the runs, in which each has a folder named after its job.
+
+    Returns:
+        The job, unchanged if it begins in another way.
+
+    Raises:
+        ConfigError: There is no such run, or it has left no such model in tensors.
+    """
+    if not isinstance(job.initial, EarlierModel):
+        return job
+    folder = runs / job.initial.job
+    file = folder / ("best" if job.initial.model == "best" else "model") / "model.safetensors"
+    if not file.is_file():
+        missing = f"has left no {job.initial.model} model in tensors" if folder.is_dir() else "is not there"
+        raise ConfigError(
+            f"the job {job.initial.job} to begin from {missing}",
+            where=str(file),
+            fix="wait until it has ended, or name another job or a file of tensors in initial",
+        )
+    return job.model_copy(update={"initial": str(file)})
 
 
 @dataclass(frozen=True)

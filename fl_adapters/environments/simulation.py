@@ -26,6 +26,7 @@ from fl_adapters.environments.local import (
     select_sites,
     site_processes,
     starting_event,
+    with_initial_file,
 )
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.progress import ProgressLines
@@ -106,6 +107,7 @@ class Simulation:
         began = time.monotonic()
         virtual = self._virtual()
         command = [] if virtual else script_command(job, self.args, module=self.module)
+        job = with_initial_file(job, Path(self.folder).resolve())
         sites = select_sites(job, self.sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
         visible_devices(self.gpus)

@@ -71,7 +71,7 @@ class Run:
         self.membership = Membership(state, clock or SystemClock())
         self.scoring = Scoring(state, self.membership)
         self._cross_site = CrossEvaluation(state, self.membership, self.scoring)
-        self._initial = InitialModel(state, self.membership)
+        self._initial = InitialModel(state, self.membership, folder.parent)
         self._final = FinalModel(state, self.membership, self.scoring)
         self._virtual = virtual
         self._ahead = SitesAhead(state.journal)

@@ -55,6 +55,8 @@ class RunSettings:
         optimizer_state: What happens to optimizer state at an exchange; None leaves it to the scripts.
         filters: Filters of what travels, in order; each a table of settings.
         initial: Path of a safetensors file with the initial model; None takes the first site's weights.
+        initial_job: The earlier job of the federation whose result is the initial model: `job`, its name; `model`,
+            "last" or "best"; and `sha256` of the file, which the server adds. None for another initial model.
         best_metric: Metric that decides which round is the best; None leaves it to the sites' `Terms`.
         best_mode: Whether lower or higher is better; None leaves it to the sites' `Terms`.
         seed: Seed of everything random in the run; None means 0 where a number is needed.
@@ -89,6 +91,7 @@ class RunSettings:
     optimizer_state: str | None = None
     filters: tuple[Settings, ...] = ()
     initial: str | None = None
+    initial_job: Mapping[str, str] | None = None
     best_metric: str | None = None
     best_mode: Literal["min", "max"] | None = None
     seed: int | None = None
@@ -119,6 +122,11 @@ class RunSettings:
         """
         patience_s = patience_s if self.patience_s is None else self.patience_s
         return replace(self, patience_s=patience_s, join_s=PRODUCTION_JOIN_S if self.join_s is None else self.join_s)
+
+    @property
+    def names_initial(self) -> bool:
+        """Whether the job says where its initial model comes from, so that no site is asked for its weights."""
+        return bool(self.initial or self.initial_job)
 
     @property
     def sites_per_round(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 
-from fl_adapters.job import Job, site_names
+from fl_adapters.job import EarlierModel, Job, site_names
 from fl_adapters.participant.identity import Site, site
 from fl_adapters.participant.kit import Kit, current_kit, read_kit
 from fl_runtime.aggregation import FedAvg
@@ -88,11 +88,12 @@ def test_job_and_run_settings_have_the_same_fields() -> None:
     """Both list every setting; names, types and defaults must not drift apart. The differences are these."""
     job, run = get_type_hints(Job), get_type_hints(RunSettings)
     names = {field.name for field in fields(RunSettings)}
-    assert names - set(Job.model_fields) == {"submitted_by"}
+    assert names - set(Job.model_fields) == {"submitted_by", "initial_job"}
     assert set(Job.model_fields) <= names
     other_types = {
         "strategy": (str | Described, str | None),  # an object becomes text; None leaves the choice to the script
         "sites": (int | tuple[str, ...] | None, tuple[str, ...]),
+        "initial": (str | EarlierModel | None, str | None),  # an earlier job's is in initial_job
         "min_sites": (int | None, int),
         "filters": (tuple[dict[str, Any], ...], tuple[Mapping[str, Any], ...]),
         "site_weights": (dict[str, float], Mapping[str, float]),

@@ -107,7 +107,8 @@ def _unchecked(policy: Any, settings: Mapping[str, Any], submitter_known: bool) 
         "adapters: known when the script joins": policy.adapters,
         "exchange: the names of the tensors are known when the script registers": policy.exchange,
         "max_round_bytes: the size of updates is known when they are sent": policy.max_round_bytes is not None,
-        "initial: false holds if this site would be asked for the initial model": not policy.initial,
+        "initial: false holds if this site would be asked for the initial model": not policy.initial
+        and not (settings["initial"] or settings["initial_job"]),
         "privacy: the budget is charged in every round": policy.privacy,
     }
     return [text for text, holds in texts.items() if holds]

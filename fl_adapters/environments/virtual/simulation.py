@@ -139,7 +139,7 @@ def _follow(server: Server, run: LocalRun) -> None:
 
 
 def _initial(virtual: VirtualSimulation, job: Job, pool: _WorkerPool) -> Arrays:
-    if job.initial is not None:
+    if isinstance(job.initial, str):  # `Simulation` has replaced the name of an earlier job by its file
         arrays = read_tensors(Path(job.initial))
     elif virtual.function is not None or virtual.initial is not None:
         arrays = initial_weights(virtual.initial)

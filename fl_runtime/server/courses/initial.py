@@ -1,7 +1,9 @@
-"""The initial model, version 0: a site's own weights, or the tensors of a file."""
+"""The initial model, version 0: a site's own weights, the tensors of a file, or the result of an earlier job."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from fl_runtime.errors import ConfigError, QuorumError, StateMismatchError
@@ -12,19 +14,23 @@ from fl_runtime.server.state import RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import ModelEntry
 from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.types import Arrays
 from fl_runtime.wire.manifest import Manifest, differences
+
+INITIAL_FILE = "initial.safetensors"
+"""Name of the file, in a job's folder, that holds the result of the earlier job that it begins with."""
 
 
 class InitialModel:
     """Where the initial model comes from, and its commit. `wanted_from`, `offer` and `commit` need the run's lock."""
 
-    def __init__(self, state: RunState, membership: Membership) -> None:
-        self._state, self._membership = state, membership
+    def __init__(self, state: RunState, membership: Membership, folder: Path) -> None:
+        self._state, self._membership, self._folder = state, membership, folder
 
     def wanted_from(self, site: str) -> bool:
         """Whether this site's own weights are to become the initial model."""
         state = self._state
-        wanted = state.phase == "initial" and not state.models.newest and not state.settings.initial
+        wanted = state.phase == "initial" and not state.models.newest and not state.settings.names_initial
         first = state.plan.strategy.initial == "first"
         return wanted and first and self._membership.initial_source() == site
 
@@ -40,7 +46,11 @@ class InitialModel:
                 return
             state.phase = "initial"
             if state.settings.initial:
-                self._read(Path(state.settings.initial))
+                path = Path(state.settings.initial)
+                self._take(read_tensors(path), str(path))
+                return
+            if state.settings.initial_job:
+                self._take_from_job(state.settings.initial_job)
                 return
 
             def ready() -> bool:
@@ -67,8 +77,20 @@ class InitialModel:
         state.models.newest = Model(entry, blob)
         state.changed.notify_all()
 
-    def _read(self, path: Path) -> None:
-        arrays = read_tensors(path)
+    def _take_from_job(self, origin: Mapping[str, str]) -> None:
+        """Begin with an earlier job's result, if it is still what it was when this job was submitted."""
+        name = f"the {origin['model']} model of the job {origin['job']}"
+        path = self._folder / INITIAL_FILE
+        if digest_of(path) != origin.get("sha256"):
+            raise ConfigError(
+                f"{name} has changed since this job was submitted, or is damaged",
+                where="initial",
+                fix="submit the job again under another name",
+            )
+        self._take(read_tensors(path), name)
+
+    def _take(self, arrays: Arrays, where: str) -> None:
+        """Make `arrays` the initial model. Raises StateMismatchError if the sites exchange other tensors."""
         registration = next(m.registration for m in self._membership.members.values() if m.active)
         assert registration is not None
         expected = self._state.layouts[registration.layout]
@@ -81,12 +103,28 @@ class InitialModel:
         lines = differences(expected, Manifest.of(arrays))
         if lines:
             raise StateMismatchError(
-                f"the initial model differs from the sites' in {len(lines)} tensors (site != file):\n    "
+                f"the initial model differs from the sites' in {len(lines)} tensors (site != initial):\n    "
                 + "\n    ".join(lines[:8]),
-                where=str(path),
-                fix="give a file with exactly the tensors that the sites exchange",
+                where=where,
+                fix="give a model with exactly the tensors that the sites exchange",
             )
         blob = self._state.blobs.create("model-0", Manifest(tuple(t for t in expected.tensors if not t.extra)))
         for name, target in blob.views()[0].items():
             target[...] = arrays[name]
         self.commit(blob)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 digest of a file, in hex.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The digest; "" for a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

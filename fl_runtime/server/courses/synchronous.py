@@ -119,7 +119,7 @@ class Synchronous:
 
     def drive(self) -> None:
         state = self._state
-        if state.plan.strategy.initial == "all" and not state.settings.initial:
+        if state.plan.strategy.initial == "all" and not state.settings.names_initial:
             while state.models.newest is None:
                 self._round(0)
         else:

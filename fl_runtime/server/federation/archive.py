@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fl_runtime.errors import AbortedError, ConfigError, FederationError
+from fl_runtime.server.courses.initial import INITIAL_FILE
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trust.files import write_file
@@ -21,6 +22,7 @@ from fl_runtime.types import RunSettings
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
 _ENDED: tuple[JobState, ...] = ("finished", "failed", "aborted")
 _JOB, _OUTCOME = "job.json", "outcome.json"
+_MODELS = {"last": "model", "best": "best"}  # folders of a job
 _CURRENT = ".current.json"  # where versions before the queue named the job that was running
 
 
@@ -224,9 +226,70 @@ class JobArchive:
                 shutil.rmtree(place / model, ignore_errors=True)
         return record
 
+    def result(self, name: str, which: str) -> Path:
+        """The file of a global model that a job has left, from which another job may begin.
+
+        Args:
+            name: Name of the job.
+            which: "last" or "best".
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: There is no such job, it has not ended, or it has left no such model.
+        """
+        record = self._records.get(name)
+        if record is None:
+            raise ConfigError(
+                f"there is no job {name[:100]!r} here to begin from",
+                where="initial",
+                fix="see `fl-adapters job list`; a job that was deleted took its models along",
+            )
+        if not record.ended:
+            raise ConfigError(
+                f"the job {name} is {record.state} and has no result yet",
+                where="initial",
+                fix="submit this job once that one has ended",
+            )
+        file = self.folder / name / _MODELS[which] / "model.safetensors"
+        if not file.is_file():
+            raise ConfigError(
+                f"the job {name} has left no {which} model in tensors",
+                where="initial",
+                fix="see its files with `fl-adapters job show`; a model of trees cannot be begun from",
+            )
+        return file
+
+    def take_initial(self, record: JobRecord) -> None:
+        """Give a job its own copy of the earlier result that it begins with, unless it has one or needs none.
+
+        Args:
+            record: The job. The copy survives the deletion of the job that it comes from.
+
+        Raises:
+            ConfigError: The earlier job is gone.
+            StoreError: The copy cannot be made.
+        """
+        origin, copy = record.settings.initial_job, self.folder / record.name / INITIAL_FILE
+        if origin is None or copy.exists() or (copy.parent / "server").exists():
+            return
+        file = self.result(origin["job"], origin["model"])
+        try:
+            try:
+                copy.hardlink_to(file)
+            except OSError:  # another disk, or one without links
+                partial = copy.with_suffix(".partial")
+                shutil.copyfile(file, partial)
+                partial.replace(copy)
+        except OSError as error:
+            raise disk_error(error, copy) from error
+
     def forget_tensors(self, name: str) -> None:
         """Delete the tensor files that a finished job was run with. Its models are among its results."""
         folder = self.folder / name
+        with suppress(OSError):
+            (folder / INITIAL_FILE).unlink(missing_ok=True)
         for place in (folder, *folder.glob("[0-9]*")):
             if any((place / "model").glob("*")):
                 for path in (place / "server" / "blobs").glob("*.safetensors"):

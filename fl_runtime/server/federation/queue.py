@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import AbortedError, ConfigError, FederationError, StoreError
+from fl_runtime.server.courses.initial import digest_of
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.schedule import Room, Work, next_to_start, shortage
 from fl_runtime.server.server import check_settings
+from fl_runtime.trust import permissions
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
 from fl_runtime.types import Listener, RunSettings
@@ -104,21 +106,35 @@ class JobQueue:
         """
         if priority not in _PRIORITIES:
             raise ConfigError(f"a priority of {priority} is not possible", where="priority", fix="use -100 to 100")
+        settings = self._read_job(fields, self._sites)
+        if settings.initial:
+            raise ConfigError(
+                "a submitted job cannot name a file with initial weights",
+                where="initial",
+                fix="leave it out, or begin from an earlier job: initial: {job: NAME}",
+            )
+        settings = self._with_digest(settings, submitter)
         with self.changed:
-            settings = self._read_job(fields, self._sites)
-            if settings.initial:
-                raise ConfigError(
-                    "a submitted job cannot name a file with initial weights", where="initial", fix="leave it out"
-                )
             settings = replace(settings.for_production(self._patience_s), submitted_by=submitter.uri)
             check_settings(settings)
             waiting = len(self._archive.in_state("queued"))
             if waiting >= _MOST_QUEUED:
                 raise ConfigError(f"{waiting} jobs are waiting already", fix="wait, or abort some of them")
-            self._archive.add(settings, submitter, priority)
+            record = self._archive.add(settings, submitter, priority)
+            self._archive.take_initial(record)
             self._audit.write("job queued", submitter, job=settings.name, sites=settings.sites, priority=priority)
             self.schedule()
             return settings.name
+
+    def _with_digest(self, settings: RunSettings, submitter: Identity) -> RunSettings:
+        """Note what the earlier result is that a job begins with. Its submitter must be allowed to download it."""
+        origin = settings.initial_job
+        if origin is None:
+            return settings
+        permissions.check(submitter, "Download")
+        with self.changed:
+            file = self._archive.result(origin["job"], origin["model"])
+        return replace(settings, initial_job={**origin, "sha256": digest_of(file)})
 
     def resume(self, name: str, admin: Identity) -> None:
         """Put a job that failed or was aborted back into the queue. It goes on where its journal stands.
@@ -247,6 +263,7 @@ class JobQueue:
         folder = self._archive.folder / record.name
         listeners = [self._listener_of(record.name)] if self._listener_of else []
         try:
+            self._archive.take_initial(record)
             job = RunningJob(record, folder, self._audit, listeners, self._who, self._on_job_end)
             self._running[record.name] = job
         except FederationError as error:

@@ -214,9 +214,9 @@ class Trainings:
                 where="trainings",
                 fix=f"let the script train only {limit} time{'s'[: limit != 1]}, or raise trainings in the job",
             )
-        if self._settings.initial:
+        if self._settings.names_initial:
             raise ConfigError(
-                f"the job names a file with initial weights; the script of {site} begins training {number}, and only "
+                f"the job names its initial weights; the script of {site} begins training {number}, and only "
                 "one training can begin with them",
                 where="initial",
                 fix="load the weights in the script, and leave initial out of the job",
