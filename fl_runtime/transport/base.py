@@ -15,6 +15,7 @@ METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tu
 CONTROL_METHODS = (
     "Assignment",
     "RefuseJob",
+    "TellLog",
     "Status",
     "ShowJob",
     "Watch",

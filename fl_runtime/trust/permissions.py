@@ -33,6 +33,7 @@ _EVERYBODY: Mapping[str, Scope] = {**_SITE, **dict.fromkeys(ROLES, "itself")}
 TABLE: Mapping[str, Rule] = {
     "Assignment": Rule("learn which job waits for this site", _SITE),
     "RefuseJob": Rule("say that this site does not take part in a job", _SITE),
+    "TellLog": Rule("show a line of its own log to those who follow a job", _SITE),
     "Join": Rule("join a job as one of its sites", _SITE),
     "Register": Rule("register the tensors it exchanges", _SITE),
     "Attend": Rule("keep its session open", _SITE),

@@ -73,6 +73,9 @@ filters: []
 # memory_gb: memory for the jobs of `fl-adapters site` together, for jobs that say what they use.
 # resources: {gpus: ["0"], processes: 1, memory_gb: 64}
 
+# Whether those who follow a job see the site daemon's own lines about it, never output of the script.
+# share_logs: false
+
 # Syslog server that gets every line of the audit log as it is written: udp://, tcp:// or tls://HOST:PORT.
 # syslog: "tls://logs.example.org:6514?ca=/etc/ssl/logs.pem"
 """
@@ -151,6 +154,8 @@ class Policy(_Part):
         approve: "ask" holds every job until somebody at the site approves it; None holds none.
         apps: A job's `app` -> the local command that runs it.
         resources: What local commands may use.
+        share_logs: Whether those who follow a job see the site daemon's own lines about it, such as that its script was
+            started again. They never hold output of the script.
         syslog: Address of a syslog server that gets every line of the audit log; "" for none. Read at the start.
     """
 
@@ -169,6 +174,7 @@ class Policy(_Part):
     approve: Literal["ask"] | None = None
     apps: Mapping[str, str] = Field(default_factory=dict)
     resources: Resources = Resources()
+    share_logs: bool = True
     syslog: str = ""
 
     @field_validator("exchange", mode="before")

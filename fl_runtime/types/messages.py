@@ -169,6 +169,7 @@ class Event:
     - "report", "scored": one site evaluated the model of `round`, or all of them did. "cross_score", "cross_site": a
       site evaluated another site's model, or all did (with the matrix).
     - "waiting", "quorum": too few sites are connected, and which ones are waited for; enough are there again.
+    - "log": a line of a site's own log, which its policy shares; `level` and `text`.
     - "warning": something may be wrong with the run; `text` says what, in words.
     - "starting", "restarted", "exited": a site's process in a simulation.
 

@@ -131,12 +131,18 @@ class Federation:
     def log(self, job: str) -> str:
         return (self.kit / "jobs" / job / "log.txt").read_text()
 
+    def events(self, job: str, kind: str) -> list[dict[str, Any]]:
+        """Data of a job's events of one kind."""
+        lines = (self.study.runs / job / "events.jsonl").read_text().splitlines()
+        return [event["data"] for event in map(json.loads, lines) if event["kind"] == kind]
+
     def left(self, job: str) -> list[str]:
         """Reasons with which sites have left a job early."""
-        lines = (self.study.runs / job / "events.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
-        data = [event.get("data", event) for event in events if event["kind"] == "left"]
-        return [event["reason"] for event in data if event["early"]]
+        return [data["reason"] for data in self.events(job, "left") if data["early"]]
+
+    def shared(self, job: str) -> list[str]:
+        """The lines of its own log that north has shared."""
+        return [data["text"] for data in self.events(job, "log")]
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +196,16 @@ def test_a_script_that_dies_is_started_again_and_the_job_ends_as_if_it_had_not(f
     federation.south("fragile").result(60)
     federation.finished("fragile")
     assert federation.left("fragile") == []
+    shared = federation.shared("fragile")
+    assert shared[0] == "its command runs"
+    assert shared[1] == "its command ended (exit status 1); started again in 1 s, 1 of 3 times"
+    assert shared[2].startswith("its command ended (killed by SIGKILL")
     assert "no such module" in federation.log("fragile")
 
 
 def test_a_script_that_dies_too_often_leaves_and_its_data_stay(federation: Federation) -> None:
     federation.touch("die-broken-1-bug", "die-broken-2-bug")
+    federation.policy(share_logs=False)
     federation.stop()
     federation.start("--restarts", "1")
     federation.job("broken", "north", "south", min_sites=1)
@@ -206,6 +217,7 @@ def test_a_script_that_dies_too_often_leaves_and_its_data_stay(federation: Feder
         "ValueError (its text stays in this site's own log)"
     ]
     assert "patient 17" in federation.record("broken")["reason"]
+    assert federation.shared("broken") == []
     federation.job("next")
     federation.finished("next")
 

@@ -71,12 +71,23 @@ def follow(name: _Job, kit: _Kit, patience_s: _PatienceS = None, as_json: _Json 
     sys.exit(command.follow(kit, name, patience_s, as_json))
 
 
-@job.command(epilog=_example("logs tumour-1122-164503 --kit kits/lena"))
-def logs(name: _Job, kit: _Kit, as_json: _Json = False) -> None:
-    """Show the events of a job so far, one line each: time, site, round, and what happened."""
+@job.command(
+    epilog=_example("logs tumour-1122-164503 --kit kits/lena", "logs tumour-1122-164503 --kit kits/lena --follow")
+)
+def logs(
+    name: _Job,
+    kit: _Kit,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
+    patience_s: _PatienceS = None,
+    as_json: _Json = False,
+) -> None:
+    """Show the events of a job so far, one line each: time, site, round, and what happened.
+
+    Among them are the lines of their own log that sites share (`share_logs` in their policy).
+    """
     from fl_adapters.cli.job import federation as command
 
-    sys.exit(command.logs(kit, name, as_json))
+    sys.exit(command.logs(kit, name, patience_s, as_json, to_the_end=follow))
 
 
 @job.command(epilog=_example("abort tumour-1122-164503 --kit kits/lena"))

@@ -102,18 +102,43 @@ def follow(kit: Path, name: str, patience_s: float | None, as_json: bool) -> int
     return 0
 
 
-def logs(kit: Path, name: str, as_json: bool) -> int:
-    """Print the events of a job so far. Returns exit status 0."""
-    with _connected(kit, as_json) as control:
-        text = b"".join(control.stream("Download", job=name, file=_EVENTS)).decode(errors="replace")
+def logs(kit: Path, name: str, patience_s: float | None, as_json: bool, *, to_the_end: bool) -> int:
+    """Print the events of a job so far, or to its end. Returns exit status 0."""
+    with report_errors(as_json), connected(kit) as (control, own_patience_s):
+        printed = set()
+        for event in _events_so_far(control, name, may_be_none=to_the_end):
+            printed.add(_key(event))
+            _print_event(name, event, as_json)
+        if to_the_end:
+            for answer in control.follow(name, patience_s=own_patience_s if patience_s is None else patience_s):
+                if "event" in answer and _key(answer["event"]) not in printed:
+                    _print_event(name, answer["event"], as_json)
+    return 0
+
+
+def _events_so_far(control: ControlClient, name: str, *, may_be_none: bool) -> Iterator[Mapping[str, Any]]:
+    """Yield the events in a job's folder. `may_be_none` allows that it has not begun."""
+    if may_be_none and control.ask("ShowJob", job=name)["state"] == "queued":
+        print(f"{name} waits in the queue", file=sys.stderr, flush=True)
+        return
+    text = b"".join(control.stream("Download", job=name, file=_EVENTS)).decode(errors="replace")
     for line in text.splitlines():
         try:
             event = json.loads(line)
-            told = f"{_clock(event['time'])} {name} {event['site'] or 'server'}: {_sentence(event)}"
+            _key(event)
         except (ValueError, KeyError, TypeError):  # the last line may not be whole yet
             continue
-        print(line if as_json else printable(told, 400))
-    return 0
+        yield event
+
+
+def _key(event: Mapping[str, Any]) -> tuple[float, str, str]:
+    """What tells an event from all others of its job."""
+    return float(event["time"]), str(event["kind"]), str(event["site"])
+
+
+def _print_event(name: str, event: Mapping[str, Any], as_json: bool) -> None:
+    told = f"{_clock(event['time'])} {name} {event['site'] or 'server'}: {_sentence(event)}"
+    print(json.dumps(event) if as_json else printable(told, 400), flush=True)
 
 
 def change(kit: Path, call: str, name: str, as_json: bool) -> int:
@@ -174,6 +199,8 @@ def _sentence(event: Mapping[str, Any]) -> str:
     """What an event says, in one line."""
     of_round = f" in round {event['round']}" if event.get("round") else ""
     data = event.get("data", {})
+    if event["kind"] == "log":
+        return f"{'warning: ' if data.get('level') == 'warning' else ''}{data.get('text', '')}"
     if event["kind"] == "failed":
         return f"failed{of_round}: {FederationError.from_wire(data['error']).what}"
     facts = ", ".join(f"{key} {value}" for key, value in data.items() if isinstance(value, (str, int, float)) and value)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.cli.site.command import CommandError, command_for, command_kit, quoted
-from fl_adapters.cli.site.feed import JobFeed, Refusal
+from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
 from fl_adapters.cli.site.records import JobFolder, JobState
@@ -143,6 +143,7 @@ class SiteDaemon:
             if job.gate.decision_on(assignment.settings) is None:
                 job.phase = "waits for approval"
                 say(f"{name}: waits until somebody says: fl-adapters site approve {name}{self._where()}")
+                self._share(job, "the job waits for approval at the site")
             self._record(job, "waits for approval" if job.phase == "waits for approval" else "waits for room")
         except CommandError as error:
             self._refuse(job, error.reason, str(error))
@@ -197,6 +198,7 @@ class SiteDaemon:
             return
         if decision is not None and decision.approved:
             say(f"{job.name}: approved")
+            self._share(job, "somebody at the site has approved the job")
             job.phase, job.since = "waits for room", time.monotonic()
             job.resumes_at = job.since
             self._feed.look()
@@ -215,6 +217,7 @@ class SiteDaemon:
         if self._start(job):
             self._record(job, "running")
             say(f"{job.name}: runs {quoted(job.command)}, output in {job.folder.log}")
+            self._share(job, "its command runs")
 
     def _start(self, job: SiteJob) -> bool:
         """Start a job's command in its place. If that is not possible, the site takes no part."""
@@ -243,6 +246,7 @@ class SiteDaemon:
             left = note.state == "left"
             self._record(job, "left" if left else "finished", note.reason)
             say(f"{job.name}: {f'has left: {note.reason}' if left else 'finished'}")
+            self._share(job, "its command has left the job" if left else "its command has finished")
             self._settle(job.name)
             return
         if status == 0:
@@ -253,10 +257,12 @@ class SiteDaemon:
             self._leave(job, status)
             return
         self._feed.look()
-        say(
-            f"{job.name}: its command ended ({describe_status(status)}); started again in {pause_s:g} s, "
-            f"{job.deaths} of {self._options.restarts} times; see {job.folder.log}"
+        told = (
+            f"its command ended ({describe_status(status)}); started again in {pause_s:g} s, "
+            f"{job.deaths} of {self._options.restarts} times"
         )
+        say(f"{job.name}: {told}; see {job.folder.log}")
+        self._share(job, told, "warning")
 
     def _leave(self, job: SiteJob, status: int) -> None:
         reason = end_reason(status, job.folder.note, job.deaths)
@@ -288,6 +294,11 @@ class SiteDaemon:
             job.folder.write(job.assignment, state, reason)
         except (FederationError, OSError) as error:  # a full disk must not end the daemon
             say(f"{job.name}: cannot be recorded: {error}")
+
+    def _share(self, job: SiteJob, text: str, level: str = "info") -> None:
+        """Show a line to those who follow a job, if the policy allows it. It may hold nothing of data or scripts."""
+        if self._gate.policy.share_logs:
+            self._feed.share(LogLine(job.name, text, level))
 
     def _audit_line(self, action: str, **facts: Any) -> None:
         try:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fl_adapters.cli.site.assignment import Assignment
@@ -18,6 +18,7 @@ from fl_runtime.trust.audit import Witness
 
 _PAUSE_S = 1.0  # between two questions
 _LOOK_S = 60.0  # between two looks at which jobs run
+_LINES_KEPT = 200
 _REPEAT_S = 300.0  # between two lines about the same trouble
 
 
@@ -39,6 +40,21 @@ class Refusal:
         """Fields of the call."""
         spoken_for = {"training": number_of(self.note.job), "attempt": self.note.attempt} if self.note else {}
         return {"job": self.job, "reason": self.reason, **spoken_for}
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line of the site's own log that its policy shares.
+
+    Attributes:
+        job: Name of the job.
+        text: The line. It quotes nothing of the script.
+        level: "info" or "warning".
+    """
+
+    job: str
+    text: str
+    level: str
 
 
 class JobFeed:
@@ -66,11 +82,12 @@ class JobFeed:
         self.arrived: deque[Assignment] = deque()
         self.heard: deque[str] = deque()
         self.seen: tuple[float, frozenset[str]] | None = None
-        self._control, self._witness, self._say, self._wake = control, witness, say, wake
+        self._control, self._witness, self._wake, self._troubles = control, witness, wake, _Troubles(say)
         self._request: Mapping[str, Any] = {}
         self._refusals: deque[Refusal] = deque()
+        self._lines: deque[LogLine] = deque(maxlen=_LINES_KEPT)
         self._changed, self._closed, self._wanted = threading.Event(), threading.Event(), threading.Event()
-        self._trouble, self._told_at = "", 0.0
+        self._asking = False  # whether the call under way is the one that waits for a job
         self._thread = threading.Thread(target=self._work, name="fl-jobs", daemon=True)
 
     def update(self, running: list[str], resources: Mapping[str, int]) -> None:
@@ -93,6 +110,11 @@ class JobFeed:
         self._refusals.append(refusal)
         self._interrupt()
 
+    def share(self, line: LogLine) -> None:
+        """Show a line to those who follow the job, at the first opportunity. Old ones are dropped in an outage."""
+        self._lines.append(line)
+        self._interrupt()
+
     def look(self) -> None:
         """Ask at the first opportunity which jobs run."""
         self._wanted.set()
@@ -108,21 +130,35 @@ class JobFeed:
 
     def _interrupt(self) -> None:
         self._changed.set()
-        self._control.interrupt()
+        if self._asking:  # other calls are short, and would be made twice
+            self._control.interrupt()
 
     def _work(self) -> None:
         while not self._closed.is_set():
             self._changed.clear()
             try:
+                self._tell_lines()
                 self._tell_refusals()
                 self._look()
                 self._ask()
             except FederationError as error:
-                if not self._changed.is_set():  # otherwise this object has interrupted the call
-                    self._report(error.what if isinstance(error, ConnectionLostError) else str(error))
+                if not self._changed.is_set() and not self._closed.is_set():  # otherwise this object has interrupted it
+                    self._troubles.report(error.what if isinstance(error, ConnectionLostError) else str(error))
             except Exception as error:  # whatever it is, the site must go on asking
-                self._report(f"the server's answer cannot be used: {error!r}")
+                self._troubles.report(f"the server's answer cannot be used: {error!r}")
             self._closed.wait(_PAUSE_S)
+
+    def _tell_lines(self) -> None:
+        while self._lines:
+            line = self._lines[0]
+            try:
+                self._control.ask("TellLog", **asdict(line))
+            except ConnectionLostError:
+                raise
+            except FederationError:  # the job has ended, the quota is used up, or the server is an older one
+                pass
+            if self._lines and self._lines[0] is line:
+                self._lines.popleft()
 
     def _tell_refusals(self) -> None:
         while self._refusals:
@@ -132,7 +168,7 @@ class JobFeed:
             except ConnectionLostError:
                 raise
             except FederationError as error:  # the job has ended meanwhile
-                self._say(f"{refusal.job}: the server does not wait for this site any more ({error.what})")
+                self._troubles.say(f"{refusal.job}: the server does not wait for this site any more ({error.what})")
             self._refusals.popleft()
             self.heard.append(refusal.job)
             self._wake.set()
@@ -149,25 +185,36 @@ class JobFeed:
         self._wake.set()
 
     def _ask(self) -> None:
-        for answer in self._control.answers("Assignment", **self._request, log=self._witness.statement()):
-            self._recovered()
-            if "waiting" not in answer:
-                self._witness.take(answer.get("log"), "server")
-                self.arrived.append(Assignment.of(answer))
-                self._wake.set()
+        self._asking = True
+        try:
             if self._changed.is_set():
                 return
+            for answer in self._control.answers("Assignment", **self._request, log=self._witness.statement()):
+                self._troubles.end()
+                if "waiting" not in answer:
+                    self._witness.take(answer.get("log"), "server")
+                    self.arrived.append(Assignment.of(answer))
+                    self._wake.set()
+                if self._changed.is_set():
+                    return
+        finally:
+            self._asking = False
 
-    def _report(self, what: str) -> None:
-        """Show a trouble: once when it begins, and every so often while it lasts."""
-        if self._closed.is_set():
-            return
+
+class _Troubles:
+    """Shows a trouble once when it begins, every so often while it lasts, and that it is over."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._trouble, self._told_at = "", 0.0
+
+    def report(self, what: str) -> None:
         now = time.monotonic()
         if what != self._trouble or now - self._told_at > _REPEAT_S:
             self._trouble, self._told_at = what, now
-            self._say(f"{what}; trying again")
+            self.say(f"{what}; trying again")
 
-    def _recovered(self) -> None:
+    def end(self) -> None:
         if self._trouble:
             self._trouble = ""
-            self._say("the server answers again")
+            self.say("the server answers again")

@@ -32,6 +32,7 @@ from fl_runtime.version import VERSION
 ABORT_S = 10.0
 _PACKAGE_BYTES = 2**22  # with the certificates of all participants
 _REASON_CHARS = 500
+_LINE_CHARS = 300
 _ENDED_SHOWN = 20
 
 _Fields = Mapping[str, Any]
@@ -65,6 +66,7 @@ class JobCalls:
         self._answers: Mapping[str, Callable[[Identity, Peer, _Fields], Iterator[_Fields | bytes]]] = {
             "Assignment": self._assignment,
             "RefuseJob": self._refuse_job,
+            "TellLog": self._tell_log,
             "Status": self._status,
             "ShowJob": self._show_job,
             "SubmitJob": self._submit_job,
@@ -151,6 +153,16 @@ class JobCalls:
         attempt, training = _number(fields, "attempt"), _number(fields, "training") or 1
         whole = reason if attempt is not None else f"it refuses the job: {reason}"
         yield {"job": name, "refused": job.refuse(caller.name, whole, training, attempt)}
+
+    def _tell_log(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        """Take a line of a site's own log to the job's events. A quota bounds how many there are."""
+        name, text = field(fields, "job", str), printable(field(fields, "text", str), _LINE_CHARS)
+        job = self._queue.job(name)
+        if job is None or caller.name not in job.sites:
+            raise ConfigError(f"the job {name[:100]!r} does not run with {caller.name}", fix="see `fl-adapters status`")
+        level = "warning" if fields.get("level") == "warning" else "info"
+        job.server.trainings.note_line(caller.name, level, text)
+        yield {"job": name}
 
     # -- what there is -----------------------------------------------------------------------------------------
 

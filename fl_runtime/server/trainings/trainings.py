@@ -124,6 +124,17 @@ class Trainings:
         for training in self._all_open():
             training.run.membership.mark_gone(name, reason, early=True)
 
+    def note_line(self, name: str, level: str, text: str) -> None:
+        """Add a line of a site's own log to the events of the training that was opened last.
+
+        Args:
+            name: Name of the site.
+            level: "info" or "warning".
+            text: The line.
+        """
+        for training in self._all_open()[-1:]:
+            training.run.state.events.emit("log", site=name, level=level, text=text)
+
     def refuse(self, name: str, reason: str, training: int, attempt: int | None) -> bool:
         """Note that a site takes part no more. The site speaks for a process that has ended, or for none.
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fl_adapters import Job, Production
 from fl_adapters.cli.app import app
-from fl_runtime.errors import AbortedError
+from fl_runtime.errors import AbortedError, ConfigError
 
 W = {"w": np.zeros(3, np.float32)}
 
@@ -87,6 +87,25 @@ def test_a_day_of_an_admin(study: Study, job: Any, tmp_path: Path) -> None:
     job("delete", "first")
     assert not (study.runs / "first").exists()
     assert job("show", "first", status=1)["error"]["what"] == "there is no job 'first'"
+
+
+def test_logs_are_followed_to_the_end_with_the_lines_that_sites_share(study: Study) -> None:
+    study.job("early")
+    north, kit = study.admin("north"), str(readdressed(study, "lena"))
+    north.ask("TellLog", job="early", text="its command ended (exit status 1)\x1b[2J", level="warning")
+    with pytest.raises(ConfigError, match="does not run with north"):
+        north.ask("TellLog", job="late", text="its command runs")
+    until(lambda: "its command" in (study.runs / "early" / "events.jsonl").read_text(), "the line on the disk")
+    follow = ["job", "logs", "early", "--kit", kit, "--follow"]
+    with ThreadPoolExecutor(1) as pool:
+        logs = pool.submit(CliRunner().invoke, app, follow)
+        whole(study, "early")
+        lines = logs.result(60).stdout.splitlines()
+    assert "\x1b" not in "".join(lines)
+    shared = "north: warning: its command ended (exit status 1)"
+    for once in ("server: round finished in round 1", "server: round finished in round 2", shared):
+        assert len([line for line in lines if once in line]) == 1, lines
+    assert any("early server: finished" in line for line in lines)
 
 
 def test_a_job_that_was_aborted_is_resumed(study: Study, job: Any) -> None:
