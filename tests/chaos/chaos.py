@@ -1,6 +1,7 @@
 """The chaos suite: runs under seeded faults, each of which must end as if there had been none.
 
-A fifth of the faults hit scripts of Hugging Face, Lightning, Keras and XGBoost; the rest hit a bare loop.
+A fifth of the faults hit scripts of Hugging Face, Lightning, Keras and XGBoost, a fifth a provisioned federation with a
+queue of jobs and site daemons; the rest hit a bare loop.
 
 usage: PYTHONPATH=tests/_support python tests/chaos/chaos.py [--seed 0] [--faults 500] [--target NAME] [--keep FOLDER]
 """
@@ -23,11 +24,14 @@ from chaos_checks import check, model_of
 from chaos_disk import Disk
 from chaos_federation import ChaosError, Federation
 from chaos_plan import Fault, faults
-from chaos_targets import BARE, FRAMEWORKS, Bits, Target
+from chaos_queue import QueueFederation
+from chaos_targets import BARE, FRAMEWORKS, QUEUES, Bits, QueueTarget, Target
 
 _MIB = 256
 _RUN_S, _FAULT_S = 900.0, 15.0
 """Time limits of a run, and of each fault in it: generous, since the machine may be busy; a hang lasts for ever."""
+
+AnyTarget = Target | QueueTarget
 
 Tally = dict[str, Counter[str]]
 """Name of a target -> number of faults of each kind, and of "(runs)"."""
@@ -37,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=500)
-    targets = {target.name: target for target in (*BARE, *FRAMEWORKS)}
+    targets = {target.name: target for target in (*BARE, *QUEUES, *FRAMEWORKS)}
     parser.add_argument("--target", choices=targets, help="this one alone")
     parser.add_argument("--keep", type=Path, help="leave the folders of the runs here")
     args = parser.parse_args()
@@ -56,19 +60,21 @@ def main() -> None:
     show(tally)
 
 
-def shared_out(wanted: int) -> dict[Target, int]:
-    """Divide the faults among the targets: at least a fifth to the frameworks."""
-    each = -(-wanted // (5 * len(FRAMEWORKS)))
-    rest = max(wanted - each * len(FRAMEWORKS), 0)
-    return {**dict.fromkeys(FRAMEWORKS, each), **dict.fromkeys(BARE, -(-rest // len(BARE)))}
+def shared_out(wanted: int) -> dict[AnyTarget, int]:
+    """Divide the faults among the targets: at least a fifth to the frameworks, and a fifth to the queues."""
+    shares: dict[AnyTarget, int] = {}
+    for targets in (FRAMEWORKS, QUEUES):
+        shares |= dict.fromkeys(targets, -(-wanted // (5 * len(targets))))
+    rest = max(wanted - sum(shares.values()), 0)
+    return {**shares, **dict.fromkeys(BARE, -(-rest // len(BARE)))}
 
 
-def suffer(seed: int, shares: Mapping[Target, int], tally: Tally, keep: Path | None = None) -> None:
+def suffer(seed: int, shares: Mapping[AnyTarget, int], tally: Tally, keep: Path | None = None) -> None:
     """Run the targets in turn until each has had its share of faults. Raises ChaosError."""
     plan, runs = faults(seed), 0
     tally.update({target.name: Counter() for target in shares})
 
-    def missing(target: Target) -> int:
+    def missing(target: AnyTarget) -> int:
         return shares[target] - total(tally[target.name])
 
     while any(missing(target) > 0 for target in shares):
@@ -80,7 +86,7 @@ def suffer(seed: int, shares: Mapping[Target, int], tally: Tally, keep: Path | N
         print(f"run {runs}: {target.name}: {so_far} faults so far", file=sys.stderr, flush=True)
 
 
-def one_run(target: Target, plan: Iterator[Fault], most: int, keep: Path | None = None) -> Counter[str]:
+def one_run(target: AnyTarget, plan: Iterator[Fault], most: int, keep: Path | None = None) -> Counter[str]:
     """Run a target under at most `most` faults of the plan; count them by kind. Raises ChaosError."""
     wanted = target.wanted() if target.wanted else undisturbed(target)
     with running(target, keep) as federation:
@@ -92,7 +98,7 @@ def one_run(target: Target, plan: Iterator[Fault], most: int, keep: Path | None 
             federation.watch()
             federation.suffer(fault)
         federation.finish(_RUN_S + _FAULT_S * total(federation.counts))
-        check(federation, wanted)
+        _check(federation, wanted)
         return federation.counts
 
 
@@ -106,13 +112,21 @@ def undisturbed(target: Target) -> Bits:
         return wanted
 
 
+def _check(federation: Federation | QueueFederation, wanted: Bits) -> None:
+    if isinstance(federation, QueueFederation):
+        federation.check(wanted)
+    else:
+        check(federation, wanted)
+
+
 @contextmanager
-def running(target: Target, keep: Path | None = None) -> Iterator[Federation]:
+def running(target: AnyTarget, keep: Path | None = None) -> Iterator[Federation | QueueFederation]:
     """Start a target's processes in a folder, which is kept if `keep` names it."""
     folder = keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     disk = Disk(folder / "server", _MIB)
-    federation = Federation(target, folder, disk)
+    queued = isinstance(target, QueueTarget)
+    federation = QueueFederation(target, folder, disk) if queued else Federation(target, folder, disk)
     try:
         federation.start()
         yield federation

@@ -68,6 +68,18 @@ class Process:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
+    def stop(self, timeout_s: float) -> None:
+        """End the process by SIGTERM. Raises ChaosError if it takes too long, or says that it has failed."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.dump()
+            status = None
+        if status not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+            raise ChaosError(f"{self.name} did not stop well (status {status}):\n{self.tail()}")
+
     def dump(self) -> None:
         """Have the process write its threads' stacks to its log, and end."""
         if self._process and self.status is None:
@@ -84,6 +96,12 @@ class Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def environment_of() -> dict[str, str]:
+    """The environment of every process of a run under faults."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGES, os.environ.get("PYTHONPATH", "")])}
+    return environment | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
 class Federation:
     """One run of a target in `folder`; the server's files are on `disk`."""
 
@@ -97,8 +115,7 @@ class Federation:
         fields: dict[str, Any] = {"name": "chaos", "sites": names, "min_sites": len(names), "rounds": target.rounds}
         fields |= {"deadline_s": 1800.0, "rejoin_s": 900.0}  # beyond a restart on a machine that is busy
         self.settings = RunSettings(**{**fields, "exact_restart": True, **target.settings})
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGES, os.environ.get("PYTHONPATH", "")])}
-        environment |= {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = environment_of()
         command = [
             sys.executable,
             str(HERE / "server.py"),

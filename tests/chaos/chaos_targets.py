@@ -41,6 +41,32 @@ class Target:
     framework: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class QueueTarget:
+    """Jobs of a provisioned federation: its server, and the daemons of its sites, which run scripts without training.
+
+    Attributes:
+        name: Name in the table of faults.
+        jobs: Names of the jobs, all of them alike, in the order of their submission.
+        at_once: Number of jobs that a site runs at a time.
+        kib: Size of the model, in KiB.
+        rounds: Number of rounds of each job.
+        sites: Number of sites.
+    """
+
+    name: str
+    jobs: Sequence[str]
+    at_once: int = 2
+    kib: int = 200
+    rounds: int = 20
+    sites: int = 3
+    framework: bool = field(default=True, init=False)  # faults wait until scripts run
+
+    def wanted(self) -> Bits:
+        """Return the final model of an undisturbed job."""
+        return _averaged(self.kib, self.rounds, self.sites)
+
+
 def _script(file: str, *arguments: str) -> list[str]:
     return [sys.executable, str(HERE / file), *arguments]
 
@@ -72,6 +98,7 @@ def script(name: str, rounds: int, *arguments: str, **settings: Any) -> Target:
 
 
 BARE = (bare(3 * 2**10, 25), bare(200, 60), bare(9 * 2**10, 12))
+QUEUES = (QueueTarget("queue", [f"job-{number}" for number in range(1, 7)]),)
 FRAMEWORKS = (
     script("hf", 40),
     script("lightning", 60),

@@ -7,7 +7,7 @@ import sys
 import pytest
 from chaos import one_run, total
 from chaos_plan import faults
-from chaos_targets import Target, bare, script
+from chaos_targets import QueueTarget, Target, bare, script
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux for the disk that is filled")
 
@@ -22,10 +22,14 @@ def test_faults_come_as_their_seed_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "most"),
-    [(bare(kib=3 * 2**10, rounds=12), 12), (script("xgboost", 30, "bagging"), 6)],  # whose imports are the shortest
-    ids=lambda given: given.name if isinstance(given, Target) else "",
+    [
+        (bare(kib=3 * 2**10, rounds=12), 12),
+        (QueueTarget("queue", ["one", "two", "three"]), 8),
+        (script("xgboost", 30, "bagging"), 6),  # whose imports are the shortest
+    ],
+    ids=lambda given: given.name if isinstance(given, (Target, QueueTarget)) else "",
 )
-def test_a_run_under_faults_ends_with_the_bits_of_an_undisturbed_one(target: Target, most: int) -> None:
+def test_a_run_under_faults_ends_with_the_bits_of_an_undisturbed_one(target: Target | QueueTarget, most: int) -> None:
     slow = {"silence a connection"}  # is noticed after the site's patience
     counts = one_run(target, faults(7, without=slow), most)
     assert total(counts) > 0
