@@ -11,6 +11,7 @@ authority/
     revoked-outside.json    revoked certificates of outside authorities, with the time
     crl.pem                 the signed revocation list for the server (X.509 CRL)
     outside.json            the project's outside authorities, signed
+    members.json            the signed list of members for the server
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fl_runtime.trust.certificates import (
 from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.passphrase import NEXT, no_passphrase, open_key
-from fl_runtime.trust.project import Project, read_project, split_address
+from fl_runtime.trust.project import MEMBERS, MemberList, Project, read_members, read_project, split_address
 from fl_runtime.trust.revocation import read_list
 from fl_runtime.trust.roots.outside import (
     OUTSIDE,
@@ -60,7 +61,7 @@ from fl_runtime.trust.roots.staging import settle
 from fl_runtime.version import SERVER_NAME
 
 _REVOKED_OUTSIDE = "revoked-outside.json"
-_FILES = ("ca.key", "ca.pem", "project.yml", "revoked.json", _REVOKED_OUTSIDE, "crl.pem", OUTSIDE)
+_FILES = ("ca.key", "ca.pem", "project.yml", "revoked.json", _REVOKED_OUTSIDE, "crl.pem", OUTSIDE, MEMBERS)
 _INDIRECT = x509.IssuingDistributionPoint(None, None, False, False, None, True, False)  # a list for several issuers
 
 
@@ -153,6 +154,7 @@ class Authority:
         save_project(folder, project)
         authority = cls(folder, lambda: passphrase)
         authority.sign_list()
+        signed_members(authority)
         return authority
 
     @property
@@ -214,6 +216,7 @@ class Authority:
         )
         pem = _pem(builder.sign(root.key, hashes.SHA256()))
         write_file(self.folder / "issued" / f"{serial:x}.pem", pem)
+        signed_members(self)
         return pem
 
     def issued(self) -> Iterator[Certificate]:
@@ -308,6 +311,7 @@ class Authority:
         # before the list: if this process is killed now, the next list has them too
         write_file(self.folder / "revoked.json", json.dumps(entries, indent=1).encode())
         self.sign_list()
+        signed_members(self)
         return new
 
     def revoke_outside(self, name: str, pem: bytes) -> Certificate:
@@ -432,6 +436,35 @@ class Authority:
     def sign(self, data: bytes) -> bytes:
         """Sign data with the newest root's key; `pem` is enough to verify the signature."""
         return sign(self._key, data)
+
+
+def signed_members(authority: Authority) -> bytes:
+    """Return the signed list of members. It is signed again if it has changed.
+
+    The members are the participants of the project, without those all of whose certificates were revoked.
+
+    Args:
+        authority: The authority.
+
+    Returns:
+        The contents of members.json.
+
+    Raises:
+        ConfigError: If the list in the authority's folder cannot be read, or the key cannot be opened.
+        StoreError: If the file cannot be written.
+    """
+    revoked, issued = authority.revoked(), list(authority.issued())
+    had = {item.identity.name for item in issued}
+    have = {item.identity.name for item in issued if item.serial not in revoked}
+    members = tuple(item for item in authority.project.participants() if item.name in have or item.name not in had)
+    path, federation, before = authority.folder / MEMBERS, authority.project.federation, None
+    if path.exists():
+        before = read_members(path.read_bytes(), federation, str(path), None)
+    if before is None or before.participants != members:
+        number = max(before.number + 1 if before else 0, int(datetime.now(UTC).timestamp()))
+        root = authority.oldest_root  # everybody trusts that one
+        write_file(path, MemberList(number, members).signed(root.key, federation))
+    return path.read_bytes()
 
 
 def save_project(folder: Path, project: Project) -> None:

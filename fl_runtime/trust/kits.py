@@ -7,6 +7,7 @@ kit/
     certificate.pem         the participant's certificate; replaced when it is renewed
     key.pem                 its private key, mode 0600; `cert request` makes it here
     policy.yml              sites only: what may leave the site; the site edits it
+    members.json            server only: the newest list of members, see project.py
     crl.pem                 the newest revocation list; newer ones come with the server's answers
     audit.jsonl, audit.head, log-counter.json   server and sites: the audit log, its signature, and the number of lines
     outside.json            outside authorities, if the project has any, signed by the federation's own
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.authority import Authority, signed_members
 from fl_runtime.trust.certificates import (
     Certificate,
     PrivateKey,
@@ -39,6 +40,7 @@ from fl_runtime.trust.certificates import (
 from fl_runtime.trust.files import check_private, check_unwritable, read_file, write_file
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy import POLICY_FILE, TEMPLATE
+from fl_runtime.trust.project import MEMBERS
 from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, checked_outside, read_roots, take_up
 from fl_runtime.trust.roots.outside import OUTSIDE, Holders
@@ -113,6 +115,8 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
         write_file(folder / CERTIFICATE, authority.issue(identity, key.public_key()))
     if identity.kind == "site" and not (folder / POLICY_FILE).exists():
         write_file(folder / POLICY_FILE, TEMPLATE.encode())
+    if identity.kind == "server":
+        write_file(folder / MEMBERS, signed_members(authority))
     RevocationList(folder / CRL, authority.roots).install(authority.crl, str(authority.folder))
 
 
@@ -279,7 +283,18 @@ def check_kit_unwritable(folder: Path) -> None:
         ConfigError: If somebody can; the message has the command that puts it right.
     """
     check_unwritable(folder)
-    for name in (KIT_FILE, CA, "manifest.json", "manifest.sig", CERTIFICATE, KEY, POLICY_FILE, CRL, "ckks.key"):
+    for name in (
+        KIT_FILE,
+        CA,
+        "manifest.json",
+        "manifest.sig",
+        CERTIFICATE,
+        KEY,
+        POLICY_FILE,
+        CRL,
+        MEMBERS,
+        "ckks.key",
+    ):
         check_unwritable(folder / name)
 
 

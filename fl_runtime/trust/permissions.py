@@ -62,7 +62,7 @@ TABLE: Mapping[str, Rule] = {
         {"project-admin": "any", "lead": "own"},
     ),
     "Revocations": Rule("fetch the revocation list", _EVERYBODY),
-    "Revoke": Rule("put a newer revocation list in force", {"project-admin": "any"}),
+    "Revoke": Rule("put newer lists of revoked certificates and of members in force", {"project-admin": "any"}),
 }
 """Call -> rule. Calls that are missing here are refused to everyone."""
 

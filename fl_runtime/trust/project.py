@@ -1,6 +1,6 @@
-"""The project file: a YAML file that says who takes part in a federation.
+"""Who takes part in a federation: the project file, and the signed list of members that servers read.
 
-Example:
+The project file is YAML, kept by the authority. Example:
     federation: tumour-study
     server: {address: "fl.example.org:8443"}
     sites:
@@ -9,17 +9,26 @@ Example:
     admins:
       - {name: ada, organisation: north-hospital, role: project-admin}
     days: 90
+
+`members.json` is a JSON object: `members`, a text that holds the federation, a number that grows, and the URIs of all
+participants; and `signature`, the base64 of the ECDSA signature of that text by a root of the authority.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_runtime.errors import ConfigError
-from fl_runtime.trust.files import read_file
+from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.trust.certificates import PrivateKey, pem_list, sign, signed_by
+from fl_runtime.trust.files import read_file, write_file
 from fl_runtime.trust.identity import Identity, Role, check_name
 from fl_runtime.trust.roots.outside import check_bundle, checked_name
 from fl_runtime.types import PRODUCTION_PATIENCE_S
@@ -28,6 +37,9 @@ from fl_runtime.yaml_files import read_yaml
 DEFAULT_DAYS = 90.0
 DEFAULT_CRL_DAYS = 365.0
 DEFAULT_PORT = 8443
+MEMBERS = "members.json"
+"""Name of the signed list of members, in the authority's folder and in the server's kit."""
+_TAKEN_UP = "members.number"  # beside the list: number and digest of the newest one that was in force
 
 
 class _Part(BaseModel):
@@ -286,3 +298,173 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 <= int(port) < 65_536:
         raise ConfigError(f"{address!r} is not an address", fix="write host:port, such as fl.example.org:8443")
     return host.strip("[]"), int(port)
+
+
+@dataclass(frozen=True)
+class MemberList:
+    """A list of members whose signature was verified.
+
+    Attributes:
+        number: Its number; newer lists have higher ones.
+        participants: Everybody who may take part.
+    """
+
+    number: int
+    participants: tuple[Identity, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, in the order of the project file."""
+        return tuple(item.name for item in self.participants if item.kind == "site")
+
+    def has(self, identity: Identity) -> bool:
+        """Whether there is a participant of this kind and name."""
+        return any((item.kind, item.name) == (identity.kind, identity.name) for item in self.participants)
+
+    def signed(self, key: PrivateKey, federation: str) -> bytes:
+        """Return the list as a file.
+
+        Args:
+            key: Key of a root that everybody trusts.
+            federation: Name of the federation.
+        """
+        uris = [item.uri for item in self.participants]
+        text = json.dumps({"federation": federation, "number": self.number, "participants": uris}, indent=1)
+        signature = base64.b64encode(sign(key, text.encode())).decode()
+        return json.dumps({"members": text, "signature": signature}, indent=1).encode()
+
+
+def read_members(data: bytes, federation: str, where: str, roots: bytes | None) -> MemberList:
+    """Read a list of members.
+
+    Args:
+        data: The file.
+        federation: Name of the federation whose list it should be.
+        where: The file or its sender, for the error message.
+        roots: The roots as PEM, one of which should have signed it; None if the signature was verified before.
+
+    Returns:
+        The list.
+
+    Raises:
+        ConfigError: If it is not a list that one of them signed, or is that of another federation.
+    """
+    try:
+        fields = json.loads(data)
+        text, signature = fields["members"], base64.b64decode(fields["signature"])
+        valid = roots is None or any(signed_by(root, text.encode(), signature) for root in pem_list(roots))
+        members = json.loads(text)
+        found = MemberList(int(members["number"]), tuple(map(Identity.from_uri, members["participants"])))
+        valid = valid and members["federation"] == federation
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FederationError):
+        valid = False
+    if not valid:
+        raise ConfigError(
+            "this is not a list of members signed by this federation's authority",
+            where=where,
+            fix=f"use the {MEMBERS} in the authority's folder",
+        )
+    return found
+
+
+class Members:
+    """The members of a federation, as the server's kit lists them. Threads may share it.
+
+    A file that is replaced while the server runs takes effect with the next `refresh`. Older lists are refused. A list
+    that was in force stays so when its root is retired.
+    """
+
+    def __init__(self, kit: Path, federation: str, roots: Callable[[], bytes], first_sites: Sequence[str]) -> None:
+        """Read the list of a kit.
+
+        Args:
+            kit: Folder of the server's kit.
+            federation: Name of the federation.
+            roots: Returns the trusted roots as PEM.
+            first_sites: Names of the sites if the kit is of an earlier version and has no list.
+
+        Raises:
+            ConfigError: If the list is not valid, or older than one before.
+        """
+        self._path, self._federation, self._roots, self._first_sites = kit / MEMBERS, federation, roots, first_sites
+        self._lock = threading.Lock()
+        self._seen = b""
+        self.current: MemberList | None = None
+        self.refresh()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the federation's sites."""
+        return tuple(self._first_sites) if self.current is None else self.current.sites
+
+    def fault(self, identity: Identity) -> str:
+        """Return why a participant may not take part; "" if it may, or if there is no list."""
+        missing = self.current is not None and not self.current.has(identity)
+        return "it is not a member of the federation" if missing else ""
+
+    def install(self, data: bytes) -> None:
+        """Put a newer list in force and write it to the kit. The one in force may be installed again.
+
+        Args:
+            data: The list.
+
+        Raises:
+            ConfigError: If the authority did not sign it, or it is older than the one in force.
+            StoreError: If the file cannot be written.
+        """
+        with self._lock:
+            newer = self._checked(data, "the list that was sent")
+            write_file(self._path, data)
+            self._take(newer, data)
+
+    def refresh(self) -> bool:
+        """Read the file again if it has changed.
+
+        Returns:
+            Whether another list is in force now.
+
+        Raises:
+            ConfigError: If it is not valid, or older than the one in force, which stays; once for each change.
+        """
+        with self._lock:
+            if not self._path.exists() and self.current is None and not self._taken_up():
+                return False
+            data = read_file(self._path, "list of members")
+            if data == self._seen:
+                return False
+            self._seen = data
+            self._take(self._checked(data, str(self._path)), data)
+            return True
+
+    def _checked(self, data: bytes, where: str) -> MemberList:
+        newest, digest = self._taken_up() or (-1, "")
+        known = digest == hashlib.sha256(data).hexdigest()
+        found = read_members(data, self._federation, where, None if known else self._roots())
+        if found.number < newest:
+            raise ConfigError(
+                f"this list of members (number {found.number}) is older than the one in force (number {newest})",
+                where=where,
+                fix=f"copy the newest {MEMBERS} from the authority's folder to that place",
+            )
+        return found
+
+    def _take(self, found: MemberList, data: bytes) -> None:
+        self._seen, self.current = data, found
+        digest = hashlib.sha256(data).hexdigest()
+        if (found.number, digest) != self._taken_up():
+            fields = {"number": found.number, "sha256": digest}
+            write_file(self._path.with_name(_TAKEN_UP), json.dumps(fields).encode())
+
+    def _taken_up(self) -> tuple[int, str] | None:
+        path = self._path.with_name(_TAKEN_UP)
+        if not path.exists():
+            return None
+        try:
+            fields = json.loads(path.read_bytes())
+            return int(fields["number"]), str(fields["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                "the number of the newest list of members cannot be read",
+                where=str(path),
+                fix=f"copy the newest {MEMBERS} from the authority's folder here, and delete this file",
+            ) from None

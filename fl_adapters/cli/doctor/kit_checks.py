@@ -136,7 +136,7 @@ def _server(kit: StartupKit) -> Iterator[Check]:
         return
     for check in unanswered:  # one server serves at a time; the others do not listen meanwhile
         yield replace(check, status="note" if check.status == "problem" else check.status)
-    yield _clock(kit)
+    yield from _answers(kit)
 
 
 def _reached(kit: StartupKit, address: str) -> Iterator[Check]:
@@ -184,26 +184,39 @@ def _handshake(kit: StartupKit, host: str, port: int) -> str:
     return ""
 
 
-def _clock(kit: StartupKit) -> Check:
+def _answers(kit: StartupKit) -> Iterator[Check]:
+    """Ask the server what it knows of this participant, and what time it is there."""
     from fl_adapters.cli.federation.connection import connected
     from fl_runtime.transport.proxies import proxy_variable
 
     try:
         with connected(kit) as control:
             before = time.time()
-            server = float(control.ask("Status")["time"])
-            apart = abs(server - (before + time.time()) / 2)
+            status = control.ask("Status")
+            apart = abs(float(status["time"]) - (before + time.time()) / 2)
     except ConnectionLostError as error:
         fix = "the server refuses this certificate: check whether it is expired, revoked, or from another federation"
         proxy = proxy_variable(kit.address)
         if proxy is not None:
             host = kit.address.rpartition(":")[0]
             fix = f"the proxy in ${proxy} may be in the way: add {host} to $no_proxy, or let it pass {kit.address}"
-        return Check("server", "problem", error.what, fix)
+        yield Check("server", "problem", error.what, fix)
+        return
     except FederationError as error:
-        return Check("server", "problem", error.what, error.fix)
+        yield Check("server", "problem", error.what, error.fix)
+        return
+    if kit.identity.kind == "site":
+        yield _membership(kit.identity.name, status["sites"])
     if apart > _CLOCK_S:
-        return Check(
+        yield Check(
             "clock", "problem", f"{apart:.0f} s apart from the server's clock", "set this machine's clock, best by NTP"
         )
-    return Check("clock", "ok", f"{apart:.1f} s apart from the server's clock")
+        return
+    yield Check("clock", "ok", f"{apart:.1f} s apart from the server's clock")
+
+
+def _membership(site: str, known: list[str]) -> Check:
+    if site in known:
+        return Check("membership", "ok", f"the server knows {site}, one of {len(known)} sites")
+    fix = "have the authority run `fl-adapters provision` with the kit of a project admin as --kit"
+    return Check("membership", "problem", f"the server does not know the site {site}; no job waits for it", fix)

@@ -78,21 +78,26 @@ def provision(
             "--again", metavar="NAME", help="Make a second kit of this participant, and revoke its certificates."
         ),
     ] = None,
+    kit: Annotated[
+        Path | None, typer.Option("--kit", help="Kit of a project admin, to send the list of members to the server.")
+    ] = None,
     as_json: _Json = False,
     password: _NoPassword = "",
 ) -> None:
     """Make a certificate authority and one startup kit per participant.
 
     Run it again after adding participants to the project file: existing kits stay as they are, and nobody who has a
-    certificate gets a second one. The passwords of zips are random, unless a file or $FL_ADAPTERS_PASSWORD has one.
-    With a passphrase from a file or the environment, a new authority's key is encrypted.
+    certificate gets a second one. The server learns who takes part now, without a restart.
+
+    The passwords of zips are random, unless a file or $FL_ADAPTERS_PASSWORD has one. With a passphrase from a file or
+    the environment, a new authority's key is encrypted.
     """
     from fl_adapters.cli.federation import provision as command
     from fl_adapters.cli.passwords import given_password
 
     with report_errors(as_json):
         shared = given_password(password, password_file, command.PASSWORD_VARIABLE)
-    sys.exit(command.provision(project, out, as_zip, shared, without_keys, again or (), passphrase_file, as_json))
+    sys.exit(command.provision(project, out, as_zip, shared, without_keys, again or (), passphrase_file, kit, as_json))
 
 
 def unpack(
@@ -284,7 +289,8 @@ def audit_verify(
 _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (
         provision,
-        "  fl-adapters provision project.yml --out kits\n  fl-adapters provision project.yml --zip",
+        "  fl-adapters provision project.yml --out kits\n  fl-adapters provision project.yml --zip\n"
+        "  fl-adapters provision project.yml --kit kits/ada     after a change; the server learns of it",
     ),
     (unpack, "  fl-adapters unpack north.zip"),
     (status, "  fl-adapters status --kit kits/ada"),

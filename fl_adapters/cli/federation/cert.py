@@ -116,10 +116,10 @@ def _compare(who: str, shown: str, expected: str, request_file: Path) -> None:
 
 
 def how_to_tell_server(authority_folder: Path) -> str:
-    """Return what to do so that the server gets the newest revocation list."""
+    """Return what to do so that the server gets the newest lists of revoked certificates and of members."""
     return (
         f"tell the server with `fl-adapters cert crl --authority {authority_folder} --kit KIT` (the kit of a project "
-        f"admin), or copy {authority_folder / 'crl.pem'} into the server's kit"
+        f"admin), or copy {authority_folder / 'crl.pem'} and members.json beside it into the server's kit"
     )
 
 
@@ -164,11 +164,11 @@ def revoke(
     With `outside`, the file of a certificate of an outside authority, revoke that one.
     """
     with report_errors(as_json), needs_trust_extra():
-        admin = _admin(kit)
+        admin = admin_kit(kit)
         authority = open_authority(authority_folder, passphrase)
         revoked = authority.revoke(name)[0] if outside is None else [_revoke_outside(authority, name, outside)]
         what = f"{name}: certificates revoked: {len(revoked)}" if revoked else f"{name}: revoked before"
-        answer = _push(authority, admin)
+        answer = push(authority, admin)
         next_step = "the server refuses them now" if admin else f"THE SERVER STILL ACCEPTS THEM: {_told(authority)}"
         _print_result(
             as_json, f"{what}; {next_step}", serials=[f"{item.serial:x}" for item in revoked], server=answer or None
@@ -188,10 +188,10 @@ def crl(authority_folder: Path, kit: Path | None, passphrase: Path | None, as_js
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.revocation import read_list
 
-        admin = _admin(kit)
+        admin = admin_kit(kit)
         authority = open_authority(authority_folder, passphrase)
         signed = read_list(authority.sign_list(), authority.pem, str(authority.folder / "crl.pem"))
-        answer = _push(authority, admin)
+        answer = push(authority, admin)
         next_step = "the server has it" if admin else _told(authority)
         text = f"revocation list {signed.number}, which counts until {signed.ends:%Y-%m-%d %H:%M} UTC; {next_step}"
         _print_result(
@@ -205,7 +205,7 @@ def crl(authority_folder: Path, kit: Path | None, passphrase: Path | None, as_js
     return 0
 
 
-def _admin(kit: Path | None) -> Any:
+def admin_kit(kit: Path | None) -> Any:
     """Read an admin's kit, before anything is signed; None without one."""
     from fl_runtime.trust.kits import read_kit
 
@@ -216,15 +216,16 @@ def _told(authority: Any) -> str:
     return how_to_tell_server(authority.folder)
 
 
-def _push(authority: Any, admin: Any) -> dict[str, Any]:
+def push(authority: Any, admin: Any) -> dict[str, Any]:
     """Send the authority's list to the server, with an admin's kit. Returns the server's answer."""
     from fl_runtime.errors import FederationError
+    from fl_runtime.trust.authority import signed_members
 
     if admin is None:
         return {}
     try:
         with connected(admin) as control:
-            return control.ask("Revoke", crl=authority.crl.decode())
+            return control.ask("Revoke", crl=authority.crl.decode(), members=signed_members(authority).decode())
     except FederationError as error:
         raise type(error)(
             f"the list is signed, but the server does not have it: {error.what}",

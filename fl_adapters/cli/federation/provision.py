@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl_adapters.cli.federation.cert import how_to_tell_server
+from fl_adapters.cli.federation.cert import admin_kit, how_to_tell_server, push
 from fl_adapters.cli.federation.passphrase import given, open_authority
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fl_runtime.trust.authority import Authority
     from fl_runtime.trust.identity import Identity
+    from fl_runtime.trust.kits import StartupKit
     from fl_runtime.trust.project import Project
 
 PASSWORD_VARIABLE = "FL_ADAPTERS_PASSWORD"
@@ -40,11 +41,13 @@ def provision(
     without_keys: bool,
     again: Sequence[str],
     passphrase: Path | None,
+    admin: Path | None,
     as_json: bool,
 ) -> int:
     """Make kits for all participants who have neither a kit in `out` nor a certificate, and the authority if needed.
 
-    Participants in `again` get another kit, and their certificates are revoked.
+    Participants in `again` get another kit, and their certificates are revoked. The server gets the list of members by
+    a call with the kit of `admin`, or in its own kit if that is in `out`.
     """
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
@@ -55,6 +58,7 @@ def provision(
         if as_zip:  # before anything is written: this needs pyzipper
             from fl_runtime.trust.archive import new_password, write_archive
 
+        sender = admin_kit(admin)
         new_project = read_project(project)
         for name in again:
             new_project.participant(name)
@@ -64,6 +68,7 @@ def provision(
                 )
         authority = _authority(out, new_project, passphrase)
         _revoke_earlier(console, authority, again)
+        listed = _contents(authority.folder / "members.json")
         before, outside = _contents(authority.folder / OUTSIDE), authority.signed_outside()
         kits: dict[str, dict[str, Any]] = {}
         unmade: dict[str, list[str]] = {}
@@ -93,6 +98,7 @@ def provision(
         shutil.rmtree(out / _PARTIAL, ignore_errors=True)
         if before and outside != before:
             _print(console, _TELL_KITS.format(file=authority.folder / OUTSIDE))
+        _hand_out_members(console, authority, out, sender, listed)
         _show_end(console, bool(kits or unmade), authority.fingerprint)
         if as_json:
             fields = {"federation": new_project.federation, "authority": authority.fingerprint}
@@ -102,6 +108,27 @@ def provision(
 
 def _contents(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
+
+
+def _hand_out_members(
+    console: Console, authority: Authority, out: Path, sender: StartupKit | None, before: bytes
+) -> None:
+    """Sign who takes part now, and bring it to the server: by an admin's call, or into kits that lie in `out`."""
+    from fl_runtime.trust.authority import signed_members
+    from fl_runtime.trust.files import write_file
+    from fl_runtime.trust.project import MEMBERS, read_members
+
+    members = signed_members(authority)
+    kits = [out / name for name in authority.project.server.names if (out / name / "kit.json").is_file()]
+    for kit in kits:
+        if _contents(kit / MEMBERS) != members:
+            write_file(kit / MEMBERS, members)
+    if sender is not None:
+        push(authority, sender)
+        sites = read_members(members, authority.project.federation, MEMBERS, None).sites
+        _print(console, f"the server has the list of members: {len(sites)} sites")
+    elif before and before != members and not kits:
+        _print(console, f"the list of members has changed; {how_to_tell_server(authority.folder)}")
 
 
 def _has_kit(kit: Path) -> bool:

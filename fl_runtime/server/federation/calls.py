@@ -48,7 +48,8 @@ class JobCalls:
         witness: Takes note of the ends of the sites' audit logs, and tells that of the server's own.
         roots: Answers the calls about roots.
         revoked: The revocation list, for those who ask for it.
-        revoke: Puts a revocation list in force, and returns the names of participants that are revoked.
+        revoke: Puts a revocation list and a list of members in force, and returns the names of participants that are
+            out.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class JobCalls:
         witness: Witness,
         roots: RootCalls,
         revoked: RevocationList,
-        revoke: Callable[[bytes], list[str]],
+        revoke: Callable[[bytes, bytes], list[str]],
     ) -> None:
         self._kit, self._queue, self._audit, self._witness = kit, queue, audit, witness
         self._revoked, self._put_in_force = revoked, revoke
@@ -177,7 +178,7 @@ class JobCalls:
             "version": VERSION,
             "time": time.time(),
             "you": caller.uri,
-            "sites": list(self._kit.sites),
+            "sites": list(self._queue.sites),
             "jobs": [self._facts(record, outcomes.get(record.name)) for record in (*ended, *shown)],
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
@@ -284,7 +285,8 @@ class JobCalls:
         return record.name
 
     def _revoke(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
-        yield {"ended": self._put_in_force(field(fields, "crl", str).encode())}
+        members = field(fields, "members", str).encode() if "members" in fields else b""
+        yield {"ended": self._put_in_force(field(fields, "crl", str).encode(), members)}
 
     def _revocations(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         """Answer with the revocation list, if the caller's is older. Numbers are texts, since they may be long."""
@@ -302,4 +304,4 @@ def _number(fields: _Fields, name: str) -> int | None:
 
 
 def _loggable(fields: _Fields) -> _Fields:
-    return {name: value for name, value in fields.items() if name not in ("crl", "package")}
+    return {name: value for name, value in fields.items() if name not in ("crl", "members", "package")}

@@ -26,7 +26,7 @@ from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import AuditLog, Witness
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CRL, StartupKit
-from fl_runtime.trust.project import split_address
+from fl_runtime.trust.project import Members, split_address
 from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 from fl_runtime.types import Listener
@@ -34,6 +34,7 @@ from fl_runtime.version import VERSION
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 _GRACE_S = 0.5
+_SITES_TO_COME = 8  # sites that may be added while the server runs, and have room
 
 
 class FederationServer:
@@ -87,16 +88,19 @@ class FederationServer:
     ) -> None:
         self._audit = AuditSummary(AuditLog(kit.folder, kit.folder))
         self._audit.log.ship_to(syslog)
-        self.queue = JobQueue(kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name))
         self._roots = roots = RootsAtServer(kit)
+        members = Members(kit.folder, kit.identity.federation, roots, kit.sites)
+        self.queue = JobQueue(
+            kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name), members
+        )
         revoked = RevocationList(kit.folder / CRL, roots, required=True)
         renewals = Renewals(kit.folder / "renewals.json")
         lists = OutsideLists(kit.folder / OUTSIDE_LISTS, lambda: roots.holders.outside)
-        validity = Validity(kit.identity.federation, roots, revoked, lists, renewals, self._audit)
+        validity = Validity(kit.identity.federation, roots, revoked, lists, renewals, members, self._audit)
         witness = Witness(self._audit.log, kit.folder, kit.identity)
         root_calls = RootCalls(roots, self.queue, self._audit.log, lambda: self._guard.look_again())
         calls = JobCalls(
-            kit, self.queue, self._audit, witness, root_calls, revoked, lambda crl: self._guard.put_in_force(crl)
+            kit, self.queue, self._audit, witness, root_calls, revoked, lambda *lists: self._guard.put_in_force(*lists)
         )
         self._guard = Guard(self, calls, validity, self._audit, _JobsOfQueue(self.queue))
         self._stop_serving: Callable[[float], None] | None = None
@@ -115,9 +119,10 @@ class FederationServer:
         from fl_runtime.transport.tls import FileCredentials
 
         a_participant = 2 * CALLS_A_JOB * MOST_SLOTS + HELD_EACH  # a thread exists once it is needed
-        threads = a_participant * (len(self._kit.sites) + 8)
+        sites = len(self.queue.sites) + _SITES_TO_COME
+        threads = a_participant * (sites + 8)
         credentials = FileCredentials(self._kit.folder, lambda: self._roots.holders.outside.pem)
-        server = GrpcServer(self._guard, None, threads, len(self._kit.sites), credentials)
+        server = GrpcServer(self._guard, None, threads, sites, credentials)
         with self.queue.changed:  # sites that call already wait until their jobs go on
             address = server.start(*self._listen)
             self._stop_serving = server.stop

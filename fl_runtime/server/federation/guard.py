@@ -158,13 +158,20 @@ class Guard:
                 account.discard(requests, peer.hang_up)
                 self._closed.wait(account.hold_s)
 
-    def put_in_force(self, crl: bytes) -> list[str]:
-        """Install a newer revocation list, which takes effect at once and on open connections.
+    def put_in_force(self, crl: bytes, members: bytes = b"") -> list[str]:
+        """Install newer lists, which take effect at once and on open connections.
+
+        Args:
+            crl: The revocation list; empty to keep the one in force.
+            members: The list of members; empty to keep the one in force.
 
         Returns:
-            Names of the revoked participants that had called before.
+            Names of the revoked and removed participants that had called before.
         """
-        self._validity.revoked.install(crl)
+        if crl:
+            self._validity.revoked.install(crl)
+        if members:
+            self._validity.members.install(members)
         return self.end_invalid_calls()
 
     def who(self, name: str) -> Identity | None:
@@ -224,14 +231,16 @@ class Guard:
         """End the calls whose certificate is not valid any more. A participant with a renewed one just calls again.
 
         Returns:
-            Names of the revoked participants that had called before.
+            Names of the revoked and removed participants that had called before.
         """
         with self._lock:
             open_calls = [(call.certificate, call.peer) for call in self._open]
             invalid = [(item, peer, why) for item, peer in open_calls if (why := self._validity.fault(item))]
-            revoked = [self._seen.pop(key) for key, item in list(self._seen.items()) if self._validity.revokes(item)]
+            removed = self._validity.members.fault
+            out = [key for key, item in self._seen.items() if self._validity.revokes(item) or removed(item.identity)]
+            revoked = [self._seen.pop(key) for key in out]
         for item in revoked:
-            self._jobs.expel(item.identity.name, "its certificate was revoked")
+            self._jobs.expel(item.identity.name, self._validity.fault(item))
         ended = {item.pem: (item, why) for item, _, why in invalid}
         for item, why in [
             *ended.values(),

@@ -20,6 +20,7 @@ from fl_runtime.server.server import check_settings
 from fl_runtime.trust import permissions
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
+from fl_runtime.trust.project import Members
 from fl_runtime.types import Listener, RunSettings
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class JobQueue:
         audit: AuditSummary,
         listener_of: Callable[[str], Listener] | None,
         who: Callable[[str], Identity | None],
+        members: Members,
     ) -> None:
         """Read the jobs of a folder. None of them runs before `begin`.
 
@@ -62,12 +64,13 @@ class JobQueue:
             audit: The log that all jobs are put on.
             listener_of: Makes a listener for a job's events from the job's name.
             who: Returns the identity of a site that has called, by its name.
+            members: The members of the federation.
 
         Raises:
             ConfigError: The folder holds jobs of another federation.
             StoreError: The disk fails.
         """
-        self._sites, self._identity, self._patience_s = kit.sites, kit.identity, kit.patience_s
+        self._members, self._identity, self._patience_s = members, kit.identity, kit.patience_s
         self._read_job, self._audit, self._listener_of, self._who = read_job, audit, listener_of, who
         self._archive = JobArchive(folder, kit.identity.federation)
         self._running: dict[str, RunningJob] = {}
@@ -106,7 +109,7 @@ class JobQueue:
         """
         if priority not in _PRIORITIES:
             raise ConfigError(f"a priority of {priority} is not possible", where="priority", fix="use -100 to 100")
-        settings = self._read_job(fields, self._sites)
+        settings = self._read_job(fields, self.sites)
         if settings.initial:
             raise ConfigError(
                 "a submitted job cannot name a file with initial weights",
@@ -196,6 +199,11 @@ class JobQueue:
 
     # -- what there is -----------------------------------------------------------------------------------------
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the federation's sites."""
+        return self._members.sites
+
     def folder(self, name: str) -> Path:
         """Return the folder of a job. Raises ConfigError if there is none of this name."""
         return self._archive.folder / self.record(name).name
@@ -266,6 +274,9 @@ class JobQueue:
             self._archive.take_initial(record)
             job = RunningJob(record, folder, self._audit, listeners, self._who, self._on_job_end)
             self._running[record.name] = job
+            for site in record.settings.sites:
+                if site not in self.sites:  # removed while the job waited
+                    job.server.expel(site, "it is not a member of the federation")
         except FederationError as error:
             if isinstance(error.__cause__, OSError):  # which may be well again later
                 raise

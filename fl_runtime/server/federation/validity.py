@@ -11,6 +11,7 @@ from fl_runtime.server.federation.renewals import Renewals
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.transport.base import BEGINNINGS
 from fl_runtime.trust.certificates import Certificate
+from fl_runtime.trust.project import Members
 from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 
@@ -29,10 +30,12 @@ class Validity:
         revoked: The list of revoked certificates.
         outside_lists: The revocation lists of outside authorities.
         renewals: The certificates that were replaced by renewed ones.
+        members: The members of the federation.
         audit: Takes notes about the revocation list to the audit log.
 
     Attributes:
         revoked: The list of revoked certificates.
+        members: The members of the federation.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class Validity:
         revoked: RevocationList,
         outside_lists: OutsideLists,
         renewals: Renewals,
+        members: Members,
         audit: AuditSummary,
     ) -> None:
+        self.members = members
         self._federation, self._roots, self.revoked, self._renewals = federation, roots, revoked, renewals
         self._outside_lists, self._audit = outside_lists, audit
         self._list_state = ""
@@ -63,7 +68,9 @@ class Validity:
         now = datetime.now(UTC)
         if now > certificate.not_after:
             return f"its certificate expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC"
-        return "its certificate is not valid yet" if now < certificate.not_before else ""
+        if now < certificate.not_before:
+            return "its certificate is not valid yet"
+        return self.members.fault(certificate.identity)
 
     def revokes(self, certificate: Certificate) -> bool:
         """Whether a certificate is on the federation's revocation list, or on that of an outside authority."""
@@ -71,7 +78,14 @@ class Validity:
 
     def check(self, certificate: Certificate) -> None:
         """Check that a certificate counts. Raises PermissionDeniedError if it does not."""
-        reason = self.fault(certificate)
+        reason, absent = self.fault(certificate), self.members.fault(certificate.identity)
+        if reason and reason == absent and certificate.identity.federation == self._federation:
+            raise PermissionDeniedError(
+                f"{certificate.identity} may not call: {reason}",
+                where="rule members: the newest members.json of the server",
+                fix="have the authority run `fl-adapters provision` with this name in the project file, and send the "
+                "list to the server with --kit",
+            )
         if reason:
             raise PermissionDeniedError(
                 f"{certificate.identity} may not call: {reason}",
@@ -123,12 +137,14 @@ class Validity:
             )
 
     def refresh(self) -> None:
-        """Read the revocation lists again if their files have changed, and say once that ours ends soon or has ended.
+        """Read changed lists again, and say once that our revocation list ends soon or has ended.
 
         Raises:
             ConfigError: If the file is not valid; once for each change. The list in force stays in force.
         """
         self._warn_of_end()
+        if self.members.refresh():
+            self._audit.write("list of members read", sites=list(self.members.sites))
         if self.revoked.refresh():
             self._audit.write("revocation list read", serials=[f"{item:x}" for item in self.revoked.serials])
         if self._outside_lists.refresh():

@@ -72,9 +72,9 @@ def test_without_a_good_certificate_nobody_gets_to_call(study: Study) -> None:
     ("identity", "says"),
     [
         (Identity("elsewhere", "site", "north", "north-hospital"), "belongs to elsewhere"),
-        (Identity("study", "site", "west", "west-hospital"), "west is not a site of the job"),
-        (Identity("study", "admin", "north", "x", "project-admin"), "may not join a job"),
-        (Identity("study", "server", "north", "x"), "may not join a job"),
+        (Identity("study", "site", "west", "west-hospital"), "it is not a member of the federation"),
+        (Identity("study", "admin", "north", "x", "project-admin"), "it is not a member of the federation"),
+        (Identity("study", "server", "server", "study"), "may not join a job"),
     ],
 )
 def test_a_certificate_for_somebody_else_is_refused_by_name(study: Study, identity: Identity, says: str) -> None:
