@@ -124,7 +124,6 @@ def test_a_model_with_another_layout_is_refused_before_the_first_step(study: Stu
 
 
 def test_a_result_that_was_changed_since_is_refused(study: Study) -> None:
-    study.server.queue.set_slots("north", 1)
     study.job("busy")
     study.job("second", initial={"job": "first"})  # waits for its sites
     copy = study.runs / "second" / "initial.safetensors"
