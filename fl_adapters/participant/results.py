@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.kit import Kit
 from fl_runtime.client import SiteClient
+from fl_runtime.errors import StoreError
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.types import Arrays, Summary, Task
 
@@ -29,6 +31,7 @@ class Results:
         client: SiteClient,
         gate: Gate,
         kit: Kit,
+        own_folder: Path,
         *,
         cross_site: bool,
         current_task: Callable[[], Task],
@@ -40,11 +43,12 @@ class Results:
             client: The connection to the server.
             gate: The site's gate.
             kit: The site's startup kit.
+            own_folder: Folder of the site in the job. Its models go there if the run has no folder.
             cross_site: Whether the job asks sites to evaluate each other's models.
             current_task: Returns the session's current task.
             report: Sends the metrics of the model that was evaluated last; see `Session.report`.
         """
-        self._client, self._gate, self._kit = client, gate, kit
+        self._client, self._gate, self._kit, self._own_folder = client, gate, kit, own_folder
         self._cross_site, self._current_task, self._report = cross_site, current_task, report
         self._final: Task | None = None
         self._evaluated: Task | None = None
@@ -97,9 +101,11 @@ class Results:
         return task.version
 
     def write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
-        """Write runs/<job>/model and, if there is a best round, runs/<job>/best.
+        """Write the final model into the folder `model` and, if there is a best round, that one into `best`.
 
-        Does nothing if the run has no folder. In a simulation, one site does it for all.
+        Both lie in the folder of the run. In a simulation, one site writes them for all. In a federation, a site
+        without such a folder writes them into its own folder of the job, in its kit, and says so. A folder that cannot
+        be written to is no error there: the model is in the script.
 
         Args:
             export: Writes the live model to a folder in the framework's format. None writes safetensors; in a
@@ -108,6 +114,17 @@ class Results:
         """
         if not self._exports():
             return
+        if self._kit.run:
+            self._write(export, load)
+            return
+        try:
+            self._write(export, load)
+        except (OSError, StoreError) as error:
+            print(f"fl-adapters: the final model was not written: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"fl-adapters: the final model is in {self._folder('model')}", file=sys.stderr, flush=True)
+
+    def _write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
         if export is not None:
             export(str(self._folder("model")))
             if load is not None and (best := self.best()):
@@ -121,10 +138,12 @@ class Results:
 
     def _exports(self) -> bool:
         chosen = bool(self._current_task().config.get("export"))  # the one site that writes a folder which all share
-        return bool(self._kit.run) and (chosen or not self._kit.simulated)
+        if self._kit.simulated:
+            return bool(self._kit.run) and chosen
+        return bool(self._kit.run or self._kit.credentials)
 
     def _folder(self, name: str) -> Path:
-        return Path(self._kit.run, name)
+        return Path(self._kit.run or self._own_folder, name)
 
     def _final_task(self) -> Task:
         return self._final or self._current_task()

@@ -168,6 +168,7 @@ class Session:
             self._client,
             self._gate,
             kit,
+            self.home.folder,
             cross_site=self.settings.cross_site,
             current_task=self._current,
             report=self.report,

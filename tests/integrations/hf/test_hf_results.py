@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 import st_models as st
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification, DataCollatorWithPadding, pipeline
+from study import Study
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    pipeline,
+)
 
 from fl_adapters.hf import FederatedCallback
+from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
 
 
@@ -230,3 +238,17 @@ def test_setfit(federation, tmp_path) -> None:
     opened = SentenceTransformer(str(run.folder / "model"), device="cpu")
     assert np.array_equal(opened.encode(["word1 word2"]), body.encode(["word1 word2"]))
     assert trainer.model.predict(["word1 word2"]) is not None
+
+
+def test_a_site_of_a_real_federation_has_a_model_that_from_pretrained_opens(tmp_path: Path) -> None:
+    """Without `--results`: in the site's folder of the job. Equal to what the trainer holds."""
+    with Study(tmp_path, ("north",)) as study:
+        study.job(trainings=1, rounds=1)
+        kit = Kit("job", "north", 0, 1, study.address, "", credentials=str(study.kits / "north"))
+        trainer = m.trainer(FederatedCallback(kit=str(kit.save(tmp_path / "command"))), model=m.classifier())
+        trainer.train()
+        assert study.server.wait_for_job("job", 30)
+        folder = study.kits / "north" / "jobs" / "job" / "model"
+        opened = AutoModelForSequenceClassification.from_pretrained(folder)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor), name
