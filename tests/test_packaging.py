@@ -128,7 +128,7 @@ def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> No
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     (every,) = extras.pop("all")
     brought = set(Requirement(every).extras)
-    left_out = {"xgboost-cpu", "ray", "examples", "dev"}  # a twin; a cluster's; our own
+    left_out = {"xgboost-cpu", "ray", "metrics", "examples", "dev"}  # a twin; a cluster's; a server's; our own
     assert brought == set(extras) - left_out
     assert {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} <= brought
 
@@ -160,6 +160,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "cryptography",
         "dp_accounting",
         "opacus",
+        "prometheus_client",
         "pyzipper",
         "ray",
         "safetensors",

@@ -26,6 +26,7 @@ from fl_runtime.trust.certificates import key_pem, new_key
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import read_kit, write_kit
 from fl_runtime.trust.project import AdminEntry, Project, ServerEntry, SiteEntry
+from fl_runtime.types import Listener
 
 WAIT_S = 30.0
 ADMINS = {
@@ -53,7 +54,13 @@ def project(address: str = "127.0.0.1:8443", sites: tuple[str, ...] = ("north", 
 class Study:
     """A federation with its kits in folder/kits and its server in this process, on its own port."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south")) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: tuple[str, ...] = ("north", "south"),
+        listener_of: Callable[[str], Listener] | None = None,
+    ) -> None:
+        self._listener_of = listener_of
         self.folder, self.kits, self.runs = folder, folder / "kits", folder / "runs"
         self.authority = Authority.create(self.kits / "authority", project(sites=sites))
         for identity in self.authority.project.participants():
@@ -73,7 +80,7 @@ class Study:
     def start(self, listen: str = "127.0.0.1:0") -> None:
         """Start the server, or another one in its place."""
         kit = read_kit(self.kits / "server", kind="server")
-        self.server = FederationServer(kit, self.runs, read_job, listen=listen)
+        self.server = FederationServer(kit, self.runs, read_job, listen=listen, listener_of=self._listener_of)
         self.address = self.server.start()
 
     # -- callers ----------------------------------------------------------------------------------------------

@@ -17,12 +17,20 @@ from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.transport.tls_setting import only_tls_1_3
-from fl_runtime.types import RunSettings
+from fl_runtime.types import Event, Listener, RunSettings
 
 _LOOK_S = 0.2
 
 
-def run(kit_folder: Path, data: Path | None, listen: str, job_file: Path | None, syslog: str, as_json: bool) -> int:
+def run(
+    kit_folder: Path,
+    data: Path | None,
+    listen: str,
+    job_file: Path | None,
+    syslog: str,
+    metrics: str,
+    as_json: bool,
+) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.server.federation.federation import FederationServer
@@ -36,21 +44,26 @@ def run(kit_folder: Path, data: Path | None, listen: str, job_file: Path | None,
         use_one_arena()
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
+        watched = _metrics_of(tuple(kit.sites)) if metrics else None
         server = FederationServer(
             kit,
             folder,
             read_job,
             listen=listen,
-            listener_of=lambda name: ProgressLines(sys.stderr, job=name),
+            listener_of=lambda name: _both(ProgressLines(sys.stderr, job=name), watched and watched.rounds),
             syslog=syslog,
         )
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
+        pages = None
         try:
+            pages = watched.serve(metrics, server, folder) if watched else None
             address = server.start()
             where = f"serving at {address} as {kit.address}, data in {folder}"
             print(f"{kit.identity.federation}: {where}", file=sys.stderr, flush=True)
+            if pages:
+                print(f"metrics at http://{pages.address}/metrics", file=sys.stderr, flush=True)
             if kit.certificate.expires_soon:
                 print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
             told = {record.name for record in server.queue.records() if record.ended}
@@ -67,7 +80,35 @@ def run(kit_folder: Path, data: Path | None, listen: str, job_file: Path | None,
                     return _finish(server.outcome(name), as_json)
             return 0
         finally:
+            if pages:
+                pages.close()
             server.close()
+
+
+def _metrics_of(sites: tuple[str, ...]) -> Any:
+    """The metrics of a server. Raises ConfigError without the extra `[metrics]`."""
+    try:
+        from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
+    except ModuleNotFoundError as error:
+        if error.name != "prometheus_client":
+            raise
+        raise ConfigError(
+            "the page of metrics needs the package prometheus_client, which is not installed",
+            where="--metrics",
+            fix="pip install 'fl-adapters[metrics]'",
+        ) from None
+    return ServerMetrics(sites)
+
+
+def _both(first: Listener, second: Listener | None) -> Listener:
+    """A listener that passes each event on to both."""
+
+    def listener(event: Event) -> None:
+        if second is not None:
+            second(event)
+        first(event)
+
+    return listener
 
 
 def data_folder(kit: Path, chosen: Path | None) -> Path:

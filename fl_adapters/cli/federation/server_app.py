@@ -25,6 +25,7 @@ server = typer.Typer(
     """,
     epilog="\b\nExamples:\n  fl-adapters server --kit kits/server\n"
     "  fl-adapters server --kit kits/server --data /var/lib/fl-adapters\n"
+    "  fl-adapters server --kit kits/server --metrics 9464\n"
     "  fl-adapters server --kit kits/server --job job.yml --json",
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -47,6 +48,12 @@ def serve(
     syslog: Annotated[
         str, typer.Option(help="Syslog server for the audit log: udp://, tcp:// or tls://HOST:PORT.")
     ] = "",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Serve /healthz and /metrics over HTTP at HOST:PORT; PORT alone: at the loopback. Default: not at all."
+        ),
+    ] = "",
     as_json: _Json = False,
 ) -> None:
     if context.invoked_subcommand is not None:
@@ -55,7 +62,7 @@ def serve(
         raise typer.BadParameter("it is missing. Name the folder of the server's startup kit", param_hint="--kit")
     from fl_adapters.cli.federation import server as command
 
-    sys.exit(command.run(kit, data or folder, listen, job, syslog, as_json))
+    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json))
 
 
 @server.command(epilog="\b\nExamples:\n  fl-adapters server backup /backups/monday --kit kits/server")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,12 @@ class AuditSummary:
 
     Attributes:
         log: The log itself, for lines that no participant can repeat at will.
+        refusals: Number of refusals since the server was started, by the class of their errors.
     """
 
     def __init__(self, log: AuditLog) -> None:
         self.log = log
+        self.refusals: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._left: dict[tuple[str, str], tuple[float, float]] = {}
         self._more: dict[tuple[str, str, str], _More] = {}
@@ -85,6 +88,8 @@ class AuditSummary:
             StoreError: If the log cannot be written.
         """
         rule = rule_of(error)
+        with self._lock:
+            self.refusals[type(error).__name__] += 1
         if not once or not self._count(who, action, rule, error.what, counted=0):
             self.write(action, who, rule=rule, error=error.what, **facts)
 

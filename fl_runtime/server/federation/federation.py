@@ -142,6 +142,14 @@ class FederationServer:
         """Return the outcome of a job that has ended; see `JobQueue.outcome`."""
         return self.queue.outcome(name)
 
+    def silent_s(self) -> Mapping[str, float]:
+        """Return the seconds since the last call of each participant that has called; 0 while a call is open."""
+        return self._guard.silent_s()
+
+    def refusals(self) -> Mapping[str, int]:
+        """Return the number of calls refused since the start, by the class of the error."""
+        return dict(self._audit.refusals)
+
     def close(self) -> None:
         """Stop serving. Jobs that have not ended continue when the server is started again."""
         self.queue.stop_scheduling()

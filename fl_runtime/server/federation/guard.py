@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,6 +106,7 @@ class Guard:
         self._quotas = Quotas()
         self._seen: dict[tuple[str, int], Certificate] = {}  # certificates of earlier callers, without revoked ones
         self._known: dict[str, Identity] = {}
+        self._last_call: dict[str, float] = {}  # when the last call of a participant ended
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="fl-guard", daemon=True)
         self._watcher.start()
@@ -178,6 +180,13 @@ class Guard:
         """The identity of a participant that has called, by name."""
         return self._known.get(name)
 
+    def silent_s(self) -> dict[str, float]:
+        """Seconds since the last call of each participant that has called, by name; 0 while a call is open."""
+        now = time.monotonic()
+        with self._lock:
+            silent = {name: now - at for name, at in self._last_call.items()}
+            return silent | {call.certificate.identity.name: 0.0 for call in self._open if not call.left}
+
     def close(self) -> None:
         self._closed.set()
         self._watcher.join()
@@ -209,6 +218,7 @@ class Guard:
         finally:
             with self._lock:
                 self._open.remove(call)
+                self._last_call[certificate.identity.name] = time.monotonic()
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):

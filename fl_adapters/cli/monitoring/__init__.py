@@ -1,0 +1,1 @@
+"""The pages `/healthz` and `/metrics` of a federation's server, for those who watch it."""
