@@ -125,7 +125,7 @@ class Member:
         if self.gone:
             return f"gone: {self.gone}"
         if self.active:
-            return "taking part"
+            return "takes part"
         return "joined" if self.attempt else "awaited"
 
 

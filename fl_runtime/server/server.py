@@ -161,17 +161,20 @@ class Server:
 
         Returns:
             JSON values: `phase`, `training` (its number), `round` (under way, or closed last), `rounds` (None before
-            the handshake), `sites` (name to state), and `error` (None unless the run failed).
+            the handshake), `sites` (name to state), `connected` (names of the sites whose processes are connected now),
+            and `error` (None unless the run failed).
         """
         training = self.trainings.newest
-        state = training.run.state
+        state, membership = training.run.state, training.run.membership
         with state.lock:
+            members, now = membership.members.values(), membership.clock.now()
             return {
                 "phase": state.phase,
                 "training": training.number,
                 "round": state.open_round.round if state.open_round else len(state.results),
                 "rounds": state.plan.rounds,
-                "sites": {member.name: member.standing for member in training.run.membership.members.values()},
+                "sites": {member.name: state.standing_of(member, now) for member in members},
+                "connected": [member.name for member in members if member.attending > 0],
                 "error": state.error.to_wire() if state.error else None,
             }
 

@@ -18,9 +18,11 @@ from fl_runtime.filters.server import ServerFilters, applied_filters
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult
+from fl_runtime.server.registration import Member
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.stores import Store
 from fl_runtime.trainings import first_folder
+from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import RunSettings, Settings, Strategy, Terms, Update
 from fl_runtime.wire.manifest import Manifest
 
@@ -183,6 +185,27 @@ class RunState:
         self.plan = replace(self.plan, rounds=round)
         self.journal.agreed(round, self.plan.terms)
         self.changed.notify_all()
+
+    def standing_of(self, member: Member, now: float) -> str:
+        """Where a site stands at this moment, as a human-readable message.
+
+        Args:
+            member: The site.
+            now: The time of the clock of `Membership`, in seconds.
+        """
+        if not member.active or member.script == "resting":
+            return member.standing
+        if member.attending == 0:
+            away = "" if member.absent_since is None else f" for {duration_text(now - member.absent_since)}"
+            return f"absent{away}; it may come back"
+        current = self.open_round
+        if self.phase != "training" or (current is None and self.plan.strategy.buffer is None):
+            return "connected; waits"
+        if current is None:
+            return "connected; trains"
+        if current.takes(member.name) and member.name not in current.accepted and not current.collected:
+            return f"connected; trains round {current.round}"
+        return "connected; waits for the others"
 
     def enter(self, phase: RunPhase) -> None:
         """Go on to the next phase, and wake the sites' calls."""

@@ -33,6 +33,8 @@ def _show(console: Console, status: Mapping[str, Any]) -> None:
     console.print(
         f"{status['federation']}, fl-adapters {status['version']}: {len(status['sites'])} sites", highlight=False
     )
+    for site, state in status.get("site_states", {}).items():
+        console.print(f"  {site}: {state}", highlight=False, soft_wrap=True)
     for job in status["jobs"]:
         console.print(f"{job['job']} by {job['submitted_by']}: {job_state(job)}", highlight=False, soft_wrap=True)
         if "phase" in job:

@@ -64,6 +64,7 @@ class JobCalls:
     ) -> None:
         self._kit, self._queue, self._audit, self._witness = kit, queue, audit, witness
         self._revoked, self._put_in_force = revoked, revoke
+        self._waiting: dict[str, threading.Event] = {}  # sites that asked for a job last; set when they are gone
         self._answers: Mapping[str, Callable[[Identity, Peer, _Fields], Iterator[_Fields | bytes]]] = {
             "Assignment": self._assignment,
             "RefuseJob": self._refuse_job,
@@ -103,6 +104,7 @@ class JobCalls:
         left = self._woken_by(peer)
         while not left.is_set():
             with queue.changed:
+                self._waiting[caller.name] = left
                 job = self._work_for(caller.name, at_work)
                 if job is None and not queue.closed:
                     queue.changed.wait(BEAT_S)
@@ -114,6 +116,9 @@ class JobCalls:
             if job is None:
                 yield {"waiting": True}
                 continue
+            with queue.changed:
+                if self._waiting.get(caller.name) is left:
+                    del self._waiting[caller.name]
             settings = job.record.settings
             yield {
                 "job": settings.name,
@@ -179,12 +184,29 @@ class JobCalls:
             "time": time.time(),
             "you": caller.uri,
             "sites": list(self._queue.sites),
+            "site_states": self._site_states(),
             "jobs": [self._facts(record, outcomes.get(record.name)) for record in (*ended, *shown)],
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
             "ended": {name: outcome for name, outcome in outcomes.items() if "rounds" in outcome},
             "log": self._witness.statement(caller),
         }
+
+    def _site_states(self) -> dict[str, str]:
+        """What each site of the federation does at this moment: what jobs it is in, or that it waits or is absent."""
+        with self._queue.changed:
+            waiting = {name for name, left in self._waiting.items() if not left.is_set()}
+        at_work: dict[str, list[str]] = {}
+        for job in self._queue.running():
+            for name in job.server.state()["connected"]:
+                at_work.setdefault(name, []).append(job.name)
+        states = {}
+        for site in self._queue.sites:
+            if site in at_work:
+                states[site] = f"connected; in {', '.join(at_work[site])}"
+            else:
+                states[site] = "connected; waits for a job" if site in waiting else "absent"
+        return states
 
     def _outcome(self, record: JobRecord) -> _Fields:
         """The outcome of a job that has ended. One that is not on the disk reads as an error."""
