@@ -41,6 +41,8 @@ OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
     "dp_accounting": ("fl_runtime.filters",),
     "opacus": ("fl_adapters.torch.",),
     "tenseal": ("fl_runtime.filters",),
+    "psycopg": ("fl_runtime.store",),
+    "fsspec": ("fl_runtime.store",),
 }
 
 # Ours, that nothing else of ours may stand on: the commands at the top, and what only tests use.

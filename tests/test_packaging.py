@@ -128,7 +128,14 @@ def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> No
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     (every,) = extras.pop("all")
     brought = set(Requirement(every).extras)
-    left_out = {"xgboost-cpu", "ray", "metrics", "examples", "dev"}  # a twin; a cluster's; a server's; our own
+    left_out = {
+        "xgboost-cpu",
+        "ray",
+        "failover",
+        "metrics",
+        "examples",
+        "dev",
+    }  # a twin; servers'; ours
     assert brought == set(extras) - left_out
     assert {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} <= brought
 
@@ -159,8 +166,10 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
     imported -= {
         "cryptography",
         "dp_accounting",
+        "fsspec",
         "opacus",
         "prometheus_client",
+        "psycopg",
         "pyzipper",
         "ray",
         "safetensors",

@@ -22,7 +22,7 @@ from typing import Any
 
 from fl_runtime.errors import ConfigError, StoreError
 from fl_runtime.store.blobs import tensor_files
-from fl_runtime.store.data_folder import FEDERATION_FILE, check_federation, is_locked
+from fl_runtime.store.data_folder import FEDERATION_FILE, STORE_MARK, check_federation, is_locked
 from fl_runtime.store.journal import RESTORED
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.sqlite import SqliteDatabase
@@ -81,6 +81,12 @@ def back_up(data: Path, out: Path, federation: str) -> Backup:
     """
     if not (data / FEDERATION_FILE).is_file():
         raise ConfigError("this is not the data folder of a server", where=str(data), fix="name it with --data")
+    if (data / STORE_MARK).exists():
+        raise ConfigError(
+            "the jobs of this server are in the store that it shares with others",
+            where=str(data),
+            fix="back up the database and the shared place that its --store names",
+        )
     check_federation(data, federation)
     with _new_folder(out) as partial, _staging(data) as staging:
         copies = _Copies(partial)

@@ -13,6 +13,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,30 @@ UPLOAD = "upload-"
 _FREE = "free-"
 _SUFFIX = ".safetensors"
 _FREE_LAYOUTS = 4
+
+
+class BlobCopies(Protocol):
+    """Copies of blobs at a place that several servers share; see `fl_runtime.store.copies`."""
+
+    def stamped(self, name: str) -> str:
+        """Return a name for a blob that is used once."""
+        ...
+
+    def put(self, name: str, file: Path, *, durable: bool) -> None:
+        """Copy a blob's file to the place, before the journal refers to it."""
+        ...
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy a blob's file from the place."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete the copy of a blob that the journal does not refer to any more; blobs without a copy are passed."""
+        ...
+
+    def sweep(self, keep: set[str]) -> None:
+        """Delete all copies but some."""
+        ...
 
 
 @dataclass
@@ -56,6 +81,7 @@ class Blobs:
     Args:
         folder: Folder of the files; created if missing.
         durable: Whether `settle` waits until data is on the device (the job's durability "power").
+        copies: Where blobs are copied to when they are settled, for other servers; None keeps them here alone.
 
     Attributes:
         folder: Folder of the files.
@@ -65,8 +91,8 @@ class Blobs:
         StoreError: If the folder cannot be created.
     """
 
-    def __init__(self, folder: Path, *, durable: bool = False) -> None:
-        self.folder, self._durable = folder, durable
+    def __init__(self, folder: Path, *, durable: bool = False, copies: BlobCopies | None = None) -> None:
+        self.folder, self._durable, self._copies = folder, durable, copies
         self._free: dict[bytes, list[Blob]] = {}  # by layout, the one freed last at the end
         self.closed = False
         try:
@@ -78,7 +104,7 @@ class Blobs:
         """Create a blob, or recycle a freed one of the same layout.
 
         Args:
-            name: Its name; an existing file of that name is replaced.
+            name: Its name; an existing file of that name is replaced. Blobs that are copied get a stamp added to it.
             manifest: The tensors that it will hold.
 
         Returns:
@@ -87,13 +113,14 @@ class Blobs:
         Raises:
             StoreError: If the disk is full or cannot be written.
         """
+        name = self._stamped(name)
         path = self._path(name)
         while self._free.get(manifest.layout):
             blob = self._free[manifest.layout].pop()
             if _is_backed_up(self._path(blob.name)):
                 self.discard(blob)
                 continue
-            self.rename(blob, name)
+            self._move(blob, name)
             return blob
         header = header_of(manifest)
         size = len(header) + manifest.nbytes
@@ -123,6 +150,8 @@ class Blobs:
             StoreError: If the file is missing or its size does not match the manifest.
         """
         path, header = self._path(name), header_of(manifest)
+        if self._copies is not None:
+            self._copies.get(name, path)
         try:
             with open(path, "r+b") as file:
                 if os.fstat(file.fileno()).st_size != len(header) + manifest.nbytes:
@@ -136,11 +165,17 @@ class Blobs:
         return self._path(blob.name)
 
     def rename(self, blob: Blob, name: str) -> None:
-        """Rename a blob and its file, replacing a file of that name.
+        """Rename a blob and its file, replacing a file of that name. Blobs that are copied get a stamp added to it.
 
         Raises:
             StoreError: If the file cannot be renamed.
         """
+        self._move(blob, self._stamped(name))
+
+    def _stamped(self, name: str) -> str:
+        return name if self._copies is None else self._copies.stamped(name)
+
+    def _move(self, blob: Blob, name: str) -> None:
         try:
             os.replace(self._path(blob.name), self._path(name))
         except OSError as error:
@@ -150,7 +185,8 @@ class Blobs:
     def settle(self, blob: Blob) -> None:
         """Make a blob that is complete and has its final name durable, before the journal refers to it.
 
-        With `durable`, this returns when its bytes and its name are on the device. Otherwise it does nothing.
+        With `durable`, this returns when its bytes and its name are on the device. A blob that is to be copied is
+        copied. Otherwise it does nothing.
 
         Raises:
             StoreError: If the device reports an error.
@@ -158,12 +194,15 @@ class Blobs:
         if self._durable:
             sync(self._path(blob.name))
             sync(self.folder)
+        if self._copies is not None:
+            self._copies.put(blob.name, self._path(blob.name), durable=self._durable)
 
     def free(self, blob: Blob) -> None:
         """Give a blob's file and mapping back for reuse; nobody may use views of it afterwards."""
         if self.closed:
             return
-        self.rename(blob, f"{_FREE}{id(blob):x}")
+        self._delete_copy(blob)
+        self._move(blob, f"{_FREE}{id(blob):x}")
         layout = blob.manifest.layout
         free = self._free.pop(layout, [])
         free.append(blob)
@@ -176,8 +215,13 @@ class Blobs:
     def discard(self, blob: Blob) -> None:
         """Delete a blob's file; nobody may use views of it afterwards."""
         if not self.closed:
+            self._delete_copy(blob)
             with suppress(OSError):  # Windows does not delete mapped files
                 self._path(blob.name).unlink(missing_ok=True)
+
+    def _delete_copy(self, blob: Blob) -> None:
+        if self._copies is not None:
+            self._copies.delete(blob.name)
 
     def recycles(self, manifest: Manifest) -> bool:
         """Whether `create` would recycle a freed blob, and so take no more of the disk."""
@@ -220,6 +264,8 @@ class Blobs:
             if path.name.removesuffix(_SUFFIX) not in keep:
                 with suppress(PermissionError):  # Windows does not delete mapped files
                     path.unlink(missing_ok=True)
+        if self._copies is not None:
+            self._copies.sweep(keep)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"

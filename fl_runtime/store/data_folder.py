@@ -11,6 +11,8 @@ from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.tensorfile import disk_error
 
 FEDERATION_FILE = "federation.json"
+STORE_MARK = ".store"
+"""File with the identifier of the store that several servers share, of which the folder is a copy."""
 _FORMAT = 1
 _LOCK = ".server"
 

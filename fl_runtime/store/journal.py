@@ -58,7 +58,12 @@ CREATE TABLE score (version INTEGER, site TEXT, metrics TEXT NOT NULL, num_examp
 _KEPT = "CREATE TABLE IF NOT EXISTS kept (version INTEGER PRIMARY KEY, blob TEXT NOT NULL, layout BLOB NOT NULL)"
 
 
-_DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(RunSettings) if f.default is not MISSING}))
+_DEFAULTS = json.loads(
+    json.dumps(
+        {f.name: f.default for f in fields(RunSettings) if f.default is not MISSING}
+        | {f.name: f.default_factory() for f in fields(RunSettings) if f.default_factory is not MISSING}
+    )
+)
 """Values of the settings that journals of earlier versions lack."""
 
 

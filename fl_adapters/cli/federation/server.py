@@ -5,19 +5,25 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fl_adapters.cli.federation.failover import serve_in_turn
 from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.environments.remote import job_fields
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.store.stores import Storage
 from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.types import Event, Listener, RunSettings
+
+if TYPE_CHECKING:
+    from fl_runtime.server.federation.federation import FederationServer
+    from fl_runtime.trust.kits import StartupKit
 
 _LOOK_S = 0.2
 
@@ -30,6 +36,7 @@ def run(
     syslog: str,
     metrics: str,
     as_json: bool,
+    store_file: Path | None = None,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
@@ -44,45 +51,67 @@ def run(
         use_one_arena()
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
-        watched = _metrics_of(tuple(kit.sites)) if metrics else None
-        server = FederationServer(
-            kit,
-            folder,
-            read_job,
-            listen=listen,
-            listener_of=lambda name: _both(ProgressLines(sys.stderr, job=name), watched and watched.rounds),
-            syslog=syslog,
-        )
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        pages = None
-        try:
-            pages = watched.serve(metrics, server, folder) if watched else None
-            address = server.start()
-            where = f"serving at {address} as {kit.address}, data in {folder}"
-            print(f"{kit.identity.federation}: {where}", file=sys.stderr, flush=True)
-            if pages:
-                print(f"metrics at http://{pages.address}/metrics", file=sys.stderr, flush=True)
-            if kit.certificate.expires_soon:
-                print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
-            told = {record.name for record in server.queue.records() if record.ended}
-            name = None if job is None else _start_job(server, job, kit.identity)
-            while not stop.wait(_LOOK_S):
-                if server.queue.halted:
-                    raise server.queue.halted
-                ended = [record.name for record in server.queue.records() if record.ended]
-                for item in ended:
-                    if item not in told:
-                        print(_summary(server.outcome(item), with_error=item != name), file=sys.stderr, flush=True)
-                told = set(ended)  # one that is resumed is told again
-                if name in told:
-                    return _finish(server.outcome(name), as_json)
-            return 0
-        finally:
-            if pages:
-                pages.close()
-            server.close()
+
+        def serve(storage: Storage, may_go_on: Callable[[], bool]) -> int | None:
+            watched = _metrics_of(tuple(kit.sites)) if metrics else None
+            server = FederationServer(
+                kit,
+                folder,
+                read_job,
+                listen=listen,
+                listener_of=lambda name: _both(ProgressLines(sys.stderr, job=name), watched and watched.rounds),
+                syslog=syslog,
+                storage=storage,
+            )
+            pages = None
+            try:
+                pages = watched.serve(metrics, server, folder) if watched else None
+                if pages:
+                    print(f"metrics at http://{pages.address}/metrics", file=sys.stderr, flush=True)
+                return _serve(server, kit, folder, job, lambda: not stop.wait(_LOOK_S), may_go_on, as_json)
+            finally:
+                if pages:
+                    pages.close()
+                server.close()
+
+        if store_file is None:
+            return serve(Storage(), lambda: True) or 0
+        return serve_in_turn(store_file, kit, folder, stop, serve)
+
+
+def _serve(
+    server: FederationServer,
+    kit: StartupKit,
+    data: Path,
+    job: Job | None,
+    goes_on: Callable[[], bool],
+    may_go_on: Callable[[], bool],
+    as_json: bool,
+) -> int | None:
+    """Serve until the process is stopped or the job has ended; returns its exit status, or None if it may not go on."""
+    address = server.start()
+    where = f"serving at {address} as {kit.address}, data in {data}"
+    print(f"{kit.identity.federation}: {where}", file=sys.stderr, flush=True)
+    if kit.certificate.expires_soon:
+        print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
+    told = {record.name for record in server.queue.records() if record.ended}
+    name = None if job is None else _start_job(server, job, kit.identity)
+    while goes_on():
+        if not may_go_on():
+            return None
+        if server.queue.halted:
+            raise server.queue.halted
+        ended = [record.name for record in server.queue.records() if record.ended]
+        for item in ended:
+            if item not in told:
+                print(_summary(server.outcome(item), with_error=item != name), file=sys.stderr, flush=True)
+        told = set(ended)  # one that is resumed is told again
+        if name in told:
+            return _finish(server.outcome(name), as_json)
+    return 0
 
 
 def _metrics_of(sites: tuple[str, ...]) -> Any:

@@ -22,6 +22,7 @@ server = typer.Typer(
     help="""Run the server of a federation: one port, mutual TLS.
 
     SIGTERM and Ctrl-C stop it. Started again with the same data folder, it continues the jobs that were running.
+    With --store, it waits until no other server of the store serves, and then goes on with its jobs.
     """,
     epilog="\b\nExamples:\n  fl-adapters server --kit kits/server\n"
     "  fl-adapters server --kit kits/server --data /var/lib/fl-adapters\n"
@@ -54,6 +55,10 @@ def serve(
             help="Serve /healthz and /metrics over HTTP at HOST:PORT; PORT alone: at the loopback. Default: not at all."
         ),
     ] = "",
+    store: Annotated[
+        Path | None,
+        typer.Option(help="File (YAML) with `database` and `tensors` that several servers share; one serves."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     if context.invoked_subcommand is not None:
@@ -62,7 +67,7 @@ def serve(
         raise typer.BadParameter("it is missing. Name the folder of the server's startup kit", param_hint="--kit")
     from fl_adapters.cli.federation import server as command
 
-    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json))
+    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store))
 
 
 @server.command(epilog="\b\nExamples:\n  fl-adapters server backup /backups/monday --kit kits/server")

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from fl_runtime.errors import AbortedError, ConfigError, FederationError
 from fl_runtime.server.courses.initial import INITIAL_FILE
 from fl_runtime.server.records.results import RunResult
+from fl_runtime.store.stores import SharedFiles
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.identity import Identity, check_name
@@ -86,18 +87,19 @@ class JobArchive:
         folder: The folder, with one folder for each job.
     """
 
-    def __init__(self, folder: Path, federation: str) -> None:
+    def __init__(self, folder: Path, federation: str, shared: SharedFiles) -> None:
         """Read all jobs of a folder. A job that cannot be read is recorded as failed.
 
         Args:
             folder: The folder; it need not exist yet.
             federation: Name of the federation whose jobs they are.
+            shared: Keeps the records for other servers.
 
         Raises:
             ConfigError: The folder belongs to another federation.
             StoreError: The disk fails.
         """
-        self.folder, self._federation = folder, federation
+        self.folder, self._federation, self._files = folder, federation, shared
         self._records: dict[str, JobRecord] = {}
         self._unreadable: dict[str, FederationError] = {}
         try:
@@ -196,7 +198,7 @@ class JobArchive:
             StoreError: It cannot be written.
         """
         if (self.folder / name).is_dir():
-            write_file(self.folder / name / _OUTCOME, json.dumps(outcome).encode())
+            self._write(self.folder / name / _OUTCOME, json.dumps(outcome).encode())
         self._unreadable.pop(name, None)
         record = self._records.get(name)
         if record is not None:
@@ -252,6 +254,7 @@ class JobArchive:
                 where="initial",
                 fix="submit this job once that one has ended",
             )
+        self._files.restore_results(self.folder / name)
         file = self.folder / name / _MODELS[which] / "model.safetensors"
         if not file.is_file():
             raise ConfigError(
@@ -298,8 +301,9 @@ class JobArchive:
 
     def delete(self, name: str) -> None:
         """Delete a job and its folder. It is off the list before its files go."""
-        del self._records[name]
         folder = self.folder / name
+        self._files.forget(folder)
+        del self._records[name]
         try:
             (folder / _JOB).unlink(missing_ok=True)
             shutil.rmtree(folder)
@@ -328,10 +332,15 @@ class JobArchive:
             "ended_at": record.ended_at,
         }
         if not record.ended:  # before the state changes: an outcome without the state of an end is taken for the end
+            self._files.remove(self.folder / record.name / _OUTCOME)
             (self.folder / record.name / _OUTCOME).unlink(missing_ok=True)
-        write_file(self.folder / record.name / _JOB, json.dumps(fields, indent=1).encode())
+        self._write(self.folder / record.name / _JOB, json.dumps(fields, indent=1).encode())
         self._records[record.name] = record
         return record
+
+    def _write(self, file: Path, data: bytes) -> None:
+        self._files.keep(file, data)
+        write_file(file, data)
 
 
 def jobs_of(folder: Path, federation: str) -> list[str]:

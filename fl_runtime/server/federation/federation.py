@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ from fl_runtime.server.federation.root_calls import RootCalls
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.server.federation.validity import Validity
 from fl_runtime.store.data_folder import DataFolder
+from fl_runtime.store.stores import Storage
 from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import AuditLog, Witness
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CRL, StartupKit
-from fl_runtime.trust.project import Members, split_address
+from fl_runtime.trust.project import MEMBERS, Members, split_address
 from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 from fl_runtime.types import Listener
 from fl_runtime.version import VERSION
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 _GRACE_S = 0.5
 _SITES_TO_COME = 8  # sites that may be added while the server runs, and have room
@@ -53,6 +57,7 @@ class FederationServer:
         listen: str = "",
         listener_of: Callable[[str], Listener] | None = None,
         syslog: str = "",
+        storage: Storage | None = None,
     ) -> None:
         """Make a server that does not serve yet.
 
@@ -63,6 +68,7 @@ class FederationServer:
             listen: Address to serve on, as "host:port"; "" for that of the kit.
             listener_of: Makes the listener for the events of a job from the job's name.
             syslog: Address of a syslog server that gets every line of the audit log, too; "" for none.
+            storage: Keeps runs, and copies of this server's files; None to keep all in the folder.
 
         Raises:
             ConfigError: A file of the kit cannot be read, the folder holds jobs of another federation, or the address
@@ -73,7 +79,7 @@ class FederationServer:
         self._listen = split_address(listen or kit.listen)
         self._data = DataFolder(folder, kit.identity.federation)
         try:
-            self._open(kit, folder, read_job, listener_of, syslog)
+            self._open(kit, folder, read_job, listener_of, syslog, storage or Storage())
         except BaseException:
             self._data.close()
             raise
@@ -85,23 +91,25 @@ class FederationServer:
         read_job: ReadJob,
         listener_of: Callable[[str], Listener] | None,
         syslog: str,
+        storage: Storage,
     ) -> None:
         self._audit = AuditSummary(AuditLog(kit.folder, kit.folder))
         self._audit.log.ship_to(syslog)
+        self._storage = storage
         self._roots = roots = RootsAtServer(kit)
         members = Members(kit.folder, kit.identity.federation, roots, kit.sites)
         self.queue = JobQueue(
-            kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name), members
+            kit, folder, read_job, self._audit, listener_of, lambda name: self._guard.who(name), members, storage
         )
         revoked = RevocationList(kit.folder / CRL, roots, required=True)
+        self._take_up(CRL, revoked)
+        self._take_up(MEMBERS, members)
         renewals = Renewals(kit.folder / "renewals.json")
         lists = OutsideLists(kit.folder / OUTSIDE_LISTS, lambda: roots.holders.outside)
         validity = Validity(kit.identity.federation, roots, revoked, lists, renewals, members, self._audit)
         witness = Witness(self._audit.log, kit.folder, kit.identity)
         root_calls = RootCalls(roots, self.queue, self._audit.log, lambda: self._guard.look_again())
-        calls = JobCalls(
-            kit, self.queue, self._audit, witness, root_calls, revoked, lambda *lists: self._guard.put_in_force(*lists)
-        )
+        calls = JobCalls(kit, self.queue, self._audit, witness, root_calls, revoked, self._put_in_force)
         self._guard = Guard(self, calls, validity, self._audit, _JobsOfQueue(self.queue))
         self._stop_serving: Callable[[float], None] | None = None
 
@@ -149,6 +157,24 @@ class FederationServer:
     def refusals(self) -> Mapping[str, int]:
         """Return the number of calls refused since the start, by the class of the error."""
         return dict(self._audit.refusals)
+
+    def _take_up(self, name: str, newest: RevocationList | Members) -> None:
+        """Put the list of the server before in force, unless this kit has a newer one."""
+        kept, file = self._storage.files.kept(name), self._kit.folder / name
+        if kept is not None:
+            try:
+                newest.install(kept)
+            except ConfigError as error:
+                log.warning("the list of the server before was not taken: %s", error)
+        if file.exists() and file.read_bytes() != kept:
+            self._storage.files.keep(file, file.read_bytes())
+
+    def _put_in_force(self, crl: bytes, members: bytes) -> list[str]:
+        ended = self._guard.put_in_force(crl, members)
+        for name, data in ((CRL, crl), (MEMBERS, members)):
+            if data:
+                self._storage.files.keep(self._kit.folder / name, data)
+        return ended
 
     def close(self) -> None:
         """Stop serving. Jobs that have not ended continue when the server is started again."""

@@ -12,7 +12,9 @@ from fl_runtime.errors import FederationError, StoreError
 from fl_runtime.server.federation.archive import JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.event_buffer import EventBuffer
+from fl_runtime.server.federation.results import files_of
 from fl_runtime.server.server import Server
+from fl_runtime.store.stores import Storage
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trainings import training_folder
 from fl_runtime.trust.identity import Identity
@@ -93,6 +95,7 @@ class RunningJob:
         listeners: Sequence[Listener],
         who: Callable[[str], Identity | None],
         on_end: Callable[[RunningJob], None],
+        storage: Storage,
     ) -> None:
         """Start a job, or continue it if its run has begun.
 
@@ -104,6 +107,7 @@ class RunningJob:
             who: Returns the identity of a site that has called, by its name.
             on_end: Called with this object once the job's results are written or it was halted, by a thread of its
                 own.
+            storage: Keeps its run and its results.
         """
         self.record, self.folder, self._on_end = record, folder, on_end
         self.events = EventBuffer()
@@ -112,9 +116,10 @@ class RunningJob:
         self._error: FederationError | None = None
         self._lock = threading.Lock()
         self.audit = JobAudit(audit, record.settings, record.submitter, who)
-        fresh = not (folder / "server").exists()
+        fresh = not storage.runs.holds(folder / "server")
+        self._storage = storage
         listeners = [self._record, self.audit, *listeners]
-        self.server = Server(record.settings, folder, {}, listeners=listeners, record=True)
+        self.server = Server(record.settings, folder, {}, listeners=listeners, record=True, store=storage.runs)
         self.audit.record_begin(fresh=fresh)
         self._closing = self._ending = False
         self._thread = threading.Thread(target=self._follow, name="fl-job", daemon=True)
@@ -201,6 +206,8 @@ class RunningJob:
             self._ending = True
         try:
             self._finish()
+            if self._storage.shared:
+                self._storage.files.keep_results(self.folder, [file.path for file in files_of(self.folder)])
         except (StoreError, OSError) as error:  # it remains a job that runs, to be continued
             self.halted = error if isinstance(error, StoreError) else disk_error(error, self.folder)
         self._on_end(self)

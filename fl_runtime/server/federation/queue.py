@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import AbortedError, ConfigError, FederationError, StoreError
+from fl_runtime.filters import place_filter
 from fl_runtime.server.courses.initial import digest_of
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.schedule import Room, Work, next_to_start, shortage
 from fl_runtime.server.server import check_settings
+from fl_runtime.store.stores import Storage
 from fl_runtime.trust import permissions
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
@@ -54,6 +56,7 @@ class JobQueue:
         listener_of: Callable[[str], Listener] | None,
         who: Callable[[str], Identity | None],
         members: Members,
+        storage: Storage,
     ) -> None:
         """Read the jobs of a folder. None of them runs before `begin`.
 
@@ -65,6 +68,7 @@ class JobQueue:
             listener_of: Makes a listener for a job's events from the job's name.
             who: Returns the identity of a site that has called, by its name.
             members: The members of the federation.
+            storage: Keeps everything.
 
         Raises:
             ConfigError: The folder holds jobs of another federation.
@@ -72,7 +76,8 @@ class JobQueue:
         """
         self._members, self._identity, self._patience_s = members, kit.identity, kit.patience_s
         self._read_job, self._audit, self._listener_of, self._who = read_job, audit, listener_of, who
-        self._archive = JobArchive(folder, kit.identity.federation)
+        self._archive = JobArchive(folder, kit.identity.federation, storage.files)
+        self._storage = storage
         self._running: dict[str, RunningJob] = {}
         self._lately: deque[RunningJob] = deque(maxlen=_KEPT_AFTER_END)
         self._rooms: dict[str, Room] = {}
@@ -120,6 +125,8 @@ class JobQueue:
         with self.changed:
             settings = replace(settings.for_production(self._patience_s), submitted_by=submitter.uri)
             check_settings(settings)
+            if self._storage.shared:
+                _check_kept(settings)
             waiting = len(self._archive.in_state("queued"))
             if waiting >= _MOST_QUEUED:
                 raise ConfigError(f"{waiting} jobs are waiting already", fix="wait, or abort some of them")
@@ -205,8 +212,10 @@ class JobQueue:
         return self._members.sites
 
     def folder(self, name: str) -> Path:
-        """Return the folder of a job. Raises ConfigError if there is none of this name."""
-        return self._archive.folder / self.record(name).name
+        """Return the folder of a job, with its results. Raises ConfigError if there is none of this name."""
+        folder = self._archive.folder / self.record(name).name
+        self._storage.files.restore_results(folder)
+        return folder
 
     def records(self) -> tuple[JobRecord, ...]:
         """Return the records of all jobs, in the order of their submission."""
@@ -271,8 +280,8 @@ class JobQueue:
         folder = self._archive.folder / record.name
         listeners = [self._listener_of(record.name)] if self._listener_of else []
         try:
-            self._archive.take_initial(record)
-            job = RunningJob(record, folder, self._audit, listeners, self._who, self._on_job_end)
+            self._take_initial(record)
+            job = RunningJob(record, folder, self._audit, listeners, self._who, self._on_job_end, self._storage)
             self._running[record.name] = job
             for site in record.settings.sites:
                 if site not in self.sites:  # removed while the job waited
@@ -281,6 +290,14 @@ class JobQueue:
             if isinstance(error.__cause__, OSError):  # which may be well again later
                 raise
             self._give_up(record.name, record.submitter, error)
+
+    def _take_initial(self, record: JobRecord) -> None:
+        """Take the earlier result that a job begins with. A run that another server has begun may not need it."""
+        try:
+            self._archive.take_initial(record)
+        except ConfigError:
+            if not self._storage.runs.holds(self._archive.folder / record.name / "server"):
+                raise
 
     def _give_up(self, name: str, submitter: object, error: FederationError) -> None:
         """Record a job that cannot go on as failed, so that it is in nobody's way."""
@@ -316,6 +333,7 @@ class JobQueue:
         record = self._archive.get(job.name)
         if record is not None and record.state == "finished":
             self._archive.forget_tensors(job.name)
+            self._storage.files.forget_tensors(job.folder)
 
     # -- waiting for jobs ---------------------------------------------------------------------------------------
 
@@ -370,3 +388,15 @@ class JobQueue:
             job.close()
         for job in self.lately_ended():
             self._tidy(job)
+
+
+def _check_kept(settings: RunSettings) -> None:
+    """Refuse a job whose server would keep in its folder what another server needs: the ledger of a privacy budget."""
+    for item in map(place_filter, settings.filters):
+        if item.at == "server_in" and type(item.filter).__name__ == "GaussianDP":
+            raise ConfigError(
+                "GaussianDP at server_in keeps its privacy ledger in the server's folder, where another server would "
+                "not find it",
+                where="filters",
+                fix="use GaussianDP at site_out, or a server without --store",
+            )

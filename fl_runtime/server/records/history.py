@@ -62,13 +62,16 @@ class History:
             folder.mkdir(parents=True, exist_ok=True)
             events = folder / "events.jsonl"
             self._table = _Table(folder / "history.csv")
+            self._plotted: set[str] = set()
+            plotted = (folder / "tensorboard").exists()
+            self._scalars = ScalarWriter(folder / "tensorboard")
             for event in _past_events(events):
                 self._table.record(event)
+                if not plotted:  # another server has written them
+                    self._plot(event)
             self._events = events.open("a", encoding="utf-8")
-            self._scalars = ScalarWriter(folder / "tensorboard")
         except OSError as error:
             raise disk_error(error, folder) from error
-        self._plotted: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Record an event. Must not be called by two threads at once.
@@ -78,7 +81,7 @@ class History:
         """
         failures = self._failures
         with self._disk_may_fail():
-            self._events.write(_line(event))
+            self._events.write(event_line(event))
             self._events.flush()
         with self._disk_may_fail():
             self._table.record(event)
@@ -257,7 +260,8 @@ def write_matrix(folder: Path, matrix: Mapping[str, Mapping[str, Mapping[str, fl
                 rows.writerows([model, site, metric, value] for metric, value in metrics.items())
 
 
-def _line(event: Event) -> str:
+def event_line(event: Event) -> str:
+    """Return an event as a line of events.jsonl."""
     fields = {"kind": event.kind, "time": event.time, "round": event.round, "site": event.site, "data": event.data}
     try:
         return json.dumps(fields, allow_nan=False, default=_plain) + "\n"

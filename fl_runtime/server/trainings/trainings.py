@@ -19,7 +19,7 @@ from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.trainings.training import Training, TrainingOptions
 from fl_runtime.trainings import parsed_name, training_folder, training_name
 from fl_runtime.transport.base import Peer
-from fl_runtime.types import RunSettings
+from fl_runtime.types import Listener, RunSettings
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 
@@ -272,9 +272,11 @@ class Trainings:
     def _opened(self, number: int) -> Training:
         """Open a training, with a history if the job is recorded."""
         folder = training_folder(self._folder, number)
+        listeners: list[Listener] = []
         if self._record:
+            recorder = self._options.store.recorder(folder)
             self._histories[number] = History(folder)
-        listeners = [self._histories[number]] if self._record else []
+            listeners = [self._histories[number], *([recorder] if recorder else [])]
         events = TrainingEvents(self._events, number, listeners)
         return Training(self._settings_of(number), folder, number, events, self._options)
 

@@ -24,6 +24,7 @@ from fl_runtime.errors import (
 )
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
 from fl_runtime.server.federation.schedule import Room, next_to_start, shortage
+from fl_runtime.store.stores import Unshared
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.trust.identity import Identity
 from fl_runtime.types import Arrays, RunSettings, Task
@@ -326,7 +327,7 @@ def test_a_folder_of_another_federation_is_refused(study: Study) -> None:
     study.job("job")
     study.server.close()
     with pytest.raises(ConfigError, match="holds the job job of the federation study, not of other"):
-        JobArchive(study.runs, "other")
+        JobArchive(study.runs, "other", Unshared())
 
 
 def test_a_folder_of_a_version_without_a_queue_is_read(study: Study) -> None:
