@@ -96,6 +96,11 @@ test-oldest: export USE_TF = 0  # transformers 4 takes up any TensorFlow, and fa
 test-oldest: $(OLDEST)/.stamp  ## the tests with the oldest supported version of every dependency
 	$(call tests,$(OLDEST))
 
+.PHONY: wheel
+wheel: $(VENV)/.stamp  ## the wheel, in build/wheel
+	@$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@ls build/wheel/*.whl
+
 .PHONY: lint
 lint: $(VENV)/.stamp  ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff check .
