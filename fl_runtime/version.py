@@ -9,7 +9,10 @@ VERSION = "0.1.0"
 PROTOCOL = 1
 """Protocol number of this version, the only one so far; see wire/fl/v1/federation.proto."""
 
-FEATURES: tuple[str, ...] = ("beats", "parts", "trainings")
+COHORT = "cohort"
+"""Feature of a server that keeps to what the sites' policies ask of every aggregate."""
+
+FEATURES: tuple[str, ...] = ("beats", "parts", "trainings", COHORT)
 """Optional parts of the protocol that this version supports. Two sides use those that both name."""
 
 SERVER_NAME = "server.fl-adapters.internal"

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,13 @@ from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
+from fl_runtime.client.job_settings import run_settings
 from fl_runtime.errors import FederationError, ProtocolError, UpdateRefusedError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.site import SiteFilters
-from fl_runtime.types import Arrays, Report, RunSettings, Settings, Task, Terms, Update
+from fl_runtime.types import Arrays, CohortRules, Report, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.names import Facts
@@ -137,12 +138,24 @@ class Gate:
         with self.leaving_on_refusal():
             if self._policy.record_task(task):
                 self._filters.set_policy_filters(self._policy.filters, self._policy.budget)
+            self._policy.cohort.check(task)
             return self._decoded(task)
 
     def decode(self, task: Task) -> Task:
         """Decode and check the arrays of a model that this site evaluates or exports."""
         with self.leaving_on_refusal():
+            self._policy.cohort.check(task)
             return self._decoded(task)
+
+    def check_cohort(self, task: Task) -> None:
+        """Check that a round has as many sites as the policy asks for, before this site's update is shared."""
+        with self.leaving_on_refusal():
+            self._policy.cohort.check(task)
+
+    @property
+    def cohort_rules(self) -> CohortRules:
+        """What the policy asks of every aggregate that this site's update is in."""
+        return self._policy.cohort.rules
 
     def check_registered(self, arrays: Arrays, where: str) -> None:
         """Check that an update has only tensors that were registered. Call after `register`."""
@@ -226,8 +239,7 @@ def _participation(site: str, job: Settings) -> Participation | None:
     """Return the rounds in which the site is expected to take part, or None if the job sets no number of rounds."""
     if not job.get("rounds"):
         return None
-    known = {field.name: job[field.name] for field in fields(RunSettings) if field.name in job}
-    settings = RunSettings(**known | {"sites": tuple(job["sites"])})
+    settings = run_settings(job)
     strategy = make_strategy(settings.strategy) if settings.strategy else None
     return participation(settings, strategy)[site]
 

@@ -6,17 +6,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fl_adapters.participant.kit import Kit
+from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics.pooling import plain
+from fl_runtime.client.job_settings import run_settings
 from fl_runtime.errors import FederationError, PermissionDeniedError
 from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.ledger import BudgetLimit, PrivacyBudget
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.trainings import job_of
-from fl_runtime.types import Report, Settings, Task, Terms, Update
+from fl_runtime.types import CohortRules, Report, RunSettings, Settings, Task, Terms, Update
 from fl_runtime.wire.names import Facts, Names
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
@@ -74,11 +77,28 @@ class LeaveReason:
         return cls(reason)
 
 
+class CohortGate:
+    """Asked of how many sites' updates models are made. This class allows every number, as a simulation does."""
+
+    @property
+    def rules(self) -> CohortRules:
+        """What the policy asks of every aggregate, as the server is told."""
+        return CohortRules()
+
+    def check(self, task: Task) -> None:
+        """Check of how many updates the model of a task is made, and how many sites take part in its round."""
+
+
 class PolicyGate:
     """Asked before anything leaves a site. This class allows everything, as a simulation does.
 
     `KitPolicyGate` enforces the policy of a startup kit.
+
+    Attributes:
+        cohort: Asked of how many sites' updates models are made.
     """
+
+    cohort: CohortGate = CohortGate()
 
     def check_join(self, job: Settings, framework: str) -> None:
         """Check whether this site may take part in the job with this framework."""
@@ -169,6 +189,7 @@ class KitPolicyGate(PolicyGate):
         self._job = ""
         self._lists: list[str] = []  # names of the lists that the site declares
         self._strategy: str | None = None  # the job's, if it names one
+        self._settings: RunSettings | None = None  # of the job
         self._names: list[str] = []  # of the tensors that were named at the handshake
         self._refusal: PermissionDeniedError | None = None  # the last one; its text is the policy's, free of data
         try:
@@ -178,6 +199,7 @@ class KitPolicyGate(PolicyGate):
         except FederationError as error:
             self._audit.refused(self.identity, "read policy", error)
             raise
+        self.cohort = _KitCohortGate(self)
 
     def check_join(self, job: Settings, framework: str) -> None:
         self._job = str(job["name"])
@@ -202,7 +224,7 @@ class KitPolicyGate(PolicyGate):
             self._check_job(job)
 
     def _check_job(self, job: Settings) -> None:
-        self._strategy = job.get("strategy")
+        self._strategy, self._settings = job.get("strategy"), run_settings(job)
         for refusal in job_refusals(self._policy, self.identity, job):
             raise refusal
 
@@ -229,8 +251,9 @@ class KitPolicyGate(PolicyGate):
     def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
         with _RecordRefusals(self, "register"):
             self._policy.check_names(names, self.identity)
-            if self._strategy is None:  # the script chooses it
-                self._policy.check_strategy(self._job, terms.strategy, self.identity)
+            if self._strategy is None and self._settings is not None:  # the script chooses it
+                for refusal in _strategy_refusals(self._policy, self.identity, self._settings, terms.strategy):
+                    raise refusal
         self._names = list(names)
 
     def visible_facts(self, facts: Facts) -> Facts:
@@ -380,6 +403,21 @@ class KitPolicyGate(PolicyGate):
         return self._file.current
 
 
+class _KitCohortGate(CohortGate):
+    """Enforces the rules on cohorts of the policy as it is now."""
+
+    def __init__(self, gate: KitPolicyGate) -> None:
+        self._gate = gate
+
+    @property
+    def rules(self) -> CohortRules:
+        return self._gate._policy.cohort.rules
+
+    def check(self, task: Task) -> None:
+        with _RecordRefusals(self._gate, f"task: {task.kind}", round=task.round):
+            self._gate._policy.cohort.check_task(task, self._gate.identity)
+
+
 class _RecordRefusals:
     """Writes refusals in a `with` block to the audit log."""
 
@@ -410,16 +448,23 @@ def job_refusals(
     """
     from fl_runtime.trust.identity import Identity
 
-    name, strategy, uri = str(job["name"]), job.get("strategy"), str(job.get("submitted_by", ""))
+    settings, cohort = run_settings(job), policy.cohort
+    uri = str(job.get("submitted_by", ""))
     if submitter_known:
         submitter = Identity.from_uri(uri) if uri else None
-        yield from _refused(lambda: policy.check_submitter(name, submitter, site))
-    if job.get("cross_site"):
-        yield from _refused(lambda: policy.check_cross_site(name, site))
-    if strategy is not None:
-        yield from _refused(lambda: policy.check_strategy(name, strategy, site))
-    if job.get("exact_restart"):
+        yield from _refused(lambda: policy.check_submitter(settings.name, submitter, site))
+    for check in (cohort.check_cross_site, cohort.check_sampling, cohort.check_site_weights, cohort.check_sites):
+        yield from _refused(partial(check, settings, site))
+    if settings.strategy is not None:
+        yield from _strategy_refusals(policy, site, settings, settings.strategy)
+    if settings.exact_restart:
         yield from _refused(lambda: check_repeatable(policy.filters))
+
+
+def _strategy_refusals(policy: Policy, site: Identity, job: RunSettings, strategy: str) -> Iterator[FederationError]:
+    """Yield what in a policy refuses a strategy: its name, or of how few updates it makes a model."""
+    yield from _refused(lambda: policy.check_strategy(job.name, strategy, site))
+    yield from _refused(lambda: policy.cohort.check_strategy(job, make_strategy(strategy), site))
 
 
 def _refused(check: Callable[[], None]) -> Iterator[FederationError]:

@@ -185,7 +185,13 @@ class Session:
             with self._gate.leaving_on_refusal():
                 deadline_s = float(welcome.settings["deadline_s"])
                 self._swarm = SwarmSite(
-                    self._client, self.name, self.seal, strategy, min(kit.patience_s, SILENCE_S), deadline_s
+                    self._client,
+                    self.name,
+                    self.seal,
+                    strategy,
+                    min(kit.patience_s, SILENCE_S),
+                    deadline_s,
+                    self._gate.check_cohort,
                 )
 
     @property
@@ -292,6 +298,7 @@ class Session:
             rounds=0 if self.settings.rounds else rounds or 0,
             evaluates=evaluates,
             terms=terms,
+            rules=self._gate.cohort_rules,
         )
         self._header = replace(self._header, content=terms.content, encoding=encoding)
         return self.rounds

@@ -44,7 +44,14 @@ class SwarmSite:
     """
 
     def __init__(
-        self, client: SiteClient, me: str, seal: Seal, strategy: Strategy, patience_s: float, deadline_s: float
+        self,
+        client: SiteClient,
+        me: str,
+        seal: Seal,
+        strategy: Strategy,
+        patience_s: float,
+        deadline_s: float,
+        check: Callable[[Task], None],
     ) -> None:
         """Check that streams can be encrypted; `start` connects.
 
@@ -55,13 +62,14 @@ class SwarmSite:
             strategy: The job's strategy, whose aggregator runs here.
             patience_s: Seconds for which the aggregator waits for a site that does not answer.
             deadline_s: Seconds for which a site waits until its aggregator has taken its update.
+            check: Called with every task of sharing or aggregating; raises if the policy refuses the round.
 
         Raises:
             ConfigError: The package for encryption is not installed.
         """
         check_available(me)
         self._client, self._me, self._seal, self._strategy = client, me, seal, strategy
-        self._patience_s, self._deadline_s = patience_s, deadline_s
+        self._patience_s, self._deadline_s, self._check = patience_s, deadline_s, check
         self._changed = threading.Condition()
         self._opened: dict[str, Stream] = {}  # streams from other sites, by name
         self._tunnel: Tunnel | None = None
@@ -111,6 +119,8 @@ class SwarmSite:
         """
         while True:
             task = self._client.next_task(done=self._done)
+            if task.kind in ("share", "aggregate"):
+                self._check(task)
             if task.kind == "share":
                 self._share(task)
             elif task.kind == "aggregate":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fl_runtime.errors import ConfigError, RoundFailedError
-from fl_runtime.types import RunSettings, Strategy, Update
+from fl_runtime.types import CohortRules, RunSettings, Strategy, Update
 
 _TOLERANCE = 1e-9
 """Relative difference below which a share counts as equal to the cap, so that 3 sites can have a third each."""
@@ -23,6 +23,18 @@ def fewest_sites(max_share: float | None) -> int:
         1 / `max_share`, rounded up; 1 without a cap.
     """
     return 1 if max_share is None else math.ceil(1 / max_share - _TOLERANCE)
+
+
+def sites_needed(rules: CohortRules) -> int:
+    """Return the least number of sites with which an aggregate keeps to the rules of a site's policy.
+
+    Args:
+        rules: The rules.
+
+    Returns:
+        `min_cohort`, or more if the cap on shares needs it.
+    """
+    return max(rules.min_cohort, fewest_sites(rules.max_share))
 
 
 def capped_weights(weights: Mapping[str, float], max_share: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
-from fl_runtime.errors import ConfigError, FederationError, ProtocolError
+from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, ProtocolError
 from fl_runtime.text import printable
 from fl_runtime.trainings import parsed_name, training_name
 from fl_runtime.transport.base import Transport
@@ -25,8 +25,8 @@ from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import Clock
 from fl_runtime.trust.identity import check_name
-from fl_runtime.types import Metrics, Report, RunSettings, Task, Terms, Update
-from fl_runtime.version import FEATURES, PROTOCOL, VERSION
+from fl_runtime.types import CohortRules, Metrics, Report, RunSettings, Task, Terms, Update
+from fl_runtime.version import COHORT, FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -105,6 +105,7 @@ class SiteClient:
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
         self._session = pb.Session()
         self._parts = False  # whether the server takes a registration in several messages
+        self._cohorts, self._min_sites = False, None  # whether the server keeps to rules of a policy, and its quorum
         self._held = 0  # 1 + version of the last model to train that was received
         self._presence: Presence | None = None
 
@@ -155,6 +156,7 @@ class SiteClient:
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
         self._parts = PARTS in reply.features
+        self._cohorts, self._min_sites = COHORT in reply.features, settings.get("min_sites")
         if self._same_machine and reply.shared_folder:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
         self._uploads.frame_bytes = frames.frame_bytes(reply.count)
@@ -182,6 +184,7 @@ class SiteClient:
         rounds: int,
         evaluates: bool,
         terms: Terms | None = None,
+        rules: CohortRules | None = None,
     ) -> int:
         """Register at the handshake, and wait until all sites have agreed.
 
@@ -193,14 +196,19 @@ class SiteClient:
             rounds: The trainer's own number of rounds, 0 without a budget.
             evaluates: Promise to report a score of every global model.
             terms: The script's terms, which must be equal at all sites; None for the defaults.
+            rules: What this site's policy asks of every aggregate; None for nothing.
 
         Returns:
             The run's number of rounds.
 
         Raises:
+            PermissionDeniedError: The server cannot keep to the rules.
             StateMismatchError: The sites' tensors differ.
             HandshakeError: The sites do not agree, or an adapter lacks a capability that the job needs.
         """
+        rules = rules or CohortRules()
+        if not self._cohorts:
+            _check_older_server(rules, self._min_sites)
         request = pb.RegisterRequest(
             session=self._session,
             manifest=manifest.to_proto(),
@@ -209,6 +217,9 @@ class SiteClient:
             rounds=rounds,
             evaluates=evaluates,
             terms_json=json.dumps(asdict(terms)) if terms else "",
+            min_cohort=rules.min_cohort if rules.min_cohort > 1 else 0,
+            max_share=rules.max_share or 0.0,
+            own_model_stays=rules.own_model_stays,
         )
         reply = Handshake(self._calls, agreement, parts=self._parts).register(request)
         self._layouts.add(manifest)
@@ -337,6 +348,18 @@ def _check_types(settings: dict[str, Any]) -> None:
             f"the server sends settings that this site cannot read: {printable(field, 100)}: {item['msg']}",
             fix="run the same version of fl-adapters at server and site",
         ) from None
+
+
+def _check_older_server(rules: CohortRules, min_sites: object) -> None:
+    """Refuse a server that knows no rules of policies, unless the job's quorum alone keeps to them."""
+    enough = rules.min_cohort == 1 or (isinstance(min_sites, int) and min_sites >= rules.min_cohort)
+    if not enough or rules.max_share is not None:
+        rule = f"min_cohort: {rules.min_cohort}" if not enough else f"max_share: {rules.max_share:g}"
+        raise PermissionDeniedError(
+            "the server's version of fl-adapters does not keep to what this site's policy asks of every model",
+            where=f"rule {rule} (the site's policy.yml)",
+            fix="upgrade fl-adapters at the server" + ("" if enough else ", or raise min_sites in the job"),
+        )
 
 
 def _settings(reply: pb.JoinReply) -> dict[str, Any]:

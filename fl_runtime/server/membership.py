@@ -78,9 +78,11 @@ class Membership:
                 layouts = {**state.layouts, manifest.layout: manifest}  # what does not fit is not kept
                 needs = needed_capabilities(state.settings, state.plan.strategy, state.plan.terms)
                 check_latecomer(name, registration, self.members, layouts, state.plan.strategy, needs)
+                self.quorum.check_latecomer(name, registration.rules)
             self.add_manifest(member, manifest)
             member.layouts.add(manifest.layout)
             member.registration, member.known = registration, True
+            self.quorum.rules[name] = registration.rules
             state.journal.registered(name, registration.to_json())
             state.events.emit(
                 "registered",
@@ -191,7 +193,7 @@ class Membership:
                 return
             member.refusal = error
             member.registration, member.known = None, False  # it has no say in what the others have agreed on
-            self._state.journal.left(name, True)
+            self._state.journal.left(name, True, refusal=error)
             self._state.journal.registered(name, None)
             self.mark_gone(name, error.what, early=True)
             self._state.published.notify_all()
@@ -304,7 +306,8 @@ class Membership:
 
     def _assembled(self) -> bool:
         settings = self._state.settings
-        enough = len(self.present()) >= settings.min_sites
+        present = self.present()
+        enough = len(present) >= max(settings.min_sites, self.quorum.needed(present))
         # with exact_restart, wait for known sites: the draw must repeat
         returning = any(m.known and not m.gone and not m.active for m in self.members.values())
         return enough and not (settings.exact_restart and returning)

@@ -42,10 +42,12 @@ def restore_plan(state: RunState, membership: Membership) -> None:
         member.absent_since = membership.clock.now()
         if registration:
             member.registration, member.known = Registration.from_json(registration), True
+            membership.quorum.rules[name] = member.registration.rules
     if journal.reader.failed():  # it is resumed with the scripts of all sites, those that left included
         journal.resumed()
-    for name in journal.reader.who_left():
-        membership.members[name].gone = "it left"
+    for name, refusal in journal.reader.who_left().items():
+        member = membership.members[name]
+        member.gone, member.refusal = refusal.what if refusal else "it left", refusal
     for name in journal.reader.who_is_lost():
         membership.members[name].gone, membership.members[name].script = "its connection was lost", "lost"
     for name in journal.reader.who_rests():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART
 from fl_runtime.errors import FederationError, HandshakeError, StateMismatchError
-from fl_runtime.types import RunSettings, Strategy, Terms
+from fl_runtime.types import CohortRules, RunSettings, Strategy, Terms
 from fl_runtime.wire.manifest import Manifest, differences
 from fl_runtime.wire.names import TENSORS_OF, Excerpt, NamesDigest, describe_difference
 
@@ -33,6 +33,7 @@ class Registration:
         evaluates: True if the site will score each global model.
         terms: The script's terms; they too must be equal at all sites.
         names: Lists of names, such as labels, that must be equal at all sites that give them.
+        rules: What the site's policy asks of every aggregate.
     """
 
     layout: bytes
@@ -43,6 +44,7 @@ class Registration:
     evaluates: bool
     terms: Terms = field(default_factory=Terms)
     names: Mapping[str, NamesDigest] = field(default_factory=dict)
+    rules: CohortRules = field(default_factory=CohortRules)
 
     def to_json(self) -> dict[str, Any]:
         """The registration as JSON values, for the journal."""
@@ -55,6 +57,7 @@ class Registration:
             "evaluates": self.evaluates,
             "terms": asdict(self.terms),
             "names": {name: digest.to_json() for name, digest in self.names.items()},
+            "rules": asdict(self.rules),
         }
 
     @classmethod
@@ -69,6 +72,7 @@ class Registration:
             fields["evaluates"],
             Terms(**fields.get("terms", {})),
             {name: NamesDigest.from_json(digest) for name, digest in fields.get("names", {}).items()},
+            CohortRules(**fields.get("rules", {})),
         )
 
 

@@ -8,7 +8,7 @@ The statements are those that SQLite and PostgreSQL have in common.
 
     meta      key, value: schema_version; job (the run's settings); rounds and terms (result of the handshake);
               left (names of sites that left); resting (those of them whose scripts may train again); lost (names of
-              sites whose connection was lost for too long);
+              sites whose connection was lost for too long); refusals (site that was excluded -> its error);
               repeats ([round, number of failed tries]); buffer ([[site, round], ...]); ended ("null", or the error);
               over ("true" once the job has ended with this run); restored (when the backup was made that this
               journal was restored from, in seconds since the epoch)
@@ -153,19 +153,22 @@ class Journal:
         self._db.run("INSERT INTO site VALUES (?, ?, NULL) ON CONFLICT (name) DO UPDATE SET attempt=excluded.attempt",
                   site, attempt)  # fmt: skip
 
-    def left(self, site: str, left: bool, *, stays: bool = False) -> None:
+    def left(self, site: str, left: bool, *, stays: bool = False, refusal: FederationError | None = None) -> None:
         """Record whether a site has left: a restarted server does not wait for sites that have.
 
         Args:
             site: Name of the site.
             left: Whether it has left.
             stays: Whether its script goes on and may begin another training.
+            refusal: The error with which it was excluded; None if it left by itself.
         """
         gone, resting = self.reader.who_left(), self.reader.who_rests()
-        if left == (site in gone) and stays == (site in resting):
+        if left == (site in gone) and stays == (site in resting) and gone.get(site) == refusal:
             return
+        errors = {name: error for name, error in {**gone, site: refusal}.items() if error is not None}
         with self._db.transaction():
-            self._db.put("left", json.dumps(_with(gone, site, wanted=left)))
+            self._db.put("refusals", json.dumps({name: error.to_wire() for name, error in errors.items()}))
+            self._db.put("left", json.dumps(_with(list(gone), site, wanted=left)))
             self._db.put("resting", json.dumps(_with(resting, site, wanted=stays)))
 
     def lost(self, site: str, lost: bool) -> None:
@@ -292,6 +295,7 @@ class Journal:
         with self._db.transaction():
             for key in ("left", "lost", "resting"):
                 self._db.put(key, "[]")
+            self._db.put("refusals", "{}")
 
     def over(self) -> None:
         """Record that the run was the last of its job, and that every site's script has ended."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from fl_runtime.errors import StoreError
+from fl_runtime.errors import FederationError, StoreError
 from fl_runtime.store.database import Database
 from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.types import Terms
@@ -120,10 +120,11 @@ class JournalReader:
         for version, site, metrics, n in self._db.rows("SELECT version, site, metrics, num_examples FROM score"):
             yield version, site, json.loads(metrics), n
 
-    def who_left(self) -> list[str]:
-        """Return the names of the sites that have left and not come back."""
+    def who_left(self) -> dict[str, FederationError | None]:
+        """Return the sites that have left and not come back, each with the error if it was excluded, or None."""
         sites: list[str] = json.loads(self._db.get("left") or "[]")
-        return sites
+        errors: dict[str, dict[str, str]] = json.loads(self._db.get("refusals") or "{}")
+        return {site: FederationError.from_wire(errors[site]) if site in errors else None for site in sites}
 
     def who_is_lost(self) -> list[str]:
         """Return the names of the sites whose connection was lost for too long, and that have not come back."""

@@ -6,6 +6,8 @@ All dataclasses are frozen. Arrays in them are borrowed from their owner unless 
 from __future__ import annotations
 
 from fl_runtime.types.messages import (
+    PARTICIPANTS,
+    UPDATES,
     Array,
     Arrays,
     Content,
@@ -20,15 +22,18 @@ from fl_runtime.types.messages import (
     Update,
     is_floating,
 )
-from fl_runtime.types.settings import PRODUCTION_PATIENCE_S, RunSettings, Terms
+from fl_runtime.types.settings import PRODUCTION_PATIENCE_S, CohortRules, RunSettings, Terms
 from fl_runtime.types.strategy import Aggregator, Allocate, RoundPlan, ServerState, Strategy
 
 __all__ = [
+    "PARTICIPANTS",
     "PRODUCTION_PATIENCE_S",
+    "UPDATES",
     "Aggregator",
     "Allocate",
     "Array",
     "Arrays",
+    "CohortRules",
     "Content",
     "Event",
     "Listener",

@@ -25,6 +25,11 @@ Content = Literal["weights", "delta", "encoded"]
 TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
 """What a task asks for; see `Task`."""
 
+PARTICIPANTS = "participants"
+"""Setting of a task: how many sites take part in its round."""
+UPDATES = "updates"
+"""Setting of a task: of how many sites' updates its model was made; absent for an initial model."""
+
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
     """Return whether tensors of this dtype are averaged.

@@ -38,6 +38,21 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class CohortRules:
+    """What a site's policy asks of every aggregate that its update is in. The server keeps to it.
+
+    Attributes:
+        min_cohort: Least number of sites whose updates are in the aggregate, at least 1.
+        max_share: Largest share of one site in its weights, above 0 and at most 1; None for no cap.
+        own_model_stays: Whether the site's own model must not be sent to other sites.
+    """
+
+    min_cohort: int = 1
+    max_share: float | None = None
+    own_model_stays: bool = False
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """The settings of one job as the server and the sites read them. `fl_adapters.Job` describes each in full.
 

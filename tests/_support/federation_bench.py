@@ -16,7 +16,7 @@ from fl_runtime.server import Server
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.transport.waiting import Clock
-from fl_runtime.types import Arrays, Event, RunSettings, Task, Update
+from fl_runtime.types import Arrays, CohortRules, Event, RunSettings, Task, Update
 from fl_runtime.wire.manifest import Manifest
 
 K = TypeVar("K")
@@ -74,6 +74,7 @@ class Site:
         rounds: int = 0,
         evaluates: bool = False,
         capabilities: frozenset[str] = frozenset(),
+        rules: CohortRules | None = None,
         **agreement: str,
     ) -> int:
         return self.client.register(
@@ -83,6 +84,7 @@ class Site:
             capabilities=capabilities,
             rounds=rounds,
             evaluates=evaluates,
+            rules=rules,
         )
 
     def start(self, arrays: Arrays) -> Task:

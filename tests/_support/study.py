@@ -65,6 +65,7 @@ class Study:
         self.authority = Authority.create(self.kits / "authority", project(sites=sites))
         for identity in self.authority.project.participants():
             write_kit(self.kits / identity.name, self.authority, identity)
+            alone(self.kits / identity.name, sites)
         self.sites = sites
         self.address = ""
         self._things = ExitStack()
@@ -154,6 +155,13 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return value
 
 
+def alone(kit: Path, sites: tuple[str, ...]) -> None:
+    """Let the policy of the only site of a federation take part in models of its own update alone."""
+    policy = kit / "policy.yml"
+    if len(sites) == 1 and policy.exists():
+        policy.write_text(policy.read_text().replace("min_cohort: 2", "min_cohort: 1"))
+
+
 def readdressed(study: Study, name: str) -> Path:
     """Return the kit of `name` with the address of the test's server, as if it had been provisioned so."""
     folder = study.folder / "readdressed" / name
@@ -161,5 +169,6 @@ def readdressed(study: Study, name: str) -> Path:
         moved = Project(**{**study.authority.project.model_dump(), "server": {"address": study.address}})
         before, study.authority.project = study.authority.project, moved
         write_kit(folder, study.authority, moved.participant(name))
+        alone(folder, study.sites)
         study.authority.project = before
     return folder

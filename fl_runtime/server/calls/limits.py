@@ -8,7 +8,7 @@ from typing import TypeVar
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.server.registration import Member
 from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
-from fl_runtime.types import Update
+from fl_runtime.types import CohortRules, Update
 from fl_runtime.wire.manifest import Manifest
 
 T = TypeVar("T")
@@ -68,6 +68,13 @@ def checked_table(fields: Mapping[str, str], what: str) -> dict[str, str]:
             "characters"
         )
     return {printable(key): printable(value, lines=True) for key, value in fields.items()}
+
+
+def checked_rules(min_cohort: int, max_share: float, *, own_model_stays: bool) -> CohortRules:
+    """The rules of a registration, in which 0 stands for no rule."""
+    if not 0 <= max_share <= 1:  # not a number is neither
+        raise ProtocolError(f"a registration asks for max_share={max_share:g}; a share lies between 0 and 1")
+    return CohortRules(max(min_cohort, 1), max_share or None, own_model_stays)
 
 
 def check_text(text: str, what: str, limit_chars: int = 200) -> str:

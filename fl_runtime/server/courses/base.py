@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 
 from fl_runtime.server.models import Model
 from fl_runtime.server.registration import Member
-from fl_runtime.server.state import Accepted
+from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import RoundEntry
-from fl_runtime.types import Settings, TaskKind, Update
+from fl_runtime.types import UPDATES, Settings, TaskKind, Update
 from fl_runtime.wire.manifest import Manifest
 
 Status = Literal["used", "late", "carried", "duplicate"]
@@ -224,3 +224,9 @@ def leased(kind: TaskKind, round: int, config: Settings, model: Model | None, me
     known = layout in member.layouts
     member.layouts.add(layout)
     return Offer(kind, round, config, model, known, stage)
+
+
+def made_of(state: RunState, version: int) -> dict[str, int]:
+    """The setting of a task that says of how many sites' updates its model was made; none for an initial model."""
+    made = next((result for result in reversed(state.results) if result.round == version), None)
+    return {UPDATES: len(made.sites)} if made else {}

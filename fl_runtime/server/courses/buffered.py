@@ -14,9 +14,9 @@ from dataclasses import replace
 from fl_runtime.aggregation.fedbuff import difference
 from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.filters.server import decoded
-from fl_runtime.server.courses.base import Offer, Status, Upload, leased
+from fl_runtime.server.courses.base import Offer, Status, Upload, leased, made_of
 from fl_runtime.server.courses.initial import InitialModel
-from fl_runtime.server.courses.rounds import event_fields
+from fl_runtime.server.courses.rounds import event_fields, leave_unmet
 from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.summing import checked_digests
@@ -55,8 +55,10 @@ class Buffered:
         newest, rounds = state.models.newest, state.plan.rounds
         if newest is None or rounds is None or number > rounds or self._membership.outages.lost:
             return None
+        if any(a.update.site == member.name for a in self._waiting) and self._waits_for_others():
+            return None
         self._base_versions[member.name] = newest.version
-        return leased("train", number, {}, newest, member)
+        return leased("train", number, made_of(state, newest.version), newest, member)
 
     def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
         last = self._last_used.get(site, 0)
@@ -101,20 +103,24 @@ class Buffered:
 
         def ready() -> bool:
             complete = membership.check_quorum(membership.joined(), "in training")
+            leave_unmet(membership, membership.joined() if complete else [], "this run")
             return complete and not membership.outages.lost and (bool(self._due()) or self._finished())
 
         while True:
             with state.lock:
                 in_time = membership.wait_until(ready, state.settings.deadline_s)
-                due = self._due() if in_time else self._waiting[: self._size]
+                due = self._due() or ([] if in_time else self._complete(self._size))
                 if not due:
+                    self._report_unused()
                     return  # all sites are done, or no update has come for so long that the run does not wait any more
             self._next_model(due)
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         state, models = self._state, self._state.models
         self._last_used = state.journal.reader.last_used()
-        self._waiting = [load_update(state, entry) for entry in state.journal.reader.buffer()]
+        rules = self._membership.quorum.rules  # a site that was expelled has none
+        buffer = [entry for entry in state.journal.reader.buffer() if entry.site in rules]
+        self._waiting = [load_update(state, entry) for entry in buffer]
         self._models = {entry.version: load_model(state, entry) for entry in state.journal.reader.models()[:-1]}
         for version, model in self._models.items():
             if version > 0 and self._scoring.better(version, models.best_version):
@@ -128,8 +134,36 @@ class Buffered:
 
     def _due(self) -> list[Accepted]:
         """The updates that make the next model now: a full buffer or, at the end, what is left."""
-        full = len(self._waiting) >= self._size
-        return self._waiting[: self._size] if full or self._finished() else []
+        full = self._complete(self._size)
+        return full if len(full) >= self._size or self._finished() else []
+
+    def _complete(self, size: int) -> list[Accepted]:
+        """The first updates that make a model: `size` of them, or more until they come from enough sites.
+
+        If there are fewer than `size` in all, these. None if the sites' policies ask for more sites than they are from.
+        """
+        members, quorum = self._membership.members, self._membership.quorum
+        able = [accepted for accepted in self._waiting if members[accepted.update.site].refusal is None]
+        for count in range(min(size, len(able)), len(able) + 1):
+            sites = list(dict.fromkeys(accepted.update.site for accepted in able[:count]))
+            if not quorum.unmet(sites, "this run"):
+                return able[:count]
+        return []
+
+    def _waits_for_others(self) -> bool:
+        """Whether the buffer is full, but needs the updates of further sites, some of which will still send any."""
+        senders, rounds = {accepted.update.site for accepted in self._waiting}, self._state.plan.rounds or 0
+        others = [name for name in self._membership.joined() if name not in senders]
+        coming = any(self._last_used.get(name, 0) < rounds for name in others)
+        return coming and len(self._waiting) >= self._size and not self._complete(self._size)
+
+    def _report_unused(self) -> None:
+        """Say whose updates are in no model, because too few sites sent the last ones."""
+        unused = {accepted.update.site for accepted in self._waiting}
+        if unused:
+            names = ", ".join(name for name in self._membership.members if name in unused)
+            text = f"the last {len(self._waiting)} updates ({names}) are in no model: too few sites sent them"
+            self._state.events.emit("warning", self._state.models.version, text=f"{text} for the sites' policies")
 
     def _next_model(self, due: list[Accepted]) -> None:
         """Make the next model of the updates that are due."""
@@ -155,16 +189,27 @@ class Buffered:
             arrays = _Differences(update.arrays, start, base, whole=whole)
             aggregator.add(replace(update, arrays=arrays, content="delta"))
         aggregator.result()
+        with state.lock:
+            for name in quorum.withheld(self._senders(due, newest), newest.version + 1):
+                blobs[0].views()[0][name][...] = base[name]
         digests = checked_digests(blobs[0], None, newest.version + 1, (accepted.update for accepted in due))
         with state.lock:
             self._commit(newest, due, blobs[0], digests)
+
+    def _senders(self, due: Sequence[Accepted], newest: Model) -> dict[str, set[str]]:
+        """Names of the tensors that each site has sent for the next model."""
+        senders: dict[str, set[str]] = {}
+        for update in (accepted.update for accepted in due):
+            start = self._models.get(update.base_version, newest).blob.views()[0]
+            senders.setdefault(update.site, set()).update(decoded(update, start).arrays)
+        return senders
 
     def _commit(self, previous: Model, due: list[Accepted], blob: Blob, digests: bytes) -> None:
         state, number = self._state, previous.version + 1
         updates = sorted((a.update for a in due), key=lambda u: (u.site, u.round))
         metrics = weighted_means((u.metrics, u.num_examples) for u in updates)
         result = self._result(number, {u.site for u in updates}, metrics)
-        remaining = self._waiting[len(due) :]
+        remaining = [accepted for accepted in self._waiting if not any(accepted is item for item in due)]
         entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
         state.blobs.settle(blob)
         state.journal.round_opened(number, result.sites, time.time())

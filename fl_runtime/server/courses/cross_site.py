@@ -47,9 +47,10 @@ class CrossEvaluation:
 
     def keep(self, accepted: Accepted) -> Blob | None:
         """Take over the file of an update whose round is closed. Returns a file that is not needed any more, if any."""
-        if not self._enabled or accepted.update.content != "weights":
-            return accepted.blob
         site = accepted.update.site
+        rules = self._membership.quorum.rules.get(site)
+        if not self._enabled or accepted.update.content != "weights" or (rules and rules.own_model_stays):
+            return accepted.blob
         previous = self._last.get(site)
         self._last[site] = accepted
         return previous.blob if previous else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.capabilities import FINAL_SCORE
-from fl_runtime.server.courses.base import Offer, leased
+from fl_runtime.server.courses.base import Offer, leased, made_of
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
@@ -34,10 +34,12 @@ class FinalModel:
             if champion is None:
                 return Offer("best", rounds, {}, None, layout_known=False)
             metrics = to_json(self._scoring.scores.of(champion.version))
-            return leased("best", rounds, {"metrics": metrics}, champion, member)
+            cohort = made_of(state, champion.version)
+            return leased("best", rounds, {"metrics": metrics, **cohort}, champion, member)
         if state.phase not in ("final", "done"):
             return None
-        return leased("final", rounds, {"export": member.name == self._exporter}, state.models.newest, member)
+        config = {"export": member.name == self._exporter, **made_of(state, state.models.version)}
+        return leased("final", rounds, config, state.models.newest, member)
 
     def conclude(self) -> None:
         """Offer the final model, wait for its scores, and decide which round was the best."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from fl_runtime.aggregation.shares import check_max_share
-from fl_runtime.errors import ConfigError, HandshakeError
+from fl_runtime.errors import ConfigError, FederationError, HandshakeError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.membership import Membership
@@ -148,12 +148,13 @@ class Joining:
             registrations = fitting
 
     def _able(self, registrations: dict[str, Registration]) -> dict[str, Registration]:
-        """Return the registrations of the sites that can do what the job needs, if they make a quorum.
+        """Return the registrations of the sites that can do what the job needs, and whose policies it can keep to, if
+        they make a quorum.
 
-        The other sites are expelled, each with the error that names what it lacks. Raises that of the first one for
+        The other sites are expelled, each with the error that says why. Raises that of the first one for
         all sites if too few are left.
         """
-        plan, lacking = self._state.plan, dict[str, HandshakeError]()
+        plan, lacking = self._state.plan, dict[str, FederationError]()
         needs = needed_capabilities(self._state.settings, plan.strategy, plan.terms)
         for name, registration in registrations.items():
             try:
@@ -161,6 +162,10 @@ class Joining:
             except HandshakeError as error:
                 lacking[name] = error
         able = {name: registration for name, registration in registrations.items() if name not in lacking}
+        most, quorum = self._state.settings.sites_per_round, self._membership.quorum
+        while unmet := quorum.unmet(list(able), "this run", of=min(len(able), most)):
+            lacking |= unmet
+            able = {name: registration for name, registration in able.items() if name not in lacking}
         if lacking and len(able) < max(self._state.settings.min_sites, 1):
             raise next(iter(lacking.values()))
         for name, reason in lacking.items():

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fl_runtime.aggregation.metrics.pooling import weighted_means
-from fl_runtime.errors import QuorumError
+from fl_runtime.errors import QuorumError, RoundFailedError
 from fl_runtime.server.broadcast import Broadcast
-from fl_runtime.server.courses.base import Offer, leased
+from fl_runtime.server.courses.base import Offer, leased, made_of
 from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.sampling import choose_participants, open_round
 from fl_runtime.server.courses.scoring import Scoring
@@ -21,6 +21,7 @@ from fl_runtime.server.registration import Member
 from fl_runtime.server.state import OpenRound, RunState, stage_of
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, StrategyStateEntry
+from fl_runtime.types import PARTICIPANTS
 
 
 class Rounds:
@@ -39,9 +40,13 @@ class Rounds:
         scoring.on_settled = self._stop_out_of_patience
 
     def offer(self, member: Member, current: OpenRound) -> Offer:
-        """The task of training in the open round, with the global model as it travels to this site."""
-        model, config = self._broadcast.model_for(member)
-        return leased("train", current.round, {**current.config, **config}, model, member, current.stage)
+        """The task of training in the open round, with the global model as it travels to this site.
+
+        It says how many sites take part, and how many made the model, so that a site can hold both to its policy.
+        """
+        model, encoding = self._broadcast.model_for(member)
+        cohort = {PARTICIPANTS: len(current.participants), **made_of(self._state, model.version if model else 0)}
+        return leased("train", current.round, {**current.config, **encoding, **cohort}, model, member, current.stage)
 
     def open(self, number: int) -> OpenRound:
         """The round that the journal knows as open, or a new one for the sites that are present.
@@ -51,16 +56,9 @@ class Rounds:
         state, membership, settings = self._state, self._membership, self._state.settings
         state.phase = "training"
         if state.open_round is None:
-            membership.wait_for_quorum()
-            while not membership.check_quorum(membership.present(), f"at the start of round {number}"):
-                membership.wait_for_quorum()
-            participants = membership.present()
-            punctual = [name for name in participants if name not in self.silent]
-            participants = punctual if len(punctual) >= settings.min_sites else participants
-            strategy = state.plan.strategy
-            participants = choose_participants(settings, strategy, number, participants)
+            participants = self._choose(number)
             stage, now = stage_of(state.journal.reader.repeats(number)), membership.clock.now()
-            state.open_round = open_round(settings, strategy, number, participants, stage, now)
+            state.open_round = open_round(settings, state.plan.strategy, number, participants, stage, now)
             state.journal.round_opened(number, tuple(participants), time.time())
         if state.models.newest is not None:  # else this is round 0, which makes the first model
             state.filters.afford(state.models.version + 1)
@@ -69,6 +67,19 @@ class Rounds:
             state.events.emit("round_started", number, sites=list(state.open_round.participants))
         state.published.notify_all()
         return state.open_round
+
+    def _choose(self, number: int) -> list[str]:
+        """The participants of a new round: a quorum, and as many as their policies ask for."""
+        membership, settings, strategy = self._membership, self._state.settings, self._state.plan.strategy
+        while True:
+            membership.wait_for_quorum()
+            present = membership.present()
+            if membership.check_quorum(present, f"at the start of round {number}"):
+                punctual = [name for name in present if name not in self.silent]
+                present = punctual if len(punctual) >= settings.min_sites else present
+                participants = choose_participants(settings, strategy, number, present)
+                if not leave_unmet(membership, participants, f"round {number}"):
+                    return participants
 
     def drop(self, again: int = 0) -> None:
         """Drop the open round. `again` is how many times it has failed, or 0 if it is not to be opened again."""
@@ -95,7 +106,21 @@ class Rounds:
 
     def needed(self, current: OpenRound) -> int:
         """The fewest updates that the round may close with."""
-        return max(min(self._state.settings.min_sites, len(current.participants)), 1)
+        least = max(min(self._state.settings.min_sites, len(current.participants)), 1)
+        return max(least, self._membership.quorum.needed(current.accepted))
+
+    def leave_unmet(self, current: OpenRound, sites: Sequence[str]) -> None:
+        """Let sites leave whose policy asks for more updates than the round can get from these sites.
+
+        Raises RoundFailedError if any has left, since its update must not count.
+        """
+        left = leave_unmet(self._membership, sites, f"round {current.round}")
+        if left:
+            raise RoundFailedError(
+                f"too few sites are left in round {current.round} for the policies of {', '.join(left)}",
+                where=self._membership.reasons(),
+                fix="look at the logs of the sites that left before",
+            )
 
     def check_deadline(self, current: OpenRound) -> None:
         """Raise QuorumError, which names the sites that are late, if the round has too few updates at its deadline."""
@@ -144,6 +169,8 @@ class Rounds:
             strategy, now = state.plan.strategy, self._membership.clock.now()
             state.open_round = open_round(state.settings, strategy, entry.round, entry.participants, stage, now)
             for update in state.journal.reader.updates(entry.round):
+                if update.site not in self._membership.quorum.rules:
+                    continue  # the site was expelled, and the server killed before it dropped the round
                 state.open_round.accepted[update.site] = load_update(state, update)
         self._recover_best(state.journal.reader.models()[:-1])
         return {accepted.blob.name for accepted in state.open_round.accepted.values()} if state.open_round else set()
@@ -191,3 +218,16 @@ def event_fields(result: RoundResult) -> dict[str, Any]:
     """The fields of a "round_finished" event; the event itself carries the round."""
     fields = {**result.to_json(), "metrics": dict(result.metrics)}
     return {k: v for k, v in fields.items() if k != "round"}
+
+
+def leave_unmet(membership: Membership, sites: Sequence[str], when: str) -> list[str]:
+    """Let the sites leave whose policy asks for more sites than an aggregate of these has. Called under the lock.
+
+    Returns their names. Where some leave, the policies of others may not be met either, until none is left or all are.
+    """
+    left: dict[str, None] = {}
+    while unmet := membership.quorum.unmet([site for site in sites if site not in left], when):
+        for site, error in unmet.items():
+            membership.expel(site, error)
+        left |= dict.fromkeys(unmet)
+    return list(left)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fl_runtime.errors import RoundFailedError, UpdateRefusedError
+from fl_runtime.filters.server import decoded
 from fl_runtime.server.broadcast import held_arrays, without_held
 from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.state import Accepted, OpenRound, RunState
@@ -71,10 +72,13 @@ class Summing:
 
     def finish(self) -> Blob:
         """Add the updates that are left, and complete the sum."""
-        if self._added + len(self._remaining()) < len(self._current.accepted):
+        accepted = self._current.accepted
+        if self._added + len(self._remaining()) < len(accepted):
             self._begin()  # a site came back to the round after its place in the order had been passed: sum again
-        for accepted in self._remaining():
-            self.add(accepted)
+        if self._aggregator is not None and self._quorum.max_share(accepted) is not None:
+            self._begin()  # a site whose policy has a cap came after the sum had begun
+        for item in self._remaining():
+            self.add(item)
         if self._aggregator is None:
             self._aggregator = self._make_aggregator(self._quorum.max_share([u.site for u in self._waiting]))
             for update in self._quorum.within_share(self._waiting):
@@ -83,12 +87,31 @@ class Summing:
         if self.strategy_state is None and held_arrays(self._state):
             self._allocate_state({})
         assert self._blob is not None
+        self._keep_withheld(self._blob)
         return self._blob
 
     def give_up(self) -> None:
         with self._state.lock:
             for blob in filter(None, (self._blob, self.strategy_state)):
                 self._state.blobs.free(blob)
+
+    def _keep_withheld(self, blob: Blob) -> None:
+        """Give tensors their global value that come from fewer sites than the policies of these ask for."""
+        state, accepted, model = self._state, self._current.accepted, self._state.models.newest
+        if model is None or state.filters.encrypted is not None or self._quorum.needed(accepted) == 1:
+            return
+        base, held = model.blob.views()[0], state.models.held.blob.views()[0] if state.models.held else None
+        senders = {name: list(decoded(item.update, base, held).arrays) for name, item in accepted.items()}
+        with state.lock:
+            withheld = self._quorum.withheld(senders, self._current.round)
+        if withheld and self.strategy_state is not None:
+            raise RoundFailedError(
+                f"{withheld[0]} comes from fewer sites than their policies ask for, and the strategy "
+                f"{state.plan.strategy.spec} would carry it into later models",
+                fix="let more sites send it, keep it at every site with keep_local, or choose another strategy",
+            )
+        for name in withheld:
+            blob.views()[0][name][...] = base[name]
 
     def _remaining(self) -> list[Accepted]:
         return [self._current.accepted[name] for name in self._order if name in self._current.accepted]

@@ -25,7 +25,7 @@ from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import RoundEntry
-from fl_runtime.types import Settings, Update
+from fl_runtime.types import PARTICIPANTS, Settings, Update
 from fl_runtime.wire.manifest import Manifest
 
 _PREFIX = "swarm-"
@@ -122,7 +122,9 @@ class AggregationOrder:
             return None
         if member.name == self.aggregator:
             return Offer("aggregate", self.round, self.instructions, None, True, self.stage)
-        return Offer("share", self.round, {"to": self.aggregator}, None, True, self.stage)
+        return Offer(
+            "share", self.round, {"to": self.aggregator, PARTICIPANTS: len(self.sites)}, None, True, self.stage
+        )
 
     def admits(self, site: str, attempt: int, stage: str) -> bool:
         """Whether the aggregator's current process answers this stage for the first time."""
@@ -266,6 +268,7 @@ class SwarmSum:
         for name in [name for name in current.accepted if not self._can_share(name)]:
             self._rounds.leave_out(current, name)
         sites = tuple(name for name in members if name in current.accepted)
+        self._rounds.leave_unmet(current, sites)
         able = [name for name in sites if self._aggregation_failures[name] < _MAX_FAILURES_PER_SITE]
         needed = max(state.settings.min_sites, 2)
         if len(sites) < needed or not able:
@@ -280,7 +283,7 @@ class SwarmSum:
         factors = state.settings.site_weights
         receipts = [replace(current.accepted[name].update, site_weight=factors.get(name, 1.0)) for name in sites]
         weights = [[u.site, u.num_examples, u.site_weight] for u in self._membership.quorum.within_share(receipts)]
-        instructions = {"strategy": state.plan.strategy.spec, "sites": weights}
+        instructions = {"strategy": state.plan.strategy.spec, "sites": weights, PARTICIPANTS: len(sites)}
         stage = f"{_PREFIX}{current.round}-{secrets.token_hex(8)}"
         return AggregationOrder(stage, current.round, aggregator, members[aggregator].attempt, sites, instructions)
 

@@ -212,4 +212,6 @@ class Synchronous:
             if not membership.check_quorum(membership.present(), when):
                 return False
             raise RoundFailedError(f"only {len(counted)} of the chosen sites are left", fix="look at their logs")
-        return not pending or (current.answers is not None and len(current.accepted) >= current.answers)
+        self._rounds.leave_unmet(current, counted)
+        wanted = max(current.answers or 0, membership.quorum.needed(current.accepted))
+        return not pending or (current.answers is not None and len(current.accepted) >= wanted)

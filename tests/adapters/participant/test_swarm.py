@@ -399,7 +399,7 @@ def test_the_server_takes_no_update_and_no_strangers_mean() -> None:
 
 
 def test_what_a_policys_filter_has_changed_does_not_travel() -> None:
-    site = SwarmSite(None, "north", None, Swarm(), 1.0, 1.0)  # type: ignore[arg-type]
+    site = SwarmSite(None, "north", None, Swarm(), 1.0, 1.0, None)  # type: ignore[arg-type]
     update = Update("test", 1, "", "north", 1, 0, {"w": np.ones(2)}, 1)
     for changed in (replace(update, content="delta"), replace(update, encoding='[{"name": "ExcludeVars"}]')):
         with pytest.raises(ConfigError, match="a filter of this site"):

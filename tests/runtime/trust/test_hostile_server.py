@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile_server import Hostile, changed_task, train
 from study import Study, readdressed
 
 from fl_adapters import ConfigError, FederationError, PermissionDeniedError, ProtocolError, connect
 from fl_adapters.participant.kit import Kit, read_kit
-from fl_adapters.participant.registry import close_sessions
-from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import entries
 from fl_runtime.trust.audit.lines import COUNTER_FILE, HEAD_FILE, LOG_FILE
 from fl_runtime.wire import frames
@@ -25,50 +24,10 @@ LOG_FILES = (LOG_FILE, HEAD_FILE, COUNTER_FILE, "renewals.json")
 W = {"body": np.zeros((4, 3), np.float32), "head": np.ones(3, np.float32)}
 
 
-class Hostile:
-    """A server whose answers are changed on their way to the sites."""
-
-    def __init__(self, study: Study, change: Callable[[str, bytes], bytes]) -> None:
-        self._inner, self._change = study.server, change
-        study.server._guard._service = self
-        self.received: list[pb.UpdateHeader] = []
-
-    def handle(self, method: str, peer: Peer, requests: Iterator[bytes]) -> Iterator[bytes]:
-        for message in self._inner.handle(method, peer, self._watched(method, requests)):
-            yield self._change(method, message)
-
-    def _watched(self, method: str, requests: Iterator[bytes]) -> Iterator[bytes]:
-        for message in requests:
-            if method == "Submit" and not frames.is_frame(message):
-                self.received.append(pb.UpdatePart.FromString(message).update)
-            yield message
-
-
 @pytest.fixture
 def study(tmp_path: Path) -> Iterator[Study]:
     with Study(tmp_path, ("north",)) as study:
         yield study
-
-
-def train(kit: Path, **options: Any) -> Any:
-    try:
-        with connect(kit=str(kit), **options) as site:
-            for task in site.tasks(initial=W):
-                task.submit({name: array + 1 for name, array in task.arrays.items()}, num_examples=1)
-        return site.arrays
-    finally:
-        close_sessions("its script ended before the last round", read_kit(kit))
-
-
-def changed_task(change: Callable[[pb.TaskHeader], None], kinds: tuple[str, ...] = ("train",)) -> Any:
-    def work(method: str, message: bytes) -> bytes:
-        part = pb.TaskPart.FromString(message) if method == "Next" and not frames.is_frame(message) else None
-        if part is None or part.task.kind not in kinds:
-            return message
-        change(part.task)
-        return part.SerializeToString()
-
-    return work
 
 
 def holding(arrays: dict[str, Any]) -> Callable[[pb.TaskHeader], None]:

@@ -71,7 +71,8 @@ def federated(
 ) -> dict[str, BaseException | None]:
     """Run a job at both sites, north under this policy, and return how each ended; `finals` gets the final weights."""
     kits = {name: readdressed(study, name) for name in study.sites}
-    (kits["north"] / "policy.yml").write_text(policy)
+    for name, kit in kits.items():
+        (kit / "policy.yml").write_text(policy if name == "north" else "")
     ended: dict[str, BaseException | None] = {}
 
     def work(name: str) -> None:
@@ -387,15 +388,15 @@ def test_the_rules_about_jobs() -> None:
         some.check_strategy("job", "fedprox:mu=1", SITE)
 
 
-def test_the_template_is_a_policy_that_limits_nothing_and_its_examples_are_good(study: Study, tmp_path: Path) -> None:
+def test_the_template_protects_a_sites_update_and_its_examples_are_good(study: Study, tmp_path: Path) -> None:
     path = study.kits / "north/policy.yml"
-    assert read_policy(path) == Policy()
+    assert read_policy(path) == Policy(min_cohort=2, site_weights=10)
     lines = path.read_text().splitlines()
     examples = [line.removeprefix("# ") for line in lines if line.startswith("# ") and ":" in line.split(" ")[1]]
     (tmp_path / "examples.yml").write_text("\n".join(line for line in examples if "`" not in line))
     policy = read_policy(tmp_path / "examples.yml")
     unset = {name for name in Policy.model_fields if getattr(policy, name) == getattr(Policy(), name)}
-    assert unset == {"filters"}
+    assert unset == {"filters", "min_cohort", "site_weights"}
 
 
 def test_a_file_is_read_again_only_when_it_changes(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fl_runtime.errors import ConfigError, PermissionDeniedError
+from fl_runtime.errors import ConfigError
 from fl_runtime.trust.files import check_unwritable
 from fl_runtime.trust.identity import Identity, Role
+from fl_runtime.trust.policy.cohort import CohortPolicy
+from fl_runtime.trust.policy.refusal import denied
 from fl_runtime.trust.project import findings
 from fl_runtime.yaml_files import read_yaml
 
-POLICY_FILE = "policy.yml"
 ADAPTERS_ONLY = ("*lora_*", "*ia3_*", "*prompt_encoder*", "*prompt_embeddings*", "*adapter*", "*modules_to_save*")
 
 TEMPLATE = """\
@@ -35,8 +36,21 @@ filters: []
 # Whether this site's own weights may become the initial global model. Filters are not applied to them.
 # initial: false
 
+# Of how many sites' updates every model must be made that this site takes part in, this site's own update included.
+min_cohort: 2
+
+# Largest ratio between the factors that a job's site_weights give to two sites.
+site_weights: 10
+
+# Largest share of one site in the weights of a model. Sites above it are scaled down. 0.5 needs two sites, 0.4 three.
+# max_share: 0.5
+
+# Smallest fraction of the sites that a job may draw for a round.
+# fraction: 0.2
+
 # Whether this site takes part in jobs with cross_site: there, the other sites evaluate this site's model on their data.
-# cross_site: false
+# Without this line it does so only where min_cohort is 1.
+# cross_site: true
 
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
@@ -142,7 +156,12 @@ class Policy(_Part):
         exchange: Name patterns (`fnmatch`) of the tensors that may leave the site. "adapters" in the file stands for
             those of PEFT adapters. None allows all.
         initial: Whether the site's weights may become the initial global model.
-        cross_site: Whether the site takes part in jobs in which other sites evaluate its model.
+        min_cohort: Least number of sites whose updates are in every model that the site takes part in.
+        max_share: Largest share of one site in the weights of such a model; None sets no cap.
+        site_weights: Largest ratio between the factors of two sites in a job's `site_weights`; None accepts every one.
+        fraction: Smallest `fraction` of a job; None accepts every one.
+        cross_site: Whether the site takes part in jobs in which other sites evaluate its model. None: if `min_cohort`
+            is 1.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
         reasons: Whether the site may send the text of an error or of another reason when it leaves. It may quote data.
         info: Whether the site may send the versions of its software.
@@ -162,7 +181,11 @@ class Policy(_Part):
     filters: tuple[dict[str, Any], ...] = ()
     exchange: tuple[str, ...] | None = None
     initial: bool = True
-    cross_site: bool = True
+    min_cohort: int = Field(default=1, ge=1)
+    max_share: float | None = Field(default=None, gt=0, le=1)
+    site_weights: float | None = Field(default=None, ge=1)
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    cross_site: bool | None = None
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False
     info: bool = True
@@ -182,6 +205,11 @@ class Policy(_Part):
     def _patterns(cls, value: Any) -> Any:
         return ADAPTERS_ONLY if value == "adapters" else value
 
+    @property
+    def cohort(self) -> CohortPolicy:
+        """The rules on who must be in an aggregate with this site."""
+        return CohortPolicy(self.min_cohort, self.max_share, self.site_weights, self.fraction, self.cross_site)
+
     # -- may this site take part? ----------------------------------------------------------------------------
 
     def check_strategy(self, job: str, strategy: str, site: Identity) -> None:
@@ -197,21 +225,7 @@ class Policy(_Part):
         """
         kind = strategy.partition(":")[0]
         if self.strategies is not None and kind not in self.strategies and strategy not in self.strategies:
-            raise _denied(site, f"take part in {job}", f"strategies: {kind} is not one of {_listed(self.strategies)}")
-
-    def check_cross_site(self, job: str, site: Identity) -> None:
-        """Check that the site's own model may be sent to other sites for evaluation.
-
-        Args:
-            job: Name of the job, for the message.
-            site: This site.
-
-        Raises:
-            PermissionDeniedError: If it may not.
-        """
-        if not self.cross_site:
-            action = f"take part in {job}, which sends every site's model to the others"
-            raise _denied(site, action, "cross_site: false")
+            raise denied(site, f"take part in {job}", f"strategies: {kind} is not one of {_listed(self.strategies)}")
 
     def check_submitter(self, job: str, submitter: Identity | None, site: Identity) -> None:
         """Check that the site takes part in jobs of this submitter.
@@ -231,7 +245,7 @@ class Policy(_Part):
             if allowed is not None and value not in allowed:
                 person = submitter or "an unknown person"
                 rule = f"submitters: {field} {value} is not one of {_listed(allowed)}"
-                raise _denied(site, f"take part in {job}, submitted by {person}", rule)
+                raise denied(site, f"take part in {job}, submitted by {person}", rule)
 
     def check_approval(self, job: str, site: Identity, *, approved: bool) -> None:
         """Check that somebody at the site has approved a job, if the policy asks for that.
@@ -245,7 +259,7 @@ class Policy(_Part):
             PermissionDeniedError: If nobody has.
         """
         if self.approve == "ask" and not approved:
-            raise _denied(site, f"take part in {job}, which nobody at the site has approved", "approve: ask")
+            raise denied(site, f"take part in {job}, which nobody at the site has approved", "approve: ask")
 
     def check_adapter(self, framework: str, site: Identity) -> None:
         """Check that this adapter may be used at the site.
@@ -259,7 +273,7 @@ class Policy(_Part):
         """
         if self.adapters is not None and framework not in self.adapters:
             rule = f"adapters: {framework} is not one of {_listed(self.adapters)}"
-            raise _denied(site, f"use the adapter {framework}", rule)
+            raise denied(site, f"use the adapter {framework}", rule)
 
     # -- may this leave? -------------------------------------------------------------------------------------
 
@@ -278,18 +292,18 @@ class Policy(_Part):
         refused = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.exchange)]
         if refused:
             listed = f"{_listed(refused[:5])}{f' and {len(refused) - 5} more' if len(refused) > 5 else ''}"
-            raise _denied(site, f"send {listed}", f"exchange: {_listed(self.exchange)}")
+            raise denied(site, f"send {listed}", f"exchange: {_listed(self.exchange)}")
 
     def check_initial(self, site: Identity) -> None:
         """Check that the site's weights may become the initial model. Raises PermissionDeniedError if they may not."""
         if not self.initial:
-            raise _denied(site, "send its weights as the initial model", "initial: false")
+            raise denied(site, "send its weights as the initial model", "initial: false")
 
     def check_bytes(self, size_bytes: int, site: Identity) -> None:
         """Check the size of an update against `max_round_bytes`. Raises PermissionDeniedError if it is too large."""
         if self.max_round_bytes is not None and size_bytes > self.max_round_bytes:
             rule = f"max_round_bytes: {self.max_round_bytes}"
-            raise _denied(site, f"send an update of {size_bytes} bytes", rule)
+            raise denied(site, f"send an update of {size_bytes} bytes", rule)
 
 
 class PolicyFile:
@@ -356,14 +370,6 @@ def read_policy(path: Path) -> Policy:
     except ValidationError as error:
         fix = "the settings are: " + ", ".join(Policy.model_fields)
         raise ConfigError(findings(error), where=str(path), fix=fix) from None
-
-
-def _denied(site: Identity, action: str, rule: str) -> PermissionDeniedError:
-    return PermissionDeniedError(
-        f"{site} may not {action}",
-        where=f"rule {rule} (the site's {POLICY_FILE})",
-        fix="change the job, or ask the site to change its policy",
-    )
 
 
 def _listed(values: Iterable[str]) -> str:

@@ -1,0 +1,6 @@
+"""What a site's policy.yml allows."""
+
+from fl_runtime.trust.policy.refusal import POLICY_FILE
+from fl_runtime.trust.policy.rules import TEMPLATE, Policy, PolicyFile, Resources, read_policy
+
+__all__ = ["POLICY_FILE", "TEMPLATE", "Policy", "PolicyFile", "Resources", "read_policy"]
