@@ -304,13 +304,14 @@ class GrpcServer:
             ConfigError: If the port cannot be used.
         """
         _check_port(host, port)
+        shown = f"[{host}]" if ":" in host else host
         if self._credentials is None:
-            bound_port = self._server.add_insecure_port(f"{host}:{port}")
+            bound_port = self._server.add_insecure_port(f"{shown}:{port}")
         else:
-            bound_port = self._server.add_secure_port(f"{host}:{port}", server_credentials(self._credentials))
+            bound_port = self._server.add_secure_port(f"{shown}:{port}", server_credentials(self._credentials))
         self._server.start()
         self._handlers.old_tls_refused = self._credentials is not None and refuses_old_tls(host, bound_port)
-        return f"{host}:{bound_port}"
+        return f"{shown}:{bound_port}"
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running calls finish for `grace_s` seconds, then end them."""

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +43,7 @@ DEFAULT_PORT = 8443
 MEMBERS = "members.json"
 """Name of the signed list of members, in the authority's folder and in the server's kit."""
 _TAKEN_UP = "members.number"  # beside the list: number and digest of the newest one that was in force
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})")
 
 
 class _Part(BaseModel):
@@ -295,9 +299,33 @@ def split_address(address: str) -> tuple[str, int]:
         ConfigError: If it is not such an address.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 65_536:
-        raise ConfigError(f"{address!r} is not an address", fix="write host:port, such as fl.example.org:8443")
-    return host.strip("[]"), int(port)
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    is_ipv6 = False
+    with suppress(ValueError):
+        is_ipv6 = bare != host and ipaddress.IPv6Address(bare).version == 6
+    fault, fix = "", "write host:port, such as fl.example.org:8443"
+    if "/" in address:
+        fault = "it has a scheme or a path"
+    elif address != "".join(address.split()):
+        fault = "it has a blank"
+    elif not host or not (port.isascii() and port.isdigit()) or int(port) >= 65_536:
+        fault = "it has no port from 0 to 65535"
+    elif ":" in host and not is_ipv6:
+        fault, fix = "an IPv6 address stands in brackets", "write it as [2001:db8::1]:8443"
+    elif not host.isascii():
+        fault, fix = "international names are written in ASCII", f"write {_in_ascii(host)}:{port}"
+    elif ":" not in bare and not _HOST.fullmatch(bare):
+        fault = "its host is not a name"
+    if fault:
+        raise ConfigError(f"{address!r} is not an address: {fault}", fix=fix)
+    return bare, int(port)
+
+
+def _in_ascii(host: str) -> str:
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:  # not a name in any alphabet
+        return "fl.example.org"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,17 @@ def test_an_admin_and_the_doctor_find_the_server_behind_a_dead_address(tmp_path:
         checks = list(kit_checks.kit_checks(folder))
         assert [check.name for check in checks if check.status == "problem"] == []
         assert any(check.status == "note" and dead.rpartition(":")[2] in check.detail for check in checks)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_server_listens_on_all_addresses_of_ipv4_and_ipv6(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.start("[::]:0")
+    with ExitStack() as things:
+        things.callback(study.server.close)
+        host, _, port = study.address.rpartition(":")
+        assert host == "[::]"
+        socket.create_connection(("::1", int(port)), 10).close()
+        study.address = f"127.0.0.1:{port}"  # the address in the certificate
+        things.callback(study._things.close)
+        assert study.admin().ask("Status")["federation"] == "study"

@@ -26,7 +26,7 @@ from fl_runtime.trust.archive import new_password, read_archive, write_archive
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import read_kit, write_kit
-from fl_runtime.trust.project import Project, read_project
+from fl_runtime.trust.project import Project, read_project, split_address
 
 PROJECT = """
 federation: study
@@ -208,6 +208,12 @@ def test_a_kit_of_another_authority_is_refused(kits: Path, tmp_path: Path) -> No
         ("name: south", "name: north", "'north' is taken"),
         ("project-admin", "king", "admins.0.role"),
         ('"127.0.0.1:18443"', "nowhere", "'nowhere' is not an address"),
+        ('"127.0.0.1:18443"', '"https://fl.example.org:8443"', "it has a scheme or a path"),
+        ('"127.0.0.1:18443"', '"fl.example.org/fl:8443"', "it has a scheme or a path"),
+        ('"127.0.0.1:18443"', '"fl.example.org :8443"', "it has a blank"),
+        ('"127.0.0.1:18443"', '"2001:db8::1:8443"', "an IPv6 address stands in brackets"),
+        ('"127.0.0.1:18443"', '"[2001:db8::x]:8443"', "an IPv6 address stands in brackets"),
+        ('"127.0.0.1:18443"', '"fl,example:8443"', "its host is not a name"),
         ("name: north", "name: ../north", "name cannot be '../north'"),
         ("name: north", "name: authority", "'authority' is taken"),
         ("federation:", "federtion:", "federation: is missing; federtion: is not a field here"),
@@ -222,6 +228,14 @@ def test_a_project_that_cannot_work_is_refused_with_its_field(tmp_path: Path, ol
     with pytest.raises(ConfigError, match=says.replace(".", r"\.")) as caught:
         read_project(path)
     assert caught.value.where == str(path)
+
+
+def test_an_international_name_is_asked_for_in_ascii() -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_address("b\u00fccher.example:8443")
+    assert caught.value.fix == "write xn--bcher-kva.example:8443"
+    assert split_address("xn--bcher-kva.example:8443") == ("xn--bcher-kva.example", 8443)
+    assert split_address("[2001:db8::1]:8443") == ("2001:db8::1", 8443)
 
 
 def test_a_list_of_wrong_entries_only_is_not_called_empty(tmp_path: Path) -> None:
