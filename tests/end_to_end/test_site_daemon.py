@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -207,7 +208,8 @@ def test_a_script_that_dies_too_often_leaves_and_its_data_stay(federation: Feder
     federation.touch("die-broken-1-bug", "die-broken-2-bug")
     federation.policy(share_logs=False)
     federation.stop()
-    federation.start("--restarts", "1")
+    lines = federation.bench.folder / "logs" / "north.log"
+    federation.start("--restarts", "1", "--log-format", "json", "--log-file", str(lines))
     federation.job("broken", "north", "south", min_sites=1)
     federation.south("broken").result(60)
     assert federation.outcome("broken")["error"] is None, "the other site makes the quorum"
@@ -218,6 +220,11 @@ def test_a_script_that_dies_too_often_leaves_and_its_data_stay(federation: Feder
     ]
     assert "patient 17" in federation.record("broken")["reason"]
     assert federation.shared("broken") == []
+    logged = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {(line["site"], line["job"]) for line in logged} == {("north", ""), ("north", "broken")}
+    (died,) = [line for line in logged if line["level"] == "warning" and line["job"]]
+    assert died["text"].startswith("its command ended (exit status 1); started again in 1 s, 1 of 1 times")
+    assert abs(died["time"] - time.time()) < 120
     federation.job("next")
     federation.finished("next")
 

@@ -38,6 +38,8 @@ def daemon(
     state: _State = None,
     restarts: Annotated[int, typer.Option(help="Times that a script that has died is started again.", min=0)] = 3,
     grace_s: Annotated[float, typer.Option(help="Seconds that scripts have to save at SIGTERM.", min=0)] = 30.0,
+    log_format: Annotated[str, typer.Option(help="Form of the daemon's own lines: text or json.")] = "text",
+    log_file: Annotated[Path | None, typer.Option(help="File for them, too; rotated at 10 MB, three are kept.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Run every job that includes this site, as the site's policy allows, until SIGTERM or Ctrl-C.
@@ -52,7 +54,7 @@ def daemon(
         raise typer.BadParameter("give --kit, the folder of the site's startup kit", param_hint="--kit")
     from fl_adapters.cli.site import command_line
 
-    sys.exit(command_line.run(kit, state, restarts, grace_s, as_json))
+    sys.exit(command_line.run(kit, state, restarts, grace_s, log_format, log_file, as_json))
 
 
 @site.command(epilog="\b\nExamples:\n  fl-adapters site approve tumour-3 --kit kits/north")

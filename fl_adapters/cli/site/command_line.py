@@ -6,14 +6,21 @@ from pathlib import Path
 
 from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.extras import needs_trust_extra
+from fl_runtime.errors import ConfigError
 
 
-def run(kit: Path, state: Path | None, restarts: int, grace_s: float, as_json: bool) -> int:
+def run(
+    kit: Path, state: Path | None, restarts: int, grace_s: float, log_format: str, log_file: Path | None, as_json: bool
+) -> int:
     """Run the daemon until it is stopped. Returns exit status 0."""
     with report_errors(as_json), needs_trust_extra():
         from fl_adapters.cli.site.daemon import DaemonOptions, run_daemon
+        from fl_adapters.cli.site.log_lines import LogFormat
 
-        jobs = run_daemon(DaemonOptions(kit, state or kit, restarts, grace_s))
+        if log_format not in ("text", "json"):
+            raise ConfigError(f"--log-format cannot be {log_format!r}", fix="use text or json")
+        style: LogFormat = "json" if log_format == "json" else "text"
+        jobs = run_daemon(DaemonOptions(kit, state or kit, restarts, grace_s, style, log_file))
         if as_json:
             show_json({"unfinished": jobs})
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from fl_adapters.cli.site.command import CommandError, command_for, command_kit,
 from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
+from fl_adapters.cli.site.log_lines import LogFormat, say, written_lines
 from fl_adapters.cli.site.records import JobFolder, JobState
 from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.environments import orphans
@@ -49,12 +49,16 @@ class DaemonOptions:
         state: Folder for jobs, logs and decisions.
         restarts: Number of times that a script that has died is started again.
         grace_s: Seconds that scripts have to save when the daemon is stopped.
+        log_format: Form of the daemon's own lines.
+        log_file: File that they are also written to, if any.
     """
 
     kit: Path
     state: Path
     restarts: int = RESTARTS
     grace_s: float = 30.0
+    log_format: LogFormat = "text"
+    log_file: Path | None = None
 
 
 class SiteDaemon:
@@ -120,7 +124,7 @@ class SiteDaemon:
             if job.job in self._jobs or job.job in self._settled:
                 continue
             if len(self._jobs) >= _MOST_JOBS:
-                say(f"{job.job}: not taken, since {_MOST_JOBS} jobs have not ended here")
+                say(f"not taken, since {_MOST_JOBS} jobs have not ended here", job.job)
                 continue
             self._take(job)
         while self._feed.heard:
@@ -130,7 +134,7 @@ class SiteDaemon:
         """Check a new job against the policy. A refusal is told to the server at once."""
         name = assignment.job
         folder = JobFolder(self._options.state / "jobs" / name)
-        say(f"{name}: job of {assignment.submitter} for the app {assignment.app}")
+        say(f"job of {assignment.submitter} for the app {assignment.app}", name)
         job = SiteJob(assignment, folder, self._gate)
         self._jobs[name] = job
         try:
@@ -142,7 +146,7 @@ class SiteDaemon:
                 return
             if job.gate.decision_on(assignment.settings) is None:
                 job.phase = "waits for approval"
-                say(f"{name}: waits until somebody says: fl-adapters site approve {name}{self._where()}")
+                say(f"waits until somebody says: fl-adapters site approve {name}{self._where()}", name)
                 self._share(job, "the job waits for approval at the site")
             self._record(job, "waits for approval" if job.phase == "waits for approval" else "waits for room")
         except CommandError as error:
@@ -170,7 +174,7 @@ class SiteDaemon:
     def _advance(self, job: SiteJob) -> None:
         if job.phase not in ("running", "leaving") and self._is_over_there(job):
             self._record(job, "ended", "the job has ended at the server")
-            say(f"{job.name}: has ended at the server")
+            say("has ended at the server", job.name)
             self._settle(job.name)
             return
         if job.phase == "waits for approval":
@@ -197,7 +201,7 @@ class SiteDaemon:
             self._refuse(job, LeaveReason(error.what, "its decision about the job cannot be read", error), str(error))
             return
         if decision is not None and decision.approved:
-            say(f"{job.name}: approved")
+            say("approved", job.name)
             self._share(job, "somebody at the site has approved the job")
             job.phase, job.since = "waits for room", time.monotonic()
             job.resumes_at = job.since
@@ -216,7 +220,7 @@ class SiteDaemon:
         job.place, job.occupied = place, occupied
         if self._start(job):
             self._record(job, "running")
-            say(f"{job.name}: runs {quoted(job.command)}, output in {job.folder.log}")
+            say(f"runs {quoted(job.command)}, output in {job.folder.log}", job.name)
             self._share(job, "its command runs")
 
     def _start(self, job: SiteJob) -> bool:
@@ -245,7 +249,7 @@ class SiteDaemon:
             assert note is not None
             left = note.state == "left"
             self._record(job, "left" if left else "finished", note.reason)
-            say(f"{job.name}: {f'has left: {note.reason}' if left else 'finished'}")
+            say(f"has left: {note.reason}" if left else "finished", job.name)
             self._share(job, "its command has left the job" if left else "its command has finished")
             self._settle(job.name)
             return
@@ -261,7 +265,7 @@ class SiteDaemon:
             f"its command ended ({describe_status(status)}); started again in {pause_s:g} s, "
             f"{job.deaths} of {self._options.restarts} times"
         )
-        say(f"{job.name}: {told}; see {job.folder.log}")
+        say(f"{told}; see {job.folder.log}", job.name, warning=True)
         self._share(job, told, "warning")
 
     def _leave(self, job: SiteJob, status: int) -> None:
@@ -276,7 +280,7 @@ class SiteDaemon:
         """Tell the server that the site takes no part in a job, or no longer."""
         job.phase = "leaving"
         job.free()
-        say(f"{job.name}: {state}: {shown or reason.text}")
+        say(f"{state}: {shown or reason.text}", job.name)
         visible = reason.public
         with suppress(FederationError):  # without its audit log or policy, the site says no more than is public
             visible = job.gate.record_leaving(reason, early=True)
@@ -293,7 +297,7 @@ class SiteDaemon:
         try:
             job.folder.write(job.assignment, state, reason)
         except (FederationError, OSError) as error:  # a full disk must not end the daemon
-            say(f"{job.name}: cannot be recorded: {error}")
+            say(f"cannot be recorded: {error}", job.name, warning=True)
 
     def _share(self, job: SiteJob, text: str, level: str = "info") -> None:
         """Show a line to those who follow a job, if the policy allows it. It may hold nothing of data or scripts."""
@@ -304,7 +308,7 @@ class SiteDaemon:
         try:
             self._gate.record(action, **facts)
         except FederationError as error:  # a full disk must not end the daemon
-            say(f"the audit log cannot be written: {error}")
+            say(f"the audit log cannot be written: {error}", warning=True)
 
     def _rotate_logs(self) -> None:
         if time.monotonic() - self._logs_seen < _LOOK_AT_LOGS_S:
@@ -334,6 +338,7 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
     audit.ship_to(gate.policy.syslog)
     os.environ.pop(KIT_VARIABLE, None)
     with ExitStack() as things:
+        things.enter_context(written_lines(gate.identity.name, options.log_format, options.log_file))
         lock = _locked(options.kit)
         things.callback(lock.close)
         things.callback(audit.close)
@@ -391,8 +396,3 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def say(text: str) -> None:
-    """Show people a line on stderr."""
-    print(f"fl-adapters: {text}", file=sys.stderr, flush=True)

@@ -69,14 +69,14 @@ class JobFeed:
     """
 
     def __init__(
-        self, control: ControlClient, witness: Witness, say: Callable[[str], None], wake: threading.Event
+        self, control: ControlClient, witness: Witness, say: Callable[..., None], wake: threading.Event
     ) -> None:
         """Make a feed that does not ask yet.
 
         Args:
             control: The connection to the server, which the feed closes.
             witness: Compares the audit logs of site and server.
-            say: Shows a line to people.
+            say: Shows a line to people; see `log_lines.say`.
             wake: Is set when something has arrived.
         """
         self.arrived: deque[Assignment] = deque()
@@ -168,7 +168,7 @@ class JobFeed:
             except ConnectionLostError:
                 raise
             except FederationError as error:  # the job has ended meanwhile
-                self._troubles.say(f"{refusal.job}: the server does not wait for this site any more ({error.what})")
+                self._troubles.say(f"the server does not wait for this site any more ({error.what})", refusal.job)
             self._refusals.popleft()
             self.heard.append(refusal.job)
             self._wake.set()
@@ -204,7 +204,7 @@ class JobFeed:
 class _Troubles:
     """Shows a trouble once when it begins, every so often while it lasts, and that it is over."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[..., None]) -> None:
         self.say = say
         self._trouble, self._told_at = "", 0.0
 
