@@ -227,6 +227,8 @@ def test_a_script_that_dies_too_often_leaves_and_its_data_stay(federation: Feder
     assert abs(died["time"] - time.time()) < 120
     federation.job("next")
     federation.finished("next")
+    federation.stop()
+    federation.start()
 
 
 def test_a_stopped_daemon_lets_scripts_save_and_goes_on_with_the_same_job(federation: Federation) -> None:
