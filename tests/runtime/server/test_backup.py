@@ -71,11 +71,14 @@ def restored(study: Study, backup: Path, name: str) -> Path:
 def test_backups_under_load_go_on_to_the_bits_of_a_quiet_run(study: Study, tmp_path: Path) -> None:
     study.job("job", rounds=ROUNDS)
     sites = [study.site(name) for name in study.sites]
-    training = threading.Thread(target=lambda: at_once(sites, train))
+    has_model = threading.Event()  # on a slow machine, the run would be over before the first backup
+    training = threading.Thread(target=lambda: at_once(sites, lambda site: train(site, has_model, ROUNDS // 2)))
     training.start()
     backups = []
     while training.is_alive() and len(backups) < 200:
         backups.append(back_up(study.runs, tmp_path / f"backup-{len(backups)}", "study"))
+        if any("/blobs/model-" in name for name in backups[-1].files):
+            has_model.set()
     training.join(60)
     assert study.server.wait_for_job("job", 30)
     study.server.close()
