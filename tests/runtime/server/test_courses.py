@@ -17,6 +17,7 @@ from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.courses.virtual import Virtual, VirtualSites
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.run import Run
+from fl_runtime.store.stores import FolderStore
 from fl_runtime.types import Terms
 
 Make = Callable[..., Run]
@@ -29,7 +30,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
     runs: list[Run] = []
 
     def run(strategy: str | None = None, virtual: VirtualSites | None = None) -> Run:
-        runs.append(Run(settings(2, strategy=strategy), tmp_path / str(len(runs)), events, None, virtual))
+        runs.append(
+            Run(settings(2, strategy=strategy), tmp_path / str(len(runs)), events, FolderStore(), virtual=virtual)
+        )
         return runs[-1]
 
     yield run
