@@ -122,6 +122,7 @@ class ProofOfConcept:
 def _provision(kits: Path, sites: Sequence[str], address: str) -> None:
     from fl_runtime.trust.authority import Authority
     from fl_runtime.trust.kits import write_kit
+    from fl_runtime.trust.policy import POLICY_FILE
     from fl_runtime.trust.project import AdminEntry, Project, ServerEntry, SiteEntry
 
     for taken in {"server", "authority", _ADMIN} & set(sites):
@@ -137,6 +138,8 @@ def _provision(kits: Path, sites: Sequence[str], address: str) -> None:
     authority = Authority.create(kits / "authority", project)
     for identity in project.participants():
         write_kit(kits / identity.name, authority, identity)
+    for name in sites:  # all data are this user's own, and any job may be tried, also with one site or cyclic
+        (kits / name / POLICY_FILE).write_text("# A proof of concept limits nothing.\n", encoding="utf-8")
 
 
 @contextmanager

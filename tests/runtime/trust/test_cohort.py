@@ -82,6 +82,15 @@ def test_a_silent_policy_asks_for_nothing_and_an_explicit_line_allows(study: Stu
     KitPolicyGate(kit).check_job({"name": "job", "sites": ["north"], "min_sites": 1, "strategy": "cyclic"})
 
 
+def test_in_a_proof_of_concept_any_job_may_be_tried(tmp_path: Path) -> None:
+    from fl_adapters.environments.proof_of_concept import _provision
+    from fl_adapters.participant.policy_gate import KitPolicyGate
+
+    _provision(tmp_path, ["north"], "127.0.0.1:1")
+    job = {"name": "job", "sites": ["north"], "min_sites": 1, "strategy": "cyclic", "cross_site": True}
+    KitPolicyGate(tmp_path / "north").check_job(job)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"sites": None}, {"sites": []}, {"fraction": "a"}, {"site_weights": 7}, {"site_weights": {"north": "inf"}}],
