@@ -30,7 +30,7 @@ from fl_runtime.filters import (
 )
 from fl_runtime.filters.ckks import HomomorphicCKKS
 from fl_runtime.text import METRIC_NAMES, is_metric_name
-from fl_runtime.types import RunSettings, Strategy
+from fl_runtime.types import LARGEST_SEED, LONGEST_S, MOST_ROUNDS, MOST_SITES, RunSettings, Strategy
 from fl_runtime.types.needs import Needs
 from fl_runtime.yaml_files import read_yaml
 
@@ -38,9 +38,6 @@ R_co = TypeVar("R_co", covariant=True)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = ("global", "local")  # names in history.csv, and of a script that runs alone
-_MOST_ROUNDS, _MOST_SITES = 1_000_000, 100_000  # the server keeps a result of each round, and a record of each site
-_LONGEST_S = 1e9  # 31 years; Python cannot wait for longer than 292
-_LARGEST_SEED = 2**63 - 1
 
 
 class Environment(Protocol[R_co]):
@@ -154,18 +151,18 @@ class Job(BaseModel):
 
     name: str = ""
     app: str = Field(min_length=1)
-    rounds: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
+    rounds: int | None = Field(default=None, ge=1, le=MOST_ROUNDS)
     strategy: str | Described = "fedavg"  # a job that has been made holds text
     sites: int | tuple[str, ...] | None = None
-    min_sites: int | None = Field(default=None, ge=1, le=_MOST_SITES)
+    min_sites: int | None = Field(default=None, ge=1, le=MOST_SITES)
     cross_site: bool = False
     fraction: float = Field(default=1.0, gt=0, le=1)
     site_weights: dict[str, float] = Field(default_factory=dict)
     max_share: float | None = Field(default=None, gt=0, le=1)
-    deadline_s: float = Field(default=86_400.0, gt=0, le=_LONGEST_S, allow_inf_nan=False)
-    rejoin_s: float = Field(default=60.0, gt=0, le=_LONGEST_S, allow_inf_nan=False)
-    patience_s: float | None = Field(default=None, gt=0, le=_LONGEST_S, allow_inf_nan=False)
-    join_s: float | None = Field(default=None, ge=0, le=_LONGEST_S, allow_inf_nan=False)
+    deadline_s: float = Field(default=86_400.0, gt=0, le=LONGEST_S, allow_inf_nan=False)
+    rejoin_s: float = Field(default=60.0, gt=0, le=LONGEST_S, allow_inf_nan=False)
+    patience_s: float | None = Field(default=None, gt=0, le=LONGEST_S, allow_inf_nan=False)
+    join_s: float | None = Field(default=None, ge=0, le=LONGEST_S, allow_inf_nan=False)
     late: Literal["drop", "carry"] = "drop"
     durability: Literal["process", "power"] = "process"
     every: str | int | None = None
@@ -176,10 +173,10 @@ class Job(BaseModel):
     initial: str | EarlierModel | None = None
     best_metric: str = Field(default="loss", min_length=1)
     best_mode: Literal["min", "max"] = "min"
-    patience: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
+    patience: int | None = Field(default=None, ge=1, le=MOST_ROUNDS)
     min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    trainings: int | None = Field(default=None, ge=1, le=_MOST_ROUNDS)
-    seed: int | None = Field(default=None, ge=0, le=_LARGEST_SEED)
+    trainings: int | None = Field(default=None, ge=1, le=MOST_ROUNDS)
+    seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     resources: dict[str, float] = Field(default_factory=dict)
     exact_restart: bool = False
 
@@ -317,8 +314,8 @@ def site_names(sites: int | Sequence[str]) -> tuple[str, ...]:
         ConfigError: The number is below 1 or above 100,000, or a name cannot be used; see `check_names`.
     """
     if isinstance(sites, int):
-        if not 1 <= sites <= _MOST_SITES:
-            fix = f"give at least 1 site, and at most {_MOST_SITES}"
+        if not 1 <= sites <= MOST_SITES:
+            fix = f"give at least 1 site, and at most {MOST_SITES}"
             raise ConfigError(f"a job cannot run with {sites} sites", where="sites", fix=fix)
         return tuple(f"site-{number}" for number in range(1, sites + 1))
     return check_names(sites)

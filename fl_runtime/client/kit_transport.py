@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
+from fl_runtime.text import parse_json
 from fl_runtime.transport.base import BEGINNINGS, Call
 from fl_runtime.transport.grpc import GrpcTransport
 from fl_runtime.transport.tls import FileCredentials
@@ -124,8 +125,8 @@ class KitTransport:
         finally:
             timer.cancel()
         try:
-            fields = json.loads(answers[-1])
-        except (ValueError, IndexError, RecursionError):
+            fields = parse_json(answers[-1])
+        except (ValueError, IndexError):
             fields = None
         if not isinstance(fields, dict):
             raise ProtocolError("the server's answer to Revocations is not a JSON object")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import FederationError, ProtocolError, StoreError
+from fl_runtime.text import parse_json
 from fl_runtime.transport.base import Call, Transport
 
 log = logging.getLogger(__name__)
@@ -139,8 +140,8 @@ def _last(call: Call) -> dict[str, Any]:
     answer: Any = {}
     for message in call:
         try:
-            answer = json.loads(message)
-        except (ValueError, RecursionError):
+            answer = parse_json(message)
+        except ValueError:
             answer = None
         if not isinstance(answer, dict):
             raise ProtocolError("the server's answer to Roots is not a JSON object")

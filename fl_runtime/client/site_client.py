@@ -9,23 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
+from fl_runtime.client.assignment import checked_settings
 from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
-from fl_runtime.errors import ConfigError, FederationError, PermissionDeniedError, ProtocolError
-from fl_runtime.text import printable
-from fl_runtime.trainings import parsed_name, training_name
+from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
+from fl_runtime.text import parse_json
+from fl_runtime.trainings import training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import Clock
-from fl_runtime.trust.identity import check_name
-from fl_runtime.types import CohortRules, Metrics, Report, RunSettings, Task, Terms, Update
+from fl_runtime.types import CohortRules, Metrics, Report, Task, Terms, Update
 from fl_runtime.version import COHORT, FEATURES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
@@ -36,6 +34,7 @@ from fl_runtime.wire.names import Facts
 log = logging.getLogger(__name__)
 
 _GOODBYE_S = 10.0
+_METRICS_CHARS = 2**23
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class SiteClient:
                 f"the server speaks protocol {reply.protocol}, this site {PROTOCOL}",
                 fix="install the same version of fl-adapters at server and sites",
             )
-        settings = _settings(reply)
+        settings = checked_settings(reply)
         if settings.get("patience_s") and not self._own_patience:
             self._calls.patience_s = float(settings["patience_s"])
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
@@ -292,7 +291,11 @@ class SiteClient:
             wait=wait,
         )
         reply = self._calls.ask("Score", request, pb.ScoreReply)
-        return plain(from_json(json.loads(reply.metrics_json or "{}"))), reply.stop
+        try:
+            metrics = parse_json(reply.metrics_json or "{}", limit_chars=_METRICS_CHARS)
+        except ValueError as error:
+            raise ProtocolError(f"the server sends metrics that are not JSON: {error}") from None
+        return plain(from_json(metrics)), reply.stop
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Open streams to other sites, which the server relays in a call of their own.
@@ -337,19 +340,6 @@ class SiteClient:
         self._calls.close()
 
 
-def _check_types(settings: dict[str, Any]) -> None:
-    """Raise ProtocolError if a setting of the job has another type than this version expects; unknown ones pass."""
-    try:
-        TypeAdapter(RunSettings).validate_python(settings)
-    except ValidationError as error:
-        item = error.errors(include_url=False)[0]
-        field = ".".join(map(str, item["loc"]))
-        raise ProtocolError(
-            f"the server sends settings that this site cannot read: {printable(field, 100)}: {item['msg']}",
-            fix="run the same version of fl-adapters at server and site",
-        ) from None
-
-
 def _check_older_server(rules: CohortRules, min_sites: object) -> None:
     """Refuse a server that knows no rules of policies, unless the job's quorum alone keeps to them."""
     enough = rules.min_cohort == 1 or (isinstance(min_sites, int) and min_sites >= rules.min_cohort)
@@ -360,21 +350,3 @@ def _check_older_server(rules: CohortRules, min_sites: object) -> None:
             where=f"rule {rule} (the site's policy.yml)",
             fix="upgrade fl-adapters at the server" + ("" if enough else ", or raise min_sites in the job"),
         )
-
-
-def _settings(reply: pb.JoinReply) -> dict[str, Any]:
-    """The job's settings. Names become folders at this site, so they are checked here, once for all."""
-    try:
-        settings = json.loads(reply.settings_json)
-        training = parsed_name(settings["name"])
-        if isinstance(settings, dict) and training is not None:
-            check_name(training[0], "job")
-            check_name(reply.site, "site")
-            _check_types(settings)
-            return settings
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, ConfigError):
-        pass
-    raise ProtocolError(
-        "the server names a job or a site in a way that this site does not accept as a name",
-        fix="ask the server's operator; names have letters, digits, '.', '_', '@' and '-'",
-    )

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from fl_runtime.aggregation.metrics.pooling import to_json
+from fl_runtime.client.assignment import checked_config
 from fl_runtime.client.calls import PatientCalls, parsed
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
@@ -176,7 +177,7 @@ class Downloads:
             version=header.version,
             arrays=arrays,
             extras=extras,
-            config=_config(header),
+            config=checked_config(header),
         )
 
 
@@ -188,21 +189,6 @@ def _check_kind(header: pb.TaskHeader) -> None:
             f"the server sends a task of kind {header.kind[:40]!r} in round {header.round}, which no run has",
             fix="run the same version of fl-adapters at server and site",
         )
-
-
-def _config(header: pb.TaskHeader) -> Mapping[str, Any]:
-    """The settings in a task. Raises ProtocolError if they are not a JSON object."""
-    try:
-        config = json.loads(header.config_json or "{}")
-        if isinstance(config, dict):
-            return config
-    except (ValueError, RecursionError):
-        pass
-    raise ProtocolError(
-        "the settings in a task are not a JSON object",
-        where=f"{header.kind} task of round {header.round}",
-        fix="ask the server's operator",
-    )
 
 
 class Uploads:

@@ -7,7 +7,6 @@ have a fixed order: the result does not depend on the order of arrival.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -29,6 +28,7 @@ from fl_runtime.filters.base import (
 from fl_runtime.filters.ckks import CiphertextMean, HomomorphicCKKS, check_ciphertexts, named_in
 from fl_runtime.filters.feedback import advanced, decode_chain, difference_to
 from fl_runtime.filters.gaussian import GaussianDP, NoisyMean
+from fl_runtime.text import parse_json
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Settings, Strategy, Task, Update, is_floating
 
 _ENCODING_NAMES = ("ExcludeVars", "Quantize", "TopK")
@@ -347,8 +347,8 @@ def _parsed(encoding: str) -> tuple[tuple[Settings, ...], tuple[EncodingFilter, 
     if not encoding.startswith("["):
         return (), ()
     try:
-        items = json.loads(encoding)
-        if len(encoding) > _MAX_CHARS or len(items) > MAX_FILTERS or not all(isinstance(x, dict) for x in items):
+        items = parse_json(encoding, limit_chars=_MAX_CHARS)
+        if not isinstance(items, list) or len(items) > MAX_FILTERS or not all(isinstance(x, dict) for x in items):
             raise ProtocolError("an update's list of filters is too long or malformed")
         chain = []
         for settings in items:

@@ -22,10 +22,23 @@ from fl_runtime.types.messages import (
     Update,
     is_floating,
 )
-from fl_runtime.types.settings import PRODUCTION_PATIENCE_S, CohortRules, RunSettings, Terms
+from fl_runtime.types.settings import (
+    LARGEST_SEED,
+    LONGEST_S,
+    MOST_ROUNDS,
+    MOST_SITES,
+    PRODUCTION_PATIENCE_S,
+    CohortRules,
+    RunSettings,
+    Terms,
+)
 from fl_runtime.types.strategy import Aggregator, Allocate, RoundPlan, ServerState, Strategy
 
 __all__ = [
+    "LARGEST_SEED",
+    "LONGEST_S",
+    "MOST_ROUNDS",
+    "MOST_SITES",
     "PARTICIPANTS",
     "PRODUCTION_PATIENCE_S",
     "UPDATES",

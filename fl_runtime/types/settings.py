@@ -9,6 +9,18 @@ from typing import Literal
 
 from fl_runtime.types.messages import Content, Settings
 
+MOST_ROUNDS = 1_000_000
+"""Largest number of rounds of a job. The server keeps a result of each."""
+
+MOST_SITES = 100_000
+"""Largest number of sites of a job."""
+
+LONGEST_S = 1e9
+"""Longest time in the settings of a job, in seconds: 31 years. Python cannot wait for longer than 292."""
+
+LARGEST_SEED = 2**63 - 1
+"""Largest seed of a job."""
+
 PRODUCTION_PATIENCE_S = 86_400.0
 """Default of `patience_s` in a federation between organisations: a day, for a network that is down over night."""
 

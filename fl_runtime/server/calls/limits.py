@@ -20,6 +20,9 @@ MAX_ENCODING_CHARS = 2**16
 MAX_COUNT = 2**53
 """Most examples and steps of one round. More would fit neither a double nor the journal."""
 
+MAX_ROUNDS = 2**31 - 1
+"""Largest number of rounds that a script may propose to wait for a better one."""
+
 MAX_DESCRIBED = 500_000
 """Most tensors that one site may describe in one run, over all its manifests."""
 

@@ -6,6 +6,7 @@ Runs in threads of the transport.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -22,7 +23,7 @@ from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfe
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
 from fl_runtime.server.run import Run
-from fl_runtime.text import printable
+from fl_runtime.text import parse_json, printable
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.version import FEATURES, VERSION, choose_protocol
@@ -419,8 +420,8 @@ def _is_large(offer: Offer) -> bool:
 
 def _json(text: str, what: str) -> object:
     try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        return parse_json(text or "{}")
+    except ValueError:
         raise ProtocolError(f"{what} are not JSON") from None
 
 
@@ -436,8 +437,8 @@ def _terms(text: str) -> Terms:
             isinstance(text, str) and len(text) <= 200 and text.isprintable()
             for text in (terms.strategy, terms.best_metric)
         )
-        assert terms.patience is None or int(terms.patience) >= 1
-        assert float(terms.min_delta) >= 0
+        assert terms.patience is None or (type(terms.patience) is int and 1 <= terms.patience <= limits.MAX_ROUNDS)
+        assert type(terms.min_delta) in (int, float) and 0 <= float(terms.min_delta) < math.inf
     except (AssertionError, TypeError, ValueError, OverflowError):
         raise ProtocolError("the terms of a registration cannot be read") from None
     return terms
