@@ -108,14 +108,20 @@ class Target:
 
 
 @cache
-def many_tensors() -> pb.Manifest:
+def many_tensors() -> dict[str, bytes]:
+    """The fields of messages that describe 200,000 tensors, by call. Appended to a message, they become part of it."""
     one = pb.Manifest(tensors=[pb.Tensor(name="t", dtype="float32", shape=[1])]).SerializeToString()
-    return pb.Manifest.FromString(one * 200_000)
+    manifest = pb.Manifest.FromString(one * 200_000)
+    update = pb.UpdateHeader(payload=pb.Payload(manifest=manifest))
+    return {
+        "Register": pb.RegisterRequest(manifest=manifest).SerializeToString(),
+        "Submit": pb.UpdatePart(update=update).SerializeToString(),
+    }
 
 
 def register(target: Target) -> Iterator[None]:
     """Register with 200,000 tensors."""
-    request = pb.RegisterRequest(session=target.session, manifest=many_tensors()).SerializeToString()
+    request = pb.RegisterRequest(session=target.session).SerializeToString() + many_tensors()["Register"]
     while True:
         target.call("Register", request)
         yield
@@ -123,9 +129,9 @@ def register(target: Target) -> Iterator[None]:
 
 def submit(target: Target) -> Iterator[None]:
     """Send headers of updates that describe 200,000 tensors."""
-    payload = pb.Payload(manifest=many_tensors(), layout=b"?" * 16)
+    payload = pb.Payload(layout=b"?" * 16)
     header = pb.UpdateHeader(session=target.session, round=1, content="weights", num_examples=1, payload=payload)
-    request = pb.UpdatePart(update=header).SerializeToString()
+    request = pb.UpdatePart(update=header).SerializeToString() + many_tensors()["Submit"]
     while True:
         target.call("Submit", request)
         yield

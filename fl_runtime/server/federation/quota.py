@@ -22,7 +22,7 @@ CALLS_A_JOB = 8
 process needs 3, and its daemon one. As many again may have been ended by their caller a moment ago."""
 MOST_SLOTS = 32
 """Jobs that one site may run at a time. What it says beyond that is not believed."""
-HELD_EACH = 8
+HELD_EACH = 6
 """Refusals for calls over the quota that may be held back at a time, per participant."""
 HOLD_S = 1.0
 """How long such a refusal is held back, so that a client that calls in a loop slows down.
