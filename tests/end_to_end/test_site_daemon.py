@@ -319,7 +319,8 @@ def test_a_job_waits_for_approval_across_a_restart(federation: Federation) -> No
 def test_an_approval_holds_for_the_settings_that_were_shown(federation: Federation) -> None:
     """A server that sends other settings to the script than to the daemon gets nothing."""
     federation.policy(approve="ask")
-    shown = {"name": "job", "rounds": 2, "submitted_by": "", "exchange": ["head"]}
+    both = {"sites": ["north", "south"], "min_sites": 2}
+    shown = {"name": "job", "rounds": 2, "submitted_by": "", "exchange": ["head"], **both}
     gate = KitPolicyGate(federation.kit)
     with pytest.raises(PermissionDeniedError, match="which nobody at the site has approved"):
         gate.check_join(shown, "torch")
@@ -343,7 +344,9 @@ def test_a_daemon_waits_for_its_server(federation: Federation) -> None:
 
 
 def test_a_forgotten_second_run_does_not_take_the_site_out_of_the_job(federation: Federation) -> None:
-    command = ("run", "--kit", str(readdressed(federation.study, "south")), "--", sys.executable, "train.py")
+    south = readdressed(federation.study, "south")
+    (south / "policy.yml").write_text("{}")  # that of the template takes part in no job of one site
+    command = ("run", "--kit", str(south), "--", sys.executable, "train.py")
     federation.touch("hold-twice-1")
     federation.job("twice", "south")
     forgotten = federation.bench.start(*command)
