@@ -181,7 +181,7 @@ class Production:
         tell = FanOut((*self.listeners, *printers))
         remote = RemoteJob(control, job, tell, patience_s)
         settings = control.ask("ShowJob", job=remote.name, patience_s=patience_s)["settings"]
-        place = f"the server's runs/{remote.name}"
+        place = f"{remote.name} of the server's data folder"
         facts = {"job": remote.name, "folder": place, "sites": settings["sites"], "command": settings["app"]}
         tell(Event("starting", time.time(), data=facts))
         try:
