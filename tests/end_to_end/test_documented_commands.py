@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -96,7 +97,7 @@ class Machines:
                 self.policy(site)
         for site in SITES:
             log = self.logs[site]
-            until(lambda log=log: "tumour-1: finished" in log.read_text(), f"the end of tumour-1 at {site}")
+            until(partial(said, log, "tumour-1: finished"), f"the end of tumour-1 at {site}")
         for log in self.logs.values():
             self.printed += log.read_text().splitlines()
 
@@ -172,6 +173,11 @@ class Machines:
         """Wait until a job waits for approval."""
         record = self.folder / site / site / "jobs" / job / "site.json"
         until(lambda: record.exists() and "waits for approval" in record.read_text(), f"{job} to wait at {site}")
+
+
+def said(log: Path, text: str) -> bool:
+    """Whether a process has written a text to its log."""
+    return text in log.read_text()
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
