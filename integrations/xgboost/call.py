@@ -49,6 +49,7 @@ class TrainCall:
         callbacks: The script's callbacks of XGBoost.
         mask_statistics: Whether updates leave out the statistics of each node.
         options: The arguments that every adapter shares.
+        checked_trees: Digests of the server's trees that have been checked.
     """
 
     params: Mapping[str, Any]
@@ -63,6 +64,7 @@ class TrainCall:
     callbacks: Sequence[xgboost.callback.TrainingCallback] = ()
     mask_statistics: bool = False
     options: Options = field(default_factory=Options)
+    checked_trees: set[bytes] = field(default_factory=set)
 
     def booster(self, changes: Mapping[str, Any], model_file: Any = None) -> xgboost.Booster:
         """A new booster with these parameters, changed by `changes`, that knows the call's data."""

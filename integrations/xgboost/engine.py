@@ -32,6 +32,7 @@ from .ring import Ring, Sockets
 from .worker import Channel
 
 _GRACEFUL_EXIT_S = 10.0
+_NAME_CHARS = 20
 _ABOVE_ALL = 1e38  # twice this, which XGBoost makes the last cut, is still a float32
 ISOLATED = True
 """Whether workers try to leave the machine's network. If not, they listen on all addresses, so sites on one machine
@@ -359,7 +360,10 @@ def reference_rows(cuts: Arrays) -> Array:
 
 
 def _round_and_stage(generation: str) -> tuple[int, int]:
+    """Return the round and stage in a generation's name; for any other text a pair that comes before all rounds."""
     number, _, stage = generation.partition(".")
+    if len(generation) > _NAME_CHARS or not (number.isdecimal() and (stage.isdecimal() or not stage)):
+        return -1, 0
     return int(number), int(stage or 1)
 
 

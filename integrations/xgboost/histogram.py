@@ -9,7 +9,7 @@ import numpy as np
 import xgboost
 
 from fl_adapters.participant.session import Session
-from fl_runtime.aggregation.metrics.quantiles import CUTS
+from fl_runtime.aggregation.metrics.quantiles import CUTS, check_cuts
 from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.aggregation.trees.strategies import FAILED
 from fl_runtime.errors import ConfigError
@@ -69,8 +69,9 @@ class JointTrees:
         """
         task, call = rounds.task, self._call
         assert task is not None
-        members = [str(name) for name in task.config["members"]]
+        members = [str(name) for name in task.config.get("members", ())]
         if not self._cuts:
+            check_cuts(task.arrays, len(self.extras["levels"]))
             self._cuts = {name: np.copy(task.arrays[name]) for name in CUTS}
         fresh, self._fresh = self._fresh, False
         try:

@@ -12,9 +12,10 @@ import numpy as np
 import xgboost
 
 from fl_runtime.aggregation.trees import ubjson
+from fl_runtime.aggregation.trees.checks import check_global_model
 from fl_runtime.aggregation.trees.document import TreeModel, base_score, masked, pooled_base_score
 from fl_runtime.aggregation.trees.strategies import BASE_SUMS, ROW_WEIGHT, WEIGHT
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.types import Array, Arrays
 
 from .call import TrainCall, installed_version
@@ -102,7 +103,13 @@ def load(booster: xgboost.Booster, model: TreeModel, call: TrainCall) -> None:
     `Booster.load_model` is not enough: XGBoost caches predictions of the former trees for the training data, and the
     next tree would correct those. So the object takes over the contents of a new booster.
     """
-    fresh = call.booster(SEEDING, model_file=bytearray(model.document()))
+    try:
+        fresh = call.booster(SEEDING, model_file=bytearray(model.document()))
+    except xgboost.core.XGBoostError as error:
+        raise ProtocolError(
+            f"XGBoost cannot read the global model: {str(error).splitlines()[0][:300]}",
+            fix="run the same version of XGBoost at every site, or ask the server's operator",
+        ) from None
     fresh.set_param({"learning_rate": learning_rate(booster)})
     fresh.set_attr(**booster.attributes())
     exchange_contents(booster, fresh)
@@ -118,8 +125,12 @@ def received(arrays: Arrays, call: TrainCall) -> TreeModel:
     """The model in arrays from the server, with this site's own names of features.
 
     They differ from those in the arrays only if a site has left them out of the comparison (`agree=False`).
+
+    Raises:
+        ProtocolError: The arrays hold no model, or one that XGBoost could not use safely.
     """
     model = TreeModel.from_arrays(arrays)
+    check_global_model(model, call.checked_trees)
     names, learner = call.dtrain.feature_names, model.head["learner"]
     if not names or list(learner.get("feature_names", ())) == names:
         return model

@@ -18,7 +18,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
+from fl_runtime.text import parse_json
 from fl_runtime.transport.tunnel import Stream
 from fl_runtime.trust.secure_stream import SecureStream
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 _PORTS = re.compile(rb'\{[^{}]*"error_port"[^{}]*\}')
 _START_BYTES = 65_536
 _READ_BYTES = 2**18
+_PORTS_CHARS = 4_096
+_PORT_NAMES = ("port", "error_port")
 
 T = TypeVar("T", socket.socket, SecureStream)
 
@@ -150,7 +153,7 @@ class Ring:
             if match is None:
                 return
             done = True
-            self._ports = {name: int(json.loads(match.group())[name]) for name in ("port", "error_port")}
+            self._ports = {name: int(json.loads(match.group())[name]) for name in _PORT_NAMES}
             streams = [self._sealed(peer, "ports") for peer in self._members if peer != self._me]
             for stream in streams:
                 stream.send(json.dumps({**self._ports, "network": self._network}).encode())
@@ -179,8 +182,8 @@ class Ring:
         stream = self._keep(self._seal(inner))
         stream.meet()
         if kind == "ports":
-            ports = json.loads(stream.receive())
-            if ports["network"] != self._network:  # else the worker itself listens there
+            ports, network = read_ports(stream.receive(), inner.peer)
+            if network != self._network:  # else the worker itself listens there
                 self._listen_for(inner.peer, ports)
             stream.send(b"listening")
             return
@@ -257,6 +260,32 @@ class Ring:
     def _address(self, member: str) -> str:
         number = self._members.index(member)
         return f"127.0.{1 + number // 250}.{1 + number % 250}"
+
+
+def read_ports(message: bytes, peer: str) -> tuple[dict[str, int], str]:
+    """Read which ports a member's worker has chosen.
+
+    Args:
+        message: What the member sent.
+        peer: Name of the member.
+
+    Returns:
+        The ports "port" and "error_port", and the name of the network that the worker is in.
+
+    Raises:
+        ProtocolError: The message names no two ports and a network.
+    """
+    try:
+        fields = parse_json(message, limit_chars=_PORTS_CHARS, depth=2)
+        ports, network = {name: fields[name] for name in _PORT_NAMES}, fields["network"]
+    except (ValueError, LookupError, TypeError):
+        ports, network = {}, None
+    if not isinstance(network, str) or not all(type(port) is int and 0 < port < 2**16 for port in ports.values()):
+        raise ProtocolError(
+            f"{peer} names the ports of its XGBoost worker in a way that this site cannot read",
+            fix="run the same version of fl-adapters at every site, or ask who runs that site",
+        )
+    return ports, network
 
 
 def _to_stream(connection: socket.socket, stream: SecureStream, watch: Callable[[bytes], None] | None) -> None:

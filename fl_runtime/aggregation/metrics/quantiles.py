@@ -105,6 +105,34 @@ class QuantileSummary:
         }
 
 
+def check_cuts(cuts: Arrays, features: int) -> None:
+    """Check the cut points that a server sends to a site, before bins are made of them.
+
+    Args:
+        cuts: The arrays of the task.
+        features: Number of features of the site's data.
+
+    Raises:
+        ProtocolError: They are not what `merged` returns for so many features.
+    """
+    try:
+        values, ends, levels = (cuts[name] for name in CUTS)
+        bounds = [0, *ends.tolist()]
+        valid = (
+            len(ends) == len(levels) == features
+            and bounds == sorted(bounds)
+            and bounds[-1] == len(values)
+            and bool(np.all(np.isfinite(values)) and np.all((levels >= 0) & (levels < 2**24)))
+            and all(bool(np.all(np.diff(values[a:b]) > 0)) for a, b in pairwise(bounds))
+        )
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ProtocolError(
+            f"the server sends no cut points for the bins of {features} features", fix="ask the server's operator"
+        )
+
+
 def merged(summaries: Sequence[QuantileSummary]) -> dict[str, Array]:
     """Compute the cut points of every feature.
 

@@ -13,7 +13,6 @@ a growing model keeps its layout, and the server its recycled files, for many ro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from fl_runtime.aggregation.trees import ubjson
-from fl_runtime.errors import ProtocolError, UpdateRefusedError
+from fl_runtime.errors import ProtocolError
+from fl_runtime.text import parse_json
 from fl_runtime.types import Array, Arrays
 
 NAMES = ("head", "trees", "ends", "sizes")
 _LEAST_SHARE = 1e-6
-_ROOT_PARENT = 2147483647
-_MAX_TREES = 10_000_000
+_MAX_CHARS = 2**31
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TreeModel:
         """
         text = data[1:2] in (b'"', b" ", b"\n", b"\t", b"\r")
         try:
-            document = _typed(json.loads(data)) if text else ubjson.loads(data)
+            document = _typed(_parsed(data)) if text else ubjson.loads(data)
             model = booster_model(document)
             trees = tuple(ubjson.dumps(tree) for tree in model["trees"])
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -159,30 +159,6 @@ def booster_model(document: dict[str, Any]) -> dict[str, Any]:
     return model
 
 
-def check_head(head: dict[str, Any]) -> None:
-    """Check that the parts of a head that aggregation reads are there, with the right types.
-
-    Args:
-        head: The head, which may come from a hostile peer.
-
-    Raises:
-        ProtocolError: A part is missing, or of another type.
-    """
-    model, learner = booster_model(head), head["learner"]
-    attributes, params = learner["attributes"], learner["learner_model_param"]
-    texts = [learner["gradient_booster"]["name"], learner["objective"]["name"], *attributes, *attributes.values()]
-    texts += [params[name] for name in ("base_score", "num_class", "num_feature", "num_target")]
-    integers = [*model["tree_info"], *model["iteration_indptr"]]
-    valid = (
-        all(isinstance(text, str) for text in texts)
-        and all(isinstance(number, (int, np.integer)) for number in integers)
-        and isinstance(model["gbtree_model_param"], dict)
-        and len(model["iteration_indptr"]) > 0
-    )
-    if not valid:
-        raise ProtocolError("the head of a tree model has fields of the wrong types")
-
-
 def base_score(head: dict[str, Any]) -> list[float]:
     """Return the base score: one number, or one per class (XGBoost 3.1 and later)."""
     text = str(head["learner"]["learner_model_param"]["base_score"])
@@ -247,54 +223,6 @@ def masked(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "base_weights": weights, "loss_changes": empty, "sum_hessian": empty}
 
 
-def check_tree(tree: dict[str, Any], features: int) -> None:
-    """Check that a tree can be used for prediction safely.
-
-    Args:
-        tree: The parsed tree, which may come from a hostile peer.
-        features: Number of features of the model.
-
-    Raises:
-        UpdateRefusedError: If it could crash or hang XGBoost, or has values that are not finite.
-    """
-    try:
-        nodes = int(tree["tree_param"]["num_nodes"])
-        left, right, parents = (np.asarray(tree[k]) for k in ("left_children", "right_children", "parents"))
-        conditions, indices = np.asarray(tree["split_conditions"], np.float32), np.asarray(tree["split_indices"])
-        per_node = [left, right, parents, conditions, indices, *(np.asarray(tree[k]) for k in _PER_NODE)]
-        children = np.concatenate([left[left != -1], right[right != -1]])
-        valid = (
-            nodes >= 1
-            and int(tree["tree_param"]["size_leaf_vector"]) <= 1
-            and all(len(values) == nodes for values in per_node)
-            and np.array_equal(left == -1, right == -1)
-            and bool(np.all((children > 0) & (children < nodes)))
-            and len(np.unique(children)) == len(children)
-            and bool(np.all((indices >= 0) & (indices < max(features, 1))))
-            and bool(np.all(np.isfinite(conditions[left == -1])))
-            and not np.any(np.isnan(conditions[np.asarray(tree["split_type"]) == 0]))  # unused for categories
-        )
-        valid = valid and _categories_fit(tree, nodes)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
-        raise UpdateRefusedError("a tree of this update is malformed", fix="check the site's version of XGBoost")
-
-
-_PER_NODE = ("base_weights", "default_left", "loss_changes", "split_type", "sum_hessian")
-
-
-def _categories_fit(tree: dict[str, Any], nodes: int) -> bool:
-    categories, starts = np.asarray(tree["categories"]), np.asarray(tree["categories_segments"])
-    sizes, owners = np.asarray(tree["categories_sizes"]), np.asarray(tree["categories_nodes"])
-    if not len(starts) == len(sizes) == len(owners):
-        return False
-    within = np.all((starts >= 0) & (sizes >= 0) & (starts + sizes <= len(categories)))
-    owned = np.all((owners >= 0) & (owners < nodes)) and np.all((categories >= 0) & (categories < 2**24))
-    categorical = np.flatnonzero(np.asarray(tree["split_type"]) == 1)
-    return bool(within and owned) and set(categorical.tolist()) <= set(owners.tolist())
-
-
 def _weights_place(head: dict[str, Any]) -> dict[str, Any]:
     """Return the object that holds the tree weights: since XGBoost 3.4 the model, before that the booster."""
     model, booster = booster_model(head), head["learner"]["gradient_booster"]
@@ -322,6 +250,10 @@ _KINDS: dict[str, Any] = dict.fromkeys(_INTS, np.int32) | dict.fromkeys(
 )
 _KINDS |= dict.fromkeys(("split_conditions", "base_weights", "loss_changes", "sum_hessian"), np.float32)
 _KINDS |= dict.fromkeys(("default_left", "split_type"), np.uint8)
+
+
+def _parsed(data: bytes | bytearray) -> Any:
+    return parse_json(bytes(data), limit_chars=_MAX_CHARS, depth=_MAX_DEPTH)
 
 
 def _typed(document: Any) -> Any:

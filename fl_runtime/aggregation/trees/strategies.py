@@ -12,12 +12,11 @@ import numpy as np
 from fl_runtime.aggregation.metrics.quantiles import QuantileSummary, merged
 from fl_runtime.aggregation.spec import Described
 from fl_runtime.aggregation.trees import ubjson
+from fl_runtime.aggregation.trees.checks import WRONG_TYPES, check_model
 from fl_runtime.aggregation.trees.document import (
     NAMES,
     TreeModel,
     base_score,
-    check_head,
-    check_tree,
     pooled_base_score,
     scaled,
     with_base_score,
@@ -26,8 +25,6 @@ from fl_runtime.errors import ProtocolError, RoundFailedError, UpdateRefusedErro
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, Content, ServerState, Settings, Update
 
 ENCODING = "xgboost-trees"
-_GROUPS = ("num_class", "num_target")
-"""Parameters whose value is the number of trees per boosting round."""
 
 FAILED = "fl_adapters.failed"
 """Attribute of a model whose site could not complete the round; its value is the reason."""
@@ -77,18 +74,7 @@ class TreeStrategy(Described):
             )
         try:
             model = TreeModel.from_arrays(update.arrays)
-            check_head(model.head)
-            features = int(model.head["learner"]["learner_model_param"]["num_feature"])
-            groups = max(*(int(model.head["learner"]["learner_model_param"][name]) for name in _GROUPS), 1)
-            info, starts = list(model.model["tree_info"]), [int(at) for at in model.model["iteration_indptr"]]
-            if len(info) != len(model.trees) or not all(0 <= group < groups for group in info):
-                raise ProtocolError("the update does not give each of its trees a class")
-            if starts[0] != 0 or starts != sorted(starts) or starts[-1] != len(info):
-                raise ProtocolError("the boosting rounds of the update do not match its trees")
-            if not np.isfinite(model.weight_drop or []).all():
-                raise ProtocolError("the update does not give each of its trees a finite weight")
-            for tree in model.trees:
-                check_tree(ubjson.loads(tree), features)
+            check_model(model)
             if update.round == 0 and not (
                 np.isfinite(base_score(model.head)).all() and 0 <= _weight(update) <= _MAX_WEIGHT
             ):
@@ -97,7 +83,7 @@ class TreeStrategy(Described):
                 raise ProtocolError("the sums for the base score or the row weight of the update are not valid numbers")
         except (ProtocolError, UpdateRefusedError) as error:
             raise UpdateRefusedError(error.what, where=where, fix=error.fix) from None
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        except WRONG_TYPES:
             raise UpdateRefusedError("the update does not hold a tree model", where=where) from None
 
     def export(self, arrays: Arrays) -> tuple[str, bytes] | None:
