@@ -81,7 +81,7 @@ class Federation:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        described = project(self.address, (*HONEST, "evil", "greedy", "gone"))
+        described = project(self.address, (*HONEST, "evil", "greedy", "gone", "east"))
         self.authority = Authority.create(folder / "authority", described)
         for identity in self.authority.project.participants():
             write_kit(folder / identity.name, self.authority, identity)

@@ -153,7 +153,7 @@ class HostileServer:
         return {
             str(path): path.read_bytes()
             for path in self._folder.rglob("*")
-            if path.is_file() and path.name not in _WRITTEN
+            if path.is_file() and path.name not in _WRITTEN and self._kit / "jobs" / "job" not in path.parents
         }
 
 
