@@ -117,6 +117,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "filters: [{name: GaussianDP, epsilon: 8, clip: 0.5}, {name: AllowMetrics, names: ['<loss>']}]\n"
             "strategies: [fedavg]"
         )
+        (kits["south"] / "policy.yml").write_text("")  # so that it trains the second job alone
         study.job("tumour", rounds=3)
         trained(kits)
         study.job("second", by="ada", rounds=1, strategy="median", min_sites=1)

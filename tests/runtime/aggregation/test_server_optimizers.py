@@ -135,7 +135,8 @@ def test_moments_stay_at_the_server(tmp_path: Path) -> None:
         sites, tasks = bench.started({"w": np.zeros(2)})
         sites["site-1"].submit(tasks["site-1"], {"w": np.ones(2)})
         task = sites["site-1"].client.next_task()
-        assert (list(task.arrays), dict(task.extras), dict(task.config)) == (["w"], {}, {})
+        cohort = {"participants": 1, "updates": 1}
+        assert (list(task.arrays), dict(task.extras), dict(task.config)) == (["w"], {}, cohort)
 
 
 def test_only_the_newest_moments_are_stored(tmp_path: Path) -> None:

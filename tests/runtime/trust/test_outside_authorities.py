@@ -131,7 +131,7 @@ class Mapped(Study):
             install(self.kits / name, pem, "mail", read_key(key))
             self.certificates[name] = pem
         self.sites = ("north", "south")
-        self.address = ""
+        self.address, self._listener_of = "", None
         self._things = ExitStack()
 
     def changed(self, *entries: OutsideEntry) -> Path:
