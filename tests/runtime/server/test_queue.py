@@ -115,7 +115,11 @@ def test_what_a_site_tells_of_its_room_is_checked() -> None:
         assert Room.told(nothing, 32) is None
 
 
-def test_a_job_that_needs_more_than_its_site_has_says_what_it_waits_for(study: Study) -> None:
+def test_a_job_that_needs_more_than_its_site_has_says_what_it_waits_for(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl_runtime.server.federation.calls.BEAT_S", 0.05)  # a site tells by a call that then waits
+
     def tell(gpus: int) -> None:
         control, others = study.admin("north"), ["small", "large"]
         resources = {"slots": 2, "gpus": gpus, "memory_bytes": 2**30}
