@@ -35,7 +35,7 @@ from fl_runtime.trust.kits import read_kit
 
 _LOOK_S = 0.2
 _LOOK_AT_LOGS_S = 1.0
-_UNANSWERED_S = 5.0  # so long the server may take to say whether a job still runs
+_UNANSWERED_S = 20.0  # so long the server may take to say whether a job still runs
 _MOST_JOBS = 100  # that have not ended; the server could name any number
 _SETTLED_S = 5.0  # for so long after its end a job is not taken again: the server may not have heard of the end yet
 
