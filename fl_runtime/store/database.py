@@ -32,11 +32,12 @@ class Database(Protocol):
 
     def get(self, key: str) -> str | None:
         """Return the value of a key in `meta`, or None."""
-        ...
+        rows = self.rows("SELECT value FROM meta WHERE key=?", key)
+        return rows[0][0] if rows else None
 
     def put(self, key: str, value: str) -> None:
         """Set the value of a key in `meta`."""
-        ...
+        self.run("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value=excluded.value", key, value)
 
     def transaction(self) -> AbstractContextManager[None]:
         """Commit all statements of the block together, or none of them if it raises."""

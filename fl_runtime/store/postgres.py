@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import psycopg
 
 from fl_runtime.errors import StoreError
+from fl_runtime.store.database import Database
 
 SCHEMA = "fl_adapters"
 """Schema of the tables that all runs share."""
@@ -80,7 +81,7 @@ def mapped_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-class PostgresDatabase:
+class PostgresDatabase(Database):
     """A `Database` in a schema of PostgreSQL. Threads may share it.
 
     Every transaction that writes first locks the row of the lease and compares its epoch. A server that takes the lease
@@ -130,15 +131,6 @@ class PostgresDatabase:
         """Return whether the database has a table of this name."""
         query = "SELECT 1 FROM information_schema.tables WHERE table_schema=? AND table_name=?"
         return bool(self.rows(query, self._schema, name))
-
-    def get(self, key: str) -> str | None:
-        """Return the value of a key in `meta`, or None."""
-        rows = self.rows("SELECT value FROM meta WHERE key=?", key)
-        return rows[0][0] if rows else None
-
-    def put(self, key: str, value: str) -> None:
-        """Set the value of a key in `meta`."""
-        self.run("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value=excluded.value", key, value)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

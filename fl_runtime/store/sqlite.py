@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import StoreError
+from fl_runtime.store.database import Database
 
 
-class SqliteDatabase:
+class SqliteDatabase(Database):
     """A `Database` in an SQLite file, which reports every error as a StoreError. It is not thread-safe.
 
     Args:
@@ -26,7 +27,7 @@ class SqliteDatabase:
     """
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
-        self.where = str(path)
+        self._where = str(path)
         with self._mapped_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -34,6 +35,11 @@ class SqliteDatabase:
             self._connection.execute("PRAGMA cache_size=-256")  # KiB; it is appended to and hardly ever read
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             self._check()
+
+    @property
+    def where(self) -> str:
+        """Names the database in messages."""
+        return self._where
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         """Return all rows of a query."""
@@ -48,15 +54,6 @@ class SqliteDatabase:
     def has_table(self, name: str) -> bool:
         """Return whether the database has a table of this name."""
         return bool(self.rows("SELECT 1 FROM sqlite_master WHERE name=?", name))
-
-    def get(self, key: str) -> str | None:
-        """Return the value of a key in `meta`, or None."""
-        rows = self.rows("SELECT value FROM meta WHERE key=?", key)
-        return rows[0][0] if rows else None
-
-    def put(self, key: str, value: str) -> None:
-        """Set the value of a key in `meta`."""
-        self.run("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value=excluded.value", key, value)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

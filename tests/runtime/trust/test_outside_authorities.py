@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -21,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from federation_bench import Site, started
+from federation_bench import Site, at_once, started
 from source_tree import ROOT
 from study import Study, project, until
 from typer.testing import CliRunner
@@ -170,11 +169,7 @@ def test_a_job_with_a_site_and_an_admin_of_an_outside_authority(study: Mapped) -
         site.client.next_task()
         site.client.leave("done", early=False)
 
-    threads = [threading.Thread(target=train, args=(site,)) for site in sites]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    at_once(sites, train)
     assert study.server.wait_for_job("job", 30)
     assert study.server.outcome("job")["error"] is None
     with pytest.raises(PermissionDeniedError, match="site north of north-hospital may not"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import Site, started
+from federation_bench import Site, at_once, started
 from study import Study, project, readdressed, until
 from tcp_proxy import TcpProxy
 from typer.testing import CliRunner
@@ -310,11 +310,7 @@ def test_after_its_end_a_list_lets_nothing_begin_and_running_jobs_go_on(study: S
     for call in (lambda: study.site("north").join(), lambda: study.job("second")):
         with pytest.raises(PermissionDeniedError, match="can begin nothing: .* list ended on"):
             call()
-    threads = [threading.Thread(target=finish, args=(site, tasks[site.name])) for site in sites]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    at_once(sites, lambda site: finish(site, tasks[site.name]))
     assert study.server.wait_for_job("job", 30)
     assert study.server.outcome("job")["error"] is None
 
