@@ -17,6 +17,7 @@ SCHEMA = "fl_adapters"
 """Schema of the tables that all runs share."""
 
 _ANSWER_MS = 5000  # a statement, or a connection, that hears nothing for so long has failed
+_IDLE_MS = 3000  # so long a machine that stands still within a transaction may keep another one's statements waiting
 _TYPES = {"INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA"}
 _REACH = {
     "connect_timeout": 3,
@@ -55,6 +56,7 @@ def connect(url: str) -> psycopg.Connection[Any]:
     with mapped_errors(name_of(url)):
         connection = psycopg.connect(url, autocommit=True, **_REACH)  # type: ignore[arg-type]
         connection.execute(f"SET statement_timeout = {_ANSWER_MS}")
+        connection.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_MS}")
         return connection
 
 

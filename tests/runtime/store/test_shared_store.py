@@ -51,6 +51,10 @@ class Host:
 
     def serve(self) -> SharedStore:
         assert self.lease.acquire(lambda _: True)
+        return self.serve_on()
+
+    def serve_on(self) -> SharedStore:
+        """Open the store with a lease that is held."""
         self.store = SharedStore(self.lease, SharedPlace(str(self._place)), self.root, event_line)
         self._things.callback(self.store.close)
         self.store.restore()
@@ -58,7 +62,7 @@ class Host:
 
     def expire(self, url: str) -> None:
         """Let the lease end, as if this machine had stood still."""
-        with psycopg.connect(url, autocommit=True) as connection:
+        with psycopg.connect(url, autocommit=True, options="-c statement_timeout=20000") as connection:
             connection.execute("UPDATE fl_adapters.lease SET until = '-infinity'")
 
     def close(self) -> None:
@@ -70,6 +74,26 @@ class Host:
 def hosts(url: str, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
     with closing(Host(url, tmp_path, "one")) as one, closing(Host(url, tmp_path, "two")) as two:
         yield one, two
+
+
+def test_a_machine_that_stands_still_within_a_transaction_keeps_nobody_out(
+    hosts: tuple[Host, Host], url: str, tmp_path: Path
+) -> None:
+    one, two = hosts
+    journal = one.serve().journal(tmp_path / "one" / "run")
+
+    def stand_still() -> None:
+        with journal._db.transaction():
+            journal._db.put("over", "true")
+            one.lease._closed.set()  # its thread stands still, too
+            one.expire(url)
+            assert two.lease.acquire(lambda _: False)
+
+    with pytest.raises(StoreError):
+        stand_still()
+    with closing(two.serve_on().journal(tmp_path / "two" / "run")) as kept:
+        assert kept._db.get("over") is None
+    journal.close()
 
 
 def _written(journal: Journal) -> None:
