@@ -25,6 +25,11 @@ from fl_runtime.trust.project import Project
 STANDS_BY, SERVES, STOPPED = "standing by", "serving at", "not serving any more"
 
 
+def shared_place(folder: Path) -> str:
+    """Where servers share tensors: below `folder`, or below the URL `$FL_ADAPTERS_SHARED_PLACE` (an S3 bucket)."""
+    return f"{os.environ.get('FL_ADAPTERS_SHARED_PLACE', '')}{folder}/shared"
+
+
 class ServerHost:
     """One machine with a server's kit, a folder for runs, and the process of its server."""
 
@@ -79,7 +84,7 @@ class TwoServers:
             write_kit(folder / "kits" / identity.name, authority, identity)
         self.authority = authority
         store = folder / "store.yml"
-        store.write_text(f"database: {url}\ntensors: {folder / 'shared'}\n")
+        store.write_text(f"database: {url}\ntensors: {shared_place(folder)}\n")
         store.chmod(0o600)
         self.hosts = [ServerHost(folder, name, store) for name in described.server.names]
 

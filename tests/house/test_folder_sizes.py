@@ -25,7 +25,7 @@ def folders() -> Iterator[Path]:
         yield from sorted(path for path in (ROOT / package).rglob("*") if path.is_dir() and any(path.glob("*.py")))
 
 
-@pytest.mark.parametrize("folder", folders(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("folder", list(folders()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_folder_can_be_overlooked(folder: Path) -> None:
     most = MAX_TOP_ENTRIES if folder == ROOT / "fl_adapters" else MAX_ENTRIES
     found = entries(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from postgres import database, postgres
+from two_servers import shared_place
 
 psycopg = pytest.importorskip("psycopg")
 
@@ -46,7 +47,7 @@ class Host:
     def __init__(self, url: str, folder: Path, name: str) -> None:
         self.root = folder / name
         self.lease = Lease(url, "study", name)
-        self._place = folder / "place"
+        self._place = shared_place(folder)
         self._things = ExitStack()
 
     def serve(self) -> SharedStore:
@@ -55,7 +56,7 @@ class Host:
 
     def serve_on(self) -> SharedStore:
         """Open the store with a lease that is held."""
-        self.store = SharedStore(self.lease, SharedPlace(str(self._place)), self.root, event_line)
+        self.store = SharedStore(self.lease, SharedPlace(self._place), self.root, event_line)
         self._things.callback(self.store.close)
         self.store.restore()
         return self.store
