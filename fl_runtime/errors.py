@@ -28,9 +28,11 @@ class FederationError(Exception):
         what: What is wrong, in one sentence.
         where: The file, site, round or tensor concerned.
         fix: What the reader can do about it.
+        from_peer: Whether another participant has raised it; then it is no decision of this process.
     """
 
     code: ClassVar[str] = "error"
+    from_peer = False
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         what, where, fix = (printable(text, lines=True) for text in (what, where, fix))
@@ -67,7 +69,9 @@ class FederationError(Exception):
             An error of the class with this code, or a plain FederationError if the code is unknown.
         """
         texts = {key: str(fields.get(key, "")) for key in ("code", "what", "where", "fix")}
-        return _rebuild(texts["code"], texts["what"], texts["where"], texts["fix"])
+        error = _rebuild(texts["code"], texts["what"], texts["where"], texts["fix"])
+        error.from_peer = True
+        return error
 
 
 class ConfigError(FederationError):

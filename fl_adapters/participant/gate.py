@@ -58,10 +58,27 @@ class Gate:
         self._withheld = ""  # the metric of the best round, if filters withhold it
 
     @contextmanager
-    def leaving_on_refusal(self) -> Iterator[None]:
-        """If the block raises a FederationError, call `on_refusal` with its text and raise it again."""
-        try:
+    def recording(self, action: str, round: int | None = None) -> Iterator[None]:
+        """Record in the site's audit log what the site refuses in the block.
+
+        Args:
+            action: What is refused if the block fails.
+            round: The round that it belongs to, if any.
+        """
+        with self._policy.refusals.recording(action, **({} if round is None else {"round": round})):
             yield
+
+    @contextmanager
+    def leaving_on_refusal(self, action: str, round: int | None = None) -> Iterator[None]:
+        """If the block raises a FederationError, record it, call `on_refusal` with its text, and raise it again.
+
+        Args:
+            action: What is refused if the block fails.
+            round: The round that it belongs to, if any.
+        """
+        try:
+            with self.recording(action, round):
+                yield
         except FederationError as error:
             self._on_refusal(replace(LeaveReason.of(error), text=error.what))
             raise
@@ -77,7 +94,7 @@ class Gate:
             PermissionDeniedError: The policy does not allow this job.
             ConfigError: A filter cannot work, or is not repeatable although the job asks for exact restarts.
         """
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal("join"):
             self._policy.check_join(job, self._framework)
             if job.get("exact_restart"):
                 check_repeatable(self._policy.filters)
@@ -95,7 +112,7 @@ class Gate:
         Returns:
             Facts about the filters that must be equal at all sites.
         """
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal("register"):
             self._policy.check_handshake(list(state), terms)
             strategy = make_strategy(self._job.get("strategy") or terms.strategy)
             corrects = LocalTerms.from_config(strategy.configure(1, ())).control_variates
@@ -135,7 +152,7 @@ class Gate:
 
     def receive(self, task: Task) -> Task:
         """Record an arriving task, reload the policy's filters if its file changed, and decode and check its arrays."""
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal(f"task: {task.kind}", task.round):
             if self._policy.record_task(task):
                 self._filters.set_policy_filters(self._policy.filters, self._policy.budget)
             self._policy.cohort.check(task)
@@ -143,13 +160,13 @@ class Gate:
 
     def decode(self, task: Task) -> Task:
         """Decode and check the arrays of a model that this site evaluates or exports."""
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal(f"task: {task.kind}", task.round):
             self._policy.cohort.check(task)
             return self._decoded(task)
 
     def check_cohort(self, task: Task) -> None:
         """Check that a round has as many sites as the policy asks for, before this site's update is shared."""
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal(f"task: {task.kind}", task.round):
             self._policy.cohort.check(task)
 
     @property
@@ -160,7 +177,7 @@ class Gate:
     def check_registered(self, arrays: Arrays, where: str) -> None:
         """Check that an update has only tensors that were registered. Call after `register`."""
         if self._registered is not None:
-            with self.leaving_on_refusal():
+            with self.leaving_on_refusal("send update"):
                 self._registered.check_leaving(arrays, where)
 
     def _decoded(self, task: Task) -> Task:
@@ -184,7 +201,7 @@ class Gate:
 
     def send_report(self, report: Report) -> Report:
         """Check and filter a report; return what leaves."""
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal("send report"):
             filtered = self._filters.report(report)
             self._policy.record_report(filtered)
         return filtered
@@ -215,7 +232,7 @@ class Gate:
     def _checked_and_filtered(
         self, update: Update, apply_filters: Callable[[Update], Update], *, initial: bool = False
     ) -> Update:
-        with self.leaving_on_refusal():
+        with self.leaving_on_refusal("send update", update.round):
             self._policy.check_names([*update.arrays, *update.extras], update.round, initial=initial)
             filtered = apply_filters(update)
             if filtered.arrays is not update.arrays:

@@ -61,7 +61,7 @@ class Results:
             session's buffer, valid until the next task.
         """
         self._keep_final()
-        with self._gate.leaving_on_refusal():
+        with self._gate.leaving_on_refusal("best model"):
             task = self._client.next_task(best=True)
             return self._gate.decode(task) if task.arrays else None
 

@@ -8,9 +8,8 @@ for as long as the slowest site trains.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fl_adapters.adapter import Snapshot
@@ -27,6 +26,8 @@ from fl_adapters.participant.results import Results
 from fl_adapters.participant.swarm import SwarmSite
 from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SWARM
 from fl_runtime.client import SiteClient
+from fl_runtime.client.meter import RoundStats, TransferMeter
+from fl_runtime.client.site_client import Welcome
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.trainings import job_of
@@ -40,50 +41,6 @@ from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Facts
 
 _FINISHED = "all rounds are done"
-
-
-@dataclass(frozen=True)
-class RoundStats:
-    """Measurements of the last exchange.
-
-    Attributes:
-        round: Number of the round; 0 before the first exchange.
-        bytes_up: Message bytes sent to the server.
-        bytes_down: Message bytes received from the server.
-        seconds: Time from submitting the update to receiving the next task, waiting for other sites included.
-    """
-
-    round: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-
-    def log_row(self) -> dict[str, float]:
-        """Return the exchange as a row for the framework's own loggers: `federation_round`, bytes and seconds."""
-        return {
-            "federation_round": self.round,
-            "federation_bytes_up": self.bytes_up,
-            "federation_bytes_down": self.bytes_down,
-            "federation_seconds": round(self.seconds, 6),
-        }
-
-
-class TransferMeter:
-    """Measures exchanges: bytes and seconds from the submitted update to the next task."""
-
-    def __init__(self, client: SiteClient) -> None:
-        self._client = client
-        self._began, self._up, self._down = 0.0, 0, 0
-        self.stats = RoundStats()
-
-    def begin(self) -> None:
-        """Begin to measure: the update is about to be sent."""
-        self._began, self._up, self._down = time.monotonic(), self._client.bytes_up, self._client.bytes_down
-
-    def end(self, round: int) -> None:
-        """Set `stats`: the task after `round` has arrived."""
-        up, down = self._client.bytes_up - self._up, self._client.bytes_down - self._down
-        self.stats = RoundStats(round, up, down, time.monotonic() - self._began)
 
 
 def session_capabilities(*, cross_evaluates: bool, restarts: bool, swarm: bool) -> frozenset[str]:
@@ -145,14 +102,10 @@ class Session:
         self._gate = Gate(kit, framework, self.leave)
         local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
         self._client = SiteClient(transport, kit.patience_s, own_patience=kit.own_patience, same_machine=local)
-        job = job_of(before.job) if before else ""
-        welcome = self._client.join(kit.job, before.training + 1 if before else 1, job)
-        if before and not welcome.training:
-            raise _one_training(kit.server)
+        welcome = self._join(kit, options, before)
         job, training = str(welcome.settings["name"]), max(welcome.training, 1)
         self._kit = kit = kit.of_training(training)
         self.site = Site(welcome.site, welcome.index, welcome.count, job, training=training)
-        self.settings = SiteSettings.resolve(options, welcome.settings)
         trains_again = bool(welcome.training) and trains_after(training, welcome.settings.get("trainings"))
         self.departure = Departure(
             self._client,
@@ -182,7 +135,7 @@ class Session:
         self._gate.join(welcome.site, welcome.settings)
         strategy = self.settings.plan.strategy
         if strategy is not None and strategy.relayed:
-            with self._gate.leaving_on_refusal():
+            with self._gate.leaving_on_refusal("join"):
                 deadline_s = float(welcome.settings["deadline_s"])
                 self._swarm = SwarmSite(
                     self._client,
@@ -289,17 +242,20 @@ class Session:
         check_finite(state, where=f"the model of {self.name}, before round 1")
         terms = terms or Terms()
         filters = self._gate.register(state, terms)
-        self.rounds = self._client.register(
-            Manifest.of(state),
-            agreement=self._gate.declare(self.settings.declared({**agreement, **filters})),
-            info=self._gate.software(),
-            capabilities=capabilities
-            | session_capabilities(cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None),
-            rounds=0 if self.settings.rounds else rounds or 0,
-            evaluates=evaluates,
-            terms=terms,
-            rules=self._gate.cohort_rules,
+        capabilities |= session_capabilities(
+            cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None
         )
+        with self._gate.recording("register"):
+            self.rounds = self._client.register(
+                Manifest.of(state),
+                agreement=self._gate.declare(self.settings.declared({**agreement, **filters})),
+                info=self._gate.software(),
+                capabilities=capabilities,
+                rounds=0 if self.settings.rounds else rounds or 0,
+                evaluates=evaluates,
+                terms=terms,
+                rules=self._gate.cohort_rules,
+            )
         self._header = replace(self._header, content=terms.content, encoding=encoding)
         return self.rounds
 
@@ -363,7 +319,7 @@ class Session:
             self.restart.save(task, self.local_round, self._gate.own_values(arrays))
         sent = self._gate.send_update(update, task)
         if self._swarm is not None:  # the tensors go to the round's aggregator
-            with self._gate.leaving_on_refusal():
+            with self._gate.leaving_on_refusal("send update", task.round):
                 sent = self._swarm.receipt(sent)
         return self._client.submit(sent, inspected)
 
@@ -417,7 +373,9 @@ class Session:
         Returns:
             The metrics over the data of all sites, and whether the run ends with this model.
         """
-        return self._client.report(self._gated_report(metrics, num_examples, self._current().version), wait=True)
+        report = self._gated_report(metrics, num_examples, self._current().version)
+        with self._gate.recording("metrics of all sites", self._current().round):
+            return self._client.report(report, wait=True)
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Open a tunnel for streams to other sites through the server.
@@ -467,6 +425,20 @@ class Session:
         """
         self.departure.leave(LeaveReason.of(reason), early=True)
 
+    def _join(self, kit: Kit, options: Options, before: Site | None) -> Welcome:
+        """Join the run and set `settings`. If the site or the server refuses, the connection is closed."""
+        try:
+            with self._gate.recording("join"):
+                follows = job_of(before.job) if before else ""
+                welcome = self._client.join(kit.job, before.training + 1 if before else 1, follows)
+                if before and not welcome.training:
+                    raise _one_training(kit.server)
+                self.settings = SiteSettings.resolve(options, welcome.settings)
+        except BaseException:
+            self._client.close()
+            raise
+        return welcome
+
     def _close_swarm(self) -> None:
         if self._swarm is not None:
             self._swarm.close()
@@ -477,7 +449,8 @@ class Session:
         return self._task
 
     def _wait(self) -> Task:
-        return self._swarm.next_task() if self._swarm is not None else self._client.next_task()
+        with self._gate.recording("next task"):
+            return self._swarm.next_task() if self._swarm is not None else self._client.next_task()
 
     def _receive(self, task: Task) -> Task:
         self._task = self._gate.receive(task)

@@ -15,7 +15,8 @@ from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import leaving_on_error, open_session, running_session
-from fl_adapters.participant.session import RoundStats, Session
+from fl_adapters.participant.session import Session
+from fl_runtime.client.meter import RoundStats
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Task
 from fl_runtime.wire.names import Names, names_of

@@ -282,6 +282,8 @@ def test_a_job_that_the_site_does_not_run_is_refused_at_once(
     error = federation.outcome(name)["error"]
     assert told in error["where"], error
     federation.becomes(name, "refused")
+    lines = [line for line in audit.entries(federation.kit) if line.get("job") == name]
+    assert [line["outcome"] for line in lines].count("refused") == 1, lines
 
 
 def test_a_job_waits_for_approval_across_a_restart(federation: Federation) -> None:

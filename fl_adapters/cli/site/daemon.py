@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,8 @@ class SiteDaemon:
         self._give_up(job, reason, "left")
 
     def _refuse(self, job: SiteJob, reason: LeaveReason, shown: str = "") -> None:
+        if isinstance(reason.error, FederationError):
+            _record_refusal(job.gate, reason.error, 1)
         self._audit_line("job refused", job=job.name, reason=reason.text)
         self._give_up(job, reason, "refused", shown)
 
@@ -346,7 +349,8 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
         processes = SiteProcesses(lock.descriptors)
         things.callback(processes.close)
         wake, stop = threading.Event(), things.enter_context(_stopped_by_signals())
-        feed = JobFeed(ControlClient(RenewingTransport.of_kit(options.kit, kit.addresses)), gate.witness(), say, wake)
+        control = ControlClient(RenewingTransport.of_kit(options.kit, kit.addresses))
+        feed = JobFeed(control, gate.witness(), say, wake, partial(_record_refusal, gate))
         things.callback(feed.close)
         daemon = SiteDaemon(options, kit, audit, processes, feed, wake)
         say(f"{gate.identity} waits for jobs of {gate.identity.federation} at {' or '.join(kit.addresses)}")
@@ -354,6 +358,14 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
         daemon.run(stop)
         gate.record("site daemon stopped", jobs=[job.name for job in daemon.jobs])
         return {job.name: job.phase for job in daemon.jobs}
+
+
+def _record_refusal(gate: KitPolicyGate, error: FederationError, answers: int) -> None:
+    """Record that the site cannot use an answer of the server, or several since the last line about that."""
+    try:
+        gate.refusals.record("assignment", error, answers=answers)
+    except FederationError as full:  # a full disk must not end the daemon
+        say(f"the audit log cannot be written: {full}", warning=True)
 
 
 def _locked(kit: Path) -> FolderLock:

@@ -12,7 +12,7 @@ from typing import Any
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.participant.departure import ScriptNote
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import ConnectionLostError, FederationError
+from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
 from fl_runtime.trainings import number_of
 from fl_runtime.trust.audit import Witness
 
@@ -69,7 +69,12 @@ class JobFeed:
     """
 
     def __init__(
-        self, control: ControlClient, witness: Witness, say: Callable[..., None], wake: threading.Event
+        self,
+        control: ControlClient,
+        witness: Witness,
+        say: Callable[..., None],
+        wake: threading.Event,
+        on_refusal: Callable[[FederationError, int], None],
     ) -> None:
         """Make a feed that does not ask yet.
 
@@ -78,11 +83,13 @@ class JobFeed:
             witness: Compares the audit logs of site and server.
             say: Shows a line to people; see `log_lines.say`.
             wake: Is set when something has arrived.
+            on_refusal: Called with the error when an answer of the server is refused, and with how many were refused
+                since the last such call. It is called at most once in five minutes.
         """
         self.arrived: deque[Assignment] = deque()
         self.heard: deque[str] = deque()
         self.seen: tuple[float, frozenset[str]] | None = None
-        self._control, self._witness, self._wake, self._troubles = control, witness, wake, _Troubles(say)
+        self._control, self._witness, self._wake, self._troubles = control, witness, wake, _Troubles(say, on_refusal)
         self._request: Mapping[str, Any] = {}
         self._refusals: deque[Refusal] = deque()
         self._lines: deque[LogLine] = deque(maxlen=_LINES_KEPT)
@@ -143,10 +150,17 @@ class JobFeed:
                 self._ask()
             except FederationError as error:
                 if not self._changed.is_set() and not self._closed.is_set():  # otherwise this object has interrupted it
-                    self._troubles.report(error.what if isinstance(error, ConnectionLostError) else str(error))
+                    self._report(error)
             except Exception as error:  # whatever it is, the site must go on asking
-                self._troubles.report(f"the server's answer cannot be used: {error!r}")
+                self._report(ProtocolError(f"the server's answer cannot be used: {error!r}"))
             self._closed.wait(_PAUSE_S)
+
+    def _report(self, error: FederationError) -> None:
+        """Show a trouble. If this site refuses the server's answer, end the call, and have the refusal recorded."""
+        self._troubles.report(error.what if isinstance(error, ConnectionLostError) else str(error))
+        if not error.from_peer and not isinstance(error, ConnectionLostError):
+            self._control.interrupt()
+            self._troubles.record(error)
 
     def _tell_lines(self) -> None:
         while self._lines:
@@ -190,11 +204,12 @@ class JobFeed:
             if self._changed.is_set():
                 return
             for answer in self._control.answers("Assignment", **self._request, log=self._witness.statement()):
-                self._troubles.end()
                 if "waiting" not in answer:
+                    assignment = Assignment.of(answer)
                     self._witness.take(answer.get("log"), "server")
-                    self.arrived.append(Assignment.of(answer))
+                    self.arrived.append(assignment)
                     self._wake.set()
+                self._troubles.end()
                 if self._changed.is_set():
                     return
         finally:
@@ -204,15 +219,24 @@ class JobFeed:
 class _Troubles:
     """Shows a trouble once when it begins, every so often while it lasts, and that it is over."""
 
-    def __init__(self, say: Callable[..., None]) -> None:
-        self.say = say
+    def __init__(self, say: Callable[..., None], on_refusal: Callable[[FederationError, int], None]) -> None:
+        self.say, self._on_refusal = say, on_refusal
         self._trouble, self._told_at = "", 0.0
+        self._recorded_at, self._unrecorded = -_REPEAT_S, 0
 
     def report(self, what: str) -> None:
         now = time.monotonic()
         if what != self._trouble or now - self._told_at > _REPEAT_S:
             self._trouble, self._told_at = what, now
             self.say(f"{what}; trying again")
+
+    def record(self, error: FederationError) -> None:
+        """Pass on a refusal, and those between only as a number: no server may fill the audit log, whatever it says."""
+        now = time.monotonic()
+        self._unrecorded += 1
+        if now - self._recorded_at >= _REPEAT_S:
+            refused, self._recorded_at, self._unrecorded = self._unrecorded, now, 0
+            self._on_refusal(error, refused)
 
     def end(self) -> None:
         if self._trouble:

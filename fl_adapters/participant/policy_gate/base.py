@@ -1,0 +1,96 @@
+"""What every site asks before anything leaves it; without a startup kit, everything is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fl_adapters.participant.policy_gate.reasons import LeaveReason
+from fl_adapters.participant.policy_gate.refusals import Refusals
+from fl_runtime.filters.ledger import BudgetLimit
+from fl_runtime.types import CohortRules, Report, Settings, Task, Terms, Update
+from fl_runtime.wire.names import Facts
+
+if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
+    from fl_runtime.trust.stream_identity import StreamIdentity
+
+
+class CohortGate:
+    """Asked of how many sites' updates models are made. This class allows every number, as a simulation does."""
+
+    @property
+    def rules(self) -> CohortRules:
+        """What the policy asks of every aggregate, as the server is told."""
+        return CohortRules()
+
+    def check(self, task: Task) -> None:
+        """Check of how many updates the model of a task is made, and how many sites take part in its round."""
+
+
+class PolicyGate:
+    """Asked before anything leaves a site. This class allows everything, as a simulation does.
+
+    `KitPolicyGate` enforces the policy of a startup kit.
+
+    Attributes:
+        cohort: Asked of how many sites' updates models are made.
+        refusals: Records what the site refuses.
+    """
+
+    cohort: CohortGate = CohortGate()
+    refusals: Refusals = Refusals()
+
+    def check_join(self, job: Settings, framework: str) -> None:
+        """Check whether this site may take part in the job with this framework."""
+
+    def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
+        """Check whether tensors of these names may travel, under the terms that the script proposes."""
+
+    def check_names(self, names: Sequence[str], round: int, *, initial: bool) -> None:
+        """Check whether tensors of these names may travel now. Called before filters, which may rename tensors.
+
+        Args:
+            names: Names of the tensors.
+            round: Round of the task that they answer, for the audit log.
+            initial: Whether they are this site's own weights for the initial model.
+        """
+
+    def visible_facts(self, facts: Facts) -> Facts:
+        """Return what the site declares at the handshake, with the entries of lists kept back if the policy says so."""
+        return facts
+
+    def visible_software(self, info: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the part of `info` on this site's software that the server may see."""
+        return info
+
+    def record_task(self, task: Task) -> bool:
+        """Record an arriving task. Return whether `filters` or `budget` may have changed since the last one."""
+        return False
+
+    def record_update(self, update: Update) -> None:
+        """Check and record an update as the filters made it."""
+
+    def record_report(self, report: Report) -> None:
+        """Record a report as the filters made it."""
+
+    def visible_reason(self, reason: LeaveReason) -> str:
+        """Return the part of a reason that the server and the other sites may see."""
+        return reason.text
+
+    def record_leaving(self, reason: LeaveReason, *, early: bool) -> str:
+        """Record that the site leaves. Return the reason as the server may see it."""
+        return self.visible_reason(reason)
+
+    def stream_identity(self) -> StreamIdentity | None:
+        """Return what proves this site's identity to other sites, or None if there are no certificates."""
+        return None
+
+    @property
+    def filters(self) -> Sequence[Settings]:
+        """The policy's filters, which run last on what leaves."""
+        return ()
+
+    @property
+    def budget(self) -> BudgetLimit | None:
+        """Upper limit of the privacy budget that filters may spend at this site, over all jobs."""
+        return None
