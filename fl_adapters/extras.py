@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from fl_runtime.errors import ConfigError
@@ -36,13 +36,32 @@ def needs_extra(extra: str, what: str, *, also: str = "") -> Iterator[None]:
 @contextmanager
 def needs_trust_extra() -> Iterator[None]:
     """Turn a missing package of the extra `[trust]` in this block into a ConfigError that says what to install."""
+    with _needs("trust", _PURPOSES):
+        yield
+
+
+@contextmanager
+def needs_metrics_extra() -> Iterator[None]:
+    """Turn a missing package of the extra `[metrics]` in this block into a ConfigError that says what to install."""
+    with _needs("metrics", {"prometheus_client": "the pages of `--metrics`"}):
+        yield
+
+
+@contextmanager
+def _needs(extra: str, purposes: Mapping[str, str]) -> Iterator[None]:
+    """Turn a missing package of an extra into a ConfigError.
+
+    Args:
+        extra: Name of the extra.
+        purposes: What needs each of its packages.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _PURPOSES:
+        if package not in purposes:
             raise
         raise ConfigError(
-            f"{_PURPOSES[package]} need the package {package}, which is not installed",
-            fix="pip install 'fl-adapters[trust]'",
+            f"{purposes[package]} need the package {package}, which is not installed",
+            fix=f"pip install 'fl-adapters[{extra}]'",
         ) from None

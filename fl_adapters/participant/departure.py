@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,8 @@ class ScriptNote:
             again; "left" if it left early; "done" after its last round.
         reason: Why it ended, in full. It may quote data.
         public: The part of the reason that may leave the site.
+        bytes_up: Bytes of updates that all processes of the job's script have sent.
+        bytes_down: Bytes of tasks that they have received.
     """
 
     job: str
@@ -37,13 +39,17 @@ class ScriptNote:
     state: Literal["taking part", "failed", "left", "done"] = "taking part"
     reason: str = ""
     public: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> ScriptNote | None:
         """Return the note in a kit's folder, or None if its script has never joined a job."""
         try:
-            return cls(**json.loads((folder / _NOTE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            noted = json.loads((folder / _NOTE).read_text(encoding="utf-8")).items()
+            known = {field.name for field in fields(cls)}  # a script of a later version may say more
+            return cls(**{name: value for name, value in noted if name in known})
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
 
     def write(self, kit: Kit) -> None:
@@ -53,6 +59,10 @@ class ScriptNote:
             return
         with suppress(OSError):  # training must not fail for it
             self._write_into(Path(kit.folder))
+
+    def after(self, before: ScriptNote) -> ScriptNote:
+        """Return this note with the bytes that the one before has counted."""
+        return replace(self, bytes_up=before.bytes_up, bytes_down=before.bytes_down)
 
     @classmethod
     def renew(cls, folder: Path) -> None:
@@ -66,7 +76,7 @@ class ScriptNote:
         """
         note = cls.read(folder)
         if note is not None:
-            cls(note.job, note.attempt)._write_into(folder)
+            replace(note, state="taking part", reason="", public="")._write_into(folder)
 
     def _write_into(self, folder: Path) -> None:
         part = folder / f"{_NOTE}.part"
@@ -114,8 +124,13 @@ class Departure:
         self._client, self._gate, self._trains_again = client, gate, trains_again
         self._registered, self._on_close = registered, on_close
         self._resting = False
-        self._kit, self._note = kit, note
-        note.write(kit)
+        before = ScriptNote.read(Path(kit.folder)) if kit.folder else None
+        self._kit, self._note = kit, note if before is None else note.after(before)
+        self._note.write(kit)
+
+    def note_bytes(self) -> None:
+        """Leave word for the site daemon of the bytes that have been sent and received so far."""
+        self._counted().write(self._kit)
 
     def leave(self, reason: LeaveReason, *, early: bool) -> None:
         """Leave the training. Does nothing if the session has ended.
@@ -175,7 +190,12 @@ class Departure:
         self.detach()
 
     def _write_note(self, state: Literal["failed", "left", "done"], reason: LeaveReason) -> None:
-        replace(self._note, state=state, reason=reason.text[:2000], public=reason.public).write(self._kit)
+        replace(self._counted(), state=state, reason=reason.text[:2000], public=reason.public).write(self._kit)
+
+    def _counted(self) -> ScriptNote:
+        """The note with what this session has sent and received."""
+        note, client = self._note, self._client
+        return replace(note, bytes_up=note.bytes_up + client.bytes_up, bytes_down=note.bytes_down + client.bytes_down)
 
 
 def _is_death(reason: LeaveReason) -> bool:

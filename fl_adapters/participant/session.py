@@ -332,6 +332,7 @@ class Session:
         done = self._current().round
         task = self._receive(self._wait())
         self._meter.end(done)
+        self.departure.note_bytes()
         return task
 
     def exchange(

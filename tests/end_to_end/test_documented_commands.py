@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import numpy as np
@@ -64,17 +65,20 @@ class Machines:
         here = {"MACHINES": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         self._environment = {**os.environ, **paths, **here}
         self._environment.pop("FL_ADAPTERS_KIT", None)
-        self._ports = dict(zip(("8443", "9464"), map(str, free_ports(2)), strict=True))
+        self._ports = dict(zip(("8443", "9464", "9465"), map(str, free_ports(3)), strict=True))
 
     def here(self, text: str) -> str:
         """The text of a page with the addresses of this test."""
         text = text.replace("fl.example.org", "127.0.0.1")
-        return re.sub(r"\b(8443|9464)\b", lambda found: self._ports[found[0]], text)
+        return re.sub(r"\b(8443|9464|9465)\b", lambda found: self._ports[found[0]], text)
 
-    def metrics(self, page: str) -> str:
-        """Fetch a page that the server has for monitoring."""
-        with urlopen(f"http://127.0.0.1:{self._ports['9464']}/{page}", timeout=30) as answer:
-            return str(answer.read().decode())
+    def metrics(self, page: str, port: str = "9464") -> str:
+        """Fetch a page that the server, or a daemon at the documented port, has for monitoring."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self._ports[port]}/{page}", timeout=30) as answer:
+                return str(answer.read().decode())
+        except HTTPError as error:
+            return str(error.read().decode())
 
     # -- the walk -------------------------------------------------------------------------------------------------
 
@@ -254,9 +258,12 @@ def test_a_backup_makes_the_server_whole_again(machines: Machines) -> None:
     machines.cli(restore)
     file = Path("tumour-1", "model", "model.safetensors")
     assert (data / file).read_bytes() == (machines.home / "lost" / file).read_bytes()
-    (watched,) = machines.section("With Prometheus")
-    machines.start(machines.here(watched))
+    server, daemon = machines.section("With Prometheus")
+    machines.start(machines.here(server))
     assert machines.metrics("healthz").strip() == "ok"
+    machines.stop("north")
+    machines.start(machines.here(daemon).replace("kits/north", "north"), "north")
+    until(lambda: machines.metrics("healthz", "9465").strip() == "ok", "the daemon to be well")
     assert 'fl_adapters_site_present{site="north"}' in machines.metrics("metrics")
     machines.submit("tumour-8", "--follow", rounds=1)
     assert machines.state("tumour-1") == machines.state("tumour-8") == "finished"

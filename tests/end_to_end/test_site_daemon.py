@@ -5,12 +5,15 @@ All tests share one federation. Its site north is a daemon, south a client in th
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ from study import Study, readdressed, until
 from typer.testing import CliRunner
 
 from fl_adapters.cli.app import app
+from fl_adapters.environments.processes import free_ports
 from fl_adapters.participant.policy_gate import KitPolicyGate
 from fl_runtime.errors import PermissionDeniedError
 from fl_runtime.store.tensorfile import read_tensors
@@ -64,6 +68,7 @@ class Federation:
     def __init__(self, bench: Any, study: Study, threads: ThreadPoolExecutor) -> None:
         self.bench, self.study, self._threads = bench, study, threads
         self.kit = readdressed(study, "north")
+        self._metrics_port = free_ports(1)[0]
         bench.script("train.py", SCRIPT)
         self.policy()
         self.daemon = self.start()
@@ -75,8 +80,21 @@ class Federation:
 
     def start(self, *options: str) -> subprocess.Popen[str]:
         """Start the daemon of north (again)."""
-        self.daemon = self.bench.start("site", "--kit", str(self.kit), *options)
+        self.daemon = self.bench.start("site", "--kit", str(self.kit), "--metrics", str(self._metrics_port), *options)
         return self.daemon
+
+    def metrics(self) -> dict[str, float]:
+        """What the daemon's page shows, by name and value of the label."""
+
+        def page() -> str | None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=10) as answer:
+                    return str(answer.read().decode())
+            except OSError:  # the daemon has not begun to listen yet
+                return None
+
+        lines = re.findall(r'^(\w+)(?:{\w+="(.*)"})? (\S+)$', until(page, "the daemon's page"), re.MULTILINE)
+        return {f"{name}{{{label}}}" if label else name: float(value) for name, label, value in lines}
 
     def stop(self) -> str:
         """Stop the daemon with SIGTERM, and return what it has said."""
@@ -189,6 +207,30 @@ def test_jobs_run_at_a_time_or_in_turn_and_leave_their_results(federation: Feder
     federation.finished("a")
     federation.finished("d")
     assert federation.log("d") == "gpus 3,5\n"
+
+
+def test_the_pages_of_a_daemon_count_what_its_scripts_do(federation: Federation) -> None:
+    until(lambda: federation.metrics()["fl_adapters_site_jobs{running}"] == 0, "the end of earlier jobs")
+    before = federation.metrics()
+    assert before["fl_adapters_connected"] == 1
+    federation.policy(resources={"processes": 2})
+    federation.touch("hold-counted-2", "die-counted-1-kill")
+    federation.job("counted")
+    federation.reached("at-counted-2")
+    during = federation.metrics()
+    assert during["fl_adapters_site_jobs{running}"] == 1
+    assert (during["fl_adapters_slots"], during["fl_adapters_slots_free"]) == (2, 1)
+    assert during["fl_adapters_script_restarts_total"] - before["fl_adapters_script_restarts_total"] == 1
+    federation.release("hold-counted-2")
+    federation.finished("counted")
+    federation.becomes("counted", "finished")
+    after, ended = federation.metrics(), "fl_adapters_site_jobs_ended_total{finished}"
+    assert after[ended] - before[ended] == 1
+    history = csv.DictReader((federation.study.runs / "counted" / "history.csv").open())
+    name = "fl_adapters_site_sent_bytes_total"
+    sent = sum(float(row["bytes_up"]) for row in history if row["site"] == "north")
+    assert sent <= after[name] - before[name] < 2 * sent
+    assert after["fl_adapters_site_received_bytes_total"] > before["fl_adapters_site_received_bytes_total"]
 
 
 def test_a_script_that_dies_is_started_again_and_the_job_ends_as_if_it_had_not(federation: Federation) -> None:

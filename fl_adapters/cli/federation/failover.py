@@ -71,6 +71,7 @@ def serve_in_turn(
     folder: Path,
     stop: threading.Event,
     serve: Callable[[Storage, Callable[[], bool]], int | None],
+    on_trouble: Callable[[str], None],
 ) -> int:
     """Wait for the lease, serve while it is held, and wait again when it was lost.
 
@@ -80,6 +81,7 @@ def serve_in_turn(
         folder: This server's own folder for runs, absolute.
         stop: Set to end.
         serve: Serves until its second argument returns False, and then returns None; or returns the exit status.
+        on_trouble: Is told why the store cannot be used, and "" when it can be used again.
 
     Returns:
         The exit status.
@@ -102,6 +104,7 @@ def serve_in_turn(
     while not stop.is_set():
         try:
             with closing(Lease(places.database, kit.identity.federation, holder)) as lease:
+                on_trouble("")
                 _say(f"{kit.identity.federation}: standing by; the last to serve was {lease.holder() or 'nobody'}")
                 if not lease.acquire(stop.wait):
                     return 0
@@ -111,6 +114,7 @@ def serve_in_turn(
                     return status
                 _say(f"{kit.identity.federation}: not serving any more: {lease.reason}")
         except StoreError as error:
+            on_trouble(error.what)
             if str(error) != said:  # once, since it is tried again and again
                 said = str(error)
                 _say(said)

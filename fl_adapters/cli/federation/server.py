@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from fl_adapters.cli.federation.failover import serve_in_turn
 from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.environments.remote import job_fields
-from fl_adapters.extras import needs_trust_extra
+from fl_adapters.extras import needs_metrics_extra, needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.stores import Storage
@@ -22,6 +23,7 @@ from fl_runtime.transport.tls_setting import only_tls_1_3
 from fl_runtime.types import Event, Listener, RunSettings
 
 if TYPE_CHECKING:
+    from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
     from fl_runtime.server.federation.federation import FederationServer
     from fl_runtime.trust.kits import StartupKit
 
@@ -55,31 +57,29 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
 
-        def serve(storage: Storage, may_go_on: Callable[[], bool]) -> int | None:
-            watched = _metrics_of(tuple(kit.sites)) if metrics else None
-            server = FederationServer(
-                kit,
-                folder,
-                read_job,
-                listen=listen,
-                listener_of=lambda name: _both(ProgressLines(sys.stderr, job=name), watched and watched.rounds),
-                syslog=syslog,
-                storage=storage,
-            )
-            pages = None
-            try:
-                pages = watched.serve(metrics, server, folder) if watched else None
-                if pages:
-                    print(f"metrics at http://{pages.address}/metrics", file=sys.stderr, flush=True)
-                return _serve(server, kit, folder, job, lambda: not stop.wait(_LOOK_S), may_go_on, as_json)
-            finally:
-                if pages:
-                    pages.close()
-                server.close()
+        with _pages(metrics, kit, folder, shares_store=store_file is not None) as watched:
+            counted_rounds = watched.rounds if watched else None
 
-        if store_file is None:
-            return serve(Storage(), lambda: True) or 0
-        return serve_in_turn(store_file, kit, folder, stop, serve)
+            def serve(storage: Storage, may_go_on: Callable[[], bool]) -> int | None:
+                server = FederationServer(
+                    kit,
+                    folder,
+                    read_job,
+                    listen=listen,
+                    listener_of=lambda name: _both(ProgressLines(sys.stderr, job=name), counted_rounds),
+                    syslog=syslog,
+                    storage=storage,
+                )
+                try:
+                    with watched.serving(server) if watched else nullcontext():
+                        return _serve(server, kit, folder, job, lambda: not stop.wait(_LOOK_S), may_go_on, as_json)
+                finally:
+                    server.close()
+
+            if store_file is None:
+                return serve(Storage(), lambda: True) or 0
+            on_trouble = watched.state.report if watched else _ignore
+            return serve_in_turn(store_file, kit, folder, stop, serve, on_trouble)
 
 
 def _serve(
@@ -114,19 +114,23 @@ def _serve(
     return 0
 
 
-def _metrics_of(sites: tuple[str, ...]) -> Any:
-    """The metrics of a server. Raises ConfigError without the extra `[metrics]`."""
-    try:
+@contextmanager
+def _pages(address: str, kit: StartupKit, data: Path, *, shares_store: bool) -> Iterator[ServerMetrics | None]:
+    """Serve the pages of monitoring for the block, also while the process stands by; none without an address."""
+    if not address:
+        yield None
+        return
+    with needs_metrics_extra():
+        from fl_adapters.cli.monitoring.page import MonitoringPages
         from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
-    except ModuleNotFoundError as error:
-        if error.name != "prometheus_client":
-            raise
-        raise ConfigError(
-            "the page of metrics needs the package prometheus_client, which is not installed",
-            where="--metrics",
-            fix="pip install 'fl-adapters[metrics]'",
-        ) from None
-    return ServerMetrics(sites)
+    watched = ServerMetrics(kit.folder, data, shares_store=shares_store)
+    with closing(MonitoringPages(address, watched.page, watched.health.faults, watched.state.text)) as pages:
+        print(f"metrics at http://{pages.address}/metrics", file=sys.stderr, flush=True)
+        yield watched
+
+
+def _ignore(trouble: str) -> None:
+    """Tell nobody of a trouble that the log has."""
 
 
 def _both(first: Listener, second: Listener | None) -> Listener:

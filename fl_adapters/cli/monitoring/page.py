@@ -1,4 +1,4 @@
-"""A small HTTP server for the pages `/healthz` and `/metrics`."""
+"""A small HTTP server for the pages `/healthz` and `/metrics` of a server or a site daemon."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ class MonitoringPages:
         address: Where they are, as "host:port".
     """
 
-    def __init__(self, address: str, metrics: Callable[[], bytes], faults: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        metrics: Callable[[], bytes],
+        faults: Callable[[], list[str]],
+        well: Callable[[], str] = lambda: "ok",
+    ) -> None:
         """Serve the pages.
 
         Args:
             address: "host:port" to listen on; a port alone means that of the loopback, and port 0 any free one.
             metrics: Returns the page `/metrics`.
             faults: Returns what is wrong, for `/healthz`: its status is 503 if there is anything, else 200.
+            well: Returns what `/healthz` says if nothing is wrong.
 
         Raises:
             ConfigError: It is not such an address, or cannot be listened on.
         """
         host, port = split_address(f"{_LOOPBACK}:{address.lstrip(':')}" if ":" not in address.lstrip(":") else address)
         try:
-            self._server = _Server((host, port), metrics, faults)
+            self._server = _Server((host, port), metrics, faults, well)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
@@ -62,8 +69,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, address: tuple[str, int], metrics: Callable[[], bytes], faults: Callable[[], list[str]]) -> None:
-        self.metrics, self.faults = metrics, faults
+    def __init__(
+        self,
+        address: tuple[str, int],
+        metrics: Callable[[], bytes],
+        faults: Callable[[], list[str]],
+        well: Callable[[], str],
+    ) -> None:
+        self.metrics, self.faults, self.well = metrics, faults, well
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
         if _is_ipv6(address[0]):
             self.address_family = socket.AF_INET6
@@ -98,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, "text/plain; version=0.0.4; charset=utf-8", self.server.metrics())
         elif path == "/healthz":
             faults = self.server.faults()
-            text = "\n".join(printable(fault, 1000) for fault in faults) or "ok"
+            text = "\n".join(printable(fault, 1000) for fault in faults) or self.server.well()
             self._answer(503 if faults else 200, "text/plain; charset=utf-8", f"{text}\n".encode())
         else:
             self._answer(404, "text/plain; charset=utf-8", b"there are /healthz and /metrics\n")

@@ -2,44 +2,86 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter as Tally
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fl_adapters.cli.monitoring.health import Health
-from fl_adapters.cli.monitoring.page import MonitoringPages
+from fl_adapters.cli.monitoring.common_metrics import CommonMetrics
+from fl_adapters.cli.monitoring.health import Health, certificate_fault, disk_fault
 from fl_runtime.server.federation.archive import JobState
 from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.types import Event
-from fl_runtime.version import VERSION
 
 _PRESENT_S = 10.0  # a site that waits calls again at once; this bridges the moments between two calls
 _ROUND_S = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 _STATUSES = ("used", "carried", "late")
 
 
+class ServerState:
+    """What this process is at the moment: the federation's server, or one that stands by.
+
+    Args:
+        shares_store: Whether other servers may serve in its place.
+
+    Attributes:
+        server: The server while it serves, else None.
+    """
+
+    def __init__(self, shares_store: bool) -> None:
+        self.server: FederationServer | None = None
+        self._shares_store = shares_store
+        self._trouble = ""
+
+    def report(self, trouble: str) -> None:
+        """Note why the store that servers share cannot be used; "" if it can."""
+        self._trouble = trouble
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the federation's sites as its list of members is now; none while another server serves."""
+        return self.server.queue.sites if self.server else ()
+
+    def text(self) -> str:
+        """The page `/healthz` of a process that is well."""
+        if self.server:
+            return "ok"
+        return "ok, standing by" if self._shares_store else "ok, starting"
+
+    def store_fault(self) -> str:
+        """Return why this process could not take over; "" if it could."""
+        return f"the shared store cannot be used: {self._trouble}" if self._trouble else ""
+
+    def queue_fault(self) -> str:
+        """Return why no job can run any more; "" if jobs can, or if another server serves."""
+        halted = self.server.queue.halted if self.server else None
+        return f"no job can run: {halted}" if halted else ""
+
+    def audit_fault(self) -> str:
+        """Return what is wrong with the audit log; "" if nothing is, or if another server serves."""
+        return self.server.audit_fault() if self.server else ""
+
+
 class RoundMetrics:
-    """Listener that counts rounds, updates and bytes of all jobs since the server was started.
+    """Listener that counts rounds, updates and bytes of all jobs since the process was started.
 
     Labels are the federation's sites and a fixed set of words, never the names of jobs or of metrics, so that their
     number does not grow with time.
     """
 
-    def __init__(self, sites: tuple[str, ...], registry: CollectorRegistry) -> None:
+    def __init__(self, state: ServerState, registry: CollectorRegistry) -> None:
         """Register the counters.
 
         Args:
-            sites: Names of the federation's sites.
+            state: Knows the federation's sites.
             registry: Where the counters are shown.
         """
-        self._sites = frozenset(sites)
+        self._state = state
         self._rounds = Counter("fl_adapters_rounds", "Rounds that ended with a new global model.", registry=registry)
         self._dropped = Counter("fl_adapters_rounds_dropped", "Rounds that were begun again.", registry=registry)
         self._seconds = Histogram(
@@ -50,13 +92,16 @@ class RoundMetrics:
         self._updates = Counter(
             "fl_adapters_updates", "Updates by what became of them.", ["site", "status"], registry=registry
         )
-        for site in sites:
+
+    def begin(self) -> None:
+        """Show a zero for every site that has not sent anything, since a counter that appears late looks like none."""
+        for site in self._state.sites:
             self._up.labels(site)
             self._down.labels(site)
 
     def __call__(self, event: Event) -> None:
         """Count an event of a job."""
-        data, site = event.data, event.site if event.site in self._sites else "other"
+        data, site = event.data, event.site if event.site in self._state.sites else "other"
         if event.kind == "round_finished":
             self._rounds.inc()
             self._seconds.observe(data["seconds"])
@@ -70,81 +115,82 @@ class RoundMetrics:
 
 
 class StateCollector(Collector):
-    """Reads queue, sites, refusals and disk of a server at each request for the page."""
+    """Reads queue, sites and refusals of a server at each request for the page; nothing while it stands by."""
 
-    def __init__(self, server: FederationServer, sites: tuple[str, ...], folder: Path, health: Health) -> None:
+    def __init__(self, state: ServerState) -> None:
         """Prepare the collector.
 
         Args:
-            server: The server.
-            sites: Names of the federation's sites.
-            folder: The server's data folder.
-            health: Its checks.
+            state: What this process is at the moment.
         """
-        self._server, self._sites, self._folder, self._health = server, sites, folder, health
+        self._state = state
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics, with the values of this moment."""
-        info = GaugeMetricFamily("fl_adapters_build_info", "Version of the server; always 1.", labels=["version"])
-        info.add_metric([VERSION], 1)
-        yield info
-        healthy = 0 if self._health.faults() else 1
-        yield GaugeMetricFamily("fl_adapters_healthy", "1 if /healthz finds nothing wrong, else 0.", healthy)
-        states = Tally(record.state for record in self._server.queue.records())
+        server = self._state.server
+        about = "1 while this process is the federation's server, 0 while it stands by."
+        yield GaugeMetricFamily("fl_adapters_serving", about, 0 if server is None else 1)
+        if server is None:
+            return
+        states = Tally(record.state for record in server.queue.records())
         jobs = GaugeMetricFamily("fl_adapters_jobs", "Jobs by state; `queued` is the queue's length.", labels=["state"])
         for state in get_args(JobState):
             jobs.add_metric([state], states[state])
         yield jobs
-        silent = self._server.silent_s()
+        silent = server.silent_s()
         present = GaugeMetricFamily("fl_adapters_site_present", "1 while a site is connected, else 0.", labels=["site"])
-        for site in self._sites:
+        for site in self._state.sites:
             present.add_metric([site], float(silent.get(site, _PRESENT_S) < _PRESENT_S))
         yield present
         refused = CounterMetricFamily("fl_adapters_calls_refused", "Calls refused, by error.", labels=["error"])
-        for error, count in sorted(self._server.refusals().items()):
+        for error, count in sorted(server.refusals().items()):
             refused.add_metric([error], count)
         yield refused
-        with suppress(OSError):  # /healthz tells it
-            usage = shutil.disk_usage(self._folder)
-            yield GaugeMetricFamily("fl_adapters_disk_free_bytes", "Free bytes at the data folder.", usage.free)
-            yield GaugeMetricFamily("fl_adapters_disk_size_bytes", "Size of the data folder's disk.", usage.total)
 
 
 class ServerMetrics:
-    """The page of metrics of one server.
+    """The pages of one server, which may serve and stand by in turn.
 
     Attributes:
+        state: What the process is at the moment.
+        health: The checks of `/healthz`.
         rounds: Listener for the events of every job.
     """
 
-    def __init__(self, sites: tuple[str, ...]) -> None:
-        """Make the page. It lacks the server's state until `serve`.
+    def __init__(self, kit: Path, data: Path, *, shares_store: bool = False) -> None:
+        """Make the pages of a process that does not serve yet.
 
         Args:
-            sites: Names of the federation's sites.
+            kit: Folder of the server's startup kit.
+            data: The server's data folder.
+            shares_store: Whether other servers may serve in its place.
         """
-        self._sites, self._registry = sites, CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self.rounds = RoundMetrics(sites, self._registry)
+        self.state = state = ServerState(shares_store)
 
-    def serve(self, address: str, server: FederationServer, folder: Path) -> MonitoringPages:
-        """Serve the pages of a server that has been made.
+        def data_fault() -> str:  # a server makes the folder when it begins to serve
+            return disk_fault(data if data.exists() or state.server else data.parent, "journals")
+
+        self.health = Health(
+            (state.queue_fault, data_fault, state.audit_fault, lambda: certificate_fault(kit), state.store_fault)
+        )
+        self._registry = CommonMetrics(kit, {"data": data}, self.health).registry()
+        self._registry.register(StateCollector(state))
+        self.rounds = RoundMetrics(state, self._registry)
+
+    @contextmanager
+    def serving(self, server: FederationServer) -> Iterator[None]:
+        """Show the state of a server for the block. The process stands by before and after it.
 
         Args:
-            address: Where to, see `MonitoringPages`.
             server: The server.
-            folder: Its data folder.
-
-        Returns:
-            The pages, for the caller to close.
-
-        Raises:
-            ConfigError: The address cannot be listened on.
         """
-        health = Health(folder, lambda: str(server.queue.halted or ""))
-        self._registry.register(StateCollector(server, self._sites, folder, health))
-        return MonitoringPages(address, self.page, health.faults)
+        self.state.server = server
+        try:
+            yield
+        finally:
+            self.state.server = None
 
     def page(self) -> bytes:
         """Return the metrics in the text format of Prometheus, version 0.0.4."""
+        self.rounds.begin()
         return generate_latest(self._registry)

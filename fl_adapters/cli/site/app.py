@@ -27,6 +27,7 @@ _Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.")]
     epilog="\b\nExamples:\n"
     "  fl-adapters site --kit kits/north\n"
     "  fl-adapters site --kit kits/north --state /var/lib/fl-adapters/north\n"
+    "  fl-adapters site --kit kits/north --metrics 9465\n"
     "  fl-adapters site approve tumour-3 --kit kits/north\n"
     "  fl-adapters site check job.yml --kit kits/north"
 )
@@ -40,6 +41,12 @@ def daemon(
     grace_s: Annotated[float, typer.Option(help="Seconds that scripts have to save at SIGTERM.", min=0)] = 30.0,
     log_format: Annotated[str, typer.Option(help="Form of the daemon's own lines: text or json.")] = "text",
     log_file: Annotated[Path | None, typer.Option(help="File for them, too; rotated at 10 MB, three are kept.")] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Serve /healthz and /metrics over HTTP at HOST:PORT; PORT alone: at the loopback. Default: not at all."
+        ),
+    ] = "",
     as_json: _Json = False,
 ) -> None:
     """Run every job that includes this site, as the site's policy allows, until SIGTERM or Ctrl-C.
@@ -54,7 +61,7 @@ def daemon(
         raise typer.BadParameter("give --kit, the folder of the site's startup kit", param_hint="--kit")
     from fl_adapters.cli.site import command_line
 
-    sys.exit(command_line.run(kit, state, restarts, grace_s, log_format, log_file, as_json))
+    sys.exit(command_line.run(kit, state, restarts, grace_s, log_format, log_file, metrics, as_json))
 
 
 @site.command(epilog="\b\nExamples:\n  fl-adapters site approve tumour-3 --kit kits/north")

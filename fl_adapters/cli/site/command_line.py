@@ -10,7 +10,14 @@ from fl_runtime.errors import ConfigError
 
 
 def run(
-    kit: Path, state: Path | None, restarts: int, grace_s: float, log_format: str, log_file: Path | None, as_json: bool
+    kit: Path,
+    state: Path | None,
+    restarts: int,
+    grace_s: float,
+    log_format: str,
+    log_file: Path | None,
+    metrics: str,
+    as_json: bool,
 ) -> int:
     """Run the daemon until it is stopped. Returns exit status 0."""
     with report_errors(as_json), needs_trust_extra():
@@ -20,7 +27,7 @@ def run(
         if log_format not in ("text", "json"):
             raise ConfigError(f"--log-format cannot be {log_format!r}", fix="use text or json")
         style: LogFormat = "json" if log_format == "json" else "text"
-        jobs = run_daemon(DaemonOptions(kit, state or kit, restarts, grace_s, style, log_file))
+        jobs = run_daemon(DaemonOptions(kit, state or kit, restarts, grace_s, style, log_file, metrics))
         if as_json:
             show_json({"unfinished": jobs})
     return 0

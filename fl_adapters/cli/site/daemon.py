@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fl_adapters.cli.monitoring.page import MonitoringPages
+from fl_adapters.cli.site.activity import Activity
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.cli.site.command import CommandError, command_for, command_kit, quoted
 from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
@@ -23,6 +25,7 @@ from fl_adapters.cli.site.records import JobFolder, JobState
 from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.environments import orphans
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment
+from fl_adapters.extras import needs_metrics_extra
 from fl_adapters.participant.departure import ScriptNote
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
@@ -52,6 +55,7 @@ class DaemonOptions:
         grace_s: Seconds that scripts have to save when the daemon is stopped.
         log_format: Form of the daemon's own lines.
         log_file: File that they are also written to, if any.
+        metrics: Address of the pages `/healthz` and `/metrics`; "" for none.
     """
 
     kit: Path
@@ -60,10 +64,15 @@ class DaemonOptions:
     grace_s: float = 30.0
     log_format: LogFormat = "text"
     log_file: Path | None = None
+    metrics: str = ""
 
 
 class SiteDaemon:
-    """Runs the jobs of a site until it is stopped. Used by one thread, beside that of its `JobFeed`."""
+    """Runs the jobs of a site until it is stopped. Used by one thread, beside that of its `JobFeed`.
+
+    Attributes:
+        activity: What it has done so far.
+    """
 
     def __init__(
         self,
@@ -89,6 +98,7 @@ class SiteDaemon:
         self._jobs: dict[str, SiteJob] = {}
         self._settled: dict[str, float] = {}
         self._logs_seen = 0.0
+        self.activity = Activity()
 
     @property
     def jobs(self) -> tuple[SiteJob, ...]:
@@ -111,7 +121,9 @@ class SiteDaemon:
             self._rotate_logs()
             now = time.monotonic()
             self._settled = {name: at for name, at in self._settled.items() if now - at < _SETTLED_S}
-            self._feed.update([*self._jobs, *self._settled], self._capacity().told())
+            capacity = self._capacity()
+            self.activity.look(self.jobs, capacity.slots)
+            self._feed.update([*self._jobs, *self._settled], capacity.told())
             self._wake.wait(_LOOK_S)
         if self._processes.running:
             say(f"stopping: {', '.join(self._processes.running)} may save for {self._options.grace_s:g} s")
@@ -174,7 +186,7 @@ class SiteDaemon:
 
     def _advance(self, job: SiteJob) -> None:
         if job.phase not in ("running", "leaving") and self._is_over_there(job):
-            self._record(job, "ended", "the job has ended at the server")
+            self._end(job, "ended", "the job has ended at the server")
             say("has ended at the server", job.name)
             self._settle(job.name)
             return
@@ -182,8 +194,8 @@ class SiteDaemon:
             self._look_for_decision(job)
         if job.phase == "waits for room":
             self._find_room(job)
-        if job.phase == "pausing" and self._may_resume(job):
-            self._start(job)
+        if job.phase == "pausing" and self._may_resume(job) and self._start(job):
+            self.activity.restarts += 1
 
     def _is_over_there(self, job: SiteJob) -> bool:
         """Whether the server, asked since the job's last change here, does not run it any more."""
@@ -232,6 +244,7 @@ class SiteDaemon:
             folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             kit = command_kit(self._kit, job.assignment, folder.path, supervised=True).save(folder.kit)
             ScriptNote.renew(folder.kit)
+            self.activity.begin_job(job.name, folder.note)
             environment = site_environment(kit, slots, free_ports(1)[0], job.place.visible_devices)
             self._processes.start(job.name, job.command, environment, folder.log)
         except OSError as error:
@@ -245,11 +258,12 @@ class SiteDaemon:
     def _ended(self, job: SiteJob, status: int) -> None:
         """Settle a job whose script has ended, or start it again."""
         note = job.folder.note
+        self.activity.count_bytes(job.name, note)
         self._audit_line("command ended", job=job.name, status=status)
         if is_over(status, note):
             assert note is not None
             left = note.state == "left"
-            self._record(job, "left" if left else "finished", note.reason)
+            self._end(job, "left" if left else "finished", note.reason)
             say(f"has left: {note.reason}" if left else "finished", job.name)
             self._share(job, "its command has left the job" if left else "its command has finished")
             self._settle(job.name)
@@ -287,7 +301,7 @@ class SiteDaemon:
         visible = reason.public
         with suppress(FederationError):  # without its audit log or policy, the site says no more than is public
             visible = job.gate.record_leaving(reason, early=True)
-        self._record(job, state, reason.text)
+        self._end(job, state, reason.text)
         self._feed.refuse(Refusal(job.name, visible, job.folder.note))
 
     # -- the site ----------------------------------------------------------------------------------------------
@@ -301,6 +315,11 @@ class SiteDaemon:
             job.folder.write(job.assignment, state, reason)
         except (FederationError, OSError) as error:  # a full disk must not end the daemon
             say(f"cannot be recorded: {error}", job.name, warning=True)
+
+    def _end(self, job: SiteJob, state: JobState, reason: str) -> None:
+        """Record that a job is over at this site."""
+        self.activity.end_job(job.name, state)
+        self._record(job, state, reason)
 
     def _share(self, job: SiteJob, text: str, level: str = "info") -> None:
         """Show a line to those who follow a job, if the policy allows it. It may hold nothing of data or scripts."""
@@ -318,7 +337,9 @@ class SiteDaemon:
             return
         self._logs_seen = time.monotonic()
         for name in self._processes.running:
-            self._jobs[name].folder.rotate_log()
+            folder = self._jobs[name].folder
+            folder.rotate_log()
+            self.activity.count_bytes(name, folder.note)
 
 
 def run_daemon(options: DaemonOptions) -> dict[str, str]:
@@ -353,6 +374,8 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
         feed = JobFeed(control, gate.witness(), say, wake, partial(_record_refusal, gate))
         things.callback(feed.close)
         daemon = SiteDaemon(options, kit, audit, processes, feed, wake)
+        if options.metrics:
+            things.enter_context(_pages(options, daemon, feed, audit))
         say(f"{gate.identity} waits for jobs of {gate.identity.federation} at {' or '.join(kit.addresses)}")
         gate.record("site daemon started", process=os.getpid())
         daemon.run(stop)
@@ -366,6 +389,17 @@ def _record_refusal(gate: KitPolicyGate, error: FederationError, answers: int) -
         gate.refusals.record("assignment", error, answers=answers)
     except FederationError as full:  # a full disk must not end the daemon
         say(f"the audit log cannot be written: {full}", warning=True)
+
+
+@contextmanager
+def _pages(options: DaemonOptions, daemon: SiteDaemon, feed: JobFeed, audit: AuditLog) -> Iterator[None]:
+    """Serve the pages of monitoring for the block."""
+    with needs_metrics_extra():
+        from fl_adapters.cli.monitoring.site_metrics import SiteMetrics
+    page = SiteMetrics(options.kit, options.state, daemon.activity, feed.contact, audit)
+    with closing(MonitoringPages(options.metrics, page.page, page.health.faults)) as pages:
+        say(f"metrics at http://{pages.address}/metrics")
+        yield
 
 
 def _locked(kit: Path) -> FolderLock:

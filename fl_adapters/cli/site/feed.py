@@ -66,6 +66,7 @@ class JobFeed:
         arrived: Assigned jobs that the daemon has not taken yet. A job may come more than once.
         heard: Names of the jobs whose refusal the server has heard.
         seen: When the server was last asked which jobs run, in monotonic seconds, and their names. None before that.
+        contact: When the server has answered last.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class JobFeed:
         self.arrived: deque[Assignment] = deque()
         self.heard: deque[str] = deque()
         self.seen: tuple[float, frozenset[str]] | None = None
-        self._control, self._witness, self._wake, self._troubles = control, witness, wake, _Troubles(say, on_refusal)
+        self.contact = Contact(say, on_refusal)
+        self._control, self._witness, self._wake = control, witness, wake
         self._request: Mapping[str, Any] = {}
         self._refusals: deque[Refusal] = deque()
         self._lines: deque[LogLine] = deque(maxlen=_LINES_KEPT)
@@ -157,10 +159,10 @@ class JobFeed:
 
     def _report(self, error: FederationError) -> None:
         """Show a trouble. If this site refuses the server's answer, end the call, and have the refusal recorded."""
-        self._troubles.report(error.what if isinstance(error, ConnectionLostError) else str(error))
+        self.contact.report(error.what if isinstance(error, ConnectionLostError) else str(error))
         if not error.from_peer and not isinstance(error, ConnectionLostError):
             self._control.interrupt()
-            self._troubles.record(error)
+            self.contact.record(error)
 
     def _tell_lines(self) -> None:
         while self._lines:
@@ -182,7 +184,7 @@ class JobFeed:
             except ConnectionLostError:
                 raise
             except FederationError as error:  # the job has ended meanwhile
-                self._troubles.say(f"the server does not wait for this site any more ({error.what})", refusal.job)
+                self.contact.say(f"the server does not wait for this site any more ({error.what})", refusal.job)
             self._refusals.popleft()
             self.heard.append(refusal.job)
             self._wake.set()
@@ -193,6 +195,7 @@ class JobFeed:
             return
         self._wanted.clear()
         status = self._control.ask("Status", log=self._witness.statement())
+        self.contact.answered()
         self._witness.take(status.get("log"), "server")
         jobs = status.get("jobs", [{"state": "running", **status["running"]}] if status["running"] else [])
         self.seen = began, frozenset(str(job["job"]) for job in jobs if job["state"] == "running")
@@ -209,22 +212,34 @@ class JobFeed:
                     self._witness.take(answer.get("log"), "server")
                     self.arrived.append(assignment)
                     self._wake.set()
-                self._troubles.end()
+                self.contact.answered()
                 if self._changed.is_set():
                     return
         finally:
             self._asking = False
 
 
-class _Troubles:
-    """Shows a trouble once when it begins, every so often while it lasts, and that it is over."""
+class Contact:
+    """Knows when the server has answered last, and tells people of troubles.
+
+    A trouble is told once when it begins, every so often while it lasts, and when it is over.
+
+    Attributes:
+        answered_at: When the server has answered last, in seconds since the epoch; None before that.
+    """
 
     def __init__(self, say: Callable[..., None], on_refusal: Callable[[FederationError, int], None]) -> None:
         self.say, self._on_refusal = say, on_refusal
+        self.answered_at: float | None = None
         self._trouble, self._told_at = "", 0.0
         self._recorded_at, self._unrecorded = -_REPEAT_S, 0
 
     def report(self, what: str) -> None:
+        """Tell of a trouble.
+
+        Args:
+            what: What is wrong.
+        """
         now = time.monotonic()
         if what != self._trouble or now - self._told_at > _REPEAT_S:
             self._trouble, self._told_at = what, now
@@ -238,7 +253,9 @@ class _Troubles:
             refused, self._recorded_at, self._unrecorded = self._unrecorded, now, 0
             self._on_refusal(error, refused)
 
-    def end(self) -> None:
+    def answered(self) -> None:
+        """Note that the server has answered."""
+        self.answered_at = time.time()
         if self._trouble:
             self._trouble = ""
             self.say("the server answers again")

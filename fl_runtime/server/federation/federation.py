@@ -158,6 +158,10 @@ class FederationServer:
         """Return the number of calls refused since the start, by the class of the error."""
         return dict(self._audit.refusals)
 
+    def audit_fault(self) -> str:
+        """Return what is wrong with the audit log; see `AuditLog.fault`."""
+        return self._audit.log.fault()
+
     def _take_up(self, name: str, newest: RevocationList | Members) -> None:
         """Put the list of the server before in force, unless this kit has a newer one."""
         kept, file = self._storage.files.kept(name), self._kit.folder / name

@@ -112,6 +112,30 @@ class _SignedFile:
         self._written, self._mark = head, mark
 
 
+class _DamageLines:
+    """The lines of a log that say that it was changed, as far as they were written since `begin`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._looked_at, self._last = path, 0, ""
+
+    def begin(self) -> None:
+        self._looked_at = self._path.stat().st_size
+
+    def last(self) -> str:
+        """Return what the last of them says; "" if there is none."""
+        with open(self._path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._looked_at:
+                self._looked_at = 0
+            file.seek(self._looked_at)
+            for line in file:
+                self._looked_at += len(line)
+                if DAMAGED.encode() in line:
+                    with suppress(ValueError, AttributeError, RecursionError):
+                        fields = json.loads(line)
+                        self._last = str(fields.get("problem")) if fields.get("action") == DAMAGED else self._last
+        return self._last
+
+
 class AuditLog:
     """Writes an audit log. Threads and processes may share one log.
 
@@ -134,8 +158,10 @@ class AuditLog:
         self._current: _Signer | None = None
         self._end = (b"", BEGIN)  # the last line as this process wrote it, and its mark
         self._syslog: SyslogSender | None = None
+        self._damage = _DamageLines(self._log)
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock, self._exclusive() as file:
+            self._damage.begin()
             self._checked_end(file)
 
     def write(self, action: str, who: Identity | None = None, *, rule: str = "", error: str = "", **facts: Any) -> None:
@@ -184,6 +210,24 @@ class AuditLog:
         """
         with self._lock, self._exclusive() as file:
             return self._checked_end(file)
+
+    def fault(self) -> str:
+        """Return what is wrong with the log; "" if nothing is.
+
+        The log cannot be written, or somebody else has changed it: this process, or another one that writes the log,
+        has found that since this object was made.
+        """
+        try:
+            with open(self._log, "ab"):  # the file that is open already may be on a disk that is read-only now
+                pass
+            with self._lock, self._exclusive() as file:
+                self._checked_end(file)
+                changed = self._damage.last()
+        except OSError as error:
+            return f"the audit log cannot be written: {error.strerror} ({self._log})"
+        except StoreError as error:
+            return f"{error.what} ({self._log})"
+        return f"the audit log was changed: {changed} ({self._log})" if changed else ""
 
     def ship_to(self, url: str) -> None:
         """Send every further line to a syslog server, too. It never waits for that server.

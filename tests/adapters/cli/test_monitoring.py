@@ -1,4 +1,4 @@
-"""The pages `/healthz` and `/metrics` of a federation's server, read as Prometheus reads them."""
+"""The pages `/healthz` and `/metrics` of servers and site daemons, read as Prometheus reads them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
 from prometheus_client.parser import text_string_to_metric_families
 from source_tree import ROOT
-from study import Study, until
+from study import Study, project, until
 
-from fl_adapters.cli.monitoring.health import Health
+from fl_adapters.cli.monitoring.health import Health, disk_fault
 from fl_adapters.cli.monitoring.page import MonitoringPages
 from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
+from fl_adapters.cli.monitoring.site_metrics import SiteMetrics
+from fl_adapters.cli.site.activity import Activity
+from fl_adapters.cli.site.feed import Contact
 from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.trust.audit import AuditLog
+from fl_runtime.trust.authority import Authority, save_project, signed_members
 from fl_runtime.types import Event
 
 W = {"w": np.zeros(3, np.float32)}
@@ -49,12 +58,22 @@ def samples(text: str) -> Samples:
     }
 
 
-def test_the_page_shows_what_a_federation_did(tmp_path: Path) -> None:
-    page = ServerMetrics(SITES)
+@contextmanager
+def serving(page: ServerMetrics) -> Iterator[str]:
+    """Serve the pages for the block, and yield their address."""
+    with closing(MonitoringPages("0", page.page, page.health.faults, page.state.text)) as pages:
+        yield pages.address
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> ServerMetrics:
+    return ServerMetrics(tmp_path / "kits" / "server", tmp_path / "runs")
+
+
+def test_the_page_shows_what_a_federation_did(tmp_path: Path, page: ServerMetrics) -> None:
     with Study(tmp_path, SITES, lambda name: page.rounds) as study:
-        pages = page.serve("0", study.server, study.runs)
-        try:
-            assert fetch(pages.address, "/healthz") == (200, "ok\n")
+        with serving(page) as address, page.serving(study.server):
+            assert fetch(address, "/healthz") == (200, "ok\n")
             study.job("first", rounds=3)
             study.job("second")
             with ThreadPoolExecutor(2) as pool:
@@ -66,9 +85,7 @@ def test_the_page_shows_what_a_federation_did(tmp_path: Path) -> None:
             assert study.server.wait_for_job("first", 30)
             with pytest.raises(FederationError):
                 study.admin("mina").ask("SubmitJob", job={"app": "train", "name": "third", "rounds": 2})
-            found = samples(fetch(pages.address, "/metrics")[1])
-        finally:
-            pages.close()
+            found = samples(fetch(address, "/metrics")[1])
     history = list(csv.DictReader((study.runs / "first" / "history.csv").open()))
     assert found["fl_adapters_rounds_total", ()] == 3 == found["fl_adapters_round_duration_seconds_count", ()]
     for site in SITES:
@@ -81,23 +98,129 @@ def test_the_page_shows_what_a_federation_did(tmp_path: Path) -> None:
     assert states == {"queued": 0, "running": 1, "finished": 1, "failed": 0, "aborted": 0}
     assert found["fl_adapters_calls_refused_total", (("error", "PermissionDeniedError"),)] == 1
     assert found["fl_adapters_healthy", ()] == 1
-    assert 0 < found["fl_adapters_disk_free_bytes", ()] <= found["fl_adapters_disk_size_bytes", ()]
+    of_data = (("folder", "data"),)
+    assert 0 < found["fl_adapters_disk_free_bytes", of_data] <= found["fl_adapters_disk_size_bytes", of_data]
+    certificate = x509.load_pem_x509_certificate((tmp_path / "kits" / "server" / "certificate.pem").read_bytes())
+    end = certificate.not_valid_after_utc.timestamp()
+    assert found["fl_adapters_certificate_expiry_timestamp_seconds", ()] == end
+    assert found["fl_adapters_serving", ()] == 1
 
 
-def test_the_documented_metrics_are_those_of_the_page(tmp_path: Path) -> None:
-    page = ServerMetrics(SITES)
-    with Study(tmp_path, SITES, lambda name: page.rounds) as study:
-        page.serve("0", study.server, study.runs).close()
-        families = {
-            f"{family.name}_total" if family.type == "counter" else family.name
-            for family in text_string_to_metric_families(page.page().decode())
-        }
-    documented = set(re.findall(r"`(fl_adapters_\w+)", (ROOT / "docs" / "operations.md").read_text("utf-8")))
-    assert documented == {name for name in families if re.match("fl_adapters_.*(?<!_created)$", name)}
+def test_a_process_that_stands_by_says_so(tmp_path: Path) -> None:
+    page = ServerMetrics(tmp_path / "kits" / "server", tmp_path / "runs", shares_store=True)
+    with Study(tmp_path, SITES) as study, serving(page) as address:
+        assert fetch(address, "/healthz") == (200, "ok, standing by\n")
+        found = samples(fetch(address, "/metrics")[1])
+        assert found["fl_adapters_serving", ()] == 0
+        assert not [name for name, _ in found if name in ("fl_adapters_jobs", "fl_adapters_site_present")]
+        with page.serving(study.server):
+            assert fetch(address, "/healthz") == (200, "ok\n")
+            assert samples(fetch(address, "/metrics")[1])["fl_adapters_serving", ()] == 1
+        page.state.report("the database at db.example.org does not answer")
+        status, text = fetch(address, "/healthz")
+        assert status == 503 and "the shared store cannot be used: the database at db.example.org" in text
+        page.state.report("")
+        assert fetch(address, "/healthz")[0] == 200
 
 
-def test_labels_are_a_bounded_set_whatever_events_name(tmp_path: Path) -> None:
-    page = ServerMetrics(SITES)
+def test_a_site_that_is_added_is_counted_by_name_at_once(tmp_path: Path, page: ServerMetrics) -> None:
+    with Study(tmp_path, SITES) as study, serving(page) as address, page.serving(study.server):
+        update = Event("update", 0.0, 1, "west", {"bytes_up": 7, "status": "used"})
+        page.rounds(update)
+        save_project(study.authority.folder, project(sites=(*SITES, "west")))
+        authority = Authority(study.authority.folder)
+        lists = {"crl": authority.crl.decode(), "members": signed_members(authority).decode()}
+        study.admin("ada").ask("Revoke", **lists)
+        page.rounds(update)
+        found = samples(fetch(address, "/metrics")[1])
+    assert found["fl_adapters_received_bytes_total", (("site", "other"),)] == 7
+    assert found["fl_adapters_received_bytes_total", (("site", "west"),)] == 7
+    assert found["fl_adapters_site_present", (("site", "west"),)] == 0
+
+
+def documented_metrics(heading: str) -> set[str]:
+    """Names of the metrics in a table of docs/operations.md, whose first column is headed so."""
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    table = text.partition(f"| {heading} | type | meaning |\n")[2].partition("\n\n")[0]
+    return set(re.findall(r"`(fl_adapters_\w+)", table))
+
+
+def shown_metrics(page: bytes) -> set[str]:
+    """Names of the metrics of ours that a page shows."""
+    families = text_string_to_metric_families(page.decode())
+    names = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+    return {name for name in names if re.match("fl_adapters_.*(?<!_created)$", name)}
+
+
+def test_the_documented_metrics_are_those_of_the_pages(tmp_path: Path, page: ServerMetrics) -> None:
+    with Study(tmp_path, SITES) as study, page.serving(study.server):
+        common, server = documented_metrics("both"), documented_metrics("server")
+        assert shown_metrics(page.page()) == common | server
+        site = site_page(study, connected_s=0.0)[0]
+        assert shown_metrics(site.page()) == common | documented_metrics("site daemon")
+
+
+def site_page(study: Study, *, connected_s: float | None) -> tuple[SiteMetrics, Activity]:
+    """The pages of a daemon of the site north which the server answered so long ago."""
+    kit = study.kits / "north"
+    contact = Contact(lambda *_: None, lambda *_: None)
+    contact.answered_at = None if connected_s is None else time.time() - connected_s
+    activity = Activity()
+    activity.look([], 2)
+    return SiteMetrics(kit, kit, activity, contact, AuditLog(kit, kit)), activity
+
+
+def test_a_daemons_health_says_what_is_wrong_at_its_site(tmp_path: Path) -> None:
+    with Study(tmp_path, SITES) as study:
+        kit = study.kits / "north"
+        assert site_page(study, connected_s=1.0)[0].health.faults() == []
+        assert site_page(study, connected_s=None)[0].health.faults() == [
+            "not connected: the server has not answered yet"
+        ]
+        page, _ = site_page(study, connected_s=45.0)
+        (fault,) = page.health.faults()
+        assert fault.startswith("not connected: the server has not answered since 20")
+        found = samples(page.page().decode())
+        assert found["fl_adapters_connected", ()] == 0
+        assert found["fl_adapters_last_contact_timestamp_seconds", ()] == pytest.approx(time.time() - 45, abs=30)
+        assert (found["fl_adapters_slots", ()], found["fl_adapters_slots_free", ()]) == (2, 2)
+        key, certificate = study.certificate(study.authority.project.participant("north"), ends_in_s=-1.0)
+        (kit / "key.pem").write_bytes(key)
+        (kit / "certificate.pem").write_bytes(certificate)
+        assert any("expired on 20" in fault for fault in page.health.faults())
+
+
+def test_an_audit_log_that_was_changed_or_cannot_be_written_is_a_fault(tmp_path: Path, page: ServerMetrics) -> None:
+    with Study(tmp_path, SITES) as study, serving(page) as address, page.serving(study.server):
+        file = study.kits / "server" / "audit.jsonl"
+        assert fetch(address, "/healthz")[0] == 200
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:-1]))
+        status, text = fetch(address, "/healthz")
+        assert status == 503 and "the audit log was changed: all lines were removed" in text and str(file) in text
+        assert fetch(address, "/healthz")[0] == 503, "it stays so until somebody has looked"
+        assert samples(fetch(address, "/metrics")[1])["fl_adapters_healthy", ()] == 0
+        file.rename(tmp_path / "elsewhere")
+        file.mkdir()
+        status, text = fetch(address, "/healthz")
+        assert status == 503 and "the audit log cannot be written: Is a directory" in text
+        file.rmdir()
+        (tmp_path / "elsewhere").rename(file)
+
+
+def test_damage_that_another_process_has_found_is_a_fault_too(tmp_path: Path) -> None:
+    with Study(tmp_path, SITES) as study:
+        kit = study.kits / "north"
+        of_daemon, of_script = AuditLog(kit, kit), AuditLog(kit, kit)
+        of_script.write("site daemon started")
+        assert of_daemon.fault() == ""
+        (kit / "audit.head").unlink()
+        of_script.write("joined")
+        assert "audit.head, which signs the last line, was removed" in of_daemon.fault()
+        assert AuditLog(kit, kit).fault() == "", "a start tells of what is found from then on"
+
+
+def test_labels_are_a_bounded_set_whatever_events_name(page: ServerMetrics) -> None:
     for number in range(100):
         update = {"bytes_up": 1, "status": f"status {number}", "metrics": {f"m{number}": 1.0}}
         page.rounds(Event("update", 0.0, 1, f"site\n{number}", update))
@@ -110,21 +233,17 @@ def test_health_says_what_is_wrong(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     halted = ""
-    health = Health(folder, lambda: halted)
-    pages = MonitoringPages("127.0.0.1:0", lambda: b"", health.faults)
-    try:
+    health = Health((lambda: halted, lambda: disk_fault(folder, "journals")))
+    with closing(MonitoringPages("127.0.0.1:0", lambda: b"", health.faults)) as pages:
         assert fetch(pages.address, "/healthz")[0] == 200
-        halted = "the disk fails"
+        halted = "no job can run: the disk fails"
         assert fetch(pages.address, "/healthz") == (503, "no job can run: the disk fails\n")
         halted = ""
         folder.rename(tmp_path / "elsewhere")
         status, text = fetch(pages.address, "/healthz")
         assert status == 503 and "journals cannot be written" in text and str(folder) in text
         assert fetch(pages.address, "/other")[0] == 404
-    finally:
-        pages.close()
-    (full,) = Health(tmp_path, lambda: "", least_free_bytes=2**62).faults()
-    assert full.startswith("disk full: ")
+    assert disk_fault(tmp_path, "journals", least_free_bytes=2**62).startswith("disk full: ")
 
 
 def test_idle_connections_do_not_keep_the_page_from_others() -> None:
@@ -176,6 +295,7 @@ def test_the_command_serves_the_page_at_the_loopback(tmp_path: Path) -> None:
             line = next(line for line in server.stderr if line.startswith("metrics at "))
             address = line.split("http://")[1].partition("/")[0]
             assert address.startswith("127.0.0.1:")
+            until(lambda: fetch(address, "/healthz")[1] != "ok, starting\n", "the server to serve")
             assert fetch(address, "/healthz") == (200, "ok\n")
             assert samples(fetch(address, "/metrics")[1])["fl_adapters_healthy", ()] == 1
             server.send_signal(signal.SIGTERM)
