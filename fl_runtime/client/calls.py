@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 _DAMAGED_TRIES = 4
+_TOLD_AT_ONCE_S = 60.0  # who is this patient is told at once that the server was never reached
 _BEATS = 4  # signs of life to ask for within the longest silence of a call
 _ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
 _random = random.Random()  # a generator of our own, so that the user's random state does not change
@@ -108,6 +109,8 @@ class PatientCalls:
                 if self._closed or damages == _DAMAGED_TRIES:
                     raise
                 now = self._clock.now()
+                if given_up_at is None and not self._heard and patience_s >= _TOLD_AT_ONCE_S:
+                    log.warning("%s; waiting up to %s", error.what, duration_text(patience_s))
                 silent = now - began >= silence_s and not retry_granted
                 if given_up_at is None or self._heard != heard or silent:
                     retry_granted = silent
@@ -118,9 +121,10 @@ class PatientCalls:
                 away_s = now - (given_up_at - patience_s)
                 if reminders.due(away_s):
                     log.warning(
-                        "the server has not answered for %s; waiting up to %s",
+                        "the server has not answered for %s; waiting up to %s (%s)",
                         duration_text(away_s),
                         duration_text(patience_s),
+                        error.what,
                     )
             else:
                 if given_up_at is not None and reminders.any:

@@ -76,8 +76,8 @@ class ControlClient:
         while True:
             try:
                 return self._final_answer(method, fields)
-            except ConnectionLostError:
-                if not self._is_patient(began, patience_s, reminders):
+            except ConnectionLostError as error:
+                if not self._is_patient(began, patience_s, reminders, error.what):
                     raise
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -129,20 +129,20 @@ class ControlClient:
                         yield answer
                     if "ended" in answer:
                         return
-            except ConnectionLostError:
-                if not self._is_patient(began, patience_s, reminders):
+            except ConnectionLostError as error:
+                if not self._is_patient(began, patience_s, reminders, error.what):
                     raise
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _is_patient(self, began: float, patience_s: float, reminders: Reminders) -> bool:
-        """Whether to call again. Logs now and then for how long the server has not answered."""
+    def _is_patient(self, began: float, patience_s: float, reminders: Reminders, why: str) -> bool:
+        """Whether to call again. Logs now and then for how long the server has not answered, and why."""
         away_s = time.monotonic() - max(began, self._last_answer)
         if away_s > patience_s:
             return False
         if reminders.due(away_s):
-            text = "the server has not answered for %s; waiting up to %s"
-            log.warning(text, duration_text(away_s), duration_text(patience_s))
+            text = "the server has not answered for %s; waiting up to %s (%s)"
+            log.warning(text, duration_text(away_s), duration_text(patience_s), why)
         return True
 
     def stream(self, method: str, **fields: Any) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fl_runtime.transport.proxies import open_connection
+from fl_runtime.transport.proxies import open_connection, proxy_of
 
 _CONNECT_S = 2.0
 
@@ -17,11 +17,16 @@ class Addresses:
 
     Attributes:
         current: The address that calls go to.
+
+    Raises:
+        ConfigError: If the environment does not name an HTTP proxy where it should.
     """
 
     def __init__(self, addresses: str | Sequence[str]) -> None:
         self._all = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         self.current = self._all[0]
+        for address in self._all:
+            proxy_of(address)
 
     def __str__(self) -> str:
         return " or ".join(self._all)

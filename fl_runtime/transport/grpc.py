@@ -29,9 +29,8 @@ from fl_runtime.transport import integrity
 from fl_runtime.transport.addresses import Addresses
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
 from fl_runtime.transport.malloc import keep_freed_memory
-from fl_runtime.transport.proxies import is_loopback, open_connection
-from fl_runtime.transport.tls import refuses_old_tls, server_certificate, server_credentials
-from fl_runtime.version import SERVER_NAME
+from fl_runtime.transport.route import Route, find_route
+from fl_runtime.transport.tls import refuses_old_tls, server_credentials
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +39,11 @@ _ERROR_KEY = "fl-error-bin"
 _ERROR_BYTES = {"what": 4_000, "where": 1_000, "fix": 1_000}  # gRPC always accepts up to 8 KiB of metadata
 _CHECK_NETWORK = "check the network between this machine and the server"
 _MESSAGE_BYTES = 8 * 2**20
-_LOOK_UP_S = 10.0
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),  # else an open call without traffic is silent after two pings
 ]
 _CLIENT = [
     *_COMMON,
@@ -55,7 +54,7 @@ _CLIENT = [
 _SERVER = [
     *_COMMON,
     ("grpc.so_reuseport", 0),  # else a second server could bind the same port and get half of the sites
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 20_000),
 ]
 _OPEN_PORT = [  # additional options of a server that strangers can reach
@@ -105,6 +104,9 @@ class GrpcTransport:
             renewed certificate. None means a plain connection with `token`.
         revoked: Returns the serial numbers of revoked certificates, with which no server is accepted. It is called
             before every call.
+
+    Raises:
+        ConfigError: If the environment does not name an HTTP proxy where it should.
     """
 
     def __init__(
@@ -152,32 +154,27 @@ class GrpcTransport:
         ):
             lost = channel is not None and channel.lost.is_set()
             address = self._addresses.look(elsewhere=lost or self._silent)
-            pinned = self._unrevoked_server(credentials, revoked) if credentials and revoked else None
-            channel = _Channel.open(address, credentials, pinned)
+            channel = _Channel.open(self._way(address, credentials, revoked), credentials, pinned=bool(revoked))
             self._channel = channel  # running calls keep the old one
             if self._closed:
                 channel.grpc_channel.close()
         return channel
 
-    def _unrevoked_server(self, credentials: Credentials, revoked: frozenset[int]) -> tuple[int, bytes]:
-        """Return serial number and PEM of the server's certificate. Raises PermissionDeniedError if it was revoked."""
-        address = self._addresses.current
+    def _way(self, address: str, credentials: Credentials | None, revoked: frozenset[int]) -> Route:
+        """Return the way to the server. Raises PermissionDeniedError if its certificate was revoked."""
         self._silent = False
         try:
-            serial, pem = server_certificate(credentials.authority, lambda: open_connection(address, _LOOK_UP_S))
-        except OSError as error:
+            way = find_route(address, credentials.authority if credentials else b"", look_up=bool(revoked))
+        except ConnectionLostError:
             self._silent = True
-            raise ConnectionLostError(
-                f"the server at {address} does not answer ({error})",
-                fix="check that the server runs and that this machine can reach it",
-            ) from None
-        if serial in revoked:
+            raise
+        if way.certificate is not None and way.certificate.serial in revoked:
             raise PermissionDeniedError(
-                f"the certificate of the server at {address} was revoked (serial number {serial:x})",
+                f"the certificate of the server at {address} was revoked (serial number {way.certificate.serial:x})",
                 where="rule certificate: the server's is not revoked",
                 fix="ask who runs the server: somebody may be posing as it; else it needs a new certificate",
             )
-        return serial, pem
+        return way
 
     def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
         if not self._plain:
@@ -205,18 +202,20 @@ class _Channel:
     server: int | None = None  # serial number of the only certificate that it accepts; None: any of the authority
 
     @classmethod
-    def open(cls, address: str, credentials: Credentials | None, pinned: tuple[int, bytes] | None = None) -> _Channel:
-        client = [*_CLIENT, ("grpc.enable_http_proxy", 0)] if is_loopback(address) else _CLIENT
+    def open(cls, way: Route, credentials: Credentials | None, *, pinned: bool) -> _Channel:
+        options = [*_CLIENT, *way.options()]
         if credentials is None:
-            channel = grpc.insecure_channel(address, options=client)
+            channel = grpc.insecure_channel(way.target, options=options)
         else:
-            trusted = pinned[1] if pinned else credentials.authority  # BoringSSL takes a leaf as an anchor, too
+            only = way.certificate if pinned else None
+            trusted = only.pem if only else credentials.authority  # BoringSSL takes a leaf as an anchor, too
             tls = grpc.ssl_channel_credentials(trusted, credentials.key, credentials.certificate)
-            options = [*client, ("grpc.ssl_target_name_override", SERVER_NAME)]
-            channel = grpc.secure_channel(address, tls, options=options)
+            options.append(("grpc.ssl_target_name_override", way.server_name))
+            channel = grpc.secure_channel(way.target, tls, options=options)
         single = {m: channel.unary_stream(_path(m), None, None) for m in _ALL_METHODS}
         streamed = {m: channel.stream_stream(_path(m), None, None) for m in _ALL_METHODS}
-        return cls(address, channel, single, streamed, threading.Event(), credentials, pinned[0] if pinned else None)
+        server = way.certificate.serial if pinned and way.certificate else None
+        return cls(way.address, channel, single, streamed, threading.Event(), credentials, server)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -89,32 +90,79 @@ def server_credentials(load: Callable[[], Credentials]) -> Any:
     return grpc.dynamic_ssl_server_credentials(configuration(current), fetch, require_client_authentication=True)
 
 
+@dataclass(frozen=True)
+class ServerCertificate:
+    """A certificate that a server has shown, and that the federation's authority signed.
+
+    Attributes:
+        serial: Serial number.
+        pem: The certificate.
+        names: Host names and IP addresses in it, in lower case.
+    """
+
+    serial: int
+    pem: bytes
+    names: frozenset[str]
+
+    def has_name(self, host: str) -> bool:
+        """Whether it was issued for a host name or IP address."""
+        return host.lower() in self.names
+
+
 def server_certificate(
-    authority: bytes, connect: Callable[[], socket.socket], server_name: str = SERVER_NAME
-) -> tuple[int, bytes]:
-    """Fetch the certificate of a server by a TLS handshake, and verify that the authority signed it.
+    authority: bytes, connect: Callable[[], socket.socket], greeting: str = SERVER_NAME
+) -> ServerCertificate:
+    """Fetch the certificate of a server by a TLS handshake, and verify that the authority signed it for a server.
 
     Args:
-        authority: Certificate of the authority, as PEM.
+        authority: Certificates of the roots that may have signed it, as PEM.
         connect: Opens a connection to the server.
-        server_name: Name that the certificate must have.
+        greeting: Name to ask for (SNI), by which a balancer chooses the server.
 
     Returns:
-        Serial number and PEM of the server's certificate.
+        The certificate.
 
     Raises:
         OSError: If the server cannot be reached, or has no such certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # the name that all servers share is compared below, whatever the greeting
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=authority.decode())
     context.set_alpn_protocols(["h2"])
     # without a certificate of our own: the server refuses that, but has shown its own before
-    with connect() as plain, context.wrap_socket(plain, server_hostname=server_name) as secured:
+    with connect() as plain, context.wrap_socket(plain, server_hostname=greeting) as secured:
         fields, der = secured.getpeercert(), secured.getpeercert(binary_form=True)
     if not fields or der is None:
         raise ssl.SSLError("the server has shown no certificate")
-    return int(str(fields["serialNumber"]), 16), ssl.DER_cert_to_PEM_cert(der).encode()
+    names = frozenset(
+        str(name).lower() for kind, name in cast(Any, fields.get("subjectAltName", ())) if kind in ("DNS", "IP Address")
+    )
+    if SERVER_NAME not in names:
+        raise ssl.SSLError("the certificate shown there is not a server's")
+    return ServerCertificate(int(str(fields["serialNumber"]), 16), ssl.DER_cert_to_PEM_cert(der).encode(), names)
+
+
+def shown_certificate(connect: Callable[[], socket.socket], greeting: str) -> bytes:
+    """Fetch whatever certificate is shown in a TLS handshake, unverified, to say whose it is.
+
+    Args:
+        connect: Opens a connection.
+        greeting: Name to ask for (SNI).
+
+    Returns:
+        The certificate as PEM; only for messages.
+
+    Raises:
+        OSError: If there is none.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with connect() as plain, context.wrap_socket(plain, server_hostname=greeting) as secured:
+        der = secured.getpeercert(binary_form=True)
+    if der is None:
+        raise ssl.SSLError("no certificate was shown")
+    return ssl.DER_cert_to_PEM_cert(der).encode()
 
 
 def refuses_old_tls(host: str, port: int) -> bool:

@@ -169,6 +169,11 @@ def ends(pem: bytes) -> datetime:
     return load(pem).not_valid_after_utc
 
 
+def issuer_of(pem: bytes) -> str:
+    """Return the name of a certificate's issuer (RFC 4514), as the certificate says it. Nothing is verified."""
+    return load(pem).issuer.rfc4514_string()
+
+
 def load_all(pem: bytes, where: str = "") -> list[x509.Certificate]:
     """Parse one certificate or more, in the order of the file. Raises ConfigError if there is none."""
     try:

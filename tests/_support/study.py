@@ -59,10 +59,11 @@ class Study:
         folder: Path,
         sites: tuple[str, ...] = ("north", "south"),
         listener_of: Callable[[str], Listener] | None = None,
+        address: str = "127.0.0.1:8443",
     ) -> None:
         self._listener_of = listener_of
         self.folder, self.kits, self.runs = folder, folder / "kits", folder / "runs"
-        self.authority = Authority.create(self.kits / "authority", project(sites=sites))
+        self.authority = Authority.create(self.kits / "authority", project(address, sites))
         for identity in self.authority.project.participants():
             write_kit(self.kits / identity.name, self.authority, identity)
             alone(self.kits / identity.name, sites)

@@ -356,12 +356,15 @@ def test_a_site_waits_hours_for_its_server_and_says_so_now_and_then(caplog: pyte
     calls = PatientCalls(GrpcTransport("127.0.0.1:1", "token"), 86_400.0, clock)
     assert calls.repeat(attempt) == "an answer"
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[0] == "the server has not answered for 73 s; waiting up to 24 h"
+    assert lines[:2] == [
+        "connection refused; waiting up to 24 h",
+        "the server has not answered for 73 s; waiting up to 24 h (connection refused)",
+    ]
     assert lines[-2:] == [
-        "the server has not answered for 1 h 4 min; waiting up to 24 h",
+        "the server has not answered for 1 h 4 min; waiting up to 24 h (connection refused)",
         "the server answers again, after 1 h 59 min",
     ]
-    assert len(lines) == 8  # after 1, 2, 4, 8, 16, 32 and 64 minutes
+    assert len(lines) == 9  # at once, after 1, 2, 4, 8, 16, 32 and 64 minutes
     tries[0] = -(10**9)
     with pytest.raises(ConnectionLostError, match="gave up after 24 h"):
         calls.repeat(attempt)

@@ -1,4 +1,4 @@
-"""Proxies in the environment: never used for this machine's own addresses, and named by the doctor."""
+"""Which proxy of the environment counts. What happens behind one is in test_through_a_proxy.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
 
+import grpc
 import pytest
+from middle import ConnectProxy
+from study import until
 
-from fl_adapters.cli.doctor import kit_checks
-from fl_runtime.errors import ConnectionLostError
-from fl_runtime.transport.proxies import open_connection, proxy_variable
+from fl_runtime.errors import ConfigError
+from fl_runtime.transport import proxies
+from fl_runtime.transport.grpc import GrpcTransport
+from fl_runtime.transport.proxies import proxy_of
 
 DEAD = "http://127.0.0.1:9"
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy")
@@ -30,61 +32,126 @@ def test_a_connection_to_this_machine_uses_no_proxy(variable: str) -> None:
     assert done.stdout.strip() == "''", done.stdout + done.stderr
 
 
-def test_the_proxy_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*VARIABLES, *map(str.upper, VARIABLES)):
         monkeypatch.delenv(name, raising=False)
-    assert proxy_variable("fl.example.org:8443") is None
-    monkeypatch.setenv("http_proxy", DEAD)
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        ({}, None),
+        ({"http_proxy": DEAD, "https_proxy": DEAD}, "https_proxy"),
+        ({"http_proxy": DEAD, "https_proxy": DEAD, "grpc_proxy": DEAD}, "grpc_proxy"),
+        ({"https_proxy": DEAD, "grpc_proxy": ""}, None),
+        ({"HTTPS_PROXY": DEAD}, None),
+        ({"https_proxy": DEAD, "no_proxy": "other.org, Example.org"}, None),
+        ({"https_proxy": DEAD, "no_proxy": ".example.org"}, None),
+        ({"https_proxy": DEAD, "no_proxy": "FL.example.org"}, None),
+        ({"https_proxy": DEAD, "no_proxy": "ample.org"}, "https_proxy"),
+        ({"https_proxy": DEAD, "no_proxy": "*.example.org,*"}, "https_proxy"),
+        ({"https_proxy": DEAD, "no_proxy": "fl.example.org:8443"}, "https_proxy"),
+        ({"https_proxy": DEAD, "no_proxy": "example.org", "no_grpc_proxy": ""}, "https_proxy"),
+        ({"https_proxy": DEAD, "no_proxy": "", "no_grpc_proxy": "example.org"}, None),
+    ],
+)
+def test_which_variable_counts(
+    environment: dict[str, str], variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = proxy_of("fl.example.org:8443")
+    assert (found and found.variable) == variable
+    assert [proxy_of(a) for a in ("localhost:1", "a.localhost:1", "127.0.0.1:1", "127.9.9.9:1", "[::1]:1")] == [
+        None
+    ] * 5
+
+
+@pytest.mark.parametrize(
+    ("host", "exempt", "direct"),
+    [
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("11.1.2.3", "10.0.0.0/8", False),
+        ("[2001:db8::1]", "2001:db8::/32", True),
+        ("[2001:db8::1]", "2001:db8::1", True),
+        ("[2001:db8::1]", "[2001:db8::1]", False),
+    ],
+)
+def test_ip_addresses_are_exempt_by_address_and_range(
+    host: str, exempt: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("https_proxy", DEAD)
-    assert proxy_variable("fl.example.org:8443") == "https_proxy"
-    assert [proxy_variable(a) for a in ("localhost:1", "127.0.0.1:1", "127.9.9.9:1", "[::1]:1")] == [None] * 4
-    monkeypatch.setenv("no_proxy", "other.org, example.org")
-    assert proxy_variable("fl.example.org:8443") is None
+    monkeypatch.setenv("no_proxy", exempt)
+    assert (proxy_of(f"{host}:8443") is None) == direct
 
 
-def test_the_doctor_names_a_proxy_that_may_be_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*_: object) -> None:
-        raise ConnectionLostError("the server does not answer")
+@pytest.mark.parametrize(
+    ("environment", "exempt"),
+    [
+        ({"https_proxy": "PROXY"}, ""),
+        ({"http_proxy": "PROXY", "https_proxy": ""}, ""),
+        ({"grpc_proxy": "", "https_proxy": "PROXY"}, ""),
+        ({"http_proxy": DEAD, "https_proxy": DEAD, "grpc_proxy": "PROXY"}, ""),
+        ({"HTTPS_PROXY": "PROXY"}, ""),
+        ({"https_proxy": "PROXY"}, "127.0.0.0/8"),
+        ({"https_proxy": "PROXY"}, "127.0.0.1/32"),
+        ({"https_proxy": "PROXY"}, "LOCALHOST"),
+    ],
+)
+def test_grpc_itself_would_choose_the_same(
+    environment: dict[str, str], exempt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bare channel of gRPC to the loopback, for which gRPC has no exemption of its own, is the oracle."""
+    with ConnectProxy({}) as proxy, socket.create_server(("127.0.0.2", 0)) as listener:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.replace("PROXY", proxy.url))
+        monkeypatch.setenv("no_proxy", exempt)
+        with grpc.insecure_channel(f"127.0.0.2:{listener.getsockname()[1]}") as channel:
+            call = channel.unary_unary("/nobody/Answers", None, None).future(b"", timeout=30)
+            listener.settimeout(0.05)
+            until(lambda: proxy.agents or _knocked(listener), "gRPC to connect anywhere")
+            call.cancel()
+        monkeypatch.setattr(proxies, "is_loopback", lambda address: False)
+        assert (proxy_of("127.0.0.2:1") is not None) == bool(proxy.agents)
 
-    monkeypatch.setattr("fl_adapters.cli.federation.connection.connected", lost)
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    kit = SimpleNamespace(folder=".", address="fl.example.org:8443")
-    assert "certificate" in next(kit_checks._answers(kit)).fix  # type: ignore[arg-type]
-    monkeypatch.setenv("https_proxy", DEAD)
-    check = next(kit_checks._answers(kit))  # type: ignore[arg-type]
-    assert check.status == "problem"
-    assert "$https_proxy" in check.fix
-    assert "fl.example.org to $no_proxy" in check.fix
+
+def _knocked(listener: socket.socket) -> bool:
+    try:
+        listener.accept()[0].close()
+    except TimeoutError:
+        return False
+    return True
 
 
-def test_our_own_connections_take_the_proxy_that_grpc_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proxy is on the loopback; it gets the secret of its URL, and what follows its answer is the server's."""
-    asked: list[bytes] = []
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("https://ada:geheim@proxy:1", "it begins with https://"),
+        ("socks5://ada:geheim@proxy:1", "it begins with socks5://"),
+        ("http://ada:ge#heim@proxy:1", "a special character"),
+        ("http://ada:geheim@proxy:x", "its port is not a number"),
+        ("http://", "it names no host"),
+    ],
+)
+def test_a_variable_that_names_no_usable_proxy_is_refused_before_the_first_call(
+    value: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC would connect without the proxy, which ends in a wait for a server that cannot be reached."""
+    monkeypatch.setenv("https_proxy", value)
+    with pytest.raises(ConfigError, match=fault) as caught:
+        GrpcTransport("fl.example.org:8443")
+    assert "$https_proxy" in caught.value.what
+    assert "fl.example.org to $no_proxy" in caught.value.fix
+    assert "ada" not in str(caught.value)
+    assert "heim" not in str(caught.value)
+    GrpcTransport("127.0.0.1:8443").close()
 
-    def answer(status: bytes) -> None:
-        connection, _ = listener.accept()
-        with connection:
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                head += connection.recv(1000)
-            asked.append(head)
-            connection.sendall(b"HTTP/1.1 " + status + b"\r\nVia: here\r\n\r\nhello of the server")
 
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setenv("https_proxy", f"http://ada:s%40fe@127.0.0.1:{listener.getsockname()[1]}")
-        for status in (b"200 OK", b"403 Forbidden"):
-            thread = threading.Thread(target=answer, args=(status,))
-            thread.start()
-            if status == b"200 OK":
-                with open_connection("fl.example.org:8443", 30.0) as connection:
-                    assert connection.recv(1000) == b"hello of the server"
-            else:
-                with pytest.raises(OSError, match=r"the proxy in \$https_proxy refuses"):
-                    open_connection("fl.example.org:8443", 30.0)
-            thread.join()
-    lines = asked[0].decode().split("\r\n")
-    assert lines[:2] == ["CONNECT fl.example.org:8443 HTTP/1.1", "Host: fl.example.org:8443"]
-    assert base64.b64decode(lines[2].removeprefix("Proxy-Authorization: Basic ")) == b"ada:s@fe"
+def test_a_proxy_is_shown_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "ada:s%40fe@proxy.example.org:3128/")
+    proxy = proxy_of("fl.example.org:8443")
+    assert proxy is not None
+    assert str(proxy) == "the proxy in $https_proxy (proxy.example.org:3128)"
+    assert base64.b64decode(proxy.authorization.removeprefix("Basic ")) == b"ada:s@fe"
+    assert proxy.authorization not in repr(proxy)

@@ -103,15 +103,15 @@ def test_a_thief_in_the_middle_cannot_let_the_real_server_be_looked_at_first(stu
     impostor = Impostor(stolen)
     with TcpProxy(study.address) as middle:
         transport = KitTransport(study.kits / "north", middle.address)
-        look_up = transport._grpc._unrevoked_server
+        look_up = transport._grpc._way
 
-        def and_then_the_thief(*args: Any) -> tuple[int, bytes]:
+        def and_then_the_thief(*args: Any) -> Any:
             middle.target = study.address
             found = look_up(*args)
             middle.target = impostor.address
             return found
 
-        transport._grpc._unrevoked_server = and_then_the_thief  # type: ignore[method-assign]
+        transport._grpc._way = and_then_the_thief  # type: ignore[method-assign]
         with pytest.raises(ConnectionLostError):
             list(transport.call("Join", JOIN))
         assert middle.connections >= 2, "the lookup, and gRPC's own"
