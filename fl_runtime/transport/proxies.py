@@ -45,7 +45,7 @@ class Proxy:
 
     @property
     def address(self) -> str:
-        """The proxy's "host:port"."""
+        """Host and port of the proxy, as "host:port"."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
