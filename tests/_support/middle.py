@@ -20,6 +20,8 @@ class _Middle:
         names: What each connection has asked for, in order.
         idle_s: After so many seconds without a byte in one direction a connection is cut, as balancers do.
         idle_cuts: How many were.
+        passed: Bytes forwarded so far, in both directions.
+        cut_at: Once so many bytes have passed, all connections are broken; 0 for never.
         refuses: Whether new connections are closed at once.
         refused: How many were.
     """
@@ -30,6 +32,7 @@ class _Middle:
         self.routes, self.idle_s = dict(routes), idle_s
         self.names: list[str] = []
         self.refuses, self.refused, self.idle_cuts = False, 0, 0
+        self.passed = self.cut_at = 0
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -50,10 +53,13 @@ class _Middle:
         """Break all connections now, without a goodbye."""
 
         async def abort() -> None:
-            for writer in list(self._open):
-                writer.transport.abort()
+            self._abort_all()
 
         self._do(abort())
+
+    def _abort_all(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
@@ -91,6 +97,10 @@ class _Middle:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await asyncio.wait_for(reader.read(2**16), self.idle_s):
+                self.passed += len(data)
+                if self.cut_at and self.passed >= self.cut_at:
+                    self.cut_at = 0
+                    self._abort_all()
                 writer.write(data)
                 await writer.drain()
         except TimeoutError:
