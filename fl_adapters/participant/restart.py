@@ -73,7 +73,15 @@ class RestartPoints:
     def within(self, task: Task) -> State | None:
         """Return the state in the middle of the training for `task`, or None if none was saved."""
         path = self._within_path(task)
-        return read_state(path) if task.kind == "train" and path.exists() else None
+        if task.kind == "train" and path.exists():
+            return read_state(path)
+        for other in self._within():
+            log.warning(
+                "the restart point %s of this site is not used: the federation is in round %s",
+                other.name.removesuffix(_SUFFIX),
+                task.round,
+            )
+        return None
 
     def before(self, task: Task) -> State | None:
         """Return the state to begin `task` with, or None if there is none.
@@ -128,6 +136,19 @@ class SavesWithinRound(Protocol):
 
 WHOLE_ROUND = "a restart repeats the round from its beginning"
 """What a restart costs where there are no points within a round."""
+
+SINCE_CHECKPOINT = "a restart repeats the steps since the last checkpoint"
+"""What a restart costs where a trainer saves checkpoints at moments that are not known before."""
+
+
+def since_checkpoint(steps: float, option: str) -> str:
+    """Say what a restart costs where a trainer saves checkpoints at regular steps.
+
+    Args:
+        steps: Optimizer steps between two checkpoints.
+        option: What the user set for it, such as "save_steps".
+    """
+    return f"a restart repeats at most {steps:g} steps, those since the last checkpoint ({option})"
 
 
 class SiteRestart:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +196,19 @@ class Tally:
                 diverged is NaN or infinite.
         """
         return {"train_loss": float(self._loss) * factor / self._batches} if self._batches else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses and examples so far, with a reference to the live sum of the losses."""
+        return {"rows": self.rows, "loss": self._loss, "batches": self._batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from losses and examples of an earlier process.
+
+        Args:
+            state: What `state_dict` returned there; empty if that process kept no count.
+        """
+        if state:
+            self.rows, self._loss, self._batches = state["rows"], state["loss"], state["batches"]
 
     def reset(self) -> None:
         """Begin the next round, or the next phase."""

@@ -7,7 +7,7 @@ cast moments to the dtype of their parameter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.participant.options import Every
+from fl_adapters.participant.options import Every, SiteSettings
 from fl_adapters.participant.restart import (
     WHOLE_ROUND,
     not_restartable,
@@ -41,10 +41,12 @@ class WithinRound:
     Attributes:
         progress: The fields of `Progress`.
         weights: The weights that travel, in training: name -> array.
+        tally: What `Tally.state_dict` returned.
     """
 
     progress: Mapping[str, Any]
     weights: Mapping[str, Array]
+    tally: Mapping[str, Any]
 
 
 class Stateful(Protocol):
@@ -79,6 +81,7 @@ class TorchSnapshot:
         stateful: Other objects with a state, by names that the next process gives them too: schedules, scalers.
         own: Position of the trainer, and whatever else its adapter saves.
         restart_cost: What a restart repeats, as a clause for the user.
+        loads_again: Whether the adapter calls `load_again`. A point within a round is kept in memory until then.
         loaded: Whether the state of an earlier process, which had trained, was loaded.
         within: Where the loaded state stands within a round; None for a state between two rounds.
     """
@@ -87,22 +90,26 @@ class TorchSnapshot:
     stateful: Mapping[str, Any]
     own: Snapshot
     restart_cost: str = WHOLE_ROUND
+    loads_again: bool = False
     loaded: bool = False
     within: WithinRound | None = None
+    _point: State = field(default=None, init=False, repr=False)
 
     def save(self) -> State:
         """State between two rounds, with views of live tensors: borrowed until the training goes on."""
         parts = {name: packed(part.state_dict()) for name, part in self.stateful.items()}
         return {"live": self.live.state_dict(), "stateful": parts, "own": packed(self.own.save())}
 
-    def save_within(self, weights: Mapping[str, Tensor], progress: Mapping[str, Any]) -> State:
+    def save_within(self, weights: Mapping[str, Tensor], progress: Mapping[str, Any], tally: Any) -> State:
         """State in the middle of a round, with views of live tensors.
 
         Args:
             weights: The tensors that travel, by name.
             progress: The fields of `Progress`.
+            tally: What `Tally.state_dict` returned.
         """
-        return {**self.save(), "within": {"progress": dict(progress), "weights": packed_tensors(weights)}}
+        within = {"progress": dict(progress), "weights": packed_tensors(weights), "tally": packed(tally)}
+        return {**self.save(), "within": within}
 
     def load(self, state: State) -> None:
         """Go on from a state that `save` gave in an earlier process of this site.
@@ -120,13 +127,24 @@ class TorchSnapshot:
                 where="the saved state of this site",
                 fix="start the site again with the same script",
             )
+        self._load(state)
+        self.loaded = True
+        if (within := state.get("within")) is not None:
+            self._point = state if self.loads_again else None
+            tally = unpacked(within.get("tally", {}))  # absent in points of earlier versions
+            self.within = WithinRound(within["progress"], within["weights"], tally)
+
+    def load_again(self) -> None:
+        """Load the state once more, and let go of it. Hooks of a trainer that begins may have changed what was set."""
+        if self._point is not None:
+            self._load(self._point)
+        self._point = None
+
+    def _load(self, state: State) -> None:
         self.live.load_state_dict(state["live"])
         for name, part in self.stateful.items():
             part.load_state_dict(unpacked(state["stateful"][name]))
         self.own.load(unpacked(state["own"]))
-        self.loaded = True
-        if (within := state.get("within")) is not None:
-            self.within = WithinRound(within["progress"], within["weights"])
 
 
 def packed(value: Any) -> State:
@@ -264,8 +282,8 @@ def seed_round(seed: int, loader: Any = None) -> None:
 class SeededSampler:
     """The sampler of a training set, which seeds all random states before each batch is taken.
 
-    What the data draw (an augmentation, the masks of a language model) then depends on the number of the batch alone,
-    and not on what training has drawn before. So batches that were trained can be skipped.
+    What the data draw (an order, an augmentation, the masks of a language model) then depends on the number of the
+    batch alone, and not on what training has drawn before. So batches that were trained can be skipped.
 
     Attributes:
         sampler: The sampler that decides the order.
@@ -277,6 +295,8 @@ class SeededSampler:
         self.seed: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self.seed is not None:
+            seed_round(part_seed(self.seed, "order"))
         for position, row in enumerate(self.sampler):
             if self.seed is not None and position % self._batch_size == 0:
                 seed_round(part_seed(self.seed, "batch", position // self._batch_size))
@@ -307,6 +327,68 @@ def seed_batches(loader: Any) -> SeededSampler | None:
         batches.sampler = SeededSampler(batches.sampler, batches.batch_size)
     sampler: Any = batches.sampler
     return sampler if isinstance(sampler, SeededSampler) else None
+
+
+class RoundData:
+    """Data and random numbers of a round, so that a trainer can begin again at a checkpoint within it.
+
+    All that a round draws follows from its seed and from a position: that of the epoch, the batch, or the step.
+
+    Attributes:
+        within: Whether there are restart points within a round.
+        cost: What a restart repeats, as a clause for the user.
+    """
+
+    def __init__(self, loaders: Sequence[Any], settings: SiteSettings, cost: str, reason: str | None) -> None:
+        """Let the training data draw by their position, if there are points within a round.
+
+        Args:
+            loaders: The training DataLoaders, before their first epoch.
+            settings: Settings that hold at this site.
+            cost: What a restart repeats, if there are points.
+            reason: Why the trainer has no points within a round, or None if it has.
+        """
+        self._loaders = list(loaders)
+        self._samplers: list[SeededSampler] = []
+        if settings.plan.records_steps or settings.phases > 1:
+            reason = "what the strategy records of a round, or a second model, is not saved within it"
+        for loader in self._loaders if reason is None else ():
+            if (sampler := seed_batches(loader)) is None:
+                reason = f"{type(loader).__name__} takes its rows in a way that cannot be repeated from the middle"
+                break
+            self._samplers.append(sampler)
+        self.within = reason is None
+        self.cost = cost if reason is None else f"{WHOLE_ROUND}: {reason}"
+
+    def begin_epoch(self, seed: int, epoch: int) -> None:
+        """Seed an epoch of a round before its data begin.
+
+        Args:
+            seed: Seed of the round.
+            epoch: Number of the epoch within the round, counted from 0.
+        """
+        if epoch and not self.within:
+            return
+        seed = part_seed(seed, "epoch", epoch) if epoch else seed
+        for loader in self._loaders:
+            seed_round(seed, loader)
+        for number, sampler in enumerate(self._samplers):
+            sampler.seed = part_seed(seed, "loader", number) if number else seed
+
+    def begin_step(self, seed: int, *place: int) -> None:
+        """Seed what the model draws in a step, if there are points within a round.
+
+        Args:
+            seed: Seed of the round.
+            place: Number of the step within the round, or its epoch and its number there.
+        """
+        if self.within:
+            seed_round(part_seed(seed, "step", *place))
+
+    def end(self) -> None:
+        """Seed nothing any more: the data loaders belong to the script again."""
+        for sampler in self._samplers:
+            sampler.seed = None
 
 
 def samplers_of(loader: Any) -> list[Any]:

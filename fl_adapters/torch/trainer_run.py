@@ -46,7 +46,7 @@ from fl_adapters.participant.registry import leaving_on_error
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
-from fl_adapters.torch.restart import TorchSnapshot
+from fl_adapters.torch.restart import TorchSnapshot, load_tensors
 from fl_adapters.torch.site import ArrivedTask, JoinedRun, TorchSite
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_runtime.errors import ConfigError
@@ -126,6 +126,11 @@ class TrainerRun(Generic[P]):
     def came_back(self) -> bool:
         """Whether a snapshot of an earlier process was loaded, so that the trainer goes on from there."""
         return self._snapshot is not None and self._snapshot.loaded
+
+    @property
+    def came_back_within(self) -> bool:
+        """Whether a snapshot from the middle of a round was loaded."""
+        return self._snapshot is not None and self._snapshot.within is not None
 
     @property
     def settings(self) -> SiteSettings:
@@ -245,8 +250,20 @@ class TrainerRun(Generic[P]):
         """
         if self._snapshot is not None and not (self.over or self.progress.at_beginning):
             with self.leaving_on_error():
-                state = self._snapshot.save_within(self.live.state.tensors, asdict(self.progress))
+                tally = self.tally.state_dict()
+                state = self._snapshot.save_within(self.live.state.tensors, asdict(self.progress), tally)
                 self._site.save_within(state)
+
+    def go_on_within(self) -> None:
+        """Set once more what was loaded from a point within the round, right before the trainer goes on there.
+
+        For adapters whose trainer runs the hooks of an epoch's beginning again: what these changed is undone.
+        """
+        if self._snapshot is not None and self._snapshot.within is not None:
+            with self.leaving_on_error():
+                self._snapshot.load_again()
+                load_tensors(self.live.state.tensors, self._snapshot.within.weights)
+                self.live.state.derive()
 
     def report(self, metrics: Metrics, num_examples: int) -> None:
         """Report the score of the model in place. Does nothing if no score is awaited.
@@ -376,6 +393,7 @@ class TrainerRun(Generic[P]):
         within = self._snapshot.within if self._snapshot is not None else None
         if within is not None:
             self.progress = Progress(**within.progress)
+            self.tally.load_state_dict(within.tally)
         elif self.came_back:
             self.progress = Progress.at(number, port.steps, self.settings.every)
         elif resumed is not None and resumed.progress.round == number:

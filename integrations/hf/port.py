@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, advance_schedule, plain_schedule, warn_if_schedule_ends_early
-from fl_adapters.torch.restart import TorchSnapshot
+from fl_adapters.torch.restart import RoundData, TorchSnapshot
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.wire.names import Names
@@ -43,7 +43,7 @@ class TransformersPort(TrainerPort):
         self.loss_before = hf.loss_sum()
         self.evaluated = -1
         self.epochs = restart.EpochCount()
-        self._round_data: restart.RoundData | None = None
+        self._round_data: RoundData | None = None
         self._callback, self._state = callback, state
         self._job, self._settings, self._budget = run.joined.job, run.settings, run.budget
         self._model, self._loader, self._scheduler = trainer.model, trained["train_dataloader"], trained["lr_scheduler"]
@@ -117,7 +117,7 @@ class TransformersPort(TrainerPort):
     def snapshot(self, live: LiveModel) -> TorchSnapshot:
         restart.refuse(self.trainer, self._state, self._settings.every, self._model, self._scheduler, self._loader)
         position = restart.Position(self.trainer, self._state, self._loader, self.epochs, self)
-        data = self._round_data = restart.RoundData(self.trainer, self._loader, self._settings)
+        data = self._round_data = restart.round_data(self.trainer, self._loader, self._settings)
         return restart.snapshot_of(self.trainer, live, self._scheduler, position, data.cost)
 
     def begin_epoch(self, seed: int, began: int) -> None:
@@ -130,7 +130,10 @@ class TransformersPort(TrainerPort):
         if self._round_data is not None:
             per_epoch = budget.steps_per_epoch(self.trainer.args, self._loader)
             number = (self.steps - began) // per_epoch
-            self._round_data.begin_epoch(self._loader, seed, number, self.epochs.begin())
+            skipped = self.epochs.begin()
+            self._round_data.begin_epoch(seed, number)
+            if self._round_data.within:
+                self._loader.skip_batches = skipped
 
     def begin_step(self, seed: int, began: int) -> None:
         """Seed the optimizer step that begins now; arguments as in `begin_epoch`."""

@@ -11,18 +11,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from fl_adapters.participant.options import Every, SiteSettings
-from fl_adapters.participant.restart import WHOLE_ROUND, not_restartable, part_seed
+from fl_adapters.participant.restart import SINCE_CHECKPOINT, not_restartable, since_checkpoint
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import plain_schedule
-from fl_adapters.torch.restart import (
-    TorchSnapshot,
-    refuse_inexact,
-    refuse_parts,
-    samplers_of,
-    seed_batches,
-    seed_round,
-)
+from fl_adapters.torch.restart import RoundData, TorchSnapshot, refuse_inexact, refuse_parts, samplers_of
 
 from . import trainer as hf
 
@@ -121,56 +114,15 @@ class Position:
         return 0.0 if now is None or before is None else now - before
 
 
-class RoundData:
-    """Data and random numbers of a round, so that a trainer can begin again at a checkpoint within it.
-
-    All that a round draws follows from its seed and from a position: that of the epoch, the batch, or the step.
-
-    Attributes:
-        cost: What a restart repeats, as a clause for the user.
-    """
-
-    def __init__(self, trainer: Trainer, loader: Any, settings: SiteSettings) -> None:
-        reason = _no_points_within(trainer.args, loader, settings)
-        self._batches = None if reason else seed_batches(loader)
-        if reason is None and self._batches is None:
-            reason = f"{type(loader).__name__} takes its rows in a way that cannot be repeated from the middle"
-        self._within = reason is None
-        self.cost = f"{WHOLE_ROUND}: {reason}" if reason else _interval(trainer.args)
-
-    def begin_epoch(self, loader: Any, seed: int, epoch: int, skipped: int) -> None:
-        """Seed an epoch of a round before its data begin.
-
-        Args:
-            loader: The training DataLoader, of accelerate.
-            seed: Seed of the round.
-            epoch: Number of the epoch within the round, counted from 0.
-            skipped: Batches at its beginning that an earlier process has trained.
-        """
-        if epoch == 0 or self._within:
-            seed = part_seed(seed, "epoch", epoch) if epoch else seed
-            seed_round(seed, loader)
-        if self._batches is not None:
-            self._batches.seed = seed
-            loader.skip_batches = skipped
-
-    def begin_step(self, seed: int, step: int) -> None:
-        """Seed what the model draws in an optimizer step.
-
-        Args:
-            seed: Seed of the round.
-            step: Number of the step within the round, counted from 0.
-        """
-        if self._within:
-            seed_round(part_seed(seed, "step", step))
+def round_data(trainer: Trainer, loader: Any, settings: SiteSettings) -> RoundData:
+    """Data and random numbers of a round, and what a restart repeats."""
+    return RoundData([loader], settings, _interval(trainer.args), _no_points_within(trainer.args, loader))
 
 
-def _no_points_within(args: TrainingArguments, loader: Any, settings: SiteSettings) -> str | None:
+def _no_points_within(args: TrainingArguments, loader: Any) -> str | None:
     """Why there are no restart points within a round; None if there are."""
     if args.save_strategy == "no":
         return 'save_strategy="no" saves no checkpoints'
-    if settings.plan.records_steps or settings.phases > 1:
-        return "what the strategy records of a round, or a second model, is not saved within it"
     if not hasattr(loader, "skip_batches"):
         return f"{type(loader).__name__} cannot skip batches"
     if len(loader) % args.gradient_accumulation_steps:
@@ -179,9 +131,7 @@ def _no_points_within(args: TrainingArguments, loader: Any, settings: SiteSettin
 
 
 def _interval(args: TrainingArguments) -> str:
-    if args.save_strategy == "steps":
-        return f"a restart repeats at most {args.save_steps:g} steps, those since the last checkpoint (save_steps)"
-    return "a restart repeats the steps since the last checkpoint"
+    return since_checkpoint(args.save_steps, "save_steps") if args.save_strategy == "steps" else SINCE_CHECKPOINT
 
 
 def snapshot_of(trainer: Trainer, live: LiveModel, scheduler: Any, position: Position, cost: str) -> TorchSnapshot:

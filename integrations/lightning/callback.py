@@ -13,7 +13,7 @@ from fl_adapters.torch.selection import modules_in
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 
-from . import budget, outputs, restart
+from . import budget, outputs
 from . import trainer as lightning
 from .export import Exporter
 from .framework import callback_classes
@@ -102,12 +102,6 @@ class FederatedCallback(PrivateArguments, *callback_classes()):  # type: ignore[
         """Make the handshake and take the first global model."""
         if self._run is not None:
             self._begin(self._run, trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Seed the data of the round, for exact restarts."""
-        run = self._run
-        if run is not None and run.begun and run.seed is not None and not run.progress.epochs:
-            restart.begin_round(trainer, run.seed)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Correct the gradients, which are complete and unscaled here. Lightning clips them after this hook."""

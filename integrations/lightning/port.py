@@ -39,7 +39,7 @@ class LightningPort(TrainerPort):
         self.in_batch = self.at_end = False
         self.logged: Mapping[str, Any] = {}
         self._trainer, self._module, self._callback = trainer, module, callback
-        self._every, self._checkpoint = run.settings.every, checkpoint
+        self._run, self._checkpoint = run, checkpoint
         self._restore_intervals: Callable[[], None] | None = None
 
     @property
@@ -110,5 +110,4 @@ class LightningPort(TrainerPort):
         budget.advance_schedules(self._trainer, (epochs or 0) - done[0], (steps or 0) - done[1])
 
     def snapshot(self, live: LiveModel) -> TorchSnapshot:
-        restart.refuse(self._trainer, self._module, self._every)
-        return restart.snapshot_of(self._trainer, live, restart.Position(self._trainer, self._callback))
+        return restart.snapshot_of(self._trainer, self._module, self._callback, live, self._run)

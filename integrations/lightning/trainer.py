@@ -6,12 +6,16 @@ All access to private attributes of Lightning stands here. Checked in lightning 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
 from fl_adapters.participant.local_result import without_prefix
 from fl_adapters.participant.options import BestMetric, SiteSettings
@@ -31,10 +35,42 @@ _STRATEGIES = {
 _FOLDERS_OF_A_LOGGER = ("_root_dir", "_save_dir")  # TensorBoardLogger, CSVLogger; lightning 2.4.0 and 2.6.6
 # of lightning's logger connector, in 2.4.0 and 2.6.6
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+# of ModelCheckpoint in 2.6.6; 2.4.0 has the first two
+_SAVING = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
+# of `_Metadata`, which describes a logged value, in 2.4.0 and 2.6.6
+_LOGGED = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "enable_graph",
+    "add_dataloader_idx",
+    "dataloader_idx",
+    "metric_attribute",
+)
 _CALLBACKS = {
     "StochasticWeightAveraging": "StochasticWeightAveraging puts an average of its own in place of the global weights",
     "WeightAveraging": "WeightAveraging puts an average of its own in place of the global weights",
 }
+
+
+@dataclass(frozen=True)
+class CheckpointInterval:
+    """When one checkpoint callback saves the state of training.
+
+    Attributes:
+        steps: Optimizer steps between two files, or None.
+        epochs: Epochs between two files, or None.
+        timed: Whether it saves after so much time.
+        picks: Whether it saves only what is better by a metric than before.
+    """
+
+    steps: int | None
+    epochs: int | None
+    timed: bool
+    picks: bool
 
 
 def refuse_unsupported(trainer: Any, callback_class: type) -> None:
@@ -180,9 +216,67 @@ def training_loaders(trainer: Any) -> list[Any]:
     return list(trainer.fit_loop._combined_loader.flattened)  # lightning 2.4.0 and 2.6.6
 
 
-def begin_data_anew(trainer: Any) -> None:
-    """Let the first epoch draw its data again, from random states that were seeded since."""
-    iter(trainer.fit_loop._data_fetcher)  # lightning 2.4.0 and 2.6.6
+def begin_data_anew(trainer: Any, *, skipped: int = 0) -> None:
+    """Let the epoch draw its data again, from random states that were seeded since.
+
+    `skipped` batches at its beginning are loaded, so that workers draw what they drew before, and not trained.
+    """
+    fetcher = trainer.fit_loop._data_fetcher  # lightning 2.4.0 and 2.6.6
+    iter(fetcher)
+    for _ in range(skipped):
+        next(fetcher)
+    fetcher.fetched -= skipped  # the training loop adds the batches that it takes for trained
+
+
+def takes_batches_itself(trainer: Any) -> bool:
+    """Whether `training_step` takes its batches from an iterator (`dataloader_iter`)."""
+    fetcher = trainer.fit_loop._data_fetcher  # lightning 2.4.0 and 2.6.6
+    return any(kind.__name__ == "_DataLoaderIterDataFetcher" for kind in type(fetcher).__mro__)
+
+
+def batches_ready(trainer: Any) -> tuple[int, int]:
+    """Batches that have been fetched for training: in all, and of this epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.total.ready, progress.current.ready
+
+
+def within_epoch(trainer: Any) -> bool:
+    """Whether training stands between two batches of an epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    begun = 0 < progress.current.ready == progress.current.completed
+    return begun and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()  # lightning 2.4.0 and 2.6.6
+
+
+def begin_within_epoch(trainer: Any, batch: int) -> Callable[[], None]:
+    """Let the training loop begin its next epoch at `batch`, counted from 0, without validating before.
+
+    Call it before the epoch begins. Returns a function to call when the batch begins, which restores the intervals.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress.current
+    progress.ready = progress.started = progress.processed = progress.completed = batch
+    loop.restarting = True
+    interval = trainer.check_val_every_n_epoch
+    trainer.check_val_every_n_epoch = trainer.current_epoch + 2  # not in this epoch
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+    def restore() -> None:
+        trainer.check_val_every_n_epoch = interval
+
+    return restore
+
+
+def count_begun(trainer: Any) -> None:
+    """Count an epoch and a batch that have begun, after the counts were set to those before."""
+    epochs = trainer.fit_loop.epoch_progress
+    epochs.increment_ready()
+    epochs.increment_started()
+    trainer.fit_loop.epoch_loop.batch_progress.total.ready += 1
+
+
+def is_sigterm(error: BaseException) -> bool:
+    """Whether Lightning ends training because of a SIGTERM."""
+    return type(error).__name__ == "SIGTERMException"
 
 
 def batches_that_stepped(trainer: Any) -> int:
@@ -193,6 +287,90 @@ def batches_that_stepped(trainer: Any) -> int:
 def set_batches_that_stepped(trainer: Any, count: int) -> None:
     """Set the count that `batches_that_stepped` gives."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = count  # lightning 2.4.0 and 2.6.6
+
+
+def saves_state(trainer: Any) -> list[CheckpointInterval]:
+    """When the trainer's checkpoint callbacks save the state of training, without those that save weights alone."""
+    return [
+        CheckpointInterval(
+            # lightning 2.4.0 and 2.6.6
+            steps=getattr(saver, "_every_n_train_steps", None) or None,
+            epochs=getattr(saver, "_every_n_epochs", None) or None,
+            timed=getattr(saver, "_train_time_interval", None) is not None,
+            picks=getattr(saver, "monitor", None) is not None,
+        )
+        for saver in trainer.checkpoint_callbacks
+        if not getattr(saver, "save_weights_only", False)
+        and (getattr(saver, "save_top_k", 1) != 0 or getattr(saver, "save_last", None))
+    ]
+
+
+def saving_state(saver: Any) -> dict[str, Any]:
+    """What a ModelCheckpoint remembers beside its `state_dict`, such as the step of its last file."""
+    return {name: vars(saver)[name] for name in _SAVING if name in vars(saver)}
+
+
+def set_saving_state(saver: Any, state: Mapping[str, Any]) -> None:
+    """Set what `saving_state` gives."""
+    vars(saver).update(state)
+
+
+def logged_state(trainer: Any, module: torch.nn.Module) -> dict[str, Any]:
+    """What training has logged so far: the newest values, the means of this epoch, and the module's torchmetrics."""
+    return {
+        "newest": [dict(values) for values in _newest(trainer)],
+        "epoch": [_logged(key, metric) for key, metric in _epoch_results(trainer).items() if _accumulates(metric)],
+        "metrics": {name: [_metric_state(metric), metric._update_count] for name, metric in _metrics_of(module)},
+    }
+
+
+def set_logged_state(trainer: Any, module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Set what `logged_state` gives."""
+    for values, saved in zip(_newest(trainer), state["newest"], strict=True):
+        values.update(saved)
+    results = _epoch_results(trainer)
+    kinds = import_module(type(results).__module__)
+    for key, fields, should_sync, rank_zero_only, values, updates in state["epoch"]:
+        meta = kinds._Metadata(**fields)
+        meta.sync = kinds._Sync(_should=should_sync, fn=trainer.strategy.reduce, rank_zero_only=rank_zero_only)
+        results[key] = kinds._ResultMetric(meta, True)
+        _set_metric_state(results[key], values, updates)
+    for name, metric in _metrics_of(module):
+        if name in state["metrics"]:
+            _set_metric_state(metric, *state["metrics"][name])
+
+
+def _newest(trainer: Any) -> list[dict[str, Any]]:
+    connector = vars(trainer._logger_connector)  # lightning 2.4.0 and 2.6.6
+    return [connector[name] for name in _METRICS if name in connector]
+
+
+def _epoch_results(trainer: Any) -> Any:
+    return trainer.fit_loop.epoch_loop._results  # lightning 2.4.0 and 2.6.6
+
+
+def _accumulates(metric: Any) -> bool:
+    return bool(metric.is_tensor and metric.meta.on_epoch and not metric.has_reset)
+
+
+def _logged(key: str, metric: Any) -> list[Any]:
+    meta = metric.meta
+    fields = {**{name: getattr(meta, name) for name in _LOGGED}, "reduce_fx": meta.reduce_fx.__name__}
+    return [key, fields, meta.sync.should, meta.sync.rank_zero_only, _metric_state(metric), metric._update_count]
+
+
+def _metrics_of(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, Metric)]
+
+
+def _metric_state(metric: Any) -> dict[str, Any]:
+    return {name: getattr(metric, name) for name in metric._defaults}  # torchmetrics 0.7.0 and 1.9.0
+
+
+def _set_metric_state(metric: Any, values: Mapping[str, Any], updates: int) -> None:
+    for name, value in values.items():
+        setattr(metric, name, value)
+    metric._update_count, metric._computed = updates, None  # torchmetrics 0.7.0 and 1.9.0
 
 
 def set_root_folder(trainer: Any, folder: str) -> None:
