@@ -12,7 +12,10 @@ PROTOCOL = 1
 COHORT = "cohort"
 """Feature of a server that keeps to what the sites' policies ask of every aggregate."""
 
-FEATURES: tuple[str, ...] = ("beats", "parts", "trainings", COHORT)
+FILES = "files"
+"""Feature of a server that takes the small files that a model needs beside its weights."""
+
+FEATURES: tuple[str, ...] = ("beats", "parts", "trainings", COHORT, FILES)
 """Optional parts of the protocol that this version supports. Two sides use those that both name."""
 
 SERVER_NAME = "server.fl-adapters.internal"

@@ -69,6 +69,7 @@ class RemoteJob:
                 error=error,
                 bytes_up=values.get("bytes_up", 0),
                 bytes_down=values.get("bytes_down", 0),
+                files=values.get("files"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as wrong:
             what = f"the server's result of the job cannot be read: {wrong!r}"[:300]

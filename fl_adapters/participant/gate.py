@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fl_adapters.participant.exchange import RegisteredModel
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
+from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason, policy_gate_of
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
@@ -205,6 +206,24 @@ class Gate:
             filtered = self._filters.report(report)
             self._policy.record_report(filtered)
         return filtered
+
+    def release_files(self, files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Choose the small files beside the model that may go to the server, and record them.
+
+        Args:
+            files: Name -> contents.
+
+        Returns:
+            Those that may leave; and the name of each that stays -> the rule of the policy that keeps it.
+        """
+        policy = self._policy
+        if not isinstance(policy, KitPolicyGate):
+            return dict(files), {}
+        kept = policy.policy.files.kept_back({name: len(data) for name, data in files.items()})
+        released = {name: data for name, data in files.items() if name not in kept}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in released.items()}
+        policy.record("files", job=self._job.get("name", ""), sha256=digests, kept=kept)
+        return released, kept
 
     def leave(self, reason: LeaveReason, *, early: bool) -> str:
         """Return the reason for leaving as the server may see it, and record the full one."""

@@ -22,7 +22,7 @@ from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.restart import SiteRestart, round_seed
-from fl_adapters.participant.results import Results
+from fl_adapters.participant.results import Export, Results
 from fl_adapters.participant.swarm import SwarmSite
 from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SWARM
 from fl_runtime.client import SiteClient
@@ -401,7 +401,7 @@ class Session:
         """
         return SecureStream(stream, self.name, self._gate.stream_identity())
 
-    def finish(self, export: Callable[[str], None] | None = None, load: Callable[[Arrays], None] | None = None) -> None:
+    def finish(self, export: Export | None = None, load: Callable[[Arrays], None] | None = None) -> None:
         """Leave the run at its normal end, after the task of kind "final".
 
         In a simulation, one site also writes the results: the live model to runs/<job>/model, and the best round's

@@ -16,6 +16,7 @@ from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.outputs import PERSONAL
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_adapters.participant.registry import open_session, running_session
+from fl_adapters.participant.results import Export
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
@@ -239,7 +240,7 @@ class TorchSite:
         live.load(task.arrays if task else None)
         return True
 
-    def finish(self, live: LiveModel, export: Callable[[str], None]) -> None:
+    def finish(self, live: LiveModel, export: Export) -> None:
         """Leave the run after its last round, and export the personal model, if any, to this site's own folder.
 
         Args:

@@ -31,7 +31,7 @@ a copy made before `begin` takes the original's place, a later one is inactive a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
@@ -43,6 +43,7 @@ from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import leaving_on_error
+from fl_adapters.participant.results import Export
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
@@ -277,7 +278,7 @@ class TrainerRun(Generic[P]):
                 self.awaits_score = False
                 self._site.report(metrics, num_examples)
 
-    def finish(self, export: Callable[[str], None], *, end_with_best: bool = False) -> int | None:
+    def finish(self, export: Export, *, end_with_best: bool = False) -> int | None:
         """End the training after the last round. The model holds the final weights.
 
         Args:

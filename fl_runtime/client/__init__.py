@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fl_runtime.client.site_client import SiteClient, Welcome
+from fl_runtime.client.site_client import FilesReceipt, SiteClient, Welcome
 
-__all__ = ["SiteClient", "Welcome"]
+__all__ = ["FilesReceipt", "SiteClient", "Welcome"]

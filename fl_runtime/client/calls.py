@@ -23,7 +23,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 _DAMAGED_TRIES = 4
 _TOLD_AT_ONCE_S = 60.0  # who is this patient is told at once that the server was never reached
 _BEATS = 4  # signs of life to ask for within the longest silence of a call
-_ALWAYS_ANSWERED = ("Join", "Submit", "Leave")
+_ALWAYS_ANSWERED = ("Join", "Submit", "Files", "Leave")
 _random = random.Random()  # a generator of our own, so that the user's random state does not change
 
 

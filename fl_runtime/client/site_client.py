@@ -16,7 +16,7 @@ from fl_runtime.client.handshake import PARTS, Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
-from fl_runtime.text import parse_json
+from fl_runtime.text import parse_json, printable
 from fl_runtime.trainings import training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
@@ -24,7 +24,7 @@ from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import Clock
 from fl_runtime.types import CohortRules, Metrics, Report, Task, Terms, Update
-from fl_runtime.version import COHORT, FEATURES, PROTOCOL, VERSION
+from fl_runtime.version import COHORT, FEATURES, FILES, PROTOCOL, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -35,6 +35,21 @@ log = logging.getLogger(__name__)
 
 _GOODBYE_S = 10.0
 _METRICS_CHARS = 2**23
+
+
+@dataclass(frozen=True)
+class FilesReceipt:
+    """The server's answer to files that go with the final model.
+
+    Attributes:
+        status: "kept", "same" as those that are kept, or "different" from them.
+        kept_of: Name of the site whose files are kept.
+        differ: Names of the files that differ from that site's.
+    """
+
+    status: str
+    kept_of: str
+    differ: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class SiteClient:
         self._session = pb.Session()
         self._parts = False  # whether the server takes a registration in several messages
         self._cohorts, self._min_sites = False, None  # whether the server keeps to rules of a policy, and its quorum
+        self._takes_files = False  # whether the server does
         self._held = 0  # 1 + version of the last model to train that was received
         self._presence: Presence | None = None
 
@@ -155,6 +171,7 @@ class SiteClient:
         beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
         self._parts = PARTS in reply.features
+        self._takes_files = FILES in reply.features
         self._cohorts, self._min_sites = COHORT in reply.features, settings.get("min_sites")
         if self._same_machine and reply.shared_folder:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
@@ -296,6 +313,25 @@ class SiteClient:
         except ValueError as error:
             raise ProtocolError(f"the server sends metrics that are not JSON: {error}") from None
         return plain(from_json(metrics)), reply.stop
+
+    def send_files(self, files: Mapping[str, bytes], weights_file: str = "") -> FilesReceipt | None:
+        """Send the small files that the final model needs beside its weights. Sending them again is harmless.
+
+        Args:
+            files: Name -> contents, of `fl_runtime.wire.model_files.MODEL_FILES`.
+            weights_file: File that the framework reads the weights from, one of `WEIGHTS_FILES` there.
+
+        Returns:
+            What becomes of them; None if the server's version takes none.
+
+        Raises:
+            ProtocolError: The server refuses a file.
+        """
+        if not self._takes_files:
+            return None
+        accepted = self._uploads.files(self._session, files, weights_file)
+        differ = tuple(printable(name, 100) for name in accepted.differ)
+        return FilesReceipt(accepted.status, printable(accepted.kept_of, 100), differ)
 
     def tunnel(self, accept: Callable[[Stream], None], lost: Callable[[], None]) -> Tunnel:
         """Open streams to other sites, which the server relays in a call of their own.

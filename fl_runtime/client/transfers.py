@@ -229,24 +229,36 @@ class Uploads:
         part = pb.UpdatePart(update=header)
         small = manifest.nbytes <= frames.INLINE_BYTES
         message = frames.inlined(part, pieces) if small else part.SerializeToString()
-        status = self._calls.repeat(
+        accepted = self._calls.repeat(
             lambda: self._attempt(message, [] if small else pieces), progress=lambda: self._at_server
         )
         self._layouts.at_server.add(manifest.layout)
-        return status
+        return accepted.status
 
-    def _attempt(self, header: bytes, pieces: list[memoryview]) -> str:
+    def files(self, session: pb.Session, files: Mapping[str, bytes], weights_file: str) -> pb.Accepted:
+        """Upload small files that go with the final model; returns what becomes of them."""
+        arrays = {name: np.frombuffer(data, np.uint8) for name, data in files.items()}
+        manifest = Manifest.of(arrays)
+        header = pb.FilesHeader(
+            session=session,
+            payload=frames.describe(manifest, manifest.digests(arrays, {}), known=False),
+            weights_file=weights_file,
+        )
+        message, pieces = pb.FilesPart(files=header).SerializeToString(), manifest.pieces(arrays, {})
+        return self._calls.repeat(lambda: self._attempt(message, pieces, "Files"), progress=lambda: self._at_server)
+
+    def _attempt(self, header: bytes, pieces: list[memoryview], method: str = "Submit") -> pb.Accepted:
         """One try: all in the header, or frames from the offset that the server names."""
         if not pieces:
-            replies = self._calls.replies("Submit", header)
+            replies = self._calls.replies(method, header)
             self.nbytes += len(header)
         else:
             offset = _Offset()
-            replies = self._calls.replies("Submit", self._messages(header, pieces, offset))
+            replies = self._calls.replies(method, self._messages(header, pieces, offset))
             try:
                 first = parsed(pb.SubmitReply, next(replies, b""))
                 if first.HasField("accepted"):
-                    return first.accepted.status
+                    return first.accepted
                 self._at_server = first.send_from
                 if first.file:
                     self._write_shared(first.file, pieces)
@@ -256,7 +268,7 @@ class Uploads:
         last = parsed(pb.SubmitReply, next(replies, b""))
         if not last.HasField("accepted"):
             raise ConnectionLostError("the server ended the call without an acknowledgement")
-        return last.accepted.status
+        return last.accepted
 
     def _messages(self, header: bytes, pieces: list[memoryview], offset: _Offset) -> Iterator[bytes]:
         self.nbytes += len(header)

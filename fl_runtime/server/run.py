@@ -22,6 +22,7 @@ from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.courses.virtual import Virtual, VirtualSites
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.records.events import Emitter
+from fl_runtime.server.records.model_files import ModelFiles
 from fl_runtime.server.recovery import SitesAhead, reading, restore_plan, restore_results
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import RunState
@@ -42,6 +43,7 @@ class Run:
         state: Journal, files, models, phase and results, behind the run's lock.
         membership: The sites.
         scoring: Scores of the global models.
+        files: The small files that go with the final model.
         course: How the run proceeds. It is `Joining` until the sites have agreed.
         ended: Set once the run is over, whether it is done, failed or halted.
     """
@@ -73,6 +75,7 @@ class Run:
         self._cross_site = CrossEvaluation(state, self.membership, self.scoring)
         self._initial = InitialModel(state, self.membership, folder.parent)
         self._final = FinalModel(state, self.membership, self.scoring)
+        self.files = ModelFiles(state)
         self._virtual = virtual
         self._ahead = SitesAhead(state.journal)
         self.course: Course = self._choose_course()
@@ -109,7 +112,8 @@ class Run:
             unfinished = restore_results(state, self.scoring.scores)
             self.course = self._choose_course()
             needed = self.course.recover(unfinished) | self._cross_site.recover()
-        state.blobs.sweep(needed | state.models.blob_names())
+            self.files.recover()
+        state.blobs.sweep(needed | state.models.blob_names() | self.files.blob_names())
 
     def drive(self) -> None:
         """Take the run from where it stands to its end. An error ends the run, and every waiting site gets it."""
@@ -132,7 +136,8 @@ class Run:
     def _forget_updates(self) -> None:
         """Delete the files of the sites' updates, which nobody needs any more."""
         with self.state.lock:
-            self.state.blobs.forget(self.state.models.blob_names())
+            self.files.close()
+            self.state.blobs.forget(self.state.models.blob_names() | self.files.blob_names())
 
     def rest(self) -> None:
         """Wait until no site that has left may begin another training: each has begun it, or its script has ended."""

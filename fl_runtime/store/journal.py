@@ -11,7 +11,7 @@ The statements are those that SQLite and PostgreSQL have in common.
               sites whose connection was lost for too long); refusals (site that was excluded -> its error);
               repeats ([round, number of failed tries]); buffer ([[site, round], ...]); ended ("null", or the error);
               over ("true" once the job has ended with this run); restored (when the backup was made that this
-              journal was restored from, in seconds since the epoch)
+              journal was restored from, in seconds since the epoch); files (see store/journal_files.py)
     layout    layout (16 bytes, see wire/manifest.py), manifest (protobuf fl.v1.Manifest)
     site      name, attempt (number of the site's newest process), registration
     model     version (round whose result it is), blob (file name), layout, digests (8 bytes per tensor)
@@ -33,6 +33,7 @@ from typing import Any
 from fl_runtime.errors import ConfigError, FederationError, StoreError
 from fl_runtime.store.database import Database
 from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
+from fl_runtime.store.journal_files import FilesJournal
 from fl_runtime.store.journal_reader import JournalReader
 from fl_runtime.store.sqlite import SqliteDatabase
 from fl_runtime.types import RunSettings, Terms
@@ -79,6 +80,7 @@ class Journal:
     Attributes:
         where: Names the database in messages.
         reader: Reads what the journal holds.
+        files: Records the small files that sites have sent beside the final model.
 
     Raises:
         StoreError: If the database is damaged, cannot be written, or has a newer schema version.
@@ -87,7 +89,7 @@ class Journal:
     def __init__(self, database: Database) -> None:
         self.where = database.where
         self._db = database
-        self.reader = JournalReader(self._db)
+        self.reader, self.files = JournalReader(self._db), FilesJournal(self._db)
         with self._db.transaction():
             if not self._db.has_table("meta"):
                 for statement in _SCHEMA.split(";"):

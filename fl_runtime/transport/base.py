@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
-METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Leave", "Tunnel")
+METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Files", "Leave", "Tunnel")
 """Calls within a job; their messages are protobuf (wire/fl/v1/federation.proto)."""
 CONTROL_METHODS = (
     "Assignment",

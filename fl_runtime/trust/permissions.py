@@ -40,6 +40,7 @@ TABLE: Mapping[str, Rule] = {
     "Next": Rule("fetch a task and the global model", _SITE),
     "Submit": Rule("send an update", _SITE),
     "Score": Rule("send metrics of a global model", _SITE),
+    "Files": Rule("send the small files that the final model needs beside its weights", _SITE),
     "Tunnel": Rule("exchange streams of bytes with the job's other sites", _SITE),
     "Leave": Rule("leave a job", _SITE),
     "Status": Rule("see sites, jobs and rounds", {"site": "any", **_ADMINS}),

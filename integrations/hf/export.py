@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel, Trainer
 from transformers.utils import cached_file
 
+from fl_adapters.participant.results import ModelFiles
 from fl_adapters.torch.selection import is_sharded, unwrap
+from fl_runtime.store.tensorfile import read_tensors
 
 _PREPROCESSORS = ("tokenizer", "processor", "feature_extractor", "image_processor")
+_ADAPTER = "adapter_model.safetensors"
 _CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
@@ -33,10 +37,16 @@ class Exporter:
             parts = [getattr(trainer.data_collator, name, None) for name in _PREPROCESSORS]
             self._preprocessors = [part for part in parts if hasattr(part, "save_pretrained")]
 
-    def export(self, folder: str) -> None:
+    def export(self, folder: str) -> ModelFiles | None:
         """Write the model as it is to `folder`, with `save_pretrained` if it has that, else as `model.safetensors`.
 
         A PEFT model writes its adapter, which opens with `PeftModel.from_pretrained(base, folder)`.
+
+        Args:
+            folder: Folder to write to. It is made if it does not exist.
+
+        Returns:
+            What makes another copy of the weights open in the same way; None for models that are not of transformers.
         """
         os.makedirs(folder, exist_ok=True)
         if isinstance(self._model, PeftModel):
@@ -50,6 +60,17 @@ class Exporter:
         for preprocessor in self._preprocessors or self._of_the_base(folder):
             if hasattr(preprocessor, "save_pretrained"):
                 preprocessor.save_pretrained(folder)
+        return self._described(Path(folder))
+
+    def _described(self, folder: Path) -> ModelFiles | None:
+        if isinstance(self._model, PeftModel):
+            return ModelFiles(folder, _shapes(folder / _ADAPTER), _ADAPTER)
+        if not isinstance(self._model, PreTrainedModel):
+            return None
+        weights: dict[str, tuple[int, ...]] = {}
+        for path in folder.glob("model*.safetensors"):
+            weights |= _shapes(path)
+        return ModelFiles(folder, weights)
 
     def _of_the_base(self, folder: str) -> Sequence[Any]:
         """Tokenizer or processor that lies beside the weights from which the model was made, if it is on this machine.
@@ -71,6 +92,11 @@ class Exporter:
         if not any(is_sharded(parameter) for parameter in self._model.parameters()):
             return None
         return {name: tensor for name, tensor in self._model.state_dict().items() if not is_sharded(tensor)}
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor in a safetensors file -> its shape."""
+    return {name: array.shape for name, array in read_tensors(path).items()}
 
 
 def _preprocessor_of(source: str) -> Any:

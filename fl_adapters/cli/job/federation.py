@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import FederationError
 from fl_runtime.text import printable
 
-_EVENTS = "events.jsonl"
+_EVENTS, _OUTCOME = "events.jsonl", "outcome.json"
 
 
 @contextmanager
@@ -75,6 +75,8 @@ def show(kit: Path, name: str, as_json: bool) -> int:
     console.print(table)
     for item in job.get("files", ()):
         console.print(f"  {item['path']}, {item['size_bytes']} bytes", highlight=False)
+    for text in _about_files(job.get("outcome") or {}):
+        console.print(text, highlight=False, soft_wrap=True)
     if job.get("files"):
         console.print(f"to fetch them: fl-adapters job download {name} --kit {kit}", highlight=False)
     if as_json:
@@ -159,9 +161,24 @@ def fetch(kit: Path, name: str, folder: Path, patience_s: float | None, as_json:
     console = console_for(as_json)
     for path in files:
         console.print(str(path), highlight=False, soft_wrap=True)
+    with suppress(OSError, ValueError, AttributeError):  # a server of an earlier version has left none
+        for text in _about_files(json.loads((folder / _OUTCOME).read_text("utf-8"))):
+            console.print(text, highlight=False, soft_wrap=True)
     if as_json:
         show_json({"job": name, "folder": str(folder), "files": [str(path) for path in files]})
     return 0
+
+
+def _about_files(outcome: Mapping[str, Any]) -> Iterator[str]:
+    """Say from which site the small files beside a job's models are, and which sites sent others."""
+    trainings = outcome.get("trainings") or [outcome]
+    for number, training in enumerate(trainings, 1):
+        files = training.get("files")
+        if files:
+            place = f"training {number}, " if len(trainings) > 1 else ""
+            yield printable(f"{place}model/: {', '.join(files['names'])} are those of {files['site']}", 2000)
+            for site, names in files["different"].items():
+                yield printable(f"warning: {place}{site} sent another {', '.join(names)}", 2000)
 
 
 def compare(kit: Path, names: Sequence[str], as_json: bool) -> int:

@@ -24,12 +24,17 @@ _REQUESTS: Mapping[str, type[Message]] = {
     "Next": pb.NextRequest,
     "Submit": pb.UpdatePart,
     "Score": pb.ScoreRequest,
+    "Files": pb.FilesPart,
     "Leave": pb.LeaveRequest,
     "Tunnel": pb.TunnelPart,
 }
 
 _LARGE_BYTES = 2**18
-_DESCRIBED_AT: Mapping[str, Sequence[int]] = {"Register": (2,), "Submit": (1, 10, 2)}  # fields of the manifest
+_DESCRIBED_AT: Mapping[str, Sequence[int]] = {  # fields that lead to the manifest
+    "Register": (2,),
+    "Submit": (1, 10, 2),
+    "Files": (1, 2, 2),
+}
 _EXTRA_TIMES, _EXTRA_BYTES = 8, 2**18
 
 
@@ -100,6 +105,8 @@ def first_request(
 
 def session_job(request: Message) -> str:
     """Return the job or training that the first message of a call names, which is not a Join; "" if it names none."""
+    if isinstance(request, pb.FilesPart):
+        return str(request.files.session.job)
     session = request.update.session if isinstance(request, pb.UpdatePart) else request.session  # type: ignore[attr-defined]
     return str(session.job)
 

@@ -15,11 +15,12 @@ from typing import Any, get_args
 from google.protobuf.message import Message
 
 from fl_runtime.aggregation.metrics.pooling import from_json, plain, to_json
-from fl_runtime.errors import FederationError, ProtocolError, StoreError, TransferDamagedError
+from fl_runtime.errors import ProtocolError, StoreError
 from fl_runtime.server.calls import limits
+from fl_runtime.server.calls.files import FilesCalls
 from fl_runtime.server.calls.relay import Relay
 from fl_runtime.server.calls.requests import DescribedLimit, expected, first_request, next_part
-from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer
+from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer, receive_frames
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
 from fl_runtime.server.run import Run
@@ -50,6 +51,7 @@ class FederationService:
         """
         self._run, self._state, self._share = run, run.state, share
         self._spool = Spool(run.state.blobs, run.state.lock)
+        self._files = FilesCalls(run, self._spool)
         self._relay = Relay(run.membership.members)
         self._metric_names = limits.MetricNames()
         self._sent: dict[str, tuple[str, int, str]] = {}  # the last task of each site: kind, round and stage
@@ -60,6 +62,7 @@ class FederationService:
             "Next": self._next,
             "Submit": self._submit,
             "Score": self._score,
+            "Files": self._take_files,
             "Leave": self._leave,
             "Tunnel": self._tunnel,
         }
@@ -254,7 +257,7 @@ class FederationService:
             peer.account.read()
             transfer = self._spool.begin(name, digest, manifest, payload.digests, self._share_of(), peer.hang_up)
             received = header_bytes
-            try:
+            with self._spool.receiving(transfer):
                 if payload.inline:
                     transfer.receiver.take(payload.inline[transfer.receiver.arrived :])
                 elif transfer.receiver.manifest.nbytes:
@@ -263,21 +266,11 @@ class FederationService:
                     if shared:
                         received += _await_filled_file(transfer, requests, finite=header.finite)
                     else:
-                        received += _receive_frames(transfer, requests)
+                        received += receive_frames(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(job=self._state.settings.name, site=name, arrays=arrays, extras=extras, **facts)
                 self._run.course.checks.check_values(update)
-            except FederationError as error:
-                if isinstance(error, TransferDamagedError):  # keep the part that is intact
-                    self._spool.keep_broken(transfer)
-                else:
-                    self._spool.drop(transfer)
-                raise
-            except BaseException:  # the connection broke: keep what has arrived for the next attempt
-                self._spool.keep_broken(transfer)
-                raise
-            self._spool.end(transfer)
             journaled = {**facts, "metrics": to_json(facts["metrics"])}
             status = self._run.accept(Upload(update, transfer.blob, digest, journaled, received))
         (peer.account.earn if status in _COUNTED else peer.account.void)()
@@ -361,6 +354,10 @@ class FederationService:
                 metrics_json, stop = json.dumps(to_json(answer[0])), answer[1]
                 yield pb.ScoreReply(metrics_json=metrics_json, stop=stop).SerializeToString()
 
+    def _take_files(self, peer: Peer, request: pb.FilesPart, requests: Iterator[bytes]) -> Iterator[bytes]:
+        attempt = self._attempt(request.files.session)
+        yield from self._files.take(peer, attempt, request.files, requests, self._share_of())
+
     def _update_fields(self, peer: Peer, header: pb.UpdateHeader) -> dict[str, Any]:
         """The fields of an Update other than its tensors, as JSON values."""
         if header.content not in get_args(Content):
@@ -387,18 +384,6 @@ class FederationService:
 def _beat_s(session: pb.Session) -> float | None:
     """Seconds between the signs of life that the caller asks for in a call that waits, or None for none."""
     return max(session.beat_s, _SHORTEST_BEAT_S) if session.beat_s > 0 else None
-
-
-def _receive_frames(transfer: Transfer, requests: Iterator[bytes]) -> int:
-    """Take frames until the payload is whole; returns the bytes of the messages."""
-    count = 0
-    while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
-        message = expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
-        if not frames.is_frame(message):
-            raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
-        transfer.receiver.take(frames.frame_data(message))
-        count += len(message)
-    return count
 
 
 def _await_filled_file(transfer: Transfer, requests: Iterator[bytes], *, finite: bool) -> int:

@@ -11,12 +11,15 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fl_runtime.errors import ConnectionLostError, StoreError
+from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError, StoreError, TransferDamagedError
+from fl_runtime.server.calls.requests import expected
 from fl_runtime.store.blobs import UPLOAD, Blob, Blobs
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.wire import frames
 from fl_runtime.wire.frames import Receiver
 from fl_runtime.wire.manifest import Manifest
 
@@ -64,6 +67,26 @@ class Transfer:
     usual: bool
 
 
+def receive_frames(transfer: Transfer, requests: Iterator[bytes]) -> int:
+    """Take frames until the payload is whole.
+
+    Args:
+        transfer: The transfer.
+        requests: The messages of its call.
+
+    Returns:
+        The bytes of the messages.
+    """
+    count = 0
+    while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
+        message = expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
+        if not frames.is_frame(message):
+            raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
+        transfer.receiver.take(frames.frame_data(message))
+        count += len(message)
+    return count
+
+
 class Spool:
     """The uploads of all sites, one of each at a time. Takes the run's lock.
 
@@ -99,7 +122,7 @@ class Spool:
             hang_up: Ends the call.
 
         Returns:
-            The transfer. One of `end`, `keep_broken` and `drop` must be called with it.
+            The transfer, for `receiving`.
 
         Raises:
             NoRoomError: The disk has no room for it.
@@ -119,6 +142,26 @@ class Spool:
             usual = manifest.nbytes <= share.weights_bytes
             self._active[site] = transfer = Transfer(site, digest, blob, receiver, hang_up, usual)
             return transfer
+
+    @contextmanager
+    def receiving(self, transfer: Transfer) -> Iterator[None]:
+        """End a transfer when the block has received it: whole, dropped, or kept so that the site can resume it.
+
+        Args:
+            transfer: The transfer. Its file belongs to the caller if the block raises nothing.
+        """
+        try:
+            yield
+        except TransferDamagedError:  # keep the part that is intact
+            self.keep_broken(transfer)
+            raise
+        except FederationError:
+            self.drop(transfer)
+            raise
+        except BaseException:  # the connection broke: keep what has arrived for the next attempt
+            self.keep_broken(transfer)
+            raise
+        self.end(transfer)
 
     def end(self, transfer: Transfer) -> None:
         """Note that a transfer is whole. Its file belongs to the caller from now on."""

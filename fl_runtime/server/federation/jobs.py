@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,18 @@ from fl_runtime.types import Event, Listener, RunSettings
 
 log = logging.getLogger(__name__)
 
-_AUDITED = ("joined", "registered", "left", "started", "task_sent", "update", "round_finished", "failed", "finished")
+_AUDITED = (
+    "joined",
+    "registered",
+    "left",
+    "started",
+    "task_sent",
+    "update",
+    "round_finished",
+    "files",
+    "failed",
+    "finished",
+)
 
 
 class JobAudit:
@@ -241,5 +253,9 @@ class RunningJob:
         kinds: tuple[Literal["final", "best"], ...] = ("final", "best") if self.server.result(number).rounds else ()
         for which, name in zip(kinds, ("model", "best"), strict=False):
             folder = training_folder(self.folder, number) / name
-            if not folder.exists():
-                self.server.export(folder, which, training=number)
+            if folder.exists():
+                continue
+            partial = folder.with_name(f".{name}")  # of a server that was killed, perhaps
+            shutil.rmtree(partial, ignore_errors=True)
+            if self.server.export(partial, which, training=number) is not None:
+                partial.replace(folder)

@@ -64,6 +64,7 @@ CALLS: Mapping[str, Allowance] = {
     "Join": _START,
     "Register": _START,
     "Leave": _START,
+    "Files": _START,
     "Attend": Allowance(300, 5),
     "Tunnel": Allowance(60, 2),
     "Assignment": Allowance(300, 5),

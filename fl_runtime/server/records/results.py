@@ -65,6 +65,8 @@ class RunResult:
         error: Why the run failed, or None if it did not.
         bytes_up: Bytes of all updates.
         bytes_down: Bytes of all tasks.
+        files: What sites have sent beside the final model: `site` (whose files go with it), `names` (of the files) and
+            `different` (site that sent other files -> their names). None if no site has sent any.
     """
 
     rounds: tuple[RoundResult, ...] = field(default=())
@@ -73,6 +75,7 @@ class RunResult:
     bytes_up: int = 0
     bytes_down: int = 0
     no_best: str = ""
+    files: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values, without the error.
@@ -86,4 +89,5 @@ class RunResult:
             "no_best": self.no_best,
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
+            "files": self.files,
         }

@@ -138,16 +138,21 @@ class Training:
                 bytes_up=sum(r.bytes_up for r in rounds),
                 bytes_down=sum(r.bytes_down for r in rounds),
                 no_best=self.run.scoring.no_best(),
+                files=self.run.files.summary(),
             )
 
     def export(self, folder: Path, which: Literal["final", "best"]) -> Path | None:
-        """Write a global model as `folder`/model.safetensors, or in the strategy's own format; see `Server.export`."""
+        """Write a global model as `folder`/model.safetensors, or in the strategy's own format; see `Server.export`.
+
+        The small files that sites have sent beside the model go with it.
+        """
         state = self.run.state
         with state.lock:
             model = state.models.newest if which == "final" else state.models.best
             if model is None:
                 return None
             durable = state.settings.durability == "power"
+            self.run.files.write(folder, model.blob.views()[0])
             native_file = state.plan.strategy.export(model.blob.views()[0])
             if native_file is not None:
                 name, content = native_file

@@ -13,6 +13,7 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.trust.files import check_unwritable
 from fl_runtime.trust.identity import Identity, Role
 from fl_runtime.trust.policy.cohort import CohortPolicy
+from fl_runtime.trust.policy.files import FilesPolicy
 from fl_runtime.trust.policy.refusal import denied
 from fl_runtime.trust.project import findings
 from fl_runtime.yaml_files import read_yaml
@@ -51,6 +52,13 @@ site_weights: 10
 # Whether this site takes part in jobs with cross_site: there, the other sites evaluate this site's model on their data.
 # Without this line it does so only where min_cohort is 1.
 # cross_site: true
+
+# Whether this site may send the small files that a model needs beside its weights to the server: config.json and the
+# tokenizer of Hugging Face. With them, from_pretrained opens what `fl-adapters job download` fetches. They hold label
+# names, and a vocabulary that was made from this site's data holds words of it. `false` keeps them here, as does a file
+# without this line; name patterns choose.
+share_files: true
+# share_files: ["*config.json"]
 
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
@@ -149,7 +157,7 @@ class Resources(_Part):
 
 
 class Policy(_Part):
-    """The contents of policy.yml. The defaults keep the texts of errors at the site, and limit nothing else.
+    """The contents of policy.yml. The defaults keep texts of errors and a model's small files, and limit no more.
 
     Attributes:
         filters: Filters that always run on updates, after the job's own, in order; each with "name" and arguments.
@@ -162,6 +170,8 @@ class Policy(_Part):
         fraction: Smallest `fraction` of a job; None accepts every one.
         cross_site: Whether the site takes part in jobs in which other sites evaluate its model. None: if `min_cohort`
             is 1.
+        share_files: Name patterns (`fnmatch`) of the small files beside a model, such as config.json and a tokenizer,
+            that may go to the server with the final model. In the file, `true` stands for all and `false` for none.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
         reasons: Whether the site may send the text of an error or of another reason when it leaves. It may quote data.
         info: Whether the site may send the versions of its software.
@@ -186,6 +196,7 @@ class Policy(_Part):
     site_weights: float | None = Field(default=None, ge=1)
     fraction: float | None = Field(default=None, gt=0, le=1)
     cross_site: bool | None = None
+    share_files: tuple[str, ...] = ()
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False
     info: bool = True
@@ -204,6 +215,16 @@ class Policy(_Part):
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         return ADAPTERS_ONLY if value == "adapters" else value
+
+    @field_validator("share_files", mode="before")
+    @classmethod
+    def _all_or_none(cls, value: Any) -> Any:
+        return {True: ("*",), False: ()}[value] if isinstance(value, bool) else value
+
+    @property
+    def files(self) -> FilesPolicy:
+        """The rules on the small files beside a model."""
+        return FilesPolicy(self.share_files, self.names, self.max_round_bytes)
 
     @property
     def cohort(self) -> CohortPolicy:

@@ -119,10 +119,13 @@ class Federation:
         """
         return Partner(self.kit(number), model, work, num_examples, score, beside)
 
-    def fork(self, program: str, values: Any = None, *, number: int | None = 1) -> SiteProcess:
-        """Run `program` (source text) in a warm process as site `number`, or outside the federation for None."""
+    def fork(self, program: str, values: Any = None, *, number: int | None = 1, kit: str = "") -> SiteProcess:
+        """Run `program` (source text) in a warm process as site `number`, or outside the federation for None.
+
+        `kit` is the kit of a site of another federation, in place of `number`.
+        """
         folder = self.folder / f"process-{len(self._processes)}"
-        process = SiteProcess(folder, program, values, self.kit(number) if number else None)
+        process = SiteProcess(folder, program, values, kit or (self.kit(number) if number else None))
         self._processes.append(process)
         return process
 

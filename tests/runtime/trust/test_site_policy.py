@@ -390,7 +390,7 @@ def test_the_rules_about_jobs() -> None:
 
 def test_the_template_protects_a_sites_update_and_its_examples_are_good(study: Study, tmp_path: Path) -> None:
     path = study.kits / "north/policy.yml"
-    assert read_policy(path) == Policy(min_cohort=2, site_weights=10)
+    assert read_policy(path) == Policy(min_cohort=2, site_weights=10, share_files=("*",))
     lines = path.read_text().splitlines()
     examples = [line.removeprefix("# ") for line in lines if line.startswith("# ") and ":" in line.split(" ")[1]]
     (tmp_path / "examples.yml").write_text("\n".join(line for line in examples if "`" not in line))

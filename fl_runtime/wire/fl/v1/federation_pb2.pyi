@@ -310,10 +310,32 @@ class SubmitReply(_message.Message):
     def __init__(self, send_from: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., file: _Optional[str] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("status",)
+    __slots__ = ("status", "kept_of", "differ")
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_OF_FIELD_NUMBER: _ClassVar[int]
+    DIFFER_FIELD_NUMBER: _ClassVar[int]
     status: str
-    def __init__(self, status: _Optional[str] = ...) -> None: ...
+    kept_of: str
+    differ: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, status: _Optional[str] = ..., kept_of: _Optional[str] = ..., differ: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FilesHeader(_message.Message):
+    __slots__ = ("session", "payload", "weights_file")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FILE_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    payload: Payload
+    weights_file: str
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., weights_file: _Optional[str] = ...) -> None: ...
+
+class FilesPart(_message.Message):
+    __slots__ = ("files", "data")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    files: FilesHeader
+    data: bytes
+    def __init__(self, files: _Optional[_Union[FilesHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("session", "version", "metrics_json", "num_examples", "wait")

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: exported models, the best model, and scores of other sites' models."""
+"""The end of a run at a site: exported models, the best model, and scores of other sites' models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.kit import Kit
+from fl_adapters.participant.results.model_files import Export, ModelFiles, send_files
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import StoreError
 from fl_runtime.store.tensorfile import write_tensors
@@ -100,12 +101,13 @@ class Results:
         task, self._evaluated = self._evaluated or self._current_task(), None
         return task.version
 
-    def write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
+    def write(self, export: Export | None, load: Callable[[Arrays], None] | None) -> None:
         """Write the final model into the folder `model` and, if there is a best round, that one into `best`.
 
         Both lie in the folder of the run. In a simulation, one site writes them for all. In a federation, a site
         without such a folder writes them into its own folder of the job, in its kit, and says so. A folder that cannot
-        be written to is no error there: the model is in the script.
+        be written to is no error there: the model is in the script. The small files beside the model, such as
+        config.json, then go to the server, as far as the site's policy allows.
 
         Args:
             export: Writes the live model to a folder in the framework's format. None writes safetensors; in a
@@ -115,18 +117,20 @@ class Results:
         if not self._exports():
             return
         if self._kit.run:
-            self._write(export, load)
+            self._send_files(self._write(export, load))
             return
         try:
-            self._write(export, load)
+            found = self._write(export, load)
         except (OSError, StoreError) as error:
             print(f"fl-adapters: the final model was not written: {error}", file=sys.stderr, flush=True)
         else:
             print(f"fl-adapters: the final model is in {self._folder('model')}", file=sys.stderr, flush=True)
+            self._send_files(found)
 
-    def _write(self, export: Callable[[str], None] | None, load: Callable[[Arrays], None] | None) -> None:
+    def _write(self, export: Export | None, load: Callable[[Arrays], None] | None) -> ModelFiles | None:
+        found = None
         if export is not None:
-            export(str(self._folder("model")))
+            found = export(str(self._folder("model")))
             if load is not None and (best := self.best()):
                 load(best.arrays)
                 export(str(self._folder("best")))
@@ -135,6 +139,12 @@ class Results:
             write_tensors(self._folder("model") / _FILE, self._final_task().arrays)
             if best := self.best():
                 write_tensors(self._folder("best") / _FILE, best.arrays)
+        return found
+
+    def _send_files(self, found: ModelFiles | None) -> None:
+        """Send the small files of an export, unless the run owns the folder or the model is encrypted."""
+        if found is not None and not self._kit.simulated and not self._gate.encrypts:
+            send_files(found, self._final_task().arrays, self._gate, self._client)
 
     def _exports(self) -> bool:
         chosen = bool(self._current_task().config.get("export"))  # the one site that writes a folder which all share
