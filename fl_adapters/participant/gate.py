@@ -29,7 +29,7 @@ from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.names import Facts
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
-    from fl_runtime.trust.stream_identity import StreamIdentity
+    from fl_runtime.trust.streams.identity import StreamIdentity
 
 
 class Gate:

@@ -124,7 +124,7 @@ def read_kit(folder: str | os.PathLike[str]) -> Kit:
     Raises:
         ConfigError: The folder is not a kit of a site. The message names file and field.
     """
-    file = Path(folder) / KIT_FILE
+    file = kit_in_use(Path(folder)) / KIT_FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -134,9 +134,22 @@ def read_kit(folder: str | os.PathLike[str]) -> Kit:
         raise ConfigError("there is no startup kit here", where=str(file), fix=fix) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the startup kit cannot be read: {error}", where=str(file), fix=_RENEW) from None
-    kit = replace(_checked(fields, file), folder=str(folder))
+    kit = replace(_checked(fields, file), folder=str(file.parent))
     _check_authentic(kit, file)
     return kit
+
+
+def kit_in_use(folder: Path) -> Path:
+    """Return where a kit is used: the working kit, if `provision` made the kit and it cannot be written, else itself.
+
+    Args:
+        folder: Folder of the kit.
+    """
+    if not (folder / MANIFEST).exists():
+        return folder
+    with needs_trust_extra():
+        from fl_runtime.trust.working_kit import working_kit
+    return working_kit(folder)
 
 
 def _check_authentic(kit: Kit, file: Path) -> None:

@@ -20,7 +20,7 @@ from fl_runtime.aggregation.swarm import RECEIPT, missing
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
-from fl_runtime.trust.secure_stream import SecureStream, check_available
+from fl_runtime.trust.streams.secure_stream import SecureStream, check_available
 from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest

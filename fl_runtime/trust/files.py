@@ -12,6 +12,9 @@ from pathlib import Path
 
 from fl_runtime.errors import ConfigError, StoreError
 
+STATE_VARIABLE = "FL_ADAPTERS_STATE"
+"""Environment variable with the folder for what changes, for kits that cannot be written; see working_kit.py."""
+
 
 def write_file(path: Path, data: bytes, *, secret: bool = False) -> None:
     """Write or replace a file in one step, so that readers see the old contents or the new.
@@ -81,6 +84,8 @@ def unpack_first(kit: Path) -> str:
 def check_private(path: Path) -> None:
     """Check that only the owner can read a secret file; does nothing on Windows.
 
+    A file of root's may be readable by a group, so that a service without root's rights can read a mounted secret.
+
     Args:
         path: The file.
 
@@ -89,8 +94,9 @@ def check_private(path: Path) -> None:
     """
     if os.name != "posix":
         return
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & (0o037 if status.st_uid == 0 != os.geteuid() else 0o077):
         raise ConfigError(
             f"the private key can be read by others (mode {mode:04o})",
             where=str(path),
@@ -101,9 +107,9 @@ def check_private(path: Path) -> None:
 def check_unwritable(path: Path) -> None:
     """Check that nobody else can write a file or folder, or replace it by way of a folder above it.
 
-    It must belong to this process's user or to root, and no group or other user may have write permission. A group that
-    is its owner's own, with the owner's name and nobody else in it, counts as the owner. A folder above it may be
-    writable if it is sticky, like /tmp. Does nothing on Windows.
+    It must belong to this process's user or to root, and no group or other user may have write permission. A group of
+    the owner's or this user's own, with the user's name and nobody else in it, counts as that user. A folder above it
+    may be writable if it is sticky, like /tmp. Does nothing on Windows.
 
     Args:
         path: A file or folder of a kit or an authority; if it is missing, the folders above it are checked.
@@ -147,12 +153,19 @@ def _ways_to(path: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _is_private_group(status: os.stat_result) -> bool:
-    """Whether the group of a file has the name of its owner and no other member, as many systems set users up."""
+    """Whether the group of a file has the name of its owner, or of this user, and no other member.
+
+    Many systems set users up like this. Volumes of Kubernetes belong to root and to the group of the pod's user.
+    """
     import grp
     import pwd
 
     try:
-        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+        group = grp.getgrgid(status.st_gid)
+        users = [pwd.getpwuid(number) for number in (status.st_uid, os.geteuid())]
     except KeyError:
         return False
-    return owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name and set(group.gr_mem) <= {owner.pw_name}
+    return any(
+        user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
+        for user in users
+    )

@@ -46,6 +46,7 @@ from fl_runtime.trust.roots.kit_roots import ORIGIN, KitRoots, checked_outside, 
 from fl_runtime.trust.roots.outside import OUTSIDE, Holders
 from fl_runtime.trust.roots.rotation import past_statements
 from fl_runtime.trust.roots.staging import read_settled
+from fl_runtime.trust.working_kit import working_kit
 from fl_runtime.types import PRODUCTION_PATIENCE_S
 
 KIT_FORMAT = 1
@@ -58,7 +59,7 @@ class StartupKit:
     """A kit that has been read and verified.
 
     Attributes:
-        folder: The kit's folder.
+        folder: The folder in which it is used: the kit's, or that of its working kit.
         identity: Who its participant is.
         address: The server's address as sites reach it, "host:port"; in other kits that of the first server.
         addresses: Addresses of all servers that stand in for each other.
@@ -150,7 +151,7 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
     """Read a kit and verify everything that can be verified without a connection.
 
     Args:
-        folder: The kit's folder.
+        folder: The kit's folder. If it cannot be written, its working kit is read in its place.
         kind: "server", "site" or "admin" to accept only such a kit; "" accepts any.
 
     Returns:
@@ -159,6 +160,7 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
     Raises:
         ConfigError: If it is not a complete and valid kit; the message names the file.
     """
+    folder = working_kit(folder)
     return read_settled(folder, lambda: _read_kit(folder, kind))
 
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
 from fl_runtime.text import parse_json
 from fl_runtime.transport.tunnel import Stream
-from fl_runtime.trust.secure_stream import SecureStream
+from fl_runtime.trust.streams.secure_stream import SecureStream
 
 log = logging.getLogger(__name__)
 

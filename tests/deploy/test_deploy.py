@@ -178,6 +178,8 @@ def test_compose_services_are_shut_off_and_their_commands_exist() -> None:
     for service in services.values():
         assert (service["read_only"], service["cap_drop"], service["user"]) == (True, ["ALL"], "10001")
         check_command(service["command"])
+        (kit,) = [volume for volume in service["volumes"] if ":/kit" in volume]
+        assert kit.endswith(":ro")
 
 
 @pytest.mark.parametrize("role", ["server", "site"])
@@ -191,11 +193,16 @@ def test_the_chart_makes_a_pod_that_is_shut_off(role: str) -> None:
     pod = made["StatefulSet"]["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"]
     assert not pod["automountServiceAccountToken"]
-    for container in (*pod["initContainers"], *pod["containers"]):
-        locked = container["securityContext"]
-        assert locked["readOnlyRootFilesystem"]
-        assert locked["capabilities"] == {"drop": ["ALL"]}
-    check_command(pod["containers"][0]["args"])
+    (container,) = pod["containers"]
+    locked = container["securityContext"]
+    assert locked["readOnlyRootFilesystem"]
+    assert locked["capabilities"] == {"drop": ["ALL"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts["/kit"]["readOnly"]
+    arguments = container["args"]
+    check_command(arguments)
+    assert arguments[1:3] == ["--kit", "/kit"]
+    assert arguments[4] in [each["value"] for each in container["env"] if each["name"] == "FL_ADAPTERS_STATE"]
 
 
 def test_the_chart_refuses_a_role_that_there_is_not() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,17 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from documented import Command, Page, in_general
+from read_only import bound_by_modes, make_read_only, make_writable
 from typer.testing import CliRunner
 
 import fl_adapters
 from fl_adapters.cli.app import app
 from fl_adapters.environments.processes import free_ports
 from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.trust.audit import AuditLog
+from fl_runtime.trust.files import STATE_VARIABLE
+from fl_runtime.trust.kits import read_kit
+from fl_runtime.trust.working_kit import WORKING_KIT
 
 WALK, OPERATIONS = Page("production.md"), Page("operations.md")
 FROM_NOTHING = "From nothing to three sites"
@@ -319,6 +325,19 @@ def test_members_come_and_go(machines: Machines) -> None:
             assert (machines.home / "kits" / "east" / "kit.json").exists()
     assert "west" not in machines.cli("fl-adapters status --kit kits/ada")
     until(lambda: "its certificate was revoked" in machines.logs["west"].read_text(), "west to be told")
+
+
+def test_a_kit_that_cannot_be_written(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit, state = machines.home / "kits" / "north", machines.home / "state-north"
+    monkeypatch.setenv(STATE_VARIABLE, str(state))
+    make_read_only(kit)
+    with bound_by_modes():
+        assert read_kit(kit).folder == (state / WORKING_KIT).resolve()
+        AuditLog(state / WORKING_KIT, state / WORKING_KIT).write("started")
+        (line,) = machines.section("Kits that cannot be written")
+        assert "1 lines, nothing is wrong" in machines.cli(line)
+    make_writable(kit)
+    shutil.rmtree(state)
 
 
 def test_every_command_of_the_page_was_run(machines: Machines, request: pytest.FixtureRequest) -> None:

@@ -40,6 +40,8 @@ def kit_checks(folder: Path) -> Iterator[Check]:
         yield Check("startup kit", "problem", f"{error.what} ({error.where})", error.fix)
         return
     yield Check("startup kit", "ok", f"{kit.identity} in {kit.identity.federation}; files, key and signature are good")
+    if kit.folder != folder.resolve():
+        yield Check("state", "ok", f"the kit is not written to; what changes is kept in {kit.folder}")
     yield _authority(kit)
     yield _certificate(kit.certificate)
     yield _revocation_list(kit)

@@ -23,7 +23,9 @@ def verify(
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.audit import Anchor, log_file, signer
         from fl_runtime.trust.audit import verify as check
+        from fl_runtime.trust.working_kit import working_kit
 
+        folder, kit = working_kit(folder), None if kit is None else working_kit(kit)
         log_file(folder)  # said first, whatever else is missing
         count, findings = check(folder, Anchor(kit, authority, key), witnesses)
         who = signer(folder)

@@ -106,7 +106,9 @@ def install(package_file: Path, kit_folder: Path, as_json: bool) -> int:
         from fl_runtime.trust.roots.outside import OUTSIDE
         from fl_runtime.trust.roots.rotation import read_package
         from fl_runtime.trust.roots.statements import offered
+        from fl_runtime.trust.working_kit import working_kit
 
+        kit_folder = working_kit(kit_folder)
         identity, _ = read_unsigned(kit_folder)
         if package_file.name == OUTSIDE:
             version = install_outside(kit_folder, read_file(package_file, "outside authorities"), str(package_file))

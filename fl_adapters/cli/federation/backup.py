@@ -19,9 +19,10 @@ def back_up(out: Path, kit_folder: Path, data: Path | None, as_json: bool) -> in
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.store.backup import back_up
         from fl_runtime.trust.kits import read_kit
+        from fl_runtime.trust.working_kit import working_kit
 
-        kit = read_kit(kit_folder, kind="server")
-        source = data_folder(kit.folder, data)
+        source = data_folder(kit_folder, data)
+        kit = read_kit(working_kit(kit_folder, source), kind="server")
         _show(back_up(source, out.resolve(), kit.identity.federation), "backed up", source, as_json)
     return 0
 

@@ -24,8 +24,9 @@ def request(kit: Path, as_json: bool) -> int:
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.certificates import fingerprint, read_request
         from fl_runtime.trust.kits import make_request
+        from fl_runtime.trust.working_kit import working_kit
 
-        path = make_request(kit)
+        path = make_request(working_kit(kit))
         _, key = read_request(path.read_bytes(), str(path))
         shown = fingerprint(key)
         _print_result(
@@ -129,9 +130,10 @@ def install(certificate: Path, kit: Path, key_file: Path | None, as_json: bool) 
         from fl_runtime.trust.certificates import read_key
         from fl_runtime.trust.files import read_file
         from fl_runtime.trust.kits import install as install_in_kit
+        from fl_runtime.trust.working_kit import working_kit
 
         key = None if key_file is None else read_key(read_file(key_file, "private key"), str(key_file))
-        installed = install_in_kit(kit, read_file(certificate, "certificate"), str(certificate), key)
+        installed = install_in_kit(working_kit(kit), read_file(certificate, "certificate"), str(certificate), key)
         text = f"{installed.identity}: valid until {installed.not_after:%Y-%m-%d %H:%M} UTC"
         _print_result(as_json, text, **_facts(installed, "valid"))
     return 0

@@ -36,7 +36,9 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
         from fl_adapters.participant.policy_gate import KitPolicyGate
         from fl_runtime.client.control import ControlClient
         from fl_runtime.client.roots import RenewingTransport
+        from fl_runtime.trust.working_kit import working_kit
 
+        kit_folder = working_kit(kit_folder)
         gate = KitPolicyGate(kit_folder)
         kit = read_script_kit(kit_folder)
         if patience_s is not None:

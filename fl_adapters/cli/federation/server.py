@@ -44,10 +44,12 @@ def run(
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.server.federation.federation import FederationServer
         from fl_runtime.trust.kits import read_kit
+        from fl_runtime.trust.working_kit import working_kit
 
-        kit = read_kit(kit_folder, kind="server")
-        folder = data_folder(kit.folder, data)
-        if data is None:
+        folder = data_folder(kit_folder, data)
+        is_new = not folder.exists()
+        kit = read_kit(working_kit(kit_folder, folder), kind="server")
+        if data is None and is_new:
             _check_for_jobs_elsewhere(folder, kit.identity.federation)
         only_tls_1_3()  # before gRPC is used
         use_one_arena()
@@ -162,7 +164,7 @@ def _check_for_jobs_elsewhere(folder: Path, federation: str) -> None:
     from fl_runtime.server.federation.archive import jobs_of
 
     earlier = Path("runs").resolve()
-    if folder.exists() or not (jobs := jobs_of(earlier, federation)):
+    if not (jobs := jobs_of(earlier, federation)):
         return
     raise ConfigError(
         f"an earlier version left jobs of {federation} here: {', '.join(jobs[:5])}",

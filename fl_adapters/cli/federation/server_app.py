@@ -9,12 +9,17 @@ from typing import Annotated
 import typer
 
 from fl_adapters.participant.kit import KIT_VARIABLE
+from fl_runtime.trust.files import STATE_VARIABLE
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 _Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the server's startup kit.")]
 _Data = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder for jobs and the server's state. Default: beside the kit, KIT-data."),
+    typer.Option(
+        "--data",
+        envvar=STATE_VARIABLE,
+        help="Folder for jobs and the server's state. Default: beside the kit, KIT-data.",
+    ),
 ]
 
 server = typer.Typer(

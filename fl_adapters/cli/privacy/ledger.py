@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.participant.kit import KIT_VARIABLE
+from fl_adapters.participant.kit import KIT_VARIABLE, kit_in_use
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.ledger import LEDGER_FILE, UNITS, Entry, Ledger, epsilon
 from fl_runtime.trainings import job_of
@@ -42,7 +42,7 @@ def _folder(given: Path | None) -> Path:
         raise ConfigError(
             "no folder was named", where="FOLDER", fix=f"name a startup kit or a run's folder, or set {KIT_VARIABLE}"
         )
-    return Path(name)
+    return kit_in_use(Path(name))
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -43,10 +43,12 @@ def run(folder: Path, delta: float, out: Path | None, job: str, as_json: bool) -
         as_json: Print one JSON object.
     """
     with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.working_kit import working_kit
+
         report = collect(folder, delta, job)
         title, sections = f"What has left {report['site']}", page_of(report)
         text = as_text(title, sections)
-        files = [(out or folder) / f"{_NAME}.{ending}" for ending in ("html", "txt")]
+        files = [(out or working_kit(folder)) / f"{_NAME}.{ending}" for ending in ("html", "txt")]
         try:
             files[0].parent.mkdir(parents=True, exist_ok=True)
             for file, content in zip(files, (as_html(title, sections), text), strict=True):
@@ -80,11 +82,13 @@ def collect(folder: Path, delta: float, job: str = "") -> dict[str, Any]:
     from fl_runtime.trust.audit import Anchor, entries, verify
     from fl_runtime.trust.kits import read_unsigned
     from fl_runtime.trust.policy import POLICY_FILE, read_policy
+    from fl_runtime.trust.working_kit import working_kit
 
     if not 0 < delta < 1:
         raise ConfigError(
             f"delta {delta:g} is out of range", where="--delta", fix="give a number between 0 and 1, such as 1e-5"
         )
+    folder = working_kit(folder)
     identity, kit = read_unsigned(folder)
     if identity.kind != "site":
         raise ConfigError(f"this is the kit of a {identity.kind}", where=str(folder), fix="pass the kit of a site")

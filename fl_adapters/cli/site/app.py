@@ -18,7 +18,10 @@ site = typer.Typer(
 )
 
 _Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the site's startup kit.")]
-_State = Annotated[Path | None, typer.Option("--state", help="Folder for jobs, logs and results. Default: the kit.")]
+_State = Annotated[
+    Path | None,
+    typer.Option("--state", help="Folder for jobs, logs and results; of a read-only kit, for all else that changes."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 _Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.")]
 
@@ -73,7 +76,7 @@ def approve(job: _Job, kit: _Kit, state: _State = None, as_json: _Json = False) 
     """
     from fl_adapters.cli.site import decide as command
 
-    sys.exit(command.run(kit, state or kit, job, as_json, approved=True))
+    sys.exit(command.run(kit, state, job, as_json, approved=True))
 
 
 @site.command(epilog='\b\nExamples:\n  fl-adapters site refuse tumour-3 --kit kits/north --reason "no ethics vote yet"')
@@ -87,7 +90,7 @@ def refuse(
     """Refuse a job that waits for approval. The server is told at once."""
     from fl_adapters.cli.site import decide as command
 
-    sys.exit(command.run(kit, state or kit, job, as_json, approved=False, reason=reason))
+    sys.exit(command.run(kit, state, job, as_json, approved=False, reason=reason))
 
 
 @site.command(

@@ -23,9 +23,11 @@ def run(
     with report_errors(as_json), needs_trust_extra():
         from fl_adapters.cli.site.daemon import DaemonOptions, run_daemon
         from fl_adapters.cli.site.log_lines import LogFormat
+        from fl_runtime.trust.working_kit import working_kit
 
         if log_format not in ("text", "json"):
             raise ConfigError(f"--log-format cannot be {log_format!r}", fix="use text or json")
+        kit = working_kit(kit, state)
         style: LogFormat = "json" if log_format == "json" else "text"
         jobs = run_daemon(DaemonOptions(kit, state or kit, restarts, grace_s, style, log_file, metrics))
         if as_json:

@@ -17,13 +17,16 @@ _SHOWN_CHARS = 2000  # of each value, which the server has sent
 _EVERYTHING = "what the script chooses"
 
 
-def run(kit: Path, state: Path, job: str, as_json: bool, *, approved: bool, reason: str = "") -> int:
+def run(kit: Path, named_state: Path | None, job: str, as_json: bool, *, approved: bool, reason: str = "") -> int:
     """Show a job that waits, and write the decision about it. Returns exit status 0."""
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
         from fl_adapters.participant.policy_gate import KitPolicyGate
         from fl_runtime.trust.approval import decide
+        from fl_runtime.trust.working_kit import working_kit
 
+        kit = working_kit(kit, named_state)
+        state = named_state or kit
         gate = KitPolicyGate(kit, state / "jobs")
         folder = _folder_of(state, job)
         assignment, record = folder.read()

@@ -12,7 +12,7 @@ from fl_runtime.types import CohortRules, Report, Settings, Task, Terms, Update
 from fl_runtime.wire.names import Facts
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
-    from fl_runtime.trust.stream_identity import StreamIdentity
+    from fl_runtime.trust.streams.identity import StreamIdentity
 
 
 class CohortGate:

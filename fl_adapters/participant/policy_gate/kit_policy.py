@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these need `cryptography`, which the base install does not 
     from fl_runtime.trust.approval import Decision
     from fl_runtime.trust.audit import AuditLog, Witness
     from fl_runtime.trust.policy import Policy, PolicyFile
-    from fl_runtime.trust.stream_identity import StreamIdentity
+    from fl_runtime.trust.streams.identity import StreamIdentity
 
 _ADAPTERS = {"transformers": "hf"}  # framework -> name of its adapter, if they differ
 
@@ -61,8 +61,8 @@ class KitPolicyGate(PolicyGate):
 
         kit = read_kit(folder, kind="site")
         self.identity = kit.identity
-        self._jobs = jobs or folder / "jobs"
-        self._audit: AuditLog = audit or AuditLog(folder, folder)
+        self._jobs = jobs or kit.folder / "jobs"
+        self._audit: AuditLog = audit or AuditLog(kit.folder, kit.folder)
         self.refusals: LoggedRefusals = LoggedRefusals(self._audit, kit.identity)
         self._lists: list[str] = []  # names of the lists that the site declares
         self._strategy: str | None = None  # the job's, if it names one
@@ -215,7 +215,7 @@ class KitPolicyGate(PolicyGate):
         return visible
 
     def stream_identity(self) -> StreamIdentity:
-        from fl_runtime.trust.stream_identity import StreamIdentity
+        from fl_runtime.trust.streams.identity import StreamIdentity
 
         self._audit.write("stream", self.identity, job=self.refusals.job)
         return StreamIdentity(self._file.path.parent)  # read each time: a certificate may be renewed during a run

@@ -25,7 +25,7 @@ from fl_runtime.trust.certificates import is_issued_by, load
 from fl_runtime.trust.kits import install, known_roots, read_kit, take_up_roots, write_kit
 from fl_runtime.trust.roots import rotation, staging
 from fl_runtime.trust.roots.statements import Statement, offered
-from fl_runtime.trust.stream_identity import StreamIdentity
+from fl_runtime.trust.streams.identity import StreamIdentity
 
 EVERYBODY = ["north", "south", "ada", "olga", "lena", "lars", "mina"]
 W = {"w": np.zeros(4, np.float32)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from study import project
 from fl_adapters.participant import kit as script_kit
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.authority import Authority
-from fl_runtime.trust.files import check_unwritable
+from fl_runtime.trust.files import check_private, check_unwritable
 from fl_runtime.trust.kits import read_kit, write_kit
 from fl_runtime.trust.policy import PolicyFile, read_policy
 
@@ -88,3 +90,44 @@ def test_an_authority_that_others_can_write_is_refused(kits: Path, file: str) ->
 
 def test_a_missing_file_is_left_to_its_reader(tmp_path: Path) -> None:
     check_unwritable(tmp_path / "nothing/here")
+
+
+def test_a_service_may_read_a_key_of_roots_by_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file of root's")
+    key = tmp_path / "key.pem"
+    key.touch()
+    key.chmod(0o640)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        check_private(key)
+    monkeypatch.setattr(os, "geteuid", lambda: 10_001)
+    check_private(key)
+    for mode in (0o644, 0o660):
+        key.chmod(mode)
+        with pytest.raises(ConfigError, match="can be read by others"):
+            check_private(key)
+    os.chown(key, 10_001, -1)
+    key.chmod(0o640)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        check_private(key)
+
+
+def test_the_volume_of_a_pod_whose_group_is_its_users_own_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder to another group")
+    os.chown(tmp_path, 0, 10_001)
+    tmp_path.chmod(0o2775)
+    with pytest.raises(ConfigError, match="group and others|group can change"):
+        check_unwritable(tmp_path / "data")
+    user = pwd.struct_passwd(("service", "x", 10_001, 10_001, "", "/", "/bin/false"))
+    root = pwd.getpwuid(0)
+    monkeypatch.setattr(os, "geteuid", lambda: 10_001)
+    monkeypatch.setattr(pwd, "getpwuid", {0: root, 10_001: user}.__getitem__)
+    for members in ([], ["service"]):
+        monkeypatch.setattr(grp, "getgrgid", lambda _, m=members: grp.struct_group(("service", "x", 10_001, m)))
+        check_unwritable(tmp_path / "data")
+    monkeypatch.setattr(grp, "getgrgid", lambda _: grp.struct_group(("service", "x", 10_001, ["mallory"])))
+    with pytest.raises(ConfigError, match="group can change"):
+        check_unwritable(tmp_path / "data")

@@ -40,7 +40,7 @@ from fl_runtime.trust.project import OutsideEntry, Project, read_project
 from fl_runtime.trust.roots import rotation
 from fl_runtime.trust.roots.outside import OUTSIDE
 from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS
-from fl_runtime.trust.stream_identity import StreamIdentity
+from fl_runtime.trust.streams.identity import StreamIdentity
 from fl_runtime.version import SERVER_NAME
 
 W = {"w": np.zeros(4, np.float32)}

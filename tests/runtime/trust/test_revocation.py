@@ -36,7 +36,7 @@ from fl_runtime.trust.certificates import is_issued_by, pem_list
 from fl_runtime.trust.kits import install, make_request, read_kit, write_kit
 from fl_runtime.trust.revocation import RevocationList, read_list
 from fl_runtime.trust.roots import rotation
-from fl_runtime.trust.stream_identity import StreamIdentity
+from fl_runtime.trust.streams.identity import StreamIdentity
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 W = {"w": np.zeros(4, np.float32)}

@@ -15,8 +15,8 @@ from fl_runtime.errors import ConnectionLostError
 from fl_runtime.trust.certificates import new_key, read_key, sign
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CERTIFICATE, KEY
-from fl_runtime.trust.secure_stream import SecureStream
-from fl_runtime.trust.stream_identity import StreamIdentity
+from fl_runtime.trust.streams.identity import StreamIdentity
+from fl_runtime.trust.streams.secure_stream import SecureStream
 
 Between = Callable[[bytes], bytes]
 

@@ -3,7 +3,7 @@
 Protocol, over a stream of messages:
 
 1. Each end makes an X25519 key pair for this stream and sends the public key (32 bytes). With startup kits, the key is
-   signed with the site's certificate (see stream_identity.py), so the server cannot replace it. In a simulation it is
+   signed with the site's certificate (see identity.py), so the server cannot replace it. In a simulation it is
    not signed: the server cannot listen, but it could impersonate a site.
 2. HKDF-SHA256 derives 64 bytes from the shared secret. Salt: "fl-adapters stream 1". Info: the two site names in order,
    separated by a zero byte, a zero byte, the stream's name, and the two public keys in the order of the names. The
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from fl_runtime.errors import ConfigError, ConnectionLostError
 
 if TYPE_CHECKING:
-    from fl_runtime.trust.stream_identity import StreamIdentity
+    from fl_runtime.trust.streams.identity import StreamIdentity
 
 _SALT = b"fl-adapters stream 1"
 _KEY_BYTES = 32
