@@ -14,7 +14,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,8 @@ from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.version import VERSION
 
 BACKUP_FILE = "backup.json"
+KIT_PART = ".server-kit"
+"""Folder of a backup with what changes in the server's kit."""
 _FORMAT = 1
 _STAGING = ".backup"
 _PARTIAL = ".partial"
@@ -64,13 +66,15 @@ class Backup:
         return sum(size for size, _ in self.files.values())
 
 
-def back_up(data: Path, out: Path, federation: str) -> Backup:
+def back_up(data: Path, out: Path, federation: str, copy_kit: Callable[[Path], object] | None = None) -> Backup:
     """Copy a server's data folder, consistently while the server runs.
 
     Args:
         data: The data folder.
         out: Folder for the backup, which must not exist or be empty.
         federation: Name of the federation whose folder it should be.
+        copy_kit: Copies what changes in the server's kit, such as its audit log, into a folder. It is called when the
+            jobs are copied, so that the log has a line for all that they hold.
 
     Returns:
         The backup.
@@ -98,6 +102,11 @@ def back_up(data: Path, out: Path, federation: str) -> Backup:
         for path in sorted(data.iterdir()):
             if path.is_file() and not _is_passing(path) and path.name not in copies.made:
                 copies.file(path, path.name)
+        if copy_kit is not None:
+            (partial / KIT_PART).mkdir(mode=0o700)
+            copy_kit(partial / KIT_PART)
+            for path in sorted((partial / KIT_PART).iterdir()):
+                copies.note(f"{KIT_PART}/{path.name}")
         backup = Backup(out, federation, time.time(), tuple(jobs), copies.made)
         fields = {"format": _FORMAT, "version": VERSION, **asdict(backup), "folder": None}
         (partial / BACKUP_FILE).write_text(json.dumps(fields, indent=1), "utf-8")
@@ -106,6 +115,8 @@ def back_up(data: Path, out: Path, federation: str) -> Backup:
 
 def restore(backup_folder: Path, data: Path, federation: str) -> Backup:
     """Make a data folder from a backup. A server that is started with it goes on from there.
+
+    What the backup has of the server's kit is in the folder `KIT_PART`, for the caller to put into the kit.
 
     Args:
         backup_folder: The backup.

@@ -166,12 +166,7 @@ def read_kit(folder: Path, *, kind: str = "") -> StartupKit:
 
 def _read_kit(folder: Path, kind: str) -> StartupKit:
     identity, fields = read_unsigned(folder)
-    if kind and identity.kind != kind:
-        raise ConfigError(
-            f"this is the kit of {identity}, but the kit of a {kind} is needed",
-            where=str(folder),
-            fix=f"pass the kit of a {kind}",
-        )
+    check_kind(identity, kind, folder)
     certificate_file, key_file = folder / CERTIFICATE, folder / KEY
     if not certificate_file.exists():
         raise ConfigError(
@@ -198,6 +193,25 @@ def _read_kit(folder: Path, kind: str) -> StartupKit:
         certificate=certificate,
         authority=authority_fingerprint(ca),
     )
+
+
+def check_kind(identity: Identity, kind: str, folder: Path) -> None:
+    """Check that a kit is that of a participant of one kind.
+
+    Args:
+        identity: Whose kit it is.
+        kind: "server", "site" or "admin"; "" for any.
+        folder: The kit's folder, for the error message.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if kind and identity.kind != kind:
+        raise ConfigError(
+            f"this is the kit of {identity}, but the kit of a {kind} is needed",
+            where=str(folder),
+            fix=f"pass the kit of a {kind}",
+        )
 
 
 def read_unsigned(folder: Path) -> tuple[Identity, dict[str, Any]]:

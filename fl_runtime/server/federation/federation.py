@@ -17,7 +17,7 @@ from fl_runtime.server.federation.guard import Guard
 from fl_runtime.server.federation.jobs import RunningJob
 from fl_runtime.server.federation.queue import JobQueue, ReadJob
 from fl_runtime.server.federation.quota import CALLS_A_JOB, HELD_EACH, MOST_SLOTS
-from fl_runtime.server.federation.renewals import Renewals
+from fl_runtime.server.federation.renewals import RENEWALS, Renewals
 from fl_runtime.server.federation.root_calls import RootCalls
 from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.server.federation.validity import Validity
@@ -104,7 +104,7 @@ class FederationServer:
         revoked = RevocationList(kit.folder / CRL, roots, required=True)
         self._take_up(CRL, revoked)
         self._take_up(MEMBERS, members)
-        renewals = Renewals(kit.folder / "renewals.json")
+        renewals = Renewals(kit.folder / RENEWALS)
         lists = OutsideLists(kit.folder / OUTSIDE_LISTS, lambda: roots.holders.outside)
         validity = Validity(kit.identity.federation, roots, revoked, lists, renewals, members, self._audit)
         witness = Witness(self._audit.log, kit.folder, kit.identity)

@@ -14,6 +14,9 @@ from fl_runtime.trust.files import write_file
 
 log = logging.getLogger(__name__)
 
+RENEWALS = "renewals.json"
+"""File in the server's kit with the record."""
+
 GRACE = timedelta(seconds=60)
 """How long a replaced certificate still counts after the new one was first used, for calls that are under way."""
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -228,6 +229,21 @@ class AuditLog:
         except StoreError as error:
             return f"{error.what} ({self._log})"
         return f"the audit log was changed: {changed} ({self._log})" if changed else ""
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the log and what signs it, as they are between two lines.
+
+        Args:
+            folder: The folder for the copies; created if missing.
+
+        Raises:
+            StoreError: If the log cannot be read, or a copy cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._lock, self._exclusive() as file:
+            self._checked_end(file)
+            for name in (LOG_FILE, HEAD_FILE, COUNTER_FILE):
+                shutil.copyfile(self._log.with_name(name), folder / name)
 
     def ship_to(self, url: str) -> None:
         """Send every further line to a syslog server, too. It never waits for that server.

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from federation_bench import Site, at_once
+from read_only import bound_by_modes, make_read_only
 from study import Study, until
 from typer.testing import CliRunner
 
 from fl_adapters.cli.app import app
 from fl_adapters.cli.federation.server import data_folder, read_job
-from fl_runtime.errors import ConfigError, StoreError
+from fl_runtime.errors import ConfigError, PermissionDeniedError, StoreError
 from fl_runtime.server.federation.federation import FederationServer
-from fl_runtime.store.backup import back_up, restore
+from fl_runtime.store.backup import KIT_PART, back_up, read_backup, restore
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.trust.kits import read_kit
+from fl_runtime.trust import audit
+from fl_runtime.trust.authority import signed_members
+from fl_runtime.trust.kits import read_kit, write_kit
+from fl_runtime.trust.working_kit import WORKING_KIT
 from fl_runtime.types import Arrays, Task
 
 W = {"w": np.zeros(50_000, np.float32)}
@@ -265,4 +271,97 @@ def test_the_commands_find_the_folder_beside_the_kit(
     assert "an earlier version left jobs of study here: waiting" in refused.output
     assert not (study.kits / "server-data").exists()
     study.runs = elsewhere / "runs"
+    study.start()
+
+
+def command(*words: str | Path) -> str:
+    done = CliRunner().invoke(app, ["server", *map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def verified(kit: Path) -> list[dict[str, Any]]:
+    """The lines of a kit's audit log, in which nothing is wrong."""
+    assert audit.verify(kit, audit.Anchor(kit=kit))[1] == []
+    return audit.entries(kit)
+
+
+@pytest.fixture
+def saved(study: Study, tmp_path: Path) -> Path:
+    """A backup of a server that has revoked somebody and whose log grows while it is made; lines were added since."""
+    kit, backup = study.kits / "server", tmp_path / "backup"
+    shutil.copytree(kit, tmp_path / "old-kit", ignore=shutil.ignore_patterns("audit*", "log-counter*"))
+    study.authority.revoke("mina")
+    study.admin().ask("Revoke", crl=study.authority.crl.decode(), members=signed_members(study.authority).decode())
+    done = threading.Event()
+
+    def keep_writing() -> None:
+        log = audit.AuditLog(kit, kit)
+        while not done.is_set():
+            log.write("called", None)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    command("backup", backup, "--kit", kit, "--data", study.runs)
+    done.set()
+    writer.join(30)
+    study.server.close()
+    return backup
+
+
+@pytest.mark.parametrize("key", ["as provisioned", "another"])
+def test_a_backup_has_the_audit_log_and_a_kit_without_one_goes_on_with_it(
+    key: str, study: Study, saved: Path, tmp_path: Path
+) -> None:
+    kit, data = tmp_path / "old-kit", tmp_path / "data"
+    if key == "another":
+        shutil.rmtree(kit)
+        write_kit(kit, study.authority, study.authority.project.participant("server"))
+    whole = study.log()
+    assert "that of the backup" in command("restore", saved, "--kit", kit, "--data", data)
+    *before, mark = verified(kit)
+    assert before == whole[: len(before)]
+    assert "backup made" in {entry["action"] for entry in before}
+    assert len(before) < len(whole), "lines since the backup are lost, and the log says so"
+    assert (mark["action"], mark["line_then"]["number"]) == ("data restored from a backup", len(before))
+    assert mark["made_at"] == datetime.fromtimestamp(read_backup(saved).made_at, UTC).isoformat(timespec="seconds")
+    assert not (data / KIT_PART).exists()
+    study.runs, study.kits = data, tmp_path
+    (tmp_path / "old-kit").rename(tmp_path / "server")
+    study.start()  # it refuses whom it had refused
+    assert len(verified(tmp_path / "server")) == len(before) + 2
+    study.kits = study.folder / "kits"
+    with pytest.raises(PermissionDeniedError, match="revoked"):
+        study.admin("mina").ask("Status")
+
+
+def test_a_log_that_survived_goes_on_and_tells_of_the_restoration(study: Study, saved: Path, tmp_path: Path) -> None:
+    kit, whole = study.kits / "server", study.log()
+    said = command("restore", saved, "--kit", kit, "--data", tmp_path / "data")
+    *before, mark = verified(kit)
+    assert before == whole
+    newer = len(whole) - mark["line_then"]["number"]
+    assert newer > 0
+    assert f"that of the kit, which has {newer} lines since the backup" in said
+    study.start()
+
+
+def test_a_log_that_is_not_that_of_the_backup_is_kept_and_says_so(study: Study, saved: Path, tmp_path: Path) -> None:
+    kit = tmp_path / "old-kit"
+    audit.AuditLog(kit, kit).write("server started")
+    said = command("restore", saved, "--kit", kit, "--data", tmp_path / "data")
+    assert "that of the kit; the one in the backup, which ends with line" in said
+    assert [entry["action"] for entry in verified(kit)] == ["server started", "data restored from a backup"]
+    study.start()
+
+
+def test_a_restored_server_with_a_kit_that_cannot_be_written(study: Study, saved: Path, tmp_path: Path) -> None:
+    kit, data = tmp_path / "old-kit", tmp_path / "data"
+    make_read_only(kit)
+    with bound_by_modes():
+        command("restore", saved, "--kit", kit, "--data", data)
+    working = data / WORKING_KIT
+    assert verified(working)[-1]["action"] == "data restored from a backup"
+    newest = (study.authority.folder / "crl.pem").read_bytes()
+    assert (working / "crl.pem").read_bytes() == newest != (kit / "crl.pem").read_bytes()
     study.start()
