@@ -50,7 +50,9 @@ def in_wheel(path: Path) -> str:
 
 def shipped_sources() -> set[str]:
     found = [path for top in SOURCES for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
-    return {in_wheel(path) for path in found if path.suffix in (".py", ".pyi", ".proto") or path.name == "py.typed"}
+    return {
+        in_wheel(path) for path in found if path.suffix in (".py", ".pyi", ".proto", ".css") or path.name == "py.typed"
+    }
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,46 @@ def simulate(
 @app.command(
     epilog="""\b
 Examples:
+  fl-adapters report runs/train-1202-101500
+  fl-adapters report runs/train-1202-101500 --out train.html --json"""
+)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the run's folder.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Write the report of a run: curves, time and bytes, sites, filters and settings, in one HTML file.
+
+    Every run ends with such a report. This command makes it again, or shows where a run stands that has not ended.
+    """
+    from fl_adapters.cli import report as command
+
+    sys.exit(command.report(folder, out, as_json))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  fl-adapters compare runs/fedavg runs/fedprox
+  fl-adapters compare runs/seed-* --out seeds.html --json"""
+)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of the runs.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("comparison.html"),
+    as_json: _Json = False,
+) -> None:
+    """Compare runs: the settings that differ, the metrics of the best rounds, and a page with their curves.
+
+    Runs that differ in nothing but the job's seed are one curve with a band of one standard deviation.
+    """
+    from fl_adapters.cli import report as command
+
+    sys.exit(command.compare(folders, out, as_json))
+
+
+@app.command(
+    epilog="""\b
+Examples:
   fl-adapters doctor
   fl-adapters doctor --port 8765 --json
   fl-adapters doctor --kit kits/north"""

@@ -15,6 +15,7 @@ from rich.console import Console
 from fl_adapters.cli.live import live_table, rounds_table
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.report import REPORT
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Listener
 
@@ -154,6 +155,7 @@ def _sum_up(result: SimulationResult, console: Console) -> None:
         title = f"{result.job}, training {training.number}" if several else result.job
         console.print(rounds_table(training, title))
         paths = {"model": training.model, "best": training.best, "history": training.folder / "history.csv"}
+        paths["report"] = training.folder / REPORT
         for name, path in paths.items():
             best = f" (round {training.best_round})" if name == "best" else ""
             _print_path(console, name, path, best)

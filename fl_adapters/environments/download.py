@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fl_adapters.environments.report import EVENTS, write_report
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.store.tensorfile import disk_error
@@ -22,7 +23,8 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
     """Download the result files of a job that has ended: models, history, events and figures.
 
     A download that was interrupted goes on where it stopped, also in another process. Files that are there and whole
-    are not fetched again. Every file is compared with the server's SHA-256 digest before it gets its name.
+    are not fetched again. Every file is compared with the server's SHA-256 digest before it gets its name. The
+    report of each training is made here, from its events.
 
     Args:
         control: Connection to the server, as an admin or as a site of the job.
@@ -31,7 +33,7 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
         patience_s: How long the server may be out of reach, in seconds.
 
     Returns:
-        The files.
+        The files, and the reports.
 
     Raises:
         ConfigError: There is no such job, or it has not ended.
@@ -42,7 +44,8 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
     shown = control.ask("ShowJob", job=job, patience_s=patience_s)
     if "files" not in shown:
         raise ConfigError(f"the job {job} has not ended", fix="wait for its end: fl-adapters job follow")
-    return [_fetched(control, job, folder, item, patience_s) for item in _checked(shown["files"])]
+    files = [_fetched(control, job, folder, item, patience_s) for item in _checked(shown["files"])]
+    return [*files, *(write_report(file.parent) for file in files if file.name == EVENTS)]
 
 
 def _checked(files: Any) -> list[Mapping[str, Any]]:

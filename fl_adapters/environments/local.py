@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fl_adapters.environments import heatmap
 from fl_adapters.environments.listeners import RunTracker
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.outcome import SiteExit, run_error
 from fl_adapters.environments.processes import SiteProcesses, describe_status
+from fl_adapters.environments.report import heatmap, write_report
 from fl_adapters.job import EarlierModel, Job, site_names
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.server import RoundResult
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.trainings import training_folder
@@ -326,11 +326,11 @@ def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, 
     """
     result = server.result(server.training_count)
     trainings = tuple(_training_result(server, run, number) for number in range(1, server.training_count + 1))
+    for training in trainings:
+        _drawn(training.folder)
     error = result.error if exits is None else run_error(result.error, exits, run.settings)
     if error is not None:
         raise error
-    for training in trainings:
-        heatmap.draw(training.folder)
     first, result = trainings[0], server.result()
     return SimulationResult(
         job=run.settings.name,
@@ -347,6 +347,15 @@ def make_result(server: JobServer, run: LocalRun, exits: list[SiteExit] | None, 
         no_best=first.no_best,
         trainings=trainings,
     )
+
+
+def _drawn(folder: Path) -> None:
+    """Write the report and the pictures of a training, whether it failed or not."""
+    try:
+        heatmap.draw(folder)
+        write_report(folder)
+    except FederationError as error:
+        print(f"fl-adapters: there is no report: {error}", file=sys.stderr)
 
 
 def make_run_folder(folder: Path, job: Job) -> Path:

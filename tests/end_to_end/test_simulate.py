@@ -44,6 +44,8 @@ def test_the_federation_averages_and_leaves_its_results(bench: Any, adding: str)
     assert "finished" in kinds
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "best" / "model.safetensors").exists()
+    shown = f"all sites, round 4: {float(rows[-1]['train_loss']):.4g}"
+    assert shown in (folder / "report.html").read_text()
     assert Job.from_file(folder / "job.yml").rounds == 4
     assert all((folder / "sites" / name / "log.txt").exists() for name in ("site-1", "site-2", "site-3"))
 
@@ -53,7 +55,7 @@ def test_without_a_terminal_there_is_a_line_per_round_and_a_summary(bench: Any, 
 
     assert done.returncode == 0, done.stderr
     assert sum(": train_loss" in line for line in done.stdout.splitlines()) == 3
-    for left in ("model", "best", "history.csv", "sites"):
+    for left in ("model", "best", "history.csv", "report.html", "sites"):
         assert left in done.stdout
 
 

@@ -108,7 +108,8 @@ class Scoring:
         if self.scores.settle(version):
             best = self._state.models.best_version
             leading = version if self.better(version, best) else best
-            self._state.events.emit("scored", version, metrics=self.scores.of(version), best_round=leading)
+            named, scores = self._ranking().metric, self.scores.of(version)
+            self._state.events.emit("scored", version, metrics=scores, best_round=leading, best_metric=named)
             self._check_metric(version)
             if self.on_settled is not None:
                 self.on_settled(version)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fl_adapters as fl
-from fl_adapters.environments import heatmap
+from fl_adapters.environments.report import heatmap
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import FedAvg
 from fl_runtime.errors import ConfigError, HandshakeError

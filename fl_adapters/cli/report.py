@@ -1,0 +1,53 @@
+"""Commands `fl-adapters report` and `compare`: pages about runs, from the files that they have left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fl_adapters.cli.output import console_for, report_errors, show_json
+from fl_adapters.environments.report import write_comparison, write_report
+from fl_adapters.environments.report.comparison import Summary, different_settings
+
+
+def report(folder: Path, out: Path | None, as_json: bool) -> int:
+    """Write the report of a run. Returns exit status 0."""
+    with report_errors(as_json):
+        written = write_report(folder, out)
+        console_for(as_json).print(f"report   {written}", highlight=False, soft_wrap=True)
+        if as_json:
+            show_json({"report": str(written)})
+    return 0
+
+
+def compare(folders: Sequence[Path], out: Path, as_json: bool) -> int:
+    """Compare runs: a table on the screen, and a page with their curves. Returns exit status 0."""
+    from rich.table import Table
+
+    with report_errors(as_json):
+        written, runs = write_comparison(folders, out)
+        differences = different_settings(runs)
+        console = console_for(as_json)
+        columns = ["", *(run.name for run in runs)]
+        table = Table(*columns, title="settings that differ, and metrics of the best rounds", title_justify="left")
+        for setting, values in differences.items():
+            table.add_row(setting, *values)
+        table.add_section()
+        for metric in dict.fromkeys(name for run in runs for name in run.best):
+            table.add_row(metric, *(f"{run.best[metric]:.4g}" if metric in run.best else "" for run in runs))
+        console.print(table)
+        console.print(f"page     {written}", highlight=False, soft_wrap=True)
+        if as_json:
+            fields = {"page": str(written), "settings": differences, "runs": [_fields(run) for run in runs]}
+            show_json(fields)
+    return 0
+
+
+def _fields(run: Summary) -> dict[str, object]:
+    return {
+        "name": run.name,
+        "folder": str(run.run.folder),
+        "best_round": run.run.best.round,
+        "rounds": sum(record.finished for number, record in run.run.rounds.items() if number),
+        "metrics": dict(run.best),
+    }

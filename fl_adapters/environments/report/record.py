@@ -1,0 +1,308 @@
+"""What a finished or running training has left in its folder, read for reports."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fl_runtime.errors import ConfigError
+from fl_runtime.text import parse_json, printable
+from fl_runtime.yaml_files import read_yaml
+
+EVENTS = "events.jsonl"
+_LINE_CHARS = 2**24
+_USED = ("used", "carried")
+_REPORTED = ("spent", "sent")
+
+
+@dataclass
+class SiteRound:
+    """One site in one round.
+
+    Attributes:
+        status: What became of the site's update, such as "used"; "" if none arrived.
+        num_examples: Training examples behind the update.
+        local_steps: Optimizer steps behind the update.
+        seconds: Seconds from the start of the round to the arrival of the update: exchange and training.
+        bytes_up: Bytes from the site to the server.
+        bytes_down: Bytes from the server to the site.
+        metrics: Metrics of the site's training, and of the round's model on the site's validation data.
+    """
+
+    status: str = ""
+    num_examples: int = 0
+    local_steps: int = 0
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RoundRecord:
+    """One round.
+
+    Attributes:
+        seconds: Seconds from the start of the round to its model.
+        finished: Whether the round has a model.
+        metrics: Metrics over all sites.
+        sites: Each site's part, by name.
+    """
+
+    seconds: float = 0.0
+    finished: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    sites: dict[str, SiteRound] = field(default_factory=dict)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes from all sites to the server."""
+        return sum(site.bytes_up for site in self.sites.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes from the server to all sites."""
+        return sum(site.bytes_down for site in self.sites.values())
+
+
+@dataclass
+class FilterUse:
+    """A filter that ran on updates.
+
+    Attributes:
+        settings: Its name and arguments.
+        sites: Names of the sites whose updates it ran on.
+        epsilon: Largest privacy cost that it has reported at each site; empty without a privacy budget.
+    """
+
+    settings: Mapping[str, Any]
+    sites: set[str] = field(default_factory=set)
+    epsilon: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class BestRound:
+    """Which round of a run is the best.
+
+    Attributes:
+        round: Its number, or None.
+        metric: The metric that decides; "" before a model has been scored.
+        missing: Why there is none; "" if there is one, or if the run has not ended.
+    """
+
+    round: int | None = None
+    metric: str = ""
+    missing: str = ""
+
+
+@dataclass
+class RunRecord:
+    """One training, as its events tell it.
+
+    Attributes:
+        folder: Its folder: `runs/<job>`, or `runs/<job>/2` for the second training of a script.
+        name: Name of the run.
+        job: Fields of job.yml; empty where there is none.
+        command: Fields of simulation.json: arguments of the script, sites; empty where there is none.
+        planned: Number of rounds that the sites agreed on, or None if the run did not come so far.
+        rounds: The rounds by number. Round 0 is the initial model.
+        best: The best round.
+        frameworks: What each site trains with, by site.
+        filters: Filters that ran on updates, in the order of first use.
+        matrix: Cross-site evaluation: model, then site, then metric; None without one.
+        warnings: Warnings, in order.
+        failed: Why the run failed; "" if it did not.
+        ended: Whether the run has ended.
+        began: Time of the first event, in seconds since the epoch; 0 without events.
+        last: Time of the last event, in seconds since the epoch.
+    """
+
+    folder: Path
+    name: str
+    job: Mapping[str, Any] = field(default_factory=dict)
+    command: Mapping[str, Any] = field(default_factory=dict)
+    planned: int | None = None
+    rounds: dict[int, RoundRecord] = field(default_factory=dict)
+    best: BestRound = field(default_factory=BestRound)
+    frameworks: dict[str, str] = field(default_factory=dict)
+    filters: list[FilterUse] = field(default_factory=list)
+    matrix: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
+    warnings: list[str] = field(default_factory=list)
+    failed: str = ""
+    ended: bool = False
+    began: float = 0.0
+    last: float = 0.0
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of all sites that took part, in order: site-2 comes before site-10."""
+        return sorted({name for record in self.rounds.values() for name in record.sites}, key=_numbered)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all metrics, those over all sites first, in the order in which they first appear."""
+        everywhere = [name for record in self.rounds.values() for name in record.metrics]
+        at_sites = [name for r in self.rounds.values() for site in r.sites.values() for name in site.metrics]
+        return list(dict.fromkeys(everywhere + at_sites))
+
+    def curve(self, metric: str, site: str = "") -> list[tuple[float, float]]:
+        """Return a metric by round.
+
+        Args:
+            metric: Name of the metric.
+            site: Name of a site; "" for the metric over all sites.
+
+        Returns:
+            Round and value of each round that has one that is finite.
+        """
+        points = []
+        for number, record in sorted(self.rounds.items()):
+            values = record.metrics if not site else record.sites[site].metrics if site in record.sites else {}
+            if metric in values and math.isfinite(values[metric]):
+                points.append((float(number), values[metric]))
+        return points
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read the record of a training.
+
+    Args:
+        folder: Its folder, which holds events.jsonl: of a simulation, or downloaded from a server.
+
+    Returns:
+        The record. Lines and fields that cannot be read are passed over, since a report must not fail by them.
+
+    Raises:
+        ConfigError: There is no events.jsonl in the folder.
+    """
+    path = folder / EVENTS
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no run in {folder}",
+            where=str(path),
+            fix="name the folder of a run, such as runs/NAME, or that of `fl-adapters job download`",
+        )
+    run = RunRecord(folder, folder.resolve().name, _yaml(folder / "job.yml"), _json(folder / "simulation.json"))
+    for event in _events(path):
+        try:
+            _take(run, event)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return run
+
+
+def _events(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while line := file.readline(_LINE_CHARS):
+            try:
+                event = parse_json(line, limit_chars=_LINE_CHARS)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("data"), dict):
+                yield event
+
+
+def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
+    """Add an event to the record."""
+    data, number, site = event["data"], int(event["round"]), printable(str(event["site"]), 100)
+    run.began, run.last = run.began or float(event["time"]), float(event["time"])
+    record = run.rounds.get(number, RoundRecord())
+    match event["kind"]:
+        case "registered":
+            run.frameworks[site] = printable(str(data.get("info", {}).get("framework", "")), 100)
+        case "started":
+            run.planned, run.ended, run.failed = int(data["rounds"]), False, ""
+        case "task_sent" if data.get("task") == "train":
+            _site(run, number, site).bytes_down = int(data["bytes"])
+        case "update":
+            _update(_site(run, number, site), data)
+            for settings in data.get("filters", []):
+                _filter(run, site, settings)
+        case "report":
+            _site(run, number, site).metrics.update(_numbers(data["metrics"]))
+        case "round_finished":
+            record.seconds, record.finished = float(data["seconds"]), True
+            record.metrics.update(_numbers(data["metrics"]))
+            run.rounds[number] = record
+        case "scored":
+            record.metrics.update(_numbers(data["metrics"]))
+            run.rounds[number], run.best.round = record, _best(data)
+            run.best.metric = printable(str(data.get("best_metric", "")), 200)
+        case "cross_site":
+            run.matrix = _matrix(data["matrix"])
+        case "warning":
+            run.warnings.append(printable(str(data["text"]), 2000))
+        case "finished":
+            run.ended, run.best.round = True, _best(data)
+            run.best.missing = printable(str(data.get("no_best") or ""), 2000)
+        case "failed":
+            run.ended, run.failed = True, printable(str(data["error"]["what"]), 2000)
+
+
+def _numbered(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _best(data: Mapping[str, Any]) -> int | None:
+    best = data.get("best_round")
+    return best if isinstance(best, int) else None
+
+
+def _update(part: SiteRound, data: Mapping[str, Any]) -> None:
+    part.bytes_up += int(data.get("bytes_up", 0))
+    if part.status in _USED and data["status"] not in _USED:
+        return  # a late second one counts by its bytes alone
+    part.status, part.seconds = printable(str(data["status"]), 100), float(data.get("seconds", 0.0))
+    part.num_examples, part.local_steps = int(data.get("num_examples", 0)), int(data.get("local_steps", 0))
+    part.metrics.update(_numbers(data.get("metrics", {})))
+
+
+def _site(run: RunRecord, number: int, site: str) -> SiteRound:
+    return run.rounds.setdefault(number, RoundRecord()).sites.setdefault(site, SiteRound())
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        printable(name, 100): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _filter(run: RunRecord, site: str, settings: Mapping[str, Any]) -> None:
+    """Record that a filter ran. What it reports anew in each round does not make it another filter."""
+    lasting = {name: value for name, value in settings.items() if name not in _REPORTED}
+    use = next((use for use in run.filters if use.settings == lasting), None)
+    if use is None:
+        use = FilterUse(lasting)
+        run.filters.append(use)
+    use.sites.add(site)
+    if "spent" in settings:
+        use.epsilon[site] = max(use.epsilon.get(site, 0.0), float(settings["spent"]))
+
+
+def _matrix(matrix: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        printable(model, 100): {printable(site, 100): _numbers(cell) for site, cell in row.items()}
+        for model, row in matrix.items()
+    }
+
+
+def _yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        fields = read_yaml(path, "job file") if path.is_file() else {}
+    except ConfigError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        fields = parse_json(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

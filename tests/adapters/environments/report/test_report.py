@@ -1,0 +1,198 @@
+"""The pages about runs: what they say is what the events say, and nothing in them can be a script."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_adapters.environments.report import write_comparison, write_report
+from fl_adapters.environments.report.loading import loading_line
+from fl_runtime.errors import ConfigError
+
+HOSTILE = '</svg></style><script>alert(1)</script><img src="http://elsewhere" onerror=alert(2)>"\x1b[31m\u202e'
+
+
+class Page(HTMLParser):
+    """Elements, attributes and texts of a page, as a browser's parser finds them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def has(self, text: str) -> bool:
+        return any(text in found for found in self.texts)
+
+
+class Run:
+    """Writes the events of a run as a server does."""
+
+    def __init__(self, folder: Path, sites: Sequence[str], **job: Any) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.sites, self._time = folder, sites, 1.8e9
+        (folder / "job.yml").write_text("\n".join(f"{field}: {json.dumps(value)}" for field, value in job.items()))
+        for site in sites:
+            self.event("registered", site=site, evaluates=True, info={"framework": "transformers"})
+        self.event("started", rounds=9, sites=list(sites))
+
+    def event(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        self._time += 1
+        line = json.dumps({"kind": kind, "time": self._time, "round": round, "site": site, "data": data})
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def round(self, number: int, loss: float, *, metric: str = "loss", filters: Sequence[Any] = ()) -> None:
+        for site in self.sites:
+            self.event("task_sent", number, site, task="train", bytes=500)
+        for at, site in enumerate(self.sites):
+            fields = {"num_examples": 100 * (at + 1), "local_steps": 5, "seconds": 2.0 + at, "filters": list(filters)}
+            self.event("update", number, site, status="used", metrics={}, bytes_up=1000, bytes_down=500, **fields)
+        self.event("round_finished", number, seconds=4.0, metrics={}, sites=list(self.sites))
+        for at, site in enumerate(self.sites):
+            self.event("report", number, site, metrics={metric: loss + at}, num_examples=9)
+        self.event("scored", number, metrics={metric: loss}, best_round=1, best_metric=metric)
+
+    def finish(self) -> None:
+        self.event("finished", rounds=9, best_round=1, no_best="")
+
+
+def test_the_page_says_what_the_events_say(tmp_path: Path) -> None:
+    run = Run(tmp_path / "study", ("north", "south"), name="study", app="train.py", rounds=2)
+    (run.folder / "simulation.json").write_text(json.dumps({"args": ["--lr", "0.1"], "module": False}))
+    (run.folder / "best").mkdir()
+    (run.folder / "best" / "adapter_config.json").write_text("{}")
+    noise = {"name": "GaussianDP", "noise_multiplier": 1.5}
+    run.round(1, 0.5, filters=[noise | {"spent": 0.75}])
+    run.round(2, 0.625, filters=[noise | {"spent": 1.25}])
+    run.event("cross_site", 2, matrix={"global": {"north": {"loss": 0.1}, "south": {"loss": 0.3}}})
+    run.event("warning", text="both sites have the same data")
+    run.finish()
+    page = Page(write_report(run.folder))
+    for text in (
+        *("Finished.", "2 of 9", "transformers", "all sites, round 2: 0.625", "north, round 1: 0.5"),
+        *("south, round 2: 1.625", "33.3%", "66.7%", "2 of 2", "GaussianDP", "noise_multiplier=1.5", "1.25"),
+        *("both sites have the same data", "PeftModel.from_pretrained(base, 'best')", "app: train.py"),
+        "fl-adapters simulate train.py --job job.yml --name study-again -- --lr 0.1",
+    ):
+        assert page.has(text), text
+    # a site's time is 2 or 3 s of the round's 4: 2 s all at work, 1 s until the last one, 1 s more
+    assert page.has("round 1, all sites at work: 2 s") and page.has("round 1, aggregation: 1 s")
+    assert page.has("round 1, to the server: 0.002 MB") and page.has("round 1, to the sites: 0.001 MB")
+
+
+def test_nothing_in_a_page_can_be_a_script_or_load_anything(tmp_path: Path) -> None:
+    for name, text in (("plain", "x"), ("hostile", HOSTILE)):
+        run = Run(tmp_path / name, (text, "south"), name=text, app=text)
+        run.round(1, 0.5, metric=text, filters=[{"name": text, "spent": 1, text: text}])
+        run.event("cross_site", 1, matrix={text: {text: {text: 0.5}}})
+        run.event("warning", text=text)
+        run.event("failed", error={"what": text})
+    plain, hostile = (Page(write_report(tmp_path / name)) for name in ("plain", "hostile"))
+    assert hostile.elements == plain.elements  # the same page but for its texts
+    page, _ = write_comparison([tmp_path / "plain", tmp_path / "hostile"], tmp_path / "both.html")
+    for found in (hostile, Page(page)):
+        assert not {"script", "img", "link", "iframe", "object", "a"} & set(found.elements)
+        assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href")]
+        assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+        assert not re.search(
+            "[\x1b\u202e]", "".join(found.texts) + "".join(value or "" for _, value in found.attributes)
+        )
+
+
+def test_a_run_under_way_and_one_that_failed_have_a_page_too(tmp_path: Path) -> None:
+    run = Run(tmp_path / "study", ("north",))
+    assert Page(write_report(run.folder)).has("Not finished.")
+    run.round(1, 0.5)
+    page = Page(write_report(run.folder))
+    assert page.has("Not finished.") and page.has("1 of 9")
+    run.event("failed", error={"what": "too few sites are left", "code": "quorum"})
+    assert Page(write_report(run.folder)).has("Failed: too few sites are left")
+
+
+def test_lines_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    run = Run(tmp_path / "study", ("north",))
+    run.round(1, 0.5)
+    with (run.folder / "events.jsonl").open("ab") as file:
+        file.write(b'{"kind": "update"}\n[]\n{"kind": "scored", "round": "x", "site": 0, "time": 0, "data": {}}\n')
+        file.write(
+            b'{"kind": "failed", "time": 1, "round": 0, "site": "", "data": {"error": 3}}\n\xff\xfe\n{"kind": "rou'
+        )
+    (run.folder / "job.yml").write_text("a: [")
+    assert Page(write_report(run.folder)).has("all sites, round 1: 0.5")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run in"):
+        write_report(tmp_path)
+
+
+def test_the_page_of_many_sites_and_rounds_stays_small(tmp_path: Path) -> None:
+    run = Run(tmp_path / "study", [f"site-{number}" for number in range(300)])
+    for number in range(1, 21):
+        run.round(number, 1 / number)
+    run.finish()
+    page = write_report(run.folder)
+    assert page.stat().st_size < 500_000
+    assert Page(page).has("middle site, and lowest to highest")
+
+
+def test_runs_that_differ_in_the_seed_are_one_curve_with_a_band(tmp_path: Path) -> None:
+    losses = {1: [0.5, 0.25], 2: [0.7, 0.5], 3: [0.6, 0.3]}
+    for seed, values in losses.items():
+        run = Run(tmp_path / f"seed-{seed}", ("north",), name=f"seed-{seed}", app="train.py", seed=seed)
+        for number, loss in enumerate(values, 1):
+            run.round(number, loss)
+        run.finish()
+    other = Run(tmp_path / "prox", ("north",), name="prox", app="train.py", strategy="fedprox:mu=0.1")
+    other.round(1, 0.9)
+    other.finish()
+    folders = [*(tmp_path / f"seed-{seed}" for seed in losses), tmp_path / "prox"]
+    written, runs = write_comparison(folders, tmp_path / "out" / "comparison.html")
+    page = Page(written)
+    means = np.mean(list(losses.values()), axis=0)
+    for number, value in enumerate(means, 1):
+        assert page.has(f"seed-1 and 2 more seeds, round {number}: {value:.4g}")
+    assert page.has("prox, round 1: 0.9") and page.has("fedprox:mu=0.1")
+    assert [run.best["loss"] for run in runs] == [0.5, 0.7, 0.6, 0.9]  # of round 1, the best
+    bands = re.findall(r'<polygon points="([^"]+)"', written.read_text())
+    upper, lower = [float(point.split(",")[1]) for point in (bands[0].split()[0], bands[0].split()[-1])]
+    dots = [float(y) for y in re.findall(r'<circle cx="[^"]+" cy="([^"]+)"', written.read_text())]
+    spread = np.std([values[0] for values in losses.values()], ddof=1)
+    per_unit = (dots[1] - dots[0]) / (means[0] - means[1])  # picture's units: both means are on it, y grows downward
+    assert (lower - upper) / 2 == pytest.approx(spread * per_unit, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({"config.json": '{"architectures": ["BertModel"]}'}, "transformers.BertModel.from_pretrained('m')"),
+        (
+            {"config.json": '{"architectures": ["os.system(1)"]}', "model.keras": ""},
+            "keras.saving.load_model('m/model.keras')",
+        ),
+        ({"model.ubj": ""}, "xgboost.Booster(model_file='m/model.ubj')"),
+        ({"model.ckpt": "", "model.safetensors": ""}, "YourModule.load_from_checkpoint('m/model.ckpt')"),
+        ({"model.safetensors": ""}, "safetensors.torch.load_model(model, 'm/model.safetensors')"),
+        ({"notes.txt": ""}, ""),
+    ],
+)
+def test_the_line_that_opens_a_model(files: dict[str, str], line: str, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert loading_line(tmp_path, Path("m")) == line
