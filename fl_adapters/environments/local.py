@@ -19,6 +19,7 @@ from fl_adapters.environments.logs import tail
 from fl_adapters.environments.outcome import SiteExit, run_error
 from fl_adapters.environments.processes import SiteProcesses, describe_status
 from fl_adapters.environments.report import heatmap, write_report
+from fl_adapters.environments.report.notebook import NotebookView
 from fl_adapters.job import EarlierModel, Job, site_names
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.server import RoundResult
@@ -129,7 +130,7 @@ def with_initial_file(job: Job, runs: Path) -> Job:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(NotebookView):
     """Result of one training of the sites' scripts. A script that trains k times has k of them.
 
     Attributes:
@@ -152,7 +153,7 @@ class TrainingResult:
 
 
 @dataclass(frozen=True)
-class SimulationResult:
+class SimulationResult(NotebookView):
     """Result of a finished run on this machine.
 
     Rounds, models and bytes are those of the first training, and usually the only one. A script that trains more than

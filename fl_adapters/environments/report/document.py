@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from fl_runtime.text import printable
 
 Content: TypeAlias = "ElementTree.Element | str | None"
-_TEXT_CHARS = 1_000_000
+_TEXT_CHARS = 4_000_000
 SERIES = 8
 """Number of colours of style.css for series."""
 
@@ -93,4 +93,4 @@ def _attribute(key: str) -> str:
 
 
 def _number(value: str | float) -> str:
-    return printable(value, _TEXT_CHARS) if isinstance(value, str) else f"{value:.6g}"
+    return printable(value, _TEXT_CHARS, lines=True) if isinstance(value, str) else f"{value:.6g}"

@@ -14,7 +14,9 @@ import pytest
 
 from fl_adapters.environments.report import write_comparison, write_report
 from fl_adapters.environments.report.loading import loading_line
+from fl_adapters.environments.report.notebook import NotebookView
 from fl_runtime.errors import ConfigError
+from fl_runtime.server.records.history import History
 
 HOSTILE = '</svg></style><script>alert(1)</script><img src="http://elsewhere" onerror=alert(2)>"\x1b[31m\u202e'
 
@@ -22,12 +24,13 @@ HOSTILE = '</svg></style><script>alert(1)</script><img src="http://elsewhere" on
 class Page(HTMLParser):
     """Elements, attributes and texts of a page, as a browser's parser finds them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         super().__init__()
         self.elements: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.texts: list[str] = []
-        self.feed(path.read_text("utf-8"))
+        if path is not None:
+            self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
@@ -63,7 +66,16 @@ class Run:
         for at, site in enumerate(self.sites):
             fields = {"num_examples": 100 * (at + 1), "local_steps": 5, "seconds": 2.0 + at, "filters": list(filters)}
             self.event("update", number, site, status="used", metrics={}, bytes_up=1000, bytes_down=500, **fields)
-        self.event("round_finished", number, seconds=4.0, metrics={}, sites=list(self.sites))
+        self.event(
+            "round_finished",
+            number,
+            seconds=4.0,
+            metrics={},
+            sites=list(self.sites),
+            missing=[],
+            bytes_up=2,
+            bytes_down=2,
+        )
         for at, site in enumerate(self.sites):
             self.event("report", number, site, metrics={metric: loss + at}, num_examples=9)
         self.event("scored", number, metrics={metric: loss}, best_round=1, best_metric=metric)
@@ -176,6 +188,38 @@ def test_runs_that_differ_in_the_seed_are_one_curve_with_a_band(tmp_path: Path) 
     spread = np.std([values[0] for values in losses.values()], ddof=1)
     per_unit = (dots[1] - dots[0]) / (means[0] - means[1])  # picture's units: both means are on it, y grows downward
     assert (lower - upper) / 2 == pytest.approx(spread * per_unit, abs=0.2)
+
+
+class Result(NotebookView):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+
+def test_a_notebook_shows_a_result_as_report_table_and_figure(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib")
+    run = Run(tmp_path / "study", ("north", "south"))
+    for number in (1, 2, 3):
+        run.round(number, 1 / number)
+    History(run.folder).close()  # makes history.csv from the events
+    result = Result(run.folder)
+    frame = result.history
+    assert frame[frame.site == "south"].loss.tolist() == pytest.approx([2, 1.5, 4 / 3])
+    figure = result.plot(["loss"])
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines["all sites"] == [[1, 1], [2, 0.5], [3, pytest.approx(1 / 3)]]
+    assert set(lines) == {"north", "south", "all sites"}
+    with pytest.raises(ConfigError, match="no metric 'auc'"):
+        result.plot(["auc"])
+    [(_, frame_html)] = [item for item in shown(result._repr_html_()) if item[0] == "srcdoc"]
+    assert frame_html == write_report(run.folder).read_text()
+    assert Result(tmp_path)._repr_html_() is None
+
+
+def shown(html: str | None) -> list[tuple[str, str | None]]:
+    page = Page()
+    page.feed(html or "")
+    return page.attributes
 
 
 @pytest.mark.parametrize(
