@@ -15,7 +15,10 @@ COHORT = "cohort"
 FILES = "files"
 """Feature of a server that takes the small files that a model needs beside its weights."""
 
-FEATURES: tuple[str, ...] = ("beats", "parts", "trainings", COHORT, FILES)
+STAYS = "stays"
+"""Feature of a server that keeps from other sites what a policy says is its site's alone."""
+
+FEATURES: tuple[str, ...] = ("beats", "parts", "trainings", COHORT, FILES, STAYS)
 """Optional parts of the protocol that this version supports. Two sides use those that both name."""
 
 SERVER_NAME = "server.fl-adapters.internal"

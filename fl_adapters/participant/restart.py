@@ -25,7 +25,7 @@ import numpy as np
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State, read_state, write_state
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.trainings import training_name
 from fl_runtime.types import Arrays, Task
 
@@ -217,6 +217,12 @@ class SiteRestart:
         point = None if self._fresh or self._snapshot is None else self._points.before(task)
         if point is None or self._snapshot is None:
             return None
+        if task.kind == "initial" and point["turn"]:
+            raise ProtocolError(
+                f"the server asks for this site's initial weights, but the site has trained {point['turn']} rounds",
+                where=task.job,
+                fix="ask the server's operator; if it was restored to before round 1, delete this site's restart points",
+            )
         within = self._points.within(task)
         self._snapshot.load(point["own"] if within is None else within)
         return point["turn"], point["held_back"]

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from fl_runtime.aggregation.workflow import Workflow
 from fl_runtime.errors import ConfigError, did_you_mean
@@ -82,6 +82,7 @@ class Described(Workflow):
         scalable: Whether the server can scale down the weight of one update, see `Strategy`.
         partial: Whether updates may lack tensors, see `Strategy`.
         needs_steps: Whether updates must state their number of optimizer steps, see `Strategy`.
+        shows: What of a single site's update other sites get, see `Strategy`.
 
     Raises:
         ConfigError: If an argument is out of range, when the object is made.
@@ -97,6 +98,7 @@ class Described(Workflow):
     scalable: ClassVar[bool] = True
     partial: ClassVar[bool] = False
     needs_steps: ClassVar[bool] = False
+    shows: ClassVar[Literal["", "trees", "updates"]] = ""
 
     def __post_init__(self) -> None:
         for item in fields(self):

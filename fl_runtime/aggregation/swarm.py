@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Swarm(FedAvg):
 
     name: ClassVar[str] = "swarm"
     requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, SWARM})
+    shows: ClassVar[Literal["", "trees", "updates"]] = "updates"
 
     @property
     def linear(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import Clock
 from fl_runtime.types import CohortRules, Metrics, Report, Task, Terms, Update
-from fl_runtime.version import COHORT, FEATURES, FILES, PROTOCOL, VERSION
+from fl_runtime.version import COHORT, FEATURES, FILES, PROTOCOL, STAYS, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -119,7 +119,7 @@ class SiteClient:
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
         self._session = pb.Session()
         self._parts = False  # whether the server takes a registration in several messages
-        self._cohorts, self._min_sites = False, None  # whether the server keeps to rules of a policy, and its quorum
+        self._features, self._min_sites = frozenset[str](), None  # of the server, and the quorum of its job
         self._takes_files = False  # whether the server does
         self._held = 0  # 1 + version of the last model to train that was received
         self._presence: Presence | None = None
@@ -172,7 +172,7 @@ class SiteClient:
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
         self._parts = PARTS in reply.features
         self._takes_files = FILES in reply.features
-        self._cohorts, self._min_sites = COHORT in reply.features, settings.get("min_sites")
+        self._features, self._min_sites = frozenset(reply.features), settings.get("min_sites")
         if self._same_machine and reply.shared_folder:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
         self._uploads.frame_bytes = frames.frame_bytes(reply.count)
@@ -223,8 +223,7 @@ class SiteClient:
             HandshakeError: The sites do not agree, or an adapter lacks a capability that the job needs.
         """
         rules = rules or CohortRules()
-        if not self._cohorts:
-            _check_older_server(rules, self._min_sites)
+        _check_older_server(rules, self._features, self._min_sites)
         request = pb.RegisterRequest(
             session=self._session,
             manifest=manifest.to_proto(),
@@ -236,6 +235,7 @@ class SiteClient:
             min_cohort=rules.min_cohort if rules.min_cohort > 1 else 0,
             max_share=rules.max_share or 0.0,
             own_model_stays=rules.own_model_stays,
+            stays=rules.stays,
         )
         reply = Handshake(self._calls, agreement, parts=self._parts).register(request)
         self._layouts.add(manifest)
@@ -376,13 +376,20 @@ class SiteClient:
         self._calls.close()
 
 
-def _check_older_server(rules: CohortRules, min_sites: object) -> None:
-    """Refuse a server that knows no rules of policies, unless the job's quorum alone keeps to them."""
-    enough = rules.min_cohort == 1 or (isinstance(min_sites, int) and min_sites >= rules.min_cohort)
-    if not enough or rules.max_share is not None:
-        rule = f"min_cohort: {rules.min_cohort}" if not enough else f"max_share: {rules.max_share:g}"
+def _check_older_server(rules: CohortRules, features: Collection[str], min_sites: object) -> None:
+    """Refuse a server that does not know a rule, unless the job's quorum or the site itself keeps to it."""
+    unmet = []
+    if COHORT not in features:
+        if rules.min_cohort > 1 and not (isinstance(min_sites, int) and min_sites >= rules.min_cohort):
+            unmet.append(f"min_cohort: {rules.min_cohort}")
+        if rules.max_share is not None:
+            unmet.append(f"max_share: {rules.max_share:g}")
+    if STAYS not in features and "metrics" in rules.stays:  # what else stays, the site does not send
+        unmet.append("site_metrics: false")
+    if unmet:
         raise PermissionDeniedError(
-            "the server's version of fl-adapters does not keep to what this site's policy asks of every model",
-            where=f"rule {rule} (the site's policy.yml)",
-            fix="upgrade fl-adapters at the server" + ("" if enough else ", or raise min_sites in the job"),
+            "the server's version of fl-adapters does not keep to what this site's policy asks of a run",
+            where=f"rule {unmet[0]} (the site's policy.yml)",
+            fix="upgrade fl-adapters at the server"
+            + (", or raise min_sites in the job" if unmet[0].startswith("min_cohort") else ""),
         )

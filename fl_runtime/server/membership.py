@@ -255,11 +255,12 @@ class Membership:
         return [m.name for m in self.members.values() if m.known and not m.gone]
 
     def initial_source(self) -> str | None:
-        """The site whose own weights become the initial model: the first known one, in the job's order.
+        """The site whose own weights become the initial model: the first known one, in the job's order, whose policy
+        allows it. None if there is none yet.
 
         It stays the source if it is restarted.
         """
-        return next(iter(self.known()), None)
+        return next((name for name in self.known() if not self.quorum.keeps_initial(name)), None)
 
     def check_quorum(self, counted: Sequence[str], when: str) -> bool:
         """Check that `min_sites` sites are counted; see `Outages.check`.

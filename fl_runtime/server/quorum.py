@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fl_runtime.aggregation.shares import fewest_sites, sites_needed, within_cap
 from fl_runtime.errors import PermissionDeniedError
 from fl_runtime.server.state import RunState
-from fl_runtime.types import CohortRules, Update
+from fl_runtime.types import CohortRules, OwnPart, Update
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,26 @@ class Quorum:
         return {s: _unmet(s, rules, counted, when) for s, rules in asked.items() if not self._met(rules, counted)}
 
     def check_latecomer(self, site: str, rules: CohortRules) -> None:
-        """Raise PermissionDeniedError if no round of this run can have as many sites as a policy asks for."""
+        """Raise PermissionDeniedError if no round of this run can have as many sites as a policy asks for, or if the
+        run shows what the policy keeps."""
+        self.check_shown(site, rules)
         counted = self._state.plan.strategy.cohort(self._state.settings.sites_per_round)
         if not self._met(rules, counted):
             raise _unmet(site, rules, counted, "this run")
+
+    def check_shown(self, site: str, rules: CohortRules) -> None:
+        """Raise PermissionDeniedError if other sites of this run get or see what a policy keeps from them."""
+        for part, rule, what in self._shown():
+            if part in rules.stays:
+                raise PermissionDeniedError(
+                    f"{site} may not take part in this run, {what}",
+                    where=f"rule {rule} (policy.yml of {site})",
+                    fix="change the job, or ask the site to change its policy",
+                )
+
+    def keeps_initial(self, site: str) -> bool:
+        """Whether a site's policy keeps its weights from being the initial model."""
+        return "initial" in self._rules(site).stays
 
     def withheld(self, senders: Mapping[str, Iterable[str]], round: int) -> list[str]:
         """Find the tensors that come from fewer sites than the policies of these ask for. They keep their global value.
@@ -84,6 +100,18 @@ class Quorum:
             log.warning("%s", text)
             self._state.events.emit("warning", round, text=text)
         return list(found)
+
+    def _shown(self) -> Iterator[tuple[OwnPart, str, str]]:
+        """What of single sites this run shows to others: the part, the rule of a policy that keeps it, and how."""
+        settings, strategy = self._state.settings, self._state.plan.strategy
+        if strategy.initial == "all" and not settings.names_initial:
+            yield "initial", "initial: false", "whose initial model is made of the contributions of all sites"
+        if settings.cross_site:
+            yield "metrics", "site_metrics: false", "whose cross_site records the metrics of every site"
+        if strategy.shows == "trees":
+            yield "trees", "trees", f"in which {strategy.spec} shows its trees or histograms to the other sites"
+        if strategy.shows == "updates":
+            yield "updates", "swarm", f"in which {strategy.spec} sends its updates to another site"
 
     def _met(self, rules: CohortRules, counted: int) -> bool:
         capped = self._state.plan.strategy.scalable or (rules.max_share or 1) >= 1

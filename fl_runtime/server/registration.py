@@ -72,8 +72,12 @@ class Registration:
             fields["evaluates"],
             Terms(**fields.get("terms", {})),
             {name: NamesDigest.from_json(digest) for name, digest in fields.get("names", {}).items()},
-            CohortRules(**fields.get("rules", {})),
+            _rules(fields.get("rules", {})),
         )
+
+
+def _rules(fields: Mapping[str, Any]) -> CohortRules:
+    return CohortRules(**{**fields, "stays": tuple(fields.get("stays", ()))})
 
 
 @dataclass

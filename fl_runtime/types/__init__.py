@@ -29,6 +29,7 @@ from fl_runtime.types.settings import (
     MOST_SITES,
     PRODUCTION_PATIENCE_S,
     CohortRules,
+    OwnPart,
     RunSettings,
     Terms,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Event",
     "Listener",
     "Metrics",
+    "OwnPart",
     "Report",
     "RoundPlan",
     "RunSettings",

@@ -49,19 +49,28 @@ class Terms:
     min_delta: float = 0.0
 
 
+OwnPart = Literal["initial", "metrics", "trees", "updates"]
+"""What is one site's alone and may be kept from others: the weights that it begins with, its metrics and number of
+examples, its trees or gradient histograms, its updates."""
+
+
 @dataclass(frozen=True)
 class CohortRules:
-    """What a site's policy asks of every aggregate that its update is in. The server keeps to it.
+    """What a site's policy asks of a run: who is with it in every aggregate, and what is shown to no other site.
+
+    The server keeps to it.
 
     Attributes:
         min_cohort: Least number of sites whose updates are in the aggregate, at least 1.
         max_share: Largest share of one site in its weights, above 0 and at most 1; None for no cap.
         own_model_stays: Whether the site's own model must not be sent to other sites.
+        stays: What else of this site alone is kept from other sites.
     """
 
     min_cohort: int = 1
     max_share: float | None = None
     own_model_stays: bool = False
+    stays: tuple[OwnPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class RunSettings:
         filters: Filters of what travels, in order; each a table of settings.
         initial: Path of a safetensors file with the initial model; None takes the first site's weights.
         initial_job: The earlier job of the federation whose result is the initial model: `job`, its name; `model`,
-            "last" or "best"; and `sha256` of the file, which the server adds. None for another initial model.
+            "last" or "best"; and what the server adds: `sha256` of the file, and `sites`, the names of those whose
+            updates made the model, with spaces between. None for another initial model.
         best_metric: Metric that decides which round is the best; None leaves it to the sites' `Terms`.
         best_mode: Whether lower or higher is better; None leaves it to the sites' `Terms`.
         seed: Seed of everything random in the run; None means 0 where a number is needed.

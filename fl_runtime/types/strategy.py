@@ -95,6 +95,8 @@ class Strategy(Protocol):
         scalable: Whether the server can scale down the weight of one update, so that a cap on shares holds.
         partial: Whether updates may lack tensors, each of which is then combined over the sites that send it.
         needs_steps: Whether every update must state its number of optimizer steps.
+        shows: What of a single site's update other sites get: nothing, the whole "updates" (the aggregator of a swarm
+            does), or "trees", which includes gradient histograms.
     """
 
     content: ClassVar[Content]
@@ -103,6 +105,7 @@ class Strategy(Protocol):
     scalable: ClassVar[bool]
     partial: ClassVar[bool]
     needs_steps: ClassVar[bool]
+    shows: ClassVar[Literal["", "trees", "updates"]]
 
     @property
     def linear(self) -> bool:

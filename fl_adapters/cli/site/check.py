@@ -107,7 +107,9 @@ def _unchecked(policy: Any, settings: Mapping[str, Any], submitter_known: bool) 
         "adapters: known when the script joins": policy.adapters,
         "exchange: the names of the tensors are known when the script registers": policy.exchange,
         "max_round_bytes: the size of updates is known when they are sent": policy.max_round_bytes is not None,
-        "initial: false holds if this site would be asked for the initial model": not policy.initial
+        "min_cohort, swarm, trees: the job leaves the strategy to the script": policy.rules.stays
+        and not settings["strategy"],
+        "initial: false holds if this site would be asked for the initial model": policy.initial is False
         and not (settings["initial"] or settings["initial_job"]),
         "privacy: the budget is charged in every round": policy.privacy,
     }

@@ -30,12 +30,13 @@ def job_refusals(
     """
     from fl_runtime.trust.identity import Identity
 
-    settings, cohort = run_settings(job), policy.cohort
+    settings, cohort, own = run_settings(job), policy.cohort, policy.disclosure
     uri = str(job.get("submitted_by", ""))
     if submitter_known:
         submitter = Identity.from_uri(uri) if uri else None
         yield from _refused(lambda: policy.check_submitter(settings.name, submitter, site))
-    for check in (cohort.check_cross_site, cohort.check_sampling, cohort.check_site_weights, cohort.check_sites):
+    about_all = (cohort.check_sampling, cohort.check_site_weights, cohort.check_sites)
+    for check in (own.check_cross_site, own.check_earlier, *about_all):
         yield from _refused(partial(check, settings, site))
     if settings.strategy is not None:
         yield from strategy_refusals(policy, site, settings, settings.strategy)
@@ -44,9 +45,10 @@ def job_refusals(
 
 
 def strategy_refusals(policy: Policy, site: Identity, job: RunSettings, strategy: str) -> Iterator[FederationError]:
-    """Yield what in a policy refuses a strategy: its name, or of how few updates it makes a model."""
+    """Yield what in a policy refuses a strategy: its name, what it shows, or of how few updates it makes a model."""
     yield from _refused(lambda: policy.check_strategy(job.name, strategy, site))
-    yield from _refused(lambda: policy.cohort.check_strategy(job, make_strategy(strategy), site))
+    for check in (policy.disclosure.check_strategy, policy.cohort.check_strategy):
+        yield from _refused(partial(check, job, make_strategy(strategy), site))
 
 
 def _refused(check: Callable[[], None]) -> Iterator[FederationError]:

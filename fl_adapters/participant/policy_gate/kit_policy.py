@@ -14,6 +14,7 @@ from fl_adapters.participant.policy_gate.job_rules import job_refusals, strategy
 from fl_adapters.participant.policy_gate.reasons import LeaveReason
 from fl_adapters.participant.policy_gate.refusals import LoggedRefusals
 from fl_adapters.participant.policy_gate.slots import acquire_slot
+from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics.pooling import plain
 from fl_runtime.client.job_settings import run_settings
 from fl_runtime.errors import FederationError, PermissionDeniedError
@@ -127,7 +128,7 @@ class KitPolicyGate(PolicyGate):
     def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
         with self.refusals.recording("register"):
             self._policy.check_names(names, self.identity)
-            if self._strategy is None and self._settings is not None:  # the script chooses it
+            if self._settings is not None and (self._strategy is None or make_strategy(terms.strategy).shows):
                 for refusal in strategy_refusals(self._policy, self.identity, self._settings, terms.strategy):
                     raise refusal
         self._names = list(names)
@@ -170,7 +171,7 @@ class KitPolicyGate(PolicyGate):
         with self.refusals.recording("send update", round=round):
             self._policy.check_names(names, self.identity)
             if initial:
-                self._policy.check_initial(self.identity)
+                self._policy.disclosure.check_initial(self.identity)
 
     def record_update(self, update: Update) -> None:
         arrays = (*update.arrays.values(), *update.extras.values())
@@ -292,7 +293,7 @@ class _KitCohortGate(CohortGate):
 
     @property
     def rules(self) -> CohortRules:
-        return self._gate._policy.cohort.rules
+        return self._gate._policy.rules
 
     def check(self, task: Task) -> None:
         with self._gate.refusals.recording(f"task: {task.kind}", round=task.round):

@@ -51,12 +51,14 @@ class TreeStrategy(Described):
         initial: Whose contributions the initial model is made of: "all" sites'.
         linear: Always false: the strategy needs every update.
         weighted: Whether `site_weights` of the job have an effect: no.
+        shows: What of a single site other sites get: its trees; in histogram mode, parts of its histograms.
     """
 
     content: ClassVar[Content] = "encoded"
     initial: ClassVar[Literal["first", "all"]] = "all"
     linear: ClassVar[bool] = False
     weighted: ClassVar[bool] = False
+    shows: ClassVar[Literal["", "trees", "updates"]] = "trees"
 
     def agreed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return -1 for every dimension, since tree models grow."""

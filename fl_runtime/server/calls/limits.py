@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.server.registration import Member
 from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
-from fl_runtime.types import CohortRules, Update
+from fl_runtime.types import CohortRules, OwnPart, Update
 from fl_runtime.wire.manifest import Manifest
 
 T = TypeVar("T")
@@ -73,11 +73,14 @@ def checked_table(fields: Mapping[str, str], what: str) -> dict[str, str]:
     return {printable(key): printable(value, lines=True) for key, value in fields.items()}
 
 
-def checked_rules(min_cohort: int, max_share: float, *, own_model_stays: bool) -> CohortRules:
-    """The rules of a registration, in which 0 stands for no rule."""
+def checked_rules(
+    min_cohort: int, max_share: float, *, own_model_stays: bool, stays: Sequence[str] = ()
+) -> CohortRules:
+    """The rules of a registration, in which 0 stands for no rule. Unknown parts that stay are left out."""
     if not 0 <= max_share <= 1:  # not a number is neither
         raise ProtocolError(f"a registration asks for max_share={max_share:g}; a share lies between 0 and 1")
-    return CohortRules(max(min_cohort, 1), max_share or None, own_model_stays)
+    kept = tuple(part for part in get_args(OwnPart) if part in stays)
+    return CohortRules(max(min_cohort, 1), max_share or None, own_model_stays, kept)
 
 
 def check_text(text: str, what: str, limit_chars: int = 200) -> str:

@@ -142,7 +142,12 @@ class FederationService:
             evaluates=request.evaluates,
             terms=_terms(request.terms_json),
             names=checked_lists(request.names),
-            rules=limits.checked_rules(request.min_cohort, request.max_share, own_model_stays=request.own_model_stays),
+            rules=limits.checked_rules(
+                request.min_cohort,
+                request.max_share,
+                own_model_stays=request.own_model_stays,
+                stays=request.stays,
+            ),
         )
         attempt, beat_s, membership = self._attempt(request.session), _beat_s(request.session), self._run.membership
         for step in membership.register(peer.name, attempt, manifest, registration, beat_s):

@@ -45,7 +45,7 @@ class FinalModel:
         """Offer the final model, wait for its scores, and decide which round was the best."""
         state, scoring = self._state, self._scoring
         with state.lock:
-            self._exporter = self._membership.initial_source() or ""
+            self._exporter = next(iter(self._membership.known()), "")
             state.enter("final")
             models, last = state.models, state.models.version
             self._membership.wait_until(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fl_runtime.errors import ConfigError, QuorumError, StateMismatchError
+from fl_runtime.errors import ConfigError, PermissionDeniedError, QuorumError, StateMismatchError
 from fl_runtime.server.courses.base import Offer
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
+from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.state import RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import ModelEntry
@@ -54,14 +55,15 @@ class InitialModel:
                 return
 
             def ready() -> bool:
-                membership.check_quorum(membership.known(), "waiting for the initial model")
+                if membership.check_quorum(membership.known(), "waiting for the initial model"):
+                    check_initial_source(state, membership.quorum, membership.remaining())
                 state.published.notify_all()  # the source may have changed: another site is asked
                 return state.models.newest is not None
 
             if not membership.wait_until(ready, state.settings.deadline_s):
+                source = membership.initial_source() or "a site whose policy allows it"
                 raise QuorumError(
-                    f"{membership.initial_source()} did not send the initial model within "
-                    f"{state.settings.deadline_s:g} s",
+                    f"{source} did not send the initial model within {state.settings.deadline_s:g} s",
                     fix="raise deadline_s, or give the initial weights as a file with Job(initial=)",
                 )
 
@@ -112,6 +114,26 @@ class InitialModel:
         for name, target in blob.views()[0].items():
             target[...] = arrays[name]
         self.commit(blob)
+
+
+def check_initial_source(state: RunState, quorum: Quorum, sites: Iterable[str]) -> None:
+    """Check that one of these sites may give the initial model, if a site has to.
+
+    Args:
+        state: The run's state.
+        quorum: What the policies of the sites ask for.
+        sites: Names of the sites.
+
+    Raises:
+        PermissionDeniedError: The policies of all of them keep their weights.
+    """
+    asked = state.plan.strategy.initial == "first" and not state.settings.names_initial and not state.models.newest
+    if asked and all(map(quorum.keeps_initial, sites)):
+        raise PermissionDeniedError(
+            f"no site may give the initial model of {state.settings.name}",
+            where=f"rule initial: false (policy.yml of {', '.join(list(sites)[:8])})",
+            fix="begin with the result of an earlier job, initial: {job: NAME}, or ask one site to allow it",
+        )
 
 
 def digest_of(path: Path) -> str:

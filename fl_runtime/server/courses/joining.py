@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from fl_runtime.aggregation.shares import check_max_share
-from fl_runtime.errors import ConfigError, FederationError, HandshakeError
+from fl_runtime.errors import ConfigError, FederationError, HandshakeError, PermissionDeniedError
 from fl_runtime.server.courses.base import Course, Offer, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
+from fl_runtime.server.courses.initial import check_initial_source
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import (
     Member,
@@ -159,7 +160,8 @@ class Joining:
         for name, registration in registrations.items():
             try:
                 check_capabilities({name: registration}, needs)
-            except HandshakeError as error:
+                self._membership.quorum.check_shown(name, registration.rules)
+            except (HandshakeError, PermissionDeniedError) as error:
                 lacking[name] = error
         able = {name: registration for name, registration in registrations.items() if name not in lacking}
         most, quorum = self._state.settings.sites_per_round, self._membership.quorum
@@ -168,6 +170,7 @@ class Joining:
             able = {name: registration for name, registration in able.items() if name not in lacking}
         if lacking and len(able) < max(self._state.settings.min_sites, 1):
             raise next(iter(lacking.values()))
+        check_initial_source(self._state, quorum, able)
         for name, reason in lacking.items():
             self._membership.expel(name, reason)
         return able

@@ -264,6 +264,21 @@ class JobArchive:
             )
         return file
 
+    def made_by(self, name: str, which: str) -> tuple[str, ...]:
+        """The sites whose updates made a global model that a job has left.
+
+        Args:
+            name: Name of the job.
+            which: "last" or "best".
+
+        Returns:
+            Their names; none if the job's outcome does not tell.
+        """
+        outcome = self.outcome(name) or {}
+        rounds = outcome.get("rounds") or ()
+        number = outcome.get("best_round") if which == "best" else rounds[-1]["round"] if rounds else None
+        return next((tuple(found["sites"]) for found in rounds if found["round"] == number), ())
+
     def take_initial(self, record: JobRecord) -> None:
         """Give a job its own copy of the earlier result that it begins with, unless it has one or needs none.
 

@@ -137,14 +137,23 @@ class JobQueue:
             return settings.name
 
     def _with_digest(self, settings: RunSettings, submitter: Identity) -> RunSettings:
-        """Note what the earlier result is that a job begins with. Its submitter must be allowed to download it."""
+        """Note what the earlier result is that a job begins with, and whose. Its submitter must be allowed to download
+        it, and a single site whose model it is must take part, since the policy of that site decides."""
         origin = settings.initial_job
         if origin is None:
             return settings
         permissions.check(submitter, "Download")
         with self.changed:
             file = self._archive.result(origin["job"], origin["model"])
-        return replace(settings, initial_job={**origin, "sha256": digest_of(file)})
+            sites = self._archive.made_by(origin["job"], origin["model"])
+        if len(sites) == 1 and sites[0] not in settings.sites:
+            raise ConfigError(
+                f"the {origin['model']} model of the job {origin['job']} is made of the updates of {sites[0]} alone, "
+                "which is no site of this job",
+                where="initial",
+                fix=f"let {sites[0]} take part, so that its policy decides, or begin with the result of more sites",
+            )
+        return replace(settings, initial_job={**origin, "sha256": digest_of(file), "sites": " ".join(sites)})
 
     def resume(self, name: str, admin: Identity) -> None:
         """Put a job that failed or was aborted back into the queue. It goes on where its journal stands.

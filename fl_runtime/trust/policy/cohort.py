@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.policy.refusal import denied
-from fl_runtime.types import PARTICIPANTS, UPDATES, CohortRules, RunSettings, Strategy, Task
+from fl_runtime.types import PARTICIPANTS, UPDATES, RunSettings, Strategy, Task
 
 
 @dataclass(frozen=True)
@@ -19,35 +20,12 @@ class CohortPolicy:
         max_share: Largest share of one site in the weights of such a model; None sets no cap.
         site_weights: Largest ratio between the factors of two sites in a job's `site_weights`; None accepts every one.
         fraction: Smallest `fraction` of a job; None accepts every one.
-        cross_site: Whether other sites may evaluate the site's model. None: if `min_cohort` is 1.
     """
 
     min_cohort: int = 1
     max_share: float | None = None
     site_weights: float | None = None
     fraction: float | None = None
-    cross_site: bool | None = None
-
-    @property
-    def rules(self) -> CohortRules:
-        """The part of these rules that the server keeps to, as it is told at the handshake."""
-        return CohortRules(self.min_cohort, self.max_share, self._own_model_stays)
-
-    @property
-    def _own_model_stays(self) -> bool:
-        return not (self.min_cohort == 1 if self.cross_site is None else self.cross_site)
-
-    def check_cross_site(self, job: RunSettings, site: Identity) -> None:
-        """Check whether the other sites of a job would get this site's own model, to evaluate it.
-
-        Args:
-            job: Settings of the job.
-            site: This site.
-        """
-        if job.cross_site and self._own_model_stays:
-            action = f"take part in {job.name}, which sends every site's model to the others"
-            rule = "cross_site: false" if self.cross_site is False else f"min_cohort: {self.min_cohort}"
-            raise denied(site, action, rule)
 
     def check_sampling(self, job: RunSettings, site: Identity) -> None:
         """Check which fraction of the sites a job draws.
@@ -106,7 +84,7 @@ class CohortPolicy:
         counts = [(task.round, task.config.get(PARTICIPANTS)), (task.version, task.config.get(UPDATES))]
         sites = task.config.get("sites")
         if task.kind == "aggregate" and isinstance(sites, list):  # this site sees for itself whose updates it averages
-            counts.append((task.round, len({str(item[0]) for item in sites if isinstance(item, list) and item})))
+            counts.append((task.round, len({str(item[0]) for item in sites if _has_weight(item)})))
         for round, count in counts:
             if isinstance(count, int):
                 self._check_count(f"round {round} of {task.job}", count, site)
@@ -118,3 +96,11 @@ class CohortPolicy:
             raise denied(site, action, f"min_cohort: {self.min_cohort}")
         if self.max_share is not None and sites * self.max_share < 1 - 1e-9:
             raise denied(site, action, f"max_share: {self.max_share:g}")
+
+
+def _has_weight(item: Any) -> bool:
+    """Whether an entry of a server's list, [site, number of examples, factor], counts in a mean."""
+    try:
+        return float(item[1]) * float(item[2]) > 0
+    except (TypeError, ValueError, LookupError, OverflowError):
+        return False

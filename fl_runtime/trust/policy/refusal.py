@@ -8,13 +8,16 @@ from fl_runtime.trust.identity import Identity
 POLICY_FILE = "policy.yml"
 
 
-def denied(site: Identity, action: str, rule: str) -> PermissionDeniedError:
+def denied(
+    site: Identity, action: str, rule: str, fix: str = "change the job, or ask the site to change its policy"
+) -> PermissionDeniedError:
     """Return the error of a rule.
 
     Args:
         site: The site whose policy it is.
         action: What the site may not do, as in "may not ...".
         rule: The rule as the file has it, and what does not fit it.
+        fix: What to do about it.
 
     Returns:
         The error.
@@ -22,5 +25,5 @@ def denied(site: Identity, action: str, rule: str) -> PermissionDeniedError:
     return PermissionDeniedError(
         f"{site} may not {action}",
         where=f"rule {rule} (the site's {POLICY_FILE})",
-        fix="change the job, or ask the site to change its policy",
+        fix=fix,
     )

@@ -13,9 +13,11 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.trust.files import check_unwritable
 from fl_runtime.trust.identity import Identity, Role
 from fl_runtime.trust.policy.cohort import CohortPolicy
+from fl_runtime.trust.policy.disclosure import DisclosurePolicy
 from fl_runtime.trust.policy.files import FilesPolicy
 from fl_runtime.trust.policy.refusal import denied
 from fl_runtime.trust.project import findings
+from fl_runtime.types import CohortRules
 from fl_runtime.yaml_files import read_yaml
 
 ADAPTERS_ONLY = ("*lora_*", "*ia3_*", "*prompt_encoder*", "*prompt_embeddings*", "*adapter*", "*modules_to_save*")
@@ -34,7 +36,8 @@ filters: []
 # Name patterns of the tensors that may leave this site. `exchange: adapters` stands for those of PEFT adapters.
 # exchange: ["encoder.*"]
 
-# Whether this site's own weights may become the initial global model. Filters are not applied to them.
+# Whether this site's own weights may become the initial global model. Filters are not applied to them. Without this
+# line those may with which its script begins, and the results of earlier jobs as far as min_cohort allows.
 # initial: false
 
 # Of how many sites' updates every model must be made that this site takes part in, this site's own update included.
@@ -59,6 +62,11 @@ site_weights: 10
 # without this line; name patterns choose.
 share_files: true
 # share_files: ["*config.json"]
+
+# Whether another site may get this site's updates, to average them (strategy swarm), and whether other sites may get
+# this site's own trees, or parts of its gradient histograms (XGBoost). Without these lines only where min_cohort is 1.
+# swarm: true
+# trees: true
 
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
@@ -163,13 +171,16 @@ class Policy(_Part):
         filters: Filters that always run on updates, after the job's own, in order; each with "name" and arguments.
         exchange: Name patterns (`fnmatch`) of the tensors that may leave the site. "adapters" in the file stands for
             those of PEFT adapters. None allows all.
-        initial: Whether the site's weights may become the initial global model.
+        initial: Whether the site's weights may become the initial global model. None allows those with which its script
+            begins, but no result of an earlier job that fewer than `min_cohort` sites have trained.
         min_cohort: Least number of sites whose updates are in every model that the site takes part in.
         max_share: Largest share of one site in the weights of such a model; None sets no cap.
         site_weights: Largest ratio between the factors of two sites in a job's `site_weights`; None accepts every one.
         fraction: Smallest `fraction` of a job; None accepts every one.
         cross_site: Whether the site takes part in jobs in which other sites evaluate its model. None: if `min_cohort`
             is 1.
+        swarm: Whether another site may get the site's updates, to average them. None: if `min_cohort` is 1.
+        trees: Whether other sites may get the site's own trees or gradient histograms. None: if `min_cohort` is 1.
         share_files: Name patterns (`fnmatch`) of the small files beside a model, such as config.json and a tokenizer,
             that may go to the server with the final model. In the file, `true` stands for all and `false` for none.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
@@ -190,12 +201,14 @@ class Policy(_Part):
 
     filters: tuple[dict[str, Any], ...] = ()
     exchange: tuple[str, ...] | None = None
-    initial: bool = True
+    initial: bool | None = None
     min_cohort: int = Field(default=1, ge=1)
     max_share: float | None = Field(default=None, gt=0, le=1)
     site_weights: float | None = Field(default=None, ge=1)
     fraction: float | None = Field(default=None, gt=0, le=1)
     cross_site: bool | None = None
+    swarm: bool | None = None
+    trees: bool | None = None
     share_files: tuple[str, ...] = ()
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False
@@ -229,7 +242,18 @@ class Policy(_Part):
     @property
     def cohort(self) -> CohortPolicy:
         """The rules on who must be in an aggregate with this site."""
-        return CohortPolicy(self.min_cohort, self.max_share, self.site_weights, self.fraction, self.cross_site)
+        return CohortPolicy(self.min_cohort, self.max_share, self.site_weights, self.fraction)
+
+    @property
+    def disclosure(self) -> DisclosurePolicy:
+        """The rules on what other sites get or see of this site alone."""
+        return DisclosurePolicy(self.min_cohort, self.initial, self.cross_site, self.swarm, self.trees)
+
+    @property
+    def rules(self) -> CohortRules:
+        """The part of these rules that the server keeps to, as it is told at the handshake."""
+        own = self.disclosure
+        return CohortRules(self.min_cohort, self.max_share, own.own_model_stays, own.stays)
 
     # -- may this site take part? ----------------------------------------------------------------------------
 
@@ -314,11 +338,6 @@ class Policy(_Part):
         if refused:
             listed = f"{_listed(refused[:5])}{f' and {len(refused) - 5} more' if len(refused) > 5 else ''}"
             raise denied(site, f"send {listed}", f"exchange: {_listed(self.exchange)}")
-
-    def check_initial(self, site: Identity) -> None:
-        """Check that the site's weights may become the initial model. Raises PermissionDeniedError if they may not."""
-        if not self.initial:
-            raise denied(site, "send its weights as the initial model", "initial: false")
 
     def check_bytes(self, size_bytes: int, site: Identity) -> None:
         """Check the size of an update against `max_round_bytes`. Raises PermissionDeniedError if it is too large."""

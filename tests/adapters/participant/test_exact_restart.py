@@ -13,10 +13,10 @@ import restarted_loop
 from killed_sites import WarmProcess, run_sites
 
 import fl_adapters as fl
-from fl_adapters.participant.restart import RestartPoints
+from fl_adapters.participant.restart import FunctionSnapshot, RestartPoints, SiteRestart
 from fl_adapters.participant.state_file import read_state, write_state
 from fl_adapters.testing import Death, LocalFederation, Place, RestartCase, Trained, failing, restart_cases
-from fl_runtime.errors import ConfigError, HandshakeError, StoreError
+from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError, StoreError
 from fl_runtime.types import Arrays, Task
 
 SCRIPT = Path(restarted_loop.__file__)
@@ -237,3 +237,17 @@ def test_a_disk_that_fails_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "00000001.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match="not a usable safetensors file"):
         points_of(tmp_path).before(task(1))
+
+
+def test_a_server_that_asks_for_the_initial_model_again_gets_no_trained_weights(tmp_path: Path) -> None:
+    """The restart point holds what the site has trained; as an initial model it would pass by every filter."""
+    loaded: list[Any] = []
+    snapshot = FunctionSnapshot(lambda: {"w": 1.0}, loaded.append)
+    first = SiteRestart(tmp_path, fresh=True)
+    first.begin(snapshot, 0)
+    first.save(Task("job", 1, "", "train", 0, {}), 1, {})
+    second = SiteRestart(tmp_path, fresh=False)
+    second.begin(snapshot, 0)
+    with pytest.raises(ProtocolError, match="asks for this site's initial weights, but the site has trained 1 rounds"):
+        second.load(Task("job", 0, "", "initial", 0, {}))
+    assert not loaded

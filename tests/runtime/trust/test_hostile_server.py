@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from federation_bench import errors_together
 from hostile_server import Hostile, changed_task, train
 from study import Study, readdressed
 
@@ -41,29 +42,28 @@ def holding(arrays: dict[str, Any]) -> Callable[[pb.TaskHeader], None]:
     return change
 
 
-def test_an_initial_model_is_what_it_is_whatever_round_the_server_names(study: Study) -> None:
-    """The policy keeps the site's own weights at home; a round of 1 does not make them an update."""
-    kit = readdressed(study, "north")
-    (kit / "policy.yml").write_text("initial: false\n")
-    study.job()
+@pytest.mark.parametrize(
+    ("round", "error", "text"),
+    [(0, PermissionDeniedError, "send its weights as the initial model"), (1, ProtocolError, "'initial' in round 1")],
+)
+def test_an_initial_model_is_what_it_is_whatever_round_the_server_names(
+    tmp_path: Path, round: int, error: type[FederationError], text: str
+) -> None:
+    """The policy keeps north's own weights at home, so an honest server asks south; a round makes them no update."""
+    with Study(tmp_path, ("north", "south")) as study:
+        north, south = (readdressed(study, name) for name in study.sites)
+        (north / "policy.yml").write_text("initial: false\n")
+        study.job()
 
-    def change(task: pb.TaskHeader) -> None:
-        task.round = 1
+        def change(task: pb.TaskHeader) -> None:
+            task.kind, task.round = "initial", round
+            task.ClearField("payload")
 
-    hostile = Hostile(study, changed_task(change, ("initial",)))
-    with pytest.raises(ProtocolError, match="'initial' in round 1"):
-        train(kit)
-    assert not hostile.received
-
-
-def test_an_honest_request_for_the_initial_model_is_refused_by_the_same_policy(study: Study) -> None:
-    kit = readdressed(study, "north")
-    (kit / "policy.yml").write_text("initial: false\n")
-    study.job()
-    hostile = Hostile(study, lambda method, message: message)
-    with pytest.raises(PermissionDeniedError):
-        train(kit)
-    assert not hostile.received
+        hostile = Hostile(study, changed_task(change))
+        raised = errors_together(lambda: train(north), lambda: train(south))[0]
+        assert isinstance(raised, error) and text in str(raised)
+        assert {header.round for header in hostile.received} == {0}  # those of south
+        assert not [entry for entry in entries(north) if entry["action"] == "update"]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,6 @@ REFUSED = [
     ("exchange: adapters", {}, "exchange: *lora_*"),
     ("exchange: ['head.*']", {}, "exchange: head.*"),
     ("max_round_bytes: 63", {}, "max_round_bytes: 63"),
-    ("initial: false", {}, "initial: false"),
 ]
 
 

@@ -108,7 +108,7 @@ class Notice(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., error_json: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("session", "manifest", "agreement", "info", "capabilities", "rounds", "evaluates", "terms_json", "names", "more", "excerpt", "min_cohort", "max_share", "own_model_stays")
+    __slots__ = ("session", "manifest", "agreement", "info", "capabilities", "rounds", "evaluates", "terms_json", "names", "more", "excerpt", "min_cohort", "max_share", "own_model_stays", "stays")
     class AgreementEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class RegisterRequest(_message.Message):
     MIN_COHORT_FIELD_NUMBER: _ClassVar[int]
     MAX_SHARE_FIELD_NUMBER: _ClassVar[int]
     OWN_MODEL_STAYS_FIELD_NUMBER: _ClassVar[int]
+    STAYS_FIELD_NUMBER: _ClassVar[int]
     session: Session
     manifest: Manifest
     agreement: _containers.ScalarMap[str, str]
@@ -151,7 +152,8 @@ class RegisterRequest(_message.Message):
     min_cohort: int
     max_share: float
     own_model_stays: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ..., terms_json: _Optional[str] = ..., names: _Optional[_Iterable[_Union[NameList, _Mapping]]] = ..., more: bool = ..., excerpt: _Optional[_Union[NameExcerpt, _Mapping]] = ..., min_cohort: _Optional[int] = ..., max_share: _Optional[float] = ..., own_model_stays: bool = ...) -> None: ...
+    stays: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., agreement: _Optional[_Mapping[str, str]] = ..., info: _Optional[_Mapping[str, str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., rounds: _Optional[int] = ..., evaluates: bool = ..., terms_json: _Optional[str] = ..., names: _Optional[_Iterable[_Union[NameList, _Mapping]]] = ..., more: bool = ..., excerpt: _Optional[_Union[NameExcerpt, _Mapping]] = ..., min_cohort: _Optional[int] = ..., max_share: _Optional[float] = ..., own_model_stays: bool = ..., stays: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NameList(_message.Message):
     __slots__ = ("name", "count", "digest", "block", "block_digests", "entries", "from_data")
