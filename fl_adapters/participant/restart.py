@@ -221,7 +221,7 @@ class SiteRestart:
             raise ProtocolError(
                 f"the server asks for this site's initial weights, but the site has trained {point['turn']} rounds",
                 where=task.job,
-                fix="ask the server's operator; if it was restored to before round 1, delete this site's restart points",
+                fix="ask the server's operator; if it was restored to before round 1, delete the restart points",
             )
         within = self._points.within(task)
         self._snapshot.load(point["own"] if within is None else within)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -330,7 +332,9 @@ def test_a_policy_that_becomes_stricter_holds_from_the_next_round(study: Study) 
 
     def change(task: pb.TaskHeader) -> None:
         if task.round == 2:
-            (north / "policy.yml").write_text("min_cohort: 4\n")
+            stricter = north / f"policy-{threading.get_ident()}.yml"
+            stricter.write_text("min_cohort: 4\n")
+            os.replace(stricter, north / "policy.yml")  # never read half written: an empty file limits nothing
 
     hostile = Hostile(study, changed_task(change))
     errors = errors_at_once([readdressed(study, name) for name in study.sites], train)
