@@ -173,6 +173,8 @@ class Event:
     - "aggregator": under swarm, a site was chosen to aggregate the round.
     - "report", "scored": one site evaluated the model of `round`, or all of them did. "cross_score", "cross_site": a
       site evaluated another site's model, or all did (with the matrix).
+    - "files": a site sent the small files that go with the final model, such as config.json; `status` says what became
+      of them: "kept", "same" as those that are kept, or "different".
     - "waiting", "quorum": too few sites are connected, and which ones are waited for; enough are there again.
     - "log": a line of a site's own log, which its policy shares; `level` and `text`.
     - "warning": something may be wrong with the run; `text` says what, in words.

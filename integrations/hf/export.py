@@ -15,7 +15,7 @@ from transformers import AutoProcessor, PreTrainedModel, Trainer
 from transformers.utils import cached_file
 
 from fl_adapters.participant.results import ModelFiles
-from fl_adapters.torch.selection import is_sharded, unwrap
+from fl_adapters.torch.selection import is_sharded, plain_name, unwrap
 from fl_runtime.store.tensorfile import read_tensors
 
 _PREPROCESSORS = ("tokenizer", "processor", "feature_extractor", "image_processor")
@@ -64,13 +64,10 @@ class Exporter:
 
     def _described(self, folder: Path) -> ModelFiles | None:
         if isinstance(self._model, PeftModel):
-            return ModelFiles(folder, _shapes(folder / _ADAPTER), _ADAPTER)
-        if not isinstance(self._model, PreTrainedModel):
-            return None
-        weights: dict[str, tuple[int, ...]] = {}
-        for path in folder.glob("model*.safetensors"):
-            weights |= _shapes(path)
-        return ModelFiles(folder, weights)
+            saved = read_tensors(folder / _ADAPTER)
+            return ModelFiles(folder, {name: array.shape for name, array in saved.items()}, _ADAPTER)
+        # transformers 5 saves some models under the names of earlier versions; it reads both
+        return ModelFiles(folder, _shapes(self._model)) if isinstance(self._model, PreTrainedModel) else None
 
     def _of_the_base(self, folder: str) -> Sequence[Any]:
         """Tokenizer or processor that lies beside the weights from which the model was made, if it is on this machine.
@@ -94,9 +91,11 @@ class Exporter:
         return {name: tensor for name, tensor in self._model.state_dict().items() if not is_sharded(tensor)}
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name of each tensor in a safetensors file -> its shape."""
-    return {name: array.shape for name, array in read_tensors(path).items()}
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor of a model's state -> its shape. Tensors that are tied have the first of their names."""
+    state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tuple(state[name].shape) for name in first.values()}
 
 
 def _preprocessor_of(source: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ def run(kit_folder: Path, job_file: Path, submitter: str, as_json: bool) -> int:
             "gpus": "as the environment says" if plan["gpus"] is None else plan["gpus"] or "none",
             "at a time": plan["processes"],
             "filters": ", ".join(item["name"] for item in plan["filters"]) or "none",
+            "files": _shared_files(plan["share_files"]),
             "approval": "somebody at the site must approve it" if plan["approval"] else "not needed",
         }
         for name, value in lines.items():
@@ -52,7 +53,8 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
 
     Returns:
         JSON values: `job`, `app`, `command` (None without one), `gpus`, `processes`, `filters` (in the order in which
-        they run), `approval`, `refusals` (each with `code`, `what`, `where`, `fix`), `unchecked`.
+        they run), `share_files` (patterns of the small files beside the model that may go to the server), `approval`,
+        `refusals` (each with `code`, `what`, `where`, `fix`), `unchecked`.
 
     Raises:
         ConfigError: The kit, its policy or the job cannot be read.
@@ -93,10 +95,16 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
         "gpus": place.visible_devices if place else "",
         "processes": capacity.slots,
         "filters": [dict(item) for item in (*job.filters, *policy.filters)],
+        "share_files": list(policy.share_files if policy.names else ()),
         "approval": policy.approve == "ask",
         "refusals": [error.to_wire() for error in refusals],
         "unchecked": _unchecked(policy, settings, bool(submitter)),
     }
+
+
+def _shared_files(patterns: Sequence[str]) -> str:
+    """Which small files beside the model may go to the server, for people."""
+    return f"{', '.join(patterns)} of config.json, tokenizer and the like" if patterns else "none beside the weights"
 
 
 def _unchecked(policy: Any, settings: Mapping[str, Any], submitter_known: bool) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hf_models as m
 import numpy as np
 import pytest
 import st_models as st
@@ -15,9 +16,17 @@ import torch
 from hf_text_site import trained
 from peft import PeftModel
 from study import Study, readdressed
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from fl_adapters.cli.app import app
+from fl_adapters.hf import FederatedCallback
 from fl_adapters.participant.kit import Kit
 
 SENTENCES = [str(text) for text in st.pairs(4)["first"]]
@@ -74,7 +83,9 @@ def downloaded(study: Study) -> Path:
     return study.folder / "out" / "model"
 
 
-def test_two_sites_a_download_and_a_fresh_process_predict_as_a_simulation_does(study_of, federation, tmp_path) -> None:
+def test_two_sites_a_download_and_a_fresh_process_predict_as_a_simulation_does(
+    study_of, federation, tmp_path, capfd
+) -> None:
     study, base = study_of(("north", "south")), st.base(tmp_path / "base", classifies=True)
     simulated = federation(sites=2)
     work = [(base, 0), (base, 1)]
@@ -83,6 +94,7 @@ def test_two_sites_a_download_and_a_fresh_process_predict_as_a_simulation_does(s
     for site in sites:
         site.result()
     folder = downloaded(study)
+    assert "tokenizer.json are those of north" in capfd.readouterr().out
     assert study.server.queue.outcome("job")["files"]["different"] == {}
     opened = simulated.fork(OPENED, str(folder), number=None).result()
     simulated.ended()
@@ -100,6 +112,38 @@ def test_lora_opens_on_its_base(study_of, tmp_path) -> None:
     assert np.array_equal(logits(loaded, AutoTokenizer.from_pretrained(folder)), logits(model, st.tokenizer()))
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"  # and not where it lies at the site
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images of two classes."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = torch.rand((3, 32, 32), generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": pixels, "labels": index % 2}
+
+
+def test_a_model_that_transformers_saves_under_other_names_opens_too(study_of) -> None:
+    """transformers 5 renames the layers of ViT when it saves them; the server keeps the names of the live model."""
+    study = study_of()
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    )
+    callback = FederatedCallback(kit=kit_of(study, "north"))
+    m.trainer(callback, model=model, train_dataset=Images(), remove_unused_columns=False).train()
+    opened = AutoModelForImageClassification.from_pretrained(downloaded(study)).eval()
+    pixels = torch.stack([Images()[index]["pixel_values"] for index in range(4)])
+    with torch.no_grad():
+        assert torch.equal(opened(pixels).logits, model.eval()(pixels).logits)
 
 
 def test_a_model_of_which_a_part_stays_is_not_made_to_open(study_of, tmp_path, capfd) -> None:

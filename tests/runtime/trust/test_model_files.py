@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from federation_bench import Site, started
-from study import Study
+from study import Study, readdressed
 
+from fl_adapters.cli.app import app
 from fl_runtime.errors import FederationError, ProtocolError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Arrays
@@ -158,7 +159,7 @@ def test_files_come_after_the_last_round_and_from_the_job_s_sites_alone(study: S
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_the_first_site_of_the_job_wins_whoever_sends_first_and_others_are_named(
-    study: Study, order: tuple[int, ...]
+    study: Study, order: tuple[int, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     sites, vocabulary = at_the_end(study), {"vocab.txt": b"other\n"}
     files = [FILES, {**FILES, **vocabulary}, FILES]
@@ -173,6 +174,9 @@ def test_the_first_site_of_the_job_wins_whoever_sends_first_and_others_are_named
     told = [event["data"]["text"] for event in events if event["kind"] == "warning" and event["site"] == "south"]
     assert len(told) == 1
     assert "south has another vocab.txt than north" in told[0]
+    with pytest.raises(SystemExit):
+        app(["job", "show", "job", "--kit", str(readdressed(study, "ada"))])
+    assert "warning: south sent another vocab.txt" in capfd.readouterr().out
     listed = {item["path"]: item["sha256"] for item in study.admin().ask("ShowJob", job="job")["files"]}
     assert listed.keys() >= {"model/config.json", "model/vocab.txt", "model/model.safetensors"}
 
