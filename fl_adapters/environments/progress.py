@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Event
@@ -105,17 +105,27 @@ class RunView:
                 site.loss = data["metrics"].get("train_loss", site.loss)
 
 
-class ProgressLines:
-    """Listener that writes one line to a stream for each round, and for each site that joins or drops out.
+class LineWriter(Protocol):
+    """Writes one line about a run.
 
     Args:
-        out: The stream.
-        job: Name of the job, if lines of several jobs go to the stream. They then begin with date, time and job in
-            place of the seconds since the start.
+        text: The line.
+        site: Name of the site that it is about; "" for none.
+        warning: Whether something went wrong.
     """
 
-    def __init__(self, out: IO[str], job: str = "") -> None:
-        self._out, self._job = out, job
+    def __call__(self, text: str, *, site: str = "", warning: bool = False) -> None: ...
+
+
+class ProgressLines:
+    """Listener that writes one line for each round, and for each site that joins or drops out.
+
+    Args:
+        out: The stream for the lines, which begin with the seconds since the start; or a function that writes them.
+    """
+
+    def __init__(self, out: IO[str] | LineWriter) -> None:
+        self._write: LineWriter = out if callable(out) else self._to_stream(out)
         self._view = RunView()
         self._evaluates = False
         self._failed = False  # sites that leave after a failure are not worth a line
@@ -126,38 +136,39 @@ class ProgressLines:
         data = event.data
         match event.kind:
             case "starting":
-                self._say(f"{data['job']}: {data['command']} at {counted(len(data['sites']), 'site')}")
-                self._say(f"results in {data['folder']}")
+                self._write(f"{data['job']}: {data['command']} at {counted(len(data['sites']), 'site')}")
+                self._write(f"results in {data['folder']}")
             case "joined":
                 again = f" again (attempt {data['attempt']})" if data["attempt"] > 1 else ""
-                self._say(f"{event.site} joined{training_text(data)}{again}")
+                self._write(f"{event.site} joined{training_text(data)}{again}", site=event.site)
             case "registered":
                 self._evaluates |= data["evaluates"]
             case "started":
                 rounds, sites = counted(data["rounds"], "round"), counted(len(data["sites"]), "site")
-                self._say(f"{rounds} with {sites}{training_text(data)}")
+                self._write(f"{rounds} with {sites}{training_text(data)}")
             case "round_finished":
                 self._pending[event.round] = event
                 self._settle(event.round - 2 if self._evaluates else event.round)
             case "scored":
                 self._settle(event.round)
             case "left" if data["early"] and not self._failed:
-                self._say(f"{event.site} dropped out: {data['reason']}")
+                self._write(f"{event.site} dropped out: {data['reason']}", site=event.site)
             case "warning":
-                self._say(f"warning: {data['text']}")
+                self._write(data["text"], warning=True)
             case "waiting":
-                self._say(waiting_text(data))
+                self._write(waiting_text(data))
             case "quorum":
-                self._say(f"enough sites are here again, after {duration_text(data['waited_s'])}")
+                self._write(f"enough sites are here again, after {duration_text(data['waited_s'])}")
             case "restarted":
-                self._say(f"{event.site}: {data['status']}; started again")
+                self._write(f"{event.site}: {data['status']}; started again", site=event.site)
             case "exited" if data["tail"]:
-                self._say("\n    | ".join([f"{event.site}: {data['status']}; {data['log']} ends with", *data["tail"]]))
+                said = [f"{event.site}: {data['status']}; {data['log']} ends with", *data["tail"]]
+                self._write("\n    | ".join(said), site=event.site)
             case "finished" | "failed":
                 self._failed = event.kind == "failed"
                 self._settle(self._view.round)
                 if data.get("no_best"):
-                    self._say(f"there is no best round: {data['no_best']}")
+                    self._write(f"there is no best round: {data['no_best']}")
 
     def _settle(self, until: int) -> None:
         for number in [number for number in self._pending if number <= until]:
@@ -165,17 +176,21 @@ class ProgressLines:
 
     def _round(self, event: Event) -> None:
         data = event.data
+        rounds = self._view.rounds
+        of_rounds = "" if rounds is None else f"/{rounds}"  # a server that goes on with a run has not seen its start
         missing = f", without {', '.join(data['missing'])}" if data["missing"] else ""
-        self._say(
-            f"round {event.round}/{self._view.rounds}: {metrics_text(self._view.metrics[event.round])}, "
+        self._write(
+            f"round {event.round}{of_rounds}: {metrics_text(self._view.metrics[event.round])}, "
             f"{counted(len(data['sites']), 'site')}{missing}, up {size_text(data['bytes_up'])}, "
             f"down {size_text(data['bytes_down'])}, {data['seconds']:.2f} s"
         )
 
-    def _say(self, text: str) -> None:
-        seconds = f"[{time.monotonic() - self._view.began:6.1f} s]"
-        begin = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._job}:" if self._job else seconds
-        print(f"{begin} {text}", file=self._out, flush=True)
+    def _to_stream(self, out: IO[str]) -> LineWriter:
+        def write(text: str, *, site: str = "", warning: bool = False) -> None:
+            seconds = f"[{time.monotonic() - self._view.began:6.1f} s]"
+            print(f"{seconds} {'warning: ' if warning else ''}{text}", file=out, flush=True)
+
+        return write
 
 
 def training_text(data: Mapping[str, Any]) -> str:

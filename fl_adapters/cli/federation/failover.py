@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_adapters.cli.log_lines import say
 from fl_adapters.extras import needs_extra
 from fl_runtime.errors import ConfigError, StoreError
 from fl_runtime.store.data_folder import is_locked
@@ -105,19 +105,19 @@ def serve_in_turn(
         try:
             with closing(Lease(places.database, kit.identity.federation, holder)) as lease:
                 on_trouble("")
-                _say(f"{kit.identity.federation}: standing by; the last to serve was {lease.holder() or 'nobody'}")
+                say(f"{kit.identity.federation}: standing by; the last to serve was {lease.holder() or 'nobody'}")
                 if not lease.acquire(stop.wait):
                     return 0
-                _say(f"{kit.identity.federation}: taking over with lease {lease.epoch}")
+                say(f"{kit.identity.federation}: taking over with lease {lease.epoch}")
                 status = _serve_one_lease(lease, places, kit, folder, serve)
                 if status is not None:
                     return status
-                _say(f"{kit.identity.federation}: not serving any more: {lease.reason}")
+                say(f"{kit.identity.federation}: not serving any more: {lease.reason}", warning=True)
         except StoreError as error:
             on_trouble(error.what)
             if str(error) != said:  # once, since it is tried again and again
                 said = str(error)
-                _say(said)
+                say(said, warning=True)
         stop.wait(_AGAIN_S)  # for another server to come first
     return 0
 
@@ -160,7 +160,3 @@ class _Renewals:
         if data is not None and data != self._kept:
             self._store.keep(self._file, data)
             self._kept = data
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_adapters.cli.federation.failover import serve_in_turn
+from fl_adapters.cli.log_lines import STDERR, LogOptions, say, written_lines
 from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.environments.remote import job_fields
@@ -39,6 +40,7 @@ def run(
     metrics: str,
     as_json: bool,
     store_file: Path | None = None,
+    log: LogOptions = STDERR,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
@@ -59,7 +61,10 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
 
-        with _pages(metrics, kit, folder, shares_store=store_file is not None) as watched:
+        with (
+            written_lines(kit.identity.name, log),
+            _pages(metrics, kit, folder, shares_store=store_file is not None) as watched,
+        ):
             counted_rounds = watched.rounds if watched else None
 
             def serve(storage: Storage, may_go_on: Callable[[], bool]) -> int | None:
@@ -68,7 +73,7 @@ def run(
                     folder,
                     read_job,
                     listen=listen,
-                    listener_of=lambda name: _both(ProgressLines(sys.stderr, job=name), counted_rounds),
+                    listener_of=lambda name: _both(ProgressLines(partial(say, job=name)), counted_rounds),
                     syslog=syslog,
                     storage=storage,
                 )
@@ -96,9 +101,9 @@ def _serve(
     """Serve until the process is stopped or the job has ended; returns its exit status, or None if it may not go on."""
     address = server.start()
     where = f"serving at {address} as {kit.address}, data in {data}"
-    print(f"{kit.identity.federation}: {where}", file=sys.stderr, flush=True)
+    say(f"{kit.identity.federation}: {where}")
     if kit.certificate.expires_soon:
-        print(f"the certificate expires in {kit.certificate.days_left():.0f} days", file=sys.stderr, flush=True)
+        say(f"the certificate expires in {kit.certificate.days_left():.0f} days", warning=True)
     told = {record.name for record in server.queue.records() if record.ended}
     name = None if job is None else _start_job(server, job, kit.identity)
     while goes_on():
@@ -109,7 +114,8 @@ def _serve(
         ended = [record.name for record in server.queue.records() if record.ended]
         for item in ended:
             if item not in told:
-                print(_summary(server.outcome(item), with_error=item != name), file=sys.stderr, flush=True)
+                outcome = server.outcome(item)
+                say(_summary(outcome, with_error=item != name), item, warning=bool(outcome["error"]))
         told = set(ended)  # one that is resumed is told again
         if name in told:
             return _finish(server.outcome(name), as_json)
@@ -127,7 +133,7 @@ def _pages(address: str, kit: StartupKit, data: Path, *, shares_store: bool) -> 
         from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
     watched = ServerMetrics(kit.folder, data, shares_store=shares_store)
     with closing(MonitoringPages(address, watched.page, watched.health.faults, watched.state.text)) as pages:
-        print(f"metrics at http://{pages.address}/metrics", file=sys.stderr, flush=True)
+        say(f"metrics at http://{pages.address}/metrics")
         yield watched
 
 
@@ -192,7 +198,7 @@ def _summary(outcome: Mapping[str, Any], *, with_error: bool) -> str:
         if outcome.get("no_best"):
             best = f", none is the best ({outcome['no_best']})"
         state = f"{counted(len(outcome['rounds']), 'round')}{best}"
-    return f"{outcome['job']}: {state}; results in {outcome['folder']}"
+    return f"{state}; results in {outcome['folder']}"
 
 
 def _finish(outcome: Mapping[str, Any], as_json: bool) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fl_adapters.cli.output import report_errors
 from fl_adapters.participant.kit import KIT_VARIABLE
 from fl_runtime.trust.files import STATE_VARIABLE
 
@@ -32,6 +33,7 @@ server = typer.Typer(
     epilog="\b\nExamples:\n  fl-adapters server --kit kits/server\n"
     "  fl-adapters server --kit kits/server --data /var/lib/fl-adapters\n"
     "  fl-adapters server --kit kits/server --metrics 9464\n"
+    "  fl-adapters server --kit kits/server --log-format json --log-file /var/log/fl-adapters.log\n"
     "  fl-adapters server --kit kits/server --job job.yml --json",
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -64,6 +66,10 @@ def serve(
         Path | None,
         typer.Option(help="File (YAML) with `database` and `tensors` that several servers share; one serves."),
     ] = None,
+    log_format: Annotated[str, typer.Option(help="Form of the server's own lines: text or json.")] = "text",
+    log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated.")] = None,
+    log_mb: Annotated[float, typer.Option(help="Size in MB from which the file is rotated.", min=0.001)] = 10.0,
+    log_keep: Annotated[int, typer.Option(help="Number of older files to keep: FILE.1 is the newest.", min=1)] = 3,
     as_json: _Json = False,
 ) -> None:
     if context.invoked_subcommand is not None:
@@ -71,8 +77,11 @@ def serve(
     if kit is None:
         raise typer.BadParameter("it is missing. Name the folder of the server's startup kit", param_hint="--kit")
     from fl_adapters.cli.federation import server as command
+    from fl_adapters.cli.log_lines import LogOptions
 
-    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store))
+    with report_errors(as_json):
+        log = LogOptions.of(log_format, log_file, log_mb, log_keep)
+    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store, log))
 
 
 @server.command(epilog="\b\nExamples:\n  fl-adapters server backup /backups/monday --kit kits/server")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
 import sys
 import time
@@ -19,8 +21,9 @@ from fl_adapters.environments.remote import submit as put_into_queue
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import FederationError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.text import printable
+from fl_runtime.trainings import training_folder
 
 _EVENTS, _OUTCOME = "events.jsonl", "outcome.json"
 
@@ -123,7 +126,23 @@ def _events_so_far(control: ControlClient, name: str, *, may_be_none: bool) -> I
     if may_be_none and control.ask("ShowJob", job=name)["state"] == "queued":
         print(f"{name} waits in the queue", file=sys.stderr, flush=True)
         return
-    text = b"".join(control.stream("Download", job=name, file=_EVENTS)).decode(errors="replace")
+    yield from heapq.merge(*_events_of_trainings(control, name), key=lambda event: float(event["time"]))
+
+
+def _events_of_trainings(control: ControlClient, name: str) -> Iterator[list[Mapping[str, Any]]]:
+    """Yield the events of each training of a job; every one has a file of its own."""
+    for number in itertools.count(1):
+        file = training_folder(Path(), number) / _EVENTS
+        try:
+            text = b"".join(control.stream("Download", job=name, file=file.as_posix())).decode(errors="replace")
+        except ConfigError:  # there is no such training, but of the first one there must be events
+            if number == 1:
+                raise
+            return
+        yield list(_events_in(text))
+
+
+def _events_in(text: str) -> Iterator[Mapping[str, Any]]:
     for line in text.splitlines():
         try:
             event = json.loads(line)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fl_adapters.cli.output import report_errors
 from fl_adapters.participant.kit import KIT_VARIABLE
 
 site = typer.Typer(
@@ -43,7 +44,9 @@ def daemon(
     restarts: Annotated[int, typer.Option(help="Times that a script that has died is started again.", min=0)] = 3,
     grace_s: Annotated[float, typer.Option(help="Seconds that scripts have to save at SIGTERM.", min=0)] = 30.0,
     log_format: Annotated[str, typer.Option(help="Form of the daemon's own lines: text or json.")] = "text",
-    log_file: Annotated[Path | None, typer.Option(help="File for them, too; rotated at 10 MB, three are kept.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated.")] = None,
+    log_mb: Annotated[float, typer.Option(help="Size in MB from which the file is rotated.", min=0.001)] = 10.0,
+    log_keep: Annotated[int, typer.Option(help="Number of older files to keep: FILE.1 is the newest.", min=1)] = 3,
     metrics: Annotated[
         str,
         typer.Option(
@@ -62,9 +65,12 @@ def daemon(
         return
     if kit is None:
         raise typer.BadParameter("give --kit, the folder of the site's startup kit", param_hint="--kit")
+    from fl_adapters.cli.log_lines import LogOptions
     from fl_adapters.cli.site import command_line
 
-    sys.exit(command_line.run(kit, state, restarts, grace_s, log_format, log_file, metrics, as_json))
+    with report_errors(as_json):
+        log = LogOptions.of(log_format, log_file, log_mb, log_keep)
+    sys.exit(command_line.run(kit, state, restarts, grace_s, log, metrics, as_json))
 
 
 @site.command(epilog="\b\nExamples:\n  fl-adapters site approve tumour-3 --kit kits/north")

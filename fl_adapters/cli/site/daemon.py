@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fl_adapters.cli.log_lines import STDERR, LogOptions, say, written_lines
 from fl_adapters.cli.monitoring.page import MonitoringPages
 from fl_adapters.cli.site.activity import Activity
 from fl_adapters.cli.site.assignment import Assignment
@@ -20,7 +21,6 @@ from fl_adapters.cli.site.command import CommandError, command_for, command_kit,
 from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
-from fl_adapters.cli.site.log_lines import LogFormat, say, written_lines
 from fl_adapters.cli.site.records import JobFolder, JobState
 from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.environments import orphans
@@ -53,8 +53,7 @@ class DaemonOptions:
         state: Folder for jobs, logs and decisions.
         restarts: Number of times that a script that has died is started again.
         grace_s: Seconds that scripts have to save when the daemon is stopped.
-        log_format: Form of the daemon's own lines.
-        log_file: File that they are also written to, if any.
+        log: Where the daemon's own lines go.
         metrics: Address of the pages `/healthz` and `/metrics`; "" for none.
     """
 
@@ -62,8 +61,7 @@ class DaemonOptions:
     state: Path
     restarts: int = RESTARTS
     grace_s: float = 30.0
-    log_format: LogFormat = "text"
-    log_file: Path | None = None
+    log: LogOptions = STDERR
     metrics: str = ""
 
 
@@ -362,7 +360,8 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
     audit.ship_to(gate.policy.syslog)
     os.environ.pop(KIT_VARIABLE, None)
     with ExitStack() as things:
-        things.enter_context(written_lines(gate.identity.name, options.log_format, options.log_file))
+        name = gate.identity.name
+        things.enter_context(written_lines(name, options.log, site=name))
         lock = _locked(options.kit)
         things.callback(lock.close)
         things.callback(audit.close)

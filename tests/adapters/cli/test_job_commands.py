@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from federation_bench import at_once
 from study import Study, readdressed, until
 from typer.testing import CliRunner
 
@@ -106,6 +107,35 @@ def test_logs_are_followed_to_the_end_with_the_lines_that_sites_share(study: Stu
     for once in ("server: round finished in round 1", "server: round finished in round 2", shared):
         assert len([line for line in lines if once in line]) == 1, lines
     assert any("early server: finished" in line for line in lines)
+
+
+def test_logs_show_every_training_of_a_script(study: Study) -> None:
+    study.job("twice", trainings=2)
+
+    def take_part(name: str) -> None:
+        for training in (1, 2):
+            site = study.site(name)
+            site.welcome = site.client.join("twice", training)
+            site.register(W)
+            task = site.start(W)
+            while task.kind == "train":
+                site.submit(task, {"w": task.arrays["w"] + np.float32(1)})
+                task = site.client.next_task()
+            site.client.leave("done", early=False, stays=training == 1)
+            site.client.close()
+
+    at_once(study.sites, take_part)
+    assert study.server.wait_for_job("twice", 30)
+    kit = str(readdressed(study, "lena"))
+    told = [
+        CliRunner().invoke(app, ["job", "logs", "twice", "--kit", kit, *more]).stdout.splitlines()
+        for more in ([], ["--follow"])
+    ]
+    for number in (1, 2):
+        rounds = [line for line in told[0] if f"server: round finished in round {number}" in line]
+        assert len(rounds) == 2, "one of each training"
+    assert told[0] == sorted(told[0], key=lambda line: line[:19]), "in the order of time"
+    assert told[0] == told[1]
 
 
 def test_a_job_that_was_aborted_is_resumed(study: Study, job: Any) -> None:

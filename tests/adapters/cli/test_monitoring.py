@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -285,21 +286,23 @@ def test_the_command_serves_the_page_at_the_loopback(tmp_path: Path) -> None:
     with Study(tmp_path) as study:
         kit = study.kits / "server"
     command = [sys.executable, "-m", "fl_adapters.cli", "server", "--kit", str(kit), "--data", str(tmp_path / "data")]
-    with subprocess.Popen(
-        [*command, "--listen", "127.0.0.1:0", "--metrics", "0"], stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as server:
+    options = ["--listen", "127.0.0.1:0", "--metrics", "0", "--log-format", "json", "--log-file", str(tmp_path / "log")]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=os.environ) as server:
         stop = threading.Timer(60, server.kill)  # the longest that its lines are waited for
         stop.start()
         try:
             assert server.stderr is not None
-            line = next(line for line in server.stderr if line.startswith("metrics at "))
-            address = line.split("http://")[1].partition("/")[0]
+            line = next(line for line in server.stderr if "metrics at " in line)
+            address = json.loads(line)["text"].split("http://")[1].partition("/")[0]
             assert address.startswith("127.0.0.1:")
             until(lambda: fetch(address, "/healthz")[1] != "ok, starting\n", "the server to serve")
             assert fetch(address, "/healthz") == (200, "ok\n")
             assert samples(fetch(address, "/metrics")[1])["fl_adapters_healthy", ()] == 1
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
+            logged = [json.loads(line)["text"] for line in (tmp_path / "log").read_text("utf-8").splitlines()]
+            assert logged[0].startswith("metrics at http://127.0.0.1:")
+            assert logged[1].startswith("study: serving at 127.0.0.1:")
         finally:
             stop.cancel()
             server.kill()
