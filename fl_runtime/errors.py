@@ -144,9 +144,14 @@ class AbortedError(FederationError):
 
 
 class StoreError(FederationError):
-    """Reading or writing state on disk failed: the disk is full or read-only, or a file is damaged or too new."""
+    """Reading or writing state on disk failed: the disk is full or read-only, or a file is damaged or too new.
+
+    Attributes:
+        away: Whether a shared store is out of reach, or another server has it. What failed may succeed later.
+    """
 
     code = "store"
+    away: bool = False
 
 
 class RoundFailedError(FederationError):

@@ -76,11 +76,13 @@ def mapped_errors(where: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        raise StoreError(
+        failure = StoreError(
             f"the database cannot be read or written: {str(error).strip() or type(error).__name__}",
             where=where,
             fix="check that PostgreSQL runs, and that this machine can reach it",
-        ) from error
+        )
+        failure.away = isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        raise failure from error
 
 
 class PostgresDatabase(Database):
@@ -164,11 +166,13 @@ class PostgresDatabase(Database):
                 query = f"SELECT 1 FROM {SCHEMA}.lease WHERE epoch = %s FOR SHARE"
                 held = self._connection.execute(query, (self._fence.epoch,)).fetchone()
             if held is None:
-                raise StoreError(
+                lost = StoreError(
                     f"another server has taken over: lease {self._fence.epoch} has ended",
                     where=self._name,
                     fix="nothing is lost; this server waits until it is needed again",
                 )
+                lost.away = True
+                raise lost
         except StoreError as error:
             self._fence.give_up(error.what)
             with suppress(psycopg.Error):

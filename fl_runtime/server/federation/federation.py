@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from fl_runtime.errors import ConfigError, PermissionDeniedError, ProtocolError
+from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
 from fl_runtime.server.calls.requests import DescribedLimit, first_request, session_job
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.calls import JobCalls
@@ -214,6 +214,8 @@ class FederationServer:
             for job in (*jobs, *self.queue.lately_ended()):
                 if job.name == name:
                     return job
+            if self.queue.stands_still(name):
+                raise ConnectionLostError(f"the job {name} stands still at this server", fix="wait, and call again")
             raise ProtocolError(f"the job {name[:100]!r} does not run here any more", fix="start the site again")
         before = job_of(request.follows) if isinstance(request, pb.JoinRequest) else ""
         waiting = sorted((job for job in jobs if job.waits_for(site)), key=lambda job: job.name != before)

@@ -249,6 +249,16 @@ class JobQueue:
         with self.changed:
             return tuple(self._running.values())
 
+    def stands_still(self, name: str) -> bool:
+        """Return whether a job is to run by its record, but does not here: a server will go on with it.
+
+        Args:
+            name: Name of the job, which need not exist.
+        """
+        with self.changed:
+            record = self._archive.get(name)
+            return record is not None and record.state == "running" and name not in self._running
+
     def lately_ended(self) -> tuple[RunningJob, ...]:
         """Return the jobs that ended last, whose sites may still have to hear of it. The newest comes first."""
         with self.changed:
@@ -296,7 +306,8 @@ class JobQueue:
                 if site not in self.sites:  # removed while the job waited
                     job.server.expel(site, "it is not a member of the federation")
         except FederationError as error:
-            if isinstance(error.__cause__, OSError):  # which may be well again later
+            away = isinstance(error, StoreError) and error.away
+            if away or isinstance(error.__cause__, OSError):  # which may be well again later
                 raise
             self._give_up(record.name, record.submitter, error)
 

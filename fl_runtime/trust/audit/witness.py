@@ -49,8 +49,9 @@ class Witness:
         """
         with self._lock:
             noted = self._noted.get(listener.uri) if listener else next(reversed(self._noted.values()), None)
+            of = next((uri for uri, mark in reversed(self._noted.items()) if mark is noted), "")
         told = {"of": self._own.uri, **self._audit.last_line().to_json()}
-        return told if noted is None else {**told, "noted": noted.to_json()}
+        return told if noted is None else {**told, "noted": noted.to_json(), "noted_of": of}
 
     def take(self, statement: object, kind: str, teller: Identity | None = None) -> None:
         """Note what another participant tells of its log, and record it if one of the two logs has lost lines.
@@ -69,7 +70,8 @@ class Witness:
             return
         if who.kind != kind or who.federation != self._own.federation or teller not in (None, who):
             return
-        noted = LineMark.of(statement.get("noted"))
+        about_this_log = statement.get("noted_of", self._own.uri) == self._own.uri  # servers that take turns have two
+        noted = LineMark.of(statement.get("noted")) if about_this_log else None
         if noted is not None and noted.number > (end := self._audit.last_line().number):
             self._record(who, f"{who} has noted line {noted.number} of this log, which ends with line {end}", noted)
         self._note(who, mark)

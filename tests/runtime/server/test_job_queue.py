@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from federation_bench import Site, at_once, started
 from study import Study, until
 
+from fl_adapters.cli.federation.server import read_job
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.job import Job
-from fl_runtime.errors import AbortedError, ConfigError, ConnectionLostError
+from fl_runtime.errors import AbortedError, ConfigError, ConnectionLostError, StoreError
+from fl_runtime.server.federation.federation import FederationServer
+from fl_runtime.store.stores import Storage, Store
 from fl_runtime.transport.tunnel import Stream
+from fl_runtime.trust.kits import read_kit
 from fl_runtime.types import Event, Task
 
 W = {"w": np.zeros(3, np.float32)}
@@ -130,3 +134,41 @@ def test_two_sites_of_a_job_exchange_streams_through_the_server(study: Study) ->
     for tunnel in tunnels:
         tunnel.close()
     finish(sites, tasks)
+
+
+class AwayStore:
+    """A store that is out of reach, as a shared database is while it restarts."""
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*args: object, **options: object) -> None:
+            error = StoreError("the database cannot be read or written: it is shutting down")
+            error.away = True
+            raise error
+
+        return fail
+
+
+def test_a_job_whose_store_is_away_at_the_start_is_neither_failed_nor_left(study: Study) -> None:
+    address = study.address
+    study.job("job")
+    sites = [study.site(name) for name in study.sites]
+    tasks = started(sites, W)
+    study.server.close()
+
+    kit = read_kit(study.kits / "server", kind="server")
+    storage = Storage(cast(Store, AwayStore()))
+    away = FederationServer(kit, study.runs, read_job, listen=address, storage=storage)
+    try:
+        with pytest.raises(StoreError, match="shutting down"):
+            away.start()  # it listens already, until it is closed
+        assert away.queue.record("job").state == "running"
+        again = study.site("north", patience_s=1.0)
+        with pytest.raises(ConnectionLostError, match="stands still"):
+            again.join("job")
+    finally:
+        away.close()
+
+    study.start(address)
+    finish(sites, tasks)
+    assert study.server.wait_for_job("job", 30)
+    assert study.server.outcome("job")["error"] is None

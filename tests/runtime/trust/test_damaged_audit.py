@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,21 @@ def test_a_log_deleted_with_its_counter_is_noticed_by_the_other_side(tmp_path: P
     assert verify_command(str(kit), "--kit", str(kit), "--witness", str(study.kits / "server"))[0] == 1
     server = study.kits / "server"
     assert verify_command(str(server), "--kit", str(server), "--witness", str(kit))[0] == 0
+
+
+def test_what_a_site_has_noted_of_one_server_is_nothing_to_the_other(tmp_path: Path) -> None:
+    """Two servers that stand in for each other have a log each, and a site tells of the one it met last."""
+    with Study(tmp_path, ("north", "south")) as study:
+        server, site = read_kit(study.kits / "server").identity, read_kit(study.kits / "north").identity
+        other = replace(server, name="server-2")
+        of_site = Witness(AuditLog(study.kits / "north", study.kits / "north"), study.kits / "north", site)
+        of_server = Witness(AuditLog(study.kits / "server", study.kits / "server"), study.kits / "server", server)
+        of_site.take({"of": other.uri, "number": 1000, "digest": "0" * 64}, "server")
+        of_server.take(of_site.statement(), "site", site)
+        assert study.refusals() == []
+        of_site.take({"of": server.uri, "number": 1000, "digest": "0" * 64}, "server")
+        of_server.take(of_site.statement(), "site", site)
+        assert ["has noted line 1000" in line["error"] for line in study.refusals()] == [True]
 
 
 @pytest.mark.parametrize(
