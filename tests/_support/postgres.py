@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,9 +37,38 @@ def _user() -> str | None:
 def postgres() -> Iterator[str]:
     """Run PostgreSQL for the block, and yield the URL of a database. Skips the test if it is not installed."""
     pytest.importorskip("psycopg")
-    folder = programs()
-    if folder is None:
+    if programs() is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with running_postgres() as server:
+        yield server.url
+
+
+class Postgres:
+    """A PostgreSQL that runs, and can be restarted.
+
+    Attributes:
+        url: URL of a database in it.
+    """
+
+    def __init__(self, command: list[str], run: dict[str, Any], url: str) -> None:
+        self.url, self._command, self._run = url, command, run
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, **self._run)
+        _until_it_answers(self.url, self._process)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it: SIGINT breaks its connections, SIGQUIT does not even write what is in its memory."""
+        self._process.send_signal(number)
+        self._process.wait(START_S)
+
+
+@contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """Run PostgreSQL, which is installed, for the block."""
+    folder = programs()
+    assert folder is not None
     data = Path(tempfile.mkdtemp(prefix="fl-pg-", dir="/tmp"))
     user = _user()
     if user:
@@ -49,17 +80,12 @@ def postgres() -> Iterator[str]:
         timeout=START_S,
         **run,  # type: ignore[call-overload]
     )
-    server = subprocess.Popen(
-        [folder / "postgres", "-D", data / "db", "-k", data, "-c", "listen_addresses=", "-c", "fsync=off"],
-        **run,  # type: ignore[call-overload]
-    )
+    command = [str(folder / "postgres"), "-D", str(data / "db"), "-k", str(data), "-c", "listen_addresses=", "-c"]
+    server = Postgres([*command, "fsync=off"], run, f"postgresql://test@/postgres?host={data}")
     try:
-        url = f"postgresql://test@/postgres?host={data}"
-        _until_it_answers(url, server)
-        yield url
+        yield server
     finally:
-        server.terminate()
-        server.wait(START_S)
+        server.stop(signal.SIGINT)
         shutil.rmtree(data, ignore_errors=True)
 
 

@@ -1,7 +1,8 @@
 """The chaos suite: runs under seeded faults, each of which must end as if there had been none.
 
 A fifth of the faults hit scripts of Hugging Face, Lightning, Keras and XGBoost, a fifth a provisioned federation with a
-queue of jobs and site daemons; the rest hit a bare loop.
+queue of jobs and site daemons: all its processes ("queue"), its sites alone ("daemon"), or one that has two servers
+and a PostgreSQL ("failover"). The rest hit a bare loop.
 
 usage: PYTHONPATH=tests/_support python tests/chaos/chaos.py [--seed 0] [--faults 500] [--target NAME] [--keep FOLDER]
 """
@@ -22,10 +23,12 @@ from pathlib import Path
 
 from chaos_checks import check, model_of
 from chaos_disk import Disk
-from chaos_federation import ChaosError, Federation
+from chaos_federation import Federation
 from chaos_plan import Fault, faults
+from chaos_processes import ChaosError
 from chaos_queue import QueueFederation
-from chaos_targets import BARE, FRAMEWORKS, QUEUES, Bits, QueueTarget, Target
+from chaos_targets import BARE, FAILOVER, FRAMEWORKS, QUEUES, Bits, QueueTarget, Target
+from postgres import programs
 
 _MIB = 256
 _RUN_S, _FAULT_S = 900.0, 15.0
@@ -41,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=500)
-    targets = {target.name: target for target in (*BARE, *QUEUES, *FRAMEWORKS)}
+    targets = {target.name: target for target in (*BARE, *_queues(), *FRAMEWORKS)}
     parser.add_argument("--target", choices=targets, help="this one alone")
     parser.add_argument("--keep", type=Path, help="leave the folders of the runs here")
     args = parser.parse_args()
@@ -63,10 +66,18 @@ def main() -> None:
 def shared_out(wanted: int) -> dict[AnyTarget, int]:
     """Divide the faults among the targets: at least a fifth to the frameworks, and a fifth to the queues."""
     shares: dict[AnyTarget, int] = {}
-    for targets in (FRAMEWORKS, QUEUES):
+    for targets in (FRAMEWORKS, _queues()):
         shares |= dict.fromkeys(targets, -(-wanted // (5 * len(targets))))
     rest = max(wanted - sum(shares.values()), 0)
     return {**shares, **dict.fromkeys(BARE, -(-rest // len(BARE)))}
+
+
+def _queues() -> tuple[QueueTarget, ...]:
+    """The targets with a queue; that of failover needs PostgreSQL."""
+    if programs() is None:
+        print("without PostgreSQL, no fault hits failover: apt-get install postgresql", file=sys.stderr)
+        return QUEUES
+    return (*QUEUES, FAILOVER)
 
 
 def suffer(seed: int, shares: Mapping[AnyTarget, int], tally: Tally, keep: Path | None = None) -> None:
@@ -125,8 +136,7 @@ def running(target: AnyTarget, keep: Path | None = None) -> Iterator[Federation 
     folder = keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     disk = Disk(folder / "server", _MIB)
-    queued = isinstance(target, QueueTarget)
-    federation = QueueFederation(target, folder, disk) if queued else Federation(target, folder, disk)
+    federation = _made(target, folder, disk)
     try:
         federation.start()
         yield federation
@@ -137,6 +147,16 @@ def running(target: AnyTarget, keep: Path | None = None) -> Iterator[Federation 
         disk.close()
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _made(target: AnyTarget, folder: Path, disk: Disk) -> Federation | QueueFederation:
+    if isinstance(target, Target):
+        return Federation(target, folder, disk)
+    if not target.two_servers:
+        return QueueFederation(target, folder, disk)
+    from chaos_failover import FailoverFederation  # needs PostgreSQL's driver
+
+    return FailoverFederation(target, folder, disk)
 
 
 def total(counts: Counter[str]) -> int:

@@ -9,7 +9,8 @@ import sqlite3
 from collections import Counter
 from pathlib import Path
 
-from chaos_federation import ChaosError, Federation
+from chaos_federation import Federation
+from chaos_processes import ChaosError
 from chaos_targets import Bits
 
 from fl_runtime.store.tensorfile import read_tensors

@@ -3,113 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from chaos_disk import Disk
 from chaos_plan import Fault
+from chaos_processes import ChaosError, FaultyRun, Process, environment_of
 from chaos_targets import HERE, Target
 from tcp_proxy import TcpProxy
 
-import fl_adapters
 from fl_adapters.environments.processes import free_ports
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_runtime.types import RunSettings
 
-_PACKAGES = str(Path(fl_adapters.__file__).parents[1])
 _FIRES_S = 3.0
 _LAST_WORDS_S = 5.0
 _EXIT_S = 90.0  # of an interpreter with a framework in it, on a busy machine
 
 
-class ChaosError(AssertionError):
-    """The run under faults did something that it must not do; the message has the ends of the logs."""
-
-
-class Process:
-    """A process that is started again and again with the same command, with all output in one log."""
-
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
-        self.name, self._command, self._environment, self.log = name, list(command), environment, log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] = open(log, "ab")  # noqa: SIM115 (closed by close)
-        self.kills = 0
-        self.lies_dead = False  # killed, and not started again yet
-
-    def start(self) -> None:
-        self.lies_dead = False
-        self._process = subprocess.Popen(
-            self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
-        )
-
-    @property
-    def status(self) -> int | None:
-        return self._process.poll() if self._process else None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self.kills += 1
-        self.lies_dead = True
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-
-    def stop(self, timeout_s: float) -> None:
-        """End the process by SIGTERM. Raises ChaosError if it takes too long, or says that it has failed."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            status = self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.dump()
-            status = None
-        if status not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-            raise ChaosError(f"{self.name} did not stop well (status {status}):\n{self.tail()}")
-
-    def dump(self) -> None:
-        """Have the process write its threads' stacks to its log, and end."""
-        if self._process and self.status is None:
-            self._process.send_signal(signal.SIGABRT)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_LAST_WORDS_S)
-
-    def close(self) -> None:
-        if self._process and self.status is None:
-            self.kill()
-        self._output.close()
-
-    def tail(self, lines: int = 60) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def environment_of() -> dict[str, str]:
-    """The environment of every process of a run under faults."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGES, os.environ.get("PYTHONPATH", "")])}
-    return environment | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-class Federation:
+class Federation(FaultyRun):
     """One run of a target in `folder`; the server's files are on `disk`."""
 
     def __init__(self, target: Target, folder: Path, disk: Disk) -> None:
-        self.target, self.folder, self.disk = target, folder, disk
-        self.counts: Counter[str] = Counter()
-        self._lock = threading.RLock()
-        self._filled = False  # the disk has been, since the server ended the last time
+        super().__init__(folder, disk)
+        self.target = target
         port = free_ports(1)[0]
         names = tuple(f"site-{index + 1}" for index in range(target.sites))
         fields: dict[str, Any] = {"name": "chaos", "sites": names, "min_sites": len(names), "rounds": target.rounds}
@@ -137,10 +58,6 @@ class Federation:
                 Process(name, target.command, {**environment, KIT_VARIABLE: str(own / "kit")}, own / "log.txt")
             )
 
-    def start(self) -> None:
-        for process in (self.server, *self.sites):
-            process.start()
-
     def gather(self, timeout_s: float) -> None:
         """Wait until every started site has connected to the server, so that its script's imports are over."""
         end = time.monotonic() + timeout_s
@@ -149,7 +66,7 @@ class Federation:
         ):
             self.watch()
             if time.monotonic() > end:
-                self._hangs(late)
+                raise self._hangs(late)
             time.sleep(0.02)
 
     def _absent(self) -> list[bool]:
@@ -161,15 +78,9 @@ class Federation:
         """Whether the server has ended well."""
         return self.server.status == 0
 
-    def watch(self) -> None:
-        """Raise ChaosError if a process has failed on its own. Only a full disk may end the server."""
-        with self._lock:
-            for process in (self.server, *self.sites):
-                if process.status not in (None, 0) and not process.lies_dead:
-                    if process is self.server and self._filled:
-                        self._ended_by_the_disk()
-                        continue
-                    raise ChaosError(f"{process.name} ended with status {process.status}:\n{process.tail()}")
+    @property
+    def may_end(self) -> bool:
+        return True
 
     def _ended_by_the_disk(self) -> None:
         """Start a server again that a full disk has ended, once there is room.
@@ -182,9 +93,7 @@ class Federation:
             words = json.loads(self.server.log.read_text(errors="replace").splitlines()[-1])
             if words["code"] != "store" or not (words["where"] and words["fix"]):
                 raise ChaosError(f"the server ended for want of disk and said: {words}")
-        self.counts["(the full disk ended the server)"] += 1
-        self._filled = False
-        self.server.start()
+        super()._ended_by_the_disk()
 
     def suffer(self, fault: Fault) -> None:
         """Make a fault happen, and return once everything that it ended is running again."""
@@ -230,20 +139,6 @@ class Federation:
             if not self.over:
                 process.start()
 
-    def _fill(self, fault: Fault) -> None:
-        with self._lock:
-            if self.server.status is not None:
-                return
-            self._filled = True
-            self.disk.fill(self.server.pid)
-        self._count(fault)
-        end = time.monotonic() + fault.for_s
-        while self.server.status is None and time.monotonic() < end:
-            time.sleep(0.01)
-        with self._lock:
-            self.disk.free(self.server.pid if self.server.status is None else None)
-            self.watch()
-
     def _count(self, fault: Fault) -> None:
         self.counts[fault.kind] += 1
 
@@ -252,7 +147,7 @@ class Federation:
     def finish(self, timeout_s: float) -> None:
         """Wait for all processes to end. Raises ChaosError, with their threads' stacks, if they do not."""
         end, alone, over = time.monotonic() + timeout_s, 0.0, False
-        while late := [process for process in (self.server, *self.sites) if process.status is None]:
+        while late := [process for process in self.processes if process.status is None]:
             self.watch()
             now = time.monotonic()
             if self.over and not over:
@@ -260,18 +155,14 @@ class Federation:
             if over and now > alone and all(process.kills for process in late):
                 return  # killed after its last word to the server, and started again after the end
             if now > end:
-                self._hangs(late)
+                raise self._hangs(late)
             time.sleep(0.02)
 
-    def _hangs(self, late: Sequence[Process]) -> None:
-        for process in (self.server, *self.sites):
-            process.dump()
-        ends = "\n".join(f"-- {p.name}:\n{p.tail(150)}" for p in (self.server, *self.sites))
-        raise ChaosError(f"{', '.join(p.name for p in late)} did not end:\n{ends}")
+    def _hangs(self, late: Sequence[Process]) -> ChaosError:
+        return self.hangs(f"{', '.join(process.name for process in late)} did not end:", 150)
 
     def close(self) -> None:
-        for process in (self.server, *self.sites):
-            process.close()
+        super().close()
         for proxy in self.proxies:
             proxy.__exit__()
 

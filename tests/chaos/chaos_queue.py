@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import os
 import signal
@@ -10,13 +12,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from chaos_disk import Disk
-from chaos_federation import ChaosError, Process, environment_of
 from chaos_plan import Fault
+from chaos_processes import ChaosError, FaultyRun, Process, environment_of
 from chaos_targets import HERE, Bits, QueueTarget
 from study import project
 from tcp_proxy import TcpProxy
@@ -27,33 +30,35 @@ from fl_runtime.errors import ConfigError, FederationError, StoreError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import write_kit
+from fl_runtime.trust.project import Project
 
 _PATIENCE_S = 600.0
 _STOP_S = 60.0
 _LOOK_S = 0.05
 
 
-class QueueFederation:
+class QueueFederation(FaultyRun):
     """One run of a queue target in `folder`; the jobs' files are on `disk`.
 
     An admin submits all jobs at the start, whatever happens meanwhile. Sites reach the server through proxies.
     """
 
     def __init__(self, target: QueueTarget, folder: Path, disk: Disk) -> None:
-        self.target, self.folder, self.disk = target, folder, disk
-        self.counts: Counter[str] = Counter()
-        self._lock = threading.RLock()
-        self._filled = False  # the disk has been, since the server ended the last time
+        super().__init__(folder, disk)
+        self.target = target
         self._names = tuple(f"site-{index + 1}" for index in range(target.sites))
-        self._address = f"127.0.0.1:{free_ports(1)[0]}"
+        self._addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(self.servers_count))
         self._scripts = folder / "scripts"
         self._scripts.mkdir()
-        self.proxies = [TcpProxy(self._address) for _ in self._names]
+        self.proxies = [[TcpProxy(address) for address in self._addresses] for _ in self._names]
         self._provision()
         environment = environment_of() | {"CHAOS_PROCESSES": str(self._scripts)}
         base = [sys.executable, "-m", "fl_adapters.cli"]
-        server = [*base, "server", "--kit", str(folder / "kits" / "server"), "--data", str(disk.folder)]
-        self.server = Process("server", server, environment, folder / "server.txt")
+        self.servers = [
+            Process(name, [*base, "server", "--kit", str(folder / "kits" / name), *options], environment, log)
+            for name, options, log in self._server_options()
+        ]
+        self.server = self.servers[0]
         self.sites = [
             Process(
                 name,
@@ -66,24 +71,40 @@ class QueueFederation:
         self._submitting = threading.Thread(target=self._submit_all, daemon=True)
         self._submit_error: FederationError | None = None
 
+    servers_count = 1
+
+    def _server_options(self) -> list[tuple[str, list[str], Path]]:
+        """For each server its name, the options of its command, and the file of its output."""
+        return [("server", ["--data", str(self.disk.folder)], self.folder / "server.txt")]
+
+    @property
+    def processes(self) -> list[Process]:
+        return [*self.servers, *self.sites]
+
     def _provision(self) -> None:
-        """Write kits whose sites know the server by the address of their proxy."""
+        """Write kits whose sites know the servers by the addresses of their proxies."""
         kits = self.folder / "kits"
-        authority = Authority.create(kits / "authority", project(self._address, self._names))
-        own = dict(zip(self._names, (proxy.address for proxy in self.proxies), strict=True))
-        for identity in authority.project.participants():
-            authority.project = project(own.get(identity.name, self._address), self._names)
+        authority = Authority.create(kits / "authority", self._project(self._addresses))
+        for identity in self._project(self._addresses).participants():
+            own = self._addresses
+            if identity.name in self._names:
+                own = tuple(proxy.address for proxy in self.proxies[self._names.index(identity.name)])
+            authority.project = self._project(own)
             write_kit(kits / identity.name, authority, identity)
         command = f"{sys.executable} {HERE / 'queue_site.py'} {self.target.kib}"
         for name in self._names:
             rules = {"apps": {"chaos": command}, "resources": {"processes": self.target.at_once}}
             (kits / name / "policy.yml").write_text(json.dumps(rules))
 
+    def _project(self, addresses: tuple[str, ...]) -> Project:
+        listed = addresses if len(addresses) > 1 else addresses[0]
+        return Project(**{**project(sites=self._names).model_dump(), "server": {"address": listed}})
+
     def _submit_all(self) -> None:
         fields = {"app": "chaos", "rounds": self.target.rounds, "min_sites": len(self._names), "exact_restart": True}
         fields |= {"deadline_s": 1800.0, "rejoin_s": 900.0}  # beyond a restart on a machine that is busy
         try:
-            with closing(ControlClient.of_kit(self.folder / "kits" / "lena", self._address)) as control:
+            with closing(ControlClient.of_kit(self.folder / "kits" / "lena", self._addresses)) as control:
                 for job in self.target.jobs:
                     self._submit(control, {"name": job, **fields})
         except FederationError as error:
@@ -104,8 +125,7 @@ class QueueFederation:
                 return
 
     def start(self) -> None:
-        for process in (self.server, *self.sites):
-            process.start()
+        super().start()
         self._submitting.start()
 
     # -- faults ------------------------------------------------------------------------------------------------
@@ -113,39 +133,76 @@ class QueueFederation:
     def suffer(self, fault: Fault) -> None:
         """Make a fault happen, and return once everything that it ended is running again."""
         number = fault.site % len(self.sites)
-        site, proxy = self.sites[number], self.proxies[number]
-        match fault.kind:
+        site, proxies = self.sites[number], self.proxies[number]
+        match self.target.acts.get(fault.kind, fault.kind):
             case "kill the server":
-                self._kill(self.server, fault)
+                self._kill_a_server(fault)
             case "kill a site" if fault.direction == "up":
-                self._kill(site, fault)
+                self._kill(site, "kill a daemon", fault)
             case "kill a site":
-                self._kill_a_script(self._names[number])
+                self._signal_a_script(site.name, signal.SIGKILL, "kill a script")
+            case "stop a site" if fault.direction == "up":
+                self._stop(site, fault)
+            case "stop a site":
+                self._signal_a_script(site.name, signal.SIGTERM, "stop a script")
+            case "reboot a site":
+                self._reboot(site, fault)
             case "delay a connection":
-                proxy.hold(fault.for_s)
+                for proxy in proxies:
+                    proxy.hold(fault.for_s)
                 self.counts[fault.kind] += 1
             case "fill the disk":
                 self._fill(fault)
-            case _:  # TLS makes every damage a cut
-                proxy.cut()
-                self.counts["cut a connection"] += 1
+            case act:
+                self._other(act, fault, proxies)
+        self.watch()
 
-    def _kill(self, process: Process, fault: Fault) -> None:
+    def _other(self, act: str, fault: Fault, proxies: Sequence[TcpProxy]) -> None:
+        """Cut a connection: TLS makes every damage a cut."""
+        for proxy in proxies:
+            proxy.cut()
+        self.counts["cut a connection"] += 1
+
+    def _kill_a_server(self, fault: Fault) -> None:
+        self._kill(self.server, "kill the server", fault)
+
+    def _kill(self, process: Process, kind: str, fault: Fault) -> None:
         with self._lock:
             if process.status is not None:
                 return
             process.kill()
-        self.counts["kill the server" if process is self.server else "kill a daemon"] += 1
+        self.counts[kind] += 1
         time.sleep(fault.for_s)
         with self._lock:
             process.start()
 
-    def _kill_a_script(self, site: str) -> None:
+    def _stop(self, site: Process, fault: Fault) -> None:
+        """Stop a daemon as a service manager does, and start it again."""
+        if site.status is not None:
+            return
+        site.stop(_STOP_S)
+        self.counts["stop a daemon"] += 1
+        time.sleep(fault.for_s)
+        site.start()
+
+    def _reboot(self, site: Process, fault: Fault) -> None:
+        """End all processes of a site at once, as a machine that loses its power does."""
+        if site.status is not None:
+            return
+        others = _children_of(site.pid)
+        site.kill()
+        while others := [number for number in others if _killed(number)]:
+            time.sleep(_LOOK_S)
+        self.counts["reboot a site"] += 1
+        time.sleep(fault.for_s)
+        site.start()
+
+    def _signal_a_script(self, site: str, number: int, kind: str) -> None:
         process_id = self._script_of(site)
         if process_id:
             with suppress(ProcessLookupError):
-                os.kill(process_id, signal.SIGKILL)
-                self.counts["kill a script"] += 1
+                os.kill(process_id, number)
+                self.counts[kind] += 1
 
     def _script_of(self, site: str) -> int:
         """Process ID of the newest script of a site that runs; 0 if there is none."""
@@ -153,34 +210,10 @@ class QueueFederation:
         process_ids = [int(mark.name.rpartition("-")[2]) for mark in marks]
         return next((number for number in process_ids if "queue_site.py" in _command_of(number)), 0)
 
-    def _fill(self, fault: Fault) -> None:
-        with self._lock:
-            if self.server.status is not None:
-                return
-            self._filled = True
-            self.disk.fill(self.server.pid)
-        self.counts[fault.kind] += 1
-        end = time.monotonic() + fault.for_s
-        while self.server.status is None and time.monotonic() < end:
-            time.sleep(_LOOK_S)
-        with self._lock:
-            self.disk.free(self.server.pid if self.server.status is None else None)
-            self.watch()
-
     def watch(self) -> None:
-        """Raise ChaosError if a process has ended on its own. Only a full disk may end the server."""
-        with self._lock:
-            for process in (self.server, *self.sites):
-                if process.status is None or process.lies_dead:
-                    continue
-                if process is self.server and self._filled:
-                    self._filled = False
-                    self.counts["(the full disk ended the server)"] += 1
-                    process.start()
-                    continue
-                raise ChaosError(f"{process.name} ended with status {process.status}:\n{process.tail()}")
-            if self._submit_error is not None:
-                raise ChaosError(f"a job could not be submitted: {self._submit_error}\n{self.server.tail()}")
+        super().watch()
+        if self._submit_error is not None:
+            raise ChaosError(f"a job could not be submitted: {self._submit_error}\n{self.server.tail()}")
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -201,7 +234,7 @@ class QueueFederation:
         while not self.over and not all(self._script_of(site) for site in self._names):
             self.watch()
             if time.monotonic() > end:
-                self._hangs("no script runs at some site")
+                raise self._hangs("no script runs at some site")
             time.sleep(_LOOK_S)
 
     def finish(self, timeout_s: float) -> None:
@@ -210,17 +243,17 @@ class QueueFederation:
         while not (self.over and all(self._at_site(job, site) for job in self.target.jobs for site in self._names)):
             self.watch()
             if time.monotonic() > end:
-                self._hangs("the jobs did not end")
+                raise self._hangs("the jobs did not end")
             time.sleep(_LOOK_S)
-        for process in (*self.sites, self.server):
+        self.collect()
+        for process in reversed(self.processes):
             process.stop(_STOP_S)
 
-    def _hangs(self, what: str) -> None:
-        for process in (self.server, *self.sites):
-            process.dump()
-        states = {job: self._state(job) for job in self.target.jobs}
-        ends = "\n".join(f"-- {p.name}:\n{p.tail(80)}" for p in (self.server, *self.sites))
-        raise ChaosError(f"{what}: {states}\n{ends}")
+    def collect(self) -> None:
+        """Fetch what the checks need of servers that run."""
+
+    def _hangs(self, what: str) -> ChaosError:
+        return self.hangs(f"{what}: { {job: self._state(job) for job in self.target.jobs} }", 80)
 
     def _at_site(self, job: str, site: str) -> bool:
         return (self._job_folder(job, site) / "model" / "model.safetensors").exists() or self._state(job) != "finished"
@@ -229,14 +262,13 @@ class QueueFederation:
         return self.folder / "kits" / site / "jobs" / job
 
     def close(self) -> None:
-        for process in (self.server, *self.sites):
-            process.close()
+        super().close()
         for site in self._names:
             while process_id := self._script_of(site):
                 with suppress(ProcessLookupError):
                     os.kill(process_id, signal.SIGKILL)
                 time.sleep(_LOOK_S)
-        for proxy in self.proxies:
+        for proxy in itertools.chain(*self.proxies):
             proxy.__exit__()
 
     def check(self, wanted: Bits) -> None:
@@ -244,29 +276,42 @@ class QueueFederation:
 
         No round that a site had an acknowledgement for may be missing. Raises ChaosError.
         """
-        there = {path.parent.name for path in self.disk.folder.glob("*/job.json")}
-        if there != set(self.target.jobs):
-            raise ChaosError(f"the queue has the jobs {sorted(there)}")
+        if self._jobs_there() != set(self.target.jobs):
+            raise ChaosError(f"the queue has the jobs {sorted(self._jobs_there())}")
         for job in self.target.jobs:
-            record: dict[str, Any] = json.loads((self.disk.folder / job / "job.json").read_text())
-            if record["state"] != "finished":
-                raise ChaosError(f"{job} is {record['state']}:\n{self.server.tail()}")
+            if self._state(job) != "finished":
+                raise ChaosError(f"{job} is {self._state(job)}:\n{self.server.tail()}")
             self._check_rounds(job)
-            _same(self.disk.folder / job, wanted, f"the server's model of {job}")
+            _same(self._results(job), wanted, f"the server's model of {job}")
             for site in self._names:
                 _same(self._job_folder(job, site), wanted, f"the model of {job} at {site}")
 
     def _check_rounds(self, job: str) -> None:
-        with closing(sqlite3.connect(self.disk.folder / job / "server" / "journal.sqlite")) as db:
-            rows = db.execute("SELECT round, result FROM round WHERE round > 0 ORDER BY round").fetchall()
-        sites = {number: tuple(json.loads(result)["sites"]) for number, result in rows if result}
+        sites = self._rounds(job)
         if sites != dict.fromkeys(range(1, self.target.rounds + 1), self._names):
             raise ChaosError(f"the rounds of {job} have the updates of: {sites}")
+        with open(self._results(job) / "history.csv", newline="") as file:
+            rows = Counter((row["round"], row["site"]) for row in csv.DictReader(file))
+        if twice := [key for key, count in rows.items() if count > 1]:
+            raise ChaosError(f"history.csv of {job} has more than one row for {twice}")
         for site in self._names:
             lines = (self._job_folder(job, site) / "log.txt").read_text(errors="replace").splitlines()
             told = {int(line.split()[1]) for line in lines if line.startswith("acknowledged ")}
             if not told <= set(sites):
                 raise ChaosError(f"{site} had acknowledgements for rounds {sorted(told - set(sites))} of {job}")
+
+    def _jobs_there(self) -> set[str]:
+        return {path.parent.name for path in self.disk.folder.glob("*/job.json")}
+
+    def _results(self, job: str) -> Path:
+        """Folder with the result files of a job that has finished."""
+        return self.disk.folder / job
+
+    def _rounds(self, job: str) -> dict[int, tuple[str, ...]]:
+        """The sites whose updates each closed round of a job has."""
+        with closing(sqlite3.connect(self.disk.folder / job / "server" / "journal.sqlite")) as db:
+            rows = db.execute("SELECT round, result FROM round WHERE round > 0 ORDER BY round").fetchall()
+        return {number: tuple(json.loads(result)["sites"]) for number, result in rows if result}
 
 
 def _same(folder: Path, wanted: Bits, what: str) -> None:
@@ -282,3 +327,24 @@ def _command_of(process_id: int) -> str:
         return Path(f"/proc/{process_id}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def _children_of(process_id: int) -> list[int]:
+    """Process IDs of all descendants of a process."""
+    found, parents = [], [process_id]
+    while parents:
+        tasks = Path(f"/proc/{parents.pop()}/task").glob("*/children")
+        with suppress(OSError):
+            children = [int(number) for task in tasks for number in task.read_text().split()]
+            found += children
+            parents += children
+    return found
+
+
+def _killed(process_id: int) -> bool:
+    """Kill a process; returns whether it was there still."""
+    try:
+        os.kill(process_id, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return bool(_command_of(process_id))

@@ -52,6 +52,8 @@ class QueueTarget:
         kib: Size of the model, in KiB.
         rounds: Number of rounds of each job.
         sites: Number of sites.
+        acts: What a kind of fault in the plan becomes here, if it is not that kind itself.
+        two_servers: Whether two servers share a PostgreSQL, and one stands in for the other.
     """
 
     name: str
@@ -60,6 +62,8 @@ class QueueTarget:
     kib: int = 200
     rounds: int = 20
     sites: int = 3
+    acts: Mapping[str, str] = field(default_factory=dict)
+    two_servers: bool = False
     framework: bool = field(default=True, init=False)  # faults wait until scripts run
 
     def wanted(self) -> Bits:
@@ -98,7 +102,22 @@ def script(name: str, rounds: int, *arguments: str, **settings: Any) -> Target:
 
 
 BARE = (bare(3 * 2**10, 25), bare(200, 60), bare(9 * 2**10, 12))
-QUEUES = (QueueTarget("queue", [f"job-{number}" for number in range(1, 7)]),)
+_SIX_JOBS = [f"job-{number}" for number in range(1, 7)]
+_AT_SITES = {
+    "kill the server": "reboot a site",
+    "cut a connection": "kill a site",
+    "damage a byte": "stop a site",
+    "silence a connection": "stop a site",
+    "fill the disk": "reboot a site",
+}
+_AT_SERVERS = {
+    "damage a byte": "freeze the server",
+    "silence a connection": "freeze the server",
+    "fill the disk": "restart the database",
+}
+
+QUEUES = (QueueTarget("queue", _SIX_JOBS), QueueTarget("daemon", _SIX_JOBS, acts=_AT_SITES))
+FAILOVER = QueueTarget("failover", _SIX_JOBS, acts=_AT_SERVERS, two_servers=True)
 FRAMEWORKS = (
     script("hf", 40),
     script("lightning", 60),
