@@ -10,6 +10,7 @@ import base64
 import ipaddress
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
@@ -195,7 +196,7 @@ def ask_for(address: str, proxy: Proxy, connection: socket.socket) -> None:
     Args:
         address: The server's "host:port".
         proxy: The proxy.
-        connection: The connection to it.
+        connection: The connection to it; its timeout is the limit for the whole answer.
 
     Raises:
         ProxyError: If it does not do that.
@@ -203,10 +204,13 @@ def ask_for(address: str, proxy: Proxy, connection: socket.socket) -> None:
     lines = [f"CONNECT {address} HTTP/1.1", f"Host: {address}"]
     if proxy.authorization:
         lines.append(f"Proxy-Authorization: {proxy.authorization}")
-    head = b""
+    head, limit_s = b"", connection.gettimeout()
+    ends = None if limit_s is None else time.monotonic() + limit_s
     try:
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         while not head.endswith(b"\r\n\r\n") and len(head) < _HEAD_BYTES:
+            if ends is not None and time.monotonic() > ends:
+                raise TimeoutError("timed out")
             part = connection.recv(1)  # byte by byte: what follows the head belongs to the server
             if not part:
                 break

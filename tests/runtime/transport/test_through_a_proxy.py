@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from fl_runtime.client.control import ControlClient
 from fl_runtime.client.kit_transport import KitTransport
 from fl_runtime.errors import ConnectionLostError
 from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.transport.proxies import ProxyError, open_connection
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import read_kit, write_kit
 from fl_runtime.types import Arrays, Task
@@ -172,6 +175,26 @@ def test_a_proxy_that_is_down_and_one_that_is_none(
     monkeypatch.setenv("https_proxy", f"http://{study.address}")  # a port that speaks TLS
     with pytest.raises(ConnectionLostError, match=r"\$https_proxy .* does not answer"):
         study.status()
+
+
+def test_a_proxy_that_answers_a_byte_at_a_time_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is for the whole answer, not for each of its bytes."""
+    stop = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        line, _ = listener.accept()
+        with line, suppress(OSError):
+            while not stop.wait(0.02):
+                line.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        with pytest.raises(ProxyError, match="does not answer .* timed out"):
+            open_connection(ADDRESS, 0.2)
+        stop.set()
+        thread.join()
 
 
 def test_the_doctor_names_each_step_to_a_server_that_only_the_proxy_can_find(
