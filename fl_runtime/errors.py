@@ -80,6 +80,12 @@ class ConfigError(FederationError):
     code = "config"
 
 
+class NewerFormatError(ConfigError):
+    """Data on disk were written by a later version of fl-adapters, and this one would misread them."""
+
+    code = "newer-format"
+
+
 class HandshakeError(FederationError):
     """The sites do not agree on something that must be equal. Raised at the handshake."""
 
@@ -144,7 +150,7 @@ class AbortedError(FederationError):
 
 
 class StoreError(FederationError):
-    """Reading or writing state on disk failed: the disk is full or read-only, or a file is damaged or too new.
+    """Reading or writing state on disk failed: the disk is full or read-only, or a file is damaged.
 
     Attributes:
         away: Whether a shared store is out of reach, or another server has it. What failed may succeed later.

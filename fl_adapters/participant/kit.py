@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import training_folder
+from fl_runtime.version import check_format, stamp
 
 KIT_VARIABLE = "FL_ADAPTERS_KIT"
 """Environment variable with the folder of the startup kit."""
@@ -92,7 +93,7 @@ class Kit:
         file = os.open(folder / KIT_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as out:
             fields = {name: value for name, value in asdict(self).items() if name != "folder"}
-            json.dump({"format": KIT_FORMAT, **fields}, out, indent=1)
+            json.dump({**stamp(KIT_FORMAT), **fields}, out, indent=1)
         return folder
 
 
@@ -188,13 +189,9 @@ _REQUIRED = ("job", "site", "index", "count", "server", "token")
 def _checked(fields: object, file: Path) -> Kit:
     if not _is_object(fields):
         raise ConfigError("the startup kit is not a JSON object", where=str(file), fix=_RENEW)
-    version = fields.pop("format", None)
-    if version != KIT_FORMAT:
-        raise ConfigError(
-            f"the startup kit has format {version!r}; this version of fl-adapters reads format {KIT_FORMAT}",
-            where=str(file),
-            fix="upgrade fl-adapters, or get a kit made by the version that is installed here",
-        )
+    check_format(
+        fields.pop("format", "missing"), KIT_FORMAT, "the startup kit", where=str(file), version=fields.get("version")
+    )
     if fields.get("kind", "site") != "site":
         raise ConfigError(
             f"this is the startup kit of a {fields['kind']}", where=str(file), fix="a script needs the kit of a site"

@@ -1,7 +1,8 @@
 """State files of a site: nested lists and dicts of plain values and arrays, in one safetensors file.
 
 Arrays are tensors with the names "0", "1" and so on. The structure around them is JSON, in the tensor "json". Nothing
-is pickled, and reading a file executes nothing.
+is pickled, and reading a file executes nothing. The JSON of formats after the first is ["format", number, version,
+structure].
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, NewerFormatError
 from fl_runtime.store.tensorfile import disk_error, header_of, read_tensors, write_pieces
 from fl_runtime.types import Array
+from fl_runtime.version import check_format
 from fl_runtime.wire.dtypes import DTYPES
 from fl_runtime.wire.manifest import Manifest
 
@@ -25,6 +27,7 @@ State: TypeAlias = Any
 or int."""
 
 _JSON = "json"
+_FORMAT = 1
 _KNOWN = {dtype.newbyteorder("=") for dtype in DTYPES.values()}
 
 
@@ -73,12 +76,19 @@ def read_state(path: Path) -> State:
         The state. The caller owns its arrays.
 
     Raises:
+        NewerFormatError: A later version wrote the file.
         ConfigError: The file was not written by `write_state`.
     """
     arrays = read_tensors(path)
     try:
-        return _unpacked(json.loads(arrays[_JSON].tobytes()), arrays)
-    except (KeyError, TypeError, ValueError) as error:
+        packed = json.loads(arrays[_JSON].tobytes())
+        if isinstance(packed, list) and packed[:1] == ["format"]:
+            check_format(packed[1], _FORMAT, "the saved state", where=str(path), version=packed[2])
+            packed = packed[3]
+        return _unpacked(packed, arrays)
+    except NewerFormatError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(
             f"this is not a state file of a site: {error!r}",
             where=str(path),

@@ -10,9 +10,6 @@ from fl_runtime.errors import ConnectionLostError, ProtocolError
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.names import MAX_NAME_CHARS, Facts, Names, NamesDigest, excerpt_of
 
-PARTS = "parts"
-"""Feature of a server that takes a registration in several messages, and may ask questions."""
-
 _TENSORS = 1_000  # in a message: with the longest names and most dimensions 5 MiB, below what gRPC takes
 
 

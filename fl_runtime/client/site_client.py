@@ -12,7 +12,7 @@ from typing import Any
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.assignment import checked_settings
 from fl_runtime.client.calls import PatientCalls
-from fl_runtime.client.handshake import PARTS, Handshake
+from fl_runtime.client.handshake import Handshake
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
@@ -24,12 +24,23 @@ from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import Clock
 from fl_runtime.types import CohortRules, Metrics, Report, Task, Terms, Update
-from fl_runtime.version import COHORT, FEATURES, FILES, PROTOCOL, STAYS, VERSION
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Facts
+from fl_runtime.wire.software import (
+    BEATS,
+    COHORT,
+    FEATURE_NAMES,
+    FILES,
+    OWN,
+    PARTS,
+    STAYS,
+    Software,
+    choose_protocol,
+    misfit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -151,24 +162,21 @@ class SiteClient:
             ConfigError: The job does not hold so many trainings.
         """
         request = pb.JoinRequest(
-            protocol_min=PROTOCOL,
-            protocol_max=PROTOCOL,
-            features=FEATURES,
-            version=VERSION,
+            protocol_min=OWN.lowest,
+            protocol_max=OWN.highest,
+            features=FEATURE_NAMES,
+            version=OWN.version,
+            settings=sorted(OWN.settings),
             job=training_name(job, training) if job else "",
             training=training,
             follows=follows,
         )
         reply = self._calls.ask("Join", request, pb.JoinReply)
-        if reply.protocol != PROTOCOL:
-            raise ProtocolError(
-                f"the server speaks protocol {reply.protocol}, this site {PROTOCOL}",
-                fix="install the same version of fl-adapters at server and sites",
-            )
+        _check_server(reply)
         settings = checked_settings(reply)
         if settings.get("patience_s") and not self._own_patience:
             self._calls.patience_s = float(settings["patience_s"])
-        beat_s = self._calls.expect_beats() if "beats" in reply.features else 0.0
+        beat_s = self._calls.expect_beats() if BEATS in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
         self._parts = PARTS in reply.features
         self._takes_files = FILES in reply.features
@@ -374,6 +382,21 @@ class SiteClient:
         if self._presence is not None:
             self._presence.close()
         self._calls.close()
+
+
+def _check_server(reply: pb.JoinReply) -> None:
+    """Raise ProtocolError for a protocol number that this version does not speak; warn of versions far apart."""
+    lowest = reply.protocol_min or reply.protocol  # servers of earlier versions name the chosen number alone
+    highest = max(reply.protocol_max, lowest)
+    server = Software(printable(reply.version, 100), lowest, highest, frozenset(reply.features))
+    if reply.protocol != choose_protocol(server, OWN):
+        raise ProtocolError(
+            f"the server has chosen protocol {reply.protocol}; the highest that both speak is "
+            f"{choose_protocol(server, OWN)}",
+            fix="ask the server's operator",
+        )
+    if text := misfit(server, OWN):
+        log.warning("fl-adapters %s at this site %s", OWN.version, text)
 
 
 def _check_older_server(rules: CohortRules, features: Collection[str], min_sites: object) -> None:

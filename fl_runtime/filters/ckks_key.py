@@ -17,8 +17,10 @@ from typing import Any
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.ckks import KEY_FILE, Cipher, HomomorphicCKKS, need_tenseal
+from fl_runtime.version import later_data
 
-_MAGIC = b"fl-adapters ckks key 1\n"
+_NAME = b"fl-adapters ckks key "
+_MAGIC = _NAME + b"1\n"
 
 
 def make_key(path: Path, settings: HomomorphicCKKS) -> str:
@@ -116,6 +118,8 @@ def read_key(path: Path, settings: HomomorphicCKKS) -> tuple[Any, str]:
         ) from None
     if shared_mode:
         raise ConfigError("the key can be read by others", where=str(path), fix=f"chmod 600 {path}")
+    if data.startswith(_NAME) and not data.startswith(_MAGIC):
+        raise later_data("the key is of another format", str(path))
     try:
         if not data.startswith(_MAGIC):
             raise ValueError

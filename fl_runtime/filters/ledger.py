@@ -23,11 +23,13 @@ from typing import Any, Literal
 
 from fl_runtime.errors import ConfigError, PrivacyBudgetError, StoreError
 from fl_runtime.trainings import job_of
+from fl_runtime.version import check_format
 
 LEDGER_FILE = "privacy.sqlite"
 _SCHEMA = """CREATE TABLE IF NOT EXISTS spent (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, job TEXT NOT NULL, round INTEGER NOT NULL, filter TEXT NOT NULL,
     mechanism TEXT NOT NULL)"""
+_FORMAT = 1  # in the file's user_version, where 0 stands for 1
 _BUSY_S = 30.0
 _FINE, _COARSE = 50.0, 2000.0  # largest epsilons for which sampling is counted, and distributions are computed
 
@@ -98,6 +100,7 @@ class Ledger:
         folder: Folder of the file privacy.sqlite; None keeps the ledger in memory.
 
     Raises:
+        NewerFormatError: If a later version wrote the file.
         StoreError: If the file cannot be opened. Every method raises it if the disk fails; nothing must leave then.
     """
 
@@ -109,6 +112,8 @@ class Ledger:
             self._db = sqlite3.connect(
                 self._path or ":memory:", timeout=_BUSY_S, isolation_level=None, check_same_thread=False
             )
+            (found,) = self._db.execute("PRAGMA user_version").fetchone()
+            check_format(found or None, _FORMAT, "the privacy ledger", where=str(self._path))
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(_SCHEMA)
 

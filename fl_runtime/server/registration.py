@@ -34,6 +34,7 @@ class Registration:
         terms: The script's terms; they too must be equal at all sites.
         names: Lists of names, such as labels, that must be equal at all sites that give them.
         rules: What the site's policy asks of every aggregate.
+        version: The site's version of fl-adapters; "" if it has not said.
     """
 
     layout: bytes
@@ -45,6 +46,7 @@ class Registration:
     terms: Terms = field(default_factory=Terms)
     names: Mapping[str, NamesDigest] = field(default_factory=dict)
     rules: CohortRules = field(default_factory=CohortRules)
+    version: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The registration as JSON values, for the journal."""
@@ -58,6 +60,7 @@ class Registration:
             "terms": asdict(self.terms),
             "names": {name: digest.to_json() for name, digest in self.names.items()},
             "rules": asdict(self.rules),
+            "version": self.version,
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class Registration:
             Terms(**fields.get("terms", {})),
             {name: NamesDigest.from_json(digest) for name, digest in fields.get("names", {}).items()},
             _rules(fields.get("rules", {})),
+            fields.get("version", ""),
         )
 
 

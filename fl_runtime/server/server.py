@@ -161,8 +161,9 @@ class Server:
 
         Returns:
             JSON values: `phase`, `training` (its number), `round` (under way, or closed last), `rounds` (None before
-            the handshake), `sites` (name to state), `connected` (names of the sites whose processes are connected now),
-            and `error` (None unless the run failed).
+            the handshake), `sites` (name to state), `versions` (name to version of fl-adapters, of sites that have
+            registered), `connected` (names of the sites whose processes are connected now), and `error` (None unless
+            the run failed).
         """
         training = self.trainings.newest
         state, membership = training.run.state, training.run.membership
@@ -174,6 +175,7 @@ class Server:
                 "round": state.open_round.round if state.open_round else len(state.results),
                 "rounds": state.plan.rounds,
                 "sites": {member.name: state.standing_of(member, now) for member in members},
+                "versions": {m.name: m.registration.version for m in members if m.registration},
                 "connected": [member.name for member in members if member.attending > 0],
                 "error": state.error.to_wire() if state.error else None,
             }

@@ -28,7 +28,7 @@ from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.sqlite import SqliteDatabase
 from fl_runtime.store.stores import BLOBS_FOLDER, JOURNAL_FILE
 from fl_runtime.store.tensorfile import disk_error
-from fl_runtime.version import VERSION
+from fl_runtime.version import check_format, stamp
 
 BACKUP_FILE = "backup.json"
 KIT_PART = ".server-kit"
@@ -108,7 +108,7 @@ def back_up(data: Path, out: Path, federation: str, copy_kit: Callable[[Path], o
             for path in sorted((partial / KIT_PART).iterdir()):
                 copies.note(f"{KIT_PART}/{path.name}")
         backup = Backup(out, federation, time.time(), tuple(jobs), copies.made)
-        fields = {"format": _FORMAT, "version": VERSION, **asdict(backup), "folder": None}
+        fields = {**stamp(_FORMAT), **asdict(backup), "folder": None}
         (partial / BACKUP_FILE).write_text(json.dumps(fields, indent=1), "utf-8")
     return backup
 
@@ -161,11 +161,12 @@ def read_backup(folder: Path) -> Backup:
         folder: Its folder.
 
     Raises:
-        ConfigError: The folder is not a backup, or one of a later version.
+        NewerFormatError: A later version made it.
+        ConfigError: The folder is not a backup.
     """
     try:
         fields = json.loads((folder / BACKUP_FILE).read_text("utf-8"))
-        version = fields["format"]
+        check_format(fields["format"], _FORMAT, "the backup", where=str(folder), version=fields.get("version"))
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in fields["files"].items()}
         backup = Backup(
             folder, str(fields["federation"]), float(fields["made_at"]), tuple(map(str, fields["jobs"])), files
@@ -175,8 +176,8 @@ def read_backup(folder: Path) -> Backup:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"this is not a backup: {error}", where=str(folder), fix=_WHICH) from None
-    if version != _FORMAT or not inside:
-        raise ConfigError(f"this backup has format {version!r}", where=str(folder), fix="upgrade fl-adapters")
+    if not inside:
+        raise ConfigError("this backup names files outside its folder", where=str(folder), fix=_WHICH)
     return backup
 
 

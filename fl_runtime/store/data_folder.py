@@ -9,6 +9,7 @@ from pathlib import Path
 from fl_runtime.errors import ConfigError, StoreError
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.version import check_format, stamp
 
 FEDERATION_FILE = "federation.json"
 STORE_MARK = ".store"
@@ -61,7 +62,8 @@ def check_federation(path: Path, federation: str) -> None:
         federation: Name of the federation.
 
     Raises:
-        ConfigError: It is the folder of another federation, or of a later version.
+        NewerFormatError: A later version wrote it.
+        ConfigError: It is the folder of another federation.
         StoreError: It cannot be read.
     """
     try:
@@ -77,8 +79,7 @@ def check_federation(path: Path, federation: str) -> None:
             where=str(path / FEDERATION_FILE),
             fix="restore the folder from a backup, or delete this file if the jobs in the folder are your own",
         ) from None
-    if version != _FORMAT:
-        raise ConfigError(f"the folder has format {version!r}", where=str(path), fix="upgrade fl-adapters")
+    check_format(version, _FORMAT, "the data folder", where=str(path), version=fields.get("version"))
     if owner != federation:
         raise ConfigError(
             f"this is the data folder of the federation {owner}, not of {federation}",
@@ -91,7 +92,7 @@ def _name_federation(path: Path, federation: str) -> None:
     file = path / FEDERATION_FILE
     if not file.exists():
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"format": _FORMAT, "federation": federation}), "utf-8")
+        partial.write_text(json.dumps({**stamp(_FORMAT), "federation": federation}), "utf-8")
         os.replace(partial, file)
 
 

@@ -6,12 +6,13 @@ only with the job's durability "power". Otherwise the journal survives the death
 Format, schema version 1 (TEXT columns other than names hold JSON). The default store keeps it in SQLite, in WAL mode.
 The statements are those that SQLite and PostgreSQL have in common.
 
-    meta      key, value: schema_version; job (the run's settings); rounds and terms (result of the handshake);
-              left (names of sites that left); resting (those of them whose scripts may train again); lost (names of
-              sites whose connection was lost for too long); refusals (site that was excluded -> its error);
-              repeats ([round, number of failed tries]); buffer ([[site, round], ...]); ended ("null", or the error);
-              over ("true" once the job has ended with this run); restored (when the backup was made that this
-              journal was restored from, in seconds since the epoch); files (see store/journal_files.py)
+    meta      key, value: schema_version; written_by (the version of fl-adapters that began the run); job (the run's
+              settings); rounds and terms (result of the handshake); left (names of sites that left); resting (those of
+              them whose scripts may train again); lost (names of sites whose connection was lost for too long);
+              refusals (site that was excluded -> its error); repeats ([round, number of failed tries]); buffer
+              ([[site, round], ...]); ended ("null", or the error); over ("true" once the job has ended with this
+              run); restored (when the backup was made that this journal was restored from, in seconds since the
+              epoch); files (see store/journal_files.py)
     layout    layout (16 bytes, see wire/manifest.py), manifest (protobuf fl.v1.Manifest)
     site      name, attempt (number of the site's newest process), registration
     model     version (round whose result it is), blob (file name), layout, digests (8 bytes per tensor)
@@ -30,13 +31,14 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fl_runtime.errors import ConfigError, FederationError, StoreError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.database import Database
 from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.store.journal_files import FilesJournal
 from fl_runtime.store.journal_reader import JournalReader
 from fl_runtime.store.sqlite import SqliteDatabase
 from fl_runtime.types import RunSettings, Terms
+from fl_runtime.version import VERSION, check_format, later_data
 from fl_runtime.wire.manifest import Manifest
 
 SCHEMA_VERSION = 1
@@ -83,7 +85,8 @@ class Journal:
         files: Records the small files that sites have sent beside the final model.
 
     Raises:
-        StoreError: If the database is damaged, cannot be written, or has a newer schema version.
+        NewerFormatError: If a later version wrote it.
+        StoreError: If the database is damaged, or cannot be written.
     """
 
     def __init__(self, database: Database) -> None:
@@ -95,14 +98,9 @@ class Journal:
                 for statement in _SCHEMA.split(";"):
                     self._db.run(statement)
                 self._db.put("schema_version", str(SCHEMA_VERSION))
+                self._db.put("written_by", VERSION)
+            self._check_version()
             self._db.run(_KEPT)
-        version = int(self._db.get("schema_version") or 0)
-        if version != SCHEMA_VERSION:
-            raise StoreError(
-                f"the journal has schema version {version}; this version of fl-adapters reads {SCHEMA_VERSION}",
-                where=self.where,
-                fix="continue the run with the version that started it, or upgrade fl-adapters",
-            )
 
     @classmethod
     def in_file(cls, path: Path, *, durable: bool = False) -> Journal:
@@ -116,9 +114,16 @@ class Journal:
             The journal.
 
         Raises:
-            StoreError: If the file is damaged, cannot be written, or has a newer schema version.
+            NewerFormatError: If a later version wrote it.
+            StoreError: If the file is damaged, or cannot be written.
         """
         return cls(SqliteDatabase(path, durable=durable))
+
+    def _check_version(self) -> None:
+        """Refuse a journal of a later version, before anything in it is changed."""
+        text, written_by = self._db.get("schema_version"), self._db.get("written_by")
+        version: object = int(text) if text and text.isdigit() else text or 0
+        check_format(version, SCHEMA_VERSION, "the journal", where=self.where, version=written_by)
 
     def begin(self, settings: RunSettings) -> None:
         """Record the job's settings, or compare them with those on record.
@@ -127,6 +132,7 @@ class Journal:
             settings: The settings with which the server was started.
 
         Raises:
+            NewerFormatError: If a later version began the run, with settings that this one does not know.
             ConfigError: If the journal belongs to another job, or to this job with other settings.
         """
         text = json.dumps(asdict(settings), sort_keys=True)
@@ -135,8 +141,12 @@ class Journal:
             with self._db.transaction():
                 self._db.put("job", text)
                 self._db.put("over", "false")
-        elif {**_DEFAULTS, **json.loads(recorded)} != json.loads(text):
-            name = json.loads(recorded)["name"]
+            return
+        before = json.loads(recorded)
+        if unknown := sorted(set(before) - set(json.loads(text))):
+            raise later_data(f"the run has the settings {', '.join(unknown)}", self.where, self._db.get("written_by"))
+        if {**_DEFAULTS, **before} != json.loads(text):
+            name = before["name"]
             raise ConfigError(
                 f"this folder holds another run ({name!r}, or the same one with other settings)",
                 where=self.where,

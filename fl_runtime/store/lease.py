@@ -12,6 +12,7 @@ import psycopg
 
 from fl_runtime.errors import ConfigError, StoreError
 from fl_runtime.store.postgres import SCHEMA, connect, mapped_errors, name_of
+from fl_runtime.version import VERSION, check_format
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ LEASE_S = 5.0
 """How long a lease lasts after it was renewed, in seconds of the database's clock."""
 
 _RENEW_S, _LOOK_S = 1.0, 0.5
-_FORMAT = "1"
+_FORMAT = 1
 _TABLES = f"""
 SELECT pg_advisory_xact_lock(7305811);
 CREATE SCHEMA IF NOT EXISTS {SCHEMA};
@@ -27,7 +28,7 @@ CREATE TABLE IF NOT EXISTS {SCHEMA}.lease (one BOOLEAN PRIMARY KEY DEFAULT true 
     holder TEXT NOT NULL, until TIMESTAMPTZ NOT NULL);
 INSERT INTO {SCHEMA}.lease VALUES (true, 0, '', '-infinity') ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS {SCHEMA}.meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-INSERT INTO {SCHEMA}.meta VALUES ('format', '{_FORMAT}') ON CONFLICT DO NOTHING;
+INSERT INTO {SCHEMA}.meta VALUES ('format', '{_FORMAT}'), ('version', '{VERSION}') ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS {SCHEMA}.run (folder TEXT PRIMARY KEY, number BIGSERIAL);
 CREATE TABLE IF NOT EXISTS {SCHEMA}.record (path TEXT PRIMARY KEY, content BYTEA NOT NULL);
 CREATE TABLE IF NOT EXISTS {SCHEMA}.event (number BIGSERIAL PRIMARY KEY, folder TEXT NOT NULL, line TEXT NOT NULL);
@@ -46,7 +47,8 @@ class Lease:
 
     Raises:
         StoreError: The database fails.
-        ConfigError: The database belongs to another federation, or to a later version.
+        NewerFormatError: A later version made the tables.
+        ConfigError: The database belongs to another federation.
     """
 
     def __init__(self, url: str, federation: str, holder: str) -> None:
@@ -161,17 +163,13 @@ class Lease:
                 connection.execute(_TABLES)
                 insert = f"INSERT INTO {SCHEMA}.meta VALUES ('federation', %s) ON CONFLICT DO NOTHING"
                 connection.execute(insert, (federation,))
-            meta = dict(connection.execute(f"SELECT key, value FROM {SCHEMA}.meta").fetchall())
+                meta = dict(connection.execute(f"SELECT key, value FROM {SCHEMA}.meta").fetchall())
+                number = int(meta["format"]) if meta["format"].isdigit() else meta["format"]
+                check_format(number, _FORMAT, "the database", where=self._where, version=meta.get("version"))
         if meta["federation"] != federation:
             raise ConfigError(
                 f"this database holds the jobs of the federation {meta['federation']}, not of {federation}",
                 where=self._where,
                 fix="give each federation a database of its own",
-            )
-        if meta["format"] != _FORMAT:
-            raise ConfigError(
-                f"this database has format {meta['format']}; this version of fl-adapters uses {_FORMAT}",
-                where=self._where,
-                fix="upgrade fl-adapters on this machine",
             )
         return connection

@@ -39,7 +39,8 @@ class Store(Protocol):
             The journal.
 
         Raises:
-            StoreError: The store fails, or the journal is damaged or has a newer schema version.
+            NewerFormatError: A later version wrote the journal.
+            StoreError: The store fails, or the journal is damaged.
         """
         ...
 

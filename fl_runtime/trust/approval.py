@@ -16,8 +16,10 @@ from typing import Any
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import job_of
 from fl_runtime.trust.files import write_file
+from fl_runtime.types import RunSettings
 
 _FILE = "approval.json"
+_DEFAULTS: Mapping[str, Any] = json.loads(json.dumps(asdict(RunSettings("", (), 0))))
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,17 @@ def decision_on(folder: Path, settings: Mapping[str, Any]) -> Decision | None:
         raise ConfigError(
             f"the decision about this job cannot be read: {error}", where=str(path), fix="delete it, and decide again"
         ) from None
-    return decision if decision.settings == _digest(settings) else None
+    seen = (_digest(settings), _digest(settings, whole=True))  # versions before the first release took all of them
+    return decision if decision.settings in seen else None
 
 
-def _digest(settings: Mapping[str, Any]) -> str:
-    """Digest of a job's settings, which is the same in all trainings of the job."""
+def _digest(settings: Mapping[str, Any], *, whole: bool = False) -> str:
+    """Digest of a job's settings, which is the same in all trainings of the job.
+
+    Settings that the job leaves at their defaults are left out unless `whole`. So a decision holds when server or site
+    are upgraded meanwhile to a version with more settings.
+    """
     own = {**settings, "name": job_of(str(settings["name"]))}
+    if not whole:
+        own = {name: value for name, value in own.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

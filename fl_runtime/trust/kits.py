@@ -48,6 +48,7 @@ from fl_runtime.trust.roots.rotation import past_statements
 from fl_runtime.trust.roots.staging import read_settled
 from fl_runtime.trust.working_kit import working_kit
 from fl_runtime.types import PRODUCTION_PATIENCE_S
+from fl_runtime.version import check_format, stamp
 
 KIT_FORMAT = 1
 KIT_FILE, CERTIFICATE, KEY, CA, CRL = "kit.json", "certificate.pem", "key.pem", "ca.pem", "crl.pem"
@@ -103,7 +104,7 @@ def write_kit(folder: Path, authority: Authority, identity: Identity, *, with_ke
     outside = authority.signed_outside()
     files = {KIT_FILE: json.dumps(_fields(authority, identity), indent=1).encode(), CA: authority.roots}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files["manifest.json"] = json.dumps({"format": KIT_FORMAT, "files": digests}, indent=1, sort_keys=True).encode()
+    files["manifest.json"] = json.dumps({**stamp(KIT_FORMAT), "files": digests}, indent=1, sort_keys=True).encode()
     files["manifest.sig"] = authority.sign(files["manifest.json"])  # before anything is written: the key may be locked
     if outside:
         files[OUTSIDE] = outside
@@ -129,7 +130,7 @@ def _fields(authority: Authority, identity: Identity) -> dict[str, Any]:
     own = project.server.address_of(identity.name) if identity.kind == "server" else addresses[0]
     listen = project.server.listen or f"0.0.0.0:{own.rpartition(':')[2]}"
     return {
-        "format": KIT_FORMAT,
+        **stamp(KIT_FORMAT),
         "kind": identity.kind,
         "identity": identity.uri,
         "job": "",
@@ -278,13 +279,14 @@ def _read_signed(folder: Path) -> tuple[Identity, dict[str, Any], KitRoots]:
     signed_list, ca = read_file(manifest, "manifest"), read_file(origin, "authority's certificate")
     if not signed_by(ca, signed_list, read_file(signature, "manifest's signature")):
         raise ConfigError("the manifest's signature is not valid", where=str(manifest), fix=_NEW_KIT)
-    for name, digest in json.loads(signed_list)["files"].items():
+    contents = json.loads(signed_list)
+    check_format(contents.get("format"), KIT_FORMAT, "the kit", where=str(folder), version=contents.get("version"))
+    for name, digest in contents["files"].items():
         path = origin if name == CA else folder / name
         if hashlib.sha256(read_file(path, "file of the kit")).hexdigest() != digest:
             raise ConfigError(f"{path.name} was changed after the kit was made", where=str(path), fix=_NEW_KIT)
     fields = json.loads(data)
-    if fields.get("format") != KIT_FORMAT:
-        raise ConfigError(f"this kit has format {fields.get('format')!r}", where=str(folder), fix="upgrade fl-adapters")
+    check_format(fields.get("format"), KIT_FORMAT, "the kit", where=str(folder), version=fields.get("version"))
     identity = Identity.from_uri(fields["identity"])
     return identity, fields, read_roots(folder, identity.federation, _first(fields))
 

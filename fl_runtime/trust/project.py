@@ -10,8 +10,8 @@ The project file is YAML, kept by the authority. Example:
       - {name: ada, organisation: north-hospital, role: project-admin}
     days: 90
 
-`members.json` is a JSON object: `members`, a text that holds the federation, a number that grows, and the URIs of all
-participants; and `signature`, the base64 of the ECDSA signature of that text by a root of the authority.
+`members.json` is a JSON object: `members`, a text that holds a format number, the federation, a number that grows, and
+the URIs of all participants; and `signature`, the base64 of that text's ECDSA signature by a root of the authority.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import ConfigError, FederationError, NewerFormatError
 from fl_runtime.trust.certificates import PrivateKey, pem_list, sign, signed_by
 from fl_runtime.trust.files import read_file, write_file
 from fl_runtime.trust.identity import Identity, Role, check_name
 from fl_runtime.trust.roots.outside import check_bundle, checked_name
 from fl_runtime.types import PRODUCTION_PATIENCE_S
+from fl_runtime.version import check_format
 from fl_runtime.yaml_files import read_yaml
 
-DEFAULT_DAYS = 90.0
-DEFAULT_CRL_DAYS = 365.0
+DEFAULT_DAYS, DEFAULT_CRL_DAYS = 90.0, 365.0
 DEFAULT_PORT = 8443
-MEMBERS = "members.json"
-"""Name of the signed list of members, in the authority's folder and in the server's kit."""
+MEMBERS, _FORMAT = "members.json", 1
+"""Name of the signed list of members, in the authority's folder and in the server's kit; and its format number."""
 _TAKEN_UP = "members.number"  # beside the list: number and digest of the newest one that was in force
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})")
 
@@ -356,8 +356,8 @@ class MemberList:
             key: Key of a root that everybody trusts.
             federation: Name of the federation.
         """
-        uris = [item.uri for item in self.participants]
-        text = json.dumps({"federation": federation, "number": self.number, "participants": uris}, indent=1)
+        fields = {"format": _FORMAT, "federation": federation, "number": self.number}
+        text = json.dumps({**fields, "participants": [item.uri for item in self.participants]}, indent=1)
         signature = base64.b64encode(sign(key, text.encode())).decode()
         return json.dumps({"members": text, "signature": signature}, indent=1).encode()
 
@@ -382,8 +382,11 @@ def read_members(data: bytes, federation: str, where: str, roots: bytes | None) 
         text, signature = fields["members"], base64.b64decode(fields["signature"])
         valid = roots is None or any(signed_by(root, text.encode(), signature) for root in pem_list(roots))
         members = json.loads(text)
+        check_format(members.get("format"), _FORMAT, "the list of members", where=where)
         found = MemberList(int(members["number"]), tuple(map(Identity.from_uri, members["participants"])))
         valid = valid and members["federation"] == federation
+    except NewerFormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FederationError):
         valid = False
     if not valid:
@@ -480,8 +483,7 @@ class Members:
         self._seen, self.current = data, found
         digest = hashlib.sha256(data).hexdigest()
         if (found.number, digest) != self._taken_up():
-            fields = {"number": found.number, "sha256": digest}
-            write_file(self._path.with_name(_TAKEN_UP), json.dumps(fields).encode())
+            write_file(self._path.with_name(_TAKEN_UP), json.dumps({"number": found.number, "sha256": digest}).encode())
 
     def _taken_up(self) -> tuple[int, str] | None:
         path = self._path.with_name(_TAKEN_UP)

@@ -28,6 +28,10 @@ PRODUCTION_JOIN_S = 600.0
 """Default of `join_s` in a federation between organisations."""
 
 
+SERVER_SETTINGS = frozenset({"min_sites", "deadline_s", "rejoin_s", "max_share", "durability", "join_s"})
+"""Settings of a job that the server alone follows, so that sites of earlier versions need not know them."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """Settings that the sites' scripts propose where the job leaves them open. All sites must propose the same.

@@ -23,10 +23,10 @@ from fl_runtime.trust.kits import write_kit
 from fl_runtime.trust.policy import POLICY_FILE
 from fl_runtime.trust.project import Project
 from fl_runtime.types import Arrays, RunSettings
-from fl_runtime.version import FEATURES
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
+from fl_runtime.wire.software import FEATURE_NAMES
 
 MODEL: Arrays = {"body": np.zeros((4, 3), np.float32), "head": np.ones(3, np.float32)}
 _WRITTEN = (LOG_FILE, HEAD_FILE, COUNTER_FILE, POLICY_FILE)
@@ -110,7 +110,7 @@ class HostileServer:
     def _join(self, first: bytes, requests: Iterator[bytes]) -> Iterator[bytes]:
         settings = RunSettings("job", ("north", "south"), 1, rounds=1)
         fields = {**vars(settings), **self.script.settings}
-        answer = {"protocol": 1, "features": FEATURES, "attempt": 1, "site": "north", "count": 2}
+        answer = {"protocol": 1, "features": FEATURE_NAMES, "attempt": 1, "site": "north", "count": 2}
         yield pb.JoinReply(**{**answer, "settings_json": json.dumps(fields), **self.script.join}).SerializeToString()
 
     def _register(self, first: bytes, requests: Iterator[bytes]) -> Iterator[bytes]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fl_adapters.cli.doctor.checks import Check
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError
@@ -157,6 +157,7 @@ def _answers(kit: StartupKit) -> Iterator[Check]:
     except FederationError as error:
         yield Check("server", "problem", error.what, error.fix)
         return
+    yield from _versions(status)
     if kit.identity.kind == "site":
         yield _membership(kit.identity.name, status["sites"])
     if apart > _CLOCK_S:
@@ -165,6 +166,21 @@ def _answers(kit: StartupKit) -> Iterator[Check]:
         )
         return
     yield Check("clock", "ok", f"{apart:.1f} s apart from the server's clock")
+
+
+def _versions(status: Mapping[str, Any]) -> Iterator[Check]:
+    """Compare the server's version with the one here, and with those that the sites have told."""
+    from fl_runtime.wire.software import OWN, Software, misfit
+
+    version, protocols = str(status["version"]), status.get("protocols", [OWN.lowest, OWN.highest])
+    server = Software.of_json({"version": version, "protocols": protocols}) or Software(version)
+    detail = f"{OWN.version} here, {version} at the server, which speaks protocol {server.protocols}"
+    text = misfit(server, OWN)
+    apart = OWN.highest < server.lowest or server.highest < OWN.lowest
+    yield Check("versions", ("problem" if apart else "note") if text else "ok", detail, text and f"this one {text}")
+    versions = status.get("site_versions", {})
+    for site, told in status.get("misfits", {}).items():
+        yield Check(f"version at {site}", "note", f"fl-adapters {versions.get(site, 'unknown')}", f"it {told}")
 
 
 def _membership(site: str, known: list[str]) -> Check:

@@ -20,6 +20,7 @@ from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError, PermissionDeniedError, SiteFailedError
+from fl_runtime.wire.software import OWN
 
 if TYPE_CHECKING:
     from fl_adapters.cli.site.assignment import Assignment
@@ -48,7 +49,8 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
             # the command connects by itself
             with closing(ControlClient(RenewingTransport.of_kit(kit_folder, kit.addresses))) as control:
                 witness = gate.witness()
-                answer = control.ask("Assignment", patience_s=kit.patience_s, log=witness.statement())
+                told = {"log": witness.statement(), "software": OWN.to_json()}
+                answer = control.ask("Assignment", patience_s=kit.patience_s, **told)
                 witness.take(answer.get("log"), "server")
             job = Assignment.of(answer)
             _say(f"job {job.job}, submitted by {job.submitted_by}")

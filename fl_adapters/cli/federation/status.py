@@ -33,8 +33,12 @@ def _show(console: Console, status: Mapping[str, Any]) -> None:
     console.print(
         f"{status['federation']}, fl-adapters {status['version']}: {len(status['sites'])} sites", highlight=False
     )
+    versions = status.get("site_versions", {})
     for site, state in status.get("site_states", {}).items():
-        console.print(f"  {site}: {state}", highlight=False, soft_wrap=True)
+        console.print(f"  {site}: {state}{of_version(versions.get(site))}", highlight=False, soft_wrap=True)
+    for site, text in status.get("misfits", {}).items():
+        told = f"warning: fl-adapters {versions.get(site, '')} at {site} {text}"
+        console.print(told, style="yellow", highlight=False, soft_wrap=True)
     for job in status["jobs"]:
         console.print(f"{job['job']} by {job['submitted_by']}: {job_state(job)}", highlight=False, soft_wrap=True)
         if "phase" in job:
@@ -44,6 +48,11 @@ def _show(console: Console, status: Mapping[str, Any]) -> None:
             console.print(table)
     if not any("phase" in job for job in status["jobs"]):
         console.print("no job is running")
+
+
+def of_version(version: str | None) -> str:
+    """The version of a site's fl-adapters, as it follows the site's state; "" if it is not known."""
+    return f"; fl-adapters {version}" if version else ""
 
 
 def job_state(job: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fl_adapters.cli.federation.status import job_state
+from fl_adapters.cli.federation.status import job_state, of_version
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.remote import submit as put_into_queue
@@ -70,7 +70,8 @@ def show(kit: Path, name: str, as_json: bool) -> int:
     times = [f"{what} {_clock(job[f'{what}_at'])}" for what in ("submitted", "started", "ended") if job[f"{what}_at"]]
     console.print(", ".join(times), highlight=False)
     for site, state in job.get("site_states", {}).items():
-        console.print(f"  {site}: {state}", highlight=False, soft_wrap=True)
+        version = of_version(job.get("versions", {}).get(site))
+        console.print(f"  {site}: {state}{version}", highlight=False, soft_wrap=True)
     settings = {key: value for key, value in job["settings"].items() if value not in (None, (), [], {}, "")}
     table = Table("setting", "value")
     for key, value in settings.items():

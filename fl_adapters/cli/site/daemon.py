@@ -21,7 +21,7 @@ from fl_adapters.cli.site.command import CommandError, command_for, command_kit,
 from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
-from fl_adapters.cli.site.records import JobFolder, JobState
+from fl_adapters.cli.site.records import JobFolder, JobState, check_state
 from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.environments import orphans
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment
@@ -351,10 +351,12 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
 
     Raises:
         StoreError: Another daemon runs with this kit.
+        NewerFormatError: A later version has written the jobs of the site.
         ConfigError: The kit or its policy cannot be used.
     """
     options = replace(options, kit=options.kit.resolve(), state=options.state.resolve())
     read_kit(options.kit, kind="site")
+    check_state(options.state)
     kit, audit = read_script_kit(options.kit), AuditLog(options.kit, options.kit)
     gate = KitPolicyGate(options.kit, options.state / "jobs", audit)
     audit.ship_to(gate.policy.syslog)

@@ -15,6 +15,7 @@ from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
 from fl_runtime.trainings import number_of
 from fl_runtime.trust.audit import Witness
+from fl_runtime.wire.software import OWN
 
 _PAUSE_S = 1.0  # between two questions
 _LOOK_S = 60.0  # between two looks at which jobs run
@@ -194,7 +195,7 @@ class JobFeed:
         if not self._wanted.is_set() and self.seen is not None and began - self.seen[0] < _LOOK_S:
             return
         self._wanted.clear()
-        status = self._control.ask("Status", log=self._witness.statement())
+        status = self._control.ask("Status", log=self._witness.statement(), software=OWN.to_json())
         self.contact.answered()
         self._witness.take(status.get("log"), "server")
         jobs = status.get("jobs", [{"state": "running", **status["running"]}] if status["running"] else [])
@@ -206,7 +207,8 @@ class JobFeed:
         try:
             if self._changed.is_set():
                 return
-            for answer in self._control.answers("Assignment", **self._request, log=self._witness.statement()):
+            told = {"log": self._witness.statement(), "software": OWN.to_json()}
+            for answer in self._control.answers("Assignment", **self._request, **told):
                 if "waiting" not in answer:
                     assignment = Assignment.of(answer)
                     self._witness.take(answer.get("log"), "server")

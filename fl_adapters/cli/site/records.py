@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.participant.departure import ScriptNote
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import ConfigError, FederationError, NewerFormatError
 from fl_runtime.trust.files import write_file
+from fl_runtime.version import check_format, stamp
 
 JobState = Literal["waits for approval", "waits for room", "running", "finished", "left", "refused", "ended"]
 
@@ -23,6 +24,7 @@ LOG_BYTES = 10_000_000
 
 _OLDER_LOGS = 3
 _FILE = "site.json"
+_FORMAT = 1  # of site.json, for all files in the folder of a job that have no number of their own
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,22 @@ class JobFolder:
             reason: Why it was refused or left, in full.
         """
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fields = {**asdict(job), "state": state, "reason": reason, "time": time.time()}
+        fields = {**stamp(_FORMAT), **asdict(job), "state": state, "reason": reason, "time": time.time()}
         write_file(self.path / _FILE, json.dumps(fields, indent=1).encode(), secret=True)
 
     def read(self) -> tuple[Assignment, Mapping[str, Any]]:
         """Return the job, and the record with "state", "reason" and "time".
 
         Raises:
+            NewerFormatError: A later version of the daemon wrote it.
             ConfigError: There is no such job, or its record cannot be read.
         """
         try:
             fields = json.loads((self.path / _FILE).read_text("utf-8"))
+            check_format(fields.get("format"), _FORMAT, "the job", where=str(self.path), version=fields.get("version"))
             return Assignment.of(fields), fields
+        except NewerFormatError:
+            raise
         except FileNotFoundError:
             raise ConfigError(f"this site has had no job {self.path.name!r}", where=str(self.path.parent)) from None
         except (OSError, ValueError, AttributeError, FederationError) as error:
@@ -110,3 +116,21 @@ def job_folders(state: Path) -> Iterator[JobFolder]:
     """
     for path in sorted((state / "jobs").glob(f"*/{_FILE}")):
         yield JobFolder(path.parent)
+
+
+def check_state(state: Path) -> None:
+    """Check that no later version has written the jobs of a site.
+
+    Args:
+        state: Folder of the daemon's state.
+
+    Raises:
+        NewerFormatError: One has. The message names the version to install.
+    """
+    for folder in job_folders(state):
+        try:
+            folder.read()
+        except NewerFormatError:
+            raise
+        except ConfigError:  # damaged; the server assigns the job again if it runs
+            continue

@@ -9,7 +9,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, get_args
 
 from google.protobuf.message import Message
@@ -20,6 +20,7 @@ from fl_runtime.server.calls import limits
 from fl_runtime.server.calls.files import FilesCalls
 from fl_runtime.server.calls.relay import Relay
 from fl_runtime.server.calls.requests import DescribedLimit, expected, first_request, next_part
+from fl_runtime.server.calls.software import SiteVersions, settings_for, told_in
 from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer, receive_frames
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
@@ -27,11 +28,11 @@ from fl_runtime.server.run import Run
 from fl_runtime.text import parse_json, printable
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Content, Report, Summary, Terms, Update
-from fl_runtime.version import FEATURES, VERSION, choose_protocol
 from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest, check_count
 from fl_runtime.wire.names import Excerpt, Question, checked_lists
+from fl_runtime.wire.software import FEATURE_NAMES, OWN, choose_protocol
 
 BEAT_S = 10.0
 """Seconds between signs of life in a call that waits for a task, if the site does not ask for an interval."""
@@ -54,6 +55,7 @@ class FederationService:
         self._files = FilesCalls(run, self._spool)
         self._relay = Relay(run.membership.members)
         self._metric_names = limits.MetricNames()
+        self._versions = SiteVersions()
         self._sent: dict[str, tuple[str, int, str]] = {}  # the last task of each site: kind, round and stage
         self._methods: dict[str, Callable[[Peer, Any, Iterator[bytes]], Iterator[bytes]]] = {
             "Join": self._join,
@@ -105,20 +107,25 @@ class FederationService:
     # -- joining ---------------------------------------------------------------------------------------------
 
     def _join(self, peer: Peer, request: pb.JoinRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
-        protocol = choose_protocol(request.protocol_min, request.protocol_max, request.version)
+        told = told_in(request)
+        protocol = choose_protocol(OWN, told)
         settings = self._state.settings
         if request.job not in ("", settings.name):
             raise ProtocolError(f"this server runs the job {settings.name!r}, not {request.job!r}")
-        member = self._run.membership.join(peer.name, printable(request.version, 100))
+        shown = settings_for(settings, peer.name, told)
+        member = self._run.membership.join(peer.name, told.version)
+        self._versions.note(peer.name, told)
         yield pb.JoinReply(
             protocol=protocol,
-            features=FEATURES,
-            version=VERSION,
+            protocol_min=OWN.lowest,
+            protocol_max=OWN.highest,
+            features=FEATURE_NAMES,
+            version=OWN.version,
             attempt=member.attempt,
             site=member.name,
             index=member.index,
             count=len(self._run.membership.members),
-            settings_json=json.dumps(asdict(settings)),
+            settings_json=json.dumps(shown),
             started=self._state.plan.rounds is not None,
             shared_folder=str(self._state.blobs.folder.resolve()) if self._share else "",
             training=request.training,
@@ -148,6 +155,7 @@ class FederationService:
                 own_model_stays=request.own_model_stays,
                 stays=request.stays,
             ),
+            version=self._versions.version_of(peer.name),
         )
         attempt, beat_s, membership = self._attempt(request.session), _beat_s(request.session), self._run.membership
         for step in membership.register(peer.name, attempt, manifest, registration, beat_s):

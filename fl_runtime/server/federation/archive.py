@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fl_runtime.errors import AbortedError, ConfigError, FederationError
+from fl_runtime.errors import AbortedError, ConfigError, FederationError, NewerFormatError
 from fl_runtime.server.courses.initial import INITIAL_FILE
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.store.stores import SharedFiles
@@ -19,11 +19,14 @@ from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.identity import Identity, check_name
 from fl_runtime.types import RunSettings
+from fl_runtime.version import check_format, later_data, stamp
 
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
 _ENDED: tuple[JobState, ...] = ("finished", "failed", "aborted")
 _JOB, _OUTCOME = "job.json", "outcome.json"
 _MODELS = {"last": "model", "best": "best"}  # folders of a job
+FORMAT = 1
+"""Format number of job.json, which stands for all files in the folder of a job that have none of their own."""
 _CURRENT = ".current.json"  # where versions before the queue named the job that was running
 
 
@@ -96,6 +99,7 @@ class JobArchive:
             shared: Keeps the records for other servers.
 
         Raises:
+            NewerFormatError: A later version wrote a job of it.
             ConfigError: The folder belongs to another federation.
             StoreError: The disk fails.
         """
@@ -117,6 +121,8 @@ class JobArchive:
         name = file.parent.name
         try:
             record = _read(file, self._federation, running)
+        except NewerFormatError:  # not a job to give up: it goes on once that version is back
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             if not (file.parent / _OUTCOME).exists():
                 self._note_unreadable(name, FederationError(f"its settings cannot be read: {error!r}"))
@@ -335,7 +341,8 @@ class JobArchive:
             return None
 
     def _save(self, record: JobRecord) -> JobRecord:
-        fields = {
+        values = {
+            **stamp(FORMAT),
             "settings": asdict(record.settings),
             "submitter": record.submitter.uri,
             "federation": record.federation,
@@ -349,7 +356,7 @@ class JobArchive:
         if not record.ended:  # before the state changes: an outcome without the state of an end is taken for the end
             self._files.remove(self.folder / record.name / _OUTCOME)
             (self.folder / record.name / _OUTCOME).unlink(missing_ok=True)
-        self._write(self.folder / record.name / _JOB, json.dumps(fields, indent=1).encode())
+        self._write(self.folder / record.name / _JOB, json.dumps(values, indent=1).encode())
         self._records[record.name] = record
         return record
 
@@ -385,28 +392,33 @@ def _state_after(outcome: Mapping[str, Any]) -> JobState:
 
 
 def _read(file: Path, federation: str, running: str | None) -> JobRecord:
-    fields = json.loads(file.read_text("utf-8"))
+    found = json.loads(file.read_text("utf-8"))
+    written_by = found.get("version")
+    check_format(found.get("format"), FORMAT, "the job", where=str(file), version=written_by)
+    known = {field.name for field in fields(RunSettings)}
+    if unknown := sorted(set(found["settings"]) - known):
+        raise later_data(f"the job has the settings {', '.join(unknown)}", str(file), written_by)
     settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in fields["settings"].items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in found["settings"].items()
     }
     made = RunSettings(**settings)
     if made.name != file.parent.name:
         raise ValueError(f"it is the job {made.name!r}")
-    state = fields.get("state")
+    state = found.get("state")
     if state is None:  # written before there was a queue: one job ran at a time
         state = "running" if made.name == running else "failed"
     if state not in get_args(JobState):
         raise ValueError(f"its state is {state!r}")
     return JobRecord(
         made,
-        Identity.from_uri(fields["submitter"]),
-        str(fields.get("federation", federation)),
-        int(fields.get("number", 0)),
-        int(fields.get("priority", 0)),
+        Identity.from_uri(found["submitter"]),
+        str(found.get("federation", federation)),
+        int(found.get("number", 0)),
+        int(found.get("priority", 0)),
         state,
-        float(fields.get("submitted_at", file.stat().st_mtime)),
-        fields.get("started_at"),
-        fields.get("ended_at"),
+        float(found.get("submitted_at", file.stat().st_mtime)),
+        found.get("started_at"),
+        found.get("ended_at"),
     )
 
 

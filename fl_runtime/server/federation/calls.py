@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fl_runtime.errors import ConfigError, ConnectionLostError, PermissionDeniedError, ProtocolError
+from fl_runtime.server.calls.software import SiteVersions, settings_for
 from fl_runtime.server.federation.archive import JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
@@ -27,7 +29,9 @@ from fl_runtime.trust.audit import Witness
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
 from fl_runtime.trust.revocation import RevocationList
-from fl_runtime.version import VERSION
+from fl_runtime.wire.software import OWN, Software
+
+log = logging.getLogger(__name__)
 
 ABORT_S = 10.0
 _PACKAGE_BYTES = 2**22  # with the certificates of all participants
@@ -64,6 +68,7 @@ class JobCalls:
     ) -> None:
         self._kit, self._queue, self._audit, self._witness = kit, queue, audit, witness
         self._revoked, self._put_in_force = revoked, revoke
+        self._versions = SiteVersions()
         self._waiting: dict[str, threading.Event] = {}  # sites that asked for a job last; set when they are gone
         self._answers: Mapping[str, Callable[[Identity, Peer, _Fields], Iterator[_Fields | bytes]]] = {
             "Assignment": self._assignment,
@@ -90,14 +95,25 @@ class JobCalls:
             self._audit.write(f"called {method}", caller, address=peer.address, request=_loggable(fields))
         elif "log" in fields:
             self._witness.take(fields["log"], "site", caller)
+        if caller.kind == "site":
+            self._note_software(caller, fields)
         for answer in self._answers[method](caller, peer, fields):
             yield answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+    def _note_software(self, caller: Identity, fields: _Fields) -> None:
+        """Note the version that a site's daemon tells, with a line in the audit log when it is another one."""
+        told = self._versions.note(caller.name, Software.of_json(fields.get("software")))
+        if told is not None:
+            self._audit.write("site software", caller, version=told.version, protocols=told.protocols)
+            if text := self._versions.misfits().get(caller.name):
+                log.warning("fl-adapters %s at %s %s", told.version, caller.name, text)
 
     # -- calls of sites ----------------------------------------------------------------------------------------
 
     def _assignment(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         """Wait until there is another job for this site, with a sign of life now and then."""
         queue, at_work = self._queue, names(fields, "running")
+        told = self._versions.checked(caller.name)
         room = Room.told(fields.get("resources"), MOST_SLOTS)
         if room is not None:
             queue.set_room(caller.name, room)
@@ -120,6 +136,11 @@ class JobCalls:
                 if self._waiting.get(caller.name) is left:
                     del self._waiting[caller.name]
             settings = job.record.settings
+            try:
+                shown = settings_for(settings, caller.name, told)
+            except ProtocolError as error:
+                job.refuse(caller.name, error.what)  # the site's other jobs must not wait for this one
+                continue
             yield {
                 "job": settings.name,
                 "app": settings.app,
@@ -127,7 +148,7 @@ class JobCalls:
                 "submitted_by": settings.submitted_by,
                 "index": settings.sites.index(caller.name),
                 "count": len(settings.sites),
-                "settings": asdict(settings),
+                "settings": shown,
                 "log": self._witness.statement(caller),
             }
             return
@@ -180,11 +201,14 @@ class JobCalls:
         own = [job for job in running if caller.kind != "site" or caller.name in job.sites]
         yield {
             "federation": self._kit.identity.federation,
-            "version": VERSION,
+            "version": OWN.version,
+            "protocols": [OWN.lowest, OWN.highest],
             "time": time.time(),
             "you": caller.uri,
             "sites": list(self._queue.sites),
             "site_states": self._site_states(),
+            "site_versions": self._site_versions(running),
+            "misfits": self._versions.misfits(),
             "jobs": [self._facts(record, outcomes.get(record.name)) for record in (*ended, *shown)],
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
@@ -207,6 +231,13 @@ class JobCalls:
             else:
                 states[site] = "connected; waits for a job" if site in waiting else "absent"
         return states
+
+    def _site_versions(self, running: Sequence[RunningJob]) -> dict[str, str]:
+        """The versions that sites have told: their daemons, else their scripts that are in a job."""
+        told = {site: version for job in running for site, version in job.server.state()["versions"].items()}
+        own = {site: self._versions.version_of(site) for site in self._queue.sites}
+        known = {site: own[site] or told.get(site, "") for site in self._queue.sites}
+        return {site: version for site, version in known.items() if version}
 
     def _outcome(self, record: JobRecord) -> _Fields:
         """The outcome of a job that has ended. One that is not on the disk reads as an error."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fl_runtime.errors import AbortedError, ConfigError, FederationError, StoreError
+from fl_runtime.errors import AbortedError, ConfigError, FederationError, NewerFormatError, StoreError
 from fl_runtime.filters import place_filter
 from fl_runtime.server.courses.initial import digest_of
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
@@ -89,6 +89,7 @@ class JobQueue:
         """Continue the jobs that have not ended. One that cannot go on is recorded as failed.
 
         Raises:
+            NewerFormatError: A later version wrote the journal of one.
             StoreError: The disk fails.
         """
         with self.changed:
@@ -305,6 +306,8 @@ class JobQueue:
             for site in record.settings.sites:
                 if site not in self.sites:  # removed while the job waited
                     job.server.expel(site, "it is not a member of the federation")
+        except NewerFormatError:  # it goes on once that version is back
+            raise
         except FederationError as error:
             away = isinstance(error, StoreError) and error.away
             if away or isinstance(error.__cause__, OSError):  # which may be well again later

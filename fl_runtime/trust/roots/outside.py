@@ -31,6 +31,7 @@ from fl_runtime.trust.certificates import (
     signed_by,
 )
 from fl_runtime.trust.identity import Identity
+from fl_runtime.version import check_format
 
 OUTSIDE = "outside.json"
 """File in kits, and in the authority's folder, with the outside authorities."""
@@ -301,10 +302,7 @@ def read_outside(data: bytes, federation: str, roots: Iterable[bytes], where: st
         fields = json.loads(data)
         text, signature = fields["text"], bytes.fromhex(fields["signature"])
         stated = json.loads(text)
-        if stated["format"] != FORMAT:
-            raise ConfigError(
-                f"outside authorities have format {stated['format']!r}", where=where, fix="upgrade fl-adapters"
-            )
+        check_format(stated["format"], FORMAT, "the list of outside authorities", where=where)
         number, of = int(stated["number"]), stated["federation"]
         authorities = tuple(
             OutsideAuthority(

@@ -23,6 +23,7 @@ from fl_runtime.trust.certificates import (
     signed,
     signed_by,
 )
+from fl_runtime.version import check_format
 
 FORMAT = 1
 _PURPOSE = b"fl-adapters roots 1\0"
@@ -86,10 +87,7 @@ class Statement:
             if len(text) > _MAX_CHARS:
                 raise ValueError
             stated = json.loads(text)
-            if stated["format"] != FORMAT:
-                raise ConfigError(
-                    f"this statement about roots has format {stated['format']!r}", fix="upgrade fl-adapters"
-                )
+            check_format(stated["format"], FORMAT, "the statement about roots", where="roots.json")
             number, federation, crl = stated["number"], stated["federation"], stated["crl"]
             roots, crossed = tuple(stated["roots"]), tuple(stated["crossed"])
             texts = (signature, federation, crl, *roots, *crossed)

@@ -121,7 +121,7 @@ def test_a_restarted_server_knows_the_lists_of_its_sites() -> None:
 
 
 def test_a_server_without_the_feature_gets_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fl_runtime.server.calls.service.FEATURES", ("beats",))  # as version 0.1.0 answered
+    monkeypatch.setattr("fl_runtime.server.calls.service.FEATURE_NAMES", ("beats",))  # as version 0.1.0 answered
     with serving(tmp_path, 2) as bench:
         assert register(bench, [{"labels": names_of("ab")}, {"labels": names_of("ba")}]) == [None, None]
 
@@ -160,7 +160,7 @@ def test_a_model_of_100_000_tensors_is_registered(tmp_path: Path) -> None:
 def test_an_old_server_that_cannot_take_so_many_tensors_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl_runtime.server.calls.service.FEATURES", ("beats",))  # as version 0.1.0 answered
+    monkeypatch.setattr("fl_runtime.server.calls.service.FEATURE_NAMES", ("beats",))  # as version 0.1.0 answered
     with serving(tmp_path, 1, rounds=1) as bench:
         site = bench.site("site-1")
         site.join()

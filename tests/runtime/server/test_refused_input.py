@@ -35,7 +35,7 @@ from fl_runtime.store.stores import FolderStore
 from fl_runtime.store.tensorfile import write_tensors
 from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Arrays
-from fl_runtime.version import PROTOCOL
+from fl_runtime.version import PROTOCOL_MAX, PROTOCOL_MIN
 from fl_runtime.wire import frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
@@ -280,7 +280,9 @@ def call(bench: Bench, method: str, *messages: bytes, name: str = "site-1") -> l
     return list(bench.site(name).transport.call(method, iter(messages)))
 
 
-@pytest.mark.parametrize(("lowest", "highest", "older"), [(0, PROTOCOL - 1, "site"), (PROTOCOL + 1, 99, "server")])
+@pytest.mark.parametrize(
+    ("lowest", "highest", "older"), [(0, PROTOCOL_MIN - 1, "site"), (PROTOCOL_MAX + 1, 99, "server")]
+)
 def test_another_protocol_is_refused_with_the_upgrade_to_make(
     tmp_path: Path, lowest: int, highest: int, older: str
 ) -> None:

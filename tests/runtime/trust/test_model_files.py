@@ -202,7 +202,7 @@ def test_a_killed_server_still_has_the_files(study: Study) -> None:
 def test_an_older_server_is_sent_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     from fl_runtime.server.calls import service
 
-    monkeypatch.setattr(service, "FEATURES", ("beats", "parts", "trainings", "cohort"))
+    monkeypatch.setattr(service, "FEATURE_NAMES", ("beats", "parts", "trainings", "cohort"))
     sites = at_the_end(study)
     assert sites[0].client.send_files(FILES) is None
     assert sorted(path.name for path in results(study, sites).iterdir()) == ["model.safetensors"]

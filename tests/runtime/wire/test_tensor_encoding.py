@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fl_runtime.errors import ConfigError, ProtocolError, TransferDamagedError, UpdateRefusedError
 from fl_runtime.types import Array, Arrays, is_floating
-from fl_runtime.version import PROTOCOL, choose_protocol
 from fl_runtime.wire import frames
 from fl_runtime.wire.dtypes import DTYPES, dtype_name, dtype_of
 from fl_runtime.wire.finite import check_finite, inspect
@@ -368,17 +367,3 @@ def test_integers_booleans_and_empty_tensors_are_always_finite() -> None:
 def test_both_parts_of_complex_numbers_are_checked() -> None:
     with pytest.raises(UpdateRefusedError):
         check_finite({"z": np.array([complex(0, np.inf)], np.complex64)}, "here")
-
-
-# -- versions ----------------------------------------------------------------------------------------------------
-
-
-def test_a_protocol_in_common_is_found_and_else_the_older_side_is_named() -> None:
-    assert choose_protocol(PROTOCOL, PROTOCOL + 5, "9.9") == PROTOCOL
-    with pytest.raises(ProtocolError) as newer:
-        choose_protocol(PROTOCOL + 1, PROTOCOL + 2, "9.9")
-    assert "the server" in newer.value.fix
-    with pytest.raises(ProtocolError) as older:
-        choose_protocol(0, PROTOCOL - 1, "0.0.1")
-    assert "the site" in older.value.fix
-    assert "0.0.1" in older.value.fix

@@ -40,7 +40,7 @@ class Payload(_message.Message):
     def __init__(self, layout: _Optional[bytes] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., total_bytes: _Optional[int] = ..., digests: _Optional[bytes] = ..., inline: _Optional[bytes] = ..., file: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol_min", "protocol_max", "features", "version", "job", "training", "follows")
+    __slots__ = ("protocol_min", "protocol_max", "features", "version", "job", "training", "follows", "settings")
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class JoinRequest(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     protocol_min: int
     protocol_max: int
     features: _containers.RepeatedScalarFieldContainer[str]
@@ -55,10 +56,11 @@ class JoinRequest(_message.Message):
     job: str
     training: int
     follows: str
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., training: _Optional[int] = ..., follows: _Optional[str] = ...) -> None: ...
+    settings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., training: _Optional[int] = ..., follows: _Optional[str] = ..., settings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "features", "version", "attempt", "site", "index", "count", "settings_json", "started", "shared_folder", "training")
+    __slots__ = ("protocol", "features", "version", "attempt", "site", "index", "count", "settings_json", "started", "shared_folder", "training", "protocol_min", "protocol_max")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +72,8 @@ class JoinReply(_message.Message):
     STARTED_FIELD_NUMBER: _ClassVar[int]
     SHARED_FOLDER_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     version: str
@@ -81,7 +85,9 @@ class JoinReply(_message.Message):
     started: bool
     shared_folder: str
     training: int
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ..., shared_folder: _Optional[str] = ..., training: _Optional[int] = ...) -> None: ...
+    protocol_min: int
+    protocol_max: int
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., attempt: _Optional[int] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., settings_json: _Optional[str] = ..., started: bool = ..., shared_folder: _Optional[str] = ..., training: _Optional[int] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("job", "attempt", "beat_s")
