@@ -46,7 +46,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         PARTS,
         "a registration may come in several messages, and the server asks for entries of lists of names",
-        "models of more than some 40,000 tensors are refused, and lists of names are not compared",
+        "a model whose description is too long for one message is refused, and lists of names are not compared",
     ),
     Feature(
         TRAININGS,
