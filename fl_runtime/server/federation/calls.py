@@ -140,6 +140,7 @@ class JobCalls:
                 shown = settings_for(settings, caller.name, told)
             except ProtocolError as error:
                 job.refuse(caller.name, error.what)  # the site's other jobs must not wait for this one
+                queue.schedule()
                 continue
             yield {
                 "job": settings.name,

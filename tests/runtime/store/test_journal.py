@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_runtime.errors import ConfigError, QuorumError, StoreError
+from fl_runtime.errors import ConfigError, NewerFormatError, QuorumError, StoreError
 from fl_runtime.store.journal import SCHEMA_VERSION, Journal
 from fl_runtime.store.journal_entries import ModelEntry, UpdateEntry
 from fl_runtime.types import RunSettings
@@ -112,9 +112,9 @@ def test_a_newer_schema_is_refused_with_the_upgrade_to_make(journal: Journal, pa
     journal.close()
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value=? WHERE key='schema_version'", (str(SCHEMA_VERSION + 1),))
-    with pytest.raises(StoreError, match=f"schema version {SCHEMA_VERSION + 1}") as caught:
+    with pytest.raises(NewerFormatError, match=f"the journal has format {SCHEMA_VERSION + 1}") as caught:
         Journal.in_file(path)
-    assert "upgrade fl-adapters" in caught.value.fix
+    assert "install fl-adapters" in caught.value.fix
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + bytes(200)])
