@@ -27,7 +27,7 @@ def test_faults_come_as_their_seed_says() -> None:
     [
         (bare(kib=3 * 2**10, rounds=12), 12),
         (QueueTarget("queue", ["one", "two", "three"]), 8),
-        (replace(FAILOVER, jobs=["one", "two"], sites=2, rounds=12), 5),
+        (replace(FAILOVER, jobs=["one"], sites=2, rounds=12), 4),
         (script("xgboost", 30, "bagging"), 6),  # whose imports are the shortest
     ],
     ids=lambda given: given.name if isinstance(given, (Target, QueueTarget)) else "",
