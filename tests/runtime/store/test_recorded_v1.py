@@ -1,7 +1,8 @@
 """Runs and exchanges recorded with version 0.1.0: a journal, and the wire, that every later version must read.
 
 `tests/fixtures/v1/journal` holds server folders of three runs of two sites, stopped in round 3 with the update of
-site-1 in the journal. `tests/fixtures/v1/exchange` holds all messages of a site and its server, call by call.
+site-1 in the journal. `tests/fixtures/v1/exchange` holds all messages of a site and its server, call by call;
+`tests/fixtures/0.1.0/exchange` those of the last release, by `record_exchange.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from fl_runtime.transport.memory import MemoryTransport
 from fl_runtime.types import Arrays, Report, RunSettings, Task
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
-RECORDED = Path(__file__).resolve().parents[2] / "fixtures" / "v1"
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+RECORDED = FIXTURES / "v1"
+EXCHANGES = pytest.mark.parametrize("version", ["v1", "0.1.0"])
 
 INITIAL = {
     "layer.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -83,8 +86,8 @@ def test_a_run_that_version_0_1_0_began_is_finished(name: str, tmp_path: Path) -
         np.testing.assert_allclose(finals[0]["layer.weight"], INITIAL["layer.weight"] + 4 * 5 / 3, rtol=1e-6)
 
 
-def recorded_calls(name: str) -> list[dict[str, Any]]:
-    document = json.loads(gzip.decompress((RECORDED / "exchange" / f"{name}.json.gz").read_bytes()))
+def recorded_calls(version: str, name: str) -> list[dict[str, Any]]:
+    document = json.loads(gzip.decompress((FIXTURES / version / "exchange" / f"{name}.json.gz").read_bytes()))
     return [
         {side: [base64.b64decode(m) for m in call[side]] for side in ("requests", "replies")}
         | {"method": call["method"]}
@@ -92,14 +95,15 @@ def recorded_calls(name: str) -> list[dict[str, Any]]:
     ]
 
 
+@EXCHANGES
 @pytest.mark.parametrize("name", ["small", "framed"])
-def test_a_server_understands_a_site_of_version_0_1_0(name: str, tmp_path: Path) -> None:
+def test_a_server_understands_a_site_of_version_0_1_0(name: str, version: str, tmp_path: Path) -> None:
     run = settings(1, rounds=2, seed=7)
     server = Server(run, tmp_path, {"site-1": "secret"})
     server.begin()
     transport = MemoryTransport(server.service, "site-1")
     statuses = []
-    for call in recorded_calls(name):
+    for call in recorded_calls(version, name):
         replies = list(transport.call(call["method"], iter(call["requests"])))
         assert len(replies) >= len(call["replies"])  # and beats while the server is busy
         if call["method"] == "Submit":
@@ -153,10 +157,11 @@ class Replies:
         pass
 
 
+@EXCHANGES
 @pytest.mark.parametrize("name", ["small", "framed"])
-def test_a_site_understands_a_server_of_version_0_1_0(name: str) -> None:
+def test_a_site_understands_a_server_of_version_0_1_0(name: str, version: str) -> None:
     before: Arrays = INITIAL if name == "small" else {"w": np.arange(300_000, dtype=np.float32) % 8}
-    site = Site("site-1", Replayed(recorded_calls(name)))
+    site = Site("site-1", Replayed(recorded_calls(version, name)))
     assert site.join().settings["rounds"] == 2
     assert site.register(before, evaluates=True, every="epoch") == 2
     task = site.start(before)
