@@ -97,7 +97,8 @@ class Federation:
         return {f"{name}{{{label}}}" if label else name: float(value) for name, label, value in lines}
 
     def stop(self) -> str:
-        """Stop the daemon with SIGTERM, and return what it has said."""
+        """Stop the daemon with SIGTERM once it is at work, and return what it has said."""
+        self.metrics()
         self.daemon.terminate()
         _, err = self.daemon.communicate(timeout=60)
         assert self.daemon.returncode == 0, err
@@ -211,8 +212,8 @@ def test_jobs_run_at_a_time_or_in_turn_and_leave_their_results(federation: Feder
 
 def test_the_pages_of_a_daemon_count_what_its_scripts_do(federation: Federation) -> None:
     until(lambda: federation.metrics()["fl_adapters_site_jobs{running}"] == 0, "the end of earlier jobs")
+    until(lambda: federation.metrics()["fl_adapters_connected"] == 1, "the daemon to be connected")
     before = federation.metrics()
-    assert before["fl_adapters_connected"] == 1
     federation.policy(resources={"processes": 2})
     federation.touch("hold-counted-2", "die-counted-1-kill")
     federation.job("counted")
