@@ -100,7 +100,7 @@ class RunView:
         data = event.data
         site.bytes_up += data["bytes_up"]
         if data["status"] in ("used", "carried"):
-            site.state, site.examples, site.seconds = "waiting", data["num_examples"], data["seconds"]
+            site.state, site.examples, site.seconds = "waiting", data.get("num_examples"), data["seconds"]
             if not site.reports_loss:
                 site.loss = data["metrics"].get("train_loss", site.loss)
 

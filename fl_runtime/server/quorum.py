@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fl_runtime.aggregation.shares import fewest_sites, sites_needed, within_cap
 from fl_runtime.errors import PermissionDeniedError
+from fl_runtime.server.records.site_metrics import ShownMetrics
 from fl_runtime.server.state import RunState
 from fl_runtime.types import CohortRules, OwnPart, Update
 
@@ -21,11 +22,13 @@ class Quorum:
 
     Attributes:
         rules: What each site asked for when it last registered, by name.
+        shown: Which metrics others may see by these rules.
     """
 
     def __init__(self, state: RunState) -> None:
         self._state = state
         self.rules: dict[str, CohortRules] = {}
+        self.shown = ShownMetrics(self.rules)
         self._named: set[str] = set()  # sites whose share has been reported as scaled down
         self._kept: set[str] = set()  # tensors that have been reported as kept
 
@@ -152,8 +155,9 @@ class Quorum:
 
     def _report(self, site: str, updates: Sequence[Update], weights: Sequence[float], cap: float) -> None:
         own = sum(weight for update, weight in zip(updates, weights, strict=True) if update.site == site)
+        share = "too large a share" if self.shown.pooled_alone else f"a share of {own / sum(weights):.3g}"
         text = (
-            f"{site} would have a share of {own / sum(weights):.3g} in the model of round {updates[0].round}; it is "
+            f"{site} would have {share} in the model of round {updates[0].round}; it is "
             f"scaled down to max_share={cap:g}, here and in later rounds"
         )
         log.warning("%s", text)

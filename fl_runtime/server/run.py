@@ -23,6 +23,7 @@ from fl_runtime.server.courses.virtual import Virtual, VirtualSites
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.model_files import ModelFiles
+from fl_runtime.server.records.site_metrics import DiscreetEvents
 from fl_runtime.server.recovery import SitesAhead, reading, restore_plan, restore_results
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import RunState
@@ -71,6 +72,7 @@ class Run:
         """
         self.state = state = RunState(settings, folder, events, store, strategy)
         self.membership = Membership(state, clock or SystemClock())
+        state.events = DiscreetEvents(events, self.membership.quorum.shown)
         self.scoring = Scoring(state, self.membership)
         self._cross_site = CrossEvaluation(state, self.membership, self.scoring)
         self._initial = InitialModel(state, self.membership, folder.parent)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fl_runtime.aggregation.fedbuff import difference
-from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.filters.server import decoded
 from fl_runtime.server.courses.base import Offer, Status, Upload, leased, made_of
 from fl_runtime.server.courses.initial import InitialModel
@@ -207,7 +206,7 @@ class Buffered:
     def _commit(self, previous: Model, due: list[Accepted], blob: Blob, digests: bytes) -> None:
         state, number = self._state, previous.version + 1
         updates = sorted((a.update for a in due), key=lambda u: (u.site, u.round))
-        metrics = weighted_means((u.metrics, u.num_examples) for u in updates)
+        metrics = self._membership.quorum.shown.of_updates(updates)
         result = self._result(number, {u.site for u in updates}, metrics)
         remaining = [accepted for accepted in self._waiting if not any(accepted is item for item in due)]
         entry = ModelEntry(number, blob.name, blob.manifest.layout, digests)
@@ -228,7 +227,7 @@ class Buffered:
             local_steps=sum(u.local_steps for u in updates),
         )
         if number == 1:
-            hint_at_same_data(state, due)
+            hint_at_same_data(state, due, self._membership.quorum.shown)
         state.published.notify_all()
         for accepted in due:
             state.blobs.free(accepted.blob)

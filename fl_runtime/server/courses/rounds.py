@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fl_runtime.aggregation.metrics.pooling import weighted_means
 from fl_runtime.errors import QuorumError, RoundFailedError
 from fl_runtime.server.broadcast import Broadcast
 from fl_runtime.server.courses.base import Offer, leased, made_of
@@ -149,7 +148,7 @@ class Rounds:
             self._scoring.scores.record_training(current.round, result.metrics)
             state.events.emit("round_finished", current.round, **event_fields(result))
         if current.round == 1:
-            hint_at_same_data(state, list(current.accepted.values()))
+            hint_at_same_data(state, list(current.accepted.values()), self._membership.quorum.shown)
         state.published.notify_all()
         if previous is not None:
             if previous.strategy_state is not None:
@@ -188,7 +187,7 @@ class Rounds:
 
     def _result(self, current: OpenRound) -> RoundResult:
         updates = [a.update for a in current.accepted.values()]
-        metrics = weighted_means((u.metrics, u.num_examples) for u in sorted(updates, key=lambda u: u.site))
+        metrics = self._membership.quorum.shown.of_updates(sorted(updates, key=lambda u: u.site))
         sites = tuple(n for n in self._membership.members if n in current.accepted)
         results = self._state.results
         if results and results[-1].sites == sites:

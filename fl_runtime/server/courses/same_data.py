@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fl_runtime.filters.server import applied_filters
+from fl_runtime.server.records.site_metrics import ShownMetrics
 from fl_runtime.server.state import Accepted, RunState
 from fl_runtime.types import Update
 
@@ -14,7 +15,7 @@ _DECIMALS = 4
 _CHANGES_NOTHING = "ExcludeVars"
 
 
-def hint_at_same_data(state: RunState, accepted: Sequence[Accepted]) -> None:
+def hint_at_same_data(state: RunState, accepted: Sequence[Accepted], shown: ShownMetrics) -> None:
     """Emit a warning if the updates of round 1 look as if all sites had trained on the same data.
 
     They do if all have the same number of examples and the same bits in all training metrics. Updates without metrics
@@ -24,6 +25,7 @@ def hint_at_same_data(state: RunState, accepted: Sequence[Accepted]) -> None:
     Args:
         state: The run's state.
         accepted: The updates of the round that has just been committed.
+        shown: Says whether the values may be in the warning.
     """
     updates = [item.update for item in accepted]
     if len({update.site for update in updates}) < 2 or any(map(_is_filtered, updates)):
@@ -38,8 +40,10 @@ def hint_at_same_data(state: RunState, accepted: Sequence[Accepted]) -> None:
         equal = first.content == "encoded" and bool(accepted[0].digest) and len({item.digest for item in accepted}) == 1
         same = "the same update" if equal else ""
     if same:
+        examples = "equally many" if shown.pooled_alone else str(first.num_examples)
+        same = "the same metrics" if shown.pooled_alone else same
         text = (
-            f"all {len(updates)} sites trained on {first.num_examples} examples, with exactly {same}: does each site "
+            f"all {len(updates)} sites trained on {examples} examples, with exactly {same}: does each site "
             "read its own data? fl_adapters.site() tells a script which site it is"
         )
         state.events.emit("warning", first.round, text=text)

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from fl_runtime.aggregation.metrics.pooling import pooled
 from fl_runtime.aggregation.metrics.ranking import Ranking
+from fl_runtime.server.records.site_metrics import ShownMetrics, reporters_of
 from fl_runtime.types import Metrics, Summary
 
 
 class Scores:
     """Metrics per round: those of the sites' updates, and those of their reports on the resulting global model."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: ShownMetrics) -> None:
+        """Make an empty collection; `shown` says which metrics came from too few sites to count."""
+        self._shown = shown
         self._training: dict[int, Metrics] = {}
         self._reports: dict[int, dict[str, tuple[Mapping[str, float | Summary], int]]] = {}
         self._settled: set[int] = set()
@@ -35,9 +38,13 @@ class Scores:
         return {site: metrics for site, (metrics, _) in self._reports.get(version, {}).items()}
 
     def of(self, round: int) -> dict[str, float]:
-        """All metrics of a round; a report on its model outranks a training metric of the same name."""
+        """All metrics of a round that may be shown; a report on its model outranks a training metric of that name."""
         reports = self._reports.get(round, {})
-        return dict(self._training.get(round, {})) | pooled(reports[site] for site in sorted(reports))
+        few = self._shown.too_few(reporters_of((site, metrics) for site, (metrics, _) in reports.items()))
+        parts = [reports[site] for site in sorted(reports)]
+        if few:
+            parts = [({n: v for n, v in metrics.items() if n not in few}, count) for metrics, count in parts]
+        return {n: v for n, v in self._training.get(round, {}).items() if n not in few} | pooled(parts)
 
     def settle(self, version: int) -> bool:
         """Mark a version's scores as final. Returns False if they already were."""

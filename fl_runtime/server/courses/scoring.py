@@ -30,7 +30,8 @@ class Scoring:
 
     def __init__(self, state: RunState, membership: Membership) -> None:
         self._state, self._membership = state, membership
-        self.scores = Scores()
+        self._shown = membership.quorum.shown
+        self.scores = Scores(self._shown)
         self.on_settled: Callable[[int], None] | None = None
         self._metric_checked = False
 
@@ -110,10 +111,17 @@ class Scoring:
             leading = version if self.better(version, best) else best
             named, scores = self._ranking().metric, self.scores.of(version)
             self._state.events.emit("scored", version, metrics=scores, best_round=leading, best_metric=named)
+            self._tell_hidden(version)
             self._check_metric(version)
             if self.on_settled is not None:
                 self.on_settled(version)
             self._state.published.notify_all()
+
+    def _tell_hidden(self, version: int) -> None:
+        """Say once which metrics are in no result, because they came from too few sites."""
+        if names := self._shown.newly_hidden():
+            text = f"{', '.join(names[:_LISTED])} came from too few sites and is in no result: a policy has "
+            self._state.events.emit("warning", version, text=text + "site_metrics: false")
 
     def keep_better(self, model: Model) -> None:
         """Keep a model that is no longer the newest if it is the best so far; recycle the loser."""
@@ -137,6 +145,8 @@ class Scoring:
         if state.models.best is not None:
             return ""
         names = self._names(range(1, state.models.version + 1))
+        if metric in self._shown.hidden:
+            return f"{metric!r} came from fewer sites than their policies ask for (site_metrics: false)"
         if metric in names:
             return f"{metric!r} has no finite value in any round"
         others = f"; reported: {', '.join(sorted(names))}" if names else ""
@@ -190,7 +200,7 @@ class Scoring:
 
     def _names(self, versions: Iterable[int]) -> set[str]:
         """Names of all metrics that these versions have, from training and from any site's report."""
-        names = set[str]()
+        names = set(self._shown.hidden)
         for version in versions:
             names.update(self.scores.of(version), *self.scores.by_site(version).values())
         return names

@@ -68,6 +68,10 @@ share_files: true
 # swarm: true
 # trees: true
 
+# Whether others see this site's own metrics and number of examples: in history, events, reports and while they follow a
+# job. `false` shows those of all sites of its jobs together, and of no site alone.
+# site_metrics: false
+
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
 
@@ -181,6 +185,7 @@ class Policy(_Part):
             is 1.
         swarm: Whether another site may get the site's updates, to average them. None: if `min_cohort` is 1.
         trees: Whether other sites may get the site's own trees or gradient histograms. None: if `min_cohort` is 1.
+        site_metrics: Whether others may see the metrics and the number of examples of this site alone.
         share_files: Name patterns (`fnmatch`) of the small files beside a model, such as config.json and a tokenizer,
             that may go to the server with the final model. In the file, `true` stands for all and `false` for none.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
@@ -209,6 +214,7 @@ class Policy(_Part):
     cross_site: bool | None = None
     swarm: bool | None = None
     trees: bool | None = None
+    site_metrics: bool = True
     share_files: tuple[str, ...] = ()
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False
@@ -247,7 +253,9 @@ class Policy(_Part):
     @property
     def disclosure(self) -> DisclosurePolicy:
         """The rules on what other sites get or see of this site alone."""
-        return DisclosurePolicy(self.min_cohort, self.initial, self.cross_site, self.swarm, self.trees)
+        return DisclosurePolicy(
+            self.min_cohort, self.initial, self.cross_site, self.swarm, self.trees, self.site_metrics
+        )
 
     @property
     def rules(self) -> CohortRules:

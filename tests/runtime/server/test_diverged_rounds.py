@@ -20,6 +20,7 @@ from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.server.courses.scores import Scores
 from fl_runtime.server.federation.jobs import EventBuffer
 from fl_runtime.server.records.history import History
+from fl_runtime.server.records.site_metrics import ShownMetrics
 from fl_runtime.types import Event, Report, Summary
 
 START = {"w": np.zeros(3, np.float32)}
@@ -57,7 +58,7 @@ def test_metrics_are_valid_json_and_come_back() -> None:
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_nan_never_wins(mode: Any) -> None:
-    scores, ranking = Scores(), Ranking("loss", mode)
+    scores, ranking = Scores(ShownMetrics({})), Ranking("loss", mode)
     for number, values in enumerate([(1.0, 3.0), (math.nan, -5.0), (9.0, math.nan)], 1):
         for site, value in zip("ab", values, strict=True):
             scores.report(number, site, {"loss": value}, 10)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import Site, errors_at_once, errors_together, serving
+from federation_bench import Site, at_once, errors_at_once, errors_together, serving
 from hostile_server import Hostile, train
+from server_process import server_process
 from study import Study, readdressed
 
-from fl_adapters import ConfigError, FederationError, PermissionDeniedError
+from fl_adapters import ConfigError, FederationError, PermissionDeniedError, connect
+from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.policy_gate import KitPolicyGate
+from fl_adapters.participant.registry import close_sessions
+from fl_runtime.capabilities import CROSS_EVALUATION
+from fl_runtime.client.control import ControlClient
+from fl_runtime.server.records.site_metrics import ShownMetrics
 from fl_runtime.trust.policy import Policy
-from fl_runtime.types import CohortRules, OwnPart, Terms
+from fl_runtime.types import CohortRules, OwnPart, Report, Terms
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 V = {"w": np.zeros(2)}
 
@@ -189,6 +199,117 @@ def test_the_site_whose_model_it_is_decides_by_its_policy_of_today(study: Study,
         assert errors_at_once([readdressed(study, name) for name in study.sites], train) == [None] * 3
 
 
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+LOSSES, EXAMPLES = {"north": 0.13579, "south": 0.57913, "west": 0.79135}, {"north": 2003, "south": 3001, "west": 5009}
+
+
+def take_part(kit: Path, name: str) -> None:
+    """Train two rounds. North alone reports `f1`, and everybody `loss`."""
+    try:
+        with connect(kit=str(kit)) as site:
+            for task in site.tasks(initial=V):
+                metrics = {"loss": LOSSES[name]} | ({"f1": 0.62519} if name == "north" else {})
+                task.submit({n: a + 1 for n, a in task.arrays.items()}, num_examples=EXAMPLES[name], metrics=metrics)
+    finally:
+        close_sessions("its script ended before the last round", read_kit(kit))
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbuff:k=3"])
+def test_nothing_that_others_can_fetch_or_follow_tells_the_metrics_of_one_site(study: Study, strategy: str) -> None:
+    kits = {name: readdressed(study, name) for name in study.sites}
+    (kits["north"] / "policy.yml").write_text("min_cohort: 2\nsite_metrics: false\n")
+    study.job(strategy=strategy, best_metric="loss")
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(lambda: list(study.admin("mina").answers("Watch", job="job")))
+        assert errors_at_once(kits, lambda name: take_part(kits[name], name)) == [None] * 3
+        assert study.server.wait_for_job("job", 30)
+        shown = [json.dumps(watched.result(30))]
+    assert '"round_finished"' in shown[0]
+    south = ControlClient(study.transport("south"))
+    shown += [json.dumps(south.ask("ShowJob", job="job")), json.dumps(south.ask("Status"))]
+    folder = study.runs / "job"
+    files = [path for path in folder.rglob("*") if path.is_file() and "server" not in path.relative_to(folder).parts]
+    shown += [path.read_text(errors="replace") for path in files if path.suffix in (".csv", ".jsonl", ".json")]
+    assert {"history.csv", "events.jsonl", "outcome.json"} <= {path.name for path in files}
+    secret = [str(number) for number in (*LOSSES.values(), *EXAMPLES.values(), 0.62519, sum(EXAMPLES.values()))]
+    assert [number for number in secret if any(number in text for text in shown)] == []
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    mean = np.average(list(LOSSES.values()), weights=list(EXAMPLES.values()))
+    assert [float(row["loss"]) for row in rows if row["site"] == "global" and row["loss"]] == pytest.approx([mean] * 2)
+    assert {row["num_examples"] for row in rows} == {""}
+    events = (folder / "events.jsonl").read_text()
+    assert "f1 came from too few sites and is in no result" in events
+
+
+def test_scores_of_one_site_go_to_no_other_also_after_a_kill_of_the_server(tmp_path: Path) -> None:
+    """Site-1 alone scores `auc`. Neither the answers to scores, nor events, nor the result have it."""
+    with server_process(tmp_path, 2, rounds=2) as server:
+        sites = [server.site(name) for name in ("site-1", "site-2")]
+        for site in sites:
+            site.join()
+        rules = {"site-1": keeping("metrics")}
+        at_once(sites, lambda site: site.register(V, evaluates=True, rules=rules.get(site.name)))
+        tasks = {site.name: site.start(V) for site in sites}
+
+        def scored(site: Site) -> Any:
+            metrics = {"loss": 0.25 if site.name == "site-1" else 0.75} | ({"auc": 0.625} if site is sites[0] else {})
+            return site.client.report(Report("test", 1, site.name, metrics, 10), wait=True)[0]
+
+        for site in sites:
+            site.submit(tasks[site.name], {"w": V["w"] + 1})
+        at_once(sites, lambda site: site.client.next_task())
+        server.kill()
+        server.start()
+        assert at_once(sites, scored) == [{"loss": 0.5}] * 2
+        for site in sites:
+            site.vanish()
+
+
+def test_a_server_that_would_show_metrics_is_refused(study: Study) -> None:
+    study.job()
+    north = readdressed(study, "north")
+    (north / "policy.yml").write_text("site_metrics: false\n")
+
+    def older(method: str, message: bytes) -> bytes:
+        if method != "Join":
+            return message
+        reply = pb.JoinReply.FromString(message)
+        reply.features.remove("stays")
+        return reply.SerializeToString()
+
+    hostile = Hostile(study, older)
+    with pytest.raises(PermissionDeniedError, match="does not keep to what this site's policy asks") as refusal:
+        train(north)
+    assert "rule site_metrics: false" in refusal.value.where
+    assert not hostile.received
+
+
+def test_a_site_that_keeps_its_metrics_takes_no_part_in_a_matrix_of_them(study: Study, tmp_path: Path) -> None:
+    job = {"name": "job", "sites": list(study.sites), "min_sites": 3, "cross_site": True}
+    kit = readdressed(study, "north")
+    (kit / "policy.yml").write_text("site_metrics: false\n")
+    with pytest.raises(PermissionDeniedError, match="whose cross_site records the metrics of every site"):
+        KitPolicyGate(kit).check_job(job)
+    with serving(tmp_path, 3, rounds=1, min_sites=2, cross_site=True) as bench:
+        sites = [bench.site(name) for name in bench.names]
+        fields = {"capabilities": frozenset({CROSS_EVALUATION})}
+        for site in sites:
+            site.join()
+        rules = {"site-1": keeping("metrics")}
+        errors = errors_at_once(sites, lambda site: site.register(V, rules=rules.get(site.name), **fields))
+        assert isinstance(errors[0], PermissionDeniedError) and "site_metrics: false" in errors[0].where
+        assert errors[1:] == [None, None]
+
+
+def test_a_pooled_metric_is_shown_if_as_many_sites_report_it_as_a_policy_asks_for() -> None:
+    rules = {"a": CohortRules(3, stays=("metrics",)), "b": CohortRules(), "c": CohortRules()}
+    shown = ShownMetrics(rules)
+    assert shown.too_few({"x": {"a", "b", "c"}, "y": {"a", "b"}, "z": {"b", "c"}, "u": {"b"}}) == {"y", "u"}
+    assert (shown.newly_hidden(), shown.newly_hidden()) == (["u", "y"], [])
+    assert ShownMetrics({"a": CohortRules(3)}).too_few({"y": {"a"}}) == set()
+
+
 # -- by itself -----------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +317,8 @@ def test_what_a_policy_keeps_by_default() -> None:
     assert Policy().rules == CohortRules()
     template = Policy(min_cohort=2, site_weights=10).rules
     assert template == CohortRules(2, None, own_model_stays=True, stays=("trees", "updates"))
-    allowing = Policy(min_cohort=2, cross_site=True, swarm=True, trees=True, initial=False)
-    assert allowing.rules == CohortRules(2, None, own_model_stays=False, stays=("initial",))
+    allowing = Policy(min_cohort=2, cross_site=True, swarm=True, trees=True, initial=False, site_metrics=False)
+    assert allowing.rules == CohortRules(2, None, own_model_stays=False, stays=("initial", "metrics"))
 
 
 def test_a_mean_of_which_one_site_has_all_the_weight_is_of_one_site(study: Study) -> None:
