@@ -1,18 +1,23 @@
-"""Live table of a running simulation, and the table of its rounds at the end."""
+"""Screen of a running simulation, and the table of its rounds at the end."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fl_adapters.environments.progress import RunView, SiteView, metrics_text, size_text, waiting_text
+from fl_adapters.environments.progress import RunView, SiteView, counted, shown_metrics, size_text, waiting_text
+from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Event
 
 if TYPE_CHECKING:
@@ -21,11 +26,22 @@ if TYPE_CHECKING:
 _ROUNDS_SHOWN = 30
 _SITES_SHOWN = 24
 """Largest number of sites with a row each. Above it, the table has a row per state."""
-_COLUMNS = ("site", "state", "round", "loss", "examples", "up", "down", "seconds")
+_METRICS_SHOWN = 3
+_WIDE = 100
+_COLUMNS = {"site": 0, "state": 0, "round": 0, "loss": 0, "examples": 70, "seconds": 70, "up": _WIDE, "down": _WIDE}
+"""Columns of the table of sites, and the width of the terminal from which on each is shown."""
+_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 
-class _LiveView:
-    """Listener that updates the view, and prints warnings and log lines of failed sites above the table."""
+class LiveView:
+    """Listener that updates the view, and prints warnings and log lines of failed sites above the table.
+
+    Args:
+        console: Where they are printed.
+
+    Attributes:
+        view: The state of the run.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -43,29 +59,80 @@ class _LiveView:
 
 
 @contextmanager
-def live_table(console: Console) -> Iterator[_LiveView]:
+def live_table(console: Console) -> Iterator[LiveView]:
     """Show a table during this block, and give the block the listener that feeds the table."""
-    listener = _LiveView(console)
-    with Live(console=console, get_renderable=lambda: _table(listener.view), refresh_per_second=5) as live:
+    listener = LiveView(console)
+    screen = partial(_screen, listener.view, console)
+    with Live(console=console, get_renderable=screen, refresh_per_second=5) as live:
         yield listener
         live.refresh()
 
 
-def _table(view: RunView) -> RenderableType:
-    table = Table(title=_title(view), title_justify="left", title_style="bold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in ("site", "state") else "right", no_wrap=True)
+def _screen(view: RunView, console: Console) -> RenderableType:
+    """The state of a run, laid out for the width of the terminal."""
+    width, blocks = console.width, _ASCII_BLOCKS if console.options.ascii_only else _BLOCKS
+    metrics = _metric_lines(view, width, blocks)
+    lines: list[RenderableType] = [_progress(view, width), *metrics, _sites_table(view, width)]
+    if view.folder:
+        lines.append(Text(f"results in {view.folder}", style="dim", overflow="fold"))
+    return Group(*lines)
+
+
+def _progress(view: RunView, width: int) -> RenderableType:
+    """Name of the run, a bar of what is done, and the time that is left."""
+    title = Text(_title(view), style="bold", overflow="ellipsis", no_wrap=True)
+    gone = duration_text(round(time.monotonic() - view.began))
+    if view.left_s is not None and view.done < 1:
+        gone += f", about {duration_text(view.left_s)} left"
+    row = Table.grid(padding=(0, 1))
+    row.add_row(ProgressBar(total=1.0, completed=view.done, width=min(40, width // 3)), f"{view.done:4.0%}", gone)
+    return Group(title, row)
+
+
+def _metric_lines(view: RunView, width: int, blocks: str) -> Iterator[RenderableType]:
+    """A line for each of the metrics that matter most: its course and its newest value, green where it is the best."""
+    names = dict.fromkeys(name for metrics in view.metrics.values() for name in metrics)
+    row = Table.grid(padding=(0, 2))
+    for name in shown_metrics(names, view.best_metric, _METRICS_SHOWN):
+        course = [(number, metrics[name]) for number, metrics in sorted(view.metrics.items()) if name in metrics]
+        newest, value = course[-1]
+        best = newest == view.best_round and name == view.best_metric
+        row.add_row(
+            Text(name, overflow="ellipsis", no_wrap=True),
+            Text(sparkline([value for _, value in course][-min(40, width // 3) :], blocks), style="cyan"),
+            Text(f"{value:.4g}", style="bold green" if best else ""),
+        )
+    if row.row_count:
+        yield row
+
+
+def sparkline(values: Sequence[float], blocks: str = _BLOCKS) -> str:
+    """Draw values as a line of blocks, from the lowest to the highest one; a blank for each that is not finite.
+
+    Args:
+        values: The values, one for each character.
+        blocks: Characters of growing height.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, spread = min(finite), (max(finite) - min(finite)) or 1.0
+    steps = len(blocks) - 1
+    return "".join(blocks[round((v - low) / spread * steps)] if math.isfinite(v) else " " for v in values)
+
+
+def _sites_table(view: RunView, width: int) -> Table:
+    columns = [name for name, least in _COLUMNS.items() if width >= least]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        left = name in ("site", "state")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     sites = dict(view.sites)
     rows = list(sites.items()) if len(sites) <= _SITES_SHOWN else _by_state(list(sites.values()))
     for name, site in rows:
-        table.add_row(name, *_cells(site))
-    lines = [f"{time.monotonic() - view.began:.0f} s"]
-    if view.folder:
-        lines.append(f"results in {view.folder}")
-    finished = max(list(view.metrics), default=None)
-    if finished is not None:
-        lines.insert(0, f"round {finished}: {metrics_text(view.metrics[finished])}")
-    return Group(table, Text("   ".join(lines), style="dim"))
+        cells = {"site": name, **_cells(site)}
+        table.add_row(*(cells[column] for column in columns), style="red" if site.failed else "")
+    return table
 
 
 def _by_state(sites: list[SiteView]) -> list[tuple[str, SiteView]]:
@@ -97,37 +164,59 @@ def _title(view: RunView) -> str:
     return f"{view.job}{training}  round {view.round}/{view.rounds}"
 
 
-def _cells(site: SiteView) -> list[str]:
+def _cells(site: SiteView) -> dict[str, str]:
     def text_of(value: float | None, form: str) -> str:
         return "" if value is None else form.format(value)
 
-    return [
-        site.state,
-        str(site.round or ""),
-        text_of(site.loss, "{:.4g}"),
-        text_of(site.examples, "{:,}"),
-        size_text(site.bytes_up),
-        size_text(site.bytes_down),
-        text_of(site.seconds, "{:.2f}"),
-    ]
+    return {
+        "state": site.state,
+        "round": str(site.round or ""),
+        "loss": text_of(site.loss, "{:.4g}"),
+        "examples": text_of(site.examples, "{:,}"),
+        "seconds": text_of(site.seconds, "{:.2f}"),
+        "up": size_text(site.bytes_up),
+        "down": size_text(site.bytes_down),
+    }
 
 
-def rounds_table(result: TrainingResult, title: str) -> Table:
-    """Table with one row per round of a training, limited to the last rounds."""
+def rounds_table(result: TrainingResult, title: str, best_metric: str, width: int) -> Table:
+    """Table with a row per round of a training, limited to the last rounds and the metrics that matter most.
+
+    Args:
+        result: The training.
+        title: Title of the table.
+        best_metric: The metric that decides the best round; "" for none.
+        width: Columns of the terminal.
+    """
     last = result.rounds[-_ROUNDS_SHOWN:]
-    metrics = list(dict.fromkeys(name for item in last for name in item.metrics))
-    left_out = len(result.rounds) - len(last)
-    table = Table(title=title, caption=f"{left_out} earlier rounds are not shown" if left_out else None)
-    table.add_column("round", justify="right")
-    for name in (*metrics, "sites", "up", "down", "seconds"):
-        table.add_column(name, justify="right")
+    known = dict.fromkeys(name for item in last for name in item.metrics)
+    metrics = shown_metrics(known, best_metric, _METRICS_SHOWN + 1 if width >= _WIDE else _METRICS_SHOWN)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        caption=_caption(result, known.keys() - metrics),
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("round", *metrics, "sites", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
     for item in last:
+        best = item.round == result.best_round
         table.add_row(
-            f"{item.round}{' best' if item.round == result.best_round else ''}",
+            f"best  {item.round}" if best else str(item.round),
             *(f"{item.metrics[name]:.4g}" if name in item.metrics else "" for name in metrics),
             str(len(item.sites)),
-            size_text(item.bytes_up),
-            size_text(item.bytes_down),
             f"{item.seconds:.2f}",
+            style="green" if best else "",
         )
     return table
+
+
+def _caption(result: TrainingResult, left_out: Collection[str]) -> str:
+    up, down = sum(item.bytes_up for item in result.rounds), sum(item.bytes_down for item in result.rounds)
+    parts = [f"up {size_text(up)}, down {size_text(down)} in all"]
+    if len(result.rounds) > _ROUNDS_SHOWN:
+        parts.append(f"{len(result.rounds) - _ROUNDS_SHOWN} earlier rounds are not shown")
+    if left_out:
+        parts.append(f"history.csv has {counted(len(left_out), 'more metric')}")
+    return "; ".join(parts)

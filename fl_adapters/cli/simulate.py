@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rich.console import Console
 
-from fl_adapters.cli.live import live_table, rounds_table
+from fl_adapters.cli.live import LiveView, live_table, rounds_table
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.report import REPORT
+from fl_adapters.environments.report.loading import loading_line
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Listener
 
@@ -60,11 +62,12 @@ def run(options: SimulateOptions, as_json: bool) -> int:
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
     with report_errors(as_json), _sigterm_as_ctrl_c():
         job = _make_job(options)
-        result = _simulate(options, job, console)
+        with _listening(console) as listener:
+            result = _simulate(options, job, listener)
         if as_json:
             show_json(_json_fields(result))
         else:
-            _sum_up(result, console)
+            _sum_up(result, console, listener.view.best_metric)
     return 0
 
 
@@ -80,12 +83,12 @@ def resume(folder: Path, as_json: bool) -> int:
         if as_json:
             show_json(_json_fields(result))
         else:
-            _sum_up(result, console)
+            _sum_up(result, console, listener.view.best_metric)
     return 0
 
 
 @contextmanager
-def _listening(console: Console) -> Iterator[Listener]:
+def _listening(console: Console) -> Iterator[LiveView | ProgressLines]:
     """Give this block a listener that shows progress: a live table on a terminal, else lines."""
     if not console.is_terminal:
         yield ProgressLines(console.file)
@@ -130,42 +133,55 @@ def _sites(text: str) -> int | tuple[str, ...]:
     return int(text) if text.lstrip("-").isdigit() else tuple(name.strip() for name in text.split(","))
 
 
-def _simulate(options: SimulateOptions, job: Job, console: Console) -> SimulationResult:
+def _simulate(options: SimulateOptions, job: Job, listener: Listener) -> SimulationResult:
     from fl_adapters.environments.simulation import Simulation
 
-    with _listening(console) as listener:
-        simulation = Simulation(
-            args=options.args,
-            module=options.module,
-            gpus=options.gpus,
-            folder=options.folder,
-            port=options.port,
-            engine=cast("Engine | None", options.engine),  # Simulation refuses others
-            workers=options.workers,
-            listeners=(listener,),
-            quiet=True,
-        )
-        return job.run(simulation)
+    simulation = Simulation(
+        args=options.args,
+        module=options.module,
+        gpus=options.gpus,
+        folder=options.folder,
+        port=options.port,
+        engine=cast("Engine | None", options.engine),  # Simulation refuses others
+        workers=options.workers,
+        listeners=(listener,),
+        quiet=True,
+    )
+    return job.run(simulation)
 
 
-def _sum_up(result: SimulationResult, console: Console) -> None:
-    """Print the rounds and where the results are."""
+def _sum_up(result: SimulationResult, console: Console, best_metric: str) -> None:
+    """Print the rounds, where the results are, and what to do with them."""
     several = len(result.trainings) > 1
     for training in result.trainings:
         title = f"{result.job}, training {training.number}" if several else result.job
-        console.print(rounds_table(training, title))
-        paths = {"model": training.model, "best": training.best, "history": training.folder / "history.csv"}
-        paths["report"] = training.folder / REPORT
-        for name, path in paths.items():
+        console.print(rounds_table(training, title, best_metric, console.width))
+        for name, path in _left_by(training).items():
             best = f" (round {training.best_round})" if name == "best" else ""
             _print_path(console, name, path, best)
         if training.no_best and console.is_terminal:  # otherwise a line of progress has said it
             console.print(f"best     none: {training.no_best}", highlight=False, soft_wrap=True)
+        _print_next(console, training)
     logs = next((folder for name in ("workers", "sites") if (folder := result.folder / name).exists()), None)
     _print_path(console, "logs", logs)
     rounds = sum(len(training.rounds) for training in result.trainings)
     of_trainings = f" of {len(result.trainings)} trainings" if several else ""
     console.print(f"{rounds} rounds{of_trainings} in {result.wall_s:.1f} s", highlight=False)
+
+
+def _left_by(training: TrainingResult) -> dict[str, Path | None]:
+    folder = training.folder
+    files = {"history": folder / "history.csv", "report": folder / REPORT}
+    return {"model": training.model, "best": training.best, **files}
+
+
+def _print_next(console: Console, training: TrainingResult) -> None:
+    """Print what opens the model and shows the curves."""
+    exported = training.best or training.model
+    if exported is not None and (code := loading_line(exported, Path(_short(exported)))):
+        console.print(f"open     {code}", highlight=False, soft_wrap=True)
+    curves = _short(training.folder / "tensorboard")
+    console.print(f"curves   tensorboard --logdir {shlex.quote(curves)}", highlight=False, soft_wrap=True)
 
 
 def _print_path(console: Console, name: str, path: Path | None, note: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -24,6 +24,7 @@ class SiteView:
         bytes_up: Bytes sent to the server since the start of the run.
         bytes_down: Bytes received from the server since the start of the run.
         seconds: Duration of the site's last round.
+        failed: Whether the site dropped out, or its process failed.
     """
 
     state: str = "starting"
@@ -34,6 +35,7 @@ class SiteView:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float | None = None
+    failed: bool = False
 
 
 @dataclass
@@ -48,6 +50,11 @@ class RunView:
         rounds: Number of rounds in all, or None before it is known.
         training: Number of the training, from 1, for scripts that train more than once.
         metrics: Aggregated metrics by round of this training.
+        best_round: The best round of this training so far, or None.
+        best_metric: The metric that decides which round is the best; "" before a model has been scored.
+        asked: Number of sites that take part in the newest round.
+        answered: Number of sites whose update of the newest round is there.
+        durations_s: Seconds of each finished round of this training, in order.
         began: Time at which this view was made, in seconds of `time.monotonic`.
     """
 
@@ -58,7 +65,27 @@ class RunView:
     rounds: int | None = None
     training: int = 1
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    best_round: int | None = None
+    best_metric: str = ""
+    asked: int = 0
+    answered: int = 0
+    durations_s: list[float] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def done(self) -> float:
+        """Share of the training's updates that are there, from 0 to 1."""
+        if not self.rounds:
+            return 0.0
+        current = self.answered / self.asked if self.asked and self.round > len(self.durations_s) else 0.0
+        return min(1.0, (len(self.durations_s) + current) / self.rounds)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the last round ends, if each takes as long as the earlier ones; None before the first one."""
+        if not self.durations_s or not self.rounds:
+            return None
+        return sum(self.durations_s) / len(self.durations_s) * self.rounds * (1.0 - self.done)
 
     def __call__(self, event: Event) -> None:
         data = event.data
@@ -68,15 +95,16 @@ class RunView:
                 self.job, self.folder = data["job"], data["folder"]
                 self.sites.update({name: SiteView() for name in data["sites"]})
             case "joined":
-                site.state = "joined"
+                site.state, site.failed = "joined", False
             case "started":
                 self.rounds, self.training = data["rounds"], data.get("training", 1)
                 if self.training > 1:
-                    self.round, self.metrics = 0, {}
+                    self.round, self.metrics, self.durations_s = 0, {}, []
+                    self.best_round, self.best_metric = None, ""
                     for view in self.sites.values():
                         view.loss, view.reports_loss = None, False
             case "round_started":
-                self.round = event.round
+                self.round, self.asked, self.answered = event.round, len(data["sites"]), 0
             case "task_sent":
                 site.state, site.round = "final" if event.round in self.metrics else "training", event.round
                 site.bytes_down += data["bytes"]
@@ -87,20 +115,23 @@ class RunView:
                     site.loss, site.reports_loss = data["metrics"]["loss"], True
             case "round_finished":
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])
+                self.durations_s.append(data["seconds"])
             case "scored":
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])
+                self.best_round, self.best_metric = data["best_round"], data.get("best_metric", "")
             case "left":
-                site.state = "left" if data["early"] else "done"
+                site.state, site.failed = ("left", True) if data["early"] else ("done", False)
             case "restarted":
-                site.state = "restarted"
+                site.state, site.failed = "restarted", False
             case "exited":
-                site.state = "done" if data["clean"] else str(data["status"])
+                site.state, site.failed = "done" if data["clean"] else str(data["status"]), not data["clean"]
 
     def _update(self, site: SiteView, event: Event) -> None:
         data = event.data
         site.bytes_up += data["bytes_up"]
         if data["status"] in ("used", "carried"):
             site.state, site.examples, site.seconds = "waiting", data.get("num_examples"), data["seconds"]
+            self.answered += event.round == self.round
             if not site.reports_loss:
                 site.loss = data["metrics"].get("train_loss", site.loss)
 
@@ -122,17 +153,20 @@ class ProgressLines:
 
     Args:
         out: The stream for the lines, which begin with the seconds since the start; or a function that writes them.
+
+    Attributes:
+        view: The state of the run.
     """
 
     def __init__(self, out: IO[str] | LineWriter) -> None:
         self._write: LineWriter = out if callable(out) else self._to_stream(out)
-        self._view = RunView()
+        self.view = RunView()
         self._evaluates = False
         self._failed = False  # sites that leave after a failure are not worth a line
         self._pending: dict[int, Event] = {}  # finished rounds whose scores have not arrived yet
 
     def __call__(self, event: Event) -> None:
-        self._view(event)
+        self.view(event)
         data = event.data
         match event.kind:
             case "starting":
@@ -166,7 +200,7 @@ class ProgressLines:
                 self._write("\n    | ".join(said), site=event.site)
             case "finished" | "failed":
                 self._failed = event.kind == "failed"
-                self._settle(self._view.round)
+                self._settle(self.view.round)
                 if data.get("no_best"):
                     self._write(f"there is no best round: {data['no_best']}")
 
@@ -176,18 +210,18 @@ class ProgressLines:
 
     def _round(self, event: Event) -> None:
         data = event.data
-        rounds = self._view.rounds
+        rounds = self.view.rounds
         of_rounds = "" if rounds is None else f"/{rounds}"  # a server that goes on with a run has not seen its start
         missing = f", without {', '.join(data['missing'])}" if data["missing"] else ""
         self._write(
-            f"round {event.round}{of_rounds}: {metrics_text(self._view.metrics[event.round])}, "
+            f"round {event.round}{of_rounds}: {metrics_text(self.view.metrics[event.round])}, "
             f"{counted(len(data['sites']), 'site')}{missing}, up {size_text(data['bytes_up'])}, "
             f"down {size_text(data['bytes_down'])}, {data['seconds']:.2f} s"
         )
 
     def _to_stream(self, out: IO[str]) -> LineWriter:
         def write(text: str, *, site: str = "", warning: bool = False) -> None:
-            seconds = f"[{time.monotonic() - self._view.began:6.1f} s]"
+            seconds = f"[{time.monotonic() - self.view.began:6.1f} s]"
             print(f"{seconds} {'warning: ' if warning else ''}{text}", file=out, flush=True)
 
         return write
@@ -206,6 +240,19 @@ def waiting_text(data: Mapping[str, Any]) -> str:
         f"waiting for {sites} ({so_far} so far, until {until} at the latest): {data['here']} of the "
         f"{counted(data['needed'], 'site')} that the job needs {'is' if data['here'] == 1 else 'are'} connected"
     )
+
+
+def shown_metrics(metrics: Collection[str], best_metric: str, most: int) -> list[str]:
+    """Choose the metrics that there is room for: the one that decides the best round, the loss, then the others.
+
+    Args:
+        metrics: Names of all metrics, in their order.
+        best_metric: The metric that decides; "" for none.
+        most: How many to choose.
+    """
+    first = [name for name in (best_metric, "loss") if name in metrics]
+    rest = sorted(metrics, key=lambda name: name.startswith("train_"))
+    return list(dict.fromkeys([*first, *rest]))[:most]
 
 
 def counted(number: int, thing: str) -> str:

@@ -185,11 +185,12 @@ def _sites(run: RunRecord) -> list[Element]:
         own = parts[name]
         used = sum(part.status in ("used", "carried") for part in own)
         last = [value_text(curve[-1][1]) if (curve := run.curve(metric, name)) else "" for metric in metrics]
-        share = f"{examples[name] / total:.1%}" if total else ""
+        known = f"{examples[name]:,.0f}" if examples[name] else ""  # a site's policy may keep it
+        share = f"{examples[name] / total:.1%}" if total and all(examples.values()) else ""
         seconds = [part.seconds for part in own if part.status]
         rows.append(
             [
-                *(name, f"{examples[name]:,.0f}", share, f"{used} of {len(own)}"),
+                *(name, known, share, f"{used} of {len(own)}"),
                 value_text(mean(seconds)) if seconds else "",
                 *(size_text(sum(part.bytes_up for part in own)), size_text(sum(part.bytes_down for part in own))),
                 *last,

@@ -1,0 +1,115 @@
+"""The screen of a running simulation and its table at the end, as text, at several widths of the terminal.
+
+The files in tests/fixtures/screens are what a reader has looked at. `UPDATE_SCREENS=1 pytest ...` writes them anew.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fl_adapters.cli.live import LiveView, live_table, rounds_table, sparkline
+from fl_adapters.environments.local import TrainingResult
+from fl_runtime.server import RoundResult
+from fl_runtime.types import Event
+
+SCREENS = Path(__file__).parents[2] / "fixtures" / "screens"
+ROUNDS = 20
+
+
+def events(sites: Sequence[str], answered: int) -> list[Event]:
+    """Six whole rounds, and a seventh in which some sites have answered."""
+    told: list[Event] = []
+
+    def tell(kind: str, round: int = 0, site: str = "", **data: Any) -> None:
+        told.append(Event(kind, 0.0, round, site, data))
+
+    tell("starting", job="tumour-1202", folder="runs/tumour-1202", sites=sites, command="python train.py")
+    tell("started", rounds=ROUNDS, sites=sites)
+    for number in range(1, 8):
+        tell("round_started", number, sites=sites)
+        for site in sites:
+            tell("task_sent", number, site, bytes=45_000_000)
+        for at, site in enumerate(sites if number < 7 else sites[:answered]):
+            facts = {"num_examples": 1000 + at, "bytes_up": 45_000_000, "seconds": 12.25}
+            tell("update", number, site, status="used", metrics={"train_loss": 1 / number}, **facts)
+        if number < 7:
+            tell("round_finished", number, seconds=13.5, metrics={"train_loss": 1 / number}, sites=sites)
+            scores = {"loss": 1.25 / number, "accuracy": 1 - 0.4 / number, "auc": 0.6 + number / 50}
+            tell("scored", number, metrics=scores, best_round=number, best_metric="accuracy")
+    return told
+
+
+def shown(width: int, sites: Sequence[str], answered: int) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None, force_interactive=False)
+    with live_table(console) as listener:
+        for event in events(sites, answered):
+            listener(event)
+        listener.view.began = time.monotonic() - 88
+    return re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", out.getvalue())  # what moves the cursor
+
+
+def check(name: str, text: str) -> None:
+    text = "\n".join(line.rstrip() for line in text.splitlines()).strip() + "\n"
+    path = SCREENS / f"{name}.txt"
+    if os.environ.get("UPDATE_SCREENS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_screen_of_three_sites(width: int) -> None:
+    check(f"three-sites-{width}", shown(width, ["north", "south", "west"], 2))
+
+
+@pytest.mark.parametrize("width", [60, 140])
+def test_the_screen_of_a_thousand_sites(width: int) -> None:
+    check(f"thousand-sites-{width}", shown(width, [f"site-{number}" for number in range(1000)], 600))
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_table_at_the_end_has_room_for_many_metrics(width: int) -> None:
+    names = ("train_loss", "train_accuracy", "loss", "accuracy", "auc", "f1_macro", "balanced_accuracy")
+    rounds = [
+        RoundResult(number, 13.5, dict.fromkeys(names, 1 / number), ("north", "south"), (), 45_000_000, 44_000_000)
+        for number in range(1, 6)
+    ]
+    result = TrainingResult(1, Path("runs/tumour-1202"), tuple(rounds), 4, None, None)
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    console.print(rounds_table(result, "tumour-1202", "auc", width))
+    check(f"end-{width}", out.getvalue())
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest_value() -> None:
+    assert sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert sparkline([2.0, float("nan"), 2.0]) == "▁ ▁"
+    assert sparkline([float("inf")]) == sparkline([]) == ""
+
+
+def test_a_terminal_without_unicode_gets_ascii() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    with live_table(console) as listener:
+        for event in events(["north"], 0):
+            listener(event)
+    out.flush()
+    assert b"accuracy" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_end_is_estimated_from_the_rounds_that_are_done() -> None:
+    listener = LiveView(Console(file=io.StringIO()))
+    for event in events(["north", "south"], 1):
+        listener(event)
+    assert listener.view.done == pytest.approx(6.5 / ROUNDS)
+    assert listener.view.left_s == pytest.approx(13.5 * (ROUNDS - 6.5))
