@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,7 +202,10 @@ def test_the_site_whose_model_it_is_decides_by_its_policy_of_today(study: Study,
 
 # -- metrics -------------------------------------------------------------------------------------------------------
 
-LOSSES, EXAMPLES = {"north": 0.13579, "south": 0.57913, "west": 0.79135}, {"north": 2003, "south": 3001, "west": 5009}
+LOSSES, EXAMPLES = (
+    {"north": 0.13579, "south": 0.57913, "west": 0.79135},
+    {"north": 20031709, "south": 30017093, "west": 50091713},
+)
 
 
 def take_part(kit: Path, name: str) -> None:
@@ -233,7 +237,7 @@ def test_nothing_that_others_can_fetch_or_follow_tells_the_metrics_of_one_site(s
     shown += [path.read_text(errors="replace") for path in files if path.suffix in (".csv", ".jsonl", ".json")]
     assert {"history.csv", "events.jsonl", "outcome.json"} <= {path.name for path in files}
     secret = [str(number) for number in (*LOSSES.values(), *EXAMPLES.values(), 0.62519, sum(EXAMPLES.values()))]
-    assert [number for number in secret if any(number in text for text in shown)] == []
+    assert [n for n in secret if any(re.search(rf"(?<![\d.]){re.escape(n)}(?!\d)", text) for text in shown)] == []
     rows = list(csv.DictReader((folder / "history.csv").open()))
     mean = np.average(list(LOSSES.values()), weights=list(EXAMPLES.values()))
     assert [float(row["loss"]) for row in rows if row["site"] == "global" and row["loss"]] == pytest.approx([mean] * 2)
