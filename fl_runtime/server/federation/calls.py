@@ -69,7 +69,6 @@ class JobCalls:
         self._kit, self._queue, self._audit, self._witness = kit, queue, audit, witness
         self._revoked, self._put_in_force = revoked, revoke
         self._versions = SiteVersions()
-        self._waiting: dict[str, threading.Event] = {}  # sites that asked for a job last; set when they are gone
         self._answers: Mapping[str, Callable[[Identity, Peer, _Fields], Iterator[_Fields | bytes]]] = {
             "Assignment": self._assignment,
             "RefuseJob": self._refuse_job,
@@ -115,12 +114,11 @@ class JobCalls:
         queue, at_work = self._queue, names(fields, "running")
         told = self._versions.checked(caller.name)
         room = Room.told(fields.get("resources"), MOST_SLOTS)
-        if room is not None:
-            queue.set_room(caller.name, room)
         left = self._woken_by(peer)
+        queue.site_asks(caller.name, left, room)
         while not left.is_set():
             with queue.changed:
-                self._waiting[caller.name] = left
+                queue.attendance.waits(caller.name, left)
                 job = self._work_for(caller.name, at_work)
                 if job is None and not queue.closed:
                     queue.changed.wait(BEAT_S)
@@ -133,8 +131,7 @@ class JobCalls:
                 yield {"waiting": True}
                 continue
             with queue.changed:
-                if self._waiting.get(caller.name) is left:
-                    del self._waiting[caller.name]
+                queue.attendance.answered(caller.name, left)
             settings = job.record.settings
             try:
                 shown = settings_for(settings, caller.name, told)
@@ -220,7 +217,7 @@ class JobCalls:
     def _site_states(self) -> dict[str, str]:
         """What each site of the federation does at this moment: what jobs it is in, or that it waits or is absent."""
         with self._queue.changed:
-            waiting = {name for name, left in self._waiting.items() if not left.is_set()}
+            waiting = self._queue.attendance.waiting
         at_work: dict[str, list[str]] = {}
         for job in self._queue.running():
             for name in job.server.state()["connected"]:

@@ -218,6 +218,8 @@ class FederationServer:
                 raise ConnectionLostError(f"the job {name} stands still at this server", fix="wait, and call again")
             raise ProtocolError(f"the job {name[:100]!r} does not run here any more", fix="start the site again")
         before = job_of(request.follows) if isinstance(request, pb.JoinRequest) else ""
+        if not any(job.waits_for(site) for job in jobs) and self.queue.site_joins(site):
+            jobs = self.queue.running()
         waiting = sorted((job for job in jobs if job.waits_for(site)), key=lambda job: job.name != before)
         for job in (*waiting, *jobs, *self.queue.lately_ended()):
             return job

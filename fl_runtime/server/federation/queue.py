@@ -1,4 +1,4 @@
-"""The queue of a federation's server: jobs wait until their sites have room, and several run at a time."""
+"""The queue of a federation's server: jobs wait until their sites are there and have room; several run at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fl_runtime.server.courses.initial import digest_of
 from fl_runtime.server.federation.archive import JobArchive, JobRecord
 from fl_runtime.server.federation.audit_summary import AuditSummary
 from fl_runtime.server.federation.jobs import RunningJob
-from fl_runtime.server.federation.schedule import Room, Work, next_to_start, shortage
+from fl_runtime.server.federation.schedule import Attendance, Room, Work, next_to_start, shortage
 from fl_runtime.server.server import check_settings
 from fl_runtime.store.stores import Storage
 from fl_runtime.trust import permissions
@@ -31,6 +31,7 @@ ReadJob = Callable[[Mapping[str, Any], Sequence[str]], RunSettings]
 """read(fields, sites) -> the settings of a submitted job. It checks everything and raises ConfigError."""
 
 _PRIORITIES = range(-100, 101)
+_DAEMONS = "daemons.json"
 _KEPT_AFTER_END = 4
 _MOST_QUEUED = 1000
 
@@ -41,6 +42,7 @@ class JobQueue:
     Jobs that waited or ran when the server was killed go on.
 
     Attributes:
+        attendance: Which sites wait for a job, what room they have, and which are away.
         changed: Is notified when a job is submitted, starts or ends. Its lock guards the queue's state.
         closed: Whether the queue starts no more jobs, because the server is being stopped.
         halted: Why nothing runs any more, if the store failed, for example because the disk is full. Jobs go on when
@@ -80,7 +82,7 @@ class JobQueue:
         self._storage = storage
         self._running: dict[str, RunningJob] = {}
         self._lately: deque[RunningJob] = deque(maxlen=_KEPT_AFTER_END)
-        self._rooms: dict[str, Room] = {}
+        self.attendance = Attendance(folder / _DAEMONS)
         self.changed = threading.Condition(threading.RLock())
         self.closed = False
         self.halted: StoreError | None = None
@@ -267,26 +269,49 @@ class JobQueue:
 
     # -- starting and ending -----------------------------------------------------------------------------------
 
-    def set_room(self, site: str, room: Room) -> None:
-        """Note what room for jobs a site has. More room may let another job start."""
+    def site_asks(self, site: str, left: threading.Event, room: Room | None) -> None:
+        """Note that a site asks for a job, and what room it has. This may let a job start.
+
+        Args:
+            site: Name of the site.
+            left: Is set when it has ended its call.
+            room: The room that its daemon tells; None if no daemon asks.
+        """
         with self.changed:
-            if self._rooms.get(site) != room:
-                self._rooms[site] = room
+            news = site in self._away() or room not in (None, self.attendance.rooms.get(site))
+            self.attendance.waits(site, left, room)
+            if news:
                 self.schedule()
 
-    def waits_for(self, record: JobRecord) -> str:
-        """Return which site has no room for a job that waits, and what is missing there; "" for other jobs."""
+    def site_joins(self, site: str) -> bool:
+        """Note that a script of a site joins without a daemon. Returns whether jobs may have started because of it."""
         with self.changed:
-            return shortage(record.settings, self._work(), self._rooms) if record.state == "queued" else ""
+            news = self.attendance.joins_by_itself(site)
+            if news:
+                self.schedule()
+            return news
+
+    def waits_for(self, record: JobRecord) -> str:
+        """Return what a job waits for: room at a site, or sites that are away; "" for jobs that do not wait."""
+        with self.changed:
+            if record.state != "queued":
+                return ""
+            return shortage(record.settings, self._work(), self.attendance.rooms, self._away())
 
     def _work(self) -> list[Work]:
         return [(job.record.settings, job.busy()) for job in self._running.values()]
 
+    def _away(self) -> frozenset[str]:
+        jobs = self._running.values()
+        return self.attendance.away({site for job in jobs for site in job.sites if job.server.is_present(site)})
+
     def schedule(self) -> None:
-        """Start the jobs whose sites have room. A job that cannot start is recorded as failed."""
+        """Start the jobs whose sites are there and have room. A job that cannot start is recorded as failed."""
         with self.changed:
             while not self.closed and not self.halted:
-                record = next_to_start(self._archive.in_state("queued"), self._work(), self._rooms)
+                record = next_to_start(
+                    self._archive.in_state("queued"), self._work(), self.attendance.rooms, self._away()
+                )
                 if record is None:
                     break
                 try:

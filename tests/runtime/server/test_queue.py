@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,85 @@ def test_two_jobs_at_once_at_sites_with_room_keep_apart(study: Study) -> None:
     assert results["two"]["west"]["w"].tolist() == [40, 40, 40]
     assert study.server.wait_for_job("one", 30)
     assert study.server.wait_for_job("two", 30)
+
+
+@contextmanager
+def daemon(study: Study, site: str) -> Iterator[None]:
+    """Let a site's daemon wait for a job during the block."""
+    request = json.dumps({"running": [], "resources": {"slots": 1}}).encode()
+    call = study.transport(site).call("Assignment", request)
+    until(lambda: site in study.server.queue.attendance.waiting, f"the daemon of {site} to wait")
+    yield
+    call.cancel()
+    until(lambda: site not in study.server.queue.attendance.waiting, f"the daemon of {site} to be gone")
+
+
+def shown(study: Study, name: str) -> tuple[str, str]:
+    job = study.admin("mina").ask("ShowJob", job=name)
+    return job["state"], job.get("waits_for", "")
+
+
+def test_a_job_waits_for_its_sites_without_holding_others_up_also_after_a_restart(study: Study) -> None:
+    with daemon(study, "north"):
+        pass
+    study.job("all")
+    assert shown(study, "all") == ("queued", "sites: north")
+    study.job("south", sites=["south"])
+    assert state(study, "south") == "running", "nobody has its place"
+    whole(study, "south", ("south",))
+    assert study.server.wait_for_job("south", 30)
+    address = study.address
+    study.server.close()
+    study.start(address)
+    assert shown(study, "all") == ("queued", "sites: north")
+    assert study.admin("north").ask("Assignment", patience_s=30, running=[], resources={"slots": 1})["job"] == "all"
+    assert whole(study, "all", SITES)["north"]["w"].tolist() == [4, 4, 4]
+    assert study.server.wait_for_job("all", 30)
+
+
+def test_a_site_is_there_that_was_given_a_job_just_now_or_is_connected_to_one(study: Study) -> None:
+    study.job("one", sites=["north"])
+    assert study.admin("north").ask("Assignment", patience_s=30, running=[], resources={"slots": 3})["job"] == "one"
+    study.job("two", sites=["north"])
+    assert state(study, "two") == "running", "its daemon has had no time to ask again"
+    study.server.queue.attendance._answered_at.clear()  # as if half a minute had passed
+    study.job("three", sites=["north"])
+    assert shown(study, "three") == ("queued", "sites: north")
+    site = study.site("north")
+    site.join("one")
+    study.job("other", sites=["south"])  # a reason to look again
+    assert state(study, "three") == "running"
+
+
+def test_a_script_that_joins_by_itself_is_taken_for_a_site_without_a_daemon(study: Study) -> None:
+    with daemon(study, "north"):
+        pass
+    study.job("job", sites=["north"])
+    assert shown(study, "job") == ("queued", "sites: north")
+    study.site("north").join()
+    assert state(study, "job") == "running"
+    study.server.close()
+    study.start()
+    study.job("next", sites=["north"])
+    assert shown(study, "next") == ("queued", "north: all places for jobs are taken (1)")
+
+
+@pytest.mark.parametrize(
+    ("min_sites", "away", "waits"),
+    [
+        (3, "", ""),
+        (3, "b", "sites: b"),
+        (2, "b", ""),
+        (2, "ab", "sites: a, b"),
+        (1, "abc", "sites: a, b, c"),
+        (3, "x", ""),
+    ],
+)
+def test_as_many_sites_as_the_quorum_must_be_there(min_sites: int, away: str, waits: str) -> None:
+    settings = RunSettings("job", tuple("abc"), min_sites)
+    assert shortage(settings, [], {}, away) == waits
+    queued = [JobRecord(settings, LENA, "study", 1, 0)]
+    assert (next_to_start(queued, [], {}, away) is None) == bool(waits)
 
 
 def test_what_waits_and_what_runs_goes_on_after_a_restart(study: Study) -> None:
