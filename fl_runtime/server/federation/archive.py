@@ -19,7 +19,7 @@ from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trust.files import write_file
 from fl_runtime.trust.identity import Identity, check_name
 from fl_runtime.types import RunSettings
-from fl_runtime.version import check_format, later_data, stamp
+from fl_runtime.version import VERSION, check_format, later_data, stamp
 
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
 _ENDED: tuple[JobState, ...] = ("finished", "failed", "aborted")
@@ -396,7 +396,8 @@ def _read(file: Path, federation: str, running: str | None) -> JobRecord:
     written_by = found.get("version")
     check_format(found.get("format"), FORMAT, "the job", where=str(file), version=written_by)
     known = {field.name for field in fields(RunSettings)}
-    if unknown := sorted(set(found["settings"]) - known):
+    unknown = sorted(set(found["settings"]) - known)
+    if unknown and isinstance(written_by, str) and written_by != VERSION:  # else the file is damaged
         raise later_data(f"the job has the settings {', '.join(unknown)}", str(file), written_by)
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in found["settings"].items()

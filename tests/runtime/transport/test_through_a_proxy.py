@@ -202,7 +202,7 @@ def test_the_doctor_names_each_step_to_a_server_that_only_the_proxy_can_find(
 ) -> None:
     found = study.checks()
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
-        ["proxy", "proxy's answer", "TLS", "server's certificate", "membership", "clock"], "ok"
+        ["proxy", "proxy's answer", "TLS", "server's certificate", "membership", "versions", "clock"], "ok"
     )
     assert found["proxy"].detail == f"$https_proxy names {proxy.address}, which accepts connections"
     assert "fl.example.org" in found["server's certificate"].detail
