@@ -166,6 +166,12 @@ class RoundFailedError(FederationError):
     code = "round-failed"
 
 
+class SiteExcludedError(FederationError):
+    """A site may not take part in a run any more, whichever process it starts: its updates made sums fail."""
+
+    code = "site-excluded"
+
+
 class SiteFailedError(FederationError):
     """The process of a site ended before its work was done."""
 

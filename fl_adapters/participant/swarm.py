@@ -21,7 +21,7 @@ from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.streams.secure_stream import SecureStream, check_available
-from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update
+from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update, is_floating
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.manifest import Manifest
 
@@ -181,16 +181,19 @@ class SwarmSite:
         aggregator = self._strategy.aggregator({}, _allocate, {}, ServerState())
         buffer = np.empty(Manifest.of(update.arrays, update.extras).nbytes, np.uint8)
         answer = replace(update, stage=task.stage, metrics={}, num_examples=sum(n for _, n, _ in sites))
-        name = self._me
+        name, largest = self._me, dict[str, float]()
         try:
             for name, num_examples, weight in sites:
                 is_own = name == self._me
                 addend = update if is_own else streams[name].receive(update, buffer, self._patience_s)
                 aggregator.add(replace(addend, site=name, num_examples=num_examples, site_weight=weight))
+                largest[name] = _largest_value(addend)
             arrays, extras = aggregator.result()
+            name = max(largest, key=lambda site: largest[site])  # to blame if finite updates have an infinite mean
+            check_finite({**arrays, **extras}, where=f"the mean of round {task.round}")
             answer = replace(answer, arrays=arrays, extras=extras)
         except (ConnectionLostError, UpdateRefusedError) as error:
-            log.warning("the update of %s did not arrive: %s", name, error)
+            log.warning("the update of %s cannot be used: %s", name, error)
             answer = replace(answer, arrays={}, extras={}, content="encoded", encoding=missing(name))
         finally:
             for stream in streams.values():
@@ -323,6 +326,12 @@ class _UpdateReceiver:
             return wait() or b""
         finally:
             watchdog.cancel()
+
+
+def _largest_value(update: Update) -> float:
+    """The largest absolute value in an update."""
+    arrays = [array for array in (*update.arrays.values(), *update.extras.values()) if is_floating(array.dtype)]
+    return max((float(np.abs(array).max()) for array in arrays if array.size), default=0.0)
 
 
 def _copied(arrays: Arrays) -> dict[str, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from fl_runtime.errors import AbortedError, FederationError, ProtocolError
+from fl_runtime.errors import AbortedError, FederationError, ProtocolError, SiteExcludedError
 from fl_runtime.server.calls import limits
 from fl_runtime.server.outages import Outages
 from fl_runtime.server.quorum import Quorum
@@ -47,6 +47,8 @@ class Membership:
         with state.lock:
             state.raise_if_ended()
             member = self._named(name)
+            if isinstance(member.refusal, SiteExcludedError):
+                raise member.refusal
             member.attempt += _ATTEMPTS_LOST if state.journal.restored else 1
             member.gone, member.registration, member.refusal = "", None, None
             member.script = ""

@@ -9,7 +9,8 @@ The statements are those that SQLite and PostgreSQL have in common.
     meta      key, value: schema_version; written_by (the version of fl-adapters that began the run); job (the run's
               settings); rounds and terms (result of the handshake); left (names of sites that left); resting (those of
               them whose scripts may train again); lost (names of sites whose connection was lost for too long);
-              refusals (site that was excluded -> its error); repeats ([round, number of failed tries]); buffer
+              refusals (site that was excluded -> its error); repeats ([round, number of failed tries, number of those
+              for which sites were to blame]); suspected (site -> rounds for whose failures it was to blame); buffer
               ([[site, round], ...]); ended ("null", or the error); over ("true" once the job has ended with this
               run); restored (when the backup was made that this journal was restored from, in seconds since the
               epoch); files (see store/journal_files.py)
@@ -33,6 +34,7 @@ from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.database import Database
+from fl_runtime.store.failure_record import FailureRecord
 from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.store.journal_files import FilesJournal
 from fl_runtime.store.journal_reader import JournalReader
@@ -83,6 +85,7 @@ class Journal:
         where: Names the database in messages.
         reader: Reads what the journal holds.
         files: Records the small files that sites have sent beside the final model.
+        failures: Failed tries, and the sites that were to blame for them.
 
     Raises:
         NewerFormatError: If a later version wrote it.
@@ -93,6 +96,7 @@ class Journal:
         self.where = database.where
         self._db = database
         self.reader, self.files = JournalReader(self._db), FilesJournal(self._db)
+        self.failures = FailureRecord(self._db)
         with self._db.transaction():
             if not self._db.has_table("meta"):
                 for statement in _SCHEMA.split(";"):
@@ -220,17 +224,18 @@ class Journal:
             at,
         )
 
-    def round_dropped(self, round: int, again: int) -> None:
+    def round_dropped(self, round: int, again: int, suspects: Sequence[str] = ()) -> None:
         """Delete an open round and its updates.
 
         Args:
             round: Its number.
             again: Number of times it has failed; 0 if it will not be opened again.
+            suspects: Sites that were to blame for its failure.
         """
         with self._db.transaction():
             self._db.run("DELETE FROM round WHERE round=?", round)
             self._db.run("DELETE FROM update_ WHERE round=?", round)
-            self._db.put("repeats", json.dumps([round, again]))
+            self.failures.round_failed(round, again, suspects)
 
     def accepted(self, entry: UpdateEntry) -> None:
         """Record a site's newest update and delete its earlier one.
@@ -308,6 +313,7 @@ class Journal:
             for key in ("left", "lost", "resting"):
                 self._db.put(key, "[]")
             self._db.put("refusals", "{}")
+            self.failures.forget()
 
     def over(self) -> None:
         """Record that the run was the last of its job, and that every site's script has ended."""

@@ -136,11 +136,6 @@ class JournalReader:
         sites: list[str] = json.loads(self._db.get("resting") or "[]")
         return sites
 
-    def repeats(self, round: int) -> int:
-        """Return the number of times this round has failed."""
-        value = json.loads(self._db.get("repeats") or "[0, 0]")
-        return int(value[1]) if value[0] == round else 0
-
     def _update_of(self, row: tuple[Any, ...]) -> UpdateEntry:
         """Return the entry of a row after comparing its check sum, which rows of older journals lack."""
         round, site, digest, blob, layout, text = row

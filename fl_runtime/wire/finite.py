@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +24,11 @@ class Inspected:
 
     Attributes:
         tensors: (whether the tensor is an extra, name) -> (the array, xxh3-64 of its bytes).
+        largest: (whether the tensor is an extra, name) -> the largest absolute value; see `largest_value`.
     """
 
     tensors: Mapping[tuple[bool, str], tuple[Array, bytes]]
+    largest: Mapping[tuple[bool, str], float]
 
     def digest(self, array: Array, name: str, *, extra: bool) -> bytes | None:
         """Return the xxh3-64 of an inspected array, or None for any other array object.
@@ -66,26 +69,25 @@ def inspect(arrays: Arrays, extras: Arrays, where: str) -> Inspected:
         ConfigError: If a dtype cannot be sent.
     """
     inspected: dict[tuple[bool, str], tuple[Array, bytes]] = {}
-    bad = []
+    largest: dict[tuple[bool, str], float] = {}
     for extra, tensors in ((False, arrays), (True, extras)):
         for name, array in tensors.items():
-            digest, finite = _digest_and_finite(array, name)
+            digest, largest[extra, name] = _digest_and_largest(array, name)
             inspected[extra, name] = array, digest
-            if not finite:
-                bad.append(name)
-    refuse(bad, where)
-    return Inspected(inspected)
+    refuse([name for (_, name), value in largest.items() if not math.isfinite(value)], where)
+    return Inspected(inspected, largest)
 
 
-def _digest_and_finite(array: Array, name: str) -> tuple[bytes, bool]:
-    """Return the digest of the little-endian bytes, and whether all elements are finite."""
+def _digest_and_largest(array: Array, name: str) -> tuple[bytes, float]:
+    """Return the digest of the little-endian bytes, and the largest absolute value."""
     flat = np.ascontiguousarray(array, dtype_of(dtype_name(array.dtype, tensor=name))).reshape(-1)
-    digest, finite = xxhash.xxh3_64(), True
+    digest, largest = xxhash.xxh3_64(), 0.0
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         digest.update(block.view(np.uint8).data)
-        finite = finite and is_finite(block)
-    return digest.digest(), finite
+        if math.isfinite(largest):
+            largest = _larger(largest, largest_value(block))
+    return digest.digest(), largest
 
 
 def check_finite(arrays: Arrays, where: str) -> None:
@@ -141,16 +143,34 @@ def refuse(bad: Sequence[str], where: str) -> None:
 
 def is_finite(array: Array) -> bool:
     """Whether an array holds no NaN and no infinite value; always true for integers and booleans."""
+    return math.isfinite(largest_value(array))
+
+
+def largest_value(array: Array) -> float:
+    """Find the largest absolute value in an array.
+
+    Args:
+        array: The array, of any shape and dtype. Of complex numbers, their parts count.
+
+    Returns:
+        The value; infinite or NaN if there is one that is. 0.0 for integers, booleans and empty arrays.
+    """
     if not is_floating(array.dtype) or array.size == 0:
-        return True
+        return 0.0
     if array.dtype.kind == "c":
-        return is_finite(array.real) and is_finite(array.imag)
-    flat = array.reshape(-1)
+        return _larger(largest_value(array.real), largest_value(array.imag))
+    flat, largest = array.reshape(-1), 0.0
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         if block.dtype.kind == "V" or block.dtype.itemsize < 4:
             block = block.astype(np.float32)
-        # min and max propagate NaN and infinities, and need no temporary array of booleans
-        if not (np.isfinite(block.max()) and np.isfinite(block.min())):
-            return False
-    return True
+        # min and max propagate NaN and infinities, and need no temporary array
+        largest = _larger(largest, max(float(block.max()), -float(block.min())))
+        if not math.isfinite(largest):
+            break
+    return largest
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger of two absolute values; NaN if one is."""
+    return one if one >= other or math.isnan(one) else other

@@ -22,6 +22,7 @@ from fl_runtime.errors import (
     ConfigError,
     FederationError,
     HandshakeError,
+    QuorumError,
     SiteFailedError,
     StateMismatchError,
     UpdateRefusedError,
@@ -274,6 +275,31 @@ def test_a_quorum_goes_on_without_a_site_that_failed(here: Path) -> None:
     assert [len(item.sites) for item in result.rounds] == [50, 49, 49]
     assert result.rounds[1].missing == ("site-7",)
     np.testing.assert_array_equal(model_of(result)["w"], np.full(4, 3, np.float32))
+
+
+OVERFLOWING = """
+import numpy as np
+
+def initial():
+    return {"w": np.zeros(4, np.float32)}
+
+def train(task, site):
+    large = {"site-4": 3e38, "site-12": -3e38}.get(site.name) if task.round == 2 else None
+    task.submit({"w": np.full(4, large, np.float32) if large else task.arrays["w"] + 1}, num_examples=1)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm:lr=1,momentum=0"])
+def test_sites_whose_updates_make_no_model_are_left_out(here: Path, strategy: str) -> None:
+    """Also where updates are not held but summed as they come. The round is done again to find out who it was."""
+    app = script(OVERFLOWING)
+    result = simulated(app, sites=20, min_sites=2, strategy=strategy)
+
+    assert [len(item.sites) for item in result.rounds] == [20, 18, 18]
+    np.testing.assert_allclose(model_of(result)["w"], np.full(4, 3, np.float32), rtol=1e-6)
+    with pytest.raises(QuorumError, match="only 18 sites are left") as raised:
+        simulated(app, sites=20, strategy=strategy, min_sites=19)
+    assert "site-4 is excluded from this run: round 2 failed with its updates" in raised.value.where
 
 
 def test_a_run_that_ended_with_an_error_goes_on_from_its_last_round(here: Path) -> None:

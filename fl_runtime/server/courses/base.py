@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from fl_runtime.server.courses.sums.failures import SumFailedError
 from fl_runtime.server.models import Model
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, RunState
@@ -187,6 +188,8 @@ class RoundSum(Protocol):
 
     strategy_state: Blob | None
     """Tensors that the strategy keeps at the server beside the next model, or None."""
+    base: Model | None
+    """The global model that the next one is compared with; None if there is none, or a site compares them."""
 
     def next_in_order(self) -> Accepted | None:
         """The update that can be summed now, or None. Called under the lock."""
@@ -208,6 +211,17 @@ class RoundSum(Protocol):
 
         Raises:
             RoundFailedError: These updates cannot be combined into a model: the round is opened again.
+        """
+        ...
+
+    def to_blame(self, failure: SumFailedError) -> Sequence[str]:
+        """Find the sites without whose updates the sum would not have failed. Called without the lock.
+
+        Args:
+            failure: What is wrong with the sum.
+
+        Returns:
+            Their names; none if nobody can be told.
         """
         ...
 

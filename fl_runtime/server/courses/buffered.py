@@ -7,18 +7,28 @@ the site has answered, because its update is taken as a difference to that model
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fl_runtime.aggregation.fedbuff import difference
+from fl_runtime.errors import RoundFailedError
 from fl_runtime.filters.server import decoded
 from fl_runtime.server.courses.base import Offer, Status, Upload, leased, made_of
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import event_fields, leave_unmet
 from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.scoring import Scoring
-from fl_runtime.server.courses.summing import checked_digests
+from fl_runtime.server.courses.sums.failures import (
+    SumFailedError,
+    checked_digests,
+    combining,
+    is_usable,
+    norms_of,
+    sites_to_blame,
+)
+from fl_runtime.server.courses.sums.suspects import Suspects
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.records.results import RoundResult
@@ -31,6 +41,8 @@ from fl_runtime.store.journal_entries import ModelEntry, RoundEntry, UpdateEntry
 from fl_runtime.types import Array, Arrays, ServerState
 from fl_runtime.wire.manifest import Manifest
 
+log = logging.getLogger(__name__)
+
 
 class Buffered:
     """A run without rounds: every `size` updates make the next model. A `Course`."""
@@ -40,6 +52,7 @@ class Buffered:
     ) -> None:
         self._state, self._membership, self._scoring = state, membership, scoring
         self._initial, self._size = initial, size
+        self._suspects = Suspects(state, membership)
         self.checks = TensorChecks(state, membership)
         self._waiting: list[Accepted] = []  # updates that are not in a model yet, in the order of arrival
         self._models: dict[int, Model] = {}  # older models that are still needed, by version
@@ -112,7 +125,10 @@ class Buffered:
                 if not due:
                     self._report_unused()
                     return  # all sites are done, or no update has come for so long that the run does not wait any more
-            self._next_model(due)
+            try:
+                self._next_model(due)
+            except SumFailedError as failure:
+                self._leave_out(due, failure)
 
     def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
         state, models = self._state, self._state.models
@@ -164,12 +180,28 @@ class Buffered:
             text = f"the last {len(self._waiting)} updates ({names}) are in no model: too few sites sent them"
             self._state.events.emit("warning", self._state.models.version, text=f"{text} for the sites' policies")
 
-    def _next_model(self, due: list[Accepted]) -> None:
+    def _next_model(self, due: Sequence[Accepted]) -> None:
         """Make the next model of the updates that are due."""
-        state, blobs = self._state, list[Blob]()
+        state, quorum = self._state, self._membership.quorum
         with state.lock:
             newest = state.models.newest
             assert newest is not None
+        blob = self._sum(due, newest)
+        try:
+            with state.lock:
+                for name in quorum.withheld(self._senders(due, newest), newest.version + 1):
+                    blob.views()[0][name][...] = newest.blob.views()[0][name]
+            updates = (accepted.update for accepted in due)
+            digests = checked_digests(blob, None, newest.version + 1, updates, newest)
+        except SumFailedError:
+            self._free([blob])
+            raise
+        with state.lock:
+            self._commit(newest, due, blob, digests)
+
+    def _sum(self, due: Sequence[Accepted], newest: Model) -> Blob:
+        """Sum updates in a new file. Raises SumFailedError if they cannot be combined."""
+        state, blobs = self._state, list[Blob]()
 
         def allocate(arrays: Arrays, extras: Arrays) -> tuple[Arrays, Arrays]:
             manifest = Manifest.of(arrays, extras)
@@ -182,18 +214,51 @@ class Buffered:
         aggregator = state.plan.strategy.aggregator(base, allocate, {"version": newest.version}, ServerState())
         whole = quorum.max_share([accepted.update.site for accepted in due]) is not None
         weighted = [replace(a.update, site_weight=factors.get(a.update.site, 1.0)) for a in due]
-        for update in quorum.within_share(weighted):
-            start = self._models.get(update.base_version, newest).blob.views()[0]
-            update = decoded(update, start)
-            arrays = _Differences(update.arrays, start, base, whole=whole)
-            aggregator.add(replace(update, arrays=arrays, content="delta"))
-        aggregator.result()
+        try:
+            with combining(newest.version + 1):
+                for update in quorum.within_share(weighted):
+                    start = self._models.get(update.base_version, newest).blob.views()[0]
+                    update = decoded(update, start)
+                    arrays = _Differences(update.arrays, start, base, whole=whole)
+                    aggregator.add(replace(update, arrays=arrays, content="delta"))
+                aggregator.result()
+        except SumFailedError:
+            self._free(blobs)
+            raise
+        return blobs[0]
+
+    def _free(self, blobs: Sequence[Blob]) -> None:
+        with self._state.lock:
+            for blob in blobs:
+                self._state.blobs.free(blob)
+
+    def _leave_out(self, due: Sequence[Accepted], failure: SumFailedError) -> None:
+        """Take the updates out of the buffer that are to blame for a failure. Raises the error if none is."""
+        state = self._state
         with state.lock:
-            for name in quorum.withheld(self._senders(due, newest), newest.version + 1):
-                blobs[0].views()[0][name][...] = base[name]
-        digests = checked_digests(blobs[0], None, newest.version + 1, (accepted.update for accepted in due))
+            newest = state.models.newest
+            assert newest is not None
+
+        def works_without(sites: Collection[str]) -> bool:
+            try:
+                blob = self._sum([accepted for accepted in due if accepted.update.site not in sites], newest)
+            except RoundFailedError:
+                return False
+            usable = is_usable(blob, None, newest)
+            self._free([blob])
+            return usable
+
+        log.warning("version %s failed: %s", newest.version + 1, failure.what)
+        norms = norms_of(accepted.update for accepted in due)
+        suspects = sites_to_blame(norms, works_without, infinite=failure.infinite) if len(norms) > 1 else list(norms)
+        if not suspects:
+            raise failure.error
         with state.lock:
-            self._commit(newest, due, blobs[0], digests)
+            self._suspects.blame(suspects, newest.version + 1, failure)
+            state.journal.failures.buffer_failed(newest.version + 1, suspects)
+            unwanted = [accepted for accepted in self._waiting if accepted.update.site in suspects]
+            self._waiting = [accepted for accepted in self._waiting if accepted.update.site not in suspects]
+            self._free([accepted.blob for accepted in unwanted])
 
     def _senders(self, due: Sequence[Accepted], newest: Model) -> dict[str, set[str]]:
         """Names of the tensors that each site has sent for the next model."""
@@ -203,7 +268,7 @@ class Buffered:
             senders.setdefault(update.site, set()).update(decoded(update, start).arrays)
         return senders
 
-    def _commit(self, previous: Model, due: list[Accepted], blob: Blob, digests: bytes) -> None:
+    def _commit(self, previous: Model, due: Sequence[Accepted], blob: Blob, digests: bytes) -> None:
         state, number = self._state, previous.version + 1
         updates = sorted((a.update for a in due), key=lambda u: (u.site, u.round))
         metrics = self._membership.quorum.shown.of_updates(updates)

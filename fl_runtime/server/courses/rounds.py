@@ -56,7 +56,7 @@ class Rounds:
         state.phase = "training"
         if state.open_round is None:
             participants = self._choose(number)
-            stage, now = stage_of(state.journal.reader.repeats(number)), membership.clock.now()
+            stage, now = stage_of(state.journal.failures.tries(number)), membership.clock.now()
             state.open_round = open_round(settings, state.plan.strategy, number, participants, stage, now)
             state.journal.round_opened(number, tuple(participants), time.time())
         if state.models.newest is not None:  # else this is round 0, which makes the first model
@@ -80,12 +80,17 @@ class Rounds:
                 if not leave_unmet(membership, participants, f"round {number}"):
                     return participants
 
-    def drop(self, again: int = 0) -> None:
-        """Drop the open round. `again` is how many times it has failed, or 0 if it is not to be opened again."""
+    def drop(self, again: int = 0, suspects: Sequence[str] = ()) -> None:
+        """Drop the open round.
+
+        Args:
+            again: How many times it has failed; 0 if it is not to be opened again.
+            suspects: The sites that were to blame for the failure.
+        """
         state = self._state
         with state.lock:
             assert state.open_round is not None
-            state.journal.round_dropped(state.open_round.round, again)
+            state.journal.round_dropped(state.open_round.round, again, suspects)
             state.events.emit("round_dropped", state.open_round.round)
             for name, accepted in state.open_round.accepted.items():
                 state.blobs.free(accepted.blob)
@@ -164,7 +169,7 @@ class Rounds:
         state = self._state
         self.last_used = state.journal.reader.last_used()
         for entry in unfinished:
-            stage = stage_of(state.journal.reader.repeats(entry.round))
+            stage = stage_of(state.journal.failures.tries(entry.round))
             strategy, now = state.plan.strategy, self._membership.clock.now()
             state.open_round = open_round(state.settings, strategy, entry.round, entry.participants, stage, now)
             for update in state.journal.reader.updates(entry.round):

@@ -19,8 +19,10 @@ from fl_runtime.server.courses.base import Offer, Status, UpdateChecks, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
+from fl_runtime.server.courses.sums.failures import SumFailedError
 from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.membership import Membership
+from fl_runtime.server.models import Model
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
@@ -180,6 +182,7 @@ class SwarmSum:
     """
 
     strategy_state: Blob | None = None
+    base: Model | None = None
 
     def __init__(self, state: RunState, membership: Membership, rounds: Rounds, current: OpenRound) -> None:
         self._state, self._membership, self._rounds, self._current = state, membership, rounds, current
@@ -205,6 +208,10 @@ class SwarmSum:
 
     def give_up(self) -> None:
         """Do nothing: the server holds no sum."""
+
+    def to_blame(self, failure: SumFailedError) -> Sequence[str]:
+        """Return nobody: the server has no updates to sum again. Aggregators name those that they cannot use."""
+        return ()
 
     def finish(self) -> Blob | None:
         """Have sites aggregate until one submits the mean.

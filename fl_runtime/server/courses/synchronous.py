@@ -11,7 +11,9 @@ from fl_runtime.server.courses.base import Offer, RoundSum, Status, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
-from fl_runtime.server.courses.summing import Summing, checked_digests
+from fl_runtime.server.courses.sums.failures import SumFailedError, checked_digests
+from fl_runtime.server.courses.sums.summing import Summing
+from fl_runtime.server.courses.sums.suspects import Suspects
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import Accepted, OpenRound, RunState
@@ -21,7 +23,7 @@ from fl_runtime.store.journal_entries import RoundEntry, UpdateEntry
 log = logging.getLogger(__name__)
 
 _MAX_FAILED_TRIES = 4
-"""Failures of one round after which the run fails."""
+"""Failures of one round after which the run fails. Those for which a site is to blame do not count."""
 
 
 class Synchronous:
@@ -48,6 +50,7 @@ class Synchronous:
         """
         self._state, self._membership, self._rounds = state, membership, rounds
         self._initial, self._cross_site = initial, cross_site
+        self._suspects = Suspects(state, membership)
         self._summing = summing or (lambda current: Summing(state, membership.quorum, current))
         self.checks = TensorChecks(state, membership)
 
@@ -152,7 +155,12 @@ class Synchronous:
                     return
                 blob = summing.finish()
             updates = [accepted.update for accepted in current.accepted.values()]
-            digests = checked_digests(blob, summing.strategy_state, number, updates)
+            digests = checked_digests(blob, summing.strategy_state, number, updates, summing.base)
+        except SumFailedError as failure:
+            suspects = summing.to_blame(failure)
+            summing.give_up()
+            self._try_again(current, failure if suspects else failure.error, suspects)
+            return
         except RoundFailedError as error:
             summing.give_up()
             self._try_again(current, error)
@@ -164,16 +172,24 @@ class Synchronous:
                 if unneeded is not None:
                     state.blobs.free(unneeded)
 
-    def _try_again(self, current: OpenRound, error: RoundFailedError) -> None:
-        """Drop a round that failed. It is opened again with the sites that are present then and are not silent."""
-        state = self._state
-        failures = state.journal.reader.repeats(current.round) + 1
-        log.warning("round %s failed: %s", current.round, error.what)
-        if failures == _MAX_FAILED_TRIES:
-            raise RoundFailedError(f"round {current.round} failed {failures} times: {error.what}", fix=error.fix)
+    def _try_again(self, current: OpenRound, error: FederationError, suspects: Sequence[str] = ()) -> None:
+        """Drop a round that failed. It is opened again with the sites that are present then and are not silent.
+
+        Raises the error if that would not help, or has not helped.
+        """
+        state, number = self._state, current.round
+        log.warning("round %s failed: %s", number, error.what)
+        if not isinstance(error, RoundFailedError):
+            raise error  # the updates do not fit each other, which further ones would not either
         with state.lock:
+            failures = state.journal.failures.tries(number) + 1
+            unexplained = failures - state.journal.failures.blamed(number)
+            if not suspects and unexplained == _MAX_FAILED_TRIES:
+                raise RoundFailedError(f"round {number} failed {unexplained} times: {error.what}", fix=error.fix)
+            if isinstance(error, SumFailedError):
+                self._suspects.blame(suspects, number, error)
             self._rounds.silent |= set(current.participants) - set(current.accepted)
-            self._rounds.drop(again=failures)
+            self._rounds.drop(again=failures, suspects=suspects)
 
     def _sum_next(self, current: OpenRound, summing: RoundSum) -> bool:
         """Wait for an update to sum, and sum it without the lock. True when the round can close."""

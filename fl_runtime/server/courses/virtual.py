@@ -20,7 +20,9 @@ from fl_runtime.server.courses.base import Offer, Status, Upload
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
-from fl_runtime.server.courses.summing import Summing, checked_digests
+from fl_runtime.server.courses.sums.failures import SumFailedError, checked_digests
+from fl_runtime.server.courses.sums.summing import Summing
+from fl_runtime.server.courses.sums.suspects import Suspects
 from fl_runtime.server.courses.workers import Done, Failed, Order, Workers
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member, Registration, check_capabilities
@@ -95,7 +97,7 @@ class Virtual:
     ) -> None:
         self._state, self._membership, self._scoring, self._initial = state, membership, scoring, initial
         self._sites = sites
-        self._rounds = Rounds(state, membership, scoring)
+        self._rounds, self._suspects = Rounds(state, membership, scoring), Suspects(state, membership)
         self.checks = TensorChecks(state, membership)
 
     def offer(self, member: Member, done: str) -> Offer | None:
@@ -139,7 +141,8 @@ class Virtual:
         state, members = self._state, self._membership.members
         registration = Registration(manifest.layout, {}, {}, frozenset(), 0, False, Terms())
         for member in members.values():
-            member.known, member.registration, member.gone = True, registration, ""
+            if member.refusal is None:
+                member.known, member.registration, member.gone = True, registration, ""
         state.add_layout(manifest)
         if state.plan.rounds is not None:
             return
@@ -154,8 +157,11 @@ class Virtual:
         state, rounds = self._state, self._rounds
         with state.lock:
             current = rounds.open(number)
-            summing = Summing(state, self._membership.quorum, current)
-        collection = _Collection(state, self._membership, self._scoring, rounds, current, summing, self._sites.workers)
+            streams = self._streams(number)
+            summing = Summing(state, self._membership.quorum, current, streams=streams)
+        collection = _Collection(
+            state, self._membership, self._scoring, rounds, current, summing, self._sites.workers, streams=streams
+        )
         try:
             collection.run()
             with state.lock:
@@ -168,7 +174,17 @@ class Virtual:
                 return
             blob = summing.finish()
             updates = [accepted.update for accepted in current.accepted.values()]
-            digests = checked_digests(blob, summing.strategy_state, number, updates)
+            digests = checked_digests(blob, summing.strategy_state, number, updates, summing.base)
+        except SumFailedError as failure:
+            suspects = summing.to_blame(failure)
+            summing.give_up()
+            if not streams and not suspects:
+                raise failure.error from None
+            with state.lock:
+                self._suspects.blame(suspects, number, failure, certain=True)
+                current.accepted.clear()
+                rounds.drop(again=state.journal.failures.tries(number) + 1, suspects=suspects)
+            return
         except FederationError:
             summing.give_up()
             raise
@@ -176,6 +192,15 @@ class Virtual:
             collection.release()
         with state.lock:
             rounds.commit(current, blob, digests, summing.strategy_state)
+
+    def _streams(self, number: int) -> bool:
+        """Whether updates are released as soon as they are added: only their sum is needed.
+
+        A round that failed is done again with all of its updates held, to find out which of them is to blame.
+        """
+        state = self._state
+        needs_mean = state.plan.strategy.linear and not state.settings.filters
+        return needs_mean and not self._membership.quorum.may_scale and not state.journal.failures.tries(number)
 
 
 class _Collection:
@@ -194,6 +219,8 @@ class _Collection:
         current: OpenRound,
         summing: Summing,
         workers: Workers,
+        *,
+        streams: bool,
     ) -> None:
         self._state, self._membership, self._scoring, self._rounds = state, membership, scoring, rounds
         self._current, self._summing, self._workers = current, summing, workers
@@ -201,7 +228,7 @@ class _Collection:
         self._arrived: dict[str, Done] = {}
         self._failed: set[str] = set()
         self._held: list[Done] = []
-        self._streams = state.plan.strategy.linear and not state.settings.filters and not membership.quorum.may_scale
+        self._streams = streams
         assert state.models.newest is not None
         self._model = state.models.newest
 

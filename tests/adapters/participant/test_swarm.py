@@ -444,3 +444,25 @@ def test_a_simulation(tmp_path: Path) -> None:
     job = fl.Job(app=str(tmp_path / "train.py"), name="swarmed", rounds=3, sites=3, strategy=fl.Swarm())
     result = job.run(fl.Simulation(folder=tmp_path, quiet=True))
     assert read_tensors(result.folder / "model" / "model.safetensors")["w"].tolist() == [3.0, 3.0]
+
+
+def test_an_update_that_makes_the_mean_infinite_is_left_out_of_its_round() -> None:
+    """No honest aggregator ends with the mean that it cannot send: it names the site whose update is the largest."""
+    large = {1: 3.3e38, 3: -3e38}
+
+    def site(place: Place) -> Arrays:
+        with fl.connect(kit=place.kit) as joined:
+            for task in joined.tasks(initial={"w": np.zeros(3, np.float32)}):
+                honest = task.arrays["w"] + np.float32(1 + place.index)
+                value = np.full(3, large[place.index], np.float32) if place.index in large else honest
+                task.submit({"w": value}, num_examples=1)
+            return joined.arrays
+
+    with LocalFederation(sites=5, rounds=1, seed=5, strategy="swarm", min_sites=2) as federation:
+        outcomes = federation.outcomes(dict.fromkeys((f"site-{n}" for n in range(1, 6)), site), check=False)
+        model = federation.model()["w"]
+    assert [outcome.error for outcome in outcomes.values()] == [None] * 5
+    expected = np.float32(0)
+    for count, value in enumerate((1, 3, large[3], 5), 1):  # without site-2
+        expected += (np.float32(value) - expected) * np.float32(1 / count)
+    np.testing.assert_allclose(model, np.full(3, expected), rtol=1e-6)

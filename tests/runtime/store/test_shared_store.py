@@ -122,7 +122,7 @@ def _written(journal: Journal) -> None:
     journal.buffered(UpdateEntry(2, "south", b"c" * 16, "late", MANIFEST.layout, {"round": 2}))
     journal.forget_model(0)
     journal.round_opened(3, ("north",), 4.0)
-    journal.round_dropped(3, 1)
+    journal.round_dropped(3, 1, ("north",))
 
 
 def _read(journal: Journal) -> list[object]:
@@ -130,7 +130,8 @@ def _read(journal: Journal) -> list[object]:
     return [
         sorted(reader.sites()), reader.rounds(), reader.terms(), reader.models(), reader.strategy_state(),
         reader.round_entries(), reader.last_updates(), reader.buffer(), sorted(reader.scores(), key=str),
-        reader.who_left(), reader.who_is_lost(), reader.repeats(3), reader.manifest(MANIFEST.layout), reader.finished(),
+        reader.who_left(), reader.who_is_lost(), reader.manifest(MANIFEST.layout), reader.finished(),
+        journal.failures.tries(3), journal.failures.blamed(3), journal.failures.suspects(),
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from study import Study, until
 
 import fl_adapters as fl
 from fl_adapters.testing import LocalFederation, Place
-from fl_runtime.errors import HandshakeError, ProtocolError, RoundFailedError
+from fl_runtime.errors import HandshakeError, ProtocolError, RoundFailedError, SiteExcludedError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
@@ -118,7 +118,10 @@ def test_of_the_updates_of_sites_nothing_is_left_after_the_job(study: Study) -> 
 
 @pytest.mark.parametrize("strategy", ["fedavgm:lr=4", "fedadam:lr=0.1", "fedyogi:lr=0.1", "fedadagrad:lr=0.1"])
 def test_updates_whose_sum_is_not_finite_make_no_model(strategy: str) -> None:
-    """Each update is finite; the server's step, or its second moment, is not. The round fails and says who it was."""
+    """Each update is finite; the server's step, or its second moment, is not. The round fails and says who it was.
+
+    Two of three sites send such updates, so nobody can say who is right.
+    """
 
     def site(place: Place) -> None:
         with fl.connect(kit=place.kit) as joined:
@@ -134,6 +137,33 @@ def test_updates_whose_sum_is_not_finite_make_no_model(strategy: str) -> None:
         assert isinstance(outcome.error, RoundFailedError)
         assert "the new global model is not finite" in str(outcome.error)
         assert "site-2 (norm 6e+38), site-3 (norm 6e+38), site-1 (norm" in str(outcome.error)
+
+
+def test_a_site_whose_finite_updates_make_no_model_is_excluded_and_the_job_goes_on(tmp_path: Path) -> None:
+    """The model would be finite after round 1, and the next sums, or the next training, would not."""
+    with Study(tmp_path, ("north", "south", "west")) as study:
+        study.job("job", strategy="fedavg", min_sites=2)
+        sites = {name: study.site(name) for name in study.sites}
+        tasks = started(sites.values(), W)
+
+        def take_part(name: str) -> Any:
+            task = tasks[name]
+            while task.kind == "train":
+                value = np.float32(3e38) if name == "west" else task.arrays["w"] + np.float32(len(name))
+                sites[name].submit(task, {"w": np.broadcast_to(value, (4,)).copy()})
+                task = sites[name].client.next_task()
+            final = np.copy(task.arrays["w"])
+            sites[name].client.leave("done", early=False)
+            return final
+
+        errors = errors_together(*(lambda name=name: take_part(name) for name in study.sites))  # type: ignore[misc]
+        assert errors[:2] == [None, None] and isinstance(errors[2], SiteExcludedError)
+        with pytest.raises(SiteExcludedError, match="west is excluded from this run: round 1 failed with its updates"):
+            study.site("west").join()
+        assert study.server.wait_for_job("job", 30)
+        assert study.server.outcome("job")["error"] is None
+        model = read_tensors(study.runs / "job" / "model" / "model.safetensors")
+        np.testing.assert_array_equal(model["w"], np.full(4, 2 * 5, np.float32))  # two rounds of north and south
 
 
 def test_a_number_of_examples_of_any_size_does_not_take_the_model(tmp_path: Path) -> None:

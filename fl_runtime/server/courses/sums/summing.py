@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 
-import numpy as np
-
-from fl_runtime.errors import RoundFailedError, UpdateRefusedError
+from fl_runtime.errors import FederationError, RoundFailedError, StoreError
 from fl_runtime.filters.server import decoded
 from fl_runtime.server.broadcast import held_arrays, without_held
+from fl_runtime.server.courses.sums.failures import SumFailedError, combining, is_usable, norms_of, sites_to_blame
 from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
-from fl_runtime.types import Aggregator, Arrays, ServerState, Update, is_floating
-from fl_runtime.wire.finite import inspect
+from fl_runtime.types import Aggregator, Arrays, ServerState, Update
 from fl_runtime.wire.manifest import Manifest
 
 
@@ -25,16 +22,26 @@ class Summing:
     If a cap on shares may hold, updates are summed at the end: each weight depends on all of them.
     """
 
-    def __init__(self, state: RunState, quorum: Quorum, current: OpenRound) -> None:
-        self._state, self._quorum, self._current = state, quorum, current
+    def __init__(self, state: RunState, quorum: Quorum, current: OpenRound, *, streams: bool = False) -> None:
+        """Begin the sum of a round.
+
+        Args:
+            state: The run's state.
+            quorum: What the sum must be made of.
+            current: The round.
+            streams: Whether the tensors of an update are gone once it is added. Then nobody can be blamed.
+        """
+        self._state, self._quorum, self._current, self._streams = state, quorum, current, streams
+        self.base = state.models.newest
         self._blob: Blob | None = None
         self.strategy_state: Blob | None = None
-        self._waiting: list[Update] = []  # for the weights of all
+        self._updates: list[Update] = []  # in the order of the sum
         self._aggregator: Aggregator | None = None
+        self._failure: SumFailedError | None = None
         self._begin()
 
     def _begin(self) -> None:
-        self._order, self._added, self._waiting = list(self._state.settings.sites), 0, []
+        self._order, self._updates, self._failure = list(self._state.settings.sites), [], None
         self._aggregator = None if self._quorum.may_scale else self._make_aggregator(None)
 
     def _make_aggregator(self, max_share: float | None) -> Aggregator:
@@ -62,28 +69,33 @@ class Summing:
 
     def add(self, accepted: Accepted) -> None:
         self._order.remove(accepted.update.site)
-        self._added += 1
         weight = self._state.settings.site_weights.get(accepted.update.site, 1.0)
         update = replace(accepted.update, site_weight=weight)
-        if self._aggregator is None:
-            self._waiting.append(update)
-        else:
-            self._aggregator.add(update)
+        self._updates.append(replace(update, arrays={}, extras={}) if self._streams else update)
+        if self._aggregator is None or self._failure is not None:
+            return
+        try:
+            with combining(self._current.round):
+                self._aggregator.add(update)
+        except SumFailedError as failure:
+            self._failure = failure  # it is raised at the end: who is to blame is told by all updates
 
     def finish(self) -> Blob:
         """Add the updates that are left, and complete the sum."""
         accepted = self._current.accepted
-        if self._added + len(self._remaining()) < len(accepted):
+        if len(self._updates) + len(self._remaining()) < len(accepted):
             self._begin()  # a site came back to the round after its place in the order had been passed: sum again
         if self._aggregator is not None and self._quorum.max_share(accepted) is not None:
             self._begin()  # a site whose policy has a cap came after the sum had begun
         for item in self._remaining():
             self.add(item)
+        if self._failure is not None:
+            raise self._failure
         if self._aggregator is None:
-            self._aggregator = self._make_aggregator(self._quorum.max_share([u.site for u in self._waiting]))
-            for update in self._quorum.within_share(self._waiting):
-                self._aggregator.add(update)
-        self._aggregator.result()
+            self._sum(self._updates)
+        else:
+            with combining(self._current.round):
+                self._aggregator.result()
         if self.strategy_state is None and held_arrays(self._state):
             self._allocate_state({})
         assert self._blob is not None
@@ -94,6 +106,35 @@ class Summing:
         with self._state.lock:
             for blob in filter(None, (self._blob, self.strategy_state)):
                 self._state.blobs.free(blob)
+        self._blob = self.strategy_state = None
+
+    def to_blame(self, failure: SumFailedError) -> list[str]:
+        if (
+            self._streams or self._state.filters.sums_itself
+        ):  # a filter sums ciphertexts, or updates that it has clipped
+            return []
+        found = sites_to_blame(norms_of(self._updates), self._works_without, infinite=failure.infinite)
+        self.give_up()
+        return found
+
+    def _works_without(self, sites: Collection[str]) -> bool:
+        """Sum the updates of the others, and return whether they make a model."""
+        self.give_up()
+        try:
+            self._sum([update for update in self._updates if update.site not in sites])
+        except StoreError:
+            raise
+        except FederationError:
+            return False
+        return self._blob is not None and is_usable(self._blob, self.strategy_state, self.base)
+
+    def _sum(self, updates: list[Update]) -> None:
+        """Sum updates, within the cap on shares."""
+        with combining(self._current.round):
+            self._aggregator = self._make_aggregator(self._quorum.max_share([update.site for update in updates]))
+            for update in self._quorum.within_share(updates):
+                self._aggregator.add(update)
+            self._aggregator.result()
 
     def _keep_withheld(self, blob: Blob) -> None:
         """Give tensors their global value that come from fewer sites than the policies of these ask for."""
@@ -137,48 +178,3 @@ class Summing:
         for name, array in held.items():
             views[name][...] = array
         return {name: views[name] for name in arrays}
-
-
-def checked_digests(blob: Blob, strategy_state: Blob | None, round: int, updates: Iterable[Update]) -> bytes:
-    """Check a finished sum before it is committed, and compute the digests of its tensors in the same pass.
-
-    Args:
-        blob: The next global model.
-        strategy_state: What the strategy keeps beside it, or None.
-        round: Number of the round.
-        updates: The updates that were summed.
-
-    Returns:
-        The digests, in the order of the manifest.
-
-    Raises:
-        RoundFailedError: A value is not finite, as when updates are finite but their sum overflows. The message names
-            the sites whose updates have the largest norms.
-    """
-    try:
-        for part in filter(None, (blob, strategy_state)):
-            arrays, extras = part.views()
-            inspected = inspect(arrays, extras, f"round {round}")
-            if part is blob:
-                found = inspected
-    except UpdateRefusedError as error:
-        raise RoundFailedError(
-            f"the new global model is not finite: {error.what}; the largest updates came from {_largest(updates)}",
-            where=f"round {round}",
-            fix="look at the logs of these sites; lower their learning rate, or leave them out with min_sites",
-        ) from None
-    specs = blob.manifest.tensors
-    return b"".join(found.tensors[spec.extra, spec.name][1] for spec in specs)
-
-
-def _largest(updates: Iterable[Update]) -> str:
-    """The three sites whose updates have the largest norms, with these norms."""
-    norms = {update.site: _norm(update) for update in updates}
-    largest = sorted(norms, key=lambda site: (-norms[site], site))[:3]
-    return ", ".join(f"{site} (norm {norms[site]:.3g})" for site in largest)
-
-
-def _norm(update: Update) -> float:
-    with np.errstate(all="ignore"):
-        floating = [array for array in update.arrays.values() if is_floating(array.dtype)]
-        return math.sqrt(sum(float(np.sum(np.square(array.astype(np.float64)))) for array in floating))
