@@ -329,3 +329,21 @@ def test_pooled_metrics_are_those_of_all_rows() -> None:
     assert actual["rmse"] == pytest.approx(np.sqrt((1 * 1 + 4 * 2) / 3))
     assert area_under_curve({0: (3.0, 0.0), 1: (0.0, 2.0)}) == 1.0
     assert area_under_precision_recall({0: (3.0, 0.0), 1: (0.0, 2.0)}) == 1.0
+
+
+def test_a_site_whose_trees_do_not_go_with_those_of_the_others_is_excluded(tmp_path: Path) -> None:
+    """With three sites, the base score of another objective is that of one alone. It used to end the run at once."""
+    with serving(tmp_path, 3, sockets=False, rounds=1, min_sites=2) as bench:
+        sites = [bench.site(name) for name in bench.names]
+        at_once(sites, register)
+        for failures in (1, 2):
+            for number, site in enumerate(sites):
+                base = "[2E-1,3E-1]" if number == 1 else str(0.2 + 0.2 * number)
+                submit(site, site.client.next_task(), TreeModel(head(base)).to_arrays(), weight=np.ones(1))
+            bench.watch.wait("round_dropped", count=failures)
+        assert "site-2 is excluded from this run: round 0 failed" in bench.watch.wait("left", "site-2").data["reason"]
+        for number in (0, 2):
+            start = TreeModel(head(str(0.2 + 0.2 * number))).to_arrays()
+            submit(sites[number], sites[number].client.next_task(), start, weight=np.ones(1))
+        model = TreeModel.from_arrays(sites[0].client.next_task().arrays)
+        assert float(model.head["learner"]["learner_model_param"]["base_score"]) == pytest.approx(0.4)  # 0.2 and 0.6
