@@ -227,11 +227,6 @@ class ServerFilters:
         return self._central is not None
 
     @property
-    def sums_itself(self) -> bool:
-        """Whether a filter computes the mean of the updates, in place of the strategy."""
-        return self._central is not None or self.encrypted is not None
-
-    @property
     def encodes_model(self) -> bool:
         """Whether a filter at `server_out` encodes the global model."""
         return bool(self._outgoing)

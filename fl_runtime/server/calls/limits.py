@@ -137,14 +137,28 @@ def check_size(manifest: Manifest, model_bytes: int) -> None:
         )
 
 
-def check_extras(update: Update, accepted: Sequence[Update]) -> None:
-    """Raise UpdateRefusedError if the extra tensors of an update are not those of the round's other updates."""
-    first = next(iter(accepted), update)
-    if update.content == first.content == "weights":
-        layout, expected = (Manifest.of({}, extras).layout for extras in (update.extras, first.extras))
-        if layout != expected:
-            raise UpdateRefusedError(
-                f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(first.extras)[:4]}",
-                where=f"{update.site}, round {update.round}",
-                fix="use the same optimizer and optimizer_state setting at every site",
-            )
+def check_extras(update: Update, accepted: Sequence[Update], participants: int) -> None:
+    """Raise UpdateRefusedError if most of a round's sites have sent other extra tensors than those of an update.
+
+    While they are not most, the sum of the round decides: one site that calls first cannot have the others refused.
+    """
+    others = [other for other in accepted if not _same_extras(update, other)]
+    if 2 * len(others) > participants:
+        check_same_extras(update, others[0])
+
+
+def check_same_extras(update: Update, other: Update) -> None:
+    """Raise UpdateRefusedError if two updates that are to be summed have different extra tensors."""
+    if not _same_extras(update, other):
+        raise UpdateRefusedError(
+            f"extra tensors differ between sites: {list(update.extras)[:4]} and {list(other.extras)[:4]}",
+            where=f"{update.site}, round {update.round}",
+            fix="use the same optimizer and optimizer_state setting at every site",
+        )
+
+
+def _same_extras(one: Update, other: Update) -> bool:
+    if not one.content == other.content == "weights":
+        return True
+    parts = ({name: (array.dtype, array.shape) for name, array in update.extras.items()} for update in (one, other))
+    return next(parts) == next(parts) and tuple(one.extras) == tuple(other.extras)

@@ -90,7 +90,8 @@ class Synchronous:
         current = state.open_round
         assert current is not None
         try:
-            limits.check_extras(update, [item.update for item in current.accepted.values()])
+            sent = [item.update for item in current.accepted.values()]
+            limits.check_extras(update, sent, len(current.participants))
         except FederationError:
             state.blobs.free(blob)
             raise

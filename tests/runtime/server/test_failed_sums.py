@@ -271,3 +271,32 @@ def test_a_buffer_of_one_update_does_not_end_a_run(tmp_path: Path) -> None:
         bench.watch.wait("left", "eve")
         turns.send("joe", 1)
         np.testing.assert_array_equal(turns.model("bob", 2), np.full(4, 8, np.float32))
+
+
+# -- tensors beside the weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extras", [{"other": np.ones(2, np.float32)}, {"momentum": np.ones(1, np.float32)}, {}], ids=str
+)
+def test_the_first_to_send_other_tensors_beside_the_weights_is_excluded(tmp_path: Path, extras: Arrays) -> None:
+    """Those who come later are not refused because of it: what most sites send is right."""
+    with serving(tmp_path, SITES, sockets=False, rounds=1, min_sites=2) as bench:
+        sites, tasks = bench.started(W)
+        for failures in (1, 2):
+            sites["eve"].submit(tasks["eve"], W, extras=extras)
+            for name in (name for name in SITES if name != "eve"):
+                sites[name].submit(tasks[name], honest(name, tasks[name]), extras={"momentum": np.ones(2, np.float32)})
+            bench.watch.wait("round_dropped", count=failures)
+            if failures == 1:
+                tasks = {name: site.client.next_task() for name, site in sites.items()}
+        bench.watch.wait("left", "eve")
+        others = {name: site for name, site in sites.items() if name != "eve"}
+        for name, site in others.items():
+            task = site.client.next_task()
+            site.submit(task, honest(name, task), extras={"momentum": np.ones(2, np.float32)})
+            with_task = task
+        with pytest.raises(SiteExcludedError, match="extra tensors differ"):
+            sites["eve"].client.next_task()
+        final = others["ada"].client.next_task().arrays["w"]
+        np.testing.assert_allclose(final, np.mean([honest(name, with_task)["w"] for name in others], axis=0), rtol=1e-6)

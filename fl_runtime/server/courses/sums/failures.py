@@ -46,7 +46,7 @@ def combining(round: int) -> Iterator[None]:
         yield
     except (RoundFailedError, UpdateRefusedError, ProtocolError, HandshakeError) as error:
         raise SumFailedError(error.what, where=error.where, fix=error.fix, error=error) from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         log.exception("the updates of round %s cannot be combined", round)
         what = f"the updates of round {round} cannot be combined: {error!r}"
         cause = FederationError(what, fix="see the server's log; the run can be continued")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fl_runtime.errors import FederationError, RoundFailedError, StoreError
 from fl_runtime.filters.server import decoded
 from fl_runtime.server.broadcast import held_arrays, without_held
+from fl_runtime.server.calls import limits
 from fl_runtime.server.courses.sums.failures import SumFailedError, combining, is_usable, norms_of, sites_to_blame
 from fl_runtime.server.quorum import Quorum
 from fl_runtime.server.state import Accepted, OpenRound, RunState
@@ -76,6 +77,8 @@ class Summing:
             return
         try:
             with combining(self._current.round):
+                if not self._streams:
+                    limits.check_same_extras(update, self._updates[0])
                 self._aggregator.add(update)
         except SumFailedError as failure:
             self._failure = failure  # it is raised at the end: who is to blame is told by all updates
@@ -109,9 +112,7 @@ class Summing:
         self._blob = self.strategy_state = None
 
     def to_blame(self, failure: SumFailedError) -> list[str]:
-        if (
-            self._streams or self._state.filters.sums_itself
-        ):  # a filter sums ciphertexts, or updates that it has clipped
+        if self._streams or self._state.filters.counts_equally:  # a filter clips, and each sum costs privacy budget
             return []
         found = sites_to_blame(norms_of(self._updates), self._works_without, infinite=failure.infinite)
         self.give_up()
@@ -133,6 +134,7 @@ class Summing:
         with combining(self._current.round):
             self._aggregator = self._make_aggregator(self._quorum.max_share([update.site for update in updates]))
             for update in self._quorum.within_share(updates):
+                limits.check_same_extras(update, updates[0])
                 self._aggregator.add(update)
             self._aggregator.result()
 
