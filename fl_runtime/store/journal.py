@@ -13,7 +13,7 @@ The statements are those that SQLite and PostgreSQL have in common.
               for which sites were to blame]); suspected (site -> rounds for whose failures it was to blame); buffer
               ([[site, round], ...]); ended ("null", or the error); over ("true" once the job has ended with this
               run); restored (when the backup was made that this journal was restored from, in seconds since the
-              epoch); files (see store/journal_files.py)
+              epoch); files (see store/journal_parts/files.py)
     layout    layout (16 bytes, see wire/manifest.py), manifest (protobuf fl.v1.Manifest)
     site      name, attempt (number of the site's newest process), registration
     model     version (round whose result it is), blob (file name), layout, digests (8 bytes per tensor)
@@ -34,9 +34,9 @@ from typing import Any
 
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.database import Database
-from fl_runtime.store.failure_record import FailureRecord
 from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
-from fl_runtime.store.journal_files import FilesJournal
+from fl_runtime.store.journal_parts.failures import FailureRecord
+from fl_runtime.store.journal_parts.files import FilesJournal
 from fl_runtime.store.journal_reader import JournalReader
 from fl_runtime.store.sqlite import SqliteDatabase
 from fl_runtime.types import RunSettings, Terms
