@@ -170,8 +170,9 @@ def test_what_all_sites_do_ends_the_run_after_four_tries(tmp_path: Path) -> None
 def test_without_a_quorum_the_run_ends_and_says_who_was_excluded_and_why(tmp_path: Path) -> None:
     with serving(tmp_path, SITES, sockets=False, strategy="fedavgm:lr=4", rounds=2) as bench:
         found = whole_run(bench, changing({"eve": 3e38}))
-    assert isinstance(found["eve"], SiteExcludedError)
-    end = found["ada"]
+    excluded, end = found["eve"], found["ada"]
+    assert isinstance(excluded, (SiteExcludedError, QuorumError))  # whichever reaches its waiting call first
+    assert "eve is excluded from this run" in str(excluded)
     assert isinstance(end, QuorumError)
     assert "eve: eve is excluded from this run: round 1 failed with its updates" in end.where
 
