@@ -199,6 +199,24 @@ def test_points_of_rounds_that_a_restored_server_has_lost_are_not_used(
     assert "all newer than round 2" in caplog.text
 
 
+def test_a_point_within_a_round_is_of_that_round_and_run_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = RestartPoints(tmp_path, fresh=True)
+    points.save(None, "start")
+    points.save_within(task(1), "in the middle of 1")
+    assert points_of(tmp_path).within(task(1)) == "in the middle of 1"
+    assert points_of(tmp_path).within(task(1)) == "in the middle of 1", "also when the process dies again"
+    assert not caplog.text
+    assert points_of(tmp_path).within(task(1, "2")) is None, "of the first try of a round that is opened again"
+    assert points_of(tmp_path).within(task(3)) is None
+    assert "within-1-" in caplog.text and "the federation is in round 3" in caplog.text
+    points.save(task(3), 3)
+    assert points_of(tmp_path).within(task(1)) is None, "a round that a restored server opens again"
+    points.save_within(task(4), "of the run before")
+    assert RestartPoints(tmp_path, fresh=True).within(task(4)) is None
+
+
 def test_state_survives_in_full(tmp_path: Path) -> None:
     import ml_dtypes
 

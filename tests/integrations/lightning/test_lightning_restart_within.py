@@ -223,11 +223,11 @@ CASES: dict[str, tuple[Fit, list[int], list[int]]] = {
         [5, 8],
         [1, 4, 7],
     ),
-    "at-any-time": (Fit([{"train_time_interval": timedelta(0)}]), [5], [1, 5]),
+    "at-any-time": (Fit([{"train_time_interval": timedelta(microseconds=1)}]), [5], [1, 5]),
     "workers": (Fit(workers=2), [5, 9], [1, 5, 9]),
-    "float16": (Fit([{"train_time_interval": timedelta(0)}], {"float16": True}), [14], [1, 14]),
+    "float16": (Fit([{"train_time_interval": timedelta(microseconds=1)}], {"float16": True}), [14], [1, 14]),
     "logged-over-epochs": (Fit(module=logging), [4, 10], [1, 3, 9]),
-    "manual-optimization": (Fit([{"train_time_interval": timedelta(0)}], module=manual), [5], [1, 1]),
+    "manual-optimization": (Fit([{"train_time_interval": timedelta(microseconds=1)}], module=manual), [5], [1, 1]),
 }
 
 
