@@ -13,7 +13,7 @@ _WRITTEN_AS = {
     "model.ckpt": "YourModule.load_from_checkpoint({file!r})",
     "model.ubj": "xgboost.Booster(model_file={file!r})",
     "model.pt": "network.load_state_dict(torch.load({file!r}, weights_only=True))",
-    "model.safetensors": "safetensors.torch.load_model(model, {file!r})",
+    "model.safetensors": "safetensors.numpy.load_file({file!r})  # PyTorch: safetensors.torch.load_model(model, file)",
 }
 """What opens a file, for the files that adapters write. The first that is there counts."""
 

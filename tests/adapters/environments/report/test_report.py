@@ -232,7 +232,10 @@ def shown(html: str | None) -> list[tuple[str, str | None]]:
         ),
         ({"model.ubj": ""}, "xgboost.Booster(model_file='m/model.ubj')"),
         ({"model.ckpt": "", "model.safetensors": ""}, "YourModule.load_from_checkpoint('m/model.ckpt')"),
-        ({"model.safetensors": ""}, "safetensors.torch.load_model(model, 'm/model.safetensors')"),
+        (
+            {"model.safetensors": ""},
+            "safetensors.numpy.load_file('m/model.safetensors')  # PyTorch: safetensors.torch.load_model(model, file)",
+        ),
         ({"notes.txt": ""}, ""),
     ],
 )
