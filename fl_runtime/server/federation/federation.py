@@ -218,12 +218,19 @@ class FederationServer:
                 raise ConnectionLostError(f"the job {name} stands still at this server", fix="wait, and call again")
             raise ProtocolError(f"the job {name[:100]!r} does not run here any more", fix="start the site again")
         before = job_of(request.follows) if isinstance(request, pb.JoinRequest) else ""
-        if not any(job.waits_for(site) for job in jobs) and self.queue.site_joins(site):
-            jobs = self.queue.running()
+        if not any(job.waits_for(site) for job in jobs):
+            jobs = self._running_for_script_of(site)
         waiting = sorted((job for job in jobs if job.waits_for(site)), key=lambda job: job.name != before)
         for job in (*waiting, *jobs, *self.queue.lately_ended()):
             return job
         raise ConfigError("no job is running", fix="start the script with `fl-adapters run`, which waits for one")
+
+    def _running_for_script_of(self, site: str) -> tuple[RunningJob, ...]:
+        """The jobs that run after those have started that waited for a site, whose script joins without a daemon."""
+        with self.queue.changed:
+            if self.queue.attendance.joins_by_itself(site):
+                self.queue.schedule()
+            return self.queue.running()
 
 
 class _JobsOfQueue:

@@ -283,14 +283,6 @@ class JobQueue:
             if news:
                 self.schedule()
 
-    def site_joins(self, site: str) -> bool:
-        """Note that a script of a site joins without a daemon. Returns whether jobs may have started because of it."""
-        with self.changed:
-            news = self.attendance.joins_by_itself(site)
-            if news:
-                self.schedule()
-            return news
-
     def waits_for(self, record: JobRecord) -> str:
         """Return what a job waits for: room at a site, or sites that are away; "" for jobs that do not wait."""
         with self.changed:
