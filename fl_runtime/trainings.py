@@ -1,9 +1,13 @@
-"""Names and folders of the trainings of a job: a script that trains more than once takes part in a run each time."""
+"""Names, folders and files of the trainings of a job: a script that trains more than once has a run each time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+EVENTS = "events.jsonl"
+"""File in the folder of a training with what happened, a line for each event."""
+HISTORY = "history.csv"
+"""File in the folder of a training with a row for each round and site."""
 _DIGITS = 6  # of the number of a training
 
 

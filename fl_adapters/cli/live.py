@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fl_adapters.environments.progress import RunView, SiteView, counted, shown_metrics, size_text, waiting_text
+from fl_adapters.environments.progress import RunView, SiteView, counted, ordered_metrics, size_text, waiting_text
 from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Event
 
@@ -93,7 +93,7 @@ def _metric_lines(view: RunView, width: int, blocks: str) -> Iterator[Renderable
     """A line for each of the metrics that matter most: its course and its newest value, green where it is the best."""
     names = dict.fromkeys(name for metrics in view.metrics.values() for name in metrics)
     row = Table.grid(padding=(0, 2))
-    for name in shown_metrics(names, view.best_metric, _METRICS_SHOWN):
+    for name in ordered_metrics(names, view.best_metric)[:_METRICS_SHOWN]:
         course = [(number, metrics[name]) for number, metrics in sorted(view.metrics.items()) if name in metrics]
         newest, value = course[-1]
         best = newest == view.best_round and name == view.best_metric
@@ -190,7 +190,7 @@ def rounds_table(result: TrainingResult, title: str, best_metric: str, width: in
     """
     last = result.rounds[-_ROUNDS_SHOWN:]
     known = dict.fromkeys(name for item in last for name in item.metrics)
-    metrics = shown_metrics(known, best_metric, _METRICS_SHOWN + 1 if width >= _WIDE else _METRICS_SHOWN)
+    metrics = ordered_metrics(known, best_metric)[: _METRICS_SHOWN + (width >= _WIDE)]
     table = Table(
         title=title,
         title_justify="left",

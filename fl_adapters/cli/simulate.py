@@ -19,6 +19,7 @@ from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.report import REPORT
 from fl_adapters.environments.report.loading import loading_line
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import HISTORY
 from fl_runtime.types import Listener
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _sum_up(result: SimulationResult, console: Console, best_metric: str) -> Non
 
 def _left_by(training: TrainingResult) -> dict[str, Path | None]:
     folder = training.folder
-    files = {"history": folder / "history.csv", "report": folder / REPORT}
+    files = {"history": folder / HISTORY, "report": folder / REPORT}
     return {"model": training.model, "best": training.best, **files}
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.environments.report import EVENTS, write_report
+from fl_adapters.environments.report import write_report
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import EVENTS
 from fl_runtime.trust.files import file_digest
 
 _PART = ".part"

@@ -242,17 +242,19 @@ def waiting_text(data: Mapping[str, Any]) -> str:
     )
 
 
-def shown_metrics(metrics: Collection[str], best_metric: str, most: int) -> list[str]:
-    """Choose the metrics that there is room for: the one that decides the best round, the loss, then the others.
+def ordered_metrics(metrics: Collection[str], best_metric: str) -> list[str]:
+    """Order metrics by how much they matter: the one that decides the best round, the loss, then the others.
 
     Args:
         metrics: Names of all metrics, in their order.
         best_metric: The metric that decides; "" for none.
-        most: How many to choose.
+
+    Returns:
+        The names. Those of local training, `train_...`, come last.
     """
     first = [name for name in (best_metric, "loss") if name in metrics]
     rest = sorted(metrics, key=lambda name: name.startswith("train_"))
-    return list(dict.fromkeys([*first, *rest]))[:most]
+    return list(dict.fromkeys([*first, *rest]))
 
 
 def counted(number: int, thing: str) -> str:

@@ -17,6 +17,7 @@ from fl_runtime.store.journal import Journal
 from fl_runtime.store.lease import Lease
 from fl_runtime.store.postgres import SCHEMA, PostgresDatabase
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import EVENTS
 from fl_runtime.types import Event, Listener
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class SharedStore:
         lines = [line for (line,) in self._db.rows("SELECT line FROM event WHERE folder=? ORDER BY number", name)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "events.jsonl").write_text("".join(lines), encoding="utf-8")
+            (folder / EVENTS).write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise disk_error(error, folder) from error
 

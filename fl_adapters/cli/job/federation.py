@@ -23,9 +23,9 @@ from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.text import printable
-from fl_runtime.trainings import training_folder
+from fl_runtime.trainings import EVENTS, training_folder
 
-_EVENTS, _OUTCOME = "events.jsonl", "outcome.json"
+_OUTCOME = "outcome.json"
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _events_so_far(control: ControlClient, name: str, *, may_be_none: bool) -> I
 def _events_of_trainings(control: ControlClient, name: str) -> Iterator[list[Mapping[str, Any]]]:
     """Yield the events of each training of a job; every one has a file of its own."""
     for number in itertools.count(1):
-        file = training_folder(Path(), number) / _EVENTS
+        file = training_folder(Path(), number) / EVENTS
         try:
             text = b"".join(control.stream("Download", job=name, file=file.as_posix())).decode(errors="replace")
         except ConfigError:  # there is no such training, but of the first one there must be events

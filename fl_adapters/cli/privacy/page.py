@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from xml.etree.ElementTree import Element
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem } p { margin: .3rem 0 .6rem; max-width: 60rem }
-table { border-collapse: collapse; font-size: .85rem; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid #ddd }
-th { background: #f4f4f4 } @media print { body { margin: 0; max-width: none } }
-"""
+from fl_adapters.environments.report.document import document, table, tag
+
 _WIDTH = 160
 
 
@@ -44,17 +39,16 @@ def as_html(title: str, sections: Sequence[Section]) -> str:
     Returns:
         A whole document.
     """
-    parts = [f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"]
-    parts.append(f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>")
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        parts += [f"<p>{html.escape(line)}</p>" for line in section.text.splitlines() if line]
-        if section.columns and section.rows:
-            rows = [_row("th", section.columns), *(_row("td", row) for row in section.rows)]
-            parts.append("<table>" + "\n".join(rows) + "</table>")
-        elif section.columns:
-            parts.append("<p>none</p>")
-    return "\n".join([*parts, "</body></html>\n"])
+    return document(title, tag("h1", title), [tag("section", _content(section)) for section in sections])
+
+
+def _content(section: Section) -> Iterator[Element]:
+    yield tag("h2", section.title)
+    yield from (tag("p", line) for line in section.text.splitlines() if line)
+    if section.columns and section.rows:
+        yield table(section.columns, section.rows, numbers_from=len(section.columns), wrap=True)
+    elif section.columns:
+        yield tag("p", "none")
 
 
 def as_text(title: str, sections: Sequence[Section]) -> str:
@@ -87,7 +81,3 @@ def as_text(title: str, sections: Sequence[Section]) -> str:
         elif section.columns:
             console.print("none")
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
-def _row(cell: str, values: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{html.escape(value)}</{cell}>" for value in values) + "</tr>"

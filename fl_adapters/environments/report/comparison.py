@@ -11,7 +11,6 @@ from xml.etree.ElementTree import Element
 from fl_adapters.environments.progress import size_text
 from fl_adapters.environments.report.charts import Line, line_chart, series_class, value_text
 from fl_adapters.environments.report.document import Content, document, table, tag
-from fl_adapters.environments.report.page import ordered_metrics
 from fl_adapters.environments.report.record import RunRecord
 from fl_runtime.transport.waiting import duration_text
 
@@ -106,7 +105,7 @@ def _sections(items: Sequence[Summary]) -> Iterator[Element]:
 
 
 def _metrics(items: Sequence[Summary]) -> list[str]:
-    return list(dict.fromkeys(name for item in items for name in ordered_metrics(item.run)))
+    return list(dict.fromkeys(name for item in items for name in item.run.metrics))
 
 
 def _results(items: Sequence[Summary]) -> Element:

@@ -33,13 +33,16 @@ def tag(kind: str, /, *content: Content | Iterable[Content], **attributes: str |
     return made
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Content]], numbers_from: int = 1) -> ElementTree.Element:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Content]], numbers_from: int = 1, *, wrap: bool = False
+) -> ElementTree.Element:
     """Make a table that scrolls by itself where the page is narrow.
 
     Args:
         columns: Headings of the columns.
         rows: A content for each column.
         numbers_from: Index of the first column that is set to the right, as numbers are.
+        wrap: Whether the texts of a cell take several lines, for columns of sentences.
 
     Returns:
         The element.
@@ -49,7 +52,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Content]], numbers_fro
         return [tag(kind, cell, **({"class_": "n"} if at >= numbers_from else {})) for at, cell in enumerate(row)]
 
     head = tag("thead", tag("tr", cells("th", columns)))
-    return tag("div", tag("table", head, tag("tbody", [tag("tr", cells("td", row)) for row in rows])), class_="scroll")
+    body = tag("tbody", [tag("tr", cells("td", row)) for row in rows])
+    return tag("div", tag("table", head, body), class_="scroll wrap" if wrap else "scroll")
 
 
 def document(title: str, *content: Content | Iterable[Content]) -> str:

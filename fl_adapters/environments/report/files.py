@@ -8,7 +8,7 @@ from pathlib import Path
 from fl_adapters.environments.report.comparison import Summary, comparison_page, summaries
 from fl_adapters.environments.report.page import run_page
 from fl_adapters.environments.report.record import read_run
-from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trust.files import write_file
 
 REPORT = "report.html"
 
@@ -27,7 +27,9 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         ConfigError: There is no run in the folder.
         StoreError: The file cannot be written.
     """
-    return _written(run_page(read_run(folder)), out or folder / REPORT)
+    written = out or folder / REPORT
+    write_file(written, run_page(read_run(folder)).encode())
+    return written
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> tuple[Path, list[Summary]]:
@@ -45,15 +47,5 @@ def write_comparison(folders: Sequence[Path], out: Path) -> tuple[Path, list[Sum
         StoreError: The file cannot be written.
     """
     items = summaries([read_run(folder) for folder in folders])
-    return _written(comparison_page(items), out), items
-
-
-def _written(page: str, out: Path) -> Path:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(out)
-    except OSError as error:
-        raise disk_error(error, out) from error
-    return out
+    write_file(out, comparison_page(items).encode())
+    return out, items

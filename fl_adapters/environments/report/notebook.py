@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from fl_adapters.environments.report.document import tag
-from fl_adapters.environments.report.page import ordered_metrics, run_page
-from fl_adapters.environments.report.record import EVENTS, RunRecord, read_run
+from fl_adapters.environments.report.page import run_page
+from fl_adapters.environments.report.record import RunRecord, read_run
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import EVENTS, HISTORY
 
 if TYPE_CHECKING:
     import pandas
@@ -76,7 +77,7 @@ def history_frame(folder: Path) -> pandas.DataFrame:
         raise ConfigError(
             "a history as a table needs pandas", where="history", fix="pip install pandas, or read result.rounds"
         ) from None
-    path = folder / "history.csv"
+    path = folder / HISTORY
     if not path.is_file():
         raise ConfigError("there is no history", where=str(path), fix="check that the run's folder is still there")
     return pandas.read_csv(path)
@@ -96,7 +97,7 @@ def figure_of(folder: Path, metrics: Sequence[str] = ()) -> Figure:
         ConfigError: matplotlib is not installed, there is no run in the folder, or it has no such metric.
     """
     run = read_run(folder)
-    known = ordered_metrics(run)
+    known = run.metrics
     chosen = list(metrics) or known[:_PANELS]
     missing = [name for name in chosen if name not in known]
     if missing or not chosen:

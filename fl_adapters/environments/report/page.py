@@ -55,18 +55,6 @@ def run_sections(run: RunRecord) -> Iterator[Element]:
             yield tag("section", tag("h2", title), content)
 
 
-def decisive_metric(run: RunRecord) -> str:
-    """Name of the metric that decides which round is the best; "" if no round has it."""
-    name = run.best.metric or "loss"
-    return name if name in run.metrics else ""
-
-
-def ordered_metrics(run: RunRecord) -> list[str]:
-    """All metrics of a run: the decisive one and the loss first, those of training last."""
-    first = decisive_metric(run)
-    return sorted(run.metrics, key=lambda name: (name != first, name != "loss", name.startswith("train_")))
-
-
 def _head(run: RunRecord) -> Element:
     done = [record for number, record in run.rounds.items() if number and record.finished]
     up, down = (sum(size) for size in zip(*((r.bytes_up, r.bytes_down) for r in done), strict=True)) if done else (0, 0)
@@ -104,7 +92,7 @@ def _best_tiles(run: RunRecord) -> list[tuple[str, str]]:
     if run.best.round is None or run.best.round not in run.rounds:
         return []
     metrics = run.rounds[run.best.round].metrics
-    shown = [name for name in ordered_metrics(run) if name in metrics and not name.startswith("train_")][:2]
+    shown = [name for name in run.metrics if name in metrics and not name.startswith("train_")][:2]
     return [
         ("best round", str(run.best.round)),
         *((f"{name}, best round", value_text(metrics[name])) for name in shown),
@@ -112,7 +100,7 @@ def _best_tiles(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Element]:
-    charts = [_metric_chart(run, name) for name in ordered_metrics(run) if any(_points(run, name))]
+    charts = [_metric_chart(run, name) for name in run.metrics if any(_points(run, name))]
     shown, more = charts[:_CHARTS_SHOWN], charts[_CHARTS_SHOWN:]
     made = [tag("div", shown, class_="charts")] if shown else []
     if more:
@@ -179,7 +167,7 @@ def _sites(run: RunRecord) -> list[Element]:
     parts = {name: [r.sites[name] for n, r in run.rounds.items() if n and name in r.sites] for name in run.sites}
     examples = {name: mean([p.num_examples for p in own if p.status] or [0]) for name, own in parts.items()}
     total = sum(examples.values())
-    metrics = [name for name in ordered_metrics(run) if any(run.curve(name, site) for site in run.sites)][:2]
+    metrics = [name for name in run.metrics if any(run.curve(name, site) for site in run.sites)][:2]
     rows = []
     for name in run.sites[:_SITES_LISTED]:
         own = parts[name]

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fl_adapters.environments.progress import ordered_metrics
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import parse_json, printable
+from fl_runtime.trainings import EVENTS
 from fl_runtime.yaml_files import read_yaml
 
-EVENTS = "events.jsonl"
 _LINE_CHARS = 2**24
 _USED = ("used", "carried")
 _REPORTED = ("spent", "sent")
@@ -144,10 +145,10 @@ class RunRecord:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of all metrics, those over all sites first, in the order in which they first appear."""
+        """Names of all metrics: the one that decides the best round and the loss first, those of training last."""
         everywhere = [name for record in self.rounds.values() for name in record.metrics]
         at_sites = [name for r in self.rounds.values() for site in r.sites.values() for name in site.metrics]
-        return list(dict.fromkeys(everywhere + at_sites))
+        return ordered_metrics(dict.fromkeys(everywhere + at_sites), self.best.metric)
 
     def curve(self, metric: str, site: str = "") -> list[tuple[float, float]]:
         """Return a metric by round.

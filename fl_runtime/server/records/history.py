@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 from fl_runtime.server.records.scalars import ScalarWriter
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import EVENTS, HISTORY
 from fl_runtime.types import Event
 
 GLOBAL = "global"
@@ -60,8 +61,8 @@ class History:
         self._failed, self._failures, self._folder = False, 0, folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            events = folder / "events.jsonl"
-            self._table = _Table(folder / "history.csv")
+            events = folder / EVENTS
+            self._table = _Table(folder / HISTORY)
             self._plotted: set[str] = set()
             plotted = (folder / "tensorboard").exists()
             self._scalars = ScalarWriter(folder / "tensorboard")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_the_report_names_what_left_when_and_to_whom(kit: Path, tmp_path: Path) 
 def test_the_page_is_one_file_in_html_and_one_in_text_with_the_same_facts(kit: Path, tmp_path: Path) -> None:
     report = reported(kit, tmp_path)
     page, text = (Path(file).read_text() for file in report["files"])
-    assert page.startswith("<!doctype html>") and "<script" not in page and "http" not in page
+    assert page.startswith("<!doctype html>") and not re.search("<script|https?:|src=|href=", page)
     assert "&lt;loss&gt;=0.5" in page and "<loss>" not in page
     flat = html.unescape(page)
     for fact in (
