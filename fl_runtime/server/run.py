@@ -262,15 +262,21 @@ class Run:
                 return "used"
             return self.course.accept(upload)
 
-    def score(self, report: Report, attempt: int) -> None:
-        """Take a site's report on a global model or, after the last round, on another site's model."""
+    def score(self, report: Report, attempt: int) -> bool:
+        """Take a site's report on a global model or, after the last round, on another site's model.
+
+        Returns:
+            Whether it is the site's first report on that model.
+        """
         with self.state.lock:
             self.membership.caller(report.site, attempt, takes_part=True)
             newest, rounds = self.state.models.version, self.state.plan.rounds
             if self._ahead.lost_model(report.version, newest) and newest != rounds:
-                return
+                return False
+            first = report.site not in self.scoring.scores.reported(report.version)
             if self._cross_site.covers(report.version):
                 self._cross_site.report(report)
             else:
                 self.scoring.report(report)
             self.state.changed.notify_all()
+            return first

@@ -355,7 +355,8 @@ class FederationService:
         report = Report(self._state.settings.name, request.version, peer.name, metrics, examples)
         attempt = self._attempt(request.session)
         peer.account.read()
-        self._run.score(report, attempt)
+        if self._run.score(report, attempt):
+            peer.account.earn()
         if not request.wait:
             yield pb.ScoreReply().SerializeToString()
             return

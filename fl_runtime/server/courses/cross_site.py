@@ -12,6 +12,7 @@ have scored all models, or at the deadline.
 from __future__ import annotations
 
 from fl_runtime.aggregation.metrics.pooling import plain
+from fl_runtime.errors import ProtocolError
 from fl_runtime.filters import check_cross_site
 from fl_runtime.server.courses.base import Offer, leased
 from fl_runtime.server.courses.scoring import Scoring
@@ -61,7 +62,9 @@ class CrossEvaluation:
         return self._enabled and rounds is not None and version > rounds
 
     def report(self, report: Report) -> None:
-        """Take a site's report on another site's model."""
+        """Take a site's report on another site's model. Raises ProtocolError if there is no such model."""
+        if report.version not in self._numbers().values():
+            raise ProtocolError(f"a site sent a score of model {report.version}, which is the model of no site")
         self._scoring.record(report, "cross_score")
 
     def offer(self, member: Member) -> Offer | None:

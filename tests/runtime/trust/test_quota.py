@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation_bench import Site, started
+from federation_bench import Site, serving, started
 from study import Study, until
 
+from fl_runtime.capabilities import CROSS_EVALUATION
 from fl_runtime.errors import ConnectionLostError, FederationError, PermissionDeniedError, ProtocolError, StoreError
 from fl_runtime.server.federation import audit_summary, quota
 from fl_runtime.server.federation.quota import CALLS, REFUSED, USED, Allowance, CallAccount, Quotas
@@ -193,6 +194,25 @@ def test_ever_new_names_of_metrics_are_refused_and_neither_history_nor_others_su
     siege.finish()
 
 
+def test_reporting_on_one_model_in_a_loop_is_refused(siege: Siege) -> None:
+    request = pb.ScoreRequest(session=siege.session, version=0, num_examples=1, metrics_json='{"loss": 1.0}')
+    error = siege.until_over_quota(lambda _: siege.send("Score", request), 400)
+    assert "calls Score: 200 at once" in error.what
+    siege.finish()
+
+
+def test_reports_on_models_of_no_site_are_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, 2, rounds=1, cross_site=True) as bench:
+        sites = [bench.site(name) for name in bench.names]
+        tasks = started(sites, W, evaluates=True, capabilities=frozenset({CROSS_EVALUATION}))
+        for version in (2, 9, 2**31):
+            with pytest.raises(ProtocolError, match=f"a score of model {version}, which is the model of no site"):
+                sites[0].client.report(Report("job", version, sites[0].name, {"loss": 0.5}, 1))
+        for site in sites:
+            site.submit(tasks[site.name], W)
+        assert [site.client.next_task().kind for site in sites] == ["final", "final"]
+
+
 def test_downloading_the_same_model_in_a_loop_counts_as_nothing_new(siege: Siege) -> None:
     request = pb.NextRequest(session=pb.Session(job="job", attempt=siege.north.welcome.attempt))
     before = len([e for e in siege.study.log() if e["action"] == "task_sent" and "north" in e["who"]])
@@ -284,6 +304,14 @@ def rounds_of(account: Callable[[str], CallAccount], rounds: int) -> None:
 def test_rounds_that_count_pay_for_their_calls_however_short_they_are() -> None:
     quotas = Quotas()
     rounds_of(lambda method: quotas.account(WHO, method), 20_000)
+
+
+def test_a_site_may_score_thousands_of_models_of_others_at_once() -> None:
+    quotas = Quotas()
+    for _ in range(5_000):
+        call = quotas.account(WHO, "Score")
+        call.begin()
+        call.earn()
 
 
 def test_what_is_used_up_comes_back_and_debts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
