@@ -192,6 +192,7 @@ _SHAPES: Mapping[str, Mapping[str, Any]] = {
     "SubmitJob": {"job": str},
     "AbortJob": {"job": str},
     "Revoke": {"ended": [str]},
+    "ReadAudit": {"lines": [dict], "begin": int, "end": int},
 }
 _EVENT = {"number": int, "event": {"kind": str, "time": (int, float), "round": int, "site": str, "data": dict}}
 _ENDED = {"ended": _OUTCOME}

@@ -28,6 +28,7 @@ CONTROL_METHODS = (
     "Revocations",
     "Roots",
     "HandOutRoots",
+    "ReadAudit",
 )
 """Calls about jobs and certificates; their messages are JSON (server/federation)."""
 BEGINNINGS = ("Assignment", "Join", "SubmitJob", "ResumeJob")

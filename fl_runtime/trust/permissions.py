@@ -63,6 +63,7 @@ TABLE: Mapping[str, Rule] = {
         {"project-admin": "any", "lead": "own"},
     ),
     "Revocations": Rule("fetch the revocation list", _EVERYBODY),
+    "ReadAudit": Rule("read the server's audit log", {"project-admin": "any"}),
     "Revoke": Rule("put newer lists of revoked certificates and of members in force", {"project-admin": "any"}),
 }
 """Call -> rule. Calls that are missing here are refused to everyone."""
@@ -100,6 +101,24 @@ def check_job(caller: Identity, call: str, submitter: Identity) -> None:
     fits = {"any": True, "organisation": caller.organisation == submitter.organisation, "own": own, "itself": own}
     if not fits[scope]:
         raise denied(caller, call, f", only {_SCOPES[scope]}; this one was submitted by {submitter}")
+
+
+def may(caller: Identity, call: str, submitter: Identity | None = None) -> bool:
+    """Return whether a participant may make a call, so that it is offered to nobody else.
+
+    Args:
+        caller: Who would make the call.
+        call: Name of the call, a key of `TABLE`.
+        submitter: Who submitted the job that the call concerns; None for calls about no particular job.
+    """
+    try:
+        if submitter is None:
+            check(caller, call)
+        else:
+            check_job(caller, call, submitter)
+    except PermissionDeniedError:
+        return False
+    return True
 
 
 def denied(caller: Identity, call: str, detail: str = "") -> PermissionDeniedError:

@@ -74,6 +74,7 @@ class JobRecord:
             "app": self.settings.app,
             "sites": list(self.settings.sites),
             "submitted_by": str(self.submitter),
+            "submitter": self.submitter.uri,
             "priority": self.priority,
             "submitted_at": self.submitted_at,
             "started_at": self.started_at,

@@ -25,7 +25,7 @@ from fl_runtime.server.federation.schedule import Room
 from fl_runtime.text import printable
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust import permissions
-from fl_runtime.trust.audit import Witness
+from fl_runtime.trust.audit import AuditLines, Witness, lines_after, lines_before
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import StartupKit
 from fl_runtime.trust.revocation import RevocationList
@@ -38,6 +38,8 @@ _PACKAGE_BYTES = 2**22  # with the certificates of all participants
 _REASON_CHARS = 500
 _LINE_CHARS = 300
 _ENDED_SHOWN = 20
+_LOOK_S = 0.5  # how often a call that follows looks for changes
+_MOST_LINES = 500  # of the audit log in one answer
 
 _Fields = Mapping[str, Any]
 
@@ -85,6 +87,7 @@ class JobCalls:
             "Revocations": self._revocations,
             "Roots": roots.newer,
             "HandOutRoots": roots.hand_out,
+            "ReadAudit": self._read_audit,
         }
 
     def control(self, method: str, caller: Identity, peer: Peer, request: bytes) -> Iterator[bytes]:
@@ -192,27 +195,61 @@ class JobCalls:
     # -- what there is -----------------------------------------------------------------------------------------
 
     def _status(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        """Tell what there is; to a caller that follows, again whenever it has changed."""
+        outcomes: dict[tuple[str, float | None], _Fields] = {}
+        told = {**self._what_there_is(caller, outcomes), "log": self._witness.statement(caller)}
+        named = {name: outcome for (name, _), outcome in outcomes.items() if "rounds" in outcome}
+        follows = fields.get("follow") is True
+        yield {**told, "ended": {} if follows else named, "follows": follows, "time": time.time()}
+        del told["log"]
+        if follows:
+            yield from self._changes(peer, told, lambda: self._what_there_is(caller, outcomes))
+
+    def _changes(self, peer: Peer, told: _Fields, look: Callable[[], _Fields]) -> Iterator[_Fields]:
+        """Tell what there is whenever it is not what was told, and give a sign of life now and then."""
+        told_at = time.monotonic()
+        for _ in self._looks(peer):
+            now = look()
+            if now != told:
+                yield {**now, "ended": {}, "follows": True, "time": time.time()}
+            elif time.monotonic() < told_at + BEAT_S:
+                continue
+            else:
+                yield {"waiting": True}
+            told, told_at = now, time.monotonic()
+
+    def _what_there_is(self, caller: Identity, outcomes: dict[tuple[str, float | None], _Fields]) -> dict[str, Any]:
+        """Sites and jobs as they are at this moment. `outcomes` keeps those that have been read."""
         records, running = self._queue.records(), self._queue.running()
         ended = [record for record in records if record.ended][-_ENDED_SHOWN:]
         shown = [record for record in records if not record.ended]
-        outcomes = {record.name: self._outcome(record) for record in ended}
+        known = {(record.name, record.ended_at): record for record in ended}
+        read = {key: outcomes.get(key) or self._outcome(record) for key, record in known.items()}
+        outcomes.clear()
+        outcomes.update(read)
         own = [job for job in running if caller.kind != "site" or caller.name in job.sites]
-        yield {
+        return {
             "federation": self._kit.identity.federation,
             "version": OWN.version,
             "protocols": [OWN.lowest, OWN.highest],
-            "time": time.time(),
             "you": caller.uri,
             "sites": list(self._queue.sites),
             "site_states": self._site_states(),
             "site_versions": self._site_versions(running),
+            **({"site_rooms": self._site_rooms()} if caller.kind == "admin" else {}),
             "misfits": self._versions.misfits(),
-            "jobs": [self._facts(record, outcomes.get(record.name)) for record in (*ended, *shown)],
+            "jobs": [self._facts(record, read.get((record.name, record.ended_at))) for record in (*ended, *shown)],
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
-            "ended": {name: outcome for name, outcome in outcomes.items() if "rounds" in outcome},
-            "log": self._witness.statement(caller),
         }
+
+    def _looks(self, peer: Peer) -> Iterator[None]:
+        """Yield twice a second until the caller ends its call. Raises ConnectionLostError if the server is stopped."""
+        left = self._woken_by(peer)
+        while not left.wait(_LOOK_S):
+            if self._queue.closed:
+                raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
+            yield
 
     def _site_states(self) -> dict[str, str]:
         """What each site of the federation does at this moment: what jobs it is in, or that it waits or is absent."""
@@ -236,6 +273,12 @@ class JobCalls:
         own = {site: self._versions.version_of(site) for site in self._queue.sites}
         known = {site: own[site] or told.get(site, "") for site in self._queue.sites}
         return {site: version for site, version in known.items() if version}
+
+    def _site_rooms(self) -> dict[str, _Fields]:
+        """What room for jobs each site's daemon has told; nothing of sites that have told none."""
+        with self._queue.changed:
+            rooms = dict(self._queue.attendance.rooms)
+        return {site: asdict(rooms[site]) for site in self._queue.sites if site in rooms}
 
     def _outcome(self, record: JobRecord) -> _Fields:
         """The outcome of a job that has ended. One that is not on the disk reads as an error."""
@@ -329,6 +372,24 @@ class JobCalls:
         self._queue.delete(name, caller)
         yield {"job": name}
 
+    def _read_audit(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
+        """Tell the last lines of the server's audit log, or those before others; then what is added, if asked for."""
+        count, end = fields.get("count", _MOST_LINES), fields.get("before")
+        if type(count) is not int or not 0 < count <= _MOST_LINES or not (end is None or type(end) is int):
+            raise ProtocolError(f"the lines of an audit log are asked for by a count of 1 to {_MOST_LINES}")
+        lines = lines_before(self._kit.folder, count, end)
+        yield _told_lines(lines)
+        told_at = time.monotonic()
+        for _ in self._looks(peer) if fields.get("follow") is True and end is None else ():
+            added = lines_after(self._kit.folder, lines.end)
+            if added.entries:
+                yield _told_lines(added)
+            elif time.monotonic() < told_at + BEAT_S:
+                continue
+            else:
+                yield {"waiting": True}
+            lines, told_at = added, time.monotonic()
+
     def _permitted(self, caller: Identity, call: str, fields: _Fields) -> str:
         """Name of the job that a call is about, if the table of permissions lets its caller do that with it."""
         record = self._queue.record(field(fields, "job", str))
@@ -347,6 +408,10 @@ class JobCalls:
         known = str(fields.get("number", ""))[:50]
         older = not re.fullmatch(r"[0-9]+", known) or int(known) < current.number
         yield {"number": str(current.number), **({"crl": current.pem.decode()} if older else {})}
+
+
+def _told_lines(lines: AuditLines) -> _Fields:
+    return {"lines": list(lines.entries), "begin": lines.begin, "end": lines.end}
 
 
 def _number(fields: _Fields, name: str) -> int | None:
