@@ -111,6 +111,7 @@ __all__ = [
     "UpdateRefusedError",
     "__version__",
     "connect",
+    "open_run",
     "site",
 ]
 
@@ -149,6 +150,7 @@ _LAZY = {
     "SiteTask": "fl_adapters.loop",
     "TrimmedMean": "fl_runtime.aggregation",
     "connect": "fl_adapters.loop",
+    "open_run": "fl_adapters.environments.report.saved_run",
     "site": "fl_adapters.participant.identity",
 }
 

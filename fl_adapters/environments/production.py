@@ -12,8 +12,10 @@ from typing import Any
 
 from fl_adapters.environments.download import download
 from fl_adapters.environments.listeners import FanOut
+from fl_adapters.environments.models import Which
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob, submit
+from fl_adapters.environments.report.saved_run import SavedRun
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.client.control import ControlClient
@@ -28,6 +30,7 @@ class ProductionResult:
     Attributes:
         job: Name of the job.
         folder: The run's folder, `runs/<job>`, on the server's machine. The models are there.
+        kit: Folder of the admin's startup kit, which `download` and `load` use.
         rounds: One `RoundResult` per round, in order: metrics, sites, bytes and seconds.
         best_round: Number of the round with the best score, or None if no round has one.
         wall_s: Seconds from the call of `run` to the end of the job.
@@ -40,6 +43,7 @@ class ProductionResult:
 
     job: str
     folder: str
+    kit: Path
     rounds: tuple[RoundResult, ...]
     best_round: int | None
     wall_s: float
@@ -47,6 +51,40 @@ class ProductionResult:
     bytes_down: int
     no_best: str = ""
     trainings: tuple[tuple[RoundResult, ...], ...] = ()
+
+    def download(self, folder: str | Path = "") -> SavedRun:
+        """Download the job's result files. What is there and whole is not fetched again.
+
+        Args:
+            folder: Folder to write to. Default: one that is named as the job, in the current directory.
+
+        Returns:
+            The run on this machine, with `history`, `plot()` and `load()`.
+
+        Raises:
+            FederationError: A file cannot be fetched.
+        """
+        chosen = Path(folder or self.job)
+        Production(self.kit).download(self.job, chosen)
+        return SavedRun(chosen)
+
+    def load(self, into: Any = None, *, which: Which = "final", partial: bool = False, folder: str | Path = "") -> Any:
+        """Download the job's result files and open the global model. Nothing is unpickled.
+
+        Args:
+            into: See `SavedRun.load`.
+            which: "final" for the last global model, "best" for that of the best round.
+            partial: See `SavedRun.load`.
+            folder: As in `download`.
+
+        Returns:
+            The model; see `SavedRun.load`.
+
+        Raises:
+            FederationError: A file cannot be fetched, or the model cannot be opened in this way.
+            ImportError: The framework is not installed.
+        """
+        return self.download(folder).load(into, which=which, partial=partial)
 
 
 @dataclass(frozen=True)
@@ -196,6 +234,7 @@ class Production:
         return ProductionResult(
             job=remote.name,
             folder=str(remote.outcome["folder"]),
+            kit=Path(self.kit),
             rounds=result.rounds,
             best_round=result.best_round,
             wall_s=time.monotonic() - began,

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments.gpus import visible_devices
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -28,6 +27,7 @@ from fl_adapters.environments.local import (
 )
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
+from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.extras import needs_trust_extra

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.environments import resuming
-from fl_adapters.environments.gpus import visible_devices
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -29,6 +28,7 @@ from fl_adapters.environments.local import (
     with_initial_file,
 )
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
+from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.resuming import StartArguments
 from fl_adapters.job import Job

@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from fl_adapters.environments.models import Which, load_model
 from fl_adapters.participant.kit import Kit, read_kit
 from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.registry import close_sessions, end_finished_script
@@ -285,6 +286,25 @@ class LocalFederation:
         if path is None:
             raise FederationError("there is no global model yet")
         return {name: np.copy(array) for name, array in read_tensors(path).items()}
+
+    def load(self, into: Any = None, *, which: Which = "final", partial: bool = False) -> Any:
+        """The global model, opened with the call of the framework that trained it.
+
+        Args:
+            into: See `SavedRun.load`.
+            which: "final" for the last global model, "best" for that of the best round.
+            partial: See `SavedRun.load`.
+
+        Returns:
+            The model; see `SavedRun.load`.
+
+        Raises:
+            FederationError: There is no such model, or it cannot be opened in this way.
+        """
+        folder = self.folder / ("model" if which == "final" else which)
+        if not folder.exists():  # no adapter has written it
+            self.server.export(folder, which)
+        return load_model(self.folder, into, which=which, partial=partial)
 
     def _place(self, name: str, index: int, address: str) -> Place:
         kit = Kit(

@@ -14,8 +14,8 @@ from fl_runtime.capabilities import GRADIENT_CORRECTION, PERSONAL_MODEL
 from fl_runtime.types import Arrays, Task
 from fl_runtime.wire.names import Facts
 
-from .correction import can_correct
-from .local_backend import KerasLocalBackend
+from .local_work import KerasLocalBackend
+from .local_work.correction import can_correct
 from .optimizer import KerasOptimizerState
 from .state import KerasState
 

@@ -9,7 +9,7 @@ PUBLIC = {
         FederationError FlexLoRA HandshakeError Job Krum NormBounding PermissionDeniedError PrivacyBudgetError
         Production ProofOfConcept ProtocolError QuorumError RoLoRA Scaffold Simulation Site SiteFailedError
         SiteTask StateMismatchError StoreError Swarm TransferDamagedError TrimmedMean UpdateRefusedError
-        __version__ connect site
+        __version__ connect open_run site
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

@@ -23,8 +23,7 @@ from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
 from fl_adapters.cli.site.records import JobFolder, JobState, check_state
 from fl_adapters.cli.site.resources import Capacity
-from fl_adapters.environments import orphans
-from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, site_environment
+from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, orphans, site_environment
 from fl_adapters.extras import needs_metrics_extra
 from fl_adapters.participant.departure import ScriptNote
 from fl_adapters.participant.kit import KIT_VARIABLE, Kit

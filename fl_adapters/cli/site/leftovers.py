@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from fl_adapters.environments import orphans
+from fl_adapters.environments.processes import orphans
 from fl_adapters.participant.kit import KIT_VARIABLE
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from fl_adapters.environments.models import Which, load_model
 from fl_adapters.environments.report.document import tag
 from fl_adapters.environments.report.page import run_page
 from fl_adapters.environments.report.record import RunRecord, read_run
@@ -53,6 +54,27 @@ class NotebookView:
             ConfigError: matplotlib is not installed, the run's folder is gone, or it has no such metric.
         """
         return figure_of(self.folder, metrics)
+
+    def load(self, into: Any = None, *, which: Which = "final", partial: bool = False) -> Any:
+        """Open the global model with the call of the framework that trained it. Nothing is unpickled.
+
+        Args:
+            into: What to load into, where the files alone do not make a model: your class of a Lightning module or of
+                transformers; a module of PyTorch, which is changed in place; the base of a PEFT adapter; a built model
+                of Keras; a Booster or an estimator of XGBoost. Default: what the files make.
+            which: "final" for the last global model, "best" for that of the best round.
+            partial: Whether `into` keeps its own values for tensors that did not travel. Otherwise those are an error.
+
+        Returns:
+            The model, on the CPU. Without `into`: of transformers, PEFT, sentence-transformers, Keras or XGBoost as
+            they open it themselves; the state dict of another PyTorch module; else name -> NumPy array.
+
+        Raises:
+            ConfigError: There is no such model, or it cannot be opened in this way. The error says what to do.
+            StateMismatchError: The model does not fit `into`, which is as it was.
+            ImportError: The framework is not installed.
+        """
+        return load_model(self.folder, into, which=which, partial=partial)
 
     def _repr_html_(self) -> str | None:
         """The report, which a notebook shows where a cell ends with a result; None without the run's folder."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fl_adapters.environments.gpus import visible_devices
 from fl_adapters.environments.local import LocalRun, SimulationResult, make_result, remove_models, starting_event
 from fl_adapters.environments.processes import available_cores, thread_settings
+from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.virtual.function import (
     InitialWeights,
     RunInfo,

@@ -14,9 +14,10 @@ from federation_bench import at_once
 from study import Study, readdressed, until
 from typer.testing import CliRunner
 
-from fl_adapters import Job, Production
+from fl_adapters import Job, Production, open_run
 from fl_adapters.cli.app import app
 from fl_runtime.errors import AbortedError, ConfigError
+from fl_runtime.store.tensorfile import read_tensors
 
 W = {"w": np.zeros(3, np.float32)}
 
@@ -155,7 +156,12 @@ def test_production_submits_and_attaches(study: Study, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         attached = pool.submit(production.attach, name)
         whole(study, name)
-        assert len(attached.result(60).rounds) == 2
+        result = attached.result(60)
+    assert len(result.rounds) == 2
+    final = read_tensors(Path(result.folder) / "model" / "model.safetensors")
+    for loaded in (result.load(folder=tmp_path / "got"), open_run(tmp_path / "got").load()):
+        assert loaded.keys() == final.keys()
+        assert all(np.array_equal(loaded[name], array) for name, array in final.items())
     files = production.download(name, tmp_path / "out")
     assert tmp_path / "out" / "model" / "model.safetensors" in files
     second = production.submit(Job(app="tumour", name="other", rounds=2))

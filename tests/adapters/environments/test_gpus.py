@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fl_adapters import ConfigError, Job, Simulation
-from fl_adapters.environments.gpus import count_gpus, visible_devices
+from fl_adapters.environments.processes.gpus import count_gpus, visible_devices
 
 
 def unasked() -> int | None:

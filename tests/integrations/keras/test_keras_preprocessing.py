@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fl_adapters.keras import FederatedCallback
-from fl_adapters.keras.standby_model import KerasStandbyModel
+from fl_adapters.keras.local_work.standby_model import KerasStandbyModel
 from fl_adapters.testing import LocalFederation
 from fl_adapters.testing.conformance.adapter import require_close, require_same_bits
 from fl_runtime.errors import HandshakeError

@@ -17,9 +17,9 @@ from keras import ops
 
 from fl_runtime.types import Array, Arrays
 
-from .optimizer import build, optimizers, scope
-from .state import assign, to_host
-from .trainer import OptimizerStep
+from ..optimizer import build, optimizers, scope
+from ..state import assign, to_host
+from ..trainer import OptimizerStep
 
 
 class GradientCorrection:

@@ -10,11 +10,11 @@ from fl_adapters.participant.local_work.backend import StandbyModel
 from fl_adapters.participant.state_file import State
 from fl_runtime.types import Array, Arrays
 
-from .names import named_variables
-from .optimizer import build, initial_values, optimizers
-from .preprocessing import deriving_again
-from .state import assign, to_host
-from .trainer import learning_rate
+from ..names import named_variables
+from ..optimizer import build, initial_values, optimizers
+from ..preprocessing import deriving_again
+from ..state import assign, to_host
+from ..trainer import learning_rate
 
 
 class KerasStandbyModel(StandbyModel):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_adapters.environments import orphans
+from fl_adapters.environments.processes import orphans
 from fl_adapters.participant.kit import KIT_VARIABLE
 
 _POSIX = os.name == "posix"

@@ -9,10 +9,10 @@ from typing import Any
 from fl_adapters.participant.local_work.backend import LocalBackend, StepRecord
 from fl_runtime.types import Arrays
 
+from ..optimizer import optimizers
+from ..state import KerasState
 from .correction import GradientCorrection, is_plain_sgd
-from .optimizer import optimizers
 from .standby_model import KerasStandbyModel
-from .state import KerasState
 
 
 class KerasLocalBackend(LocalBackend):

@@ -13,8 +13,8 @@ from torch import nn
 
 from fl_adapters.participant.options import Every, PrivateArguments
 from fl_adapters.privacy import DPSGD
-from fl_adapters.torch.local_round import LocalRound, LoopPort, StepCounter, TrainingData
 from fl_adapters.torch.local_work.correction import plain
+from fl_adapters.torch.loop.local_round import LocalRound, LoopPort, StepCounter, TrainingData
 from fl_adapters.torch.progress import Progress, Tally, size_of
 from fl_adapters.torch.ranks import world_size
 from fl_adapters.torch.selection import parameters_of, unwrap, warn_of_unknown_parameters
