@@ -34,6 +34,7 @@ from fl_adapters.participant.restart import FunctionSnapshot, seed_python
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_runtime.capabilities import FINAL_SCORE
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays, Metrics, Settings, Task
 from fl_runtime.wire.manifest import Manifest, differences
@@ -187,7 +188,9 @@ class ConnectedSite:
             restarts=save is not None,
             capabilities=frozenset({FINAL_SCORE} if self._in_block and not scores else ()),
         )
-        task = session.start(lambda: state, snapshot=FunctionSnapshot(save, load or _ignore) if save else None)
+        current: SiteTask | None = None
+        snapshot = FunctionSnapshot(save, load or _ignore) if save else None
+        task = session.start(lambda: state, snapshot=snapshot, steps=lambda: current.steps if current else None)
         while task.kind == "train":
             if evaluate is not None and scores and task.version > 0:
                 session.report(*_score(evaluate, task.arrays))
@@ -356,6 +359,7 @@ class SiteTask:
         seed: Seed for this round's shuffling, from 0 to 2**63 - 1, at virtual sites and in jobs with `exact_restart`;
             else None.
         submitted: The arrays that were submitted; empty before `submit`.
+        steps: How far this round is, as `progress` was told; None before.
 
     Example:
         ```python
@@ -381,8 +385,28 @@ class SiteTask:
         self.config: Settings = task.config
         self.seed = session.round_seed if session else None
         self.submitted: Arrays = {}
+        self.steps: StepCount | None = None
         self._agreed = {name: (array.dtype, array.shape) for name, array in task.arrays.items()}
         self._sends_all = session.exchanges_all if session else _sends_all(options)
+
+    def progress(self, done: int, total: int = 0) -> None:
+        """Say how far this round is, for the screens of those who follow the run.
+
+        Call it after each step: it only notes the numbers. They are sent at most once a second, if the site's policy
+        allows it. Does nothing if the site runs alone, or at a virtual site.
+
+        Args:
+            done: Steps of this round so far.
+            total: Steps of the whole round; 0 if unknown.
+
+        Example:
+            ```python
+            for number, batch in enumerate(batches, 1):
+                train_on(batch)
+                task.progress(number, len(batches))
+            ```
+        """
+        self.steps = StepCount(done, total)
 
     def submit(
         self,

@@ -27,9 +27,16 @@ _ROUNDS_SHOWN = 30
 _SITES_SHOWN = 24
 """Largest number of sites with a row each. Above it, the table has a row per state."""
 _METRICS_SHOWN = 3
-_WIDE = 100
+_NARROW, _WIDE = 80, 100
 _COLUMNS = {"site": 0, "state": 0, "round": 0, "loss": 0, "examples": 70, "seconds": 70, "up": _WIDE, "down": _WIDE}
 """Columns of the table of sites, and the width of the terminal from which on each is shown."""
+_WITH_STEPS = {
+    **{"site": 0, "state": 0, "progress": 0, "steps": 70, "rate": 70, "left": 0, "loss": 0, "round": _WIDE},
+    **{"seconds": _WIDE, "examples": 120, "up": 120, "down": 120},
+}
+"""The same for sites that tell their steps within the round."""
+_BAR_WIDTHS = {0: 8, 80: 12, 120: 20}
+"""Width of the terminal -> width of a site's bar from there on."""
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 
@@ -79,14 +86,20 @@ def _screen(view: RunView, console: Console) -> RenderableType:
 
 
 def _progress(view: RunView, width: int) -> RenderableType:
-    """Name of the run, a bar of what is done, and the time that is left."""
+    """Name of the run, a bar of what is done of it and one of its round, and the time that is left of each."""
     title = Text(_title(view), style="bold", overflow="ellipsis", no_wrap=True)
     gone = duration_text(round(time.monotonic() - view.began))
     if view.left_s is not None and view.done < 1:
         gone += f", about {duration_text(view.left_s)} left"
-    row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(total=1.0, completed=view.done, width=min(40, width // 3)), f"{view.done:4.0%}", gone)
-    return Group(title, row)
+    rows = Table.grid(padding=(0, 1))
+    bar = partial(ProgressBar, total=1.0, width=min(40, width // 3))
+    rows.add_row("run", bar(completed=view.done), f"{view.done:4.0%}", gone)
+    if view.asked:
+        answered = f"{len(view.answered)} of {counted(len(view.asked), 'site')}"
+        if view.round_left_s is not None:
+            answered += f", {'about ' if width >= _NARROW else ''}{duration_text(view.round_left_s)} left"
+        rows.add_row("round", bar(completed=view.round_done), f"{view.round_done:4.0%}", answered)
+    return Group(title, rows)
 
 
 def _metric_lines(view: RunView, width: int, blocks: str) -> Iterator[RenderableType]:
@@ -122,15 +135,18 @@ def sparkline(values: Sequence[float], blocks: str = _BLOCKS) -> str:
 
 
 def _sites_table(view: RunView, width: int) -> Table:
-    columns = [name for name, least in _COLUMNS.items() if width >= least]
+    sites = dict(view.sites)
+    tells_steps = any(site.steps is not None for site in sites.values())
+    columns = [name for name, least in (_WITH_STEPS if tells_steps else _COLUMNS).items() if width >= least]
+    bar_width = max(cells for least, cells in _BAR_WIDTHS.items() if width >= least)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        left = name in ("site", "state")
+        left = name in ("site", "state", "progress")
         table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
-    sites = dict(view.sites)
     rows = list(sites.items()) if len(sites) <= _SITES_SHOWN else _by_state(list(sites.values()))
     for name, site in rows:
-        cells = {"site": name, **_cells(site)}
+        bar = ProgressBar(total=1.0, completed=site.done, width=bar_width) if site.steps is not None else ""
+        cells: dict[str, RenderableType] = {"site": name, "progress": bar, **_cells(site)}
         table.add_row(*(cells[column] for column in columns), style="red" if site.failed else "")
     return table
 
@@ -144,8 +160,9 @@ def _by_state(sites: list[SiteView]) -> list[tuple[str, SiteView]]:
 
 
 def _combine(state: str, group: list[SiteView]) -> SiteView:
-    """Sites in the same state as one row: newest round, mean loss, sums of examples and bytes, longest time."""
+    """Sites in the same state as one row: newest round, mean loss, longest time, and sums of all else."""
     losses = [site.loss for site in group if site.loss is not None]
+    told = [site for site in group if site.steps is not None]
     return SiteView(
         state=state,
         round=max(site.round for site in group),
@@ -154,6 +171,9 @@ def _combine(state: str, group: list[SiteView]) -> SiteView:
         bytes_up=sum(site.bytes_up for site in group),
         bytes_down=sum(site.bytes_down for site in group),
         seconds=max((site.seconds for site in group if site.seconds is not None), default=None),
+        steps=sum(site.steps or 0 for site in told) if told else None,
+        of_steps=sum(site.of_steps or 0 for site in told) if all(site.of_steps for site in told) else None,
+        train_s=max((site.train_s for site in told if site.train_s is not None), default=None),
     )
 
 
@@ -170,6 +190,9 @@ def _cells(site: SiteView) -> dict[str, str]:
 
     return {
         "state": site.state,
+        "steps": "" if site.steps is None else f"{site.steps:,}" + (f"/{site.of_steps:,}" if site.of_steps else ""),
+        "rate": "" if site.rate is None else _rate_text(site.rate),
+        "left": "" if not site.left_s else duration_text(site.left_s),
         "round": str(site.round or ""),
         "loss": text_of(site.loss, "{:.4g}"),
         "examples": text_of(site.examples, "{:,}"),
@@ -177,6 +200,12 @@ def _cells(site: SiteView) -> dict[str, str]:
         "up": size_text(site.bytes_up),
         "down": size_text(site.bytes_down),
     }
+
+
+def _rate_text(rate: float) -> str:
+    """Steps a second, or a minute where they are few."""
+    per_s = rate if rate >= 1 else rate * 60
+    return f"{f'{per_s:.3g}' if per_s < 100 else f'{per_s:,.0f}'}/{'s' if rate >= 1 else 'min'}"
 
 
 def rounds_table(result: TrainingResult, title: str, best_metric: str, width: int) -> Table:

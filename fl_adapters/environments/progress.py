@@ -13,7 +13,7 @@ from fl_runtime.types import Event
 
 @dataclass
 class SiteView:
-    """State of one site, as a row of the live table shows it.
+    """State of one site, as a row of the screen shows it.
 
     Attributes:
         state: What the site is doing, in one word or the exit status of its process.
@@ -25,6 +25,9 @@ class SiteView:
         bytes_down: Bytes received from the server since the start of the run.
         seconds: Duration of the site's last round.
         failed: Whether the site dropped out, or its process failed.
+        steps: Steps of its round so far; None if it has not told any.
+        of_steps: Steps of its whole round; None if unknown.
+        train_s: Seconds that it has trained in its round, as it says; None if unknown.
     """
 
     state: str = "starting"
@@ -36,6 +39,24 @@ class SiteView:
     bytes_down: int = 0
     seconds: float | None = None
     failed: bool = False
+    steps: int | None = None
+    of_steps: int | None = None
+    train_s: float | None = None
+
+    @property
+    def done(self) -> float:
+        """Share of the steps of the site's round that are made, from 0 to 1; 0 if unknown."""
+        return min(self.steps / self.of_steps, 1.0) if self.steps and self.of_steps else 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Steps a second in this round, or None if unknown."""
+        return self.steps / self.train_s if self.steps and self.train_s else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the site has trained its round, at this rate; None if unknown."""
+        return (self.of_steps or 0) / self.rate * (1.0 - self.done) if self.rate and self.of_steps else None
 
 
 @dataclass
@@ -52,8 +73,8 @@ class RunView:
         metrics: Aggregated metrics by round of this training.
         best_round: The best round of this training so far, or None.
         best_metric: The metric that decides which round is the best; "" before a model has been scored.
-        asked: Number of sites that take part in the newest round.
-        answered: Number of sites whose update of the newest round is there.
+        asked: Names of the sites that take part in the newest round.
+        answered: Names of those whose update of the newest round is there.
         durations_s: Seconds of each finished round of this training, in order.
         began: Time at which this view was made, in seconds of `time.monotonic`.
     """
@@ -67,25 +88,42 @@ class RunView:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     best_round: int | None = None
     best_metric: str = ""
-    asked: int = 0
-    answered: int = 0
+    asked: frozenset[str] = frozenset()
+    answered: set[str] = field(default_factory=set)
     durations_s: list[float] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
     @property
     def done(self) -> float:
-        """Share of the training's updates that are there, from 0 to 1."""
-        if not self.rounds:
+        """Share of the training that is done, from 0 to 1."""
+        return min(1.0, (len(self.durations_s) + self.round_done) / self.rounds) if self.rounds else 0.0
+
+    @property
+    def round_done(self) -> float:
+        """Share of the open round that is done, from 0 to 1: updates, and the steps of sites that still train."""
+        if not self.asked or self.round <= len(self.durations_s):
             return 0.0
-        current = self.answered / self.asked if self.asked and self.round > len(self.durations_s) else 0.0
-        return min(1.0, (len(self.durations_s) + current) / self.rounds)
+        training = (self.sites[name].done for name in self.asked - self.answered if name in self.sites)
+        return min((len(self.answered) + sum(training)) / len(self.asked), 1.0)
+
+    @property
+    def round_left_s(self) -> float | None:
+        """Seconds until the slowest site has trained the open round; None if no site has told enough of its steps."""
+        open_sites = (self.sites[name] for name in self.asked - self.answered if name in self.sites)
+        return max((site.left_s for site in open_sites if site.left_s is not None), default=None)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the last round ends, if each takes as long as the earlier ones; None before the first one."""
-        if not self.durations_s or not self.rounds:
-            return None
-        return sum(self.durations_s) / len(self.durations_s) * self.rounds * (1.0 - self.done)
+        """Seconds until the last round ends, if each takes as long as those before it.
+
+        In round 1 that is as long as its slowest site needs for its steps. None if even that is unknown.
+        """
+        if self.durations_s:
+            round_s = sum(self.durations_s) / len(self.durations_s)
+        else:
+            steps = [site for site in self.sites.values() if site.rate and site.of_steps]
+            round_s = max(((site.of_steps or 0) / (site.rate or 1) for site in steps), default=0.0)
+        return round_s * self.rounds * (1.0 - self.done) if round_s and self.rounds else None
 
     def __call__(self, event: Event) -> None:
         data = event.data
@@ -104,10 +142,13 @@ class RunView:
                     for view in self.sites.values():
                         view.loss, view.reports_loss = None, False
             case "round_started":
-                self.round, self.asked, self.answered = event.round, len(data["sites"]), 0
+                self.round, self.asked, self.answered = event.round, frozenset(data["sites"]), set()
             case "task_sent":
                 site.state, site.round = "final" if event.round in self.metrics else "training", event.round
                 site.bytes_down += data["bytes"]
+                site.steps = site.train_s = None
+            case "steps" if event.round == site.round and site.state == "training":
+                site.steps, site.of_steps, site.train_s = data["done"], data["total"], data["train_s"]
             case "update":
                 self._update(site, event)
             case "report":
@@ -131,7 +172,11 @@ class RunView:
         site.bytes_up += data["bytes_up"]
         if data["status"] in ("used", "carried"):
             site.state, site.examples, site.seconds = "waiting", data.get("num_examples"), data["seconds"]
-            self.answered += event.round == self.round
+            if event.round == self.round:
+                self.answered.add(event.site)
+            site.train_s = data.get("train_s", site.train_s)
+            if site.steps is not None:
+                site.steps = site.of_steps or site.steps
             if not site.reports_loss:
                 site.loss = data["metrics"].get("train_loss", site.loss)
 

@@ -81,7 +81,7 @@ class RemoteJob:
 
     def _follow(self) -> None:
         try:
-            for answer in self._control.follow(self.name, patience_s=self._patience_s):
+            for answer in self._control.follow(self.name, patience_s=self._patience_s, steps=True):
                 if "event" in answer:
                     self._tell(_event(answer["event"]))
                 else:

@@ -138,12 +138,18 @@ class Gate:
         self._withheld = metric if self._filters.withhold(metric) else ""
         return self._filters.agreement
 
-    def declare(self, facts: Facts) -> Facts:
-        """Return what this site declares at the handshake, as the policy lets it leave."""
-        return self._policy.visible_facts(facts)
+    def declare(self, facts: Facts) -> tuple[Facts, Mapping[str, str]]:
+        """Return what this site declares at the handshake, as the policy lets it leave. Call after `register`.
 
-    def software(self) -> Mapping[str, str]:
-        """Return what the server may know about this site's software and filters. Call after `register`."""
+        Args:
+            facts: What must be equal at all sites.
+
+        Returns:
+            The facts, and what the server may know about this site's software and filters.
+        """
+        return self._policy.visible_facts(facts), self._software()
+
+    def _software(self) -> Mapping[str, str]:
         info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
         filters = self._filters.described()
         visible = dict(self._policy.visible_software(info | ({"filters": filters} if filters else {})))
@@ -224,6 +230,10 @@ class Gate:
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in released.items()}
         policy.record("files", job=self._job.get("name", ""), sha256=digests, kept=kept)
         return released, kept
+
+    def shares_progress(self) -> bool:
+        """Return whether the server may be told how far this site's training is, and for how long it has trained."""
+        return self._policy.progress.allowed and not self._filters.hides_counts
 
     def leave(self, reason: LeaveReason, *, early: bool) -> str:
         """Return the reason for leaving as the server may see it, and record the full one."""

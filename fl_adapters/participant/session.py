@@ -26,6 +26,7 @@ from fl_adapters.participant.results import Export, Results
 from fl_adapters.participant.swarm import SwarmSite
 from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SWARM
 from fl_runtime.client import SiteClient
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.client.meter import RoundStats, TransferMeter
 from fl_runtime.client.site_client import Welcome
 from fl_runtime.errors import ConfigError
@@ -246,10 +247,11 @@ class Session:
             cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None
         )
         with self._gate.recording("register"):
+            declared, software = self._gate.declare(self.settings.declared({**agreement, **filters}))
             self.rounds = self._client.register(
                 Manifest.of(state),
-                agreement=self._gate.declare(self.settings.declared({**agreement, **filters})),
-                info=self._gate.software(),
+                agreement=declared,
+                info=software,
                 capabilities=capabilities,
                 rounds=0 if self.settings.rounds else rounds or 0,
                 evaluates=evaluates,
@@ -260,7 +262,11 @@ class Session:
         return self.rounds
 
     def start(
-        self, state: Callable[[], Arrays], extras: Arrays | None = None, snapshot: Snapshot | None = None
+        self,
+        state: Callable[[], Arrays],
+        extras: Arrays | None = None,
+        snapshot: Snapshot | None = None,
+        steps: Callable[[], StepCount | None] | None = None,
     ) -> Task:
         """Wait for the first task.
 
@@ -269,6 +275,8 @@ class Session:
             extras: Arrays that travel beside them.
             snapshot: The adapter's state; required with `restarts`. With `exact_restart` it is saved before each
                 upload. After a restart it is loaded before this call returns.
+            steps: Returns how far the trainer is within the round, or None if it cannot tell now. Called by another
+                thread while the site trains, at most once a second.
 
         Returns:
             A task of kind "train"; of kind "final" if the run is over already.
@@ -277,6 +285,7 @@ class Session:
             self.restart.begin(snapshot, self.local_round)
         if self._swarm is not None:
             self._swarm.start()
+        self._client.training.share(steps, self._gate.shares_progress)
         task = self._wait()
         point = self.restart.load(task) if self.restart is not None else None
         if point is not None:

@@ -21,6 +21,7 @@ from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
 from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation
 from fl_runtime.types import Arrays, Metrics, Task
@@ -127,6 +128,7 @@ class TorchSite:
         best: BestMetric | None = None,
         snapshot: Snapshot | None = None,
         data: Any = None,
+        steps: Callable[[], StepCount | None] | None = None,
     ) -> ArrivedTask:
         """Make the handshake and receive the first task.
 
@@ -139,6 +141,7 @@ class TorchSite:
             snapshot: Saves and loads the adapter's state, in jobs with `exact_restart`. In a process that replaces
                 another one, the saved state has been loaded when this returns.
             data: DataLoader of the training set, for DP-SGD.
+            steps: Returns how far the trainer is within the round; see `Session.start`.
 
         Returns:
             The first task.
@@ -166,7 +169,7 @@ class TorchSite:
                 live.train_privately(
                     self.options.dp_sgd, data, self._ledger_host(session, self.options.dp_sgd.trainings)
                 )
-            return session.start(lambda: live.arrays() if snapshot else arrays, snapshot=snapshot)
+            return session.start(lambda: live.arrays() if snapshot else arrays, snapshot=snapshot, steps=steps)
 
         return self._begin_task(live, ranks.on_rank_zero(start))
 

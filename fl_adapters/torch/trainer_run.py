@@ -32,8 +32,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -50,6 +51,7 @@ from fl_adapters.torch.progress import Progress, RoundBudget, Tally
 from fl_adapters.torch.restart import TorchSnapshot, load_tensors
 from fl_adapters.torch.site import ArrivedTask, JoinedRun, TorchSite
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Metrics
 
@@ -197,7 +199,14 @@ class TrainerRun(Generic[P]):
             resumed = self._checked(port.resumed())
             data = port.training_data if self._site.options.dp_sgd else None
             first = self._site.start(
-                live, port.names, rounds=rounds, evaluates=evaluates, best=best, snapshot=snapshot, data=data
+                live,
+                port.names,
+                rounds=rounds,
+                evaluates=evaluates,
+                best=best,
+                snapshot=snapshot,
+                data=data,
+                steps=partial(self._steps, port),
             )
             if snapshot is not None and not port.steps:
                 snapshot.loaded = False
@@ -443,6 +452,15 @@ class TrainerRun(Generic[P]):
         if self.evaluates:
             self.awaits_score = True
             self.port.validate_next()
+
+    def _steps(self, port: P) -> StepCount:
+        """How far the round is. Called in a thread that sends it to the server while the trainer trains."""
+        progress, every, phases = self.progress, self.settings.every, self.settings.phases
+        per_epoch = None
+        with suppress(TypeError):  # data without a length
+            per_epoch = port.steps_per_epoch
+        budget = every.steps or (every.epochs or 1) * (per_epoch or 0)
+        return StepCount(port.steps - progress.began + progress.phase * budget, phases * budget)
 
     def _score_unseen(self) -> None:
         self.awaits_score = True

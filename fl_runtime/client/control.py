@@ -104,12 +104,13 @@ class ControlClient:
         if call is not None:
             call.cancel()
 
-    def follow(self, job: str, *, patience_s: float = 30.0) -> Iterator[Mapping[str, Any]]:
+    def follow(self, job: str, *, patience_s: float = 30.0, steps: bool = False) -> Iterator[Mapping[str, Any]]:
         """Follow a job's events until it has ended. Lost connections are made again.
 
         Args:
             job: Name of the job.
             patience_s: How long the server may be out of reach, in seconds.
+            steps: Yield events of the kind "steps", too: how far the sites' local training is.
 
         Yields:
             `{"number": ..., "event": ...}` for every event from the first one on, then `{"ended": ...}`.
@@ -121,7 +122,7 @@ class ControlClient:
         next_number, began, reminders, pause_s = 0, time.monotonic(), Reminders(), _PAUSE_S
         while True:
             try:
-                for answer in self._answers("Watch", {"job": job, "from": next_number}):
+                for answer in self._answers("Watch", {"job": job, "from": next_number, "steps": steps}):
                     reminders, pause_s = Reminders(), _PAUSE_S
                     if "event" in answer:
                         next_number = answer["number"] + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.assignment import checked_settings
 from fl_runtime.client.calls import PatientCalls
 from fl_runtime.client.handshake import Handshake
+from fl_runtime.client.local_training import LocalTraining
 from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
@@ -37,6 +38,7 @@ from fl_runtime.wire.software import (
     OWN,
     PARTS,
     STAYS,
+    STEPS,
     Software,
     choose_protocol,
     misfit,
@@ -105,6 +107,9 @@ class SiteClient:
         )
         task = client.next_task()
         ```
+
+    Attributes:
+        training: Measures the site's local training, and tells the server of it once the site shares it.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class SiteClient:
         self._transport, self._own_patience, self._same_machine = transport, own_patience, same_machine
         self._calls, self._layouts = PatientCalls(transport, patience_s, clock), Layouts()
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
+        self.training = LocalTraining(self._calls)
         self._session = pb.Session()
         self._parts = False  # whether the server takes a registration in several messages
         self._features, self._min_sites = frozenset[str](), None  # of the server, and the quorum of its job
@@ -185,6 +191,8 @@ class SiteClient:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
         self._uploads.frame_bytes = frames.frame_bytes(reply.count)
         self._presence = Presence(self._calls, self._session)
+        if STEPS in self._features:
+            self.training.join(self._session, reply.count)
         return Welcome(reply.site, reply.index, reply.count, reply.attempt, settings, reply.started, reply.training)
 
     def speak_for(self, job: str, attempt: int) -> None:
@@ -275,6 +283,7 @@ class SiteClient:
                     task.version + 1,
                 )
             self._held = task.version + 1
+            self.training.begin(task.round)
         return task
 
     def submit(self, update: Update, inspected: Inspected | None = None) -> str:
@@ -292,7 +301,8 @@ class SiteClient:
             StateMismatchError: Its tensors are not those that this site registered.
             ConfigError: A metric is not a number.
         """
-        return self._uploads.update(self._session, update, inspected)
+        timed = replace(update, train_s=self.training.end())
+        return self._uploads.update(self._session, timed, inspected)
 
     def report(self, report: Report, *, wait: bool = False) -> tuple[Metrics, bool]:
         """Report a score of a model.
@@ -315,7 +325,8 @@ class SiteClient:
             num_examples=report.num_examples,
             wait=wait,
         )
-        reply = self._calls.ask("Score", request, pb.ScoreReply)
+        with self.training.interrupted():
+            reply = self._calls.ask("Score", request, pb.ScoreReply)
         try:
             metrics = parse_json(reply.metrics_json or "{}", limit_chars=_METRICS_CHARS)
         except ValueError as error:
@@ -379,6 +390,7 @@ class SiteClient:
 
     def close(self) -> None:
         """Close the connection. May be called more than once, and while another thread is in a call."""
+        self.training.close()
         if self._presence is not None:
             self._presence.close()
         self._calls.close()

@@ -225,6 +225,7 @@ class Uploads:
             payload=frames.describe(manifest, digests, known=manifest.layout in self._layouts.at_server),
             shared=self.shared is not None,
             finite=inspected is not None and inspected.covers(update.arrays, update.extras),
+            train_s=update.train_s,
         )
         part = pb.UpdatePart(update=header)
         small = manifest.nbytes <= frames.INLINE_BYTES

@@ -30,7 +30,7 @@ from fl_runtime.filters.base import (
 from fl_runtime.filters.ckks import Cipher, HomomorphicCKKS, is_encrypted
 from fl_runtime.filters.ckks_key import site_cipher
 from fl_runtime.filters.exclude import ExcludeVars
-from fl_runtime.filters.facts import AllowMetrics
+from fl_runtime.filters.facts import AllowMetrics, Examples
 from fl_runtime.filters.feedback import HELD_VERSION, ErrorFeedback, HeldModel, decode_chain
 from fl_runtime.filters.gaussian import GaussianDP
 from fl_runtime.filters.ledger import BudgetLimit
@@ -369,6 +369,11 @@ class SiteFilters:
         """
         allowed = [step.filter.names for step in self._outgoing if isinstance(step.filter, AllowMetrics)]
         return not all(matches(metric, names) for names in allowed)
+
+    @property
+    def hides_counts(self) -> bool:
+        """Whether a filter hides the numbers of examples and of local steps."""
+        return any(isinstance(step.filter, Examples) for step in self._outgoing)
 
     def report(self, report: Report) -> Report:
         """Filter the metrics of a global model.

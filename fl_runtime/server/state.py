@@ -233,6 +233,7 @@ class RunState:
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             seconds=seconds,
+            **({"train_s": update.train_s} if update.train_s else {}),
             **({"filters": list(ran)} if (ran := applied_filters(update.encoding)) else {}),
         )
         self.changed.notify_all()

@@ -100,6 +100,7 @@ class Update:
             own name. "" for plain arrays.
         extras: Arrays that travel beside the weights, such as optimizer moments or control variates.
         site_weight: Factor from the job's `site_weights`. Set by the server; not sent by sites.
+        train_s: Seconds from the arrival of the task to this update, without calls to the server; 0 if unknown.
     """
 
     job: str
@@ -116,6 +117,7 @@ class Update:
     encoding: str = ""
     extras: Arrays = field(default_factory=dict)
     site_weight: float = 1.0
+    train_s: float = 0.0
 
     @property
     def weight(self) -> float:
@@ -170,6 +172,8 @@ class Event:
     - "started", "finished", "failed": the run began, ended, or failed.
     - "round_started", "round_finished", "round_dropped": a round was opened, committed, or not needed after all.
     - "task_sent", "update": a site received a task, or its update arrived.
+    - "steps": how far a site's local training is: `done` of `total` steps (None if unknown), after `train_s` seconds.
+      It is shown while it is new, and neither journaled nor written to events.jsonl.
     - "aggregator": under swarm, a site was chosen to aggregate the round.
     - "report", "scored": one site evaluated the model of `round`, or all of them did. "cross_score", "cross_site": a
       site evaluated another site's model, or all did (with the matrix).

@@ -35,7 +35,7 @@ class Feature:
 
 
 BEATS, PARTS, TRAININGS = "beats", "parts", "trainings"
-COHORT, FILES, STAYS = "cohort", "files", "stays"
+COHORT, FILES, STAYS, STEPS = "cohort", "files", "stays", "steps"
 
 FEATURES: tuple[Feature, ...] = (
     Feature(
@@ -67,6 +67,11 @@ FEATURES: tuple[Feature, ...] = (
         STAYS,
         "the server keeps from other sites what a policy says is its site's alone",
         "a site whose policy says `site_metrics: false` refuses the job; all else the site itself does not send",
+    ),
+    Feature(
+        STEPS,
+        "the server takes how far a site's local training is within a round, and shows it to those who follow the run",
+        "progress is shown by whole rounds and updates",
     ),
 )
 """All optional parts of the protocol that this version supports. A name is never used again for something else."""

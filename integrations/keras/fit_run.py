@@ -243,7 +243,7 @@ class FitRun:
         budget.warn_if_schedule_ends_early(model, fit, rounds)
         progress = self._progress = Progress(fit, budget, rounds)
         snapshot = restart.FitSnapshot(model, live, progress, epoch) if settings.exact_restart else None
-        task = session.start(live.state.get_state, snapshot=snapshot)
+        task = session.start(live.state.get_state, snapshot=snapshot, steps=progress.steps)
         if snapshot is not None:
             self._seed = session.round_seed
             if snapshot.epochs > epoch:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from fl_adapters.participant.options import Every, announce_budget
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.errors import ConfigError
 
 from .optimizer import optimizers
@@ -194,6 +195,13 @@ class Progress:
     def at_end(self) -> bool:
         """Whether the epoch that has just ended is fit's last one, and fit's own length decides."""
         return self.budget.rounds is None and not self.epoch_open and self.epoch + 1 >= self.fit.epochs
+
+    def steps(self) -> StepCount:
+        """Return how far the round is, in batches. May be called by another thread."""
+        per_phase = self.budget.batches or self.budget.size * (self.fit.steps or 0)
+        earlier = self.before if self.budget.batches else self.epochs * (self.fit.steps or 0)
+        batches = max(earlier + (self.batch + 1 if self.epoch_open else 0), 0)
+        return StepCount(self.phase * per_phase + batches, self.budget.phases * per_phase)
 
     def begin_within_round(self, trained: int) -> None:
         """Continue in the middle of the round, after so many of its batches or epochs."""

@@ -68,6 +68,7 @@ class OwnTrees:
             return rounds.no_trees
         for iteration in range(rounds.start, rounds.end):
             booster.update(self._call.dtrain, iteration, fobj=self._call.obj)
+            rounds.grown += 1
         return trees_after(booster, rounds.loaded.rounds, mask=self._call.mask_statistics)
 
     def metrics(self) -> Metrics:

@@ -133,6 +133,8 @@ class FederatedCallback(SharedArguments, xgboost.callback.TrainingCallback):
         """Exchange trees at the end of a round, score the global model, and stop after the last round."""
         rounds = self._rounds
         self._iterations += 1
+        if rounds is not None:
+            rounds.grown = self._iterations
         if rounds is None or rounds.over or self._iterations < rounds.end - rounds.start:
             return False
         self._iterations = 0

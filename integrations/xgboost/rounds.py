@@ -11,6 +11,7 @@ from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.session import Session
 from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.aggregation.trees.strategies import ENCODING
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays, Metrics, Task, Terms
 
@@ -32,6 +33,7 @@ class TreeRounds:
         round: The current round, counted from 1.
         over: Whether the final model has arrived.
         first: Number of boosting rounds in `xgb_model`, which the run continues.
+        grown: Boosting rounds made in the current round, where they are counted.
         loaded: The global model that arrived last. Valid until the next exchange.
         task: The task that arrived last. Valid until the next exchange.
     """
@@ -42,7 +44,7 @@ class TreeRounds:
         every = session.settings.every
         self.boosts = every.epochs or every.steps or 1
         self.rounds, self.round, self.over = 0, 0, False
-        self.first = 0
+        self.first = self.grown = 0
         self.loaded = TreeModel({})
         self.task: Task | None = None
 
@@ -118,7 +120,8 @@ class TreeRounds:
         own = {**model.weight_extra(call, start), **(extras or {})}
         if session.attempt == 1:
             model.warn_of_mean_base_score(call, own)
-        self._load_task(booster, session.start(lambda: {**start.to_arrays(), **(empty or {})}, own, snapshot))
+        initial = {**start.to_arrays(), **(empty or {})}
+        self._load_task(booster, session.start(lambda: initial, own, snapshot, self._steps))
 
     def exchange(
         self,
@@ -177,10 +180,14 @@ class TreeRounds:
             flush=True,
         )
 
+    def _steps(self) -> StepCount | None:
+        """How far the round is; None before its first boosting round has been counted."""
+        return StepCount(self.grown, self.end - self.start) if self.grown else None
+
     def _load_task(self, booster: xgboost.Booster, task: Task) -> None:
         self.task, self.loaded = task, model.received(task.arrays, self.call)
         model.load(booster, self.loaded, self.call)
-        self.round, self.over = task.round, task.kind == "final"
+        self.round, self.over, self.grown = task.round, task.kind == "final", 0
 
 
 def check_budget(rounds: TreeRounds) -> None:

@@ -27,6 +27,15 @@ class CohortGate:
         """Check of how many updates the model of a task is made, and how many sites take part in its round."""
 
 
+class ProgressGate:
+    """Asked whether the server may be told how far a site's training is. This class allows it, as a simulation does."""
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the server may be told this, and for how long the site has trained."""
+        return True
+
+
 class PolicyGate:
     """Asked before anything leaves a site. This class allows everything, as a simulation does.
 
@@ -34,10 +43,12 @@ class PolicyGate:
 
     Attributes:
         cohort: Asked of how many sites' updates models are made.
+        progress: Asked whether the server may be told how far this site's training is.
         refusals: Records what the site refuses.
     """
 
     cohort: CohortGate = CohortGate()
+    progress: ProgressGate = ProgressGate()
     refusals: Refusals = Refusals()
 
     def check_join(self, job: Settings, framework: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.policy_gate.base import CohortGate, PolicyGate
+from fl_adapters.participant.policy_gate.base import CohortGate, PolicyGate, ProgressGate
 from fl_adapters.participant.policy_gate.job_rules import job_refusals, strategy_refusals
 from fl_adapters.participant.policy_gate.reasons import LeaveReason
 from fl_adapters.participant.policy_gate.refusals import LoggedRefusals
@@ -77,6 +77,7 @@ class KitPolicyGate(PolicyGate):
             self.refusals.record("read policy", error)
             raise
         self.cohort = _KitCohortGate(self)
+        self.progress = _KitProgressGate(self)
 
     def check_join(self, job: Settings, framework: str) -> None:
         self.refusals.job = str(job["name"])
@@ -298,6 +299,17 @@ class _KitCohortGate(CohortGate):
     def check(self, task: Task) -> None:
         with self._gate.refusals.recording(f"task: {task.kind}", round=task.round):
             self._gate._policy.cohort.check_task(task, self._gate.identity)
+
+
+class _KitProgressGate(ProgressGate):
+    """Asks the policy as it is now."""
+
+    def __init__(self, gate: KitPolicyGate) -> None:
+        self._gate = gate
+
+    @property
+    def allowed(self) -> bool:
+        return self._gate._policy.progress
 
 
 def policy_gate_of(kit: Kit) -> PolicyGate:

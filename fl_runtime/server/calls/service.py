@@ -22,6 +22,7 @@ from fl_runtime.server.calls.relay import Relay
 from fl_runtime.server.calls.requests import DescribedLimit, expected, first_request, next_part
 from fl_runtime.server.calls.software import SiteVersions, settings_for, told_in
 from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer, receive_frames
+from fl_runtime.server.calls.steps import StepReports, check_train_s
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
 from fl_runtime.server.run import Run
@@ -54,6 +55,7 @@ class FederationService:
         self._spool = Spool(run.state.blobs, run.state.lock)
         self._files = FilesCalls(run, self._spool)
         self._relay = Relay(run.membership.members)
+        self._steps = StepReports(run)
         self._metric_names = limits.MetricNames()
         self._versions = SiteVersions()
         self._sent: dict[str, tuple[str, int, str]] = {}  # the last task of each site: kind, round and stage
@@ -169,6 +171,10 @@ class FederationService:
 
     def _attend(self, peer: Peer, request: pb.SessionRequest, requests: Iterator[bytes]) -> Iterator[bytes]:
         attempt, beat_s = self._attempt(request.session), _beat_s(request.session)
+        if request.HasField("steps"):
+            self._steps.take(peer.name, attempt, request.steps, self._sent)
+            yield pb.Notice(kind="noted").SerializeToString()
+            return
         ended = threading.Event()
         self._run.membership.attend(peer.name, attempt)
         try:
@@ -264,6 +270,7 @@ class FederationService:
         header, header_bytes = request.update, request.ByteSize()
         name, attempt, payload = peer.name, self._attempt(header.session), header.payload
         facts, digest = self._update_fields(peer, header), frames.payload_digest(payload)
+        train_s = check_train_s(header.train_s)
         status = self._run.admit(name, attempt, header.round, header.stage, header.num_examples)
         if status is None:
             manifest = self._manifest(peer, header)
@@ -282,7 +289,9 @@ class FederationService:
                         received += receive_frames(transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
-                update = Update(job=self._state.settings.name, site=name, arrays=arrays, extras=extras, **facts)
+                update = Update(
+                    job=self._state.settings.name, site=name, arrays=arrays, extras=extras, train_s=train_s, **facts
+                )
                 self._run.course.checks.check_values(update)
             journaled = {**facts, "metrics": to_json(facts["metrics"])}
             status = self._run.accept(Upload(update, transfer.blob, digest, journaled, received))

@@ -313,7 +313,8 @@ class JobCalls:
         yield from self._until_it_runs(record.name)
         job = self._queue.job(record.name)
         if job is not None:
-            for number, event in job.events.follow(first if isinstance(first, int) else 0, BEAT_S):
+            start, steps = first if isinstance(first, int) else 0, fields.get("steps") is True
+            for number, event in job.events.follow(start, BEAT_S, steps=steps):
                 yield {"waiting": True} if event is None else {"number": number, "event": event}
             if job.halted:
                 raise job.halted

@@ -27,7 +27,7 @@ from fl_runtime.types import Event
 
 GLOBAL = "global"
 _SITES_PLOTTED = 32  # curves of more sites would only slow TensorBoard down
-COLUMNS = ("round", "site", "status", "num_examples", "local_steps", "seconds", "bytes_up", "bytes_down")
+COLUMNS = ("round", "site", "status", "num_examples", "local_steps", "seconds", "train_s", "bytes_up", "bytes_down")
 
 Row: TypeAlias = dict[str, Any]
 
@@ -80,6 +80,8 @@ class History:
         Args:
             event: The next event of the run.
         """
+        if event.kind == "steps":  # of passing interest
+            return
         failures = self._failures
         with self._disk_may_fail():
             self._events.write(event_line(event))

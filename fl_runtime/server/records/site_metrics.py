@@ -109,6 +109,8 @@ class DiscreetEvents:
 
     def emit(self, kind: str, round: int = 0, site: str = "", **data: Any) -> None:
         """Queue an event; see `Emitter`."""
+        if kind == "steps" and self._shown.pooled_alone:  # its steps would tell its number of examples
+            return
         if (kind in _OF_ONE_SITE or kind == "round_finished") and self._shown.pooled_alone:
             data = {name: value for name, value in data.items() if name not in _COUNTS}
             # rounds whose sites differ by one would tell its number of examples

@@ -72,6 +72,10 @@ share_files: true
 # job. `false` shows those of all sites of its jobs together, and of no site alone.
 # site_metrics: false
 
+# Whether the server is told, at most once a second, how far this site is within a round (its steps of the budget), and
+# with each update for how long it has trained. Those who follow the job see it. `false` tells neither.
+# progress: false
+
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
 
@@ -186,6 +190,7 @@ class Policy(_Part):
         swarm: Whether another site may get the site's updates, to average them. None: if `min_cohort` is 1.
         trees: Whether other sites may get the site's own trees or gradient histograms. None: if `min_cohort` is 1.
         site_metrics: Whether others may see the metrics and the number of examples of this site alone.
+        progress: Whether the server is told how far the site is within a round, and for how long it has trained.
         share_files: Name patterns (`fnmatch`) of the small files beside a model, such as config.json and a tokenizer,
             that may go to the server with the final model. In the file, `true` stands for all and `false` for none.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
@@ -215,6 +220,7 @@ class Policy(_Part):
     swarm: bool | None = None
     trees: bool | None = None
     site_metrics: bool = True
+    progress: bool = True
     share_files: tuple[str, ...] = ()
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False

@@ -25,7 +25,7 @@ SCREENS = Path(__file__).parents[2] / "fixtures" / "screens"
 ROUNDS = 20
 
 
-def events(sites: Sequence[str], answered: int) -> list[Event]:
+def events(sites: Sequence[str], answered: int, *, tells_steps: bool = False) -> list[Event]:
     """Six whole rounds, and a seventh in which some sites have answered."""
     told: list[Event] = []
 
@@ -40,7 +40,11 @@ def events(sites: Sequence[str], answered: int) -> list[Event]:
             tell("task_sent", number, site, bytes=45_000_000)
         for at, site in enumerate(sites if number < 7 else sites[:answered]):
             facts = {"num_examples": 1000 + at, "bytes_up": 45_000_000, "seconds": 12.25}
+            if tells_steps:
+                tell("steps", number, site, done=40 + at % 7, total=120, train_s=4.0 + at % 3)
             tell("update", number, site, status="used", metrics={"train_loss": 1 / number}, **facts)
+        for at, site in enumerate(sites[answered:] if tells_steps and number == 7 else ()):
+            tell("steps", number, site, done=40 + at % 7, total=120, train_s=4.0 + at % 3)
         if number < 7:
             tell("round_finished", number, seconds=13.5, metrics={"train_loss": 1 / number}, sites=sites)
             scores = {"loss": 1.25 / number, "accuracy": 1 - 0.4 / number, "auc": 0.6 + number / 50}
@@ -48,11 +52,11 @@ def events(sites: Sequence[str], answered: int) -> list[Event]:
     return told
 
 
-def shown(width: int, sites: Sequence[str], answered: int) -> str:
+def shown(width: int, sites: Sequence[str], answered: int, *, tells_steps: bool = False) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, force_interactive=False)
     with live_table(console) as listener:
-        for event in events(sites, answered):
+        for event in events(sites, answered, tells_steps=tells_steps):
             listener(event)
         listener.view.began = time.monotonic() - 88
     return re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", out.getvalue())  # what moves the cursor
@@ -70,6 +74,21 @@ def check(name: str, text: str) -> None:
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_screen_of_three_sites(width: int) -> None:
     check(f"three-sites-{width}", shown(width, ["north", "south", "west"], 2))
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize(("name", "count", "answered"), [("one-site", 1, 0), ("three-sites", 3, 2)])
+def test_the_screen_has_a_bar_for_each_site_that_tells_its_steps(
+    width: int, name: str, count: int, answered: int
+) -> None:
+    sites = ["north", "south", "west"][:count]
+    check(f"{name}-steps-{width}", shown(width, sites, answered, tells_steps=True))
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_thousand_sites_that_tell_their_steps_are_summed_up(width: int) -> None:
+    sites = [f"site-{number}" for number in range(1000)]
+    check(f"thousand-sites-steps-{width}", shown(width, sites, 600, tells_steps=True))
 
 
 @pytest.mark.parametrize("width", [60, 140])

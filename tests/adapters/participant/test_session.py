@@ -20,6 +20,7 @@ from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_adapters.participant.session import Session
 from fl_adapters.testing import LocalFederation, Place
+from fl_runtime.client.local_training import StepCount
 from fl_runtime.errors import (
     AbortedError,
     ConfigError,
@@ -374,3 +375,22 @@ def test_a_reconnect_leaves_the_users_random_state_alone() -> None:
     with pytest.raises(ConnectionLostError, match="gave up"):
         Session(kit, Options(), "test", MemoryTransport(Broken(), "site-1"))
     assert random.getstate() == wanted
+
+
+@pytest.mark.parametrize(
+    ("filters", "told"), [((), True), (({"name": "Examples", "equal": True},), False)], ids=["none", "hidden counts"]
+)
+def test_a_site_whose_filters_hide_its_steps_tells_nothing_of_its_training(filters: Any, told: bool) -> None:
+    with LocalFederation(sites=1, rounds=1, filters=filters) as federation:
+
+        def work(place: Place) -> bool:
+            session = registered(place)
+            task = session.start(lambda: W, steps=lambda: StepCount(3, 12))
+            allowed = session._gate.shares_progress()  # as the thread that reports asks before each report
+            session.exchange({"w": task.arrays["w"] + 1}, LocalResult(1, 12, {}))
+            session.finish()
+            return allowed
+
+        assert list(federation.run(work).values()) == [told]
+        updates = [event.data for event in federation.events if event.kind == "update" and event.round == 1]
+        assert ["train_s" in data for data in updates] == [told]

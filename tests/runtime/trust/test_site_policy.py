@@ -184,6 +184,15 @@ def test_metrics_counts_versions_and_reasons_leave_as_the_policy_says(study: Stu
     assert "patients" not in [name for e in of_north(study, "update") for name in e["facts"]["metrics"]]
 
 
+@pytest.mark.parametrize(("rule", "told"), [("", True), ("progress: false", False)])
+def test_how_long_a_site_trains_leaves_as_the_policy_says(study: Study, rule: str, told: bool) -> None:
+    study.job()
+    assert federated(study, f"info: true\n{rule}") == dict.fromkeys(study.sites)
+    events = map(json.loads, (study.runs / "job/events.jsonl").read_text().splitlines())
+    north = [event["data"] for event in events if event["kind"] == "update" and event["site"] == "north"]
+    assert ["train_s" in data for data in north if data["status"] == "used"] == [told] * 2
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_labels_in_which_sites_differ_are_shown_as_the_policy_says(study: Study, shown: bool) -> None:
     study.job()

@@ -100,10 +100,24 @@ class Session(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., beat_s: _Optional[float] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("session",)
+    __slots__ = ("session", "steps")
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     session: Session
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+    steps: TrainingSteps
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., steps: _Optional[_Union[TrainingSteps, _Mapping]] = ...) -> None: ...
+
+class TrainingSteps(_message.Message):
+    __slots__ = ("round", "done", "total", "train_s")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    done: int
+    total: int
+    train_s: float
+    def __init__(self, round: _Optional[int] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., train_s: _Optional[float] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("kind", "error_json")
@@ -272,7 +286,7 @@ class TaskPart(_message.Message):
     def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., task: _Optional[_Union[TaskHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared", "finite")
+    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared", "finite", "train_s")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +299,7 @@ class UpdateHeader(_message.Message):
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     FINITE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_S_FIELD_NUMBER: _ClassVar[int]
     session: Session
     round: int
     stage: str
@@ -297,7 +312,8 @@ class UpdateHeader(_message.Message):
     payload: Payload
     shared: bool
     finite: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ..., finite: bool = ...) -> None: ...
+    train_s: float
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ..., finite: bool = ..., train_s: _Optional[float] = ...) -> None: ...
 
 class UpdatePart(_message.Message):
     __slots__ = ("update", "data")
