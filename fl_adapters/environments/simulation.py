@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from fl_adapters.environments.local import (
     with_initial_file,
 )
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
+from fl_adapters.environments.processes.function_script import function_script
 from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress import ProgressLines
 from fl_adapters.environments.resuming import StartArguments
@@ -41,6 +43,8 @@ from fl_runtime.types import Listener
 if TYPE_CHECKING:
     from fl_adapters.environments.virtual.function import InitialWeights, SiteFunction
     from fl_adapters.environments.virtual.simulation import Engine, VirtualSimulation
+
+_SCRIPT = "script.py"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Simulation:
         function: Function for virtual sites, in place of the one that the app names. With "processes", workers are
             then forked copies of this process.
         initial: First weights for `function`: a dict of name to NumPy array, or a function that returns one.
+        script: Function that every site runs in place of the app's script, such as one of a notebook that trains. It
+            is called without arguments in each site's process, which it reaches by its source (docs/notebooks.md).
 
     Example:
         >>> result = Job(app="train.py", rounds=5).run(Simulation(sites=3))
@@ -90,6 +96,7 @@ class Simulation:
     workers: int | None = None
     function: SiteFunction | None = None
     initial: InitialWeights | None = None
+    script: Callable[[], object] | None = None
 
     def run(self, job: Job) -> SimulationResult:
         """Run a job to its end. Ctrl-C ends all site processes before it is raised again.
@@ -106,7 +113,8 @@ class Simulation:
         """
         began = time.monotonic()
         virtual = self._virtual()
-        command = [] if virtual else script_command(job, self.args, module=self.module)
+        source = self._source()
+        command = [] if virtual or source else script_command(job, self.args, module=self.module)
         job = with_initial_file(job, Path(self.folder).resolve())
         sites = select_sites(job, self.sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
@@ -115,6 +123,8 @@ class Simulation:
             virtual.check(job, settings)
         folder = make_run_folder(Path(self.folder).resolve(), job)
         job = job.model_copy(update={"name": folder.name})
+        if source:
+            job, command = self._written(job, folder, source)
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
         gpus = tuple(map(str, self.gpus))
         resuming.save(folder, StartArguments(sites, tuple(self.args), self.module, gpus, self.engine, self.workers))
@@ -124,7 +134,8 @@ class Simulation:
         """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
 
         Job, sites and arguments are those that the run was started with. Of this object, only `port`, `listeners`,
-        `quiet`, `share`, `function` and `initial` are used. The script decides what it restores of its own state.
+        `quiet`, `share`, `function`, `initial` and `script` are used. The script decides what it restores of its own
+        state.
 
         Args:
             folder: The run's folder, `runs/<job>`.
@@ -141,6 +152,10 @@ class Simulation:
         started, job = resuming.load(folder)
         again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
         again = replace(again, engine=started.engine, workers=started.workers)
+        if (source := again._source()) and Path(job.app).resolve() != folder / _SCRIPT:
+            raise ConfigError(f"this run has begun with {job.app}", where="Simulation(script=)", fix="leave script out")
+        if source:
+            (folder / _SCRIPT).write_text(source, encoding="utf-8")
         command = [] if started.engine else script_command(job, started.args, module=started.module)
         return again._run(job, started.sites, folder, command, began)
 
@@ -159,6 +174,26 @@ class Simulation:
             self._start_sites(processes, command, run, tokens, address)
             exits = follow(server, processes, run)
             return make_result(server, run, exits, began)
+
+    def _source(self) -> str:
+        """The script that runs `script` at a site; "" without one. Raises ConfigError if it cannot be written."""
+        if self.script is None:
+            return ""
+        for name, given in (("engine", self.engine), ("module", self.module)):
+            if given:
+                raise ConfigError(
+                    f"script= is run in a process per site, without {name}",
+                    where=f"Simulation({name}=)",
+                    fix=f"leave {name} out; virtual sites take function=",
+                )
+        return function_script(self.script)
+
+    def _written(self, job: Job, folder: Path, source: str) -> tuple[Job, list[str]]:
+        """Write the script into the run's folder. Returns the job with the script as its app, and the command."""
+        path = folder / _SCRIPT
+        path.write_text(source, encoding="utf-8")
+        job = job.model_copy(update={"app": os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)})
+        return job, script_command(job, self.args, module=False)
 
     def _virtual(self) -> VirtualSimulation | None:
         if self.engine is None:

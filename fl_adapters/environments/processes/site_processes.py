@@ -6,13 +6,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fl_adapters.environments.processes import orphans
+from fl_adapters.environments.processes.reaper import Reaper
 from fl_adapters.participant.kit import KIT_VARIABLE
 
 _POSIX = os.name == "posix"
@@ -50,7 +50,7 @@ class SiteProcesses:
     def __init__(self, descriptors: Sequence[int] = ()) -> None:
         self._running: dict[str, SiteProcess] = {}
         self._over: dict[str, SiteProcess] = {}
-        self._reaper = _start_reaper(descriptors)
+        self._reaper = Reaper(descriptors)
 
     def start(
         self,
@@ -100,7 +100,7 @@ class SiteProcesses:
                 creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
             )
         self._running[site] = SiteProcess(site, log, process, command, environment, descriptors)
-        self._tell("+", process.pid)
+        self._reaper.add(process.pid)
 
     def kill(self, site: str) -> None:
         """Kill a site's process at once; `ended` then reports it."""
@@ -117,7 +117,7 @@ class SiteProcesses:
         for item in over:
             self._over[item.site] = self._running.pop(item.site)
             _signal_group(item.process, kill=True)  # its remaining children, such as data loader workers
-            self._tell("-", item.process.pid)
+            self._reaper.remove(item.process.pid)
         return [(item.site, item.process.returncode) for item in over]
 
     def stop(self, grace_s: float) -> None:
@@ -146,14 +146,7 @@ class SiteProcesses:
     def close(self) -> None:
         """Kill all remaining processes, then end the helper process."""
         self.stop(grace_s=0.0)
-        if self._reaper is not None and self._reaper.stdin is not None:
-            self._reaper.stdin.close()
-            self._reaper.wait()
-
-    def _tell(self, sign: str, process_id: int) -> None:
-        if self._reaper is not None and self._reaper.stdin is not None:
-            self._reaper.stdin.write(f"{sign}{process_id}\n".encode())
-            self._reaper.stdin.flush()
+        self._reaper.close()
 
 
 def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[str, str]:
@@ -215,13 +208,6 @@ def describe_status(status: int) -> str:
         name = f"signal {-status}"
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"killed by {name}{hint}"
-
-
-def _start_reaper(descriptors: Sequence[int]) -> subprocess.Popen[bytes] | None:
-    if not _POSIX:
-        return None
-    command = [sys.executable, "-I", "-S", orphans.__file__]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=descriptors)
 
 
 def _signal_group(process: subprocess.Popen[bytes], *, kill: bool) -> None:

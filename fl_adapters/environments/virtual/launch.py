@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fl_adapters.environments.processes import SiteProcesses
+from fl_adapters.environments.processes.reaper import Reaper
 from fl_adapters.environments.virtual import worker
 from fl_adapters.environments.virtual.function import SiteFunction
 from fl_runtime.errors import ConfigError
@@ -87,7 +88,7 @@ class Importing:
 
 
 class Forking:
-    """Launches workers as forked copies of this process, which therefore have the function.
+    """Launches workers as forked copies of this process, which therefore have the function. None outlives it.
 
     Args:
         function: The function that all sites share.
@@ -107,12 +108,15 @@ class Forking:
         self._function, self._logs = function, logs
         self._context = multiprocessing.get_context("fork")
         self._children: dict[str, Any] = {}
+        self._reaper = Reaper()
 
     def start(self, name: str, theirs: socket.socket, ours: Sequence[socket.socket]) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
         arguments = (theirs, tuple(ours), self._logs / f"{name}.txt")
         child = self._context.Process(target=self._child, args=arguments, daemon=True)
         child.start()
+        assert child.pid is not None
+        self._reaper.add(child.pid)
         self._children[name] = child
 
     def kill(self, name: str) -> None:
@@ -122,14 +126,18 @@ class Forking:
         self._children[name].join(_ENDING_S)
         self._children[name].kill()
         self._children[name].join()
+        self._reaper.remove(self._children[name].pid)
         return int(self._children[name].exitcode)
 
     def close(self) -> None:
         for child in self._children.values():
             child.kill()
             child.join()
+        self._reaper.close()
 
     def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
+        os.setsid()  # a process group, as the reaper ends them
+        self._reaper.let_go()
         for other in ours:
             other.close()
         sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")  # not 1 and 2 in a notebook
