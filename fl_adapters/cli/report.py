@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.report import write_comparison, write_report
-from fl_adapters.environments.report.comparison import Summary, different_settings
+from fl_adapters.environments.report.comparison import Summary, different_settings, metrics_of
 
 
 def report(folder: Path, out: Path | None, as_json: bool) -> int:
@@ -33,7 +33,7 @@ def compare(folders: Sequence[Path], out: Path, as_json: bool) -> int:
         for setting, values in differences.items():
             table.add_row(setting, *values)
         table.add_section()
-        for metric in dict.fromkeys(name for run in runs for name in run.best):
+        for metric in [name for name in metrics_of(runs) if any(name in run.best for run in runs)]:
             table.add_row(metric, *(f"{run.best[metric]:.4g}" if metric in run.best else "" for run in runs))
         console.print(table)
         console.print(f"page     {written}", highlight=False, soft_wrap=True)

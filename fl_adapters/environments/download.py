@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fl_adapters.environments.report import write_report
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.trainings import EVENTS
-from fl_runtime.trust.files import file_digest
+from fl_runtime.trust.files import file_digest, write_file
+from fl_runtime.types import RunSettings
 
 _PART = ".part"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,254}")
@@ -25,7 +29,7 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
 
     A download that was interrupted goes on where it stopped, also in another process. Files that are there and whole
     are not fetched again. Every file is compared with the server's SHA-256 digest before it gets its name. The
-    report of each training is made here, from its events.
+    job file, and the report of each training, are made here, from the job's settings and events.
 
     Args:
         control: Connection to the server, as an admin or as a site of the job.
@@ -34,7 +38,7 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
         patience_s: How long the server may be out of reach, in seconds.
 
     Returns:
-        The files, and the reports.
+        The files, the job file, and the reports.
 
     Raises:
         ConfigError: There is no such job, or it has not ended.
@@ -46,7 +50,23 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
     if "files" not in shown:
         raise ConfigError(f"the job {job} has not ended", fix="wait for its end: fl-adapters job follow")
     files = [_fetched(control, job, folder, item, patience_s) for item in _checked(shown["files"])]
+    files.append(folder / "job.yml")
+    write_file(files[-1], _job_file(shown["settings"]).encode())
     return [*files, *(write_report(file.parent) for file in files if file.name == EVENTS)]
+
+
+def _job_file(settings: Any) -> str:
+    """The job file of settings that the server has sent. Fields with their default values are left out."""
+    given = settings if isinstance(settings, dict) else {}
+    fields = {}
+    for item in dataclasses.fields(RunSettings):
+        usual = {} if item.default is dataclasses.MISSING else item.default
+        if item.name in given and given[item.name] not in (usual, list(usual) if isinstance(usual, tuple) else usual):
+            fields[item.name] = given[item.name]
+    fields.pop("submitted_by", None)
+    if isinstance(earlier := fields.pop("initial_job", None), dict):
+        fields["initial"] = {name: earlier.get(name) for name in ("job", "model")}
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
 def _checked(files: Any) -> list[Mapping[str, Any]]:

@@ -295,10 +295,10 @@ def ordered_metrics(metrics: Collection[str], best_metric: str) -> list[str]:
         best_metric: The metric that decides; "" for none.
 
     Returns:
-        The names. Those of local training, `train_...`, come last.
+        The names. Those of local training (`train_...`) and of traffic (`..._bytes`) come last.
     """
     first = [name for name in (best_metric, "loss") if name in metrics]
-    rest = sorted(metrics, key=lambda name: name.startswith("train_"))
+    rest = sorted(metrics, key=lambda name: name.startswith("train_") or name.endswith("_bytes"))
     return list(dict.fromkeys([*first, *rest]))
 
 

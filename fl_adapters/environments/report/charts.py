@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 from xml.etree.ElementTree import Element
 
 from fl_adapters.environments.report.document import SERIES, tag
+from fl_runtime.text import printable
+
+_Point = TypeVar("_Point")
 
 _WIDTH, _HEIGHT = 480.0, 260.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 10.0, 34.0
 _MOST_POINTS = 300  # of a line; more cannot be told apart at this width
-_MOST_DOTS = 600  # in a chart; each has a text that shows under the pointer
+_MOST_POINTS_IN_ALL = 4000  # of a chart
+_MOST_DOTS = 400  # in a chart; each has a text that shows under the pointer
+_LABEL_CHARS = 80
 _MOST_MARKERS = 40  # of a line; beyond, its dots are there for the pointer alone
 _TICKS = 5
 
@@ -50,20 +56,21 @@ def line_chart(title: str, lines: Sequence[Line], mark: float | None = None) -> 
     Returns:
         The chart with its title and legend.
     """
-    drawn = [line for line in lines if line.points]
+    drawn = [replace(line, label=printable(line.label, _LABEL_CHARS)) for line in lines if line.points]
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points] + [y for line in drawn for b in line.band for y in b[1:]]
     plot = _Plot(xs, ys, "round")
     dots = sum(len(line.points) for line in drawn) <= _MOST_DOTS
+    most = min(_MOST_POINTS, _MOST_POINTS_IN_ALL // max(1, len(drawn)))
     marked = None
     if mark is not None and plot.x_low <= mark <= plot.x_high:
         marked = tag("line", x1=plot.x(mark), x2=plot.x(mark), y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="mark")
     svg = _svg(
         _spoken(title, drawn),
         plot.axes(),
-        [_band(plot, line) for line in drawn if line.band],
+        [_band(plot, line, most) for line in drawn if line.band],
         marked,
-        [_polyline(plot, line) for line in drawn],
+        [_polyline(plot, line, most) for line in drawn],
         [dot for line in drawn if dots and "faint" not in line.style for dot in _dots(plot, line)],
     )
     return _chart(title, svg, [(line.label, line.style) for line in drawn if line.label])
@@ -162,17 +169,22 @@ def tick_text(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _polyline(plot: _Plot, line: Line) -> Element:
-    step = max(1, math.ceil(len(line.points) / _MOST_POINTS))
-    kept = [*line.points[:-1:step], line.points[-1]]
-    points = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in kept)
+def _thinned(points: Sequence[_Point], most: int) -> list[_Point]:
+    """At most about `most` of the points, the last one among them."""
+    step = max(1, math.ceil(len(points) / max(2, most)))
+    return [*points[:-1:step], points[-1]]
+
+
+def _polyline(plot: _Plot, line: Line, most: int) -> Element:
+    points = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in _thinned(line.points, most))
     tip = tag("title", line.label) if line.label else None
     return tag("polyline", tip, points=points, class_=f"line {line.style}")
 
 
-def _band(plot: _Plot, line: Line) -> Element:
-    upper = [f"{plot.x(x):.1f},{plot.y(high):.1f}" for x, _, high in line.band]
-    lower = [f"{plot.x(x):.1f},{plot.y(low):.1f}" for x, low, _ in reversed(line.band)]
+def _band(plot: _Plot, line: Line, most: int) -> Element:
+    band = _thinned(line.band, most)
+    upper = [f"{plot.x(x):.1f},{plot.y(high):.1f}" for x, _, high in band]
+    lower = [f"{plot.x(x):.1f},{plot.y(low):.1f}" for x, low, _ in reversed(band)]
     return tag("polygon", points=" ".join(upper + lower), class_=f"band {line.style}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fl_adapters.environments.report.comparison import Summary, comparison_page, summaries
 from fl_adapters.environments.report.page import run_page
-from fl_adapters.environments.report.record import read_run
+from fl_adapters.environments.report.record import read_run, read_trainings
 from fl_runtime.trust.files import write_file
 
 REPORT = "report.html"
@@ -28,7 +28,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         StoreError: The file cannot be written.
     """
     written = out or folder / REPORT
-    write_file(written, run_page(read_run(folder)).encode())
+    trainings = read_trainings(folder)
+    write_file(written, run_page(trainings[0], trainings).encode())
     return written
 
 

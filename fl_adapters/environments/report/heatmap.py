@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fl_runtime.text import printable
+
+_LABEL_CHARS = 60
+
 
 def draw(folder: Path) -> Path | None:
     """Draw `cross_site.json` as `cross_site.png`: a panel per metric, a row per model, a column per site's data.
@@ -40,12 +44,21 @@ def draw(folder: Path) -> Path | None:
     return target
 
 
+def plain(text: str) -> str:
+    """Return a text that matplotlib draws as it is: a name with two dollar signs is no formula.
+
+    Args:
+        text: Name of a site or a metric.
+    """
+    return printable(text, _LABEL_CHARS).replace("$", r"\$")
+
+
 def _panel(axes: Any, metric: str, values: list[list[float | None]], models: list[str], sites: list[str]) -> None:
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     axes.imshow(numbers, cmap="cividis", aspect="auto")
-    axes.set_title(metric)
-    axes.set_xticks(range(len(sites)), sites, rotation=45, ha="right")
-    axes.set_yticks(range(len(models)), models)
+    axes.set_title(plain(metric))
+    axes.set_xticks(range(len(sites)), [plain(site) for site in sites], rotation=45, ha="right")
+    axes.set_yticks(range(len(models)), [plain(model) for model in models])
     axes.set_xlabel("data of")
     axes.set_ylabel("model of")
     for y, row in enumerate(values):

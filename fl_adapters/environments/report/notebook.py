@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 
 from fl_adapters.environments.models import Which, load_model
 from fl_adapters.environments.report.document import tag
+from fl_adapters.environments.report.heatmap import plain
 from fl_adapters.environments.report.page import run_page
-from fl_adapters.environments.report.record import RunRecord, read_run
+from fl_adapters.environments.report.record import RunRecord, read_run, read_trainings
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import EVENTS, HISTORY
 
@@ -140,9 +141,9 @@ def figure_of(folder: Path, metrics: Sequence[str] = ()) -> Figure:
     figure = Figure(figsize=(5.0 * across, 3.2 * down), layout="constrained")
     FigureCanvasAgg(figure)
     for at, metric in enumerate(chosen, 1):
-        axes = figure.add_subplot(down, across, at, title=metric, xlabel="round")
+        axes = figure.add_subplot(down, across, at, title=plain(metric), xlabel="round")
         for site in run.sites:
-            axes.plot(*_columns(run, metric, site), linewidth=1, label=site)
+            axes.plot(*_columns(run, metric, site), linewidth=1, label=plain(site))
         axes.plot(*_columns(run, metric), color="black", linewidth=2.2, label="all sites")
         if at == 1 and len(run.sites) <= 2 * _PANELS:
             axes.legend(fontsize="small")
@@ -161,8 +162,9 @@ def cell_html(folder: Path) -> str:
     Raises:
         ConfigError: There is no run in the folder.
     """
+    trainings = read_trainings(folder)
     style = "width: 100%; height: 40rem; border: 0"
-    frame = tag("iframe", srcdoc=run_page(read_run(folder)), sandbox="", style=style, title="Report of the run")
+    frame = tag("iframe", srcdoc=run_page(trainings[0], trainings), sandbox="", style=style, title="Report of the run")
     return ElementTree.tostring(frame, encoding="unicode", method="html")
 
 

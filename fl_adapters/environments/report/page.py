@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -14,27 +15,55 @@ import yaml
 
 from fl_adapters.environments.progress import counted, size_text
 from fl_adapters.environments.report.charts import Line, line_chart, series_class, stacked_bars, value_text
+from fl_adapters.environments.report.comparison import curves_chart, metrics_of, results_table, summaries
 from fl_adapters.environments.report.document import SERIES, Content, document, table, tag
 from fl_adapters.environments.report.loading import loading_line
-from fl_adapters.environments.report.record import FilterUse, RunRecord, SiteRound
+from fl_adapters.environments.report.phases import Phases, mean_phases, phases_by_site
+from fl_adapters.environments.report.record import FilterUse, RunRecord, listed
+from fl_runtime.trainings import EVENTS, HISTORY, job_of
 from fl_runtime.transport.waiting import duration_text
 
 _CHARTS_SHOWN = 4
+# What follows keeps the page below 2 MB, whatever a run has.
+_CHARTS_IN_ALL = 16
 _FAINT_SITES = 24  # above it, curves of sites are drawn as one band
 _SITES_LISTED = 200
+_CELLS_SHOWN = 40  # of a row and of a column of a cross-site matrix
+_MATRICES_SHOWN = 4
+_FILTERS_LISTED = 100
 _WARNINGS_LISTED = 50
+_TRAININGS_LISTED = 50
 
 
-def run_page(run: RunRecord) -> str:
+def run_page(run: RunRecord, trainings: Sequence[RunRecord] = ()) -> str:
     """Make the page of a run.
 
     Args:
         run: The run.
+        trainings: All trainings of the job, if its script trains more than once.
 
     Returns:
         An HTML document of one file.
     """
-    return document(f"{run.name}: report", _head(run), *run_sections(run))
+    return document(f"{run.name}: report", _head(run), _trainings(trainings), *run_sections(run))
+
+
+def _trainings(runs: Sequence[RunRecord]) -> Element | None:
+    """All trainings of a script, such as those of a cross-validation, side by side."""
+    if len(runs) < 2:
+        return None
+    items = summaries(runs[:_TRAININGS_LISTED])
+    metrics = [name for name in metrics_of(items) if any(run.curve(name) for run in runs)][:2]
+    charts = [curves_chart([[item] for item in items], name, "training") for name in metrics]
+    text = f"The script trains {len(runs)} times. What follows below is about the first; each has its own report."
+    title = tag("h2", "All trainings of the script")
+    return tag(
+        "section",
+        title,
+        tag("p", text),
+        results_table(items, [items], "training"),
+        tag("div", charts, class_="charts"),
+    )
 
 
 def run_sections(run: RunRecord) -> Iterator[Element]:
@@ -100,12 +129,15 @@ def _best_tiles(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Element]:
-    charts = [_metric_chart(run, name) for name in run.metrics if any(_points(run, name))]
-    shown, more = charts[:_CHARTS_SHOWN], charts[_CHARTS_SHOWN:]
+    names = [name for name in run.metrics if any(_points(run, name))]
+    charts = [_metric_chart(run, name) for name in names[:_CHARTS_IN_ALL]]
+    shown, more = charts[:_CHARTS_SHOWN], charts[_CHARTS_SHOWN:_CHARTS_IN_ALL]
     made = [tag("div", shown, class_="charts")] if shown else []
     if more:
         summary = tag("summary", f"{counted(len(more), 'more metric')}")
         made.append(tag("details", summary, tag("div", more, class_="charts")))
+    if len(names) > len(charts):
+        made.append(_soft(f"{counted(len(names) - len(charts), 'further metric')} can be found in {HISTORY}."))
     return made
 
 
@@ -143,51 +175,60 @@ def _costs(run: RunRecord) -> list[Element]:
     if not numbers:
         return []
     records = [run.rounds[number] for number in numbers]
-    phases = [_phases(list(record.sites.values()), record.seconds) for record in records]
-    seconds = [(name, [phase[name] for phase in phases]) for name in phases[0]]
+    phases = [mean_phases(phases_by_site(r).values()) or Phases(None, 0.0, 0.0, r.seconds) for r in records]
+    seconds = _phase_columns(phases)
     sizes = [
         ("to the server", [record.bytes_up / 1e6 for record in records]),
         ("to the sites", [record.bytes_down / 1e6 for record in records]),
     ]
-    made = [stacked_bars("Time", seconds, numbers, "s"), stacked_bars("Bytes", sizes, numbers, "MB")]
+    made = [stacked_bars("Time of a site", seconds, numbers, "s"), stacked_bars("Bytes", sizes, numbers, "MB")]
     return [tag("div", made, class_="charts")]
 
 
-def _phases(parts: Sequence[SiteRound], whole_s: float) -> dict[str, float]:
-    """Where the seconds of a round went, as seen from the server."""
-    times = [part.seconds for part in parts if part.status == "used" and part.seconds <= whole_s] or [0.0]
-    return {
-        "all sites at work": min(times),
-        "some have answered, others have not": max(times) - min(times),
-        "aggregation": max(0.0, whole_s - max(times)),
-    }
+def _phase_columns(phases: Sequence[Phases]) -> list[tuple[str, list[float]]]:
+    """Label and seconds of each phase. Training and exchange are one phase if a site has not told them apart."""
+    told = [each.training for each in phases if each.training is not None]
+    if len(told) == len(phases):
+        columns = [("training", told), ("exchange", [each.exchange for each in phases])]
+    else:
+        columns = [("training and exchange", [each.exchange + (each.training or 0.0) for each in phases])]
+    return [
+        *columns,
+        ("waiting for other sites", [each.waiting for each in phases]),
+        ("aggregation", [each.aggregation for each in phases]),
+    ]
 
 
 def _sites(run: RunRecord) -> list[Element]:
-    parts = {name: [r.sites[name] for n, r in run.rounds.items() if n and name in r.sites] for name in run.sites}
-    examples = {name: mean([p.num_examples for p in own if p.status] or [0]) for name, own in parts.items()}
-    total = sum(examples.values())
+    rounds = [record for number, record in run.rounds.items() if number]
+    parts = {name: [record.sites[name] for record in rounds if name in record.sites] for name in run.sites}
+    examples = {name: fmean([p.num_examples for p in own if p.status] or [0]) for name, own in parts.items()}
+    total = sum(examples.values()) if all(examples.values()) else 0  # a site's policy may keep it
     metrics = [name for name in run.metrics if any(run.curve(name, site) for site in run.sites)][:2]
+    phases = [phases_by_site(record) for record in rounds if record.finished]
+    by_site = {name: mean_phases(each[name] for each in phases if name in each) for name in run.sites}
+    spent = dict(_phase_columns([each or Phases(None, 0.0, 0.0, 0.0) for each in by_site.values()])[:-1])
     rows = []
-    for name in run.sites[:_SITES_LISTED]:
+    for at, name in enumerate(run.sites[:_SITES_LISTED]):
         own = parts[name]
+        known = f"{examples[name]:,.0f}" if examples[name] else ""
+        share = f"{examples[name] / total:.1%}" if total else ""
         used = sum(part.status in ("used", "carried") for part in own)
         last = [value_text(curve[-1][1]) if (curve := run.curve(metric, name)) else "" for metric in metrics]
-        known = f"{examples[name]:,.0f}" if examples[name] else ""  # a site's policy may keep it
-        share = f"{examples[name] / total:.1%}" if total and all(examples.values()) else ""
-        seconds = [part.seconds for part in own if part.status]
         rows.append(
             [
                 *(name, known, share, f"{used} of {len(own)}"),
-                value_text(mean(seconds)) if seconds else "",
+                *(value_text(seconds[at]) if by_site[name] else "" for seconds in spent.values()),
                 *(size_text(sum(part.bytes_up for part in own)), size_text(sum(part.bytes_down for part in own))),
                 *last,
             ]
         )
-    columns = ["site", "examples", "share", "updates used", "s per round", "sent", "received"]
+    columns = ["site", "examples", "share", "updates used", *(f"{phase}, s" for phase in spent), "sent", "received"]
     made = [table([*columns, *(f"last {name}" for name in metrics)], rows)] if rows else []
     if len(run.sites) > _SITES_LISTED:
-        made.append(tag("p", f"{len(run.sites) - _SITES_LISTED} more sites are in history.csv.", class_="soft"))
+        made.append(_soft(f"{len(run.sites) - _SITES_LISTED} more sites are in {HISTORY}."))
+    if any(by_site.values()):
+        made.append(_soft("Seconds are means of a round."))
     return made
 
 
@@ -196,16 +237,23 @@ def _matrix(run: RunRecord) -> list[Element]:
         return []
     sites = list(dict.fromkeys(site for row in run.matrix.values() for site in row))
     metrics = list(dict.fromkeys(name for row in run.matrix.values() for cell in row.values() for name in cell))
-    return [_heat_map(run.matrix, metric, sites) for metric in metrics]
+    rows = dict(list(run.matrix.items())[:_CELLS_SHOWN])
+    made = [_heat_map(rows, metric, sites[:_CELLS_SHOWN]) for metric in metrics[:_MATRICES_SHOWN]]
+    if max(len(sites), len(run.matrix)) > _CELLS_SHOWN or len(metrics) > _MATRICES_SHOWN:
+        made.append(
+            _soft(f"cross_site.csv has all {len(run.matrix)} models, {len(sites)} sites and {len(metrics)} metrics.")
+        )
+    return made
 
 
 def _heat_map(matrix: Mapping[str, Mapping[str, Mapping[str, float]]], metric: str, sites: Sequence[str]) -> Element:
     """A table with a row for each model and a column for each site's data, coloured by value."""
-    values = [cell[metric] for row in matrix.values() for cell in row.values() if metric in cell]
-    low, high = min(values), max(values)
+    found = [cell[metric] for row in matrix.values() for cell in row.values() if metric in cell]
+    values = [value for value in found if math.isfinite(value)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
 
     def cell(value: float | None) -> Element:
-        if value is None:
+        if value is None or not math.isfinite(value):
             return tag("td")
         strength = 10 + 45 * ((value - low) / (high - low) if high > low else 0.5)
         style = f"background: color-mix(in srgb, var(--c0) {strength:.0f}%, transparent)"
@@ -228,9 +276,12 @@ def _filters(run: RunRecord) -> list[Element]:
     if not run.filters:
         return []
     rows: list[list[Content]] = [
-        [*_filter_cells(use), _sites_text(use, run.sites), _epsilon_text(use)] for use in run.filters
+        [*_filter_cells(use), _sites_text(use, run.sites), _epsilon_text(use)] for use in run.filters[:_FILTERS_LISTED]
     ]
-    return [table(["filter", "arguments", "sites", "epsilon spent, at most"], rows, numbers_from=3)]
+    made = [table(["filter", "arguments", "sites", "epsilon spent, at most"], rows, numbers_from=3)]
+    if len(run.filters) > _FILTERS_LISTED:
+        made.append(_soft(f"{len(run.filters) - _FILTERS_LISTED} more are in {EVENTS}."))
+    return made
 
 
 def _filter_cells(use: FilterUse) -> tuple[str, Element]:
@@ -248,7 +299,12 @@ def _epsilon_text(use: FilterUse) -> str:
 
 
 def _warnings(run: RunRecord) -> list[Element]:
-    return [tag("ul", [tag("li", text) for text in run.warnings[:_WARNINGS_LISTED]])] if run.warnings else []
+    if not run.warnings:
+        return []
+    made = [tag("ul", [tag("li", text) for text in run.warnings[:_WARNINGS_LISTED]])]
+    if len(run.warnings) > _WARNINGS_LISTED:
+        made.append(_soft(f"{len(run.warnings) - _WARNINGS_LISTED} more are in {EVENTS}."))
+    return made
 
 
 def _use(run: RunRecord) -> list[Element]:
@@ -264,10 +320,36 @@ def _settings(run: RunRecord) -> list[Element]:
 
 
 def _repeat(run: RunRecord) -> list[Element]:
-    args = run.command.get("args")
-    if not isinstance(args, list) or "app" not in run.job:
+    if "app" not in run.job:
         return []
-    words = ["fl-adapters", "simulate", *(["-m"] if run.command.get("module") else []), str(run.job["app"])]
-    words += ["--job", "job.yml", "--name", f"{run.name}-again", *(["--", *map(str, args)] if args else [])]
-    where = tag("p", "In the folder that the run was started in, with its job.yml:", class_="soft")
-    return [where, tag("pre", shlex.join(words))]
+    if not run.command:
+        again = "Give the job another name in job.yml, and submit it again:"
+        return [_soft(again), tag("pre", "fl-adapters job submit job.yml --kit ADMIN_KIT")]
+    started = run.command
+    words = ["fl-adapters", "simulate", *(["-m"] if started.get("module") else []), str(run.job["app"])]
+    words += ["--job", str(_below(started.get("directory"), run.job_folder / "job.yml"))]
+    words += ["--name", f"{job_of(run.name)}-again"]
+    if "sites" not in run.job:
+        words += ["--sites", run.site_argument]
+    if gpus := listed(started, "gpus"):
+        words += ["--gpus", ",".join(gpus)]
+    for option in ("engine", "workers"):
+        if started.get(option):
+            words += [f"--{option}", str(started[option])]
+    if args := listed(started, "args"):
+        words += ["--", *args]
+    return [
+        _soft(f"In {started.get('directory') or 'the folder that the run was started in'}:"),
+        tag("pre", shlex.join(words)),
+    ]
+
+
+def _below(directory: Any, path: Path) -> Path:
+    """A path as one would write it in a directory."""
+    whole = path.resolve()
+    above = Path(str(directory)) if directory else None
+    return whole.relative_to(above) if above and whole.is_relative_to(above) else whole
+
+
+def _soft(text: str) -> Element:
+    return tag("p", text, class_="soft")

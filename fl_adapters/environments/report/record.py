@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.environments.progress import ordered_metrics
+from fl_adapters.job import site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import parse_json, printable
-from fl_runtime.trainings import EVENTS
+from fl_runtime.trainings import EVENTS, number_of, training_folder, training_name
 from fl_runtime.yaml_files import read_yaml
 
 _LINE_CHARS = 2**24
@@ -29,6 +30,7 @@ class SiteRound:
         num_examples: Training examples behind the update.
         local_steps: Optimizer steps behind the update.
         seconds: Seconds from the start of the round to the arrival of the update: exchange and training.
+        train_s: Seconds of training in them; None if the site has not told.
         bytes_up: Bytes from the site to the server.
         bytes_down: Bytes from the server to the site.
         metrics: Metrics of the site's training, and of the round's model on the site's validation data.
@@ -38,6 +40,7 @@ class SiteRound:
     num_examples: int = 0
     local_steps: int = 0
     seconds: float = 0.0
+    train_s: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -106,7 +109,7 @@ class RunRecord:
 
     Attributes:
         folder: Its folder: `runs/<job>`, or `runs/<job>/2` for the second training of a script.
-        name: Name of the run.
+        name: Name of the run; "job/2" for the second training.
         job: Fields of job.yml; empty where there is none.
         command: Fields of simulation.json: arguments of the script, sites; empty where there is none.
         planned: Number of rounds that the sites agreed on, or None if the run did not come so far.
@@ -137,6 +140,17 @@ class RunRecord:
     ended: bool = False
     began: float = 0.0
     last: float = 0.0
+
+    @property
+    def job_folder(self) -> Path:
+        """Folder of the job, which holds that of each training."""
+        return self.folder if number_of(self.name) == 1 else self.folder.resolve().parent
+
+    @property
+    def site_argument(self) -> str:
+        """The sites that the run was started with, as the option `--sites` takes them: a number, or names."""
+        names = tuple(listed(self.command, "sites")) or tuple(self.sites)
+        return str(len(names)) if not names or names == site_names(len(names)) else ",".join(names)
 
     @property
     def sites(self) -> list[str]:
@@ -187,13 +201,49 @@ def read_run(folder: Path) -> RunRecord:
             where=str(path),
             fix="name the folder of a run, such as runs/NAME, or that of `fl-adapters job download`",
         )
-    run = RunRecord(folder, folder.resolve().name, _yaml(folder / "job.yml"), _json(folder / "simulation.json"))
+    whole = folder.resolve()
+    is_later = whole.name.isdecimal() and (whole.parent / EVENTS).is_file()
+    job = whole.parent if is_later else whole
+    name = training_name(job.name, int(whole.name)) if is_later else job.name
+    run = RunRecord(folder, name, _yaml(job / "job.yml"), _json(job / "simulation.json"))
     for event in _events(path):
         try:
             _take(run, event)
         except (KeyError, TypeError, ValueError, AttributeError):
             continue
     return run
+
+
+def read_trainings(folder: Path) -> list[RunRecord]:
+    """Read the records of all trainings of a job.
+
+    Args:
+        folder: Folder of the job, which is that of its first training.
+
+    Returns:
+        The records, in order.
+
+    Raises:
+        ConfigError: There is no run in the folder.
+    """
+    runs = [read_run(folder)]
+    while (later := training_folder(folder, len(runs) + 1) / EVENTS).is_file():
+        runs.append(read_run(later.parent))
+    return runs
+
+
+def listed(fields: Mapping[str, Any], name: str) -> list[str]:
+    """Return a field of a file that ought to hold a list.
+
+    Args:
+        fields: All fields of the file.
+        name: Name of the field.
+
+    Returns:
+        The items as texts; none if the field is missing, or something else.
+    """
+    found = fields.get(name)
+    return [str(item) for item in found] if isinstance(found, (list, tuple)) else []
 
 
 def _events(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -259,6 +309,8 @@ def _update(part: SiteRound, data: Mapping[str, Any]) -> None:
         return  # a late second one counts by its bytes alone
     part.status, part.seconds = printable(str(data["status"]), 100), float(data.get("seconds", 0.0))
     part.num_examples, part.local_steps = int(data.get("num_examples", 0)), int(data.get("local_steps", 0))
+    if "train_s" in data:  # a site's own word: no longer than the server has waited for it
+        part.train_s = min(max(0.0, float(data["train_s"])), part.seconds)
     part.metrics.update(_numbers(data.get("metrics", {})))
 
 

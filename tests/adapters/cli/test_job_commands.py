@@ -151,7 +151,9 @@ def test_a_job_that_was_aborted_is_resumed(study: Study, job: Any) -> None:
 
 def test_production_submits_and_attaches(study: Study, tmp_path: Path) -> None:
     production = Production(readdressed(study, "lena"), quiet=True)
-    name = production.submit(Job(app="tumour", name="job", rounds=2))
+    filters = [{"name": "AllowMetrics", "names": ["loss"]}]
+    own = {"seed": 3, "keep_local": ("bn.*",), "best_mode": "max", "filters": filters}
+    name = production.submit(Job(app="tumour", name="job", rounds=2, **own))
     assert [item["state"] for item in production.jobs()] == ["running"]
     with ThreadPoolExecutor(1) as pool:
         attached = pool.submit(production.attach, name)
@@ -164,7 +166,10 @@ def test_production_submits_and_attaches(study: Study, tmp_path: Path) -> None:
         assert all(np.array_equal(loaded[name], array) for name, array in final.items())
     files = production.download(name, tmp_path / "out")
     assert tmp_path / "out" / "model" / "model.safetensors" in files
-    second = production.submit(Job(app="tumour", name="other", rounds=2))
+    again = Job.from_file(tmp_path / "out" / "job.yml").model_copy(update={"name": "other"})
+    second = production.submit(again)
+    given = [study.admin("mina").ask("ShowJob", job=each)["settings"] for each in (name, second)]
+    assert given[1] == given[0] | {"name": "other"}
     production.abort(second)
     with pytest.raises(AbortedError, match="lena"):
         production.attach(second)

@@ -387,7 +387,7 @@ def test_results_are_downloaded_by_admins_and_sites_of_the_job_alone(study: Stud
         names = {path.relative_to(out).as_posix() for path in files}
         assert {"model/model.safetensors", "history.csv", "events.jsonl", "outcome.json", "report.html"} <= names
         assert not any(name.startswith("server/") or name == "job.json" for name in names)
-        for name in names - {"report.html"}:  # is made from the events, here
+        for name in names - {"report.html", "job.yml"}:  # are made here, from events and settings
             assert (out / name).read_bytes() == (study.runs / "job" / name).read_bytes()
     assert not list(out.rglob("*.part"))
     with pytest.raises(PermissionDeniedError, match="west is not a site of the job"):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_adapters.environments.report import write_comparison, write_report
+from fl_adapters.environments.report import heatmap, write_comparison, write_report
+from fl_adapters.environments.report.comparison import different_settings
 from fl_adapters.environments.report.loading import loading_line
 from fl_adapters.environments.report.notebook import NotebookView
 from fl_runtime.errors import ConfigError
@@ -60,12 +61,15 @@ class Run:
         with (self.folder / "events.jsonl").open("a") as file:
             file.write(line + "\n")
 
-    def round(self, number: int, loss: float, *, metric: str = "loss", filters: Sequence[Any] = ()) -> None:
+    def round(
+        self, number: int, loss: float, *, metric: str = "loss", filters: Sequence[Any] = (), **update: Any
+    ) -> None:
         for site in self.sites:
             self.event("task_sent", number, site, task="train", bytes=500)
         for at, site in enumerate(self.sites):
             fields = {"num_examples": 100 * (at + 1), "local_steps": 5, "seconds": 2.0 + at, "filters": list(filters)}
-            self.event("update", number, site, status="used", metrics={}, bytes_up=1000, bytes_down=500, **fields)
+            fields |= {"status": "used", "metrics": {}, "bytes_up": 1000, "bytes_down": 500, **update}
+            self.event("update", number, site, **fields)
         self.event(
             "round_finished",
             number,
@@ -85,8 +89,9 @@ class Run:
 
 
 def test_the_page_says_what_the_events_say(tmp_path: Path) -> None:
-    run = Run(tmp_path / "study", ("north", "south"), name="study", app="train.py", rounds=2)
-    (run.folder / "simulation.json").write_text(json.dumps({"args": ["--lr", "0.1"], "module": False}))
+    run = Run(tmp_path / "runs" / "study", ("north", "south"), name="study", app="train.py", rounds=2)
+    started = {"args": ["--lr", "0.1"], "module": False, "sites": run.sites, "directory": str(tmp_path)}
+    (run.folder / "simulation.json").write_text(json.dumps(started))
     (run.folder / "best").mkdir()
     (run.folder / "best" / "adapter_config.json").write_text("{}")
     noise = {"name": "GaussianDP", "noise_multiplier": 1.5}
@@ -100,17 +105,49 @@ def test_the_page_says_what_the_events_say(tmp_path: Path) -> None:
         *("Finished.", "2 of 9", "transformers", "all sites, round 2: 0.625", "north, round 1: 0.5"),
         *("south, round 2: 1.625", "33.3%", "66.7%", "2 of 2", "GaussianDP", "noise_multiplier=1.5", "1.25"),
         *("both sites have the same data", "PeftModel.from_pretrained(base, 'best')", "app: train.py"),
-        "fl-adapters simulate train.py --job job.yml --name study-again -- --lr 0.1",
+        "fl-adapters simulate train.py --job runs/study/job.yml --name study-again --sites north,south -- --lr 0.1",
     ):
         assert page.has(text), text
-    # a site's time is 2 or 3 s of the round's 4: 2 s all at work, 1 s until the last one, 1 s more
-    assert page.has("round 1, all sites at work: 2 s") and page.has("round 1, aggregation: 1 s")
+    # the updates arrive 2 and 3 s into a round of 4 s: one site waits for a second, both for the model
+    for text in ("training and exchange: 2.5 s", "waiting for other sites: 0.5 s", "aggregation: 1 s"):
+        assert page.has(f"round 1, {text}"), text
     assert page.has("round 1, to the server: 0.002 MB") and page.has("round 1, to the sites: 0.001 MB")
+
+
+def test_time_goes_into_training_exchange_and_waiting_where_sites_tell(tmp_path: Path) -> None:
+    run = Run(tmp_path / "study", ("north", "south"))
+    run.round(1, 0.5, train_s=1.5)  # the updates arrive 2 and 3 s into a round of 4 s
+    page = Page(write_report(run.folder))
+    for text in ("training: 1.5 s", "exchange: 1 s", "waiting for other sites: 0.5 s", "aggregation: 1 s"):
+        assert page.has(f"round 1, {text}"), text
+    table = page.texts[page.texts.index("updates used") :]
+    assert table[table.index("south") :][4:7] == ["1.5", "1.5", "0"]  # its own 3 s; nobody is slower
+    run.round(2, 0.5, train_s=1e9)  # no site trains for longer than the server has waited for it
+    assert Page(write_report(run.folder)).has("round 2, training: 2.5 s")
+    run.round(3, 0.5)  # as of a site with an earlier version
+    assert Page(write_report(run.folder)).has("round 3, training and exchange: 2.5 s")
+
+
+def test_the_page_of_a_cross_validation_has_mean_and_deviation_of_its_trainings(tmp_path: Path) -> None:
+    losses = (0.5, 0.7, 0.6)
+    for number, loss in enumerate(losses, 1):
+        run = Run(tmp_path / "study" / (str(number) if number > 1 else ""), ("north",), name="study", app="train.py")
+        run.round(1, loss)
+        run.finish()
+    page = Page(write_report(tmp_path / "study"))
+    assert page.has("The script trains 3 times.") and page.has("study/3, round 1: 0.6")
+    row = page.texts.index("study: mean of 3 trainings")
+    assert page.texts[row + 1] == f"{np.mean(losses):.4g} \N{PLUS-MINUS SIGN} {np.std(losses, ddof=1):.4g}"
+    later = Page(write_report(tmp_path / "study" / "2"))
+    assert later.has("app: train.py") and not later.has("The script trains")
 
 
 def test_nothing_in_a_page_can_be_a_script_or_load_anything(tmp_path: Path) -> None:
     for name, text in (("plain", "x"), ("hostile", HOSTILE)):
         run = Run(tmp_path / name, (text, "south"), name=text, app=text)
+        started = {"args": ["--lr", text], "sites": [text, "south"], "directory": text, "engine": text}
+        (run.folder / "simulation.json").write_text(json.dumps(started))
+        run.event("registered", site=text, evaluates=True, info={"framework": text})
         run.round(1, 0.5, metric=text, filters=[{"name": text, "spent": 1, text: text}])
         run.event("cross_site", 1, matrix={text: {text: {text: 0.5}}})
         run.event("warning", text=text)
@@ -125,6 +162,19 @@ def test_nothing_in_a_page_can_be_a_script_or_load_anything(tmp_path: Path) -> N
         assert not re.search(
             "[\x1b\u202e]", "".join(found.texts) + "".join(value or "" for _, value in found.attributes)
         )
+    cell = Page()
+    cell.feed(Result(tmp_path / "hostile")._repr_html_() or "")
+    assert cell.elements == ["iframe"] and ("sandbox", "") in cell.attributes and cell.texts == []
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    name = "$\\frac{1$ _x"
+    run = Run(tmp_path / "study", (name,))
+    run.round(1, 0.5, metric=name)
+    (run.folder / "cross_site.json").write_text(json.dumps({name: {name: {name: 0.5}}}))
+    assert heatmap.draw(run.folder) == run.folder / "cross_site.png"
+    Result(run.folder).plot().savefig(tmp_path / "plot.png")
 
 
 def test_a_run_under_way_and_one_that_failed_have_a_page_too(tmp_path: Path) -> None:
@@ -164,6 +214,26 @@ def test_the_page_of_many_sites_and_rounds_stays_small(tmp_path: Path) -> None:
     assert Page(page).has("middle site, and lowest to highest")
 
 
+def test_a_page_stays_below_2_mb_whatever_a_run_has(tmp_path: Path) -> None:
+    names = [f"{'a-site-with-a-long-name-' * 3}{number}" for number in range(100)]
+    run = Run(tmp_path / "study", names[:8])
+    metrics = {f"{'long' * 20}{number}": 0.5 for number in range(60)}
+    for number in range(1, 41):
+        run.event("round_finished", number, seconds=4.0, metrics=metrics, sites=names[:8], missing=[])
+        for site in names[:8]:
+            filters = [{"name": "x" * 300, "value": "y" * 2000, "round": number}]
+            run.event("update", number, site, status="used", metrics=metrics, seconds=1.0, filters=filters)
+        run.event("warning", number, text="z" * 5000)
+        run.event("warning", number, text="z" * 5000)
+    run.event("cross_site", 40, matrix={model: {site: {"loss": 0.5, "auc": 1} for site in names} for model in names})
+    run.finish()
+    written = write_report(run.folder)
+    page = Page(written)
+    assert written.stat().st_size < 2_000_000
+    for text in ("44 further metrics can be found in history.csv.", "30 more are in events.jsonl.", "100 models"):
+        assert page.has(text), text
+
+
 def test_runs_that_differ_in_the_seed_are_one_curve_with_a_band(tmp_path: Path) -> None:
     losses = {1: [0.5, 0.25], 2: [0.7, 0.5], 3: [0.6, 0.3]}
     for seed, values in losses.items():
@@ -188,6 +258,26 @@ def test_runs_that_differ_in_the_seed_are_one_curve_with_a_band(tmp_path: Path) 
     spread = np.std([values[0] for values in losses.values()], ddof=1)
     per_unit = (dots[1] - dots[0]) / (means[0] - means[1])  # picture's units: both means are on it, y grows downward
     assert (lower - upper) / 2 == pytest.approx(spread * per_unit, abs=0.2)
+    row = page.texts.index("seed-1: mean of 3 seeds")
+    assert page.texts[row + 1] == f"0.6 \N{PLUS-MINUS SIGN} {spread:.4g}"
+
+
+def test_runs_differ_in_options_of_the_script_and_in_sites_too(tmp_path: Path) -> None:
+    started = {"a": ["--seed", "1", "--lr=0.1", "x.csv"], "b": ["--seed", "2", "--lr=0.1", "x.csv"], "c": ["--amp"]}
+    for name, args in started.items():
+        run = Run(tmp_path / name, ("site-1", "site-2"), app="train.py")
+        sites = ["site-1", "site-2"] if name != "c" else ["north", "south"]
+        (run.folder / "simulation.json").write_text(json.dumps({"args": args, "sites": sites}))
+        run.round(1, 0.5)
+    page, runs = write_comparison([tmp_path / name for name in started], tmp_path / "all.html")
+    assert different_settings(runs) == {
+        "sites": ["2", "2", "north,south"],
+        "--seed": ["1", "2", ""],
+        "--lr": ["0.1", "0.1", ""],
+        "arguments": ["x.csv", "x.csv", ""],
+        "--amp": ["", "", "yes"],
+    }
+    assert Page(page).has("a and 1 more seed, round 1: 0.5") and Page(page).has("c, round 1: 0.5")
 
 
 class Result(NotebookView):
