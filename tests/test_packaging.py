@@ -177,7 +177,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "safetensors",
         "tenseal",
     }  # extras bring them, where they are asked for
-    imported -= {"matplotlib", "pandas"}  # for notebooks and the heat map, where they are installed
+    imported -= {"IPython", "matplotlib", "pandas"}  # for notebooks and the heat map, where they are installed
 
     requirements = map(Requirement, metadata(wheel).get_all("Requires-Dist"))
     base = {requirement.name for requirement in requirements if requirement.marker is None}

@@ -1,47 +1,31 @@
-"""Screen of a running simulation, and the table of its rounds at the end."""
+"""Screen of runs on a terminal while they last; at the end the table of the rounds, and what to do next."""
 
 from __future__ import annotations
 
-import math
-import time
+import os
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fl_adapters.environments.progress import RunView, SiteView, counted, ordered_metrics, size_text, waiting_text
-from fl_runtime.transport.waiting import duration_text
+from fl_adapters.environments.progress import ProgressLines, RunView, counted, ordered_metrics, size_text, waiting_text
+from fl_adapters.environments.progress.screen import METRICS_SHOWN, WIDE, run_screen
+from fl_adapters.environments.report import REPORT
+from fl_adapters.environments.report.loading import loading_line
+from fl_runtime.server.records.results import RoundResult
 from fl_runtime.types import Event
 
-if TYPE_CHECKING:
-    from fl_adapters.environments.local import TrainingResult
-
-_ROUNDS_SHOWN = 30
-_SITES_SHOWN = 24
-"""Largest number of sites with a row each. Above it, the table has a row per state."""
-_METRICS_SHOWN = 3
-_NARROW, _WIDE = 80, 100
-_COLUMNS = {"site": 0, "state": 0, "round": 0, "loss": 0, "examples": 70, "seconds": 70, "up": _WIDE, "down": _WIDE}
-"""Columns of the table of sites, and the width of the terminal from which on each is shown."""
-_WITH_STEPS = {
-    **{"site": 0, "state": 0, "progress": 0, "steps": 70, "rate": 70, "left": 0, "loss": 0, "round": _WIDE},
-    **{"seconds": _WIDE, "examples": 120, "up": 120, "down": 120},
-}
-"""The same for sites that tell their steps within the round."""
-_BAR_WIDTHS = {0: 8, 80: 12, 120: 20}
-"""Width of the terminal -> width of a site's bar from there on."""
-_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+_ROUNDS_SHOWN, _RUNS_SHOWN = 30, 4
 
 
 class LiveView:
-    """Listener that updates the view, and prints warnings and log lines of failed sites above the table.
+    """Listener that updates the view, and prints what needs attention above it: warnings, and sites that drop out.
 
     Args:
         console: Where they are printed.
@@ -53,184 +37,153 @@ class LiveView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self.view = RunView()
+        self._failed = False  # sites that leave after a failure are not worth a line
 
     def __call__(self, event: Event) -> None:
         self.view(event)
-        if event.kind == "exited" and event.data["tail"]:
-            lines = [f"{event.site}: {event.data['status']}; {event.data['log']} ends with", *event.data["tail"]]
-            self._console.print(Text("\n    | ".join(lines), style="yellow"))
-        elif event.kind == "waiting":
-            self._console.print(Text(waiting_text(event.data), style="yellow"))
-        elif event.kind == "warning":
-            self._console.print(Text(f"warning: {event.data['text']}", style="yellow"))
+        data = event.data
+        match event.kind:
+            case "exited" if data["tail"]:
+                lines = [f"{event.site}: {data['status']}; {data['log']} ends with", *data["tail"]]
+                self._print("\n    | ".join(lines))
+            case "left" if data["early"] and not self._failed:
+                self._print(f"{event.site} dropped out: {data['reason']}")
+            case "waiting":
+                self._print(waiting_text(data))
+            case "warning":
+                self._print(f"warning: {data['text']}")
+            case "log" if data["level"] == "warning":
+                self._print(f"{event.site}: {data['text']}")
+            case "failed":
+                self._failed = True
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(text, style="yellow"))
+
+
+class LiveRuns:
+    """Screen of the runs of a server or a site daemon: one below the other, while they last.
+
+    Args:
+        console: The terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._views: dict[str, RunView] = {}
+
+    def view_of(self, job: str) -> RunView:
+        """Return a listener that keeps the view of a job, which is shown from its first event to its end.
+
+        Args:
+            job: Name of the job.
+        """
+        view = self._views[job] = RunView(job=job)
+        return view
+
+    def __rich__(self) -> RenderableType:
+        width, ascii_only = self._console.width, self._console.options.ascii_only
+        self._views = {job: view for job, view in list(self._views.items()) if not view.ended}
+        shown = [view for view in self._views.values() if view.sites]
+        parts = [run_screen(view, width, ascii_only=ascii_only) for view in shown[:_RUNS_SHOWN]]
+        if len(shown) > _RUNS_SHOWN:
+            parts.append(Text(f"and {counted(len(shown) - _RUNS_SHOWN, 'more job')}"))
+        return Group(*parts)
+
+
+def has_screen(console: Console) -> bool:
+    """Return whether a console can show a screen that changes in place; otherwise there are plain lines.
+
+    That takes a terminal that can move its cursor. The variables NO_COLOR and CI ask for lines, if they are not empty.
+
+    Args:
+        console: Where the output goes.
+    """
+    asked = any(os.environ.get(name) for name in ("NO_COLOR", "CI"))
+    return console.is_terminal and not console.is_dumb_terminal and not asked
 
 
 @contextmanager
 def live_table(console: Console) -> Iterator[LiveView]:
-    """Show a table during this block, and give the block the listener that feeds the table."""
+    """Show a run during this block.
+
+    Args:
+        console: The terminal.
+
+    Yields:
+        The listener that feeds the screen.
+    """
     listener = LiveView(console)
-    screen = partial(_screen, listener.view, console)
+
+    def screen() -> RenderableType:
+        return run_screen(listener.view, console.width, ascii_only=console.options.ascii_only)
+
     with Live(console=console, get_renderable=screen, refresh_per_second=5) as live:
         yield listener
         live.refresh()
 
 
-def _screen(view: RunView, console: Console) -> RenderableType:
-    """The state of a run, laid out for the width of the terminal."""
-    width, blocks = console.width, _ASCII_BLOCKS if console.options.ascii_only else _BLOCKS
-    metrics = _metric_lines(view, width, blocks)
-    lines: list[RenderableType] = [_progress(view, width), *metrics, _sites_table(view, width)]
-    if view.folder:
-        lines.append(Text(f"results in {view.folder}", style="dim", overflow="fold"))
-    return Group(*lines)
-
-
-def _progress(view: RunView, width: int) -> RenderableType:
-    """Name of the run, a bar of what is done of it and one of its round, and the time that is left of each."""
-    title = Text(_title(view), style="bold", overflow="ellipsis", no_wrap=True)
-    gone = duration_text(round(time.monotonic() - view.began))
-    if view.left_s is not None and view.done < 1:
-        gone += f", about {duration_text(view.left_s)} left"
-    rows = Table.grid(padding=(0, 1))
-    bar = partial(ProgressBar, total=1.0, width=min(40, width // 3))
-    rows.add_row("run", bar(completed=view.done), f"{view.done:4.0%}", gone)
-    if view.asked:
-        answered = f"{len(view.answered)} of {counted(len(view.asked), 'site')}"
-        if view.round_left_s is not None:
-            answered += f", {'about ' if width >= _NARROW else ''}{duration_text(view.round_left_s)} left"
-        rows.add_row("round", bar(completed=view.round_done), f"{view.round_done:4.0%}", answered)
-    return Group(title, rows)
-
-
-def _metric_lines(view: RunView, width: int, blocks: str) -> Iterator[RenderableType]:
-    """A line for each of the metrics that matter most: its course and its newest value, green where it is the best."""
-    names = dict.fromkeys(name for metrics in view.metrics.values() for name in metrics)
-    row = Table.grid(padding=(0, 2))
-    for name in ordered_metrics(names, view.best_metric)[:_METRICS_SHOWN]:
-        course = [(number, metrics[name]) for number, metrics in sorted(view.metrics.items()) if name in metrics]
-        newest, value = course[-1]
-        best = newest == view.best_round and name == view.best_metric
-        row.add_row(
-            Text(name, overflow="ellipsis", no_wrap=True),
-            Text(sparkline([value for _, value in course][-min(40, width // 3) :], blocks), style="cyan"),
-            Text(f"{value:.4g}", style="bold green" if best else ""),
-        )
-    if row.row_count:
-        yield row
-
-
-def sparkline(values: Sequence[float], blocks: str = _BLOCKS) -> str:
-    """Draw values as a line of blocks, from the lowest to the highest one; a blank for each that is not finite.
+@contextmanager
+def live_runs(console: Console) -> Iterator[LiveRuns | None]:
+    """Show the runs of a server or a site below its lines during this block. Lines go through sys.stderr.
 
     Args:
-        values: The values, one for each character.
-        blocks: Characters of growing height.
+        console: The console of sys.stderr.
+
+    Yields:
+        The screen, or None if the console cannot show one.
     """
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return ""
-    low, spread = min(finite), (max(finite) - min(finite)) or 1.0
-    steps = len(blocks) - 1
-    return "".join(blocks[round((v - low) / spread * steps)] if math.isfinite(v) else " " for v in values)
+    if not has_screen(console):
+        yield None
+        return
+    runs = LiveRuns(console)
+    with Live(console=console, get_renderable=lambda: runs, refresh_per_second=2, transient=True):
+        yield runs
 
 
-def _sites_table(view: RunView, width: int) -> Table:
-    sites = dict(view.sites)
-    tells_steps = any(site.steps is not None for site in sites.values())
-    columns = [name for name, least in (_WITH_STEPS if tells_steps else _COLUMNS).items() if width >= least]
-    bar_width = max(cells for least, cells in _BAR_WIDTHS.items() if width >= least)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        left = name in ("site", "state", "progress")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
-    rows = list(sites.items()) if len(sites) <= _SITES_SHOWN else _by_state(list(sites.values()))
-    for name, site in rows:
-        bar = ProgressBar(total=1.0, completed=site.done, width=bar_width) if site.steps is not None else ""
-        cells: dict[str, RenderableType] = {"site": name, "progress": bar, **_cells(site)}
-        table.add_row(*(cells[column] for column in columns), style="red" if site.failed else "")
-    return table
+@contextmanager
+def shown_progress(console: Console) -> Iterator[LiveView | ProgressLines]:
+    """Show a run during this block: a screen where that is possible, else lines.
+
+    Args:
+        console: Where to show it.
+
+    Yields:
+        The listener that does it.
+    """
+    if not has_screen(console):
+        yield ProgressLines(console.file)
+        return
+    with live_table(console) as view:
+        yield view
 
 
-def _by_state(sites: list[SiteView]) -> list[tuple[str, SiteView]]:
-    """One row per state of sites, labelled with their number."""
-    states: dict[str, list[SiteView]] = {}
-    for site in sites:
-        states.setdefault(site.state, []).append(site)
-    return [(f"{len(group)} sites", _combine(state, group)) for state, group in sorted(states.items())]
-
-
-def _combine(state: str, group: list[SiteView]) -> SiteView:
-    """Sites in the same state as one row: newest round, mean loss, longest time, and sums of all else."""
-    losses = [site.loss for site in group if site.loss is not None]
-    told = [site for site in group if site.steps is not None]
-    return SiteView(
-        state=state,
-        round=max(site.round for site in group),
-        loss=sum(losses) / len(losses) if losses else None,
-        examples=sum(site.examples or 0 for site in group) or None,
-        bytes_up=sum(site.bytes_up for site in group),
-        bytes_down=sum(site.bytes_down for site in group),
-        seconds=max((site.seconds for site in group if site.seconds is not None), default=None),
-        steps=sum(site.steps or 0 for site in told) if told else None,
-        of_steps=sum(site.of_steps or 0 for site in told) if all(site.of_steps for site in told) else None,
-        train_s=max((site.train_s for site in told if site.train_s is not None), default=None),
-    )
-
-
-def _title(view: RunView) -> str:
-    if not view.round:
-        return f"{view.job}  waiting for the sites" if view.job else "starting"
-    training = f"  training {view.training}" if view.training > 1 else ""
-    return f"{view.job}{training}  round {view.round}/{view.rounds}"
-
-
-def _cells(site: SiteView) -> dict[str, str]:
-    def text_of(value: float | None, form: str) -> str:
-        return "" if value is None else form.format(value)
-
-    return {
-        "state": site.state,
-        "steps": "" if site.steps is None else f"{site.steps:,}" + (f"/{site.of_steps:,}" if site.of_steps else ""),
-        "rate": "" if site.rate is None else _rate_text(site.rate),
-        "left": "" if not site.left_s else duration_text(site.left_s),
-        "round": str(site.round or ""),
-        "loss": text_of(site.loss, "{:.4g}"),
-        "examples": text_of(site.examples, "{:,}"),
-        "seconds": text_of(site.seconds, "{:.2f}"),
-        "up": size_text(site.bytes_up),
-        "down": size_text(site.bytes_down),
-    }
-
-
-def _rate_text(rate: float) -> str:
-    """Steps a second, or a minute where they are few."""
-    per_s = rate if rate >= 1 else rate * 60
-    return f"{f'{per_s:.3g}' if per_s < 100 else f'{per_s:,.0f}'}/{'s' if rate >= 1 else 'min'}"
-
-
-def rounds_table(result: TrainingResult, title: str, best_metric: str, width: int) -> Table:
+def rounds_table(
+    rounds: Sequence[RoundResult], best_round: int | None, title: str, best_metric: str, width: int
+) -> Table:
     """Table with a row per round of a training, limited to the last rounds and the metrics that matter most.
 
     Args:
-        result: The training.
+        rounds: The rounds.
+        best_round: Number of the best one, or None.
         title: Title of the table.
         best_metric: The metric that decides the best round; "" for none.
         width: Columns of the terminal.
     """
-    last = result.rounds[-_ROUNDS_SHOWN:]
+    last = rounds[-_ROUNDS_SHOWN:]
     known = dict.fromkeys(name for item in last for name in item.metrics)
-    metrics = ordered_metrics(known, best_metric)[: _METRICS_SHOWN + (width >= _WIDE)]
+    metrics = ordered_metrics(known, best_metric)[: METRICS_SHOWN + (width >= WIDE)]
     table = Table(
         title=title,
         title_justify="left",
         caption_justify="left",
-        caption=_caption(result, known.keys() - metrics),
+        caption=_caption(rounds, known.keys() - metrics),
         box=box.SIMPLE_HEAD,
     )
     for name in ("round", *metrics, "sites", "seconds"):
         table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
     for item in last:
-        best = item.round == result.best_round
+        best = item.round == best_round
         table.add_row(
             f"best  {item.round}" if best else str(item.round),
             *(f"{item.metrics[name]:.4g}" if name in item.metrics else "" for name in metrics),
@@ -241,11 +194,48 @@ def rounds_table(result: TrainingResult, title: str, best_metric: str, width: in
     return table
 
 
-def _caption(result: TrainingResult, left_out: Collection[str]) -> str:
-    up, down = sum(item.bytes_up for item in result.rounds), sum(item.bytes_down for item in result.rounds)
+def _caption(rounds: Sequence[RoundResult], left_out: Collection[str]) -> str:
+    up, down = sum(item.bytes_up for item in rounds), sum(item.bytes_down for item in rounds)
     parts = [f"up {size_text(up)}, down {size_text(down)} in all"]
-    if len(result.rounds) > _ROUNDS_SHOWN:
-        parts.append(f"{len(result.rounds) - _ROUNDS_SHOWN} earlier rounds are not shown")
+    if len(rounds) > _ROUNDS_SHOWN:
+        parts.append(f"{len(rounds) - _ROUNDS_SHOWN} earlier rounds are not shown")
     if left_out:
         parts.append(f"history.csv has {counted(len(left_out), 'more metric')}")
     return "; ".join(parts)
+
+
+def print_next(console: Console, folder: Path, exported: Path | None) -> None:
+    """Print what opens the model of a training, and what shows its curves.
+
+    Args:
+        console: Where to print it.
+        folder: Folder of the training.
+        exported: Folder of the model, or None.
+    """
+    if exported is not None and (code := loading_line(exported, Path(short_path(exported)))):
+        console.print(f"open     {code}", highlight=False, soft_wrap=True)
+    if (folder / REPORT).is_file():
+        console.print(f"report   {short_path(folder / REPORT)}", highlight=False, soft_wrap=True)
+        again = f"fl-adapters report {shlex.quote(short_path(folder))}"
+        console.print(f"again    {again}", highlight=False, soft_wrap=True)
+    if (folder / "tensorboard").is_dir():
+        curves = shlex.quote(short_path(folder / "tensorboard"))
+        console.print(f"curves   tensorboard --logdir {curves}", highlight=False, soft_wrap=True)
+
+
+def print_path(console: Console, name: str, path: Path | None, note: str = "") -> None:
+    """Print where something lies, if it is there.
+
+    Args:
+        console: Where to print it.
+        name: What it is.
+        path: Where it lies, or None.
+        note: Text behind the path.
+    """
+    if path is not None:
+        console.print(f"{name:8} {short_path(path)}{note}", highlight=False, soft_wrap=True)
+
+
+def short_path(path: Path) -> str:
+    """Return a path as seen from the current directory, if it lies there."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rich.console import Console
 
-from fl_adapters.cli.live import LiveView, live_table, rounds_table
+from fl_adapters.cli.live import has_screen, print_next, print_path, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.environments.progress import ProgressLines
-from fl_adapters.environments.report import REPORT
-from fl_adapters.environments.report.loading import loading_line
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import HISTORY
 from fl_runtime.types import Listener
@@ -63,7 +59,7 @@ def run(options: SimulateOptions, as_json: bool) -> int:
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
     with report_errors(as_json), _sigterm_as_ctrl_c():
         job = _make_job(options)
-        with _listening(console) as listener:
+        with shown_progress(console) as listener:
             result = _simulate(options, job, listener)
         if as_json:
             show_json(_json_fields(result))
@@ -79,23 +75,13 @@ def resume(folder: Path, as_json: bool) -> int:
     with report_errors(as_json), _sigterm_as_ctrl_c():
         from fl_adapters.environments.simulation import Simulation
 
-        with _listening(console) as listener:
+        with shown_progress(console) as listener:
             result = Simulation(listeners=(listener,), quiet=True).resume(folder)
         if as_json:
             show_json(_json_fields(result))
         else:
             _sum_up(result, console, listener.view.best_metric)
     return 0
-
-
-@contextmanager
-def _listening(console: Console) -> Iterator[LiveView | ProgressLines]:
-    """Give this block a listener that shows progress: a live table on a terminal, else lines."""
-    if not console.is_terminal:
-        yield ProgressLines(console.file)
-        return
-    with live_table(console) as view:
-        yield view
 
 
 @contextmanager
@@ -156,15 +142,15 @@ def _sum_up(result: SimulationResult, console: Console, best_metric: str) -> Non
     several = len(result.trainings) > 1
     for training in result.trainings:
         title = f"{result.job}, training {training.number}" if several else result.job
-        console.print(rounds_table(training, title, best_metric, console.width))
+        console.print(rounds_table(training.rounds, training.best_round, title, best_metric, console.width))
         for name, path in _left_by(training).items():
             best = f" (round {training.best_round})" if name == "best" else ""
-            _print_path(console, name, path, best)
-        if training.no_best and console.is_terminal:  # otherwise a line of progress has said it
+            print_path(console, name, path, best)
+        if training.no_best and has_screen(console):  # otherwise a line of progress has said it
             console.print(f"best     none: {training.no_best}", highlight=False, soft_wrap=True)
-        _print_next(console, training)
+        print_next(console, training.folder, training.best or training.model)
     logs = next((folder for name in ("workers", "sites") if (folder := result.folder / name).exists()), None)
-    _print_path(console, "logs", logs)
+    print_path(console, "logs", logs)
     rounds = sum(len(training.rounds) for training in result.trainings)
     of_trainings = f" of {len(result.trainings)} trainings" if several else ""
     console.print(f"{rounds} rounds{of_trainings} in {result.wall_s:.1f} s", highlight=False)
@@ -172,26 +158,7 @@ def _sum_up(result: SimulationResult, console: Console, best_metric: str) -> Non
 
 def _left_by(training: TrainingResult) -> dict[str, Path | None]:
     folder = training.folder
-    files = {"history": folder / HISTORY, "report": folder / REPORT}
-    return {"model": training.model, "best": training.best, **files}
-
-
-def _print_next(console: Console, training: TrainingResult) -> None:
-    """Print what opens the model and shows the curves."""
-    exported = training.best or training.model
-    if exported is not None and (code := loading_line(exported, Path(_short(exported)))):
-        console.print(f"open     {code}", highlight=False, soft_wrap=True)
-    curves = _short(training.folder / "tensorboard")
-    console.print(f"curves   tensorboard --logdir {shlex.quote(curves)}", highlight=False, soft_wrap=True)
-
-
-def _print_path(console: Console, name: str, path: Path | None, note: str = "") -> None:
-    if path is not None:
-        console.print(f"{name:8} {_short(path)}{note}", highlight=False, soft_wrap=True)
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return {"model": training.model, "best": training.best, "history": folder / HISTORY}
 
 
 def _json_fields(result: SimulationResult) -> dict[str, Any]:

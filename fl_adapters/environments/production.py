@@ -13,7 +13,7 @@ from typing import Any
 from fl_adapters.environments.download import download
 from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.models import Which
-from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.remote import RemoteJob, submit
 from fl_adapters.environments.report.saved_run import SavedRun
 from fl_adapters.extras import needs_trust_extra
@@ -215,7 +215,7 @@ class Production:
 
     def _followed(self, control: ControlClient, patience_s: float, job: Job | str) -> ProductionResult:
         began = time.monotonic()
-        printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
+        printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tell = FanOut((*self.listeners, *printers))
         remote = RemoteJob(control, job, tell, patience_s)
         settings = control.ask("ShowJob", job=remote.name, patience_s=patience_s)["settings"]

@@ -28,7 +28,7 @@ from fl_adapters.environments.local import (
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.processes.gpus import visible_devices
-from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
@@ -93,7 +93,7 @@ class ProofOfConcept:
         visible_devices(self.gpus)  # reports a GPU that is not there before anything is made
         folder = Path(self.folder).resolve()
         job = job.model_copy(update={"name": _free_name(folder, job), "sites": sites})
-        printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
+        printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
         tell = FanOut((tracker, *self.listeners, *printers))
         run = LocalRun(job.settings(sites), folder / job.name, tracker, tell)

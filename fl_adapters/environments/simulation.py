@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from fl_adapters.environments.local import (
 from fl_adapters.environments.processes import SiteProcesses, free_ports, site_environment
 from fl_adapters.environments.processes.function_script import function_script
 from fl_adapters.environments.processes.gpus import visible_devices
-from fl_adapters.environments.progress import ProgressLines
+from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.resuming import StartArguments
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
@@ -162,7 +161,7 @@ class Simulation:
     def _run(
         self, job: Job, sites: tuple[str, ...], folder: Path, command: list[str], began: float
     ) -> SimulationResult:
-        printers: tuple[Listener, ...] = () if self.quiet else (ProgressLines(sys.stderr),)
+        printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
         run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, *self.listeners, *printers)))
         virtual = self._virtual()

@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from fl_adapters.cli.federation.status import job_state, of_version
+from fl_adapters.cli.live import print_next, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.remote import submit as put_into_queue
@@ -90,8 +92,16 @@ def show(kit: Path, name: str, as_json: bool) -> int:
 
 def follow(kit: Path, name: str, patience_s: float | None, as_json: bool) -> int:
     """Follow a job to its end. Returns exit status 0; the error of a failed job ends the command."""
+    console = console_for(as_json)
     with report_errors(as_json):
-        result = Production(kit, patience_s=patience_s).attach(name)
+        with shown_progress(Console(stderr=True, markup=False, emoji=False)) as listener:
+            result = Production(kit, (listener,), quiet=True, patience_s=patience_s).attach(name)
+        if not as_json:
+            several = len(result.trainings) > 1
+            for number, rounds in enumerate(result.trainings, 1):
+                title = f"{name}, training {number}" if several else name
+                best_round = result.best_round if number == 1 else None
+                console.print(rounds_table(rounds, best_round, title, listener.view.best_metric, console.width))
         best = f", the best was round {result.best_round}" if result.best_round else ""
         print(f"{name}: {len(result.rounds)} rounds{best}", file=sys.stderr)
         print(f"to fetch the models: fl-adapters job download {name} --kit {kit}", file=sys.stderr)
@@ -181,6 +191,8 @@ def fetch(kit: Path, name: str, folder: Path, patience_s: float | None, as_json:
     console = console_for(as_json)
     for path in files:
         console.print(str(path), highlight=False, soft_wrap=True)
+    exported = next((folder / which for which in ("best", "model") if (folder / which).is_dir()), None)
+    print_next(console, folder, exported)
     with suppress(OSError, ValueError, AttributeError):  # a server of an earlier version has left none
         for text in _about_files(json.loads((folder / _OUTCOME).read_text("utf-8"))):
             console.print(text, highlight=False, soft_wrap=True)

@@ -73,6 +73,8 @@ def test_a_day_of_an_admin(study: Study, job: Any, tmp_path: Path) -> None:
     assert {"started", "round_finished", "left"} <= {
         json.loads(line)["kind"] for line in (study.runs / "first" / "events.jsonl").read_text().splitlines()
     }
+    told = CliRunner().invoke(app, ["job", "follow", "first", "--kit", str(readdressed(study, "lena"))]).stdout
+    assert "first" in told and "sites" in told and "in all" in told, "the table of the rounds"
     lines = CliRunner().invoke(app, ["job", "logs", "first", "--kit", str(readdressed(study, "lena"))]).stdout
     assert "first server: round finished in round 2" in lines
 
@@ -86,6 +88,12 @@ def test_a_day_of_an_admin(study: Study, job: Any, tmp_path: Path) -> None:
     model = tmp_path / "results" / "model" / "model.safetensors"
     assert str(Path("results/model/model.safetensors")) in fetched["files"]
     assert model.read_bytes() == (study.runs / "first" / "model" / "model.safetensors").read_bytes()
+    told = (
+        CliRunner()
+        .invoke(app, ["job", "download", "first", "--out", "results", "--kit", str(readdressed(study, "lena"))])
+        .stdout
+    )
+    assert "open     safetensors.numpy.load_file('results/" in told and "again    fl-adapters report results" in told
     job("delete", "first")
     assert not (study.runs / "first").exists()
     assert job("show", "first", status=1)["error"]["what"] == "there is no job 'first'"

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fl_adapters.cli.live import LiveView, live_table, rounds_table, sparkline
-from fl_adapters.environments.local import TrainingResult
+from fl_adapters.cli.live import LiveView, live_table, rounds_table, shown_progress
+from fl_adapters.environments.progress.screen import sparkline
 from fl_runtime.server import RoundResult
 from fl_runtime.types import Event
 
@@ -46,7 +46,8 @@ def events(sites: Sequence[str], answered: int, *, tells_steps: bool = False) ->
         for at, site in enumerate(sites[answered:] if tells_steps and number == 7 else ()):
             tell("steps", number, site, done=40 + at % 7, total=120, train_s=4.0 + at % 3)
         if number < 7:
-            tell("round_finished", number, seconds=13.5, metrics={"train_loss": 1 / number}, sites=sites)
+            sums = {"bytes_up": 45_000_000, "bytes_down": 45_000_000, "missing": ()}
+            tell("round_finished", number, seconds=13.5, metrics={"train_loss": 1 / number}, sites=sites, **sums)
             scores = {"loss": 1.25 / number, "accuracy": 1 - 0.4 / number, "auc": 0.6 + number / 50}
             tell("scored", number, metrics=scores, best_round=number, best_metric="accuracy")
     return told
@@ -103,10 +104,9 @@ def test_the_table_at_the_end_has_room_for_many_metrics(width: int) -> None:
         RoundResult(number, 13.5, dict.fromkeys(names, 1 / number), ("north", "south"), (), 45_000_000, 44_000_000)
         for number in range(1, 6)
     ]
-    result = TrainingResult(1, Path("runs/tumour-1202"), tuple(rounds), 4, None, None)
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
-    console.print(rounds_table(result, "tumour-1202", "auc", width))
+    console.print(rounds_table(rounds, 4, "tumour-1202", "auc", width))
     check(f"end-{width}", out.getvalue())
 
 
@@ -114,6 +114,49 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_value() -> None:
     assert sparkline([1.0, 2.0, 3.0]) == "▁▅█"
     assert sparkline([2.0, float("nan"), 2.0]) == "▁ ▁"
     assert sparkline([float("inf")]) == sparkline([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "terminal", "screen"),
+    [
+        ({}, True, True),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"CI": "true"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({"NO_COLOR": "", "CI": ""}, True, True),
+        ({}, False, False),
+    ],
+)
+def test_there_are_lines_where_a_screen_cannot_be_or_is_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], terminal: bool, screen: bool
+) -> None:
+    for name in ("NO_COLOR", "CI", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal)
+    with shown_progress(console) as listener:
+        assert isinstance(listener, LiveView) == screen
+        for event in events(["north"], 1):
+            listener(event)
+    assert ("\x1b[" in out.getvalue()) == screen
+    assert "round 7/20" in out.getvalue() if screen else "round 6/20: " in out.getvalue()
+
+
+def test_the_best_value_is_green_and_warnings_stand_above_the_bars() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system="standard")
+    with live_table(console) as listener:
+        for event in events(["north", "south"], 1):
+            listener(event)
+        listener(Event("warning", 0.0, 7, data={"text": "the loss is not finite"}))
+        listener(Event("left", 0.0, 7, "south", {"early": True, "reason": "it has stopped"}))
+    last = out.getvalue()[out.getvalue().rindex("the loss is not finite") :]
+    assert "south dropped out: it has stopped" in last and last.index("dropped out") < last.rindex("round 7/20")
+    assert "\x1b[1;32m0.9333\x1b[0m" in last, "the best accuracy is bold and green"
+    assert "\x1b[1;32m0.2083" not in last, "the loss does not decide"
 
 
 def test_a_terminal_without_unicode_gets_ascii() -> None:

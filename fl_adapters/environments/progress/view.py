@@ -1,13 +1,10 @@
-"""Shows the progress of a run: a view that events keep up to date, and a printer of one line per round."""
+"""The state of a run as its events tell it: for a screen, or for a line."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
 
-from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Event
 
 
@@ -76,6 +73,7 @@ class RunView:
         asked: Names of the sites that take part in the newest round.
         answered: Names of those whose update of the newest round is there.
         durations_s: Seconds of each finished round of this training, in order.
+        ended: Whether the training has ended.
         began: Time at which this view was made, in seconds of `time.monotonic`.
     """
 
@@ -91,6 +89,7 @@ class RunView:
     asked: frozenset[str] = frozenset()
     answered: set[str] = field(default_factory=set)
     durations_s: list[float] = field(default_factory=list)
+    ended: bool = False
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -135,7 +134,7 @@ class RunView:
             case "joined":
                 site.state, site.failed = "joined", False
             case "started":
-                self.rounds, self.training = data["rounds"], data.get("training", 1)
+                self.rounds, self.training, self.ended = data["rounds"], data.get("training", 1), False
                 if self.training > 1:
                     self.round, self.metrics, self.durations_s = 0, {}, []
                     self.best_round, self.best_metric = None, ""
@@ -160,6 +159,8 @@ class RunView:
             case "scored":
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])
                 self.best_round, self.best_metric = data["best_round"], data.get("best_metric", "")
+            case "finished" | "failed":
+                self.ended = True
             case "left":
                 site.state, site.failed = ("left", True) if data["early"] else ("done", False)
             case "restarted":
@@ -179,143 +180,3 @@ class RunView:
                 site.steps = site.of_steps or site.steps
             if not site.reports_loss:
                 site.loss = data["metrics"].get("train_loss", site.loss)
-
-
-class LineWriter(Protocol):
-    """Writes one line about a run.
-
-    Args:
-        text: The line.
-        site: Name of the site that it is about; "" for none.
-        warning: Whether something went wrong.
-    """
-
-    def __call__(self, text: str, *, site: str = "", warning: bool = False) -> None: ...
-
-
-class ProgressLines:
-    """Listener that writes one line for each round, and for each site that joins or drops out.
-
-    Args:
-        out: The stream for the lines, which begin with the seconds since the start; or a function that writes them.
-
-    Attributes:
-        view: The state of the run.
-    """
-
-    def __init__(self, out: IO[str] | LineWriter) -> None:
-        self._write: LineWriter = out if callable(out) else self._to_stream(out)
-        self.view = RunView()
-        self._evaluates = False
-        self._failed = False  # sites that leave after a failure are not worth a line
-        self._pending: dict[int, Event] = {}  # finished rounds whose scores have not arrived yet
-
-    def __call__(self, event: Event) -> None:
-        self.view(event)
-        data = event.data
-        match event.kind:
-            case "starting":
-                self._write(f"{data['job']}: {data['command']} at {counted(len(data['sites']), 'site')}")
-                self._write(f"results in {data['folder']}")
-            case "joined":
-                again = f" again (attempt {data['attempt']})" if data["attempt"] > 1 else ""
-                self._write(f"{event.site} joined{training_text(data)}{again}", site=event.site)
-            case "registered":
-                self._evaluates |= data["evaluates"]
-            case "started":
-                rounds, sites = counted(data["rounds"], "round"), counted(len(data["sites"]), "site")
-                self._write(f"{rounds} with {sites}{training_text(data)}")
-            case "round_finished":
-                self._pending[event.round] = event
-                self._settle(event.round - 2 if self._evaluates else event.round)
-            case "scored":
-                self._settle(event.round)
-            case "left" if data["early"] and not self._failed:
-                self._write(f"{event.site} dropped out: {data['reason']}", site=event.site)
-            case "warning":
-                self._write(data["text"], warning=True)
-            case "waiting":
-                self._write(waiting_text(data))
-            case "quorum":
-                self._write(f"enough sites are here again, after {duration_text(data['waited_s'])}")
-            case "restarted":
-                self._write(f"{event.site}: {data['status']}; started again", site=event.site)
-            case "exited" if data["tail"]:
-                said = [f"{event.site}: {data['status']}; {data['log']} ends with", *data["tail"]]
-                self._write("\n    | ".join(said), site=event.site)
-            case "finished" | "failed":
-                self._failed = event.kind == "failed"
-                self._settle(self.view.round)
-                if data.get("no_best"):
-                    self._write(f"there is no best round: {data['no_best']}")
-
-    def _settle(self, until: int) -> None:
-        for number in [number for number in self._pending if number <= until]:
-            self._round(self._pending.pop(number))
-
-    def _round(self, event: Event) -> None:
-        data = event.data
-        rounds = self.view.rounds
-        of_rounds = "" if rounds is None else f"/{rounds}"  # a server that goes on with a run has not seen its start
-        missing = f", without {', '.join(data['missing'])}" if data["missing"] else ""
-        self._write(
-            f"round {event.round}{of_rounds}: {metrics_text(self.view.metrics[event.round])}, "
-            f"{counted(len(data['sites']), 'site')}{missing}, up {size_text(data['bytes_up'])}, "
-            f"down {size_text(data['bytes_down'])}, {data['seconds']:.2f} s"
-        )
-
-    def _to_stream(self, out: IO[str]) -> LineWriter:
-        def write(text: str, *, site: str = "", warning: bool = False) -> None:
-            seconds = f"[{time.monotonic() - self.view.began:6.1f} s]"
-            print(f"{seconds} {'warning: ' if warning else ''}{text}", file=out, flush=True)
-
-        return write
-
-
-def training_text(data: Mapping[str, Any]) -> str:
-    """Which training an event belongs to, as the end of a sentence; "" for the first one."""
-    return f", training {data['training']}" if "training" in data else ""
-
-
-def waiting_text(data: Mapping[str, Any]) -> str:
-    """Whom a run waits for, and until when, from the data of a "waiting" event."""
-    until = time.strftime("%d %b %H:%M", time.localtime(data["until"]))
-    so_far, sites = duration_text(data["waited_s"]), ", ".join(data["sites"])
-    return (
-        f"waiting for {sites} ({so_far} so far, until {until} at the latest): {data['here']} of the "
-        f"{counted(data['needed'], 'site')} that the job needs {'is' if data['here'] == 1 else 'are'} connected"
-    )
-
-
-def ordered_metrics(metrics: Collection[str], best_metric: str) -> list[str]:
-    """Order metrics by how much they matter: the one that decides the best round, the loss, then the others.
-
-    Args:
-        metrics: Names of all metrics, in their order.
-        best_metric: The metric that decides; "" for none.
-
-    Returns:
-        The names. Those of local training (`train_...`) and of traffic (`..._bytes`) come last.
-    """
-    first = [name for name in (best_metric, "loss") if name in metrics]
-    rest = sorted(metrics, key=lambda name: name.startswith("train_") or name.endswith("_bytes"))
-    return list(dict.fromkeys([*first, *rest]))
-
-
-def counted(number: int, thing: str) -> str:
-    """A number with its noun: "1 round", "2 rounds"."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def metrics_text(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "no metrics"
-
-
-def size_text(size_bytes: int) -> str:
-    """A size such as "1.2 MB", in decimal units as network tools use them."""
-    size, unit = float(size_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
