@@ -18,7 +18,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 def texts_of_the_code() -> str:
     """All string constants of the runtime and the commands, one a line; parts of f-strings apart."""
     files = [*(ROOT / "fl_runtime").rglob("*.py"), *(ROOT / "fl_adapters" / "cli").rglob("*.py")]
-    files.append(ROOT / "fl_adapters" / "environments" / "progress.py")
+    files += (ROOT / "fl_adapters" / "environments" / "progress").glob("*.py")
     return "\n".join(text for file in files for text in _strings(ast.parse(file.read_text("utf-8"))))
 
 
