@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fl_adapters.job import Job
     from fl_adapters.loop import ConnectedSite, SiteTask, connect
     from fl_adapters.participant.identity import Site, site
-    from fl_adapters.privacy import DPSGD
+    from fl_adapters.participant.local_work.dp_sgd import DPSGD
     from fl_runtime.aggregation import (
         CoordinateMedian,
         Cyclic,
@@ -121,7 +121,7 @@ _LAZY = {
     "ConnectedSite": "fl_adapters.loop",
     "CoordinateMedian": "fl_runtime.aggregation",
     "Cyclic": "fl_runtime.aggregation",
-    "DPSGD": "fl_adapters.privacy",
+    "DPSGD": "fl_adapters.participant.local_work.dp_sgd",
     "Ditto": "fl_runtime.aggregation",
     "FFALoRA": "fl_runtime.aggregation",
     "FLoRA": "fl_runtime.aggregation",

@@ -51,12 +51,12 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
         raise ConfigError(f"the job {job} has not ended", fix="wait for its end: fl-adapters job follow")
     files = [_fetched(control, job, folder, item, patience_s) for item in _checked(shown["files"])]
     files.append(folder / "job.yml")
-    write_file(files[-1], _job_file(shown["settings"]).encode())
+    write_file(files[-1], job_file(shown["settings"]).encode())
     return [*files, *(write_report(file.parent) for file in files if file.name == EVENTS)]
 
 
-def _job_file(settings: Any) -> str:
-    """The job file of settings that the server has sent. Fields with their default values are left out."""
+def job_file(settings: Any) -> str:
+    """Return the job file of settings that a server has sent. Fields with their default values are left out."""
     given = settings if isinstance(settings, dict) else {}
     fields = {}
     for item in dataclasses.fields(RunSettings):
@@ -69,13 +69,18 @@ def _job_file(settings: Any) -> str:
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
+def stays_below(path: str) -> bool:
+    """Return whether the path of a result file stays below the folder that it is written to, on every system."""
+    return all(_NAME.fullmatch(part) for part in path.split("/"))
+
+
 def _checked(files: Any) -> list[Mapping[str, Any]]:
     """The server's list of files; ProtocolError unless each stays below the folder that it is written to."""
     kinds = {"path": str, "size_bytes": int, "sha256": str}
     entries: list[Any] = files if isinstance(files, list) else [None]
     for item in entries:
         whole = isinstance(item, dict) and all(isinstance(item.get(key), kind) for key, kind in kinds.items())
-        if not whole or not all(_NAME.fullmatch(part) for part in item["path"].split("/")):
+        if not whole or not stays_below(item["path"]):
             raise ProtocolError(f"the server names a result file in a way that is not accepted: {item!r:.200}")
     return entries
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
+from fl_adapters.participant.local_work.dp_sgd import DPSGD
 from fl_adapters.participant.local_work.site_plan import SitePlan
-from fl_adapters.privacy import DPSGD
 from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Content, Terms

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fl_adapters.participant.exchange import matches
+from fl_adapters.participant.local_work.dp_sgd import DPSGD
 from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.state_file import State
-from fl_adapters.privacy import DPSGD
 from fl_adapters.torch import ranks
 from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.local_work.backend import TorchLocalBackend

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from fl_adapters.participant.local_result import LocalResult
+from fl_adapters.participant.local_work.dp_sgd import DPSGD
 from fl_adapters.participant.options import Every
-from fl_adapters.privacy import DPSGD
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.ranks import world_size
 from fl_runtime.errors import ConfigError

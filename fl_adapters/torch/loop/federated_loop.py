@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from fl_adapters.participant.local_work.dp_sgd import DPSGD
 from fl_adapters.participant.options import Every, PrivateArguments
-from fl_adapters.privacy import DPSGD
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.loop.local_round import LocalRound, LoopPort, StepCounter, TrainingData
 from fl_adapters.torch.progress import Progress, Tally, size_of
