@@ -56,7 +56,7 @@ class Exporter:
         else:
             from safetensors.torch import save_model
 
-            save_model(self._model, os.path.join(folder, "model.safetensors"))
+            save_model(self._model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         for preprocessor in self._preprocessors or self._of_the_base(folder):
             if hasattr(preprocessor, "save_pretrained"):
                 preprocessor.save_pretrained(folder)

@@ -25,4 +25,4 @@ class Exporter:
         """
         os.makedirs(folder, exist_ok=True)
         torch.save(weights_checkpoint(self._trainer), os.path.join(folder, "model.ckpt"))
-        save_model(self._module, os.path.join(folder, "model.safetensors"))
+        save_model(self._module, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})

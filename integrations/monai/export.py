@@ -24,4 +24,4 @@ class Exporter:
         """
         os.makedirs(folder, exist_ok=True)
         torch.save(self._network.state_dict(), os.path.join(folder, "model.pt"))
-        save_model(self._network, os.path.join(folder, "model.safetensors"))
+        save_model(self._network, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,12 +121,17 @@ def test_a_function_of_a_cell_is_run_by_every_site(kernel: Kernel) -> None:
     told = kernel.run(
         "again = simulated('again', train)\n"
         "import json; log = result.folder / 'sites/site-2/log.txt'\n"
-        "print(json.dumps([result.load()['w'].tolist(), log.read_text(), again.history.train_loss.tolist()]))"
+        "print(json.dumps([result.load()['w'].tolist(), log.read_text(), [dict(r.metrics) for r in again.rounds]]))"
     )
     weights, log, losses = json.loads(told.texts["stdout"].splitlines()[-1])
     assert weights == [3 * 2.5] * 3
     assert "round 3 of site-2" in log
-    assert set(losses) == {5.0}
+    assert losses == [{"train_loss": 5.0}] * 3
+    pytest.importorskip("matplotlib")
+    (report,) = kernel.run("result").displays.values()
+    assert "Metrics by round" in report["text/html"]
+    (figure,) = kernel.run("result.plot()").displays.values()
+    assert base64.b64decode(figure["image/png"]).startswith(b"\x89PNG")
 
 
 def test_what_cannot_reach_a_site_is_refused_before_anything_starts(kernel: Kernel) -> None:

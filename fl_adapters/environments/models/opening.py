@@ -107,11 +107,11 @@ def _missing(run: Path, which: Which) -> ConfigError:
 
 
 def _is_of_torch(path: Path) -> bool:
-    """Whether PyTorch has written a file of tensors, as its metadata say."""
+    """Whether PyTorch has written a file of tensors, as its metadata say. The server's own file names the job, too."""
     with open(path, "rb") as file:
         length = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
         try:
-            header = parse_json(file.read(length), limit_chars=_HEADER_BYTES)
-            return bool(header["__metadata__"]["format"] == "pt")
+            metadata = parse_json(file.read(length), limit_chars=_HEADER_BYTES)["__metadata__"]
+            return bool(metadata["format"] == "pt" and "job" not in metadata)
         except (ValueError, KeyError, TypeError):
             return False

@@ -130,18 +130,19 @@ def figure_of(folder: Path, metrics: Sequence[str] = ()) -> Figure:
             fix=f"choose from: {', '.join(known)}" if known else "report metrics in the script",
         )
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        from fl_adapters.environments.report.figure import NotebookFigure
     except ImportError:
         raise ConfigError(
             "a plot needs matplotlib", where="plot", fix="pip install matplotlib, or open report.html"
         ) from None
     across = min(_ACROSS, len(chosen))
     down = math.ceil(len(chosen) / across)
-    figure = Figure(figsize=(5.0 * across, 3.2 * down), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = NotebookFigure(figsize=(5.0 * across, 3.2 * down), layout="constrained")
     for at, metric in enumerate(chosen, 1):
         axes = figure.add_subplot(down, across, at, title=plain(metric), xlabel="round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for site in run.sites:
             axes.plot(*_columns(run, metric, site), linewidth=1, label=plain(site))
         axes.plot(*_columns(run, metric), color="black", linewidth=2.2, label="all sites")

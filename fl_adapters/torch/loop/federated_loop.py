@@ -266,7 +266,7 @@ class FederatedLoop(PrivateArguments):
         if callable(save_pretrained := getattr(model, "save_pretrained", None)):
             save_pretrained(folder)
         else:
-            save_model(model, os.path.join(folder, "model.safetensors"))
+            save_model(model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
     @torch.no_grad()
     def _evaluated(self) -> tuple[Metrics, int]:

@@ -27,6 +27,7 @@ def test_arrays_of_a_loop_are_arrays() -> None:
         kept = federation.run(add_one)["site-1"]
         federation.result()
         assert federation.load().keys() == {"w"}
+        assert type(federation.load()["w"]) is np.ndarray
         np.testing.assert_array_equal(federation.load()["w"], kept["w"])
         again = open_run(federation.folder)
         np.testing.assert_array_equal(again.load()["w"], kept["w"])

@@ -378,6 +378,9 @@ def test_statistics_changed_by_evaluate_are_put_back() -> None:
         sites = federation.run(body)
         exported = load_file(federation.folder / "model" / "model.safetensors")
         final = federation.model()
+        opened = t.network()
+        opened.load_state_dict(federation.load())
     for found in sites.values():
         assert all((found[name] == array).all() for name, array in final.items())
         assert all((found[name] == array).all() for name, array in exported.items())
+        assert all((tensor.numpy() == found[name]).all() for name, tensor in opened.state_dict().items())

@@ -20,5 +20,6 @@ def test_a_network_opens_as_its_state_and_in_an_instance(federation) -> None:
 
     [net] = run.run(site).values()
     assert m.same(run.load(), net.state_dict())
+    m.network().load_state_dict(run.load())
     rows = torch.randn(4, 4)
     assert torch.equal(run.load(into=m.network()).eval()(rows), net(rows))
