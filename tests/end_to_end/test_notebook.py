@@ -115,8 +115,11 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
 
 def test_a_function_of_a_cell_is_run_by_every_site(kernel: Kernel) -> None:
     kernel.run(TRAIN)
-    kernel.run("result = simulated('mine', train)")
+    shown = kernel.run("result = simulated('mine', train)")
     assert kernel.processes() == []
+    (screen,) = shown.displays.values()  # one output, updated in place, also from threads of the server
+    assert shown.updates > 1 and "round 3/3" in screen["text/html"] and "100%" in screen["text/html"]
+    assert shown.texts == {"stdout": "", "stderr": ""}
     kernel.run(TRAIN.replace("1 / task.round", "5.0"))  # the cell is changed and run again
     told = kernel.run(
         "again = simulated('again', train)\n"
