@@ -161,6 +161,44 @@ def test_the_documented_metrics_are_those_of_the_pages(tmp_path: Path, page: Ser
         assert shown_metrics(site.page()) == common | documented_metrics("site daemon")
 
 
+def test_the_dashboard_of_grafana_queries_what_the_pages_serve(tmp_path: Path, page: ServerMetrics) -> None:
+    board = json.loads((ROOT / "deploy" / "grafana" / "fl-adapters.json").read_text("utf-8"))
+    variables = {item["name"]: item.get("definition", "") for item in board["templating"]["list"]}
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]] + list(variables.values())
+    with Study(tmp_path, SITES) as study, page.serving(study.server):
+        update = [{"status": "used", "bytes_up": 7}, {"bytes": 7}]
+        page.rounds(Event("update", 0.0, 1, "north", update[0]))
+        with pytest.raises(FederationError):
+            study.admin("mina").ask("SubmitJob", job={"app": "train", "name": "third", "rounds": 2})
+        served = {**samples(page.page().decode()), **samples(site_page(study, connected_s=0.0)[0].page().decode())}
+    labels: dict[str, set[str]] = {}
+    for name, of in served:
+        labels.setdefault(name, {"job", "instance"}).update(label for label, _ in of)  # these two are of Prometheus
+    queried = {name: set[str]() for name in re.findall(r"\b(?:fl_adapters|process)_\w+", " ".join(queries))}
+    for query in queries:
+        for name, matchers in re.findall(r"(\w+)\{([^}]*)\}", query):
+            queried[name].update(re.findall(r"(\w+)=~?", matchers))
+        grouped = re.findall(r"\bby \(([^)]*)\)", query)
+        for name in re.findall(r"\b(?:fl_adapters|process)_\w+", query):
+            queried[name].update(label.strip() for group in grouped for label in group.split(","))
+    assert {name: used for name, used in queried.items() if not used <= labels.get(name, set())} == {}
+    assert queried.keys() <= labels.keys()
+    families = {re.sub("_bucket$", "", name) for name in queried}
+    described = documented_metrics("both") | documented_metrics("server") | documented_metrics("site daemon")
+    assert described <= families  # whatever is served has its place
+    assert set(re.findall(r"\$(?!__)(\w+)", " ".join(queries))) <= set(variables)
+    taken = [(x, y) for panel in board["panels"] for x, y in squares(panel["gridPos"])]
+    assert len(taken) == len(set(taken)) and len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def squares(place: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """The squares of a dashboard's grid, 24 wide, that a panel covers."""
+    for x in range(place["x"], place["x"] + place["w"]):
+        assert 0 <= x < 24
+        yield from ((x, y) for y in range(place["y"], place["y"] + place["h"]))
+
+
 def site_page(study: Study, *, connected_s: float | None) -> tuple[SiteMetrics, Activity]:
     """The pages of a daemon of the site north which the server answered so long ago."""
     kit = study.kits / "north"
