@@ -25,6 +25,7 @@ _AUTO = {
     "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 """Task type of a PEFT adapter -> the class that makes its base."""
+_SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 
 
 def open_model(folder: Path, into: Any = None, *, partial: bool = False) -> Any:
@@ -44,22 +45,46 @@ def open_model(folder: Path, into: Any = None, *, partial: bool = False) -> Any:
         ConfigError: The files do not say enough to make the model; the error says what to give.
         StateMismatchError: The weights do not fit the model, which is as it was.
     """
-    if (folder / "adapter_config.json").is_file():
+    of_sentences = (folder / "modules.json").is_file()
+    if (folder / "adapter_config.json").is_file() and not of_sentences:
         return _adapted(folder, into)
-    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+    if not (folder / "config.json").is_file() and not of_sentences:
         return opening.open_model(folder, into, partial=partial)
     if isinstance(into, nn.Module):
         loaded = _sentences(folder, type(into)) if _is_of_sentences(type(into)) else _whole(folder, type(into))
         return opening.load_into(into, loaded.state_dict(), partial=partial)
-    if into is None and (folder / "modules.json").is_file():
+    if into is None and (name := _sentence_class(folder)):
         import sentence_transformers
 
-        return _sentences(folder, sentence_transformers.SentenceTransformer)
+        return _sentences(folder, getattr(sentence_transformers, name))
     return _sentences(folder, into) if _is_of_sentences(into) else _whole(folder, into or _named_class(folder))
 
 
 def _is_of_sentences(given: Any) -> bool:
     return given is not None and any(base.__module__.startswith("sentence_transformers.") for base in given.__mro__)
+
+
+def _sentence_class(folder: Path) -> str:
+    """The class of sentence-transformers that the files name; "" if they are of transformers alone."""
+    if not (folder / "modules.json").is_file():  # versions before 6 write none for a CrossEncoder
+        return "CrossEncoder" if "sentence_transformers" in _fields(folder / "config.json") else ""
+    name = _fields(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    if name not in _SENTENCE_CLASSES:
+        raise ConfigError(
+            f"the files name the class {name!r}, which is not one of sentence-transformers",
+            where=str(folder / "config_sentence_transformers.json"),
+            fix="give the class: load(YourModel)",
+        )
+    return str(name)
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Fields of a JSON file; empty if it cannot be read."""
+    try:
+        fields = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        fields = {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _sentences(folder: Path, model: Any) -> Any:
@@ -69,10 +94,7 @@ def _sentences(folder: Path, model: Any) -> Any:
 def _named_class(folder: Path) -> Any:
     """The class of transformers that config.json names. Raises ConfigError if there is none of that name."""
     file = folder / "config.json"
-    try:
-        names = parse_json(file.read_bytes())["architectures"] or [""]
-    except (ValueError, KeyError, TypeError):
-        names = [""]
+    names = _fields(file).get("architectures") or [""]
     found = getattr(transformers, str(names[0]), None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ConfigError(

@@ -19,6 +19,7 @@ from transformers import (
     pipeline,
 )
 
+from fl_adapters import open_run
 from fl_adapters.hf import FederatedCallback
 from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
@@ -156,7 +157,8 @@ def test_sentence_transformer(federation, tmp_path) -> None:
     trainer.train()
     run.ended()
     opened = package.SentenceTransformer(str(run.folder / "model"), device="cpu")
-    assert np.array_equal(opened.encode(["word1 word2"]), model.encode(["word1 word2"]))
+    for found in (opened, open_run(run.folder).load()):
+        assert np.array_equal(found.encode(["word1 word2"]), model.encode(["word1 word2"]))
 
 
 def test_cross_encoder(federation, tmp_path) -> None:
@@ -173,7 +175,8 @@ def test_cross_encoder(federation, tmp_path) -> None:
     trainer.train()
     run.ended()
     opened, pair = package.CrossEncoder(str(run.folder / "model"), device="cpu"), [("word1 word2", "word3")]
-    assert np.array_equal(opened.predict(pair), model.predict(pair))
+    for found in (opened, open_run(run.folder).load()):
+        assert np.array_equal(found.predict(pair), model.predict(pair))
 
 
 SHARED = "output_dir use_cpu per_device_train_batch_size save_strategy logging_strategy report_to disable_tqdm".split()
