@@ -142,6 +142,10 @@ fuzz: $(VENV)/.stamp  ## coverage-guided fuzzing of decoders and file readers fo
 permissions: $(VENV)/.stamp  ## make docs/permissions.md from the table of permissions
 	@$(VENV)/bin/python -c 'from fl_runtime.trust import permissions; print(permissions.as_markdown(), end="")' > docs/permissions.md
 
+.PHONY: pictures
+pictures: $(VENV)/.stamp  ## make the pictures of the README anew; needs Chromium
+	@PYTHONPATH=$(CURDIR) $(VENV)/bin/python docs/pictures/make.py
+
 .PHONY: clean
 clean:  ## remove what building and testing left (not the environments, not runs/)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     for top in SOURCES:
         shutil.copytree(ROOT / top, tree / top, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     build = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"], cwd=tree, capture_output=True, text=True
@@ -124,6 +125,15 @@ def test_metadata(wheel: Path, installed: Path, tmp_path: Path) -> None:
     assert found["Requires-Python"] == ">=3.11"
     integrations = {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")}
     assert integrations <= set(found.get_all("Provides-Extra"))
+
+
+def test_the_description_is_the_readme_without_pictures_that_the_package_lacks(wheel: Path) -> None:
+    description, readme = str(metadata(wheel).get_payload()), (ROOT / "README.md").read_text("utf-8")
+    pictures = re.findall(r"^!\[.*\]\((.*)\)$", readme, re.MULTILINE)
+    assert pictures and "![" not in description
+    assert [path for path in pictures if not (ROOT / path).is_file()] == []
+    kept = [line for line in readme.splitlines() if line and not line.startswith("![")]
+    assert [line for line in description.splitlines() if line] == kept
 
 
 def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> None:

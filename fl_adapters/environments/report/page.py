@@ -92,8 +92,7 @@ def _head(run: RunRecord) -> Element:
         ("sites", str(len(run.sites))),
         *_best_tiles(run),
         ("time", duration_text(run.last - run.began)),
-        ("to the server", size_text(up)),
-        ("to the sites", size_text(down)),
+        ("sent in all", size_text(up + down)),
     ]
     return tag(
         "header",
