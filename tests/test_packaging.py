@@ -52,7 +52,9 @@ def in_wheel(path: Path) -> str:
 def shipped_sources() -> set[str]:
     found = [path for top in SOURCES for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
     return {
-        in_wheel(path) for path in found if path.suffix in (".py", ".pyi", ".proto", ".css") or path.name == "py.typed"
+        in_wheel(path)
+        for path in found
+        if path.suffix in (".py", ".pyi", ".proto", ".css", ".js") or path.name == "py.typed"
     }
 
 
@@ -144,6 +146,7 @@ def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> No
         "xgboost-cpu",
         "ray",
         "failover",
+        "dashboard",
         "metrics",
         "examples",
         "dev",
@@ -185,7 +188,9 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "pyzipper",
         "ray",
         "safetensors",
+        "starlette",
         "tenseal",
+        "uvicorn",
     }  # extras bring them, where they are asked for
     imported -= {"IPython", "matplotlib", "pandas"}  # for notebooks and the heat map, where they are installed
 

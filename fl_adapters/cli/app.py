@@ -173,9 +173,30 @@ def report(
 
     Every run ends with such a report. This command makes it again, or shows where a run stands that has not ended.
     """
-    from fl_adapters.cli import report as command
+    from fl_adapters.cli.pages import report as command
 
     sys.exit(command.report(folder, out, as_json))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  fl-adapters dashboard
+  fl-adapters dashboard --runs experiments/runs --port 8899 --no-browser"""
+)
+def dashboard(
+    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the folders of runs.")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine. Default: a free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    as_json: _Json = False,
+) -> None:
+    """Follow runs in the browser: live curves, sites, output, and runs side by side.
+
+    The pages are served to this machine alone, at an address that holds a secret. They need no network.
+    """
+    from fl_adapters.cli.pages import dashboard as command
+
+    sys.exit(command.dashboard(runs, port, browser, as_json))
 
 
 @app.command(
@@ -193,7 +214,7 @@ def compare(
 
     Runs that differ in nothing but the job's seed are one curve with a band of one standard deviation.
     """
-    from fl_adapters.cli import report as command
+    from fl_adapters.cli.pages import report as command
 
     sys.exit(command.compare(folders, out, as_json))
 

@@ -80,6 +80,9 @@ from fl_adapters import ConfigError
 
 array, trained = np.zeros(3), lambda: None
 
+class Numbers: pass
+Numbers = Numbers()
+
 def uses_array(): return helper()
 def helper(): return array
 def needs(rows, columns=2): ...
@@ -99,14 +102,6 @@ for options in ({"engine": "processes"}, {"module": True}):
         simulated("refused", train, **options)
     except ConfigError as error:
         print(str(error).replace("\\n", " ") + "|", end="")
-
-os.makedirs("runs/other")
-open("runs/other/job.yml", "w").write("app: other.py")
-open("runs/other/simulation.json", "w").write('{"sites": ["a"], "directory": "%s"}' % os.getcwd())
-try:
-    Simulation(script=train).resume("runs/other")
-except ConfigError as error:
-    print(str(error).replace("\\n", " ") + "|", end="")
 """
 
 
@@ -158,7 +153,6 @@ def test_what_cannot_reach_a_site_is_refused_before_anything_starts(kernel: Kern
             "'train.py' is not a function defined with def",
             "without engine",
             "without module",
-            "this run has begun with other.py",
             "",
         ],
         strict=True,
@@ -183,15 +177,8 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-@pytest.mark.parametrize(
-    ("run", "then"),
-    [
-        ("simulated('{}', hangs)", "Simulation(script=train).resume('runs/killedsim')"),
-        ("two_virtual('{}')", "simulated('afterwards', train)"),
-    ],
-    ids=["a script", "a function"],
-)
-def test_neither_an_interrupt_nor_the_end_of_the_kernel_leaves_a_process(kernel: Kernel, run: str, then: str) -> None:
+@pytest.mark.parametrize("run", ["simulated('{}', hangs)", "two_virtual('{}')"], ids=["a script", "a function"])
+def test_neither_an_interrupt_nor_the_end_of_the_kernel_leaves_a_process(kernel: Kernel, run: str) -> None:
     kernel.run(HANGS)
     folder = Path(kernel.run("print(os.getcwd())").texts["stdout"].strip())
     cell = kernel.begin(run.format("interrupted" + run[:3]))
@@ -205,5 +192,4 @@ def test_neither_an_interrupt_nor_the_end_of_the_kernel_leaves_a_process(kernel:
     wait_until(lambda: gone(started), f"the end of {started}")
     kernel.restart()
     kernel.run(DEFINITIONS)
-    kernel.run(TRAIN + f"result = {then}")
-    assert kernel.run("print(result.load()['w'].tolist())").texts["stdout"] == f"{[3 * 2.5] * 3}\n"
+    kernel.run(TRAIN + f"simulated('afterwards{run[:3]}', train)")

@@ -125,10 +125,11 @@ def comparison_page(items: Sequence[Summary]) -> str:
         An HTML document of one file.
     """
     title = f"Comparison of {len(items)} runs"
-    return document(title, tag("h1", title), _sections(items))
+    return document(title, tag("h1", title), comparison_sections(items))
 
 
-def _sections(items: Sequence[Summary]) -> Iterator[Element]:
+def comparison_sections(items: Sequence[Summary]) -> Iterator[Element]:
+    """Yield the sections of the page that compares runs, below its title."""
     groups = _alike(items)
     yield tag("section", tag("h2", "Results"), results_table(items, groups, "seed"))
     differences = different_settings(items)

@@ -76,6 +76,15 @@ def document(title: str, *content: Content | Iterable[Content]) -> str:
         tag("style", resources.files("fl_adapters.environments.report").joinpath("style.css").read_text("utf-8")),
     )
     page = tag("html", head, tag("body", *content), lang="en")
+    return as_text(page)
+
+
+def as_text(page: ElementTree.Element) -> str:
+    """Return the text of a whole HTML document.
+
+    Args:
+        page: Its element `html`.
+    """
     return "<!doctype html>\n" + ElementTree.tostring(page, encoding="unicode", method="html") + "\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,7 +45,12 @@ def run_page(run: RunRecord, trainings: Sequence[RunRecord] = ()) -> str:
     Returns:
         An HTML document of one file.
     """
-    return document(f"{run.name}: report", _head(run), _trainings(trainings), *run_sections(run))
+    return document(
+        f"{run.name}: report",
+        tag("header", tag("h1", run.name), run_summary(run)),
+        _trainings(trainings),
+        *run_sections(run),
+    )
 
 
 def _trainings(runs: Sequence[RunRecord]) -> Element | None:
@@ -66,8 +71,16 @@ def _trainings(runs: Sequence[RunRecord]) -> Element | None:
     )
 
 
-def run_sections(run: RunRecord) -> Iterator[Element]:
-    """Yield the sections of a run's page below its title. Sections without content are left out."""
+def run_sections(run: RunRecord, titles: Collection[str] = ()) -> Iterator[Element]:
+    """Yield the sections of a run's page below its title. Sections without content are left out.
+
+    Args:
+        run: The run.
+        titles: Titles of the sections to make; all of them if there are none.
+
+    Yields:
+        Each section, with its title.
+    """
     makers: dict[str, Callable[[RunRecord], list[Element]]] = {
         "Metrics by round": _curves,
         "Time and bytes": _costs,
@@ -80,11 +93,12 @@ def run_sections(run: RunRecord) -> Iterator[Element]:
         "Run it again": _repeat,
     }
     for title, make in makers.items():
-        if content := make(run):
+        if (not titles or title in titles) and (content := make(run)):
             yield tag("section", tag("h2", title), content)
 
 
-def _head(run: RunRecord) -> Element:
+def run_summary(run: RunRecord) -> list[Element]:
+    """Return what stands below the title of a run's page: when it began, how it ended, and its main numbers."""
     done = [record for number, record in run.rounds.items() if number and record.finished]
     up, down = (sum(size) for size in zip(*((r.bytes_up, r.bytes_down) for r in done), strict=True)) if done else (0, 0)
     tiles = [
@@ -94,16 +108,8 @@ def _head(run: RunRecord) -> Element:
         ("time", duration_text(run.last - run.began)),
         ("sent in all", size_text(up + down)),
     ]
-    return tag(
-        "header",
-        tag("h1", run.name),
-        _state(run),
-        tag(
-            "div",
-            [tag("div", tag("span", name), tag("b", value), class_="tile") for name, value in tiles],
-            class_="tiles",
-        ),
-    )
+    made = [tag("div", tag("span", name), tag("b", value), class_="tile") for name, value in tiles]
+    return [_state(run), tag("div", made, class_="tiles")]
 
 
 def _state(run: RunRecord) -> Element:

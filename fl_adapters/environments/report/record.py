@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from fl_runtime.text import parse_json, printable
 from fl_runtime.trainings import EVENTS, number_of, training_folder, training_name
 from fl_runtime.yaml_files import read_yaml
 
-_LINE_CHARS = 2**24
+_LINE_BYTES = 2**24
 _USED = ("used", "carried")
 _REPORTED = ("spent", "sent")
 
@@ -175,11 +177,60 @@ class RunRecord:
             Round and value of each round that has one that is finite.
         """
         points = []
-        for number, record in sorted(self.rounds.items()):
-            values = record.metrics if not site else record.sites[site].metrics if site in record.sites else {}
-            if metric in values and math.isfinite(values[metric]):
-                points.append((float(number), values[metric]))
+        for number in sorted(self.rounds):
+            record = self.rounds[number]
+            part = record.sites.get(site) if site else record
+            value = part.metrics.get(metric) if part is not None else None
+            if value is not None and math.isfinite(value):
+                points.append((float(number), value))
         return points
+
+
+class RunReader:
+    """Reads the record of a training that may be under way: each `read` takes the events that are new.
+
+    Args:
+        folder: Its folder, which holds events.jsonl: of a simulation, or downloaded from a server.
+
+    Raises:
+        ConfigError: There is no events.jsonl in the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / EVENTS
+        if not self._path.is_file():
+            raise ConfigError(
+                f"there is no run in {folder}",
+                where=str(self._path),
+                fix="name the folder of a run, such as runs/NAME, or that of `fl-adapters job download`",
+            )
+        self._begin(0)
+
+    def _begin(self, inode: int) -> None:
+        whole = self._folder.resolve()
+        is_later = whole.name.isdecimal() and (whole.parent / EVENTS).is_file()
+        job = whole.parent if is_later else whole
+        name = training_name(job.name, int(whole.name)) if is_later else job.name
+        self._run = RunRecord(self._folder, name, _yaml(job / "job.yml"), _json(job / "simulation.json"))
+        self._offset_bytes, self._inode = 0, inode
+
+    def read(self) -> RunRecord:
+        """Take the events that are new, and return the record, which belongs to this reader.
+
+        Lines and fields that cannot be read are passed over, since a report must not fail by them.
+        """
+        with self._path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            if state.st_size < self._offset_bytes or state.st_ino != self._inode:  # the run was begun anew
+                self._begin(state.st_ino)
+            file.seek(self._offset_bytes)
+            while line := file.readline(_LINE_BYTES):
+                if not line.endswith(b"\n") and len(line) < _LINE_BYTES:
+                    break  # it is still being written
+                self._offset_bytes += len(line)
+                with suppress(KeyError, TypeError, ValueError, AttributeError):
+                    _take(self._run, parse_json(line, limit_chars=_LINE_BYTES))
+        return self._run
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -189,29 +240,12 @@ def read_run(folder: Path) -> RunRecord:
         folder: Its folder, which holds events.jsonl: of a simulation, or downloaded from a server.
 
     Returns:
-        The record. Lines and fields that cannot be read are passed over, since a report must not fail by them.
+        The record.
 
     Raises:
         ConfigError: There is no events.jsonl in the folder.
     """
-    path = folder / EVENTS
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no run in {folder}",
-            where=str(path),
-            fix="name the folder of a run, such as runs/NAME, or that of `fl-adapters job download`",
-        )
-    whole = folder.resolve()
-    is_later = whole.name.isdecimal() and (whole.parent / EVENTS).is_file()
-    job = whole.parent if is_later else whole
-    name = training_name(job.name, int(whole.name)) if is_later else job.name
-    run = RunRecord(folder, name, _yaml(job / "job.yml"), _json(job / "simulation.json"))
-    for event in _events(path):
-        try:
-            _take(run, event)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            continue
-    return run
+    return RunReader(folder).read()
 
 
 def read_trainings(folder: Path) -> list[RunRecord]:
@@ -244,17 +278,6 @@ def listed(fields: Mapping[str, Any], name: str) -> list[str]:
     """
     found = fields.get(name)
     return [str(item) for item in found] if isinstance(found, (list, tuple)) else []
-
-
-def _events(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        while line := file.readline(_LINE_CHARS):
-            try:
-                event = parse_json(line, limit_chars=_LINE_CHARS)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("data"), dict):
-                yield event
 
 
 def _take(run: RunRecord, event: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""The dashboard's pages about runs in a folder: simulations, and results downloaded from a server."""
