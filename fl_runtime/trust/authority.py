@@ -66,7 +66,7 @@ _INDIRECT = x509.IssuingDistributionPoint(None, None, False, False, None, True, 
 
 
 class Authority:
-    """An existing certificate authority. Only one process may use it at a time.
+    """An existing certificate authority. Whoever changes it holds the lock of its folder, see provisioning/lock.py.
 
     Args:
         folder: The authority's folder.

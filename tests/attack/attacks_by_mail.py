@@ -12,9 +12,9 @@ import pyzipper
 from attack_table import Attack
 
 from fl_adapters.job import Job
-from fl_runtime.trust.archive import read_archive
 from fl_runtime.trust.policy import read_policy
 from fl_runtime.trust.project import read_project
+from fl_runtime.trust.provisioning.archive import read_archive
 
 _PASSWORD = "a-password"
 

@@ -22,11 +22,14 @@ def passphrase(folder: Path, file: Path | None, new_file: Path | None, remove: b
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.authority import Authority
         from fl_runtime.trust.passphrase import change
+        from fl_runtime.trust.provisioning.lock import changing
 
         if remove and new_file is not None:
             raise ConfigError("--remove and --new-file exclude each other", fix="pass one of them")
-        authority = Authority(folder)
-        change(folder, present(file), b"" if remove else fresh(new_file))
+        new = b"" if remove else fresh(new_file)
+        with changing(folder):
+            authority = Authority(folder)
+            change(folder, present(file), new)
         text = "its key has no passphrase any more" if remove else "its key has the new passphrase"
         _show(as_json, [f"{folder}: {text}"], {"authority": authority.fingerprint, "encrypted": not remove})
     return 0
@@ -35,10 +38,12 @@ def passphrase(folder: Path, file: Path | None, new_file: Path | None, remove: b
 def rotate(folder: Path, kit_folder: Path | None, file: Path | None, as_json: bool) -> int:
     """Make a new root, or go on with the rotation that has begun; with an admin's kit, have it handed out."""
     with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.provisioning.lock import changing
         from fl_runtime.trust.roots.rotation import PACKAGE, begin, not_heard
 
         kit = _admin(kit_folder)
-        authority = begin(open_authority(folder, file))
+        with changing(folder):
+            authority = begin(open_authority(folder, file))
         standing = _hand_out(kit, folder)
         lines = [f"the new root: {authority.fingerprint}", f"the old root: {_retiring(authority)}"]
         missing = not_heard(authority, standing.get("taken_up", {}))
@@ -52,30 +57,39 @@ def rotate(folder: Path, kit_folder: Path | None, file: Path | None, as_json: bo
 def finish(folder: Path, kit_folder: Path | None, without: Sequence[str], file: Path | None, as_json: bool) -> int:
     """Retire the old root, if everybody who is not in `without` has taken up the new one."""
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.trust.roots.rotation import PACKAGE, finish, not_heard, past_statements
+        from fl_runtime.trust.provisioning.lock import changing
+        from fl_runtime.trust.roots.rotation import PACKAGE
 
         kit = _admin(kit_folder)
-        authority = open_authority(folder, file)
-        for name in without:
-            authority.project.participant(name)
-        if authority.is_rotating:
-            standing = _standing(kit)
-            statements = past_statements(folder)
-            if kit is not None and statements and standing["number"] < statements[-1].number:
-                raise ConfigError(
-                    "the server does not know the new root yet",
-                    where=kit.address,
-                    fix=f"run `fl-adapters authority rotate --authority {folder} --kit {kit_folder}` first",
-                )
-            _check_heard(not_heard(authority, standing.get("taken_up", {})), without, kit)
-        if authority.is_rotating or not past_statements(folder):
-            authority = finish(authority)
+        with changing(folder):
+            authority = _finished(open_authority(folder, file), kit, kit_folder, without)
         standing = _hand_out(kit, folder)
         lines = [f"the root: {authority.fingerprint}", "the old root does not count any more, and its key is deleted"]
         if kit is None:
             lines.append(f"copy {folder / PACKAGE} to the server and run `fl-adapters authority install` there")
         _show(as_json, lines, _fields(authority, standing, []))
     return 0
+
+
+def _finished(
+    authority: Authority, kit: StartupKit | None, kit_folder: Path | None, without: Sequence[str]
+) -> Authority:
+    """End the rotation, if everybody has taken up the new root. Returns the authority as it is then."""
+    from fl_runtime.trust.roots.rotation import finish, not_heard, past_statements
+
+    for name in without:
+        authority.project.participant(name)
+    statements = past_statements(authority.folder)
+    if authority.is_rotating:
+        standing = _standing(kit)
+        if kit is not None and statements and standing["number"] < statements[-1].number:
+            raise ConfigError(
+                "the server does not know the new root yet",
+                where=kit.address,
+                fix=f"run `fl-adapters authority rotate --authority {authority.folder} --kit {kit_folder}` first",
+            )
+        _check_heard(not_heard(authority, standing.get("taken_up", {})), without, kit)
+    return finish(authority) if authority.is_rotating or not statements else authority
 
 
 def status(folder: Path, kit_folder: Path | None, as_json: bool) -> int:

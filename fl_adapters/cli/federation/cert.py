@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,9 @@ from fl_adapters.extras import needs_trust_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from fl_runtime.trust.authority import Authority
+    from fl_runtime.trust.identity import Identity
 
 
 def request(kit: Path, as_json: bool) -> int:
@@ -55,29 +57,30 @@ def sign(
     Certificates of the participant's earlier keys are revoked, unless `keep_earlier`.
     """
     with report_errors(as_json), needs_trust_extra():
-        from fl_runtime.errors import ConfigError
         from fl_runtime.trust.certificates import fingerprint, read_request
         from fl_runtime.trust.files import read_file, write_file
+        from fl_runtime.trust.provisioning.lock import changing
 
-        authority = open_authority(authority_folder, passphrase)
         claimed, key = read_request(read_file(request_file, "signing request"), str(request_file))
-        known = authority.project.participant(claimed.name)
-        if claimed != known:
-            raise ConfigError(
-                f"the request names {claimed}, the project {known}",
-                where=str(request_file),
-                fix="make the request with a startup kit of this federation, or correct the project file",
-            )
         shown = fingerprint(key)
-        _compare(str(known), shown, expected, request_file)
-        path = out or request_file.with_name(f"{known.name}.pem")
-        earlier = [item for item in authority.counting(known.name) if item.fingerprint != shown]
-        write_file(path, authority.issue(known, key, days=days))
+        _compare(
+            str(_known(open_authority(authority_folder, passphrase), claimed, request_file)),
+            shown,
+            expected,
+            request_file,
+        )
+        with changing(authority_folder):
+            authority = open_authority(authority_folder, passphrase)
+            known = _known(authority, claimed, request_file)
+            path = out or request_file.with_name(f"{known.name}.pem")
+            earlier = [item for item in authority.counting(known.name) if item.fingerprint != shown]
+            write_file(path, authority.issue(known, key, days=days))
+            if earlier and not keep_earlier:
+                authority.revoke_certificates(earlier)
         lines = [f"{known}: {path}; install it with `fl-adapters cert install`"]
         if earlier and keep_earlier:
             lines.append(f"{len(earlier)} of its earlier certificates, for another key, count as well (--keep-earlier)")
         elif earlier:
-            authority.revoke_certificates(earlier)
             lines.append(
                 f"{len(earlier)} of its earlier certificates, for another key, {'is' if len(earlier) == 1 else 'are'} "
                 f"revoked now. When {known.name} has installed the new one: {how_to_tell_server(authority_folder)}"
@@ -90,6 +93,20 @@ def sign(
             **{"kept" if keep_earlier else "revoked": [f"{item.serial:x}" for item in earlier]},
         )
     return 0
+
+
+def _known(authority: Authority, claimed: Identity, request_file: Path) -> Identity:
+    """Return who asks for a certificate, by the project. Raises ConfigError if the request names somebody else."""
+    from fl_runtime.errors import ConfigError
+
+    known = authority.project.participant(claimed.name)
+    if claimed != known:
+        raise ConfigError(
+            f"the request names {claimed}, the project {known}",
+            where=str(request_file),
+            fix="make the request with a startup kit of this federation, or correct the project file",
+        )
+    return known
 
 
 def _compare(who: str, shown: str, expected: str, request_file: Path) -> None:
@@ -145,14 +162,16 @@ def renew(
     """Make new certificates for the same keys: those of `names`, else all that expire soon."""
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.files import write_file
+        from fl_runtime.trust.provisioning.lock import changing
+        from fl_runtime.trust.provisioning.standings import newest
 
-        authority = open_authority(authority_folder, passphrase)
-        due = list(names) or [name for name, item in _newest(authority).items() if item.expires_soon]
         renewed = {}
-        for name in due:
-            path = out / f"{name}.pem"
-            write_file(path, authority.renew(name, days=days))
-            renewed[name] = str(path)
+        with changing(authority_folder):
+            authority = open_authority(authority_folder, passphrase)
+            for name in list(names) or [name for name, item in newest(authority).items() if item.expires_soon]:
+                path = out / f"{name}.pem"
+                write_file(path, authority.renew(name, days=days))
+                renewed[name] = str(path)
         text = "\n".join(f"{name}: {path}" for name, path in renewed.items()) or "no certificate expires soon"
         _print_result(as_json, text, renewed=renewed)
     return 0
@@ -166,11 +185,14 @@ def revoke(
     With `outside`, the file of a certificate of an outside authority, revoke that one.
     """
     with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.provisioning.lock import changing
+
         admin = admin_kit(kit)
-        authority = open_authority(authority_folder, passphrase)
-        revoked = authority.revoke(name)[0] if outside is None else [_revoke_outside(authority, name, outside)]
+        with changing(authority_folder):
+            authority = open_authority(authority_folder, passphrase)
+            revoked = authority.revoke(name)[0] if outside is None else [_revoke_outside(authority, name, outside)]
+            answer = push(authority, admin)
         what = f"{name}: certificates revoked: {len(revoked)}" if revoked else f"{name}: revoked before"
-        answer = push(authority, admin)
         next_step = "the server refuses them now" if admin else f"THE SERVER STILL ACCEPTS THEM: {_told(authority)}"
         _print_result(
             as_json, f"{what}; {next_step}", serials=[f"{item.serial:x}" for item in revoked], server=answer or None
@@ -178,7 +200,7 @@ def revoke(
     return 0
 
 
-def _revoke_outside(authority: Any, name: str, file: Path) -> Any:
+def _revoke_outside(authority: Authority, name: str, file: Path) -> Any:
     """Revoke a participant's certificate of an outside authority."""
     from fl_runtime.trust.files import read_file
 
@@ -188,12 +210,14 @@ def _revoke_outside(authority: Any, name: str, file: Path) -> Any:
 def crl(authority_folder: Path, kit: Path | None, passphrase: Path | None, as_json: bool) -> int:
     """Sign the revocation list again; with an admin's kit, tell the server."""
     with report_errors(as_json), needs_trust_extra():
+        from fl_runtime.trust.provisioning.lock import changing
         from fl_runtime.trust.revocation import read_list
 
         admin = admin_kit(kit)
-        authority = open_authority(authority_folder, passphrase)
-        signed = read_list(authority.sign_list(), authority.pem, str(authority.folder / "crl.pem"))
-        answer = push(authority, admin)
+        with changing(authority_folder):
+            authority = open_authority(authority_folder, passphrase)
+            signed = read_list(authority.sign_list(), authority.pem, str(authority.folder / "crl.pem"))
+            answer = push(authority, admin)
         next_step = "the server has it" if admin else _told(authority)
         text = f"revocation list {signed.number}, which counts until {signed.ends:%Y-%m-%d %H:%M} UTC; {next_step}"
         _print_result(
@@ -214,11 +238,11 @@ def admin_kit(kit: Path | None) -> Any:
     return None if kit is None else read_kit(kit, kind="admin")
 
 
-def _told(authority: Any) -> str:
+def _told(authority: Authority) -> str:
     return how_to_tell_server(authority.folder)
 
 
-def push(authority: Any, admin: Any) -> dict[str, Any]:
+def push(authority: Authority, admin: Any) -> dict[str, Any]:
     """Send the authority's list to the server, with an admin's kit. Returns the server's answer."""
     from fl_runtime.errors import FederationError
     from fl_runtime.trust.authority import signed_members
@@ -241,38 +265,17 @@ def listing(authority_folder: Path, as_json: bool) -> int:
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
         from fl_runtime.trust.authority import Authority
-        from fl_runtime.trust.certificates import is_issued_by
+        from fl_runtime.trust.provisioning.standings import standings
 
         authority = Authority(authority_folder)
-        revoked, issued = authority.revoked(), list(authority.issued())
-        rows = []
-        for item in issued:
-            later = [each for each in issued if each.fingerprint == item.fingerprint and each.serial not in revoked]
-            state, counts = "valid", True
-            if item.serial in revoked:
-                state, counts = f"revoked {revoked[item.serial]}", False
-            elif item.not_after < datetime.now(UTC):
-                state, counts = "expired", False
-            elif not is_issued_by(item.pem, authority.roots):
-                state, counts = "of a root that was retired", False
-            elif later[-1].serial != item.serial:
-                state = "renewed; counts until the renewed one is used"
-            elif item.expires_soon:
-                state = "ends soon"
-            rows.append({**_facts(item, state), "counts": counts})
-        for row in sorted(rows, key=lambda row: (not row["counts"], row["name"], row["not_before"])):
+        rows = [{**_facts(each.certificate, each.state), "counts": each.counts} for each in standings(authority)]
+        for row in rows:
             until = f"until {row['not_after'][:16]} UTC, {row['days_left']:.0f} days"
             _print(console, f"{row['who']}: {row['state']} ({until})")
             _print(console, f"    serial {row['serial']}, fingerprint {row['fingerprint']}")
         if as_json:
             show_json({"authority": authority.fingerprint, "certificates": rows})
     return 0
-
-
-def _newest(authority: Any) -> dict[str, Any]:
-    """The newest certificate of each participant that is not revoked, by name."""
-    revoked = authority.revoked()
-    return {item.identity.name: item for item in authority.issued() if item.serial not in revoked}
 
 
 def _facts(certificate: Any, state: str) -> dict[str, Any]:

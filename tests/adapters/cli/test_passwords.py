@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fl_adapters
 from fl_adapters.cli.app import app
-from fl_runtime.trust.archive import read_archive
+from fl_runtime.trust.provisioning.archive import read_archive
 
 PROJECT = """
 federation: study

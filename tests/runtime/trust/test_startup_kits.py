@@ -22,11 +22,11 @@ from fl_adapters.cli.app import app
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.participant import kit as script_kit
 from fl_runtime.errors import ConfigError, PermissionDeniedError
-from fl_runtime.trust.archive import new_password, read_archive, write_archive
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import read_kit, write_kit
 from fl_runtime.trust.project import Project, read_project, split_address
+from fl_runtime.trust.provisioning.archive import new_password, read_archive, write_archive
 
 PROJECT = """
 federation: study
@@ -373,9 +373,9 @@ def test_no_damaged_byte_of_a_zip_changes_what_is_unpacked(tmp_path: Path) -> No
 
 def test_a_missing_pyzipper_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyzipper", None)
-    monkeypatch.delitem(sys.modules, "fl_runtime.trust.archive")
+    monkeypatch.delitem(sys.modules, "fl_runtime.trust.provisioning.archive")
     with pytest.raises(ConfigError, match="need the package pyzipper") as caught, needs_trust_extra():
-        importlib.import_module("fl_runtime.trust.archive")
+        importlib.import_module("fl_runtime.trust.provisioning.archive")
     assert "fl-adapters[trust]" in caught.value.fix
 
 

@@ -1,0 +1,1 @@
+"""Provisioning: kits for the participants of a project, and what became of their certificates."""
