@@ -137,7 +137,9 @@ def live_runs(console: Console) -> Iterator[LiveRuns | None]:
         yield None
         return
     runs = LiveRuns(console)
-    with Live(console=console, get_renderable=lambda: runs, refresh_per_second=2, transient=True):
+    with Live(
+        console=console, get_renderable=lambda: runs, refresh_per_second=2, transient=True, redirect_stdout=False
+    ):
         yield runs
 
 

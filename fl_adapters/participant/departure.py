@@ -54,11 +54,10 @@ class ScriptNote:
 
     def write(self, kit: Kit) -> None:
         """Write the note into the folder of a command's own kit. Does nothing for other kits."""
-        own = kit.credentials and kit.folder and Path(kit.folder).resolve() != Path(kit.credentials).resolve()
-        if not own:
-            return
-        with suppress(OSError):  # training must not fail for it
-            self._write_into(Path(kit.folder))
+        folder = folder_for_notes(kit)
+        if folder is not None:
+            with suppress(OSError):  # training must not fail for it
+                self._write_into(folder)
 
     def after(self, before: ScriptNote) -> ScriptNote:
         """Return this note with the bytes that the one before has counted."""
@@ -82,6 +81,12 @@ class ScriptNote:
         part = folder / f"{_NOTE}.part"
         part.write_text(json.dumps(asdict(self)), encoding="utf-8")
         part.replace(folder / _NOTE)
+
+
+def folder_for_notes(kit: Kit) -> Path | None:
+    """Return the folder of a kit that `fl-adapters run` or `site` has made for a command; None for other kits."""
+    own = kit.credentials and kit.folder and Path(kit.folder).resolve() != Path(kit.credentials).resolve()
+    return Path(kit.folder) if own else None
 
 
 class Departure:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fl_adapters.adapter import Snapshot
-from fl_adapters.participant.departure import Departure, ScriptNote, trains_after
+from fl_adapters.participant.departure import Departure, ScriptNote, folder_for_notes, trains_after
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import Kit
@@ -285,6 +285,8 @@ class Session:
             self.restart.begin(snapshot, self.local_round)
         if self._swarm is not None:
             self._swarm.start()
+        if (folder := folder_for_notes(self._kit)) is not None:
+            self._client.training.leave_notes(folder, self.job, self.rounds)
         self._client.training.share(steps, self._gate.shares_progress)
         task = self._wait()
         point = self.restart.load(task) if self.restart is not None else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 from fl_runtime.client.calls import PatientCalls
 from fl_runtime.errors import FederationError
@@ -15,6 +18,8 @@ from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+_NOTE = "training.json"
+_LOOK_S = 1.0
 _REPORTS_PER_S = 50
 """Most reports of all sites of a run together, in a second."""
 
@@ -30,6 +35,46 @@ class StepCount:
 
     done: int
     total: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingNote:
+    """Where a script's training stands, left in its kit's folder for the command that started it at the site.
+
+    Attributes:
+        job: Name of the training.
+        round: Number of the round that it trains, or has trained last.
+        rounds: Number of rounds of the run.
+        trains: Whether it trains now. Otherwise it waits for the server.
+        done: Steps of the round so far; 0 if they are not counted.
+        total: Steps of the whole round; 0 if unknown.
+        train_s: Seconds that it has trained in the round.
+    """
+
+    job: str
+    round: int
+    rounds: int
+    trains: bool
+    done: int = 0
+    total: int = 0
+    train_s: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainingNote | None:
+        """Return the note in a folder, or None if there is none that can be read."""
+        try:
+            noted = json.loads((folder / _NOTE).read_text("utf-8")).items()
+            known = {field.name for field in fields(cls)}  # a script of a later version may say more
+            return cls(**{name: value for name, value in noted if name in known})
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        """Write the note into a folder. A folder that cannot be written does not stop the training."""
+        part = folder / f"{_NOTE}.part"
+        with suppress(OSError):
+            part.write_text(json.dumps(asdict(self)), "utf-8")
+            part.replace(folder / _NOTE)
 
 
 class LocalTraining:
@@ -48,10 +93,12 @@ class LocalTraining:
         """
         self._calls = calls
         self._session: pb.Session | None = None
-        self._interval_s = 1.0
+        self._report_s = 1.0
         self._allowed: Callable[[], bool] = bool
         self._steps: Callable[[], StepCount | None] = _unknown
         self._round, self._began, self._away_s = 0, 0.0, 0.0
+        self._folder: Path | None = None
+        self._job, self._rounds = "", 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -62,7 +109,17 @@ class LocalTraining:
             session: The session of the site's process.
             sites: Number of sites in the run.
         """
-        self._session, self._interval_s = session, max(1.0, sites / _REPORTS_PER_S)
+        self._session, self._report_s = session, max(1.0, sites / _REPORTS_PER_S)
+
+    def leave_notes(self, folder: Path, job: str, rounds: int) -> None:
+        """Leave a `TrainingNote` in a folder of this machine, once a second while it changes. Call it before `share`.
+
+        Args:
+            folder: The folder.
+            job: Name of the training.
+            rounds: Number of rounds of the run.
+        """
+        self._folder, self._job, self._rounds = folder, job, rounds
 
     def share(self, steps: Callable[[], StepCount | None] | None, allowed: Callable[[], bool]) -> None:
         """Tell the server how long this site trains, and how far it is.
@@ -73,9 +130,10 @@ class LocalTraining:
             allowed: Whether the site's policy allows it now.
         """
         self._allowed = allowed
-        if steps is None or self._session is None or self._thread is not None:
+        tells = steps is not None and self._session is not None
+        if not (tells or self._folder) or self._thread is not None:
             return
-        self._steps = steps
+        self._steps = steps or _unknown
         self._thread = threading.Thread(target=self._report, name="fl-steps", daemon=True)
         self._thread.start()
 
@@ -111,20 +169,43 @@ class LocalTraining:
 
     def _report(self) -> None:
         last: tuple[int, StepCount] | None = None
-        while not self._closed.wait(self._interval_s):
+        noted: TrainingNote | None = None
+        told_at = -math.inf
+        while not self._closed.wait(_LOOK_S):
             number, train_s, steps = self._round, self._seconds(), self._counted()
-            trains = number > 0 and train_s >= self._interval_s and self._allowed()
-            if not trains or steps is None or (number, steps) == last or number != self._round:
+            if number != self._round:
+                continue  # the round has changed while its steps were counted
+            if self._folder is not None:
+                noted = self._note(self._folder, number, train_s, steps, noted)
+            trains = number > 0 and train_s >= self._report_s and self._allowed()
+            if self._session is None or steps is None or not trains or (number, steps) == last:
                 continue
-            last = number, steps
-            told = pb.TrainingSteps(round=number, done=steps.done, total=steps.total, train_s=train_s)
-            message = pb.SessionRequest(session=self._session, steps=told).SerializeToString()
-            try:
-                with self._calls.begin("Attend", message) as call:
-                    for _ in call:
-                        pass
-            except FederationError as error:  # the calls of the site's own thread decide when to give up
-                log.debug("the server was not told of steps: %s", error)
+            if time.monotonic() < told_at + self._report_s - _LOOK_S / 2:
+                continue
+            last, told_at = (number, steps), time.monotonic()
+            self._tell(pb.TrainingSteps(round=number, done=steps.done, total=steps.total, train_s=train_s))
+
+    def _tell(self, steps: pb.TrainingSteps) -> None:
+        message = pb.SessionRequest(session=self._session, steps=steps).SerializeToString()
+        try:
+            with self._calls.begin("Attend", message) as call:
+                for _ in call:
+                    pass
+        except FederationError as error:  # the calls of the site's own thread decide when to give up
+            log.debug("the server was not told of steps: %s", error)
+
+    def _note(
+        self, folder: Path, number: int, train_s: float, steps: StepCount | None, before: TrainingNote | None
+    ) -> TrainingNote:
+        """Leave a note if it is another one than before; returns it."""
+        if number:
+            done, total = (steps.done, steps.total) if steps else (0, 0)
+            note = TrainingNote(self._job, number, self._rounds, True, done, total, round(train_s, 3))
+        else:
+            note = replace(before, trains=False) if before else TrainingNote(self._job, 0, self._rounds, False)
+        if note != before:
+            note.write(folder)
+        return note
 
     def _counted(self) -> StepCount | None:
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.errors import AbortedError, ConfigError, PermissionDeniedError
 from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.server.courses.virtual import VirtualSites
@@ -161,19 +162,21 @@ class Server:
 
         Returns:
             JSON values: `phase`, `training` (its number), `round` (under way, or closed last), `rounds` (None before
-            the handshake), `sites` (name to state), `versions` (name to version of fl-adapters, of sites that have
-            registered), `connected` (names of the sites whose processes are connected now), and `error` (None unless
-            the run failed).
+            the handshake), `newest` (the round that was closed last, with its metrics), `sites` (name to state),
+            `versions` (name to version of fl-adapters, of sites that have registered), `connected` (names of the sites
+            whose processes are connected now), and `error` (None unless the run failed).
         """
         training = self.trainings.newest
-        state, membership = training.run.state, training.run.membership
+        state, membership, scores = training.run.state, training.run.membership, training.run.scoring.scores
         with state.lock:
             members, now = membership.members.values(), membership.clock.now()
+            newest = state.results[-1].round if state.results else 0
             return {
                 "phase": state.phase,
                 "training": training.number,
                 "round": state.open_round.round if state.open_round else len(state.results),
                 "rounds": state.plan.rounds,
+                "newest": {"round": newest, "metrics": to_json(scores.of(newest))} if newest else None,
                 "sites": {member.name: state.standing_of(member, now) for member in members},
                 "versions": {m.name: m.registration.version for m in members if m.registration},
                 "connected": [member.name for member in members if member.attending > 0],

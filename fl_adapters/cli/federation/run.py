@@ -95,6 +95,7 @@ def _await_approval(gate: KitPolicyGate, kit: Kit, job: Assignment) -> None:
 def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], results: Path | None) -> int:
     """Run the command with a kit of its own, and tell the server if it ends too soon."""
     from fl_adapters.cli.site.command import command_kit, gpu_environment
+    from fl_adapters.cli.site.own_progress import OwnLines
     from fl_adapters.participant.departure import ScriptNote
 
     with tempfile.TemporaryDirectory(prefix="fl-adapters-kit-") as folder:
@@ -108,8 +109,8 @@ def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], r
             gate.record("command failed", job=job.job, reason=reason)
             _leave(gate, kit, job, None, LeaveReason(reason, "its command cannot be started"))
             raise ConfigError(reason, fix="check the command after --") from None
-        with _passed_on(process):
-            status = process.wait()
+        with _passed_on(process), closing(OwnLines(kit, job.job, own, _say)) as lines:
+            status = lines.until_ended(process)
         gate.record("command ended", job=job.job, status=status)
         if _compare_logs(gate, kit, kit.patience_s if status else 0.0):  # a site that failed must not be waited for
             _report_early_end(gate, kit, job, ScriptNote.read(own), status)

@@ -10,9 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from fl_adapters.cli.federation.failover import serve_in_turn
+from fl_adapters.cli.live import live_runs
 from fl_adapters.cli.log_lines import STDERR, LogOptions, say, written_lines
 from fl_adapters.cli.output import report_errors, show_json
+from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.environments.remote import job_fields
 from fl_adapters.extras import needs_metrics_extra, needs_trust_extra
@@ -21,7 +25,7 @@ from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.stores import Storage
 from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.transport.tls_setting import only_tls_1_3
-from fl_runtime.types import Event, Listener, RunSettings
+from fl_runtime.types import RunSettings
 
 if TYPE_CHECKING:
     from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
@@ -61,7 +65,9 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
 
+        console = Console(stderr=True, markup=False, emoji=False)
         with (
+            live_runs(console) if log.style == "text" else nullcontext() as runs,
             written_lines(kit.identity.name, log),
             _pages(metrics, kit, folder, shares_store=store_file is not None) as watched,
         ):
@@ -73,7 +79,13 @@ def run(
                     folder,
                     read_job,
                     listen=listen,
-                    listener_of=lambda name: _both(ProgressLines(partial(say, job=name)), counted_rounds),
+                    listener_of=lambda name: FanOut(
+                        (
+                            *((counted_rounds,) if counted_rounds else ()),
+                            *((runs.view_of(name),) if runs else ()),
+                            ProgressLines(partial(say, job=name)),
+                        )
+                    ),
                     syslog=syslog,
                     storage=storage,
                 )
@@ -139,17 +151,6 @@ def _pages(address: str, kit: StartupKit, data: Path, *, shares_store: bool) -> 
 
 def _ignore(trouble: str) -> None:
     """Tell nobody of a trouble that the log has."""
-
-
-def _both(first: Listener, second: Listener | None) -> Listener:
-    """A listener that passes each event on to both."""
-
-    def listener(event: Event) -> None:
-        if second is not None:
-            second(event)
-        first(event)
-
-    return listener
 
 
 def data_folder(kit: Path, chosen: Path | None) -> Path:

@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from fl_adapters.cli.live import live_runs
 from fl_adapters.cli.log_lines import STDERR, LogOptions, say, written_lines
 from fl_adapters.cli.monitoring.page import MonitoringPages
 from fl_adapters.cli.site.activity import Activity
@@ -21,6 +24,7 @@ from fl_adapters.cli.site.command import CommandError, command_for, command_kit,
 from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
+from fl_adapters.cli.site.own_progress import SiteScreen
 from fl_adapters.cli.site.records import JobFolder, JobState, check_state
 from fl_adapters.cli.site.resources import Capacity
 from fl_adapters.environments.processes import SiteProcesses, describe_status, free_ports, orphans, site_environment
@@ -30,6 +34,7 @@ from fl_adapters.participant.kit import KIT_VARIABLE, Kit
 from fl_adapters.participant.kit import read_kit as read_script_kit
 from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason
 from fl_runtime.client.control import ControlClient
+from fl_runtime.client.local_training import TrainingNote
 from fl_runtime.client.roots import RenewingTransport
 from fl_runtime.errors import FederationError, PermissionDeniedError, StoreError
 from fl_runtime.store.lock import FolderLock, lock_owner
@@ -79,6 +84,7 @@ class SiteDaemon:
         processes: SiteProcesses,
         feed: JobFeed,
         wake: threading.Event,
+        screen: SiteScreen,
     ) -> None:
         """Prepare the daemon.
 
@@ -89,12 +95,13 @@ class SiteDaemon:
             processes: Starts and watches the scripts, by the names of their jobs.
             feed: The connection to the server.
             wake: Is set when the feed has news.
+            screen: Shows the jobs that run.
         """
         self._options, self._kit, self._processes, self._feed, self._wake = options, kit, processes, feed, wake
         self._audit, self._gate = audit, KitPolicyGate(options.kit, options.state / "jobs", audit)
         self._jobs: dict[str, SiteJob] = {}
         self._settled: dict[str, float] = {}
-        self._logs_seen = 0.0
+        self._logs_seen, self._screen = 0.0, screen
         self.activity = Activity()
 
     @property
@@ -337,6 +344,7 @@ class SiteDaemon:
             folder = self._jobs[name].folder
             folder.rotate_log()
             self.activity.count_bytes(name, folder.note)
+        self._screen.show({name: TrainingNote.read(self._jobs[name].folder.kit) for name in self._processes.running})
 
 
 def run_daemon(options: DaemonOptions) -> dict[str, str]:
@@ -362,6 +370,8 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
     os.environ.pop(KIT_VARIABLE, None)
     with ExitStack() as things:
         name = gate.identity.name
+        console = Console(stderr=True, markup=False, emoji=False)
+        runs = things.enter_context(live_runs(console)) if options.log.style == "text" else None
         things.enter_context(written_lines(name, options.log, site=name))
         lock = _locked(options.kit)
         things.callback(lock.close)
@@ -373,7 +383,7 @@ def run_daemon(options: DaemonOptions) -> dict[str, str]:
         control = ControlClient(RenewingTransport.of_kit(options.kit, kit.addresses))
         feed = JobFeed(control, gate.witness(), say, wake, partial(_record_refusal, gate))
         things.callback(feed.close)
-        daemon = SiteDaemon(options, kit, audit, processes, feed, wake)
+        daemon = SiteDaemon(options, kit, audit, processes, feed, wake, SiteScreen(runs, feed, name))
         if options.metrics:
             things.enter_context(_pages(options, daemon, feed, audit))
         say(f"{gate.identity} waits for jobs of {gate.identity.federation} at {' or '.join(kit.addresses)}")

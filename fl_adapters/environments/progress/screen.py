@@ -60,14 +60,14 @@ def _progress(view: RunView, width: int) -> RenderableType:
     title = Text(_title(view), style="bold", overflow="ellipsis", no_wrap=True)
     gone = duration_text(round(time.monotonic() - view.began))
     if view.left_s is not None and view.done < 1:
-        gone += f", about {duration_text(view.left_s)} left"
+        gone += f", about {_left_text(view.left_s)} left"
     rows = Table.grid(padding=(0, 1))
     bar = partial(ProgressBar, total=1.0, width=min(40, width // 3))
     rows.add_row("run", bar(completed=view.done), f"{view.done:4.0%}", gone)
     if view.asked:
         answered = f"{len(view.answered)} of {counted(len(view.asked), 'site')}"
         if view.round_left_s is not None:
-            answered += f", {'about ' if width >= _NARROW else ''}{duration_text(view.round_left_s)} left"
+            answered += f", {'about ' if width >= _NARROW else ''}{_left_text(view.round_left_s)} left"
         rows.add_row("round", bar(completed=view.round_done), f"{view.round_done:4.0%}", answered)
     return Group(title, rows)
 
@@ -162,7 +162,7 @@ def _cells(site: SiteView) -> dict[str, str]:
         "state": site.state,
         "steps": "" if site.steps is None else f"{site.steps:,}" + (f"/{site.of_steps:,}" if site.of_steps else ""),
         "rate": "" if site.rate is None else _rate_text(site.rate),
-        "left": "" if not site.left_s else duration_text(site.left_s),
+        "left": "" if not site.left_s else _left_text(site.left_s),
         "round": str(site.round or ""),
         "loss": text_of(site.loss, "{:.4g}"),
         "examples": text_of(site.examples, "{:,}"),
@@ -170,6 +170,11 @@ def _cells(site: SiteView) -> dict[str, str]:
         "up": size_text(site.bytes_up),
         "down": size_text(site.bytes_down),
     }
+
+
+def _left_text(seconds: float) -> str:
+    """An estimate, in whole seconds where it is short."""
+    return duration_text(max(round(seconds), 1))
 
 
 def _rate_text(rate: float) -> str:

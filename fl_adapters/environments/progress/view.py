@@ -72,7 +72,8 @@ class RunView:
         best_metric: The metric that decides which round is the best; "" before a model has been scored.
         asked: Names of the sites that take part in the newest round.
         answered: Names of those whose update of the newest round is there.
-        durations_s: Seconds of each finished round of this training, in order.
+        closed: Number of rounds of this training that have been closed.
+        durations_s: Seconds of each round that was closed while this view was kept, in order.
         ended: Whether the training has ended.
         began: Time at which this view was made, in seconds of `time.monotonic`.
     """
@@ -88,6 +89,7 @@ class RunView:
     best_metric: str = ""
     asked: frozenset[str] = frozenset()
     answered: set[str] = field(default_factory=set)
+    closed: int = 0
     durations_s: list[float] = field(default_factory=list)
     ended: bool = False
     began: float = field(default_factory=time.monotonic)
@@ -95,13 +97,14 @@ class RunView:
     @property
     def done(self) -> float:
         """Share of the training that is done, from 0 to 1."""
-        return min(1.0, (len(self.durations_s) + self.round_done) / self.rounds) if self.rounds else 0.0
+        current = self.round_done if self.round > self.closed else 0.0
+        return min(1.0, (self.closed + current) / self.rounds) if self.rounds else 0.0
 
     @property
     def round_done(self) -> float:
-        """Share of the open round that is done, from 0 to 1: updates, and the steps of sites that still train."""
-        if not self.asked or self.round <= len(self.durations_s):
-            return 0.0
+        """Share of the newest round that is done, from 0 to 1: updates, and the steps of sites that still train."""
+        if not self.asked or self.round <= self.closed:
+            return 1.0 if self.asked else 0.0
         training = (self.sites[name].done for name in self.asked - self.answered if name in self.sites)
         return min((len(self.answered) + sum(training)) / len(self.asked), 1.0)
 
@@ -136,16 +139,17 @@ class RunView:
             case "started":
                 self.rounds, self.training, self.ended = data["rounds"], data.get("training", 1), False
                 if self.training > 1:
-                    self.round, self.metrics, self.durations_s = 0, {}, []
+                    self.round, self.metrics, self.closed, self.durations_s = 0, {}, 0, []
                     self.best_round, self.best_metric = None, ""
                     for view in self.sites.values():
                         view.loss, view.reports_loss = None, False
             case "round_started":
                 self.round, self.asked, self.answered = event.round, frozenset(data["sites"]), set()
+                self.closed = max(self.closed, event.round - 1)  # this view may have begun late
             case "task_sent":
                 site.state, site.round = "final" if event.round in self.metrics else "training", event.round
                 site.bytes_down += data["bytes"]
-                site.steps = site.train_s = None
+                site.steps, site.train_s = 0 if site.of_steps else None, None
             case "steps" if event.round == site.round and site.state == "training":
                 site.steps, site.of_steps, site.train_s = data["done"], data["total"], data["train_s"]
             case "update":
@@ -155,6 +159,7 @@ class RunView:
                     site.loss, site.reports_loss = data["metrics"]["loss"], True
             case "round_finished":
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])
+                self.closed = max(self.closed, event.round)
                 self.durations_s.append(data["seconds"])
             case "scored":
                 self.metrics.setdefault(event.round, {}).update(data["metrics"])

@@ -238,7 +238,10 @@ class JobCalls:
             "site_versions": self._site_versions(running),
             **({"site_rooms": self._site_rooms()} if caller.kind == "admin" else {}),
             "misfits": self._versions.misfits(),
-            "jobs": [self._facts(record, read.get((record.name, record.ended_at))) for record in (*ended, *shown)],
+            "jobs": [
+                _as_seen_by(caller, self._facts(record, read.get((record.name, record.ended_at))))
+                for record in (*ended, *shown)
+            ],
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
         }
@@ -413,6 +416,12 @@ class JobCalls:
 
 def _told_lines(lines: AuditLines) -> _Fields:
     return {"lines": list(lines.entries), "begin": lines.begin, "end": lines.end}
+
+
+def _as_seen_by(caller: Identity, job: dict[str, Any]) -> dict[str, Any]:
+    """A job's facts, without its metrics for sites that take no part in it."""
+    hidden = caller.kind == "site" and caller.name not in job.get("sites", ())
+    return {name: value for name, value in job.items() if name != "newest"} if hidden else job
 
 
 def _number(fields: _Fields, name: str) -> int | None:

@@ -17,6 +17,7 @@ from study import Study, until
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
 from fl_runtime.trust.audit import entries, lines_after, lines_before
+from fl_runtime.types import Arrays, Task
 
 W = {"w": np.zeros(3, np.float32)}
 
@@ -80,6 +81,22 @@ def test_a_status_that_is_followed_tells_each_change_within_a_second_and_makes_o
     assert all(answer.get("ended") == {} for answer in followed.answers)
     study.server.close()
     assert followed.ended() is not None
+
+
+def test_the_newest_metrics_of_a_job_are_told_to_admins_and_to_its_own_sites(study: Study) -> None:
+    study.job("job", rounds=2, sites=["north"])
+    seen: dict[str, Any] = {}
+
+    def change(task: Task) -> Arrays:
+        if task.round == 2:
+            for name in ("mina", "north", "south"):
+                (job,) = study.admin(name).ask("Status")["jobs"]
+                seen[name] = job.get("newest", "not told")
+        return W
+
+    study.site("north").take_part(W, change)
+    told = {"round": 1, "metrics": {}}
+    assert seen == {"mina": told, "north": told, "south": "not told"}
 
 
 def test_rooms_of_sites_are_told_to_admins_alone(study: Study) -> None:

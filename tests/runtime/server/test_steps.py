@@ -11,7 +11,7 @@ from federation_bench import Site, ended, serving
 
 from fl_adapters import ProtocolError
 from fl_adapters.environments.progress import RunView
-from fl_runtime.client.local_training import StepCount
+from fl_runtime.client.local_training import StepCount, TrainingNote
 from fl_runtime.server.federation.event_buffer import EventBuffer
 from fl_runtime.server.records.history import History
 from fl_runtime.types import Arrays, CohortRules, Event, Task
@@ -39,8 +39,11 @@ def test_steps_are_shown_while_a_site_trains_and_not_kept(tmp_path: Path) -> Non
     with serving(tmp_path, 1, rounds=1) as bench:
         site = bench.site("site-1")
         task = begun(site)
+        site.client.training.leave_notes(tmp_path, "bench", 1)
         site.client.training.share(lambda: StepCount(3, 12), lambda: True)
         told = bench.watch.wait("steps", "site-1")
+        note = TrainingNote.read(tmp_path)
+        assert note == TrainingNote("bench", 1, 1, True, 3, 12, note.train_s if note else 0.0)
         for event in bench.watch.events:
             view(event)
         site.submit(task, WEIGHTS)
