@@ -109,8 +109,8 @@ def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], r
             gate.record("command failed", job=job.job, reason=reason)
             _leave(gate, kit, job, None, LeaveReason(reason, "its command cannot be started"))
             raise ConfigError(reason, fix="check the command after --") from None
-        with _passed_on(process), closing(OwnLines(kit, job.job, own, _say)) as lines:
-            status = lines.until_ended(process)
+        with _passed_on(process):
+            status = OwnLines(kit, job.job, own, _say).until_ended(process)
         gate.record("command ended", job=job.job, status=status)
         if _compare_logs(gate, kit, kit.patience_s if status else 0.0):  # a site that failed must not be waited for
             _report_early_end(gate, kit, job, ScriptNote.read(own), status)

@@ -66,8 +66,8 @@ class JobFeed:
     Attributes:
         arrived: Assigned jobs that the daemon has not taken yet. A job may come more than once.
         heard: Names of the jobs whose refusal the server has heard.
-        seen: When the server was last asked which jobs run, in monotonic seconds, and their names. None before that.
-        running: The jobs that run, as the server has shown them last, by name.
+        seen: When the server was last asked which jobs run, in monotonic seconds, and what it said of each, by name.
+            None before that.
         contact: When the server has answered last.
     """
 
@@ -91,8 +91,7 @@ class JobFeed:
         """
         self.arrived: deque[Assignment] = deque()
         self.heard: deque[str] = deque()
-        self.seen: tuple[float, frozenset[str]] | None = None
-        self.running: Mapping[str, Mapping[str, Any]] = {}
+        self.seen: tuple[float, Mapping[str, Mapping[str, Any]]] | None = None
         self.contact = Contact(say, on_refusal)
         self._control, self._witness, self._wake = control, witness, wake
         self._request: Mapping[str, Any] = {}
@@ -201,8 +200,7 @@ class JobFeed:
         self.contact.answered()
         self._witness.take(status.get("log"), "server")
         jobs = status.get("jobs", [{"state": "running", **status["running"]}] if status["running"] else [])
-        self.running = {str(job["job"]): job for job in jobs if job["state"] == "running"}
-        self.seen = began, frozenset(self.running)
+        self.seen = began, {str(job["job"]): job for job in jobs if job["state"] == "running"}
         self._wake.set()
 
     def _ask(self) -> None:

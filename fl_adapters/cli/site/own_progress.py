@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class SiteScreen:
                 self._jobs[job] = OwnProgress(self._runs.view_of(job), self._site)
             progress = self._jobs[job]
             changed |= progress.take_note(note)
-            progress.take_status(self._feed.running.get(job, {}))
+            progress.take_status(self._feed.seen[1].get(job, {}) if self._feed.seen else {})
         closed = any(progress.view.round > 1 for progress in self._jobs.values())  # so that there are metrics
         if changed and closed and time.monotonic() - self._asked_at > _ASK_S:
             self._asked_at = time.monotonic()
@@ -145,7 +145,7 @@ class OwnLines:
         """
         self._job, self._folder, self._say = job, folder, say
         self._progress = OwnProgress(RunView(job=job), kit.site)
-        self._control = ControlClient(RenewingTransport.of_kit(Path(kit.credentials), kit.addresses))
+        self._kit = kit
         self._said_at = -_ASK_S
 
     def until_ended(self, process: subprocess.Popen[bytes]) -> int:
@@ -166,15 +166,13 @@ class OwnLines:
                     self._said_at = time.monotonic()
                     self._say(self._line())
 
-    def close(self) -> None:
-        """Close the connection to the server."""
-        self._control.close()
-
     def _line(self) -> str:
         view = self._progress.view
         if view.round > 1:
-            with suppress(FederationError):  # the command's own calls decide when to give up
-                jobs = self._control.ask("Status").get("jobs", ())
+            transport = RenewingTransport.of_kit(Path(self._kit.credentials), self._kit.addresses)
+            # closed at once, as the command has a connection of its own, whose calls decide when to give up
+            with suppress(FederationError), closing(ControlClient(transport)) as control:
+                jobs = control.ask("Status").get("jobs", ())
                 self._progress.take_status(next((job for job in jobs if job.get("job") == self._job), {}))
         line = f"{self._job}: round {view.round} of {view.rounds}"
         if view.left_s:

@@ -20,7 +20,7 @@ class Feed:
     """Stands for the connection of a daemon."""
 
     def __init__(self, running: dict[str, Any]) -> None:
-        self.running, self.looks = running, 0
+        self.seen, self.looks = (0.0, running), 0
 
     def look(self) -> None:
         self.looks += 1
