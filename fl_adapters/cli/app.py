@@ -182,21 +182,27 @@ def report(
     epilog="""\b
 Examples:
   fl-adapters dashboard
-  fl-adapters dashboard --runs experiments/runs --port 8899 --no-browser"""
+  fl-adapters dashboard --runs experiments/runs --port 8899 --no-browser
+  fl-adapters dashboard --kit kits/ada"""
 )
 def dashboard(
     runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the folders of runs.")] = Path("runs"),
+    kit: Annotated[
+        Path | None, typer.Option(help="Folder of an admin's startup kit, to follow its federation in place of runs.")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine. Default: a free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     as_json: _Json = False,
 ) -> None:
     """Follow runs in the browser: live curves, sites, output, and runs side by side.
 
+    With an admin's kit, follow a federation: its queue, jobs, sites and audit log, with what the admin's role may do.
+
     The pages are served to this machine alone, at an address that holds a secret. They need no network.
     """
     from fl_adapters.cli.pages import dashboard as command
 
-    sys.exit(command.dashboard(runs, port, browser, as_json))
+    sys.exit(command.dashboard(runs, kit, port, browser, as_json))
 
 
 @app.command(

@@ -19,7 +19,7 @@ HEADERS: Mapping[str, str] = {
     "content-security-policy": "default-src 'none'; style-src 'self'; style-src-attr 'unsafe-inline'; "
     "img-src data:; script-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer, browsers name the origin of forms "null"
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",

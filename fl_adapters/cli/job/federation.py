@@ -19,11 +19,12 @@ from fl_adapters.cli.federation.status import job_state, of_version
 from fl_adapters.cli.live import print_next, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.production import Production, connected
+from fl_adapters.environments.progress.text import event_text
 from fl_adapters.environments.remote import submit as put_into_queue
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import ConfigError, FederationError
+from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
 from fl_runtime.trainings import EVENTS, training_folder
 
@@ -169,7 +170,7 @@ def _key(event: Mapping[str, Any]) -> tuple[float, str, str]:
 
 
 def _print_event(name: str, event: Mapping[str, Any], as_json: bool) -> None:
-    told = f"{_clock(event['time'])} {name} {event['site'] or 'server'}: {_sentence(event)}"
+    told = f"{_clock(event['time'])} {name} {event['site'] or 'server'}: {event_text(event)}"
     print(json.dumps(event) if as_json else printable(told, 400), flush=True)
 
 
@@ -242,18 +243,6 @@ def _best_metrics(job: Mapping[str, Any]) -> dict[str, float]:
     rounds = outcome.get("rounds", [])
     chosen = [item for item in rounds if item["round"] == outcome.get("best_round")] or rounds[-1:]
     return plain(from_json(chosen[0]["metrics"])) if chosen else {}
-
-
-def _sentence(event: Mapping[str, Any]) -> str:
-    """What an event says, in one line."""
-    of_round = f" in round {event['round']}" if event.get("round") else ""
-    data = event.get("data", {})
-    if event["kind"] == "log":
-        return f"{'warning: ' if data.get('level') == 'warning' else ''}{data.get('text', '')}"
-    if event["kind"] == "failed":
-        return f"failed{of_round}: {FederationError.from_wire(data['error']).what}"
-    facts = ", ".join(f"{key} {value}" for key, value in data.items() if isinstance(value, (str, int, float)) and value)
-    return f"{event['kind'].replace('_', ' ')}{of_round}{f': {facts}' if facts else ''}"
 
 
 def _clock(seconds: float) -> str:

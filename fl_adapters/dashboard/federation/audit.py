@@ -15,7 +15,7 @@ from fl_runtime.text import printable
 from fl_runtime.transport.base import Transport
 from fl_runtime.trust.identity import Identity
 
-SHOWN = 200
+SHOWN = 100
 """Lines on a page."""
 _IDLE_S = 30.0
 _KNOWN = ("number", "time", "who", "action", "outcome", "rule", "error")
@@ -112,6 +112,14 @@ class AuditTail:
             FederationError: The server refuses to tell them, or is away.
         """
         return read_lines(ControlClient(self._transport).ask("ReadAudit", count=SHOWN, before=begin))
+
+    def version(self) -> str:
+        """Return a text that changes with the last lines."""
+        try:
+            page, fault = self.newest()
+        except FederationError as error:
+            return error.what
+        return f"{page.lines[0].number if page.lines else 0} {fault.what if fault else ''}"
 
     def close(self) -> None:
         """End the call that follows the log."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fl_runtime.errors import FederationError
 from fl_runtime.transport.waiting import duration_text
 
 
@@ -22,6 +23,22 @@ def waiting_text(data: Mapping[str, Any]) -> str:
         f"waiting for {sites} ({so_far} so far, until {until} at the latest): {data['here']} of the "
         f"{counted(data['needed'], 'site')} that the job needs {'is' if data['here'] == 1 else 'are'} connected"
     )
+
+
+def event_text(event: Mapping[str, Any]) -> str:
+    """Return what an event says, in one line. Texts of sites in it still have to be made printable.
+
+    Args:
+        event: Fields of an `Event`.
+    """
+    of_round = f" in round {event['round']}" if event.get("round") else ""
+    data = event.get("data", {})
+    if event["kind"] == "log":
+        return f"{'warning: ' if data.get('level') == 'warning' else ''}{data.get('text', '')}"
+    if event["kind"] == "failed":
+        return f"failed{of_round}: {FederationError.from_wire(data['error']).what}"
+    facts = ", ".join(f"{key} {value}" for key, value in data.items() if isinstance(value, (str, int, float)) and value)
+    return f"{event['kind'].replace('_', ' ')}{of_round}{f': {facts}' if facts else ''}"
 
 
 def ordered_metrics(metrics: Collection[str], best_metric: str) -> list[str]:
