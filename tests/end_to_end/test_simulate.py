@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 from pathlib import Path
@@ -66,6 +69,11 @@ def test_the_best_round_is_chosen_by_the_metric_that_the_options_name(bench: Any
     assert (bench.folder / "runs" / "named" / "best" / "model.safetensors").exists()
     job = Job.from_file(bench.folder / "runs" / "named" / "job.yml")
     assert (job.best_metric, job.best_mode) == ("train_loss", "max")
+    report = (bench.folder / "runs" / "named" / "report.html").read_text()
+    command = shlex.split(html.unescape(re.findall("<pre>(fl-adapters simulate .*?)</pre>", report)[0]))
+    again = bench.json(*command[1:])  # what the report says repeats the run
+    assert again["job"] == "named-again"
+    assert (again["metrics"], again["best_round"]) == (result["metrics"], result["best_round"])
 
 
 def test_without_a_score_there_is_no_best_round_and_the_end_says_why(bench: Any) -> None:

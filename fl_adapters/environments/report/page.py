@@ -33,6 +33,7 @@ _MATRICES_SHOWN = 4
 _FILTERS_LISTED = 100
 _WARNINGS_LISTED = 50
 _TRAININGS_LISTED = 50
+_OTHERS = " for other sites"
 
 
 def run_page(run: RunRecord, trainings: Sequence[RunRecord] = ()) -> str:
@@ -199,7 +200,7 @@ def _phase_columns(phases: Sequence[Phases]) -> list[tuple[str, list[float]]]:
         columns = [("training and exchange", [each.exchange + (each.training or 0.0) for each in phases])]
     return [
         *columns,
-        ("waiting for other sites", [each.waiting for each in phases]),
+        (f"waiting{_OTHERS}", [each.waiting for each in phases]),
         ("aggregation", [each.aggregation for each in phases]),
     ]
 
@@ -228,7 +229,15 @@ def _sites(run: RunRecord) -> list[Element]:
                 *last,
             ]
         )
-    columns = ["site", "examples", "share", "updates used", *(f"{phase}, s" for phase in spent), "sent", "received"]
+    columns = [
+        "site",
+        "examples",
+        "share",
+        "updates used",
+        *(f"{phase.removesuffix(_OTHERS)}, s" for phase in spent),
+        "sent",
+        "received",
+    ]
     made = [table([*columns, *(f"last {name}" for name in metrics)], rows)] if rows else []
     if len(run.sites) > _SITES_LISTED:
         made.append(_soft(f"{len(run.sites) - _SITES_LISTED} more sites are in {HISTORY}."))
@@ -243,7 +252,8 @@ def _matrix(run: RunRecord) -> list[Element]:
     sites = list(dict.fromkeys(site for row in run.matrix.values() for site in row))
     metrics = list(dict.fromkeys(name for row in run.matrix.values() for cell in row.values() for name in cell))
     rows = dict(list(run.matrix.items())[:_CELLS_SHOWN])
-    made = [_heat_map(rows, metric, sites[:_CELLS_SHOWN]) for metric in metrics[:_MATRICES_SHOWN]]
+    maps = [_heat_map(rows, metric, sites[:_CELLS_SHOWN]) for metric in metrics[:_MATRICES_SHOWN]]
+    made = [tag("div", maps, class_="charts")]
     if max(len(sites), len(run.matrix)) > _CELLS_SHOWN or len(metrics) > _MATRICES_SHOWN:
         made.append(
             _soft(f"cross_site.csv has all {len(run.matrix)} models, {len(sites)} sites and {len(metrics)} metrics.")
