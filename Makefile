@@ -123,8 +123,8 @@ bench: $(VENV)/.stamp  ## the measurements under benchmarks/, one after the othe
 
 .PHONY: bench-peers
 bench-peers: $(VENV)/.stamp  ## the same exchange on ours, Flower and NVIDIA FLARE; installs the two into .venv-peers
-	@$(VENV)/bin/python benchmarks/peers.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/peers.py --virtual --out runs/peers-virtual $(ARGS)
+	@$(VENV)/bin/python benchmarks/peers/compare.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/peers/compare.py --virtual --out runs/peers-virtual $(ARGS)
 
 .PHONY: proto
 proto: $(PROTOC)/.stamp  ## regenerate fl_runtime/wire/fl/v1/federation_pb2.py and .pyi from the .proto

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fl_adapters.participant.exchange import RegisteredModel
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason, policy_gate_of
+from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
@@ -222,14 +221,8 @@ class Gate:
         Returns:
             Those that may leave; and the name of each that stays -> the rule of the policy that keeps it.
         """
-        policy = self._policy
-        if not isinstance(policy, KitPolicyGate):
-            return dict(files), {}
-        kept = policy.policy.files.kept_back({name: len(data) for name, data in files.items()})
-        released = {name: data for name, data in files.items() if name not in kept}
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in released.items()}
-        policy.record("files", job=self._job.get("name", ""), sha256=digests, kept=kept)
-        return released, kept
+        kept = self._policy.files.kept_back(files)
+        return {name: data for name, data in files.items() if name not in kept}, kept
 
     def shares_progress(self) -> bool:
         """Return whether the server may be told how far this site's training is, and for how long it has trained."""

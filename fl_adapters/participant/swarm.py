@@ -21,8 +21,8 @@ from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.streams.secure_stream import SecureStream, check_available
-from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update, is_floating
-from fl_runtime.wire.finite import check_finite
+from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update
+from fl_runtime.wire.finite import check_finite, largest_value
 from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,8 @@ class SwarmSite:
                 is_own = name == self._me
                 addend = update if is_own else streams[name].receive(update, buffer, self._patience_s)
                 aggregator.add(replace(addend, site=name, num_examples=num_examples, site_weight=weight))
-                largest[name] = _largest_value(addend)
+                tensors = (*addend.arrays.values(), *addend.extras.values())
+                largest[name] = max(map(largest_value, tensors), default=0.0)
             arrays, extras = aggregator.result()
             name = max(largest, key=lambda site: largest[site])  # to blame if finite updates have an infinite mean
             check_finite({**arrays, **extras}, where=f"the mean of round {task.round}")
@@ -326,12 +327,6 @@ class _UpdateReceiver:
             return wait() or b""
         finally:
             watchdog.cancel()
-
-
-def _largest_value(update: Update) -> float:
-    """The largest absolute value in an update."""
-    arrays = [array for array in (*update.arrays.values(), *update.extras.values()) if is_floating(array.dtype)]
-    return max((float(np.abs(array).max()) for array in arrays if array.size), default=0.0)
 
 
 def _copied(arrays: Arrays) -> dict[str, Array]:

@@ -135,9 +135,7 @@ class SiteClient:
         self._downloads, self._uploads = Downloads(self._calls, self._layouts), Uploads(self._calls, self._layouts)
         self.training = LocalTraining(self._calls)
         self._session = pb.Session()
-        self._parts = False  # whether the server takes a registration in several messages
         self._features, self._min_sites = frozenset[str](), None  # of the server, and the quorum of its job
-        self._takes_files = False  # whether the server does
         self._held = 0  # 1 + version of the last model to train that was received
         self._presence: Presence | None = None
 
@@ -184,8 +182,6 @@ class SiteClient:
             self._calls.patience_s = float(settings["patience_s"])
         beat_s = self._calls.expect_beats() if BEATS in reply.features else 0.0
         self._session = pb.Session(job=settings["name"], attempt=reply.attempt, beat_s=beat_s)
-        self._parts = PARTS in reply.features
-        self._takes_files = FILES in reply.features
         self._features, self._min_sites = frozenset(reply.features), settings.get("min_sites")
         if self._same_machine and reply.shared_folder:
             self._downloads.shared = self._uploads.shared = SharedFolder(Path(reply.shared_folder))
@@ -253,7 +249,7 @@ class SiteClient:
             own_model_stays=rules.own_model_stays,
             stays=rules.stays,
         )
-        reply = Handshake(self._calls, agreement, parts=self._parts).register(request)
+        reply = Handshake(self._calls, agreement, parts=PARTS in self._features).register(request)
         self._layouts.add(manifest)
         self._downloads.large = manifest.nbytes > frames.INLINE_BYTES
         if not self._downloads.large or self._downloads.shared is None:
@@ -346,7 +342,7 @@ class SiteClient:
         Raises:
             ProtocolError: The server refuses a file.
         """
-        if not self._takes_files:
+        if FILES not in self._features:
             return None
         accepted = self._uploads.files(self._session, files, weights_file)
         differ = tuple(printable(name, 100) for name in accepted.differ)

@@ -76,13 +76,19 @@ def find_route(address: str, authority: bytes = b"", *, look_up: bool = False) -
     proxy = proxy_of(address)
     if not authority or not (look_up or proxy is not None or is_name(address)):
         return Route(address, proxy)
-    name = host_of(address) if is_name(address) else SERVER_NAME
     try:
-        certificate = server_certificate(authority, lambda: open_connection(address, _LOOK_UP_S), name)
+        certificate = server_certificate(
+            authority, lambda: open_connection(address, _LOOK_UP_S), greeting_name(address)
+        )
     except OSError as error:
         what, fix = fault_of(error)
         raise ConnectionLostError(f"the server at {address} does not answer: {what}", fix=fix) from None
     return Route(address, proxy, certificate)
+
+
+def greeting_name(address: str) -> str:
+    """Return the name to greet a server with (SNI) whose certificate was not seen yet: its host, if that is a name."""
+    return host_of(address) if is_name(address) else SERVER_NAME
 
 
 def is_name(address: str) -> bool:

@@ -7,7 +7,7 @@ has the rule for versions, under "Upgrade".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -135,6 +135,17 @@ OWN = Software()
 """What this version says of itself."""
 
 
+def common_protocol(server: Software, site: Software) -> int | None:
+    """Return the highest protocol number that a server and a site both speak, or None if there is none.
+
+    Args:
+        server: Software of the server.
+        site: Software of the site.
+    """
+    number = min(server.highest, site.highest)
+    return number if number >= max(server.lowest, site.lowest) else None
+
+
 def choose_protocol(server: Software, site: Software) -> int:
     """Choose the protocol for the connection of a site.
 
@@ -148,13 +159,12 @@ def choose_protocol(server: Software, site: Software) -> int:
     Raises:
         ProtocolError: There is none. The message names the side to upgrade, and to which version.
     """
-    number = min(server.highest, site.highest)
-    if number >= max(server.lowest, site.lowest):
+    number = common_protocol(server, site)
+    if number is not None:
         return number
-    names = [f"the {who} (fl-adapters {side.version or 'of unknown version'})" for who, side in _sides(server, site)]
     raise ProtocolError(
         f"the site speaks protocol {site.protocols}, this server {server.protocols}",
-        where=" and ".join(reversed(names)),
+        where=f"the site ({_shown(site)}) and the server ({_shown(server)})",
         fix=f"upgrade {_upgrade(server, site)}",
     )
 
@@ -166,7 +176,7 @@ def misfit(server: Software, site: Software) -> str:
         server: Software of the server.
         site: Software of the site.
     """
-    if min(server.highest, site.highest) < max(server.lowest, site.lowest):
+    if common_protocol(server, site) is None:
         return (
             f"speaks protocol {site.protocols}, the server {server.protocols}: no job can run. "
             f"Upgrade {_upgrade(server, site)}"
@@ -187,12 +197,11 @@ def _upgrade(server: Software, site: Software) -> str:
     older, newer = ("site", server) if site.highest < server.lowest else ("server", site)
     least = FIRST_VERSIONS.get(newer.lowest)
     target = f"{least} or later" if least else newer.version or "the other side's version"
-    present = {"server": server, "site": site}[older].version or "of unknown version"
-    return f"the {older} (fl-adapters {present}) to fl-adapters {target}"
+    return f"the {older} ({_shown(site if older == 'site' else server)}) to fl-adapters {target}"
 
 
-def _sides(server: Software, site: Software) -> Iterable[tuple[str, Software]]:
-    return ("server", server), ("site", site)
+def _shown(software: Software) -> str:
+    return f"fl-adapters {software.version or 'of unknown version'}"
 
 
 def _minor(version: str) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from federation_bench import Site
 
 from fl_adapters.cli.federation.server import read_job
 from fl_runtime.client.control import ControlClient
+from fl_runtime.client.kit_transport import KitTransport
 from fl_runtime.server.federation.federation import FederationServer
 from fl_runtime.transport.base import Credentials
 from fl_runtime.transport.grpc import GrpcTransport
@@ -154,6 +156,15 @@ def until(condition: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < end, f"waited in vain for: {what}"
         time.sleep(0.02)
     return value
+
+
+def asked(kit: Path, address: str, method: str = "Status", request: bytes = b"{}") -> Any:
+    """Make one call with a kit, as a new process would, and return the first answer."""
+    transport = KitTransport(kit, address)
+    try:
+        return json.loads(next(iter(transport.call(method, request))))
+    finally:
+        transport.close()
 
 
 def alone(kit: Path, sites: tuple[str, ...]) -> None:

@@ -102,12 +102,13 @@ def _through(proxy: Proxy, address: str) -> Iterator[Check]:
 
 def _tls(kit: StartupKit, address: str) -> Iterator[Check]:
     """Check what answers at the end of the way: its TLS, whose certificate it shows, and for which name."""
-    from fl_runtime.transport.route import fault_of, is_name
+    from fl_runtime.transport.route import fault_of, greeting_name, is_name
     from fl_runtime.transport.tls import server_certificate, shown_certificate
     from fl_runtime.trust.certificates import issuer_of
+    from fl_runtime.trust.kits import CA
 
-    authority = (kit.folder / "ca.pem").read_bytes()
-    greeting = proxies.host_of(address) if is_name(address) else SERVER_NAME
+    authority = (kit.folder / CA).read_bytes()
+    greeting = greeting_name(address)
 
     def connect() -> socket.socket:
         return proxies.open_connection(address, _TIMEOUT_S)
@@ -170,13 +171,13 @@ def _answers(kit: StartupKit) -> Iterator[Check]:
 
 def _versions(status: Mapping[str, Any]) -> Iterator[Check]:
     """Compare the server's version with the one here, and with those that the sites have told."""
-    from fl_runtime.wire.software import OWN, Software, misfit
+    from fl_runtime.wire.software import OWN, Software, common_protocol, misfit
 
     version, protocols = str(status["version"]), status.get("protocols", [OWN.lowest, OWN.highest])
     server = Software.of_json({"version": version, "protocols": protocols}) or Software(version)
     detail = f"{OWN.version} here, {version} at the server, which speaks protocol {server.protocols}"
     text = misfit(server, OWN)
-    apart = OWN.highest < server.lowest or server.highest < OWN.lowest
+    apart = common_protocol(server, OWN) is None
     yield Check("versions", ("problem" if apart else "note") if text else "ok", detail, text and f"this one {text}")
     versions = status.get("site_versions", {})
     for site, told in status.get("misfits", {}).items():

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from fl_runtime.store.backup import Backup
     from fl_runtime.trust.kits import StartupKit
 
-_LISTS = ("handed-out.json", "crl.pem", "members.json", "renewals.json")  # beside the log, what changes in the kit
-
 
 def back_up(out: Path, kit_folder: Path, data: Path | None, as_json: bool) -> int:
     """Make a backup. Returns exit status 0."""
@@ -31,12 +29,13 @@ def back_up(out: Path, kit_folder: Path, data: Path | None, as_json: bool) -> in
 
         source = data_folder(kit_folder, data)
         kit = read_kit(working_kit(kit_folder, source), kind="server")
+        lists = _installers(kit)
 
         def copy_kit(folder: Path) -> None:
             log = AuditLog(kit.folder, kit.folder)
             log.write("backup made", kit.identity, folder=str(out))
             log.copy_to(folder)
-            for name in _LISTS:
+            for name in lists:
                 if (kit.folder / name).exists():
                     shutil.copyfile(kit.folder / name, folder / name)
 
@@ -63,14 +62,13 @@ def restore(folder: Path, kit_folder: Path, data: Path | None, as_json: bool) ->
     return 0
 
 
-def _restore_kit(part: Path, kit: StartupKit, made_at: float) -> str:
-    """Put what a backup has of the server's kit into the kit, unless that has something newer.
+def _installers(kit: StartupKit) -> dict[str, Callable[[Path], object]]:
+    """Name of each file that changes in a server's kit, beside its audit log -> what puts a copy of it into the kit.
 
-    Returns which audit log goes on.
+    Something newer in the kit stays.
     """
     from fl_runtime.server.federation.renewals import RENEWALS
     from fl_runtime.server.federation.roots import HANDED_OUT, install_package
-    from fl_runtime.trust.audit.restored import restore_log
     from fl_runtime.trust.kits import CRL, known_roots
     from fl_runtime.trust.project import MEMBERS, Members
     from fl_runtime.trust.revocation import RevocationList
@@ -79,13 +77,19 @@ def _restore_kit(part: Path, kit: StartupKit, made_at: float) -> str:
     def roots() -> bytes:
         return known_roots(kit.folder).roots
 
-    put: dict[str, Callable[[Path], object]] = {
+    return {
         HANDED_OUT: lambda file: install_package(kit.folder, read_package(file)),
         CRL: lambda file: RevocationList(kit.folder / CRL, roots).install(file.read_bytes()),
         MEMBERS: lambda file: Members(kit.folder, kit.identity.federation, roots, kit.sites).install(file.read_bytes()),
         RENEWALS: lambda file: (kit.folder / RENEWALS).exists() or shutil.copyfile(file, kit.folder / RENEWALS),
     }
-    for name, install in put.items():
+
+
+def _restore_kit(part: Path, kit: StartupKit, made_at: float) -> str:
+    """Put what a backup has of the server's kit into the kit. Returns which audit log goes on."""
+    from fl_runtime.trust.audit.restored import restore_log
+
+    for name, install in _installers(kit).items():
         if (part / name).exists():
             try:
                 install(part / name)

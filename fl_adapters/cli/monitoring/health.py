@@ -11,11 +11,10 @@ from pathlib import Path
 
 from fl_runtime.errors import FederationError
 from fl_runtime.trust.certificates import read_certificate
+from fl_runtime.trust.kits import CERTIFICATE
 
 LEAST_FREE_BYTES = 2**26
 """Free space below which a disk counts as full. Journals and logs still fit, but no model does."""
-
-_CERTIFICATE = "certificate.pem"
 
 Check = Callable[[], str]
 """Returns what is wrong, "" if nothing is."""
@@ -66,7 +65,7 @@ def certificate_end(kit: Path) -> datetime:
         OSError: The file cannot be read.
         FederationError: It is not a certificate of ours.
     """
-    return read_certificate((kit / _CERTIFICATE).read_bytes()).not_after
+    return read_certificate((kit / CERTIFICATE).read_bytes()).not_after
 
 
 def certificate_fault(kit: Path) -> str:

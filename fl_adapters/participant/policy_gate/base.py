@@ -36,6 +36,21 @@ class ProgressGate:
         return True
 
 
+class FilesGate:
+    """Asked which small files beside a model may go to the server. This class allows all, as a simulation does."""
+
+    def kept_back(self, files: Mapping[str, bytes]) -> dict[str, str]:
+        """Return which files stay at the site, and record what becomes of each.
+
+        Args:
+            files: Name -> contents.
+
+        Returns:
+            Name of each file that stays -> the rule of the policy that keeps it.
+        """
+        return {}
+
+
 class PolicyGate:
     """Asked before anything leaves a site. This class allows everything, as a simulation does.
 
@@ -43,11 +58,13 @@ class PolicyGate:
 
     Attributes:
         cohort: Asked of how many sites' updates models are made.
+        files: Asked which small files beside the model may go to the server.
         progress: Asked whether the server may be told how far this site's training is.
         refusals: Records what the site refuses.
     """
 
     cohort: CohortGate = CohortGate()
+    files: FilesGate = FilesGate()
     progress: ProgressGate = ProgressGate()
     refusals: Refusals = Refusals()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.policy_gate.base import CohortGate, PolicyGate, ProgressGate
+from fl_adapters.participant.policy_gate.base import CohortGate, FilesGate, PolicyGate, ProgressGate
 from fl_adapters.participant.policy_gate.job_rules import job_refusals, strategy_refusals
 from fl_adapters.participant.policy_gate.reasons import LeaveReason
 from fl_adapters.participant.policy_gate.refusals import LoggedRefusals
@@ -77,6 +78,7 @@ class KitPolicyGate(PolicyGate):
             self.refusals.record("read policy", error)
             raise
         self.cohort = _KitCohortGate(self)
+        self.files = _KitFilesGate(self)
         self.progress = _KitProgressGate(self)
 
     def check_join(self, job: Settings, framework: str) -> None:
@@ -299,6 +301,19 @@ class _KitCohortGate(CohortGate):
     def check(self, task: Task) -> None:
         with self._gate.refusals.recording(f"task: {task.kind}", round=task.round):
             self._gate._policy.cohort.check_task(task, self._gate.identity)
+
+
+class _KitFilesGate(FilesGate):
+    """Asks the policy as its file is now, and records the digests of what leaves."""
+
+    def __init__(self, gate: KitPolicyGate) -> None:
+        self._gate = gate
+
+    def kept_back(self, files: Mapping[str, bytes]) -> dict[str, str]:
+        kept = self._gate.policy.files.kept_back({name: len(data) for name, data in files.items()})
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name not in kept}
+        self._gate.record("files", job=self._gate.refusals.job, sha256=digests, kept=kept)
+        return kept
 
 
 class _KitProgressGate(ProgressGate):

@@ -157,11 +157,8 @@ class Virtual:
         state, rounds = self._state, self._rounds
         with state.lock:
             current = rounds.open(number)
-            streams = self._streams(number)
-            summing = Summing(state, self._membership.quorum, current, streams=streams)
-        collection = _Collection(
-            state, self._membership, self._scoring, rounds, current, summing, self._sites.workers, streams=streams
-        )
+            summing = Summing(state, self._membership.quorum, current, streams=self._streams(number))
+        collection = _Collection(state, self._membership, self._scoring, rounds, current, summing, self._sites.workers)
         try:
             collection.run()
             with state.lock:
@@ -178,7 +175,7 @@ class Virtual:
         except SumFailedError as failure:
             suspects = summing.to_blame(failure)
             summing.give_up()
-            if not streams and not suspects:
+            if not summing.streams and not suspects:
                 raise failure.error from None
             with state.lock:
                 self._suspects.blame(suspects, number, failure, certain=True)
@@ -219,8 +216,6 @@ class _Collection:
         current: OpenRound,
         summing: Summing,
         workers: Workers,
-        *,
-        streams: bool,
     ) -> None:
         self._state, self._membership, self._scoring, self._rounds = state, membership, scoring, rounds
         self._current, self._summing, self._workers = current, summing, workers
@@ -228,7 +223,6 @@ class _Collection:
         self._arrived: dict[str, Done] = {}
         self._failed: set[str] = set()
         self._held: list[Done] = []
-        self._streams = streams
         assert state.models.newest is not None
         self._model = state.models.newest
 
@@ -308,7 +302,7 @@ class _Collection:
                 self._scoring.report(report)
         state.plan.strategy.check(update)
         self._summing.add(Accepted(update, _NOT_SPOOLED, b""))
-        if self._streams:
+        if self._summing.streams:
             self._workers.release(done)
         else:
             self._held.append(done)

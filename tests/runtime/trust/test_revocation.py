@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation_bench import Site, at_once, started
-from study import Study, project, readdressed, until
+from study import Study, asked, project, readdressed, until
 from tcp_proxy import TcpProxy
 from typer.testing import CliRunner
 
@@ -33,7 +33,7 @@ from fl_runtime.transport.grpc import GrpcServer
 from fl_runtime.transport.tls import FileCredentials
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.certificates import is_issued_by, pem_list
-from fl_runtime.trust.kits import install, make_request, read_kit, write_kit
+from fl_runtime.trust.kits import read_kit, write_kit
 from fl_runtime.trust.revocation import RevocationList, read_list
 from fl_runtime.trust.roots import rotation
 from fl_runtime.trust.streams.identity import StreamIdentity
@@ -74,15 +74,6 @@ def stolen(study: Study, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("north", "ada"):
         assert asked(study.kits / name, study.address)
     return thief
-
-
-def asked(kit: Path, address: str, method: str = "Status", request: bytes = b"{}") -> Any:
-    """Make one call with a kit, as a new process would, and return the first answer."""
-    transport = KitTransport(kit, address)
-    try:
-        return json.loads(next(iter(transport.call(method, request))))
-    finally:
-        transport.close()
 
 
 def test_a_server_with_a_revoked_certificate_gets_no_call(study: Study, stolen: Path) -> None:
@@ -347,76 +338,6 @@ def test_a_site_does_not_begin_on_a_list_that_has_ended(study: Study, monkeypatc
     study.admin().ask("Revoke", crl=study.authority.sign_list().decode())
     assert "sites" in asked(study.kits / "north", study.address), "the server had a newer one"
     assert not RevocationList(study.kits / "north/crl.pem", study.authority.pem).current.has_ended  # type: ignore[union-attr]
-
-
-# -- renewal -------------------------------------------------------------------------------------------------------
-
-
-def test_a_renewed_certificate_ends_the_old_one_only_when_it_is_used(study: Study, monkeypatch: Any) -> None:
-    monkeypatch.setattr(renewals, "GRACE", timedelta(0))
-    kit, old = study.kits / "north", study.folder / "old"
-    asked(kit, study.address)
-    renewed = study.authority.renew("north")  # and its mail is lost: the site goes on with what it has
-    shutil.copytree(kit, old)
-    assert asked(old, study.address)
-
-    install(kit, renewed, "a second mail")
-    assert asked(kit, study.address)
-    with pytest.raises(PermissionDeniedError, match="was replaced by a renewed one") as caught:
-        asked(old, study.address)
-    assert "cert install" in caught.value.fix
-    refusal = study.refusals()[-1]
-    assert (refusal["who"], refusal["rule"]) == (read_kit(kit).identity.uri, "certificate: the newest of its key")
-
-    study.server.close()
-    study.start()  # what the first one knew is on the disk
-    with pytest.raises(PermissionDeniedError, match="was replaced"):
-        asked(old, study.address)
-    assert asked(kit, study.address)
-    assert ControlClient(KitTransport(study.kits / "south", study.address)).ask("Status")
-
-
-def test_calls_under_way_with_the_old_certificate_are_not_cut_off(study: Study) -> None:
-    kit, old = study.kits / "north", study.folder / "old"
-    shutil.copytree(kit, old)
-    install(kit, study.authority.renew("north"), "mail")
-    assert asked(kit, study.address)
-    assert asked(old, study.address), "for a minute"
-
-
-@pytest.mark.parametrize("writes", [0, 1, 2])
-def test_an_install_that_is_killed_leaves_a_kit_that_works(study: Study, monkeypatch: Any, writes: int) -> None:
-    from fl_runtime.trust import kits
-
-    kit = study.kits / "north"
-    make_request(kit)
-    _, key = kits_request(kit)
-    pem = study.authority.issue(study.authority.project.participant("north"), key)
-    real, left = kits.write_file, [writes]
-
-    def killed(path: Path, *args: Any, **options: Any) -> None:
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        real(path, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kits, "write_file", killed)
-        try:
-            install(kit, pem, "mail")
-        except KeyboardInterrupt:
-            assert writes < 2
-    assert read_kit(kit)
-    assert asked(kit, study.address)
-    install(kit, pem, "mail")
-    assert read_kit(kit).certificate.pem == pem
-    assert asked(kit, study.address)
-
-
-def kits_request(kit: Path) -> tuple[Any, Any]:
-    from fl_runtime.trust.certificates import read_request
-
-    return read_request((kit / "request.pem").read_bytes())
 
 
 def test_an_error_of_the_list_is_one_of_ours(tmp_path: Path) -> None:

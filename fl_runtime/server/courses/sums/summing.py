@@ -21,6 +21,9 @@ class Summing:
     """Sums updates in the order of the job's sites, each as soon as it and all before it are there. A `RoundSum`.
 
     If a cap on shares may hold, updates are summed at the end: each weight depends on all of them.
+
+    Attributes:
+        streams: Whether the tensors of an update are gone once it is added.
     """
 
     def __init__(self, state: RunState, quorum: Quorum, current: OpenRound, *, streams: bool = False) -> None:
@@ -32,7 +35,7 @@ class Summing:
             current: The round.
             streams: Whether the tensors of an update are gone once it is added. Then nobody can be blamed.
         """
-        self._state, self._quorum, self._current, self._streams = state, quorum, current, streams
+        self._state, self._quorum, self._current, self.streams = state, quorum, current, streams
         self.base = state.models.newest
         self._blob: Blob | None = None
         self.strategy_state: Blob | None = None
@@ -72,12 +75,12 @@ class Summing:
         self._order.remove(accepted.update.site)
         weight = self._state.settings.site_weights.get(accepted.update.site, 1.0)
         update = replace(accepted.update, site_weight=weight)
-        self._updates.append(replace(update, arrays={}, extras={}) if self._streams else update)
+        self._updates.append(replace(update, arrays={}, extras={}) if self.streams else update)
         if self._aggregator is None or self._failure is not None:
             return
         try:
             with combining(self._current.round):
-                if not self._streams:
+                if not self.streams:
                     limits.check_same_extras(update, self._updates[0])
                 self._aggregator.add(update)
         except SumFailedError as failure:
@@ -112,7 +115,7 @@ class Summing:
         self._blob = self.strategy_state = None
 
     def to_blame(self, failure: SumFailedError) -> list[str]:
-        if self._streams or self._state.filters.counts_equally:  # a filter clips, and each sum costs privacy budget
+        if self.streams or self._state.filters.counts_equally:  # a filter clips, and each sum costs privacy budget
             return []
         found = sites_to_blame(norms_of(self._updates), self._works_without, infinite=failure.infinite)
         self.give_up()

@@ -1,6 +1,6 @@
-"""The bare exchange on fl-adapters, for peers.py.
+"""The bare exchange on fl-adapters, for compare.py.
 
-usage: peer_ours.py KIND SITES ROUNDS MIB
+usage: ours.py KIND SITES ROUNDS MIB
 
 KIND is `simulation` (large models in shared files), `grpc` (all bytes through sockets), or `virtual` (a function for
 all sites, in one worker process per core). Prints one JSON object: seconds of each round, and of all before and after
@@ -18,17 +18,17 @@ from pathlib import Path
 from fl_adapters import Job, Simulation
 from fl_runtime.store.tensorfile import read_tensors
 
-HERE = Path(__file__).parent
+BENCHMARKS = Path(__file__).parents[1]
 
 
 def main(kind: str, sites: int, rounds: int, mib: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if kind == "virtual":
             os.environ["MIB"] = mib
-            app = f"{HERE / 'virtual_site.py'}:train"
+            app = f"{BENCHMARKS / 'virtual_site.py'}:train"
             simulation = Simulation(sites=sites, engine="processes", folder=folder, quiet=True)
         else:
-            app = str(HERE / "bare_site.py")
+            app = str(BENCHMARKS / "bare_site.py")
             simulation = Simulation(sites=sites, args=(mib,), folder=folder, quiet=True, share=kind == "simulation")
         result = Job(app=app, rounds=rounds).run(simulation)
         assert result.model is not None

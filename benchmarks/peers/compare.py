@@ -5,9 +5,9 @@ gRPC. The raw stream carries the same bytes and does nothing else. Flower runs i
 SuperNodes. FLARE runs its simulator, and its proof of concept, whose ports 8002 and 8003 must be free. The first call
 installs the peers from the package index, each into an environment of its own (--cache).
 
-    python benchmarks/peers.py [--mib 1 256] [--sites 2] [--rounds 10]
-    python benchmarks/peers.py --virtual [--sites 100 1000] [--rounds 3]       virtual sites and Flower's simulation
-    python benchmarks/peers.py --only ours raw                                 without the peers
+    python benchmarks/peers/compare.py [--mib 1 256] [--sites 2] [--rounds 10]
+    python benchmarks/peers/compare.py --virtual [--sites 100 1000] [--rounds 3]   virtual sites and Flower's simulation
+    python benchmarks/peers/compare.py --only ours raw                                 without the peers
 
 Columns: number of sites; model size in MiB; seconds of a round, as the median and the slowest of all but the first two;
 seconds that the command takes beside its rounds; peak memory in MiB of all processes (sum of PSS), with and without
@@ -32,10 +32,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peer_environments import python_of
-from tree_memory import PeakMemory, adopt_orphans, end_descendants
+from environments import python_of
 
 HERE = Path(__file__).parent.resolve()
+sys.path.append(str(HERE.parent))
+from tree_memory import PeakMemory, adopt_orphans, end_descendants  # noqa: E402
+
 LARGE_MIB = 64
 _MEMORY_ROUNDS = 3
 _TAIL = 30
@@ -62,14 +64,14 @@ class Contender:
     peer: str = ""
 
 
-OURS = Contender("fl-adapters, simulation", "ours", "peer_ours.py", ("simulation",))
-GRPC = Contender("fl-adapters, over gRPC", "ours", "peer_ours.py", ("grpc",))
-VIRTUAL = Contender("fl-adapters, virtual sites", "ours", "peer_ours.py", ("virtual",))
-RAW = Contender("raw gRPC stream", "raw", "raw_grpc.py")
-FLOWER = Contender("Flower 1.41.0, simulation", "flower", "peer_flower.py", ("simulation",), peer="flower")
-FLOWER_GRPC = Contender("Flower 1.41.0, deployed", "flower", "peer_flower.py", ("deployed",), peer="flower")
-FLARE = Contender("FLARE 2.9.0, simulator", "nvflare", "peer_flare.py", ("simulator",), peer="nvflare")
-FLARE_GRPC = Contender("FLARE 2.9.0, PoC", "nvflare", "peer_flare.py", ("poc",), peer="nvflare")
+OURS = Contender("fl-adapters, simulation", "ours", "ours.py", ("simulation",))
+GRPC = Contender("fl-adapters, over gRPC", "ours", "ours.py", ("grpc",))
+VIRTUAL = Contender("fl-adapters, virtual sites", "ours", "ours.py", ("virtual",))
+RAW = Contender("raw gRPC stream", "raw", "../raw_grpc.py")
+FLOWER = Contender("Flower 1.41.0, simulation", "flower", "flower.py", ("simulation",), peer="flower")
+FLOWER_GRPC = Contender("Flower 1.41.0, deployed", "flower", "flower.py", ("deployed",), peer="flower")
+FLARE = Contender("FLARE 2.9.0, simulator", "nvflare", "flare.py", ("simulator",), peer="nvflare")
+FLARE_GRPC = Contender("FLARE 2.9.0, PoC", "nvflare", "flare.py", ("poc",), peer="nvflare")
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def main() -> None:
     parser.add_argument("--virtual", action="store_true")
     parser.add_argument("--only", nargs="+", choices=["ours", "raw", "flower", "nvflare"])
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON list on stdout")
-    parser.add_argument("--cache", type=Path, default=HERE.parent / ".venv-peers", help="the peers' environments")
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".venv-peers", help="the peers' environments")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
     args = parser.parse_args()
     adopt_orphans()

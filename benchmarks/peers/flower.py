@@ -1,6 +1,6 @@
-"""The bare exchange on Flower, for peers.py. Runs in Flower's environment; this file is also the app that Flower runs.
+"""The bare exchange on Flower, for compare.py. Runs in Flower's environment, as the app that Flower runs, too.
 
-usage: peer_flower.py simulation|deployed SITES ROUNDS MIB
+usage: flower.py simulation|deployed SITES ROUNDS MIB
 
 `simulation` is Flower's simulation engine, on Ray. `deployed` is a SuperLink, a SuperNode per site, and `flwr run`.
 Prints one JSON object with the seconds of each round.

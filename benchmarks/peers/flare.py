@@ -1,6 +1,6 @@
-"""The bare exchange on NVIDIA FLARE, for peers.py. Runs in FLARE's environment; its sites run peer_flare_site.py.
+"""The bare exchange on NVIDIA FLARE, for compare.py. Runs in FLARE's environment; its sites run flare_site.py.
 
-usage: peer_flare.py simulator|poc SITES ROUNDS MIB
+usage: flare.py simulator|poc SITES ROUNDS MIB
 
 `simulator` runs all in one process tree. `poc` is FLARE's proof of concept: server and sites as separate processes.
 Prints one JSON object with the seconds of each round: from one arrival of the global model at site-1 to the next. The
@@ -38,7 +38,7 @@ def main(kind: str, sites: int, rounds: int, mib: float) -> None:
             num_rounds=rounds,
             model=None,
             initial_ckpt=f"{folder}/zeros.npy",
-            train_script="peer_flare_site.py",
+            train_script="flare_site.py",
             train_args="",
         )
         if kind == "simulator":
