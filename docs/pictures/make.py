@@ -1,4 +1,4 @@
-"""Makes the pictures of the README from a run of an example: the screen while it lasts, and the report.
+"""Makes the pictures of the README from a run of an example: the screen while it lasts, the report, the dashboard.
 
     make pictures
 
@@ -8,11 +8,14 @@ Needs Chromium for the pages, and Pillow to make them small.
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -79,6 +82,18 @@ def photograph(page: str, out: Path, *, width: int, height: int) -> None:
     small.save(out, optimize=True)
 
 
+@contextmanager
+def dashboard(runs: Path) -> Iterator[str]:
+    """Serve the dashboard of a folder of runs during this block. Yields its address, with the key in it."""
+    command = [sys.executable, "-m", "fl_adapters", "dashboard", "--runs", str(runs), "--no-browser", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield json.loads(server.stdout.readline())["address"]
+        finally:
+            server.terminate()
+
+
 def main() -> None:
     camera = Camera(f"fl-adapters simulate train_federated.py --sites {','.join(SITES)} --rounds {ROUNDS}")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +102,9 @@ def main() -> None:
         result = job.run(environment)
         (HERE / "terminal.svg").write_text(camera.svg, encoding="utf-8")
         photograph((result.folder / "report.html").as_uri(), HERE / "report.png", width=1100, height=1000)
+        with dashboard(Path(folder)) as address:
+            page = address.replace("/?", f"/runs/run/{result.job}?")
+            photograph(page, HERE / "dashboard.png", width=1100, height=900)
     for picture in sorted(HERE.glob("*.*g")):
         print(f"{picture.relative_to(Path.cwd())}: {picture.stat().st_size / 1000:.0f} kB")
 
