@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from fl_adapters.environments.processes import orphans
+from fl_adapters.environments.processes.interrupts import interrupts_held
 
 
 class Reaper:
@@ -21,11 +22,17 @@ class Reaper:
 
     def __init__(self, descriptors: Sequence[int] = ()) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        if os.name == "posix":
-            command = [sys.executable, "-I", "-S", orphans.__file__]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=descriptors
-            )
+        if os.name != "posix":
+            return
+        command = [sys.executable, "-I", "-S", orphans.__file__]
+        try:
+            with interrupts_held():
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=descriptors
+                )
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, process_id: int) -> None:
         """Have a process group ended with this process."""

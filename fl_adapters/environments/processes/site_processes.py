@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_adapters.environments.processes import orphans
+from fl_adapters.environments.processes.interrupts import interrupts_held
 from fl_adapters.environments.processes.reaper import Reaper
 from fl_adapters.participant.kit import KIT_VARIABLE
 
@@ -88,7 +89,7 @@ class SiteProcesses:
         log: Path,
         descriptors: Sequence[int],
     ) -> None:
-        with open(log, "ab") as output:  # a restarted or resumed site keeps its earlier output
+        with interrupts_held(), open(log, "ab") as output:  # a restarted or resumed site keeps its earlier output
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -99,8 +100,8 @@ class SiteProcesses:
                 pass_fds=descriptors,
                 creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
             )
-        self._running[site] = SiteProcess(site, log, process, command, environment, descriptors)
-        self._reaper.add(process.pid)
+            self._running[site] = SiteProcess(site, log, process, command, environment, descriptors)
+            self._reaper.add(process.pid)
 
     def kill(self, site: str) -> None:
         """Kill a site's process at once; `ended` then reports it."""

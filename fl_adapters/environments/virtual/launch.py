@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fl_adapters.environments.processes import SiteProcesses
+from fl_adapters.environments.processes.interrupts import interrupts_held
 from fl_adapters.environments.processes.reaper import Reaper
 from fl_adapters.environments.virtual import worker
 from fl_adapters.environments.virtual.function import SiteFunction
@@ -114,10 +116,11 @@ class Forking:
         self._logs.mkdir(parents=True, exist_ok=True)
         arguments = (theirs, tuple(ours), self._logs / f"{name}.txt")
         child = self._context.Process(target=self._child, args=arguments, daemon=True)
-        child.start()
-        assert child.pid is not None
-        self._reaper.add(child.pid)
-        self._children[name] = child
+        with interrupts_held():
+            child.start()
+            self._children[name] = child
+            assert child.pid is not None
+            self._reaper.add(child.pid)
 
     def kill(self, name: str) -> None:
         self._children[name].kill()
@@ -137,6 +140,7 @@ class Forking:
 
     def _child(self, line: socket.socket, ours: Sequence[socket.socket], log: Path) -> None:
         os.setsid()  # a process group, as the reaper ends them
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent holds interrupts while it forks
         self._reaper.let_go()
         for other in ours:
             other.close()

@@ -154,12 +154,11 @@ class ProcessWorkers:
 
     def close(self) -> None:
         """End all workers and delete the files of their updates."""
+        self._launcher.close()  # first, whatever state an interrupt has left
+        self._selector.close()
         for each in self._workers.values():
-            self._selector.unregister(each.line)
             each.line.close()
         self._workers.clear()
-        self._launcher.close()
-        self._selector.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, name: str) -> None:
