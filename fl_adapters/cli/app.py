@@ -183,12 +183,20 @@ def report(
 Examples:
   fl-adapters dashboard
   fl-adapters dashboard --runs experiments/runs --port 8899 --no-browser
-  fl-adapters dashboard --kit kits/ada"""
+  fl-adapters dashboard --kit kits/ada
+  fl-adapters dashboard --project kits      participants, kits and certificates"""
 )
 def dashboard(
     runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the folders of runs.")] = Path("runs"),
     kit: Annotated[
         Path | None, typer.Option(help="Folder of an admin's startup kit, to follow its federation in place of runs.")
+    ] = None,
+    project: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of kits and their authority, to make and hand out kits instead."),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None, typer.Option(help="File with the passphrase of the authority's key, for --project.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine. Default: a free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
@@ -202,7 +210,7 @@ def dashboard(
     """
     from fl_adapters.cli.pages import dashboard as command
 
-    sys.exit(command.dashboard(runs, kit, port, browser, as_json))
+    sys.exit(command.dashboard(runs, kit, project, passphrase_file, port, browser, as_json))
 
 
 @app.command(

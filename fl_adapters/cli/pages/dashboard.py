@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import webbrowser
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fl_adapters.cli.federation.passphrase import given
 from fl_adapters.cli.output import console_for, report_errors, show_json
-from fl_adapters.extras import needs_dashboard_extra
+from fl_adapters.extras import needs_dashboard_extra, needs_trust_extra
+
+if TYPE_CHECKING:
+    from fl_adapters.dashboard.section import Section
 
 
-def dashboard(runs: Path, kit: Path | None, port: int, browse: bool, as_json: bool) -> int:
-    """Serve the dashboard of a folder of runs, or of a federation, until it is interrupted. Returns exit status 0."""
+def dashboard(
+    runs: Path,
+    kit: Path | None,
+    project: Path | None,
+    passphrase: Path | None,
+    port: int,
+    browse: bool,
+    as_json: bool,
+) -> int:
+    """Serve the dashboard of runs, a federation or a project until it is interrupted. Returns exit status 0."""
     with report_errors(as_json):
         with needs_dashboard_extra():
-            from fl_adapters.dashboard.federation.sections import federation_sections
-            from fl_adapters.dashboard.runs.section import RunsSection
             from fl_adapters.dashboard.server import Dashboard
 
-        board = Dashboard([RunsSection(runs)] if kit is None else federation_sections(kit), port)
+        board = Dashboard(_sections(runs, kit, project, passphrase), port)
 
         def started() -> None:
             console = console_for(as_json)
@@ -30,3 +43,24 @@ def dashboard(runs: Path, kit: Path | None, port: int, browse: bool, as_json: bo
 
         board.serve(started)
     return 0
+
+
+def _sections(runs: Path, kit: Path | None, project: Path | None, passphrase: Path | None) -> Sequence[Section]:
+    """Make the sections of a project, of a federation, or both; of the folder of runs if neither is named.
+
+    An encrypted key of the authority is opened with the passphrase in a file or in the environment.
+    """
+    from fl_adapters.dashboard.runs.section import RunsSection
+
+    found = list[Section]()
+    if project is not None:
+        with needs_trust_extra():
+            from fl_adapters.dashboard.provisioning.desk import ProjectDesk
+            from fl_adapters.dashboard.provisioning.section import ProjectSection
+
+        found.append(ProjectSection(ProjectDesk(project, partial(given, passphrase))))
+    if kit is not None:
+        from fl_adapters.dashboard.federation.sections import federation_sections
+
+        found.extend(federation_sections(kit))
+    return found or [RunsSection(runs)]

@@ -1,0 +1,1 @@
+"""The dashboard's view of a project: its participants, their kits and certificates, on the authority's machine."""
