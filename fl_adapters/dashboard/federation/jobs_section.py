@@ -256,6 +256,8 @@ def _state(job: Job) -> list[Element]:
 
 
 def _sites(job: Job) -> list[Element]:
+    if job.ended:
+        return []
     states = job.site_states or dict.fromkeys(job.sites, job.state)
     rows: list[list[Content]] = [[name, state] for name, state in islice(states.items(), _SITES_LISTED)]
     return [tag("section", tag("h2", "Sites at this moment"), table(["site", "state"], rows, numbers_from=2))]

@@ -144,7 +144,7 @@ class Federation:
         name: Its name.
         version: Version of the server's fl-adapters.
         sites: Its sites.
-        jobs: Its jobs: those that run, those that wait, and those that ended last, the newest first.
+        jobs: Its jobs: those that run, those that wait in the order of their start, and those that ended last.
     """
 
     name: str
@@ -175,8 +175,7 @@ def read_status(told: Mapping[str, Any]) -> Federation:
     ]
     listed = told.get("jobs")
     jobs = [read_job(item) for item in (listed if isinstance(listed, list) else [])[-_MOST_JOBS:]]
-    order = {"running": 0, "queued": 1}
-    jobs.sort(key=lambda job: (order.get(job.state, 2), -(job.ended_at or job.submitted_at)))
+    jobs.sort(key=_place)
     return Federation(_text(told.get("federation")), _text(told.get("version")), tuple(sites), tuple(jobs))
 
 
@@ -225,6 +224,13 @@ def read_details(told: Mapping[str, Any]) -> JobDetails:
     listed = [_file(item) for item in (files if isinstance(files, list) else [])[:_MOST_FILES]]
     known = tuple(item for item in listed if item is not None)
     return JobDetails(read_job(told), printable(text, _SETTINGS_CHARS, lines=True), known)
+
+
+def _place(job: Job) -> tuple[int, float, float]:
+    """Where a job stands in the list: those that run, those that wait in the order of their start, then the others."""
+    if job.state == "queued":
+        return 1, -job.priority, job.submitted_at
+    return (0, -job.started_at, 0.0) if job.state == "running" else (2, -(job.ended_at or job.submitted_at), 0.0)
 
 
 def _file(told: object) -> ResultFile | None:

@@ -38,7 +38,7 @@ _PACKAGE_BYTES = 2**22  # with the certificates of all participants
 _REASON_CHARS = 500
 _LINE_CHARS = 300
 _ENDED_SHOWN = 20
-_LOOK_S = 0.5  # how often a call that follows looks for changes
+_LOOK_S = 0.3  # how often a call that follows looks for changes, which pages show within a second
 _MOST_LINES = 500  # of the audit log in one answer
 
 _Fields = Mapping[str, Any]
@@ -247,7 +247,7 @@ class JobCalls:
         }
 
     def _looks(self, peer: Peer) -> Iterator[None]:
-        """Yield twice a second until the caller ends its call. Raises ConnectionLostError if the server is stopped."""
+        """Yield now and then until the caller ends its call. Raises ConnectionLostError if the server is stopped."""
         left = self._woken_by(peer)
         while not left.wait(_LOOK_S):
             if self._queue.closed:

@@ -174,7 +174,7 @@ def test_in_a_browser_a_job_is_submitted_by_keyboard_followed_within_a_second_an
         page.get_by_role("link", name="Submit a job").focus()
         page.keyboard.press("Enter")
         page.get_by_label("Or take it from a file").set_input_files(file)
-        page.wait_for_function("document.getElementById('job-file').value.includes('typed')")
+        until(lambda: "typed" in page.locator("#job-file").input_value(), "the file's text in the form")
         page.get_by_role("button", name="Submit the job").focus()
         page.keyboard.press("Enter")
         page.get_by_text("The job is in the queue.").wait_for()

@@ -192,3 +192,18 @@ def test_values_of_a_hostile_server_are_bounded_and_printable() -> None:
     assert read_status({}).jobs == ()
     files = [{"path": path, "size_bytes": 1, "sha256": ""} for path in ("../a", "/etc/passwd", "a\nb", "ok/a.txt")]
     assert [file.path for file in read_details({"job": "x", "files": files}).files] == ["ok/a.txt"]
+
+
+def test_jobs_are_listed_as_they_run_as_they_will_start_and_as_they_ended() -> None:
+    def told(name: str, state: str, at: float, priority: int = 0) -> dict[str, Any]:
+        return {"job": name, "state": state, "submitted_at": at, "started_at": at, "ended_at": at, "priority": priority}
+
+    jobs = [
+        told("old", "finished", 1),
+        told("late", "queued", 5),
+        told("first", "queued", 4),
+        told("urgent", "queued", 6, 9),
+        told("new", "failed", 3),
+        told("now", "running", 2),
+    ]
+    assert [job.name for job in read_status({"jobs": jobs}).jobs] == ["now", "urgent", "first", "late", "new", "old"]
