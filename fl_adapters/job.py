@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fl_adapters.environments.tracking.targets import Targets
 from fl_adapters.participant.options import Options
 from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
@@ -134,6 +135,7 @@ class Job(BaseModel):
             it then gets the GPUs of one place at the site.
         exact_restart: Whether a site that is killed and started again ends with the same bits as without. Every round
             then begins with random states made from `seed`, the site and the round (docs/restart.md). Default False.
+        track: Where the run is tracked: "mlflow:URI", "wandb", "tensorboard", or several (docs/tracking.md).
 
     Raises:
         ConfigError: A field cannot work, alone or together with others. The message names it.
@@ -179,6 +181,7 @@ class Job(BaseModel):
     seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     resources: dict[str, float] = Field(default_factory=dict)
     exact_restart: bool = False
+    track: Targets = ()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -266,7 +269,7 @@ class Job(BaseModel):
                 the strategy or `max_share` needs more updates.
         """
         names = check_names(sites)
-        fields = self.model_dump(exclude={"app", "sites", "min_sites"})
+        fields = self.model_dump(exclude={"app", "sites", "min_sites", "track"})
         if isinstance(self.initial, EarlierModel):
             fields |= {"initial": None, "initial_job": self.initial.model_dump()}
         fields |= dict.fromkeys({"strategy", "best_metric", "best_mode"} - self.model_fields_set)  # the script decides

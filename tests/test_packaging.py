@@ -148,9 +148,11 @@ def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> No
         "failover",
         "dashboard",
         "metrics",
+        "mlflow",
+        "wandb",
         "examples",
         "dev",
-    }  # a twin; servers'; ours
+    }  # a twin; servers'; tools of tracking; ours
     assert brought == set(extras) - left_out
     assert {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} <= brought
 

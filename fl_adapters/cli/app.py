@@ -64,6 +64,7 @@ Examples:
   fl-adapters simulate train.py --sites 3 -- --name mine  --name goes to the script
   fl-adapters simulate train.py --best-metric accuracy --best-mode max
   fl-adapters simulate -m package.train --job job.yml --json
+  fl-adapters simulate train.py --track mlflow:http://127.0.0.1:5000
   fl-adapters simulate train.py:step --sites 1000 --rounds 9 --engine processes    many sites, few processes""",
 )
 def simulate(
@@ -118,6 +119,10 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(help="Number of workers for virtual sites. Default: one per core.")
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Track the run: mlflow:URI, wandb[:PROJECT], tensorboard[:DIR]. May be given several times."),
+    ] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
     as_json: _Json = False,
 ) -> None:
@@ -142,6 +147,7 @@ def simulate(
         "best_metric": best_metric,
         "best_mode": best_mode,
         "name": name,
+        "track": tuple(track) if track else None,
     }
     options = command.SimulateOptions(
         app=script,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,9 +18,12 @@ from fl_adapters.environments.models import Which
 from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.remote import RemoteJob, submit
 from fl_adapters.environments.report.saved_run import SavedRun
+from fl_adapters.environments.tracking import EndState, Tracker, Tracking
+from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.client.control import ControlClient
+from fl_runtime.errors import AbortedError, FederationError
 from fl_runtime.server import RoundResult
 from fl_runtime.types import Event, Listener
 
@@ -99,6 +104,8 @@ class Production:
         quiet: Print nothing. Otherwise one line per round goes to stderr.
         patience_s: Seconds to wait for a server that does not answer. The server continues the job when it is back.
             None takes those of the kit, a day unless the project file says otherwise.
+        trackers: Where jobs that are run or followed are tracked from this machine, beside the job's `track`; see
+            `Simulation`. The job's results are then downloaded at its end.
 
     Example:
         >>> job = Job(app="spleen", rounds=20)
@@ -109,6 +116,7 @@ class Production:
     listeners: Sequence[Listener] = ()
     quiet: bool = False
     patience_s: float | None = None
+    trackers: Sequence[str | Tracker] = ()
 
     def run(self, job: Job) -> ProductionResult:
         """Run a job to its end. Ctrl-C stops following it; the job goes on.
@@ -216,9 +224,16 @@ class Production:
     def _followed(self, control: ControlClient, patience_s: float, job: Job | str) -> ProductionResult:
         began = time.monotonic()
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
-        tell = FanOut((*self.listeners, *printers))
-        remote = RemoteJob(control, job, tell, patience_s)
-        settings = control.ask("ShowJob", job=remote.name, patience_s=patience_s)["settings"]
+        targets = (*(job.track if isinstance(job, Job) else ()), *self.trackers)
+        make_trackers(targets)  # reports a package that is missing before the job is submitted
+        name = job if isinstance(job, str) else submit(control, job)
+        shown = control.ask("ShowJob", job=name, patience_s=patience_s)
+        settings = shown["settings"]
+        facts_of_job = f"{name} {shown.get('submitted_at')} {shown.get('submitted_by')}"
+        identity = hashlib.sha256(facts_of_job.encode()).hexdigest()[:32]
+        tracking = Tracking(targets, name, identity, settings)
+        tell = FanOut((tracking, *self.listeners, *printers))
+        remote = RemoteJob(control, name, tell, patience_s)
         place = f"{remote.name} of the server's data folder"
         facts = {"job": remote.name, "folder": place, "sites": settings["sites"], "command": settings["app"]}
         tell(Event("starting", time.time(), data=facts))
@@ -227,8 +242,11 @@ class Production:
         except KeyboardInterrupt:
             text = f"no longer following {remote.name}, which goes on; to end it: fl-adapters job abort {remote.name}"
             print(text, file=sys.stderr, flush=True)
+            tracking.close(None, Path())
             raise
         result = remote.result()
+        if targets:
+            self._end(tracking, remote, result.error)
         if result.error is not None:
             raise result.error
         return ProductionResult(
@@ -243,6 +261,20 @@ class Production:
             no_best=result.no_best,
             trainings=tuple(remote.result(number).rounds for number in range(1, remote.training_count + 1)),
         )
+
+    def _end(self, tracking: Tracking, remote: RemoteJob, error: FederationError | None) -> None:
+        """Give what the job has left to its trackers. A job that could not be followed to its end has no state."""
+        if not remote.outcome:
+            tracking.close(None, Path())
+            return
+        state: EndState = "killed" if isinstance(error, AbortedError) else "failed" if error else "finished"
+        with tempfile.TemporaryDirectory(prefix="fl-adapters-tracked-") as temporary:
+            folder = Path(temporary)
+            try:
+                self.download(remote.name, folder)
+            except FederationError as missing:
+                print(f"fl-adapters: tracking: the results of {remote.name} are not there: {missing}", file=sys.stderr)
+            tracking.close(state, folder)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from fl_adapters.environments.processes import SiteProcesses, free_ports, site_e
 from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.remote import RemoteJob
+from fl_adapters.environments.tracking import Tracker, Tracking
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import KIT_VARIABLE
@@ -61,6 +63,7 @@ class ProofOfConcept:
         port: TCP port of the server; 0 takes a free one.
         listeners: Functions that are called with each `Event`, one at a time, from other threads.
         quiet: Print nothing. Otherwise one line per round goes to stderr.
+        trackers: Where the run is tracked, beside the job's `track`; see `Simulation`.
 
     Example:
         >>> result = Job(app="train.py", rounds=5).run(ProofOfConcept(sites=3))
@@ -74,6 +77,7 @@ class ProofOfConcept:
     port: int = 0
     listeners: Sequence[Listener] = ()
     quiet: bool = False
+    trackers: Sequence[str | Tracker] = ()
 
     def run(self, job: Job) -> SimulationResult:
         """Run a job to its end. Ctrl-C ends all processes before it is raised again.
@@ -95,9 +99,15 @@ class ProofOfConcept:
         job = job.model_copy(update={"name": _free_name(folder, job), "sites": sites})
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
-        tell = FanOut((tracker, *self.listeners, *printers))
+        params = job.model_dump(mode="json", exclude={"track"})
+        tracking = Tracking((*job.track, *self.trackers), job.name, uuid.uuid4().hex, params)
+        tell = FanOut((tracker, tracking, *self.listeners, *printers))
         run = LocalRun(job.settings(sites), folder / job.name, tracker, tell)
-        with needs_trust_extra(), tempfile.TemporaryDirectory(prefix="fl-adapters-poc-") as temporary:
+        with (
+            tracking.until_the_end(run.folder),
+            needs_trust_extra(),
+            tempfile.TemporaryDirectory(prefix="fl-adapters-poc-") as temporary,
+        ):
             kits = Path(temporary)
             address = f"127.0.0.1:{self.port or free_ports(1)[0]}"
             _provision(kits, sites, address)

@@ -112,8 +112,11 @@ def submit(control: ControlClient, job: Job, *, priority: int = 0) -> str:
 
 
 def job_fields(job: Job) -> dict[str, Any]:
-    """Return a job as JSON values for its server. A job without a name has the one that was made for it."""
-    return {**job.model_dump(mode="json", exclude_unset=True), "name": job.name}
+    """Return a job as JSON values for its server. A job without a name has the one that was made for it.
+
+    `track` stays here: who runs the server decides where the server tracks.
+    """
+    return {**job.model_dump(mode="json", exclude_unset=True, exclude={"track"}), "name": job.name}
 
 
 def _event(fields: Mapping[str, Any]) -> Event:

@@ -32,6 +32,8 @@ from fl_adapters.environments.processes.function_script import function_script
 from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.resuming import StartArguments
+from fl_adapters.environments.tracking import Tracker, Tracking
+from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError
@@ -76,6 +78,8 @@ class Simulation:
         initial: First weights for `function`: a dict of name to NumPy array, or a function that returns one.
         script: Function that every site runs in place of the app's script, such as one of a notebook that trains. It
             is called without arguments in each site's process, which it reaches by its source (docs/notebooks.md).
+        trackers: Where the run is tracked, beside the job's `track`: texts such as "mlflow:URI", or functions that are
+            called with each record (docs/tracking.md).
 
     Example:
         >>> result = Job(app="train.py", rounds=5).run(Simulation(sites=3))
@@ -96,6 +100,7 @@ class Simulation:
     function: SiteFunction | None = None
     initial: InitialWeights | None = None
     script: Callable[[], object] | None = None
+    trackers: Sequence[str | Tracker] = ()
 
     def run(self, job: Job) -> SimulationResult:
         """Run a job to its end. Ctrl-C ends all site processes before it is raised again.
@@ -118,6 +123,7 @@ class Simulation:
         sites = select_sites(job, self.sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
         visible_devices(self.gpus)
+        make_trackers((*job.track, *self.trackers))  # reports a package that is missing
         if virtual:
             virtual.check(job, settings)
         folder = make_run_folder(Path(self.folder).resolve(), job)
@@ -133,8 +139,8 @@ class Simulation:
         """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
 
         Job, sites and arguments are those that the run was started with. Of this object, only `port`, `listeners`,
-        `quiet`, `share`, `function`, `initial` and `script` are used. The script decides what it restores of its own
-        state.
+        `quiet`, `share`, `function`, `initial`, `script` and `trackers` are used. The script decides what it restores
+        of its own state.
 
         Args:
             folder: The run's folder, `runs/<job>`.
@@ -163,7 +169,13 @@ class Simulation:
     ) -> SimulationResult:
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
-        run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, *self.listeners, *printers)))
+        params = {**job.model_dump(mode="json", exclude={"track"}), "sites": sites}
+        tracking = Tracking.of_folder((*job.track, *self.trackers), job.name, folder, params)
+        run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, tracking, *self.listeners, *printers)))
+        with tracking.until_the_end(folder):
+            return self._followed(job, run, command, began)
+
+    def _followed(self, job: Job, run: LocalRun, command: list[str], began: float) -> SimulationResult:
         virtual = self._virtual()
         if virtual:
             virtual.check(job, run.settings)

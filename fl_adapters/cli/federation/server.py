@@ -186,7 +186,7 @@ def _start_job(server: Any, job: Job, identity: Any) -> str:
     for record in server.queue.records():
         if not record.ended and (record.name == job.name or not chosen):
             return str(record.name)
-    name: str = server.submit(job_fields(job), identity)
+    name: str = server.submit({**job_fields(job), "track": job.track}, identity)
     return name
 
 
@@ -229,6 +229,12 @@ def read_job(fields: Mapping[str, Any], known: Sequence[str]) -> RunSettings:
         raise ConfigError(
             f"these are not the fields of a job: {error}", fix="submit it with `fl_adapters.Production`"
         ) from None
+    if job.track:
+        raise ConfigError(
+            f"a job cannot make the server track it by {job.track[0]}",
+            where="track",
+            fix="leave track out of the job, and track it from your machine: fl-adapters job follow JOB --track ...",
+        )
     sites = tuple(known) if job.sites is None or job.sites == len(known) else job.sites
     if isinstance(sites, int):
         raise ConfigError(

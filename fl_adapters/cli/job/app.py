@@ -25,6 +25,14 @@ _PatienceS = Annotated[
     float | None, typer.Option(min=0, help="Seconds to wait for a server that does not answer. Default: the kit's.")
 ]
 
+_Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Track the job from this machine: mlflow:URI, wandb[:PROJECT] or tensorboard[:DIR]. "
+        "May be given several times."
+    ),
+]
+
 
 def _example(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  fl-adapters job {line}" for line in lines)
@@ -36,12 +44,16 @@ def submit(
     kit: _Kit,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Jobs with a higher one start first.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="Follow the job to its end.")] = False,
+    track: _Track = None,
     as_json: _Json = False,
 ) -> None:
-    """Put a job into the federation's queue. It starts when its sites have room."""
+    """Put a job into the federation's queue. It starts when its sites have room.
+
+    A job is tracked by this command, so it needs --follow.
+    """
     from fl_adapters.cli.job import federation as command
 
-    sys.exit(command.submit(kit, file, priority, follow, as_json))
+    sys.exit(command.submit(kit, file, priority, follow, as_json, tuple(track or ())))
 
 
 @job.command(name="list", epilog=_example("list --kit kits/lena"))
@@ -60,15 +72,20 @@ def show(name: _Job, kit: _Kit, as_json: _Json = False) -> None:
     sys.exit(command.show(kit, name, as_json))
 
 
-@job.command(epilog=_example("follow tumour-1122-164503 --kit kits/lena"))
-def follow(name: _Job, kit: _Kit, patience_s: _PatienceS = None, as_json: _Json = False) -> None:
+@job.command(
+    epilog=_example(
+        "follow tumour-1122-164503 --kit kits/lena",
+        "follow tumour-1122-164503 --kit kits/lena --track mlflow:http://127.0.0.1:5000",
+    )
+)
+def follow(name: _Job, kit: _Kit, patience_s: _PatienceS = None, track: _Track = None, as_json: _Json = False) -> None:
     """Follow a job to its end. Ctrl-C stops following; the job goes on.
 
     The exit status is 0 only if the job finished.
     """
     from fl_adapters.cli.job import federation as command
 
-    sys.exit(command.follow(kit, name, patience_s, as_json))
+    sys.exit(command.follow(kit, name, patience_s, as_json, tuple(track or ())))
 
 
 @job.command(

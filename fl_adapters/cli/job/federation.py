@@ -21,6 +21,7 @@ from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.progress.text import event_text
 from fl_adapters.environments.remote import submit as put_into_queue
+from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
@@ -38,16 +39,25 @@ def _connected(kit_folder: Path, as_json: bool) -> Iterator[ControlClient]:
         yield control
 
 
-def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool) -> int:
+def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool, track: tuple[str, ...] = ()) -> int:
     """Submit the job of a file. Returns the exit status."""
     with _connected(kit, as_json) as control:
-        name = put_into_queue(control, Job.from_file(file), priority=priority)
+        job = Job.from_file(file)
+        track = (*job.track, *track)
+        if track and not follow_it:
+            raise ConfigError(
+                "a job is tracked by the command that follows it",
+                where=f"track: {track[0]}",
+                fix="add --follow, or submit it without track and use `fl-adapters job follow JOB --track ...`",
+            )
+        make_trackers(track)  # reports a package that is missing before the job is in the queue
+        name = put_into_queue(control, job, priority=priority)
         print(f"{name} is in the queue; to follow it: fl-adapters job follow {name} --kit {kit}", file=sys.stderr)
         if not follow_it:
             if as_json:
                 show_json(control.ask("ShowJob", job=name))
             return 0
-    return follow(kit, name, None, as_json)
+    return follow(kit, name, None, as_json, track)
 
 
 def list_jobs(kit: Path, as_json: bool) -> int:
@@ -91,12 +101,12 @@ def show(kit: Path, name: str, as_json: bool) -> int:
     return 0
 
 
-def follow(kit: Path, name: str, patience_s: float | None, as_json: bool) -> int:
+def follow(kit: Path, name: str, patience_s: float | None, as_json: bool, track: tuple[str, ...] = ()) -> int:
     """Follow a job to its end. Returns exit status 0; the error of a failed job ends the command."""
     console = console_for(as_json)
     with report_errors(as_json):
         with shown_progress(Console(stderr=True, markup=False, emoji=False)) as listener:
-            result = Production(kit, (listener,), quiet=True, patience_s=patience_s).attach(name)
+            result = Production(kit, (listener,), quiet=True, patience_s=patience_s, trackers=track).attach(name)
         if not as_json:
             several = len(result.trainings) > 1
             for number, rounds in enumerate(result.trainings, 1):
