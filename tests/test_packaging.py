@@ -184,6 +184,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "cryptography",
         "dp_accounting",
         "fsspec",
+        "mlflow",
         "opacus",
         "prometheus_client",
         "psycopg",
@@ -193,6 +194,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
         "starlette",
         "tenseal",
         "uvicorn",
+        "wandb",
     }  # extras bring them, where they are asked for
     imported -= {"IPython", "matplotlib", "pandas"}  # for notebooks and the heat map, where they are installed
 
