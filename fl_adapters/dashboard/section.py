@@ -32,7 +32,7 @@ class Section(Protocol):
     def version(self, path: str) -> str:
         """Return a text that changes when the page at a path would look different.
 
-        Called twice a second for every page that is open, in a thread, so it has to be cheap.
+        Called five times a second for every page that is open, in a thread, so it has to be cheap.
 
         Args:
             path: Path and query of a page of this section, as the browser names it. It may be anything.

@@ -24,8 +24,8 @@ from fl_adapters.dashboard.section import Section
 from fl_runtime.errors import ConfigError, FederationError
 
 LOOPBACK = "127.0.0.1"
-_LOOK_S = 0.5  # between two looks at whether a page has changed
-_BEAT_LOOKS = 20  # looks after which a line is sent that says nothing, by which a browser that is gone is found
+_LOOK_S = 0.2  # between two looks at whether a page has changed
+_BEAT_LOOKS = 50  # looks after which a line is sent that says nothing, by which a browser that is gone is found
 _STATIC = {
     "style.css": ("fl_adapters.environments.report", "text/css"),
     "dashboard.css": ("fl_adapters.dashboard", "text/css"),

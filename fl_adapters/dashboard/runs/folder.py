@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +57,25 @@ class RunsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._readers: OrderedDict[str, RunReader] = OrderedDict()
         self._overviews: dict[str, tuple[str, Overview]] = {}
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keep all records as they are until the block ends: other threads that ask for one wait meanwhile."""
+        with self._lock:
+            yield
 
     def overviews(self) -> list[Overview]:
         """Return all runs, the newest first. Of those that have not changed, nothing is read."""
         found = {name: self.version(name) for name in self.names()}
         with self._lock:
-            self._overviews = {name: kept for name, kept in self._overviews.items() if name in found}
-        made = []
+            return list(self._overviews_of(found))
+
+    def _overviews_of(self, found: Mapping[str, str]) -> Iterator[Overview]:
+        """Yield the overviews of runs, by name and version. Those that cannot be read are left out."""
+        self._overviews = {name: kept for name, kept in self._overviews.items() if name in found}
         for name, version in found.items():
             known = self._overviews.get(name, ("", None))
             overview = known[1] if known[0] == version else None
@@ -75,8 +84,7 @@ class RunsFolder:
                     overview = _overview(name, self.record(name))
             if overview is not None:
                 self._overviews[name] = version, overview
-                made.append(overview)
-        return made
+                yield overview
 
     def names(self) -> list[str]:
         """Return the paths of the runs below the folder, the newest first; "." if the folder is that of one run."""
@@ -94,7 +102,7 @@ class RunsFolder:
         return f"{state.st_ino}.{state.st_size}.{_is_running(self._place(name))}"
 
     def record(self, name: str) -> RunRecord:
-        """Return the record of a run as it is now. It must only be read, and may grow meanwhile.
+        """Return the record of a run as it is now. It must only be read, and within `unchanged`, else it may grow.
 
         Args:
             name: Path of the run below the folder.

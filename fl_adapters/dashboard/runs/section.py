@@ -73,20 +73,22 @@ class RunsSection:
         """Do nothing: no file stays open."""
 
     def _list(self, request: Request) -> Response:
-        runs = self._runs.overviews()
-        if not runs:
+        if runs := self._runs.overviews():
+            columns = ["", "run", "state", "rounds", "best", "sites", "began", "time"]
+            where = tag("p", f"In {self._runs.folder}, the newest first.", class_="soft")
+            listed = table(columns, [_row(run) for run in runs], numbers_from=8)
+            content = [where, listed, tag("p", tag("button", "Compare the ticked runs"))]
+        else:
             start = tag("pre", "fl-adapters simulate train.py --sites 3 --rounds 5")
-            none = tag("p", f"No runs in {self._runs.folder} yet. Start one:")
-            return page(request, "Runs", live("runs", none, start))
-        columns = ["", "run", "state", "rounds", "best", "sites", "began", "time"]
-        listed = live("runs", table(columns, [_row(run) for run in runs], numbers_from=8))
-        form = tag("form", listed, tag("p", tag("button", "Compare the ticked runs")), action=f"{self.path}/compare")
-        return page(request, "Runs", tag("p", f"In {self._runs.folder}, the newest first.", class_="soft"), form)
+            content = [tag("p", f"No runs in {self._runs.folder} yet. Start one:"), start]
+        return page(request, "Runs", tag("form", live("runs", content), action=f"{self.path}/compare"))
 
     def _run(self, request: Request) -> Response:
         name, shown = request.path_params["name"], request.query_params.get("show", "")
-        run = self._runs.record(name)
-        content: list[Element] = list(run_sections(run, _SHOWN.get(shown, _SHOWN[""])))
+        with self._runs.unchanged():
+            run = self._runs.record(name)
+            content: list[Element] = list(run_sections(run, _SHOWN.get(shown, _SHOWN[""])))
+            summary, state = run_summary(run), self._runs.state(run)
         if shown == "sites":
             content += self._outputs(name)
         here = f"{self.path}/run/{_quoted(name)}"
@@ -95,8 +97,8 @@ class RunsSection:
             request,
             run.name,
             tag("p", link("Runs", self.path), " / ", name, class_="crumbs"),
-            live("state", tag("p", f"This run is {self._runs.state(run)}."), spoken=True),
-            live("summary", run_summary(run)),
+            live("state", tag("p", f"This run is {state}."), spoken=True),
+            live("summary", summary),
             tabs(parts, request),
             live("sections", content),
             tag("p", link("The report: all of it in one file to keep or send", f"{self.path}/report/{_quoted(name)}")),
@@ -126,8 +128,9 @@ class RunsSection:
             return ""
 
     def _report(self, request: Request) -> Response:
-        run = self._runs.record(request.path_params["name"])
-        return HTMLResponse(run_page(run), headers=_REPORT_HEADERS)
+        with self._runs.unchanged():
+            text = run_page(self._runs.record(request.path_params["name"]))
+        return HTMLResponse(text, headers=_REPORT_HEADERS)
 
     def _compare(self, request: Request) -> Response:
         names = list(dict.fromkeys(request.query_params.getlist("run")))
@@ -136,9 +139,10 @@ class RunsSection:
                 f"{len(names)} runs are ticked, and a comparison shows 2 to {_MOST_COMPARED}",
                 fix="go back to the list of runs, and tick the runs to compare",
             )
-        items = summaries([self._runs.record(name) for name in names])
+        with self._runs.unchanged():
+            content = list(comparison_sections(summaries([self._runs.record(name) for name in names])))
         crumbs = tag("p", link("Runs", self.path), " / comparison", class_="crumbs")
-        return page(request, f"Comparison of {len(items)} runs", crumbs, live("comparison", comparison_sections(items)))
+        return page(request, f"Comparison of {len(names)} runs", crumbs, live("comparison", content))
 
 
 def _row(run: Overview) -> list[Element | str | None]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,36 @@ def test_only_new_events_are_read_and_a_run_that_begins_anew_is_read_anew(tmp_pa
     assert record is first and record.curve("loss") == [(float(n), 1 / n) for n in range(1, 6)]
     os.replace(write(tmp_path / "new", events[:9]) / "events.jsonl", folder / "events.jsonl")
     assert len(runs.record("study").curve("loss")) == 1
+
+
+def test_a_run_does_not_grow_while_a_page_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = list(events_of(2, 5))
+    folder = write(tmp_path / "runs" / "study", events[:9])
+
+    def slow_sections(run: Any, titles: Any) -> Iterator[Any]:
+        for _ in run.rounds:  # as every page does; fails if another thread adds a round
+            if not others:
+                write(folder, events[9:], "a")
+                others.append(readers.submit(reader.ask, "/runs/run/study?show=settings"))
+                wait(others, 0.5)  # what must not happen has to have time to
+        return iter(())
+
+    others: list[Future[Any]] = []
+    monkeypatch.setattr("fl_adapters.dashboard.runs.section.run_sections", slow_sections)
+    with dashboard_of(RunsSection(tmp_path / "runs")) as reader, ThreadPoolExecutor(1) as readers:
+        assert "1 of 5" in reader.page("/runs/run/study")
+        assert "5 of 5" in others[0].result()[2]
+
+
+def test_the_list_offers_the_comparison_as_soon_as_there_are_runs(tmp_path: Path, chromium: Any) -> None:
+    with dashboard_of(RunsSection(tmp_path / "runs")) as reader, opened(chromium, reader, "/runs") as tab:
+        tab.get_by_text("No runs in").wait_for()
+        write(tmp_path / "runs" / "one", events_of())
+        write(tmp_path / "runs" / "two", events_of())
+        tab.get_by_label("Compare one").check()
+        tab.get_by_label("Compare two").check()
+        tab.get_by_role("button", name="Compare the ticked runs").click()
+        tab.get_by_role("heading", name="Comparison of 2 runs").wait_for()
 
 
 def test_a_folder_that_is_not_there_yet_is_followed_too(tmp_path: Path) -> None:
