@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import webbrowser
 from collections.abc import Sequence
 from functools import partial
@@ -59,8 +60,25 @@ def _sections(runs: Path, kit: Path | None, project: Path | None, passphrase: Pa
             from fl_adapters.dashboard.provisioning.section import ProjectSection
 
         found.append(ProjectSection(ProjectDesk(project, partial(given, passphrase))))
-    if kit is not None:
+    if kit is not None and (site := _site(kit)) is not None:
+        found.append(site)
+    elif kit is not None:
         from fl_adapters.dashboard.federation.sections import federation_sections
 
         found.extend(federation_sections(kit))
     return found or [RunsSection(runs)]
+
+
+def _site(kit: Path) -> Section | None:
+    """Make the section of a site's own kit; None for the kit of somebody else."""
+    with needs_trust_extra():
+        from fl_runtime.trust.kits import read_unsigned
+        from fl_runtime.trust.working_kit import working_kit
+
+        if read_unsigned(kit)[0].kind != "site":
+            return None
+        from fl_adapters.cli.pages.site_section import SiteSection
+
+        used = working_kit(kit)
+    state = os.environ.get("FL_ADAPTERS_STATE")
+    return SiteSection(used, Path(state) if state else used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,29 +22,64 @@ def run(kit: Path, named_state: Path | None, job: str, as_json: bool, *, approve
     """Show a job that waits, and write the decision about it. Returns exit status 0."""
     console = console_for(as_json)
     with report_errors(as_json), needs_trust_extra():
-        from fl_adapters.participant.policy_gate import KitPolicyGate
-        from fl_runtime.trust.approval import decide
         from fl_runtime.trust.working_kit import working_kit
 
         kit = working_kit(kit, named_state)
-        state = named_state or kit
-        gate = KitPolicyGate(kit, state / "jobs")
-        folder = _folder_of(state, job)
-        assignment, record = folder.read()
-        if record["state"] != "waits for approval":
-            raise ConfigError(
-                f"the job {job} does not wait for approval: {record['state']}", fix=_waiting(state) or "nothing to do"
-            )
-        shown = describe(assignment, gate.policy.exchange, gate.policy.filters)
+        assignment, shown = take_decision(kit, named_state or kit, job, approved=approved, reason=reason)
         for name, value in shown.items():
             console.print(f"{name:>13}  {printable(value, _SHOWN_CHARS)}", highlight=False, soft_wrap=True)
-        decide(folder.path, assignment.settings, approved=approved, reason=reason)
         decision = "approved" if approved else "refused"
-        gate.record(f"job {decision} by a person", job=job, reason=reason, settings=dict(assignment.settings))
         console.print(f"{job}: {decision}", highlight=False)
         if as_json:
             show_json({"decision": decision, "reason": reason, **shown, "settings": dict(assignment.settings)})
     return 0
+
+
+def take_decision(
+    kit: Path, state: Path, job: str, *, approved: bool, reason: str = "", seen: Mapping[str, Any] | None = None
+) -> tuple[Assignment, dict[str, str]]:
+    """Write what somebody has decided about a job that waits.
+
+    Args:
+        kit: Folder in which the site's kit is used.
+        state: Folder of the daemon's state.
+        job: Name of the job.
+        approved: Whether the site takes part.
+        reason: Why not.
+        seen: The texts that the person has seen, as `describe` makes them; None to decide on those of now.
+
+    Returns:
+        The job, and the texts about it.
+
+    Raises:
+        ConfigError: The job does not wait, or is not what the person has seen.
+    """
+    from fl_adapters.participant.policy_gate import KitPolicyGate
+    from fl_runtime.trust.approval import decide
+
+    gate = KitPolicyGate(kit, state / "jobs")
+    folder = _folder_of(state, job)
+    assignment, record = folder.read()
+    if record["state"] != "waits for approval":
+        raise ConfigError(
+            f"the job {job} does not wait for approval: {record['state']}", fix=_waiting(state) or "nothing to do"
+        )
+    shown = describe(assignment, gate.policy.exchange, gate.policy.filters)
+    if seen is not None and seen != {**shown, "settings": settings_text(assignment)}:
+        raise ConfigError(f"the job {job} has changed since it was shown", fix="look at it again, and decide then")
+    decide(folder.path, assignment.settings, approved=approved, reason=reason)
+    decision = "approved" if approved else "refused"
+    gate.record(f"job {decision} by a person", job=job, reason=reason, settings=dict(assignment.settings))
+    return assignment, shown
+
+
+def settings_text(job: Assignment) -> str:
+    """Return all settings of a job as one text, by which another one of the same name is told apart.
+
+    Args:
+        job: The job.
+    """
+    return json.dumps(dict(job.settings), sort_keys=True)
 
 
 def describe(

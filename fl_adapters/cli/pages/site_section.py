@@ -1,0 +1,153 @@
+"""The section "Site" of the dashboard: a site's jobs, decisions about those that wait, their logs, and its policy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+from xml.etree.ElementTree import Element
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from fl_adapters.cli.site.decide import describe, settings_text, take_decision
+from fl_adapters.cli.site.records import JobFolder, job_folders
+from fl_adapters.dashboard.federation.parts import form_of
+from fl_adapters.dashboard.page import link, live, page
+from fl_adapters.environments.logs import tail
+from fl_adapters.environments.report.document import table, tag
+from fl_runtime.errors import ConfigError
+from fl_runtime.text import printable
+from fl_runtime.trust.kits import StartupKit, read_kit
+from fl_runtime.trust.policy import Policy
+from fl_runtime.trust.policy.rules import read_policy
+
+_LOG_LINES = 200
+_SHOWN_CHARS = 2000
+
+
+class SiteSection:
+    """Pages about one site, from what its daemon keeps in its folders. A `Section`; it calls no server.
+
+    Args:
+        kit: Folder in which the site's kit is used.
+        state: Folder of the daemon's state.
+    """
+
+    title = "Site"
+    path = "/site"
+
+    def __init__(self, kit: Path, state: Path) -> None:
+        self._kit: StartupKit = read_kit(kit, kind="site")
+        self._state = state
+
+    def routes(self) -> Sequence[Route]:
+        """Return the routes of the list, of jobs and of decisions."""
+        return [
+            Route(self.path, self._list),
+            Route(f"{self.path}/job/{{name}}", self._job),
+            Route(f"{self.path}/decide/{{name}}", self._decide, methods=["POST"]),
+        ]
+
+    def version(self, path: str) -> str:
+        """Return what changes with the jobs, their logs and the policy."""
+        files = [self._kit.policy_file]
+        for folder in job_folders(self._state):
+            files += [folder.path / "site.json", folder.path / "approval.json", folder.log]
+        return " ".join(str(file.stat().st_mtime_ns) if file.exists() else "-" for file in files)
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
+
+    def _list(self, request: Request) -> Response:
+        rows = [self._row(folder) for folder in job_folders(self._state)]
+        jobs = (
+            table(("job", "submitted by", "app", "state", "why"), rows, 5, wrap=True) if rows else tag("p", "None yet.")
+        )
+        policy = table(("rule", "value"), _policy_rows(read_policy(self._kit.policy_file)), 2, wrap=True)
+        identity = self._kit.identity
+        return page(
+            request,
+            f"Site {identity.name} of {identity.federation}",
+            tag("h2", "Jobs"),
+            live("jobs", jobs),
+            tag("h2", "Policy"),
+            tag("p", f"What {self._kit.policy_file} says beside the defaults. It overrules every job."),
+            live("policy", policy),
+        )
+
+    def _row(self, folder: JobFolder) -> Sequence[str | Element]:
+        job, record = folder.read()
+        texts = [job.submitter, job.app, str(record["state"]), str(record.get("reason") or "")]
+        return link(job.job, f"{self.path}/job/{quote(job.job, safe='')}"), *(printable(text, 500) for text in texts)
+
+    def _job(self, request: Request) -> Response:
+        folder = self._folder(request.path_params["name"])
+        job, record = folder.read()
+        shown = self._shown(folder)
+        rows = [(name, printable(text, _SHOWN_CHARS)) for name, text in shown.items() if name != "settings"]
+        waits = record["state"] == "waits for approval"
+        log = printable("\n".join(tail(folder.log, _LOG_LINES)), 200_000, lines=True)
+        return page(
+            request,
+            f"Job {job.job}",
+            tag("p", link("Site", self.path)),
+            live("state", tag("p", f"State: {record['state']}. {printable(str(record.get('reason') or ''), 500)}")),
+            table(("asked", "for"), rows, 2, wrap=True),
+            [_decision(job.job, shown)] if waits else [],
+            tag("h2", "Log"),
+            live("log", tag("pre", log or "The command has written nothing.", class_="log")),
+        )
+
+    async def _decide(self, request: Request) -> Response:
+        return await run_in_threadpool(self._decided, request.path_params["name"], await form_of(request))
+
+    def _decided(self, name: str, form: Mapping[str, str]) -> Response:
+        shown = self._shown(self._folder(name))
+        if form.get("seen") != _digest(shown):
+            raise ConfigError(
+                f"the job {name[:64]} has changed since it was shown", fix="look at it again, then decide"
+            )
+        approved = form.get("decision") == "approve"
+        if not approved and form.get("decision") != "refuse":
+            raise ConfigError("nothing was decided", fix="choose to approve or to refuse the job")
+        reason = "" if approved else form.get("reason", "")[:500]
+        take_decision(self._kit.folder, self._state, name, approved=approved, reason=reason, seen=shown)
+        return RedirectResponse(f"{self.path}/job/{quote(name, safe='')}", 303)
+
+    def _folder(self, name: str) -> JobFolder:
+        found = next((folder for folder in job_folders(self._state) if folder.path.name == name), None)
+        if found is None:
+            raise ConfigError(f"there is no job {printable(name, 64)} at this site", fix="choose one of the list")
+        return found
+
+    def _shown(self, folder: JobFolder) -> dict[str, str]:
+        policy, (job, _) = read_policy(self._kit.policy_file), folder.read()
+        return {**describe(job, policy.exchange, policy.filters), "settings": settings_text(job)}
+
+
+def _digest(shown: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def _decision(job: str, shown: Mapping[str, str]) -> Element:
+    reason = tag("input", name="reason", maxlength=500, autocomplete="off")
+    return tag(
+        "form",
+        tag("input", type="hidden", name="seen", value=_digest(shown)),
+        tag("button", f"Approve {job}", type="submit", name="decision", value="approve"),
+        tag("label", tag("span", "Reason to refuse; the server and the other sites can read it"), reason),
+        tag("button", f"Refuse {job}", type="submit", name="decision", value="refuse"),
+        method="post",
+        action=f"/site/decide/{quote(job, safe='')}",
+    )
+
+
+def _policy_rows(policy: Policy) -> list[tuple[str, str]]:
+    """Rules that the policy sets, by name, each with its value as it would be written."""
+    values = policy.model_dump(mode="json", exclude_defaults=True)
+    return [(name, printable(json.dumps(value, ensure_ascii=False), _SHOWN_CHARS)) for name, value in values.items()]
