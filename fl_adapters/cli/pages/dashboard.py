@@ -53,7 +53,7 @@ def _sections(runs: Path, kit: Path | None, project: Path | None, passphrase: Pa
     """
     from fl_adapters.dashboard.runs.section import RunsSection
 
-    found = list[Section]()
+    found: list[Section] = []
     if project is not None:
         with needs_trust_extra():
             from fl_adapters.dashboard.provisioning.desk import ProjectDesk

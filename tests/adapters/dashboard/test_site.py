@@ -13,6 +13,7 @@ import pytest
 from dashboards import Reader, dashboard_of
 from study import project
 
+from fl_adapters.cli.pages.dashboard import _sections
 from fl_adapters.cli.pages.site_section import SiteSection
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.cli.site.records import JobFolder
@@ -82,3 +83,12 @@ def test_hostile_texts_do_nothing_and_no_act_of_an_admin_is_there(reader: Reader
     for path in ("/project", "/jobs", "/sites", "/audit"):
         assert reader.ask(path)[0] == 404
     assert reader.ask("/site/job/..%2F..")[0] in (400, 404)
+
+
+def test_the_command_shows_what_its_options_name(kit: Path, tmp_path: Path) -> None:
+    def titles(kit: Path | None, project: Path | None) -> list[str]:
+        return [section.title for section in _sections(tmp_path, kit, project, None)]
+
+    assert titles(None, None) == ["Runs"]
+    assert titles(kit, None) == ["Site"]
+    assert titles(None, kit.parent) == ["Project"]
