@@ -180,7 +180,10 @@ class JobCalls:
             raise ConfigError(f"the job {name[:100]!r} does not run with {caller.name}", fix="see `fl-adapters status`")
         attempt, training = _number(fields, "attempt"), _number(fields, "training") or 1
         whole = reason if attempt is not None else f"it refuses the job: {reason}"
-        yield {"job": name, "refused": job.refuse(caller.name, whole, training, attempt)}
+        refused = job.refuse(caller.name, whole, training, attempt)
+        if refused:
+            self._queue.schedule()  # the site has room for another job
+        yield {"job": name, "refused": refused}
 
     def _tell_log(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
         """Take a line of a site's own log to the job's events. A quota bounds how many there are."""

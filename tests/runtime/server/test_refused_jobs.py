@@ -56,3 +56,13 @@ def test_a_leave_can_speak_for_a_process_that_has_ended(study: Study) -> None:
     assert messenger.leave("killed", early=True)
     assert study.server.wait_for_job("job", 30)
     assert "north: killed" in study.server.outcome("job")["error"]["where"]
+
+
+def test_a_refusal_lets_a_job_start_that_waits_for_the_site(study: Study) -> None:
+    study.job(min_sites=1)
+    study.job("next", sites=["north"])
+    queue = study.server.queue
+    assert queue.record("next").state == "queued"
+    assert refuse(study)
+    assert queue.record("next").state == "running"
+    assert queue.record("job").state == "running", "south has not refused it"
