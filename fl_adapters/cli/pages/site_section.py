@@ -135,16 +135,16 @@ def _digest(shown: Mapping[str, str]) -> str:
 
 
 def _decision(job: str, shown: Mapping[str, str]) -> Element:
+    """Two forms, so that Enter in the reason to refuse cannot approve."""
     reason = tag("input", name="reason", maxlength=500, autocomplete="off")
-    return tag(
-        "form",
-        tag("input", type="hidden", name="seen", value=_digest(shown)),
-        tag("button", f"Approve {job}", type="submit", name="decision", value="approve"),
-        tag("label", tag("span", "Reason to refuse; the server and the other sites can read it"), reason),
-        tag("button", f"Refuse {job}", type="submit", name="decision", value="refuse"),
-        method="post",
-        action=f"/site/decide/{quote(job, safe='')}",
-    )
+    label = tag("label", tag("span", "Reason to refuse; the server and the other sites can read it"), reason)
+    forms = []
+    for decision, content in (("approve", []), ("refuse", [label])):
+        seen = tag("input", type="hidden", name="seen", value=_digest(shown))
+        button = tag("button", f"{decision.title()} {job}", type="submit", name="decision", value=decision)
+        address = f"/site/decide/{quote(job, safe='')}"
+        forms.append(tag("form", seen, content, button, method="post", action=address))
+    return tag("div", forms)
 
 
 def _policy_rows(policy: Policy) -> list[tuple[str, str]]:

@@ -92,3 +92,9 @@ def test_the_command_shows_what_its_options_name(kit: Path, tmp_path: Path) -> N
     assert titles(None, None) == ["Runs"]
     assert titles(kit, None) == ["Site"]
     assert titles(None, kit.parent) == ["Project"]
+
+
+def test_enter_in_the_reason_to_refuse_cannot_approve(reader: Reader, kit: Path) -> None:
+    waiting(kit)
+    (form,) = [form for form in reader.page("/site/job/tumour").split("<form")[1:] if 'name="reason"' in form]
+    assert 'value="refuse"' in form and 'value="approve"' not in form
