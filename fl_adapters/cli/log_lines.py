@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -115,11 +116,19 @@ def _described(error: BaseException) -> str:
     return f"{error!r} at {frames[-1].filename}:{frames[-1].lineno}" if frames else repr(error)
 
 
+def _log_thread_error(ended: threading.ExceptHookArgs) -> None:
+    """Write the error that has ended a thread as a line."""
+    if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
+        name = ended.thread.name if ended.thread else "unknown"
+        log.error("the thread %s has ended with an error", name, exc_info=ended.exc_value)
+
+
 @contextmanager
 def written_lines(who: str, options: LogOptions, *, site: str = "") -> Iterator[None]:
     """Send this process's own lines, and all warnings, to stderr and into a file, during a `with` block.
 
-    The error that ends the block is written to the file, too; the command shows it on stderr.
+    The error that ends the block is written to the file, too; the command shows it on stderr. Errors that threads do
+    not catch become lines as well.
 
     Args:
         who: Name of the server or site, which every line carries.
@@ -147,6 +156,7 @@ def written_lines(who: str, options: LogOptions, *, site: str = "") -> Iterator[
     for logger in ours:
         logger.handlers, logger.propagate = [], True
     log.setLevel(logging.INFO)
+    hook_before, threading.excepthook = threading.excepthook, _log_thread_error
     try:
         yield
     except FederationError as error:
@@ -154,6 +164,7 @@ def written_lines(who: str, options: LogOptions, *, site: str = "") -> Iterator[
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (error,), None))
         raise
     finally:
+        threading.excepthook = hook_before
         for logger, own, propagate in before:
             logger.handlers, logger.propagate = own, propagate
         for handler in handlers:

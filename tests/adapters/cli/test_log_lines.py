@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,18 @@ def test_an_unknown_form_and_a_file_that_cannot_be_made_are_named(tmp_path: Path
     with pytest.raises(StoreError) as error, written_lines("server", LogOptions("text", tmp_path / "file" / "log")):
         pass
     assert str(tmp_path / "file" / "log") in str(error.value)
+
+
+def test_an_error_that_a_thread_does_not_catch_goes_to_the_log(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ValueError("no such tensor")
+
+    before, file = threading.excepthook, tmp_path / "log"
+    with written_lines("server", LogOptions("json", file)):
+        thread = threading.Thread(target=fail, name="fl-rounds-1")
+        thread.start()
+        thread.join(10)
+    line = json.loads(file.read_text().splitlines()[-1])
+    assert line["level"] == "error"
+    assert "thread fl-rounds-1 has ended with an error: ValueError('no such tensor') at " in line["text"]
+    assert threading.excepthook is before
