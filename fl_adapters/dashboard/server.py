@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 
 import uvicorn
@@ -53,7 +53,7 @@ class Dashboard:
         port = self._socket.getsockname()[1]
         token = secrets.token_urlsafe(24)
         self.address = f"http://{LOOPBACK}:{port}/?{TOKEN}={token}"
-        app = make_app(sections, token, port)
+        app = make_app(sections, token, port, lambda: self._server.should_exit)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
         self._server = uvicorn.Server(config)
 
@@ -63,21 +63,23 @@ class Dashboard:
         Args:
             started: Called once, before the first request is answered.
         """
-        started()
-        self._server.run([self._socket])
+        with suppress(KeyboardInterrupt):  # the usual end, which the server raises once it has closed everything
+            started()
+            self._server.run([self._socket])
 
     def stop(self) -> None:
         """Let `serve` return. May be called by any thread."""
         self._server.should_exit = True
 
 
-def make_app(sections: Sequence[Section], token: str, port: int) -> Starlette:
+def make_app(sections: Sequence[Section], token: str, port: int, is_ending: Callable[[], bool]) -> Starlette:
     """Make the application of a dashboard.
 
     Args:
         sections: The groups of pages. They are closed when the application ends.
         token: What a reader must know.
         port: Port at which it is served.
+        is_ending: Whether the server is about to end, so that streams to browsers have to.
 
     Returns:
         The ASGI application.
@@ -92,7 +94,7 @@ def make_app(sections: Sequence[Section], token: str, port: int) -> Starlette:
     async def changes(request: Request) -> Response:
         page = request.query_params.get("page", "")
         section = next((s for s in sections if page.startswith(s.path)), None)
-        return StreamingResponse(_changes(section, page), media_type="text/event-stream")
+        return StreamingResponse(_changes(section, page, is_ending), media_type="text/event-stream")
 
     routes = [
         Route("/", lambda request: RedirectResponse(sections[0].path, 303)),
@@ -110,11 +112,11 @@ def make_app(sections: Sequence[Section], token: str, port: int) -> Starlette:
     return app
 
 
-async def _changes(section: Section | None, page: str) -> AsyncIterator[str]:
-    """Yield a server-sent event at the start, and whenever a page would look different."""
+async def _changes(section: Section | None, page: str, is_ending: Callable[[], bool]) -> AsyncIterator[str]:
+    """Yield a server-sent event at the start, and whenever a page would look different, until the server ends."""
     shown: str | None = None
     looks = 0
-    while True:
+    while not is_ending():
         version = await run_in_threadpool(section.version, page) if section else ""
         if version != shown:
             shown = version
