@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -46,6 +47,9 @@ def test_a_run_that_a_site_has_ended_is_resumed(bench: Bench) -> None:
     np.testing.assert_array_equal(model["w"], np.full(3, 7.5))
     log = (bench.folder / "runs" / "study" / "sites" / "site-2" / "log.txt").read_text()
     assert log.count("in round 3") == 2
+    with (bench.folder / "runs" / "study" / "history.csv").open() as file:
+        rounds = [row["round"] for row in csv.DictReader(file) if row["site"] == "global"]
+    assert rounds == ["1", "2", "3", "4", "5"]
     over = bench.run("job", "resume", "runs/study")
     assert over.returncode == 1
     assert "has finished" in over.stderr

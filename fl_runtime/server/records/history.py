@@ -156,7 +156,7 @@ class _Table:
                 self.flush(event.round)
             case "round_dropped":
                 self._open.pop(event.round, None)
-            case "finished" | "failed":
+            case "finished":  # not "failed": a run that is resumed goes on with its open rounds
                 self.flush()
 
     def flush(self, until: int | None = None) -> None:

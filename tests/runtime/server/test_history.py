@@ -156,6 +156,16 @@ def test_a_restarted_server_goes_on_with_the_same_records(tmp_path: Path, killed
     assert (folder / "events.jsonl").read_text() == (tmp_path / "whole" / "events.jsonl").read_text()
 
 
+@pytest.mark.parametrize("failed_after", range(5, 11))
+def test_a_run_that_failed_and_is_resumed_has_the_rows_of_every_round(tmp_path: Path, failed_after: int) -> None:
+    whole = [*one_round(1), *one_round(2), *scores(1, 0.9), *scores(2, 0.8), event("finished")]
+    tell(tmp_path / "quiet", *whole)
+    tell(tmp_path / "failed", *whole[:failed_after], event("failed", error={"what": "too few sites are left"}))
+    assert ("1", "a") in rows(tmp_path / "failed")
+    tell(tmp_path / "failed", *whole[failed_after:])
+    assert rows(tmp_path / "failed") == rows(tmp_path / "quiet")
+
+
 def test_events_are_json_whatever_the_metrics_are(tmp_path: Path) -> None:
     tell(
         tmp_path,
