@@ -74,7 +74,7 @@ class RunsSection:
 
     def _list(self, request: Request) -> Response:
         if runs := self._runs.overviews():
-            columns = ["", "run", "state", "rounds", "best", "sites", "began", "time"]
+            columns = ["compare", "run", "state", "rounds", "best", "sites", "began", "time"]
             where = tag("p", f"In {self._runs.folder}, the newest first.", class_="soft")
             listed = table(columns, [_row(run) for run in runs], numbers_from=8)
             content = [where, listed, tag("p", tag("button", "Compare the ticked runs"))]
