@@ -74,7 +74,7 @@ class Access:
         fields = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if any(name == TOKEN and self._is_token(value) for name, value in fields) and scope["method"] in _READS:
             rest = urlencode([(name, value) for name, value in fields if name != TOKEN])
-            there = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            there = RedirectResponse("/" + scope["path"].lstrip("/") + (f"?{rest}" if rest else ""), 303)
             there.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
             return there
         if self._is_token(_cookies(scope).get(self._cookie, "")):

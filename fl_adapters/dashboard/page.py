@@ -1,4 +1,4 @@
-"""Pages of the dashboard: the frame around every one, regions that change while they are read, and forms."""
+"""Pages of the dashboard: the frame around every one, and regions that change while they are read."""
 
 from __future__ import annotations
 
@@ -92,28 +92,6 @@ def tabs(addresses: Mapping[str, str], request: Request) -> Element:
         for name, address in addresses.items()
     ]
     return tag("nav", tag("ul", links), class_="tabs", aria_label="Parts of this page")
-
-
-def act(label: str, address: str, fields: Mapping[str, str] | None = None, *, confirm: str = "") -> Element:
-    """Make a button that changes something: a form of one button, which is sent by POST.
-
-    Args:
-        label: What the button says.
-        address: Path that the form is sent to.
-        fields: Hidden fields of the form.
-        confirm: What must be typed before the button does anything; "" for an act that can be taken back.
-
-    Returns:
-        The element.
-    """
-    hidden = [tag("input", type="hidden", name=name, value=value) for name, value in (fields or {}).items()]
-    button = tag("button", label, type="submit")
-    if not confirm:
-        return tag("form", hidden, button, method="post", action=address, class_="act")
-    box = tag("input", name="confirm", required="", autocomplete="off", spellcheck="false")
-    asked = tag("label", tag("span", f"Type {confirm} to confirm"), box)
-    form = tag("form", hidden, asked, button, method="post", action=address, class_="act")
-    return tag("details", tag("summary", label), form, class_="act")
 
 
 def error_page(request: Request, error: FederationError, status: int = 400) -> HTMLResponse:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from fl_adapters.cli.site.decide import describe, settings_text, take_decision
 from fl_adapters.cli.site.records import JobFolder, job_folders
-from fl_adapters.dashboard.federation.parts import form_of
+from fl_adapters.dashboard.forms import form_of
 from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.report.document import table, tag

@@ -17,10 +17,11 @@ from starlette.routing import Route
 
 from fl_adapters.dashboard.federation.desk import Desk
 from fl_adapters.dashboard.federation.event_log import last_lines
-from fl_adapters.dashboard.federation.parts import clock, confirmed, form_of, standing
+from fl_adapters.dashboard.federation.parts import clock, standing
 from fl_adapters.dashboard.federation.results import archive_of, pieces_of
 from fl_adapters.dashboard.federation.rights import ACTS
 from fl_adapters.dashboard.federation.view import Job, JobDetails
+from fl_adapters.dashboard.forms import act, form_of
 from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.environments.progress.text import size_text
 from fl_adapters.environments.report.document import Content, table, tag
@@ -127,9 +128,10 @@ class JobsSection:
 
     def _acts(self, job: Job) -> list[Element]:
         made = []
-        for act in self._rights.acts_on(job):
-            name = job.name if act.call == "DeleteJob" else ""
-            made.append(confirmed(act.name, act.warning, _address(job.name), {"act": act.call}, name))
+        for may in self._rights.acts_on(job):
+            typed = job.name if may.call == "DeleteJob" else ""
+            fields = {"act": may.call}
+            made.append(act(may.name, _address(job.name), fields, warning=may.warning, confirm=typed))
         return made
 
     def _files(self, details: JobDetails) -> list[Element]:
@@ -184,8 +186,7 @@ class JobsSection:
         return await run_in_threadpool(self._carry_out, request.path_params["name"], form.get("act", ""), form)
 
     def _carry_out(self, name: str, call: str, form: Mapping[str, str]) -> Response:
-        act = next((act for act in ACTS if act.call == call), None)
-        if act is None:
+        if not any(known.call == call for known in ACTS):
             raise ConfigError(f"a job cannot be told to {call[:50]!r}", fix="use the buttons on the job's page")
         if call == "DeleteJob" and form.get("confirm") != name:
             raise ConfigError(f"{name} was not deleted: its name was not typed", fix="go back, and type its name")
@@ -266,7 +267,7 @@ def _sites(job: Job) -> list[Element]:
 def _done(request: Request) -> Element | None:
     """What was just done, by the address that the browser was sent to."""
     done = request.query_params.get("done", "")
-    said = {"SubmitJob": "in the queue", **{act.call: act.done for act in ACTS}}.get(done)
+    said = {"SubmitJob": "in the queue", **{known.call: known.done for known in ACTS}}.get(done)
     return tag("p", tag("strong", f"The job is {said}.", class_="good"), role="status") if said else None
 
 

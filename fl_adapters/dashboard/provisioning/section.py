@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from fl_adapters.dashboard.federation.parts import form_of
-from fl_adapters.dashboard.page import act, link, live, page
+from fl_adapters.dashboard.forms import act, form_of
+from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.dashboard.provisioning.desk import Participant, ProjectDesk
 from fl_adapters.environments.report.document import Content, tag
 from fl_runtime.errors import ConfigError
