@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation_bench import at_once
+from promptness import PROMPT_S
 from study import ADMINS, Study, until
 
 from fl_adapters.dashboard.federation.audit import AuditTail
@@ -92,8 +93,8 @@ def test_a_change_is_known_within_a_second_and_a_server_that_was_away_comes_back
         study.job("job")
         while not (job := known_job(connection, "job")):
             number = connection.wait(number, 5).number
-            assert time.monotonic() - at < 5
-        assert time.monotonic() - at < 1.0
+            assert time.monotonic() - at < 20, "the job is not known"
+        assert time.monotonic() - at < PROMPT_S
         assert (job.state, job.sites, job.submitted_by) == ("running", study.sites, "lead lena of north-hospital")
         study.server.close()
         until(lambda: connection.seen.fault, "the fault to be known")
@@ -118,8 +119,9 @@ def test_a_jobs_events_are_copied_while_it_runs_and_are_those_of_the_server_at_i
     for site in sites:
         site.submit(tasks[site.name], W, metrics={"train_loss": 0.25})
     at = time.monotonic()
+    until((tmp_path / "live" / "events.jsonl").exists, "the first event")
     until(lambda: read_run(tmp_path / "live").curve("train_loss"), "the first round's metrics")
-    assert time.monotonic() - at < 1.5
+    assert time.monotonic() - at < 1.5 * PROMPT_S
     late = JobEvents(study.transport("mina"), "live", tmp_path / "late")
     study.admin("ada").ask("AbortJob", job="live")
     original = (study.runs / "live" / "events.jsonl").read_text().splitlines()
