@@ -207,9 +207,11 @@ class SiteDaemon:
         return seen is not None and seen[0] >= job.since and job.name not in seen[1]
 
     def _may_resume(self, job: SiteJob) -> bool:
-        """Whether a pause is over, and the server was asked if the job still runs, or does not answer."""
+        """Whether a pause is over, and the server says that the job still runs, or does not answer."""
         seen, waited_s = self._feed.seen, time.monotonic() - job.resumes_at
-        return waited_s >= 0 and ((seen is not None and seen[0] >= job.since) or waited_s > _UNANSWERED_S)
+        if seen is not None and seen[0] >= job.since:
+            return waited_s >= 0 and job.name in seen[1]
+        return waited_s > _UNANSWERED_S
 
     def _look_for_decision(self, job: SiteJob) -> None:
         try:
