@@ -82,9 +82,9 @@ def show(kit: Path, name: str, as_json: bool) -> int:
     console.print(f"{job['job']} by {job['submitted_by']}: {job_state(job)}", highlight=False, soft_wrap=True)
     times = [f"{what} {_clock(job[f'{what}_at'])}" for what in ("submitted", "started", "ended") if job[f"{what}_at"]]
     console.print(", ".join(times), highlight=False)
-    for site, state in job.get("site_states", {}).items():
-        version = of_version(job.get("versions", {}).get(site))
-        console.print(f"  {site}: {state}{version}", highlight=False, soft_wrap=True)
+    versions = job.get("versions", {})
+    for site, state in (job.get("site_states") or dict.fromkeys(versions, "has taken part")).items():
+        console.print(f"  {site}: {state}{of_version(versions.get(site))}", highlight=False, soft_wrap=True)
     settings = {key: value for key, value in job["settings"].items() if value not in (None, (), [], {}, "")}
     table = Table("setting", "value")
     for key, value in settings.items():

@@ -301,6 +301,7 @@ class JobCalls:
             return {**record.facts(), **state, "sites": list(job.sites), "site_states": state["sites"]}
         known = outcome or {}
         facts = {**record.facts(), "error": known.get("error"), "rounds_done": len(known.get("rounds", ()))}
+        facts["versions"] = known.get("versions", {})
         waits_for = self._queue.waits_for(record)
         return {**facts, "waits_for": waits_for} if waits_for else facts
 

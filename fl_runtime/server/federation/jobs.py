@@ -192,6 +192,7 @@ class RunningJob:
             "submitted_by": str(self.record.submitter),
             **trainings[0],
             "trainings": trainings,
+            "versions": self.server.state()["versions"],
             "error": error.to_wire() if error else None,
         }
 

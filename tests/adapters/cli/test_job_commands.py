@@ -18,6 +18,7 @@ from fl_adapters import Job, Production, open_run
 from fl_adapters.cli.app import app
 from fl_runtime.errors import AbortedError, ConfigError
 from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.version import VERSION
 
 W = {"w": np.zeros(3, np.float32)}
 
@@ -154,7 +155,10 @@ def test_a_job_that_was_aborted_is_resumed(study: Study, job: Any) -> None:
     assert job("follow", "one", status=1)["error"]["code"] == AbortedError.code
     assert job("resume", "one") == {"job": "one", "state": "running"}
     whole(study, "one")
-    assert job("show", "one")["state"] == "finished"
+    shown = job("show", "one")
+    assert (shown["state"], shown["versions"]) == ("finished", {"north": VERSION, "south": VERSION})
+    text = CliRunner().invoke(app, ["job", "show", "one", "--kit", str(readdressed(study, "lena"))]).stdout
+    assert f"  north: has taken part; fl-adapters {VERSION}\n" in text
 
 
 def test_production_submits_and_attaches(study: Study, tmp_path: Path) -> None:
