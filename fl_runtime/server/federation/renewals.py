@@ -11,11 +11,14 @@ from pathlib import Path
 from fl_runtime.errors import ConfigError, StoreError
 from fl_runtime.trust.certificates import Certificate, load
 from fl_runtime.trust.files import write_file
+from fl_runtime.version import check_format
 
 log = logging.getLogger(__name__)
 
 RENEWALS = "renewals.json"
 """File in the server's kit with the record."""
+
+_FORMAT = 1  # of a file without a number
 
 GRACE = timedelta(seconds=60)
 """How long a replaced certificate still counts after the new one was first used, for calls that are under way."""
@@ -33,6 +36,7 @@ class Renewals:
 
     Raises:
         ConfigError: If the file cannot be read.
+        NewerFormatError: A later version wrote it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +45,9 @@ class Renewals:
         if not path.exists():
             return
         try:
-            for key, (begins, used) in json.loads(path.read_bytes()).items():
+            entries = json.loads(path.read_bytes())
+            check_format(entries.get("format"), _FORMAT, "the record of renewed certificates", where=str(path))
+            for key, (begins, used) in entries.items():
                 self._newest[key] = datetime.fromisoformat(begins), datetime.fromisoformat(used)
         except (OSError, ValueError, TypeError, AttributeError):
             raise ConfigError(

@@ -10,6 +10,7 @@ audit.jsonl has one JSON object a line:
     outcome   "done" or "refused"
     rule, error   of a refusal: the rule that applied, and the message
     ...       further facts of the action
+    format    number of the format, if it is not 1
     seal      HMAC-SHA256 (hexadecimal) of the fields above, with a key made of the kit's private key. By it the owner
               knows its own line, even if it is not signed yet
     digest    SHA-256 (hexadecimal) of the other fields
@@ -36,11 +37,13 @@ from typing import Any
 
 from fl_runtime.errors import FederationError
 from fl_runtime.trust.certificates import signed_by
+from fl_runtime.version import check_format
 
 LOG_FILE, HEAD_FILE, COUNTER_FILE = "audit.jsonl", "audit.head", "log-counter.json"
 DAMAGED = "audit log damaged"
 NOTED = "log noted"
 _HEAD_BYTES = 4096
+_FORMAT = 1  # of a line without a number
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,23 @@ def is_sealed(fields: Mapping[str, Any], key: bytes) -> bool:
     return hmac.compare_digest(str(fields.get("seal", "")), seal_of(covered, key))
 
 
+def parsed(line: bytes) -> Any:
+    """Return the fields of a line; anything else if it is no entry.
+
+    Args:
+        line: The line.
+
+    Raises:
+        ValueError: It is no JSON.
+        NewerFormatError: A later version wrote it.
+    """
+    fields = json.loads(line)
+    if isinstance(fields, dict):
+        where = f"line {str(fields.get('number'))[:20]}"
+        check_format(fields.get("format"), _FORMAT, "the audit log", where=where, version=fields.get("version"))
+    return fields
+
+
 def checked_line(line: bytes, previous: LineMark) -> tuple[str, Mapping[str, Any]]:
     """Check a line.
 
@@ -153,9 +173,12 @@ def checked_line(line: bytes, previous: LineMark) -> tuple[str, Mapping[str, Any
 
     Returns:
         The problem, empty if there is none, and the fields of the line, empty if it cannot be read.
+
+    Raises:
+        NewerFormatError: A later version wrote the line.
     """
     try:
-        fields = json.loads(line)
+        fields = parsed(line)
         covered = {name: value for name, value in fields.items() if name != "digest"}
         mark = LineMark.of(fields)
     except (ValueError, AttributeError, RecursionError):

@@ -29,6 +29,7 @@ from fl_runtime.trust.audit.lines import (
     digest_of,
     is_sealed,
     next_mark,
+    parsed,
     seal_of,
     signed_text,
 )
@@ -425,7 +426,7 @@ def _end(file: IO[bytes]) -> LineMark:
     if not tail.endswith(b"\n"):
         file.write(b"\n")
     try:
-        mark = LineMark.of(json.loads(lines[-1]))
+        mark = LineMark.of(parsed(lines[-1]))
     except (ValueError, RecursionError):
         mark = None
     if mark is not None:

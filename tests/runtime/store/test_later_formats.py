@@ -21,9 +21,11 @@ from fl_adapters.participant.kit import read_kit as read_script_kit
 from fl_adapters.participant.state_file import read_state, write_state
 from fl_runtime.errors import NewerFormatError
 from fl_runtime.filters.ledger import Ledger
+from fl_runtime.server.federation.renewals import Renewals
 from fl_runtime.store.backup import back_up, read_backup, restore
 from fl_runtime.store.journal import Journal
 from fl_runtime.store.tensorfile import read_tensors, write_tensors
+from fl_runtime.trust.audit import Anchor, AuditLog, verify
 from fl_runtime.trust.authority import Authority, signed_members
 from fl_runtime.trust.kits import read_kit
 from fl_runtime.trust.project import read_members
@@ -221,3 +223,23 @@ def test_the_common_ckks_key(tmp_path: Path) -> None:
     file.write_bytes(b"fl-adapters ckks key 2\n" + bytes(100))
     file.chmod(0o600)
     assert "the key is of another format" in refusal(lambda: read_key(file, HomomorphicCKKS()))
+
+
+def test_the_record_of_renewed_certificates(tmp_path: Path) -> None:
+    file = tmp_path / "renewals.json"
+    file.write_text(json.dumps({**LATER, "newest": {}}))
+    assert "the record of renewed certificates has format 2" in refusal(lambda: Renewals(file))
+    assert json.loads(file.read_text()) == {**LATER, "newest": {}}
+
+
+def test_an_audit_log_is_neither_continued_nor_called_edited(plain: Path, tmp_path: Path) -> None:
+    kit = plain / "kits" / "north"
+    log = AuditLog(tmp_path, kit)
+    log.write("looked")
+    log.close()
+    line = json.loads((tmp_path / "audit.jsonl").read_text())
+    (tmp_path / "audit.jsonl").write_text(json.dumps({**line, "format": 2, "chain": "another"}) + "\n")
+    before = digest_of(tmp_path)
+    assert "the audit log has format 2" in refusal(lambda: AuditLog(tmp_path, kit))
+    assert "the audit log has format 2" in refusal(lambda: verify(tmp_path, Anchor(kit=kit)))
+    assert digest_of(tmp_path) == before
