@@ -124,7 +124,7 @@ class JobsSection:
         except ConfigError:  # no event has arrived yet
             return []
         shown = replace(run, job={}, command={})  # the page has the job file in a place of its own
-        return [*run_summary(shown), *run_sections(shown)]
+        return [*run_summary(shown, open_state=job.state), *run_sections(shown)]
 
     def _acts(self, job: Job) -> list[Element]:
         made = []

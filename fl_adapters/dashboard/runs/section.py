@@ -88,7 +88,7 @@ class RunsSection:
         with self._runs.unchanged():
             run = self._runs.record(name)
             content: list[Element] = list(run_sections(run, _SHOWN.get(shown, _SHOWN[""])))
-            summary, state = run_summary(run), self._runs.state(run)
+            summary = run_summary(run, open_state=self._runs.state(run))
         if shown == "sites":
             content += self._outputs(name)
         here = f"{self.path}/run/{_quoted(name)}"
@@ -97,7 +97,6 @@ class RunsSection:
             request,
             run.name,
             tag("p", link("Runs", self.path), " / ", name, class_="crumbs"),
-            live("state", tag("p", f"This run is {state}."), spoken=True),
             live("summary", summary),
             tabs(parts, request),
             live("sections", content),

@@ -98,8 +98,16 @@ def run_sections(run: RunRecord, titles: Collection[str] = ()) -> Iterator[Eleme
             yield tag("section", tag("h2", title), content)
 
 
-def run_summary(run: RunRecord) -> list[Element]:
-    """Return what stands below the title of a run's page: when it began, how it ended, and its main numbers."""
+def run_summary(run: RunRecord, *, open_state: str = "not finished") -> list[Element]:
+    """Return what stands below the title of a run's page: when it began, how it ended, and its main numbers.
+
+    Args:
+        run: The run.
+        open_state: What it does if it has not ended.
+
+    Returns:
+        The elements.
+    """
     done = [record for number, record in run.rounds.items() if number and record.finished]
     up, down = (sum(size) for size in zip(*((r.bytes_up, r.bytes_down) for r in done), strict=True)) if done else (0, 0)
     tiles = [
@@ -110,16 +118,16 @@ def run_summary(run: RunRecord) -> list[Element]:
         ("sent in all", size_text(up + down)),
     ]
     made = [tag("div", tag("span", name), tag("b", value), class_="tile") for name, value in tiles]
-    return [_state(run), tag("div", made, class_="tiles")]
+    return [_state(run, open_state), tag("div", made, class_="tiles")]
 
 
-def _state(run: RunRecord) -> Element:
+def _state(run: RunRecord, open_state: str) -> Element:
     when = time.strftime("%d %b %Y %H:%M", time.localtime(run.began)) if run.began else "an unknown time"
     kinds = sorted({name for name in run.frameworks.values() if name})
     text = f"Began {when}" + (f", {', '.join(kinds)}. " if kinds else ". ")
     if run.failed:
         return tag("p", text, tag("strong", f"Failed: {run.failed}", class_="bad"))
-    end = tag("strong", "Finished.", class_="good") if run.ended else tag("strong", "Not finished.")
+    end = tag("strong", "Finished.", class_="good") if run.ended else tag("strong", f"{open_state.capitalize()}.")
     return tag("p", text, end, f" There is no best round: {run.best.missing}." if run.best.missing else None)
 
 

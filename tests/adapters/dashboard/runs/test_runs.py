@@ -74,7 +74,7 @@ def test_the_list_has_every_run_with_its_state_rounds_and_best_metric(reader: Re
 
 def test_a_page_of_a_run_has_its_curves_sites_settings_and_report(reader: Reader) -> None:
     page = reader.page("/runs/run/study")
-    assert page.count("<polyline") == 8 and "This run is not finished" in page  # two metrics of three sites and of all
+    assert page.count("<polyline") == 8 and "Not finished." in page  # two metrics of three sites and of all
     assert "Time and bytes" in reader.page("/runs/run/study?show=sites")
     assert reader.page("/runs/run/study/2").count("<h1>study/2</h1>") == 1
     status, headers, report = reader.ask("/runs/report/study")
