@@ -118,8 +118,8 @@ def test_the_others_end_with_the_model_of_a_run_without_the_attacker(
     rounds = range(first, 4)
     with serving(tmp_path / "a", SITES, sockets=False, strategy=strategy, rounds=3, min_sites=2) as bench:
         found = whole_run(bench, changing(values, rounds))
-        tries = {site: sum(event.round == first for event in bench.watch.all("warning", site)) for site in SITES}
-        dropped = [event.round for event in bench.watch.all("round_dropped")]
+    tries = {site: sum(event.round == first for event in bench.watch.all("warning", site)) for site in SITES}
+    dropped = [event.round for event in bench.watch.all("round_dropped")]
     excluded = [site for site, end in found.items() if isinstance(end, SiteExcludedError)]
     assert excluded == sorted(values)
     assert tries == {site: int(site in values) for site in SITES}  # each is told once, and nobody else is
@@ -153,7 +153,7 @@ def test_of_the_rounds_tries_those_do_not_count_for_which_sites_are_to_blame(tmp
     values = {f"site-{number}": 10.0 ** (25 + number) for number in range(4)}
     with serving(tmp_path, names, sockets=False, strategy="fedadam:lr=0.1", rounds=1, min_sites=2) as bench:
         found = whole_run(bench, changing(values))
-        assert len(bench.watch.all("round_dropped")) == 8
+    assert len(bench.watch.all("round_dropped")) == 8
     assert [site for site, end in found.items() if isinstance(end, SiteExcludedError)] == list(values)
     assert np.isfinite(found["site-8"]["w"]).all()  # type: ignore[index,call-overload]
 
@@ -161,7 +161,7 @@ def test_of_the_rounds_tries_those_do_not_count_for_which_sites_are_to_blame(tmp
 def test_what_all_sites_do_ends_the_run_after_four_tries(tmp_path: Path) -> None:
     with serving(tmp_path, SITES, sockets=False, strategy="fedadam:lr=0.1", rounds=2, min_sites=2) as bench:
         found = whole_run(bench, changing(dict.fromkeys(SITES, 1e25)))
-        assert not bench.watch.all("warning")
+    assert not bench.watch.all("warning")
     for end in found.values():
         assert isinstance(end, RoundFailedError)
         assert "round 1 failed 4 times: the new global model is not finite" in end.what
