@@ -50,7 +50,7 @@ def needs_metrics_extra() -> Iterator[None]:
 @contextmanager
 def needs_dashboard_extra() -> Iterator[None]:
     """Turn a missing package of the extra `[dashboard]` in this block into a ConfigError that says what to install."""
-    with _needs("dashboard", {"starlette": "the pages of the dashboard", "uvicorn": "the server of the dashboard"}):
+    with _needs("dashboard", {"starlette": "the pages of the dashboard", "uvicorn": "the pages of the dashboard"}):
         yield
 
 

@@ -189,13 +189,15 @@ def report(
 Examples:
   fl-adapters dashboard
   fl-adapters dashboard --runs experiments/runs --port 8899 --no-browser
-  fl-adapters dashboard --kit kits/ada
+  fl-adapters dashboard --kit kits/ada      the federation, as this admin may see it
+  fl-adapters dashboard --kit kits/north    the jobs of this site
   fl-adapters dashboard --project kits      participants, kits and certificates"""
 )
 def dashboard(
     runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the folders of runs.")] = Path("runs"),
     kit: Annotated[
-        Path | None, typer.Option(help="Folder of an admin's startup kit, to follow its federation in place of runs.")
+        Path | None,
+        typer.Option(help="Folder of a startup kit: an admin's, to follow the federation; a site's, for its own jobs."),
     ] = None,
     project: Annotated[
         Path | None,
