@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fl_adapters.environments.report import write_report
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.store.tensorfile import disk_error
-from fl_runtime.trainings import EVENTS
+from fl_runtime.trainings import EVENTS, training_folder
 from fl_runtime.trust.files import file_digest, write_file
 from fl_runtime.types import RunSettings
 
@@ -53,6 +54,63 @@ def download(control: ControlClient, job: str, folder: Path, *, patience_s: floa
     files.append(folder / "job.yml")
     write_file(files[-1], job_file(shown["settings"]).encode())
     return [*files, *(write_report(file.parent) for file in files if file.name == EVENTS)]
+
+
+def event_files(control: ControlClient, job: str, most_bytes: int | None = None) -> Iterator[bytes]:
+    """Download the events of a job so far, training by training. Each has a file of its own.
+
+    Args:
+        control: Connection to the server, as an admin or as a site of the job.
+        job: Name of the job.
+        most_bytes: Most bytes of one file; None for no limit.
+
+    Yields:
+        The contents of each file of events. Its last line may not be whole yet.
+
+    Raises:
+        ConfigError: There are no events of the first training.
+        ConnectionLostError: The server is out of reach.
+        ProtocolError: A file is larger.
+    """
+    for number in itertools.count(1):
+        file, data = training_folder(Path(), number) / EVENTS, bytearray()
+        try:
+            for piece in control.stream("Download", job=job, file=file.as_posix()):
+                data += piece
+                if most_bytes is not None and len(data) > most_bytes:
+                    raise too_many_events(job, most_bytes)
+        except ConfigError:  # there is no such training, but of the first one there must be events
+            if number == 1:
+                raise
+            return
+        yield bytes(data)
+
+
+def too_many_events(job: str, most_bytes: int) -> ProtocolError:
+    """Return the error for events of a job that take too much room.
+
+    Args:
+        job: Name of the job.
+        most_bytes: The limit.
+    """
+    return ProtocolError(
+        f"the events of the job {job} have more than {most_bytes >> 20} MiB",
+        fix="download its results after its end: fl-adapters job download",
+    )
+
+
+def event_key(event: Mapping[str, Any]) -> tuple[float, str, str]:
+    """Return what tells an event from all others of its job.
+
+    Args:
+        event: The event, as a line of events.jsonl or as it is followed.
+
+    Raises:
+        KeyError: A field is missing.
+        TypeError: It is no event.
+        ValueError: Its time is no number.
+    """
+    return float(event["time"]), str(event["kind"]), str(event["site"])
 
 
 def job_file(settings: Any) -> str:

@@ -1,4 +1,4 @@
-"""Reads the end of a process's log, with the cause of the error that ended it."""
+"""Reads the end of logs; of a process's log, with the cause of the error that ended it."""
 
 from __future__ import annotations
 
@@ -53,6 +53,27 @@ def last_error(rows: Sequence[str]) -> str:
     """
     cause = _root_cause(rows)
     return rows[cause.error] if cause else (list(rows[-1:]) or [""])[0]
+
+
+def last_lines(path: Path, most_bytes: int) -> list[str]:
+    """Return the lines at the end of a file, each of them whole.
+
+    Args:
+        path: The file.
+        most_bytes: Most bytes to read.
+
+    Returns:
+        The lines; empty if the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most_bytes))
+            data = file.read(most_bytes)
+    except OSError:
+        return []
+    whole = data if size <= most_bytes else data.partition(b"\n")[2]
+    return [line.decode("utf-8", "replace") for line in whole.splitlines()]
 
 
 @dataclass(frozen=True)

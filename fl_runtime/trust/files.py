@@ -62,6 +62,34 @@ def read_file(path: Path, what: str) -> bytes:
         raise ConfigError(f"there is no {what} here: {error.strerror}", where=str(path), fix=fix) from None
 
 
+def open_lock(path: Path) -> int:
+    """Open a file to lock, which is made if it is missing. The caller closes the descriptor, and with it the lock.
+
+    Args:
+        path: The file, in the folder that it locks.
+
+    Returns:
+        A descriptor for reading and writing.
+
+    Raises:
+        StoreError: The folder cannot be written.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unwritable(path.parent, error) from None
+
+
+def unwritable(folder: Path, error: OSError) -> StoreError:
+    """Return the error for a folder of keys that cannot be written.
+
+    Args:
+        folder: The folder.
+        error: Why not.
+    """
+    return StoreError(f"{folder} cannot be written: {error.strerror}", fix="check the folder's owner and its disk")
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 digest of a file in hexadecimal. Raises OSError if it cannot be read."""
     with path.open("rb") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.table import Table
 from fl_adapters.cli.federation.status import job_state, of_version
 from fl_adapters.cli.live import print_next, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
+from fl_adapters.environments.download import event_files, event_key
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.progress.text import event_text
 from fl_adapters.environments.remote import submit as put_into_queue
@@ -27,7 +27,6 @@ from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
-from fl_runtime.trainings import EVENTS, training_folder
 
 _OUTCOME = "outcome.json"
 
@@ -134,11 +133,11 @@ def logs(kit: Path, name: str, patience_s: float | None, as_json: bool, *, to_th
     with report_errors(as_json), connected(kit) as (control, own_patience_s):
         printed = set()
         for event in _events_so_far(control, name, may_be_none=to_the_end):
-            printed.add(_key(event))
+            printed.add(event_key(event))
             _print_event(name, event, as_json)
         if to_the_end:
             for answer in control.follow(name, patience_s=own_patience_s if patience_s is None else patience_s):
-                if "event" in answer and _key(answer["event"]) not in printed:
+                if "event" in answer and event_key(answer["event"]) not in printed:
                     _print_event(name, answer["event"], as_json)
     return 0
 
@@ -148,35 +147,18 @@ def _events_so_far(control: ControlClient, name: str, *, may_be_none: bool) -> I
     if may_be_none and control.ask("ShowJob", job=name)["state"] == "queued":
         print(f"{name} waits in the queue", file=sys.stderr, flush=True)
         return
-    yield from heapq.merge(*_events_of_trainings(control, name), key=lambda event: float(event["time"]))
-
-
-def _events_of_trainings(control: ControlClient, name: str) -> Iterator[list[Mapping[str, Any]]]:
-    """Yield the events of each training of a job; every one has a file of its own."""
-    for number in itertools.count(1):
-        file = training_folder(Path(), number) / EVENTS
-        try:
-            text = b"".join(control.stream("Download", job=name, file=file.as_posix())).decode(errors="replace")
-        except ConfigError:  # there is no such training, but of the first one there must be events
-            if number == 1:
-                raise
-            return
-        yield list(_events_in(text))
+    trainings = [list(_events_in(data.decode(errors="replace"))) for data in event_files(control, name)]
+    yield from heapq.merge(*trainings, key=lambda event: float(event["time"]))
 
 
 def _events_in(text: str) -> Iterator[Mapping[str, Any]]:
     for line in text.splitlines():
         try:
             event = json.loads(line)
-            _key(event)
+            event_key(event)
         except (ValueError, KeyError, TypeError):  # the last line may not be whole yet
             continue
         yield event
-
-
-def _key(event: Mapping[str, Any]) -> tuple[float, str, str]:
-    """What tells an event from all others of its job."""
-    return float(event["time"]), str(event["kind"]), str(event["site"])
 
 
 def _print_event(name: str, event: Mapping[str, Any], as_json: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fl_adapters.environments import logs
 from fl_adapters.environments.progress.text import event_text
 from fl_runtime.text import parse_json, printable
 from fl_runtime.trainings import EVENTS
@@ -29,7 +29,7 @@ def last_lines(folder: Path, most: int) -> list[str]:
     """
     lines: deque[tuple[float, str]] = deque(maxlen=most)
     for file in [folder / EVENTS, *sorted(folder.glob(f"*/{EVENTS}"), key=lambda path: path.parent.name.zfill(9))]:
-        for raw in _end_of(file).splitlines():
+        for raw in logs.last_lines(file, _READ_BYTES):
             try:
                 event = parse_json(raw)
                 lines.append((float(event["time"]), _line(event)))
@@ -41,15 +41,3 @@ def last_lines(folder: Path, most: int) -> list[str]:
 def _line(event: Mapping[str, Any]) -> str:
     at = time.strftime("%H:%M:%S", time.localtime(event["time"]))
     return printable(f"{at} {event['site'] or 'server'}: {event_text(event)}", _LINE_CHARS)
-
-
-def _end_of(file: Path) -> bytes:
-    """The last lines of a file; b"" if it cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            opened.seek(max(0, size - _READ_BYTES))
-            data = opened.read(_READ_BYTES)
-    except OSError:
-        return b""
-    return data if size <= _READ_BYTES else data.partition(b"\n")[2]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fl_adapters.dashboard.federation.following import Follower
-from fl_adapters.environments.download import job_file
+from fl_adapters.environments.download import event_files, event_key, job_file, too_many_events
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import ConfigError, FederationError, ProtocolError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.text import parse_json
 from fl_runtime.trainings import EVENTS, training_folder
@@ -89,7 +89,7 @@ class JobEvents:
             return False
         event = answer["event"]
         self._next = int(answer["number"]) + 1
-        key = _key(event)
+        key = event_key(event)
         oldest = next(reversed(self._latest), (0.0, "", ""))[0] - _OVERLAP_S
         if key[0] >= oldest and key not in self._latest:
             if event["kind"] == "started":
@@ -107,30 +107,19 @@ class JobEvents:
         control = ControlClient(self._transport)
         settings = control.ask("ShowJob", job=self._job).get("settings")
         self._write(self.folder / "job.yml", job_file(settings), "w")
-        for number in itertools.count(1):
-            file = training_folder(Path(), number) / EVENTS
-            try:
-                data = self._whole(control, file.as_posix())
-            except ConfigError:  # there is no such training
-                return
-            lines = data.decode(errors="replace").splitlines()
-            if data and not data.endswith(b"\n"):
-                lines.pop()  # which is being written, and comes again as an event
-            self._training = number
-            self._add(number, lines)
-            for line in lines:
-                try:
-                    self._remember(_key(parse_json(line, limit_chars=_LINE_CHARS)))
-                except (ValueError, KeyError, TypeError):
-                    continue
+        with suppress(ConfigError):  # it has no events yet
+            for number, data in enumerate(event_files(control, self._job, _MOST_BYTES), 1):
+                self._take_file(number, data)
 
-    def _whole(self, control: ControlClient, file: str) -> bytes:
-        data = bytearray()
-        for piece in control.stream("Download", job=self._job, file=file):
-            data += piece
-            if len(data) > _MOST_BYTES:
-                raise _too_long(self._job)
-        return bytes(data)
+    def _take_file(self, number: int, data: bytes) -> None:
+        lines = data.decode(errors="replace").splitlines()
+        if data and not data.endswith(b"\n"):
+            lines.pop()  # which is being written, and comes again as an event
+        self._training = number
+        self._add(number, lines)
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):
+                self._remember(event_key(parse_json(line, limit_chars=_LINE_CHARS)))
 
     def _remember(self, key: tuple[float, str, str]) -> None:
         """Remember an event, and forget those that are too old to come again."""
@@ -142,7 +131,7 @@ class JobEvents:
         text = "".join(f"{line}\n" for line in lines)
         self._bytes += len(text)
         if self._bytes > _MOST_BYTES:
-            raise _too_long(self._job)
+            raise too_many_events(self._job, _MOST_BYTES)
         self._write(training_folder(self.folder, training) / EVENTS, text, "a")
 
     def _write(self, path: Path, text: str, mode: str) -> None:
@@ -152,15 +141,3 @@ class JobEvents:
                 file.write(text)
         except OSError as error:
             raise disk_error(error, path) from error
-
-
-def _key(event: Mapping[str, Any]) -> tuple[float, str, str]:
-    """What tells an event from all others of its job."""
-    return float(event["time"]), str(event["kind"]), str(event["site"])
-
-
-def _too_long(job: str) -> ProtocolError:
-    return ProtocolError(
-        f"the events of the job {job} have more than {_MOST_BYTES >> 20} MiB",
-        fix="download its results after its end: fl-adapters job download",
-    )

@@ -76,12 +76,3 @@ class Rights:
         """
         submitter = job.submitter or self.who
         return tuple(act for act in ACTS if job.state in act.states and permissions.may(self.who, act.call, submitter))
-
-    def act(self, name: str, job: Job) -> Act | None:
-        """Return the act of this call if the admin may do it with the job, else None.
-
-        Args:
-            name: Name of the call, as the browser sent it.
-            job: The job.
-        """
-        return next((act for act in self.acts_on(job) if act.call == name), None)

@@ -20,7 +20,6 @@ from fl_runtime.trainings import EVENTS
 _KEPT = 8
 """Records kept in memory, those that were looked at last: one of 50 sites, 200 rounds and 10 metrics takes 20 MB."""
 _MOST_RUNS = 1_000
-_TAIL_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -136,18 +135,6 @@ class RunsFolder:
                 return place
         shown = printable(name, 200)
         raise ConfigError(f"there is no run {shown!r}", where=str(self.folder), fix="choose one from the list")
-
-
-def log_tail(path: Path) -> str:
-    """Return the last lines of a log, at most 64 KiB of them; "" if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _TAIL_BYTES))
-            text = file.read(_TAIL_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return text if size <= _TAIL_BYTES else text.partition("\n")[2]
 
 
 def _below(folder: Path, prefix: str) -> Iterator[tuple[str, float]]:

@@ -13,7 +13,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from fl_adapters.dashboard.page import link, live, page, tabs
-from fl_adapters.dashboard.runs.folder import Overview, RunsFolder, log_tail
+from fl_adapters.dashboard.runs.folder import Overview, RunsFolder
+from fl_adapters.environments.logs import last_lines
 from fl_adapters.environments.report.comparison import comparison_sections, summaries
 from fl_adapters.environments.report.document import table, tag
 from fl_adapters.environments.report.page import run_page, run_sections, run_summary
@@ -21,6 +22,7 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.transport.waiting import duration_text
 
 _MOST_COMPARED = 12
+_TAIL_BYTES = 2**16  # of the output of a site
 _SHOWN = {
     "": ("Metrics by round", "Warnings"),
     "sites": ("Time and bytes", "Sites", "Each model on each site's data", "Filters"),
@@ -115,7 +117,7 @@ class RunsSection:
         if site not in found:
             raise ConfigError(f"there is no output of site {site[:100]!r}", fix="choose a site on the run's page")
         back = tag("p", link(name, f"{self.path}/run/{_quoted(name)}"), " / output", class_="crumbs")
-        text = log_tail(found[site]) or "Nothing yet."
+        text = "\n".join(last_lines(found[site], _TAIL_BYTES)) or "Nothing yet."
         shown = tag("pre", text, class_="log", tabindex="0", aria_label=f"End of the output of {site}")
         return page(request, f"Output of {site}", back, live("log", shown), tag("p", str(found[site]), class_="soft"))
 

@@ -1,5 +1,5 @@
 """Models that a run has left, opened with the call of the framework that trained them."""
 
-from fl_adapters.environments.models.opening import Which, load_model
+from fl_adapters.environments.models.opening import FOLDERS, Which, load_model
 
-__all__ = ["Which", "load_model"]
+__all__ = ["FOLDERS", "Which", "load_model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ Which = Literal["final", "best"]
 
 _TENSORS = "model.safetensors"
 _HEADER_BYTES = 100 * 2**20
-_FOLDERS = {"final": "model", "best": "best"}
+FOLDERS: Mapping[Which, str] = {"final": "model", "best": "best"}
+"""Which model -> its folder within that of the run."""
 _WRITERS = {
     "modules.json": "hf",  # of sentence-transformers, which has a config.json too
     "adapter_config.json": "hf",
@@ -57,9 +59,9 @@ def load_model(run: Path, into: Any = None, *, which: Which = "final", partial: 
         StateMismatchError: The model does not fit `into`.
         ImportError: The framework is not installed.
     """
-    if which not in _FOLDERS:
+    if which not in FOLDERS:
         raise ConfigError(f"there is no model {which!r}", where="load(which=)", fix='choose "final" or "best"')
-    folder = run / _FOLDERS[which]
+    folder = run / FOLDERS[which]
     if not any(folder.glob("*")):
         raise _missing(run, which)
     adapter = _adapter(folder, into)
@@ -93,7 +95,7 @@ def _adapter(folder: Path, into: Any) -> str:
 
 
 def _missing(run: Path, which: Which) -> ConfigError:
-    if which == "best" and any((run / _FOLDERS["final"]).glob("*")):
+    if which == "best" and any((run / FOLDERS["final"]).glob("*")):
         return ConfigError(
             "the run has no best model, since no round has a score",
             where=str(run),
@@ -101,7 +103,7 @@ def _missing(run: Path, which: Which) -> ConfigError:
         )
     return ConfigError(
         f"there is no {which} model in {run}",
-        where=str(run / _FOLDERS[which]),
+        where=str(run / FOLDERS[which]),
         fix="name the folder of a run that has ended, or fetch it: fl-adapters job download",
     )
 

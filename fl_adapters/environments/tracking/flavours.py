@@ -6,11 +6,11 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from fl_adapters.environments.models.opening import Which, load_model
+from fl_adapters.environments.models import FOLDERS, load_model
 
 _FLAVOURS = {"model.ubj": "xgboost", "model.keras": "keras"}
 """File of an exported model -> its framework, which has the same name as MLflow's module for it."""
-_KINDS: dict[str, Which] = {"model": "final", "best": "best"}
+_KINDS = {folder: which for which, folder in FOLDERS.items()}
 
 
 def save_as_mlflow_model(folder: Path, out: Path) -> Path | None:

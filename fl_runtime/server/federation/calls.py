@@ -209,17 +209,14 @@ class JobCalls:
             yield from self._changes(peer, told, lambda: self._what_there_is(caller, outcomes))
 
     def _changes(self, peer: Peer, told: _Fields, look: Callable[[], _Fields]) -> Iterator[_Fields]:
-        """Tell what there is whenever it is not what was told, and give a sign of life now and then."""
-        told_at = time.monotonic()
-        for _ in self._looks(peer):
-            now = look()
-            if now != told:
-                yield {**now, "ended": {}, "follows": True, "time": time.time()}
-            elif time.monotonic() < told_at + BEAT_S:
-                continue
-            else:
-                yield {"waiting": True}
-            told, told_at = now, time.monotonic()
+        """Tell what there is whenever it is not what was told."""
+
+        def news() -> _Fields | None:
+            nonlocal told
+            before, told = told, look()
+            return {**told, "ended": {}, "follows": True, "time": time.time()} if told != before else None
+
+        return self._followed(peer, news)
 
     def _what_there_is(self, caller: Identity, outcomes: dict[tuple[str, float | None], _Fields]) -> dict[str, Any]:
         """Sites and jobs as they are at this moment. `outcomes` keeps those that have been read."""
@@ -249,13 +246,19 @@ class JobCalls:
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
         }
 
-    def _looks(self, peer: Peer) -> Iterator[None]:
-        """Yield now and then until the caller ends its call. Raises ConnectionLostError if the server is stopped."""
-        left = self._woken_by(peer)
+    def _followed(self, peer: Peer, news: Callable[[], _Fields | None]) -> Iterator[_Fields]:
+        """Tell what is new, and give a sign of life now and then, until the caller ends its call.
+
+        Raises ConnectionLostError if the server is stopped.
+        """
+        left, told_at = self._woken_by(peer), time.monotonic()
         while not left.wait(_LOOK_S):
             if self._queue.closed:
                 raise ConnectionLostError("the server is being stopped", fix="wait until it is back")
-            yield
+            answer = news()
+            if answer is not None or time.monotonic() >= told_at + BEAT_S:
+                yield answer or {"waiting": True}
+                told_at = time.monotonic()
 
     def _site_states(self) -> dict[str, str]:
         """What each site of the federation does at this moment: what jobs it is in, or that it waits or is absent."""
@@ -387,16 +390,14 @@ class JobCalls:
             raise ProtocolError(f"the lines of an audit log are asked for by a count of 1 to {_MOST_LINES}")
         lines = lines_before(self._kit.folder, count, end)
         yield _told_lines(lines)
-        told_at = time.monotonic()
-        for _ in self._looks(peer) if fields.get("follow") is True and end is None else ():
-            added = lines_after(self._kit.folder, lines.end)
-            if added.entries:
-                yield _told_lines(added)
-            elif time.monotonic() < told_at + BEAT_S:
-                continue
-            else:
-                yield {"waiting": True}
-            lines, told_at = added, time.monotonic()
+
+        def added() -> _Fields | None:
+            nonlocal lines
+            lines = lines_after(self._kit.folder, lines.end)
+            return _told_lines(lines) if lines.entries else None
+
+        if fields.get("follow") is True and end is None:
+            yield from self._followed(peer, added)
 
     def _permitted(self, caller: Identity, call: str, fields: _Fields) -> str:
         """Name of the job that a call is about, if the table of permissions lets its caller do that with it."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fl_runtime.errors import StoreError
+from fl_runtime.trust.files import open_lock, unwritable
 
 _LOCK = ".lock"
 _LOOK_S = 0.05
@@ -34,11 +35,9 @@ def changing(authority_folder: Path, *, create: bool = False) -> Iterator[None]:
     try:
         authority_folder.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         authority_folder.mkdir(exist_ok=True, mode=0o700)
-        descriptor = os.open(authority_folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StoreError(
-            f"{authority_folder} cannot be written: {error.strerror}", fix="check the folder's owner and its disk"
-        ) from None
+        raise unwritable(authority_folder, error) from None
+    descriptor = open_lock(authority_folder / _LOCK)
     try:
         if os.name == "posix":  # other systems: only one process may change it
             _wait(descriptor, authority_folder)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from fl_runtime.errors import ConfigError, StoreError
-from fl_runtime.trust.files import read_file, write_file
+from fl_runtime.errors import ConfigError
+from fl_runtime.trust.files import open_lock, read_file, write_file
 
 _Result = TypeVar("_Result")
 _PENDING = ".replacing.json"
@@ -112,12 +112,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: If the folder cannot be written.
     """
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StoreError(
-            f"{folder} cannot be written: {error.strerror}", fix="check the folder's owner and its disk"
-        ) from None
+    descriptor = open_lock(folder / _LOCK)
     try:
         if os.name == "posix":  # other systems: only one process may change it
             import fcntl
