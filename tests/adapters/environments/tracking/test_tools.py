@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from study import until
 
 import fl_adapters as fl
 from fl_adapters.environments.simulation import SimulationResult
@@ -95,6 +96,8 @@ def records_of(file: bytes) -> Iterator[bytes]:
             at += left
             continue
         size, kind = int.from_bytes(file[at + 4 : at + 6], "little"), file[at + 6]
+        if at + 7 + size > len(file):  # it is still being written
+            return
         parts += file[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -164,9 +167,13 @@ def test_wandb_offline_has_what_the_history_has(here: Path, monkeypatch: pytest.
     (file,) = here.glob("wandb/offline-run-*/run-*.wandb")
     found: dict[tuple[str, int], float] = {}
     names, exits = set(), []
-    for data in records_of(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+
+    def records() -> list[Any]:
+        return [wandb_internal_pb2.Record.FromString(data) for data in records_of(file.read_bytes())]
+
+    # W&B's own process writes the file, and may do so after the run has been ended here
+    until(lambda: any(record.HasField("exit") for record in records()), "the run's end in its file")
+    for record in records():
         values = {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
         if "round" in values:
             number = int(values.pop("round"))
