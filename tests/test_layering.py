@@ -9,7 +9,7 @@ import pytest
 from source_tree import INTEGRATIONS, SOURCES, imports
 
 # Part of fl_runtime -> the parts that it may import besides itself. A new part must be given its place here.
-GROUND = {"types", "errors", "version", "capabilities", "tensor_names", "trainings", "text", "yaml_files"}
+GROUND = {"types", "errors", "version", "capabilities", "tensor_names", "text", "yaml_files"}
 RUNTIME = {
     "types": set[str](),
     "errors": {"text"},
@@ -17,16 +17,16 @@ RUNTIME = {
     "capabilities": set[str](),
     "tensor_names": set[str](),
     "version": {"errors"},
-    "trainings": set[str](),
     "yaml_files": {"errors"},
     "wire": GROUND,
     "filters": GROUND,
     "aggregation": GROUND,
     "trust": GROUND,
+    "secure_sum": GROUND,
     "transport": GROUND | {"wire"},
     "store": GROUND | {"wire"},
-    "server": GROUND | {"wire", "filters", "aggregation", "trust", "transport", "store"},
-    "client": GROUND | {"wire", "filters", "aggregation", "trust", "transport", "store"},
+    "server": GROUND | {"wire", "filters", "aggregation", "trust", "secure_sum", "transport", "store"},
+    "client": GROUND | {"wire", "filters", "aggregation", "trust", "secure_sum", "transport", "store"},
 }
 
 # Third-party module -> the start of the names of those who may import it. `*` stands for any integration.
@@ -36,7 +36,7 @@ OWNERS = dict.fromkeys(FRAMEWORKS, ("*",)) | {
     "torch": ("fl_adapters.torch.", "*"),
     "peft": ("fl_adapters.torch.", "*"),
     "grpc": ("fl_runtime.transport",),
-    "cryptography": ("fl_runtime.trust",),
+    "cryptography": ("fl_runtime.trust", "fl_runtime.secure_sum"),
     "pyzipper": ("fl_runtime.trust",),
     "dp_accounting": ("fl_runtime.filters",),
     "opacus": ("fl_adapters.torch.",),

@@ -11,7 +11,7 @@ from typing import Any
 from fl_adapters.environments import logs
 from fl_adapters.environments.progress.text import event_text
 from fl_runtime.text import parse_json, printable
-from fl_runtime.trainings import EVENTS
+from fl_runtime.types.trainings import EVENTS
 
 _READ_BYTES = 2**20
 _LINE_CHARS = 400
