@@ -15,6 +15,7 @@ from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 from statistics import median
+from xml.etree import ElementTree
 
 import pytest
 from packaging.requirements import Requirement
@@ -243,3 +244,13 @@ def test_import_takes_at_most_twice_as_long_as_numpy(installed: Path, tmp_path: 
     pairs = [(seconds("numpy"), seconds("fl_adapters")) for _ in range(9)]
     numpy_s, ours_s = median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
     assert ours_s <= 2 * numpy_s
+
+
+def test_the_recording_in_the_readme_moves_without_a_script_and_names_no_machine() -> None:
+    recording = ROOT / "docs/pictures/terminal.svg"
+    svg = recording.read_text("utf-8")
+    kinds = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
+    assert kinds <= {"svg", "style", "defs", "clipPath", "rect", "text", "g", "circle"}
+    assert svg.count("translateY(") >= 10 and "@keyframes" in svg
+    assert not re.search(r"\bon\w+=|href|url\((?!#)|@import|/(tmp|home|root|work|usr)\b", svg)
+    assert len(svg) < 300_000

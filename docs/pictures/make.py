@@ -1,4 +1,4 @@
-"""Makes the pictures of the README from a run of an example: the screen while it lasts, the report, the dashboard.
+"""Makes the pictures of the README from a run of an example: a recording of the screen, the report, the dashboard.
 
     make pictures
 
@@ -14,52 +14,156 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.segment import SegmentLines
 from rich.text import Text
 
 from fl_adapters import Job, Simulation
+from fl_adapters.cli.simulate import sum_up
+from fl_adapters.environments.local import SimulationResult
 from fl_adapters.environments.progress import RunView
 from fl_adapters.environments.progress.screen import run_screen
 from fl_runtime.types import Event
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = "examples/torch/image_classification/train_federated.py"
+SCRIPT = HERE.parents[1] / "examples/torch/image_classification/train_federated.py"
 SITES = ("north", "south", "east", "west")
-ROUNDS, SHOWN_ROUND = 24, 17
-WIDTH = 92
+ROUNDS, STEPS = 8, 250  # rounds, and steps of each, so that it takes a while
+ARGS = ("--data", "digits")
 COLORS = 64  # of a page's picture
-FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # from another host; the reader's own font will do
+
+WIDTH, HEIGHT = 92, 30  # columns and rows of the recorded terminal
+FRAME_S = 0.4  # least time between two frames
+PAUSE_S = 1.0  # longest time between two frames: the start of the processes would be long to look at
+LAST_S = 6.0  # how long the end of the run stays
+UNSEEN = re.compile(r' clip-path="url\(#screen-line-\d+\)"|<text [^>]*>(?:&#160;|\s)*</text>')  # shows nothing
+FILM = """\
+<svg class="rich-terminal" viewBox="0 0 {{width}} {height}" xmlns="http://www.w3.org/2000/svg">
+<!-- Generated with Rich https://www.textualize.io -->
+<style>
+.screen-matrix {{{{ font-family: Fira Code, monospace; font-size: 20px; line-height: 24.4px }}}}
+.screen-title {{{{ font-size: 18px; font-weight: bold; font-family: arial }}}}
+{{styles}}
+.film {{{{ animation: film {seconds:.1f}s step-end infinite }}}}
+@keyframes film {{{{ {keyframes} }}}}
+@media (prefers-reduced-motion: reduce) {{{{ .film {{{{ animation: none }}}} }}}}
+</style>
+<defs><clipPath id="window"><rect width="{{terminal_width}}" height="{inside}"/></clipPath></defs>
+<rect fill="#292929" stroke="#888" x="1" y="1" width="{{terminal_width}}" height="{window}" rx="8"/>
+<text class="screen-title" fill="#c5c8c6" text-anchor="middle" x="50%" y="27">fl-adapters</text>
+<g transform="translate(26,22)">
+<circle r="7" fill="#ff5f57"/><circle cx="22" r="7" fill="#febc2e"/><circle cx="44" r="7" fill="#28c840"/>
+</g>
+<g transform="translate({{terminal_x}}, {{terminal_y}})" clip-path="url(#window)">
+<g class="film" transform="translate(0, {still})">{{backgrounds}}<g class="screen-matrix">{{matrix}}</g></g>
+</g>
+</svg>
+"""
+"""The recording: all frames, one below the other, move behind a window of the height of one. Rich fills in the rest."""
+ROW = 24.4  # height of a row in rich's pictures, in pixels
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the terminal shows from a moment on.
+
+    Attributes:
+        at_s: The moment, in seconds since the start of the run.
+        ansi: The text, with the escape codes of its colours.
+    """
+
+    at_s: float
+    ansi: str
 
 
 class Camera:
-    """Listener that keeps the screen as it is in the middle of a round: some sites have answered, others train.
+    """Listener that records the screen of a run, as often as it changes visibly.
 
     Args:
         command: The command that the screen follows.
 
     Attributes:
-        svg: The picture; "" before that round.
+        view: The state of the run.
+        frames: What was recorded.
     """
 
     def __init__(self, command: str) -> None:
-        self._view, self._command, self._begins = RunView(), command, 0
-        self.svg = ""
+        self.view, self.frames = RunView(), [_frame(0.0, prompt := Text(f"$ {command}", style="bold"))]
+        self._prompt = prompt
 
     def __call__(self, event: Event) -> None:
-        self._view(event)
+        self.view(event)
         if event.kind == "starting":
-            self._view.folder = f"runs/{self._view.job}"  # not the temporary folder
-        if not self.svg and event.kind == "update" and event.round == SHOWN_ROUND and len(self._view.answered) == 2:
-            console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
-            console.print(Text(f"$ {self._command}", style="bold"))
-            console.print(run_screen(self._view, WIDTH))
-            svg = console.export_svg(title="fl-adapters", unique_id="screen")
-            self.svg = FONTS.sub("", svg)
+            self.view.folder = f"runs/{self.view.job}"  # not the temporary folder
+        at_s = time.monotonic() - self.view.began
+        if at_s - self.frames[-1].at_s >= FRAME_S:
+            self.frames.append(_frame(at_s, self._prompt, run_screen(self.view, WIDTH)))
+
+    def end(self, result: SimulationResult) -> None:
+        """Record what the command prints at the end.
+
+        Args:
+            result: Result of the run.
+        """
+        console = _console()
+        console.print(self._prompt)
+        console.print(run_screen(self.view, WIDTH))
+        sum_up(result, console, self.view.best_metric)
+        self.frames.append(Frame(time.monotonic() - self.view.began, _shown(console)))
+
+
+def _console() -> Console:
+    return Console(width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor", markup=False)
+
+
+def _shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _frame(at_s: float, *parts: RenderableType) -> Frame:
+    console = _console()
+    for part in parts:
+        console.print(part)
+    return Frame(at_s, _shown(console))
+
+
+def film(frames: Sequence[Frame]) -> str:
+    """Return an animated picture of frames, as SVG without a script. It begins again after its end, and shortens waits.
+
+    Where nothing moves, because the reader has asked for that, it shows the frame in the middle.
+
+    Args:
+        frames: The frames, in their order.
+    """
+    strip = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
+    for frame in frames:
+        lines = strip.render_lines(Text.from_ansi(frame.ansi, overflow="fold"), pad=False)[-HEIGHT:]
+        strip.print(SegmentLines(lines, new_lines=True), end="")
+        strip.print("\n" * (HEIGHT - len(lines)), end="")
+    shown_s = list(accumulate((min(b.at_s - a.at_s, PAUSE_S) for a, b in pairwise(frames)), initial=0.0))
+    seconds, inside = shown_s[-1] + LAST_S, HEIGHT * ROW
+    keyframes = " ".join(
+        f"{begin / seconds:.2%} {{{{ transform: translateY({-number * inside:.1f}px) }}}}"
+        for number, begin in enumerate(shown_s)
+    )
+    code = FILM.format(
+        height=f"{inside + 51:.1f}",
+        window=f"{inside + 49:.1f}",
+        inside=f"{inside:.1f}",
+        seconds=seconds,
+        keyframes=keyframes,
+        still=f"{-(len(frames) // 2) * inside:.1f}",
+    )
+    return UNSEEN.sub("", strip.export_svg(title="fl-adapters", unique_id="screen", code_format=code))
 
 
 def photograph(page: str, out: Path, *, width: int, height: int) -> None:
@@ -95,18 +199,28 @@ def dashboard(runs: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    camera = Camera(f"fl-adapters simulate train_federated.py --sites {','.join(SITES)} --rounds {ROUNDS}")
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(app=SCRIPT, name="digits", rounds=ROUNDS, best_metric="accuracy", best_mode="max")
-        environment = Simulation(sites=SITES, args=["--data", "digits"], folder=folder, listeners=[camera])
+    options = f"--sites {','.join(SITES)} --rounds {ROUNDS} --every {STEPS}"
+    command = f"fl-adapters simulate {SCRIPT.name} {options} -- {' '.join(ARGS)}"
+    camera = Camera(command)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        job = Job(
+            app=str(SCRIPT),
+            name="digits",
+            rounds=ROUNDS,
+            every=STEPS,
+            best_metric="accuracy",
+            best_mode="max",
+        )
+        environment = Simulation(sites=SITES, args=ARGS, listeners=[camera], quiet=True)
         result = job.run(environment)
-        (HERE / "terminal.svg").write_text(camera.svg, encoding="utf-8")
+        camera.end(result)
+        (HERE / "terminal.svg").write_text(film(camera.frames), encoding="utf-8")
         photograph((result.folder / "report.html").as_uri(), HERE / "report.png", width=1100, height=1000)
-        with dashboard(Path(folder)) as address:
+        with dashboard(result.folder.parent) as address:
             page = address.replace("/?", f"/runs/run/{result.job}?")
             photograph(page, HERE / "dashboard.png", width=1100, height=900)
     for picture in sorted(HERE.glob("*.*g")):
-        print(f"{picture.relative_to(Path.cwd())}: {picture.stat().st_size / 1000:.0f} kB")
+        print(f"{picture.name}: {picture.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

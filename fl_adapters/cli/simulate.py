@@ -64,7 +64,7 @@ def run(options: SimulateOptions, as_json: bool) -> int:
         if as_json:
             show_json(_json_fields(result))
         else:
-            _sum_up(result, console, listener.view.best_metric)
+            sum_up(result, console, listener.view.best_metric)
     return 0
 
 
@@ -80,7 +80,7 @@ def resume(folder: Path, as_json: bool) -> int:
         if as_json:
             show_json(_json_fields(result))
         else:
-            _sum_up(result, console, listener.view.best_metric)
+            sum_up(result, console, listener.view.best_metric)
     return 0
 
 
@@ -137,8 +137,14 @@ def _simulate(options: SimulateOptions, job: Job, listener: Listener) -> Simulat
     return job.run(simulation)
 
 
-def _sum_up(result: SimulationResult, console: Console, best_metric: str) -> None:
-    """Print the rounds, where the results are, and what to do with them."""
+def sum_up(result: SimulationResult, console: Console, best_metric: str) -> None:
+    """Print the rounds of a simulation, where its results are, and what to do with them.
+
+    Args:
+        result: The result.
+        console: Where to print it.
+        best_metric: The metric that decides the best round; "" for none.
+    """
     several = len(result.trainings) > 1
     for training in result.trainings:
         title = f"{result.job}, training {training.number}" if several else result.job

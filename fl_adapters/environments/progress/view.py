@@ -42,7 +42,9 @@ class SiteView:
 
     @property
     def done(self) -> float:
-        """Share of the steps of the site's round that are made, from 0 to 1; 0 if unknown."""
+        """Share of the site's round that is done, by its steps, from 0 to 1; 0 if unknown, 1 after its update."""
+        if self.state in ("waiting", "final", "done"):
+            return 1.0
         return min(self.steps / self.of_steps, 1.0) if self.steps and self.of_steps else 0.0
 
     @property
@@ -149,7 +151,8 @@ class RunView:
             case "task_sent":
                 site.state, site.round = "final" if event.round in self.metrics else "training", event.round
                 site.bytes_down += data["bytes"]
-                site.steps, site.train_s = 0 if site.of_steps else None, None
+                if site.state == "training":
+                    site.steps, site.train_s = 0 if site.of_steps else None, None
             case "steps" if event.round == site.round and site.state == "training":
                 site.steps, site.of_steps, site.train_s = data["done"], data["total"], data["train_s"]
             case "update":

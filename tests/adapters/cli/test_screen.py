@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from fl_adapters.cli.live import LiveView, live_table, rounds_table, shown_progress
+from fl_adapters.environments.progress import RunView
 from fl_adapters.environments.progress.screen import sparkline
 from fl_runtime.server import RoundResult
 from fl_runtime.types import Event
@@ -175,3 +176,21 @@ def test_the_end_is_estimated_from_the_rounds_that_are_done() -> None:
         listener(event)
     assert listener.view.done == pytest.approx(6.5 / ROUNDS)
     assert listener.view.left_s == pytest.approx(13.5 * (ROUNDS - 6.5))
+
+
+@pytest.mark.parametrize("total", [120, None])
+def test_the_bar_of_a_site_is_whole_after_its_update_and_in_the_end(total: int | None) -> None:
+    view = RunView()
+    for event in events(["clinic"], answered=0):
+        view(event)
+    assert view.sites["clinic"].done == 0.0
+    view(Event("steps", 0.0, 7, "clinic", {"done": 60, "total": total, "train_s": 4.0}))
+    assert view.sites["clinic"].done == (0.5 if total else 0.0)
+    facts = {"num_examples": 1000, "bytes_up": 1, "seconds": 9.0, "status": "used", "metrics": {}}
+    view(Event("update", 0.0, 7, "clinic", facts))
+    assert view.sites["clinic"].done == view.round_done == 1.0
+    sums = {"bytes_up": 1, "bytes_down": 1, "missing": (), "sites": ["clinic"], "seconds": 9.0}
+    view(Event("round_finished", 0.0, 7, "", {"metrics": {"train_loss": 0.1}, **sums}))
+    view(Event("task_sent", 0.0, 7, "clinic", {"bytes": 1}))  # the final model
+    view(Event("left", 0.0, 7, "clinic", {"early": False, "reason": ""}))
+    assert (view.sites["clinic"].state, view.sites["clinic"].done) == ("done", 1.0)
