@@ -225,13 +225,13 @@ class Production:
         began = time.monotonic()
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         targets = (*(job.track if isinstance(job, Job) else ()), *self.trackers)
-        make_trackers(targets)  # reports a package that is missing before the job is submitted
+        trackers = make_trackers(targets)  # reports what is missing before the job is submitted
         name = job if isinstance(job, str) else submit(control, job)
         shown = control.ask("ShowJob", job=name, patience_s=patience_s)
         settings = shown["settings"]
         facts_of_job = f"{name} {shown.get('submitted_at')} {shown.get('submitted_by')}"
         identity = hashlib.sha256(facts_of_job.encode()).hexdigest()[:32]
-        tracking = Tracking(targets, name, identity, settings)
+        tracking = Tracking(trackers, name, identity, settings)
         tell = FanOut((tracking, *self.listeners, *printers))
         remote = RemoteJob(control, name, tell, patience_s)
         place = f"{remote.name} of the server's data folder"

@@ -32,6 +32,7 @@ from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.remote import RemoteJob
 from fl_adapters.environments.tracking import Tracker, Tracking
+from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import KIT_VARIABLE
@@ -95,12 +96,13 @@ class ProofOfConcept:
         command = script_command(job, self.args, module=self.module)
         sites = select_sites(job, self.sites)
         visible_devices(self.gpus)  # reports a GPU that is not there before anything is made
+        trackers = make_trackers((*job.track, *self.trackers))
         folder = Path(self.folder).resolve()
         job = job.model_copy(update={"name": _free_name(folder, job), "sites": sites})
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
         params = job.model_dump(mode="json", exclude={"track"})
-        tracking = Tracking((*job.track, *self.trackers), job.name, uuid.uuid4().hex, params)
+        tracking = Tracking(trackers, job.name, uuid.uuid4().hex, params)
         tell = FanOut((tracker, tracking, *self.listeners, *printers))
         run = LocalRun(job.settings(sites), folder / job.name, tracker, tell)
         with (

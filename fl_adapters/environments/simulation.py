@@ -123,7 +123,7 @@ class Simulation:
         sites = select_sites(job, self.sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
         visible_devices(self.gpus)
-        make_trackers((*job.track, *self.trackers))  # reports a package that is missing
+        trackers = make_trackers((*job.track, *self.trackers))  # reports what is missing before a folder is made
         if virtual:
             virtual.check(job, settings)
         folder = make_run_folder(Path(self.folder).resolve(), job)
@@ -133,7 +133,7 @@ class Simulation:
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
         gpus = tuple(map(str, self.gpus))
         resuming.save(folder, StartArguments(sites, tuple(self.args), self.module, gpus, self.engine, self.workers))
-        return self._run(job, sites, folder, command, began)
+        return replace(self, trackers=trackers)._run(job, sites, folder, command, began)
 
     def resume(self, folder: str | Path) -> SimulationResult:
         """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
@@ -157,6 +157,7 @@ class Simulation:
         started, job = resuming.load(folder)
         again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
         again = replace(again, engine=started.engine, workers=started.workers)
+        again = replace(again, trackers=make_trackers((*job.track, *self.trackers)))
         if (source := again._source()) and Path(job.app).resolve() != folder / _SCRIPT:
             raise ConfigError(f"this run has begun with {job.app}", where="Simulation(script=)", fix="leave script out")
         if source:
@@ -170,7 +171,7 @@ class Simulation:
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
         params = {**job.model_dump(mode="json", exclude={"track"}), "sites": sites}
-        tracking = Tracking.of_folder((*job.track, *self.trackers), job.name, folder, params)
+        tracking = Tracking.of_folder(self.trackers, job.name, folder, params)
         run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, tracking, *self.listeners, *printers)))
         with tracking.until_the_end(folder):
             return self._followed(job, run, command, began)

@@ -19,6 +19,7 @@ from fl_adapters.cli.output import report_errors, show_json
 from fl_adapters.environments.listeners import FanOut
 from fl_adapters.environments.progress import ProgressLines, counted
 from fl_adapters.environments.remote import job_fields
+from fl_adapters.environments.tracking.server import ServerTracking
 from fl_adapters.extras import needs_metrics_extra, needs_trust_extra
 from fl_adapters.job import Job
 from fl_runtime.errors import ConfigError, FederationError
@@ -30,6 +31,7 @@ from fl_runtime.types import RunSettings
 if TYPE_CHECKING:
     from fl_adapters.cli.monitoring.server_metrics import ServerMetrics
     from fl_runtime.server.federation.federation import FederationServer
+    from fl_runtime.trust.identity import Identity
     from fl_runtime.trust.kits import StartupKit
 
 _LOOK_S = 0.2
@@ -45,6 +47,7 @@ def run(
     as_json: bool,
     store_file: Path | None = None,
     log: LogOptions = STDERR,
+    track: tuple[str, ...] = (),
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
@@ -61,6 +64,7 @@ def run(
         use_one_arena()
         _raise_file_limit()
         job = None if job_file is None else Job.from_file(job_file)
+        tracking = ServerTracking((*track, *(job.track if job else ())), say)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
@@ -83,6 +87,7 @@ def run(
                         (
                             *((counted_rounds,) if counted_rounds else ()),
                             *((runs.view_of(name),) if runs else ()),
+                            tracking.listener_of(server.queue.record(name)),
                             ProgressLines(partial(say, job=name)),
                         )
                     ),
@@ -91,9 +96,11 @@ def run(
                 )
                 try:
                     with watched.serving(server) if watched else nullcontext():
-                        return _serve(server, kit, folder, job, lambda: not stop.wait(_LOOK_S), may_go_on, as_json)
+                        goes_on = lambda: not stop.wait(_LOOK_S)  # noqa: E731
+                        return _serve(server, kit, folder, job, goes_on, may_go_on, tracking, as_json)
                 finally:
                     server.close()
+                    tracking.close()
 
             if store_file is None:
                 return serve(Storage(), lambda: True) or 0
@@ -108,6 +115,7 @@ def _serve(
     job: Job | None,
     goes_on: Callable[[], bool],
     may_go_on: Callable[[], bool],
+    tracking: ServerTracking,
     as_json: bool,
 ) -> int | None:
     """Serve until the process is stopped or the job has ended; returns its exit status, or None if it may not go on."""
@@ -118,16 +126,19 @@ def _serve(
         say(f"the certificate expires in {kit.certificate.days_left():.0f} days", warning=True)
     told = {record.name for record in server.queue.records() if record.ended}
     name = None if job is None else _start_job(server, job, kit.identity)
-    while goes_on():
+    going_on = True
+    while going_on:
+        going_on = goes_on()
         if not may_go_on():
             return None
         if server.queue.halted:
             raise server.queue.halted
-        ended = [record.name for record in server.queue.records() if record.ended]
-        for item in ended:
+        ended = {record.name: record for record in server.queue.records() if record.ended}
+        for item, record in ended.items():
             if item not in told:
                 outcome = server.outcome(item)
                 say(_summary(outcome, with_error=item != name), item, warning=bool(outcome["error"]))
+                tracking.end(record, data / item)
         told = set(ended)  # one that is resumed is told again
         if name in told:
             return _finish(server.outcome(name), as_json)
@@ -180,14 +191,13 @@ def _check_for_jobs_elsewhere(folder: Path, federation: str) -> None:
     )
 
 
-def _start_job(server: Any, job: Job, identity: Any) -> str:
+def _start_job(server: FederationServer, job: Job, identity: Identity) -> str:
     """Submit the file's job, or continue it if an earlier server left it waiting or running. Returns its name."""
     chosen = "name" in job.model_fields_set
     for record in server.queue.records():
         if not record.ended and (record.name == job.name or not chosen):
-            return str(record.name)
-    name: str = server.submit({**job_fields(job), "track": job.track}, identity)
-    return name
+            return record.name
+    return server.submit(job_fields(job), identity)
 
 
 def _summary(outcome: Mapping[str, Any], *, with_error: bool) -> str:

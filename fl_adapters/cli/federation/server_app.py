@@ -34,6 +34,7 @@ server = typer.Typer(
     "  fl-adapters server --kit kits/server --data /var/lib/fl-adapters\n"
     "  fl-adapters server --kit kits/server --metrics 9464\n"
     "  fl-adapters server --kit kits/server --log-format json --log-file /var/log/fl-adapters.log\n"
+    "  fl-adapters server --kit kits/server --track mlflow:http://127.0.0.1:5000\n"
     "  fl-adapters server --kit kits/server --job job.yml --json",
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -66,6 +67,13 @@ def serve(
         Path | None,
         typer.Option(help="File (YAML) with `database` and `tensors` that several servers share; one serves."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Track all jobs from this server: mlflow:URI, wandb[:PROJECT] or tensorboard[:DIR]. May be given "
+            "several times."
+        ),
+    ] = None,
     log_format: Annotated[str, typer.Option(help="Form of the server's own lines: text or json.")] = "text",
     log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated.")] = None,
     log_mb: Annotated[float, typer.Option(help="Size in MB from which the file is rotated.", min=0.001)] = 10.0,
@@ -81,7 +89,7 @@ def serve(
 
     with report_errors(as_json):
         log = LogOptions.of(log_format, log_file, log_mb, log_keep)
-    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store, log))
+    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store, log, tuple(track or ())))
 
 
 @server.command(epilog="\b\nExamples:\n  fl-adapters server backup /backups/monday --kit kits/server")

@@ -21,6 +21,7 @@ from fl_adapters.environments.download import event_files, event_key
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.progress.text import event_text
 from fl_adapters.environments.remote import submit as put_into_queue
+from fl_adapters.environments.tracking import Tracker
 from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
@@ -49,14 +50,14 @@ def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool,
                 where=f"track: {track[0]}",
                 fix="add --follow, or submit it without track and use `fl-adapters job follow JOB --track ...`",
             )
-        make_trackers(track)  # reports a package that is missing before the job is in the queue
+        trackers = make_trackers(track)  # reports what is missing before the job is in the queue
         name = put_into_queue(control, job, priority=priority)
         print(f"{name} is in the queue; to follow it: fl-adapters job follow {name} --kit {kit}", file=sys.stderr)
         if not follow_it:
             if as_json:
                 show_json(control.ask("ShowJob", job=name))
             return 0
-    return follow(kit, name, None, as_json, track)
+    return follow(kit, name, None, as_json, trackers)
 
 
 def list_jobs(kit: Path, as_json: bool) -> int:
@@ -100,7 +101,7 @@ def show(kit: Path, name: str, as_json: bool) -> int:
     return 0
 
 
-def follow(kit: Path, name: str, patience_s: float | None, as_json: bool, track: tuple[str, ...] = ()) -> int:
+def follow(kit: Path, name: str, patience_s: float | None, as_json: bool, track: Sequence[str | Tracker] = ()) -> int:
     """Follow a job to its end. Returns exit status 0; the error of a failed job ends the command."""
     console = console_for(as_json)
     with report_errors(as_json):

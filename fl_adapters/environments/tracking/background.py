@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from fl_adapters.environments.tracking.records import Record, Tracker
@@ -14,6 +15,12 @@ from fl_runtime.text import printable
 
 _MOST_RECORDS = 10_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_FAILING_S = 5.0
+
+
+def say_on_stderr(text: str) -> None:
+    """Write a line to stderr, as commands do that end with their run."""
+    print(f"fl-adapters: {text}", file=sys.stderr, flush=True)
 
 
 class Background:
@@ -23,13 +30,20 @@ class Background:
         name: What the user calls the tracker, such as "mlflow"; it begins the warnings.
         tracker: Receives the records.
         most_records: Records that may wait. Further ones are lost.
+        say: Shows a line to whoever runs this process.
     """
 
-    def __init__(self, name: str, tracker: Tracker, most_records: int = _MOST_RECORDS) -> None:
-        self._name, self._tracker = name, tracker
+    def __init__(
+        self,
+        name: str,
+        tracker: Tracker,
+        most_records: int = _MOST_RECORDS,
+        say: Callable[[str], None] = say_on_stderr,
+    ) -> None:
+        self._name, self._tracker, self._say = name, tracker, say
         self._queue: queue.Queue[Record | None] = queue.Queue(most_records)
         self._lost = 0
-        self._warned = False
+        self._warned = self._failing = False
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._deadline = float("inf")
@@ -48,14 +62,15 @@ class Background:
             self._warn(f"more than {self._queue.maxsize} records wait; further ones are lost")
 
     def close(self, timeout_s: float) -> int:
-        """Wait until all records are sent, and end the thread. Says on stderr if records were lost.
+        """Wait until all records are sent, and end the thread. Says so if records were lost.
 
         Args:
-            timeout_s: How long to wait at most, in seconds.
+            timeout_s: How long to wait at most, in seconds. A tracker that is failing now gets 5 seconds of it.
 
         Returns:
             Number of records that were not sent.
         """
+        timeout_s = min(timeout_s, _FAILING_S) if self._failing else timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         with suppress(queue.Full):
@@ -64,7 +79,9 @@ class Background:
         waiting = 0 if self._ended.is_set() else max(1, self._queue.unfinished_tasks - 1)  # without the None
         lost = self._lost + waiting
         if lost:
-            _say(f"{self._name}: {lost} records of the run were not sent; the run's own folder has all of them")
+            self._say(
+                f"tracking: {self._name}: {lost} records of the run were not sent; the run's own folder has all of them"
+            )
         return lost
 
     def _work(self) -> None:
@@ -79,8 +96,10 @@ class Background:
         while True:
             try:
                 self._tracker(record)
+                self._failing = False
                 return
             except (OSError, ConnectionLostError) as error:
+                self._failing = True
                 self._warn(f"{error}; tries again until the run ends")
                 if time.monotonic() + pause_s > self._deadline:
                     self._lost += 1
@@ -99,8 +118,5 @@ class Background:
     def _warn(self, what: str) -> None:
         if not self._warned:
             self._warned = True
-            _say(f"{self._name} does not take the run's records; the run goes on without it: {printable(what, 300)}")
-
-
-def _say(text: str) -> None:
-    print(f"fl-adapters: tracking: {text}", file=sys.stderr, flush=True)
+            text = f"{self._name} does not take the run's records; the run goes on without it: {printable(what, 300)}"
+            self._say(f"tracking: {text}")

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from fl_adapters.environments.tracking.files import artifacts
 from fl_adapters.environments.tracking.flavours import save_as_mlflow_model
 from fl_adapters.environments.tracking.records import Begin, End, Metrics, Point, Record
 from fl_runtime.errors import ConfigError, ConnectionLostError
+from fl_runtime.text import printable
 
 _TAG = "fl_adapters.run"
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 _METRICS_PER_CALL, _PARAMS_PER_CALL, _PARAM_CHARS = 1000, 100, 6000  # limits of MLflow's server
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_ANSWER_S = 10.0
 
 
 class MlflowTracker:
@@ -35,8 +44,10 @@ class MlflowTracker:
     """
 
     def __init__(self, uri: str) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # or it calls its makers, once it is imported
         try:
             from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"tracking by MLflow needs the package mlflow, which is not installed ({error})",
@@ -48,6 +59,17 @@ class MlflowTracker:
         self._runs: dict[str, str] = {}
         self._client_of: Any = MlflowClient
         self._client: Any = None
+        if urlsplit(uri).scheme.partition("+")[0] in _DATABASES:
+            self._check_database()  # no more than that: opening one takes seconds
+            return
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            raise ConfigError(
+                f"MLflow cannot track at {uri[:200]!r}: {printable(str(error), 300)}",
+                where="track",
+                fix="name a tracking server, mlflow:http://HOST:PORT, or a database, mlflow:sqlite:///mlflow.db",
+            ) from None
 
     def __call__(self, record: Record) -> None:
         """Log a record; see `Tracker`."""
@@ -60,6 +82,37 @@ class MlflowTracker:
                     self._log(self._runs[record.run.name], points)
                 case End():
                     self._end(self._runs[record.run.name], record)
+
+    def check_answer(self) -> None:
+        """Ask the tracking server for anything, so that a wrong address is noticed before a run begins.
+
+        Raises:
+            ConfigError: Nobody answers at its address.
+        """
+        if urlsplit(self._uri).scheme not in ("http", "https"):
+            return
+        try:
+            urlopen(self._uri, timeout=_ANSWER_S).close()
+        except HTTPError:  # an answer, such as that it wants to know who asks
+            return
+        except (OSError, HTTPException) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            if isinstance(reason, ssl.SSLError):  # MLflow has its own settings for certificates
+                return
+            raise ConfigError(
+                f"no MLflow server answers at {self._uri}: {reason}",
+                where=f"track: mlflow:{self._uri}",
+                fix="correct the address, or start the server, such as by `mlflow server --port 5000`",
+            ) from None
+
+    def _check_database(self) -> None:
+        missing = [name for name in ("sqlalchemy", "alembic") if find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"MLflow needs the packages sqlalchemy and alembic for a database; missing: {', '.join(missing)}",
+                where=f"track: mlflow:{self._uri}",
+                fix="pip install sqlalchemy alembic, or name a tracking server: mlflow:http://HOST:PORT",
+            )
 
     def _begin(self, record: Begin) -> None:
         client, experiment = self._client, self._experiment()

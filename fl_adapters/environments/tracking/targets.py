@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator
 
-from fl_adapters.environments.tracking.records import Tracker
+from fl_adapters.environments.tracking.records import Record, Tracker
 from fl_runtime.errors import ConfigError
 
 _TOOLS = ("mlflow", "wandb", "tensorboard")
@@ -28,54 +29,85 @@ def _checked(value: Any) -> Any:
         tool, _, place = target.partition(":")
         if tool not in _TOOLS or not target.isprintable() or (tool == "mlflow" and not place):
             raise ConfigError(f"a run cannot be tracked by {target[:200]!r}", where="track", fix=_FORMS)
-        if tool == "mlflow" and urlsplit(place).password and not place.startswith("sqlite"):
-            raise ConfigError(
-                "the address of MLflow has a password, which would be written to the run's files",
-                where="track",
-                fix="take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-            )
+        if tool == "mlflow":
+            _check_address(place)
     return tuple(targets)
+
+
+def _check_address(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        complete = parts.scheme not in ("http", "https") or (bool(parts.hostname) and parts.port != 0)
+    except ValueError:  # a port that is no number, or a broken IPv6 address
+        complete = False
+    if not complete:
+        raise ConfigError(
+            f"{uri[:200]!r} is no address of an MLflow server",
+            where="track",
+            fix="write mlflow:http://HOST:PORT, such as mlflow:http://127.0.0.1:5000",
+        )
+    if parts.password and parts.scheme != "sqlite":
+        raise ConfigError(
+            "the address of MLflow has a password, which would be written to the run's files",
+            where="track",
+            fix="take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
 
 
 Targets = Annotated[tuple[str, ...], BeforeValidator(_checked)]
 """Field of a job: one target or several."""
 
 
-def make_tracker(target: str | Tracker) -> tuple[str, Tracker]:
-    """Make the tracker of a target. Its package is imported now; nothing is sent yet.
+@dataclass(frozen=True)
+class NamedTracker:
+    """A tracker with its name for messages.
 
-    Args:
-        target: A target as text, or a tracker.
-
-    Returns:
-        Its name for messages, and the tracker.
-
-    Raises:
-        ConfigError: The text names no tool, or the tool's package is missing or not set up.
+    Attributes:
+        name: Such as "mlflow".
+        tracker: The tracker itself.
     """
+
+    name: str
+    tracker: Tracker
+
+    def __call__(self, record: Record) -> None:
+        """Pass a record on; see `Tracker`."""
+        self.tracker(record)
+
+
+def _made(target: str | Tracker, must_answer: bool) -> NamedTracker:
+    if isinstance(target, NamedTracker):
+        return target
     if not isinstance(target, str):
-        return getattr(target, "__name__", type(target).__name__), target
+        return NamedTracker(getattr(target, "__name__", type(target).__name__), target)
     tool, _, place = _checked(target)[0].partition(":")
     if tool == "mlflow":
         from fl_adapters.environments.tracking.mlflow import MlflowTracker
 
-        return tool, MlflowTracker(place)
+        mlflow = MlflowTracker(place)
+        if must_answer:
+            mlflow.check_answer()
+        return NamedTracker(tool, mlflow)
     if tool == "wandb":
         from fl_adapters.environments.tracking.wandb import WandbTracker
 
-        return tool, WandbTracker(place or "fl-adapters")
+        return NamedTracker(tool, WandbTracker(place or "fl-adapters"))
     from fl_adapters.environments.tracking.tensorboard import TensorboardTracker
 
-    return tool, TensorboardTracker(place or "tensorboard")
+    return NamedTracker(tool, TensorboardTracker(place or "tensorboard"))
 
 
-def make_trackers(targets: Sequence[str | Tracker]) -> list[tuple[str, Tracker]]:
-    """Make the trackers of several targets; see `make_tracker`. The same text twice makes one.
+def make_trackers(targets: Sequence[str | Tracker], *, must_answer: bool = True) -> tuple[NamedTracker, ...]:
+    """Make the trackers of several targets. Their packages are imported now; nothing is sent yet.
 
     Args:
-        targets: The targets.
+        targets: The targets: texts, or trackers. The same one twice makes one.
+        must_answer: Whether a server that cannot be reached now is an error.
 
     Returns:
-        Name and tracker of each.
+        The trackers. They are targets, too: making them again returns them.
+
+    Raises:
+        ConfigError: A text names no tool, a tool's package is missing or not set up, or its server does not answer.
     """
-    return [make_tracker(target) for target in dict.fromkeys(targets)]
+    return tuple(_made(target, must_answer) for target in dict.fromkeys(targets))

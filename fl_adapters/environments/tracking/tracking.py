@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from fl_adapters.environments.tracking.background import Background
+from fl_adapters.environments.tracking.background import Background, say_on_stderr
 from fl_adapters.environments.tracking.records import Begin, End, EndState, Metrics, Point, TrackedRun, Tracker
 from fl_adapters.environments.tracking.targets import make_trackers
 from fl_runtime.errors import AbortedError, ConfigError
@@ -30,13 +30,21 @@ class Tracking:
         job: Name of the job.
         identity: Text that no other job has, and that stays the same when this one is resumed.
         params: The job's settings.
+        say: Shows a line about a tracker that fails.
 
     Raises:
         ConfigError: A tracker is unknown, or its package is missing.
     """
 
-    def __init__(self, targets: Sequence[str | Tracker], job: str, identity: str, params: Mapping[str, Any]) -> None:
-        self._sinks = [Background(name, tracker) for name, tracker in make_trackers(targets)]
+    def __init__(
+        self,
+        targets: Sequence[str | Tracker],
+        job: str,
+        identity: str,
+        params: Mapping[str, Any],
+        say: Callable[[str], None] = say_on_stderr,
+    ) -> None:
+        self._sinks = [Background(made.name, made.tracker, say=say) for made in make_trackers(targets)]
         self._job, self._identity = job, identity
         self._params = {name: _text(value) for name, value in params.items() if value not in (None, "", (), [], {})}
         self._runs: dict[int, TrackedRun] = {}
@@ -110,7 +118,7 @@ class Tracking:
         self.close("finished", folder)
 
     def close(self, state: EndState | None, folder: Path, timeout_s: float = END_S) -> int:
-        """Tell the trackers of the job's end, and wait until they have sent all. Says what was lost on stderr.
+        """Tell the trackers of the job's end, and wait until they have sent all. Says what was lost.
 
         Args:
             state: How the job ended; None if it goes on and is no longer followed.

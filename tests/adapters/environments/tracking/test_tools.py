@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import socket
 import subprocess
@@ -16,24 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from study import until
+from tracked_runs import SCRIPT, history_of
 
 import fl_adapters as fl
 from fl_adapters.environments.simulation import SimulationResult
 from fl_adapters.environments.tracking import Record
 from fl_runtime.errors import ConfigError, FederationError
-
-SCRIPT = """
-import sys
-
-import numpy as np
-import fl_adapters as fl
-
-with fl.connect() as site:
-    for task in site.tasks(initial={"w": np.zeros(2, np.float32)}):
-        if "fail" in sys.argv and task.round == 2:
-            raise SystemExit(3)
-        task.submit({"w": task.arrays["w"] + 1}, num_examples=site.index + 1, metrics={"loss": 1.0 / task.round})
-"""
 
 
 @pytest.fixture
@@ -70,22 +57,6 @@ def _answers(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def history_of(folder: Path) -> dict[tuple[str, int], float]:
-    """Metric and round -> value, from the run's own history.csv."""
-    rows = csv.DictReader((folder / "history.csv").open())
-    found = {}
-    for row in rows:
-        prefix = "" if row["site"] == "global" else f"site/{row['site']}/"
-        for name in ("train_loss", "loss"):
-            if row.get(name):
-                found[prefix + name, int(row["round"])] = float(row[name])
-        if row["site"] == "global":
-            for name in ("seconds", "bytes_up", "bytes_down"):
-                found[f"round/{name}", int(row["round"])] = float(row[name])
-    assert len(found) > 10
-    return found
 
 
 def records_of(file: bytes) -> Iterator[bytes]:

@@ -1,0 +1,62 @@
+"""The operator's trackers at the server of a federation, over real mutual TLS and in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study import project
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tracked_runs import SCRIPT, history_of
+
+from fl_adapters.environments.processes import free_ports
+from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.kits import write_kit
+
+SITES = ("north", "south")
+
+
+@pytest.fixture
+def kits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FL_ADAPTERS_KIT", raising=False)
+    Path("train.py").write_text(SCRIPT)
+    authority = Authority.create(tmp_path / "kits" / "authority", project(f"127.0.0.1:{free_ports(1)[0]}", SITES))
+    for identity in authority.project.participants():
+        write_kit(tmp_path / "kits" / identity.name, authority, identity)
+    return tmp_path / "kits"
+
+
+def started(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fl_adapters.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_server_tracks_its_jobs_and_a_tracker_that_fails_costs_no_round(kits: Path) -> None:
+    Path("job.yml").write_text("name: tumour\napp: train\nrounds: 3\ntrack: tensorboard:of-the-job\n")
+    Path("full").write_text("")  # where a folder cannot be made
+    options = ("--track", "tensorboard:of-the-operator", "--track", "tensorboard:full/curves")
+    server = started("server", "--kit", "kits/server", "--data", "data", "--job", "job.yml", *options)
+    sites = [started("run", "--kit", f"kits/{name}", "--", sys.executable, "train.py") for name in SITES]
+    for process in (*sites, server):
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    wanted = {key: float(np.float32(value)) for key, value in history_of(Path("data/tumour")).items()}
+    assert {step for name, step in wanted if name == "site/south/loss"} == {1, 2, 3}
+    for folder in ("of-the-job", "of-the-operator"):
+        read = EventAccumulator(f"{folder}/tumour").Reload()
+        assert {(tag, item.step): item.value for tag in read.Tags()["scalars"] for item in read.Scalars(tag)} == wanted
+    (warning,) = [line for line in said.splitlines() if "does not take the run's records" in line]
+    assert "warning server tumour: tracking: tensorboard does not take" in warning
+    assert "Traceback" not in said
+
+
+def test_a_target_that_cannot_work_ends_the_server_before_it_serves(kits: Path) -> None:
+    for target, fix in (("neptune", "write mlflow:URI"), ("mlflow:http://:5000", "write mlflow:http://HOST:PORT")):
+        server = started("server", "--kit", "kits/server", "--data", "data", "--track", target)
+        _, said = server.communicate(timeout=60)
+        assert server.returncode == 1 and fix in said and target.removeprefix("mlflow:") in said, said
