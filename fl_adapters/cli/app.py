@@ -199,6 +199,9 @@ def dashboard(
         Path | None,
         typer.Option(help="Folder of a startup kit: an admin's, to follow the federation; a site's, for its own jobs."),
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the site daemon's --state, for a site's --kit.")
+    ] = None,
     project: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder of kits and their authority, to make and hand out kits instead."),
@@ -218,7 +221,7 @@ def dashboard(
     """
     from fl_adapters.cli.pages import dashboard as command
 
-    sys.exit(command.dashboard(runs, kit, project, passphrase_file, port, browser, as_json))
+    sys.exit(command.dashboard(runs, kit, state, project, passphrase_file, port, browser, as_json))
 
 
 @app.command(

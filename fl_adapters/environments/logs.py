@@ -55,27 +55,6 @@ def last_error(rows: Sequence[str]) -> str:
     return rows[cause.error] if cause else (list(rows[-1:]) or [""])[0]
 
 
-def last_lines(path: Path, most_bytes: int) -> list[str]:
-    """Return the lines at the end of a file, each of them whole.
-
-    Args:
-        path: The file.
-        most_bytes: Most bytes to read.
-
-    Returns:
-        The lines; empty if the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - most_bytes))
-            data = file.read(most_bytes)
-    except OSError:
-        return []
-    whole = data if size <= most_bytes else data.partition(b"\n")[2]
-    return [line.decode("utf-8", "replace") for line in whole.splitlines()]
-
-
 @dataclass(frozen=True)
 class _Cause:
     """Lines of a traceback: its header, the last frame, the line that names the exception, and the line after it."""

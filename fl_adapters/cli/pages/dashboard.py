@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import webbrowser
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from fl_adapters.cli.federation.passphrase import given
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.extras import needs_dashboard_extra, needs_trust_extra
+from fl_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from fl_adapters.dashboard.section import Section
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def dashboard(
     runs: Path,
     kit: Path | None,
+    state: Path | None,
     project: Path | None,
     passphrase: Path | None,
     port: int,
@@ -31,7 +32,7 @@ def dashboard(
         with needs_dashboard_extra():
             from fl_adapters.dashboard.server import Dashboard
 
-        board = Dashboard(_sections(runs, kit, project, passphrase), port)
+        board = Dashboard(_sections(runs, kit, state, project, passphrase), port)
 
         def started() -> None:
             console = console_for(as_json)
@@ -46,13 +47,17 @@ def dashboard(
     return 0
 
 
-def _sections(runs: Path, kit: Path | None, project: Path | None, passphrase: Path | None) -> Sequence[Section]:
+def _sections(
+    runs: Path, kit: Path | None, state: Path | None, project: Path | None, passphrase: Path | None
+) -> Sequence[Section]:
     """Make the sections of a project, of a federation, or both; of the folder of runs if neither is named.
 
     An encrypted key of the authority is opened with the passphrase in a file or in the environment.
     """
     from fl_adapters.dashboard.runs.section import RunsSection
 
+    if state is not None:
+        _check_state(kit, state)
     found: list[Section] = []
     if project is not None:
         with needs_trust_extra():
@@ -60,7 +65,7 @@ def _sections(runs: Path, kit: Path | None, project: Path | None, passphrase: Pa
             from fl_adapters.dashboard.provisioning.section import ProjectSection
 
         found.append(ProjectSection(ProjectDesk(project, partial(given, passphrase))))
-    if kit is not None and (site := _site(kit)) is not None:
+    if kit is not None and (site := _site(kit, state)) is not None:
         found.append(site)
     elif kit is not None:
         from fl_adapters.dashboard.federation.sections import federation_sections
@@ -69,16 +74,30 @@ def _sections(runs: Path, kit: Path | None, project: Path | None, passphrase: Pa
     return found or [RunsSection(runs)]
 
 
-def _site(kit: Path) -> Section | None:
+def _check_state(kit: Path | None, state: Path) -> None:
+    if kit is None:
+        raise ConfigError("--state goes with the kit of a site", where=str(state), fix="pass its folder with --kit")
+    if not state.is_dir():
+        raise ConfigError(
+            "there is no such folder", where=str(state), fix="pass the folder that the site's daemon has as --state"
+        )
+
+
+def _site(kit: Path, state: Path | None) -> Section | None:
     """Make the section of a site's own kit; None for the kit of somebody else."""
     with needs_trust_extra():
         from fl_runtime.trust.kits import read_unsigned
         from fl_runtime.trust.working_kit import working_kit
 
         if read_unsigned(kit)[0].kind != "site":
+            if state is not None:
+                raise ConfigError(
+                    "--state is for the kit of a site, whose daemon keeps its jobs there",
+                    where=str(kit),
+                    fix="pass the kit of a site, or leave --state out",
+                )
             return None
         from fl_adapters.cli.pages.site_section import SiteSection
 
-        used = working_kit(kit)
-    state = os.environ.get("FL_ADAPTERS_STATE")
-    return SiteSection(used, Path(state) if state else used)
+        used = working_kit(kit, state)
+    return SiteSection(used, state or used)

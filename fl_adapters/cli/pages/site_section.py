@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 from xml.etree.ElementTree import Element
 
 from starlette.concurrency import run_in_threadpool
@@ -16,12 +16,16 @@ from starlette.routing import Route
 
 from fl_adapters.cli.site.decide import describe, settings_text, take_decision
 from fl_adapters.cli.site.records import JobFolder, job_folders
+from fl_adapters.dashboard.audit_lines import SHOWN, asked_before, audit_table, read_lines
 from fl_adapters.dashboard.forms import form_of
+from fl_adapters.dashboard.log_pages import log_version, log_view
 from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.environments.logs import tail
-from fl_adapters.environments.report.document import table, tag
+from fl_adapters.environments.report.document import Content, table, tag
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
+from fl_runtime.trust.audit import lines_before
+from fl_runtime.trust.audit.lines import LOG_FILE
 from fl_runtime.trust.kits import StartupKit, read_kit
 from fl_runtime.trust.policy import Policy
 from fl_runtime.trust.policy.rules import read_policy
@@ -46,15 +50,23 @@ class SiteSection:
         self._state = state
 
     def routes(self) -> Sequence[Route]:
-        """Return the routes of the list, of jobs and of decisions."""
+        """Return the routes of the list, the audit log, of jobs, their logs and decisions."""
         return [
             Route(self.path, self._list),
+            Route(f"{self.path}/audit", self._audit),
             Route(f"{self.path}/job/{{name}}", self._job),
+            Route(f"{self.path}/job/{{name}}/log", self._log),
             Route(f"{self.path}/decide/{{name}}", self._decide, methods=["POST"]),
         ]
 
     def version(self, path: str) -> str:
-        """Return what changes with the jobs, their logs and the policy."""
+        """Return what changes with what a page shows: the jobs and the policy, a log, or the audit log."""
+        parts = urlsplit(path)
+        if parts.path == f"{self.path}/audit":
+            return "" if "before=" in parts.query else log_version(path, [self._kit.folder / LOG_FILE])
+        if parts.path.startswith(f"{self.path}/job/") and parts.path.endswith("/log"):
+            name = unquote(parts.path.removeprefix(f"{self.path}/job/").removesuffix("/log"))
+            return next((log_version(path, f.logs) for f in job_folders(self._state) if f.path.name == name), "")
         files = [self._kit.policy_file]
         for folder in job_folders(self._state):
             files += [folder.path / "site.json", folder.path / "approval.json", folder.log]
@@ -78,6 +90,7 @@ class SiteSection:
             tag("h2", "Policy"),
             tag("p", f"What {self._kit.policy_file} says beside the defaults. It overrules every job."),
             live("policy", policy),
+            tag("p", link("Audit log of this site", f"{self.path}/audit")),
         )
 
     def _row(self, folder: JobFolder) -> Sequence[str | Element]:
@@ -100,7 +113,29 @@ class SiteSection:
             table(("asked", "for"), rows, 2, wrap=True),
             [_decision(job.job, shown)] if waits else [],
             tag("h2", "Log"),
-            live("log", tag("pre", log or "The command has written nothing.", class_="log")),
+            tag("p", link("The whole log", f"{self.path}/job/{quote(job.job, safe='')}/log")),
+            live("log", tag("pre", log or "The command has written nothing.", class_="log", tabindex="0")),
+        )
+
+    def _log(self, request: Request) -> Response:
+        folder = self._folder(request.path_params["name"])
+        name = folder.path.name
+        back = tag("p", link("Site", self.path), " / ", link(name, f"{self.path}/job/{quote(name, safe='')}"), " / log")
+        return page(request, f"Log of {name}", back, log_view(request, folder.logs, f"Log of {name}"))
+
+    def _audit(self, request: Request) -> Response:
+        identity, before = self._kit.identity, asked_before(request)
+        content: list[Content] = [tag("p", "No lines yet: the site's daemon writes them.")]
+        if (self._kit.folder / LOG_FILE).exists():
+            found = lines_before(self._kit.folder, SHOWN, before)
+            content = audit_table(read_lines({"lines": found.entries, "begin": found.begin}), f"{self.path}/audit")
+        check = "`fl-adapters audit verify` checks that no line is missing."
+        return page(
+            request,
+            f"Audit log of {identity.name}",
+            tag("p", link("Site", self.path), " / audit", class_="crumbs"),
+            tag("p", f"What {self._kit.folder / LOG_FILE} says. {check}", class_="soft"),
+            live("lines", content),
         )
 
     async def _decide(self, request: Request) -> Response:

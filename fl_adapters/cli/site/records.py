@@ -50,6 +50,12 @@ class JobFolder:
         return self.path / "log.txt"
 
     @property
+    def logs(self) -> tuple[Path, ...]:
+        """Files with the output of the command that are there, the oldest first."""
+        older = (self.log.with_name(f"log.{number}.txt") for number in range(_OLDER_LOGS, 0, -1))
+        return (*(path for path in older if path.exists()), self.log)
+
+    @property
     def kit(self) -> Path:
         """Folder of the command's startup kit."""
         return self.path / "kit"

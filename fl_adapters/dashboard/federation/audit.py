@@ -1,70 +1,18 @@
-"""The lines of the server's audit log, as bounded and printable values for a page."""
+"""The last lines of the server's audit log, followed while somebody looks at them."""
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from fl_adapters.dashboard.audit_lines import SHOWN, AuditPage, read_lines
 from fl_adapters.dashboard.federation.following import Follower
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import FederationError, PermissionDeniedError
-from fl_runtime.text import printable
+from fl_runtime.errors import FederationError
 from fl_runtime.transport.base import Transport
-from fl_runtime.trust.identity import Identity
 
-SHOWN = 100
-"""Lines on a page."""
 _IDLE_S = 30.0
-_KNOWN = ("number", "time", "who", "action", "outcome", "rule", "error")
-
-
-@dataclass(frozen=True)
-class AuditLine:
-    """A line of the audit log.
-
-    Attributes:
-        number: Its number; 0 if it cannot be read.
-        time: When, as text in UTC.
-        who: Who asked for it; "server" for the server itself.
-        action: What was done or asked for.
-        outcome: "done", "refused" or "damaged".
-        facts: What else the line says.
-    """
-
-    number: int
-    time: str
-    who: str
-    action: str
-    outcome: str
-    facts: str
-
-
-@dataclass(frozen=True)
-class AuditPage:
-    """Lines of the audit log that follow each other.
-
-    Attributes:
-        lines: The lines, the newest first.
-        begin: Where the oldest of them begins in the log, in bytes; 0 if no line is older.
-    """
-
-    lines: tuple[AuditLine, ...]
-    begin: int
-
-
-def read_lines(told: Mapping[str, Any]) -> AuditPage:
-    """Read the server's answer to `ReadAudit`.
-
-    Args:
-        told: Its fields.
-
-    Returns:
-        The lines.
-    """
-    return AuditPage(tuple(_line(fields) for fields in reversed(told["lines"][-500:])), max(int(told["begin"]), 0))
 
 
 class AuditTail:
@@ -139,22 +87,3 @@ class AuditTail:
 
     def _fail(self, error: FederationError) -> None:
         self._fault = error
-
-
-def _line(fields: Mapping[str, Any]) -> AuditLine:
-    try:
-        who = str(Identity.from_uri(fields["who"])) if fields.get("who") else "server"
-    except PermissionDeniedError:
-        who = printable(str(fields["who"]), 200)
-    facts = {key: value for key, value in fields.items() if key not in _KNOWN}
-    texts = [str(fields[key]) for key in ("rule", "error") if fields.get(key)]
-    texts += [f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in facts.items()]
-    number = fields.get("number")
-    return AuditLine(
-        number if type(number) is int else 0,
-        printable(str(fields.get("time", "")), 40),
-        who,
-        printable(str(fields.get("action", "")), 100),
-        printable(str(fields.get("outcome", "")), 20),
-        printable("; ".join(texts), 1000),
-    )

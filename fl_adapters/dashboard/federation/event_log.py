@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_adapters.environments import logs
 from fl_adapters.environments.progress.text import event_text
 from fl_runtime.text import parse_json, printable
 from fl_runtime.types.trainings import EVENTS
 
-_READ_BYTES = 2**20
 _LINE_CHARS = 400
 
 
-def last_lines(folder: Path, most: int) -> list[str]:
-    """Return the last events of a job, one line each.
+def event_files(folder: Path) -> list[Path]:
+    """Return the files with the events of a job, in the order of its trainings.
 
     Args:
         folder: Folder of the job, with an events.jsonl for each training.
-        most: Largest number of lines.
-
-    Returns:
-        The lines, the oldest first; as many as the last 1 MiB of each training holds.
     """
-    lines: deque[tuple[float, str]] = deque(maxlen=most)
-    for file in [folder / EVENTS, *sorted(folder.glob(f"*/{EVENTS}"), key=lambda path: path.parent.name.zfill(9))]:
-        for raw in logs.last_lines(file, _READ_BYTES):
-            try:
-                event = parse_json(raw)
-                lines.append((float(event["time"]), _line(event)))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError):
-                continue
-    return [text for _, text in sorted(lines)]
+    return [folder / EVENTS, *sorted(folder.glob(f"*/{EVENTS}"), key=lambda path: path.parent.name.zfill(9))]
+
+
+def event_line(raw: str) -> str:
+    """Return an event as a line for people; "" for one that cannot be read.
+
+    Args:
+        raw: The event, as JSON.
+    """
+    try:
+        return _line(parse_json(raw))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError):
+        return ""
 
 
 def _line(event: Mapping[str, Any]) -> str:

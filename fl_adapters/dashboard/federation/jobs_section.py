@@ -16,12 +16,13 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fl_adapters.dashboard.federation.desk import Desk
-from fl_adapters.dashboard.federation.event_log import last_lines
+from fl_adapters.dashboard.federation.event_log import event_files, event_line
 from fl_adapters.dashboard.federation.parts import clock, standing
 from fl_adapters.dashboard.federation.results import archive_of, pieces_of
 from fl_adapters.dashboard.federation.rights import ACTS
 from fl_adapters.dashboard.federation.view import Job, JobDetails
 from fl_adapters.dashboard.forms import act, form_of
+from fl_adapters.dashboard.log_pages import log_version, log_view
 from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.environments.progress.text import size_text
 from fl_adapters.environments.report.document import Content, table, tag
@@ -29,7 +30,7 @@ from fl_adapters.environments.report.page import run_sections, run_summary
 from fl_runtime.errors import ConfigError
 from fl_runtime.trust import permissions
 
-_SITES_LISTED, _FILES_LISTED, _LOG_LINES = 200, 500, 500
+_SITES_LISTED, _FILES_LISTED = 200, 500
 _SCRIPT = "job_file.js"
 _START = "app: train\nrounds: 10\n"
 
@@ -72,7 +73,8 @@ class JobsSection:
         job = federation.job(unquote(parts[0])) if federation else None
         events = self._desk.follow(job) if job else None
         fault = str(events.fault) if events else ""
-        return f"{number} {self._desk.runs.version(job.name) if job else ''} {fault}"
+        files = event_files(events.folder) if events else []
+        return f"{number} {log_version(path, files)} {fault}"
 
     def close(self) -> None:
         """Close the connection, and remove what was copied."""
@@ -148,13 +150,11 @@ class JobsSection:
     def _log(self, request: Request) -> Response:
         job = self._desk.job(request.path_params["name"])
         events = self._desk.follow(job)
-        folder = events.folder if events is not None else None
-        lines = last_lines(folder, _LOG_LINES) if folder else []
+        files = event_files(events.folder) if events is not None else []
         back = tag("p", link(job.name, _address(job.name)), " / log", class_="crumbs")
-        text = "\n".join(lines) or "Nothing yet."
-        shown = tag("pre", text, class_="log", tabindex="0", aria_label=f"Last lines of the log of {job.name}")
+        shown = log_view(request, files, f"Log of {job.name}", event_line)
         standing_now = live("standing", standing(self._desk.connection.seen), spoken=True)
-        return page(request, f"Log of {job.name}", back, standing_now, live("log", shown))
+        return page(request, f"Log of {job.name}", back, standing_now, shown)
 
     # -- results -----------------------------------------------------------------------------------------------
 

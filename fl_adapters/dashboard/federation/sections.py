@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fl_adapters.dashboard.federation.audit import AuditLine
+from fl_adapters.dashboard.audit_lines import asked_before, audit_table
 from fl_adapters.dashboard.federation.connection import FederationConnection
 from fl_adapters.dashboard.federation.desk import Desk
 from fl_adapters.dashboard.federation.jobs_section import JobsSection
 from fl_adapters.dashboard.federation.parts import standing
 from fl_adapters.dashboard.federation.view import Site
-from fl_adapters.dashboard.page import link, live, page
+from fl_adapters.dashboard.page import live, page
 from fl_adapters.dashboard.section import Section
 from fl_adapters.environments.report.document import Content, table, tag
 
@@ -112,21 +112,18 @@ class AuditSection:
         """Do nothing: the section of the jobs closes the connection."""
 
     def _list(self, request: Request) -> Response:
-        before = request.query_params.get("before", "")
-        fault = None
-        if before.isdecimal() and len(before) < 16:
-            lines = self._desk.audit.before(int(before))
+        before, fault = asked_before(request), None
+        if before is not None:
+            lines = self._desk.audit.before(before)
         else:
             lines, fault = self._desk.audit.newest()
-        columns = ["time (UTC)", "what", "who", "outcome", "more", "line"]
-        older = tag("p", link("Older lines", f"{self.path}?before={lines.begin}")) if lines.begin else None
         check = "What the server tells. `fl-adapters audit verify` on its machine checks that no line is missing."
         return page(
             request,
             "Audit log of the server",
             live("standing", tag("p", fault.what, class_="bad") if fault else None, spoken=True),
             tag("p", check, class_="soft"),
-            live("lines", table(columns, [_audit_row(line) for line in lines.lines], numbers_from=9), older),
+            live("lines", audit_table(lines, self.path)),
         )
 
 
@@ -134,10 +131,3 @@ def _site_row(site: Site) -> list[Content]:
     state = tag("span", site.state, class_="long good" if site.connected else "long")
     version = f"{site.version}: {site.misfit}" if site.misfit else site.version
     return [site.name, state, tag("span", version, class_="long bad") if site.misfit else version, site.room]
-
-
-def _audit_row(line: AuditLine) -> list[Content]:
-    style = {} if line.outcome == "done" else {"class_": "bad"}
-    outcome = tag("span", line.outcome, **style)
-    at = line.time[:19].replace("T", " ")
-    return [at, line.action, line.who, outcome, tag("span", line.facts, class_="long"), str(line.number or "")]

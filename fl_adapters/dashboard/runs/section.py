@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from fl_adapters.dashboard.log_pages import log_version, log_view
 from fl_adapters.dashboard.page import link, live, page, tabs
 from fl_adapters.dashboard.runs.folder import Overview, RunsFolder
-from fl_adapters.environments.logs import last_lines
 from fl_adapters.environments.report.comparison import comparison_sections, summaries
 from fl_adapters.environments.report.document import table, tag
 from fl_adapters.environments.report.page import run_page, run_sections, run_summary
@@ -22,7 +22,6 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.transport.waiting import duration_text
 
 _MOST_COMPARED = 12
-_TAIL_BYTES = 2**16  # of the output of a site
 _SHOWN = {
     "": ("Metrics by round", "Warnings"),
     "sites": ("Time and bytes", "Sites", "Each model on each site's data", "Filters"),
@@ -66,7 +65,7 @@ class RunsSection:
             case "compare":
                 return " ".join(self._runs.version(name) for field, name in parse_qsl(parts.query) if field == "run")
             case "log":
-                return self._log_version(name)
+                return self._log_version(name, path)
             case "run":
                 return self._runs.version(unquote(name))
         return ""
@@ -117,15 +116,14 @@ class RunsSection:
         if site not in found:
             raise ConfigError(f"there is no output of site {site[:100]!r}", fix="choose a site on the run's page")
         back = tag("p", link(name, f"{self.path}/run/{_quoted(name)}"), " / output", class_="crumbs")
-        text = "\n".join(last_lines(found[site], _TAIL_BYTES)) or "Nothing yet."
-        shown = tag("pre", text, class_="log", tabindex="0", aria_label=f"End of the output of {site}")
-        return page(request, f"Output of {site}", back, live("log", shown), tag("p", str(found[site]), class_="soft"))
+        shown = log_view(request, [found[site]], f"Output of {site}")
+        return page(request, f"Output of {site}", back, shown, tag("p", str(found[site]), class_="soft"))
 
-    def _log_version(self, rest: str) -> str:
+    def _log_version(self, rest: str, path: str) -> str:
         site, _, name = rest.partition("/")
         try:
-            return str(self._runs.logs(unquote(name))[unquote(site)].stat().st_size)
-        except (ConfigError, KeyError, OSError):
+            return log_version(path, [self._runs.logs(unquote(name))[unquote(site)]])
+        except (ConfigError, KeyError):
             return ""
 
     def _report(self, request: Request) -> Response:

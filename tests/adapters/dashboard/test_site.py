@@ -18,6 +18,7 @@ from fl_adapters.cli.pages.site_section import SiteSection
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.cli.site.records import JobFolder
 from fl_adapters.participant.policy_gate import KitPolicyGate
+from fl_runtime.errors import ConfigError
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import write_kit
 from fl_runtime.types import RunSettings
@@ -87,7 +88,7 @@ def test_hostile_texts_do_nothing_and_no_act_of_an_admin_is_there(reader: Reader
 
 def test_the_command_shows_what_its_options_name(kit: Path, tmp_path: Path) -> None:
     def titles(kit: Path | None, project: Path | None) -> list[str]:
-        return [section.title for section in _sections(tmp_path, kit, project, None)]
+        return [section.title for section in _sections(tmp_path, kit, None, project, None)]
 
     assert titles(None, None) == ["Runs"]
     assert titles(kit, None) == ["Site"]
@@ -98,3 +99,76 @@ def test_enter_in_the_reason_to_refuse_cannot_approve(reader: Reader, kit: Path)
     waiting(kit)
     (form,) = [form for form in reader.page("/site/job/tumour").split("<form")[1:] if 'name="reason"' in form]
     assert 'value="refuse"' in form and 'value="approve"' not in form
+
+
+def test_the_sites_own_audit_log_is_paged_and_grows_on_the_page(reader: Reader, kit: Path) -> None:
+    assert "No lines yet" in reader.page("/site/audit")
+    gate = KitPolicyGate(kit)
+    for number in range(250):
+        gate.record(f"act {number}", note=HOSTILE)
+    address, shown = "/site/audit", list[int]()
+    while address:
+        text = html.unescape(page := reader.page(address))
+        assert "<script>alert" not in page and "\x1b" not in page
+        shown += [int(number) for number in re.findall(r"act (\d+)", text)]
+        older = re.search(r'href="(/site/audit\?before=\d+)"', text)
+        address = older[1] if older else ""
+    assert shown == list(range(249, -1, -1))
+    section = SiteSection(kit, kit)
+    before, paged = section.version("/site/audit"), section.version("/site/audit?before=99")
+    gate.record("act 250")
+    assert section.version("/site/audit") != before
+    assert section.version("/site/audit?before=99") == paged
+    assert reader.ask("/site/audit?before=999999999999999")[0] == 200
+    assert reader.ask("/site/audit?before=-1")[0] == 200
+
+
+def lines_of(text: str) -> list[str]:
+    found = re.search(r'<pre[^>]*class="log"[^>]*>(.*?)</pre>', text, re.S)
+    assert found, text
+    return html.unescape(found[1]).splitlines()
+
+
+def walked(reader: Reader, address: str, link: str) -> list[list[str]]:
+    """The lines of each page of a log, along the links with a name."""
+    pages = []
+    while address:
+        text = reader.page(address)
+        pages.append(lines_of(text))
+        found = re.search(rf'href="([^"]+)">{link}<', text)
+        address = html.unescape(found[1]) if found else ""
+    return pages
+
+
+def test_a_jobs_log_is_paged_through_all_of_its_files(reader: Reader, kit: Path) -> None:
+    waiting(kit)
+    folder = JobFolder(kit / "jobs/tumour")
+    written = [f"line {number} {HOSTILE} \u20ac" for number in range(1800)]
+    (folder.path / "log.2.txt").write_text("\n".join(written[:900]) + "\n")
+    (folder.path / "log.1.txt").write_text("\n".join(written[900:1700]) + "\n")
+    folder.log.write_text("\n".join(written[1700:]) + "\n")
+    assert "/site/job/tumour/log" in reader.page("/site/job/tumour")
+    pages = walked(reader, "/site/job/tumour/log", "Older lines")
+    shown = [line for page in reversed(pages) for line in page]
+    assert [line.split()[1] for line in shown] == [str(number) for number in range(1800)]
+    assert len(pages) > 3 and max(map(len, pages)) <= 500
+    forwards = [line for page in walked(reader, "/site/job/tumour/log?after=0", "Newer lines") for line in page]
+    assert forwards == shown
+    text = reader.page("/site/job/tumour/log")
+    assert "<script>alert" not in text and "\x1b" not in text
+
+
+def test_jobs_of_a_daemon_with_a_state_folder_are_shown_with_the_option(kit: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    waiting(state, "elsewhere")
+    with dashboard_of(*_sections(tmp_path, kit, state, None, None)) as reader:
+        assert "elsewhere" in reader.page("/site")
+        job = reader.page("/site/job/elsewhere")
+        fields = {"seen": seen(job), "decision": "approve"}
+        assert reader.ask("/site/decide/elsewhere", "POST", fields)[0] == 303
+    assert (state / "jobs/elsewhere/approval.json").exists()
+    with pytest.raises(ConfigError, match="no such folder"):
+        _sections(tmp_path, kit, tmp_path / "typo", None, None)
+    with pytest.raises(ConfigError, match="goes with the kit of a site"):
+        _sections(tmp_path, None, state, None, None)

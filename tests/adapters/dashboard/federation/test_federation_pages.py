@@ -161,6 +161,27 @@ def test_a_lead_submits_resumes_downloads_and_deletes_and_nothing_happens_unaske
         until(lambda: "round finished in round 2" in reader.page("/jobs/job/done/log"), "the log")
 
 
+def test_a_log_longer_than_a_page_is_paged_through(study: Study) -> None:
+    study.job("talks")
+    running = study.server.queue.job("talks")
+    assert running is not None
+    for number in range(1200):
+        running.server.trainings.note_line("north", "info", f"line {number} {HOSTILE}")
+    study.admin("ada").ask("AbortJob", job="talks")
+    with seen_by(study, "mina") as reader:
+        until(lambda: "line 1199" in reader.page("/jobs/job/talks/log"), "the last line")
+        address, pages = "/jobs/job/talks/log", list[list[int]]()
+        while address:
+            text = reader.page(address)
+            assert "<script>document" not in text and "\x1b" not in text
+            pages.insert(0, [int(number) for number in re.findall(r"line (\d+)", text)])
+            older = re.search(r'href="([^"]+)">Older lines<', text)
+            address = older[1] if older else ""
+        assert [number for page in pages for number in page] == list(range(1200))
+        assert len(pages) > 2 and max(map(len, pages)) <= 500
+        assert "Newest lines" in reader.page("/jobs/job/talks/log?after=0")
+
+
 def test_in_a_browser_a_job_is_submitted_by_keyboard_followed_within_a_second_and_aborted(
     study: Study, tmp_path: Path
 ) -> None:

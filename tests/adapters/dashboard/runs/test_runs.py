@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     log = folder / "hostile" / "sites" / "north" / "log.txt"
     log.parent.mkdir(parents=True)
-    log.write_text("x" * 70_000 + "\nepoch 2\n\x1b[31m</pre><script>alert(3)</script>\n")
+    log.write_text("x" * 140_000 + "\nepoch 2\n\x1b[31m</pre><script>alert(3)</script>\n")
     (folder / "not-a-run").mkdir()
     return folder
 
@@ -94,6 +94,17 @@ def test_a_page_of_a_run_has_its_curves_sites_settings_and_report(reader: Reader
 def test_what_is_not_there_is_said_with_what_to_do(reader: Reader, path: str) -> None:
     status, _, text = reader.ask(path)
     assert status in (400, 404) and "What to do" in text and "Traceback" not in text
+
+
+def test_the_output_of_a_site_is_paged_through_to_its_first_line(reader: Reader) -> None:
+    newest = reader.page("/runs/log/north/hostile")
+    assert "epoch 2" in newest and "<script>alert(3)" not in newest
+    assert "xxx" not in newest, "its line is longer than a page"
+    address, lengths = "/runs/log/north/hostile", list[int]()
+    while older := re.search(r'href="([^"]+)">Older lines<', reader.page(address)):
+        address = older[1]
+        lengths.append(len("".join(re.findall(r"x{100,}", reader.page(address)))))
+    assert len(lengths) == 2 and all(0 < length <= 4001 for length in lengths), "a line is cut, and what is shown of it"
 
 
 def test_only_new_events_are_read_and_a_run_that_begins_anew_is_read_anew(tmp_path: Path) -> None:
