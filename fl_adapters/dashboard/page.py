@@ -75,23 +75,25 @@ def link(text: str, address: str) -> Element:
     return tag("a", text, href=address)
 
 
-def tabs(addresses: Mapping[str, str], request: Request) -> Element:
+def tabs(addresses: Mapping[str, str], request: Request, here: str = "", label: str = "Parts of this page") -> Element:
     """Make the navigation between the parts of a page.
 
     Args:
         addresses: Path and query of each part, by its name.
         request: The request, which tells the part that is shown.
+        here: Name of the part that is shown, in place of what the request tells.
+        label: What the navigation is, for screen readers.
 
     Returns:
         The element.
     """
     now = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    here = next((name for name, address in addresses.items() if address == now), next(iter(addresses)))
+    here = here or next((name for name, address in addresses.items() if address == now), next(iter(addresses)))
     links = [
         tag("li", tag("a", name, href=address, **({"aria_current": "page"} if name == here else {})))
         for name, address in addresses.items()
     ]
-    return tag("nav", tag("ul", links), class_="tabs", aria_label="Parts of this page")
+    return tag("nav", tag("ul", links), class_="tabs", aria_label=label)
 
 
 def error_page(request: Request, error: FederationError, status: int = 400) -> HTMLResponse:

@@ -23,7 +23,7 @@ from fl_adapters.dashboard.federation.rights import ACTS
 from fl_adapters.dashboard.federation.view import Job, JobDetails
 from fl_adapters.dashboard.forms import act, form_of
 from fl_adapters.dashboard.log_pages import log_version, log_view
-from fl_adapters.dashboard.page import link, live, page
+from fl_adapters.dashboard.page import link, live, page, tabs
 from fl_adapters.environments.progress.text import size_text
 from fl_adapters.environments.report.document import Content, table, tag
 from fl_adapters.environments.report.page import run_sections, run_summary
@@ -113,20 +113,25 @@ class JobsSection:
             live("state", _state(job)),
             live("acts", self._acts(job)),
             tag("p", link("Log", f"{_address(job.name)}/log")),
-            live("curves", tag("p", missing.what, class_="bad") if missing else None, self._curves(job)),
+            live("curves", tag("p", missing.what, class_="bad") if missing else None, self._curves(request, job)),
             live("sites", _sites(job)),
             live("files", self._files(details)),
             tag("section", tag("h2", "Job file"), tag("pre", details.settings)),
         )
 
-    def _curves(self, job: Job) -> list[Element]:
-        """What the events of a job tell, as the page of a run in a folder shows it."""
+    def _curves(self, request: Request, job: Job) -> list[Element]:
+        """What the events of a training tell, as the page of a run shows it: the one asked for, else the last."""
+        found = self._desk.runs.trainings(job.name)
+        asked = next((number for number in found if request.query_params.get("training") == str(number)), max(found))
         try:
-            run = self._desk.runs.record(job.name)
+            run = self._desk.runs.record(found[asked])
         except ConfigError:  # no event has arrived yet
             return []
+        links = {f"Training {number}": f"{_address(job.name)}?training={number}" for number in found}
+        trainings = tabs(links, request, f"Training {asked}", "Trainings of the script") if len(found) > 1 else None
         shown = replace(run, job={}, command={})  # the page has the job file in a place of its own
-        return [*run_summary(shown, open_state=job.state), *run_sections(shown)]
+        made = [*run_summary(shown, open_state=job.state), *run_sections(shown)]
+        return [trainings, *made] if trainings is not None else made
 
     def _acts(self, job: Job) -> list[Element]:
         made = []

@@ -20,6 +20,7 @@ from fl_runtime.types.trainings import EVENTS
 _KEPT = 8
 """Records kept in memory, those that were looked at last: one of 50 sites, 200 rounds and 10 metrics takes 20 MB."""
 _MOST_RUNS = 1_000
+_MOST_TRAININGS = 200
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,22 @@ class RunsFolder:
             return [".", *(name for name, _ in _below(self.folder, ""))]
         jobs = sorted(_below(self.folder, ""), key=lambda item: -item[1])[:_MOST_RUNS]
         return [name for job, _ in jobs for name in (job, *(n for n, _ in _below(self.folder / job, f"{job}/")))]
+
+    def trainings(self, name: str) -> dict[int, str]:
+        """Return the trainings of a run's script, by number: their paths below the folder.
+
+        Args:
+            name: Path of one of them, such as "study" or "study/2".
+
+        Returns:
+            The first 200; just this one if the script trains once.
+        """
+        above, _, last = name.rpartition("/")
+        is_later = last.isdecimal() and (self.folder / above / EVENTS).is_file()
+        job = (above or ".") if is_later else name
+        below = [path for path, _ in _below(self.folder / job, "" if job == "." else f"{job}/")]
+        later = sorted((int(number), path) for path in below if (number := path.rpartition("/")[2]).isdecimal())
+        return {1: job, **dict(later[: _MOST_TRAININGS - 1])}
 
     def version(self, name: str) -> str:
         """Return a text that changes with the events of a run; "" if there is no such run."""

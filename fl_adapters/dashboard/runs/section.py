@@ -67,7 +67,7 @@ class RunsSection:
             case "log":
                 return self._log_version(name, path)
             case "run":
-                return self._runs.version(unquote(name))
+                return " ".join(map(self._runs.version, self._runs.trainings(unquote(name)).values()))
         return ""
 
     def close(self) -> None:
@@ -98,11 +98,19 @@ class RunsSection:
             request,
             run.name,
             tag("p", link("Runs", self.path), " / ", name, class_="crumbs"),
+            live("trainings", self._trainings(request, name)),
             live("summary", summary),
             tabs(parts, request),
             live("sections", content),
             tag("p", link("The report: all of it in one file to keep or send", f"{self.path}/report/{_quoted(name)}")),
         )
+
+    def _trainings(self, request: Request, name: str) -> Element | None:
+        """The navigation between the trainings of a script, if it trains more than once."""
+        found = self._runs.trainings(name)
+        links = {f"Training {number}": f"{self.path}/run/{_quoted(path)}" for number, path in found.items()}
+        here = next((f"Training {number}" for number, path in found.items() if path == name), "")
+        return tabs(links, request, here, "Trainings of the script") if len(found) > 1 else None
 
     def _outputs(self, name: str) -> list[Element]:
         """The section with links to the output of each site, if there is any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -19,7 +20,7 @@ from study import ADMINS, Study, readdressed, until
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from dashboards import Reader, browser, dashboard_of, opened
+from dashboards import Reader, browser, dashboard_of, events_of, opened
 
 from fl_adapters.dashboard.federation.connection import FederationConnection
 from fl_adapters.dashboard.federation.rights import ACTS, Rights
@@ -159,6 +160,25 @@ def test_a_lead_submits_resumes_downloads_and_deletes_and_nothing_happens_unaske
         assert (tmp_path / "done/events.jsonl").read_bytes() == (study.runs / "done/events.jsonl").read_bytes()
         assert reader.ask("/jobs/job/done/files/server/journal.db")[0] == 400
         until(lambda: "round finished in round 2" in reader.page("/jobs/job/done/log"), "the log")
+
+
+def test_the_page_of_a_job_shows_the_curves_of_each_training(study: Study) -> None:
+    study.job("folds", rounds=1)
+    at_once([study.site(site) for site in study.sites], lambda s: s.take_part(W, lambda task: W, job="folds"))
+    assert study.server.wait_for_job("folds", 30)
+    for number, rounds in ((2, 3), (3, 5)):  # as the server leaves those of a script that trains more than once
+        later = study.runs / "folds" / str(number)
+        later.mkdir()
+        (later / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events_of(2, rounds)))
+    with seen_by(study, "mina") as reader:
+        page = until(lambda: "5 of 5" in (text := reader.page("/jobs/job/folds")) and text, "the last training")
+        assert '<a href="/jobs/job/folds?training=3" aria-current="page">Training 3<' in page
+        second = reader.page("/jobs/job/folds?training=2")
+        assert "3 of 3" in second and '?training=2" aria-current="page">Training 2<' in second
+        assert "<polyline" in page and "<polyline" in second
+        assert "1 of 1" in reader.page("/jobs/job/folds?training=1")
+        assert "5 of 5" in reader.page("/jobs/job/folds?training=../1")
+        assert "Training 1" not in reader.page("/jobs/job/done")
 
 
 def test_a_log_longer_than_a_page_is_paged_through(study: Study) -> None:

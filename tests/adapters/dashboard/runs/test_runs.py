@@ -96,6 +96,20 @@ def test_what_is_not_there_is_said_with_what_to_do(reader: Reader, path: str) ->
     assert status in (400, 404) and "What to do" in text and "Traceback" not in text
 
 
+def test_the_trainings_of_a_script_lead_to_each_other(reader: Reader, runs: Path) -> None:
+    def links(page: str) -> dict[str, str]:
+        found = re.findall(r'<a href="([^"]+)"[^>]*>(Training \d+)<', page)
+        return {name: address for address, name in found}
+
+    first, second = reader.page("/runs/run/study"), reader.page("/runs/run/study/2")
+    assert links(first) == {"Training 1": "/runs/run/study", "Training 2": "/runs/run/study/2"} == links(second)
+    assert '<a href="/runs/run/study" aria-current="page">Training 1<' in first
+    assert '<a href="/runs/run/study/2" aria-current="page">Training 2<' in second
+    assert not links(reader.page("/runs/run/failed"))
+    alone = RunsFolder(runs / "study")
+    assert alone.trainings(".") == {1: ".", 2: "2"} == alone.trainings("2")
+
+
 def test_the_output_of_a_site_is_paged_through_to_its_first_line(reader: Reader) -> None:
     newest = reader.page("/runs/log/north/hostile")
     assert "epoch 2" in newest and "<script>alert(3)" not in newest
