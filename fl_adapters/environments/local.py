@@ -211,10 +211,11 @@ class LocalRun:
         return self.folder / "sites" / site / "log.txt"
 
 
-def starting_event(run: LocalRun, command: Sequence[str]) -> Event:
-    """The event that opens a run: what is run, where, and by whom."""
+def starting_event(run: LocalRun, command: Sequence[str], *, virtual: bool = False) -> Event:
+    """The event that opens a run: what is run, where, by whom, and whether the sites are virtual."""
     text = shlex.join(["python", *command[1:]])
-    data = {"job": run.settings.name, "folder": str(run.folder), "sites": run.settings.sites, "command": text}
+    marks = {"virtual": True} if virtual else {}
+    data = {"job": run.settings.name, "folder": str(run.folder), "sites": run.settings.sites, "command": text, **marks}
     return Event("starting", time.time(), data=data)
 
 

@@ -136,13 +136,20 @@ class Engine:
             self._give_up(generation)
             raise
 
-    def boost(self, iterations: Sequence[int], learning_rate: str, gradients: Gradients | None) -> TreeModel:
+    def boost(
+        self,
+        iterations: Sequence[int],
+        learning_rate: str,
+        gradients: Gradients | None,
+        done: Callable[[int], None],
+    ) -> TreeModel:
         """Grow the trees of some iterations together with the other members.
 
         Args:
             iterations: Numbers of the iterations, the same at all members.
             learning_rate: Learning rate as XGBoost writes it.
             gradients: Custom objective, f(margins, data); None for XGBoost's own.
+            done: Called after each iteration with the number of those that are done.
 
         Returns:
             The new trees.
@@ -153,7 +160,7 @@ class Engine:
         """
         assert self._generation is not None
         try:
-            return self._generation.worker.boost(iterations, {"learning_rate": learning_rate}, gradients)
+            return self._generation.worker.boost(iterations, {"learning_rate": learning_rate}, gradients, done)
         except BrokenError:
             self.end(gently=False)
             raise
@@ -285,13 +292,22 @@ class _WorkerProcess:
         self._send({"host": host, "port": port, "index": index}, {})
         self._receive()
 
-    def boost(self, iterations: Sequence[int], params: Mapping[str, str], gradients: Gradients | None) -> TreeModel:
+    def boost(
+        self,
+        iterations: Sequence[int],
+        params: Mapping[str, str],
+        gradients: Gradients | None,
+        done: Callable[[int], None],
+    ) -> TreeModel:
         self._send({"boost": list(iterations), "params": dict(params)}, {})
         while True:
             fields, arrays = self._receive()
             if "grown" in fields:
                 new_trees = TreeModel.from_document(arrays["model"])
                 return new_trees.iterations(new_trees.rounds - len(iterations))
+            if "done" in fields:
+                done(int(fields["done"]))
+                continue
             assert gradients is not None
             gradient, hessian = gradients(arrays["margins"].reshape(fields["margins"]), None)
             answer = {"gradient": np.asarray(gradient, np.float32), "hessian": np.asarray(hessian, np.float32)}

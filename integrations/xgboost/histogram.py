@@ -82,7 +82,8 @@ class JointTrees:
                 name = f"{task.round}.{task.stage or 1}"
                 self._engine.begin(name, members, rounds.loaded, self._cuts)
             gradients = None if call.obj is None else self._gradients
-            return self._engine.boost(range(rounds.start, rounds.end), learning_rate(booster), gradients)
+            iterations = range(rounds.start, rounds.end)
+            return self._engine.boost(iterations, learning_rate(booster), gradients, rounds.count)
         except BrokenError as error:
             self._engine.end(gently=False)
             log.warning("the round broke at this site: %s", error)

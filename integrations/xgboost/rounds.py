@@ -150,6 +150,14 @@ class TreeRounds:
         self._load_task(booster, task)
         return task.version != before.version
 
+    def count(self, grown: int) -> None:
+        """Note how many boosting rounds of the current round are done, for whoever watches the run.
+
+        Args:
+            grown: Their number.
+        """
+        self.grown = grown
+
     def next_task(self, booster: xgboost.Booster) -> None:
         """Take the next task without sending an update, when the run is known to end."""
         self._load_task(booster, self.session.next_task())

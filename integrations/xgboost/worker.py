@@ -191,12 +191,16 @@ class CollectiveWorker:
         return int(self._tracker.worker_args()["dmlc_tracker_port"])
 
     def _boost(self, booster: Any, data: Any, gradients: bool) -> None:
-        """Answer each command {"boost": [iterations]} with the model or its new rounds, until {"end": true}."""
+        """Answer each command {"boost": [iterations]} with the model or its new rounds, until {"end": true}.
+
+        After each iteration {"done": number of those done} is sent.
+        """
         while "boost" in (command := self._channel.receive()[0]):
             before = booster.num_boosted_rounds()
             booster.set_param(command["params"])
-            for iteration in command["boost"]:
+            for done, iteration in enumerate(command["boost"], 1):
                 booster.update(data, iteration, fobj=self._ask if gradients else None)
+                self._channel.send({"done": done})
             sends_all = before == booster.num_boosted_rounds() or drops_trees(booster)
             grown = booster if sends_all else booster[before:]
             self._channel.send({"grown": True}, {"model": grown.save_raw("ubj")})

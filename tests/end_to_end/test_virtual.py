@@ -18,6 +18,7 @@ import pytest
 import fl_adapters as fl
 from fl_adapters import Job, Simulation
 from fl_adapters.environments.local import SimulationResult
+from fl_adapters.environments.progress import RunView
 from fl_runtime.errors import (
     ConfigError,
     FederationError,
@@ -116,7 +117,15 @@ def test_the_mean_is_that_of_numpy_whatever_the_number_of_workers(here: Path) ->
 
 
 def test_a_fraction_of_the_sites_takes_part(here: Path) -> None:
-    result = simulated(script(NOISY), fraction=0.2, seed=5)
+    view, shown = RunView(), []
+
+    def watch(event: Event) -> None:
+        view(event)
+        if event.kind == "update":
+            shown.append(view.round_done)
+
+    result = simulated(script(NOISY), fraction=0.2, seed=5, listeners=[watch])
+    assert view.virtual and shown == pytest.approx([number / 10 for number in range(1, 11)] * 3)
 
     taken = [[int(site.removeprefix("site-")) - 1 for site in item.sites] for item in result.rounds]
     assert [len(sites) for sites in taken] == [10, 10, 10]

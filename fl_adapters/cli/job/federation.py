@@ -28,6 +28,7 @@ from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
+from fl_runtime.types.trainings import EVENTS
 
 _OUTCOME = "outcome.json"
 
@@ -185,8 +186,9 @@ def fetch(kit: Path, name: str, folder: Path, patience_s: float | None, as_json:
     console = console_for(as_json)
     for path in files:
         console.print(str(path), highlight=False, soft_wrap=True)
-    exported = next((folder / which for which in ("best", "model") if (folder / which).is_dir()), None)
-    print_next(console, folder, exported)
+    for training in [path.parent for path in files if path.name == EVENTS]:
+        exported = next((training / which for which in ("best", "model") if (training / which).is_dir()), None)
+        print_next(console, training, exported)
     with suppress(OSError, ValueError, AttributeError):  # a server of an earlier version has left none
         for text in _about_files(json.loads((folder / _OUTCOME).read_text("utf-8"))):
             console.print(text, highlight=False, soft_wrap=True)

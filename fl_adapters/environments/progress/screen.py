@@ -64,8 +64,8 @@ def _progress(view: RunView, width: int) -> RenderableType:
     rows = Table.grid(padding=(0, 1))
     bar = partial(ProgressBar, total=1.0, width=min(40, width // 3))
     rows.add_row("run", bar(completed=view.done), f"{view.done:4.0%}", gone)
-    if view.asked:
-        answered = f"{len(view.answered)} of {counted(len(view.asked), 'site')}"
+    if view.newest.asked:
+        answered = f"{len(view.newest.answered)} of {counted(len(view.newest.asked), 'site')}"
         if view.round_left_s is not None:
             answered += f", {'about ' if width >= _NARROW else ''}{_left_text(view.round_left_s)} left"
         rows.add_row("round", bar(completed=view.round_done), f"{view.round_done:4.0%}", answered)

@@ -59,6 +59,21 @@ class SiteView:
 
 
 @dataclass
+class RoundView:
+    """Who takes part in a round.
+
+    Attributes:
+        asked: Names of the sites that take part.
+        answered: Names of those whose update is there.
+        began: Time at which the round was opened, in seconds of `time.monotonic`.
+    """
+
+    asked: frozenset[str] = frozenset()
+    answered: set[str] = field(default_factory=set)
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass
 class RunView:
     """Listener that keeps the current state of a run for a table or a line.
 
@@ -72,12 +87,12 @@ class RunView:
         metrics: Aggregated metrics by round of this training.
         best_round: The best round of this training so far, or None.
         best_metric: The metric that decides which round is the best; "" before a model has been scored.
-        asked: Names of the sites that take part in the newest round.
-        answered: Names of those whose update of the newest round is there.
+        newest: Who takes part in the newest round, and whose update is there.
         closed: Number of rounds of this training that have been closed.
         durations_s: Seconds of each round that was closed while this view was kept, in order.
         ended: Whether the training has ended.
         began: Time at which this view was made, in seconds of `time.monotonic`.
+        virtual: Whether the sites are virtual: a few workers train one after the other.
     """
 
     job: str = ""
@@ -89,12 +104,12 @@ class RunView:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     best_round: int | None = None
     best_metric: str = ""
-    asked: frozenset[str] = frozenset()
-    answered: set[str] = field(default_factory=set)
+    newest: RoundView = field(default_factory=RoundView)
     closed: int = 0
     durations_s: list[float] = field(default_factory=list)
     ended: bool = False
     began: float = field(default_factory=time.monotonic)
+    virtual: bool = False
 
     @property
     def done(self) -> float:
@@ -105,16 +120,21 @@ class RunView:
     @property
     def round_done(self) -> float:
         """Share of the newest round that is done, from 0 to 1: updates, and the steps of sites that still train."""
-        if not self.asked or self.round <= self.closed:
-            return 1.0 if self.asked else 0.0
-        training = (self.sites[name].done for name in self.asked - self.answered if name in self.sites)
-        return min((len(self.answered) + sum(training)) / len(self.asked), 1.0)
+        if not self.newest.asked or self.round <= self.closed:
+            return 1.0 if self.newest.asked else 0.0
+        training = sum(site.done for site in self._training)
+        return min((len(self.newest.answered) + training) / len(self.newest.asked), 1.0)
 
     @property
     def round_left_s(self) -> float | None:
-        """Seconds until the slowest site has trained the open round; None if no site has told enough of its steps."""
-        open_sites = (self.sites[name] for name in self.asked - self.answered if name in self.sites)
-        return max((site.left_s for site in open_sites if site.left_s is not None), default=None)
+        """Seconds until the slowest site has trained the open round; None if no site has told enough of its steps.
+
+        Virtual sites take turns, so those that are left need as long as those that are done, each.
+        """
+        if self.virtual:
+            left = len(self.newest.asked) - len(self.newest.answered)
+            return self._round_s / len(self.newest.answered) * left if self.newest.answered and left else None
+        return max((site.left_s for site in self._training if site.left_s is not None), default=None)
 
     @property
     def left_s(self) -> float | None:
@@ -124,17 +144,29 @@ class RunView:
         """
         if self.durations_s:
             round_s = sum(self.durations_s) / len(self.durations_s)
+        elif self.virtual:
+            round_s = self._round_s + (self.round_left_s or 0.0) if self.newest.answered else 0.0
         else:
             steps = [site for site in self.sites.values() if site.rate and site.of_steps]
             round_s = max(((site.of_steps or 0) / (site.rate or 1) for site in steps), default=0.0)
         return round_s * self.rounds * (1.0 - self.done) if round_s and self.rounds else None
+
+    @property
+    def _training(self) -> list[SiteView]:
+        """Sites that train the newest round, and not those that have its task still to come."""
+        open_sites = [self.sites[name] for name in self.newest.asked - self.newest.answered if name in self.sites]
+        return [site for site in open_sites if site.state == "training" and site.round == self.round]
+
+    @property
+    def _round_s(self) -> float:
+        return time.monotonic() - self.newest.began
 
     def __call__(self, event: Event) -> None:
         data = event.data
         site = self.sites.setdefault(event.site, SiteView()) if event.site else SiteView()
         match event.kind:
             case "starting":
-                self.job, self.folder = data["job"], data["folder"]
+                self.job, self.folder, self.virtual = data["job"], data["folder"], data.get("virtual", False)
                 self.sites.update({name: SiteView() for name in data["sites"]})
             case "joined":
                 site.state, site.failed = "joined", False
@@ -146,8 +178,10 @@ class RunView:
                     for view in self.sites.values():
                         view.loss, view.reports_loss = None, False
             case "round_started":
-                self.round, self.asked, self.answered = event.round, frozenset(data["sites"]), set()
+                self.round, self.newest = event.round, RoundView(frozenset(data["sites"]))
                 self.closed = max(self.closed, event.round - 1)  # this view may have begun late
+                for site in (self.sites.setdefault(name, SiteView()) for name in self.newest.asked if self.virtual):
+                    site.state = "queued"
             case "task_sent":
                 site.state, site.round = "final" if event.round in self.metrics else "training", event.round
                 site.bytes_down += data["bytes"]
@@ -182,7 +216,7 @@ class RunView:
         if data["status"] in ("used", "carried"):
             site.state, site.examples, site.seconds = "waiting", data.get("num_examples"), data["seconds"]
             if event.round == self.round:
-                self.answered.add(event.site)
+                self.newest.answered.add(event.site)
             site.train_s = data.get("train_s", site.train_s)
             if site.steps is not None:
                 site.steps = site.of_steps or site.steps

@@ -81,7 +81,7 @@ class VirtualSimulation:
     def run(self, job: Job, run: LocalRun, began: float) -> SimulationResult:
         """Run the job to its end, from round 1 or from where the run's journal ends."""
         journal = run.folder / "server" / "journal.sqlite"
-        run.tell(starting_event(run, [sys.executable, job.app]))
+        run.tell(starting_event(run, [sys.executable, job.app], virtual=True))
         try:
             with _workers(self, job, run) as pool:
                 return _simulated(self, job, run, pool, began)

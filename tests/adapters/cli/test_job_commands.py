@@ -95,6 +95,8 @@ def test_a_day_of_an_admin(study: Study, job: Any, tmp_path: Path) -> None:
         .stdout
     )
     assert "open     safetensors.numpy.load_file('results/" in told and "again    fl-adapters report results" in told
+    curves = (tmp_path / "results" / "tensorboard").is_dir()
+    assert curves and f"curves   tensorboard --logdir {Path('results/tensorboard')}" in told
     job("delete", "first")
     assert not (study.runs / "first").exists()
     assert job("show", "first", status=1)["error"]["what"] == "there is no job 'first'"

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,43 @@ def test_the_bar_of_a_site_is_whole_after_its_update_and_in_the_end(total: int |
     view(Event("task_sent", 0.0, 7, "clinic", {"bytes": 1}))  # the final model
     view(Event("left", 0.0, 7, "clinic", {"early": False, "reason": ""}))
     assert (view.sites["clinic"].state, view.sites["clinic"].done) == ("done", 1.0)
+
+
+def test_virtual_sites_are_queued_and_the_end_of_their_round_is_estimated() -> None:
+    sites = [f"site-{number}" for number in range(1, 41)]
+    view = RunView()
+    view(Event("starting", 0.0, 0, "", {"job": "j", "folder": "runs/j", "sites": sites, "virtual": True}))
+    view(Event("started", 0.0, 0, "", {"rounds": 2, "sites": sites}))
+
+    def answer(number: int, names: Sequence[str]) -> None:
+        for name in names:
+            view(Event("task_sent", 0.0, number, name, {"bytes": 1}))
+            facts = {"num_examples": 1000, "bytes_up": 1, "seconds": 9.0, "status": "used", "metrics": {}}
+            view(Event("update", 0.0, number, name, facts))
+
+    def states() -> dict[str, int]:
+        return Counter(site.state for site in view.sites.values())
+
+    view(Event("round_started", 0.0, 1, "", {"sites": sites}))
+    assert (states(), view.round_done, view.round_left_s, view.left_s) == ({"queued": 40}, 0.0, None, None)
+    answer(1, sites[:10])
+    view(Event("task_sent", 0.0, 1, sites[10], {"bytes": 1}))
+    assert states() == {"waiting": 10, "training": 1, "queued": 29} and view.round_done == 0.25
+    view.newest.began = time.monotonic() - 10.0
+    assert view.round_left_s == pytest.approx(30.0, rel=0.1)
+    assert view.left_s == pytest.approx(70.0, rel=0.1)
+    answer(1, sites[10:])
+    sums = {"bytes_up": 1, "bytes_down": 1, "missing": (), "sites": sites, "seconds": 40.0, "metrics": {}}
+    view(Event("round_finished", 0.0, 1, "", sums))
+    view(Event("round_started", 0.0, 2, "", {"sites": sites[:20]}))  # a fraction takes part
+    assert states() == {"queued": 20, "waiting": 20} and view.round_done == 0.0
+
+
+def test_sites_whose_task_is_still_to_come_count_nothing_for_the_round() -> None:
+    view = RunView()
+    for event in events(["clinic", "lab"], answered=2, tells_steps=True):
+        view(event)
+    sums = {"bytes_up": 1, "bytes_down": 1, "missing": (), "sites": ["clinic", "lab"], "seconds": 9.0, "metrics": {}}
+    view(Event("round_finished", 0.0, 7, "", sums))
+    view(Event("round_started", 0.0, 8, "", {"sites": ["clinic", "lab"]}))
+    assert (view.round_done, view.done) == (0.0, 7 / ROUNDS)
