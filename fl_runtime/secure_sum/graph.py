@@ -20,7 +20,7 @@ that colludes with sites may try many keys of theirs; each doubling of the tries
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from math import comb
 
@@ -31,24 +31,38 @@ _COLLUDING, _DROPPING = (1, 10), (3, 10)
 _SECRECY, _SUCCESS = 40, 20  # negative base-2 logarithms of the probabilities of failure
 
 
-def neighbours(names: Sequence[str], seed: bytes) -> dict[str, tuple[str, ...]]:
-    """Return the neighbours of each site.
+class Graph:
+    """Who is whose neighbour. If v is a neighbour of u, u is one of v.
 
     Args:
         names: Names of the sites, in any order.
         seed: Bytes that decide on the order of the circle.
-
-    Returns:
-        Site -> its neighbours in order of names. If v is a neighbour of u, u is one of v.
     """
-    ordered = sorted(names)
-    size = degree(len(ordered))
-    if size == len(ordered) - 1:
-        return {name: tuple(other for other in ordered if other != name) for name in ordered}
-    circle = sorted(ordered, key=lambda name: hashlib.sha256(seed + name.encode()).digest())
-    steps = [step for step in range(-size // 2, size // 2 + 1) if step]
-    count = len(circle)
-    return {name: tuple(sorted(circle[(place + step) % count] for step in steps)) for place, name in enumerate(circle)}
+
+    def __init__(self, names: Iterable[str], seed: bytes) -> None:
+        self._circle = sorted(names, key=lambda name: hashlib.sha256(seed + name.encode()).digest())
+        self._places = {name: place for place, name in enumerate(self._circle)}
+        self._neighbours: dict[str, tuple[str, ...]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def neighbours(self, name: str) -> tuple[str, ...]:
+        """Return the neighbours of a site.
+
+        Args:
+            name: Name of the site.
+
+        Returns:
+            Their names in order.
+        """
+        if name not in self._neighbours:
+            place, count = self._places[name], len(self._circle)
+            size = degree(count)
+            first = -(size // 2)
+            others = (self._circle[(place + step) % count] for step in range(first, first + size + 1) if step)
+            self._neighbours[name] = tuple(sorted(others))
+        return self._neighbours[name]
 
 
 @lru_cache(maxsize=256)

@@ -117,12 +117,10 @@ class Ring:
         """
         array = _numbers(values)
         if array.dtype.kind == "f":
-            magnitude, negative = self._scaled_floats(array)
-        else:
-            negative = array < 0
-            magnitude = np.where(negative, np.negative(array.view(np.uint64)), array.view(np.uint64))
-            magnitude = self._shifted(magnitude)
-        return self._signed(magnitude, negative)
+            return self._of_floats(array)
+        negative = array < 0
+        magnitude = np.where(negative, np.negative(array.view(np.uint64)), array.view(np.uint64))
+        return self._signed(self._shifted(magnitude), negative)
 
     def decode(self, total: Array) -> Array:
         """Return the numbers that integers of the ring stand for.
@@ -136,7 +134,8 @@ class Ring:
         if self.bits == 128:
             return _decode_pairs(total, self.fraction_bits)
         signed = total.view(np.int32 if self.bits == 32 else np.int64)
-        return np.ldexp(signed.astype(np.float64), -self.fraction_bits)
+        decoded: Array = signed.astype(np.float64) * 2.0**-self.fraction_bits  # exact, as for all powers of 2
+        return decoded
 
     def add_into(self, total: Array, vector: Array) -> None:
         """Add a vector to a total in place, modulo 2^bits.
@@ -165,18 +164,18 @@ class Ring:
         total[..., 0] -= vector[..., 0]
         total[..., 1] -= vector[..., 1] + borrow
 
-    def _scaled_floats(self, array: Array) -> tuple[Array, Array]:
-        """Return |x| * 2^f, rounded, in whole numbers of 64 bits or pairs of them, and where x is negative."""
+    def _of_floats(self, array: Array) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = np.rint(np.ldexp(array, self.fraction_bits))
-        if not np.all(np.abs(scaled) < 2.0 ** (self.bits - 1)):  # False for NaN
+            scaled = np.asarray(array * 2.0**self.fraction_bits)
+            np.rint(scaled, out=scaled)
+            magnitude = np.abs(scaled)
+        if array.size and not magnitude.max() < 2.0 ** (self.bits - 1):  # False for NaN
             raise UpdateRefusedError(_DOES_NOT_FIT, fix="clip the values to the bound of the sum")
-        negative, magnitude = scaled < 0, np.abs(scaled)
         if self.bits != 128:
-            return magnitude.astype(np.uint64), negative
-        upper = np.floor(np.ldexp(magnitude, -64))
-        lower = magnitude - np.ldexp(upper, 64)  # exact: these are the low ones of the 53 binary digits
-        return np.stack([lower.astype(np.uint64), upper.astype(np.uint64)], axis=-1), negative
+            return scaled.astype(np.int64).view(np.uint64).astype(self.dtype, copy=False)
+        upper = np.floor(magnitude * 2.0**-64)
+        lower = magnitude - upper * 2.0**64  # exact: these are the low ones of the 53 binary digits
+        return self._signed(np.stack([lower.astype(np.uint64), upper.astype(np.uint64)], axis=-1), scaled < 0)
 
     def _shifted(self, magnitude: Array) -> Array:
         """Return whole numbers times 2^f."""

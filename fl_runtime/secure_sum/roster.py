@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.secure_sum.context import Context, label
-from fl_runtime.secure_sum.graph import neighbours
+from fl_runtime.secure_sum.graph import Graph
 from fl_runtime.secure_sum.messages import KeysMessage
 from fl_runtime.secure_sum.primitives import is_signed
 
@@ -27,7 +27,6 @@ class Roster:
     Attributes:
         names: The participants in order.
         digest: SHA-256 of the stage, the participants and their keys.
-        neighbours: Participant -> those with which it shares pair masks, in order.
 
     Raises:
         ConfigError: If the round or the stage cannot be named.
@@ -45,7 +44,7 @@ class Roster:
         self._keys = dict(keys)
         listed = [[name, keys[name].exchange.hex(), keys[name].signing.hex()] for name in self.names]
         self.digest = hashlib.sha256(self.label("roster", listed)).digest()
-        self.neighbours = neighbours(self.names, self.digest)
+        self._graph = Graph(self.names, self.digest)
         self._numbers = {name: number for number, name in enumerate(self.names, 1)}
 
     def label(self, purpose: str, *parts: object) -> bytes:
@@ -56,9 +55,13 @@ class Roster:
         """Return bytes that name one use of a key in this stage among these participants."""
         return self.label(purpose, self.digest.hex(), *parts)
 
+    def neighbours(self, site: str) -> tuple[str, ...]:
+        """Return those with which a participant shares pair masks, in order."""
+        return self._graph.neighbours(site)
+
     def holders(self, site: str) -> tuple[str, ...]:
         """Return those that hold shares of a participant's secrets: its neighbours and itself, in order."""
-        return tuple(sorted((*self.neighbours[site], site)))
+        return tuple(sorted((*self.neighbours(site), site)))
 
     def number(self, site: str) -> int:
         """Return the point at which a participant holds its shares: its place among all, from 1."""

@@ -68,7 +68,7 @@ class ServerSums:
         if site in self._messages or self._delivered:
             self._refuse(site, "sent its shares too late, or twice")
         shares = SharesMessage.parse(site, message, roster.round, roster.stage, len(roster.names))
-        partners = roster.neighbours[site]
+        partners = roster.neighbours(site)
         holders = len(partners) + 1
         if shares.roster != roster.digest:
             self._refuse(site, "has begun with other participants or keys")
@@ -174,7 +174,7 @@ class ServerSums:
         if reveal.agreement != self._agreement:
             self._refuse(site, "reveals shares for other survivors")
         own = {name for name in roster.holders(site) if name in survivors}
-        pairs = {name for name in roster.neighbours[site] if name in self._shares and name not in survivors}
+        pairs = {name for name in roster.neighbours(site) if name in self._shares and name not in survivors}
         if set(reveal.own) != own or set(reveal.pairs) != pairs:
             self._refuse(site, "does not reveal its shares of those it holds shares of")
         self._reveals[site] = reveal
@@ -243,7 +243,7 @@ class ServerSums:
             data = unseal(self._combined(site, shares), self._shares[site].pairs, self._roster.bound("pairs", site))
         except ValueError:
             self._wrong_shares(site)
-        partners = self._roster.neighbours[site]
+        partners = self._roster.neighbours(site)
         return {name: data[at * SEED_BYTES : (at + 1) * SEED_BYTES] for at, name in enumerate(partners)}
 
     def _revealed(self) -> list[tuple[int, RevealMessage]]:
@@ -259,7 +259,7 @@ class ServerSums:
         """Return those of the cohort that have dropped out and share pair masks with a survivor."""
         survivors = set(self._settled())
         return [
-            name for name in self.cohort if name not in survivors and survivors & set(self._roster.neighbours[name])
+            name for name in self.cohort if name not in survivors and survivors & set(self._roster.neighbours(name))
         ]
 
     def _settled(self) -> tuple[str, ...]:
@@ -268,7 +268,7 @@ class ServerSums:
         return self._survivors
 
     def _known(self, site: str) -> Roster:
-        if site not in self._roster.neighbours:
+        if site not in self._roster.names:
             self._refuse(site, "is not one of the participants")
         return self._roster
 

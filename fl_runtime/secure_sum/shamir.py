@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from math import prod
 
 PRIME = 2**256 + 297
 """The smallest prime above 2^256, so that 32 bytes are one secret."""
@@ -34,8 +34,8 @@ def split(secret: int, threshold: int, holders: Sequence[int], prime: int = PRIM
     for x in holders:
         value = 0
         for coefficient in reversed(coefficients):
-            value = (value * x + coefficient) % prime
-        shares.append(value)
+            value = value * x + coefficient
+        shares.append(value % prime)  # once: x is small, so the value grows slowly
     return shares
 
 
@@ -55,20 +55,9 @@ def combine(shares: Mapping[int, int], threshold: int, prime: int = PRIME) -> in
     """
     if len(shares) < threshold:
         raise ValueError(f"{len(shares)} shares do not open a secret; {threshold} are needed")
-    chosen = tuple(sorted(shares)[:threshold])
-    weights = _weights(chosen, prime)
-    return sum(weight * shares[x] for weight, x in zip(weights, chosen, strict=True)) % prime
-
-
-@lru_cache(maxsize=64)
-def _weights(points: tuple[int, ...], prime: int) -> list[int]:
-    """Return the factors of the shares: Lagrange's polynomials at 0."""
-    found = []
-    for x in points:
-        above, below = 1, 1
-        for other in points:
-            if other != x:
-                above = above * other % prime
-                below = below * (other - x) % prime
-        found.append(above * pow(below, -1, prime) % prime)
-    return found
+    chosen = sorted(shares)[:threshold]
+    product, total = prod(chosen), 0
+    for x in chosen:  # Lagrange's polynomials at 0; the products are of small numbers, so they are reduced once
+        below = x * prod(other - x for other in chosen if other != x)
+        total += shares[x] * product * pow(below, -1, prime)
+    return total % prime

@@ -252,7 +252,7 @@ class SiteSums:
 
     def _begun(self, roster: Roster) -> _Stage:
         """Return a new stage, with its seeds and the message that shares them."""
-        site, holders, partners = self._site, roster.holders(self._site), roster.neighbours[self._site]
+        site, holders, partners = self._site, roster.holders(self._site), roster.neighbours(self._site)
         seed, pairs_key, threshold = new_seed(), new_seed(), self._rules.needed(len(holders))
         points = [roster.number(name) for name in holders]
         halves = (split(int.from_bytes(secret, "big"), threshold, points) for secret in (seed, pairs_key))
@@ -281,13 +281,13 @@ class SiteSums:
         public = roster.keys(peer).exchange
         if public not in self._secrets:
             try:
-                self._secrets[public] = extract(self._keys.shared(public))
+                shared = self._keys.shared(public)
             except ValueError:
                 raise ProtocolError(
                     f"the key of {peer} for secure sums is not a usable X25519 key", where=self._site, fix=_ASK
                 ) from None
-        keys = [roster.keys(name).exchange.hex() for name in (first, second)]
-        return expand(self._secrets[public], roster.label(purpose, first, second, *keys))
+            self._secrets[public] = extract(shared + b"".join(sorted((public, self._keys.exchange))))
+        return expand(self._secrets[public], roster.label(purpose, first, second))
 
     def _opened(self, state: _Stage, sender: str, sealed: bytes) -> tuple[int, int]:
         """Return the shares that a sender has sealed for this site."""
@@ -327,7 +327,7 @@ class SiteSums:
         self._signed.check_begin(roster.round, roster.stage, cohort)
 
     def _partners(self, state: _Stage, cohort: frozenset[str]) -> list[str]:
-        return [name for name in state.roster.neighbours[self._site] if name in cohort]
+        return [name for name in state.roster.neighbours(self._site) if name in cohort]
 
     def _begun_stage(self, round: int, stage: str) -> _Stage:
         state = self._stages.get((round, stage))
