@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fl_adapters.environments.proof_of_concept import ProofOfConcept
     from fl_adapters.environments.simulation import Simulation
     from fl_adapters.job import Job
-    from fl_adapters.loop import ConnectedSite, SiteTask, connect
+    from fl_adapters.loop import ConnectedSite, SiteTask, Sums, connect, sums
     from fl_adapters.participant.identity import Site, site
     from fl_adapters.participant.local_work.dp_sgd import DPSGD
     from fl_runtime.aggregation import (
@@ -105,6 +105,7 @@ __all__ = [
     "SiteTask",
     "StateMismatchError",
     "StoreError",
+    "Sums",
     "Swarm",
     "TransferDamagedError",
     "TrimmedMean",
@@ -113,6 +114,7 @@ __all__ = [
     "connect",
     "open_run",
     "site",
+    "sums",
 ]
 
 __version__ = _VERSION
@@ -147,11 +149,13 @@ _LAZY = {
     "Swarm": "fl_runtime.aggregation",
     "Simulation": "fl_adapters.environments.simulation",
     "Site": "fl_adapters.participant.identity",
+    "Sums": "fl_adapters.loop",
     "SiteTask": "fl_adapters.loop",
     "TrimmedMean": "fl_runtime.aggregation",
     "connect": "fl_adapters.loop",
     "open_run": "fl_adapters.environments.report.saved_run",
     "site": "fl_adapters.participant.identity",
+    "sums": "fl_adapters.loop",
 }
 
 # In a source checkout the integrations lie beside this package; in a wheel they are inside it.

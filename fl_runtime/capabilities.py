@@ -31,5 +31,8 @@ CROSS_EVALUATION: Final = "cross-evaluation"
 FINAL_SCORE: Final = "final-score"
 """The site may still score the final model until it leaves the run, although it has not promised scores."""
 
+SUMS: Final = "sums"
+"""The script sums vectors (`fl_adapters.sums`) and trains no model. Also the name of its framework for policies."""
+
 EXACT_RESTART: Final = "exact-restart"
 """The site can save and restore all of its state. Jobs with `exact_restart` require it."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fl_adapters.participant.exchange import RegisteredModel
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
-from fl_runtime.aggregation import make_strategy
+from fl_runtime.aggregation import make_strategy, strategy_of
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
 from fl_runtime.client.job_settings import run_settings
@@ -114,7 +114,7 @@ class Gate:
         """
         with self.leaving_on_refusal("register"):
             self._policy.check_handshake(list(state), terms)
-            strategy = make_strategy(self._job.get("strategy") or terms.strategy)
+            strategy = strategy_of(self._job.get("strategy"), terms)
             corrects = LocalTerms.from_config(strategy.configure(1, ())).control_variates
             extras = corrects or self._job.get("optimizer_state") == "average"
             self._registered = RegisteredModel.of(state, strategy) if terms.content == "weights" else None

@@ -24,7 +24,7 @@ from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.restart import SiteRestart, round_seed
 from fl_adapters.participant.results import Export, Results
 from fl_adapters.participant.swarm import SwarmSite
-from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SWARM
+from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SUMS, SWARM
 from fl_runtime.client import SiteClient
 from fl_runtime.client.local_training import StepCount
 from fl_runtime.client.meter import RoundStats, TransferMeter
@@ -35,7 +35,7 @@ from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import SILENCE_S
 from fl_runtime.trust.streams.secure_stream import SecureStream
-from fl_runtime.types import Arrays, Metrics, Report, Summary, Task, Terms
+from fl_runtime.types import MODEL_SETTINGS, MOST_ROUNDS, Arrays, Metrics, Report, Summary, Task, Terms
 from fl_runtime.types.trainings import job_of
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
@@ -103,7 +103,7 @@ class Session:
         self._gate = Gate(kit, framework, self.leave)
         local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
         self._client = SiteClient(transport, kit.patience_s, own_patience=kit.own_patience, same_machine=local)
-        welcome = self._join(kit, options, before)
+        welcome = self._join(kit, options, framework, before)
         job, training = str(welcome.settings["name"]), max(welcome.training, 1)
         self._kit = kit = kit.of_training(training)
         self.site = Site(welcome.site, welcome.index, welcome.count, job, training=training)
@@ -286,7 +286,7 @@ class Session:
         if self._swarm is not None:
             self._swarm.start()
         if (folder := folder_for_notes(self._kit)) is not None:
-            self._client.training.leave_notes(folder, self.job, self.rounds)
+            self._client.training.leave_notes(folder, self.job, self.rounds if self.rounds < MOST_ROUNDS else 0)
         self._client.training.share(steps, self._gate.shares_progress)
         task = self._wait()
         point = self.restart.load(task) if self.restart is not None else None
@@ -437,7 +437,7 @@ class Session:
         """
         self.departure.leave(LeaveReason.of(reason), early=True)
 
-    def _join(self, kit: Kit, options: Options, before: Site | None) -> Welcome:
+    def _join(self, kit: Kit, options: Options, framework: str, before: Site | None) -> Welcome:
         """Join the run and set `settings`. If the site or the server refuses, the connection is closed."""
         try:
             with self._gate.recording("join"):
@@ -445,7 +445,10 @@ class Session:
                 welcome = self._client.join(kit.job, before.training + 1 if before else 1, follows)
                 if before and not welcome.training:
                     raise _one_training(kit.server)
-                self.settings = SiteSettings.resolve(options, welcome.settings)
+                job = welcome.settings
+                if framework == SUMS:
+                    job = {name: value for name, value in job.items() if name not in MODEL_SETTINGS}
+                self.settings = SiteSettings.resolve(options, job)
         except BaseException:
             self._client.close()
             raise

@@ -15,11 +15,12 @@ from fl_runtime.aggregation.fednova import FedNova
 from fl_runtime.aggregation.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_runtime.aggregation.lora.products import FedExLoRA, FlexLoRA, FLoRA
 from fl_runtime.aggregation.lora.strategies import FedIT, FedSALoRA, FFALoRA, RoLoRA
-from fl_runtime.aggregation.robust import CoordinateMedian, Krum, NormBounding, TrimmedMean
+from fl_runtime.aggregation.robust.strategies import CoordinateMedian, Krum, NormBounding, TrimmedMean
 from fl_runtime.aggregation.spec import find
+from fl_runtime.aggregation.sums.strategy import Sum
 from fl_runtime.aggregation.swarm import Swarm
 from fl_runtime.aggregation.trees.strategies import TreeBagging, TreeCyclic, TreeHistogram
-from fl_runtime.types import Strategy
+from fl_runtime.types import Strategy, Terms
 
 __all__ = [
     "CoordinateMedian",
@@ -43,6 +44,7 @@ __all__ = [
     "NormBounding",
     "RoLoRA",
     "Scaffold",
+    "Sum",
     "Swarm",
     "TreeBagging",
     "TreeCyclic",
@@ -50,6 +52,7 @@ __all__ = [
     "TrimmedMean",
     "known_strategies",
     "make_strategy",
+    "strategy_of",
 ]
 
 _STRATEGIES = (
@@ -79,6 +82,7 @@ _STRATEGIES = (
     TreeBagging,
     TreeCyclic,
     TreeHistogram,
+    Sum,
 )
 
 
@@ -105,3 +109,20 @@ def make_strategy(spec: str) -> Strategy:
     strategy = find(_STRATEGIES, spec)
     assert isinstance(strategy, _STRATEGIES)
     return strategy
+
+
+def strategy_of(job: str | None, terms: Terms) -> Strategy:
+    """Return the strategy of a training.
+
+    Args:
+        job: The job's strategy as text; None if the job leaves it open.
+        terms: What the script proposes.
+
+    Returns:
+        The job's strategy; the script's where the job has none, and where the script trains no model (`open_ended`).
+
+    Raises:
+        ConfigError: A name or an argument is unknown, or a value is out of range.
+    """
+    proposed = make_strategy(terms.strategy)
+    return proposed if job is None or proposed.open_ended else make_strategy(job)

@@ -23,7 +23,7 @@ class WeightsStrategy(Described):
     """
 
     content: ClassVar[Content] = "weights"
-    initial: ClassVar[Literal["first", "all"]] = "first"
+    initial: ClassVar[Literal["first", "all", "none"]] = "first"
     weighted: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS})
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from fl_runtime.aggregation.workflow import Workflow
 from fl_runtime.errors import ConfigError, did_you_mean
-from fl_runtime.types import Update
+from fl_runtime.types import Arrays, Update
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Described(Workflow):
         scalable: Whether the server can scale down the weight of one update, see `Strategy`.
         partial: Whether updates may lack tensors, see `Strategy`.
         needs_steps: Whether updates must state their number of optimizer steps, see `Strategy`.
+        open_ended: Whether the run has no number of rounds, see `Strategy`.
         shows: What of a single site's update other sites get, see `Strategy`.
 
     Raises:
@@ -98,6 +99,7 @@ class Described(Workflow):
     scalable: ClassVar[bool] = True
     partial: ClassVar[bool] = False
     needs_steps: ClassVar[bool] = False
+    open_ended: ClassVar[bool] = False
     shows: ClassVar[Literal["", "trees", "updates"]] = ""
 
     def __post_init__(self) -> None:
@@ -181,6 +183,17 @@ class Described(Workflow):
             The shape, with -1 for dimensions that may differ. The base class returns the whole shape.
         """
         return shape
+
+    def finished(self, arrays: Arrays) -> bool:
+        """Return whether the run ends with a global model. The base class returns False: it has a number of rounds.
+
+        Args:
+            arrays: The model.
+
+        Returns:
+            Whether no further round is opened.
+        """
+        return False
 
     def refuse(self, argument: str, wanted: str) -> ConfigError:
         """Make the error for an argument with a value that cannot work.

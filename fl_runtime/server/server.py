@@ -175,7 +175,7 @@ class Server:
                 "phase": state.phase,
                 "training": training.number,
                 "round": state.open_round.round if state.open_round else len(state.results),
-                "rounds": state.plan.rounds,
+                "rounds": None if state.plan.strategy.open_ended else state.plan.rounds,
                 "newest": {"round": newest, "metrics": to_json(scores.of(newest))} if newest else None,
                 "sites": {member.name: state.standing_of(member, now) for member in members},
                 "versions": {m.name: m.registration.version for m in members if m.registration},

@@ -86,12 +86,14 @@ class Plan:
     """What is trained, and for how long.
 
     Attributes:
+        job: The job's settings, as sites see them when they join.
         strategy: The strategy that makes the global models.
         terms: What the sites' scripts agreed on at the handshake; the defaults before it.
         rounds: Number of the last round, or None before the handshake.
         negotiable: True if the sites' terms name the strategy, because the job does not.
     """
 
+    job: RunSettings
     strategy: Strategy
     terms: Terms = field(default_factory=Terms)
     rounds: int | None = None
@@ -106,7 +108,7 @@ class RunState:
     written to the journal before anyone learns of it. Nothing that takes long, such as summing, happens under the lock.
 
     Attributes:
-        settings: The job's settings.
+        settings: The settings that hold in this run: the job's, without those about models if it trains none.
         events: Where the run's events are emitted.
         journal: The record that a killed server continues from.
         blobs: The files of models and updates.
@@ -137,7 +139,9 @@ class RunState:
         self.changed = threading.Condition(self.lock)
         self.published = threading.Condition(self.lock)
         negotiable = strategy is None and settings.strategy is None
-        self.plan = Plan(strategy or make_strategy(settings.strategy or Terms().strategy), negotiable=negotiable)
+        self.plan = Plan(
+            settings, strategy or make_strategy(settings.strategy or Terms().strategy), negotiable=negotiable
+        )
         durable = settings.durability == "power"
         self.journal = store.journal(folder, durable=durable)
         self.journal.begin(settings)
@@ -157,21 +161,30 @@ class RunState:
 
         Raises ConfigError if the job's filters do not fit them.
         """
-        strategy = make_strategy(terms.strategy) if self.plan.negotiable else self.plan.strategy
+        proposed = make_strategy(terms.strategy)
+        strategy = proposed if self.plan.negotiable or proposed.open_ended else self.plan.strategy
+        self.settings = self.plan.job.without_model() if strategy.open_ended else self.plan.job
         self.plan = replace(self.plan, strategy=strategy, terms=terms)
         check_filters(self.settings.filters, self.settings.optimizer_state, strategy)
 
     def begin(self, rounds: int, sites: Sequence[str], manifest: Manifest) -> None:
-        """Record that the sites have agreed on `rounds` rounds of the model that `manifest` describes.
+        """Record that the sites have agreed on `rounds` rounds, at most, of the model that `manifest` describes.
 
         Raises ConfigError if a privacy budget of the job's filters does not allow so many rounds.
         """
-        check_budgets(self.settings.filters, replace(self.settings, rounds=rounds), self.plan.strategy)
+        open_ended = self.plan.strategy.open_ended
+        planned = replace(self.settings, rounds=None if open_ended else rounds)
+        check_budgets(self.settings.filters, planned, self.plan.strategy)
         self.journal.agreed(rounds, self.plan.terms)
         self.plan = replace(self.plan, rounds=rounds)
         filters: dict[str, Any] = {"filters": list(self.settings.filters)} if self.settings.filters else {}
         self.events.emit(
-            "started", rounds=rounds, sites=list(sites), tensors=len(manifest.tensors), bytes=manifest.nbytes, **filters
+            "started",
+            rounds=planned.rounds or 0,
+            sites=list(sites),
+            tensors=len(manifest.tensors),
+            bytes=manifest.nbytes,
+            **filters,
         )
 
     def restore_plan(self) -> None:

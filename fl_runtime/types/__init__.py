@@ -25,6 +25,7 @@ from fl_runtime.types.messages import (
 from fl_runtime.types.settings import (
     LARGEST_SEED,
     LONGEST_S,
+    MODEL_SETTINGS,
     MOST_ROUNDS,
     MOST_SITES,
     PRODUCTION_PATIENCE_S,
@@ -39,6 +40,7 @@ from fl_runtime.types.strategy import Aggregator, Allocate, RoundPlan, ServerSta
 __all__ = [
     "LARGEST_SEED",
     "LONGEST_S",
+    "MODEL_SETTINGS",
     "MOST_ROUNDS",
     "MOST_SITES",
     "PARTICIPANTS",

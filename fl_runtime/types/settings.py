@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from fl_runtime.types.messages import Content, Settings
 
@@ -30,6 +30,13 @@ PRODUCTION_JOIN_S = 600.0
 
 SERVER_SETTINGS = frozenset({"min_sites", "deadline_s", "rejoin_s", "max_share", "durability", "join_s"})
 """Settings of a job that the server alone follows, so that sites of earlier versions need not know them."""
+
+
+MODEL_SETTINGS = frozenset(
+    {"strategy", "rounds", "late", "every", "exchange", "optimizer_state", "initial", "initial_job", "best_metric"}
+    | {"best_mode", "exact_restart", "fraction", "max_share", "patience", "min_delta", "cross_site"}
+)
+"""Settings of a job that are about its models, and have no effect on trainings that only sum vectors."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,11 @@ class RunSettings:
         """
         patience_s = patience_s if self.patience_s is None else self.patience_s
         return replace(self, patience_s=patience_s, join_s=PRODUCTION_JOIN_S if self.join_s is None else self.join_s)
+
+    def without_model(self) -> RunSettings:
+        """Return these settings with the defaults of all that are about models (`MODEL_SETTINGS`)."""
+        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in MODEL_SETTINGS}
+        return replace(self, **defaults)
 
     @property
     def names_initial(self) -> bool:

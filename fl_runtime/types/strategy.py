@@ -90,7 +90,9 @@ class Strategy(Protocol):
         content: What the arrays of updates hold. Tensors of "weights" are those of the handshake. Tensors of
             "encoded" have the same names and dtypes; their shapes may change as `agreed_shape` allows.
         initial: Where the initial model comes from: the first site, or all sites through an aggregator of round 0,
-            whose base model is empty.
+            whose base model is empty. With "none" it is zeros, and no site is asked.
+        open_ended: Whether the run has no number of rounds, since `finished` decides when it ends. The job's settings
+            about models then have no effect, see `RunSettings.without_model`.
         weighted: Whether `site_weights` of the job have an effect.
         scalable: Whether the server can scale down the weight of one update, so that a cap on shares holds.
         partial: Whether updates may lack tensors, each of which is then combined over the sites that send it.
@@ -100,7 +102,8 @@ class Strategy(Protocol):
     """
 
     content: ClassVar[Content]
-    initial: ClassVar[Literal["first", "all"]]
+    initial: ClassVar[Literal["first", "all", "none"]]
+    open_ended: ClassVar[bool]
     weighted: ClassVar[bool]
     scalable: ClassVar[bool]
     partial: ClassVar[bool]
@@ -227,6 +230,17 @@ class Strategy(Protocol):
 
         Raises:
             UpdateRefusedError: No aggregator should see this update. Its site receives the reason.
+        """
+        ...
+
+    def finished(self, arrays: Arrays) -> bool:
+        """Return whether the run ends with a global model, before its last round or without a number of rounds.
+
+        Args:
+            arrays: The model.
+
+        Returns:
+            Whether no further round is opened.
         """
         ...
 

@@ -8,8 +8,8 @@ PUBLIC = {
         FedAdagrad FedAdam FedAvg FedAvgM FedBuff FedExLoRA FedIT FedNova FedProx FedSALoRA FedYogi
         FederationError FlexLoRA HandshakeError Job Krum NormBounding PermissionDeniedError PrivacyBudgetError
         Production ProofOfConcept ProtocolError QuorumError RoLoRA Scaffold Simulation Site SiteFailedError
-        SiteTask StateMismatchError StoreError Swarm TransferDamagedError TrimmedMean UpdateRefusedError
-        __version__ connect open_run site
+        SiteTask StateMismatchError StoreError Sums Swarm TransferDamagedError TrimmedMean UpdateRefusedError
+        __version__ connect open_run site sums
     """,
     "fl_adapters.hf": "FederatedCallback",
     "fl_adapters.keras": "FederatedCallback",

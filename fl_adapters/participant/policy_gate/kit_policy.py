@@ -131,7 +131,8 @@ class KitPolicyGate(PolicyGate):
     def check_handshake(self, names: Sequence[str], terms: Terms) -> None:
         with self.refusals.recording("register"):
             self._policy.check_names(names, self.identity)
-            if self._settings is not None and (self._strategy is None or make_strategy(terms.strategy).shows):
+            script = make_strategy(terms.strategy)
+            if self._settings is not None and (self._strategy is None or script.shows or script.open_ended):
                 for refusal in strategy_refusals(self._policy, self.identity, self._settings, terms.strategy):
                     raise refusal
         self._names = list(names)

@@ -51,7 +51,7 @@ class LoraProducts(Described):
     """
 
     content: ClassVar[Content] = "encoded"
-    initial: ClassVar[Literal["first", "all"]] = "first"
+    initial: ClassVar[Literal["first", "all", "none"]] = "first"
     linear: ClassVar[bool] = False
     weighted: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({LORA})

@@ -55,7 +55,7 @@ class TreeStrategy(Described):
     """
 
     content: ClassVar[Content] = "encoded"
-    initial: ClassVar[Literal["first", "all"]] = "all"
+    initial: ClassVar[Literal["first", "all", "none"]] = "all"
     linear: ClassVar[bool] = False
     weighted: ClassVar[bool] = False
     shows: ClassVar[Literal["", "trees", "updates"]] = "trees"

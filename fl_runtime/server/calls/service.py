@@ -114,7 +114,7 @@ class FederationService:
         settings = self._state.settings
         if request.job not in ("", settings.name):
             raise ProtocolError(f"this server runs the job {settings.name!r}, not {request.job!r}")
-        shown = settings_for(settings, peer.name, told)
+        shown = settings_for(self._state.plan.job, peer.name, told)
         member = self._run.membership.join(peer.name, told.version)
         self._versions.note(peer.name, told)
         yield pb.JoinReply(

@@ -11,6 +11,7 @@ from fl_runtime.server.courses.base import Offer
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.quorum import Quorum
+from fl_runtime.server.registration import agreed_layout
 from fl_runtime.server.state import RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.journal_entries import ModelEntry
@@ -46,6 +47,9 @@ class InitialModel:
             if state.models.newest is not None:
                 return
             state.phase = "initial"
+            if state.plan.strategy.initial == "none":
+                self.commit(self._zeros())
+                return
             if state.settings.initial:
                 path = Path(state.settings.initial)
                 self._take(read_tensors(path), str(path))
@@ -93,9 +97,7 @@ class InitialModel:
 
     def _take(self, arrays: Arrays, where: str) -> None:
         """Make `arrays` the initial model. Raises StateMismatchError if the sites exchange other tensors."""
-        registration = next(m.registration for m in self._membership.members.values() if m.active)
-        assert registration is not None
-        expected = self._state.layouts[registration.layout]
+        expected = self._agreed()
         if self._state.plan.strategy.initial == "all":
             raise ConfigError(
                 "this strategy makes its initial model from the data of all sites",
@@ -110,10 +112,22 @@ class InitialModel:
                 where=where,
                 fix="give a model with exactly the tensors that the sites exchange",
             )
-        blob = self._state.blobs.create("model-0", Manifest(tuple(t for t in expected.tensors if not t.extra)))
+        blob = self._zeros()
         for name, target in blob.views()[0].items():
             target[...] = arrays[name]
         self.commit(blob)
+
+    def _agreed(self) -> Manifest:
+        """The tensors that the sites have agreed on."""
+        return self._state.layouts[agreed_layout(self._membership.members)]
+
+    def _zeros(self) -> Blob:
+        """A file for version 0, of zeros."""
+        manifest = Manifest(tuple(tensor for tensor in self._agreed().tensors if not tensor.extra))
+        blob = self._state.blobs.create("model-0", manifest)
+        for target in blob.views()[0].values():
+            target[...] = 0
+        return blob
 
 
 def check_initial_source(state: RunState, quorum: Quorum, sites: Iterable[str]) -> None:

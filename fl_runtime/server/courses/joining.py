@@ -22,6 +22,7 @@ from fl_runtime.server.registration import (
 from fl_runtime.server.state import RunState
 from fl_runtime.server.update_checks import TensorChecks
 from fl_runtime.store.journal_entries import RoundEntry
+from fl_runtime.types import MOST_ROUNDS
 from fl_runtime.wire.names import Excerpt
 
 _ANSWER_S = 20.0
@@ -78,7 +79,7 @@ class Joining:
             StateMismatchError: Their models differ.
             ConfigError: The job's settings do not fit what the sites registered.
         """
-        state, membership, settings = self._state, self._membership, self._state.settings
+        state, membership = self._state, self._membership
         with state.lock:
             self._wait_for_sites()
             registrations = self._agreeing(
@@ -89,7 +90,9 @@ class Joining:
             registrations = self._able(registrations)
             first = registrations[spokesman(registrations)]
             state.agree(first.terms)  # the spokesman, who names the best metric, may have been a site that left
-            rounds = settings.rounds or max(r.rounds for r in registrations.values())
+            rounds = state.settings.rounds or max(r.rounds for r in registrations.values())
+            if state.plan.strategy.open_ended:
+                rounds = MOST_ROUNDS
             if not rounds:
                 raise ConfigError(
                     "the number of rounds is not specified: neither the job nor the training loop has a budget",

@@ -148,6 +148,7 @@ class Rounds:
             state.blobs.settle(file)
         state.journal.committed(entry, current.round, result.to_json(), state_entry)
         previous, state.models.newest, state.open_round = state.models.newest, Model(entry, blob, strategy_state), None
+        self._stop_if_finished()
         if current.round > 0:
             state.results.append(result)
             self._scoring.scores.record_training(current.round, result.metrics)
@@ -176,6 +177,7 @@ class Rounds:
                 if update.site not in self._membership.quorum.rules:
                     continue  # the site was expelled, and the server killed before it dropped the round
                 state.open_round.accepted[update.site] = load_update(state, update)
+        self._stop_if_finished()  # the server may have been killed before it noted the end
         self._recover_best(state.journal.reader.models()[:-1])
         return {accepted.blob.name for accepted in state.open_round.accepted.values()} if state.open_round else set()
 
@@ -206,6 +208,13 @@ class Rounds:
             bytes_up=sum(current.bytes_up.values()),
             bytes_down=sum(current.bytes_down.values()),
         )
+
+    def _stop_if_finished(self) -> None:
+        """End the run with its newest model if the strategy says so."""
+        state, model = self._state, self._state.models.newest
+        rounds = state.plan.rounds or 0
+        if model is not None and model.version < rounds and state.plan.strategy.finished(model.blob.views()[0]):
+            state.stop_after(model.version)
 
     def _stop_out_of_patience(self, version: int) -> None:
         """End the run with its newest model if the rounds up to this version bring no improvement any more.

@@ -142,7 +142,7 @@ class Scoring:
     def no_best(self) -> str:
         """Why no round is the best one so far, as a human-readable message; "" if there is a best round."""
         state, metric = self._state, self._ranking().metric
-        if state.models.best is not None:
+        if state.models.best is not None or state.plan.strategy.open_ended:  # totals are not scored
             return ""
         names = self._names(range(1, state.models.version + 1))
         if metric in self._shown.hidden:

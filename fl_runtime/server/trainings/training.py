@@ -149,7 +149,7 @@ class Training:
         state = self.run.state
         with state.lock:
             model = state.models.newest if which == "final" else state.models.best
-            if model is None:
+            if model is None or state.plan.strategy.open_ended:  # the totals of a script are no model
                 return None
             durable = state.settings.durability == "power"
             self.run.files.write(folder, model.blob.views()[0])

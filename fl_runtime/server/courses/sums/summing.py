@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from fl_runtime.errors import FederationError, RoundFailedError, StoreError
+from fl_runtime.errors import FederationError, HandshakeError, RoundFailedError, StoreError
 from fl_runtime.filters.server import decoded
 from fl_runtime.server.broadcast import held_arrays, without_held
 from fl_runtime.server.calls import limits
@@ -116,6 +116,8 @@ class Summing:
 
     def to_blame(self, failure: SumFailedError) -> list[str]:
         if self.streams or self._state.filters.counts_equally:  # a filter clips, and each sum costs privacy budget
+            return []
+        if isinstance(failure.error, HandshakeError):  # the sites disagree, and nobody knows which of them are right
             return []
         found = sites_to_blame(norms_of(self._updates), self._works_without, infinite=failure.infinite)
         self.give_up()

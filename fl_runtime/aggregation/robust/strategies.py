@@ -17,7 +17,7 @@ import numpy as np
 
 from fl_runtime.aggregation.base import WeightsStrategy
 from fl_runtime.aggregation.fedavg import blocks
-from fl_runtime.aggregation.gathered import Combine, Gathered, stacked, tensors
+from fl_runtime.aggregation.robust.gathered import Combine, Gathered, stacked, tensors
 from fl_runtime.aggregation.spec import choice, number
 from fl_runtime.errors import ConfigError, RoundFailedError, UpdateRefusedError
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update, is_floating
