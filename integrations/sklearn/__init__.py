@@ -1,0 +1,35 @@
+"""scikit-learn's preprocessing and estimators, fitted over all sites: equal to a fit on all rows together."""
+
+from __future__ import annotations
+
+from fl_adapters.extras import needs_extra
+
+with needs_extra("sklearn", "scikit-learn"):
+    from .federated import as_sklearn
+    from .federation import over
+    from .linear.least_squares import LinearRegression, Ridge
+    from .linear.logistic import LogisticRegression
+    from .linear.poisson import PoissonRegressor
+    from .preprocessing.encoding import LabelEncoder, OneHotEncoder, OrdinalEncoder
+    from .preprocessing.imputing import SimpleImputer
+    from .preprocessing.quantiles import KBinsDiscretizer, QuantileTransformer
+    from .preprocessing.scaling import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
+
+__all__ = [
+    "KBinsDiscretizer",
+    "LabelEncoder",
+    "LinearRegression",
+    "LogisticRegression",
+    "MaxAbsScaler",
+    "MinMaxScaler",
+    "OneHotEncoder",
+    "OrdinalEncoder",
+    "PoissonRegressor",
+    "QuantileTransformer",
+    "Ridge",
+    "RobustScaler",
+    "SimpleImputer",
+    "StandardScaler",
+    "as_sklearn",
+    "over",
+]

@@ -1,0 +1,1 @@
+"""Scalers, encoders and other preprocessing of scikit-learn, fitted over all sites."""
