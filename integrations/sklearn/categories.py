@@ -37,8 +37,8 @@ def unions(federation: Federation, columns: Sequence[Any], names: Sequence[str])
         texts += [f"{number}|d:{dtype}", *(f"{number}|{_text(value, names[number])}" for value in _distinct(array))]
     by_column: list[list[str]] = [[] for _ in columns]
     for text in federation.union(sorted(set(texts))):
-        number, _, rest = text.partition("|")
-        by_column[int(number)].append(rest)
+        owner, _, rest = text.partition("|")
+        by_column[int(owner)].append(rest)
     return [_array(found, name) for found, name in zip(by_column, names, strict=True)]
 
 
@@ -90,7 +90,7 @@ def _value(text: str) -> Any:
         return str(json.loads(rest))
     if kind == "n":
         return None
-    return {"b": lambda t: bool(int(t)), "i": int, "f": float}[kind](rest)
+    return float(rest) if kind == "f" else bool(int(rest)) if kind == "b" else int(rest)
 
 
 def _array(texts: Sequence[str], name: str) -> Any:
@@ -99,7 +99,9 @@ def _array(texts: Sequence[str], name: str) -> Any:
     objects = {dtype for dtype in dtypes if dtype.startswith("|O")}
     numeric = dtypes - objects - {"U"}
     strings = any(isinstance(value, str) for value in values)
-    numbers = any(isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)) for value in values)
+    numbers = any(
+        isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)) for value in values
+    )
     if strings and numbers:
         raise HandshakeError(
             f"{name} has texts at one site and numbers at another",

@@ -27,7 +27,8 @@ class Federated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if is_fitted(self):
-            return as_sklearn(self).__reduce_ex__(protocol)
+            plain = as_sklearn(self)
+            return type(plain), (), plain.__getstate__()
         return super().__reduce_ex__(protocol)
 
     def __copy__(self) -> Any:
@@ -72,7 +73,7 @@ def as_sklearn(estimator: Any) -> Any:
         return {name: as_sklearn(value) for name, value in estimator.items()}
     if not isinstance(estimator, BaseEstimator):
         return estimator
-    own = plain_class(estimator) if isinstance(estimator, Federated) else type(estimator)
+    own: Any = plain_class(estimator) if isinstance(estimator, Federated) else type(estimator)
     plain = own.__new__(own)
     plain.__dict__.update({name: as_sklearn(value) for name, value in vars(estimator).items()})
     return plain

@@ -112,12 +112,15 @@ def compare(federation: Federation, estimator: Any, features: Sequence[str] | in
         HandshakeError: A site fits something else.
     """
     facts = dict(description(estimator, features))
-    texts = federation.union([f"{fact}={value}" for fact, value in facts.items()])
-    differing = [text for text in texts if text not in {f"{fact}={value}" for fact, value in facts.items()}]
-    if not differing and len(texts) == len(facts):
+    found: dict[str, list[str]] = {}
+    for text in federation.union([f"{fact}={value}" for fact, value in facts.items()]):
+        fact, _, value = text.partition("=")
+        found.setdefault(fact, []).append(value)
+    differing = [fact for fact in [*facts, *found] if found.get(fact) != [facts.get(fact)]]
+    if not differing:
         return
-    fact = differing[0].partition("=")[0]
-    others = " and ".join(text.partition("=")[2] for text in differing if text.startswith(f"{fact}="))
+    fact = differing[0]
+    others = " and ".join(value for value in found[fact] if value != facts.get(fact))
     raise HandshakeError(
         f"the sites do not agree on {fact}: {facts.get(fact, 'nothing')} here, {others} at another site",
         where=f"{type(estimator).__name__}.fit",

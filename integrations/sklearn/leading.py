@@ -24,7 +24,9 @@ def from_leader(federation: Federation, values: Mapping[str, Array]) -> dict[str
         The first site's arrays.
     """
     first = federation.site.index == 0
-    sent = {name: np.asarray(value, np.float64) if first else np.zeros(np.shape(value)) for name, value in values.items()}
+    sent = {
+        name: np.asarray(value, np.float64) if first else np.zeros(np.shape(value)) for name, value in values.items()
+    }
     totals = federation.sum({**sent, "leaders": np.array([float(first)])})
     if totals["leaders"][0] != 1:
         raise QuorumError("the first site has left the run", fix="start the run again with all sites")

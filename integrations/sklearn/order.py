@@ -26,7 +26,7 @@ def to_bits(values: Array) -> Bits:
 
 
 def from_bits(bits: Bits) -> Array:
-    """Invert `to_bits`."""
+    """Map the integers of `to_bits` back to floats."""
     return np.where(bits & _TOP, bits & ~_TOP, ~bits).view(np.float64)
 
 
@@ -129,7 +129,10 @@ def quantiles(
         For each feature the quantiles, NaN where there is no value.
     """
     counts = value_counts(federation, columns)
-    places = [_positions(int(n), np.asarray(q, float), method) if n else np.zeros(0) for n, q in zip(counts, levels, strict=True)]
+    places = [
+        _positions(int(n), np.asarray(q, float), method) if n else np.zeros(0)
+        for n, q in zip(counts, levels, strict=True)
+    ]
     ranks = [np.concatenate([np.floor(place), np.ceil(place)]).astype(np.int64).tolist() for place in places]
     found = at_ranks(federation, columns, ranks)
     result = []

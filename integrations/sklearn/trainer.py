@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_array
 
-_FINITE = "ensure_all_finite" if "ensure_all_finite" in inspect.signature(check_array).parameters else "force_all_finite"
+_FINITE = (
+    "ensure_all_finite" if "ensure_all_finite" in inspect.signature(check_array).parameters else "force_all_finite"
+)
 
 
 def validated(estimator: Any, X: Any, y: Any = "no_validation", *, finite: bool | str = True, **checks: Any) -> Any:
@@ -64,7 +66,7 @@ def counting(plain: type, counts: Sequence[Any] | None, rows: int) -> type:
         rows: Number of rows at all sites.
     """
 
-    class Counting(plain):  # type: ignore[misc]
+    class Counting(plain):
         """The encoder with the counts of all sites."""
 
         def _identify_infrequent(self, category_count: Any, n_samples: int, col_idx: int) -> Any:

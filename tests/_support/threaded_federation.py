@@ -54,7 +54,9 @@ class ThreadedFederation:
         if self.site.index == 0:
             self.meeting.rounds += 1
             self.meeting.largest = max(self.meeting.largest, sum(np.size(a) for a in arrays.values()) * 8)
-        assert len({tuple((k, v.shape) for k, v in one.items()) for one in everyone}) == 1, "the sites add different things"
+        assert len({tuple((k, v.shape) for k, v in one.items()) for one in everyone}) == 1, (
+            "the sites add different things"
+        )
         return {name: sum(one[name] for one in everyone[1:]) + everyone[0][name] for name in everyone[0]}
 
     def union(self, texts: Sequence[str]) -> list[str]:

@@ -26,23 +26,23 @@ def pick(table: Any, rows: Any) -> Any:
     return table[rows] if hasattr(table, "shape") else [table[row] for row in rows]
 
 
-def fitted(estimator: Any, X: Any, *more: Any, method: str = "fit", **columns: Any) -> list[Any]:
+def fitted(estimator: Any, table: Any, *more: Any, method: str = "fit", **columns: Any) -> list[Any]:
     """Fit a copy of an estimator at five sites, each with its share of the rows; return the sites' estimators.
 
     Args:
         estimator: Unfitted estimator of `fl_adapters.sklearn`, or a pipeline with some.
-        X: All rows.
+        table: All rows.
         *more: All targets.
         method: "fit" or "fit_transform"; the result of the latter is kept as `transformed` of the estimator.
         **columns: Further arguments, one value for each row.
     """
-    shares = parts(len(X) if hasattr(X, "iloc") or not hasattr(X, "shape") else X.shape[0])
+    shares = parts(table.shape[0] if hasattr(table, "shape") else len(table))
 
     def site(federation: ThreadedFederation) -> Any:
         own, rows = copy.deepcopy(estimator), shares[federation.site.index]
         with over(federation):
             given = {name: pick(values, rows) for name, values in columns.items()}
-            result = getattr(own, method)(pick(X, rows), *(pick(y, rows) for y in more), **given)
+            result = getattr(own, method)(pick(table, rows), *(pick(y, rows) for y in more), **given)
         if method != "fit":
             own.transformed = result
         return own

@@ -51,7 +51,7 @@ class Rows:
     """
 
     def __init__(self, federation: Federation, X: Any, y: Any, weights: Array | None, *, centred: bool) -> None:
-        self._x = sparse.csr_matrix(X, dtype=np.float64) if sparse.issparse(X) else np.asarray(X, np.float64)
+        self._x: Any = sparse.csr_matrix(X, dtype=np.float64) if sparse.issparse(X) else np.asarray(X, np.float64)
         self._y = np.asarray(y, np.float64).reshape(len(y), -1)
         self._w = np.ones(len(y)) if weights is None else weights
         self._federation = federation
@@ -159,7 +159,7 @@ class LinearRegression(Federated, linear_model.LinearRegression):
         if self.positive:
             refuse(self, "positive", "is not solved from sums", "leave it out")
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, sample_weight)
@@ -190,7 +190,7 @@ class Ridge(Federated, linear_model.Ridge):
         if self.positive:
             refuse(self, "positive", "is not solved from sums", "leave it out")
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, sample_weight=sample_weight)
@@ -209,7 +209,9 @@ class Ridge(Federated, linear_model.Ridge):
             coef = solve(rows, products, penalty=alphas[0])[0]
         else:
             if len(alphas) != products.cross.shape[1]:
-                refuse(self, "alpha", f"has {len(alphas)} values for {products.cross.shape[1]} targets", "give one each")
+                refuse(
+                    self, "alpha", f"has {len(alphas)} values for {products.cross.shape[1]} targets", "give one each"
+                )
             coef = np.stack([solve(rows, products, penalty=a)[0][:, n] for n, a in enumerate(alphas)], axis=1)
         coef = from_leader(federation, {"coef": coef})["coef"]
         self.n_iter_ = None

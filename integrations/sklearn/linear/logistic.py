@@ -42,7 +42,7 @@ class LogisticRegression(Federated, linear_model.LogisticRegression):
         if getattr(self, "multi_class", None) == "ovr":
             refuse(self, "multi_class", "is not fitted over all sites", "use OneVsRestClassifier(LogisticRegression())")
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, sample_weight)
@@ -150,7 +150,7 @@ def row_weights(federation: Federation, class_weight: Any, classes: Any, labels:
     """Return the weight of each row: its own times that of its class, from the classes' counts at all sites."""
     own = np.ones(len(labels)) if weights is None else weights
     counted = own if counts_for_balance() else np.ones(len(labels))
-    totals = federation.sum({"classes": np.bincount(labels, counted, len(classes))})["classes"]
+    totals = federation.sum({"classes": np.bincount(labels, counted, len(classes)).astype(float)})["classes"]
     return np.asarray(own * class_weights(class_weight, classes, totals)[labels])
 
 

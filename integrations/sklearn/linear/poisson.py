@@ -24,7 +24,7 @@ class PoissonRegressor(Federated, linear_model.PoissonRegressor):
     It is found by Newton's method to nearly full precision, whatever `solver` and `tol` say.
     """
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, sample_weight)
@@ -35,7 +35,11 @@ class PoissonRegressor(Federated, linear_model.PoissonRegressor):
         y = np.asarray(y, np.float64)
         given = checked_weights(sample_weight, X)
         weights = np.ones(len(y)) if given is None else given
-        sums = {"rows": np.array([weights.sum()]), "y": np.array([weights @ y]), "bad": np.array([(y < 0).sum()], float)}
+        sums = {
+            "rows": np.array([weights.sum()]),
+            "y": np.array([weights @ y]),
+            "bad": np.array([(y < 0).sum()], float),
+        }
         totals = {name: float(value[0]) for name, value in federation.sum(sums).items()}
         if totals["bad"] or totals["y"] <= 0:
             raise ConfigError(

@@ -20,8 +20,10 @@ def categories_of(federation: Federation, estimator: Any, X: Any) -> list[Any]:
     if isinstance(estimator.categories, str):
         return categories.unions(federation, columns, column_names(X))
     plain_copy(estimator, **_COUNTED).fit(X)  # refuses what is not among the given categories
-    return [np.asarray(c, dtype=object) if columns[n].dtype.kind in "OU" else np.asarray(c, dtype=columns[n].dtype)
-            for n, c in enumerate(estimator.categories)]
+    return [
+        np.asarray(c, dtype=object) if columns[n].dtype.kind in "OU" else np.asarray(c, dtype=columns[n].dtype)
+        for n, c in enumerate(estimator.categories)
+    ]
 
 
 _COUNTED = {"min_frequency": None, "max_categories": None}
@@ -47,7 +49,7 @@ class OneHotEncoder(Federated, preprocessing.OneHotEncoder):
     Without `categories=`, the sites send the distinct values of each column.
     """
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             return super().fit(X, y) if federation is None else fit_encoder(federation, self, X)
 
@@ -58,7 +60,7 @@ class OrdinalEncoder(Federated, preprocessing.OrdinalEncoder):
     Without `categories=`, the sites send the distinct values of each column.
     """
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             return super().fit(X, y) if federation is None else fit_encoder(federation, self, X)
 
@@ -66,12 +68,12 @@ class OrdinalEncoder(Federated, preprocessing.OrdinalEncoder):
 class LabelEncoder(Federated, preprocessing.LabelEncoder):
     """`sklearn.preprocessing.LabelEncoder` fitted over all sites: the labels that any site has."""
 
-    def fit(self, y: Any) -> Any:  # noqa: D102
+    def fit(self, y: Any) -> Any:
         with opened(self) as federation:
             if federation is None:
                 return super().fit(y)
             labels = np.asarray(y) if hasattr(y, "dtype") else np.asarray(list(y))
             return super().fit(categories.unions(federation, [labels.reshape(-1)], ["y"])[0])
 
-    def fit_transform(self, y: Any) -> Any:  # noqa: D102
+    def fit_transform(self, y: Any) -> Any:
         return self.fit(y).transform(y)

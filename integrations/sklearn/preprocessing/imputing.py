@@ -25,7 +25,7 @@ class SimpleImputer(Federated, impute.SimpleImputer):
         if callable(self.strategy):
             refuse(self, "strategy", "would need the rows of all sites", 'give "mean", "median" or "most_frequent"')
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             return super().fit(X, y) if federation is None else self._fit_on(federation, X)
 

@@ -10,7 +10,7 @@ from sklearn import preprocessing
 
 from ..federated import Federated, adopt, opened, plain_copy, refuse
 from ..federation import Array, Federation
-from ..order import extremes, present, quantiles, value_counts
+from ..order import extremes, present, quantiles
 from ..trainer import validated
 from .scaling import dense
 
@@ -23,7 +23,7 @@ class QuantileTransformer(Federated, preprocessing.QuantileTransformer):
     `subsample` is not applied: all rows count, as with `subsample=None`.
     """
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             return super().fit(X, y) if federation is None else self._fit_on(federation, X)
 
@@ -52,7 +52,7 @@ class KBinsDiscretizer(Federated, preprocessing.KBinsDiscretizer):
         if self.strategy == "kmeans":
             refuse(self, "strategy", "is not computed over all sites", 'give "uniform" or "quantile"')
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, sample_weight)

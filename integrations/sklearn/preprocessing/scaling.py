@@ -39,13 +39,13 @@ class StandardScaler(Federated, preprocessing.StandardScaler):
         ```
     """
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, sample_weight)
             return self._fit_on(federation, X, sample_weight)
 
-    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: D102
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         refuse_partial_fit(self)
         return super().partial_fit(X, y, sample_weight)
 
@@ -70,13 +70,13 @@ class StandardScaler(Federated, preprocessing.StandardScaler):
 class MinMaxScaler(Federated, preprocessing.MinMaxScaler):
     """`sklearn.preprocessing.MinMaxScaler` fitted over all sites: smallest and largest values of all rows together."""
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y)
             return self._fit_on(federation, X)
 
-    def partial_fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def partial_fit(self, X: Any, y: Any = None) -> Any:
         refuse_partial_fit(self)
         return super().partial_fit(X, y)
 
@@ -97,13 +97,13 @@ class MinMaxScaler(Federated, preprocessing.MinMaxScaler):
 class MaxAbsScaler(Federated, preprocessing.MaxAbsScaler):
     """`sklearn.preprocessing.MaxAbsScaler` fitted over all sites: largest absolute values of all rows together."""
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y)
             return self._fit_on(federation, X)
 
-    def partial_fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def partial_fit(self, X: Any, y: Any = None) -> Any:
         refuse_partial_fit(self)
         return super().partial_fit(X, y)
 
@@ -120,7 +120,7 @@ class MaxAbsScaler(Federated, preprocessing.MaxAbsScaler):
 class RobustScaler(Federated, preprocessing.RobustScaler):
     """`sklearn.preprocessing.RobustScaler` fitted over all sites: exact medians and quantiles of all rows together."""
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: D102
+    def fit(self, X: Any, y: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y)

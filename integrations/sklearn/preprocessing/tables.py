@@ -43,5 +43,5 @@ def table(X: Any, columns: Sequence[Any]) -> Any:
         frame.columns = X.columns
         return frame
     dtypes = [column.dtype for column in filled]
-    dtype = object if any(d == object for d in dtypes) else np.result_type(*dtypes)
+    dtype = object if any(d.kind == "O" for d in dtypes) else np.result_type(*dtypes)
     return np.stack([column.astype(dtype) for column in filled], axis=1)

@@ -91,7 +91,7 @@ def test_bins(encode: str, strategy: str) -> None:
     arguments = {"n_bins": [3, 4, 5, 6, 7, 8, 2, 9], "encode": encode, "strategy": strategy, "subsample": None}
     if hasattr(central.KBinsDiscretizer(), "quantile_method"):
         arguments["quantile_method"] = "averaged_inverted_cdf"
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="constant"):
         plain = central.KBinsDiscretizer(**arguments).fit(X)
     site = fitted(ours.KBinsDiscretizer(**arguments), X)[4]
     assert_same_attributes(site, plain)
@@ -180,7 +180,9 @@ def test_a_column_that_is_missing_everywhere_and_one_that_is_missing_at_one_site
     X[:, 0] = np.nan
     plain = sklearn.impute.SimpleImputer(add_indicator=True).fit(X)
     with pytest.warns(UserWarning, match="Skipping features"):
-        np.testing.assert_allclose(fitted(ours.SimpleImputer(add_indicator=True), X)[3].transform(X), plain.transform(X))
+        np.testing.assert_allclose(
+            fitted(ours.SimpleImputer(add_indicator=True), X)[3].transform(X), plain.transform(X)
+        )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-310, 1e300])
