@@ -59,12 +59,15 @@ def test_a_pipeline_equals_one_of_all_rows() -> None:
 
 
 def test_a_pickle_needs_nothing_of_ours() -> None:
-    site = fitted(pipeline(ours), PEOPLE, RICH)[0]
-    for saved in (pickle.dumps(site), pickle.dumps(ours.as_sklearn(site))):
-        assert b"fl_adapters" not in saved and b"integrations" not in saved
-        again = pickle.loads(saved)
-        assert type(again["model"]) is sklearn.linear_model.LogisticRegression
-        np.testing.assert_array_equal(again.predict_proba(PEOPLE), site.predict_proba(PEOPLE))
+    """A ColumnTransformer keeps unfitted ones, too: as_sklearn() replaces these."""
+    simple = fitted(make_pipeline(ours.StandardScaler(), ours.LogisticRegression()), X, Y)[0]
+    columns = fitted(pipeline(ours), PEOPLE, RICH)[0]
+    for site, saved, rows in ((simple, simple, X), (columns, ours.as_sklearn(columns), PEOPLE)):
+        text = pickle.dumps(saved)
+        assert b"fl_adapters" not in text and b"integrations" not in text
+        again = pickle.loads(text)
+        assert type(again[-1]) is sklearn.linear_model.LogisticRegression
+        np.testing.assert_array_equal(again.predict_proba(rows), site.predict_proba(rows))
 
 
 def test_an_unfitted_one_stays_ours_in_other_processes() -> None:
