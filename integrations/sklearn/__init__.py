@@ -5,23 +5,34 @@ from __future__ import annotations
 from fl_adapters.extras import needs_extra
 
 with needs_extra("sklearn", "scikit-learn"):
+    from .classification.bayes import GaussianNB, MultinomialNB
+    from .classification.centroid import NearestCentroid
+    from .classification.discriminant import LinearDiscriminantAnalysis
+    from .decomposition.components import PCA, TruncatedSVD
     from .federated import as_sklearn
     from .federation import over
     from .linear.least_squares import LinearRegression, Ridge
     from .linear.logistic import LogisticRegression
     from .linear.poisson import PoissonRegressor
+    from .linear.svc import LinearSVC
     from .preprocessing.encoding import LabelEncoder, OneHotEncoder, OrdinalEncoder
     from .preprocessing.imputing import SimpleImputer
     from .preprocessing.quantiles import KBinsDiscretizer, QuantileTransformer
     from .preprocessing.scaling import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
 
 __all__ = [
+    "PCA",
+    "GaussianNB",
     "KBinsDiscretizer",
     "LabelEncoder",
+    "LinearDiscriminantAnalysis",
     "LinearRegression",
+    "LinearSVC",
     "LogisticRegression",
     "MaxAbsScaler",
     "MinMaxScaler",
+    "MultinomialNB",
+    "NearestCentroid",
     "OneHotEncoder",
     "OrdinalEncoder",
     "PoissonRegressor",
@@ -30,6 +41,7 @@ __all__ = [
     "RobustScaler",
     "SimpleImputer",
     "StandardScaler",
+    "TruncatedSVD",
     "as_sklearn",
     "over",
 ]

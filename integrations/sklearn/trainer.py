@@ -75,3 +75,15 @@ def counting(plain: type, counts: Sequence[Any] | None, rows: int) -> type:
             return super()._identify_infrequent(everywhere, rows, col_idx)
 
     return Counting
+
+
+def likely_dimension(variance: Any, rows: int) -> int:
+    """Return the number of components that `PCA(n_components="mle")` takes."""
+    from sklearn.decomposition._pca import _infer_dimension
+
+    return int(_infer_dimension(variance, rows))
+
+
+def set_components(estimator: Any, components: int) -> None:
+    """Note how many columns `transform` of a LinearDiscriminantAnalysis returns."""
+    estimator._max_components = estimator._n_features_out = components

@@ -1,0 +1,1 @@
+"""Classifiers that are made of means, counts and covariances of the classes, fitted over all sites."""
