@@ -8,6 +8,9 @@ with needs_extra("sklearn", "scikit-learn"):
     from .classification.bayes import GaussianNB, MultinomialNB
     from .classification.centroid import NearestCentroid
     from .classification.discriminant import LinearDiscriminantAnalysis
+    from .clustering.kmeans import KMeans
+    from .clustering.minibatch import MiniBatchKMeans
+    from .clustering.mixture import GaussianMixture
     from .decomposition.components import PCA, TruncatedSVD
     from .federated import as_sklearn
     from .federation import over
@@ -22,8 +25,10 @@ with needs_extra("sklearn", "scikit-learn"):
 
 __all__ = [
     "PCA",
+    "GaussianMixture",
     "GaussianNB",
     "KBinsDiscretizer",
+    "KMeans",
     "LabelEncoder",
     "LinearDiscriminantAnalysis",
     "LinearRegression",
@@ -31,6 +36,7 @@ __all__ = [
     "LogisticRegression",
     "MaxAbsScaler",
     "MinMaxScaler",
+    "MiniBatchKMeans",
     "MultinomialNB",
     "NearestCentroid",
     "OneHotEncoder",
