@@ -22,9 +22,12 @@ with needs_extra("sklearn", "scikit-learn"):
     from .preprocessing.imputing import SimpleImputer
     from .preprocessing.quantiles import KBinsDiscretizer, QuantileTransformer
     from .preprocessing.scaling import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
+    from .preprocessing.target import TargetEncoder
+    from .preprocessing.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 
 __all__ = [
     "PCA",
+    "CountVectorizer",
     "GaussianMixture",
     "GaussianNB",
     "KBinsDiscretizer",
@@ -47,6 +50,9 @@ __all__ = [
     "RobustScaler",
     "SimpleImputer",
     "StandardScaler",
+    "TargetEncoder",
+    "TfidfTransformer",
+    "TfidfVectorizer",
     "TruncatedSVD",
     "as_sklearn",
     "over",

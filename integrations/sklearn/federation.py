@@ -34,7 +34,7 @@ class SitePlace(Protocol):
 
     @property
     def count(self) -> int:
-        """Number of sites."""
+        """Number of sites that take part."""
         ...
 
 
@@ -146,7 +146,9 @@ def _described(value: Any) -> str:
     """A short text that is equal where the values are equal."""
     if callable(value):
         return f"function {getattr(value, '__qualname__', type(value).__name__)}"
-    text = repr(np.asarray(value).tolist()) if isinstance(value, np.ndarray) else repr(value)
+    if hasattr(value, "split") and not isinstance(value, str):
+        return type(value).__name__  # a splitter, which may hold a fold for each row of the site
+    text = repr(value.tolist()) if isinstance(value, np.ndarray) else repr(value)
     if len(text) <= _LONGEST_TEXT:
         return text
     return f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"

@@ -62,11 +62,10 @@ class LinearDiscriminantAnalysis(Federated, discriminant_analysis.LinearDiscrimi
             self.covariance_ = self._shrunk(within)
             solution = self._from_covariance(self._shrunk(total), components)
         solution = from_leader(federation, solution)
+        if len(self.classes_) == 2:
+            solution |= {name: np.diff(solution[name], axis=0) for name in ("coef_", "intercept_")}
         for name, value in solution.items():
             setattr(self, name, value.astype(X.dtype))
-        if len(self.classes_) == 2:
-            self.coef_ = (self.coef_[1] - self.coef_[0])[None]
-            self.intercept_ = (self.intercept_[1] - self.intercept_[0])[None]
         set_components(self, components)
         return self
 

@@ -111,7 +111,7 @@ class GaussianMixture(Federated, mixture.GaussianMixture):
         if self.precisions_init is not None:
             precisions = np.asarray(self.precisions_init, np.float64)
             flat = shape.kind in ("diag", "spherical")
-            covariances = 1.0 / precisions if flat else np.linalg.inv(precisions)
+            covariances = np.asarray(1.0 / precisions if flat else np.linalg.inv(precisions), np.float64)
         return shape.pack(weights, means, covariances, (0.0, 0.0, 0.0))
 
     def _assignment(self, federation: Federation, X: Array, shape: Shape, seeds: Any) -> Array:

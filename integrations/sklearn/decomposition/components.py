@@ -96,7 +96,7 @@ class TruncatedSVD(Federated, decomposition.TruncatedSVD):
         if width > least_squares.MOST_FEATURES:
             squares, vectors = _iterated(federation, own, wanted)
         else:
-            gram = own.T @ own
+            gram: Any = own.T @ own
             total = federation.sum({"gram": np.asarray(gram.todense() if sparse.issparse(gram) else gram)})["gram"]
             values, directions = linalg.eigh(total)
             found = from_leader(federation, {"values": values[::-1], "vectors": directions.T[::-1]})

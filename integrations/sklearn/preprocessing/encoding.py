@@ -19,7 +19,8 @@ def categories_of(federation: Federation, estimator: Any, X: Any) -> list[Any]:
     columns = columns_of(X)
     if isinstance(estimator.categories, str):
         return categories.unions(federation, columns, column_names(X))
-    plain_copy(estimator, **_COUNTED).fit(X)  # refuses what is not among the given categories
+    if hasattr(estimator, "min_frequency"):
+        plain_copy(estimator, **_COUNTED).fit(X)  # refuses what is not among the given categories
     return [
         np.asarray(c, dtype=object) if columns[n].dtype.kind in "OU" else np.asarray(c, dtype=columns[n].dtype)
         for n, c in enumerate(estimator.categories)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from sklearn import preprocessing
 
+from ..clustering.kmeans import Points, lloyd
 from ..federated import Federated, adopt, opened, plain_copy, refuse
 from ..federation import Array, Federation
+from ..moments import moments
 from ..order import extremes, present, quantiles
 from ..trainer import validated
 from .scaling import dense
@@ -48,10 +50,6 @@ class KBinsDiscretizer(Federated, preprocessing.KBinsDiscretizer):
     `subsample` is not applied: all rows count, as with `subsample=None`.
     """
 
-    def _check_federated(self) -> None:
-        if self.strategy == "kmeans":
-            refuse(self, "strategy", "is not computed over all sites", 'give "uniform" or "quantile"')
-
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         with opened(self, X) as federation:
             if federation is None:
@@ -67,6 +65,8 @@ class KBinsDiscretizer(Federated, preprocessing.KBinsDiscretizer):
         wanted = np.broadcast_to(np.asarray(self.n_bins, int), X.shape[1])
         if self.strategy == "uniform":
             edges = [np.linspace(a, b, n + 1) for a, b, n in zip(low, high, wanted, strict=True)]
+        elif self.strategy == "kmeans":
+            edges = _by_means(federation, np.asarray(X, np.float64), low, high, wanted)
         else:
             method = getattr(self, "quantile_method", "linear")
             method = "linear" if method == "warn" else method
@@ -86,6 +86,23 @@ class KBinsDiscretizer(Federated, preprocessing.KBinsDiscretizer):
         self.bin_edges_ = np.empty(len(edges), dtype=object)
         self.bin_edges_[:] = edges
         self.n_bins_ = bins
+
+
+def _by_means(federation: Federation, X: Array, low: Array, high: Array, bins: Any) -> list[Array]:
+    """Edges in the middle between the centres of each feature's clusters."""
+    of_columns = moments(federation, X)
+    edges = []
+    for number, column in enumerate(X.T):
+        even = np.linspace(low[number], high[number], bins[number] + 1)
+        if low[number] == high[number]:  # replaced by one bin
+            edges.append(even)
+            continue
+        middle = of_columns.mean[number]
+        start = (even[1:] + even[:-1])[:, None] * 0.5 - middle
+        points = Points(column[:, None] - middle, np.ones(len(column)))
+        centres = np.sort(lloyd(federation, points, start, 300, 1e-4 * of_columns.variance[number])[0][:, 0]) + middle
+        edges.append(_wide(np.r_[low[number], (centres[1:] + centres[:-1]) * 0.5, high[number]]))
+    return edges
 
 
 def _wide(edges: Array) -> Array:

@@ -28,14 +28,15 @@ def column_names(X: Any) -> list[str]:
     return [f"column {number}" for number in range(np.shape(X)[1])]
 
 
-def table(X: Any, columns: Sequence[Any]) -> Any:
+def table(X: Any, columns: Sequence[Any], *, least: int = 1) -> Any:
     """Return a table with these columns, of the kind of X and with its names.
 
     Args:
         X: A data frame or an array-like of this site.
         columns: Values of each column, of any lengths above 0; the first value of a shorter one is repeated.
+        least: Fewest rows of the table.
     """
-    rows = max((len(column) for column in columns), default=0)
+    rows = max([least, *(len(column) for column in columns)])
     filled = [np.concatenate([column, np.repeat(column[:1], rows - len(column))]) for column in columns]
     if hasattr(X, "iloc"):
         pandas = sys.modules["pandas"]

@@ -11,7 +11,7 @@ import sklearn.mixture
 from scipy import sparse
 from sklearn.datasets import load_digits, load_iris
 from sklearn.metrics import adjusted_rand_score
-from uneven_sites import assert_same_attributes, fitted, parts
+from uneven_sites import fitted, parts
 
 import fl_adapters.sklearn as ours
 from fl_adapters import ConfigError
@@ -24,9 +24,10 @@ DIGITS, DIGIT = load_digits(return_X_y=True)
 def test_lloyd_from_given_centres(kind: str) -> None:
     start = DIGITS[:10].astype(np.float32 if kind == "float32" else float)
     rows = {"dense": DIGITS, "sparse": sparse.csr_matrix(DIGITS), "float32": DIGITS.astype(np.float32)}[kind]
+    atol = 1e-5 if kind == "float32" else 1e-9
     plain = sklearn.cluster.KMeans(10, init=start, n_init=1, algorithm="lloyd").fit(rows)
     for number, site in enumerate(fitted(ours.KMeans(10, init=start, n_init=1), rows)):
-        np.testing.assert_allclose(site.cluster_centers_, plain.cluster_centers_, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(site.cluster_centers_, plain.cluster_centers_, rtol=1e-4, atol=atol)
         np.testing.assert_allclose(site.inertia_, plain.inertia_, rtol=1e-6)
         assert site.n_iter_ == plain.n_iter_ and site.cluster_centers_.dtype == plain.cluster_centers_.dtype
         np.testing.assert_array_equal(site.labels_, plain.labels_[parts(len(DIGITS))[number]])
@@ -84,8 +85,3 @@ def test_mixtures_that_find_their_start(start: str) -> None:
     site = fitted(mixture, IRIS, method="fit_predict")[4]
     assert site.lower_bound_ > sklearn.mixture.GaussianMixture(3, random_state=0).fit(IRIS).lower_bound_ - 0.1
     np.testing.assert_array_equal(site.transformed, site.predict(IRIS[parts(len(IRIS))[4]]))
-
-
-def test_a_discretizer_by_means() -> None:
-    pytest.skip("written with the estimator")
-    assert_same_attributes(None, None)

@@ -85,7 +85,7 @@ def test_sparse_rows(estimator: Any) -> None:
 
 
 @pytest.mark.parametrize("encode", ["onehot", "onehot-dense", "ordinal"])
-@pytest.mark.parametrize("strategy", ["uniform", "quantile"])
+@pytest.mark.parametrize("strategy", ["uniform", "quantile", "kmeans"])
 def test_bins(encode: str, strategy: str) -> None:
     X = np.hstack([CANCER[:, :6], np.ones((len(CANCER), 1)), np.round(CANCER[:, :1])])
     arguments = {"n_bins": [3, 4, 5, 6, 7, 8, 2, 9], "encode": encode, "strategy": strategy, "subsample": None}
