@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/watched_exchange.py benchmarks/hook_cost.py \
 	benchmarks/accuracy.py benchmarks/xgboost_tunnel.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py benchmarks/membership.py \
 	benchmarks/cost_attacks.py
-PROJECT := -e '.[hf,torch,lightning,keras,monai,xgboost-cpu,trust,dp,he,failover,metrics,dashboard,mlflow,wandb,examples,dev]'
+PROJECT := -e '.[hf,torch,lightning,keras,monai,xgboost-cpu,sklearn,trust,dp,he,failover,metrics,dashboard,mlflow,wandb,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -83,6 +83,10 @@ demo-keras: $(VENV)/.stamp  ## four sites train a Keras model together, beside e
 .PHONY: demo-monai
 demo-monai: $(VENV)/.stamp  ## four sites train a MONAI bundle together, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/monai/spleen_bundle/demo.py $(ARGS)
+
+.PHONY: demo-tabular
+demo-tabular: $(VENV)/.stamp  ## five uneven sites fit a pipeline of scikit-learn together, beside each alone and all data in one place
+	@$(VENV)/bin/python examples/tabular/demo.py $(ARGS)
 
 .PHONY: demo-xgboost
 demo-xgboost: $(VENV)/.stamp  ## five uneven sites grow trees together in three ways, beside each alone and all data in one place

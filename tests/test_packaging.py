@@ -42,6 +42,7 @@ HEAVY = (
     "jax",
     "xgboost",
     "monai",
+    "sklearn",
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fl_runtime.errors import ConfigError, HandshakeError
 
-from .federation import Array, Federation
+from .federation import Array, Federation, large_union
 
 
 def unions(federation: Federation, columns: Sequence[Any], names: Sequence[str]) -> list[Any]:
@@ -36,7 +36,7 @@ def unions(federation: Federation, columns: Sequence[Any], names: Sequence[str])
         dtype = "U" if array.dtype.kind == "U" else array.dtype.str
         texts += [f"{number}|d:{dtype}", *(f"{number}|{_text(value, names[number])}" for value in _distinct(array))]
     by_column: list[list[str]] = [[] for _ in columns]
-    for text in federation.union(sorted(set(texts))):
+    for text in large_union(federation, sorted(set(texts))):
         owner, _, rest = text.partition("|")
         by_column[int(owner)].append(rest)
     return [_array(found, name) for found, name in zip(by_column, names, strict=True)]

@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator
 
+import fl_adapters
+from fl_adapters.participant.kit import current_kit
+from fl_adapters.participant.options import Options
+from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
-from .federation import Federation, compare, current
+from .federation import Federation, SameSites, compare, current, description
 from .trainer import validate_params
 
 
@@ -106,14 +110,19 @@ def opened(estimator: Any, X: Any = None) -> Iterator[Federation | None]:
     Yields:
         The federation, or None.
     """
-    federation = current()
-    if federation is None:
+    shared, features = current(), _features(X)
+    if shared is None and current_kit() is None:
+        open_session(Options(), framework="scikit-learn")  # says once that there is no kit
         yield None
         return
     estimator._check_federated()
     validate_params(estimator)
-    compare(federation, estimator, _features(X))
-    yield federation
+    if shared is not None:
+        compare(shared, estimator, features)
+        yield shared
+        return
+    with fl_adapters.sums(agree=description(estimator, features)) as federation:
+        yield SameSites(federation)
 
 
 def _features(X: Any) -> list[str] | int | None:
@@ -150,7 +159,7 @@ def refuse_partial_fit(estimator: Any) -> None:
     Raises:
         ConfigError: In a federation.
     """
-    if current() is not None:
+    if current() is not None or current_kit() is not None:
         raise ConfigError(
             "partial_fit does not know when the other sites call it",
             where=f"{type(estimator).__name__}.partial_fit",

@@ -19,6 +19,12 @@ PUBLIC = {
     "fl_adapters.xgboost": """
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
     """,
+    "fl_adapters.sklearn": """
+        CountVectorizer GaussianMixture GaussianNB KBinsDiscretizer KMeans LabelEncoder LinearDiscriminantAnalysis
+        LinearRegression LinearSVC LogisticRegression MaxAbsScaler MinMaxScaler MiniBatchKMeans MultinomialNB
+        NearestCentroid OneHotEncoder OrdinalEncoder PCA PoissonRegressor QuantileTransformer Ridge RobustScaler
+        SimpleImputer StandardScaler TargetEncoder TfidfTransformer TfidfVectorizer TruncatedSVD as_sklearn over
+    """,
     "fl_adapters.testing": """
         AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
         LocalFederation Outcome Place PlainLoop RestartCase ScoredExample Trained TrainingCase TrainingExample

@@ -15,7 +15,7 @@ from sklearn.feature_extraction import text
 from fl_runtime.errors import ConfigError
 
 from ..federated import Federated, adopt, opened, plain_copy
-from ..federation import Array, Federation
+from ..federation import Array, Federation, large_union
 from ..trainer import validated
 
 
@@ -124,7 +124,8 @@ def vocabulary_of(federation: Federation, estimator: Any, documents: Any) -> Voc
     if estimator.vocabulary is not None:
         frequencies, total = frequencies_of(federation, counts)
         return Vocabulary(own_terms, counts, frequencies, total)
-    terms = sorted(json.loads(term) for term in federation.union([json.dumps(term) for term in own_terms]))
+    sent = large_union(federation, [json.dumps(term) for term in own_terms])  # ASCII, whatever the terms are
+    terms = sorted(map(json.loads, sent))
     place = {term: number for number, term in enumerate(terms)}
     columns = np.array([place[term] for term in own_terms], np.int64)
     shape = (counts.shape[0], len(terms))

@@ -104,7 +104,7 @@ def test_alone_it_is_scikit_learns_own(estimator: Any) -> None:
 
 def test_a_search_alone() -> None:
     scaled = X / X.max(axis=0)
-    search = GridSearchCV(ours.LogisticRegression(max_iter=5000), {"C": [0.1, 1.0]}, cv=2, n_jobs=2).fit(scaled, Y)
+    search = GridSearchCV(ours.LogisticRegression(max_iter=5000), {"C": [0.1, 1.0]}, cv=2).fit(scaled, Y)
     assert type(search.best_estimator_) is ours.LogisticRegression
     assert type(ours.as_sklearn(search).best_estimator_) is sklearn.linear_model.LogisticRegression
 
@@ -122,7 +122,7 @@ def test_sites_that_fit_something_else_are_named() -> None:
     scaler, other = ours.StandardScaler, ours.MinMaxScaler
     with pytest.raises(HandshakeError, match="agree on estimator: .*Scaler here, .*Scaler at another site"):
         disagreeing([scaler, other], [frame, frame])
-    with pytest.raises(HandshakeError, match="agree on feature 0: '(radius|texture)' here, '(radius|texture)' at an"):
+    with pytest.raises(HandshakeError, match=r"agree on features\[0\]: '(radius|texture)' here"):
         disagreeing([scaler, scaler], [frame, frame[["texture", "radius"]]])
     with pytest.raises(HandshakeError, match="agree on number of features"):
         disagreeing([scaler, scaler], [X, X[:, 1:]])
