@@ -89,9 +89,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FITTED = ("coef_", "intercept_", "theta_", "var_", "centroids_", "components_", "explained_variance_")
 
 
-def shares(rows: int) -> list[Any]:
-    order = np.random.default_rng(0).permutation(rows)
-    return np.split(order, np.floor(np.cumsum(SHARES)[:-1] * rows).astype(int))
+def shares(y: Any) -> list[Any]:
+    """Row numbers of each site. The sites differ in size and in how often they have each class."""
+    order = np.argsort(y + np.random.default_rng(0).normal(0, 1.5 * np.std(y), len(y)), kind="stable")
+    return np.split(order, np.floor(np.cumsum(SHARES)[:-1] * len(y)).astype(int))
 
 
 def plain(name: str, arguments: dict[str, Any]) -> Any:
@@ -125,7 +126,7 @@ def together(table: Table) -> dict[str, dict[str, Any]]:
     """Fit all models over five sites of one simulation; return fitted numbers and score of each by its name."""
     with tempfile.TemporaryDirectory() as folder:
         x, y, test, truth = table
-        for number, rows in enumerate(shares(len(y))):
+        for number, rows in enumerate(shares(y)):
             np.savez(Path(folder, f"{number}.npz"), x=x[rows], y=y[rows], test=test, truth=truth)
         settings = {name: arguments for name, (arguments, _) in MODELS.items()}
         Path(folder, "settings.json").write_text(json.dumps(settings))
@@ -160,7 +161,7 @@ def main() -> None:
         ours = together((x, y, test, truth))
         for name, (_, arguments) in MODELS.items():
             central = plain(name, arguments).fit(x, y)
-            alone = [plain(name, arguments).fit(x[rows], y[rows]) for rows in shares(len(y))]
+            alone = [plain(name, arguments).fit(x[rows], y[rows]) for rows in shares(y)]
             best = max(score(model, test, truth) for model in alone)
             found = ours[name]
             ratio = found.get("explained_variance_ratio_") if name == "PCA" else None

@@ -24,12 +24,14 @@ with needs_extra("sklearn", "scikit-learn"):
     from .preprocessing.scaling import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
     from .preprocessing.target import TargetEncoder
     from .preprocessing.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
+    from .selection import GridSearchCV, cross_val_score
 
 __all__ = [
     "PCA",
     "CountVectorizer",
     "GaussianMixture",
     "GaussianNB",
+    "GridSearchCV",
     "KBinsDiscretizer",
     "KMeans",
     "LabelEncoder",
@@ -55,5 +57,6 @@ __all__ = [
     "TfidfVectorizer",
     "TruncatedSVD",
     "as_sklearn",
+    "cross_val_score",
     "over",
 ]

@@ -31,8 +31,7 @@ class Federated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if is_fitted(self):
-            plain = as_sklearn(self)
-            return type(plain), (), plain.__getstate__()
+            return as_sklearn(self).__reduce_ex__(1)  # from 2 on, pickle insists on the class of `self`
         return super().__reduce_ex__(protocol)
 
     def __copy__(self) -> Any:

@@ -20,10 +20,11 @@ PUBLIC = {
         FederatedCallback FederatedXGBClassifier FederatedXGBRanker FederatedXGBRegressor train
     """,
     "fl_adapters.sklearn": """
-        CountVectorizer GaussianMixture GaussianNB KBinsDiscretizer KMeans LabelEncoder LinearDiscriminantAnalysis
-        LinearRegression LinearSVC LogisticRegression MaxAbsScaler MinMaxScaler MiniBatchKMeans MultinomialNB
-        NearestCentroid OneHotEncoder OrdinalEncoder PCA PoissonRegressor QuantileTransformer Ridge RobustScaler
-        SimpleImputer StandardScaler TargetEncoder TfidfTransformer TfidfVectorizer TruncatedSVD as_sklearn over
+        CountVectorizer GaussianMixture GaussianNB GridSearchCV KBinsDiscretizer KMeans LabelEncoder
+        LinearDiscriminantAnalysis LinearRegression LinearSVC LogisticRegression MaxAbsScaler MinMaxScaler
+        MiniBatchKMeans MultinomialNB NearestCentroid OneHotEncoder OrdinalEncoder PCA PoissonRegressor
+        QuantileTransformer Ridge RobustScaler SimpleImputer StandardScaler TargetEncoder TfidfTransformer
+        TfidfVectorizer TruncatedSVD as_sklearn cross_val_score over
     """,
     "fl_adapters.testing": """
         AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
