@@ -35,13 +35,14 @@ class GridSearchCV(Federated, model_selection.GridSearchCV):
         with opened(self, X) as federation:
             if federation is None:
                 return super().fit(X, y, **params)
-            scoring, error_score = self.scoring, self.error_score
-            self.scoring, self.error_score = pooled(federation, self.estimator, scoring), "raise"
+            given = self.get_params(deep=False)
+            scoring = given["scoring"]
+            self.set_params(scoring=pooled(federation, self.estimator, scoring), error_score="raise")
             try:
                 with over(federation):
                     super().fit(X, y, **params)
             finally:
-                self.scoring, self.error_score = scoring, error_score
+                self.set_params(scoring=scoring, error_score=given["error_score"])
             self.scorer_ = _local(self.estimator, scoring)
             return self
 
