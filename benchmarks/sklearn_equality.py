@@ -116,8 +116,7 @@ def site() -> None:
         for name, arguments in settings.items():
             model = getattr(federated, name)(**arguments).fit(own["x"], own["y"])
             if here.index == 0:
-                arrays = {key: value for key, value in vars(model).items() if isinstance(value, np.ndarray)}
-                numbers = {key: value for key, value in arrays.items() if value.dtype.kind == "f"}
+                numbers = {key: value for key, value in vars(model).items() if np.asarray(value).dtype.kind == "f"}
                 score = model.score(own["test"], own["truth"]) if hasattr(model, "predict") else 0.0
                 np.savez(f"{folder}/{name}.npz", score=score, **numbers)
 
