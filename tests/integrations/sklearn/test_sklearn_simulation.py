@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fl_adapters import Job, Simulation, SiteFailedError
+from fl_adapters import Job, Simulation, HandshakeError
 
 
 def fit_twice() -> None:
@@ -62,6 +62,6 @@ def test_sites_of_a_simulation_fit_the_central_model(tmp_path: Path, monkeypatch
 
 
 def test_arguments_that_differ_are_refused_before_the_first_sum(tmp_path: Path) -> None:
-    with pytest.raises(SiteFailedError) as caught:
+    with pytest.raises(HandshakeError) as caught:
         Job(app="disagree").run(Simulation(sites=2, script=disagree, folder=tmp_path / "runs", quiet=True))
-    assert "argument with_std" in str(caught.value)
+    assert "argument with_std: True != False" in str(caught.value)
