@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fl_adapters import Job, Simulation, HandshakeError
+from fl_adapters import HandshakeError, Job, Simulation
 
 
 def fit_twice() -> None:
