@@ -15,6 +15,7 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, cast
@@ -123,7 +124,7 @@ class Sums:
         self.sites_in_last_sum: tuple[str, ...] = ()
         self._options, self._facts = options, facts
         self._session: Session | None = None
-        self._replay = Replay(None, "")
+        self._replay = Replay(None)
         self._task: Task | None = None
         self._in_block = False
 
@@ -137,6 +138,7 @@ class Sums:
             try:
                 self._begin(session)
             except BaseException as error:
+                self._replay.close()
                 session.leave(error)
                 raise
         self._in_block = True
@@ -146,18 +148,22 @@ class Sums:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
         self._in_block = False
+        with contextlib.closing(self._replay):
+            self._leave_block(error)
+        return False
+
+    def _leave_block(self, error: BaseException | None) -> None:
         session = self._session
         if session is None or session.closed:
-            return False
+            return
         if error is not None:
             session.leave(error)
-            return False
+            return
         try:
             self._end(session)
         except BaseException as failure:
             session.leave(failure)
             raise
-        return False
 
     def sum(self, values: Mapping[str, Any]) -> dict[str, Array]:
         """Sum arrays over all sites. All sites call it with the same names and shapes.
@@ -238,7 +244,7 @@ class Sums:
             terms=Terms(content="encoded", strategy=Sum().spec),
             encoding=ENCODING,
         )
-        self._replay = Replay(session.home.folder / "sums", session.name, fresh=session.home.fresh)
+        self._replay = Replay(session.home.folder / "sums.bin", fresh=session.home.fresh)
         self._task = session.start(lambda: state)
         self._replay.learn(self._task)
 
