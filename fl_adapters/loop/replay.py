@@ -110,7 +110,7 @@ class Replay:
         return _parsed(self._file.read(number), f"call {number}, as this site has kept it")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file in which results are kept. No call is possible any more."""
         if self._file is not None:
             self._file.close()
 

@@ -6,14 +6,19 @@ import math
 import re
 import threading
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from server_process import server_process
 
 import fl_adapters as fl
+from fl_adapters.environments.progress.lines import ProgressLines
+from fl_adapters.environments.progress.screen import run_screen
+from fl_adapters.environments.progress.view import RunView
 from fl_adapters.participant.kit import Kit
 from fl_adapters.testing import Death, LocalFederation, Outcome, Place
 from fl_runtime.aggregation.sums.call import MAX_TEXTS, Call, pack_texts, packed, read_texts
@@ -27,7 +32,7 @@ from fl_runtime.errors import (
     StateMismatchError,
     UpdateRefusedError,
 )
-from fl_runtime.types import Array
+from fl_runtime.types import Array, Event
 
 NAMES = ("site-1", "site-2", "site-3")
 CALLS = 12
@@ -387,3 +392,44 @@ def test_an_update_that_does_not_fit_its_call_is_refused() -> None:
         federation.result()
     assert isinstance(outcomes["site-2"].error, UpdateRefusedError | FederationError)
     assert outcomes["site-1"].error is None is outcomes["site-3"].error
+
+
+# -- what people see -------------------------------------------------------------------------------------------------
+
+
+def test_a_simulation_of_a_function_with_sums_and_what_it_shows(tmp_path: Path) -> None:
+    """Several processes over gRPC. The screen and the lines speak of sums, without losses or a number of rounds."""
+    told, view, shown = StringIO(), RunView(), []
+    lines = ProgressLines(told)
+
+    def listen(event: Event) -> None:
+        view(event)
+        lines(event)
+        if event.kind == "round_finished":
+            console = Console(width=100, file=StringIO(), record=True)
+            console.print(run_screen(view, 100))
+            shown.append(console.export_text())
+
+    simulation = fl.Simulation(sites=3, script=mean_of_sites, folder=tmp_path, listeners=(listen,), quiet=True)
+    result = fl.Job(app="mean", name="sums", rounds=5).run(simulation)
+    assert [len(training.rounds) for training in result.trainings] == [3, 2] and result.model is None
+    assert "sums with 3 sites" in told.getvalue() and "sum 2: 3 sites, up " in told.getvalue()
+    assert "no metrics" not in told.getvalue() and "best round" not in told.getvalue()
+    assert "sums  sum 2" in shown[1] and "loss" not in shown[1] and "%" in shown[1]
+    report = (result.folder / "report.html").read_text("utf-8")
+    assert "Finished." in report and "loss" not in re.sub(r"<style.*?</style>", "", report, flags=re.S)
+    for name in NAMES:
+        assert "mean 1.0 of c0 c1 c2" in (result.folder / "sites" / name / "log.txt").read_text("utf-8")
+
+
+def mean_of_sites() -> None:
+    """The script of the simulation: it travels by its source."""
+    import fl_adapters
+
+    index = fl_adapters.site().index
+    with fl_adapters.sums(agree={"what": "mean"}) as federation:
+        total = federation.sum({"x": index, "n": 1})
+        names = federation.union([f"c{index}"])
+    with fl_adapters.sums() as federation:
+        assert federation.sum({"x": index})["x"] == total["x"]
+    print(f"mean {total['x'] / total['n']} of {' '.join(names)}")

@@ -174,7 +174,7 @@ class OwnLines:
             with suppress(FederationError), closing(ControlClient(transport)) as control:
                 jobs = control.ask("Status").get("jobs", ())
                 self._progress.take_status(next((job for job in jobs if job.get("job") == self._job), {}))
-        line = f"{self._job}: round {view.round} of {view.rounds}"
+        line = f"{self._job}: {view.unit} {view.round}" + (f" of {view.rounds}" if view.rounds else "")
         if view.left_s:
             line += f", about {duration_text(view.left_s)} left"
         known = [number for number in sorted(view.metrics) if view.metrics[number]]

@@ -53,7 +53,8 @@ class ProgressLines:
             case "registered":
                 self._evaluates |= data["evaluates"]
             case "started":
-                rounds, sites = counted(data["rounds"], "round"), counted(len(data["sites"]), "site")
+                rounds = counted(data["rounds"], "round") if data["rounds"] else "sums"
+                sites = counted(len(data["sites"]), "site")
                 self._write(f"{rounds} with {sites}{training_text(data)}")
             case "round_finished":
                 self._pending[event.round] = event
@@ -86,10 +87,11 @@ class ProgressLines:
     def _round(self, event: Event) -> None:
         data = event.data
         rounds = self.view.rounds
-        of_rounds = "" if rounds is None else f"/{rounds}"  # a server that goes on with a run has not seen its start
+        of_rounds = f"/{rounds}" if rounds else ""  # a server that goes on with a run has not seen its start
+        metrics = "" if rounds == 0 else f"{metrics_text(self.view.metrics[event.round])}, "
         missing = f", without {', '.join(data['missing'])}" if data["missing"] else ""
         self._write(
-            f"round {event.round}{of_rounds}: {metrics_text(self.view.metrics[event.round])}, "
+            f"{self.view.unit} {event.round}{of_rounds}: {metrics}"
             f"{counted(len(data['sites']), 'site')}{missing}, up {size_text(data['bytes_up'])}, "
             f"down {size_text(data['bytes_down'])}, {data['seconds']:.2f} s"
         )

@@ -63,12 +63,15 @@ def _progress(view: RunView, width: int) -> RenderableType:
         gone += f", about {_left_text(view.left_s)} left"
     rows = Table.grid(padding=(0, 1))
     bar = partial(ProgressBar, total=1.0, width=min(40, width // 3))
-    rows.add_row("run", bar(completed=view.done), f"{view.done:4.0%}", gone)
+    if view.rounds == 0:
+        rows.add_row("run", "", "", gone)
+    else:
+        rows.add_row("run", bar(completed=view.done), f"{view.done:4.0%}", gone)
     if view.newest.asked:
         answered = f"{len(view.newest.answered)} of {counted(len(view.newest.asked), 'site')}"
         if view.round_left_s is not None:
             answered += f", {'about ' if width >= _NARROW else ''}{_left_text(view.round_left_s)} left"
-        rows.add_row("round", bar(completed=view.round_done), f"{view.round_done:4.0%}", answered)
+        rows.add_row(view.unit, bar(completed=view.round_done), f"{view.round_done:4.0%}", answered)
     return Group(title, rows)
 
 
@@ -108,11 +111,14 @@ def _sites_table(view: RunView, width: int) -> Table:
     sites = dict(view.sites)
     tells_steps = any(site.steps is not None for site in sites.values())
     columns = [name for name, least in (_WITH_STEPS if tells_steps else _COLUMNS).items() if width >= least]
+    if view.rounds == 0:  # sums have no loss
+        columns.remove("loss")
     bar_width = max(cells for least, cells in _BAR_WIDTHS.items() if width >= least)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         left = name in ("site", "state", "progress")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+        head = view.unit if name == "round" else name
+        table.add_column(head, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     rows = list(sites.items()) if len(sites) <= _SITES_SHOWN else _by_state(list(sites.values()))
     for name, site in rows:
         bar = ProgressBar(total=1.0, completed=site.done, width=bar_width) if site.steps is not None else ""
@@ -151,7 +157,7 @@ def _title(view: RunView) -> str:
     if not view.round:
         return f"{view.job}  waiting for the sites" if view.job else "starting"
     training = f"  training {view.training}" if view.training > 1 else ""
-    return f"{view.job}{training}  round {view.round}/{view.rounds}"
+    return f"{view.job}{training}  {view.unit} {view.round}" + (f"/{view.rounds}" if view.rounds else "")
 
 
 def _cells(site: SiteView) -> dict[str, str]:

@@ -82,7 +82,8 @@ class RunView:
         folder: The run's folder.
         sites: State of each site, by name.
         round: Number of the newest round.
-        rounds: Number of rounds in all, or None before it is known.
+        rounds: Number of rounds in all, or None before it is known; 0 in a training of sums, which ends when the sites
+            leave it.
         training: Number of the training, from 1, for scripts that train more than once.
         metrics: Aggregated metrics by round of this training.
         best_round: The best round of this training so far, or None.
@@ -110,6 +111,11 @@ class RunView:
     ended: bool = False
     began: float = field(default_factory=time.monotonic)
     virtual: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What a round of this training is called: "sum" if it has no number of rounds, else "round"."""
+        return "sum" if self.rounds == 0 else "round"
 
     @property
     def done(self) -> float:

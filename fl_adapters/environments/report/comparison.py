@@ -58,7 +58,7 @@ def summaries(runs: Sequence[RunRecord]) -> list[Summary]:
 
 def _settings(run: RunRecord) -> dict[str, Any]:
     job = {field: value for field, value in run.job.items() if field not in _OWN}
-    rounds = {} if run.planned is None else {"rounds": run.planned}
+    rounds = {"rounds": run.planned} if run.planned else {}
     started = {field: run.command[field] for field in ("engine", "workers") if run.command.get(field)}
     return {**rounds, **job, "sites": run.site_argument, **started, **script_options(listed(run.command, "args"))}
 

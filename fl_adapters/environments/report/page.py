@@ -111,7 +111,7 @@ def run_summary(run: RunRecord, *, open_state: str = "not finished") -> list[Ele
     done = [record for number, record in run.rounds.items() if number and record.finished]
     up, down = (sum(size) for size in zip(*((r.bytes_up, r.bytes_down) for r in done), strict=True)) if done else (0, 0)
     tiles = [
-        ("rounds", f"{len(done)} of {run.planned}" if run.planned else str(len(done))),
+        ("sums" if run.planned == 0 else "rounds", f"{len(done)} of {run.planned}" if run.planned else str(len(done))),
         ("sites", str(len(run.sites))),
         *_best_tiles(run),
         ("time", duration_text(run.last - run.began)),

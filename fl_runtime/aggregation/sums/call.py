@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ MAX_TEXT_CHARS = 1_000
 _MAX_CALL_CHARS = 2**23
 _MAX_TEXTS_CHARS = 2**26
 _MAX_DIMENSIONS = 32
+_SHORT_BYTES = 4_096
 _LISTED = 8
 
 CallKind = Literal["sum", "union", "end"]
@@ -67,17 +69,8 @@ class Call:
         Raises:
             ProtocolError: The tensor holds no call, or more than the limits allow.
         """
-        try:
-            fields = parse_json(array.tobytes(), limit_chars=_MAX_CALL_CHARS)
-            kind, shapes = fields["kind"], fields["shapes"]
-            if kind not in ("sum", "union", "end") or len(shapes) > MAX_NAMES or (kind != "sum" and shapes):
-                raise ValueError("its kind or its number of arrays is wrong")
-            call = cls(kind, tuple((_name(name), _shape(shape)) for name, shape in shapes))
-            if len(dict(call.shapes)) != len(shapes) or call.size * 8 > MAX_BYTES:
-                raise ValueError("a name is given twice, or the arrays are too large")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ProtocolError(f"a site's call of a sum cannot be read: {error}") from None
-        return call
+        data = array.tobytes()
+        return _read_short(data) if len(data) <= _SHORT_BYTES else _read(data)
 
 
 def differing(calls: Mapping[str, Call]) -> list[str]:
@@ -136,6 +129,24 @@ def fault_of_texts(texts: Sequence[str]) -> str | None:
     if any(len(text) > MAX_TEXT_CHARS for text in texts):
         return f"a text of a union has more than {MAX_TEXT_CHARS} characters"
     return None
+
+
+def _read(data: bytes) -> Call:
+    """Read a call from its JSON."""
+    try:
+        fields = parse_json(data, limit_chars=_MAX_CALL_CHARS)
+        kind, shapes = fields["kind"], fields["shapes"]
+        if kind not in ("sum", "union", "end") or len(shapes) > MAX_NAMES or (kind != "sum" and shapes):
+            raise ValueError("its kind or its number of arrays is wrong")
+        call = Call(kind, tuple((_name(name), _shape(shape)) for name, shape in shapes))
+        if len(dict(call.shapes)) != len(shapes) or call.size * 8 > MAX_BYTES:
+            raise ValueError("a name is given twice, or the arrays are too large")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProtocolError(f"a site's call of a sum cannot be read: {error}") from None
+    return call
+
+
+_read_short = lru_cache(maxsize=64)(_read)  # the same call is read for each site, and several times for each
 
 
 def _differences(usual: Call, base: str, call: Call) -> list[str]:
