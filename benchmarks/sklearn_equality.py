@@ -91,7 +91,7 @@ FITTED = ("coef_", "intercept_", "theta_", "var_", "centroids_", "components_", 
 
 def shares(y: Any) -> list[Any]:
     """Row numbers of each site. The sites differ in size and in how often they have each class."""
-    order = np.argsort(y + np.random.default_rng(0).normal(0, 1.5 * np.std(y), len(y)), kind="stable")
+    order = np.argsort(y + np.random.default_rng(0).normal(0, 2.5 * np.std(y), len(y)), kind="stable")
     return np.split(order, np.floor(np.cumsum(SHARES)[:-1] * len(y)).astype(int))
 
 
