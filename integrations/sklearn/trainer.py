@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.utils import check_array
 
 _FINITE = (
@@ -82,6 +84,14 @@ def likely_dimension(variance: Any, rows: int) -> int:
     from sklearn.decomposition._pca import _infer_dimension
 
     return int(_infer_dimension(variance, rows))
+
+
+@cache
+def discriminants_count_classes() -> bool:
+    """Return whether the solver "svd" of this scikit-learn divides by the rows less the classes, as older ones do."""
+    rows = np.array([[-1.0], [1.0], [9.0], [11.0]])  # two classes of variance 1 by the rows, 2 by the rows less 2
+    fitted = LinearDiscriminantAnalysis().fit(rows, [0, 0, 1, 1])
+    return bool(np.isclose(abs(fitted.scalings_[0, 0]), np.sqrt(0.5)))
 
 
 def set_components(estimator: Any, components: int) -> None:

@@ -14,7 +14,7 @@ from ..federation import Array, Federation
 from ..leading import from_leader
 from ..linear import least_squares
 from ..linear.logistic import known_classes
-from ..trainer import set_components, validated
+from ..trainer import discriminants_count_classes, set_components, validated
 from .groups import Groups, grouped
 
 
@@ -78,7 +78,8 @@ class LinearDiscriminantAnalysis(Federated, discriminant_analysis.LinearDiscrimi
         spread = np.sqrt(np.diag(within))
         spread = np.where(spread == 0, 1.0, spread)
         values, vectors = linalg.eigh(within / np.outer(spread, spread))
-        singular = np.sqrt(np.maximum(values[::-1], 0.0))
+        divided = rows - len(self.classes_) if discriminants_count_classes() else rows
+        singular = np.sqrt(np.maximum(values[::-1], 0.0) * rows / divided)
         rank = int((singular > self.tol).sum())
         scalings = (vectors.T[::-1][:rank] / spread).T / singular[:rank]
         away = self.means_ - self.xbar_

@@ -43,7 +43,7 @@ TABLE = pd.DataFrame(
         ours.MaxAbsScaler(),
         ours.RobustScaler(),
         ours.RobustScaler(quantile_range=(10.0, 81.0), unit_variance=True),
-        ours.QuantileTransformer(n_quantiles=100, subsample=None),
+        ours.QuantileTransformer(n_quantiles=100),
         ours.SimpleImputer(),
         ours.SimpleImputer(strategy="median", add_indicator=True),
         ours.SimpleImputer(strategy="constant", fill_value=-1.0),
