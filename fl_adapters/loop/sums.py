@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, cast
@@ -46,6 +47,8 @@ from fl_runtime.wire.names import facts_of
 
 _EXACT = 2**53
 """Integers below this are exact in float64."""
+_LARGEST = 1e140
+"""Largest absolute value of a sum, so that the totals of all sites stay finite, and their squares too."""
 _LOCAL = Site("local", 0, 1, "")
 
 
@@ -170,7 +173,7 @@ class Sums:
 
         Args:
             values: Name -> a number or an array of real numbers, of any shape and at most 128 MiB together as float64.
-                They must be finite. Integers must be below 2^53. Borrowed for the call.
+                They must be finite and at most 1e140. Integers must be below 2^53. Borrowed for the call.
 
         Returns:
             Name -> the total, float64, with the shape of the value; in the order of `values`. The caller owns them. The
@@ -307,7 +310,7 @@ class Sums:
                     where=f"call {number} of {self.site.name}",
                     fix="let the script make the same calls whenever it is started",
                 )
-        session.finish()
+        session.finish(has_model=False)
 
     def _current(self) -> Task:
         return cast(Task, self._task)
@@ -364,8 +367,13 @@ def _as_float64(name: object, value: object) -> Array:
             fix="pass floats if rounding does no harm",
         )
     array = array.astype(np.float64)
-    if not np.isfinite(array).all():
+    largest = float(np.abs(array).max()) if array.size else 0.0
+    if not math.isfinite(largest):
         raise ConfigError(
             f"{name!r} holds values that are not finite", where=where, fix="leave out or replace NaN and infinity first"
+        )
+    if largest > _LARGEST:
+        raise ConfigError(
+            f"{name!r} holds {largest:.3g}, and values of sums go up to {_LARGEST:g}", where=where, fix="rescale it"
         )
     return array

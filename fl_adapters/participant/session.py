@@ -412,7 +412,9 @@ class Session:
         """
         return SecureStream(stream, self.name, self._gate.stream_identity())
 
-    def finish(self, export: Export | None = None, load: Callable[[Arrays], None] | None = None) -> None:
+    def finish(
+        self, export: Export | None = None, load: Callable[[Arrays], None] | None = None, *, has_model: bool = True
+    ) -> None:
         """Leave the run at its normal end, after the task of kind "final".
 
         In a simulation, one site also writes the results: the live model to runs/<job>/model, and the best round's
@@ -421,9 +423,11 @@ class Session:
         Args:
             export: Writes the live model to a folder in the framework's format.
             load: Loads arrays into the live model; without it, the best model is not exported.
+            has_model: Whether there is a model to write. A training of sums has none.
         """
         self._current()
-        self.results.write(export, load)
+        if has_model:
+            self.results.write(export, load)
         self.departure.leave(LeaveReason.own(_FINISHED), early=False)
 
     def leave(self, reason: str | BaseException | LeaveReason) -> None:

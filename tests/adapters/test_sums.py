@@ -202,7 +202,9 @@ def test_what_the_sites_agree_on_is_compared_at_the_start() -> None:
         (lambda f: f.sum({"x": np.zeros(2**24 + 1)}), "the limit is"),
         (lambda f: f.union("red"), "union\\('red'\\) got a text"),
         (lambda f: f.union(["a", 3]), "union got 3, a int"),
+        (lambda f: f.sum({"x": [1.0, -1e200]}), "'x' holds 1e\\+200"),
         (lambda f: f.union(["a" * 1001]), "more than 1000 characters"),
+        (lambda f: f.union(["\ud800"]), "cannot be encoded in UTF-8"),
     ],
 )
 def test_what_cannot_be_summed_is_named(call: Callable[[Any], object], text: str) -> None:

@@ -128,6 +128,8 @@ def fault_of_texts(texts: Sequence[str]) -> str | None:
         return f"a union has {len(texts)} texts; the limit is {MAX_TEXTS}"
     if any(len(text) > MAX_TEXT_CHARS for text in texts):
         return f"a text of a union has more than {MAX_TEXT_CHARS} characters"
+    if (broken := next((text for text in texts if not _is_unicode(text)), None)) is not None:
+        return f"a text of a union cannot be encoded in UTF-8: {broken[:50]!r}"
     return None
 
 
@@ -147,6 +149,14 @@ def _read(data: bytes) -> Call:
 
 
 _read_short = lru_cache(maxsize=64)(_read)  # the same call is read for each site, and several times for each
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _differences(usual: Call, base: str, call: Call) -> list[str]:

@@ -53,6 +53,7 @@ def test_a_policy_that_names_sums_allows_them_and_they_are_on_record(study: Stud
     study.job()
     policy = "strategies: [fedavg, sum]\nadapters: [sums]\nexchange: [values, call]\nmin_cohort: 2\n"
     assert summed(study, policy, total) == dict.fromkeys(study.sites, (0.0, 3.0, 6.0))
+    assert not list(readdressed(study, "north").rglob("model"))
     actions = [entry["action"] for entry in entries(readdressed(study, "north"))]
     assert actions.count("update") == 2 and (actions[0], actions[-1]) == ("joined", "left")  # a call, and the end
 
