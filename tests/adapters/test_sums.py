@@ -6,6 +6,7 @@ import math
 import re
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import fl_adapters as fl
 from fl_adapters.environments.progress.lines import ProgressLines
 from fl_adapters.environments.progress.screen import run_screen
 from fl_adapters.environments.progress.view import RunView
+from fl_adapters.loop.replay import Replay
 from fl_adapters.participant.kit import Kit
 from fl_adapters.testing import Death, LocalFederation, Outcome, Place
 from fl_runtime.aggregation.sums.call import MAX_TEXTS, Call, pack_texts, packed, read_texts
@@ -32,7 +34,7 @@ from fl_runtime.errors import (
     StateMismatchError,
     UpdateRefusedError,
 )
-from fl_runtime.types import Array, Event
+from fl_runtime.types import Array, Event, Task
 
 NAMES = ("site-1", "site-2", "site-3")
 CALLS = 12
@@ -321,6 +323,54 @@ def test_a_site_that_missed_a_call_is_refused_and_the_others_go_on() -> None:
     error = outcomes["site-3"].error
     assert isinstance(error, QuorumError) and "no result of call 1" in error.what and "are at call 4" in error.what
     assert outcomes["site-1"].value == outcomes["site-2"].value == 2.0
+
+
+def test_a_late_site_gets_the_total_without_its_own_values() -> None:
+    closed = threading.Event()
+
+    def work(place: Place) -> list[tuple[float, int]]:
+        with fl.sums(kit=place.kit) as federation:
+            found = []
+            for _ in range(2):
+                if place.index == 2:
+                    assert closed.wait(60)
+                found.append((float(federation.sum({"n": 1})["n"]), len(federation.sites_in_last_sum)))
+                closed.set()
+            return found
+
+    with LocalFederation(sites=3, min_sites=2, deadline_s=1.0) as federation:
+        assert set(map(tuple, federation.run(work).values())) == {((2.0, 2), (3.0, 3))}
+
+
+def test_results_that_a_death_cut_off_are_dropped(tmp_path: Path) -> None:
+    def task(version: int) -> Task:
+        arrays = {"values": np.full(2, version, float), "call": Call("sum", (("x", (2,)),)).to_array()}
+        return Task("test", version + 1, "", "train", version, arrays, {"sites": packed(["site-1"])})
+
+    path = tmp_path / "sums.bin"
+    with closing(Replay(path)) as replay:
+        for version in (1, 2):
+            replay.learn(task(version))
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + b"x", whole[: len(whole) // 2 + 10]):
+        path.write_bytes(damaged)
+        with closing(Replay(path, fresh=False)) as replay:
+            assert (replay.knows(1), replay.knows(2)) == (True, False)
+            assert replay.result(1).values.tolist() == [1.0, 1.0] and replay.result(1).sites == ("site-1",)
+            replay.learn(task(2))
+        assert path.read_bytes() == whole
+    with closing(Replay(path)) as replay:  # of another run
+        assert not replay.knows(1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"values": np.zeros(3)}, {"values": np.array([math.nan, 1.0])}, {"sites": packed({"a": 1})}, {"call": packed([])}],
+)
+def test_a_total_that_does_not_fit_is_refused_by_the_site(wrong: dict[str, Array]) -> None:
+    parts = {"values": np.zeros(2), "call": Call("sum", (("x", (2,)),)).to_array(), "sites": packed(["site-1"])}
+    with pytest.raises(ProtocolError, match="the server sends a total that cannot be read"):
+        Replay(None).learn(Task("test", 2, "", "train", 1, parts | wrong))
 
 
 def test_a_server_killed_in_the_middle_gives_the_same_totals(tmp_path: Path, expected: list[dict[str, bytes]]) -> None:
