@@ -20,7 +20,7 @@ from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.shares import check_max_share
 from fl_runtime.aggregation.spec import Described
-from fl_runtime.errors import ConfigError, did_you_mean
+from fl_runtime.errors import ConfigError
 from fl_runtime.filters import (
     check_best_metric,
     check_budgets,
@@ -30,10 +30,11 @@ from fl_runtime.filters import (
     check_site_weights,
 )
 from fl_runtime.filters.ckks import HomomorphicCKKS
+from fl_runtime.secure_sum.requirements import check_secure_sum
 from fl_runtime.text import METRIC_NAMES, is_metric_name
 from fl_runtime.types import LARGEST_SEED, LONGEST_S, MOST_ROUNDS, MOST_SITES, RunSettings, Strategy
 from fl_runtime.types.needs import Needs
-from fl_runtime.yaml_files import read_yaml
+from fl_runtime.yaml_files import read_yaml, settings_error
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -133,6 +134,8 @@ class Job(BaseModel):
         resources: What the job needs at each site, where the site tells what it has: `gpus`, a number of GPUs that it
             has for itself, and `memory_gb`. It waits in the queue until all its sites have so much free. Default: none;
             it then gets the GPUs of one place at the site.
+        secure_sum: Whether sites mask their updates, so that the server learns their sum alone (docs/secure-sum.md).
+            Default False. Option `--secure-sum`.
         exact_restart: Whether a site that is killed and started again ends with the same bits as without. Every round
             then begins with random states made from `seed`, the site and the round (docs/restart.md). Default False.
         track: Where the run is tracked: "mlflow:URI", "wandb", "tensorboard", or several (docs/tracking.md).
@@ -180,6 +183,7 @@ class Job(BaseModel):
     trainings: int | None = Field(default=None, ge=1, le=MOST_ROUNDS)
     seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     resources: dict[str, float] = Field(default_factory=dict)
+    secure_sum: bool = False
     exact_restart: bool = False
     track: Targets = ()
 
@@ -198,7 +202,7 @@ class Job(BaseModel):
         try:
             job = handler(fields if chosen else {**fields, "name": _name_for(str(fields.get("app", "job")))})
         except ValidationError as error:
-            raise _explained(error) from None
+            raise settings_error(error, cls.model_fields, "job") from None
         if not chosen:
             job.model_fields_set.discard("name")  # a made-up name may get a number if it is taken
         _check(job)
@@ -293,6 +297,7 @@ class Job(BaseModel):
         strategy = make_strategy(str(self.strategy))
         strategy.check_sites(settings.min_sites)
         check_max_share(settings, strategy)
+        check_secure_sum(settings, strategy if "strategy" in self.model_fields_set else None)
         return settings
 
 
@@ -471,28 +476,3 @@ def _name_for(app: str) -> str:
 
 def _is_module(app: str) -> bool:
     return re.fullmatch(r"\w+(\.\w+)+", app) is not None and not app.endswith(".py")
-
-
-def _explained(error: ValidationError) -> ConfigError:
-    """Return Pydantic's errors as one ConfigError that names every wrong field."""
-    problems: dict[str, tuple[object, list[str]]] = {}
-    for item in error.errors(include_url=False):
-        field = str(item["loc"][0]) if item["loc"] else "job"
-        texts = problems.setdefault(field, (item.get("input"), []))[1]
-        texts.append({"missing": "", "extra_forbidden": ""}.get(item["type"], item["msg"]))
-    unknown = [field for field in problems if field not in Job.model_fields]
-    names = "the fields of a job are: " + ", ".join(Job.model_fields)
-    return ConfigError(
-        "; ".join(_sentence(field, value, texts) for field, (value, texts) in problems.items()),
-        where=", ".join(problems),
-        fix=did_you_mean(unknown[0], Job.model_fields) + names if unknown else "correct it there",
-    )
-
-
-def _sentence(field: str, value: object, texts: list[str]) -> str:
-    if field not in Job.model_fields:
-        return f"{field} is not a field of a job"
-    if texts == [""]:
-        return f"{field} is missing"
-    wanted = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in texts))
-    return f"{field} cannot be {value!r}: it should be {wanted}"

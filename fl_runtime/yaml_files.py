@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, did_you_mean
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -78,3 +79,38 @@ def _repeated(loader: yaml.SafeLoader, root: yaml.Node) -> Iterator[tuple[object
             if (key.tag, name) in lines:
                 yield name, lines[key.tag, name], line
             lines[key.tag, name] = line
+
+
+def settings_error(error: ValidationError, known: Iterable[str], what: str) -> ConfigError:
+    """Return what pydantic finds wrong with a table of settings as one error that names every wrong field.
+
+    Args:
+        error: What pydantic raised.
+        known: Names of the fields that there are.
+        what: What the settings are of, such as "job".
+
+    Returns:
+        The error.
+    """
+    fields, problems = list(known), dict[str, tuple[object, list[str]]]()
+    for item in error.errors(include_url=False):
+        field = str(item["loc"][0]) if item["loc"] else what
+        texts = problems.setdefault(field, (item.get("input"), []))[1]
+        texts.append({"missing": "", "extra_forbidden": ""}.get(item["type"], item["msg"]))
+    unknown = [field for field in problems if field not in fields]
+    names = f"the fields of a {what} are: " + ", ".join(fields)
+    return ConfigError(
+        "; ".join(
+            _sentence(field, value, texts) if field in fields else f"{field} is not a field of a {what}"
+            for field, (value, texts) in problems.items()
+        ),
+        where=", ".join(problems),
+        fix=did_you_mean(unknown[0], fields) + names if unknown else "correct it there",
+    )
+
+
+def _sentence(field: str, value: object, texts: list[str]) -> str:
+    if texts == [""]:
+        return f"{field} is missing"
+    wanted = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in texts))
+    return f"{field} cannot be {value!r}: it should be {wanted}"

@@ -98,6 +98,9 @@ def simulate(
         str | None,
         typer.Option(help="Optimizer state after new weights arrive: keep, reset or average. Default: keep."),
     ] = None,
+    secure_sum: Annotated[
+        bool, typer.Option("--secure-sum", help="Mask the updates: the server learns their sum alone.")
+    ] = False,
     best_metric: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +147,7 @@ def simulate(
         "min_sites": min_sites,
         "deadline_s": deadline_s,
         "optimizer_state": optimizer_state,
+        "secure_sum": secure_sum or None,
         "best_metric": best_metric,
         "best_mode": best_mode,
         "name": name,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fl_adapters.participant.exchange import RegisteredModel
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import LeaveReason, policy_gate_of
+from fl_adapters.participant.policy_gate.base import CohortGate
 from fl_runtime.aggregation import make_strategy, strategy_of
 from fl_runtime.aggregation.corrections.local_terms import LocalTerms
 from fl_runtime.aggregation.metrics.ranking import WITHHELD, Ranking
@@ -22,7 +23,7 @@ from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.site import SiteFilters
-from fl_runtime.types import Arrays, CohortRules, Report, Settings, Task, Terms, Update
+from fl_runtime.types import Arrays, Report, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
 from fl_runtime.wire.names import Facts
@@ -176,9 +177,9 @@ class Gate:
             self._policy.cohort.check(task)
 
     @property
-    def cohort_rules(self) -> CohortRules:
-        """What the policy asks of every aggregate that this site's update is in."""
-        return self._policy.cohort.rules
+    def cohort(self) -> CohortGate:
+        """What the policy asks of every aggregate and every secure sum that this site is in."""
+        return self._policy.cohort
 
     def check_registered(self, arrays: Arrays, where: str) -> None:
         """Check that an update has only tensors that were registered. Call after `register`."""

@@ -163,6 +163,7 @@ class SiteSettings:
         best_mode: Whether lower ("min") or higher ("max") values of it are better; None likewise.
         cross_site: Whether this site evaluates the models of all sites after the last round.
         exact_restart: Whether this site must end with the same bits after a restart.
+        secure_sum: Whether updates leave this site masked.
         plan: What the job's strategy requires of this site.
         agree: Whether lists of names must be equal at all sites; or further such lists, by any name.
     """
@@ -178,6 +179,7 @@ class SiteSettings:
     best_mode: Literal["min", "max"] | None
     cross_site: bool = False
     exact_restart: bool = False
+    secure_sum: bool = False
     plan: SitePlan = field(default_factory=SitePlan)
     agree: bool | Mapping[str, Sequence[str]] = True
 
@@ -207,6 +209,7 @@ class SiteSettings:
             best_mode=job.get("best_mode"),
             cross_site=bool(job.get("cross_site")),
             exact_restart=bool(job.get("exact_restart")),
+            secure_sum=bool(job.get("secure_sum")),
             plan=SitePlan.parse(job.get("strategy")),
             agree=_lists_of_names(options.agree),
         )

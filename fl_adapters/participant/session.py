@@ -21,10 +21,11 @@ from fl_adapters.participant.local_result import LocalResult, UpdateHeader
 from fl_adapters.participant.options import Options, SiteSettings
 from fl_adapters.participant.outputs import RESTART, SiteHome, claimed_path, own_folder
 from fl_adapters.participant.policy_gate import LeaveReason
+from fl_adapters.participant.protocols.base import RoundProtocol
+from fl_adapters.participant.protocols.choice import protocol_of
 from fl_adapters.participant.restart import SiteRestart, round_seed
 from fl_adapters.participant.results import Export, Results
-from fl_adapters.participant.swarm import SwarmSite
-from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, SUMS, SWARM
+from fl_runtime.capabilities import CROSS_EVALUATION, EXACT_RESTART, FINAL_SCORE, SUMS, SWARM
 from fl_runtime.client import SiteClient
 from fl_runtime.client.local_training import StepCount
 from fl_runtime.client.meter import RoundStats, TransferMeter
@@ -33,7 +34,6 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.filters.exclude import ExcludeVars
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
-from fl_runtime.transport.waiting import SILENCE_S
 from fl_runtime.trust.streams.secure_stream import SecureStream
 from fl_runtime.types import MODEL_SETTINGS, MOST_ROUNDS, Arrays, Metrics, Report, Summary, Task, Terms
 from fl_runtime.types.trainings import job_of
@@ -99,7 +99,7 @@ class Session:
             FederationError: The server cannot be reached or refuses the site, or the site's policy refuses the job.
         """
         self.rounds = 0
-        self._swarm: SwarmSite | None = None
+        self._protocol: RoundProtocol | None = None
         self._gate = Gate(kit, framework, self.leave)
         local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
         self._client = SiteClient(transport, kit.patience_s, own_patience=kit.own_patience, same_machine=local)
@@ -115,7 +115,7 @@ class Session:
             ScriptNote(job, welcome.attempt),
             trains_again=trains_again,
             registered=lambda: self.registered,
-            on_close=self._close_swarm,
+            on_close=self._close_protocol,
         )
         self.home = SiteHome(own_folder(kit, job), welcome.count, fresh=welcome.attempt == 1)
         self.results = Results(
@@ -134,19 +134,10 @@ class Session:
         self._header = UpdateHeader(job, welcome.site, welcome.attempt)
         self._meter = TransferMeter(self._client)
         self._gate.join(welcome.site, welcome.settings)
-        strategy = self.settings.plan.strategy
-        if strategy is not None and strategy.relayed:
-            with self._gate.leaving_on_refusal("join"):
-                deadline_s = float(welcome.settings["deadline_s"])
-                self._swarm = SwarmSite(
-                    self._client,
-                    self.name,
-                    self.seal,
-                    strategy,
-                    min(kit.patience_s, SILENCE_S),
-                    deadline_s,
-                    self._gate.check_cohort,
-                )
+        with self._gate.leaving_on_refusal("join"):
+            self._protocol = protocol_of(
+                self._client, self._gate, kit, self._header, welcome.settings, self.settings, self.seal
+            )
 
     @property
     def name(self) -> str:
@@ -243,9 +234,10 @@ class Session:
         check_finite(state, where=f"the model of {self.name}, before round 1")
         terms = terms or Terms()
         filters = self._gate.register(state, terms)
-        capabilities |= session_capabilities(
-            cross_evaluates=cross_evaluates, restarts=restarts, swarm=self._swarm is not None
-        )
+        relayed, masked = self.settings.plan.relayed, self.settings.secure_sum
+        capabilities |= session_capabilities(cross_evaluates=cross_evaluates, restarts=restarts, swarm=relayed)
+        if masked:  # scores leave with updates, so there are none of the last model
+            evaluates, capabilities = False, capabilities - {FINAL_SCORE}
         with self._gate.recording("register"):
             declared, software = self._gate.declare(self.settings.declared({**agreement, **filters}))
             self.rounds = self._client.register(
@@ -256,7 +248,7 @@ class Session:
                 rounds=0 if self.settings.rounds else rounds or 0,
                 evaluates=evaluates,
                 terms=terms,
-                rules=self._gate.cohort_rules,
+                rules=self._gate.cohort.rules,
             )
         self._header = replace(self._header, content=terms.content, encoding=encoding)
         return self.rounds
@@ -283,8 +275,8 @@ class Session:
         """
         if self.restart is not None:
             self.restart.begin(snapshot, self.local_round)
-        if self._swarm is not None:
-            self._swarm.start()
+        if self._protocol is not None:
+            self._protocol.start()
         if (folder := folder_for_notes(self._kit)) is not None:
             self._client.training.leave_notes(folder, self.job, self.rounds if self.rounds < MOST_ROUNDS else 0)
         self._client.training.share(steps, self._gate.shares_progress)
@@ -329,10 +321,11 @@ class Session:
         if self.restart is not None:
             self.restart.save(task, self.local_round, self._gate.own_values(arrays))
         sent = self._gate.send_update(update, task)
-        if self._swarm is not None:  # the tensors go to the round's aggregator
-            with self._gate.leaving_on_refusal("send update", task.round):
-                sent = self._swarm.receipt(sent)
-        return self._client.submit(sent, inspected)
+        if self._protocol is None:
+            return self._client.submit(sent, inspected)
+        with self._gate.leaving_on_refusal("send update", task.round):
+            sent = self._protocol.outgoing(sent)
+        return self._client.submit(sent)
 
     def next_task(self) -> Task:
         """Wait for the next task, which comes once the round has closed.
@@ -373,7 +366,9 @@ class Session:
             metrics: Metrics on this site's own validation data.
             num_examples: Number of validation examples.
         """
-        self._client.report(self._gated_report(metrics, num_examples, self.results.version_to_report()))
+        report = self._gated_report(metrics, num_examples, self.results.version_to_report())
+        if self._protocol is None or not self._protocol.keeps(report):
+            self._client.report(report)
 
     def report_together(self, metrics: Mapping[str, float | Summary], num_examples: int) -> tuple[Metrics, bool]:
         """Report the score of the current global model and wait for the reports of the other sites.
@@ -458,9 +453,9 @@ class Session:
             raise
         return welcome
 
-    def _close_swarm(self) -> None:
-        if self._swarm is not None:
-            self._swarm.close()
+    def _close_protocol(self) -> None:
+        if self._protocol is not None:
+            self._protocol.close()
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
@@ -469,7 +464,7 @@ class Session:
 
     def _wait(self) -> Task:
         with self._gate.recording("next task"):
-            return self._swarm.next_task() if self._swarm is not None else self._client.next_task()
+            return self._protocol.next_task() if self._protocol is not None else self._client.next_task()
 
     def _receive(self, task: Task) -> Task:
         self._task = self._gate.receive(task)

@@ -52,6 +52,7 @@ class FedAvg(WeightsStrategy):
 
     name: ClassVar[str] = "fedavg"
     partial: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property

@@ -33,6 +33,7 @@ class ServerOptimizer(WeightsStrategy):
     """
 
     partial: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
     weights: Literal["examples", "equal"] = choice("examples", "equal")
 
     @property

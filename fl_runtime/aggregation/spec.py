@@ -80,6 +80,7 @@ class Described(Workflow):
     Attributes:
         name: Name of the strategy in `--strategy` and `Job(strategy=...)`.
         scalable: Whether the server can scale down the weight of one update, see `Strategy`.
+        summable: Whether the mean of the updates is enough, see `Strategy`.
         partial: Whether updates may lack tensors, see `Strategy`.
         needs_steps: Whether updates must state their number of optimizer steps, see `Strategy`.
         open_ended: Whether the run has no number of rounds, see `Strategy`.
@@ -97,6 +98,7 @@ class Described(Workflow):
 
     name: ClassVar[str]
     scalable: ClassVar[bool] = True
+    summable: ClassVar[bool] = False
     partial: ClassVar[bool] = False
     needs_steps: ClassVar[bool] = False
     open_ended: ClassVar[bool] = False

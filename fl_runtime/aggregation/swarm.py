@@ -39,6 +39,7 @@ class Swarm(FedAvg):
     """
 
     name: ClassVar[str] = "swarm"
+    summable: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset({WEIGHTS, SWARM})
     shows: ClassVar[Literal["", "trees", "updates"]] = "updates"
 

@@ -178,7 +178,7 @@ _SETTINGS: Mapping[str, _Check] = {
     "trainings": _optional(_ROUNDS),
 }
 
-_NEEDED = {"share": "to", "aggregate": "sites"}
+_NEEDED = {"share": "to", "aggregate": "sites", "secure_sum": "step"}
 _CONFIG: Mapping[str, _Check] = {
     "to": _text,
     "sites": _addends,

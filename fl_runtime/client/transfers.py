@@ -23,7 +23,7 @@ from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest
 
 _GROWTH_TIMES, _GROWTH_BYTES = 8, 2**30
-_WITHOUT_MODEL = ("initial", "evaluated", "share", "aggregate")
+_WITHOUT_MODEL = ("initial", "evaluated", "share", "aggregate", "secure_sum")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.joining import Joining
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.secure_sum.course import SecureSum
 from fl_runtime.server.courses.swarm import Swarm
 from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.courses.virtual import Virtual, VirtualSites
@@ -94,6 +95,8 @@ class Run:
         if strategy.buffer is not None:
             return Buffered(state, membership, scoring, initial, strategy.buffer)
         rounds = Rounds(state, membership, scoring)
+        if state.settings.secure_sum:
+            return SecureSum(state, membership, scoring, rounds, initial, self._cross_site)
         if strategy.relayed:
             return Swarm(state, membership, rounds, initial, self._cross_site)
         return Synchronous(state, membership, rounds, initial, self._cross_site)

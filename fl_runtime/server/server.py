@@ -10,6 +10,7 @@ from fl_runtime.aggregation import make_strategy
 from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.errors import AbortedError, ConfigError, PermissionDeniedError
 from fl_runtime.filters import check_budgets, check_filters
+from fl_runtime.secure_sum.requirements import check_secure_sum
 from fl_runtime.server.courses.virtual import VirtualSites
 from fl_runtime.server.records.events import Events
 from fl_runtime.server.records.results import RunResult
@@ -284,6 +285,7 @@ def check_settings(settings: RunSettings, strategy: Strategy | None = None) -> N
     if strategy is None and settings.strategy:  # without one in the job, the sites may name it
         strategy = make_strategy(settings.strategy)
     check_filters(settings.filters, settings.optimizer_state, strategy)
+    check_secure_sum(settings, strategy)
     if not settings.sites or len(set(settings.sites)) != len(settings.sites):
         raise ConfigError(f"the sites of a job need distinct names, not {list(settings.sites)}")
     if settings.min_sites > len(settings.sites):

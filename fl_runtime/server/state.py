@@ -15,6 +15,7 @@ from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation
 from fl_runtime.filters.server import ServerFilters, applied_filters
+from fl_runtime.secure_sum.requirements import MASKED, check_secure_sum
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult
@@ -22,7 +23,7 @@ from fl_runtime.server.registration import Member
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.stores import Store
 from fl_runtime.transport.waiting import duration_text
-from fl_runtime.types import RunSettings, Settings, Strategy, Terms, Update
+from fl_runtime.types import Metrics, RunSettings, Settings, Strategy, Terms, Update
 from fl_runtime.types.trainings import first_folder
 from fl_runtime.wire.manifest import Manifest
 
@@ -46,6 +47,21 @@ class Accepted:
     digest: bytes
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """What is known of the updates of a round together, and of none alone.
+
+    Attributes:
+        metrics: Means of their metrics.
+        num_examples: Number of examples of all sites.
+        local_steps: Number of optimizer steps of all sites.
+    """
+
+    metrics: Metrics
+    num_examples: int
+    local_steps: int
+
+
 @dataclass
 class OpenRound:
     """The round under way. Changed only under the run's lock.
@@ -62,6 +78,7 @@ class OpenRound:
         collected: True once the round takes no more updates; the last of them are being summed.
         drawn: True if the participants are a selection that no other site may join.
         answers: Number of updates the round waits for, or None to wait for all participants.
+        pooled: Metrics and counts over all sites, where those of single sites are not known; else None.
     """
 
     round: int
@@ -75,6 +92,7 @@ class OpenRound:
     collected: bool = False
     drawn: bool = False
     answers: int | None = None
+    pooled: Pooled | None = None
 
     def takes(self, site: str) -> bool:
         """Whether this site may contribute to the round."""
@@ -166,6 +184,7 @@ class RunState:
         self.settings = self.plan.job.without_model() if strategy.open_ended else self.plan.job
         self.plan = replace(self.plan, strategy=strategy, terms=terms)
         check_filters(self.settings.filters, self.settings.optimizer_state, strategy)
+        check_secure_sum(self.settings, strategy)
 
     def begin(self, rounds: int, sites: Sequence[str], manifest: Manifest) -> None:
         """Record that the sites have agreed on `rounds` rounds, at most, of the model that `manifest` describes.
@@ -235,19 +254,21 @@ class RunState:
         self, update: Update, status: str, *, round: int, seconds: float, bytes_up: int, bytes_down: int
     ) -> None:
         """Emit the event of an update that arrived `seconds` into its round; wake the thread that drives the run."""
+        ran = applied_filters(update.encoding)
+        masked = bool(ran) and ran[-1].get("name") == MASKED
+        counts = {} if masked else {"num_examples": update.num_examples, "local_steps": update.local_steps}
         self.events.emit(
             "update",
             round,
             update.site,
             status=status,
-            num_examples=update.num_examples,
-            local_steps=update.local_steps,
+            **counts,
             metrics=dict(update.metrics),
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             seconds=seconds,
             **({"train_s": update.train_s} if update.train_s else {}),
-            **({"filters": list(ran)} if (ran := applied_filters(update.encoding)) else {}),
+            **({"filters": list(ran)} if ran else {}),
         )
         self.changed.notify_all()
 

@@ -22,6 +22,7 @@ The statements are those that SQLite and PostgreSQL have in common.
               the xxh3-64 of the row as hexadecimal digits, because SQLite has no check sums. Older rows lack them.
     score     version, site, metrics, num_examples: a site's evaluation of a model
     kept      version, blob, layout: the strategy's own state beside the newest model (server optimizer moments)
+    message   round, stage, step, site, body: answers to the steps of a secure sum (see store/journal_parts/messages.py)
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from fl_runtime.store.database import Database
 from fl_runtime.store.journal_entries import ModelEntry, StrategyStateEntry, UpdateEntry, row_check
 from fl_runtime.store.journal_parts.failures import FailureRecord
 from fl_runtime.store.journal_parts.files import FilesJournal
+from fl_runtime.store.journal_parts.messages import TABLE, MessageJournal
 from fl_runtime.store.journal_reader import JournalReader
 from fl_runtime.store.sqlite import SqliteDatabase
 from fl_runtime.types import RunSettings, Terms
@@ -59,7 +61,7 @@ CREATE TABLE score (version INTEGER, site TEXT, metrics TEXT NOT NULL, num_examp
     PRIMARY KEY (version, site));
 """
 
-# The first journals of this schema version lack this table.
+# The first journals of this schema version lack this table, and that of messages.
 _KEPT = "CREATE TABLE IF NOT EXISTS kept (version INTEGER PRIMARY KEY, blob TEXT NOT NULL, layout BLOB NOT NULL)"
 
 
@@ -86,6 +88,7 @@ class Journal:
         reader: Reads what the journal holds.
         files: Records the small files that sites have sent beside the final model.
         failures: Failed tries, and the sites that were to blame for them.
+        messages: Records the answers of sites to the steps of a round.
 
     Raises:
         NewerFormatError: If a later version wrote it.
@@ -96,7 +99,7 @@ class Journal:
         self.where = database.where
         self._db = database
         self.reader, self.files = JournalReader(self._db), FilesJournal(self._db)
-        self.failures = FailureRecord(self._db)
+        self.failures, self.messages = FailureRecord(self._db), MessageJournal(self._db)
         with self._db.transaction():
             if not self._db.has_table("meta"):
                 for statement in _SCHEMA.split(";"):
@@ -105,6 +108,7 @@ class Journal:
                 self._db.put("written_by", VERSION)
             self._check_version()
             self._db.run(_KEPT)
+            self._db.run(TABLE)
 
     @classmethod
     def in_file(cls, path: Path, *, durable: bool = False) -> Journal:

@@ -22,7 +22,7 @@ Settings: TypeAlias = Mapping[str, Any]
 
 Content = Literal["weights", "delta", "encoded"]
 """What the arrays of an update hold: new weights, their difference to the base model, or an encoding of its own."""
-TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate"]
+TaskKind = Literal["initial", "train", "final", "best", "evaluate", "evaluated", "share", "aggregate", "secure_sum"]
 """What a task asks for; see `Task`."""
 
 PARTICIPANTS = "participants"
@@ -57,6 +57,7 @@ class Task:
       model is left to evaluate.
     - "share" (swarm only): send your update to the site `config["to"]`.
     - "aggregate" (swarm only): aggregate the updates of `config["sites"]`.
+    - "secure_sum" (with `secure_sum` only): answer the step `config["step"]` of the masked sum.
 
     Attributes:
         job: Name of the job.

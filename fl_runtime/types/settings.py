@@ -124,6 +124,7 @@ class RunSettings:
             `rejoin_s` and for as long as the sites' startup kits say.
         join_s: Seconds to wait for further sites once `min_sites` have registered; None waits until `deadline_s`.
         resources: What the job needs at each site: `gpus`, `memory_gb` (see `Needs`).
+        secure_sum: Whether sites mask their updates, so that the server learns their sum alone.
     """
 
     name: str
@@ -158,6 +159,7 @@ class RunSettings:
     patience_s: float | None = None
     join_s: float | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    secure_sum: bool = False
 
     def for_production(self, patience_s: float) -> RunSettings:
         """Return these settings with the defaults of a federation between organisations.

@@ -12,7 +12,9 @@ from fl_runtime.types import CohortRules, Report, Settings, Task, Terms, Update
 from fl_runtime.wire.names import Facts
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
+    from fl_runtime.secure_sum import SumRules
     from fl_runtime.trust.streams.identity import StreamIdentity
+    from fl_runtime.trust.streams.kit_signatures import KitSignatures
 
 
 class CohortGate:
@@ -22,6 +24,17 @@ class CohortGate:
     def rules(self) -> CohortRules:
         """What the policy asks of every aggregate, as the server is told."""
         return CohortRules()
+
+    @property
+    def sum_rules(self) -> SumRules:
+        """What the site asks of every secure sum."""
+        from fl_runtime.secure_sum import SumRules
+
+        return SumRules(min_cohort=2)
+
+    def signatures(self) -> KitSignatures | None:
+        """Return what signs this site's keys of secure sums and verifies those of others; None without certificates."""
+        return None
 
     def check(self, task: Task) -> None:
         """Check of how many updates the model of a task is made, and how many sites take part in its round."""

@@ -36,7 +36,7 @@ def job_refusals(
         submitter = Identity.from_uri(uri) if uri else None
         yield from _refused(lambda: policy.check_submitter(settings.name, submitter, site))
     about_all = (cohort.check_sampling, cohort.check_site_weights, cohort.check_sites)
-    for check in (own.check_cross_site, own.check_earlier, *about_all):
+    for check in (policy.check_secure_sum, own.check_cross_site, own.check_earlier, *about_all):
         yield from _refused(partial(check, settings, site))
     if settings.strategy is not None:
         yield from strategy_refusals(policy, site, settings, settings.strategy)

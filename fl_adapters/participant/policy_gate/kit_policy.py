@@ -26,10 +26,12 @@ from fl_runtime.types.trainings import job_of
 from fl_runtime.wire.names import Facts, Names
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
+    from fl_runtime.secure_sum import SumRules
     from fl_runtime.trust.approval import Decision
     from fl_runtime.trust.audit import AuditLog, Witness
     from fl_runtime.trust.policy import Policy, PolicyFile
     from fl_runtime.trust.streams.identity import StreamIdentity
+    from fl_runtime.trust.streams.kit_signatures import KitSignatures
 
 _ADAPTERS = {"transformers": "hf"}  # framework -> name of its adapter, if they differ
 
@@ -298,6 +300,19 @@ class _KitCohortGate(CohortGate):
     @property
     def rules(self) -> CohortRules:
         return self._gate._policy.rules
+
+    @property
+    def sum_rules(self) -> SumRules:
+        from fl_runtime.secure_sum import SumRules
+
+        policy = self._gate._policy
+        rules = SumRules(max(policy.min_cohort, 2))
+        return rules if policy.sum_threshold is None else replace(rules, threshold=policy.sum_threshold)
+
+    def signatures(self) -> KitSignatures:
+        from fl_runtime.trust.streams.kit_signatures import KitSignatures
+
+        return KitSignatures(self._gate._file.path.parent)
 
     def check(self, task: Task) -> None:
         with self._gate.refusals.recording(f"task: {task.kind}", round=task.round):

@@ -18,7 +18,6 @@ from fl_runtime.filters.server import decoded
 from fl_runtime.server.courses.base import Offer, Status, Upload, leased, made_of
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import event_fields, leave_unmet
-from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.sums.failures import (
     SumFailedError,
@@ -28,6 +27,7 @@ from fl_runtime.server.courses.sums.failures import (
     norms_of,
     sites_to_blame,
 )
+from fl_runtime.server.courses.sums.same_data import hint_at_same_data
 from fl_runtime.server.courses.sums.suspects import Suspects
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model

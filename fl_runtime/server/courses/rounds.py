@@ -9,9 +9,9 @@ from typing import Any
 from fl_runtime.errors import QuorumError, RoundFailedError
 from fl_runtime.server.broadcast import Broadcast
 from fl_runtime.server.courses.base import Offer, leased, made_of
-from fl_runtime.server.courses.same_data import hint_at_same_data
 from fl_runtime.server.courses.sampling import choose_participants, open_round
 from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.sums.same_data import hint_at_same_data
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.models import Model
 from fl_runtime.server.records.results import RoundResult
@@ -152,7 +152,10 @@ class Rounds:
         if current.round > 0:
             state.results.append(result)
             self._scoring.scores.record_training(current.round, result.metrics)
-            state.events.emit("round_finished", current.round, **event_fields(result))
+            counts: dict[str, Any] = {}
+            if pooled := current.pooled:
+                counts = {"num_examples": pooled.num_examples, "local_steps": pooled.local_steps}
+            state.events.emit("round_finished", current.round, **event_fields(result), **counts)
         if current.round == 1:
             hint_at_same_data(state, list(current.accepted.values()), self._membership.quorum.shown)
         state.published.notify_all()
@@ -194,7 +197,10 @@ class Rounds:
 
     def _result(self, current: OpenRound) -> RoundResult:
         updates = [a.update for a in current.accepted.values()]
-        metrics = self._membership.quorum.shown.of_updates(sorted(updates, key=lambda u: u.site))
+        if current.pooled is not None:
+            metrics = current.pooled.metrics
+        else:
+            metrics = self._membership.quorum.shown.of_updates(sorted(updates, key=lambda u: u.site))
         sites = tuple(n for n in self._membership.members if n in current.accepted)
         results = self._state.results
         if results and results[-1].sites == sites:

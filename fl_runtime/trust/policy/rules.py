@@ -17,7 +17,7 @@ from fl_runtime.trust.policy.disclosure import DisclosurePolicy
 from fl_runtime.trust.policy.files import FilesPolicy
 from fl_runtime.trust.policy.refusal import denied
 from fl_runtime.trust.project import findings
-from fl_runtime.types import CohortRules
+from fl_runtime.types import CohortRules, RunSettings
 from fl_runtime.yaml_files import read_yaml
 
 ADAPTERS_ONLY = ("*lora_*", "*ia3_*", "*prompt_encoder*", "*prompt_embeddings*", "*adapter*", "*modules_to_save*")
@@ -67,6 +67,12 @@ share_files: true
 # this site's own trees, or parts of its gradient histograms (XGBoost). Without these lines only where min_cohort is 1.
 # swarm: true
 # trees: true
+
+# `required` refuses jobs in which the server sees this site's own updates, in place of the sum over the sites alone.
+# secure_sum: required
+
+# Share of the sites around this one that can open the masks of its update together, if it drops out of a secure sum.
+# sum_threshold: 0.6
 
 # Whether others see this site's own metrics and number of examples: in history, events, reports and while they follow a
 # job. `false` shows those of all sites of its jobs together, and of no site alone.
@@ -204,6 +210,9 @@ class Policy(_Part):
         approve: "ask" holds every job until somebody at the site approves it; None holds none.
         apps: A job's `app` -> the local command that runs it.
         resources: What local commands may use.
+        secure_sum: "required" refuses jobs in which the server sees this site's own updates; None accepts both.
+        sum_threshold: Share of the sites around this one that can open the masks of its update together, if it drops
+            out of a secure sum; from 0.5 and below 1. None for 0.6.
         share_logs: Whether those who follow a job see the site daemon's own lines about it, such as that its script was
             started again. They never hold output of the script.
         syslog: Address of a syslog server that gets every line of the audit log; "" for none. Read at the start.
@@ -233,6 +242,8 @@ class Policy(_Part):
     approve: Literal["ask"] | None = None
     apps: Mapping[str, str] = Field(default_factory=dict)
     resources: Resources = Resources()
+    secure_sum: Literal["required"] | None = None
+    sum_threshold: float | None = Field(default=None, ge=0.5, lt=1)
     share_logs: bool = True
     syslog: str = ""
 
@@ -268,6 +279,20 @@ class Policy(_Part):
         """The part of these rules that the server keeps to, as it is told at the handshake."""
         own = self.disclosure
         return CohortRules(self.min_cohort, self.max_share, own.own_model_stays, own.stays)
+
+    def check_secure_sum(self, job: RunSettings, site: Identity) -> None:
+        """Check that the server sees this site's updates in sums alone, if the rules ask for that.
+
+        Args:
+            job: Settings of the job.
+            site: This site.
+
+        Raises:
+            PermissionDeniedError: It would see them.
+        """
+        if self.secure_sum == "required" and not job.secure_sum:
+            action = f"take part in {job.name}, in which the server sees the updates of single sites"
+            raise denied(site, action, "secure_sum: required", fix="add `secure_sum: true` to the job")
 
     # -- may this site take part? ----------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ import fl_adapters as fl
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
+from fl_adapters.participant.protocols.swarm import SwarmSite
 from fl_adapters.participant.registry import close_sessions, open_session
-from fl_adapters.participant.swarm import SwarmSite
 from fl_adapters.testing import LocalFederation, Place
 from fl_runtime.aggregation import Swarm
 from fl_runtime.aggregation.swarm import in_turn
@@ -403,8 +403,8 @@ def test_what_a_policys_filter_has_changed_does_not_travel() -> None:
     update = Update("test", 1, "", "north", 1, 0, {"w": np.ones(2)}, 1)
     for changed in (replace(update, content="delta"), replace(update, encoding='[{"name": "ExcludeVars"}]')):
         with pytest.raises(ConfigError, match="a filter of this site"):
-            site.receipt(changed)
-    assert not site.receipt(update).arrays
+            site.outgoing(changed)
+    assert not site.outgoing(update).arrays
 
 
 def test_sites_that_take_turns_cannot_wait_for_each_other() -> None:

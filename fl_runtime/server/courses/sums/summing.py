@@ -108,6 +108,22 @@ class Summing:
         self._keep_withheld(self._blob)
         return self._blob
 
+    def finish_with(self, mean: Update) -> Blob:
+        """Complete the sum of a round whose updates have been averaged elsewhere.
+
+        Args:
+            mean: Their weighted mean, as one update with all of their examples.
+
+        Returns:
+            The next global model.
+        """
+        with combining(self._current.round):
+            self._aggregator = self._make_aggregator(None)
+            self._aggregator.add(mean)
+            self._aggregator.result()
+        assert self._blob is not None
+        return self._blob
+
     def give_up(self) -> None:
         with self._state.lock:
             for blob in filter(None, (self._blob, self.strategy_state)):

@@ -21,7 +21,7 @@ from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, UpdateRefusedError
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.streams.secure_stream import SecureStream, check_available
-from fl_runtime.types import Array, Arrays, ServerState, Strategy, Task, Update
+from fl_runtime.types import Array, Arrays, Report, ServerState, Strategy, Task, Update
 from fl_runtime.wire.finite import check_finite, largest_value
 from fl_runtime.wire.manifest import Manifest
 
@@ -38,7 +38,7 @@ Seal: TypeAlias = Callable[[Stream], SecureStream]
 
 
 class SwarmSite:
-    """A site's part in swarm rounds: shares its update with the aggregator, or aggregates.
+    """A site's part in swarm rounds: shares its update with the aggregator, or aggregates. A `RoundProtocol`.
 
     The session's thread calls the methods. Threads of the tunnel bring the streams that other sites open.
     """
@@ -90,7 +90,7 @@ class SwarmSite:
         if tunnel is not None:
             tunnel.close()
 
-    def receipt(self, update: Update) -> Update:
+    def outgoing(self, update: Update) -> Update:
         """Keep a copy of an update for the aggregator.
 
         Args:
@@ -110,6 +110,10 @@ class SwarmSite:
             )
         self._update = replace(update, arrays=_copied(update.arrays), extras=_copied(update.extras))
         return replace(update, arrays={}, extras={}, content="encoded", encoding=RECEIPT)
+
+    def keeps(self, report: Report) -> bool:
+        """Leave reports to the session."""
+        return False
 
     def next_task(self) -> Task:
         """Wait for the next task of the trainer, and share or aggregate updates meanwhile.

@@ -1,0 +1,176 @@
+"""Rounds with a secure sum at a site: every update leaves masked, and the server learns the sum of all alone.
+
+Before a site trains, it exchanges keys and sealed shares of its masks with the others, through the server. It masks its
+update, and when the server names the sites whose updates are there, it agrees with the others on that list and reveals
+what removes the masks that are left. `fl_runtime.secure_sum` has the protocol.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fl_adapters.participant.gate import Gate
+from fl_adapters.participant.local_result import LocalResult, UpdateHeader
+from fl_runtime.client import SiteClient
+from fl_runtime.errors import ProtocolError, UpdateRefusedError
+from fl_runtime.secure_sum import SiteSums
+from fl_runtime.secure_sum.vectors import Rings, vectors_of
+from fl_runtime.types import Arrays, Report, Settings, Task, Update
+
+_ANSWER, _MASKED = "secure_sum:", "SecureSum"
+_MOST_BYTES = 2**22
+_LARGEST_FACTOR = 1e6
+
+
+class SecureSumSite:
+    """A site's part in the rounds of a job with `secure_sum`. A `RoundProtocol`."""
+
+    def __init__(self, client: SiteClient, gate: Gate, header: UpdateHeader, sums: SiteSums, sites: int) -> None:
+        """Make the site's part; the keys of this run are those of `sums`.
+
+        Args:
+            client: The connection to the server.
+            gate: The site's gate, which records refusals.
+            header: What all updates of this process have in common.
+            sums: The site's side of the protocol.
+            sites: Number of sites of the job.
+        """
+        self._client, self._gate, self._header, self._sums = client, gate, header, sums
+        self._rings = Rings.for_sites(sites)
+        self._task: Task | None = None  # the last task of training
+        self._kept: Update | None = None  # this round's update, for masks that begin again
+        self._report: Report | None = None
+
+    def start(self) -> None:
+        """Do nothing: keys are sent when the server asks."""
+
+    def close(self) -> None:
+        """Forget the update and the masks."""
+        self._kept = self._task = None
+
+    def outgoing(self, update: Update) -> Update:
+        """Mask an update.
+
+        Args:
+            update: The update, with plain weights. Borrowed for the call; a copy is kept until the round ends.
+
+        Returns:
+            The masked update, in new arrays.
+
+        Raises:
+            UpdateRefusedError: The update has something that cannot be summed, or too large a value.
+        """
+        if update.content != "weights" or update.encoding or update.extras:
+            what = "tensors beside the weights" if update.extras else "encoded updates"
+            raise UpdateRefusedError(
+                f"a secure sum adds plain weights, and this site would send {what}",
+                where=f"{update.site}, round {update.round}",
+                fix="leave the filter that encodes them, or optimizer_state: average, out of job and policy",
+            )
+        self._kept = replace(update, arrays={name: np.array(array) for name, array in update.arrays.items()})
+        assert self._task is not None
+        return self._masked(self._kept, self._task)
+
+    def keeps(self, report: Report) -> bool:
+        """Keep the scores of a global model: they leave masked, with the update that is trained from it."""
+        self._report = report
+        return True
+
+    def next_task(self) -> Task:
+        """Wait for the next task of the trainer; answer the steps of the secure sum meanwhile."""
+        while True:
+            task = self._client.next_task()
+            if task.kind == "secure_sum":
+                with self._gate.leaving_on_refusal("secure sum", task.round):
+                    message = self._answer(task)
+                self._client.submit(self._step_of(task, message))
+            elif self._begins_again(task):
+                assert self._kept is not None
+                self._client.submit(self._masked(self._kept, task))
+            else:
+                self._kept = None
+                self._task = task
+                return task
+
+    def _answer(self, task: Task) -> bytes:
+        """The answer to a step."""
+        step, config = task.config["step"], task.config
+        if step == "keys":
+            return self._sums.public
+        if step == "shares":
+            return self._sums.begin(task.round, task.stage, _messages(config, "keys"))
+        if step == "agree":
+            survivors = config.get("survivors")
+            if not isinstance(survivors, list) or not all(isinstance(name, str) for name in survivors):
+                raise ProtocolError(
+                    "the server names no list of sites whose updates are there", where=f"round {task.round}"
+                )
+            return self._sums.agree(task.round, task.stage, survivors)
+        if step == "reveal":
+            return self._sums.reveal(task.round, task.stage, _messages(config, "signatures"))
+        raise ProtocolError(
+            f"the server asks for the step {str(step)[:40]!r} of a secure sum, which this version does not know",
+            fix="run the same version of fl-adapters at server and site",
+        )
+
+    def _begins_again(self, task: Task) -> bool:
+        """Whether a task asks for the update that this process has trained already, under new masks."""
+        kept = self._kept
+        return (
+            task.kind == "train" and kept is not None and (task.round, task.version) == (kept.round, kept.base_version)
+        )
+
+    def _masked(self, update: Update, task: Task) -> Update:
+        settings = _sum_settings(task)
+        factor, stage = float(settings.get("factor", 1.0)), str(settings.get("stage", ""))
+        if not 0 < factor <= _LARGEST_FACTOR:
+            raise ProtocolError(f"the server gives this site the weight {factor:g} in a secure sum")
+        report = self._report if self._report is not None and self._report.version == task.version else None
+        equal = settings.get("equal") is True
+        vectors = vectors_of(update, factor, self._rings, equal=equal, report=report)
+        tensors, numbers = self._rings.split(vectors)
+        received = _messages(settings, "received")
+        with self._gate.leaving_on_refusal("secure sum", task.round):
+            self._sums.mask(task.round, stage, received, tensors, self._rings.tensors)
+            self._sums.mask(task.round, stage, received, numbers, self._rings.numbers)
+        return self._sent(task, {**tensors, **numbers}, json.dumps([{"name": _MASKED, "stage": stage}]), task.stage)
+
+    def _step_of(self, task: Task, message: bytes) -> Update:
+        return self._sent(task, {}, _ANSWER + base64.b64encode(message).decode(), task.stage)
+
+    def _sent(self, task: Task, arrays: Arrays, encoding: str, stage: str) -> Update:
+        """What the server gets: it learns no number of examples, steps or metrics of this site alone."""
+        update = self._header.update(task, arrays, LocalResult(1, 0, {}), {})
+        return replace(update, stage=stage, content="encoded", encoding=encoding)
+
+
+def _sum_settings(task: Task) -> Settings:
+    settings = task.config.get("secure_sum")
+    if not isinstance(settings, Mapping):
+        raise ProtocolError(
+            "the server sends a task without the other sites' shares, in a job with secure_sum",
+            where=f"round {task.round}",
+            fix="ask the server's operator; this site sends no update that is not masked",
+        )
+    return settings
+
+
+def _messages(settings: Mapping[str, Any], name: str) -> dict[str, bytes]:
+    """The messages of other sites that the server passes on, by site."""
+    found = settings.get(name)
+    try:
+        if not isinstance(found, Mapping):
+            raise ValueError
+        messages = {str(site): base64.b64decode(text, validate=True) for site, text in found.items()}
+    except (ValueError, TypeError, binascii.Error):
+        raise ProtocolError(f"the server sends no {name} of other sites that can be read") from None
+    if sum(map(len, messages.values())) > _MOST_BYTES:
+        raise ProtocolError(f"the server sends {name} of more than {_MOST_BYTES} bytes")
+    return messages

@@ -1,0 +1,48 @@
+"""What a job must not ask for beside a secure sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fl_runtime.errors import ConfigError
+from fl_runtime.types import RunSettings, Strategy
+
+MASKED = "SecureSum"
+"""Name under which a masked update says that it is one, in the place of a filter."""
+
+_ENCODING = ("Quantize", "TopK", "HomomorphicCKKS")
+
+
+def check_secure_sum(settings: RunSettings, strategy: Strategy | None) -> None:
+    """Check that the sum of the updates is all that a job needs of them.
+
+    Args:
+        settings: The job's settings.
+        strategy: Its strategy; None if the scripts choose it.
+
+    Raises:
+        ConfigError: The job has `secure_sum` and needs more.
+    """
+    reason = next(_reasons(settings, strategy), None) if settings.secure_sum else None
+    if reason is not None:
+        raise ConfigError(
+            f"with secure_sum the server learns the sum of the updates alone, but {reason}",
+            where="secure_sum",
+            fix="leave that out of the job, or secure_sum",
+        )
+
+
+def _reasons(settings: RunSettings, strategy: Strategy | None) -> Iterator[str]:
+    if strategy is not None and not strategy.summable:
+        yield f"the strategy {strategy.spec} needs every single one"
+    if settings.cross_site:
+        yield "cross_site evaluates the models of single sites"
+    if settings.late == "carry":
+        yield "late: carry adds an update to another round than it was masked for"
+    if settings.max_share is not None and settings.max_share < 1:
+        yield "max_share compares the sites' numbers of examples"
+    if settings.optimizer_state == "average":
+        yield "optimizer_state: average sends moments, which are too small for sums of whole numbers"
+    for item in settings.filters:
+        if item.get("name") in _ENCODING:
+            yield f"the filter {item['name']} encodes each update in its own way"

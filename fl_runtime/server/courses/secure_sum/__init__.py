@@ -1,0 +1,1 @@
+"""Rounds whose updates are masked: the server learns their sum alone."""

@@ -1,0 +1,157 @@
+"""Course of a run with a secure sum: updates are masked, and only their sum over the sites becomes known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fl_runtime.errors import ProtocolError
+from fl_runtime.filters.server import applied_filters
+from fl_runtime.secure_sum.requirements import MASKED
+from fl_runtime.secure_sum.vectors import NUMBERS
+from fl_runtime.server.calls import limits
+from fl_runtime.server.courses.base import Offer, Status, UpdateChecks, Upload
+from fl_runtime.server.courses.cross_site import CrossEvaluation
+from fl_runtime.server.courses.initial import InitialModel
+from fl_runtime.server.courses.rounds import Rounds
+from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.secure_sum.masked_sum import MaskedSum
+from fl_runtime.server.courses.secure_sum.steps import ANSWER, PREFIX, answer_of
+from fl_runtime.server.courses.synchronous import Synchronous
+from fl_runtime.server.membership import Membership
+from fl_runtime.server.registration import Member, agreed_layout
+from fl_runtime.server.state import OpenRound, RunState
+from fl_runtime.store.journal_entries import RoundEntry
+from fl_runtime.types import Settings, Update
+from fl_runtime.wire.manifest import Manifest
+
+
+class SecureSum:
+    """Course of a run with a secure sum. A `Course`.
+
+    Rounds are those of `Synchronous`, but each begins with the exchange of keys and of sealed shares. It ends with the
+    agreement on whose updates are there, and with the shares of the masks that are left in their sum.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        membership: Membership,
+        scoring: Scoring,
+        rounds: Rounds,
+        initial: InitialModel,
+        cross_site: CrossEvaluation,
+    ) -> None:
+        self._state, self._membership, self._scoring, self._rounds = state, membership, scoring, rounds
+        self._told: set[str] = set()
+        self._inner = Synchronous(state, membership, rounds, initial, cross_site, self._begin_sum)
+        self._sum: MaskedSum | None = None  # the sum of the round that was opened last
+        self.checks = MaskedChecks(self._inner.checks, state, membership)
+
+    def offer(self, member: Member, done: str) -> Offer | None:
+        masked = self._masked()
+        if masked is None:
+            return None
+        self._rounds.silent.discard(member.name)
+        step = masked.steps.offer(member)
+        if step is not None:
+            return step
+        needed = masked.steps.due(member)
+        offer = self._inner.offer(member, done) if needed is not None else None
+        if offer is None or needed is None:
+            return None
+        return replace(offer, config={**offer.config, "secure_sum": {**needed, **self._weight_of(member)}})
+
+    def admit(self, site: str, attempt: int, round: int, stage: str) -> Status | None:
+        if stage.startswith(PREFIX):
+            masked = self._masked()
+            return None if masked is not None and masked.steps.admits(site, attempt, stage) else "late"
+        return self._inner.admit(site, attempt, round, stage)
+
+    def accept(self, upload: Upload) -> Status:
+        update, masked = upload.update, self._masked()
+        if update.stage.startswith(PREFIX):
+            self._state.blobs.free(upload.blob)
+            assert masked is not None
+            masked.steps.take(update.site, update.attempt, answer_of(update.encoding))
+            return "used"
+        stage = masked_stage(update.encoding)
+        if masked is None or stage != masked.steps.stage or not masked.steps.takes_vector(update.site, update.attempt):
+            self._state.blobs.free(upload.blob)
+            return "late"
+        return self._inner.accept(upload)
+
+    def task_sent(self, site: str, round: int, nbytes: int) -> None:
+        self._inner.task_sent(site, round, nbytes)
+
+    def drive(self) -> None:
+        self._inner.drive()
+
+    def recover(self, unfinished: Sequence[RoundEntry]) -> set[str]:
+        return self._inner.recover(unfinished)
+
+    def _masked(self) -> MaskedSum | None:
+        """The sum of the open round; None between rounds."""
+        found = self._sum
+        return found if found is not None and found.current is self._state.open_round else None
+
+    def _weight_of(self, member: Member) -> Settings:
+        """How a site weights its update: by the job's factor, and by its examples unless all sites count the same."""
+        factor = self._state.settings.site_weights.get(member.name, 1.0)
+        return {"factor": factor, "equal": getattr(self._state.plan.strategy, "weights", "examples") == "equal"}
+
+    def _begin_sum(self, current: OpenRound) -> MaskedSum:
+        self._sum = MaskedSum(self._state, self._membership, self._scoring, current, self._told)
+        self._state.published.notify_all()
+        return self._sum
+
+
+def masked_stage(encoding: str) -> str:
+    """Return the stage of the masks of an update; "" if it is not masked."""
+    filters = applied_filters(encoding)
+    last = filters[-1] if filters else {}
+    return str(last.get("stage", "")) if last.get("name") == MASKED else ""
+
+
+class MaskedChecks:
+    """Checks of answers to the steps, and of masked updates. See the protocol `UpdateChecks`."""
+
+    def __init__(self, tensors: UpdateChecks, state: RunState, membership: Membership) -> None:
+        self._tensors, self._state, self._membership = tensors, state, membership
+
+    def check_layout(self, manifest: Manifest, content: str, encoding: str) -> None:
+        """Refuse an answer with tensors, and a masked update whose vectors are not those of the agreed tensors."""
+        if encoding.startswith(ANSWER):
+            if manifest.tensors:
+                raise ProtocolError("an answer to a step of the secure sum must not hold tensors")
+            return
+        if not encoding:  # the initial model
+            self._tensors.check_layout(manifest, content, encoding)
+            return
+        if content != "encoded" or not masked_stage(encoding):
+            raise ProtocolError(
+                "an update is not masked, in a job with secure_sum",
+                fix="run the same version of fl-adapters at every site",
+            )
+        with self._state.lock:
+            agreed = self._state.layouts.get(agreed_layout(self._membership.members))
+        self._check_vectors(manifest, agreed)
+
+    def check_values(self, update: Update) -> None:
+        """Check the values of the initial model; those of a masked update are uniform whatever the site has sent."""
+        if not update.encoding:
+            if update.round > 0:
+                raise ProtocolError("an update is not masked, in a job with secure_sum")
+            self._tensors.check_values(update)
+
+    def _check_vectors(self, manifest: Manifest, agreed: Manifest | None) -> None:
+        shapes = {t.name: t.shape for t in agreed.tensors if not t.extra} if agreed else {}
+        numbers = 0
+        for tensor in manifest.tensors:
+            number = tensor.name.startswith(NUMBERS)
+            numbers += number
+            expected = (1, 2) if number else shapes.get(tensor.name)
+            if tensor.dtype != "uint64" or tensor.extra or tuple(tensor.shape) != expected:
+                raise ProtocolError(f"the masked vector {tensor.name[:80]!r} is not one of the agreed tensors")
+        if numbers > limits.MAX_METRICS:
+            raise ProtocolError(f"a masked update has {numbers} single numbers; the limit is {limits.MAX_METRICS}")
