@@ -15,8 +15,8 @@ from rich.console import Console
 from fl_adapters.cli.live import has_screen, print_next, print_path, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import HISTORY
 from fl_runtime.types import Listener
-from fl_runtime.types.trainings import HISTORY
 
 if TYPE_CHECKING:
     from fl_adapters.environments.local import SimulationResult, TrainingResult

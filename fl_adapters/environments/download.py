@@ -16,9 +16,9 @@ from fl_adapters.environments.report import write_report
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import EVENTS, training_folder
 from fl_runtime.trust.files import file_digest, write_file
 from fl_runtime.types import RunSettings
-from fl_runtime.types.trainings import EVENTS, training_folder
 
 _PART = ".part"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,254}")

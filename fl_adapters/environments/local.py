@@ -24,8 +24,8 @@ from fl_adapters.job import EarlierModel, Job, site_names
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.server import RoundResult
 from fl_runtime.server.records.results import RunResult
+from fl_runtime.trainings import training_folder
 from fl_runtime.types import Event, Listener, RunSettings
-from fl_runtime.types.trainings import training_folder
 
 _POLL_S = 0.02
 _MOST_RESTARTS = 3  # per site and round: whatever kills a site three times will kill it again

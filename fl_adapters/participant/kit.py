@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError
-from fl_runtime.types.trainings import training_folder
+from fl_runtime.trainings import training_folder
 from fl_runtime.version import check_format, stamp
 
 KIT_VARIABLE = "FL_ADAPTERS_KIT"

@@ -26,8 +26,8 @@ from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.options import Every
 from fl_adapters.participant.state_file import State, read_state, write_state
 from fl_runtime.errors import ConfigError, ProtocolError
+from fl_runtime.trainings import training_name
 from fl_runtime.types import Arrays, Task
-from fl_runtime.types.trainings import training_name
 
 log = logging.getLogger(__name__)
 

@@ -32,11 +32,11 @@ from fl_runtime.client.meter import RoundStats, TransferMeter
 from fl_runtime.client.site_client import Welcome
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.exclude import ExcludeVars
+from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.trust.streams.secure_stream import SecureStream
 from fl_runtime.types import MODEL_SETTINGS, MOST_ROUNDS, Arrays, Metrics, Report, Summary, Task, Terms
-from fl_runtime.types.trainings import job_of
 from fl_runtime.wire.finite import check_finite, check_weight, inspect
 from fl_runtime.wire.manifest import Manifest
 from fl_runtime.wire.names import Facts

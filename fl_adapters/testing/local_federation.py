@@ -26,10 +26,10 @@ from fl_adapters.participant.registry import close_sessions, end_finished_script
 from fl_runtime.errors import ConfigError, FederationError, SiteFailedError
 from fl_runtime.server import RunResult, Server
 from fl_runtime.store.tensorfile import read_tensors
+from fl_runtime.trainings import training_folder
 from fl_runtime.transport import memory
 from fl_runtime.transport.base import Peer, Service
 from fl_runtime.types import Arrays, Event, RunSettings, Strategy
-from fl_runtime.types.trainings import training_folder
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 T = TypeVar("T")

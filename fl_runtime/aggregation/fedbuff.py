@@ -12,8 +12,8 @@ from fl_runtime.aggregation.base import WeightsStrategy
 from fl_runtime.aggregation.fedavg import accumulator_dtype, blocks
 from fl_runtime.aggregation.spec import choice, number
 from fl_runtime.errors import ConfigError, UpdateRefusedError
-from fl_runtime.tensor_names import is_statistic
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, RoundPlan, ServerState, Settings, Update, is_floating
+from fl_runtime.types.tensor_names import is_statistic
 
 
 @dataclass(frozen=True)

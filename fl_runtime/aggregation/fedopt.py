@@ -20,8 +20,8 @@ import numpy as np
 from fl_runtime.aggregation.base import WeightsStrategy
 from fl_runtime.aggregation.fedavg import WeightedMean, accumulator_dtype, blocks
 from fl_runtime.aggregation.spec import choice, number
-from fl_runtime.tensor_names import is_statistic
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update
+from fl_runtime.types.tensor_names import is_statistic
 
 
 @dataclass(frozen=True, kw_only=True)

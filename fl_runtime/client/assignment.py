@@ -14,9 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.text import parse_json, printable
+from fl_runtime.trainings import parsed_name
 from fl_runtime.trust.identity import check_name
 from fl_runtime.types import LARGEST_SEED, LONGEST_S, MOST_ROUNDS, MOST_SITES, RunSettings
-from fl_runtime.types.trainings import parsed_name
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 _Check = Callable[[Any], bool]

@@ -18,13 +18,13 @@ from fl_runtime.client.presence import Presence
 from fl_runtime.client.transfers import Downloads, Layouts, Uploads, metrics_json
 from fl_runtime.errors import FederationError, PermissionDeniedError, ProtocolError
 from fl_runtime.text import parse_json, printable
+from fl_runtime.trainings import training_name
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.malloc import keep_freed_memory
 from fl_runtime.transport.shared import SharedFolder
 from fl_runtime.transport.tunnel import Stream, Tunnel
 from fl_runtime.transport.waiting import Clock
 from fl_runtime.types import CohortRules, Metrics, Report, Task, Terms, Update
-from fl_runtime.types.trainings import training_name
 from fl_runtime.wire import frames
 from fl_runtime.wire.finite import Inspected
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb

@@ -21,9 +21,9 @@ from fl_runtime.filters.ledger import (
     need_accounting,
 )
 from fl_runtime.filters.noise import bernoulli, blocks, gaussian, store_rounded
-from fl_runtime.tensor_names import is_statistic
+from fl_runtime.trainings import number_of
 from fl_runtime.types import Allocate, Array, Arrays, Settings, Task, Update
-from fl_runtime.types.trainings import number_of
+from fl_runtime.types.tensor_names import is_statistic
 
 Auto = Literal["auto"]
 _MOST_INCREASE = 4.0  # with more noise than this times the planned one, a round would rather spoil the model

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fl_runtime.errors import ConfigError, PrivacyBudgetError, StoreError
-from fl_runtime.types.trainings import job_of
+from fl_runtime.trainings import job_of
 from fl_runtime.version import check_format
 
 LEDGER_FILE = "privacy.sqlite"

@@ -36,8 +36,8 @@ from fl_runtime.filters.gaussian import GaussianDP
 from fl_runtime.filters.ledger import BudgetLimit
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.filters.svt import SVTPrivacy
-from fl_runtime.tensor_names import STATISTICS, is_statistic
 from fl_runtime.types import Array, Arrays, Report, Settings, Strategy, Task, Update, is_floating
+from fl_runtime.types.tensor_names import STATISTICS, is_statistic
 
 F = TypeVar("F", Update, Report)
 

@@ -15,8 +15,8 @@ import numpy as np
 from fl_runtime.errors import ConfigError, RoundFailedError, UpdateRefusedError
 from fl_runtime.secure_sum.context import Context
 from fl_runtime.secure_sum.ring import Ring, count_beyond
+from fl_runtime.trainings import job_of
 from fl_runtime.types import Array, Arrays, Metrics, Report, Update, is_floating
-from fl_runtime.types.trainings import job_of
 
 NUMBERS = "#"
 """Start of the names of vectors that are not tensors of the model."""

@@ -22,9 +22,9 @@ from fl_runtime.server.records.results import RoundResult
 from fl_runtime.server.registration import Member
 from fl_runtime.store.blobs import Blob
 from fl_runtime.store.stores import Store
+from fl_runtime.trainings import first_folder
 from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Metrics, RunSettings, Settings, Strategy, Terms, Update
-from fl_runtime.types.trainings import first_folder
 from fl_runtime.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from fl_runtime.store.journal import Journal
 from fl_runtime.store.lease import Lease
 from fl_runtime.store.postgres import SCHEMA, PostgresDatabase
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import EVENTS
 from fl_runtime.types import Event, Listener
-from fl_runtime.types.trainings import EVENTS
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import job_of
 from fl_runtime.trust.files import write_file
 from fl_runtime.types import RunSettings
-from fl_runtime.types.trainings import job_of
 
 _FILE = "approval.json"
 _DEFAULTS: Mapping[str, Any] = json.loads(json.dumps(asdict(RunSettings("", (), 0))))

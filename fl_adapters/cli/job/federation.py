@@ -28,7 +28,7 @@ from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
-from fl_runtime.types.trainings import EVENTS
+from fl_runtime.trainings import EVENTS
 
 _OUTCOME = "outcome.json"
 

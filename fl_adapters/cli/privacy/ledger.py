@@ -15,7 +15,7 @@ from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_adapters.participant.kit import KIT_VARIABLE, kit_in_use
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.ledger import LEDGER_FILE, UNITS, Entry, Ledger, epsilon
-from fl_runtime.types.trainings import job_of
+from fl_runtime.trainings import job_of
 
 _SHOWN = 20
 

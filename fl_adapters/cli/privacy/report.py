@@ -13,7 +13,7 @@ from fl_adapters.cli.privacy.page import Section, as_html, as_text
 from fl_adapters.extras import needs_trust_extra
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.ledger import LEDGER_FILE, UNITS, Ledger
-from fl_runtime.types.trainings import job_of
+from fl_runtime.trainings import job_of
 
 _LEAVING = {
     "handshake": "names and shapes of tensors",

@@ -13,8 +13,8 @@ from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.participant.departure import ScriptNote
 from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolError
+from fl_runtime.trainings import number_of
 from fl_runtime.trust.audit import Witness
-from fl_runtime.types.trainings import number_of
 from fl_runtime.wire.software import OWN
 
 _PAUSE_S = 1.0  # between two questions

@@ -18,9 +18,9 @@ from fl_runtime.client.local_training import TrainingNote
 from fl_runtime.client.roots import RenewingTransport
 from fl_runtime.errors import FederationError
 from fl_runtime.text import is_metric_name
+from fl_runtime.trainings import number_of
 from fl_runtime.transport.waiting import duration_text
 from fl_runtime.types import Event
-from fl_runtime.types.trainings import number_of
 
 _MOST_METRICS = 100
 _LOOK_S = 1.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from fl_adapters.environments.progress.text import event_text
 from fl_runtime.text import parse_json, printable
-from fl_runtime.types.trainings import EVENTS
+from fl_runtime.trainings import EVENTS
 
 _LINE_CHARS = 400
 

@@ -15,8 +15,8 @@ from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.text import parse_json
+from fl_runtime.trainings import EVENTS, training_folder
 from fl_runtime.transport.base import Transport
-from fl_runtime.types.trainings import EVENTS, training_folder
 
 _MOST_BYTES = 2**29
 _LINE_CHARS = 2**24

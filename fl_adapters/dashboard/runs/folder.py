@@ -15,7 +15,7 @@ from fl_adapters.environments.report.record import RunReader, RunRecord
 from fl_runtime.errors import ConfigError
 from fl_runtime.store.lock import lock_owner
 from fl_runtime.text import printable
-from fl_runtime.types.trainings import EVENTS
+from fl_runtime.trainings import EVENTS
 
 _KEPT = 8
 """Records kept in memory, those that were looked at last: one of 50 sites, 200 rounds and 10 metrics takes 20 MB."""

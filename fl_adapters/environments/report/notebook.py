@@ -14,7 +14,7 @@ from fl_adapters.environments.report.heatmap import plain
 from fl_adapters.environments.report.page import run_page
 from fl_adapters.environments.report.record import RunRecord, read_run, read_trainings
 from fl_runtime.errors import ConfigError
-from fl_runtime.types.trainings import EVENTS, HISTORY
+from fl_runtime.trainings import EVENTS, HISTORY
 
 if TYPE_CHECKING:
     import pandas

@@ -20,8 +20,8 @@ from fl_adapters.environments.report.document import SERIES, Content, document, 
 from fl_adapters.environments.report.loading import loading_line
 from fl_adapters.environments.report.phases import Phases, mean_phases, phases_by_site
 from fl_adapters.environments.report.record import FilterUse, RunRecord, listed
+from fl_runtime.trainings import EVENTS, HISTORY, job_of
 from fl_runtime.transport.waiting import duration_text
-from fl_runtime.types.trainings import EVENTS, HISTORY, job_of
 
 _CHARTS_SHOWN = 4
 # What follows keeps the page below 2 MB, whatever a run has.

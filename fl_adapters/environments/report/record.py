@@ -15,7 +15,7 @@ from fl_adapters.environments.progress import ordered_metrics
 from fl_adapters.job import site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import parse_json, printable
-from fl_runtime.types.trainings import EVENTS, number_of, training_folder, training_name
+from fl_runtime.trainings import EVENTS, number_of, training_folder, training_name
 from fl_runtime.yaml_files import read_yaml
 
 _LINE_BYTES = 2**24

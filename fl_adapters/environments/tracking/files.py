@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fl_adapters.environments.models import FOLDERS
-from fl_runtime.types.trainings import EVENTS, HISTORY
+from fl_runtime.trainings import EVENTS, HISTORY
 
 _FILES = ("report.html", HISTORY, EVENTS, "job.yml", "outcome.json", "cross_site.csv")
 

@@ -14,8 +14,8 @@ from fl_adapters.environments.tracking.records import Begin, End, EndState, Metr
 from fl_adapters.environments.tracking.targets import make_trackers
 from fl_runtime.errors import AbortedError, ConfigError
 from fl_runtime.text import printable
+from fl_runtime.trainings import training_folder, training_name
 from fl_runtime.types import Event
-from fl_runtime.types.trainings import training_folder, training_name
 
 END_S = 60.0
 """Seconds that the trackers of a job have at its end for what they have not sent."""

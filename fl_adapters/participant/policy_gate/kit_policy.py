@@ -21,8 +21,8 @@ from fl_runtime.client.job_settings import run_settings
 from fl_runtime.errors import FederationError, PermissionDeniedError
 from fl_runtime.filters.ledger import BudgetLimit, PrivacyBudget
 from fl_runtime.filters.server import applied_filters
+from fl_runtime.trainings import job_of
 from fl_runtime.types import CohortRules, Report, RunSettings, Settings, Task, Terms, Update
-from fl_runtime.types.trainings import job_of
 from fl_runtime.wire.names import Facts, Names
 
 if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring

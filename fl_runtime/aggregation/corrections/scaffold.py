@@ -15,8 +15,8 @@ from fl_runtime.aggregation.fedavg import WeightedMean, blocks
 from fl_runtime.aggregation.spec import choice, number
 from fl_runtime.capabilities import GRADIENT_CORRECTION, WEIGHTS
 from fl_runtime.errors import UpdateRefusedError
-from fl_runtime.tensor_names import is_statistic
 from fl_runtime.types import Aggregator, Allocate, Array, Arrays, ServerState, Settings, Update
+from fl_runtime.types.tensor_names import is_statistic
 
 _KEPT = "site_weights"
 

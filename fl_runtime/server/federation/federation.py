@@ -23,6 +23,7 @@ from fl_runtime.server.federation.roots import RootsAtServer
 from fl_runtime.server.federation.validity import Validity
 from fl_runtime.store.data_folder import DataFolder
 from fl_runtime.store.stores import Storage
+from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Peer
 from fl_runtime.trust.audit import AuditLog, Witness
 from fl_runtime.trust.identity import Identity
@@ -31,7 +32,6 @@ from fl_runtime.trust.project import MEMBERS, Members, split_address
 from fl_runtime.trust.revocation import RevocationList
 from fl_runtime.trust.roots.outside_lists import OUTSIDE_LISTS, OutsideLists
 from fl_runtime.types import Listener
-from fl_runtime.types.trainings import job_of
 from fl_runtime.version import VERSION
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 

@@ -17,9 +17,9 @@ from fl_runtime.server.federation.results import files_of
 from fl_runtime.server.server import Server
 from fl_runtime.store.stores import Storage
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import training_folder
 from fl_runtime.trust.identity import Identity
 from fl_runtime.types import Event, Listener, RunSettings
-from fl_runtime.types.trainings import training_folder
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 
 from fl_runtime.server.records.scalars import ScalarWriter
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.trainings import EVENTS, HISTORY
 from fl_runtime.types import Event
-from fl_runtime.types.trainings import EVENTS, HISTORY
 
 GLOBAL = "global"
 _SITES_PLOTTED = 32  # curves of more sites would only slow TensorBoard down

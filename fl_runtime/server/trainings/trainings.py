@@ -17,9 +17,9 @@ from fl_runtime.server.records.events import Events, Silent, TrainingEvents
 from fl_runtime.server.records.history import History
 from fl_runtime.server.records.results import RunResult
 from fl_runtime.server.trainings.training import Training, TrainingOptions
+from fl_runtime.trainings import parsed_name, training_folder, training_name
 from fl_runtime.transport.base import Peer
 from fl_runtime.types import Listener, RunSettings
-from fl_runtime.types.trainings import parsed_name, training_folder, training_name
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 
