@@ -38,6 +38,9 @@ class Gate:
     The policy is asked before the filters, which may rename tensors, and again after them.
     When policy or filters refuse something, the gate calls `on_refusal` before it raises, so that the site leaves and
     the others need not wait for it.
+
+    Attributes:
+        tracking: Tracks the site's own metrics on this machine, if the policy says where.
     """
 
     def __init__(self, kit: Kit, framework: str, on_refusal: Callable[[LeaveReason], None]) -> None:
@@ -53,6 +56,7 @@ class Gate:
         """
         self._kit, self._framework, self._on_refusal = kit, framework, on_refusal
         self._policy = policy_gate_of(kit)
+        self.tracking = self._policy.tracking
         self._filters: SiteFilters
         self._registered: RegisteredModel | None = None
         self._job: Settings = {}
@@ -102,6 +106,7 @@ class Gate:
             host = self._filter_host(site, job)
             self._filters = SiteFilters(job.get("filters", ()), self._policy.filters, host)
             self._job = job
+            self.tracking.begin(job)
 
     def register(self, state: Arrays, terms: Terms) -> Mapping[str, str]:
         """Check the model that will be exchanged, before the handshake.

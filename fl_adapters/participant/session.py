@@ -115,7 +115,7 @@ class Session:
             ScriptNote(job, welcome.attempt),
             trains_again=trains_again,
             registered=lambda: self.registered,
-            on_close=self._close_protocol,
+            on_close=self._close,
         )
         self.home = SiteHome(own_folder(kit, job), welcome.count, fresh=welcome.attempt == 1)
         self.results = Results(
@@ -322,10 +322,13 @@ class Session:
             self.restart.save(task, self.local_round, self._gate.own_values(arrays))
         sent = self._gate.send_update(update, task)
         if self._protocol is None:
-            return self._client.submit(sent, inspected)
-        with self._gate.leaving_on_refusal("send update", task.round):
-            sent = self._protocol.outgoing(sent)
-        return self._client.submit(sent)
+            counted = self._client.submit(sent, inspected)
+        else:
+            with self._gate.leaving_on_refusal("send update", task.round):
+                sent = self._protocol.outgoing(sent)
+            counted = self._client.submit(sent)
+        self._gate.tracking.add(task.round, result.metrics)
+        return counted
 
     def next_task(self) -> Task:
         """Wait for the next task, which comes once the round has closed.
@@ -453,9 +456,11 @@ class Session:
             raise
         return welcome
 
-    def _close_protocol(self) -> None:
+    def _close(self) -> None:
         if self._protocol is not None:
             self._protocol.close()
+        finished = self._task is not None and self._task.kind == "final"
+        self._gate.tracking.close(Path(self._kit.run) if self._kit.run else self.home.folder, early=not finished)
 
     def _current(self) -> Task:
         if self._task is None or self.closed:
@@ -476,7 +481,10 @@ class Session:
         return self._task
 
     def _gated_report(self, metrics: Mapping[str, float | Summary], num_examples: int, version: int) -> Report:
-        return self._gate.send_report(Report(self.job, version, self.name, metrics, num_examples))
+        report = self._gate.send_report(Report(self.job, version, self.name, metrics, num_examples))
+        if version <= self.rounds:  # versions after that are other sites' models
+            self._gate.tracking.add(version, metrics)
+        return report
 
 
 def _one_training(server: str) -> ConfigError:

@@ -95,10 +95,10 @@ class Tracking:
                 costs = {name: data[name] for name in ("seconds", "bytes_up", "bytes_down")}
                 self._add(number, event, "", data["metrics"])
                 self._add(number, event, "round/", costs)
-                self._send(number)
+                self.flush(number)
             case "scored":
                 self._add(number, event, "", data["metrics"])
-                self._send(number)
+                self.flush(number)
 
     @contextmanager
     def until_the_end(self, folder: Path) -> Iterator[None]:
@@ -129,7 +129,7 @@ class Tracking:
             Number of records that were not sent.
         """
         for number, run in self._runs.items():
-            self._send(number)
+            self.flush(number)
             if state is not None:
                 ended = state if number == max(self._runs) else "finished"
                 self._put(End(run, ended, training_folder(folder, number)))
@@ -147,7 +147,12 @@ class Tracking:
             if value is not None:  # what a line of events.jsonl has for NaN
                 points.append(Point(f"{prefix}{printable(name, 200)}", float(value), event.round, event.time))
 
-    def _send(self, number: int) -> None:
+    def flush(self, number: int = 1) -> None:
+        """Pass on the metrics that are known by now, without waiting for the end of a round.
+
+        Args:
+            number: Number of the training.
+        """
         points = self._points.pop(number, [])
         if points:
             self._begin(number)  # a server that goes on with a run does not say again that it has started

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.participant.policy_gate.reasons import LeaveReason
 from fl_adapters.participant.policy_gate.refusals import Refusals
 from fl_runtime.filters.ledger import BudgetLimit
-from fl_runtime.types import CohortRules, Report, Settings, Task, Terms, Update
+from fl_runtime.types import CohortRules, Report, Settings, Summary, Task, Terms, Update
 from fl_runtime.wire.names import Facts
 
 if TYPE_CHECKING:  # it needs `cryptography`, which the base install does not bring
@@ -38,6 +39,26 @@ class CohortGate:
 
     def check(self, task: Task) -> None:
         """Check of how many updates the model of a task is made, and how many sites take part in its round."""
+
+
+class TrackingGate:
+    """Passes a site's own metrics to the trackers that its policy names. This class has none, as in a simulation."""
+
+    def begin(self, job: Settings) -> None:
+        """Begin to track the site's part in a job.
+
+        Args:
+            job: The job's settings.
+
+        Raises:
+            ConfigError: The policy names a tracker that cannot work.
+        """
+
+    def add(self, round: int, metrics: Mapping[str, float | Summary]) -> None:
+        """Track metrics of this site; see `SiteTracking.add`."""
+
+    def close(self, folder: Path, *, early: bool) -> None:
+        """End the tracked run; see `SiteTracking.close`."""
 
 
 class ProgressGate:
@@ -73,12 +94,14 @@ class PolicyGate:
         cohort: Asked of how many sites' updates models are made.
         files: Asked which small files beside the model may go to the server.
         progress: Asked whether the server may be told how far this site's training is.
+        tracking: Passes this site's own metrics to the trackers on its machine.
         refusals: Records what the site refuses.
     """
 
     cohort: CohortGate = CohortGate()
     files: FilesGate = FilesGate()
     progress: ProgressGate = ProgressGate()
+    tracking: TrackingGate = TrackingGate()
     refusals: Refusals = Refusals()
 
     def check_join(self, job: Settings, framework: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_adapters.participant.kit import Kit
-from fl_adapters.participant.policy_gate.base import CohortGate, FilesGate, PolicyGate, ProgressGate
+from fl_adapters.participant.policy_gate.base import CohortGate, FilesGate, PolicyGate, ProgressGate, TrackingGate
 from fl_adapters.participant.policy_gate.job_rules import job_refusals, strategy_refusals
 from fl_adapters.participant.policy_gate.reasons import LeaveReason
 from fl_adapters.participant.policy_gate.refusals import LoggedRefusals
@@ -22,10 +22,11 @@ from fl_runtime.errors import FederationError, PermissionDeniedError
 from fl_runtime.filters.ledger import BudgetLimit, PrivacyBudget
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.trainings import job_of
-from fl_runtime.types import CohortRules, Report, RunSettings, Settings, Task, Terms, Update
+from fl_runtime.types import CohortRules, Report, RunSettings, Settings, Summary, Task, Terms, Update
 from fl_runtime.wire.names import Facts, Names
 
-if TYPE_CHECKING:  # these need `cryptography`, which the base install does not bring
+if TYPE_CHECKING:  # most need `cryptography`, which the base install does not bring
+    from fl_adapters.environments.tracking.site import SiteTracking
     from fl_runtime.secure_sum import SumRules
     from fl_runtime.trust.approval import Decision
     from fl_runtime.trust.audit import AuditLog, Witness
@@ -82,6 +83,7 @@ class KitPolicyGate(PolicyGate):
         self.cohort = _KitCohortGate(self)
         self.files = _KitFilesGate(self)
         self.progress = _KitProgressGate(self)
+        self.tracking = _KitTrackingGate(self)
 
     def check_join(self, job: Settings, framework: str) -> None:
         self.refusals.job = str(job["name"])
@@ -341,6 +343,30 @@ class _KitProgressGate(ProgressGate):
     @property
     def allowed(self) -> bool:
         return self._gate._policy.progress
+
+
+class _KitTrackingGate(TrackingGate):
+    """Tracks where the policy says when a script joins a job."""
+
+    def __init__(self, gate: KitPolicyGate) -> None:
+        self._gate = gate
+        self._tracking: SiteTracking | None = None
+
+    def begin(self, job: Settings) -> None:
+        if targets := self._gate._policy.track:
+            from fl_adapters.environments.tracking.site import SiteTracking
+
+            with self._gate.refusals.recording("track"):
+                self._tracking = SiteTracking(targets, self._gate.identity, job)
+
+    def add(self, round: int, metrics: Mapping[str, float | Summary]) -> None:
+        if self._tracking is not None:
+            self._tracking.add(round, metrics)
+
+    def close(self, folder: Path, *, early: bool) -> None:
+        tracking, self._tracking = self._tracking, None
+        if tracking is not None:
+            tracking.close(folder, early=early)
 
 
 def policy_gate_of(kit: Kit) -> PolicyGate:

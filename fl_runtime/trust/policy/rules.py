@@ -120,6 +120,10 @@ share_files: true
 # Whether those who follow a job see the site daemon's own lines about it, never output of the script.
 # share_logs: false
 
+# Where this machine tracks this site's own part in a job: its own metrics by round, and the models that it keeps.
+# Without this line a site tracks nothing, whatever a job says.
+# track: ["mlflow:sqlite:////var/lib/fl-adapters/mlflow.db"]
+
 # Syslog server that gets every line of the audit log as it is written: udp://, tcp:// or tls://HOST:PORT.
 # syslog: "tls://logs.example.org:6514?ca=/etc/ssl/logs.pem"
 """
@@ -215,6 +219,7 @@ class Policy(_Part):
             out of a secure sum; from 0.5 and below 1. None for 0.6.
         share_logs: Whether those who follow a job see the site daemon's own lines about it, such as that its script was
             started again. They never hold output of the script.
+        track: Where the site's own machine tracks its own part in a job, such as "mlflow:URI". Read at the start.
         syslog: Address of a syslog server that gets every line of the audit log; "" for none. Read at the start.
     """
 
@@ -245,7 +250,13 @@ class Policy(_Part):
     secure_sum: Literal["required"] | None = None
     sum_threshold: float | None = Field(default=None, ge=0.5, lt=1)
     share_logs: bool = True
+    track: tuple[str, ...] = ()
     syslog: str = ""
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("exchange", mode="before")
     @classmethod

@@ -30,26 +30,46 @@ def kits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kits"
 
 
-def started(*command: str) -> subprocess.Popen[str]:
+def started(*command: str, folder: str = ".") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fl_adapters.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fl_adapters.cli", *command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
+def scalars(folder: str) -> dict[tuple[str, int], float]:
+    read = EventAccumulator(folder).Reload()
+    return {(tag, item.step): item.value for tag in read.Tags()["scalars"] for item in read.Scalars(tag)}
+
+
 def test_a_server_tracks_its_jobs_and_a_tracker_that_fails_costs_no_round(kits: Path) -> None:
+    targets = {"north": "track: tensorboard:own\n", "south": ""}
+    for name, rule in targets.items():
+        with (kits / name / "policy.yml").open("a") as policy:
+            policy.write(rule)
     Path("job.yml").write_text("name: tumour\napp: train\nrounds: 3\ntrack: tensorboard:of-the-job\n")
     Path("full").write_text("")  # where a folder cannot be made
     options = ("--track", "tensorboard:of-the-operator", "--track", "tensorboard:full/curves")
     server = started("server", "--kit", "kits/server", "--data", "data", "--job", "job.yml", *options)
-    sites = [started("run", "--kit", f"kits/{name}", "--", sys.executable, "train.py") for name in SITES]
+    for name in SITES:
+        Path(name).mkdir()
+    sites = [
+        started("run", "--kit", f"../kits/{name}", "--", sys.executable, "../train.py", folder=name) for name in SITES
+    ]
     for process in (*sites, server):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     wanted = {key: float(np.float32(value)) for key, value in history_of(Path("data/tumour")).items()}
     assert {step for name, step in wanted if name == "site/south/loss"} == {1, 2, 3}
-    for folder in ("of-the-job", "of-the-operator"):
-        read = EventAccumulator(f"{folder}/tumour").Reload()
-        assert {(tag, item.step): item.value for tag in read.Tags()["scalars"] for item in read.Scalars(tag)} == wanted
+    assert scalars("of-the-job/tumour") == scalars("of-the-operator/tumour") == wanted
+    # a site whose policy has the rule has its own metrics alone, the other one has nothing
+    own = {key: value for key, value in wanted.items() if key[0].startswith("site/north/")}
+    assert {step for _, step in own} == {1, 2, 3} and {name for name, _ in own} == {"site/north/loss"}
+    assert scalars("north/own/tumour") == own
+    assert list(Path("south").iterdir()) == []
     (warning,) = [line for line in said.splitlines() if "does not take the run's records" in line]
     assert "warning server tumour: tracking: tensorboard does not take" in warning
     assert "Traceback" not in said

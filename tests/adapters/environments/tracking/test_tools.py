@@ -177,6 +177,8 @@ def test_tensorboard_has_what_the_history_has_beside_a_function(here: Path) -> N
     [
         ("neptune", "'neptune'", "write mlflow:URI"),
         ("mlflow", "'mlflow'", "write mlflow:URI"),
+        ("mlflow:http://host:many", "'http://host:many' is no address", "write mlflow:http://HOST:PORT"),
+        ("mlflow:http://:5000", "'http://:5000' is no address", "write mlflow:http://HOST:PORT"),
         ("mlflow:http://ann:secret@host", "has a password", "MLFLOW_TRACKING_PASSWORD"),
         (5, "by 5", "Simulation(trackers=[...])"),
     ],
@@ -195,6 +197,19 @@ def test_a_missing_package_is_named_before_the_first_step(
     with pytest.raises(ConfigError) as refused:
         simulated("tumour", track=(target,))
     assert refused.value.fix == f"pip install 'fl-adapters[{extra}]'"
+    assert not Path("runs/tumour").exists()
+
+
+def test_an_mlflow_that_does_not_answer_is_named_before_the_first_step(here: Path) -> None:
+    with socket.socket() as closed:  # bound, so that nobody else listens there
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ConfigError) as refused:
+            simulated("tumour", track=(f"mlflow:{address}",))
+    assert f"no MLflow server answers at {address}" in refused.value.what and "mlflow server" in refused.value.fix
+    with pytest.raises(ConfigError) as refused:
+        simulated("tumour", track=("mlflow:ftp://host/runs",))
+    assert "'ftp://host/runs'" in refused.value.what and "mlflow:sqlite:///mlflow.db" in refused.value.fix
     assert not Path("runs/tumour").exists()
 
 
