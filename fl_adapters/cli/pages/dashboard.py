@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from fl_adapters.extras import needs_dashboard_extra, needs_trust_extra
 from fl_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fl_adapters.dashboard.federation.connection import FederationConnection
     from fl_adapters.dashboard.section import Section
 
 
@@ -59,19 +60,29 @@ def _sections(
     if state is not None:
         _check_state(kit, state)
     found: list[Section] = []
+    tell: Callable[[str, str], object] | None = None
+    if kit is not None and (site := _site(kit, state)) is not None:
+        found.append(site)
+    elif kit is not None:
+        from fl_adapters.dashboard.federation.connection import FederationConnection
+        from fl_adapters.dashboard.federation.sections import sections_of
+
+        connection = FederationConnection.of_kit(kit)
+        found.extend(sections_of(connection))
+        if connection.rights.may("Revoke"):
+            tell = partial(_put_in_force, connection)
     if project is not None:
         with needs_trust_extra():
             from fl_adapters.dashboard.provisioning.desk import ProjectDesk
             from fl_adapters.dashboard.provisioning.section import ProjectSection
 
-        found.append(ProjectSection(ProjectDesk(project, partial(given, passphrase))))
-    if kit is not None and (site := _site(kit, state)) is not None:
-        found.append(site)
-    elif kit is not None:
-        from fl_adapters.dashboard.federation.sections import federation_sections
-
-        found.extend(federation_sections(kit))
+        found.insert(0, ProjectSection(ProjectDesk(project, partial(given, passphrase), tell)))
     return found or [RunsSection(runs)]
+
+
+def _put_in_force(connection: FederationConnection, crl: str, members: str) -> None:
+    """Send the lists of revoked certificates and of members to the server, as `fl-adapters cert revoke` does."""
+    connection.ask("Revoke", crl=crl, members=members)
 
 
 def _check_state(kit: Path | None, state: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.trust.authority import Authority
+from fl_runtime.trust.authority import Authority, signed_members
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.project import Project, findings
 from fl_runtime.trust.provisioning.archive import new_password
@@ -51,10 +51,15 @@ class ProjectDesk:
     Args:
         folder: Folder of the kits, as `provision --out` makes it. It may be missing.
         passphrase: Returns the passphrase of the authority's key; b"" without one.
+        tell: Sends the list of revoked certificates and that of members, both as text, to the running server. None if
+            the server is not told.
     """
 
-    def __init__(self, folder: Path, passphrase: Callable[[], bytes]) -> None:
+    def __init__(
+        self, folder: Path, passphrase: Callable[[], bytes], tell: Callable[[str, str], object] | None = None
+    ) -> None:
         self.folder, self.authority_folder, self._passphrase = folder, folder / AUTHORITY, passphrase
+        self._tell = tell
 
     @property
     def has_project(self) -> bool:
@@ -171,6 +176,22 @@ class ProjectDesk:
             revoked, _ = authority.revoke(name)
             hand_out_members(self.folder, authority)
             return len(revoked)
+
+    @property
+    def tells_server(self) -> bool:
+        """Whether `tell_server` can be called."""
+        return self._tell is not None
+
+    def tell_server(self) -> None:
+        """Send the newest lists of revoked certificates and of members to the running server, which puts them in force.
+
+        Raises:
+            FederationError: The server is out of reach, or refuses the lists.
+        """
+        assert self._tell is not None
+        with self._changed() as authority:
+            crl, members = authority.crl.decode(), signed_members(authority).decode()
+        self._tell(crl, members)
 
     def archive(self, name: str) -> Path:
         """Return the zip file of a participant's kit. Raises ConfigError if there is none."""

@@ -15,7 +15,7 @@ from fl_adapters.dashboard.forms import act, form_of
 from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.dashboard.provisioning.desk import Participant, ProjectDesk
 from fl_adapters.environments.report.document import Content, tag
-from fl_runtime.errors import ConfigError
+from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.trust.identity import ROLES
 from fl_runtime.trust.provisioning.making import MadeKit
 
@@ -41,6 +41,7 @@ class ProjectSection:
             "kit": self._hand_out,
             "renew": self._renew,
             "revoke": self._revoke,
+            "tell": self._tell_server,
         }
         return [
             Route(self.path, self._list),
@@ -71,10 +72,17 @@ class ProjectSection:
             tag("h2", "Add a participant"),
             _new_participant(),
             tag("h2", "Tell the server"),
-            tag("p", "A server whose kit lies in this folder gets the list of members by itself. Any other is told by"),
-            tag("pre", f"fl-adapters cert crl --authority {self._desk.authority_folder} --kit ADMIN_KIT"),
+            self._how_to_tell(),
             tag("p", f"With `fl-adapters provision`, use the project file {self._desk.authority_folder}/project.yml."),
         )
+
+    def _how_to_tell(self) -> list[Element]:
+        if self._desk.tells_server:
+            what = "Send it the newest lists of members and of revoked certificates. Revoking does so by itself."
+            return [tag("p", what), act("Tell the server", f"{self.path}/tell")]
+        what = "A server whose kit lies in this folder gets the list of members by itself. Any other is told by"
+        command = f"fl-adapters cert crl --authority {self._desk.authority_folder} --kit ADMIN_KIT"
+        return [tag("p", what), tag("pre", command)]
 
     def _card(self, item: Participant) -> Element:
         name, standing = item.identity.name, item.standing
@@ -138,10 +146,26 @@ class ProjectSection:
             request,
             f"Revoked: {name}",
             tag("p", f"Certificates revoked: {count}."),
-            tag("p", "Unless the server's kit lies in this folder, the server still accepts them until it is told:"),
-            tag("pre", command),
+            self._told() if self._desk.tells_server else _to_tell(command),
             tag("p", link("Back to the project", self.path)),
         )
+
+    def _tell_server(self, request: Request, form: Mapping[str, str]) -> Response:
+        if not self._desk.tells_server:
+            raise ConfigError("no server is connected", fix="start the dashboard with --kit and the kit of an admin")
+        return page(request, "Tell the server", self._told(), tag("p", link("Back to the project", self.path)))
+
+    def _told(self) -> list[Element]:
+        """Send the newest lists to the server, and say whether it has taken them."""
+        try:
+            self._desk.tell_server()
+        except FederationError as error:
+            problem = tag("strong", f"THE SERVER HAS NOT TAKEN THE LIST: {error.what}.", class_="bad")
+            fix = [tag("p", f"What to do: {error.fix}.")] if error.fix else []
+            again = tag("p", "Until it has, it may still accept what was revoked. As soon as it answers:")
+            return [tag("p", problem, role="alert"), *fix, again, act("Tell the server again", f"{self.path}/tell")]
+        said = "The server has taken the list, and refuses what was revoked from now on."
+        return [tag("p", tag("strong", said, class_="good"), role="status")]
 
 
 def _posted(carry_out: Callable[[Request, Mapping[str, str]], Response]) -> Callable[[Request], object]:
@@ -151,6 +175,11 @@ def _posted(carry_out: Callable[[Request, Mapping[str, str]], Response]) -> Call
         return await run_in_threadpool(carry_out, request, await form_of(request))
 
     return endpoint
+
+
+def _to_tell(command: str) -> list[Element]:
+    what = "Unless the server's kit lies in this folder, the server still accepts them until it is told:"
+    return [tag("p", what), tag("pre", command)]
 
 
 def _check_confirmed(form: Mapping[str, str]) -> None:

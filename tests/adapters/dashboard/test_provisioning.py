@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from dashboards import Reader, browser, dashboard_of, opened
+from study import Study, readdressed
 from typer.testing import CliRunner
 
 from fl_adapters.cli.app import app
+from fl_adapters.cli.pages.dashboard import _sections
 from fl_adapters.dashboard.provisioning.desk import ProjectDesk
 from fl_adapters.dashboard.provisioning.section import ProjectSection
+from fl_runtime.errors import FederationError
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import read_kit
 from fl_runtime.trust.project import MEMBERS, read_members
@@ -147,3 +150,33 @@ def test_a_kit_is_handed_out_in_a_browser_by_keyboard_at_400_pixels(reader: Read
     line = ["unpack", str(tmp_path / "north.zip"), "--out", str(tmp_path / "north"), "--password-file", str(secret)]
     assert CliRunner().invoke(app, line).exit_code == 0
     assert read_kit(tmp_path / "north", kind="site").identity.name == "north"
+
+
+def test_what_is_revoked_is_in_force_at_the_running_server_at_once(tmp_path: Path) -> None:
+    with Study(tmp_path) as study:
+        lars = study.admin("lars")
+        assert lars.ask("Status")["federation"] == "study"
+        sections = _sections(tmp_path, readdressed(study, "ada"), None, study.kits, None)
+        assert [section.title for section in sections] == ["Project", "Jobs", "Sites", "Audit"]
+        with dashboard_of(*sections) as reader:
+            assert 'action="/project/tell"' in reader.page("/project")
+            assert "The server has taken the list" in act(reader, "revoke", name="lars", confirm="lars")
+            with pytest.raises(FederationError, match="revoked"):
+                lars.ask("Status")
+            study.server.close()
+            text = act(reader, "revoke", name="south", confirm="south")
+            assert "THE SERVER HAS NOT TAKEN THE LIST" in text and "Certificates revoked: 1" in text
+            study.start(study.address)
+            assert "The server has taken the list" in act(reader, "tell")
+            with pytest.raises(FederationError, match="revoked"):
+                study.admin("south").ask("Status")
+
+
+def test_a_kit_that_may_not_revoke_tells_nothing(tmp_path: Path) -> None:
+    with Study(tmp_path) as study:
+        with dashboard_of(*_sections(tmp_path, readdressed(study, "lena"), None, study.kits, None)) as reader:
+            page = html.unescape(reader.page("/project"))
+            assert "/project/tell" not in page and "--kit ADMIN_KIT" in page
+            assert "no server is connected" in act(reader, "tell", 400)
+            assert "the server still accepts them" in act(reader, "revoke", name="lars", confirm="lars")
+        assert study.admin("lars").ask("Status")["federation"] == "study"
