@@ -17,6 +17,7 @@ from rich.table import Table
 from fl_adapters.cli.federation.status import job_state, of_version
 from fl_adapters.cli.live import print_next, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
+from fl_adapters.cli.pages.comparison_table import comparison_tables
 from fl_adapters.environments.download import event_files, event_key
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.progress.text import event_text
@@ -219,13 +220,14 @@ def compare(kit: Path, names: Sequence[str], as_json: bool) -> int:
         if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             settings[key] = values
     best = {name: _best_metrics(job) for name, job in jobs.items()}
-    table = Table("", *names)
-    table.add_row("state", *(job_state(job) for job in jobs.values()))
+    columns = {"state": [job_state(job) for job in jobs.values()]}
     for key, values in settings.items():
-        table.add_row(key, *(json.dumps(values[name]) for name in names))
+        columns[key] = [json.dumps(values[name]) for name in names]
     for metric in {metric: None for metrics in best.values() for metric in metrics}:
-        table.add_row(metric, *(f"{best[name][metric]:.5g}" if metric in best[name] else "" for name in names))
-    console_for(as_json).print(table)
+        columns[metric] = [f"{best[name][metric]:.4g}" if metric in best[name] else "" for name in names]
+    console = console_for(as_json)
+    for table in comparison_tables(names, columns, console.width):
+        console.print(table)
     if as_json:
         states = {name: job["state"] for name, job in jobs.items()}
         show_json({"jobs": list(names), "states": states, "settings": settings, "best": best})

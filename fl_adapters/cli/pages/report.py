@@ -22,20 +22,18 @@ def report(folder: Path, out: Path | None, as_json: bool) -> int:
 
 def compare(folders: Sequence[Path], out: Path, as_json: bool) -> int:
     """Compare runs: a table on the screen, and a page with their curves. Returns exit status 0."""
-    from rich.table import Table
+    from fl_adapters.cli.pages.comparison_table import comparison_tables
 
     with report_errors(as_json):
         written, runs = write_comparison(folders, out)
         differences = different_settings(runs)
         console = console_for(as_json)
-        columns = ["", *(run.name for run in runs)]
-        table = Table(*columns, title="settings that differ, and metrics of the best rounds", title_justify="left")
-        for setting, values in differences.items():
-            table.add_row(setting, *values)
-        table.add_section()
+        columns = dict(differences)
         for metric in [name for name in metrics_of(runs) if any(name in run.best for run in runs)]:
-            table.add_row(metric, *(f"{run.best[metric]:.4g}" if metric in run.best else "" for run in runs))
-        console.print(table)
+            columns[metric] = [f"{run.best[metric]:.4g}" if metric in run.best else "" for run in runs]
+        console.print("settings that differ, and metrics of the best rounds", style="italic")
+        for table in comparison_tables([run.name for run in runs], columns, console.width):
+            console.print(table)
         console.print(f"page     {written}", highlight=False, soft_wrap=True)
         if as_json:
             fields = {"page": str(written), "settings": differences, "runs": [_fields(run) for run in runs]}
