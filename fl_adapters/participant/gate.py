@@ -143,19 +143,20 @@ class Gate:
         self._withheld = metric if self._filters.withhold(metric) else ""
         return self._filters.agreement
 
-    def declare(self, facts: Facts) -> tuple[Facts, Mapping[str, str]]:
+    def declare(self, facts: Facts, training: Mapping[str, str]) -> tuple[Facts, Mapping[str, str]]:
         """Return what this site declares at the handshake, as the policy lets it leave. Call after `register`.
 
         Args:
             facts: What must be equal at all sites.
+            training: What the server may know about how this site trains.
 
         Returns:
             The facts, and what the server may know about this site's software and filters.
         """
-        return self._policy.visible_facts(facts), self._software()
+        return self._policy.visible_facts(facts), self._software(training)
 
-    def _software(self) -> Mapping[str, str]:
-        info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION}
+    def _software(self, training: Mapping[str, str]) -> Mapping[str, str]:
+        info = {"framework": self._framework, "python": platform.python_version(), "fl-adapters": VERSION, **training}
         filters = self._filters.described()
         visible = dict(self._policy.visible_software(info | ({"filters": filters} if filters else {})))
         return visible | ({WITHHELD: self._withheld} if self._withheld else {})

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
-from fl_adapters.participant.local_work.dp_sgd import DPSGD
+from fl_adapters.participant.local_work.dp_sgd import DELTA_INFO, DPSGD
 from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_runtime.aggregation.metrics.ranking import Ranking
 from fl_runtime.errors import ConfigError
@@ -166,6 +166,7 @@ class SiteSettings:
         secure_sum: Whether updates leave this site masked.
         plan: What the job's strategy requires of this site.
         agree: Whether lists of names must be equal at all sites; or further such lists, by any name.
+        dp_sgd: How the site trains with differential privacy for records; None if it does not.
     """
 
     rounds: int | None
@@ -182,6 +183,7 @@ class SiteSettings:
     secure_sum: bool = False
     plan: SitePlan = field(default_factory=SitePlan)
     agree: bool | Mapping[str, Sequence[str]] = True
+    dp_sgd: DPSGD | None = None
 
     @classmethod
     def resolve(cls, options: Options, job: Mapping[str, Any]) -> SiteSettings:
@@ -212,6 +214,7 @@ class SiteSettings:
             secure_sum=bool(job.get("secure_sum")),
             plan=SitePlan.parse(job.get("strategy")),
             agree=_lists_of_names(options.agree),
+            dp_sgd=options.dp_sgd,
         )
 
     def best(self, proposed: BestMetric | None) -> BestMetric:
@@ -260,6 +263,11 @@ class SiteSettings:
             print(f"fl-adapters: agree=False: not compared with other sites: {told}", file=sys.stderr)
             facts = {name: fact for name, fact in facts.items() if name not in lists}
         return {**facts, "every": str(self.every), "optimizer_state": self.optimizer_state}
+
+    @property
+    def training_info(self) -> Mapping[str, str]:
+        """What the server may know about this site's training, beside its framework, if the policy allows it."""
+        return {DELTA_INFO: f"{self.dp_sgd.delta:g}"} if self.dp_sgd is not None else {}
 
     @property
     def phases(self) -> int:

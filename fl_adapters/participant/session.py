@@ -239,7 +239,8 @@ class Session:
         if masked:  # scores leave with updates, so there are none of the last model
             evaluates, capabilities = False, capabilities - {FINAL_SCORE}
         with self._gate.recording("register"):
-            declared, software = self._gate.declare(self.settings.declared({**agreement, **filters}))
+            facts = self.settings.declared({**agreement, **filters})
+            declared, software = self._gate.declare(facts, self.settings.training_info)
             self.rounds = self._client.register(
                 Manifest.of(state),
                 agreement=declared,

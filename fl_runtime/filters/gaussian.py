@@ -299,6 +299,7 @@ class _LocalGaussian:
         self.record = {
             "noise_multiplier": round(multiplier, 6),
             "spent": round(self._releases.spent(self._settings.delta), 6),
+            "delta": self._settings.delta,
         }
         return update
 

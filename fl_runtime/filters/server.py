@@ -155,6 +155,17 @@ class ServerFilters:
         if self._releases is not None:
             self._releases.afford(round)
 
+    def spent(self) -> Settings:
+        """Return what the server's own noise has cost so far.
+
+        Returns:
+            Name of the filter, epsilon spent, and its delta, as JSON values; empty without noise at the server.
+        """
+        if self._central is None or self._releases is None:
+            return {}
+        delta = self._central.delta
+        return {"filter": "GaussianDP", "spent": round(self._releases.spent(delta), 6), "delta": delta}
+
     def aggregator(
         self,
         make: Callable[[Allocate], Aggregator],

@@ -19,7 +19,9 @@ from fl_adapters.environments.report.comparison import curves_chart, metrics_of,
 from fl_adapters.environments.report.document import SERIES, Content, document, table, tag
 from fl_adapters.environments.report.loading import loading_line
 from fl_adapters.environments.report.phases import Phases, mean_phases, phases_by_site
+from fl_adapters.environments.report.privacy import privacy_parts
 from fl_adapters.environments.report.record import FilterUse, RunRecord, listed
+from fl_adapters.participant.local_work.dp_sgd import EPSILON_METRIC
 from fl_runtime.trainings import EVENTS, HISTORY, job_of
 from fl_runtime.transport.waiting import duration_text
 
@@ -88,6 +90,7 @@ def run_sections(run: RunRecord, titles: Collection[str] = ()) -> Iterator[Eleme
         "Sites": _sites,
         "Each model on each site's data": _matrix,
         "Filters": _filters,
+        "Privacy spent": lambda run: privacy_parts(run.privacy.found),
         "Warnings": _warnings,
         "Use the model": _use,
         "Settings": _settings,
@@ -143,7 +146,7 @@ def _best_tiles(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Element]:
-    names = [name for name in run.metrics if any(_points(run, name))]
+    names = [name for name in run.metrics if name != EPSILON_METRIC and any(_points(run, name))]
     charts = [_metric_chart(run, name) for name in names[:_CHARTS_IN_ALL]]
     shown, more = charts[:_CHARTS_SHOWN], charts[_CHARTS_SHOWN:_CHARTS_IN_ALL]
     made = [tag("div", shown, class_="charts")] if shown else []
@@ -299,9 +302,9 @@ def _filters(run: RunRecord) -> list[Element]:
     if not run.filters:
         return []
     rows: list[list[Content]] = [
-        [*_filter_cells(use), _sites_text(use, run.sites), _epsilon_text(use)] for use in run.filters[:_FILTERS_LISTED]
+        [*_filter_cells(use), _sites_text(use, run.sites)] for use in run.filters[:_FILTERS_LISTED]
     ]
-    made = [table(["filter", "arguments", "sites", "epsilon spent, at most"], rows, numbers_from=3)]
+    made = [table(["filter", "arguments", "runs at"], rows, numbers_from=3)]
     if len(run.filters) > _FILTERS_LISTED:
         made.append(_soft(f"{len(run.filters) - _FILTERS_LISTED} more are in {EVENTS}."))
     return made
@@ -314,11 +317,7 @@ def _filter_cells(use: FilterUse) -> tuple[str, Element]:
 
 
 def _sites_text(use: FilterUse, sites: Sequence[str]) -> str:
-    return "all" if use.sites >= set(sites) else ", ".join(sorted(use.sites)[:20])
-
-
-def _epsilon_text(use: FilterUse) -> str:
-    return value_text(max(use.epsilon.values())) if use.epsilon else ""
+    return "all sites" if use.sites >= set(sites) else ", ".join(sorted(use.sites)[:20])
 
 
 def _warnings(run: RunRecord) -> list[Element]:

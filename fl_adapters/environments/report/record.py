@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters.environments.progress import ordered_metrics
+from fl_adapters.environments.report.privacy import SERVER, PrivacyCosts
 from fl_adapters.job import site_names
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import parse_json, printable
@@ -81,13 +82,11 @@ class FilterUse:
 
     Attributes:
         settings: Its name and arguments.
-        sites: Names of the sites whose updates it ran on.
-        epsilon: Largest privacy cost that it has reported at each site; empty without a privacy budget.
+        sites: Names of the sites whose updates it ran on; that of the server for a filter that runs there.
     """
 
     settings: Mapping[str, Any]
     sites: set[str] = field(default_factory=set)
-    epsilon: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,7 +117,8 @@ class RunRecord:
         rounds: The rounds by number. Round 0 is the initial model.
         best: The best round.
         frameworks: What each site trains with, by site.
-        filters: Filters that ran on updates, in the order of first use.
+        filters: Filters that ran on updates or at the server, in the order of first use.
+        privacy: What the run has spent of privacy.
         matrix: Cross-site evaluation: model, then site, then metric; None without one.
         warnings: Warnings, in order.
         failed: Why the run failed; "" if it did not.
@@ -136,6 +136,7 @@ class RunRecord:
     best: BestRound = field(default_factory=BestRound)
     frameworks: dict[str, str] = field(default_factory=dict)
     filters: list[FilterUse] = field(default_factory=list)
+    privacy: PrivacyCosts = field(default_factory=PrivacyCosts)
     matrix: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
     warnings: list[str] = field(default_factory=list)
     failed: str = ""
@@ -288,20 +289,27 @@ def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
     match event["kind"]:
         case "registered":
             run.frameworks[site] = printable(str(data.get("info", {}).get("framework", "")), 100)
+            run.privacy.registered(site, data.get("info", {}))
         case "started":
             run.planned, run.ended, run.failed = int(data["rounds"]), False, ""
+            run.privacy.started(data.get("filters", []))
+            for settings in data.get("filters", []):
+                if str(settings.get("at", "")).startswith("server"):
+                    _filter(run, SERVER, settings)
         case "task_sent" if data.get("task") == "train":
             _site(run, number, site).bytes_down = int(data["bytes"])
         case "update":
             _update(_site(run, number, site), data)
             for settings in data.get("filters", []):
                 _filter(run, site, settings)
+            run.privacy.update(number, site, data.get("metrics", {}), data.get("filters", []))
         case "report":
             _site(run, number, site).metrics.update(_numbers(data["metrics"]))
         case "round_finished":
             record.seconds, record.finished = float(data["seconds"]), True
             record.metrics.update(_numbers(data["metrics"]))
             run.rounds[number] = record
+            run.privacy.round_finished(number, data)
         case "scored":
             record.metrics.update(_numbers(data["metrics"]))
             run.rounds[number], run.best.round = record, _best(data)
@@ -357,8 +365,6 @@ def _filter(run: RunRecord, site: str, settings: Mapping[str, Any]) -> None:
         use = FilterUse(lasting)
         run.filters.append(use)
     use.sites.add(site)
-    if "spent" in settings:
-        use.epsilon[site] = max(use.epsilon.get(site, 0.0), float(settings["spent"]))
 
 
 def _matrix(matrix: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:

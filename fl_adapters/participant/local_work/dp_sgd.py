@@ -9,6 +9,12 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import check_number
 from fl_runtime.filters.ledger import PrivacyBudget
 
+EPSILON_METRIC = "dp_sgd_epsilon"
+"""Name of the metric with the epsilon that a site has spent on its records."""
+
+DELTA_INFO = "dp_sgd_delta"
+"""Name under which a site tells the delta of that epsilon at the handshake, where its policy tells its software."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPSGD:
@@ -23,7 +29,8 @@ class DPSGD:
     The accountant reads from the data loader how batches are drawn. Of batches that are shuffled, each record is in one
     per epoch; an epoch is then one release of Gaussian noise, and no amplification is claimed. Of Poisson batches
     (`opacus.data_loader.DPDataLoader.from_data_loader(loader)`), each step is a release that is amplified by sampling,
-    and the same epsilon takes less noise. Epsilon is in the site's ledger, and in the history as `dp_sgd_epsilon`.
+    and the same epsilon takes less noise. Epsilon is in the site's ledger, in the
+    history as `dp_sgd_epsilon`, and with its delta in the report.
 
     The loss must be a mean over records: with one over tokens or pairs, a record changes the gradients of others. Needs
     the extra `[dp]`, which brings Opacus.

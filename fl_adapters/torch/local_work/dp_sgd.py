@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from fl_adapters.participant.local_result import LocalResult
-from fl_adapters.participant.local_work.dp_sgd import DPSGD
+from fl_adapters.participant.local_work.dp_sgd import DPSGD, EPSILON_METRIC
 from fl_adapters.participant.options import Every
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.ranks import world_size
@@ -22,9 +22,6 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.gaussian import Releases
 from fl_runtime.filters.ledger import Mechanism
-
-METRIC = "dp_sgd_epsilon"
-"""Name of the metric with the epsilon that a site has spent on its records."""
 
 _SHUFFLED = ("DistributedSampler", "LengthGroupedSampler", "DistributedLengthGroupedSampler")
 
@@ -199,7 +196,7 @@ class PrivateTraining:
         """
         self._releases.spend(self._round, self._noise)
         spent = self._releases.spent(self._settings.delta)
-        return replace(result, metrics={**result.metrics, METRIC: round(spent, 6)})
+        return replace(result, metrics={**result.metrics, EPSILON_METRIC: round(spent, 6)})
 
     def close(self) -> None:
         """Remove the hooks from the model."""

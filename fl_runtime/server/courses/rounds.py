@@ -152,10 +152,12 @@ class Rounds:
         if current.round > 0:
             state.results.append(result)
             self._scoring.scores.record_training(current.round, result.metrics)
-            counts: dict[str, Any] = {}
+            facts: dict[str, Any] = {}
             if pooled := current.pooled:
-                counts = {"num_examples": pooled.num_examples, "local_steps": pooled.local_steps}
-            state.events.emit("round_finished", current.round, **event_fields(result), **counts)
+                facts |= {"num_examples": pooled.num_examples, "local_steps": pooled.local_steps}
+            if spent := state.filters.spent():
+                facts["privacy"] = dict(spent)
+            state.events.emit("round_finished", current.round, **event_fields(result), **facts)
         if current.round == 1:
             hint_at_same_data(state, list(current.accepted.values()), self._membership.quorum.shown)
         state.published.notify_all()

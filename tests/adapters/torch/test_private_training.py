@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset, WeightedRandomSampler
 
 from fl_adapters import DPSGD, ConfigError, PrivacyBudgetError
+from fl_adapters.environments.report.privacy import PrivacyCosts
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.options import Every
 from fl_adapters.testing import LocalFederation, Place
@@ -217,12 +218,24 @@ def test_epsilon_is_that_of_dp_accounting_and_is_in_ledger_and_history(poisson: 
         federation.run(site)
         rounds = federation.server.result().rounds
         entries = Ledger(Path(read_kit(federation.places[0].kit).folder)).entries()
+        told = PrivacyCosts()
+        for event in federation.events:
+            if event.kind == "registered":
+                told.registered(event.site, event.data["info"])
+            elif event.kind == "update":
+                told.update(event.round, event.site, event.data["metrics"], [])
     assert [(e.round, e.filter, e.mechanism.unit) for e in entries] == [(n, "DPSGD", "record") for n in (1, 2, 3)]
     release = entries[0].mechanism
     assert (release.sampling, release.count) == ((0.25, 4) if poisson else (1.0, 1))
     for done, result in enumerate(rounds, 1):
         expected = exact(release.noise, release.count * done, release.sampling)
         assert result.metrics["dp_sgd_epsilon"] == pytest.approx(expected, rel=0.01)
+        for cost in told.found:  # what the report shows of each site
+            assert cost.epsilon[done] == pytest.approx(expected, rel=0.01)
+    assert [(cost.mechanism, cost.owner, cost.delta) for cost in told.found] == [
+        ("DP-SGD", "site-1", 1e-5),
+        ("DP-SGD", "site-2", 1e-5),
+    ]
     assert result.metrics["dp_sgd_epsilon"] == pytest.approx(6, rel=0.01)
 
 
