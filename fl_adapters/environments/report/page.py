@@ -90,7 +90,7 @@ def run_sections(run: RunRecord, titles: Collection[str] = ()) -> Iterator[Eleme
         "Sites": _sites,
         "Each model on each site's data": _matrix,
         "Filters": _filters,
-        "Privacy spent": lambda run: privacy_parts(run.privacy.found),
+        "Privacy spent": lambda run: privacy_parts(run.filters.privacy.found, run.sites),
         "Warnings": _warnings,
         "Use the model": _use,
         "Settings": _settings,
@@ -299,14 +299,14 @@ def _heat_map(matrix: Mapping[str, Mapping[str, Mapping[str, float]]], metric: s
 
 
 def _filters(run: RunRecord) -> list[Element]:
-    if not run.filters:
+    if not run.filters.used:
         return []
     rows: list[list[Content]] = [
-        [*_filter_cells(use), _sites_text(use, run.sites)] for use in run.filters[:_FILTERS_LISTED]
+        [*_filter_cells(use), _sites_text(use, run.sites)] for use in run.filters.used[:_FILTERS_LISTED]
     ]
     made = [table(["filter", "arguments", "runs at"], rows, numbers_from=3)]
-    if len(run.filters) > _FILTERS_LISTED:
-        made.append(_soft(f"{len(run.filters) - _FILTERS_LISTED} more are in {EVENTS}."))
+    if len(run.filters.used) > _FILTERS_LISTED:
+        made.append(_soft(f"{len(run.filters.used) - _FILTERS_LISTED} more are in {EVENTS}."))
     return made
 
 

@@ -106,17 +106,21 @@ class PrivacyCosts:
         return self._found.setdefault((mechanism, owner), PrivacyCost(mechanism, owner, unit))
 
 
-def privacy_parts(costs: Sequence[PrivacyCost]) -> list[Element]:
+def privacy_parts(found: Sequence[PrivacyCost], sites: Sequence[str]) -> list[Element]:
     """Draw what a run has spent of privacy.
 
     Args:
-        costs: What each mechanism has spent at each site.
+        found: What each mechanism has spent at each site.
+        sites: Names of all sites, in the order in which they are listed.
 
     Returns:
         An explanation, a table and a chart over the rounds; nothing if there are no costs.
     """
-    if not costs:
+    if not found:
         return []
+    mechanisms = list(dict.fromkeys(cost.mechanism for cost in found))
+    places = {site: at for at, site in enumerate(sites)}
+    costs = sorted(found, key=lambda c: (mechanisms.index(c.mechanism), places.get(c.owner, len(sites))))
     rows: list[list[Content]] = [
         [
             cost.mechanism,

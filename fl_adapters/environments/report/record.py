@@ -90,6 +90,19 @@ class FilterUse:
 
 
 @dataclass
+class FilterRecord:
+    """The filters of a run, and what it has spent of privacy.
+
+    Attributes:
+        used: Filters that ran on updates or at the server, in the order of first use.
+        privacy: Epsilon that filters and DP-SGD have spent.
+    """
+
+    used: list[FilterUse] = field(default_factory=list)
+    privacy: PrivacyCosts = field(default_factory=PrivacyCosts)
+
+
+@dataclass
 class BestRound:
     """Which round of a run is the best.
 
@@ -117,8 +130,7 @@ class RunRecord:
         rounds: The rounds by number. Round 0 is the initial model.
         best: The best round.
         frameworks: What each site trains with, by site.
-        filters: Filters that ran on updates or at the server, in the order of first use.
-        privacy: What the run has spent of privacy.
+        filters: Its filters, and what it has spent of privacy.
         matrix: Cross-site evaluation: model, then site, then metric; None without one.
         warnings: Warnings, in order.
         failed: Why the run failed; "" if it did not.
@@ -135,8 +147,7 @@ class RunRecord:
     rounds: dict[int, RoundRecord] = field(default_factory=dict)
     best: BestRound = field(default_factory=BestRound)
     frameworks: dict[str, str] = field(default_factory=dict)
-    filters: list[FilterUse] = field(default_factory=list)
-    privacy: PrivacyCosts = field(default_factory=PrivacyCosts)
+    filters: FilterRecord = field(default_factory=FilterRecord)
     matrix: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
     warnings: list[str] = field(default_factory=list)
     failed: str = ""
@@ -289,10 +300,10 @@ def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
     match event["kind"]:
         case "registered":
             run.frameworks[site] = printable(str(data.get("info", {}).get("framework", "")), 100)
-            run.privacy.registered(site, data.get("info", {}))
+            run.filters.privacy.registered(site, data.get("info", {}))
         case "started":
             run.planned, run.ended, run.failed = int(data["rounds"]), False, ""
-            run.privacy.started(data.get("filters", []))
+            run.filters.privacy.started(data.get("filters", []))
             for settings in data.get("filters", []):
                 if str(settings.get("at", "")).startswith("server"):
                     _filter(run, SERVER, settings)
@@ -302,14 +313,14 @@ def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
             _update(_site(run, number, site), data)
             for settings in data.get("filters", []):
                 _filter(run, site, settings)
-            run.privacy.update(number, site, data.get("metrics", {}), data.get("filters", []))
+            run.filters.privacy.update(number, site, data.get("metrics", {}), data.get("filters", []))
         case "report":
             _site(run, number, site).metrics.update(_numbers(data["metrics"]))
         case "round_finished":
             record.seconds, record.finished = float(data["seconds"]), True
             record.metrics.update(_numbers(data["metrics"]))
             run.rounds[number] = record
-            run.privacy.round_finished(number, data)
+            run.filters.privacy.round_finished(number, data)
         case "scored":
             record.metrics.update(_numbers(data["metrics"]))
             run.rounds[number], run.best.round = record, _best(data)
@@ -360,10 +371,10 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _filter(run: RunRecord, site: str, settings: Mapping[str, Any]) -> None:
     """Record that a filter ran. What it reports anew in each round does not make it another filter."""
     lasting = {name: value for name, value in settings.items() if name not in _REPORTED}
-    use = next((use for use in run.filters if use.settings == lasting), None)
+    use = next((use for use in run.filters.used if use.settings == lasting), None)
     if use is None:
         use = FilterUse(lasting)
-        run.filters.append(use)
+        run.filters.used.append(use)
     use.sites.add(site)
 
 

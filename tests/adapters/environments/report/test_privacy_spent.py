@@ -27,9 +27,9 @@ def independent(event: object, times: int) -> float:
 
 
 def train(place: Place) -> None:
-    site = connect(kit=place.kit)
-    for task in site.rounds({"w": np.zeros(4, np.float32)}):
-        site.submit({"w": task.arrays["w"] + 1}, num_examples=10)
+    with connect(kit=place.kit) as site:
+        for task in site.tasks(initial={"w": np.zeros(4, np.float32)}):
+            task.submit({"w": task.arrays["w"] + 1}, num_examples=10)
 
 
 @pytest.mark.parametrize("at", ["site_out", "server_in"])
@@ -47,8 +47,8 @@ def test_the_report_shows_the_epsilon_of_dp_accounting(at: str, tmp_path: Path) 
     for found in events:
         history(found)
     history.close()
-    costs = read_run(tmp_path / "run").privacy.found
-    assert [cost.owner for cost in costs] == ([SERVER] if at == "server_in" else ["site-1", "site-2"])
+    costs = read_run(tmp_path / "run").filters.privacy.found
+    assert sorted(cost.owner for cost in costs) == ([SERVER] if at == "server_in" else ["site-1", "site-2"])
     for cost in costs:
         assert cost.delta == DELTA and cost.unit == "update"
         for number in range(1, ROUNDS + 1):
