@@ -138,7 +138,8 @@ def _best_tiles(run: RunRecord) -> list[tuple[str, str]]:
     if run.best.round is None or run.best.round not in run.rounds:
         return []
     metrics = run.rounds[run.best.round].metrics
-    shown = [name for name in run.metrics if name in metrics and not name.startswith("train_")][:2]
+    names = [name for name in run.metrics if name in metrics and name != EPSILON_METRIC]
+    shown = [name for name in names if not name.startswith("train_")][:2]
     return [
         ("best round", str(run.best.round)),
         *((f"{name}, best round", value_text(metrics[name])) for name in shown),

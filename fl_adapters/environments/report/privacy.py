@@ -121,20 +121,21 @@ def privacy_parts(found: Sequence[PrivacyCost], sites: Sequence[str]) -> list[El
     mechanisms = list(dict.fromkeys(cost.mechanism for cost in found))
     places = {site: at for at, site in enumerate(sites)}
     costs = sorted(found, key=lambda c: (mechanisms.index(c.mechanism), places.get(c.owner, len(sites))))
+    noted = any(cost.note for cost in costs)
     rows: list[list[Content]] = [
         [
             cost.mechanism,
             cost.owner,
             UNITS[cost.unit],
+            *([tag("span", cost.note, class_="long")] if noted else []),
             str(len(cost.epsilon)) if cost.epsilon else "not known",
             value_text(max(cost.epsilon.values())) if cost.epsilon else "not known",
             f"{cost.delta:g}" if cost.delta is not None else "not known",
-            tag("span", cost.note, class_="long"),
         ]
         for cost in costs[:_OWNERS_LISTED]
     ]
-    columns = ["mechanism", "at", "protects", "rounds", "epsilon spent", "delta", "note"]
-    made = [tag("p", _ACCOUNTANT, class_="soft"), table(columns, rows, numbers_from=3)]
+    columns = ["mechanism", "at", "protects", *(["note"] if noted else []), "rounds", "epsilon spent", "delta"]
+    made = [tag("p", _ACCOUNTANT, class_="soft"), table(columns, rows, numbers_from=len(columns) - 3)]
     if len(costs) > _OWNERS_LISTED:
         made.append(tag("p", f"{len(costs) - _OWNERS_LISTED} more are in events.jsonl.", class_="soft"))
     drawn = [cost for cost in costs if len(cost.epsilon) > 1][:_OWNERS_DRAWN]
