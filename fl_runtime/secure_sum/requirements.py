@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import RunSettings, Strategy
 
-MASKED = "SecureSum"
-"""Name under which a masked update says that it is one, in the place of a filter."""
-
 _ENCODING = ("Quantize", "TopK", "HomomorphicCKKS")
 
 

@@ -15,7 +15,8 @@ from fl_runtime.filters import check_budgets, check_filters
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation
 from fl_runtime.filters.server import ServerFilters, applied_filters
-from fl_runtime.secure_sum.requirements import MASKED, check_secure_sum
+from fl_runtime.secure_sum.requirements import check_secure_sum
+from fl_runtime.secure_sum.travelling import MASKED
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult

@@ -7,9 +7,6 @@ what removes the masks that are left. `fl_runtime.secure_sum` has the protocol.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,10 +18,10 @@ from fl_adapters.participant.local_result import LocalResult, UpdateHeader
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.secure_sum import SiteSums
+from fl_runtime.secure_sum.travelling import ANSWER, as_message, as_text, masked_encoding
 from fl_runtime.secure_sum.vectors import Rings, vectors_of
 from fl_runtime.types import Arrays, Report, Settings, Task, Update
 
-_ANSWER, _MASKED = "secure_sum:", "SecureSum"
 _MOST_BYTES = 2**22
 _LARGEST_FACTOR = 1e6
 
@@ -140,10 +137,10 @@ class SecureSumSite:
         with self._gate.leaving_on_refusal("secure sum", task.round):
             self._sums.mask(task.round, stage, received, tensors, self._rings.tensors)
             self._sums.mask(task.round, stage, received, numbers, self._rings.numbers)
-        return self._sent(task, {**tensors, **numbers}, json.dumps([{"name": _MASKED, "stage": stage}]), task.stage)
+        return self._sent(task, {**tensors, **numbers}, masked_encoding(stage), task.stage)
 
     def _step_of(self, task: Task, message: bytes) -> Update:
-        return self._sent(task, {}, _ANSWER + base64.b64encode(message).decode(), task.stage)
+        return self._sent(task, {}, ANSWER + as_text(message), task.stage)
 
     def _sent(self, task: Task, arrays: Arrays, encoding: str, stage: str) -> Update:
         """What the server gets: it learns no number of examples, steps or metrics of this site alone."""
@@ -165,12 +162,9 @@ def _sum_settings(task: Task) -> Settings:
 def _messages(settings: Mapping[str, Any], name: str) -> dict[str, bytes]:
     """The messages of other sites that the server passes on, by site."""
     found = settings.get(name)
-    try:
-        if not isinstance(found, Mapping):
-            raise ValueError
-        messages = {str(site): base64.b64decode(text, validate=True) for site, text in found.items()}
-    except (ValueError, TypeError, binascii.Error):
-        raise ProtocolError(f"the server sends no {name} of other sites that can be read") from None
+    if not isinstance(found, Mapping):
+        raise ProtocolError(f"the server sends no {name} of other sites that can be read")
+    messages = {str(site): as_message(text, f"what the server sends of {name}") for site, text in found.items()}
     if sum(map(len, messages.values())) > _MOST_BYTES:
         raise ProtocolError(f"the server sends {name} of more than {_MOST_BYTES} bytes")
     return messages

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fl_runtime.errors import ProtocolError
 from fl_runtime.filters.server import applied_filters
-from fl_runtime.secure_sum.requirements import MASKED
+from fl_runtime.secure_sum.travelling import ANSWER, MASKED, as_message
 from fl_runtime.secure_sum.vectors import NUMBERS
 from fl_runtime.server.calls import limits
 from fl_runtime.server.courses.base import Offer, Status, UpdateChecks, Upload
@@ -16,7 +16,7 @@ from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.secure_sum.masked_sum import MaskedSum
-from fl_runtime.server.courses.secure_sum.steps import ANSWER, PREFIX, answer_of
+from fl_runtime.server.courses.secure_sum.steps import PREFIX
 from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member, agreed_layout
@@ -73,7 +73,8 @@ class SecureSum:
         if update.stage.startswith(PREFIX):
             self._state.blobs.free(upload.blob)
             assert masked is not None
-            masked.steps.take(update.site, update.attempt, answer_of(update.encoding))
+            message = as_message(update.encoding.removeprefix(ANSWER), f"the answer of {update.site} to a step")
+            masked.steps.take(update.site, update.attempt, message)
             return "used"
         stage = masked_stage(update.encoding)
         if masked is None or stage != masked.steps.stage or not masked.steps.takes_vector(update.site, update.attempt):

@@ -119,9 +119,8 @@ class MaskedSum:
             lambda: self.steps.all_answered() or (self.steps.step == "reveal" and self.steps.enough), settings.rejoin_s
         )
 
-    def _tell_left_out(self, vectors: Sequence[Arrays]) -> None:
+    def _tell_left_out(self, vectors: Sequence[Arrays], common: Sequence[str]) -> None:
         """Say once which metrics and scores are in no result, since not every site has sent them."""
-        common = set(in_all(vectors))
         names = sorted({metric_of(name) for each in vectors for name in each if name not in common} - {""})
         if new := [name for name in names if name not in self._told]:
             self._told |= set(new)
@@ -133,8 +132,9 @@ class MaskedSum:
         assert self.base is not None
         vectors = [self.current.accepted[name].update.arrays for name in order]
         totals: dict[str, Array] = {}
-        self._tell_left_out(vectors)
-        for name in in_all(vectors):
+        common = in_all(vectors)
+        self._tell_left_out(vectors, common)
+        for name in common:
             total = np.array(vectors[0][name])
             for other in vectors[1:]:
                 self._rings.of(name).add_into(total, other[name])

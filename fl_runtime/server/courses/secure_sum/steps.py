@@ -6,15 +6,14 @@ which is killed within a round goes on where it stopped. The protocol itself is 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from fl_runtime.errors import ProtocolError, RoundFailedError
 from fl_runtime.secure_sum import Context, ServerSums
+from fl_runtime.secure_sum.travelling import as_message, as_text
 from fl_runtime.server.courses.base import Offer
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
@@ -25,31 +24,6 @@ Step = Literal["keys", "shares", "vectors", "agree", "reveal"]
 
 PREFIX = "sum-"
 """Start of the stages of steps. The stage of a site's vector is that of its round."""
-ANSWER = "secure_sum:"
-"""Start of the encoding of an answer to a step; the message follows in base64."""
-
-
-def answer_of(encoding: str) -> bytes:
-    """Return the message in the encoding of an answer to a step.
-
-    Args:
-        encoding: `Update.encoding`, which begins with `ANSWER`.
-
-    Returns:
-        The message.
-
-    Raises:
-        ProtocolError: It is not base64.
-    """
-    try:
-        return base64.b64decode(encoding[len(ANSWER) :], validate=True)
-    except (binascii.Error, ValueError):
-        raise ProtocolError("an answer to a step of the secure sum is not base64") from None
-
-
-def as_text(message: bytes) -> str:
-    """Return a message as text, for settings of tasks and for the journal."""
-    return base64.b64encode(message).decode()
 
 
 class Steps:
@@ -187,8 +161,7 @@ class Steps:
         assert self._sums is not None
         return self._sums
 
-    def _answered(self, done: object) -> bool:
-        assert callable(done)
+    def _answered(self, done: Callable[[Member], bool]) -> bool:
         names = self._current.participants if self.step == "keys" else list(self._survivors or self._processes)
         members = [self._membership.members[name] for name in names]
         waiting = [member for member in members if member.active and self._same(member) and not done(member)]
@@ -269,7 +242,7 @@ class Steps:
                 self.sums.survivors(self._survivors)
             for (noted_step, site), body in noted.items():
                 if noted_step == step:
-                    self._add(step, site, base64.b64decode(body))
+                    self._add(step, site, as_message(body, "a message in the journal"))
         if ("cohort", "") in noted:
             self._processes = json.loads(noted["cohort", ""])
             self._close_round()
@@ -287,4 +260,4 @@ class _Key:
     @classmethod
     def read(cls, body: str) -> _Key:
         attempt, _, text = body.partition(" ")
-        return cls(int(attempt), base64.b64decode(text))
+        return cls(int(attempt), as_message(text, "a key in the journal"))
