@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import sqlite3
 import threading
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +210,40 @@ def test_fewer_sites_than_a_sum_may_have_are_refused() -> None:
         with pytest.raises(FederationError, match="min_cohort"):
             federation.run(loop)
     assert SumRules().min_cohort >= 2
+
+
+class HostileKeys:
+    """Stands in for a site's side of the sums and answers with keys that no sum can use."""
+
+    def __init__(self, folder: Path, *, copied: bool) -> None:
+        self._folder, self._copied = folder, copied
+
+    @property
+    def public(self) -> bytes:
+        if not self._copied:
+            return b"no keys"
+        (journal,) = self._folder.rglob("journal.sqlite")
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:  # until the keys of site-1 are there, as a site that has seen them could
+            with closing(sqlite3.connect(journal)) as database:
+                rows = database.execute("SELECT body FROM message WHERE step='keys' AND site='site-1'").fetchall()
+            if rows:
+                return base64.b64decode(rows[0][0].partition(" ")[2]).replace(b'"site-1"', b'"site-2"')
+        raise AssertionError("site-1 has sent no keys")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_keys_that_no_sum_can_use_cost_their_sender_alone(copied: bool) -> None:
+    def hostile(place: Place) -> Arrays:
+        with fl.connect(kit=place.kit) as site:
+            site._session._protocol._sums = HostileKeys(federation.folder, copied=copied)
+            for task in site.tasks(initial=initial()):
+                task.submit(trained(task.arrays, place.index, task.round), num_examples=1)
+            return site.arrays
+
+    with LocalFederation(sites=4, rounds=2, min_sites=3, rejoin_s=1.5, secure_sum=True) as federation:
+        work = {place.name: hostile if place.name == "site-2" else loop for place in federation.places}
+        outcomes = federation.outcomes(work, check=False)
+        finished = federation.result().rounds
+    assert {name for name, outcome in outcomes.items() if outcome.error} == {"site-2"}
+    assert [result.sites for result in finished] == [("site-1", "site-3", "site-4")] * 2

@@ -13,6 +13,7 @@ from typing import Literal
 
 from fl_runtime.errors import ProtocolError, RoundFailedError
 from fl_runtime.secure_sum import Context, ServerSums
+from fl_runtime.secure_sum.messages import KeysMessage
 from fl_runtime.secure_sum.travelling import as_message, as_text
 from fl_runtime.server.courses.base import Offer
 from fl_runtime.server.membership import Membership
@@ -110,6 +111,7 @@ class Steps:
         step = self.step
         if step == "keys":
             key = _Key(attempt, message)
+            self._check_key(site, message)
             self._state.journal.messages.write(0, "", "keys", site, key.written())
             self._keys[site] = key
         elif step != "vectors":
@@ -170,6 +172,14 @@ class Steps:
 
     def _same(self, member: Member) -> bool:
         return self.step == "keys" or self._processes.get(member.name) == member.attempt
+
+    def _check_key(self, site: str, message: bytes) -> None:
+        """Refuse keys that cannot be read, or that another site has sent: they would end the round for all."""
+        keys = KeysMessage.parse(site, message)
+        for name, other in self._keys.items():
+            known = KeysMessage.parse(name, other.public)
+            if name != site and {keys.exchange, keys.signing} & {known.exchange, known.signing}:
+                raise ProtocolError(f"{site} sends the keys of {name}", fix="every site makes keys of its own")
 
     def _has_key(self, member: Member) -> bool:
         key = self._keys.get(member.name)
