@@ -32,7 +32,7 @@ def test_a_job_has_the_fields_of_the_contract() -> None:
     assert set(Job.model_fields) == set(
         "name app rounds strategy sites min_sites deadline_s late every exchange keep_local optimizer_state filters "
         "initial best_metric best_mode patience min_delta seed exact_restart fraction site_weights cross_site "
-        "rejoin_s durability trainings max_share patience_s join_s resources track".split()
+        "rejoin_s durability trainings max_share patience_s join_s resources track secure_sum".split()
     )
     job = Job(app="train.py")
     assert (job.strategy, job.best_metric, job.best_mode, job.exact_restart) == ("fedavg", "loss", "min", False)
