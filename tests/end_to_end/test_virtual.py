@@ -445,6 +445,7 @@ def test_a_bad_result_is_refused_with_site_and_round(
         ({"workers": 0}, "0 workers"),
         ({"rounds": None}, "does not say how many rounds"),
         ({"cross_site": True}, "cross_site needs sites with"),
+        ({"secure_sum": True}, "secure_sum needs sites with"),
         ({"keep_local": ["b"]}, "keep_local needs sites with"),
         ({"strategy": "fedbuff"}, "fedbuff needs sites with"),
         ({"filters": [{"name": "Quantize", "to": "int8"}]}, "the filter Quantize at site_out needs sites"),

@@ -55,6 +55,7 @@ def check_settings(settings: RunSettings, strategy: Strategy) -> None:
         )
     unsupported = {
         "cross_site": settings.cross_site,
+        "secure_sum": settings.secure_sum,
         "keep_local": bool(settings.keep_local),
         "optimizer_state": settings.optimizer_state not in (None, "reset"),
         f"the strategy {strategy.spec}": strategy.relayed or bool(strategy.buffer) or strategy.content != "weights",
