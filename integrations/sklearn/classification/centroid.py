@@ -8,11 +8,12 @@ import numpy as np
 from sklearn import neighbors
 from sklearn.utils.multiclass import check_classification_targets
 
+from fl_adapters.loop.order import medians
+
 from .. import categories
 from ..federated import Federated, opened, refuse
 from ..federation import Federation
 from ..linear.logistic import known_classes
-from ..order import medians
 from ..preprocessing.scaling import dense
 from ..trainer import validated
 from .groups import grouped

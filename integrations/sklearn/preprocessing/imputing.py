@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from sklearn import impute
 
+from fl_adapters.loop.order import medians
+
 from .. import categories
 from ..federated import Federated, adopt, opened, plain_copy, refuse
 from ..federation import Federation
-from ..order import medians
 from .scaling import dense
 from .tables import column_names, columns_of, table
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from sklearn import preprocessing
 
+from fl_adapters.loop.order import extremes, present, quantiles
+
 from ..clustering.kmeans import Points, lloyd
 from ..federated import Federated, adopt, opened, plain_copy, refuse
 from ..federation import Array, Federation
 from ..moments import moments
-from ..order import extremes, present, quantiles
 from ..trainer import validated
 from .scaling import dense
 

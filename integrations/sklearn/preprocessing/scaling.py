@@ -9,10 +9,11 @@ from scipy import sparse, stats
 from sklearn import preprocessing
 from sklearn.utils.validation import FLOAT_DTYPES
 
+from fl_adapters.loop.order import extremes, medians, present, quantiles
+
 from ..federated import Federated, opened, refuse, refuse_partial_fit
 from ..federation import Array, Federation
 from ..moments import moments
-from ..order import extremes, medians, present, quantiles
 from ..trainer import validated
 from ..weights import checked_weights
 

@@ -15,7 +15,7 @@ from threaded_federation import run_sites
 from uneven_sites import assert_same_attributes, fitted
 
 import fl_adapters.sklearn as ours
-from fl_adapters.sklearn.order import at_ranks, from_bits, to_bits
+from fl_adapters.loop.order import at_ranks, from_bits, to_bits
 
 RNG = np.random.default_rng(3)
 CANCER = load_breast_cancer().data

@@ -6,17 +6,31 @@ that share the bits known so far, so the value at a rank is found digit by digit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .federation import Array, Federation
-
 _MOST_COUNTS = 1 << 17  # numbers in one message
 _TOP = np.uint64(1 << 63)
+Array = npt.NDArray[np.float64]
 Bits = npt.NDArray[np.uint64]
+
+
+class Summing(Protocol):
+    """Sums over all sites, such as those of `fl_adapters.sums`."""
+
+    def sum(self, arrays: Mapping[str, Array], /) -> Mapping[str, Array]:
+        """Return the sums over all sites.
+
+        Args:
+            arrays: Name -> array of finite numbers, with the same names and shapes at all sites.
+
+        Returns:
+            Name -> float64 array with the same bits at all sites.
+        """
+        ...
 
 
 def to_bits(values: Array) -> Bits:
@@ -30,18 +44,18 @@ def from_bits(bits: Bits) -> Array:
     return np.where(bits & _TOP, bits & ~_TOP, ~bits).view(np.float64)
 
 
-def present(X: Any) -> list[Array]:
+def present(table: Any) -> list[Array]:
     """Return the columns of a dense array as float64, without missing values."""
-    columns = np.asarray(X, np.float64).T
+    columns = np.asarray(table, np.float64).T
     return [column[~np.isnan(column)] for column in columns]
 
 
-def value_counts(federation: Federation, columns: Sequence[Array]) -> npt.NDArray[np.int64]:
+def value_counts(federation: Summing, columns: Sequence[Array]) -> npt.NDArray[np.int64]:
     """Return how many values each column has at all sites."""
     return federation.sum({"count": np.array([len(c) for c in columns], float)})["count"].astype(np.int64)
 
 
-def at_ranks(federation: Federation, columns: Sequence[Array], ranks: Sequence[Sequence[int]]) -> list[Array]:
+def at_ranks(federation: Summing, columns: Sequence[Array], ranks: Sequence[Sequence[int]]) -> list[Array]:
     """Return the values at ranks of the sorted values of all sites.
 
     Args:
@@ -99,7 +113,7 @@ def _digits(values: Bits, prefixes: Bits, known: int, bits: int) -> tuple[npt.ND
     return flat.reshape(len(prefixes), -1), values
 
 
-def extremes(federation: Federation, columns: Sequence[Array]) -> tuple[Array, Array]:
+def extremes(federation: Summing, columns: Sequence[Array]) -> tuple[Array, Array]:
     """Return the smallest and the largest value of each feature, NaN where there is none."""
     counts = value_counts(federation, columns)
     found = at_ranks(federation, columns, [[0, int(n) - 1] if n else [] for n in counts])
@@ -107,7 +121,7 @@ def extremes(federation: Federation, columns: Sequence[Array]) -> tuple[Array, A
     return pairs[:, 0], pairs[:, 1]
 
 
-def medians(federation: Federation, columns: Sequence[Array]) -> Array:
+def medians(federation: Summing, columns: Sequence[Array]) -> Array:
     """Return the median of each feature, NaN where there is no value."""
     counts = value_counts(federation, columns)
     found = at_ranks(federation, columns, [[(int(n) - 1) // 2, int(n) // 2] if n else [] for n in counts])
@@ -115,7 +129,7 @@ def medians(federation: Federation, columns: Sequence[Array]) -> Array:
 
 
 def quantiles(
-    federation: Federation, columns: Sequence[Array], levels: Sequence[Array], method: str = "linear"
+    federation: Summing, columns: Sequence[Array], levels: Sequence[Array], method: str = "linear"
 ) -> list[Array]:
     """Return quantiles of each feature, as `numpy.quantile` gives them for the values of all sites.
 
