@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dashboards import Reader, browser, dashboard_of, opened
+from dashboards import Reader, dashboard_of, opened
 from study import Study, readdressed
 from typer.testing import CliRunner
 
@@ -123,11 +124,11 @@ def test_a_name_that_could_harm_is_refused_and_escaped(reader: Reader, tmp_path:
     assert reader.ask("/project/kit", "POST", {"name": "x" * 20_000})[0] == 400
 
 
-def test_a_kit_is_handed_out_in_a_browser_by_keyboard_at_400_pixels(reader: Reader, tmp_path: Path) -> None:
-    with (
-        browser() as chromium,
-        opened(chromium, reader, "/project", viewport={"width": 400, "height": 800}, accept_downloads=True) as tab,
-    ):
+def test_a_kit_is_handed_out_in_a_browser_by_keyboard_at_400_pixels(
+    reader: Reader, chromium: Any, tmp_path: Path
+) -> None:
+    narrow = {"width": 400, "height": 800}
+    with opened(chromium, reader, "/project", viewport=narrow, accept_downloads=True) as tab:
         for name, value in NEW.items():
             tab.focus(f"input[name={name}]")
             tab.keyboard.type(value)

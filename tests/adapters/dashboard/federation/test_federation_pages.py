@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from study import ADMINS, Study, readdressed, until
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from dashboards import Reader, browser, dashboard_of, events_of, opened
+from dashboards import Reader, dashboard_of, events_of, opened
 
 from fl_adapters.dashboard.federation.connection import FederationConnection
 from fl_adapters.dashboard.federation.rights import ACTS, Rights
@@ -203,14 +204,13 @@ def test_a_log_longer_than_a_page_is_paged_through(study: Study) -> None:
 
 
 def test_in_a_browser_a_job_is_submitted_by_keyboard_followed_within_a_second_and_aborted(
-    study: Study, tmp_path: Path
+    study: Study, chromium: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "tumour.yml"
     file.write_text("app: train\nname: typed\nrounds: 2\n")
     narrow = {"width": 400, "height": 800}
     with (
         seen_by(study, "ada") as reader,
-        browser() as chromium,
         opened(chromium, reader, "/jobs", viewport=narrow) as page,
     ):
         page.get_by_role("link", name="Submit a job").focus()

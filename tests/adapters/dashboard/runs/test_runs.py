@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dashboards import Reader, browser, dashboard_of, events_of, opened
+from dashboards import Reader, dashboard_of, events_of, opened
 from promptness import PROMPT_S
 
 from fl_adapters.dashboard.runs.folder import RunsFolder
@@ -57,12 +57,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(runs: Path) -> Iterator[Reader]:
     with dashboard_of(RunsSection(runs)) as reader:
         yield reader
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as chromium:
-        yield chromium
 
 
 def test_the_list_has_every_run_with_its_state_rounds_and_best_metric(reader: Reader) -> None:

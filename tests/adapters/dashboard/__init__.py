@@ -1,0 +1,1 @@
+"""Tests of the dashboard: a package, so that its browser is closed after the last of them."""
