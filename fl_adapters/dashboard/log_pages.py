@@ -83,7 +83,7 @@ def log_view(request: Request, files: Sequence[Path], label: str, line: Callable
     before, after = _place(request.url.query, "before"), _place(request.url.query, "after")
     found = read_page(files, before=before, after=after)
     rows = [printable(text, _LINE_CHARS) for text in map(line, found.lines) if text]
-    shown = tag("pre", "\n".join(rows) or "Nothing yet.", class_="log", tabindex="0", aria_label=label)
+    shown = tag("pre", "\n".join(rows) or "Nothing yet.", class_="log", tabindex="0", role="region", aria_label=label)
     return [live("log", shown, _links(request.url.path, found))]
 
 

@@ -115,10 +115,20 @@ def error_page(request: Request, error: FederationError, status: int = 400) -> H
     return page(request, "That did not work", parts, status=status)
 
 
+def is_below(section: str, path: str) -> bool:
+    """Return whether a page belongs to a section.
+
+    Args:
+        section: Path of the section's first page.
+        path: Path of the page; it may have a query.
+    """
+    return f"{path.partition('?')[0]}/".startswith(f"{section}/")
+
+
 def _navigation(request: Request) -> Element:
     sections: Sequence[Section] = getattr(request.app.state, NAVIGATION)
     links = []
     for section in sections:
-        here = {"aria_current": "page"} if request.url.path.startswith(section.path) else {}
+        here = {"aria_current": "page"} if is_below(section.path, request.url.path) else {}
         links.append(tag("li", tag("a", section.title, href=section.path, **here)))
     return tag("nav", tag("b", "fl-adapters"), tag("ul", links), aria_label="Dashboard")

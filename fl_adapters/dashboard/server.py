@@ -19,7 +19,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fl_adapters.dashboard.access import TOKEN, Access
-from fl_adapters.dashboard.page import NAVIGATION, error_page
+from fl_adapters.dashboard.page import NAVIGATION, error_page, is_below
 from fl_adapters.dashboard.section import Section
 from fl_runtime.errors import ConfigError, FederationError
 
@@ -93,7 +93,7 @@ def make_app(sections: Sequence[Section], token: str, port: int, is_ending: Call
 
     async def changes(request: Request) -> Response:
         page = request.query_params.get("page", "")
-        section = next((s for s in sections if page.startswith(s.path)), None)
+        section = next((s for s in sections if is_below(s.path, page)), None)
         return StreamingResponse(_changes(section, page, is_ending), media_type="text/event-stream")
 
     routes = [

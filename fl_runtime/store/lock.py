@@ -60,6 +60,29 @@ class FolderLock:
             os.close(descriptor)
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process holds the lock of a folder; None on systems without POSIX file locks.
+
+    Args:
+        folder: The folder, as the process names it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        descriptor = os.open(folder / _FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # nobody has ever locked it
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def lock_owner(folder: Path) -> int | None:
     """Return the number of the process that last locked a folder, or None if it is not known."""
     try:

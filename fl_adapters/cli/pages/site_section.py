@@ -23,6 +23,7 @@ from fl_adapters.dashboard.page import link, live, page
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.report.document import Content, table, tag
 from fl_runtime.errors import ConfigError
+from fl_runtime.store.lock import is_locked
 from fl_runtime.text import printable
 from fl_runtime.trust.audit import lines_before
 from fl_runtime.trust.audit.lines import LOG_FILE
@@ -32,6 +33,7 @@ from fl_runtime.trust.policy.rules import read_policy
 
 _LOG_LINES = 200
 _SHOWN_CHARS = 2000
+_LOG = {"class_": "log", "tabindex": "0", "role": "region", "aria_label": "End of the job's log"}
 
 
 class SiteSection:
@@ -60,7 +62,7 @@ class SiteSection:
         ]
 
     def version(self, path: str) -> str:
-        """Return what changes with what a page shows: the jobs and the policy, a log, or the audit log."""
+        """Return what changes with what a page shows: jobs, policy and the daemon, a log, or the audit log."""
         parts = urlsplit(path)
         if parts.path == f"{self.path}/audit":
             return "" if "before=" in parts.query else log_version(path, [self._kit.folder / LOG_FILE])
@@ -70,7 +72,8 @@ class SiteSection:
         files = [self._kit.policy_file]
         for folder in job_folders(self._state):
             files += [folder.path / "site.json", folder.path / "approval.json", folder.log]
-        return " ".join(str(file.stat().st_mtime_ns) if file.exists() else "-" for file in files)
+        times = " ".join(str(file.stat().st_mtime_ns) if file.exists() else "-" for file in files)
+        return f"{is_locked(self._kit.folder)} {times}"
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
@@ -85,6 +88,7 @@ class SiteSection:
         return page(
             request,
             f"Site {identity.name} of {identity.federation}",
+            live("daemon", self._daemon(), spoken=True),
             tag("h2", "Jobs"),
             live("jobs", jobs),
             tag("h2", "Policy"),
@@ -92,6 +96,13 @@ class SiteSection:
             live("policy", policy),
             tag("p", link("Audit log of this site", f"{self.path}/audit")),
         )
+
+    def _daemon(self) -> Element | None:
+        """What the page says while no daemon works for the site."""
+        if is_locked(self._kit.folder) is not False:
+            return None
+        start = f"Jobs wait until `fl-adapters site --kit {self._kit.folder}` is started."
+        return tag("p", tag("strong", "No daemon of this site is running.", class_="bad"), f" {start}")
 
     def _row(self, folder: JobFolder) -> Sequence[str | Element]:
         job, record = folder.read()
@@ -108,19 +119,28 @@ class SiteSection:
         return page(
             request,
             f"Job {job.job}",
-            tag("p", link("Site", self.path)),
+            tag("p", link("Site", self.path), f" / {job.job}", class_="crumbs"),
+            live("daemon", self._daemon(), spoken=True),
             live("state", tag("p", f"State: {record['state']}. {printable(str(record.get('reason') or ''), 500)}")),
             table(("asked", "for"), rows, 2, wrap=True),
-            [_decision(job.job, shown)] if waits else [],
+            # a region of this name stays as it is if the job changes: what was not shown cannot be approved
+            live(f"decision-{_digest(shown)}", _decision(job.job, shown) if waits else None),
             tag("h2", "Log"),
             tag("p", link("The whole log", f"{self.path}/job/{quote(job.job, safe='')}/log")),
-            live("log", tag("pre", log or "The command has written nothing.", class_="log", tabindex="0")),
+            live("log", tag("pre", log or "The command has written nothing.", **_LOG)),
         )
 
     def _log(self, request: Request) -> Response:
         folder = self._folder(request.path_params["name"])
         name = folder.path.name
-        back = tag("p", link("Site", self.path), " / ", link(name, f"{self.path}/job/{quote(name, safe='')}"), " / log")
+        back = tag(
+            "p",
+            link("Site", self.path),
+            " / ",
+            link(name, f"{self.path}/job/{quote(name, safe='')}"),
+            " / log",
+            class_="crumbs",
+        )
         return page(request, f"Log of {name}", back, log_view(request, folder.logs, f"Log of {name}"))
 
     def _audit(self, request: Request) -> Response:

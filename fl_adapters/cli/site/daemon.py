@@ -418,13 +418,16 @@ def _locked(kit: Path) -> FolderLock:
     """Lock the kit. The helper process of a daemon that was killed holds its lock until its scripts are gone."""
     busy = "another site daemon runs with this kit"
     deadline = time.monotonic() + 2 * orphans.GRACE_S
+    again = False
     while True:
         try:
             return FolderLock(kit, busy)
         except StoreError:
             owner = lock_owner(kit)
-            if owner is None or _is_alive(owner) or time.monotonic() > deadline:
+            # the first attempt may have met a dashboard, which holds the lock while it asks whether a daemon does
+            if again and (owner is None or _is_alive(owner) or time.monotonic() > deadline):
                 raise
+        again = True
         time.sleep(_LOOK_S)
 
 

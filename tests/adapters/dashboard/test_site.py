@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dashboards import Reader, dashboard_of
+from dashboards import Reader, dashboard_of, opened
 from study import project
 
 from fl_adapters.cli.pages.dashboard import _sections
@@ -72,6 +73,18 @@ def test_a_job_that_changed_after_it_was_shown_is_not_decided(reader: Reader, ki
     status, _, text = reader.ask("/site/decide/tumour", "POST", {"seen": shown, "decision": "approve"})
     assert status == 400 and "has changed since it was shown" in text
     assert KitPolicyGate(kit).decision_on(changed.settings) is None
+
+
+def test_on_an_open_page_a_job_that_changes_keeps_what_was_shown(reader: Reader, kit: Path, chromium: Any) -> None:
+    waiting(kit)
+    with opened(chromium, reader, "/site/job/tumour") as tab:
+        shown = tab.locator("input[name=seen]").first.input_value()
+        changed = waiting(kit, rounds=99)
+        JobFolder(kit / "jobs/tumour").write(changed, "waits for approval", "another reason")
+        tab.locator("#state", has_text="another reason").wait_for()  # the page was brought up to date
+        assert tab.locator("input[name=seen]").first.input_value() == shown
+    status, _, text = reader.ask("/site/decide/tumour", "POST", {"seen": shown, "decision": "approve"})
+    assert status == 400 and "has changed since it was shown" in text
 
 
 def test_hostile_texts_do_nothing_and_no_act_of_an_admin_is_there(reader: Reader, kit: Path) -> None:
