@@ -1,4 +1,4 @@
-"""Submits a job to a federation's server, follows its events and fetches its result."""
+"""Submits a job to a federation's server, follows its events and fetches its result; asks for earlier jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Literal
 from fl_adapters.job import Job
 from fl_runtime.aggregation.metrics.pooling import from_json, plain
 from fl_runtime.client.control import ControlClient
-from fl_runtime.errors import FederationError, ProtocolError
+from fl_runtime.errors import ConfigError, FederationError, ProtocolError
 from fl_runtime.server.records.results import RoundResult, RunResult
+from fl_runtime.text import printable
 from fl_runtime.types import Event, Listener
 
 _FIX = "run the same version of fl-adapters here and at the server, or ask who runs the server"
@@ -109,6 +110,30 @@ def submit(control: ControlClient, job: Job, *, priority: int = 0) -> str:
         FederationError: The server refused it.
     """
     return str(control.ask("SubmitJob", job=job_fields(job), priority=priority)["job"])
+
+
+def earlier_jobs(control: ControlClient, before: int) -> dict[str, Any]:
+    """Ask the server of a federation for jobs that ended before those that it lists by itself.
+
+    Args:
+        control: Connection to the server as an admin.
+        before: Number of a job, as `older` of an earlier answer tells it: the jobs are older than that one.
+
+    Returns:
+        The server's answer to `Status`: `jobs` as they were submitted, and in `older` the number to ask for those
+        before them, None if there are none.
+
+    Raises:
+        ConfigError: The server is of a version that does not tell of them.
+        FederationError: The server is out of reach, or refused the call.
+    """
+    answer = control.ask("Status", before=before)
+    if "older" not in answer:
+        raise ConfigError(
+            f"the server, with fl-adapters {printable(answer['version'], 50)}, tells only of the jobs that ended last",
+            fix="ask who runs the server to upgrade it; `fl-adapters job show` finds older jobs by their names",
+        )
+    return answer
 
 
 def job_fields(job: Job) -> dict[str, Any]:

@@ -56,12 +56,18 @@ def submit(
     sys.exit(command.submit(kit, file, priority, follow, as_json, tuple(track or ())))
 
 
-@job.command(name="list", epilog=_example("list --kit kits/lena"))
-def list_(kit: _Kit, as_json: _Json = False) -> None:
-    """List the jobs that wait or run, and those that ended last."""
+@job.command(name="list", epilog=_example("list --kit kits/lena", "list --kit kits/lena --before 217"))
+def list_(
+    kit: _Kit,
+    before: Annotated[
+        int | None, typer.Option(min=1, help="List older jobs that have ended; the list before says the number.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """List the jobs that wait or run, and those that ended last. With --before, older ones that have ended."""
     from fl_adapters.cli.job import federation as command
 
-    sys.exit(command.list_jobs(kit, as_json))
+    sys.exit(command.list_jobs(kit, before, as_json))
 
 
 @job.command(epilog=_example("show tumour-1122-164503 --kit kits/lena"))

@@ -21,6 +21,7 @@ from fl_adapters.cli.pages.comparison_table import comparison_tables
 from fl_adapters.environments.download import event_files, event_key
 from fl_adapters.environments.production import Production, connected
 from fl_adapters.environments.progress.text import event_text
+from fl_adapters.environments.remote import earlier_jobs
 from fl_adapters.environments.remote import submit as put_into_queue
 from fl_adapters.environments.tracking import Tracker
 from fl_adapters.environments.tracking.targets import make_trackers
@@ -62,17 +63,21 @@ def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool,
     return follow(kit, name, None, as_json, trackers)
 
 
-def list_jobs(kit: Path, as_json: bool) -> int:
-    """List the federation's jobs. Returns exit status 0."""
+def list_jobs(kit: Path, before: int | None, as_json: bool) -> int:
+    """List the federation's jobs, or older ones that have ended. Returns exit status 0."""
     with _connected(kit, as_json) as control:
-        jobs = control.ask("Status")["jobs"]
+        status = control.ask("Status") if before is None else earlier_jobs(control, before)
+    jobs, older = status["jobs"], status.get("older")
     table = Table("job", "state", "sites", "submitted by", "submitted")
     for job in jobs:
         sites = ", ".join(job["sites"]) if len(job["sites"]) < 5 else f"{len(job['sites'])} sites"
         table.add_row(job["job"], job_state(job), sites, job["submitted_by"], _clock(job["submitted_at"]))
-    console_for(as_json).print(table if jobs else "there are no jobs yet; submit one with `fl-adapters job submit`")
+    none = "there are no jobs yet; submit one with `fl-adapters job submit`" if before is None else "no job is older"
+    console_for(as_json).print(table if jobs else none)
+    if older is not None:
+        print(f"for older jobs: fl-adapters job list --kit {kit} --before {older}", file=sys.stderr)
     if as_json:
-        show_json({"jobs": jobs})
+        show_json({"jobs": jobs, "older": older})
     return 0
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from fl_adapters.dashboard.federation.audit import AuditTail
 from fl_adapters.dashboard.federation.connection import FederationConnection
 from fl_adapters.dashboard.federation.events import JobEvents
-from fl_adapters.dashboard.federation.view import Job, JobDetails, read_details
+from fl_adapters.dashboard.federation.view import Federation, Job, JobDetails, read_details, read_status
 from fl_adapters.dashboard.runs.folder import RunsFolder
-from fl_adapters.environments.remote import job_fields
+from fl_adapters.environments.remote import earlier_jobs, job_fields
 from fl_adapters.job import Job as JobSettings
+from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
 
@@ -57,6 +58,18 @@ class Desk:
             FederationError: There is no such job, or the server is out of reach.
         """
         return read_details(self.connection.ask("ShowJob", job=name))
+
+    def earlier(self, before: int) -> Federation:
+        """Ask for jobs that ended before those that the server lists by itself.
+
+        Args:
+            before: Number of a job, as `Federation.older` tells it.
+
+        Raises:
+            ConfigError: The server is of a version that does not tell of them.
+            FederationError: The server is out of reach.
+        """
+        return read_status(earlier_jobs(ControlClient(self.connection.transport), before))
 
     def job(self, name: str) -> Job:
         """Return a job as the server has told last; of one that it does not list, it is asked.
@@ -108,9 +121,8 @@ class Desk:
             ConfigError: A field cannot work.
             FederationError: The server refused the job, or is out of reach.
         """
-        path = self._folder / ".submitted" / _JOB_FILE
-        with self._lock:
-            path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".submitted-", dir=self._folder) as folder:
+            path = Path(folder) / _JOB_FILE
             path.write_text(text, encoding="utf-8")
             try:
                 fields = job_fields(JobSettings.from_file(path))

@@ -15,12 +15,13 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from fl_adapters.dashboard.audit_lines import asked_before
 from fl_adapters.dashboard.federation.desk import Desk
 from fl_adapters.dashboard.federation.event_log import event_files, event_line
 from fl_adapters.dashboard.federation.parts import clock, standing
 from fl_adapters.dashboard.federation.results import archive_of, pieces_of
 from fl_adapters.dashboard.federation.rights import ACTS
-from fl_adapters.dashboard.federation.view import Job, JobDetails
+from fl_adapters.dashboard.federation.view import Federation, Job, JobDetails
 from fl_adapters.dashboard.forms import act, form_of
 from fl_adapters.dashboard.log_pages import log_version, log_view
 from fl_adapters.dashboard.page import link, live, page, tabs
@@ -65,6 +66,8 @@ class JobsSection:
 
     def version(self, path: str) -> str:
         """Return what changes with what the server tells, and with the events of the job on a page."""
+        if "before=" in urlsplit(path).query:
+            return ""  # of jobs that have ended long ago
         number = str(self._desk.connection.seen.number)
         parts = urlsplit(path).path.removeprefix(f"{self.path}/job/").split("/")
         if len(parts) > 2 or not urlsplit(path).path.startswith(f"{self.path}/job/"):
@@ -83,11 +86,11 @@ class JobsSection:
     # -- what there is -----------------------------------------------------------------------------------------
 
     def _list(self, request: Request) -> Response:
+        before = asked_before(request)
+        if before is not None:
+            return self._earlier(request, before)
         seen = self._desk.connection.seen
-        jobs = seen.federation.jobs if seen.federation else ()
-        columns = ["job", "state", "progress", "sites", "submitted by", "submitted"]
-        rows = [_row(job) for job in jobs]
-        shown = table(columns, rows, numbers_from=9) if rows else tag("p", "No jobs yet.")
+        shown = _listed(seen.federation) or tag("p", "No jobs yet.")
         new = tag("p", link("Submit a job", f"{self.path}/new")) if self._rights.may("SubmitJob") else None
         return page(
             request,
@@ -97,6 +100,11 @@ class JobsSection:
             new,
             live("jobs", shown),
         )
+
+    def _earlier(self, request: Request, before: int) -> Response:
+        """The page of jobs that ended before those that the server lists by itself."""
+        back = tag("p", link("Jobs", self.path), " / older", class_="crumbs")
+        return page(request, "Older jobs", back, _listed(self._desk.earlier(before)) or tag("p", "No job is older."))
 
     def _job(self, request: Request) -> Response:
         seen = self._desk.connection.seen
@@ -236,6 +244,16 @@ class JobsSection:
 def _script(request: Request) -> Response:
     text = resources.files("fl_adapters.dashboard.federation").joinpath(_SCRIPT).read_bytes()
     return Response(text, media_type="text/javascript", headers={"cache-control": "no-cache"})
+
+
+def _listed(federation: Federation | None) -> list[Element]:
+    """The table of jobs, with a link to those that ended earlier; nothing if there are no jobs."""
+    if federation is None or not federation.jobs:
+        return []
+    columns = ["job", "state", "progress", "sites", "submitted by", "submitted"]
+    older = tag("p", link("Older jobs", f"{JobsSection.path}?before={federation.older}")) if federation.older else None
+    shown = table(columns, [_row(job) for job in federation.jobs], numbers_from=9)
+    return [shown, older] if older is not None else [shown]
 
 
 def _row(job: Job) -> list[Content]:

@@ -145,12 +145,14 @@ class Federation:
         version: Version of the server's fl-adapters.
         sites: Its sites.
         jobs: Its jobs: those that run, those that wait in the order of their start, and those that ended last.
+        older: Number to ask for jobs that ended earlier; 0 if there are none, or the server is too old to tell.
     """
 
     name: str
     version: str
     sites: tuple[Site, ...]
     jobs: tuple[Job, ...]
+    older: int = 0
 
     def job(self, name: str) -> Job | None:
         """Return the job of this name, or None if the server has told of none."""
@@ -176,7 +178,8 @@ def read_status(told: Mapping[str, Any]) -> Federation:
     listed = told.get("jobs")
     jobs = [read_job(item) for item in (listed if isinstance(listed, list) else [])[-_MOST_JOBS:]]
     jobs.sort(key=_place)
-    return Federation(_text(told.get("federation")), _text(told.get("version")), tuple(sites), tuple(jobs))
+    older = max(_whole(told.get("older")), 0)
+    return Federation(_text(told.get("federation")), _text(told.get("version")), tuple(sites), tuple(jobs), older)
 
 
 def read_job(told: object) -> Job:

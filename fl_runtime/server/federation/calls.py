@@ -198,12 +198,18 @@ class JobCalls:
     # -- what there is -----------------------------------------------------------------------------------------
 
     def _status(self, caller: Identity, peer: Peer, fields: _Fields) -> Iterator[_Fields]:
-        """Tell what there is; to a caller that follows, again whenever it has changed."""
+        """Tell what there is; to a caller that follows, again whenever it has changed.
+
+        With `before`, the jobs are earlier ones that have ended: those of numbers below it.
+        """
+        before = fields.get("before")
+        if not (before is None or type(before) is int):
+            raise ProtocolError("earlier jobs are asked for by the number of a job, as `older` of a status tells it")
         outcomes: dict[tuple[str, float | None], _Fields] = {}
-        told = {**self._what_there_is(caller, outcomes), "log": self._witness.statement(caller)}
+        told = {**self._what_there_is(caller, outcomes, before), "log": self._witness.statement(caller)}
         named = {name: outcome for (name, _), outcome in outcomes.items() if "rounds" in outcome}
-        follows = fields.get("follow") is True
-        yield {**told, "ended": {} if follows else named, "follows": follows, "time": time.time()}
+        follows = fields.get("follow") is True and before is None
+        yield {**told, "ended": {} if follows or before is not None else named, "follows": follows, "time": time.time()}
         del told["log"]
         if follows:
             yield from self._changes(peer, told, lambda: self._what_there_is(caller, outcomes))
@@ -218,11 +224,14 @@ class JobCalls:
 
         return self._followed(peer, news)
 
-    def _what_there_is(self, caller: Identity, outcomes: dict[tuple[str, float | None], _Fields]) -> dict[str, Any]:
+    def _what_there_is(
+        self, caller: Identity, outcomes: dict[tuple[str, float | None], _Fields], before: int | None = None
+    ) -> dict[str, Any]:
         """Sites and jobs as they are at this moment. `outcomes` keeps those that have been read."""
         records, running = self._queue.records(), self._queue.running()
-        ended = [record for record in records if record.ended][-_ENDED_SHOWN:]
-        shown = [record for record in records if not record.ended]
+        past = [record for record in records if record.ended and (before is None or record.number < before)]
+        ended = past[-_ENDED_SHOWN:]
+        shown = [record for record in records if not record.ended] if before is None else []
         known = {(record.name, record.ended_at): record for record in ended}
         read = {key: outcomes.get(key) or self._outcome(record) for key, record in known.items()}
         outcomes.clear()
@@ -242,6 +251,7 @@ class JobCalls:
                 _as_seen_by(caller, self._facts(record, read.get((record.name, record.ended_at))))
                 for record in (*ended, *shown)
             ],
+            "older": ended[0].number if len(past) > len(ended) else None,
             # what versions before the queue, with one job at a time, tell and ask for
             "running": {**own[0].record.facts(), **own[0].server.state()} if own else None,
         }

@@ -102,6 +102,22 @@ def test_a_day_of_an_admin(study: Study, job: Any, tmp_path: Path) -> None:
     assert job("show", "first", status=1)["error"]["what"] == "there is no job 'first'"
 
 
+def test_jobs_that_ended_long_ago_are_listed(study: Study, job: Any) -> None:
+    admin, kit = study.admin("ada"), str(readdressed(study, "lena"))
+    names = [f"job-{number}" for number in range(1, 24)]
+    for name in names:
+        study.job(name)
+        admin.ask("AbortJob", job=name)
+    newest = job("list")
+    assert [item["job"] for item in newest["jobs"]] == names[-20:]
+    older = job("list", "--before", str(newest["older"]))
+    assert ([item["job"] for item in older["jobs"]], older["older"]) == (names[:3], None)
+    shown = CliRunner().invoke(app, ["job", "list", "--kit", kit])
+    assert f"for older jobs: fl-adapters job list --kit {kit} --before {newest['older']}\n" in shown.stderr
+    shown = CliRunner().invoke(app, ["job", "list", "--kit", kit, "--before", "1"])
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "no job is older\n", "")
+
+
 def test_logs_are_followed_to_the_end_with_the_lines_that_sites_share(study: Study) -> None:
     study.job("early")
     north, kit = study.admin("north"), str(readdressed(study, "lena"))

@@ -100,6 +100,25 @@ def test_the_newest_metrics_of_a_job_are_told_to_admins_and_to_its_own_sites(stu
     assert seen == {"mina": told, "north": told, "south": "not told"}
 
 
+def test_jobs_that_ended_long_ago_are_told_in_pages(study: Study) -> None:
+    admin, names = study.admin("lena"), [f"job-{number}" for number in range(1, 46)]
+    for name in names:
+        study.job(name)
+        admin.ask("AbortJob", job=name)
+    study.job("runs")
+    newest = admin.ask("Status")
+    assert [job["job"] for job in newest["jobs"]] == [*names[-20:], "runs"]
+    pages = [newest]
+    while pages[-1]["older"] is not None:
+        pages.append(study.admin("lena").ask("Status", before=pages[-1]["older"], follow=True))
+    assert [[job["job"] for job in page["jobs"]] for page in pages[1:]] == [names[5:25], names[:5]]
+    assert pages[1]["jobs"][0]["state"] == "aborted" and pages[1]["ended"] == {}
+    assert study.admin("lena").ask("Status", before=-1)["jobs"] == []
+    for wrong in ("5", 1.5, True, [1]):
+        with pytest.raises(ProtocolError, match="by the number of a job"):
+            admin.ask("Status", before=wrong)
+
+
 def test_rooms_of_sites_are_told_to_admins_alone(study: Study) -> None:
     room = {"slots": 2, "gpus": 4, "memory_bytes": 2**34}
     north = study.admin("north")

@@ -18,7 +18,9 @@ from fl_adapters.cli.app import app
 from fl_adapters.cli.job import federation
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.dashboard.federation.view import read_details, read_status
+from fl_adapters.environments.remote import earlier_jobs
 from fl_runtime.client.control import ControlClient
+from fl_runtime.errors import ConfigError
 
 CALLS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "fixtures" / "0.1.0" / "calls.json").read_text("utf-8")
@@ -95,6 +97,9 @@ def client(time: int = 0) -> ControlClient:
 def test_this_version_reads_what_a_server_of_version_0_1_0_answers() -> None:
     seen = read_status(client(2).ask("Status"))
     assert [(job.name, job.state) for job in seen.jobs] == [("second", "aborted"), ("first", "finished")]
+    assert seen.older == 0
+    with pytest.raises(ConfigError, match="with fl-adapters 0.1.0, tells only of the jobs that ended last"):
+        earlier_jobs(client(2), 5)
     details = read_details(client().ask("ShowJob", job="first"))
     assert details.job.app == "train" and FILE in [file.path for file in details.files]
     assignment = Assignment.of(client().ask("Assignment"))

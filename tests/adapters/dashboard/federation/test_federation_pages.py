@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation_bench import at_once
+from page_checks import faults_of
 from promptness import PROMPT_S
 from study import ADMINS, Study, readdressed, until
 
@@ -182,6 +183,27 @@ def test_the_page_of_a_job_shows_the_curves_of_each_training(study: Study) -> No
         assert "Training 1" not in reader.page("/jobs/job/done")
 
 
+def test_jobs_that_ended_long_ago_are_paged_through_in_a_browser(study: Study, chromium: Any) -> None:
+    admin, names = study.admin("ada"), [f"past-{number}" for number in range(1, 26)]
+    for name in names:
+        study.job(name)
+        admin.ask("AbortJob", job=name)
+    with seen_by(study, "lena") as reader:
+        until(lambda: names[-1] in reader.page("/jobs"), "the last job")
+        with opened(chromium, reader, "/jobs", viewport={"width": 400, "height": 800}) as tab:
+            assert _jobs_on(tab) == names[:4:-1]
+            tab.get_by_role("link", name="Older jobs").press("Enter")
+            tab.get_by_role("heading", level=1, name="Older jobs").wait_for()
+            assert _jobs_on(tab)[:5] == names[4::-1]
+            assert faults_of(tab) == []
+            tab.get_by_role("link", name=names[0], exact=True).click()
+            tab.get_by_text("aborted").first.wait_for()
+        status, _, text = reader.ask("/jobs?before=1")
+        assert (status, "No job is older." in text) == (200, True)
+    for name in names:
+        admin.ask("DeleteJob", job=name)
+
+
 def test_a_log_longer_than_a_page_is_paged_through(study: Study) -> None:
     study.job("talks")
     running = study.server.queue.job("talks")
@@ -252,6 +274,10 @@ def test_in_a_browser_a_job_is_submitted_by_keyboard_followed_within_a_second_an
             page.locator("table").wait_for()
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
             _look(page, tmp_path, name)
+
+
+def _jobs_on(tab: Any) -> list[str]:
+    return [str(name) for name in tab.locator("tbody td:first-child").all_inner_texts()]
 
 
 def _look(page: object, folder: Path, name: str) -> None:
