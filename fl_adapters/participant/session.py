@@ -136,7 +136,7 @@ class Session:
         self._gate.join(welcome.site, welcome.settings)
         with self._gate.leaving_on_refusal("join"):
             self._protocol = protocol_of(
-                self._client, self._gate, kit, self._header, welcome.settings, self.settings, self.seal
+                self._client, self._gate, kit, self._header, welcome.settings, self.settings, self.seal, self.home
             )
 
     @property

@@ -20,20 +20,22 @@ class SignedRounds:
     Args:
         site: Name of the site, for errors.
         record: What `record` returned in an earlier process, or None.
+        attempt: Number of this process in the run.
 
     Raises:
         ConfigError: If the record cannot be read.
+        PermissionDeniedError: If the record is that of this attempt or a later one.
     """
 
-    def __init__(self, site: str, record: Mapping[str, Any] | None = None) -> None:
-        self._site = site
+    def __init__(self, site: str, record: Mapping[str, Any] | None = None, *, attempt: int = 1) -> None:
+        self._site, self._attempt = site, attempt
         self._newest, self._signed = 0, dict[int, str]()
         if record is None:
             return
         try:
             if record["version"] != _VERSION:
                 raise ValueError
-            self._newest = int(record["newest"])
+            self._newest, earlier = int(record["newest"]), int(record["attempt"])
             self._signed = {int(number): str(digest) for number, digest in record["signed"].items()}
         except (KeyError, ValueError, TypeError, AttributeError):
             raise ConfigError(
@@ -41,11 +43,18 @@ class SignedRounds:
                 where=site,
                 fix="restore the file; without it this site cannot tell which survivors it has signed",
             ) from None
+        if attempt <= earlier:
+            raise PermissionDeniedError(
+                f"the server calls this process number {attempt} of this site in the run, and number {earlier} has "
+                f"signed sums of round {self._newest} already: the server may be asking for the same rounds again",
+                where=f"{site}, secure sum",
+                fix="ask who runs the server; give a job that is begun anew another name",
+            )
 
     def record(self) -> dict[str, Any]:
         """Return the state as JSON values."""
         signed = {str(number): digest for number, digest in sorted(self._signed.items())}
-        return {"version": _VERSION, "newest": self._newest, "signed": signed}
+        return {"version": _VERSION, "attempt": self._attempt, "newest": self._newest, "signed": signed}
 
     def is_open(self, round: int) -> bool:
         """Whether a round is recent enough to take part in."""

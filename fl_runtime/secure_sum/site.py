@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -48,7 +48,9 @@ class SiteSums:
         rules: What this site demands of a sum.
         signer: Signs this site's keys with its certificate; None in a simulation.
         verifier: Verifies other sites' keys; with one, keys without a signature are refused. None in a simulation.
-        record: What `record` returned in an earlier process of this site in this run.
+        record: What `keep` got last in an earlier process of this site in this run.
+        keep: Writes what must outlive this process, so that the rules hold over restarts: JSON values, without any
+            secret. It is called before a signature is returned, and must be on disk when it returns.
         attempt: Number of this process in the run. It must grow with every start.
 
     Attributes:
@@ -56,6 +58,7 @@ class SiteSums:
 
     Raises:
         ConfigError: If `cryptography` is not installed, or the record cannot be read.
+        PermissionDeniedError: If a process with this attempt, or a later one, has signed sums.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class SiteSums:
         signer: Signer | None = None,
         verifier: Verifier | None = None,
         record: Mapping[str, Any] | None = None,
+        keep: Callable[[Mapping[str, Any]], None] = lambda record: None,
         *,
         attempt: int = 1,
     ) -> None:
@@ -75,7 +79,7 @@ class SiteSums:
         self._own = KeysMessage(site, attempt, self._keys.exchange, self._keys.signing)
         signed = (signer.sign(keys_statement(context, self._own)), signer.certificate) if signer else (b"", b"")
         self.public = KeysMessage(site, attempt, self._keys.exchange, self._keys.signing, *signed).encode()
-        self._signed = SignedRounds(site, record)
+        self._signed, self._keep = SignedRounds(site, record, attempt=attempt), keep
         self._known: dict[str, tuple[bytes, KeysMessage]] = {}
         self._secrets: dict[bytes, bytes] = {}
         self._stages: dict[tuple[int, str], _Stage] = {}
@@ -153,9 +157,7 @@ class SiteSums:
             add_masks(vector, ring, self._context, name, added, subtracted)
 
     def agree(self, round: int, stage: str, survivors: Sequence[str]) -> bytes:
-        """Sign who the survivors of a stage are.
-
-        Write `record` to disk before the signature leaves this process.
+        """Sign who the survivors of a stage are, once `keep` has written it down.
 
         Args:
             round: Number of the round.
@@ -178,6 +180,7 @@ class SiteSums:
         if self._site in named and not state.masked:
             self._refuse("this site has masked no vector, and cannot be a survivor", round, stage, _ASK)
         self._signed.sign(round, stage, named)
+        self._keep(self.record())
         state.survivors = named
         return self._keys.sign(statement(state.roster.agreement(state.cohort, named)))
 
@@ -224,11 +227,7 @@ class SiteSums:
         return RevealMessage(agreement, own, {name: state.shares[name][1] for name in dropped}).encode(round, stage)
 
     def record(self) -> dict[str, Any]:
-        """Return what must outlive this process, so that the rules hold over restarts. It holds no secret.
-
-        Returns:
-            JSON values for the argument `record` of the next process of this site in this run.
-        """
+        """Return what must outlive this process, as `keep` gets it."""
         return self._signed.record()
 
     def _checked(self, name: str, public: bytes) -> KeysMessage:

@@ -6,7 +6,9 @@ from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import UpdateHeader
 from fl_adapters.participant.options import SiteSettings
+from fl_adapters.participant.outputs import SiteHome
 from fl_adapters.participant.protocols.base import RoundProtocol
+from fl_adapters.participant.protocols.sum_record import SumRecord
 from fl_adapters.participant.protocols.swarm import Seal, SwarmSite
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ConfigError
@@ -15,7 +17,14 @@ from fl_runtime.types import Settings
 
 
 def protocol_of(
-    client: SiteClient, gate: Gate, kit: Kit, header: UpdateHeader, job: Settings, settings: SiteSettings, seal: Seal
+    client: SiteClient,
+    gate: Gate,
+    kit: Kit,
+    header: UpdateHeader,
+    job: Settings,
+    settings: SiteSettings,
+    seal: Seal,
+    home: SiteHome,
 ) -> RoundProtocol | None:
     """Return a site's part in the rounds of a job, if they have several steps.
 
@@ -27,6 +36,7 @@ def protocol_of(
         job: The job's settings from the server.
         settings: The settings that hold at this site.
         seal: Encrypts a stream to another site; see `Session.seal`.
+        home: The site's own folder.
 
     Returns:
         The protocol; None for rounds in which the server gets every update.
@@ -42,18 +52,30 @@ def protocol_of(
                 where="optimizer_state",
                 fix='pass "keep" or "reset", or leave secure_sum out of the job',
             )
-        return _secure_sum(client, gate, header, job)
+        forgets = home.fresh and kit.simulated and not kit.credentials  # there, the server is this user's own
+        return _secure_sum(client, gate, header, job, SumRecord(home.folder, fresh=forgets))
     if strategy is None or not strategy.relayed:
         return None
     patience_s = min(kit.patience_s, SILENCE_S)
     return SwarmSite(client, header.site, seal, strategy, patience_s, float(job["deadline_s"]), gate.check_cohort)
 
 
-def _secure_sum(client: SiteClient, gate: Gate, header: UpdateHeader, job: Settings) -> RoundProtocol:
+def _secure_sum(
+    client: SiteClient, gate: Gate, header: UpdateHeader, job: Settings, record: SumRecord
+) -> RoundProtocol:
     from fl_adapters.participant.protocols.secure_sum import SecureSumSite
     from fl_runtime.secure_sum import SiteSums
     from fl_runtime.secure_sum.vectors import context_of
 
-    signatures, context = gate.cohort.signatures(), context_of(header.job)
-    sums = SiteSums(header.site, context, gate.cohort.sum_rules, signatures, signatures, attempt=header.attempt)
+    signatures = gate.cohort.signatures()
+    sums = SiteSums(
+        header.site,
+        context_of(header.job),
+        gate.cohort.sum_rules,
+        signatures,
+        signatures,
+        record.read(),
+        record.write,
+        attempt=header.attempt,
+    )
     return SecureSumSite(client, gate, header, sums, len(job["sites"]))

@@ -90,6 +90,27 @@ def test_rounds_go_forward_over_restarts() -> None:
     assert len(site.record()["signed"]) == 1
 
 
+def test_what_is_signed_is_written_before_the_signature_leaves() -> None:
+    sums, written = masked(), list[Any]()
+
+    def full(record: Any) -> None:
+        written.append(record)
+        raise OSError("the disk is full")
+
+    sums.sites["a"]._keep = full
+    with pytest.raises(OSError, match="the disk is full"):
+        sums.sites["a"].agree(1, "update", NAMES)
+    assert written == [sums.sites["a"].record()] and list(written[0]["signed"]) == ["1"]
+
+
+def test_the_server_cannot_call_a_later_process_the_first() -> None:
+    sums = masked()
+    sums.agree()
+    for attempt in (1, 0):
+        with pytest.raises(PermissionDeniedError, match="number 1 has signed sums of round 1 already"):
+            SiteSums("a", CONTEXT, sums.rules, record=sums.sites["a"].record(), attempt=attempt)
+
+
 def test_vectors_are_masked_once() -> None:
     sums = masked()
     with pytest.raises(PermissionDeniedError, match="a vector is masked once a stage: 'w' was"):
